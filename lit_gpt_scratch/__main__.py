@@ -1,0 +1,13 @@
+"""``python -m lit_gpt_scratch``: the list of doors."""
+
+DOORS = {
+    "fit": "train a GPT on real text",
+    "generate": "let a trained model write",
+    "evaluate": "score a text with a trained model",
+}
+
+if __name__ == "__main__":
+    print("Usage: python -m lit_gpt_scratch.<door> [flags], where <door> is one of\n")
+    for door, purpose in DOORS.items():
+        print(f"  {door:<10} {purpose}")
+    print("\nEach takes --help.")

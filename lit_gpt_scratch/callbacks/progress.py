@@ -1,0 +1,101 @@
+"""The line that a user watches."""
+
+import logging
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from tqdm import tqdm
+
+from lit_gpt_scratch.callbacks.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+
+class Progress(ProgressBar):
+    """One bar over the whole run with loss, tokens per second and time left; validations as lines above it.
+
+    Where standard error is no terminal (a log file, CI), a line at every tenth of the run instead.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar: Any = None
+        self._enabled = True
+        self._began = 0.0
+
+    def disable(self) -> None:
+        """Lightning's switch for ranks that should stay quiet."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """The opposite of ``disable``."""
+        self._enabled = True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open the bar at the step where the run stands."""
+        total = trainer.estimated_stepping_batches
+        self._total = None if total == float("inf") else int(total)
+        self._began = time.perf_counter()
+        self._first_step = trainer.global_step
+        self._shown_tenth = 0
+        if self._enabled and sys.stderr.isatty():
+            self._bar = tqdm(
+                total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True, smoothing=0.1, leave=True
+            )
+        if self._enabled and not trainer.global_step:
+            log.info("first step%s", " (compiling, this once)" if _compiles(pl_module) else "")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move on by the steps done."""
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(self._figures(trainer), refresh=False)
+            self._bar.update(trainer.global_step - self._bar.n)
+        elif self._total and (tenth := 10 * trainer.global_step // self._total) > self._shown_tenth:
+            self._shown_tenth = tenth
+            done = trainer.global_step - self._first_step
+            left = (self._total - trainer.global_step) * (time.perf_counter() - self._began) / max(done, 1)
+            log.info("step %d of %d, %s, %.0f s left", trainer.global_step, self._total, self._figures(trainer), left)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A line with the validation's figures."""
+        metrics = trainer.callback_metrics
+        if self._enabled and not trainer.sanity_checking and "val/loss" in metrics:
+            log.info(
+                "step %d: val/loss %.3f, val/perplexity %.2f, val/bits_per_byte %.3f",
+                trainer.global_step,
+                *(metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte")),
+            )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Close the bar before anything is said about the exception."""
+        self._close()
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the bar."""
+        tqdm.write(" ".join(map(str, args)), file=sys.stderr)
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _figures(self, trainer: L.Trainer) -> str:
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+        loss = trainer.callback_metrics.get("train/loss")
+        figures = [] if loss is None else [f"loss {loss:.3f}"]
+        return ", ".join([*figures, f"{throughput.tokens_per_second:,.0f} tokens/s"])
+
+
+def _compiles(module: L.LightningModule) -> bool:
+    return any(child._compiled_call_impl is not None for child in module.modules())

@@ -1,0 +1,41 @@
+"""What the model writes, as it learns."""
+
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.decoding.sampling import Sampling, generate
+from lit_gpt_scratch.tasks import LanguageModel
+
+
+class Samples(Callback):
+    """After each validation let the model write a document from its beginning, into TensorBoard's text tab.
+
+    Args:
+        tokens: Length of a sample.
+        sampling: How to choose tokens.
+    """
+
+    def __init__(self, tokens: int = 200, sampling: Sampling = Sampling()) -> None:  # noqa: B008 - frozen
+        self.tokens = tokens
+        self.sampling = sampling
+        self.latest = ""
+        """The newest sample."""
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write a sample; the seed is fixed, so that samples of different steps can be compared."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if trainer.sanity_checking or not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText)):
+            return
+        start = data.tokenizer.end_of_text
+        ids = generate(pl_module.net, [start], self.tokens, self.sampling, seed=0, end_of_text=start)
+        self.latest = data.tokenizer.decode(list(ids))
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                # Markdown: four spaces keep text as it is.
+                block = "\n".join("    " + line for line in self.latest.splitlines())
+                logger.experiment.add_text("sample", block, trainer.global_step)
+
+

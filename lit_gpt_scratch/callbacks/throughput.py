@@ -1,0 +1,64 @@
+"""How fast tokens go through."""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lit_gpt_scratch.batch import Batch
+
+
+class Throughput(Callback):
+    """Log ``tokens`` (seen in training so far, over all ranks) and ``tokens_per_second`` at log points.
+
+    The speed is that of training alone since the last log point: validation, sampling and saving are left
+    out, and so is the first step, which compiles.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        """Training tokens over all ranks, the whole run."""
+        self.seconds = 0.0
+        """Seconds of training that ``timed_tokens`` took."""
+        self.timed_tokens = 0
+        self.tokens_per_second = 0.0
+        self._began: float | None = None
+        self._window_tokens = 0
+        self._window_seconds = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Start the clock where validation or the start of the run stopped it."""
+        if self._began is None:
+            self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Count the batch; report at log points."""
+        tokens = batch["input_ids"].numel() * trainer.world_size
+        first = self.tokens == 0
+        self.tokens += tokens
+        now = time.perf_counter()
+        if not first and self._began is not None:
+            self._window_tokens += tokens
+            self._window_seconds += now - self._began
+        self._began = now
+        if trainer.global_step % trainer.log_every_n_steps == 0 and self._window_seconds:
+            self.timed_tokens += self._window_tokens
+            self.seconds += self._window_seconds
+            self.tokens_per_second = self._window_tokens / self._window_seconds
+            self._window_tokens, self._window_seconds = 0, 0.0
+            pl_module.log_dict({"tokens": float(self.tokens), "tokens_per_second": self.tokens_per_second})
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop the clock."""
+        self._began = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tokens so far, so that a resumed run counts on."""
+        return {"tokens": self.tokens}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Count on."""
+        self.tokens = state_dict["tokens"]

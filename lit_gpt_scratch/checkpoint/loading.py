@@ -1,0 +1,53 @@
+"""A checkpoint file back to a model that can be used."""
+
+import pickle
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+NETWORK: Final = "net."
+"""Prefix of the network's weights in a task's state."""
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Everything in a checkpoint, on the CPU; plain data and tensors only, no code is run.
+
+    Raises:
+        UserError: The file is missing or is not a checkpoint.
+    """
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} is not a checkpoint, or is damaged") from error
+    if not isinstance(loaded, dict) or not {KEY, "state_dict"} <= loaded.keys():
+        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch")
+    return loaded
+
+
+def load_model(path: Path) -> tuple[GPT, Tokenizer]:
+    """The network, ready to use, and its tokenizer.
+
+    Raises:
+        UserError: The file is missing, is not a checkpoint, or its parts do not fit together.
+    """
+    checkpoint = load_checkpoint(path)
+    contents = Contents.of(checkpoint)
+    weights = {
+        name.removeprefix(NETWORK): weight
+        for name, weight in checkpoint["state_dict"].items()
+        if name.startswith(NETWORK)
+    }
+    try:
+        model = GPT(GPTConfig(**contents.gpt), contents.vocab_size, contents.block_size)
+        model.load_state_dict(weights)
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
+    return model.eval(), Tokenizer.from_json(contents.tokenizer)

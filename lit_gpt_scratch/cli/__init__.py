@@ -1,0 +1,1 @@
+"""The command line: flags, and a user's mistake as one line."""

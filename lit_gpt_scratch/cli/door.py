@@ -1,0 +1,50 @@
+"""How every door opens and closes. Imports nothing heavy: doors without a trainer start quickly."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from lit_gpt_scratch.errors import UserError
+
+
+def run(door: Callable[[], None]) -> None:
+    """Run a door; a ``UserError`` becomes one line on standard error and exit code 2."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("lit_gpt_scratch")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        door()
+    except UserError as error:
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.exit(2)
+    except BrokenPipeError:  # the reader of standard output has seen enough, as in `generate | head -1`
+        sys.stderr.close()
+        sys.exit(1)
+
+
+class Flags(argparse.ArgumentParser):
+    """Flags of a door that needs no trainer: a mistake is a ``UserError`` like any other."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Argparse would print its usage, several lines of it, before the message."""
+        raise UserError(f"{message} (see --help)")
+
+    def add_checkpoint(self) -> None:
+        """The flags by which a door finds the model it works with."""
+        self.add_argument(
+            "checkpoint",
+            metavar="CKPT",
+            nargs="?",
+            help="a checkpoint file or a run folder; without it, the newest run",
+        )
+        self.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
+        self.add_argument("--experiment", help="look for the newest run in this experiment only")
+        self.add_argument("--device", default="cpu", help="cpu, cuda or mps")

@@ -1,0 +1,197 @@
+"""``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
+
+import logging
+import os
+import shutil
+import sys
+import warnings
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
+from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.callbacks.progress import Progress
+from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.callbacks.summary import Summary
+from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.defaults import default_precision
+from lit_gpt_scratch.tasks import LanguageModel
+
+MAX_STEPS = 1200
+"""Length of the default run."""
+RUN_FOLDER = "LIT_GPT_SCRATCH_RUN_FOLDER"
+"""Processes that a run starts for its other ranks inherit the folder of the first under this name."""
+
+
+class FitCLI(LightningCLI):
+    """Parse flags and configs, build the trainer, the task and the data, and claim a run folder.
+
+    Raises:
+        UserError: Whatever is wrong with flags, configs or files; nothing is left behind then.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        with _user_errors():
+            super().__init__(
+                model_class=LanguageModel,
+                datamodule_class=PackedText,
+                subclass_mode_model=True,
+                subclass_mode_data=True,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={
+                    "max_steps": MAX_STEPS,
+                    "max_epochs": -1,
+                    "precision": default_precision(),
+                    "gradient_clip_val": 1.0,
+                    "log_every_n_steps": 10,
+                    "val_check_interval": 400,
+                    "check_val_every_n_epoch": None,
+                    "num_sanity_val_steps": 0,
+                    "enable_model_summary": False,
+                    "use_distributed_sampler": False,  # the order of windows is the data's own
+                    "callbacks": [Throughput(), Samples(), Progress(), ValidateAtEnd(), Summary()],
+                },
+                parser_kwargs={
+                    "allow_abbrev": False,
+                    "exit_on_error": False,
+                    "description": "Train a GPT on real text. All flags of the model and the data: "
+                    "--model.help LanguageModel, --data.help PackedText.",
+                },
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+                args=args,
+                run=False,
+            )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is not the trainer's, the model's or the data's."""
+        parser.add_argument("--runs", default="runs", help="Folder of all runs.")
+        parser.add_argument("--experiment", default="pretrain", help="Runs are numbered within an experiment.")
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Go on from a checkpoint, in its run folder and with its flags: a file, a run folder, or 'last' "
+            "for the newest run of this experiment.",
+        )
+        parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.set_defaults(
+            {
+                "model": {"class_path": "lit_gpt_scratch.tasks.LanguageModel"},
+                "data": {"class_path": "lit_gpt_scratch.data.PackedText"},
+            }
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
+        flags = list(sys.argv[1:] if args is None else args)
+        self.config = parser.parse_args(flags)
+        self.checkpoint: Path | None = None
+        if self.config.ckpt_path:
+            self.checkpoint = find_checkpoint(
+                self.config.ckpt_path, Path(self.config.runs), self.config.experiment
+            )
+            run = RunFolder.of(self.checkpoint)
+            if run and run.config.is_file():
+                self.config = parser.parse_args(["--config", str(run.config), *flags])
+        # Whoever asks for epochs or for time does not want the default number of steps to cut them short.
+        trainer = self.config.trainer
+        if (trainer.max_epochs not in (None, -1) or trainer.max_time) and trainer.max_steps == MAX_STEPS:
+            trainer.max_steps = -1
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        """Build the trainer; its own complaints about flags are the user's to read."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError) as error:  # e.g. an unknown strategy
+            raise UserError(f"trainer: {error}") from error
+
+    def fit(self) -> None:
+        """Prepare the data, claim the run folder, train.
+
+        Raises:
+            UserError: Data, folder or checkpoint are unusable; a folder claimed for this run is removed.
+        """
+        with _user_errors():
+            checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint else None
+            self._refuse_finished(checkpoint)
+            # Before there is a folder, so that unusable data leaves none behind.
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+            resumed = RunFolder.of(self.checkpoint) if self.checkpoint else None
+            folder = resumed or self._claim()
+            if self.trainer.loggers and self.config.trainer.logger is None and not self.trainer.fast_dev_run:
+                self.trainer.logger = TensorBoardLogger(
+                    self.config.runs, name=folder.path.parent.name, version=folder.version, default_hp_metric=False
+                )
+        try:
+            with _user_errors():
+                self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
+        except UserError:
+            if resumed is None and rank_zero_only.rank == 0 and not self.trainer.global_step:
+                shutil.rmtree(folder.path, ignore_errors=True)
+            raise
+
+    def _claim(self) -> RunFolder:
+        if RUN_FOLDER not in os.environ:
+            os.environ[RUN_FOLDER] = str(RunFolder.claim(Path(self.config.runs), self.config.experiment).path)
+        return RunFolder(Path(os.environ[RUN_FOLDER]))
+
+    def _refuse_finished(self, checkpoint: dict[str, Any] | None) -> None:
+        if checkpoint and 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+            raise UserError(
+                f"{self.checkpoint} has all {checkpoint['global_step']} steps of its run; "
+                f"to go on, give more: --trainer.max_steps {2 * checkpoint['global_step']}"
+            )
+
+
+def main(args: ArgsType = None) -> None:
+    """The door ``fit``."""
+    _quieten()
+    FitCLI(args).fit()
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Turn what the libraries raise for a user's mistake into one line that names the flag."""
+    try:
+        yield
+    except (ArgumentError, MisconfigurationException) as error:
+        raise UserError(_root_message(error)) from error
+
+
+def _root_message(error: BaseException) -> str:
+    """The innermost reason of a chain of errors, behind the keys that lead to it."""
+    keys: list[str] = []
+    while True:
+        inside = error.__cause__ or error.__context__
+        if inside is None:
+            break
+        message = str(error)
+        if 'key "' in message:
+            keys.append(message.split('key "', 1)[1].split('"', 1)[0])
+        error = inside
+    where = ".".join(keys)
+    return f"{where}: {error}" if where else str(error)
+
+
+def _quieten() -> None:
+    """Keep the console to what a user can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # A memory map needs no loader processes; the seed is reported in config.yaml.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

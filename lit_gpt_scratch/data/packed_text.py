@@ -1,0 +1,203 @@
+"""Text as packed windows of tokens: the data of pretraining."""
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from platformdirs import user_cache_path
+from torch.utils.data import DataLoader
+
+from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.data.packing import Windows
+from lit_gpt_scratch.data.sampler import EveryWindow, WindowOrder
+from lit_gpt_scratch.data.token_store import Recipe, TokenStore
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.sources import STDLIB
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+class PackedText(L.LightningDataModule):
+    """Documents, split, tokenised and packed into windows.
+
+    Args:
+        source: ``stdlib`` (this Python's own standard library), a UTF-8 text file, or a folder of them.
+        vocab_size: Tokens of the byte-level BPE that is trained on the training documents.
+        tokenizer: A ``tokenizer.json`` to use instead of training one.
+        block_size: Tokens in a window.
+        batch_size: Windows per data-parallel rank and micro-batch.
+        tokens_per_step: Tokens per optimizer step over all ranks; gradients of several micro-batches are
+            accumulated to reach it. By default a step is one micro-batch.
+        validation_share: Share of the documents that is held out; of a single document, the share of its end.
+        num_workers: Processes that load batches beside the training; 0 loads in the training process,
+            which for memory-mapped tokens costs next to nothing.
+        cache: Folder for prepared tokens; by default one in the user's cache folder.
+        seed: Seed of the order of windows; by default that of ``seed_everything``.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    def __init__(
+        self,
+        source: str = STDLIB,
+        vocab_size: int = 1024,
+        tokenizer: str | None = None,
+        block_size: int = 256,
+        batch_size: int = 8,
+        tokens_per_step: int | None = None,
+        validation_share: float = 0.05,
+        num_workers: int = 0,
+        cache: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        positive = {
+            "vocab_size": vocab_size,
+            "block_size": block_size,
+            "batch_size": batch_size,
+            "tokens_per_step": tokens_per_step,
+        }
+        for name, value in positive.items():
+            if value is not None and value < 1:
+                raise UserError(f"data.{name} is {value}; it must be positive")
+        if num_workers < 0:
+            raise UserError(f"data.num_workers is {num_workers}; it must be 0 or more")
+        if not 0.0 < validation_share < 1.0:
+            raise UserError(f"data.validation_share is {validation_share}; it must lie between 0 and 1")
+        self.recipe = Recipe(source, vocab_size, tokenizer, validation_share)
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.tokens_per_step = tokens_per_step
+        self.num_workers = num_workers
+        self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
+        self.seed = seed
+        self._store: TokenStore | None = None
+
+    @property
+    def store(self) -> TokenStore:
+        """The prepared corpus, made on first use."""
+        if self._store is None:
+            self._store = self.recipe.prepare(self.cache)
+        return self._store
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return self.store.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, as trained: it can be below what was asked for on a short text."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """Bytes of text that each token id stands for."""
+        return self.tokenizer.token_bytes()
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the text of its file; checkpoints embed it."""
+        return self.tokenizer.to_json()
+
+    def prepare_data(self) -> None:
+        """Tokenise the corpus unless a store of it exists."""
+        _ = self.store
+
+    def setup(self, stage: str) -> None:
+        """Cut the windows, and settle how many micro-batches make a step.
+
+        Raises:
+            UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
+        """
+        store = self.store
+        self.train_windows = Windows(store.train, self.block_size)
+        self.validation_windows = Windows(store.validation, self.block_size, whole=True)
+        if not len(self.train_windows):
+            raise UserError(
+                f"{self.recipe.source} has {store.train.n_tokens} tokens for training, fewer than one window of "
+                f"{self.block_size}; name more text, or lower --data.block_size"
+            )
+        batch = self.batch_size * self._shard()["num_replicas"]
+        if len(self.train_windows) < batch:
+            raise UserError(
+                f"{self.recipe.source} has {len(self.train_windows)} windows of {self.block_size} tokens for "
+                f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size"
+            )
+        if not len(self.validation_windows):
+            raise UserError(
+                f"{self.recipe.source} leaves nothing to validate on; name more text, or raise --data.validation_share"
+            )
+        if stage == "fit" and self.tokens_per_step is not None:
+            self._accumulate(self.tokens_per_step, batch * self.block_size)
+
+    def _accumulate(self, tokens_per_step: int, tokens_per_batch: int) -> None:
+        if tokens_per_step % tokens_per_batch:
+            raise UserError(
+                f"data.tokens_per_step ({tokens_per_step}) is not a multiple of the {tokens_per_batch} tokens of a "
+                f"micro-batch (block_size x batch_size x ranks)"
+            )
+        batches = tokens_per_step // tokens_per_batch
+        if self.trainer is None:
+            return
+        if self.trainer.accumulate_grad_batches not in (1, batches):
+            raise UserError(
+                f"data.tokens_per_step asks for {batches} micro-batches a step, trainer.accumulate_grad_batches for "
+                f"{self.trainer.accumulate_grad_batches}; give only one of them"
+            )
+        self.trainer.accumulate_grad_batches = batches
+
+    def _shard(self) -> dict[str, int]:
+        """Which part of the data is this process's; ranks of a tensor-parallel group share theirs."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches in the order of ``WindowOrder``, from where the trainer stands."""
+        shard = self._shard()
+        steps = len(self.train_windows) // (self.batch_size * shard["num_replicas"])
+        epoch, step = 0, 0
+        if self.trainer is not None:
+            # Restored from a checkpoint before the loader is asked for. Batches of an unfinished epoch that
+            # were delivered are not delivered again; an epoch that was just finished rolls over.
+            loop = self.trainer.fit_loop
+            epoch, step = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+            if step >= min(steps, self.trainer.num_training_batches):
+                epoch, step = epoch + 1, 0
+        order = WindowOrder(
+            n_windows=len(self.train_windows),
+            batch_size=self.batch_size,
+            seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
+            rank=shard["rank"],
+            world_size=shard["num_replicas"],
+            start=(epoch, step),
+        )
+        return self._loader(self.train_windows, order)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every validation window once."""
+        shard = self._shard()
+        return self._loader(
+            self.validation_windows, EveryWindow(len(self.validation_windows), shard["rank"], shard["num_replicas"])
+        )
+
+    def _loader(self, windows: Windows, order: WindowOrder | EveryWindow) -> DataLoader[Batch]:
+        return DataLoader(
+            windows,
+            batch_size=self.batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )
+
+
+def _as_is(batch: Any) -> Any:
+    """``Windows`` makes whole batches: nothing is left to collate."""
+    return batch

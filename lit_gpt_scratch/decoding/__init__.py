@@ -1,0 +1,1 @@
+"""Logits to the next token, and the loop that writes text."""

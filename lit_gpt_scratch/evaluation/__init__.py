@@ -1,0 +1,1 @@
+"""Scoring a text with a model, and without one."""

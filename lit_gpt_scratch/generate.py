@@ -1,0 +1,1 @@
+"""``python -m lit_gpt_scratch.generate [CKPT] --prompt TEXT``: let a trained model write."""

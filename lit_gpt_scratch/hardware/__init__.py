@@ -1,0 +1,1 @@
+"""What a Trainer flag needs behind it: what this machine can do, and what suits it."""

@@ -1,0 +1,54 @@
+"""Causal self-attention: multi-head, grouped-query and multi-query in one class."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_gpt_scratch.model.config import GPTConfig
+from lit_gpt_scratch.model.layers import RMSNorm
+from lit_gpt_scratch.model.positions import Position
+
+
+class Attention(nn.Module):
+    """Every token looks back at itself and the tokens before it.
+
+    Heads share keys and values in groups of ``n_head / n_kv_head``::
+
+        n_head = 4    n_kv_head = 4       n_kv_head = 2       n_kv_head = 1
+        queries       q  q  q  q          q  q  q  q          q  q  q  q
+                      |  |  |  |          \\  /  \\  /           \\  \\  /  /
+        keys, values  kv kv kv kv          kv    kv                kv
+                      multi-head          grouped-query       multi-query
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.kv_heads
+        self.head_dim = config.head_width
+        self.dropout = config.dropout
+        self.query = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=False)
+        self.key = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.value = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=False)
+        self.output = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=False)
+        self.query_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, position: Position) -> Tensor:
+        """x: (B, T, n_embd) -> (B, T, n_embd)."""
+        B, T, _ = x.shape
+        q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.key(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = self.value(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        q = position.rotate(self.query_norm(q))
+        k = position.rotate(self.key_norm(k))
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            is_causal=True,
+            dropout_p=self.dropout if self.training else 0.0,
+            enable_gqa=self.n_kv_head != self.n_head,
+        )  # (B, n_head, T, head_dim)
+        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
+        out: Tensor = self.output(y)  # (B, T, n_embd)
+        return out

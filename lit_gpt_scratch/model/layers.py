@@ -1,0 +1,71 @@
+"""The parts of a block that look at one token at a time: normalisation and the feed-forward layers."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lit_gpt_scratch.model.config import GPTConfig
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square, scale by a learned gain (https://arxiv.org/abs/1910.07467).
+
+    The statistic is taken in float32 whatever the input's type, as Llama and Qwen do.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., width) -> (..., width), same dtype."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return (wide * self.weight).type_as(x)
+
+
+class FeedForward(nn.Module):
+    """Widen, bend, narrow: ``output(activation(input(x)))``. Subclasses say how to bend."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.input = nn.Linear(config.n_embd, config.ffn_width, bias=False)
+        self.output = nn.Linear(config.ffn_width, config.n_embd, bias=False)
+
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x: (B, T, n_embd), hidden: (B, T, ffn_dim) -> (B, T, ffn_dim)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, n_embd) -> (B, T, n_embd)."""
+        out: Tensor = self.output(self.activation(x, self.input(x)))
+        return out
+
+
+class GELU(FeedForward):
+    """GPT-2's: the Gaussian error linear unit in its tanh form (https://arxiv.org/abs/1606.08415)."""
+
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.gelu(hidden, approximate="tanh")
+
+
+class ReLU2(FeedForward):
+    """Squared ReLU (https://arxiv.org/abs/2109.08668)."""
+
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.relu(hidden).square()
+
+
+class SwiGLU(FeedForward):
+    """A third matrix makes a gate for each hidden channel (https://arxiv.org/abs/2002.05202)."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__(config)
+        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=False)
+
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * hidden
+
+
+FEED_FORWARD: dict[str, type[FeedForward]] = {"gelu": GELU, "relu2": ReLU2, "swiglu": SwiGLU}

@@ -1,0 +1,72 @@
+"""The decoder-only transformer: token ids in, logits of the next token out."""
+
+import torch
+from torch import Tensor, nn
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.block import Block
+from lit_gpt_scratch.model.config import GPTConfig
+from lit_gpt_scratch.model.layers import RMSNorm
+from lit_gpt_scratch.model.positions import build_position
+
+
+class GPT(nn.Module):
+    """A language model from scratch.
+
+    Args:
+        config: The architecture.
+        vocab_size: Number of token ids.
+        block_size: The longest window, in tokens.
+    """
+
+    def __init__(self, config: GPTConfig, vocab_size: int, block_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vocab_size = vocab_size
+        self.block_size = block_size
+        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position = build_position(config, block_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.n_embd)
+        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self) -> None:
+        """Draw the weights. Whatever writes to the residual stream or to the logits starts at zero.
+
+        Blocks then begin as the identity and the loss as exactly ln(vocab_size): the model starts from
+        "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=module.in_features**-0.5)
+        for block in self.blocks:
+            nn.init.zeros_(block.attention.output.weight)
+            nn.init.zeros_(block.feed_forward.output.weight)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of the token after each position.
+
+        Args:
+            input_ids: (B, T) int64 with T at most ``block_size``.
+
+        Returns:
+            (B, T, vocab_size) float32.
+
+        Raises:
+            UserError: The window is longer than the model's context.
+        """
+        if input_ids.size(1) > self.block_size:
+            raise UserError(f"{input_ids.size(1)} tokens do not fit into a context of {self.block_size}")
+        x = self.dropout(self.position.embed(self.embedding(input_ids)))  # (B, T, n_embd)
+        for block in self.blocks:
+            x = block(x, self.position)
+        logits: Tensor = self.head(self.norm(x)).float()  # (B, T, vocab_size)
+        if self.config.logit_softcap is not None:
+            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
+        return logits

@@ -1,0 +1,1 @@
+"""Tensors to losses and metrics; knows nothing of models or training loops."""

@@ -1,0 +1,22 @@
+"""How surprised a model is by the tokens that really came."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.batch import IGNORED
+
+
+def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of the labels, and how many there were.
+
+    Args:
+        logits: (B, T, vocab_size) float.
+        labels: (B, T) int64; positions of ``IGNORED`` (-100) count for nothing.
+
+    Returns:
+        The sum in nats (float32 scalar) and the number of counted labels (int64 scalar). Their ratio is
+        the mean loss; kept apart they add up right over batches of different size.
+    """
+    flat, target = logits.flatten(0, 1).float(), labels.flatten()  # (B * T, vocab_size), (B * T,)
+    nats = F.cross_entropy(flat, target, ignore_index=IGNORED, reduction="sum")
+    return nats, (target != IGNORED).sum()

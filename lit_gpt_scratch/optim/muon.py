@@ -1,0 +1,117 @@
+"""Muon for matrices and AdamW for the rest, in one optimizer object.
+
+One object, because two would force Lightning into manual optimization, which gives up clipping,
+accumulation and an honest ``global_step``.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import Optimizer
+
+# Keller Jordan's quintic: five rounds bring any singular value into about [0.7, 1.2], which trains as well
+# as exactly 1 and needs no decomposition.
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ROUNDS = 5
+
+
+def orthogonalise(matrices: Tensor, rounds: int = ROUNDS) -> Tensor:
+    """The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration.
+
+    Singular vectors are kept and singular values brought near 1: a step that moves every direction alike.
+
+    Args:
+        matrices: (N, rows, columns) float; a zero matrix stays zero.
+        rounds: Iterations.
+
+    Returns:
+        (N, rows, columns) bfloat16; the iteration is stable in it (https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = NEWTON_SCHULZ
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the products below are rows x rows: keep them small
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # spectral norm is at most this norm
+    for _ in range(rounds):
+        gram = x @ x.mT  # (N, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(Optimizer):
+    """Every group names its ``rule``: ``muon`` (matrices only) or ``adamw``.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal,
+    scaled by sqrt(max(1, rows / columns)). Matrices of one shape are made orthogonal in one batch.
+    AdamW (https://arxiv.org/abs/1711.05101): PyTorch's own fused kernel.
+
+    Args:
+        groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` or
+            ``betas`` and ``eps`` for ``adamw``.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+        for group in self.param_groups:
+            if group["rule"] == "muon" and any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("muon updates matrices only")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["rule"] == "muon" else self._adamw)(parameters, group)
+        return loss
+
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            shapes[p.shape].append(p)
+        for shape, alike in shapes.items():
+            gradients = [p.grad for p in alike if p.grad is not None]
+            momenta = [self._state(p, "momentum")["momentum"] for p in alike]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            updates = orthogonalise(torch.stack(ahead)).to(alike[0].dtype)  # (N, rows, columns)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(alike, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+        adamw(
+            parameters,
+            [p.grad for p in parameters if p.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=parameters[0].device.type in ("cpu", "cuda", "mps"),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, parameter: Tensor, *names: str) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return state

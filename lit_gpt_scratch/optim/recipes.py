@@ -1,0 +1,125 @@
+"""Optimizers by name, with their hyperparameters: what ``--model.optimizer NAME`` chooses from.
+
+A recipe is plain numbers until a model is there to build the optimizer for. A default of ``None`` means
+"this recipe's own": a config that swaps the class keeps arguments of the same name, and a learning rate of
+Muon would ruin AdamW.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.optim.groups import parameter_groups
+from lit_gpt_scratch.optim.muon import MuonAdamW
+
+
+class OptimizerRecipe(ABC):
+    """Settings that become an optimizer once the model exists."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer for the model's trainable parameters."""
+
+    def check(self) -> None:
+        """Refuse numbers that no optimizer can work with.
+
+        Raises:
+            UserError: A learning rate is not positive, or another setting is out of its range.
+        """
+        for name, value in vars(self).items():
+            if name.endswith("lr") and not value > 0:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be positive")
+            if name == "weight_decay" and value < 0:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be 0 or more")
+            if name in ("beta1", "beta2", "momentum") and not 0 <= value < 1:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be at least 0 and below 1")
+
+
+class AdamW(OptimizerRecipe):
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101) for all parameters.
+
+    Args:
+        lr: Peak learning rate; 3e-3 by default, which suits small models.
+        weight_decay: Pull towards zero, on matrices and tables; gains and biases are left alone.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of their squares.
+    """
+
+    def __init__(
+        self, lr: float | None = None, weight_decay: float | None = None, beta1: float = 0.9, beta2: float = 0.95
+    ) -> None:
+        self.lr = 3e-3 if lr is None else lr
+        self.weight_decay = 0.1 if weight_decay is None else weight_decay
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.check()
+
+    def build(self, model: nn.Module) -> Optimizer:
+        groups = parameter_groups(model)
+        decayed = groups.matrices + groups.tables
+        return torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": self.weight_decay},
+                {"params": groups.vectors, "weight_decay": 0.0},
+            ],
+            lr=self.lr,
+            betas=(self.beta1, self.beta2),
+            fused=all(p.device.type in ("cpu", "cuda", "mps") for p in decayed),
+        )
+
+
+class Muon(OptimizerRecipe):
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head, gains and biases.
+
+    Args:
+        lr: Peak learning rate of Muon; 0.02 by default.
+        weight_decay: Decoupled weight decay of the matrices; 0 by default.
+        momentum: Muon's momentum.
+        adamw_lr: Peak learning rate of AdamW.
+        beta1: AdamW's decay of the mean of gradients.
+        beta2: AdamW's decay of the mean of their squares.
+    """
+
+    def __init__(
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        momentum: float = 0.95,
+        adamw_lr: float = 3e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+    ) -> None:
+        self.lr = 0.02 if lr is None else lr
+        self.weight_decay = 0.0 if weight_decay is None else weight_decay
+        self.momentum = momentum
+        self.adamw_lr = adamw_lr
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.check()
+
+    def build(self, model: nn.Module) -> Optimizer:
+        groups = parameter_groups(model)
+        rest: dict[str, Any] = {
+            "rule": "adamw",
+            "lr": self.adamw_lr,
+            "betas": (self.beta1, self.beta2),
+            "eps": 1e-8,
+            "weight_decay": 0.0,
+        }
+        return MuonAdamW(
+            [
+                {
+                    "rule": "muon",
+                    "params": groups.matrices,
+                    "lr": self.lr,
+                    "momentum": self.momentum,
+                    "weight_decay": self.weight_decay,
+                },
+                {"params": groups.tables, **rest},
+                {"params": groups.vectors, **rest},
+            ]
+        )

@@ -1,0 +1,5 @@
+"""The LightningModules: what is learned, from which batches, by which optimizer."""
+
+from lit_gpt_scratch.tasks.language_model import LanguageModel
+
+__all__ = ["LanguageModel"]

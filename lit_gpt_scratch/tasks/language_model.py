@@ -1,0 +1,157 @@
+"""Next-token prediction: pretraining, and whatever else learns from labelled tokens."""
+
+import logging
+from dataclasses import asdict
+from typing import Any, Protocol, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.optimizer import Optimizer
+
+from lit_gpt_scratch.batch import IGNORED, Batch
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents, refuse_other_model, refuse_other_tokenizer
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.defaults import why_not_compile
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
+from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
+
+log = logging.getLogger(__name__)
+
+
+class TokenData(Protocol):
+    """What the task reads from the data module, once that is set up."""
+
+    vocab_size: int
+    block_size: int
+    token_bytes: list[int]
+    tokenizer_json: str
+
+
+class LanguageModel(L.LightningModule):
+    """A GPT that learns to predict the next token.
+
+    Arguments are only stored here. The network is built in ``configure_model``, when the trainer knows
+    its hardware and the data module its vocabulary.
+
+    Args:
+        gpt: The architecture.
+        optimizer: Which optimizer, with its learning rate.
+        schedule: The learning rate over the run.
+        compile: Compile the network with ``torch.compile``; by default wherever that can work.
+    """
+
+    net: GPT
+    token_bytes: Tensor
+
+    def __init__(
+        self,
+        gpt: GPTConfig = GPTConfig(),  # noqa: B008 - frozen, so that it can be shared
+        optimizer: OptimizerRecipe = Muon(),  # noqa: B008 - an instance, so that --model.optimizer.lr works
+        schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        compile: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.gpt = gpt
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.compile_network = compile
+        self.likelihood = LikelihoodMetric()
+        self.total_steps = float("inf")
+
+    @property
+    def data(self) -> TokenData:
+        """The data module.
+
+        Raises:
+            UserError: The trainer was given bare loaders, which do not know their vocabulary.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if data is None:
+            raise UserError("LanguageModel learns its vocabulary from a data module: trainer.fit(model, datamodule)")
+        return cast(TokenData, data)
+
+    def configure_model(self) -> None:
+        """Build the network for the data's vocabulary and window; a second call changes nothing."""
+        if hasattr(self, "net"):
+            return
+        self.net = GPT(self.gpt, self.data.vocab_size, self.data.block_size)
+        self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
+
+    def on_fit_start(self) -> None:
+        """Compile the network in place, so that names in checkpoints stay the same."""
+        reason = why_not_compile(self.device)
+        if self.compile_network is None and reason:
+            log.info("running without torch.compile: %s", reason)
+        if self.compile_network if self.compile_network is not None else reason is None:
+            self.net.compile()
+
+    def on_train_start(self) -> None:
+        """Learn how long the run is.
+
+        Not earlier: asking for it loads the training data, and that has to wait until a resumed trainer
+        knows where it stands.
+        """
+        self.total_steps = self.trainer.estimated_stepping_batches
+        # A resumed run continues its sums, a new one starts them.
+        self._nats = torch.zeros((), device=self.device)
+        self._tokens = torch.zeros((), device=self.device, dtype=torch.int64)
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The recipe's optimizer, with the schedule stepped after every update."""
+        optimizer = self.optimizer.build(self.net)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits of the next token: (B, T) int64 -> (B, T, vocab_size) float32."""
+        logits: Tensor = self.net(input_ids)
+        return logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch's labels, in nats per token."""
+        nats, tokens = token_nats(self(batch["input_ids"]), batch["labels"])
+        self._nats += nats.detach()
+        self._tokens += tokens
+        return nats / tokens
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step's loss over all its micro-batches, at log points alone: reading costs a sync."""
+        step = self.trainer.global_step
+        if step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0:
+            sums = torch.stack((self._nats, self._tokens.float()))
+            nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[misc]
+            gradients = [p.grad for p in self.parameters() if p.grad is not None]
+            self.log("train/loss", nats / tokens)
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+        self._nats.zero_()
+        self._tokens.zero_()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add the batch to the likelihood."""
+        labels = batch["labels"]
+        nats, tokens = token_nats(self(batch["input_ids"]), labels)
+        self.likelihood.update(nats, tokens, self.token_bytes[labels[labels != IGNORED]].sum())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log loss, perplexity and bits per byte of the whole validation text."""
+        for name, value in self.likelihood.compute().items():
+            self.log(f"val/{name}", value)
+        self.likelihood.reset()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what is needed to use the weights without this run: shape and tokenizer, as plain data."""
+        checkpoint[KEY] = asdict(
+            Contents(asdict(self.gpt), self.data.vocab_size, self.data.block_size, self.data.tokenizer_json)
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights of another shape or another tokenizer, by name."""
+        contents = Contents.of(checkpoint)
+        refuse_other_model(contents, asdict(self.gpt), self.data.vocab_size, self.data.block_size)
+        refuse_other_tokenizer(contents, self.data.tokenizer_json)

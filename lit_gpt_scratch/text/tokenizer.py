@@ -1,0 +1,112 @@
+"""Byte-level byte-pair encoding: train one, load one, text to ids and back."""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Final
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from lit_gpt_scratch.errors import UserError
+
+END_OF_TEXT: Final = "<|endoftext|>"
+"""Stands before every document: it ends the last one, and means "begin" to a model that generates."""
+
+
+class Tokenizer:
+    """Text to token ids and back, without loss for any string.
+
+    A thin hand on a ``tokenizers`` file, which is also what other tools read.
+
+    Args:
+        backend: A byte-level tokenizer that knows ``<|endoftext|>``.
+    """
+
+    def __init__(self, backend: Backend) -> None:
+        end_of_text = backend.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
+        # A document that happens to contain "<|endoftext|>" must not be able to end itself.
+        backend.encode_special_tokens = True
+        backend.no_padding()
+        backend.no_truncation()
+        self._backend = backend
+        self.end_of_text: int = end_of_text
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn merges from texts: every byte, ``<|endoftext|>``, then the most frequent pairs.
+
+        Raises:
+            UserError: ``vocab_size`` has no room for the 256 bytes and the end of text.
+        """
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size < len(alphabet) + 1:
+            raise UserError(f"data.vocab_size is {vocab_size}; bytes and end of text alone are {len(alphabet) + 1}")
+        backend = Backend(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=sorted(alphabet),
+            show_progress=False,
+        )
+        backend.train_from_iterator(texts, trainer)
+        return cls(backend)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Read a ``tokenizer.json``.
+
+        Raises:
+            UserError: The file is missing or is no tokenizer.
+        """
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, UserError) as error:
+            raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
+
+    @classmethod
+    def from_json(cls, text: str) -> "Tokenizer":
+        """The inverse of ``to_json``."""
+        try:
+            backend = Backend.from_str(text)
+        except Exception as error:  # the library raises nothing narrower than Exception
+            raise UserError(f"not a tokenizer: {error}") from error
+        return cls(backend)
+
+    def to_json(self) -> str:
+        """The whole tokenizer as the text of a ``tokenizer.json``."""
+        text: str = self._backend.to_str(pretty=False)
+        return text
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids; it can be below what was asked for when the texts have too few pairs."""
+        size: int = self._backend.get_vocab_size()
+        return size
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without an end of text."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_many(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """``encode`` for each text, on all cores."""
+        for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
+            yield encoding.ids
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of some ids; bytes that form no UTF-8 show as U+FFFD, an end of text as itself."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+    def token_bytes(self) -> list[int]:
+        """For every id, how many bytes of text it stands for; 0 for the end of text."""
+        # In a byte-level vocabulary each character of a token is one byte.
+        special = set(self._backend.get_added_tokens_decoder())
+        return [
+            0 if token_id in special else len(self._backend.id_to_token(token_id))
+            for token_id in range(self.vocab_size)
+        ]
