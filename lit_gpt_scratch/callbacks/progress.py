@@ -43,7 +43,12 @@ class Progress(ProgressBar):
         self._shown_tenth = 0
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
-                total=self._total, initial=trainer.global_step, unit="step", dynamic_ncols=True, smoothing=0.1, leave=True
+                total=self._total,
+                initial=trainer.global_step,
+                unit="step",
+                dynamic_ncols=True,
+                smoothing=0.1,
+                leave=True,
             )
         if self._enabled and not trainer.global_step:
             log.info("first step%s", " (compiling, this once)" if _compiles(pl_module) else "")

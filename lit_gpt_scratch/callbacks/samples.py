@@ -1,6 +1,5 @@
 """What the model writes, as it learns."""
 
-
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -37,5 +36,3 @@ class Samples(Callback):
                 # Markdown: four spaces keep text as it is.
                 block = "\n".join("    " + line for line in self.latest.splitlines())
                 logger.experiment.add_text("sample", block, trainer.global_step)
-
-

@@ -3,8 +3,9 @@
 import json
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -28,16 +29,20 @@ class Summary(Callback):
     Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
     """
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ask for the folder on every rank: the first one tells the others."""
+        self.folder = RunFolder(Path(trainer.log_dir)) if trainer.log_dir else None
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, say what is about to be trained, and store the tokenizer."""
+        """Start the clock, and store the tokenizer."""
         self._began = time.perf_counter()
         data = trainer.datamodule  # type: ignore[attr-defined]
-        if trainer.is_global_zero and trainer.log_dir and isinstance(data, PackedText):
-            Path(trainer.log_dir, "tokenizer.json").write_text(data.tokenizer_json, encoding="utf-8")
+        if trainer.is_global_zero and self.folder and isinstance(data, PackedText):
+            (self.folder.path / "tokenizer.json").write_text(data.tokenizer_json, encoding="utf-8")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary and say it."""
-        if not trainer.is_global_zero or not trainer.log_dir:
+        if not trainer.is_global_zero or self.folder is None:
             return
         throughput = _one(trainer, Throughput)
         seconds = time.perf_counter() - self._began
@@ -50,15 +55,13 @@ class Summary(Callback):
             "tokens_per_second": throughput.timed_tokens / throughput.seconds if throughput.seconds else None,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
         }
-        folder = RunFolder(Path(trainer.log_dir))
-        (folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        self._say(summary, _one(trainer, Samples).latest, folder)
+        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        self._say(summary, _one(trainer, Samples).latest, self.folder)
 
-    def _say(self, summary: dict[str, object], sample: str, folder: RunFolder) -> None:
+    def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder) -> None:
         bits = summary.get("val/bits_per_byte")
         if isinstance(bits, float):
-            baselines = summary["baselines"]
-            beside = "".join(f", {name} {value:.3f}" for name, value in dict(baselines).items())  # type: ignore[call-overload]
+            beside = "".join(f", {name} {value:.3f}" for name, value in summary["baselines"].items())
             log.info("\nbits per byte of the validation text: this model %.3f%s", bits, beside)
         if sample:
             log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.splitlines()))
@@ -71,7 +74,7 @@ class Summary(Callback):
             folder.path,
             folder.path,
             folder.path,
-            2 * int(str(summary["step"])),
+            2 * summary["step"],
             folder.path.parent.parent,
         )
 

@@ -27,7 +27,9 @@ class Throughput(Callback):
         self._window_tokens = 0
         self._window_seconds = 0.0
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """Start the clock where validation or the start of the run stopped it."""
         if self._began is None:
             self._began = time.perf_counter()
@@ -44,7 +46,8 @@ class Throughput(Callback):
             self._window_tokens += tokens
             self._window_seconds += now - self._began
         self._began = now
-        if trainer.global_step % trainer.log_every_n_steps == 0 and self._window_seconds:
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
+        if trainer.global_step % every == 0 and self._window_seconds:
             self.timed_tokens += self._window_tokens
             self.seconds += self._window_seconds
             self.tokens_per_second = self._window_tokens / self._window_seconds

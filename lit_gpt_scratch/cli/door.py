@@ -5,9 +5,13 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_gpt_scratch.errors import UserError
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model import GPT
+    from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
 def run(door: Callable[[], None]) -> None:
@@ -48,3 +52,20 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
         self.add_argument("--experiment", help="look for the newest run in this experiment only")
         self.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+
+
+def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
+    """The model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
+
+    Raises:
+        UserError: There is no such checkpoint, or no such device.
+    """
+    from lit_gpt_scratch.checkpoint.loading import load_model
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+
+    model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment))
+    try:
+        return model.to(given.device), tokenizer
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"argument --device: cannot use {given.device} ({reason})") from error

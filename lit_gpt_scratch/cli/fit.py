@@ -1,7 +1,6 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
 import logging
-import os
 import shutil
 import sys
 import warnings
@@ -14,7 +13,6 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
 from lit_gpt_scratch.callbacks.progress import Progress
@@ -29,10 +27,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision
 from lit_gpt_scratch.tasks import LanguageModel
 
-MAX_STEPS = 1200
+MAX_STEPS = 900
 """Length of the default run."""
-RUN_FOLDER = "LIT_GPT_SCRATCH_RUN_FOLDER"
-"""Processes that a run starts for its other ranks inherit the folder of the first under this name."""
 
 
 class FitCLI(LightningCLI):
@@ -57,7 +53,7 @@ class FitCLI(LightningCLI):
                     "precision": default_precision(),
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
-                    "val_check_interval": 400,
+                    "val_check_interval": 300,
                     "check_val_every_n_epoch": None,
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,
@@ -101,9 +97,7 @@ class FitCLI(LightningCLI):
         self.config = parser.parse_args(flags)
         self.checkpoint: Path | None = None
         if self.config.ckpt_path:
-            self.checkpoint = find_checkpoint(
-                self.config.ckpt_path, Path(self.config.runs), self.config.experiment
-            )
+            self.checkpoint = find_checkpoint(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
             run = RunFolder.of(self.checkpoint)
             if run and run.config.is_file():
                 self.config = parser.parse_args(["--config", str(run.config), *flags])
@@ -131,24 +125,26 @@ class FitCLI(LightningCLI):
             # Before there is a folder, so that unusable data leaves none behind.
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-            resumed = RunFolder.of(self.checkpoint) if self.checkpoint else None
-            folder = resumed or self._claim()
-            if self.trainer.loggers and self.config.trainer.logger is None and not self.trainer.fast_dev_run:
-                self.trainer.logger = TensorBoardLogger(
-                    self.config.runs, name=folder.path.parent.name, version=folder.version, default_hp_metric=False
-                )
+            folder = RunFolder.of(self.checkpoint) if self.checkpoint else None
+            claimed = None
+            if folder is None and self.trainer.is_global_zero:
+                folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
+            if self.trainer.loggers and self.config.trainer.logger is None and not self.config.trainer.fast_dev_run:
+                self.trainer.logger = self._logger(folder)
         try:
             with _user_errors():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
         except UserError:
-            if resumed is None and rank_zero_only.rank == 0 and not self.trainer.global_step:
-                shutil.rmtree(folder.path, ignore_errors=True)
+            if claimed and not self.trainer.global_step:
+                shutil.rmtree(claimed.path, ignore_errors=True)
             raise
 
-    def _claim(self) -> RunFolder:
-        if RUN_FOLDER not in os.environ:
-            os.environ[RUN_FOLDER] = str(RunFolder.claim(Path(self.config.runs), self.config.experiment).path)
-        return RunFolder(Path(os.environ[RUN_FOLDER]))
+    def _logger(self, folder: RunFolder | None) -> TensorBoardLogger:
+        """TensorBoard in the run's folder; other ranks than the first write nothing and ask it where it is."""
+        if folder is None:
+            return TensorBoardLogger(self.config.runs, name=self.config.experiment, version="of the first rank")
+        path = folder.path
+        return TensorBoardLogger(path.parent.parent, path.parent.name, folder.version, default_hp_metric=False)
 
     def _refuse_finished(self, checkpoint: dict[str, Any] | None) -> None:
         if checkpoint and 0 < self.trainer.max_steps <= checkpoint["global_step"]:
@@ -194,4 +190,6 @@ def _quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # A memory map needs no loader processes; the seed is reported in config.yaml.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 under torch 2.13.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")

@@ -166,7 +166,8 @@ class PackedText(L.LightningDataModule):
             # Restored from a checkpoint before the loader is asked for. Batches of an unfinished epoch that
             # were delivered are not delivered again; an epoch that was just finished rolls over.
             loop = self.trainer.fit_loop
-            epoch, step = loop.epoch_progress.current.processed, loop.epoch_loop.batch_progress.current.ready
+            epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared on a base class
+            step = loop.epoch_loop.batch_progress.current.ready
             if step >= min(steps, self.trainer.num_training_batches):
                 epoch, step = epoch + 1, 0
         order = WindowOrder(
@@ -182,9 +183,8 @@ class PackedText(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[Batch]:
         """Every validation window once."""
         shard = self._shard()
-        return self._loader(
-            self.validation_windows, EveryWindow(len(self.validation_windows), shard["rank"], shard["num_replicas"])
-        )
+        order = EveryWindow(len(self.validation_windows), self.batch_size, shard["rank"], shard["num_replicas"])
+        return self._loader(self.validation_windows, order)
 
     def _loader(self, windows: Windows, order: WindowOrder | EveryWindow) -> DataLoader[Batch]:
         return DataLoader(

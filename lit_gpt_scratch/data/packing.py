@@ -45,7 +45,10 @@ class Windows(Dataset[Batch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> Batch:
-        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it."""
+        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it.
+
+        What lies behind the stream's end has no label, so an index of ``len(self)`` is a window without any.
+        """
         T = self.block_size
         position = np.asarray(indices, dtype=np.int64)[:, None] * T + np.arange(T + 1)  # (B, T + 1)
         beyond = position >= self.stream.n_tokens

@@ -56,14 +56,27 @@ class WindowOrder(DistributedSampler[int]):
 
 
 class EveryWindow(DistributedSampler[int]):
-    """Validation: all windows once, dealt out to the ranks; none is repeated to make ranks even."""
+    """Validation: all windows once, dealt out to the ranks in whole batches.
 
-    def __init__(self, n_windows: int, rank: int = 0, world_size: int = 1) -> None:
+    What is missing to whole batches, the same number on every rank, is filled with the index behind the last
+    window, which stands for a window without labels: batches keep one shape, and nothing is scored twice.
+
+    Args:
+        n_windows: Windows in the corpus.
+        batch_size: Windows per rank and step.
+        rank: This process.
+        world_size: Number of data-parallel processes.
+    """
+
+    def __init__(self, n_windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(range(n_windows), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self.mine = range(rank, n_windows, world_size)
+        self.n_windows = n_windows
+        self.per_rank = -(-n_windows // (batch_size * world_size)) * batch_size
+        self.world_size = world_size
 
     def __len__(self) -> int:
-        return len(self.mine)
+        return self.per_rank
 
     def __iter__(self) -> Iterator[int]:
-        return iter(self.mine)
+        for place in range(self.per_rank):
+            yield min(place * self.world_size + self.rank, self.n_windows)

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +16,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.sources import Document, documents
+from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.split import Split, split
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -53,7 +53,9 @@ class Stream:
         """
         expected = self.n_tokens * np.dtype(self.dtype).itemsize
         if not os.path.isfile(self.path) or os.path.getsize(self.path) != expected:
-            raise UserError(f"{self.path} is damaged (it should have {expected} bytes); delete its folder and try again")
+            raise UserError(
+                f"{self.path} is damaged (it should have {expected} bytes); delete its folder and try again"
+            )
         if self.n_tokens == 0:  # an empty file cannot be mapped
             return np.zeros(0, dtype=self.dtype)
         return np.memmap(self.path, dtype=self.dtype, mode="r")
@@ -106,9 +108,11 @@ class Recipe:
                     shutil.rmtree(partial, ignore_errors=True)
                     partial.mkdir()
                     self._write(partial, fingerprint, corpus, given)
-                    os.rename(partial, folder)
+                    partial.rename(folder)
         except OSError as error:
-            raise UserError(f"cannot keep tokens in {cache} ({error.strerror}); name another folder: --data.cache") from error
+            raise UserError(
+                f"cannot keep tokens in {cache} ({error.strerror}); name another folder: --data.cache"
+            ) from error
         return _open(folder, fingerprint)
 
     def _fingerprint(self, corpus: Split, given: Tokenizer | None) -> str:
@@ -133,7 +137,9 @@ class Recipe:
         log.info("encoding %s", self.source)
         (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
         sides: tuple[Side, ...] = ("train", "validation")
-        streams = {side: asdict(_encode(texts(side), tokenizer, folder / f"{side}.bin")) for side in sides}
+        streams: dict[str, dict[str, Any]] = {
+            side: asdict(_encode(texts(side), tokenizer, folder / f"{side}.bin")) for side in sides
+        }
         for stream in streams.values():
             stream["path"] = Path(stream["path"]).name
         about = {"format": FORMAT, "fingerprint": fingerprint, "recipe": asdict(self), **streams}
@@ -160,9 +166,11 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> Stream:
 def _open(folder: Path, fingerprint: str) -> TokenStore:
     try:
         about = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-        train, validation = (
-            Stream(**{**about[side], "path": str(folder / about[side]["path"])}) for side in ("train", "validation")
-        )
+        train, validation = (_stream(folder, about[side]) for side in ("train", "validation"))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no token store ({error}); delete it and try again") from error
     return TokenStore(fingerprint, Tokenizer.load(folder / "tokenizer.json"), train, validation)
+
+
+def _stream(folder: Path, about: dict[str, Any]) -> Stream:
+    return Stream(**{**about, "path": str(folder / about["path"])})

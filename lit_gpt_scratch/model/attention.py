@@ -9,13 +9,13 @@ from lit_gpt_scratch.model.positions import Position
 
 
 class Attention(nn.Module):
-    """Every token looks back at itself and the tokens before it.
+    r"""Every token looks back at itself and the tokens before it.
 
     Heads share keys and values in groups of ``n_head / n_kv_head``::
 
         n_head = 4    n_kv_head = 4       n_kv_head = 2       n_kv_head = 1
         queries       q  q  q  q          q  q  q  q          q  q  q  q
-                      |  |  |  |          \\  /  \\  /           \\  \\  /  /
+                      |  |  |  |          \  /  \  /           \  \  /  /
         keys, values  kv kv kv kv          kv    kv                kv
                       multi-head          grouped-query       multi-query
     """

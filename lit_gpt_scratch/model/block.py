@@ -23,4 +23,4 @@ class Block(nn.Module):
         """x: (B, T, n_embd) -> (B, T, n_embd)."""
         x = x + self.dropout(self.attention(self.attention_norm(x), position))
         x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
-        return x
+        return x  # noqa: RET504 - the two lines are alike on purpose

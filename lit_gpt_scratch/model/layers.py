@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import override
 
 from lit_gpt_scratch.model.config import GPTConfig
 
@@ -46,6 +47,7 @@ class FeedForward(nn.Module):
 class GELU(FeedForward):
     """GPT-2's: the Gaussian error linear unit in its tanh form (https://arxiv.org/abs/1606.08415)."""
 
+    @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
         return F.gelu(hidden, approximate="tanh")
 
@@ -53,6 +55,7 @@ class GELU(FeedForward):
 class ReLU2(FeedForward):
     """Squared ReLU (https://arxiv.org/abs/2109.08668)."""
 
+    @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
         return F.relu(hidden).square()
 
@@ -64,6 +67,7 @@ class SwiGLU(FeedForward):
         super().__init__(config)
         self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=False)
 
+    @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
         return F.silu(self.gate(x)) * hidden
 

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import override
 
 from lit_gpt_scratch.model.config import GPTConfig
 
@@ -25,6 +26,7 @@ class Learned(Position):
         super().__init__()
         self.table = nn.Embedding(block_size, config.n_embd)
 
+    @override
     def embed(self, x: Tensor) -> Tensor:
         return x + self.table.weight[: x.size(1)]
 
@@ -49,6 +51,7 @@ class Rotary(Position):
         self.register_buffer("cos", angle.cos(), persistent=False)
         self.register_buffer("sin", angle.sin(), persistent=False)
 
+    @override
     def rotate(self, x: Tensor) -> Tensor:
         cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]  # (T, head_dim / 2)
         first, second = x.float().chunk(2, dim=-1)  # (B, H, T, head_dim / 2) each

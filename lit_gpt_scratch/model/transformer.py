@@ -4,9 +4,10 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.layers import RMSNorm
+from lit_gpt_scratch.model.layers import FeedForward, RMSNorm
 from lit_gpt_scratch.model.positions import build_position
 
 
@@ -44,9 +45,9 @@ class GPT(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for block in self.blocks:
-            nn.init.zeros_(block.attention.output.weight)
-            nn.init.zeros_(block.feed_forward.output.weight)
+        for module in self.modules():
+            if isinstance(module, Attention | FeedForward):
+                nn.init.zeros_(module.output.weight)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:

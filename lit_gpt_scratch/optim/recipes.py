@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
+from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.groups import parameter_groups
@@ -58,6 +59,7 @@ class AdamW(OptimizerRecipe):
         self.beta2 = beta2
         self.check()
 
+    @override
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
         decayed = groups.matrices + groups.tables
@@ -101,6 +103,7 @@ class Muon(OptimizerRecipe):
         self.beta2 = beta2
         self.check()
 
+    @override
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
         rest: dict[str, Any] = {

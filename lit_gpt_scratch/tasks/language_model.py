@@ -83,12 +83,16 @@ class LanguageModel(L.LightningModule):
         self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
 
     def on_fit_start(self) -> None:
-        """Compile the network in place, so that names in checkpoints stay the same."""
+        """Compile the blocks in place, so that names in checkpoints stay the same.
+
+        Blocks alike share one compilation, so that a deep network compiles no longer than a shallow one.
+        """
         reason = why_not_compile(self.device)
         if self.compile_network is None and reason:
             log.info("running without torch.compile: %s", reason)
         if self.compile_network if self.compile_network is not None else reason is None:
-            self.net.compile()
+            for block in self.net.blocks:
+                block.compile()
 
     def on_train_start(self) -> None:
         """Learn how long the run is.
@@ -122,9 +126,10 @@ class LanguageModel(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the step's loss over all its micro-batches, at log points alone: reading costs a sync."""
         step = self.trainer.global_step
-        if step == 0 or (step + 1) % self.trainer.log_every_n_steps == 0:
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
+        if step == 0 or (step + 1) % every == 0:
             sums = torch.stack((self._nats, self._tokens.float()))
-            nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")  # type: ignore[misc]
+            nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
             gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/loss", nats / tokens)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
@@ -141,7 +146,7 @@ class LanguageModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log loss, perplexity and bits per byte of the whole validation text."""
         for name, value in self.likelihood.compute().items():
-            self.log(f"val/{name}", value)
+            self.log(f"val/{name}", value, sync_dist=True)
         self.likelihood.reset()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

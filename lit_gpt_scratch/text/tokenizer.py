@@ -102,11 +102,20 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
+    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The text of ids as they come, a piece as soon as its bytes form whole characters."""
+        stream = decoders.DecodeStream(skip_special_tokens=False)
+        for token_id in ids:
+            piece: str | None = stream.step(self._backend, token_id)
+            if piece:
+                yield piece
+
     def token_bytes(self) -> list[int]:
         """For every id, how many bytes of text it stands for; 0 for the end of text."""
         # In a byte-level vocabulary each character of a token is one byte.
-        special = set(self._backend.get_added_tokens_decoder())
-        return [
-            0 if token_id in special else len(self._backend.id_to_token(token_id))
-            for token_id in range(self.vocab_size)
-        ]
+        sizes = [0] * self.vocab_size
+        for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
+            sizes[token_id] = len(token)
+        for token_id in self._backend.get_added_tokens_decoder():
+            sizes[token_id] = 0
+        return sizes
