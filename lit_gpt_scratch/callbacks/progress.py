@@ -99,7 +99,9 @@ class Progress(ProgressBar):
         throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
         loss = trainer.callback_metrics.get("train/loss")
         figures = [] if loss is None else [f"loss {loss:.3f}"]
-        return ", ".join([*figures, f"{throughput.tokens_per_second:,.0f} tokens/s"])
+        if throughput.tokens_per_second:  # known from the first log point on
+            figures.append(f"{throughput.tokens_per_second:,.0f} tokens/s")
+        return ", ".join(figures)
 
 
 def _compiles(module: L.LightningModule) -> bool:

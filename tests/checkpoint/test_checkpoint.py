@@ -1,0 +1,110 @@
+"""Run folders are found and never shared; a file that is no checkpoint is refused by name."""
+
+import os
+import pickle
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt_scratch.checkpoint.contents import Contents, refuse_other_model, refuse_other_tokenizer
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.errors import UserError
+
+
+def save_empty(run: RunFolder, time: float = 0.0) -> Path:
+    run.checkpoints.mkdir(parents=True, exist_ok=True)
+    run.last.write_bytes(b"")
+    os.utime(run.last, (time, time))
+    return run.last
+
+
+def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    claimed: list[RunFolder] = []
+    threads = [threading.Thread(target=lambda: claimed.append(RunFolder.claim(tmp_path, "x"))) for _ in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(run.version for run in claimed) == list(range(20))
+
+
+def test_numbers_are_not_used_again(tmp_path: Path) -> None:
+    for _ in range(11):
+        RunFolder.claim(tmp_path, "x")
+    (tmp_path / "x" / "version_3").rmdir()
+    (tmp_path / "x" / "version_notes").mkdir()
+    assert RunFolder.claim(tmp_path, "x").version == 11
+
+
+@pytest.mark.parametrize("given", [None, "last"])
+def test_the_newest_run_with_a_checkpoint(tmp_path: Path, given: str | None) -> None:
+    with pytest.raises(UserError, match=r"no run with a checkpoint in .*lit_gpt_scratch.fit"):
+        find_checkpoint(given, tmp_path / "none", None)
+    runs = [RunFolder.claim(tmp_path, "a") for _ in range(12)]
+    expected = save_empty(runs[10], time=10)
+    save_empty(runs[9], time=20)  # an older run, though saved later
+    assert find_checkpoint(given, tmp_path, "a") == expected
+    other = save_empty(RunFolder.claim(tmp_path, "b"), time=30)
+    assert find_checkpoint(given, tmp_path, "a") == expected
+    assert find_checkpoint(given, tmp_path, None) == other
+
+
+def test_a_run_folder_will_do(tmp_path: Path) -> None:
+    run = RunFolder.claim(tmp_path, "x")
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        find_checkpoint(str(run.path), tmp_path, None)
+    last = save_empty(run)
+    for given in (run.path, run.checkpoints, last):
+        assert find_checkpoint(str(given), tmp_path, None) == last
+    with pytest.raises(UserError, match="no checkpoint at"):
+        find_checkpoint(str(tmp_path / "missing.ckpt"), tmp_path, None)
+
+
+def test_a_checkpoint_knows_its_run(tmp_path: Path) -> None:
+    run = RunFolder.claim(tmp_path, "x")
+    assert RunFolder.of(run.last) == RunFolder(run.path.resolve())
+    assert RunFolder.of(tmp_path / "elsewhere.ckpt") is None
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"text", b"PK\3\4 not really", pickle.dumps({"a": 1}), pickle.dumps(Bomb()), None, "tensor", "foreign"],
+)
+def test_what_is_no_checkpoint_is_named_and_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.ckpt"
+    if content == "tensor":
+        torch.save(torch.zeros(3), path)
+    elif content == "foreign":
+        torch.save({"state_dict": {}, "epoch": 3}, path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        load_model(path)
+    assert str(path) in str(error.value)
+    assert not Path("exploded").exists()
+
+
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not a checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_differences_are_named() -> None:
+    contents = Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
+    refuse_other_model(contents, {"n_layer": 4, "n_head": 3}, 300, 32)
+    with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
+        refuse_other_model(contents, {"n_layer": 5, "n_head": 3}, 300, 64)
+    refuse_other_tokenizer(contents, "{}")
+    with pytest.raises(UserError, match="another tokenizer"):
+        refuse_other_tokenizer(contents, "{ }")

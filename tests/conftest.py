@@ -1,0 +1,95 @@
+"""Small real-looking data and small models, so that a test takes seconds and needs no network."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.tasks import LanguageModel
+
+TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """More threads than cores, or threads against a neighbour's, make small tests slower, not faster."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def sentences(seed: int, n: int = 60) -> str:
+    """English-looking lines with a grammar that a small model can learn."""
+    rng = random.Random(seed)
+    nouns, verbs = ["the cat", "a dog", "every bird", "some fish", f"person {seed}"], ["sees", "likes", "chases"]
+    return "".join(f"{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}.\n" for _ in range(n))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 documents that differ."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for seed in range(30):
+        (folder / f"{seed:02}.txt").write_text(sentences(seed), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the session's token stores live."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def packed_text(corpus: Path, cache: Path) -> Callable[..., PackedText]:
+    """Build a small ``PackedText``; arguments replace its defaults."""
+
+    def build(**changes: object) -> PackedText:
+        settings = {
+            "source": str(corpus), "vocab_size": 300, "block_size": 32, "batch_size": 4, "cache": str(cache),
+            "validation_share": 0.1,
+        }  # fmt: skip
+        return PackedText(**(settings | changes))
+
+    return build
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Callable[..., L.Trainer]:
+    """Build a quiet CPU trainer; arguments replace its defaults."""
+
+    def build(**changes: object) -> L.Trainer:
+        settings = {
+            "accelerator": "cpu", "devices": 1, "max_steps": 8, "max_epochs": -1, "logger": False,
+            "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "num_sanity_val_steps": 0, "default_root_dir": tmp_path, "use_distributed_sampler": False,
+        }  # fmt: skip
+        return L.Trainer(**(settings | changes))
+
+    return build
+
+
+@pytest.fixture
+def task() -> Callable[..., LanguageModel]:
+    """Build a small task, uncompiled; arguments replace its defaults."""
+
+    def build(**changes: object) -> LanguageModel:
+        return LanguageModel(**({"gpt": TINY, "compile": False} | changes))
+
+    return build
+
+
+def randomised(config: GPTConfig, vocab_size: int = 61, block_size: int = 24) -> GPT:
+    """A network in which nothing is zero or one by initialisation, so that every part of it matters."""
+    torch.manual_seed(0)
+    model = GPT(config, vocab_size, block_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
+    return model.eval()

@@ -1,0 +1,109 @@
+"""Each part against its equation, written out or taken from torch."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.layers import FEED_FORWARD, RMSNorm
+from lit_gpt_scratch.model.positions import Position, Rotary
+
+
+def test_rmsnorm_is_torchs() -> None:
+    x = torch.randn(3, 5, 16)
+    ours, theirs = RMSNorm(16, eps=1e-6), torch.nn.RMSNorm(16, eps=1e-6)
+    torch.nn.init.normal_(ours.weight)
+    theirs.load_state_dict(ours.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x))
+
+
+def test_rmsnorm_keeps_its_statistic_in_float32() -> None:
+    x = torch.full((1, 512), 300.0, dtype=torch.float16)  # the sum of squares overflows float16
+    assert RMSNorm(512)(x).tolist() == [[1.0] * 512]
+
+
+@pytest.mark.parametrize(
+    ("kind", "equation"),
+    [
+        ("gelu", lambda m, x: F.gelu(x @ m.input.weight.T, approximate="tanh")),
+        ("relu2", lambda m, x: torch.clamp(x @ m.input.weight.T, min=0) ** 2),
+        ("swiglu", lambda m, x: (lambda g: g * torch.sigmoid(g))(x @ m.gate.weight.T) * (x @ m.input.weight.T)),
+    ],
+)
+def test_feed_forward_is_its_equation(kind: str, equation: object) -> None:
+    module = FEED_FORWARD[kind](GPTConfig(n_head=2, n_embd=16))
+    x = torch.randn(2, 3, 16)
+    torch.testing.assert_close(module(x), equation(module, x) @ module.output.weight.T)  # type: ignore[operator]
+
+
+def test_feed_forward_kinds_have_as_many_parameters() -> None:
+    sizes = {
+        kind: sum(
+            p.numel() for p in FEED_FORWARD[kind](GPTConfig(n_head=2, n_embd=192, feed_forward=kind)).parameters()
+        )
+        for kind in FEED_FORWARD
+    }
+    assert max(sizes.values()) / min(sizes.values()) < 1.02, sizes
+
+
+@pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
+def test_attention_is_the_textbook_softmax(n_kv_head: int) -> None:
+    config = GPTConfig(n_head=6, n_kv_head=n_kv_head, n_embd=24, qk_norm=False)
+    attention = Attention(config)
+    x = torch.randn(2, 7, 24)
+    expected = torch.zeros(2, 7, 24)
+    for head in range(6):
+        mine, shared = slice(4 * head, 4 * head + 4), head // (6 // n_kv_head)
+        theirs = slice(4 * shared, 4 * shared + 4)
+        q = x @ attention.query.weight[mine].T
+        k, v = x @ attention.key.weight[theirs].T, x @ attention.value.weight[theirs].T
+        for t in range(7):
+            weights = torch.softmax(q[:, t, None] @ k[:, : t + 1].mT / math.sqrt(4), dim=-1)
+            expected[:, t] += ((weights @ v[:, : t + 1]).squeeze(1)) @ attention.output.weight[:, mine].T
+    torch.testing.assert_close(attention(x, Position()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_rotary_turns_pairs_by_the_papers_angles() -> None:
+    config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
+    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
+    turned = Rotary(config, 5).rotate(x.float())
+    for t in range(5):
+        for i in range(4):
+            pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
+                math.cos(t * 100.0 ** (-2 * i / 8)), math.sin(t * 100.0 ** (-2 * i / 8))
+            )
+            assert turned[0, 0, t, i].item() == pytest.approx(pair.real, abs=1e-5)
+            assert turned[0, 0, t, i + 4].item() == pytest.approx(pair.imag, abs=1e-5)
+
+
+def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
+    rotary = Rotary(GPTConfig(n_head=1, n_embd=16), 40)
+    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
+    scores = (rotary.rotate(q) @ rotary.rotate(k).mT)[0, 0]
+    for distance in range(-5, 6):
+        along = scores.diagonal(distance)
+        torch.testing.assert_close(along, along[0].expand_as(along), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_embd": 190}, "n_embd (190) is not divisible by model.gpt.n_head (3)"),
+        ({"n_kv_head": 2}, "n_head (3) is not divisible by model.gpt.n_kv_head (2)"),
+        ({"n_layer": 0}, "model.gpt.n_layer is 0"),
+        ({"n_head": -3}, "model.gpt.n_head is -3"),
+        ({"n_kv_head": 0}, "model.gpt.n_kv_head is 0"),
+        ({"head_dim": 33}, "choose an even model.gpt.head_dim"),
+        ({"dropout": 1.0}, "model.gpt.dropout is 1.0"),
+        ({"dropout": -0.1}, "model.gpt.dropout is -0.1"),
+        ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
+    ],
+)
+def test_an_impossible_shape_is_refused_by_name(changes: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        GPTConfig(**changes)  # type: ignore[arg-type]
+    assert said in str(error.value)

@@ -1,0 +1,121 @@
+"""The transformer as a whole: what it starts from, what it may see, and that it is a published one."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.objectives.likelihood import token_nats
+from tests.conftest import TINY, randomised
+
+configs = st.builds(
+    lambda n_kv_head, group, half, **rest: GPTConfig(
+        n_head=n_kv_head * group, n_kv_head=n_kv_head, n_embd=n_kv_head * group * 2 * half, **rest
+    ),
+    n_layer=st.integers(1, 3),
+    n_kv_head=st.integers(1, 3),
+    group=st.integers(1, 3),
+    half=st.integers(1, 4),
+    position=st.sampled_from(["rotary", "learned", "none"]),
+    qk_norm=st.booleans(),
+    feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
+    logit_softcap=st.sampled_from([None, 15.0]),
+)
+
+
+@pytest.mark.parametrize("vocab_size", [257, 1024, 5000])
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_an_untrained_model_knows_nothing(vocab_size: int, position: str) -> None:
+    model = GPT(GPTConfig(position=position), vocab_size, 64)
+    ids = torch.randint(vocab_size, (4, 65))
+    nats, tokens = token_nats(model(ids[:, :-1]), ids[:, 1:])
+    assert (nats / tokens).item() == pytest.approx(math.log(vocab_size), rel=0.01)
+
+
+@given(config=configs, t=st.integers(0, 10), seed=st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_no_logit_depends_on_a_later_token(config: GPTConfig, t: int, seed: int) -> None:
+    model = randomised(config, vocab_size=17, block_size=12)
+    ids = torch.randint(17, (1, 12), generator=torch.Generator().manual_seed(seed))
+    changed = ids.clone()
+    changed[0, t + 1] = (changed[0, t + 1] + 1) % 17
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert torch.equal(before[:, : t + 1], after[:, : t + 1])
+    assert not torch.equal(before[:, t + 1], after[:, t + 1])  # or the test could not fail
+
+
+def test_a_window_longer_than_the_context_is_refused() -> None:
+    with pytest.raises(UserError, match="25 tokens do not fit into a context of 24"):
+        randomised(TINY)(torch.zeros(1, 25, dtype=torch.int64))
+
+
+def test_softcap_bounds_the_logits() -> None:
+    config = GPTConfig(n_layer=1, n_head=2, n_embd=32, logit_softcap=2.0)
+    model = randomised(config)
+    ids = torch.randint(61, (2, 24))
+    capped = model(ids)
+    object.__setattr__(config, "logit_softcap", None)
+    torch.testing.assert_close(capped, 2.0 * torch.tanh(model(ids) / 2.0))
+
+
+def test_dropout_is_for_training_alone() -> None:
+    model = randomised(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.5))
+    ids = torch.randint(61, (2, 24))
+    assert torch.equal(model(ids), model(ids))
+    model.train()
+    assert not torch.equal(model(ids), model(ids))
+
+
+@pytest.mark.parametrize("n_kv_head", [4, 2, 1])
+def test_the_default_shape_is_qwen3(n_kv_head: int) -> None:
+    """Logits and gradients of the default architecture against ``transformers``' Qwen3, with random weights."""
+    transformers = pytest.importorskip("transformers")
+    config = GPTConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
+    ours = randomised(config)
+    theirs = transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            vocab_size=61,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=n_kv_head,
+            head_dim=config.head_width,
+            intermediate_size=config.ffn_width,
+            max_position_embeddings=24,
+            rope_parameters={"rope_type": "default", "rope_theta": config.rotary_base},
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=False,
+            attention_bias=False,
+            attn_implementation="eager",
+        )
+    ).eval()
+    names = {
+        "embedding": "model.embed_tokens", "blocks": "model.layers", "norm": "model.norm", "head": "lm_head",
+        "attention_norm": "input_layernorm", "feed_forward_norm": "post_attention_layernorm",
+        "attention": "self_attn", "query": "q_proj", "key": "k_proj", "value": "v_proj", "query_norm": "q_norm",
+        "key_norm": "k_norm", "feed_forward": "mlp", "input": "up_proj", "gate": "gate_proj",
+    }  # fmt: skip
+
+    def translate(name: str) -> str:
+        output = "down_proj" if "feed_forward" in name else "o_proj"
+        return ".".join(output if part == "output" else names.get(part, part) for part in name.split("."))
+
+    weights = {translate(name): value for name, value in ours.state_dict().items()}
+    theirs.load_state_dict(weights, strict=True)
+    ids = torch.randint(61, (3, 24))
+    target = torch.randn(3, 24, 61)
+    logits, expected = ours(ids), theirs(ids).logits
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    (logits * target).sum().backward()
+    (expected * target).sum().backward()
+    gradients = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        other = gradients[translate(name)].grad
+        assert other is not None
+        scale = other.abs().max()
+        torch.testing.assert_close(parameter.grad / scale, other / scale, atol=1e-5, rtol=1e-4)

@@ -1,0 +1,51 @@
+"""Losses and metrics against sums written out."""
+
+import math
+
+import pytest
+import torch
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
+
+
+def test_token_nats_sums_over_counted_labels() -> None:
+    logits, labels = torch.randn(3, 4, 7), torch.randint(7, (3, 4))
+    labels[0, 1] = labels[2, 3] = IGNORED
+    expected = sum(
+        -math.log(math.exp(logits[b, t, labels[b, t]]) / sum(math.exp(x) for x in logits[b, t].tolist()))
+        for b in range(3)
+        for t in range(4)
+        if labels[b, t] != IGNORED
+    )
+    nats, tokens = token_nats(logits, labels)
+    assert nats.item() == pytest.approx(expected, rel=1e-5)
+    assert tokens.item() == 10
+
+
+def test_nothing_to_count_is_zero_not_nan() -> None:
+    nats, tokens = token_nats(torch.randn(1, 2, 5), torch.full((1, 2), IGNORED))
+    assert (nats.item(), tokens.item()) == (0.0, 0)
+
+
+def test_metric_weighs_batches_by_their_tokens() -> None:
+    metric = LikelihoodMetric()
+    metric.update(torch.tensor(30.0), torch.tensor(10), torch.tensor(25))
+    metric.update(torch.tensor(2.0), torch.tensor(2), torch.tensor(7))
+    values = metric.compute()
+    assert values["loss"].item() == pytest.approx(32 / 12)
+    assert values["perplexity"].item() == pytest.approx(math.exp(32 / 12), rel=1e-6)
+    assert values["bits_per_byte"].item() == pytest.approx(32 / 32 / math.log(2))
+
+
+def test_metric_does_not_depend_on_the_order_of_batches() -> None:
+    nats = (torch.rand(1000) * 5000).tolist()
+
+    def total(values: list[float]) -> float:
+        metric = LikelihoodMetric()
+        for value in values:
+            metric.update(torch.tensor(value), torch.tensor(1), torch.tensor(1))
+        return metric.compute()["loss"].item()
+
+    assert total(nats) == total(nats[::-1]) == pytest.approx(sum(nats) / 1000, rel=1e-6)

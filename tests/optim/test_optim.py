@@ -1,0 +1,160 @@
+"""Optimizers against torch's own and against linear algebra; groups and schedules against their description."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.optim import AdamW, Muon, Schedule
+from lit_gpt_scratch.optim.groups import parameter_groups
+from lit_gpt_scratch.optim.muon import MuonAdamW, orthogonalise
+from tests.conftest import TINY
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 16), (2, 16, 40), (1, 1, 8)])
+def test_orthogonalise_keeps_singular_vectors_and_evens_singular_values(shape: tuple[int, ...]) -> None:
+    u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    matrices = u @ torch.diag_embed(torch.linspace(1, 0.05, s.size(-1)).expand_as(s)) @ vh
+    result = orthogonalise(matrices).float()
+    values = torch.diagonal(u.mT @ result @ vh.mT, dim1=-2, dim2=-1)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+    leftover = u.mT @ result @ vh.mT - torch.diag_embed(values)
+    assert leftover.abs().max() < 0.1  # bfloat16
+
+
+def test_orthogonalise_leaves_zero_alone() -> None:
+    assert torch.equal(orthogonalise(torch.zeros(1, 4, 6)).float(), torch.zeros(1, 4, 6))
+
+
+def test_muon_is_momentum_then_orthogonal_then_scaled() -> None:
+    """Two steps by hand, with the exact polar factor from an SVD in place of the iteration."""
+    weight = nn.Parameter(torch.randn(12, 4))
+    start, momentum = weight.detach().clone(), torch.zeros(12, 4)
+    group = {"params": [weight], "rule": "muon", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+    optimizer = MuonAdamW([group])
+    expected = start.clone()
+    for _ in range(2):
+        gradient = torch.randn(12, 4)
+        weight.grad = gradient.clone()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        u, _, vh = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
+        expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(12 / 4) * (u @ vh)
+    moved = (weight.detach() - start).norm()
+    assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are near 1, not at it
+
+
+def test_the_rest_is_torchs_adamw() -> None:
+    ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
+    theirs = copy.deepcopy(ours)
+    settings = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
+    a = MuonAdamW([{"params": ours, "rule": "adamw", **settings}])
+    b = torch.optim.AdamW(theirs, **settings)
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        a.step()
+        b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("recipe", [Muon(), AdamW()])
+def test_state_survives_saving(recipe: Muon | AdamW) -> None:
+    def run(interrupt: bool) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = GPT(TINY, 50, 8)
+        optimizer = recipe.build(model)
+        for step in range(4):
+            if interrupt and step == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = recipe.build(model)
+                optimizer.load_state_dict(state)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for a, b in zip(run(False), run(True), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_groups_sort_every_parameter_once() -> None:
+    model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, position="learned"), 50, 8)
+    names = {id(p): name for name, p in model.named_parameters()}
+    groups = parameter_groups(model)
+    found = [names[id(p)] for group in (groups.matrices, groups.tables, groups.vectors) for p in group]
+    assert sorted(found) == sorted(names.values())
+    assert {names[id(p)] for p in groups.tables} == {"embedding.weight", "head.weight", "position.table.weight"}
+    assert all(name.endswith("norm.weight") for name in (names[id(p)] for p in groups.vectors))
+    model.norm.weight.requires_grad = False
+    assert len(parameter_groups(model).vectors) == len(groups.vectors) - 1
+
+
+def test_adamw_decays_matrices_and_tables_alone() -> None:
+    optimizer = AdamW(weight_decay=0.3).build(GPT(TINY, 50, 8))
+    assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in optimizer.param_groups] == [
+        (0.3, {2}),
+        (0.0, {1}),
+    ]
+
+
+def test_each_optimizer_has_its_own_learning_rate() -> None:
+    assert (Muon().lr, AdamW().lr) == (0.02, 3e-3)
+    assert (Muon(lr=None).lr, AdamW(lr=1e-4).lr) == (0.02, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("build", "said"),
+    [
+        (lambda: Muon(lr=0.0), "model.optimizer.lr is 0.0"),
+        (lambda: Muon(adamw_lr=-1.0), "model.optimizer.adamw_lr is -1.0"),
+        (lambda: AdamW(lr=float("nan")), "model.optimizer.lr is nan"),
+        (lambda: AdamW(weight_decay=-0.1), "model.optimizer.weight_decay is -0.1"),
+        (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
+        (lambda: Schedule(warmup_steps=-1), "model.schedule.warmup_steps is -1"),
+        (lambda: Schedule(decay_share=1.5), "model.schedule.decay_share is 1.5"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(build: object, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        build()  # type: ignore[operator]
+
+
+def test_warm_up_hold_decay() -> None:
+    schedule = Schedule(warmup_steps=10, decay_share=0.5)
+    factors = [schedule.factor(step, 100) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert factors[10:51] == [1.0] * 41
+    assert factors[50:] == pytest.approx([(100 - step) / 50 for step in range(50, 101)])
+
+
+def test_cosine_is_its_equation() -> None:
+    schedule = Schedule(decay="cosine", warmup_steps=0, decay_share=1.0, final=0.1)
+    for step in range(101):
+        expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100))
+        assert schedule.factor(step, 100) == pytest.approx(expected)
+
+
+@given(
+    decay=st.sampled_from(["linear", "cosine", "constant"]),
+    warmup=st.integers(0, 50),
+    share=st.floats(0, 1),
+    final=st.floats(0, 1),
+    total=st.one_of(st.integers(1, 200), st.just(math.inf)),
+    step=st.integers(0, 300),
+)
+def test_a_factor_is_always_between_0_and_1(
+    decay: str, warmup: int, share: float, final: float, total: float, step: int
+) -> None:
+    schedule = Schedule(decay=decay, warmup_steps=warmup, decay_share=share, final=final)  # type: ignore[arg-type]
+    assert 0.0 <= schedule.factor(step, total) <= 1.0
+    assert schedule.factor(0, total) > 0.0

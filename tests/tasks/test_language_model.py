@@ -1,0 +1,174 @@
+"""The task learns, repeats itself, and counts what it says it counts."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.data import DataLoader
+
+from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.scoring import score
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.optim import AdamW, Muon, Schedule
+from lit_gpt_scratch.tasks import LanguageModel
+
+Build = Callable[..., L.Trainer]
+
+
+class OneBatch(PackedText):
+    """The same batch, over and over."""
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        self.batch = next(iter(super().train_dataloader()))
+        return DataLoader([self.batch], batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("optimizer", [Muon(), AdamW(lr=1e-2)])
+def test_one_batch_is_learned_by_heart(
+    trainer: Build, packed_text: Callable[..., PackedText], optimizer: Muon | AdamW
+) -> None:
+    settings = packed_text()
+    data = OneBatch(settings.recipe.source, vocab_size=300, block_size=32, batch_size=4, cache=str(settings.cache))
+    gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
+    model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
+    trainer(max_steps=300, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
+    nats, tokens = token_nats(model.net.eval()(data.batch["input_ids"]), data.batch["labels"])
+    assert (nats / tokens).item() < 0.05
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_two_runs_with_one_seed_are_bit_identical(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], num_workers: int
+) -> None:
+    def weights(seed: int, workers: int) -> dict[str, torch.Tensor]:
+        L.seed_everything(seed)
+        model = task(gpt=GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=0.1))
+        trainer(max_steps=12).fit(model, packed_text(num_workers=workers))
+        return model.state_dict()
+
+    first, second, other = weights(1, num_workers), weights(1, 0), weights(2, 0)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def read(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder)).Reload()
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def test_train_loss_is_the_mean_over_the_steps_micro_batches(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path
+) -> None:
+    def losses(batch_size: int, accumulate: int) -> list[float]:
+        L.seed_everything(0)
+        logger = TensorBoardLogger(tmp_path, name=f"{batch_size}")
+        run = trainer(max_steps=6, log_every_n_steps=1, accumulate_grad_batches=accumulate, logger=logger)
+        run.fit(task(), packed_text(batch_size=batch_size))
+        return [value for _, value in read(logger.log_dir)["train/loss"]]
+
+    assert losses(8, 1) == pytest.approx(losses(2, 4), rel=1e-4)
+
+
+def test_what_is_logged(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path)
+    schedule = Schedule(warmup_steps=4, decay_share=0.5)
+    model = task(optimizer=AdamW(lr=0.01), schedule=schedule)
+    run = trainer(max_steps=20, log_every_n_steps=5, logger=logger, callbacks=[ValidateAtEnd()])
+    run.fit(model, packed_text())
+    scalars = read(logger.log_dir)
+    assert [step for step, _ in scalars["train/loss"]] == [4, 9, 14, 19]
+    for step, rate in scalars["train/learning_rate"]:
+        assert rate == pytest.approx(0.01 * schedule.factor(step, 20))
+    assert all(value > 0 for _, value in scalars["train/gradient_norm"])
+    [(_, loss)], [(_, perplexity)] = scalars["val/loss"], scalars["val/perplexity"]
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
+
+
+def test_validation_weighs_tokens_and_bytes_as_an_independent_count_does(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
+) -> None:
+    model, data = task(), packed_text(block_size=64)
+    run = trainer(max_steps=30, callbacks=[ValidateAtEnd()])
+    run.fit(model, data)
+    ids = torch.tensor(data.store.validation.open().astype("int64"))
+    nats = 0.0
+    with torch.no_grad():
+        for start in range(0, len(ids) - 1, 64):
+            inputs, labels = ids[start : start + 64][: len(ids) - 1 - start], ids[start + 1 : start + 65]
+            nats -= model.net(inputs[None])[0].log_softmax(-1).gather(1, labels[:, None]).sum().item()
+    assert run.callback_metrics["val/loss"].item() == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    bits = nats / math.log(2) / data.store.validation.n_bytes
+    assert run.callback_metrics["val/bits_per_byte"].item() == pytest.approx(bits, rel=1e-5)
+    # A single document, whole, is what `evaluate` scores.
+    texts = [data.tokenizer.decode(ids[1:].tolist())] if data.store.validation.n_documents == 1 else []
+    for text in texts:
+        assert score(model.net, data.tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"max_steps": 7},
+        {"max_steps": 7, "accumulate_grad_batches": 3},
+        {"max_steps": 7, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        {"max_steps": 10, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        {"max_steps": -1, "max_epochs": 1, "val_check_interval": 5, "check_val_every_n_epoch": None},
+        {"max_steps": -1, "max_epochs": 2, "limit_train_batches": 7, "val_check_interval": 5},
+        {"max_steps": -1, "max_epochs": 1},
+    ],
+)
+def test_a_run_ends_with_one_validation(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], flags: dict[str, int]
+) -> None:
+    validated: list[int] = []
+
+    class Note(L.Callback):
+        def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            validated.append(trainer.global_step)
+
+    run = trainer(**{"callbacks": [Note(), ValidateAtEnd()], **flags})
+    run.fit(task(), packed_text())
+    assert run.global_step > 0
+    assert validated.count(run.global_step) == 1
+    if flags["max_steps"] > 0:
+        assert run.global_step == flags["max_steps"]
+
+
+def test_building_twice_is_building_once(
+    task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], trainer: Build
+) -> None:
+    model = task()
+    trainer(max_steps=1).fit(model, packed_text())
+    net = model.net
+    model.configure_model()
+    assert model.net is net
+
+
+def test_bare_loaders_are_refused(task: Callable[..., LanguageModel], trainer: Build) -> None:
+    with pytest.raises(UserError, match="from a data module"):
+        trainer().fit(task(), torch.utils.data.DataLoader([1]))
+
+
+def test_compiled_and_eager_agree(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
+) -> None:
+    def loss(compile: bool) -> float:
+        L.seed_everything(0)
+        model = task(compile=compile)
+        run = trainer(max_steps=5, callbacks=[ValidateAtEnd()])
+        run.fit(model, packed_text())
+        assert not any("_orig_mod" in name for name in model.state_dict())
+        return run.callback_metrics["val/loss"].item()
+
+    assert loss(True) == pytest.approx(loss(False), rel=1e-4)

@@ -1,0 +1,71 @@
+"""The tokenizer loses nothing, knows nothing of the validation text, and cannot be tricked into ending a document."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.tokenizer import END_OF_TEXT, Tokenizer
+from tests.conftest import sentences
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([sentences(seed) for seed in range(5)], 290)
+
+
+@given(text=st.text())
+def test_any_text_comes_back(text: str) -> None:
+    tokenizer = Tokenizer.train(["some text"], 260)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert "".join(tokenizer.decode_stream(ids)) == text
+    sizes = tokenizer.token_bytes()
+    assert sum(sizes[i] for i in ids) == len(text.encode())
+    assert tokenizer.end_of_text not in ids
+
+
+def test_a_document_cannot_end_itself(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(f"before{END_OF_TEXT}after")
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == f"before{END_OF_TEXT}after"
+    assert next(iter(tokenizer.encode_many([END_OF_TEXT]))) == tokenizer.encode(END_OF_TEXT)
+
+
+def test_merges_are_the_most_frequent_pairs() -> None:
+    """Against byte-pair encoding by hand (Sennrich et al. 2016): "ab" stands thrice, then "ab c" twice."""
+    tokenizer = Tokenizer.train(["abc", "abc", "abd"], 257 + 2)
+    merges = json.loads(tokenizer.to_json())["model"]["merges"]
+    assert [tuple(merge) for merge in merges] == [("a", "b"), ("ab", "c")]
+
+
+def test_ids_survive_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text(tokenizer.to_json(), encoding="utf-8")
+    again = Tokenizer.load(path)
+    assert again.vocab_size == tokenizer.vocab_size == 290
+    assert again.encode(sentences(99)) == tokenizer.encode(sentences(99))
+    assert again.to_json() == tokenizer.to_json()
+    assert END_OF_TEXT not in "".join(again.decode(again.encode(f"{END_OF_TEXT} x")).split(END_OF_TEXT)[1:])
+
+
+def test_many_at_once_is_one_at_a_time(tokenizer: Tokenizer) -> None:
+    texts = [sentences(seed) for seed in range(20)]
+    assert list(tokenizer.encode_many(texts)) == [tokenizer.encode(text) for text in texts]
+
+
+def test_a_vocabulary_below_the_bytes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"data.vocab_size is 256; .* 257"):
+        Tokenizer.train(["x"], 256)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xff", b"not json", b'{"model": 3}'])
+def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "tokenizer.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokenizer.json is not a usable tokenizer file"):
+        Tokenizer.load(path)
