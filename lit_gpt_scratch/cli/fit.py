@@ -4,9 +4,6 @@ import logging
 import shutil
 import sys
 import warnings
-from argparse import ArgumentError
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.cli.messages import user_errors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision
@@ -39,7 +37,7 @@ class FitCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
-        with _user_errors():
+        with user_errors():
             super().__init__(
                 model_class=LanguageModel,
                 datamodule_class=PackedText,
@@ -110,8 +108,12 @@ class FitCLI(LightningCLI):
         """Build the trainer; its own complaints about flags are the user's to read."""
         try:
             return super().instantiate_trainer(**kwargs)
-        except (ValueError, TypeError) as error:  # e.g. an unknown strategy
-            raise UserError(f"trainer: {error}") from error
+        except (MisconfigurationException, ValueError, TypeError) as error:  # e.g. no GPU, an unknown strategy
+            trainer = self.config.trainer
+            asked = [
+                f"--trainer.{name} {trainer[name]}" for name in ("accelerator", "devices", "strategy", "precision")
+            ]
+            raise UserError(f"{' '.join(asked)}: {error}") from error
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.
@@ -119,7 +121,7 @@ class FitCLI(LightningCLI):
         Raises:
             UserError: Data, folder or checkpoint are unusable; a folder claimed for this run is removed.
         """
-        with _user_errors():
+        with user_errors():
             checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint else None
             self._refuse_finished(checkpoint)
             # Before there is a folder, so that unusable data leaves none behind.
@@ -132,7 +134,7 @@ class FitCLI(LightningCLI):
             if self.trainer.loggers and self.config.trainer.logger is None and not self.config.trainer.fast_dev_run:
                 self.trainer.logger = self._logger(folder)
         try:
-            with _user_errors():
+            with user_errors():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
         except UserError:
             if claimed and not self.trainer.global_step:
@@ -158,30 +160,6 @@ def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
     _quieten()
     FitCLI(args).fit()
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """Turn what the libraries raise for a user's mistake into one line that names the flag."""
-    try:
-        yield
-    except (ArgumentError, MisconfigurationException) as error:
-        raise UserError(_root_message(error)) from error
-
-
-def _root_message(error: BaseException) -> str:
-    """The innermost reason of a chain of errors, behind the keys that lead to it."""
-    keys: list[str] = []
-    while True:
-        inside = error.__cause__ or error.__context__
-        if inside is None:
-            break
-        message = str(error)
-        if 'key "' in message:
-            keys.append(message.split('key "', 1)[1].split('"', 1)[0])
-        error = inside
-    where = ".".join(keys)
-    return f"{where}: {error}" if where else str(error)
 
 
 def _quieten() -> None:

@@ -42,7 +42,6 @@ class Sampling:
         return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
 
 
-@torch.no_grad()
 def generate(
     model: GPT,
     prompt: list[int],
@@ -73,6 +72,13 @@ def generate(
         )
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    return _continue(model, prompt, max_new_tokens, sampling, seed, end_of_text)
+
+
+@torch.no_grad()
+def _continue(
+    model: GPT, prompt: list[int], max_new_tokens: int, sampling: Sampling, seed: int, end_of_text: int
+) -> Iterator[int]:
     device = next(model.parameters()).device
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = torch.tensor([prompt], device=device)  # (1, T)

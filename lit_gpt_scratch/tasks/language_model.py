@@ -101,7 +101,8 @@ class LanguageModel(L.LightningModule):
         knows where it stands.
         """
         self.total_steps = self.trainer.estimated_stepping_batches
-        # A resumed run continues its sums, a new one starts them.
+        # A run that was saved during its last validation would go on logging one step behind.
+        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         self._nats = torch.zeros((), device=self.device)
         self._tokens = torch.zeros((), device=self.device, dtype=torch.int64)
 

@@ -1,0 +1,55 @@
+"""What libraries raise for a user's mistake, as one line that names the flag."""
+
+import re
+from argparse import ArgumentError
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_gpt_scratch.errors import UserError
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Turn what is the user's to mend into a ``UserError``; a bug passes through with its traceback.
+
+    A parser that builds classes wraps their errors in its own, so the one to show is looked for inside.
+    """
+    try:
+        yield
+    except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
+        chain = list(_chain(error))
+        ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
+        if ours is not None:
+            raise ours from error
+        if isinstance(error, ArgumentError | MisconfigurationException):
+            raise UserError(_flag(chain) + _plain(str(chain[-1]), prefix=".".join(_keys(chain)))) from error
+        raise
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    inside: BaseException | None = error
+    while inside is not None:
+        yield inside
+        inside = inside.__cause__ or inside.__context__
+
+
+def _keys(chain: list[BaseException]) -> list[str]:
+    """``model``, ``optimizer``, ``lr``: each level of the parser names its own part of the flag."""
+    found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
+    return [match[1] for match in found if match]
+
+
+def _flag(chain: list[BaseException]) -> str:
+    keys = _keys(chain)
+    return f"--{'.'.join(keys)}: " if keys else ""
+
+
+def _plain(message: str, prefix: str) -> str:
+    """Python's names of types in a user's words, and inner flags under their full name."""
+    message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
+    message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
+    message = re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", message)
+    message = re.sub(r"Expected a dot import path string: (.*)", r"there is no class \1 to choose", message)
+    return message.replace("arguments: --", f"arguments: --{prefix}.") if prefix else message

@@ -1,0 +1,211 @@
+"""What a user does: train, go on, generate, evaluate."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_gpt_scratch.checkpoint.loading import load_model
+from tests.end_to_end.conftest import Command
+
+RUN = Path("runs/pretrain/version_0")
+
+
+def scalars(run: Path) -> dict[str, list[int]]:
+    events = EventAccumulator(str(run)).Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["state_dict"]
+
+
+def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str]) -> None:
+    outcome = command("fit", *small)
+    assert outcome.code == 0, outcome.err
+    for name in ("config.yaml", "tokenizer.json", "summary.json", "checkpoints/last.ckpt"):
+        assert (RUN / name).is_file()
+    found = scalars(RUN)
+    assert found["val/loss"] == found["val/bits_per_byte"] == found["val/perplexity"]
+    assert {
+        "train/loss", "train/learning_rate", "train/gradient_norm", "tokens", "tokens_per_second", "val/loss",
+    } <= found.keys()  # fmt: skip
+    texts = EventAccumulator(str(RUN)).Reload()
+    assert len(texts.Tensors("sample/text_summary")) == 2
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["tokens"] == 12 * 4 * 32
+    assert summary["step"] == 12
+    assert summary["baselines"]["xz"] > 0
+    assert {"val/loss", "val/bits_per_byte", "val/perplexity", "seconds", "tokens_per_second"} <= summary.keys()
+    assert f"{summary['val/bits_per_byte']:.3f}" in outcome.err
+    best = [path for path in (RUN / "checkpoints").iterdir() if path.name != "last.ckpt"]
+    assert len(best) == 1
+    tokenizer = (RUN / "tokenizer.json").read_text()
+    assert load_model(best[0])[1].to_json() == tokenizer
+
+
+def test_each_run_has_its_own_folder(command: Command, small: list[str]) -> None:
+    for _ in range(2):
+        assert command("fit", *small, "--trainer.max_steps=2").code == 0
+    assert command("fit", *small, "--trainer.max_steps=2", "--experiment=other", "--runs=elsewhere").code == 0
+    assert sorted(path.name for path in Path("runs/pretrain").iterdir()) == ["version_0", "version_1"]
+    assert Path("elsewhere/other/version_0/summary.json").is_file()
+
+
+@pytest.mark.parametrize("how", ["last", "folder", "file"])
+def test_going_on_ends_where_an_undisturbed_run_ends(command: Command, small: list[str], how: str) -> None:
+    """In the same folder, on the same curve, with the flags of the run and the changes alone given again."""
+    assert command("fit", *small, "--trainer.max_steps=20", "--model.schedule.decay=constant", "--runs=whole").code == 0
+    assert command("fit", *small, "--trainer.max_steps=12", "--model.schedule.decay=constant").code == 0
+    given = {"last": "last", "folder": RUN, "file": RUN / "checkpoints" / "last.ckpt"}[how]
+    again = command("fit", "--ckpt_path", given, "--trainer.max_steps=20")
+    assert again.code == 0, again.err
+    assert [path.name for path in Path("runs/pretrain").iterdir()] == ["version_0"]
+    assert scalars(RUN)["train/loss"] == [3, 7, 11, 15, 19]
+    whole, resumed = (
+        weights(Path("whole/pretrain/version_0/checkpoints/last.ckpt")),
+        weights(RUN / "checkpoints/last.ckpt"),
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert json.loads((RUN / "summary.json").read_text())["tokens"] == 20 * 4 * 32
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [7, 8, 9])
+def test_going_on_around_an_epochs_end(command: Command, small: list[str], stop: int, num_workers: int) -> None:
+    """Epochs of 8 batches; a run stopped just before, at and after the border trains on the same batches."""
+    flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=3", "--trainer.limit_train_batches=8",
+             f"--data.num_workers={num_workers}", "--model.schedule.decay=constant"]  # fmt: skip
+    assert command("fit", *flags, "--runs=whole").code == 0
+    assert command("fit", *flags, f"--trainer.max_steps={stop}").code == 0
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=-1")
+    assert again.code == 0, again.err
+    whole, resumed = (weights(Path(runs, "pretrain/version_0/checkpoints/last.ckpt")) for runs in ("whole", "runs"))
+    assert json.loads((RUN / "summary.json").read_text())["step"] == 24
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_finished_run_says_how_to_go_on(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    outcome = command("fit", "--ckpt_path=last")
+    assert outcome.code == 2
+    assert "has all 12 steps" in outcome.err
+    assert "--trainer.max_steps 24" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--model.gpt.n_layer=3"], "n_layer 2 there, 3 here"),
+        (["--data.block_size=16"], "block_size 32 there, 16 here"),
+        (["--data.vocab_size=290"], "vocab_size 300 there, 290 here"),
+    ],
+)
+def test_another_model_is_refused_by_its_fields(
+    command: Command, small: list[str], change: list[str], said: str
+) -> None:
+    assert command("fit", *small).code == 0
+    outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", *change)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert (RUN / "checkpoints/last.ckpt").is_file()
+
+
+def test_another_text_is_refused(command: Command, small: list[str], tmp_path: Path) -> None:
+    assert command("fit", *small).code == 0
+    (tmp_path / "other.txt").write_text("an entirely different text, with other pairs of letters. " * 400)
+    outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", f"--data.source={tmp_path / 'other.txt'}")
+    assert outcome.code == 2
+    assert "the checkpoint" in outcome.err
+
+
+def test_configs_compose_and_flags_go_over_them(command: Command, small: list[str]) -> None:
+    Path("shape.yaml").write_text("model:\n  init_args:\n    gpt:\n      n_layer: 1\n      n_kv_head: 1\n")
+    Path("short.yaml").write_text("trainer:\n  max_steps: 3\ndata:\n  init_args:\n    batch_size: 2\n")
+    outcome = command("fit", *small, "--config=shape.yaml", "--config=short.yaml", "--data.batch_size=3")
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((RUN / "config.yaml").read_text())
+    assert (
+        config["model"]["init_args"]["gpt"] | {"n_layer": 1, "n_kv_head": 1, "n_embd": 32}
+        == (config["model"]["init_args"]["gpt"])
+    )
+    assert config["trainer"]["max_steps"] == 3
+    assert config["data"]["init_args"]["batch_size"] == 3
+    assert command("fit", f"--config={RUN / 'config.yaml'}").code == 0
+    again = json.loads(Path("runs/pretrain/version_1/summary.json").read_text())
+    assert again["val/loss"] == json.loads((RUN / "summary.json").read_text())["val/loss"]
+
+
+def test_print_config_is_a_config(command: Command, small: list[str]) -> None:
+    outcome = command("fit", *small, "--model.optimizer=AdamW", "--model.optimizer.lr=0.001", "--print_config")
+    assert outcome.code == 0
+    config = yaml.safe_load(outcome.out)
+    assert config["model"]["init_args"]["optimizer"]["class_path"].endswith("AdamW")
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.001
+    Path("printed.yaml").write_text(outcome.out)
+    assert command("fit", "--config=printed.yaml").code == 0
+
+
+def test_swapping_the_optimizer_swaps_its_learning_rate(command: Command, small: list[str]) -> None:
+    outcome = command("fit", *small, "--model.optimizer=AdamW", "--trainer.max_steps=1")
+    assert outcome.code == 0, outcome.err
+    state = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert state["lr_schedulers"][0]["base_lrs"] == [3e-3, 3e-3]
+
+
+@pytest.mark.parametrize("length", [["--trainer.max_epochs=1"], ["--trainer.max_time=00:00:00:05"]])
+def test_epochs_and_time_are_not_cut_short_by_the_default_steps(
+    command: Command, small: list[str], length: list[str]
+) -> None:
+    flags = [flag for flag in small if "max_steps" not in flag]
+    outcome = command("fit", *flags, *length, "--print_config")
+    assert outcome.code == 0
+    outcome = command("fit", *flags, *length, "--trainer.limit_train_batches=5")
+    assert outcome.code == 0, outcome.err
+    step = json.loads((RUN / "summary.json").read_text())["step"]
+    assert step == 5 if "epochs" in length[0] else step > 5
+
+
+def test_generate_writes_the_same_with_the_same_seed(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    flags = ["--prompt", "the cat", "--max_new_tokens", "20"]
+    first, second, other = (command("generate", *flags, "--seed", seed) for seed in ("1", "1", "2"))
+    assert first.code == 0
+    assert first.err == ""
+    assert first.out.startswith("the cat")
+    assert first.out == second.out != other.out
+    assert command("generate", RUN, *flags, "--seed", "1").out == first.out
+    assert command("generate", *flags, "--max_new_tokens", "0").out == "the cat\n"
+    assert command("generate", *flags, "--temperature", "0", "--seed", "3").out == (
+        command("generate", *flags, "--temperature", "0", "--seed", "4").out
+    )
+
+
+def test_generate_refuses_a_prompt_beyond_the_context(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    outcome = command("generate", "--prompt", "word " * 200)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert "the context holds 32" in outcome.err
+
+
+def test_evaluate_gives_one_json_object(command: Command, small: list[str], corpus: Path) -> None:
+    assert command("fit", *small).code == 0
+    outcome = command("evaluate", RUN, "--data.source", corpus / "00.txt", "--json")
+    assert outcome.code == 0, outcome.err
+    figures = json.loads(outcome.out)
+    assert figures.keys() == {"bits_per_byte", "perplexity", "loss", "tokens", "bytes"}
+    assert figures["bytes"] == (corpus / "00.txt").stat().st_size
+    plain = command("evaluate", RUN, "--data.source", corpus / "00.txt")
+    assert f"{figures['bits_per_byte']:.4f}" in plain.out
+
+
+@pytest.mark.slow
+def test_a_line_is_said_for_a_flagless_run(command: Command) -> None:
+    """The flagless run, whole: minutes. It must beat ``xz -9`` on the same text."""
+    assert command("fit").code == 0
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["val/bits_per_byte"] < summary["baselines"]["xz"]

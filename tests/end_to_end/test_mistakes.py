@@ -1,0 +1,114 @@
+"""A user's mistake: one line that names the flag or the file, exit code 2, nothing left behind."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.end_to_end.conftest import Command, Outcome
+
+
+def one_line(outcome: Outcome, *said: str) -> None:
+    assert outcome.code == 2, outcome.err
+    assert outcome.out == ""
+    [line] = [line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding"))]
+    assert line.startswith("error: ")
+    for word in said:
+        assert word in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--no_such_flag", "3"], ["no_such_flag"]),
+        (["--model.gpt.n_layers", "3"], ["n_layers"]),
+        (["--trainer.max_stepz=3"], ["max_stepz"]),
+        (["--model.gpt.n_layer", "three"], ["model.gpt.n_layer", "three"]),
+        (["--trainer.max_steps", "many"], ["trainer.max_steps", "many"]),
+        (["--data.batch_size", "2.5"], ["data.batch_size", "2.5"]),
+        (["--model.optimizer.lr", "fast"], ["model.optimizer.lr", "fast"]),
+        (["--model.gpt.n_embd", "33"], ["model.gpt.n_embd (33)", "model.gpt.n_head (2)"]),
+        (["--model.gpt.n_layer", "0"], ["model.gpt.n_layer is 0"]),
+        (["--model.gpt.n_head", "-2"], ["model.gpt.n_head is -2"]),
+        (["--data.block_size", "0"], ["data.block_size is 0"]),
+        (["--data.vocab_size", "-5"], ["data.vocab_size is -5"]),
+        (["--data.vocab_size", "100"], ["data.vocab_size is 100"]),
+        (["--model.gpt.position", "sideways"], ["model.gpt.position", "sideways"]),
+        (["--model.optimizer", "Adamax"], ["model.optimizer", "Adamax"]),
+        (["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1"]),
+        (["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
+        (["--data.source", "no/such/text.txt"], ["no/such/text.txt"]),
+        (["--data.tokenizer", "no/tokenizer.json"], ["no/tokenizer.json"]),
+        (["--data.block_size", "100000"], ["fewer than one window of 100000"]),
+        (["--config", "no.yaml"], ["no.yaml"]),
+        (["--trainer.strategy", "teleport"], ["strategy", "teleport"]),
+        (["--trainer.accelerator", "abacus"], ["abacus"]),
+        (["--trainer.precision", "3-mixed"], ["precision", "3-mixed"]),
+        (["--trainer.max_steps", "-7"], ["max_steps", "-7"]),
+        (["--ckpt_path", "last"], ["no run with a checkpoint", "lit_gpt_scratch.fit"]),
+        (["--ckpt_path", "no.ckpt"], ["no.ckpt"]),
+    ],
+)
+def test_a_flag_that_cannot_be(
+    command: Command, small: list[str], tmp_path: Path, flags: list[str], said: list[str]
+) -> None:
+    one_line(command("fit", *small, *flags), *said)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(command: Command, small: list[str], tmp_path: Path) -> None:
+    one_line(command("fit", *small, "--trainer.accelerator", "gpu"), "gpu")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("kind", ["empty file", "empty folder", "folder without text", "binary file", "short file"])
+def test_a_corpus_that_is_none(command: Command, small: list[str], tmp_path: Path, kind: str) -> None:
+    source = tmp_path / "source"
+    if "folder" in kind:
+        source.mkdir()
+        if kind == "folder without text":
+            (source / "picture.png").write_bytes(b"\x89PNG\r\n\0")
+    else:
+        source.write_bytes({"empty file": b"", "binary file": b"\0\1\xff", "short file": b"too short"}[kind])
+    one_line(command("fit", *small, "--data.source", source), str(source))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_that_cannot_be_written(command: Command, small: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    one_line(command("fit", *small, "--runs", tmp_path / "file"), "--runs", "file")
+    one_line(command("fit", *small, "--runs", tmp_path / "file" / "runs"), "--runs", "file")
+    if os.geteuid():  # root may write anywhere
+        (tmp_path / "closed").mkdir(mode=0o500)
+        one_line(command("fit", *small, "--runs", tmp_path / "closed"), "--runs", "closed")
+
+
+@pytest.mark.parametrize("door", ["fit", "generate", "evaluate"])
+def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path: Path, door: str) -> None:
+    path = tmp_path / "notes.ckpt"
+    path.write_text("not a checkpoint", encoding="utf-8")
+    source = tmp_path / "text.txt"
+    source.write_text("text", encoding="utf-8")
+    args = {"fit": [*small, "--ckpt_path", path], "generate": [path], "evaluate": [path, "--data.source", source]}
+    one_line(command(door, *args[door]), str(path))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("door", "flags", "said"),
+    [
+        ("generate", [], "no run with a checkpoint"),
+        ("generate", ["--temperature", "-1"], "temperature is -1"),
+        ("generate", ["--temperature", "warm"], "--temperature"),
+        ("generate", ["--top_k", "0"], "top_k is 0"),
+        ("generate", ["--seed", "-1"], "--seed"),
+        ("generate", ["--promt", "x"], "--promt"),
+        ("evaluate", ["--data.source", "stdlib"], "no run with a checkpoint"),
+        ("evaluate", [], "--data.source"),
+        ("evaluate", ["--data.source", "no/such"], "no/such"),
+    ],
+)
+def test_the_other_doors(command: Command, door: str, flags: list[str], said: str) -> None:
+    one_line(command(door, *flags), said)
