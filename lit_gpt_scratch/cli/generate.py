@@ -23,10 +23,9 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"argument --seed: {given.seed} is not between 0 and 2**63")
     model, tokenizer = find_model(given)
     prompt = [tokenizer.end_of_text, *tokenizer.encode(given.prompt)]
+    ids = generate(model, prompt, given.max_new_tokens, sampling, given.seed, tokenizer.end_of_text)
     sys.stdout.write(given.prompt)
-    for piece in tokenizer.decode_stream(
-        generate(model, prompt, given.max_new_tokens, sampling, given.seed, tokenizer.end_of_text)
-    ):
+    for piece in tokenizer.decode_stream(ids):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
