@@ -8,7 +8,6 @@ Muon would ruin AdamW.
 from abc import ABC, abstractmethod
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
@@ -61,16 +60,14 @@ class AdamW(OptimizerRecipe):
 
     @override
     def build(self, model: nn.Module) -> Optimizer:
+        # Not torch.optim.AdamW(fused=True): Lightning refuses to clip gradients for it under mixed precision.
         groups = parameter_groups(model)
-        decayed = groups.matrices + groups.tables
-        return torch.optim.AdamW(
+        settings = _adamw(self.lr, self.beta1, self.beta2)
+        return MuonAdamW(
             [
-                {"params": decayed, "weight_decay": self.weight_decay},
-                {"params": groups.vectors, "weight_decay": 0.0},
-            ],
-            lr=self.lr,
-            betas=(self.beta1, self.beta2),
-            fused=all(p.device.type in ("cpu", "cuda", "mps") for p in decayed),
+                {"params": groups.matrices + groups.tables, **settings, "weight_decay": self.weight_decay},
+                {"params": groups.vectors, **settings},
+            ]
         )
 
 
@@ -106,13 +103,7 @@ class Muon(OptimizerRecipe):
     @override
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
-        rest: dict[str, Any] = {
-            "rule": "adamw",
-            "lr": self.adamw_lr,
-            "betas": (self.beta1, self.beta2),
-            "eps": 1e-8,
-            "weight_decay": 0.0,
-        }
+        rest = _adamw(self.adamw_lr, self.beta1, self.beta2)
         return MuonAdamW(
             [
                 {
@@ -126,3 +117,7 @@ class Muon(OptimizerRecipe):
                 {"params": groups.vectors, **rest},
             ]
         )
+
+
+def _adamw(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
+    return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0}

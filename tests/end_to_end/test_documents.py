@@ -1,0 +1,131 @@
+"""What the README, the notebooks and the experiment files say is run, with fewer steps."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_gpt_scratch.__main__ import DOORS
+from lit_gpt_scratch.text.sources import STDLIB
+from tests.conftest import sentences
+from tests.end_to_end.conftest import Command
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    part.strip()
+    for language, block in BLOCKS
+    if language == "bash"
+    for line in block.splitlines()
+    if not line.startswith("#")
+    for part in line.split("#")[0].split("&&")
+    if part.strip()
+]
+DOOR_COMMANDS = [command for command in COMMANDS if "lit_gpt_scratch." in command]
+SHORT = [
+    "--trainer.max_steps=2", "--model.compile=false", "--model.gpt.n_embd=36", "--trainer.limit_val_batches=2",
+    "--data.vocab_size=300", "--data.block_size=32", "--data.tokens_per_step=null", "--data.batch_size=4",
+]  # fmt: skip
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert COMMANDS[:4] == [
+        "python -m pip install -e .",
+        "python -m lit_gpt_scratch.fit",
+        "python -m pip install -e '.[test]'",
+        "python -m pytest",
+    ]
+
+
+@pytest.fixture
+def newcomers_folder(command: Command, small: list[str], tmp_path: Path) -> Path:
+    """A folder like a fresh clone after its first run, beside some texts of the user's."""
+    (tmp_path / "my_texts").mkdir()
+    for seed in range(10):
+        (tmp_path / "my_texts" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
+    for name in ("README.md", "experiments"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    flags = [flag for flag in small if "trainer.precision" not in flag]
+    assert command("fit", *flags).code == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("line", DOOR_COMMANDS[1:])
+def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
+    _, _, module, *flags = shlex.split(line)
+    door = module.removeprefix("lit_gpt_scratch.")
+    assert door in DOORS
+    # A subprocess launcher would start the test runner again; that strategies agree is tested elsewhere.
+    if door == "fit" and "--trainer.strategy" in flags:
+        assert command(door, *flags, *SHORT[:-1], "--print_config").code == 0
+        return
+    if door == "fit" and not {"--print_config", "--model.help"} & set(flags):
+        if "--ckpt_path" not in flags:
+            corpus = [] if "--data.source" in flags else [f"--data.source={newcomers_folder / 'my_texts'}"]
+            flags += [*SHORT, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
+        elif "--trainer.max_steps" in flags:
+            flags += ["--trainer.max_steps=14"]
+    if door == "generate":
+        flags += ["--max_new_tokens=3"]
+    outcome = command(door, *flags)
+    assert outcome.code == 0, outcome.err
+
+
+def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [code] = [block for language, block in BLOCKS if language == "python"]
+    monkeypatch.chdir(newcomers_folder)
+    exec(shortened(code), {})
+
+
+def shortened(code: str) -> str:
+    """The same code on less text, with fewer steps and a smaller model."""
+    for old, new in {
+        "max_steps=900": "max_steps=2, limit_val_batches=2, logger=True, accelerator='cpu'",
+        "val_check_interval=300": "val_check_interval=2",
+        "log_every_n_steps=10": "log_every_n_steps=1",
+        "LanguageModel()": "LanguageModel(compile=False)",
+        "PackedText()": "PackedText(source='my_texts', vocab_size=300, validation_share=0.3, batch_size=2)",
+    }.items():
+        code = code.replace(old, new)
+    return code
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda path: path.name)
+def test_a_notebook_runs_and_was_run(newcomers_folder: Path, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nbformat = pytest.importorskip("nbformat")
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    monkeypatch.chdir(newcomers_folder)
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output.output_type == "error" for cell in cells for output in cell.outputs)
+    scope: dict[str, object] = {}
+    for cell in cells:
+        exec(shortened(cell.source), scope)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").rglob("*.yaml")), ids=lambda path: path.relative_to(ROOT).as_posix()
+)
+def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -> None:
+    assert path.read_text(encoding="utf-8").startswith("# ")
+    outcome = command("fit", "--config", path, "--print_config")
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load(outcome.out)
+    assert config["data"]["init_args"]["source"] == STDLIB  # no path of one machine
+
+
+def test_every_room_is_on_the_map() -> None:
+    package = ROOT / "lit_gpt_scratch"
+    rooms = {f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if path.name[0] not in "_."}
+    assert {room for room in rooms if f"`{room}`" not in README} == set()
+
+
+def test_every_door_is_listed() -> None:
+    for door in DOORS:
+        assert (ROOT / "lit_gpt_scratch" / f"{door}.py").is_file()
+        assert f"`{door}.py`" in README
