@@ -96,11 +96,12 @@ class Progress(ProgressBar):
             self._bar = None
 
     def _figures(self, trainer: L.Trainer) -> str:
-        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))  # type: ignore[attr-defined]
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         loss = trainer.callback_metrics.get("train/loss")
         figures = [] if loss is None else [f"loss {loss:.3f}"]
-        if throughput.tokens_per_second:  # known from the first log point on
-            figures.append(f"{throughput.tokens_per_second:,.0f} tokens/s")
+        if speed:  # known from the first log point on
+            figures.append(f"{speed:,.0f} tokens/s")
         return ", ".join(figures)
 
 

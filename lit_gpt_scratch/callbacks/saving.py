@@ -1,16 +1,16 @@
 """Checkpoints of a run."""
 
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(InRunFolder, Checkpoint):
     """Keep ``last.ckpt`` to go on from, and the best models by validation loss.
 
     Args:
@@ -32,42 +32,37 @@ class Checkpoints(Checkpoint):
         """Validation loss of each kept model, by file name, best first."""
         self._saved_step = -1
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """All processes save into the folder of the first one's run."""
-        folder = RunFolder(Path(trainer.log_dir or "."))
-        self.folder = folder.checkpoints
-
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save ``last.ckpt`` at its interval."""
         step = trainer.global_step
-        if step % self.every_n_steps == 0 and step != self._saved_step:
-            self._save_last(trainer)
+        if self.folder and step % self.every_n_steps == 0 and step != self._saved_step:
+            self._save_last(trainer, self.folder)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save ``last.ckpt``, and the model if it is among the best."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if self.folder is None or trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = trainer.callback_metrics.get("val/loss")
         if loss is not None and self.keep_best:
-            self._save_best(trainer, loss.item())
-        self._save_last(trainer)
+            self._save_best(trainer, self.folder, loss.item())
+        self._save_last(trainer, self.folder)
 
-    def _save_best(self, trainer: L.Trainer, loss: float) -> None:
+    def _save_best(self, trainer: L.Trainer, folder: RunFolder, loss: float) -> None:
         name = f"step={trainer.global_step}.ckpt"
         ranked = dict(sorted({**self.best, name: loss}.items(), key=lambda item: item[1]))
         kept = dict(list(ranked.items())[: self.keep_best])
         dropped = self.best.keys() - kept.keys()
         self.best = kept
         if name in kept:
-            trainer.save_checkpoint(self.folder / name)
+            trainer.save_checkpoint(folder.checkpoints / name)
         for old in dropped:
-            trainer.strategy.remove_checkpoint(self.folder / old)
+            trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
-    def _save_last(self, trainer: L.Trainer) -> None:
+    def _save_last(self, trainer: L.Trainer, folder: RunFolder) -> None:
         self._saved_step = trainer.global_step
-        trainer.save_checkpoint(self.folder / "last.ckpt")
+        trainer.save_checkpoint(folder.last)
 
     def state_dict(self) -> dict[str, Any]:
         """Which models are the best so far."""

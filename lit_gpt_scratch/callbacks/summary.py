@@ -4,12 +4,12 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -23,15 +23,11 @@ LONGEST_FOR_XZ = 16 * 2**20
 """Tokens of validation text beyond which ``xz`` would keep the user waiting for minutes."""
 
 
-class Summary(Callback):
+class Summary(InRunFolder):
     """Write ``summary.json`` at the end: final metrics, baselines, tokens, seconds, tokens per second.
 
     Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
     """
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ask for the folder on every rank: the first one tells the others."""
-        self.folder = RunFolder(Path(trainer.log_dir)) if trainer.log_dir else None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and store the tokenizer."""

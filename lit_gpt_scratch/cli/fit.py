@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.progress import Progress
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.saving import Checkpoints
@@ -44,7 +46,7 @@ class FitCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
-                save_config_kwargs={"overwrite": True},
+                save_config_callback=None,  # it follows the logger; the config belongs into the run's folder
                 trainer_defaults={
                     "max_steps": MAX_STEPS,
                     "max_epochs": -1,
@@ -56,7 +58,6 @@ class FitCLI(LightningCLI):
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,
                     "use_distributed_sampler": False,  # the order of windows is the data's own
-                    "callbacks": [Throughput(), Samples(), Progress(), ValidateAtEnd(), Summary()],
                 },
                 parser_kwargs={
                     "allow_abbrev": False,
@@ -104,15 +105,18 @@ class FitCLI(LightningCLI):
         if (trainer.max_epochs not in (None, -1) or trainer.max_time) and trainer.max_steps == MAX_STEPS:
             trainer.max_steps = -1
 
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
+        config = {**self.config_init.trainer, **kwargs}
+        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), Summary()]
+        if config["enable_progress_bar"] is not False:
+            callbacks.append(Progress())
+        if config["enable_checkpointing"] is not False:
+            callbacks.append(self.config_init.checkpoint)
         try:
-            return super().instantiate_trainer(**kwargs)
+            return Trainer(**{**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
         except (MisconfigurationException, ValueError, TypeError) as error:  # e.g. no GPU, an unknown strategy
-            trainer = self.config.trainer
-            asked = [
-                f"--trainer.{name} {trainer[name]}" for name in ("accelerator", "devices", "strategy", "precision")
-            ]
+            asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
 
     def fit(self) -> None:
@@ -129,10 +133,9 @@ class FitCLI(LightningCLI):
             self.datamodule.setup("fit")
             folder = RunFolder.of(self.checkpoint) if self.checkpoint else None
             claimed = None
-            if folder is None and self.trainer.is_global_zero:
+            if folder is None and self.trainer.is_global_zero and not self.config.trainer.fast_dev_run:
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
-            if self.trainer.loggers and self.config.trainer.logger is None and not self.config.trainer.fast_dev_run:
-                self.trainer.logger = self._logger(folder)
+            self._settle_in(folder)
         try:
             with user_errors():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
@@ -141,12 +144,18 @@ class FitCLI(LightningCLI):
                 shutil.rmtree(claimed.path, ignore_errors=True)
             raise
 
-    def _logger(self, folder: RunFolder | None) -> TensorBoardLogger:
-        """TensorBoard in the run's folder; other ranks than the first write nothing and ask it where it is."""
-        if folder is None:
-            return TensorBoardLogger(self.config.runs, name=self.config.experiment, version="of the first rank")
-        path = folder.path
-        return TensorBoardLogger(path.parent.parent, path.parent.name, folder.version, default_hp_metric=False)
+    def _settle_in(self, folder: RunFolder | None) -> None:
+        """Send all that the run writes into its folder; None on ranks that write nothing and ask the first."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if isinstance(callback, InRunFolder):
+                callback.folder = folder
+        if folder and self.trainer.is_global_zero:
+            self.parser.save(self.config, folder.config, skip_none=False, overwrite=True, multifile=False)
+        if self.trainer.loggers and self.config.trainer.logger is None and not self.config.trainer.fast_dev_run:
+            path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
+            self.trainer.logger = TensorBoardLogger(
+                path.parent.parent, path.parent.name, path.name, default_hp_metric=False
+            )
 
     def _refuse_finished(self, checkpoint: dict[str, Any] | None) -> None:
         if checkpoint and 0 < self.trainer.max_steps <= checkpoint["global_step"]:

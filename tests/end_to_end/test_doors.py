@@ -169,6 +169,29 @@ def test_epochs_and_time_are_not_cut_short_by_the_default_steps(
     assert step == 5 if "epochs" in length[0] else step > 5
 
 
+@pytest.mark.parametrize(
+    ("flags", "left"),
+    [
+        (["--trainer.fast_dev_run=true"], set()),
+        (["--trainer.logger=false"], {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"}),
+        (["--trainer.enable_checkpointing=false"], {"config.yaml", "tokenizer.json", "summary.json"}),
+        (["--trainer.enable_progress_bar=false"], {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"}),
+        (
+            ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"],
+            {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"},
+        ),
+    ],
+)
+def test_trainer_flags_keep_their_meaning(command: Command, small: list[str], flags: list[str], left: set[str]) -> None:
+    outcome = command("fit", *small, *flags)
+    assert outcome.code == 0, outcome.err
+    found = {path.name for path in RUN.glob("*") if path.name not in ("hparams.yaml",) and "tfevents" not in path.name}
+    assert found == left
+    assert {path.name for path in Path().iterdir()} <= {"runs", "csv"}
+    if "fast_dev_run" in flags[0]:
+        assert not Path("runs").exists()
+
+
 def test_generate_writes_the_same_with_the_same_seed(command: Command, small: list[str]) -> None:
     assert command("fit", *small).code == 0
     flags = ["--prompt", "the cat", "--max_new_tokens", "20"]
