@@ -13,6 +13,9 @@ from lit_gpt_scratch.callbacks.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
+LINE_EVERY = 100
+"""Steps between two lines where neither a terminal nor the length of the run is known."""
+
 
 class Progress(ProgressBar):
     """One bar over the whole run with loss, tokens per second and time left; validations as lines above it.
@@ -39,8 +42,8 @@ class Progress(ProgressBar):
         total = trainer.estimated_stepping_batches
         self._total = None if total == float("inf") else int(total)
         self._began = time.perf_counter()
-        self._first_step = trainer.global_step
-        self._shown_tenth = 0
+        self._first_step = self._step = trainer.global_step
+        self._shown_tenth = 10 * self._step // self._total if self._total else 0
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total,
@@ -56,17 +59,24 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on by the steps done."""
-        if not self._enabled:
+        """Move on when a step is done; figures are read at log points, because reading waits for the device."""
+        step = trainer.global_step
+        if not self._enabled or step == self._step:
             return
+        self._step = step
+        every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if self._bar is not None:
-            self._bar.set_postfix_str(self._figures(trainer), refresh=False)
-            self._bar.update(trainer.global_step - self._bar.n)
-        elif self._total and (tenth := 10 * trainer.global_step // self._total) > self._shown_tenth:
+            if step == 1 or (every and step % every == 0):
+                self._bar.set_postfix_str(self._figures(trainer), refresh=False)
+            self._bar.update(step - self._bar.n)
+        elif self._total is None:
+            if step % LINE_EVERY == 0:
+                log.info("step %d, %s", step, self._figures(trainer))
+        elif (tenth := 10 * step // self._total) > self._shown_tenth:
             self._shown_tenth = tenth
-            done = trainer.global_step - self._first_step
-            left = (self._total - trainer.global_step) * (time.perf_counter() - self._began) / max(done, 1)
-            log.info("step %d of %d, %s, %.0f s left", trainer.global_step, self._total, self._figures(trainer), left)
+            done = step - self._first_step
+            left = (self._total - step) * (time.perf_counter() - self._began) / done
+            log.info("step %d of %d, %s, %.0f s left", step, self._total, self._figures(trainer), left)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A line with the validation's figures."""

@@ -1,6 +1,7 @@
 """What the model writes, as it learns."""
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -28,6 +29,8 @@ class Samples(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.sanity_checking or not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText)):
             return
+        if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
+            return  # a diverged model has nothing to say
         start = data.tokenizer.end_of_text
         ids = generate(pl_module.net, [start], self.tokens, self.sampling, seed=0, end_of_text=start)
         self.latest = data.tokenizer.decode(list(ids))

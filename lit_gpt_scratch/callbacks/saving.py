@@ -1,5 +1,6 @@
 """Checkpoints of a run."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -13,8 +14,12 @@ from lit_gpt_scratch.errors import UserError
 class Checkpoints(InRunFolder, Checkpoint):
     """Keep ``last.ckpt`` to go on from, and the best models by validation loss.
 
+    ``last.ckpt`` is only ever written between two optimizer steps, never amid the micro-batches of one, whose
+    gradients would be lost.
+
     Args:
-        every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved after each validation.
+        every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved after each validation
+            and at the end.
         keep_best: How many of the best models to keep, as ``step=N.ckpt``.
 
     Raises:
@@ -30,24 +35,37 @@ class Checkpoints(InRunFolder, Checkpoint):
         self.keep_best = keep_best
         self.best: dict[str, float] = {}
         """Validation loss of each kept model, by file name, best first."""
-        self._saved_step = -1
+        self._step = 0
+        self._between_steps = True
+        self._saved: int | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A resumed run has its checkpoint already."""
+        self._step = trainer.global_step
+        self._saved = trainer.global_step or None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save ``last.ckpt`` at its interval."""
-        step = trainer.global_step
-        if self.folder and step % self.every_n_steps == 0 and step != self._saved_step:
-            self._save_last(trainer, self.folder)
+        self._between_steps, self._step = trainer.global_step != self._step, trainer.global_step
+        if self._between_steps and self._step % self.every_n_steps == 0:
+            self._save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save ``last.ckpt``, and the model if it is among the best."""
-        if self.folder is None or trainer.sanity_checking or trainer.state.fn != "fit":
+        """Save the model if it is among the best, and ``last.ckpt``."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         loss = trainer.callback_metrics.get("val/loss")
-        if loss is not None and self.keep_best:
+        if self.folder and self.keep_best and loss is not None and math.isfinite(loss):
             self._save_best(trainer, self.folder, loss.item())
-        self._save_last(trainer, self.folder)
+        if self._between_steps:
+            self._save_last(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what came after the last interval."""
+        if self._saved != trainer.global_step:
+            self._save_last(trainer)
 
     def _save_best(self, trainer: L.Trainer, folder: RunFolder, loss: float) -> None:
         name = f"step={trainer.global_step}.ckpt"
@@ -60,9 +78,10 @@ class Checkpoints(InRunFolder, Checkpoint):
         for old in dropped:
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
-    def _save_last(self, trainer: L.Trainer, folder: RunFolder) -> None:
-        self._saved_step = trainer.global_step
-        trainer.save_checkpoint(folder.last)
+    def _save_last(self, trainer: L.Trainer) -> None:
+        if self.folder:
+            self._saved = trainer.global_step
+            trainer.save_checkpoint(self.folder.last)
 
     def state_dict(self) -> dict[str, Any]:
         """Which models are the best so far."""

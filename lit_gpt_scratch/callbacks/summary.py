@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -29,30 +30,48 @@ class Summary(InRunFolder):
     Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
     """
 
+    def __init__(self) -> None:
+        self.seconds_before = 0.0
+        """Seconds that earlier sessions of the run took."""
+        self._began = time.perf_counter()
+        self._first_step = 0
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and store the tokenizer."""
-        self._began = time.perf_counter()
+        self._began, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero and self.folder and isinstance(data, PackedText):
             (self.folder.path / "tokenizer.json").write_text(data.tokenizer_json, encoding="utf-8")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the summary and say it."""
-        if not trainer.is_global_zero or self.folder is None:
+        """Write the summary and say it, unless nothing was done."""
+        if not trainer.is_global_zero or self.folder is None or trainer.global_step == self._first_step:
             return
         throughput = _one(trainer, Throughput)
-        seconds = time.perf_counter() - self._began
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
-            **{name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name},
+            **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
             "baselines": _baselines(trainer),
             "step": trainer.global_step,
-            "tokens": throughput.tokens,
-            "seconds": seconds,
-            "tokens_per_second": throughput.timed_tokens / throughput.seconds if throughput.seconds else None,
+            "tokens": throughput and throughput.tokens,
+            "seconds": self._seconds(),
+            "tokens_per_second": throughput and throughput.mean,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
         }
         (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-        self._say(summary, _one(trainer, Samples).latest, self.folder)
+        samples = _one(trainer, Samples)
+        self._say(summary, samples.latest if samples else "", self.folder)
+
+    def state_dict(self) -> dict[str, float]:
+        """Time so far, so that a resumed run counts on."""
+        return {"seconds": self._seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+        """Count on."""
+        self.seconds_before = state_dict["seconds"]
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self._began
 
     def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder) -> None:
         bits = summary.get("val/bits_per_byte")
@@ -85,6 +104,6 @@ def _baselines(trainer: L.Trainer) -> dict[str, float]:
     return {"xz": xz_bits_per_byte(text)}
 
 
-def _one(trainer: L.Trainer, kind: type[Kind]) -> Kind:
-    found: Kind = next(c for c in trainer.callbacks if isinstance(c, kind))  # type: ignore[attr-defined]
-    return found
+def _one(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    return next((callback for callback in callbacks if isinstance(callback, kind)), None)

@@ -24,6 +24,8 @@ class Throughput(Callback):
         self.timed_tokens = 0
         self.tokens_per_second = 0.0
         self._began: float | None = None
+        self._warm = False
+        self._step = 0
         self._window_tokens = 0
         self._window_seconds = 0.0
 
@@ -39,20 +41,39 @@ class Throughput(Callback):
     ) -> None:
         """Count the batch; report at log points."""
         tokens = batch["input_ids"].numel() * trainer.world_size
-        first = self.tokens == 0
         self.tokens += tokens
         now = time.perf_counter()
-        if not first and self._began is not None:
+        if self._warm and self._began is not None:
             self._window_tokens += tokens
             self._window_seconds += now - self._began
-        self._began = now
+        self._began, self._warm = now, True
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        if trainer.global_step % every == 0 and self._window_seconds:
-            self.timed_tokens += self._window_tokens
-            self.seconds += self._window_seconds
-            self.tokens_per_second = self._window_tokens / self._window_seconds
-            self._window_tokens, self._window_seconds = 0, 0.0
+        if stepped and every and trainer.global_step % every == 0 and self._close_window():
             pl_module.log_dict({"tokens": float(self.tokens), "tokens_per_second": self.tokens_per_second})
+
+    @property
+    def mean(self) -> float | None:
+        """Training tokens per second over this session, or None before anything was timed."""
+        return self.timed_tokens / self.seconds if self.seconds else None
+
+    def _close_window(self) -> bool:
+        """Take the speed since the last time; False if nothing was timed."""
+        if not self._window_seconds:
+            return False
+        self.timed_tokens += self._window_tokens
+        self.seconds += self._window_seconds
+        self.tokens_per_second = self._window_tokens / self._window_seconds
+        self._window_tokens, self._window_seconds = 0, 0.0
+        return True
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The first step of this process will compile: leave it out."""
+        self._warm, self._step = False, trainer.global_step
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count what came after the last log point."""
+        self._close_window()
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""

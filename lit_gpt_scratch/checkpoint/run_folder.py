@@ -1,7 +1,9 @@
 """One folder a run: ``<runs>/<experiment>/version_N``."""
 
 import re
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +46,8 @@ class RunFolder:
         Raises:
             UserError: The folder cannot be made.
         """
+        if not experiment or Path(experiment).name != experiment:
+            raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
         version = max((run.version for run in _runs(runs / experiment)), default=-1) + 1
         while True:
             path = runs / experiment / f"version_{version}"
@@ -56,6 +60,13 @@ class RunFolder:
                 version += 1
             except OSError as error:
                 raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs)") from error
+
+    def abandon(self) -> None:
+        """Remove the folder, and those around it if nothing else is in them."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):
+            self.path.parent.rmdir()
+            self.path.parent.parent.rmdir()
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFolder | None":
@@ -79,9 +90,11 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         path = Path(given).expanduser()
         if path.is_dir():
             inside = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
+            # A trainer that was built by hand names its checkpoints differently.
+            inside += sorted(path.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
             found = next((file for file in inside if file.is_file()), None)
             if found is None:
-                raise UserError(f"{path} holds no checkpoint (looked for checkpoints/last.ckpt)")
+                raise UserError(f"{path} holds no checkpoint (looked in its folder checkpoints)")
             return found
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}")

@@ -1,7 +1,9 @@
 """How every door opens and closes. Imports nothing heavy: doors without a trainer start quickly."""
 
 import argparse
+import io
 import logging
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 def run(door: Callable[[], None]) -> None:
     """Run a door; a ``UserError`` becomes one line on standard error and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a redirected stream may know fewer characters than a model
+            stream.reconfigure(encoding="utf-8", errors="replace")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lit_gpt_scratch")
@@ -64,6 +69,8 @@ def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 
     model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment))
+    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
+        raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")
     try:
         return model.to(given.device), tokenizer
     except (RuntimeError, AssertionError) as error:

@@ -1,14 +1,13 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
 import logging
-import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -28,7 +27,7 @@ from lit_gpt_scratch.hardware.defaults import default_precision
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
-"""Length of the default run."""
+"""Length of a run for which no steps, epochs or time were asked."""
 
 
 class FitCLI(LightningCLI):
@@ -48,9 +47,6 @@ class FitCLI(LightningCLI):
                 seed_everything_default=0,
                 save_config_callback=None,  # it follows the logger; the config belongs into the run's folder
                 trainer_defaults={
-                    "max_steps": MAX_STEPS,
-                    "max_epochs": -1,
-                    "precision": default_precision(),
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
                     "val_check_interval": 300,
@@ -62,8 +58,8 @@ class FitCLI(LightningCLI):
                 parser_kwargs={
                     "allow_abbrev": False,
                     "exit_on_error": False,
-                    "description": "Train a GPT on real text. All flags of the model and the data: "
-                    "--model.help LanguageModel, --data.help PackedText.",
+                    "description": f"Train a GPT on real text, {MAX_STEPS} steps unless steps, epochs or time are given. "
+                    "All flags of the model and the data: --model.help LanguageModel, --data.help PackedText.",
                 },
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -95,20 +91,26 @@ class FitCLI(LightningCLI):
         flags = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(flags)
         self.checkpoint: Path | None = None
-        if self.config.ckpt_path:
+        if self.config.ckpt_path is not None:
             self.checkpoint = find_checkpoint(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
             run = RunFolder.of(self.checkpoint)
             if run and run.config.is_file():
                 self.config = parser.parse_args(["--config", str(run.config), *flags])
-        # Whoever asks for epochs or for time does not want the default number of steps to cut them short.
         trainer = self.config.trainer
-        if (trainer.max_epochs not in (None, -1) or trainer.max_time) and trainer.max_steps == MAX_STEPS:
-            trainer.max_steps = -1
+        if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
+            trainer.max_steps = MAX_STEPS
+        if trainer.precision is None:
+            trainer.precision = default_precision(str(trainer.accelerator))
+        for name in ("accumulate_grad_batches", "val_check_interval"):
+            if isinstance(trainer[name], int | float) and trainer[name] <= 0:
+                raise UserError(f"--trainer.{name} is {trainer[name]}; it must be positive")
+        if self.config.seed_everything < 0:
+            raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
-        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), Summary()]
+        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), Summary(), SavedConfig(self)]
         if config["enable_progress_bar"] is not False:
             callbacks.append(Progress())
         if config["enable_checkpointing"] is not False:
@@ -123,11 +125,11 @@ class FitCLI(LightningCLI):
         """Prepare the data, claim the run folder, train.
 
         Raises:
-            UserError: Data, folder or checkpoint are unusable; a folder claimed for this run is removed.
+            UserError: Data, folder or checkpoint are unusable, or there is nothing to do; a folder that was
+                claimed for this run is removed.
         """
         with user_errors():
-            checkpoint = load_checkpoint(self.checkpoint) if self.checkpoint else None
-            self._refuse_finished(checkpoint)
+            first_step = self._check_checkpoint()
             # Before there is a folder, so that unusable data leaves none behind.
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
@@ -139,30 +141,60 @@ class FitCLI(LightningCLI):
         try:
             with user_errors():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
-        except UserError:
+            if self.trainer.global_step == first_step:
+                raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
+        finally:
             if claimed and not self.trainer.global_step:
-                shutil.rmtree(claimed.path, ignore_errors=True)
-            raise
+                claimed.abandon()
 
     def _settle_in(self, folder: RunFolder | None) -> None:
         """Send all that the run writes into its folder; None on ranks that write nothing and ask the first."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, InRunFolder):
                 callback.folder = folder
-        if folder and self.trainer.is_global_zero:
-            self.parser.save(self.config, folder.config, skip_none=False, overwrite=True, multifile=False)
-        if self.trainer.loggers and self.config.trainer.logger is None and not self.config.trainer.fast_dev_run:
+        if self.config.trainer.logger in (None, True) and not self.config.trainer.fast_dev_run:
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
             self.trainer.logger = TensorBoardLogger(
                 path.parent.parent, path.parent.name, path.name, default_hp_metric=False
             )
 
-    def _refuse_finished(self, checkpoint: dict[str, Any] | None) -> None:
-        if checkpoint and 0 < self.trainer.max_steps <= checkpoint["global_step"]:
+    def _check_checkpoint(self) -> int:
+        """The step that the checkpoint has reached; 0 without one."""
+        if self.checkpoint is None:
+            return 0
+        checkpoint = load_checkpoint(self.checkpoint)
+        step: int = checkpoint["global_step"]
+        if 0 < self.trainer.max_steps <= step:
             raise UserError(
-                f"{self.checkpoint} has all {checkpoint['global_step']} steps of its run; "
-                f"to go on, give more: --trainer.max_steps {2 * checkpoint['global_step']}"
+                f"{self.checkpoint} has all {step} steps of its run; "
+                f"to go on, ask for more: --trainer.max_steps {2 * step}"
             )
+        epochs = _epochs_done(checkpoint["loops"]["fit_loop"])
+        if 0 < (self.trainer.max_epochs or 0) <= epochs:
+            raise UserError(
+                f"{self.checkpoint} has all {epochs} epochs of its run; "
+                f"to go on, ask for more: --trainer.max_epochs {epochs + 1}"
+            )
+        return step
+
+
+def _epochs_done(loop: dict[str, Any]) -> int:
+    """Epochs in a saved training loop; one saved at its last batch is done, though not yet counted."""
+    epochs = loop["epoch_progress"]["current"]
+    at_the_end = epochs["started"] > epochs["processed"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
+    return int(epochs["processed"]) + bool(at_the_end)
+
+
+class SavedConfig(InRunFolder):
+    """``config.yaml`` in the run's folder, written when nothing can be refused any more."""
+
+    def __init__(self, cli: FitCLI) -> None:
+        self.cli = cli
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write every flag of the run."""
+        if self.folder and trainer.is_global_zero:
+            self.cli.parser.save(self.cli.config, self.folder.config, skip_none=False, overwrite=True, multifile=False)
 
 
 def main(args: ArgsType = None) -> None:

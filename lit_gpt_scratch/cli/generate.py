@@ -21,6 +21,8 @@ def main(args: Sequence[str] | None = None) -> None:
     sampling = Sampling(given.temperature, given.top_k)
     if not 0 <= given.seed < 2**63:
         raise UserError(f"argument --seed: {given.seed} is not between 0 and 2**63")
+    if any("\ud800" <= character <= "\udfff" for character in given.prompt):
+        raise UserError("argument --prompt: it is not UTF-8 text")
     model, tokenizer = find_model(given)
     prompt = [tokenizer.end_of_text, *tokenizer.encode(given.prompt)]
     ids = generate(model, prompt, given.max_new_tokens, sampling, given.seed, tokenizer.end_of_text)

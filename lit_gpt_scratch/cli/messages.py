@@ -23,9 +23,17 @@ def user_errors() -> Iterator[None]:
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
             raise ours from error
-        if isinstance(error, ArgumentError | MisconfigurationException):
+        if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_the_trainer(error):
             raise UserError(_flag(chain) + _plain(str(chain[-1]), prefix=".".join(_keys(chain)))) from error
         raise
+
+
+def _raised_by_the_trainer(error: BaseException) -> bool:
+    """Whether Lightning's own code refused a value, as it does for flags that contradict each other."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning.pytorch.")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -97,7 +97,7 @@ class Recipe:
             UserError: The source or the cache is unusable.
         """
         corpus = split(documents(self.source), self.validation_share)
-        given = Tokenizer.load(Path(self.tokenizer)) if self.tokenizer else None
+        given = Tokenizer.load(Path(self.tokenizer)) if self.tokenizer is not None else None
         fingerprint = self._fingerprint(corpus, given)
         folder = cache / fingerprint[:16]
         try:

@@ -32,10 +32,17 @@ class Sampling:
             raise UserError(f"top_k is {self.top_k}; it must be at least 1")
 
     def choose(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """One token a row: (B, vocab_size) float -> (B,) int64."""
+        """One token a row: (B, vocab_size) float -> (B,) int64.
+
+        Raises:
+            UserError: A logit is NaN: the model has diverged.
+        """
+        if logits.isnan().any():
+            raise UserError("the model's predictions are not numbers: it diverged in training")
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits / self.temperature
+        # The largest becomes 0 first, so that the smallest temperature overflows nothing.
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None and self.top_k < logits.size(-1):
             kth = logits.topk(self.top_k).values[..., -1:]  # (B, 1)
             logits = logits.masked_fill(logits < kth, float("-inf"))

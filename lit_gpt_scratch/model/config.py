@@ -1,9 +1,12 @@
 """The switchboard of the transformer: every architectural choice, as plain data."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_gpt_scratch.errors import UserError
+
+PositionName = Literal["rotary", "learned", "none"]
+FeedForwardName = Literal["swiglu", "relu2", "gelu"]
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,18 @@ class GPTConfig:
     n_embd: int = 192
     n_kv_head: int | None = None
     head_dim: int | None = None
-    position: Literal["rotary", "learned", "none"] = "rotary"
+    position: PositionName = "rotary"
     rotary_base: float = 10_000.0
     qk_norm: bool = True
-    feed_forward: Literal["swiglu", "relu2", "gelu"] = "swiglu"
+    feed_forward: FeedForwardName = "swiglu"
     ffn_dim: int | None = None
     logit_softcap: float | None = None
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        for name, choices in (("position", get_args(PositionName)), ("feed_forward", get_args(FeedForwardName))):
+            if getattr(self, name) not in choices:
+                raise UserError(f"model.gpt.{name} is {getattr(self, name)}; it must be one of {', '.join(choices)}")
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name != "dropout" and isinstance(value, int | float) and value <= 0 and value is not False:

@@ -52,7 +52,7 @@ class MuonAdamW(Optimizer):
 
     Args:
         groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` or
-            ``betas`` and ``eps`` for ``adamw``.
+            ``betas``, ``eps`` and ``fused`` for ``adamw``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -99,7 +99,7 @@ class MuonAdamW(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            fused=parameters[0].device.type in ("cpu", "cuda", "mps"),
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

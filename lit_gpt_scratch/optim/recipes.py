@@ -120,4 +120,5 @@ class Muon(OptimizerRecipe):
 
 
 def _adamw(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
-    return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0}
+    # `fused` also tells torch to load the step counters back onto the parameters' device.
+    return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0, "fused": True}

@@ -2,9 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from lit_gpt_scratch.errors import UserError
+
+Decay = Literal["linear", "cosine", "constant"]
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,14 @@ class Schedule:
         UserError: A number is out of its range.
     """
 
-    decay: Literal["linear", "cosine", "constant"] = "linear"
+    decay: Decay = "linear"
     warmup_steps: int = 20
     decay_share: float = 0.5
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        if self.decay not in get_args(Decay):
+            raise UserError(f"model.schedule.decay is {self.decay}; it must be one of {', '.join(get_args(Decay))}")
         if self.warmup_steps < 0:
             raise UserError(f"model.schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         for name, share in (("decay_share", self.decay_share), ("final", self.final)):

@@ -128,7 +128,7 @@ class LanguageModel(L.LightningModule):
         """Log the step's loss over all its micro-batches, at log points alone: reading costs a sync."""
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        if step == 0 or (step + 1) % every == 0:
+        if every and (step == 0 or (step + 1) % every == 0):
             sums = torch.stack((self._nats, self._tokens.float()))
             nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
             gradients = [p.grad for p in self.parameters() if p.grad is not None]

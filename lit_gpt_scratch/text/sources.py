@@ -40,6 +40,8 @@ def documents(source: str) -> Iterator[Document]:
     if source == STDLIB:
         return _stdlib()
     path = Path(source).expanduser()
+    if not source:
+        raise UserError(f"data.source is empty; name a text file, a folder, or '{STDLIB}'")
     if path.is_dir():
         return _folder(path)
     if path.is_file():
@@ -83,7 +85,7 @@ def _tree(
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not skipped(name))
         for path in (Path(folder, name) for name in sorted(names) if wanted(name)):
-            if path.is_file() and (text := _decode(path)):
+            if path.is_file() and (text := _decode(path)) and not text.isspace():
                 found = True
                 yield Document(path.relative_to(root).as_posix(), text)
     if not found:

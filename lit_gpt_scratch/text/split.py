@@ -47,8 +47,8 @@ def split(corpus: Iterable[Document], share: float) -> Split:
 
     A family goes to the side that a hash of its first content says, so the side of a document does not
     depend on the order of files, on their names or on what else is in the corpus, but for its own near
-    copies. When the hash holds out nobody, the family with the smallest hash is; a corpus that is one
-    family is cut within its documents.
+    copies. The family with the smallest hash is always held out, the one with the largest never; a corpus
+    that is one family is cut within its documents.
     """
     digests: list[str] = []
     signatures: list[RMinHash] = []
@@ -62,8 +62,8 @@ def split(corpus: Iterable[Document], share: float) -> Split:
     families: dict[str, list[int]] = {}
     for place, family in enumerate(_families(signatures)):
         families.setdefault(min(digests[member] for member in family), []).append(place)
-    held_out = {key for key in families if int(key[:16], 16) / 2**64 < share} or {min(families)}
-    divisible = len(families) > 1 and len(held_out) < len(families)
+    held_out = ({key for key in families if int(key[:16], 16) / 2**64 < share} | {min(families)}) - {max(families)}
+    divisible = len(families) > 1
     return Split(
         validation=frozenset(place for key in held_out for place in families[key]) if divisible else frozenset(),
         duplicates=duplicates,

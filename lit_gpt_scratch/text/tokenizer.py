@@ -11,6 +11,8 @@ from lit_gpt_scratch.errors import UserError
 
 END_OF_TEXT: Final = "<|endoftext|>"
 """Stands before every document: it ends the last one, and means "begin" to a model that generates."""
+PROBE: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
+"""Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
 
 
 class Tokenizer:
@@ -63,9 +65,12 @@ class Tokenizer:
             UserError: The file is missing or is no tokenizer.
         """
         try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
+            tokenizer = cls.from_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
+        if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+            raise UserError(f"{path} is not a usable tokenizer file (it loses text: it is not byte-level)")
+        return tokenizer
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -83,9 +88,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids; it can be below what was asked for when the texts have too few pairs."""
-        size: int = self._backend.get_vocab_size()
-        return size
+        """One more than the largest id; it can be below what was asked for when the texts have too few pairs."""
+        return 1 + max(self._backend.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without an end of text."""
@@ -116,6 +120,6 @@ class Tokenizer:
         sizes = [0] * self.vocab_size
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
             sizes[token_id] = len(token)
-        for token_id in self._backend.get_added_tokens_decoder():
-            sizes[token_id] = 0
+        for token_id, added in self._backend.get_added_tokens_decoder().items():
+            sizes[token_id] = 0 if added.special else len(added.content.encode())
         return sizes

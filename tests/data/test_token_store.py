@@ -88,7 +88,7 @@ def test_whatever_changes_the_ids_changes_the_fingerprint(corpus: Path, tmp_path
     ]
     assert same.fingerprint == stores[0].fingerprint  # the same text elsewhere is the same text
     assert len({store.fingerprint for store in stores}) == 5
-    assert stores[3].tokenizer.vocab_size == 258 or stores[3].tokenizer.vocab_size <= 280
+    assert stores[3].tokenizer.to_json() == tokenizer.read_text(encoding="utf-8")
 
 
 def test_large_vocabularies_take_four_bytes(corpus: Path, tmp_path: Path) -> None:
@@ -124,6 +124,7 @@ def test_a_cache_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -
         recipe(corpus).prepare(tmp_path / "file" / "cache")
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: Path) -> None:
     """kill -9 at 12 random moments of the writing; after each, a store is there whole or not at all."""
     rng, cache, forked = random.Random(0), tmp_path / "cache", multiprocessing.get_context("fork")

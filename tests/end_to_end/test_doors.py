@@ -1,6 +1,7 @@
 """What a user does: train, go on, generate, evaluate."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str])
     summary = json.loads((RUN / "summary.json").read_text())
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["step"] == 12
+    assert summary["tokens_per_second"] > 0
     assert summary["baselines"]["xz"] > 0
     assert {"val/loss", "val/bits_per_byte", "val/perplexity", "seconds", "tokens_per_second"} <= summary.keys()
     assert f"{summary['val/bits_per_byte']:.3f}" in outcome.err
@@ -96,6 +98,55 @@ def test_a_finished_run_says_how_to_go_on(command: Command, small: list[str]) ->
     assert "--trainer.max_steps 24" in outcome.err
 
 
+def test_finished_epochs_say_so_and_keep_their_summary(command: Command, small: list[str]) -> None:
+    flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
+    assert command("fit", *flags).code == 0
+    before = (RUN / "summary.json").read_text()
+    outcome = command("fit", "--ckpt_path=last")
+    assert outcome.code == 2
+    assert "has all 1 epochs" in outcome.err
+    assert (RUN / "summary.json").read_text() == before
+    assert command("fit", "--ckpt_path=last", "--trainer.max_epochs=2").code == 0
+    after = json.loads((RUN / "summary.json").read_text())
+    assert after["step"] == 8
+    assert after["seconds"] > json.loads(before)["seconds"]
+
+
+def test_a_diverged_run_is_not_the_best(command: Command, small: list[str]) -> None:
+    outcome = command("fit", *small, "--model.optimizer.adamw_lr=1e30", "--trainer.gradient_clip_val=null")
+    assert outcome.code == 0, outcome.err
+    summary = json.loads((RUN / "summary.json").read_text())
+    assert summary["val/loss"] is summary["val/bits_per_byte"] is None
+    assert [path.name for path in (RUN / "checkpoints").iterdir()] == ["last.ckpt"]
+    outcome = command("generate")
+    assert outcome.code == 2
+    assert "diverged" in outcome.err
+
+
+def test_the_last_step_is_saved_whatever_the_intervals(command: Command, small: list[str]) -> None:
+    flags = ["--trainer.limit_val_batches=0", "--checkpoint.every_n_steps=5", "--data.tokens_per_step=256"]
+    assert command("fit", *small, *flags).code == 0
+    assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
+    assert command("generate", "--max_new_tokens=1").code == 0
+
+
+def test_the_list_of_doors(capfd: pytest.CaptureFixture[str]) -> None:
+    runpy.run_module("lit_gpt_scratch", run_name="__main__")
+    assert "lit_gpt_scratch.<door>" in capfd.readouterr().out
+
+
+def test_help_names_flags_and_where_the_others_are(command: Command) -> None:
+    outcome = command("fit", "--help")
+    assert outcome.code == 0
+    for word in ("--trainer.devices", "--model.help LanguageModel", "--data.help PackedText", "--ckpt_path"):
+        assert word in outcome.out
+    for name in ("model", "data"):
+        shown = command("fit", f"--{name}.help")
+        assert shown.code == 0
+    for door in ("generate", "evaluate"):
+        assert command(door, "--help").code == 0
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -111,7 +162,8 @@ def test_another_model_is_refused_by_its_fields(
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", *change)
     assert outcome.code == 2
     assert said in outcome.err
-    assert (RUN / "checkpoints/last.ckpt").is_file()
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the refusal has spoiled nothing
+    assert again.code == 0, again.err
 
 
 def test_another_text_is_refused(command: Command, small: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from tests.end_to_end.conftest import Command, Outcome
 def one_line(outcome: Outcome, *said: str) -> None:
     assert outcome.code == 2, outcome.err
     assert outcome.out == ""
-    [line] = [line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding"))]
+    [line] = [
+        line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding", "first step"))
+    ]
     assert line.startswith("error: ")
     for word in said:
         assert word in line
@@ -48,6 +50,16 @@ def one_line(outcome: Outcome, *said: str) -> None:
         (["--trainer.max_steps", "-7"], ["max_steps", "-7"]),
         (["--ckpt_path", "last"], ["no run with a checkpoint", "lit_gpt_scratch.fit"]),
         (["--ckpt_path", "no.ckpt"], ["no.ckpt"]),
+        (["--ckpt_path="], ["no checkpoint"]),
+        (["--data.source="], ["data.source is empty"]),
+        (["--experiment="], ["--experiment is ''"]),
+        (["--experiment=a/b"], ["--experiment is 'a/b'"]),
+        (["--seed_everything=-1"], ["seed_everything", "-1"]),
+        (["--trainer.val_check_interval=0"], ["--trainer.val_check_interval is 0"]),
+        (["--trainer.accumulate_grad_batches=0"], ["--trainer.accumulate_grad_batches is 0"]),
+        (["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=800"], ["val_check_interval"]),
+        (["--trainer.limit_train_batches=0"], ["no step to do"]),
+        (["--trainer.max_steps=0"], ["no step to do"]),
     ],
 )
 def test_a_flag_that_cannot_be(
@@ -105,6 +117,8 @@ def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path:
         ("generate", ["--top_k", "0"], "top_k is 0"),
         ("generate", ["--seed", "-1"], "--seed"),
         ("generate", ["--promt", "x"], "--promt"),
+        ("generate", ["--prompt", "\udc80"], "--prompt"),
+        ("evaluate", ["--data.source", ""], "data.source is empty"),
         ("evaluate", ["--data.source", "stdlib"], "no run with a checkpoint"),
         ("evaluate", [], "--data.source"),
         ("evaluate", ["--data.source", "no/such"], "no/such"),

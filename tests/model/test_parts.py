@@ -94,6 +94,8 @@ def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
     [
         ({"n_embd": 190}, "n_embd (190) is not divisible by model.gpt.n_head (3)"),
         ({"n_kv_head": 2}, "n_head (3) is not divisible by model.gpt.n_kv_head (2)"),
+        ({"position": "alibi"}, "model.gpt.position is alibi"),
+        ({"feed_forward": "relu"}, "model.gpt.feed_forward is relu"),
         ({"n_layer": 0}, "model.gpt.n_layer is 0"),
         ({"n_head": -3}, "model.gpt.n_head is -3"),
         ({"n_kv_head": 0}, "model.gpt.n_kv_head is 0"),

@@ -39,6 +39,17 @@ def test_metric_weighs_batches_by_their_tokens() -> None:
     assert values["bits_per_byte"].item() == pytest.approx(32 / 32 / math.log(2))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_one_loss_that_is_no_number_is_not_lost(bad: float) -> None:
+    metric = LikelihoodMetric()
+    for nats in (3.0, bad, 5.0, bad):
+        metric.update(torch.tensor(nats), torch.tensor(1), torch.tensor(1))
+    assert all(value.isnan() for value in metric.compute().values())
+    metric.reset()
+    metric.update(torch.tensor(3.0), torch.tensor(1), torch.tensor(1))
+    assert metric.compute()["loss"].item() == 3.0
+
+
 def test_metric_does_not_depend_on_the_order_of_batches() -> None:
     nats = (torch.rand(1000) * 5000).tolist()
 

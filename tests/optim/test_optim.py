@@ -54,7 +54,7 @@ def test_muon_is_momentum_then_orthogonal_then_scaled() -> None:
 def test_the_rest_is_torchs_adamw() -> None:
     ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
     theirs = copy.deepcopy(ours)
-    settings = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1}
+    settings = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
     a = MuonAdamW([{"params": ours, "rule": "adamw", **settings}])
     b = torch.optim.AdamW(theirs, **settings)
     for _ in range(5):
@@ -120,6 +120,7 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
         (lambda: AdamW(lr=float("nan")), "model.optimizer.lr is nan"),
         (lambda: AdamW(weight_decay=-0.1), "model.optimizer.weight_decay is -0.1"),
         (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
+        (lambda: Schedule(decay="exp"), "model.schedule.decay is exp"),  # type: ignore[arg-type]
         (lambda: Schedule(warmup_steps=-1), "model.schedule.warmup_steps is -1"),
         (lambda: Schedule(decay_share=1.5), "model.schedule.decay_share is 1.5"),
     ],

@@ -84,6 +84,15 @@ def test_some_document_is_always_held_out() -> None:
         assert parts.cut is None
 
 
+@given(n=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.01, 0.99))
+@settings(max_examples=60, deadline=None)
+def test_several_documents_are_never_cut(n: int, seed: int, share: float) -> None:
+    documents = [Document(str(i), " ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99))) for i in range(n)]
+    parts = split(documents, share)
+    assert parts.cut is None
+    assert 0 < len(parts.validation) < n
+
+
 def test_a_single_text_is_cut_at_its_end() -> None:
     text = "".join(map(chr, range(32, 1032)))
     parts = split([Document("one", text)], 0.1)
