@@ -47,9 +47,10 @@ class Checkpoints(InRunFolder, Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save ``last.ckpt`` at its interval."""
+        """Save ``last.ckpt`` at its interval, and when the run stops here."""
         self._between_steps, self._step = trainer.global_step != self._step, trainer.global_step
-        if self._between_steps and self._step % self.every_n_steps == 0:
+        due = self._step % self.every_n_steps == 0 or trainer.should_stop
+        if self._between_steps and due and not _ends_an_epoch_and_the_run(trainer):
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -59,11 +60,11 @@ class Checkpoints(InRunFolder, Checkpoint):
         loss = trainer.callback_metrics.get("val/loss")
         if self.folder and self.keep_best and loss is not None and math.isfinite(loss):
             self._save_best(trainer, self.folder, loss.item())
-        if self._between_steps:
+        if self._between_steps and not _ends_an_epoch_and_the_run(trainer):
             self._save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what came after the last interval."""
+        """Save what no earlier moment was right for."""
         if self._saved != trainer.global_step:
             self._save_last(trainer)
 
@@ -90,3 +91,12 @@ class Checkpoints(InRunFolder, Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
+
+
+def _ends_an_epoch_and_the_run(trainer: L.Trainer) -> bool:
+    """Whether to wait for ``on_train_end``, when the epoch is counted.
+
+    Resumed from within the last batch or its validation, Lightning 2.6 would train one step too many; saved
+    at the end amid an epoch, it would skip the rest of that epoch.
+    """
+    return trainer.should_stop and trainer.is_last_batch

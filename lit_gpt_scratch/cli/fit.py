@@ -26,7 +26,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision
 from lit_gpt_scratch.tasks import LanguageModel
 
-MAX_STEPS = 900
+MAX_STEPS = 1000
 """Length of a run for which no steps, epochs or time were asked."""
 
 
@@ -49,7 +49,7 @@ class FitCLI(LightningCLI):
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
-                    "val_check_interval": 300,
+                    "val_check_interval": 250,
                     "check_val_every_n_epoch": None,
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,
@@ -58,7 +58,7 @@ class FitCLI(LightningCLI):
                 parser_kwargs={
                     "allow_abbrev": False,
                     "exit_on_error": False,
-                    "description": f"Train a GPT on real text, {MAX_STEPS} steps unless steps, epochs or time are given. "
+                    "description": f"Train a GPT on real text, {MAX_STEPS} steps unless you set steps, epochs or time. "
                     "All flags of the model and the data: --model.help LanguageModel, --data.help PackedText.",
                 },
                 auto_configure_optimizers=False,

@@ -157,26 +157,31 @@ class PackedText(L.LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
+    def _position(self) -> tuple[int, int]:
+        """The epoch and the step in it that come next: a resumed trainer knows before it asks for the loader.
+
+        Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch
+        was delivered rolls over, whether the trainer had counted it when it was saved or not.
+        """
+        if self.trainer is None:
+            return 0, 0
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current  # its type is declared on a base class without these counts
+        if epochs.started == epochs.processed:
+            return epochs.processed, 0
+        batches = loop.epoch_loop.batch_progress
+        return (epochs.processed + 1, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches in the order of ``WindowOrder``, from where the trainer stands."""
         shard = self._shard()
-        steps = len(self.train_windows) // (self.batch_size * shard["num_replicas"])
-        epoch, step = 0, 0
-        if self.trainer is not None:
-            # Restored from a checkpoint before the loader is asked for. Batches of an unfinished epoch that
-            # were delivered are not delivered again; an epoch that was just finished rolls over.
-            loop = self.trainer.fit_loop
-            epoch = loop.epoch_progress.current.processed  # type: ignore[attr-defined]  # declared on a base class
-            step = loop.epoch_loop.batch_progress.current.ready
-            if step >= min(steps, self.trainer.num_training_batches):
-                epoch, step = epoch + 1, 0
         order = WindowOrder(
             n_windows=len(self.train_windows),
             batch_size=self.batch_size,
             seed=self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0)),
             rank=shard["rank"],
             world_size=shard["num_replicas"],
-            start=(epoch, step),
+            start=self._position(),
         )
         return self._loader(self.train_windows, order)
 

@@ -25,6 +25,7 @@ class Learned(Position):
     def __init__(self, config: GPTConfig, block_size: int) -> None:
         super().__init__()
         self.table = nn.Embedding(block_size, config.n_embd)
+        nn.init.normal_(self.table.weight, std=0.02)  # GPT-2's
 
     @override
     def embed(self, x: Tensor) -> Tensor:

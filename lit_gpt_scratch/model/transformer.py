@@ -39,11 +39,11 @@ class GPT(nn.Module):
 
         Blocks then begin as the identity and the loss as exactly ln(vocab_size): the model starts from
         "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
+        Token embeddings have unit variance, so that what the blocks learn to add does not soon drown them.
         """
+        nn.init.normal_(self.embedding.weight, std=1.0)
         for module in self.modules():
-            if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-            elif isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
