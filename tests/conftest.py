@@ -16,10 +16,11 @@ TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
+def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
     """More threads than cores, or threads against a neighbour's, make small tests slower, not faster."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if "slow" not in request.keywords:
+        torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
 

@@ -44,6 +44,8 @@ class Progress(ProgressBar):
         self._began = time.perf_counter()
         self._first_step = self._step = trainer.global_step
         self._shown_tenth = 10 * self._step // self._total if self._total else 0
+        if self._enabled and not trainer.global_step:
+            log.info("first step%s", " (compiling, this once)" if _compiles(pl_module) else "")
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total,
@@ -53,8 +55,6 @@ class Progress(ProgressBar):
                 smoothing=0.1,
                 leave=True,
             )
-        if self._enabled and not trainer.global_step:
-            log.info("first step%s", " (compiling, this once)" if _compiles(pl_module) else "")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -82,11 +82,15 @@ class Progress(ProgressBar):
         """A line with the validation's figures."""
         metrics = trainer.callback_metrics
         if self._enabled and not trainer.sanity_checking and "val/loss" in metrics:
-            log.info(
-                "step %d: val/loss %.3f, val/perplexity %.2f, val/bits_per_byte %.3f",
-                trainer.global_step,
-                *(metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte")),
+            loss, perplexity, bits = (metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte"))
+            line = (
+                f"step {trainer.global_step}: val/loss {loss:.3f}, val/perplexity {perplexity:.2f}, "
+                f"val/bits_per_byte {bits:.3f}"
             )
+            if self._bar is None:
+                log.info(line)
+            else:
+                self.print(line)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

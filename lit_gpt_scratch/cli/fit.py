@@ -110,9 +110,10 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
-        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), Summary(), SavedConfig(self)]
+        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self)]
         if config["enable_progress_bar"] is not False:
             callbacks.append(Progress())
+        callbacks.append(Summary())  # speaks when the bar is closed
         if config["enable_checkpointing"] is not False:
             callbacks.append(self.config_init.checkpoint)
         try:
@@ -192,9 +193,11 @@ class SavedConfig(InRunFolder):
         self.cli = cli
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write every flag of the run."""
+        """Write every flag of the run, but not that it was resumed: the file also starts another run alike."""
         if self.folder and trainer.is_global_zero:
-            self.cli.parser.save(self.cli.config, self.folder.config, skip_none=False, overwrite=True, multifile=False)
+            config = self.cli.config.clone()
+            config.ckpt_path = None
+            self.cli.parser.save(config, self.folder.config, skip_none=False, overwrite=True, multifile=False)
 
 
 def main(args: ArgsType = None) -> None:
@@ -207,8 +210,7 @@ def _quieten() -> None:
     """Keep the console to what a user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # A memory map needs no loader processes; the seed is reported in config.yaml.
+    # A memory map needs no loader processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Lightning 2.6 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    warnings.filterwarnings("ignore", message=".*Checkpoint directory .* exists and is not empty.*")
