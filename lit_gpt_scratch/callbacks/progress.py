@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.tasks import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Progress(ProgressBar):
         self._first_step = self._step = trainer.global_step
         self._shown_tenth = 10 * self._step // self._total if self._total else 0
         if self._enabled and not trainer.global_step:
-            log.info("first step%s", " (compiling, this once)" if _compiles(pl_module) else "")
+            compiles = isinstance(pl_module, LanguageModel) and pl_module.compiled
+            log.info("first step%s", " (compiling, this once)" if compiles else "")
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total,
@@ -117,7 +119,3 @@ class Progress(ProgressBar):
         if speed:  # known from the first log point on
             figures.append(f"{speed:,.0f} tokens/s")
         return ", ".join(figures)
-
-
-def _compiles(module: L.LightningModule) -> bool:
-    return any(child._compiled_call_impl is not None for child in module.modules())

@@ -10,18 +10,15 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.evaluation.baselines import xz_bits_per_byte
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)
-
-LONGEST_FOR_XZ = 16 * 2**20
-"""Tokens of validation text beyond which ``xz`` would keep the user waiting for minutes."""
 
 
 class Summary(InRunFolder):
@@ -47,11 +44,11 @@ class Summary(InRunFolder):
         """Write the summary and say it, unless nothing was done."""
         if not trainer.is_global_zero or self.folder is None or trainer.global_step == self._first_step:
             return
-        throughput = _one(trainer, Throughput)
+        throughput, baselines = _one(trainer, Throughput), _one(trainer, Baselines)
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
-            "baselines": _baselines(trainer),
+            "baselines": baselines.bits_per_byte if baselines else {},
             "step": trainer.global_step,
             "tokens": throughput and throughput.tokens,
             "seconds": self._seconds(),
@@ -92,16 +89,6 @@ class Summary(InRunFolder):
             2 * summary["step"],
             folder.path.parent.parent,
         )
-
-
-def _baselines(trainer: L.Trainer) -> dict[str, float]:
-    """Bits per byte of the validation text without a language model."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if not isinstance(data, PackedText) or data.store.validation.n_tokens > LONGEST_FOR_XZ:
-        return {}
-    ids = data.store.validation.open()
-    text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
-    return {"xz": xz_bits_per_byte(text)}
 
 
 def _one(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.callbacks.plan import Plan
 from lit_gpt_scratch.callbacks.progress import Progress
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.saving import Checkpoints
@@ -23,7 +26,7 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.cli.messages import user_errors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import default_precision
+from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 800
@@ -78,6 +81,12 @@ class FitCLI(LightningCLI):
             help="Go on from a checkpoint, in its run folder and with its flags: a file, a run folder, or 'last' "
             "for the newest run of this experiment.",
         )
+        parser.add_argument(
+            "--plan",
+            type=bool,
+            default=False,
+            help="Say what the run would do and cost, time a few steps, and stop; nothing is left behind.",
+        )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
@@ -88,7 +97,8 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
-        flags = list(sys.argv[1:] if args is None else args)
+        given = sys.argv[1:] if args is None else list(args)
+        flags = ["--plan=true" if flag == "--plan" else flag for flag in given]
         self.config = parser.parse_args(flags)
         self.checkpoint: Path | None = None
         if self.config.ckpt_path is not None:
@@ -100,7 +110,7 @@ class FitCLI(LightningCLI):
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = MAX_STEPS
         if trainer.precision is None:
-            trainer.precision = default_precision(str(trainer.accelerator))
+            trainer.precision = default_precision(str(trainer.accelerator)).value
         for name in ("accumulate_grad_batches", "val_check_interval"):
             if isinstance(trainer[name], int | float) and trainer[name] <= 0:
                 raise UserError(f"--trainer.{name} is {trainer[name]}; it must be positive")
@@ -110,17 +120,24 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
-        callbacks: list[Callback] = [Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self)]
-        if config["enable_progress_bar"] is not False:
-            callbacks.append(Progress())
-        callbacks.append(Summary())  # speaks when the bar is closed
-        if config["enable_checkpointing"] is not False:
-            callbacks.append(self.config_init.checkpoint)
+        if self.config_init.plan:
+            config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+            config |= {"limit_val_batches": 0, "callbacks": [Baselines(), Plan(only=True)]}
+        else:
+            config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
-            return Trainer(**{**config, "callbacks": [*(config["callbacks"] or []), *callbacks]})
+            return Trainer(**config)
         except (MisconfigurationException, ValueError, TypeError) as error:  # e.g. no GPU, an unknown strategy
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
+
+    def _callbacks(self, config: Mapping[str, Any]) -> Iterator[Callback]:
+        yield from (Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self), Baselines(), Plan())
+        if config["enable_progress_bar"] is not False:
+            yield Progress()
+        yield Summary()  # speaks when the bar is closed
+        if config["enable_checkpointing"] is not False:
+            yield self.config_init.checkpoint
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.
@@ -136,7 +153,8 @@ class FitCLI(LightningCLI):
             self.datamodule.setup("fit")
             folder = RunFolder.of(self.checkpoint) if self.checkpoint else None
             claimed = None
-            if folder is None and self.trainer.is_global_zero and not self.config.trainer.fast_dev_run:
+            leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
+            if folder is None and self.trainer.is_global_zero and not leaves_nothing:
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
             self._settle_in(folder)
         try:
@@ -153,7 +171,7 @@ class FitCLI(LightningCLI):
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, InRunFolder):
                 callback.folder = folder
-        if self.config.trainer.logger in (None, True) and not self.config.trainer.fast_dev_run:
+        if self.config.trainer.logger in (None, True) and not (self.config.plan or self.config.trainer.fast_dev_run):
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
             self.trainer.logger = TensorBoardLogger(
                 path.parent.parent, path.parent.name, path.name, default_hp_metric=False
@@ -203,6 +221,7 @@ class SavedConfig(InRunFolder):
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
     _quieten()
+    use_allowed_cores()
     FitCLI(args).fit()
 
 

@@ -105,6 +105,11 @@ class PackedText(L.LightningDataModule):
         """The tokenizer as the text of its file; checkpoints embed it."""
         return self.tokenizer.to_json()
 
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of a micro-batch over all ranks."""
+        return self.batch_size * self._shard()["num_replicas"] * self.block_size
+
     def prepare_data(self) -> None:
         """Tokenise the corpus unless a store of it exists."""
         _ = self.store
@@ -134,7 +139,7 @@ class PackedText(L.LightningDataModule):
                 f"{self.recipe.source} leaves nothing to validate on; name more text, or raise --data.validation_share"
             )
         if stage == "fit" and self.tokens_per_step is not None:
-            self._accumulate(self.tokens_per_step, batch * self.block_size)
+            self._accumulate(self.tokens_per_step, self.tokens_per_batch)
 
     def _accumulate(self, tokens_per_step: int, tokens_per_batch: int) -> None:
         if tokens_per_step % tokens_per_batch:

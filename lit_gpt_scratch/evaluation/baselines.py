@@ -1,9 +1,80 @@
-"""What a text costs without a language model."""
+"""What a text costs without a language model: the bars that any model has to clear."""
 
 import lzma
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ids = NDArray[np.unsignedinteger[Any]]
+
+TOKENS_FOR_COUNTS = 16_000_000
+"""Training tokens that are counted at most: more would hardly sharpen the counts, but cost memory and time."""
 
 
 def xz_bits_per_byte(text: str) -> float:
     """Bits per byte of the text under ``xz -9``, the general-purpose compressor to beat."""
     data = text.encode()
     return 8 * len(lzma.compress(data, preset=9)) / len(data)
+
+
+def uniform_bits(validation: Ids, vocab_size: int) -> float:
+    """Bits of the validation tokens, the first excepted, when all are equally likely."""
+    return (len(validation) - 1) * float(np.log2(vocab_size))
+
+
+def unigram_bits(train: Ids, validation: Ids, vocab_size: int) -> float:
+    """Bits of the validation tokens, the first excepted, under their frequency in training (add-one smoothing)."""
+    return float(-np.log2(_unigram(train, vocab_size))[validation[1:]].sum())
+
+
+def bigram_bits(train: Ids, validation: Ids, vocab_size: int) -> float:
+    """Bits of the validation tokens, the first excepted, each given the one before it.
+
+    Pair counts are interpolated with the unigram by Witten-Bell smoothing (https://arxiv.org/abs/cmp-lg/9606011,
+    section 2.5): after a token that has been followed by many different ones, the next may well be new too.
+
+        P(b | a) = (count(a b) + followers(a) P(b)) / (count(a) + followers(a))
+    """
+    pairs, counts = np.unique(_pairs(train, vocab_size), return_counts=True)
+    first = pairs // vocab_size
+    followers = np.bincount(first, minlength=vocab_size)
+    total = np.bincount(first, weights=counts, minlength=vocab_size)
+
+    asked = _pairs(validation, vocab_size)
+    place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+    count = np.where(pairs[place] == asked, counts[place], 0)
+    a, b = asked // vocab_size, asked % vocab_size
+    unigram = _unigram(train, vocab_size)[b]
+    seen = total[a] + followers[a]
+    probability = np.where(seen > 0, (count + followers[a] * unigram) / np.maximum(seen, 1), unigram)
+    return float(-np.log2(probability).sum())
+
+
+def token_baselines(train: Ids, validation: Ids, vocab_size: int, n_bytes: int) -> dict[str, float]:
+    """Bits per byte of the validation text under counts of tokens.
+
+    Args:
+        train: (n,) ids of the training stream, of which the first ``TOKENS_FOR_COUNTS`` are counted.
+        validation: (m,) ids of the validation stream; as for the model, all but the first are predicted.
+        vocab_size: Number of ids.
+        n_bytes: UTF-8 bytes of the validation text.
+    """
+    train = train[:TOKENS_FOR_COUNTS]
+    return {
+        "uniform": uniform_bits(validation, vocab_size) / n_bytes,
+        "unigram": unigram_bits(train, validation, vocab_size) / n_bytes,
+        "bigram": bigram_bits(train, validation, vocab_size) / n_bytes,
+    }
+
+
+def _unigram(train: Ids, vocab_size: int) -> NDArray[np.float64]:
+    counts = np.bincount(train, minlength=vocab_size) + 1
+    share: NDArray[np.float64] = counts / counts.sum()
+    return share
+
+
+def _pairs(ids: Ids, vocab_size: int) -> NDArray[np.int64]:
+    """Every pair of neighbours as one number: first * vocab_size + second, (n - 1,)."""
+    wide = np.asarray(ids, dtype=np.int64)
+    return wide[:-1] * vocab_size + wide[1:]

@@ -6,13 +6,20 @@ import shutil
 import sys
 import sysconfig
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch.utils._triton import has_triton
 
 
-def default_precision(accelerator: str) -> Literal["bf16-mixed", "16-mixed", "32-true"]:
+class Choice(NamedTuple):
+    """A default, and why it is that one."""
+
+    value: str
+    why: str
+
+
+def default_precision(accelerator: str) -> Choice:
     """Lightning's ``precision`` for this machine: bfloat16 where the hardware multiplies in it.
 
     Emulated bfloat16 is several times slower than float32, so it is only chosen where it is native:
@@ -22,11 +29,32 @@ def default_precision(accelerator: str) -> Literal["bf16-mixed", "16-mixed", "32
         accelerator: Lightning's, ``auto`` included.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return Choice("bf16-mixed", "this GPU multiplies in bfloat16")
+        return Choice("16-mixed", "this GPU has float16, but no bfloat16")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return "32-true"
-    native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return "bf16-mixed" if native else "32-true"
+        return Choice("32-true", "autocast gains little on Apple's GPUs")
+    if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
+        return Choice("bf16-mixed", "this processor multiplies in bfloat16")
+    return Choice("32-true", "this processor has no bfloat16")
+
+
+def use_allowed_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+    """Let torch start no more threads than a container's quota has cores for.
+
+    Torch counts the machine's cores; in a container with a share of them its threads would wait for each
+    other. ``OMP_NUM_THREADS`` goes before.
+
+    Args:
+        quota: The file of the Linux cgroup with "microseconds of processor time, of a period's"; on a system
+            without it nothing changes.
+    """
+    if "OMP_NUM_THREADS" in os.environ or not quota.is_file():
+        return
+    share, _, period = quota.read_text(encoding="ascii").partition(" ")
+    if share != "max":
+        cores = max(1, round(int(share) / int(period)))
+        torch.set_num_threads(min(cores, torch.get_num_threads()))
 
 
 def why_not_compile(device: torch.device) -> str | None:

@@ -34,6 +34,12 @@ class GPTConfig:
             has a third matrix.
         logit_softcap: Squash the logits into (-cap, cap) by ``cap * tanh(logits / cap)``
             (Gemma 2, https://arxiv.org/abs/2408.00118); off by default.
+        value_embeddings: Give every block a table of its own that adds a learned vector for each token to
+            attention's values (modded-nanogpt, after https://arxiv.org/abs/2410.17897).
+        bigram_rows: Rows of a table that adds a learned vector for each pair of neighbouring tokens to the
+            embedding; pairs share rows by a hash (modded-nanogpt). Off by default.
+        residual_scalars: Let every block scale the stream that it reads, and mix in the embedding that the
+            stream began with, by two learned numbers (modded-nanogpt).
         dropout: Probability of zeroing, on embeddings, attention weights and block outputs.
 
     Raises:
@@ -51,6 +57,9 @@ class GPTConfig:
     feed_forward: FeedForwardName = "swiglu"
     ffn_dim: int | None = None
     logit_softcap: float | None = None
+    value_embeddings: bool = False
+    bigram_rows: int | None = None
+    residual_scalars: bool = False
     dropout: float = 0.0
 
     def __post_init__(self) -> None:

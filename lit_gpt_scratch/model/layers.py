@@ -1,4 +1,4 @@
-"""The parts of a block that look at one token at a time: normalisation and the feed-forward layers."""
+"""The small parts: normalisation, the feed-forward layers, embeddings of token pairs."""
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +73,27 @@ class SwiGLU(FeedForward):
 
 
 FEED_FORWARD: dict[str, type[FeedForward]] = {"gelu": GELU, "relu2": ReLU2, "swiglu": SwiGLU}
+
+
+class Bigrams(nn.Module):
+    """A learned vector for every pair of a token and the one before it (modded-nanogpt).
+
+    Attention in the first block would have to learn to look one token back before it could tell pairs apart;
+    a table knows at once. Pairs are spread over the rows by a multiplicative hash and share them.
+
+    Args:
+        rows: Rows of the table.
+        width: Channels of a vector.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__()
+        self.rows = rows
+        self.table = nn.Embedding(rows, width)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) int64 -> (B, T, width); the first token of a window has no token before it and gets row 0."""
+        pair = (input_ids[:, 1:] * 36_313 + input_ids[:, :-1] * 27_191) % (self.rows - 1) + 1  # (B, T - 1)
+        out: Tensor = self.table(F.pad(pair, (1, 0)))
+        return out

@@ -1,5 +1,7 @@
 """The decoder-only transformer: token ids in, logits of the next token out."""
 
+from itertools import zip_longest
+
 import torch
 from torch import Tensor, nn
 
@@ -7,7 +9,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.layers import FeedForward, RMSNorm
+from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm
 from lit_gpt_scratch.model.positions import build_position
 
 
@@ -26,9 +28,14 @@ class GPT(nn.Module):
         self.vocab_size = vocab_size
         self.block_size = block_size
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.bigrams = Bigrams(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.position = build_position(config, block_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.value_tables = nn.ModuleList(
+            nn.Embedding(vocab_size, config.kv_heads * config.head_width)
+            for _ in range(config.n_layer if config.value_embeddings else 0)
+        )
         self.norm = RMSNorm(config.n_embd)
         self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
         self.initialise()
@@ -48,6 +55,8 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention | FeedForward):
                 nn.init.zeros_(module.output.weight)
+        for table in self.value_tables.parameters():
+            nn.init.zeros_(table)
         nn.init.zeros_(self.head.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -64,9 +73,12 @@ class GPT(nn.Module):
         """
         if input_ids.size(1) > self.block_size:
             raise UserError(f"{input_ids.size(1)} tokens do not fit into a context of {self.block_size}")
-        x = self.dropout(self.position.embed(self.embedding(input_ids)))  # (B, T, n_embd)
-        for block in self.blocks:
-            x = block(x, self.position)
+        x = self.position.embed(self.embedding(input_ids))  # (B, T, n_embd)
+        if self.bigrams is not None:
+            x = x + self.bigrams(input_ids)
+        x = start = self.dropout(x)
+        for block, table in zip_longest(self.blocks, self.value_tables):
+            x = block(x, start, self.position, table(input_ids) if table is not None else None)
         logits: Tensor = self.head(self.norm(x)).float()  # (B, T, vocab_size)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)

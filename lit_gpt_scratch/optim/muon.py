@@ -51,8 +51,8 @@ class MuonAdamW(Optimizer):
     AdamW (https://arxiv.org/abs/1711.05101): PyTorch's own fused kernel.
 
     Args:
-        groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` or
-            ``betas``, ``eps`` and ``fused`` for ``adamw``.
+        groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` (with
+            ``row_beta`` it is NorMuon) or ``betas``, ``eps`` and ``fused`` for ``adamw``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -84,9 +84,24 @@ class MuonAdamW(Optimizer):
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             updates = orthogonalise(torch.stack(ahead)).to(alike[0].dtype)  # (N, rows, columns)
+            if group.get("row_beta") is not None:
+                self._even_out_rows(updates, alike, group["row_beta"])
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
             torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(alike, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+    def _even_out_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
+        """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its usual size.
+
+        Afterwards each matrix has the norm that it had before.
+        """
+        squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
+        for p, square in zip(parameters, squares, strict=True):
+            self.state[p].setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
+        usual = torch.stack([self.state[p]["row_square"] for p in parameters])  # (N, rows, 1)
+        norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, 1, 1)
+        updates.mul_(torch.rsqrt(usual + 1e-10))
+        updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]

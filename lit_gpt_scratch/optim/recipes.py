@@ -35,7 +35,7 @@ class OptimizerRecipe(ABC):
                 raise UserError(f"model.optimizer.{name} is {value}; it must be positive")
             if name == "weight_decay" and value < 0:
                 raise UserError(f"model.optimizer.{name} is {value}; it must be 0 or more")
-            if name in ("beta1", "beta2", "momentum") and not 0 <= value < 1:
+            if name in ("beta1", "beta2", "momentum", "row_beta") and value is not None and not 0 <= value < 1:
                 raise UserError(f"model.optimizer.{name} is {value}; it must be at least 0 and below 1")
 
 
@@ -78,6 +78,8 @@ class Muon(OptimizerRecipe):
         lr: Peak learning rate of Muon; 0.02 by default.
         weight_decay: Decoupled weight decay of the matrices; 0 by default.
         momentum: Muon's momentum.
+        row_beta: NorMuon: decay of the mean of squares by which the update of every neuron is evened out
+            (https://arxiv.org/abs/2510.05491); off by default.
         adamw_lr: Peak learning rate of AdamW.
         beta1: AdamW's decay of the mean of gradients.
         beta2: AdamW's decay of the mean of their squares.
@@ -88,6 +90,7 @@ class Muon(OptimizerRecipe):
         lr: float | None = None,
         weight_decay: float | None = None,
         momentum: float = 0.95,
+        row_beta: float | None = None,
         adamw_lr: float = 3e-3,
         beta1: float = 0.9,
         beta2: float = 0.95,
@@ -95,6 +98,7 @@ class Muon(OptimizerRecipe):
         self.lr = 0.02 if lr is None else lr
         self.weight_decay = 0.0 if weight_decay is None else weight_decay
         self.momentum = momentum
+        self.row_beta = row_beta
         self.adamw_lr = adamw_lr
         self.beta1 = beta1
         self.beta2 = beta2
@@ -111,6 +115,7 @@ class Muon(OptimizerRecipe):
                     "params": groups.matrices,
                     "lr": self.lr,
                     "momentum": self.momentum,
+                    "row_beta": self.row_beta,
                     "weight_decay": self.weight_decay,
                 },
                 {"params": groups.tables, **rest},

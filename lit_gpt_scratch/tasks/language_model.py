@@ -1,6 +1,5 @@
 """Next-token prediction: pretraining, and whatever else learns from labelled tokens."""
 
-import logging
 from dataclasses import asdict
 from typing import Any, Protocol, cast
 
@@ -19,8 +18,6 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
-
-log = logging.getLogger(__name__)
 
 
 class TokenData(Protocol):
@@ -87,12 +84,15 @@ class LanguageModel(L.LightningModule):
 
         Blocks alike share one compilation, so that a deep network compiles no longer than a shallow one.
         """
-        reason = why_not_compile(self.device)
-        if self.compile_network is None and reason:
-            log.info("running without torch.compile: %s", reason)
-        if self.compile_network if self.compile_network is not None else reason is None:
+        compile_network = self.compile_network
+        if why_not_compile(self.device) is None if compile_network is None else compile_network:
             for block in self.net.blocks:
                 block.compile()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the network runs compiled."""
+        return any(block._compiled_call_impl is not None for block in self.net.blocks)
 
     def on_train_start(self) -> None:
         """Learn how long the run is.

@@ -40,13 +40,28 @@ def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str])
     assert summary["tokens"] == 12 * 4 * 32
     assert summary["step"] == 12
     assert summary["tokens_per_second"] > 0
-    assert summary["baselines"]["xz"] > 0
+    assert list(summary["baselines"]) == ["uniform", "unigram", "bigram", "xz"]
+    assert found["baselines/xz"] == found["val/loss"]
     assert {"val/loss", "val/bits_per_byte", "val/perplexity", "seconds", "tokens_per_second"} <= summary.keys()
     assert f"{summary['val/bits_per_byte']:.3f}" in outcome.err
     best = [path for path in (RUN / "checkpoints").iterdir() if path.name != "last.ckpt"]
     assert len(best) == 1
     tokenizer = (RUN / "tokenizer.json").read_text()
     assert load_model(best[0])[1].to_json() == tokenizer
+
+
+def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) -> None:
+    outcome = command("fit", *small, "--plan")
+    assert outcome.code == 0, outcome.err
+    labels = [line[:11].strip() for line in outcome.err.splitlines()]
+    assert [label for label in labels if label in ("device", "model", "data", "run", "cost", "to beat", "time")]
+    assert "12 steps of 128 tokens" in outcome.err
+    assert "ms a step" in outcome.err
+    assert "for 12 steps and 2 validations" in outcome.err
+    assert not Path("runs").exists()
+    assert command("fit", *small).code == 0  # the same flags without it run
+    assert command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
+    assert not list(Path("runs/pretrain").glob("version_1"))
 
 
 def test_each_run_has_its_own_folder(command: Command, small: list[str]) -> None:

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-from lit_gpt_scratch.evaluation.baselines import xz_bits_per_byte
 from lit_gpt_scratch.evaluation.scoring import score
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised, sentences
@@ -37,8 +36,3 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_a_token() -> None:
     model = randomised(TINY, vocab_size=257)
     torch.nn.init.zeros_(model.head.weight)
     assert score(model, tokenizer, ["any text"])["bits_per_byte"] == pytest.approx(math.log2(257))
-
-
-def test_xz_in_bits_per_byte() -> None:
-    assert xz_bits_per_byte("a" * 100_000) < 0.05
-    assert xz_bits_per_byte(sentences(0)) > xz_bits_per_byte(sentences(0) * 10)

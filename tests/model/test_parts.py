@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.layers import FEED_FORWARD, RMSNorm
+from lit_gpt_scratch.model.block import Block
+from lit_gpt_scratch.model.layers import FEED_FORWARD, Bigrams, RMSNorm
 from lit_gpt_scratch.model.positions import Position, Rotary
 
 
@@ -109,3 +110,45 @@ def test_an_impossible_shape_is_refused_by_name(changes: dict[str, float], said:
     with pytest.raises(UserError) as error:
         GPTConfig(**changes)  # type: ignore[arg-type]
     assert said in str(error.value)
+
+
+def test_bigrams_are_a_row_for_each_pair() -> None:
+    bigrams = Bigrams(rows=1000, width=4)
+    torch.nn.init.normal_(bigrams.table.weight)
+    vectors = bigrams(torch.tensor([[5, 7, 5, 7], [9, 7, 5, 2]]))  # (2, 4, 4)
+    torch.testing.assert_close(vectors[:, 0], bigrams.table.weight[[0, 0]])  # nothing before it
+    torch.testing.assert_close(vectors[0, 1], vectors[0, 3])  # 5 7
+    torch.testing.assert_close(vectors[0, 2], vectors[1, 2])  # 7 5
+    assert not torch.allclose(vectors[0, 1], vectors[0, 2])  # order counts
+    assert not torch.allclose(vectors[0, 1], vectors[1, 1])
+
+
+def test_bigrams_spread_pairs_over_the_rows() -> None:
+    pairs = torch.cartesian_prod(torch.arange(300), torch.arange(300))  # 90,000 pairs
+    bigrams = Bigrams(rows=9001, width=1)
+    with torch.no_grad():
+        bigrams.table.weight.copy_(torch.arange(9001.0)[:, None])
+        rows = bigrams(pairs)[:, 1, 0].long()
+    load = torch.bincount(rows, minlength=9001)
+    assert load[0] == 0
+    assert load[1:].max() < 60  # 10 on average; were rows drawn by chance, over 40 would hardly be seen
+
+
+def test_value_embeddings_are_added_to_the_values() -> None:
+    attention = Attention(GPTConfig(n_head=2, n_embd=8))
+    x, added = torch.randn(1, 5, 8), torch.randn(8)
+    plain, shifted = attention(x, Position()), attention(x, Position(), added.expand(1, 5, 8))
+    # Attention is an average of values: what is added to all of them is added to the average.
+    torch.testing.assert_close(shifted - plain, (added @ attention.output.weight.T).expand(1, 5, 8))
+
+
+def test_residual_scalars_mix_the_stream_with_its_start() -> None:
+    block = Block(GPTConfig(n_head=2, n_embd=8, residual_scalars=True))
+    x, start = torch.randn(2, 1, 5, 8)
+    plain = Block(GPTConfig(n_head=2, n_embd=8))
+    plain.load_state_dict({name: value for name, value in block.state_dict().items() if name != "mixing"})
+    torch.testing.assert_close(block(x, start, Position()), plain(x, start, Position()))  # where it begins
+    with torch.no_grad():
+        block.mixing.copy_(torch.tensor([0.5, 2.0]))  # type: ignore[union-attr]
+    mixed = 0.5 * x + 2.0 * start
+    torch.testing.assert_close(block(x, start, Position()), plain(mixed, mixed, Position()))

@@ -24,6 +24,9 @@ configs = st.builds(
     qk_norm=st.booleans(),
     feed_forward=st.sampled_from(["swiglu", "relu2", "gelu"]),
     logit_softcap=st.sampled_from([None, 15.0]),
+    value_embeddings=st.booleans(),
+    bigram_rows=st.sampled_from([None, 50]),
+    residual_scalars=st.booleans(),
 )
 
 

@@ -51,6 +51,26 @@ def test_muon_is_momentum_then_orthogonal_then_scaled() -> None:
     assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are near 1, not at it
 
 
+def test_normuon_evens_out_the_rows() -> None:
+    """Algorithm 1 of https://arxiv.org/abs/2510.05491 over three steps, on Muon's own orthogonal update."""
+    plain, even = nn.Parameter(torch.zeros(6, 10)), nn.Parameter(torch.zeros(6, 10))
+    settings = {"rule": "muon", "lr": 1.0, "momentum": 0.9, "weight_decay": 0.0}
+    muon = MuonAdamW([{"params": [plain], **settings}])
+    normuon = MuonAdamW([{"params": [even], **settings, "row_beta": 0.95}])
+    usual = torch.zeros(6, 1)
+    for _ in range(3):
+        before, even_before = plain.detach().clone(), even.detach().clone()
+        plain.grad = torch.randn(6, 10) * torch.tensor([1.0, 1, 1, 1, 1, 100])[:, None]
+        even.grad = plain.grad.clone()
+        muon.step()
+        normuon.step()
+        update = plain.detach() - before
+        usual = 0.95 * usual + 0.05 * update.square().mean(1, keepdim=True)
+        scaled = update / usual.sqrt()
+        expected = scaled * update.norm() / scaled.norm()
+        torch.testing.assert_close(even.detach() - even_before, expected, atol=1e-2, rtol=1e-2)
+
+
 def test_the_rest_is_torchs_adamw() -> None:
     ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
     theirs = copy.deepcopy(ours)

@@ -1,0 +1,200 @@
+"""What a run is going to do, before it does it."""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+
+from lit_gpt_scratch.callbacks.baselines import Baselines
+from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.hardware.accounting import (
+    activation_bytes,
+    parameters_by_part,
+    state_bytes,
+    training_flops_per_token,
+)
+from lit_gpt_scratch.hardware.defaults import default_precision, why_not_compile
+from lit_gpt_scratch.tasks import LanguageModel
+
+log = logging.getLogger(__name__)
+
+TIMED_STEPS = 8
+FEW_VALIDATION_TOKENS = 10_000
+MANY_EPOCHS = 100
+CHINCHILLA = 20
+FAR = 30
+
+
+class Plan(InRunFolder):
+    """Say what is about to happen, and after the first steps how long it will take.
+
+    Args:
+        only: Stop when that is said; for a trainer without logger and checkpoints.
+    """
+
+    def __init__(self, only: bool = False) -> None:
+        self.only = only
+        self._times: list[float] = []
+        self._began: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the plan and the warnings."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._step = trainer.global_step
+        self._told = not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText))
+        if isinstance(pl_module, LanguageModel) and isinstance(data, PackedText) and trainer.is_global_zero:
+            for name, text in self._lines(trainer, pl_module, data):
+                log.info("%-11s %s", name, text)
+            for warning in warnings(trainer, pl_module, data):
+                log.warning("%-11s %s", "careful", warning)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock of a step at its first micro-batch."""
+        if self._began is None and not self._told:
+            self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; the first step compiles and does not count."""
+        if self._told or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self._times.append(time.perf_counter() - (self._began or 0.0))
+        self._began = None
+        if len(self._times) == 1 + TIMED_STEPS:
+            self._told = True
+            if trainer.is_global_zero:
+                log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
+            trainer.should_stop = trainer.should_stop or self.only
+
+    def _lines(self, trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[tuple[str, str]]:
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        many = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        default = default_precision(device.type)
+        why = default.why if trainer.precision == default.value else "as asked"
+        no_compiler = why_not_compile(device)
+        compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
+        yield "device", f"{many}{name}{threads}; {trainer.precision}: {why}; {compiled}"
+
+        parts = parameters_by_part(task.net)
+        total = sum(parts.values())
+        yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
+
+        train, validation = data.store.train, data.store.validation
+        yield (
+            "data",
+            f"{data.recipe.source}: {train.n_documents:,} documents, {count(train.n_tokens)} tokens of "
+            f"{train.n_bytes / max(train.n_tokens, 1):.2f} bytes; to validate {validation.n_documents:,} documents, "
+            f"{count(validation.n_tokens)} tokens",
+        )
+        tokens = tokens_per_step(trainer, data)
+        steps = trainer.estimated_stepping_batches
+        length = "until it is stopped"
+        if math.isfinite(steps):
+            epochs = steps * tokens / (len(data.train_windows) * data.block_size)
+            length = (
+                f"{steps:,} steps of {tokens:,} tokens: {count(steps * tokens)} tokens, {count(epochs)} epochs, "
+                f"{count(steps * tokens / total)} tokens a parameter"
+            )
+        yield "run", length
+
+        kept = activation_bytes(
+            task.gpt, data.vocab_size, data.block_size, data.batch_size, device, "mixed" in str(trainer.precision)
+        )
+        yield (
+            "cost",
+            f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
+            f"memory {size(state_bytes(trainer.optimizers[0]))} for weights, gradients and optimizer, "
+            f"up to {size(kept)} for activations",
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if isinstance(callback, Baselines) and callback.bits_per_byte:
+                bars = ", ".join(f"{name} {bits:.3f}" for name, bits in callback.bits_per_byte.items())
+                yield "to beat", f"{bars} bits per byte of the validation text"
+        yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
+
+    def _time(self, trainer: L.Trainer, seconds: float) -> str:
+        data: PackedText = trainer.datamodule  # type: ignore[attr-defined]
+        tokens = tokens_per_step(trainer, data)
+        measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            return measured
+        left = 0 if self.only else self._step
+        # A forward pass is about a third of a training step.
+        validation = len(data.validation_windows) * data.block_size / tokens * seconds / 3
+        batches, every = steps * trainer.accumulate_grad_batches, trainer.val_check_batch or math.inf
+        validations = math.ceil(batches / every) if math.isfinite(every) else 1
+        total = (steps - left) * seconds + validations * validation
+        return f"{measured}; about {clock(total)} for {steps - left:,} steps and {validations} validations"
+
+
+def tokens_per_step(trainer: L.Trainer, data: PackedText) -> int:
+    """Tokens of an optimizer step over all ranks."""
+    return data.tokens_per_batch * trainer.accumulate_grad_batches
+
+
+def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[str]:
+    """What looks like a mistake, though it can be done."""
+    held_out = data.store.validation.n_tokens
+    if held_out < data.block_size:
+        yield (
+            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its figures say "
+            f"little; name more text, or raise --data.validation_share"
+        )
+    elif held_out < FEW_VALIDATION_TOKENS:
+        yield (
+            f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
+            f"text, or raise --data.validation_share"
+        )
+    if data.vocab_size < data.recipe.vocab_size and not data.recipe.tokenizer:
+        yield f"the text gives only {data.vocab_size:,} tokens for the vocabulary, not {data.recipe.vocab_size:,}"
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        return
+    tokens = steps * tokens_per_step(trainer, data)
+    epochs = tokens / (len(data.train_windows) * data.block_size)
+    if epochs > MANY_EPOCHS:
+        enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))
+        yield (
+            f"{count(epochs)} epochs: the model will learn the text by heart; name more text, or take fewer steps: "
+            f"--trainer.max_steps {enough}"
+        )
+    each = tokens / sum(p.numel() for p in task.net.parameters())
+    if not CHINCHILLA / FAR <= each <= CHINCHILLA * FAR:
+        change = "a smaller model or more steps" if each < CHINCHILLA else "a larger model or fewer steps"
+        yield (
+            f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
+            f"(https://arxiv.org/abs/2203.15556): take {change}"
+        )
+
+
+def count(number: float) -> str:
+    """A number of things in three digits: 2.16 M."""
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:.3g}"
+
+
+def size(n_bytes: float) -> str:
+    """A number of bytes in three digits: 126 MB."""
+    return f"{count(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes:.0f} B"
+
+
+def clock(seconds: float) -> str:
+    """1:24, or 2:03:04 from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,0 +1,86 @@
+"""What a training step costs, worked out before it runs: parameters, floating-point operations, bytes."""
+
+from collections import Counter
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.optim.optimizer import Optimizer
+
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.layers import FeedForward
+from lit_gpt_scratch.objectives.likelihood import token_nats
+
+MOMENTS = {"muon": 1, "adamw": 2}
+"""Tensors of a parameter's size that an update rule remembers."""
+
+
+def parameters_by_part(net: GPT) -> dict[str, int]:
+    """Number of parameters of the embeddings, of attention, feed-forward and normalisation, and of the head."""
+    parts: Counter[str] = Counter()
+    for module in net.modules():
+        if isinstance(module, nn.Embedding):
+            parts["embeddings"] += module.weight.numel()
+        elif isinstance(module, Attention | FeedForward):
+            part = "attention" if isinstance(module, Attention) else "feed-forward"
+            parts[part] += sum(child.weight.numel() for child in module.children() if isinstance(child, nn.Linear))
+    parts["head"] = net.head.weight.numel()
+    parts["gains"] = sum(p.numel() for p in net.parameters()) - parts.total()
+    return dict(parts)
+
+
+def training_flops_per_token(net: GPT) -> int:
+    """Operations of one token's forward and backward pass in a full window.
+
+    As in PaLM's appendix B (https://arxiv.org/abs/2204.02311): 6 for every weight that takes part in a matrix
+    product, and 12 * n_layer * n_head * head_dim * T for attention's own products, the causal half not deducted.
+    """
+    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
+    config = net.config
+    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_width * net.block_size
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of weights, gradients and the optimizer's moments, once all exist."""
+    return sum(
+        p.numel() * p.element_size() * (2 + MOMENTS.get(group.get("rule", "adamw"), 2))
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if p.requires_grad
+    )
+
+
+def activation_bytes(
+    config: GPTConfig, vocab_size: int, block_size: int, batch_size: int, device: torch.device, autocast: bool
+) -> int:
+    """Bytes that one micro-batch keeps for its backward pass, without a compiler, which would save some.
+
+    The pass is played through with tensors that have shapes and no contents; every storage counts once.
+
+    Args:
+        config: The architecture.
+        vocab_size: Number of token ids.
+        block_size: Tokens in a window.
+        batch_size: Windows in a micro-batch.
+        device: Where it would run; nothing is allocated there.
+        autocast: Whether products are done in 16 bits.
+    """
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(), torch.device(device):
+        net = GPT(config, vocab_size, block_size)
+        own = {p.untyped_storage()._cdata for p in net.parameters()}
+        ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
+        with (
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+        ):
+            nats, _ = token_nats(net(ids), ids)
+        return sum(size for storage, size in kept.items() if storage not in own) + nats.element_size()

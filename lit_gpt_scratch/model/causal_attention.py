@@ -1,0 +1,78 @@
+"""softmax(Q K^T / sqrt(d)) V with a causal mask, by the fastest way there is for the device."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+LONGEST_BY_HAND = 512
+"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: nine times at 64 tokens,
+five times at 128, twice at 256, 1.4 times at 512 (``experiments/benchmarks/attention.py``)."""
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+    """Attend to the past.
+
+    Args:
+        q: (B, n_head, T, head_dim).
+        k: (B, n_kv_head, T, head_dim).
+        v: (B, n_kv_head, T, head_dim).
+        dropout: Probability of zeroing an attention weight.
+
+    Returns:
+        (B, n_head, T, head_dim).
+    """
+    group = q.size(1) // k.size(1)
+    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= LONGEST_BY_HAND and not dropout
+    if by_hand and torch.is_grad_enabled():
+        if group > 1:
+            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, n_head, T, head_dim)
+        out: Tensor = _attend(q, k, v)
+        return out
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=group > 1)
+
+
+# PyTorch's fused backward for CPUs works in tiles that are tiny in bfloat16, and spends its time around the
+# products. Whole matrices, batched over heads, keep the processor's matrix unit busy. As operators of their own,
+# because the compiler's code for the same lines is slower than PyTorch's kernels.
+
+
+@torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).contiguous()
+
+
+@torch.library.custom_op("lit_gpt_scratch::causal_attention_backward", mutates_args=())
+def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients as in FlashAttention's appendix (https://arxiv.org/abs/2205.14135, B.2), weights recomputed."""
+    B, H, T, D = q.shape
+    grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
+    future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    weights = torch.baddbmm(future, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B * H, T, T)
+    d_scores = torch.bmm(grad, v.mT)  # (B * H, T, T), so far the gradient of the weights
+    d_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+    d_q = torch.bmm(d_scores, k).mul_(D**-0.5)
+    d_k = torch.bmm(d_scores.mT, q).mul_(D**-0.5)
+    d_v = torch.bmm(weights.mT, grad)
+    return d_q.view(B, H, T, D), d_k.view(B, H, T, D), d_v.view(B, H, T, D)
+
+
+@_attend.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@_attend_backward.register_fake
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients: tuple[Tensor, Tensor, Tensor] = _attend_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
+    return gradients
+
+
+_attend.register_autograd(_differentiate, setup_context=_remember)

@@ -1,0 +1,111 @@
+"""The plan's figures and its warnings."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import lightning as L
+import pytest
+
+from lit_gpt_scratch.callbacks.baselines import Baselines
+from lit_gpt_scratch.callbacks.plan import TIMED_STEPS, Plan, clock, count, size
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.tasks import LanguageModel
+from tests.conftest import sentences
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(0, "0"), (7, "7"), (999, "999"), (2240, "2.24 k"), (2_164_928, "2.16 M"), (3e9, "3 G"), (1.5e13, "15 T")],
+)
+def test_numbers_are_short(number: float, said: str) -> None:
+    assert count(number) == said
+
+
+def test_bytes_and_times_are_short() -> None:
+    assert [size(12), size(27_600_000)] == ["12 B", "27.6 MB"]
+    assert [clock(5), clock(84.4), clock(3 * 3600 + 61)] == ["0:05", "1:24", "3:01:01"]
+
+
+def said(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: LanguageModel,
+    data: PackedText,
+    **flags: object,
+) -> dict[str, list[str]]:
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        trainer(callbacks=[Baselines(), Plan()], **flags).fit(task, data)
+    lines: dict[str, list[str]] = {}
+    for record in caplog.records:
+        lines.setdefault(record.getMessage()[:11].strip(), []).append(record.getMessage()[12:])
+    return lines
+
+
+def test_the_plan_says_what_will_happen(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+) -> None:
+    data, model = packed_text(tokens_per_step=256), task()
+    lines = said(caplog, trainer, model, data, max_steps=TIMED_STEPS + 1, accumulate_grad_batches=1)
+    assert "1 threads; 32-true" in lines["device"][0]
+    assert "not compiled" in lines["device"][0]
+    assert count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
+    assert f"{data.store.train.n_documents} documents" in lines["data"][0]
+    # Two micro-batches of 4 windows of 32 tokens.
+    assert f"{TIMED_STEPS + 1} steps of 256 tokens: 2.3 k tokens" in lines["run"][0]
+    assert "operations a token" in lines["cost"][0]
+    assert "uniform" in lines["to beat"][0]
+    assert "xz" in lines["to beat"][0]
+    assert "ms a step" in lines["time"][0]
+    assert lines["time"][0].endswith("for 0 steps and 1 validations")
+
+
+class AfterOneStep(L.Callback):
+    """End a run that was planned longer."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "warning"),
+    [
+        ({}, {}, "differences of a few percent mean nothing"),
+        ({"validation_share": 0.0001, "block_size": 600, "batch_size": 1}, {}, "less than one window of 600"),
+        ({"vocab_size": 5000}, {}, "tokens for the vocabulary, not 5,000"),
+        ({}, {"max_steps": 100_000}, "epochs: the model will learn the text by heart"),
+        ({}, {"max_steps": 1}, "take a smaller model or more steps"),
+        ({}, {"max_steps": 400_000}, "take a larger model or fewer steps"),
+    ],
+)
+def test_nonsense_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    changes: dict[str, object],
+    flags: dict[str, object],
+    warning: str,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        trainer(callbacks=[Plan(), AfterOneStep()], limit_val_batches=0, **flags).fit(task(), packed_text(**changes))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert any(warning in line for line in warnings), warnings
+
+
+def test_a_healthy_run_is_not_warned_of(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    tmp_path: Path,
+) -> None:
+    for seed in range(100):
+        (tmp_path / f"{seed}.txt").write_text(sentences(seed, 300), encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="lit_gpt_scratch"):
+        runner = trainer(callbacks=[Plan(), AfterOneStep()], limit_val_batches=0, max_steps=2000)
+        runner.fit(task(), packed_text(source=str(tmp_path)))
+    assert not caplog.records

@@ -1,0 +1,52 @@
+"""The backward pass by hand, against PyTorch in float64."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.model import causal_attention as module
+from lit_gpt_scratch.model.causal_attention import causal_attention
+
+
+def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    q, g = torch.randn(2, 6, length, 16).bfloat16(), torch.randn(2, 6, length, 16).bfloat16()
+    k, v = torch.randn(2, 2, n_kv_head, length, 16).bfloat16()
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    out = attend(*leaves)  # type: ignore[operator]
+    out.backward(g.to(dtype))
+    return [out.detach().double(), *(x.grad.double() for x in leaves)]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("length", "n_kv_head", "compiled"),
+    [(1, 6, False), (2, 6, False), (33, 6, False), (33, 2, False), (33, 1, False), (33, 2, True), (513, 2, False)],
+)
+def test_values_and_gradients_are_right(length: int, n_kv_head: int, compiled: bool) -> None:
+    ours = gradients(
+        torch.compile(causal_attention) if compiled else causal_attention, torch.bfloat16, n_kv_head, length
+    )
+    exact = gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        torch.float64, n_kv_head, length,
+    )  # fmt: skip
+    for a, b in zip(ours, exact, strict=True):
+        # bfloat16 has 8 bits; a lone token's query and key have no gradient, but for what rounding leaves.
+        assert (a - b).norm() <= 0.01 * max(b.norm(), exact[0].norm())
+
+
+def test_the_operators_keep_torchs_rules() -> None:
+    q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    torch.library.opcheck(module._attend, (q, k, v))
+    with torch.no_grad():
+        torch.library.opcheck(module._attend_backward, (q, q, k, v, v))
+
+
+def test_other_types_and_dropout_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_attend", lambda *_: pytest.fail("by hand"))
+    q = torch.randn(1, 2, 8, 4, requires_grad=True)
+    causal_attention(q, q, q)
+    causal_attention(q.bfloat16(), q.bfloat16(), q.bfloat16(), dropout=0.5)
+    with torch.no_grad():
+        causal_attention(q.bfloat16(), q.bfloat16(), q.bfloat16())
