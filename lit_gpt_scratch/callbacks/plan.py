@@ -80,31 +80,30 @@ class Plan(InRunFolder):
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-        many = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         default = default_precision(device.type)
         why = default.why if trainer.precision == default.value else "as asked"
         no_compiler = why_not_compile(device)
         compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
-        yield "device", f"{many}{name}{threads}; {trainer.precision}: {why}; {compiled}"
+        yield "device", f"{processes}{name}{threads}; {trainer.precision}: {why}; {compiled}"
 
         parts = parameters_by_part(task.net)
         total = sum(parts.values())
         yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
 
-        train, validation = data.store.train, data.store.validation
-        yield (
-            "data",
-            f"{data.recipe.source}: {train.n_documents:,} documents, {count(train.n_tokens)} tokens of "
-            f"{train.n_bytes / max(train.n_tokens, 1):.2f} bytes; to validate {validation.n_documents:,} documents, "
-            f"{count(validation.n_tokens)} tokens",
-        )
+        sides = [
+            f"{many(side.n_documents, 'document')} of {count(side.n_tokens)} tokens to {purpose}"
+            for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
+        ]
+        each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
+        yield "data", f"{data.recipe.source}: {', '.join(sides)}; {each:.2f} bytes a token"
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"
         if math.isfinite(steps):
             epochs = steps * tokens / (len(data.train_windows) * data.block_size)
             length = (
-                f"{steps:,} steps of {tokens:,} tokens: {count(steps * tokens)} tokens, {count(epochs)} epochs, "
+                f"{many(steps, 'step')} of {tokens:,} tokens: {count(steps * tokens)} tokens, {count(epochs)} epochs, "
                 f"{count(steps * tokens / total)} tokens a parameter"
             )
         yield "run", length
@@ -137,7 +136,9 @@ class Plan(InRunFolder):
         batches, every = steps * trainer.accumulate_grad_batches, trainer.val_check_batch or math.inf
         validations = math.ceil(batches / every) if math.isfinite(every) else 1
         total = (steps - left) * seconds + validations * validation
-        return f"{measured}; about {clock(total)} for {steps - left:,} steps and {validations} validations"
+        return (
+            f"{measured}; about {clock(total)} for {many(steps - left, 'step')} and {many(validations, 'validation')}"
+        )
 
 
 def tokens_per_step(trainer: L.Trainer, data: PackedText) -> int:
@@ -186,6 +187,11 @@ def count(number: float) -> str:
         if number >= unit:
             return f"{number / unit:.3g}{name}"
     return f"{number:.3g}"
+
+
+def many(number: float, thing: str) -> str:
+    """1 step, 1,000 steps."""
+    return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def size(n_bytes: float) -> str:

@@ -66,6 +66,8 @@ class Progress(ProgressBar):
         if not self._enabled or step == self._step:
             return
         self._step = step
+        if step == self._first_step + 1:
+            self._began = time.perf_counter()  # what is left will not be compiled again
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if self._bar is not None:
             if step == 1 or (every and step % every == 0):
@@ -76,8 +78,8 @@ class Progress(ProgressBar):
                 log.info("step %d, %s", step, self._figures(trainer))
         elif (tenth := 10 * step // self._total) > self._shown_tenth:
             self._shown_tenth = tenth
-            done = step - self._first_step
-            left = (self._total - step) * (time.perf_counter() - self._began) / done
+            since_compiled = max(step - self._first_step - 1, 1)
+            left = (self._total - step) * (time.perf_counter() - self._began) / since_compiled
             log.info("step %d of %d, %s, %.0f s left", step, self._total, self._figures(trainer), left)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -29,7 +29,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
 from lit_gpt_scratch.tasks import LanguageModel
 
-MAX_STEPS = 800
+MAX_STEPS = 900
 """Length of a run for which no steps, epochs or time were asked."""
 
 
@@ -52,7 +52,7 @@ class FitCLI(LightningCLI):
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
-                    "val_check_interval": 400,
+                    "val_check_interval": 300,
                     "check_val_every_n_epoch": None,
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,

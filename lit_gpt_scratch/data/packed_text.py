@@ -132,7 +132,8 @@ class PackedText(L.LightningDataModule):
         if len(self.train_windows) < batch:
             raise UserError(
                 f"{self.recipe.source} has {len(self.train_windows)} windows of {self.block_size} tokens for "
-                f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size"
+                f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
+                f"--data.block_size (to {max(1, self.block_size * len(self.train_windows) // (2 * batch))}, say)"
             )
         if not len(self.validation_windows):
             raise UserError(

@@ -82,18 +82,18 @@ class Bigrams(nn.Module):
     a table knows at once. Pairs are spread over the rows by a multiplicative hash and share them.
 
     Args:
-        rows: Rows of the table.
+        rows: Rows that the pairs share; one more is for a window's first token, which has none before it.
         width: Channels of a vector.
     """
 
     def __init__(self, rows: int, width: int) -> None:
         super().__init__()
         self.rows = rows
-        self.table = nn.Embedding(rows, width)
+        self.table = nn.Embedding(rows + 1, width)
         nn.init.zeros_(self.table.weight)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, width); the first token of a window has no token before it and gets row 0."""
-        pair = (input_ids[:, 1:] * 36_313 + input_ids[:, :-1] * 27_191) % (self.rows - 1) + 1  # (B, T - 1)
+        """(B, T) int64 -> (B, T, width)."""
+        pair = (input_ids[:, 1:] * 36_313 + input_ids[:, :-1] * 27_191) % self.rows + 1  # (B, T - 1)
         out: Tensor = self.table(F.pad(pair, (1, 0)))
         return out

@@ -89,9 +89,9 @@ class Muon(OptimizerRecipe):
         self,
         lr: float | None = None,
         weight_decay: float | None = None,
-        momentum: float = 0.95,
+        momentum: float = 0.9,
         row_beta: float | None = None,
-        adamw_lr: float = 3e-3,
+        adamw_lr: float = 8e-3,
         beta1: float = 0.9,
         beta2: float = 0.95,
     ) -> None:

@@ -26,7 +26,7 @@ class Schedule:
 
     decay: Decay = "linear"
     warmup_steps: int = 20
-    decay_share: float = 0.5
+    decay_share: float = 0.4
     final: float = 0.0
 
     def __post_init__(self) -> None:

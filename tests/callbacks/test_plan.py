@@ -60,7 +60,7 @@ def test_the_plan_says_what_will_happen(
     assert "uniform" in lines["to beat"][0]
     assert "xz" in lines["to beat"][0]
     assert "ms a step" in lines["time"][0]
-    assert lines["time"][0].endswith("for 0 steps and 1 validations")
+    assert lines["time"][0].endswith("for 0 steps and 1 validation")
 
 
 class AfterOneStep(L.Callback):

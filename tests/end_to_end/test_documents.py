@@ -83,7 +83,7 @@ def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.Mon
 def shortened(code: str) -> str:
     """The same code on less text, with fewer steps and a smaller model."""
     for old, new in {
-        "max_steps=800": "max_steps=2, limit_val_batches=2, logger=True, accelerator='cpu'",
+        "max_steps=900": "max_steps=2, limit_val_batches=2, logger=True, accelerator='cpu'",
         "val_check_interval=400": "val_check_interval=2",
         "log_every_n_steps=10": "log_every_n_steps=1",
         "LanguageModel()": "LanguageModel(compile=False)",

@@ -305,4 +305,4 @@ def test_the_flagless_run_beats_xz(command: Command) -> None:
     outcome = command("fit")
     assert outcome.code == 0, outcome.err
     summary = json.loads((RUN / "summary.json").read_text())
-    assert summary["val/bits_per_byte"] < summary["baselines"]["xz"]
+    assert summary["val/bits_per_byte"] <= 0.84 * summary["baselines"]["xz"]

@@ -125,7 +125,7 @@ def test_bigrams_are_a_row_for_each_pair() -> None:
 
 def test_bigrams_spread_pairs_over_the_rows() -> None:
     pairs = torch.cartesian_prod(torch.arange(300), torch.arange(300))  # 90,000 pairs
-    bigrams = Bigrams(rows=9001, width=1)
+    bigrams = Bigrams(rows=9000, width=1)
     with torch.no_grad():
         bigrams.table.weight.copy_(torch.arange(9001.0)[:, None])
         rows = bigrams(pairs)[:, 1, 0].long()

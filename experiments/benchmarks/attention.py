@@ -1,0 +1,57 @@
+"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.model.causal_attention`.
+
+    python experiments/benchmarks/attention.py
+
+Milliseconds, the lowest of many calls that take turns; forward passes are the same and are not counted.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.model.causal_attention import _attend_backward
+
+CALLS = 30
+SHAPES = [(32, 4, 64, 32), (16, 3, 128, 64), (8, 3, 256, 64), (8, 6, 256, 64), (4, 3, 512, 64), (2, 3, 1024, 64)]
+"""(B, n_head, T, head_dim)."""
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    began = time.perf_counter()
+    call()
+    return 1000 * (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Measure every shape in both types."""
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'(B, n_head, T, head_dim)':26} {'type':10} {'torch':>8} {'ours':>8} {'times as fast':>14}")
+    for shape in SHAPES:
+        for dtype in (torch.bfloat16, torch.float32):
+            q, k, v, grad = (torch.randn(shape, dtype=dtype) for _ in range(4))
+            leaves = [x.requires_grad_() for x in (q, k, v)]
+            theirs, ours = [], []
+            out = F.scaled_dot_product_attention(*leaves, is_causal=True)
+
+            def by_torch(out: Tensor = out, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> object:
+                return torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+            def by_hand(out: Tensor = out, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> object:
+                with torch.no_grad():
+                    return _attend_backward(grad, *leaves, out)
+
+            for _ in range(CALLS):
+                theirs.append(timed(by_torch))
+                ours.append(timed(by_hand))
+            ratio = min(theirs) / min(ours)
+            print(f"{shape!s:26} {str(dtype)[6:]:10} {min(theirs):8.2f} {min(ours):8.2f} {ratio:14.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
