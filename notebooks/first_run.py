@@ -2,6 +2,8 @@
 
     python -m lit_gpt_scratch.fit --trainer.val_check_interval 50 --experiment picture
     python notebooks/first_run.py runs/picture/version_0
+
+The validations between do not change the weights: the last point is that of a run without flags.
 """
 
 import sys

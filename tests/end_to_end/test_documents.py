@@ -84,7 +84,7 @@ def shortened(code: str) -> str:
     """The same code on less text, with fewer steps and a smaller model."""
     for old, new in {
         "max_steps=900": "max_steps=2, limit_val_batches=2, logger=True, accelerator='cpu'",
-        "val_check_interval=400": "val_check_interval=2",
+        "val_check_interval=300": "val_check_interval=2",
         "log_every_n_steps=10": "log_every_n_steps=1",
         "LanguageModel()": "LanguageModel(compile=False)",
         "PackedText()": "PackedText(source='my_texts', vocab_size=300, validation_share=0.3, batch_size=2)",
