@@ -71,10 +71,18 @@ class Plan(InRunFolder):
         self._times.append(time.perf_counter() - (self._began or 0.0))
         self._began = None
         if len(self._times) == 1 + TIMED_STEPS:
-            self._told = True
-            if trainer.is_global_zero:
-                log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
+            self._tell_time(trainer)
             trainer.should_stop = trainer.should_stop or self.only
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A plan for fewer steps is told by those there were."""
+        if self.only and not self._told and len(self._times) > 1:
+            self._tell_time(trainer)
+
+    def _tell_time(self, trainer: L.Trainer) -> None:
+        self._told = True
+        if trainer.is_global_zero:
+            log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
 
     def _lines(self, trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device

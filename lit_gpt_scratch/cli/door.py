@@ -67,7 +67,9 @@ def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     """
     from lit_gpt_scratch.checkpoint.loading import load_model
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+    from lit_gpt_scratch.hardware.defaults import use_allowed_cores
 
+    use_allowed_cores()
     model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment))
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
         raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")

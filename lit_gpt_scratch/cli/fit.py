@@ -83,8 +83,7 @@ class FitCLI(LightningCLI):
         )
         parser.add_argument(
             "--plan",
-            type=bool,
-            default=False,
+            action="store_true",
             help="Say what the run would do and cost, time a few steps, and stop; nothing is left behind.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
@@ -97,8 +96,7 @@ class FitCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
-        given = sys.argv[1:] if args is None else list(args)
-        flags = ["--plan=true" if flag == "--plan" else flag for flag in given]
+        flags = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(flags)
         self.checkpoint: Path | None = None
         if self.config.ckpt_path is not None:

@@ -58,6 +58,7 @@ def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) 
     assert "12 steps of 128 tokens" in outcome.err
     assert "ms a step" in outcome.err
     assert "for 12 steps and 2 validations" in outcome.err
+    assert "ms a step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
     assert not Path("runs").exists()
     assert command("fit", *small).code == 0  # the same flags without it run
     assert command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
