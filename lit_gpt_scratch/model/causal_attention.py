@@ -26,7 +26,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
     if by_hand and torch.is_grad_enabled():
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, n_head, T, head_dim)
-        out: Tensor = _attend(q, k, v)
+        out: Tensor = _attend(q, k, v)[0]
         return out
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout, enable_gqa=group > 1)
 
@@ -37,19 +37,28 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 @torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True).contiguous()
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The values, and for every query the logarithm of its softmax's denominator: (B, n_head, T) float32."""
+    out, log_denominator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, is_causal=True)
+    return out.contiguous(), log_denominator.contiguous()
 
 
 @torch.library.custom_op("lit_gpt_scratch::causal_attention_backward", mutates_args=())
-def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients as in FlashAttention's appendix (https://arxiv.org/abs/2205.14135, B.2), weights recomputed."""
+def _attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients as in FlashAttention's appendix (https://arxiv.org/abs/2205.14135, B.2), weights recomputed.
+
+    What is subtracted from a product is its ``baddbmm``'s first argument: the difference is then rounded to
+    bfloat16, and not the product. A score of 40 alone would be off by 0.1, and its weight by a tenth.
+    """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
     future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    weights = torch.baddbmm(future, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B * H, T, T)
-    d_scores = torch.bmm(grad, v.mT)  # (B * H, T, T), so far the gradient of the weights
-    d_scores.sub_((grad * out).sum(-1, keepdim=True)).mul_(weights)
+    shift = future - log_denominator.to(q.dtype).view(B * H, T, 1)  # (B * H, T, T); softmax takes back its rounding
+    weights = torch.baddbmm(shift, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B * H, T, T)
+    mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)  # (B * H, T, 1), of the weights' gradient
+    d_scores = torch.baddbmm(-mean.expand(-1, -1, T), grad, v.mT).mul_(weights)  # (B * H, T, T)
     d_q = torch.bmm(d_scores, k).mul_(D**-0.5)
     d_k = torch.bmm(d_scores.mT, q).mul_(D**-0.5)
     d_v = torch.bmm(weights.mT, grad)
@@ -57,20 +66,26 @@ def _attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor)
 
 
 @_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return q.new_empty(q.shape)
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 @_attend_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, log_denominator: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
-def _remember(ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs, output)
+def _remember(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(*inputs, *output)
 
 
-def _differentiate(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _differentiate(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     gradients: tuple[Tensor, Tensor, Tensor] = _attend_backward(grad, *ctx.saved_tensors)  # type: ignore[attr-defined]
     return gradients
 
