@@ -1,9 +1,10 @@
 """What a checkpoint holds beside Lightning's own state."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
 
 KEY: Final = "lit_gpt_scratch"
 
@@ -36,8 +37,10 @@ def refuse_other_model(contents: Contents, gpt: dict[str, Any], vocab_size: int,
     Raises:
         UserError: They differ; every field that does is named.
     """
-    here = {**gpt, "vocab_size": vocab_size, "block_size": block_size}
-    there = {**contents.gpt, "vocab_size": contents.vocab_size, "block_size": contents.block_size}
+    # A checkpoint from before a switch existed has what is now the switch's default.
+    default = asdict(GPTConfig())
+    here = {**default, **gpt, "vocab_size": vocab_size, "block_size": block_size}
+    there = {**default, **contents.gpt, "vocab_size": contents.vocab_size, "block_size": contents.block_size}
     different = [
         f"{name} {there.get(name)} there, {here.get(name)} here"
         for name in sorted(here.keys() | there.keys())

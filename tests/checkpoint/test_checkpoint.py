@@ -103,6 +103,7 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
 def test_differences_are_named() -> None:
     contents = Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
     refuse_other_model(contents, {"n_layer": 4, "n_head": 3}, 300, 32)
+    refuse_other_model(contents, {"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32)  # a newer switch, off
     with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
         refuse_other_model(contents, {"n_layer": 5, "n_head": 3}, 300, 64)
     refuse_other_tokenizer(contents, "{}")
