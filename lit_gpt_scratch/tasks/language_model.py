@@ -83,9 +83,14 @@ class LanguageModel(L.LightningModule):
         """Compile the blocks in place, so that names in checkpoints stay the same.
 
         Blocks alike share one compilation, so that a deep network compiles no longer than a shallow one.
+
+        Raises:
+            UserError: It was asked for and cannot work here.
         """
-        compile_network = self.compile_network
-        if why_not_compile(self.device) is None if compile_network is None else compile_network:
+        why_not = why_not_compile(self.device)
+        if self.compile_network and why_not:
+            raise UserError(f"model.compile: {why_not}")
+        if why_not is None and self.compile_network is not False:
             for block in self.net.blocks:
                 block.compile()
 

@@ -69,6 +69,14 @@ def test_a_flag_that_cannot_be(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_compiler_that_is_not_there(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    one_line(command("fit", *small, "--model.compile=true"), "model.compile: no compiler (no-such-compiler)")
+    assert not list(tmp_path.glob("runs/*/*"))
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(command: Command, small: list[str], tmp_path: Path) -> None:
     one_line(command("fit", *small, "--trainer.accelerator", "gpu"), "gpu")
