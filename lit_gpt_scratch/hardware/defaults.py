@@ -1,7 +1,6 @@
 """What this machine can do, where a default depends on it."""
 
 import os
-import shlex
 import shutil
 import sys
 import sysconfig
@@ -33,19 +32,20 @@ def default_precision(accelerator: str) -> Choice:
             return Choice("bf16-mixed", "this GPU multiplies in bfloat16")
         return Choice("16-mixed", "this GPU has float16, but no bfloat16")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return Choice("32-true", "autocast gains little on Apple's GPUs")
+        return Choice("32-true", "mixed precision has not been measured on Apple's GPUs")
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return Choice("bf16-mixed", "this processor multiplies in bfloat16")
-    return Choice("32-true", "this processor has no bfloat16")
+    return Choice("32-true", "torch finds no bfloat16 in this processor")
 
 
-def use_allowed_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+def use_allowed_cores(processes: int = 1, quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
     """Let torch start no more threads than a container's quota has cores for.
 
-    Torch counts the machine's cores; in a container with a share of them its threads would wait for each
-    other. ``OMP_NUM_THREADS`` goes before.
+    Torch and Lightning count the machine's cores; in a container with a share of them the threads would wait for
+    each other. ``OMP_NUM_THREADS`` goes before; for processes that are yet to be started it is set.
 
     Args:
+        processes: Those of this run on this machine, which share the cores.
         quota: The file of the Linux cgroup with "microseconds of processor time, of a period's"; on a system
             without it nothing changes.
     """
@@ -53,8 +53,10 @@ def use_allowed_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
         return
     share, _, period = quota.read_text(encoding="ascii").partition(" ")
     if share != "max":
-        cores = max(1, round(int(share) / int(period)))
+        cores = max(1, round(int(share) / int(period)) // processes)
         torch.set_num_threads(min(cores, torch.get_num_threads()))
+        if processes > 1:
+            os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
 def why_not_compile(device: torch.device) -> str | None:
@@ -65,11 +67,14 @@ def why_not_compile(device: torch.device) -> str | None:
         return f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or does not know this GPU"
-    compilers = {"cpu": ("CXX", ["g++", "clang++"]), "cuda": ("CC", ["cc", "gcc", "clang"])}
-    variable, names = compilers[device.type]
+    # Those that Inductor and Triton look for; a variable names one program, without arguments.
+    variable, names = {
+        "cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
+        "cuda": ("CC", ["gcc", "clang"]),
+    }[device.type]
     if variable in os.environ:
-        names = shlex.split(os.environ[variable])[:1]
+        names = [os.environ[variable]]
     if not any(map(shutil.which, names)):
-        return f"no compiler ({' or '.join(names)}) is installed"
+        return f"no compiler ({' or '.join(names)}) is installed; {variable} can name another"
     headers = Path(sysconfig.get_path("include"), "Python.h")  # generated kernels include it
     return None if headers.is_file() else f"Python's headers are not installed ({headers} is missing)"

@@ -1,5 +1,7 @@
 """Defaults on machines that are not this one."""
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -46,16 +48,38 @@ def test_threads_keep_to_a_containers_quota(
     file = tmp_path / "cpu.max"
     file.write_text(quota)
     torch.set_num_threads(4)  # the fixture of all tests sets it back
-    use_allowed_cores(file)
+    use_allowed_cores(quota=file)
     assert torch.get_num_threads() == expected
 
 
+def test_processes_share_a_containers_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is set back afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    file = tmp_path / "cpu.max"
+    file.write_text("400000 100000\n")
+    torch.set_num_threads(4)
+    use_allowed_cores(processes=2, quota=file)
+    assert torch.get_num_threads() == 2
+    assert os.environ["OMP_NUM_THREADS"] == "2"  # what Lightning and the processes to come go by
+
+
 def test_threads_are_left_alone_where_there_is_no_quota(tmp_path: Path) -> None:
-    use_allowed_cores(tmp_path / "missing")
+    use_allowed_cores(quota=tmp_path / "missing")
     assert torch.get_num_threads() == 1
 
 
-def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert why_not_compile(torch.device("cpu")) == "no compiler (no-such-compiler) is installed"
+@pytest.mark.parametrize("named", ["no-such-compiler", "ccache g++"])
+def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    monkeypatch.setenv("CXX", named)
+    assert f"no compiler ({named}) is installed" in (why_not_compile(torch.device("cpu")) or "")
     assert "mps" in (why_not_compile(torch.device("mps")) or "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Inductor's compiler there is another one")
+def test_a_compiler_that_inductor_would_not_find_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "clang++").touch(0o755)
+    assert "no compiler (g++) is installed" in (why_not_compile(torch.device("cpu")) or "")
+    (tmp_path / "g++").touch(0o755)
+    assert "compiler" not in (why_not_compile(torch.device("cpu")) or "")
