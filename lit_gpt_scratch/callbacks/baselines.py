@@ -1,11 +1,15 @@
 """What the run is measured against."""
 
+import logging
+
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.evaluation.baselines import token_baselines, xz_bits_per_byte
+
+log = logging.getLogger(__name__)
 
 LONGEST_FOR_XZ = 4_000_000
 """Tokens of validation text beyond which ``xz`` would keep the user waiting for more than some ten seconds."""
@@ -33,6 +37,8 @@ class Baselines(Callback):
         if len(ids) <= LONGEST_FOR_XZ:
             text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
             self.bits_per_byte["xz"] = xz_bits_per_byte(text)
+        else:
+            log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
         curves = ["val/bits_per_byte", *(f"baselines/{name}" for name in self.bits_per_byte)]
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):

@@ -8,6 +8,9 @@ from numpy.typing import NDArray
 
 Ids = NDArray[np.unsignedinteger[Any]]
 
+CHUNK = 1_000_000
+"""Validation pairs that are looked up at once: some 100 MB of memory, however long the text."""
+
 TOKENS_FOR_COUNTS = 16_000_000
 """Training tokens that are counted at most: more would hardly sharpen the counts, but cost memory and time."""
 
@@ -25,7 +28,7 @@ def uniform_bits(validation: Ids, vocab_size: int) -> float:
 
 def unigram_bits(train: Ids, validation: Ids, vocab_size: int) -> float:
     """Bits of the validation tokens, the first excepted, under their frequency in training (add-one smoothing)."""
-    return float(-np.log2(_unigram(train, vocab_size))[validation[1:]].sum())
+    return float(-np.log2(_unigram(train, vocab_size)) @ np.bincount(validation[1:], minlength=vocab_size))
 
 
 def bigram_bits(train: Ids, validation: Ids, vocab_size: int) -> float:
@@ -40,15 +43,17 @@ def bigram_bits(train: Ids, validation: Ids, vocab_size: int) -> float:
     first = pairs // vocab_size
     followers = np.bincount(first, minlength=vocab_size)
     total = np.bincount(first, weights=counts, minlength=vocab_size)
-
-    asked = _pairs(validation, vocab_size)
-    place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
-    count = np.where(pairs[place] == asked, counts[place], 0)
-    a, b = asked // vocab_size, asked % vocab_size
-    unigram = _unigram(train, vocab_size)[b]
-    seen = total[a] + followers[a]
-    probability = np.where(seen > 0, (count + followers[a] * unigram) / np.maximum(seen, 1), unigram)
-    return float(-np.log2(probability).sum())
+    unigrams = _unigram(train, vocab_size)
+    bits = 0.0
+    for start in range(0, len(validation) - 1, CHUNK):
+        asked = _pairs(validation[start : start + CHUNK + 1], vocab_size)
+        place = np.minimum(np.searchsorted(pairs, asked), len(pairs) - 1)
+        count = np.where(pairs[place] == asked, counts[place], 0)
+        a, b = asked // vocab_size, asked % vocab_size
+        seen = total[a] + followers[a]
+        probability = np.where(seen > 0, (count + followers[a] * unigrams[b]) / np.maximum(seen, 1), unigrams[b])
+        bits -= float(np.log2(probability).sum())
+    return bits
 
 
 def token_baselines(train: Ids, validation: Ids, vocab_size: int, n_bytes: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from lit_gpt_scratch.evaluation import baselines
 from lit_gpt_scratch.evaluation.baselines import (
     bigram_bits,
     token_baselines,
@@ -37,7 +38,9 @@ def test_a_unigram_is_counted_by_hand() -> None:
     assert unigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
 
 
-def test_a_bigram_is_counted_by_hand() -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 59, 1000])
+def test_a_bigram_is_counted_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(baselines, "CHUNK", chunk)
     ids = VALIDATION.tolist()
     expected = -sum(math.log2(witten_bell(a, b)) for a, b in pairwise(ids))
     assert bigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
