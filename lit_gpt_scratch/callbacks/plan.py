@@ -27,26 +27,31 @@ log = logging.getLogger(__name__)
 TIMED_STEPS = 8
 FEW_VALIDATION_TOKENS = 10_000
 MANY_EPOCHS = 100
+AS_GOOD_AS_NEW = 4
+"""Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
 CHINCHILLA = 20
 FAR = 30
+"""Within this factor of Chinchilla's ratio nothing is said: a first run is short on purpose, a model for use long."""
 
 
 class Plan(InRunFolder):
     """Say what is about to happen, and after the first steps how long it will take.
 
     Args:
-        only: Stop when that is said; for a trainer without logger and checkpoints.
+        only: Stop when that is said; for a trainer without logger, checkpoints and validations.
+        validates: Whether the run that is planned validates.
     """
 
-    def __init__(self, only: bool = False) -> None:
+    def __init__(self, only: bool = False, validates: bool = True) -> None:
         self.only = only
+        self.validates = validates
         self._times: list[float] = []
         self._began: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the plan and the warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        self._step = trainer.global_step
+        self._first_step = self._step = trainer.global_step
         self._told = not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText))
         if isinstance(pl_module, LanguageModel) and isinstance(data, PackedText) and trainer.is_global_zero:
             for name, text in self._lines(trainer, pl_module, data):
@@ -68,6 +73,8 @@ class Plan(InRunFolder):
         if self._told or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
+        if pl_module.device.type != "cpu":
+            torch.accelerator.synchronize(pl_module.device)  # it may be far behind; these few steps wait for it
         self._times.append(time.perf_counter() - (self._began or 0.0))
         self._began = None
         if len(self._times) == 1 + TIMED_STEPS:
@@ -87,7 +94,7 @@ class Plan(InRunFolder):
     def _lines(self, trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        threads = f", {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+        threads = f", {many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
         processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         default = default_precision(device.type)
         why = default.why if trainer.precision == default.value else "as asked"
@@ -110,15 +117,15 @@ class Plan(InRunFolder):
         length = "until it is stopped"
         if math.isfinite(steps):
             epochs = steps * tokens / (len(data.train_windows) * data.block_size)
+            done = f" ({self._first_step:,} done)" if self._first_step else ""
             length = (
-                f"{many(steps, 'step')} of {tokens:,} tokens: {count(steps * tokens)} tokens, {count(epochs)} epochs, "
-                f"{count(steps * tokens / total)} tokens a parameter"
+                f"{many(steps, 'step')}{done} of {tokens:,} tokens: {count(steps * tokens)} tokens, "
+                f"{count(epochs)} epochs, {count(steps * tokens / total)} tokens a parameter"
             )
         yield "run", length
 
-        kept = activation_bytes(
-            task.gpt, data.vocab_size, data.block_size, data.batch_size, device, "mixed" in str(trainer.precision)
-        )
+        dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
+        kept = activation_bytes(task.gpt, data.vocab_size, data.block_size, data.batch_size, device, dtype, autocast)
         yield (
             "cost",
             f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
@@ -138,15 +145,25 @@ class Plan(InRunFolder):
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             return measured
-        left = 0 if self.only else self._step
+        done = self._first_step if self.only else self._step
+        if steps == done:
+            return measured
         # A forward pass is about a third of a training step.
         validation = len(data.validation_windows) * data.block_size / tokens * seconds / 3
-        batches, every = steps * trainer.accumulate_grad_batches, trainer.val_check_batch or math.inf
-        validations = math.ceil(batches / every) if math.isfinite(every) else 1
-        total = (steps - left) * seconds + validations * validation
+        validations = self._validations(trainer, done, int(steps))
+        total = (steps - done) * seconds + validations * validation
         return (
-            f"{measured}; about {clock(total)} for {many(steps - left, 'step')} and {many(validations, 'validation')}"
+            f"{measured}; about {clock(total)} for {many(steps - done, 'step')} and {many(validations, 'validation')}"
         )
+
+    def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
+        """How many validations there will be after ``done`` of ``steps``: at the interval, and at the end."""
+        if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
+            return 0
+        if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
+            return 1
+        every = trainer.val_check_batch / trainer.accumulate_grad_batches  # Lightning counts micro-batches
+        return math.ceil(steps / every) - math.floor(done / every)
 
 
 def tokens_per_step(trainer: L.Trainer, data: PackedText) -> int:
@@ -180,9 +197,12 @@ def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Itera
             f"{count(epochs)} epochs: the model will learn the text by heart; name more text, or take fewer steps: "
             f"--trainer.max_steps {enough}"
         )
+        return  # of a text this short nothing else is worth saying
     each = tokens / sum(p.numel() for p in task.net.parameters())
     if not CHINCHILLA / FAR <= each <= CHINCHILLA * FAR:
-        change = "a smaller model or more steps" if each < CHINCHILLA else "a larger model or fewer steps"
+        change = "a larger model or fewer steps"
+        if each < CHINCHILLA:
+            change = f"a smaller model or more {'text' if epochs > AS_GOOD_AS_NEW else 'steps'}"
         yield (
             f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
             f"(https://arxiv.org/abs/2203.15556): take {change}"

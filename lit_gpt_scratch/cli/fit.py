@@ -84,7 +84,7 @@ class FitCLI(LightningCLI):
         parser.add_argument(
             "--plan",
             action="store_true",
-            help="Say what the run would do and cost, time a few steps, and stop; nothing is left behind.",
+            help="Say what the run would do and cost, time a few steps, and stop; no run is left behind.",
         )
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
@@ -120,7 +120,8 @@ class FitCLI(LightningCLI):
         config = {**self.config_init.trainer, **kwargs}
         if self.config_init.plan:
             config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            config |= {"limit_val_batches": 0, "callbacks": [Baselines(), Plan(only=True)]}
+            plan = Plan(only=True, validates=config["limit_val_batches"] != 0)
+            config |= {"limit_val_batches": 0, "callbacks": [*(config["callbacks"] or []), Baselines(), plan]}
         else:
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
@@ -219,8 +220,9 @@ class SavedConfig(InRunFolder):
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
     _quieten()
-    use_allowed_cores()
-    FitCLI(args).fit()
+    cli = FitCLI(args)
+    use_allowed_cores(processes=cli.trainer.num_devices)
+    cli.fit()
 
 
 def _quieten() -> None:

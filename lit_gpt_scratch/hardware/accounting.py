@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -53,7 +54,13 @@ def state_bytes(optimizer: Optimizer) -> int:
 
 
 def activation_bytes(
-    config: GPTConfig, vocab_size: int, block_size: int, batch_size: int, device: torch.device, autocast: bool
+    config: GPTConfig,
+    vocab_size: int,
+    block_size: int,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    autocast: bool,
 ) -> int:
     """Bytes that one micro-batch keeps for its backward pass, without a compiler, which would save some.
 
@@ -65,6 +72,7 @@ def activation_bytes(
         block_size: Tokens in a window.
         batch_size: Windows in a micro-batch.
         device: Where it would run; nothing is allocated there.
+        dtype: Of the weights.
         autocast: Whether products are done in 16 bits.
     """
     kept: dict[int, int] = {}
@@ -76,11 +84,12 @@ def activation_bytes(
 
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)
-        own = {p.untyped_storage()._cdata for p in net.parameters()}
+        weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # a module of such tensors has no to()
+        own = {weight.untyped_storage()._cdata for weight in weights.values()}
         ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
         with (
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         ):
-            nats, _ = token_nats(net(ids), ids)
+            nats, _ = token_nats(functional_call(net, weights, (ids,)), ids)
         return sum(size for storage, size in kept.items() if storage not in own) + nats.element_size()

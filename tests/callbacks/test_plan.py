@@ -50,7 +50,7 @@ def test_the_plan_says_what_will_happen(
 ) -> None:
     data, model = packed_text(tokens_per_step=256), task()
     lines = said(caplog, trainer, model, data, max_steps=TIMED_STEPS + 1, accumulate_grad_batches=1)
-    assert "1 threads; 32-true" in lines["device"][0]
+    assert "1 thread; 32-true" in lines["device"][0]
     assert "not compiled" in lines["device"][0]
     assert count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
     assert f"{data.store.train.n_documents} documents" in lines["data"][0]
@@ -60,7 +60,7 @@ def test_the_plan_says_what_will_happen(
     assert "uniform" in lines["to beat"][0]
     assert "xz" in lines["to beat"][0]
     assert "ms a step" in lines["time"][0]
-    assert lines["time"][0].endswith("for 0 steps and 1 validation")
+    assert lines["time"][0].endswith("tokens a second")  # and no step is left
 
 
 class AfterOneStep(L.Callback):
@@ -78,7 +78,7 @@ class AfterOneStep(L.Callback):
         ({"vocab_size": 5000}, {}, "tokens for the vocabulary, not 5,000"),
         ({}, {"max_steps": 100_000}, "epochs: the model will learn the text by heart"),
         ({}, {"max_steps": 1}, "take a smaller model or more steps"),
-        ({}, {"max_steps": 400_000}, "take a larger model or fewer steps"),
+        ({"validation_share": 0.8}, {"max_steps": 150}, "take a smaller model or more text"),
     ],
 )
 def test_nonsense_is_warned_of(

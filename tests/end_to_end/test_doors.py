@@ -50,18 +50,25 @@ def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str])
     assert load_model(best[0])[1].to_json() == tokenizer
 
 
+PLAN = ["device", "model", "data", "run", "cost", "to beat", "folder", "time"]
+
+
 def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small, "--plan")
     assert outcome.code == 0, outcome.err
     labels = [line[:11].strip() for line in outcome.err.splitlines()]
-    assert [label for label in labels if label in ("device", "model", "data", "run", "cost", "to beat", "time")]
+    assert [label for label in labels if label in PLAN] == PLAN
     assert "12 steps of 128 tokens" in outcome.err
     assert "ms a step" in outcome.err
     assert "for 12 steps and 2 validations" in outcome.err
     assert "ms a step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
     assert not Path("runs").exists()
     assert command("fit", *small).code == 0  # the same flags without it run
-    assert command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
+    resumed = command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20")
+    assert resumed.code == 0, resumed.err
+    assert "20 steps (12 done) of 128 tokens" in resumed.err
+    assert "for 8 steps and 2 validations" in resumed.err
+    assert "for 12 steps and 0 validations" in command("fit", *small, "--plan", "--trainer.limit_val_batches=0").err
     assert not list(Path("runs/pretrain").glob("version_1"))
 
 

@@ -29,7 +29,6 @@ def test_operations_are_those_that_torch_counts(config: GPTConfig) -> None:
     ids = torch.randint(97, (3, 40))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         net(ids).sum().backward()
-    #
     assert counter.get_total_flops() == training_flops_per_token(net) * ids.numel()
 
 
@@ -56,14 +55,17 @@ def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe) 
     assert state_bytes(optimizer) == pytest.approx(weights + gradients + moments, rel=0.02)
 
 
-@pytest.mark.parametrize("autocast", [False, True])
-def test_activations_are_what_a_forward_pass_leaves_allocated(autocast: bool) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.float32, True), (torch.float64, False), (torch.bfloat16, False)],
+)
+def test_activations_are_what_a_forward_pass_leaves_allocated(dtype: torch.dtype, autocast: bool) -> None:
     config, shape = GPTConfig(n_layer=2, n_head=2, n_embd=64), (4, 128)
-    net = GPT(config, vocab_size=500, block_size=128)
+    net = GPT(config, vocab_size=500, block_size=128).to(dtype)
     ids = torch.randint(500, shape)
     with profile(profile_memory=True) as profiled, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = token_nats(net(ids), ids)
     measured = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
     del kept
-    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), autocast)
+    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast)
     assert expected == pytest.approx(measured, rel=0.03)

@@ -9,9 +9,7 @@ from lit_gpt_scratch.model import causal_attention as module
 from lit_gpt_scratch.model.causal_attention import causal_attention
 
 
-def gradients(
-    attend: object, dtype: torch.dtype, n_kv_head: int, length: int, sharpness: float = 1.0
-) -> list[Tensor]:
+def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, sharpness: float = 1.0) -> list[Tensor]:
     torch.manual_seed(0)
     q, g = torch.randn(2, 6, length, 16).bfloat16(), torch.randn(2, 6, length, 16).bfloat16()
     k, v = torch.randn(2, 2, n_kv_head, length, 16).bfloat16()
