@@ -2,9 +2,10 @@
 
     python experiments/benchmarks/lightning_cost.py
 
-Both sides take turns in one process. A side's figure is the mean period of its steps, those with logging among
-them, without the first ten; of the turns the lowest counts, because what a neighbour on the machine does can only
-add. The difference of the sides' medians stands beside it.
+The two sides go in lockstep in one process: after every step of `fit` the bare loop takes the same step, so that
+whatever else the machine does falls on both alike. What is compared are the times of ten steps, one logging interval:
+each pair gives a difference, and the median over all pairs counts. A Trainer with `barebones=True`, which has neither
+callbacks nor loggers, is compared in the same way: what `fit` costs beyond that is this project's own.
 """
 
 import argparse
@@ -19,67 +20,62 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 
+from lit_gpt_scratch.batch import Batch
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.data.sampler import WindowOrder
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.objectives.likelihood import token_nats
 
 SHAPES = {
-    "6 x 384, 8 windows of 256": (["--model.gpt.n_layer=6", "--model.gpt.n_head=6", "--model.gpt.n_embd=384"], 30),
+    "6 x 384, 8 windows of 256": (
+        ["--model.gpt.n_layer=6", "--model.gpt.n_head=6", "--model.gpt.n_embd=384"], 110,
+    ),
     "4 x 128, 12 windows of 64": (
         ["--model.gpt.n_layer=4", "--model.gpt.n_head=4", "--model.gpt.n_embd=128", "--data.block_size=64",
-         "--data.batch_size=12"], 300,
+         "--data.batch_size=12"], 810,
     ),
 }  # fmt: skip
-"""Flags, and steps of a turn."""
-UNCOUNTED = 10
+"""Flags, and steps."""
+INTERVAL = 10
+"""Steps from one log point to the next; the first interval compiles and does not count."""
 
 
-class Periods(L.Callback):
-    """When each step began."""
+class Lockstep(L.Callback):
+    """Between two steps of a trainer, take the same step in a bare loop; to be called first, so that it sees all."""
 
-    def __init__(self) -> None:
-        self.starts: list[float] = []
+    def __init__(self, bare: Iterator[None]) -> None:
+        self.bare = bare
+        self.in_trainer: list[float] = []
+        self.in_bare_loop: list[float] = []
+        self._resumed: float | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """Look at the clock."""
-        self.starts.append(time.perf_counter())
+        """A step of the trainer lasts from here to the next time here, less what the bare loop takes."""
+        came = time.perf_counter()
+        if self._resumed is not None:
+            self.in_trainer.append(came - self._resumed)
+        next(self.bare)
+        self._resumed = time.perf_counter()
+        self.in_bare_loop.append(self._resumed - came)
 
 
-def build(flags: list[str], steps: int, runs: str) -> FitCLI:
-    """The same command line for both sides."""
-    return FitCLI([*flags, f"--trainer.max_steps={steps}", "--trainer.accelerator=cpu", f"--runs={runs}"])
+def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
+    """The batches of a run."""
+    data = cli.datamodule
+    order = list(WindowOrder(len(data.train_windows), data.batch_size, seed=0))
+    for first in range(0, steps * data.batch_size, data.batch_size):
+        yield data.train_windows.__getitems__(order[first : first + data.batch_size])
 
 
-def through_fit(cli: FitCLI) -> list[float]:
-    """Start times of the steps of a run."""
-    periods = Periods()
-    cli.trainer.limit_val_batches = 0
-    cli.trainer.callbacks.insert(0, periods)
-    cli.fit()
-    return periods.starts
-
-
-def bare(cli: FitCLI, steps: int) -> list[float]:
-    """Start times of the same steps, without a trainer."""
-    data, task = cli.datamodule, cli.model
-    data.prepare_data()
-    data.setup("validate")
-    net = GPT(task.gpt, data.vocab_size, data.block_size)
-    for block in net.blocks:
-        block.compile()
-    optimizer = task.optimizer.build(net)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: task.schedule.factor(step, steps))
-
-    def batches() -> Iterator[Any]:
-        order = list(WindowOrder(len(data.train_windows), data.batch_size, seed=0))
-        for first in range(0, len(order), data.batch_size):
-            yield data.train_windows.__getitems__(order[first : first + data.batch_size])
-
-    starts = []
-    for _, batch in zip(range(steps), batches(), strict=False):
-        starts.append(time.perf_counter())
+def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
+    """The steps of a run without a trainer: the same windows, the same mathematics, no logging."""
+    net, optimizer, scheduler = build(cli, steps)
+    for batch in batches(cli, steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=cli.config.trainer.precision == "bf16-mixed"):
             nats, tokens = token_nats(net(batch["input_ids"]), batch["labels"])
         optimizer.zero_grad()
@@ -87,36 +83,91 @@ def bare(cli: FitCLI, steps: int) -> list[float]:
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         scheduler.step()
-    return starts
+        yield
 
 
-def per_step(starts: list[float]) -> float:
-    """Mean milliseconds from one step's start to the next one's."""
-    return 1000 * (starts[-1] - starts[UNCOUNTED]) / (len(starts) - 1 - UNCOUNTED)
+def build(cli: FitCLI, steps: int) -> tuple[GPT, Optimizer, LRScheduler]:
+    """The network, compiled, its optimizer and schedule."""
+    data, task = cli.datamodule, cli.model
+    net = GPT(task.gpt, data.vocab_size, data.block_size)
+    for block in net.blocks:
+        block.compile()
+    optimizer = task.optimizer.build(net)
+    return net, optimizer, LambdaLR(optimizer, lambda step: task.schedule.factor(step, steps))
+
+
+class Plain(L.LightningModule):
+    """As little of a LightningModule as does the same steps."""
+
+    def __init__(self, cli: FitCLI, steps: int, lockstep: Lockstep) -> None:
+        super().__init__()
+        self.net, self.built_optimizer, self.built_scheduler = build(cli, steps)
+        self.on_train_batch_start = lockstep.on_train_batch_start  # type: ignore[method-assign]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Mean loss of the batch."""
+        nats, tokens = token_nats(self.net(batch["input_ids"]), batch["labels"])
+        return nats / tokens
+
+    def configure_optimizers(self) -> Any:
+        """The same optimizer and schedule."""
+        return {
+            "optimizer": self.built_optimizer, "lr_scheduler": {"scheduler": self.built_scheduler, "interval": "step"}
+        }  # fmt: skip
+
+
+def through_fit(cli: FitCLI, steps: int) -> Lockstep:
+    """The run as it is by default, but for validations."""
+    lockstep = Lockstep(bare_steps(cli, steps))
+    cli.trainer.limit_val_batches = 0
+    cli.trainer.callbacks.insert(0, lockstep)
+    cli.fit()
+    return lockstep
+
+
+def through_barebones(cli: FitCLI, steps: int) -> Lockstep:
+    """The same steps in a Trainer that does nothing beside."""
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    lockstep = Lockstep(bare_steps(cli, steps))
+    trainer = L.Trainer(
+        barebones=True, accelerator="cpu", max_steps=steps, gradient_clip_val=1.0,
+        precision=cli.config.trainer.precision,
+    )  # fmt: skip
+    trainer.fit(Plain(cli, steps, lockstep), DataLoader(list(batches(cli, steps)), batch_size=None))
+    return lockstep
+
+
+def intervals(seconds: list[float]) -> list[float]:
+    """Milliseconds a step, by interval."""
+    return [
+        1000 * sum(seconds[first : first + INTERVAL]) / INTERVAL
+        for first in range(INTERVAL, len(seconds) - INTERVAL + 1, INTERVAL)
+    ]
 
 
 def main() -> None:
-    """Take turns, print a table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=6)
-    given = parser.parse_args()
+    """Measure every shape, print a table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("milliseconds a step            bare (lowest, median)   fit (lowest, median)    fit - bare (lowest)")
-    for name, (flags, steps) in SHAPES.items():
-        times: dict[str, list[float]] = {"bare": [], "fit": []}
-        for _ in range(given.turns):
+    print(
+        f"{'milliseconds a step':48} {'bare':>8} {'trainer':>8}   difference (median of the pairs, and its quartiles)"
+    )
+    for shape, (flags, steps) in SHAPES.items():
+        for name, go in {"fit": through_fit, "a Trainer, barebones": through_barebones}.items():
             with tempfile.TemporaryDirectory() as runs:
-                times["bare"].append(per_step(bare(build(flags, steps, runs), steps)))
-                times["fit"].append(per_step(through_fit(build(flags, steps, runs))))
-        lowest = {side: min(values) for side, values in times.items()}
-        median = {side: statistics.median(values) for side, values in times.items()}
-        cost = lowest["fit"] - lowest["bare"]
-        print(
-            f"{name:30} {lowest['bare']:8.2f} {median['bare']:8.2f}        {lowest['fit']:8.2f} {median['fit']:8.2f}"
-            f"       {cost:8.2f} ms, {cost / lowest['bare']:.1%} (medians {median['fit'] - median['bare']:.2f} ms)",
-            flush=True,
-        )
+                cli = FitCLI([*flags, f"--trainer.max_steps={steps}", "--trainer.accelerator=cpu", f"--runs={runs}"])
+                lockstep = go(cli, steps)
+            trainer, bare = intervals(lockstep.in_trainer), intervals(lockstep.in_bare_loop)
+            costs = [one - other for one, other in zip(trainer, bare, strict=False)]
+            low, cost, high = statistics.quantiles(costs, n=4)
+            with_trainer, alone = statistics.median(trainer), statistics.median(bare)
+            print(
+                f"{f'{shape}: {name}':48} {alone:8.2f} {with_trainer:8.2f}   {cost:.2f} ms, {cost / alone:.1%} "
+                f"({low:.2f} to {high:.2f} ms, {len(costs)} pairs)",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
