@@ -38,6 +38,7 @@ class GPTConfig:
             attention's values (modded-nanogpt, after https://arxiv.org/abs/2410.17897).
         bigram_rows: Rows of a table that adds a learned vector for each pair of neighbouring tokens to the
             embedding; pairs share rows by a hash (modded-nanogpt). Off by default.
+        smear: Add to every token's embedding a learned share of the one before it (modded-nanogpt).
         residual_scalars: Let every block scale the stream that it reads, and mix in the embedding that the
             stream began with, by two learned numbers (modded-nanogpt).
         dropout: Probability of zeroing, on embeddings, attention weights and block outputs.
@@ -59,6 +60,7 @@ class GPTConfig:
     logit_softcap: float | None = None
     value_embeddings: bool = False
     bigram_rows: int | None = None
+    smear: bool = False
     residual_scalars: bool = False
     dropout: float = 0.0
 

@@ -1,4 +1,4 @@
-"""The small parts: normalisation, the feed-forward layers, embeddings of token pairs."""
+"""The small parts: normalisation, the feed-forward layers, and what the embedding may know of the token before."""
 
 import torch
 from torch import Tensor, nn
@@ -97,3 +97,25 @@ class Bigrams(nn.Module):
         pair = (input_ids[:, 1:] * 36_313 + input_ids[:, :-1] * 27_191) % self.rows + 1  # (B, T - 1)
         out: Tensor = self.table(F.pad(pair, (1, 0)))
         return out
+
+
+class Smear(nn.Module):
+    """Add to every token's vector a learned share of the one before it (modded-nanogpt).
+
+    A head that looks for what followed the same token earlier needs keys that know the token before theirs
+    (https://arxiv.org/abs/2209.11895). Without this, a block has to learn first to fetch it, and the loss stays on a
+    plateau until one has.
+
+    Args:
+        width: Channels of the stream.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 1, bias=False)
+        self.share = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, width) -> (B, T, width)."""
+        before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, width)
+        return x + torch.sigmoid(self.gate(x)) * self.share * before

@@ -9,7 +9,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm
+from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm, Smear
 from lit_gpt_scratch.model.positions import build_position
 
 
@@ -29,6 +29,7 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.embedding = nn.Embedding(vocab_size, config.n_embd)
         self.bigrams = Bigrams(config.bigram_rows, config.n_embd) if config.bigram_rows else None
+        self.smear = Smear(config.n_embd) if config.smear else None
         self.position = build_position(config, block_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -76,6 +77,8 @@ class GPT(nn.Module):
         x = self.position.embed(self.embedding(input_ids))  # (B, T, n_embd)
         if self.bigrams is not None:
             x = x + self.bigrams(input_ids)
+        if self.smear is not None:
+            x = self.smear(x)
         x = start = self.dropout(x)
         for block, table in zip_longest(self.blocks, self.value_tables):
             x = block(x, start, self.position, table(input_ids) if table is not None else None)

@@ -19,7 +19,9 @@ from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
 SHAPES = [
     GPTConfig(n_layer=2, n_head=2, n_embd=32),
     GPTConfig(n_layer=1, n_head=4, n_embd=64, head_dim=24, feed_forward="relu2", position="learned"),
-    GPTConfig(n_layer=3, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=100, residual_scalars=True),
+    GPTConfig(
+        n_layer=3, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=100, smear=True, residual_scalars=True
+    ),
 ]
 
 

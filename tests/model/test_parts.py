@@ -10,7 +10,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
-from lit_gpt_scratch.model.layers import FEED_FORWARD, Bigrams, RMSNorm
+from lit_gpt_scratch.model.layers import FEED_FORWARD, Bigrams, RMSNorm, Smear
 from lit_gpt_scratch.model.positions import Position, Rotary
 
 
@@ -132,6 +132,16 @@ def test_bigrams_spread_pairs_over_the_rows() -> None:
     load = torch.bincount(rows, minlength=9001)
     assert load[0] == 0
     assert load[1:].max() < 60  # 10 on average; were rows drawn by chance, over 40 would hardly be seen
+
+
+def test_smearing_adds_a_gated_share_of_the_token_before() -> None:
+    smear, x = Smear(4), torch.randn(2, 3, 4)
+    torch.testing.assert_close(smear(x), x)  # where it begins
+    with torch.no_grad():
+        smear.share.copy_(torch.tensor([1.0, 0.0, -2.0, 0.5]))
+    torch.testing.assert_close(smear(x)[:, 0], x[:, 0])  # nothing before it
+    gate = 1 / (1 + torch.exp(-(x[:, 2] * smear.gate.weight[0]).sum(-1, keepdim=True)))
+    torch.testing.assert_close(smear(x)[:, 2], x[:, 2] + gate * smear.share * x[:, 1])
 
 
 def test_value_embeddings_are_added_to_the_values() -> None:

@@ -26,6 +26,7 @@ configs = st.builds(
     logit_softcap=st.sampled_from([None, 15.0]),
     value_embeddings=st.booleans(),
     bigram_rows=st.sampled_from([None, 50]),
+    smear=st.booleans(),
     residual_scalars=st.booleans(),
 )
 
