@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LONGEST_BY_HAND = 512
-"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: five times at 64 tokens,
-four at 128, twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
+"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: some four times at 64 and 128
+tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
@@ -49,16 +49,17 @@ def _attend_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients as in FlashAttention's appendix (https://arxiv.org/abs/2205.14135, B.2), weights recomputed.
 
-    What is subtracted from a product is its ``baddbmm``'s first argument: the difference is then rounded to
-    bfloat16, and not the product. A score of 40 alone would be off by 0.1, and its weight by a tenth.
+    What is subtracted from a product is there before it, for ``baddbmm_`` to add to: then the difference is rounded
+    to bfloat16, and not the product. A score of 40 alone would be off by 0.1, and its weight by a tenth. In place,
+    because at these sizes asking for memory takes as long as a product.
     """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
     future = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    shift = future - log_denominator.to(q.dtype).view(B * H, T, 1)  # (B * H, T, T); softmax takes back its rounding
-    weights = torch.baddbmm(shift, q, k.mT, alpha=D**-0.5).softmax(-1)  # (B * H, T, T)
+    scores = future - log_denominator.to(q.dtype).view(B * H, T, 1)  # (B * H, T, T)
+    weights = scores.baddbmm_(q, k.mT, alpha=D**-0.5).softmax(-1)  # again, for what the denominator was rounded by
     mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)  # (B * H, T, 1), of the weights' gradient
-    d_scores = torch.baddbmm(-mean.expand(-1, -1, T), grad, v.mT).mul_(weights)  # (B * H, T, T)
+    d_scores = (-mean.expand(-1, -1, T)).baddbmm_(grad, v.mT).mul_(weights)  # (B * H, T, T)
     d_q = torch.bmm(d_scores, k).mul_(D**-0.5)
     d_k = torch.bmm(d_scores.mT, q).mul_(D**-0.5)
     d_v = torch.bmm(weights.mT, grad)
