@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tqdm import tqdm
+
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ def run(door: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a redirected stream may know fewer characters than a model
             stream.reconfigure(encoding="utf-8", errors="replace")
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _AboveBars()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lit_gpt_scratch")
     logger.handlers = [handler]
@@ -34,6 +36,14 @@ def run(door: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader of standard output has seen enough, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
+
+
+class _AboveBars(logging.Handler):
+    """Write log lines to standard error, above a progress bar, where there is one, instead of into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Let the bar make way for the line."""
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 class Flags(argparse.ArgumentParser):
