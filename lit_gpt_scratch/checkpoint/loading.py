@@ -6,6 +6,7 @@ from typing import Any, Final
 import torch
 
 from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.sealed import refuse_altered
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -18,12 +19,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Everything in a checkpoint, on the CPU; plain data and tensors only, no code is run.
 
     Raises:
-        UserError: The file is missing or is not a checkpoint.
+        UserError: The file is missing, was altered, or is not a checkpoint.
     """
+    refuse_altered(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
     except Exception as error:  # reading a file that is something else can end in any of them
         raise UserError(f"{path} is not a checkpoint, or is damaged") from error
     if not isinstance(loaded, dict) or not {KEY, "state_dict"} <= loaded.keys():

@@ -1,13 +1,19 @@
 """One folder a run: ``<runs>/<experiment>/version_N``."""
 
+import logging
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from lit_gpt_scratch.checkpoint.sealed import refuse_altered
 from lit_gpt_scratch.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,19 @@ class RunFolder:
             self.path.parent.rmdir()
             self.path.parent.parent.rmdir()
 
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        """Keep other processes from training in the folder meanwhile; a killed process owns nothing any more.
+
+        Raises:
+            UserError: One does already.
+        """
+        try:
+            with FileLock(self.path / ".lock", timeout=0):
+                yield
+        except Timeout as error:
+            raise UserError(f"{self.path} is in use: another process trains in it") from error
+
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFolder | None":
         """The run that a checkpoint lies in, or None if it lies elsewhere."""
@@ -89,13 +108,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     if given not in (None, "last"):
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = [path / "checkpoints" / "last.ckpt", path / "last.ckpt"]
-            # A trainer that was built by hand names its checkpoints differently.
-            inside += sorted(path.glob("checkpoints/*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-            found = next((file for file in inside if file.is_file()), None)
-            if found is None:
-                raise UserError(f"{path} holds no checkpoint (looked in its folder checkpoints)")
-            return found
+            return _newest_whole(path)
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}")
         return path
@@ -111,7 +124,27 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     if not newest:
         where = runs / experiment if experiment else runs
         raise UserError(f"no run with a checkpoint in {where}; train one with: python -m lit_gpt_scratch.fit")
-    return max(newest, key=lambda run: run.last.stat().st_mtime).last
+    return _newest_whole(max(newest, key=lambda run: run.last.stat().st_mtime).path)
+
+
+def _newest_whole(folder: Path) -> Path:
+    """The newest checkpoint of a run that is what was saved, ``last.ckpt`` before the best; the others are named.
+
+    Raises:
+        UserError: There is none.
+    """
+    last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.is_file()]
+    # The best; or those of a trainer that was built by hand, which have other names.
+    others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
+    for path in (*last, *others):
+        try:
+            refuse_altered(path)
+        except UserError as error:
+            log.warning("%s", error)
+        else:
+            return path
+    whole = "none that is whole" if last or others else "looked in its folder checkpoints"
+    raise UserError(f"{folder} holds no checkpoint ({whole})")
 
 
 def _runs(experiment: Path) -> Iterator[RunFolder]:

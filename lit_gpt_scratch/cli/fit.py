@@ -4,9 +4,11 @@ import logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -23,6 +25,7 @@ from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.checkpoint.sealed import SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import user_errors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
@@ -125,10 +128,13 @@ class FitCLI(LightningCLI):
         else:
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
-            return Trainer(**config)
+            trainer = Trainer(**config)
         except (MisconfigurationException, ValueError, TypeError) as error:  # e.g. no GPU, an unknown strategy
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
+            trainer.strategy.checkpoint_io = SealedCheckpointIO()
+        return trainer
 
     def _callbacks(self, config: Mapping[str, Any]) -> Iterator[Callback]:
         yield from (Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self), Baselines(), Plan())
@@ -142,8 +148,8 @@ class FitCLI(LightningCLI):
         """Prepare the data, claim the run folder, train.
 
         Raises:
-            UserError: Data, folder or checkpoint are unusable, or there is nothing to do; a folder that was
-                claimed for this run is removed.
+            UserError: Data, folder or checkpoint are unusable, another process trains in the folder, or there is
+                nothing to do; a folder that was claimed for this run is removed.
         """
         with user_errors():
             first_step = self._check_checkpoint()
@@ -157,7 +163,8 @@ class FitCLI(LightningCLI):
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
             self._settle_in(folder)
         try:
-            with user_errors():
+            writes = folder and self.trainer.is_global_zero and not leaves_nothing
+            with user_errors(), folder.owned() if folder and writes else nullcontext():
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
             if self.trainer.global_step == first_step:
                 raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 LONGEST_BY_HAND = 512
-"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: some four times at 64 and 128
-tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
+"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: three times and more at 64
+and 128 tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:

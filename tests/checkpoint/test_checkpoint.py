@@ -11,12 +11,12 @@ import torch
 from lit_gpt_scratch.checkpoint.contents import Contents, refuse_other_model, refuse_other_tokenizer
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.errors import UserError
 
 
 def save_empty(run: RunFolder, time: float = 0.0) -> Path:
-    run.checkpoints.mkdir(parents=True, exist_ok=True)
-    run.last.write_bytes(b"")
+    save({}, run.last)
     os.utime(run.last, (time, time))
     return run.last
 

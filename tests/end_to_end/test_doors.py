@@ -1,15 +1,20 @@
 """What a user does: train, go on, generate, evaluate."""
 
 import json
+import logging
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
 
 from lit_gpt_scratch.checkpoint.loading import load_model
+from lit_gpt_scratch.cli import door
 from tests.end_to_end.conftest import Command
 
 RUN = Path("runs/pretrain/version_0")
@@ -72,6 +77,16 @@ def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) 
     assert not list(Path("runs/pretrain").glob("version_1"))
 
 
+def test_what_is_said_goes_above_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    def say() -> None:
+        with tqdm(total=3, file=sys.stderr) as bar:
+            bar.update()
+            logging.getLogger("lit_gpt_scratch").info("a line")
+
+    door.run(say)
+    assert "\ra line\n" in capsys.readouterr().err
+
+
 def test_each_run_has_its_own_folder(command: Command, small: list[str]) -> None:
     for _ in range(2):
         assert command("fit", *small, "--trainer.max_steps=2").code == 0
@@ -97,6 +112,33 @@ def test_going_on_ends_where_an_undisturbed_run_ends(command: Command, small: li
     )
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert json.loads((RUN / "summary.json").read_text())["tokens"] == 20 * 4 * 32
+
+
+def test_two_processes_do_not_train_in_one_folder(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    before = sorted(path.stat().st_mtime_ns for path in RUN.rglob("*") if path.name != ".lock")
+    with FileLock(RUN / ".lock"):
+        refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
+        assert refused.code == 2
+        assert f"{RUN} is in use" in refused.err
+        assert sorted(path.stat().st_mtime_ns for path in RUN.rglob("*") if path.name != ".lock") == before
+        assert command("fit", "--ckpt_path=last", "--trainer.max_steps=20", "--plan").code == 0
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(command: Command, small: list[str]) -> None:
+    assert command("fit", *small, "--checkpoint.keep_best=3").code == 0
+    last = RUN / "checkpoints" / "last.ckpt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 1
+    last.write_bytes(content)
+    refused = command("fit", "--ckpt_path", last, "--trainer.max_steps=20")
+    assert refused.code == 2
+    assert f"{last} is not a checkpoint, or is damaged" in refused.err
+    resumed = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
+    assert resumed.code == 0, resumed.err
+    assert f"{last} is not a checkpoint, or is damaged" in resumed.err
+    assert json.loads((RUN / "summary.json").read_text())["step"] == 20
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -171,8 +213,8 @@ def test_help_names_flags_and_where_the_others_are(command: Command) -> None:
     for name in ("model", "data"):
         shown = command("fit", f"--{name}.help")
         assert shown.code == 0
-    for door in ("generate", "evaluate"):
-        assert command(door, "--help").code == 0
+    for name in ("generate", "evaluate"):
+        assert command(name, "--help").code == 0
 
 
 @pytest.mark.parametrize(
@@ -265,8 +307,8 @@ def test_epochs_and_time_are_not_cut_short_by_the_default_steps(
 def test_trainer_flags_keep_their_meaning(command: Command, small: list[str], flags: list[str], left: set[str]) -> None:
     outcome = command("fit", *small, *flags)
     assert outcome.code == 0, outcome.err
-    found = {path.name for path in RUN.glob("*") if path.name not in ("hparams.yaml",) and "tfevents" not in path.name}
-    assert found == left
+    found = {path.name for path in RUN.glob("*") if "tfevents" not in path.name}
+    assert found - {"hparams.yaml", ".lock"} == left
     assert {path.name for path in Path().iterdir()} <= {"runs", "csv"}
     if "fast_dev_run" in flags[0]:
         assert not Path("runs").exists()

@@ -1,0 +1,122 @@
+"""Checkpoint files that are whole or not there, and that tell when they were altered.
+
+A checkpoint of torch is a zip archive, and a zip archive ends with a comment. The seal is that comment: the SHA-256
+of all that is before it. It travels with the file, and whatever reads the archive otherwise passes over it.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from typing_extensions import override
+
+from lit_gpt_scratch.errors import UserError
+
+MARK: Final = b"sha256:"
+SEAL_BYTES: Final = len(MARK) + 64
+LENGTH: Final = struct.pack("<H", SEAL_BYTES)
+END: Final = b"PK\5\6"
+END_BYTES: Final = 22
+NO_COMMENT: Final = b"\0\0"
+"""A zip archive's last record begins with ``END`` and ends with the length of the comment."""
+CHUNK: Final = 1 << 20
+
+
+class SealedCheckpointIO(TorchCheckpointIO):
+    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[SealedCheckpointIO()])``."""
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        save(checkpoint, Path(path))
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        refuse_altered(Path(path))
+        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
+        return loaded
+
+
+def save(checkpoint: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint and its seal; a kill or a full disk at any moment leaves the file that was there before.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    unfinished = path.with_name(f".{path.name}.part")  # in the same folder: on another disk a rename would copy
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with unfinished.open("wb") as file:
+            hashing = _Hashing(file)
+            torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes and flushes
+            file.seek(-len(NO_COMMENT), os.SEEK_CUR)
+            file.write(LENGTH + MARK + hashing.digest.hexdigest().encode())
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+        if os.name == "posix":  # the rename, too, should outlast a loss of power
+            folder = os.open(path.parent, os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
+    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
+        unfinished.unlink(missing_ok=True)
+        cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
+        reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
+        raise UserError(f"cannot save {path}: {reason}; what was saved before is as it was") from error
+
+
+def refuse_altered(path: Path) -> None:
+    """Compare a file with its seal. A checkpoint that was written without one, as by a plain trainer, passes.
+
+    Raises:
+        UserError: The file is not what was written, or cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - END_BYTES))
+            end = file.read()
+            if end[:4] == END and end.endswith(NO_COMMENT):
+                return  # not sealed
+            file.seek(max(0, size - len(LENGTH) - SEAL_BYTES))
+            if file.read() != LENGTH + MARK + _digest(file, size).encode():
+                raise UserError(f"{path} is not a checkpoint, or is damaged: it is not what was saved")
+    except FileNotFoundError as error:
+        raise UserError(f"no checkpoint at {path}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; it is not a checkpoint") from error
+
+
+def _digest(file: BinaryIO, size: int) -> str:
+    """SHA-256 of the archive as it was before it got a comment."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    left = size - SEAL_BYTES - len(LENGTH)
+    while left > 0:
+        chunk = file.read(min(CHUNK, left))
+        digest.update(chunk)
+        left -= len(chunk)
+    digest.update(NO_COMMENT)
+    return digest.hexdigest()
+
+
+class _Hashing:
+    """A file that learns the digest of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Write and take notice."""
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        """Pass it on."""
+        self.file.flush()
