@@ -3,8 +3,8 @@
     python experiments/benchmarks/recipes.py
 
 Runs `fit` on the standard library for every row of CHANGES, with the same three seeds each, and writes `recipes.md`
-beside this file. Two runs go side by side, with half of the cores each. Losses do not depend on that; speeds are
-relative to the default's and only roughly right, because the neighbour differs.
+beside this file. Two runs go side by side, with half of the cores each: losses do not depend on that, speeds would,
+and are not given.
 """
 
 import argparse
@@ -68,7 +68,6 @@ def main() -> None:
         }
     summaries = {name: [future.result() for future in futures] for name, futures in running.items()}
     bits = {name: [run["val/bits_per_byte"] for run in runs] for name, runs in summaries.items()}
-    speed = {name: mean(run["tokens_per_second"] for run in runs) for name, runs in summaries.items()}
     lines = [
         "# What each choice of the default recipe is worth",
         "",
@@ -78,15 +77,15 @@ def main() -> None:
         "gain is the mean over the seeds of the default's figure less the row's, with its standard error: a gain of "
         "less than two of those says nothing. The text and its split are the same for all.",
         "",
-        f"| change | {' | '.join(f'seed {seed}' for seed in SEEDS)} | gain | speed |",
-        f"| --- |{' ---: |' * len(SEEDS)} ---: | ---: |",
+        f"| change | {' | '.join(f'seed {seed}' for seed in SEEDS)} | gain |",
+        f"| --- |{' ---: |' * len(SEEDS)} ---: |",
     ]
     for name, values in bits.items():
         gains = [default - value for default, value in zip(bits[DEFAULT], values, strict=True)]
         error = stdev(gains) / len(gains) ** 0.5
         gain = "" if name == DEFAULT else f"{mean(gains):+.3f} ± {error:.3f}"
         figures = " | ".join(f"{value:.3f}" for value in values)
-        lines.append(f"| {name} | {figures} | {gain} | {speed[name] / speed[DEFAULT]:.2f} |")
+        lines.append(f"| {name} | {figures} | {gain} |")
     table = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".md").write_text(table, encoding="utf-8")
     print(table)
