@@ -102,7 +102,7 @@ class Plain(L.LightningModule):
     def __init__(self, cli: FitCLI, steps: int, lockstep: Lockstep) -> None:
         super().__init__()
         self.net, self.built_optimizer, self.built_scheduler = build(cli, steps)
-        self.on_train_batch_start = lockstep.on_train_batch_start  # type: ignore[method-assign]
+        self.on_train_batch_start = lockstep.on_train_batch_start
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""

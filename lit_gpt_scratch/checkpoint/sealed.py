@@ -27,7 +27,10 @@ CHUNK: Final = 1 << 20
 
 
 class SealedCheckpointIO(TorchCheckpointIO):
-    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[SealedCheckpointIO()])``."""
+    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[SealedCheckpointIO()])``.
+
+    Tensors and plain data alone are read, whatever the trainer asks for: a checkpoint runs no code.
+    """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:

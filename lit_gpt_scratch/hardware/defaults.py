@@ -59,12 +59,17 @@ def use_allowed_cores(processes: int = 1, quota: Path = Path("/sys/fs/cgroup/cpu
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
-def why_not_compile(device: torch.device) -> str | None:
-    """None where ``torch.compile`` can work on a device, else the reason in a few words."""
+def why_not_compile(device: torch.device, asked: bool = False) -> str | None:
+    """None where ``torch.compile`` can work on a device, else the reason in a few words.
+
+    Args:
+        device: Where the network runs.
+        asked: The user wants it: then only what makes it impossible is a reason, not what makes it a poor default.
+    """
     if sys.platform == "win32":
-        return "torch.compile is not set up on Windows"
+        return None if asked else "torch.compile is not set up on Windows"
     if device.type not in ("cpu", "cuda"):
-        return f"torch.compile is not mature on {device.type}"
+        return None if asked else f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or does not know this GPU"
     # Those that Inductor and Triton look for; a variable names one program, without arguments.

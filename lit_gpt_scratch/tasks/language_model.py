@@ -87,7 +87,7 @@ class LanguageModel(L.LightningModule):
         Raises:
             UserError: It was asked for and cannot work here.
         """
-        why_not = why_not_compile(self.device)
+        why_not = why_not_compile(self.device, asked=self.compile_network is True)
         if self.compile_network and why_not:
             raise UserError(f"model.compile: {why_not}")
         if why_not is None and self.compile_network is not False:

@@ -73,6 +73,7 @@ def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch, nam
     monkeypatch.setenv("CXX", named)
     assert f"no compiler ({named}) is installed" in (why_not_compile(torch.device("cpu")) or "")
     assert "mps" in (why_not_compile(torch.device("mps")) or "")
+    assert why_not_compile(torch.device("mps"), asked=True) is None  # a poor default, but not impossible
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Inductor's compiler there is another one")
