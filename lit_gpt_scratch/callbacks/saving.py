@@ -1,72 +1,131 @@
 """Checkpoints of a run."""
 
 import math
+import time
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.checkpoint.progress import epochs_done
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.ranks import Agreement
 
 
 class Checkpoints(InRunFolder, Checkpoint):
     """Keep ``last.ckpt`` to go on from, and the best models by validation loss.
 
-    ``last.ckpt`` is only ever written between two optimizer steps, never amid the micro-batches of one, whose
-    gradients would be lost.
+    ``last.ckpt`` is written between two optimizer steps: when the one before is done and logged, and never amid the
+    micro-batches of one, whose gradients would be lost. It is also written before a validation, which a resumed run
+    then does first, and after it.
 
     Args:
-        every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved after each validation
-            and at the end.
+        every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and at the
+            end.
+        every_minutes: Minutes after which to save it in any case; None saves by steps alone.
         keep_best: How many of the best models to keep, as ``step=N.ckpt``.
+        background: Write files while the training goes on, from a copy of the state in memory.
 
     Raises:
         UserError: A number is out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 500, keep_best: int = 1) -> None:
+    def __init__(
+        self,
+        every_n_steps: int = 500,
+        every_minutes: float | None = None,
+        keep_best: int = 1,
+        background: bool = False,
+    ) -> None:
         if every_n_steps < 1:
             raise UserError(f"checkpoint.every_n_steps is {every_n_steps}; it must be at least 1")
+        if every_minutes is not None and not every_minutes > 0:
+            raise UserError(f"checkpoint.every_minutes is {every_minutes}; it must be positive")
         if keep_best < 0:
             raise UserError(f"checkpoint.keep_best is {keep_best}; it must be 0 or more")
         self.every_n_steps = every_n_steps
+        self.every_minutes = every_minutes
         self.keep_best = keep_best
+        self.background = background
         self.best: dict[str, float] = {}
         """Validation loss of each kept model, by file name, best first."""
-        self._step = 0
-        self._between_steps = True
+        self._validation_due = False
         self._saved: int | None = None
+        self._saved_at = 0.0
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Let the trainer begin a run of which only the last validation is missing; it would do nothing."""
+        loop = trainer.fit_loop
+        self._limits = loop.epoch_loop.max_steps, loop.max_epochs
+        if checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
+            if 0 < loop.epoch_loop.max_steps <= checkpoint["global_step"]:
+                loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
+            epochs = epochs_done(checkpoint["loops"]["fit_loop"])
+            if 0 < (loop.max_epochs or 0) <= epochs:
+                loop.max_epochs = epochs + 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A resumed run has its checkpoint already."""
-        self._step = trainer.global_step
-        self._saved = trainer.global_step or None
+        """Clear away what a kill left half-written, and do the validation that it prevented."""
+        self._agreement = Agreement()
+        self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
+        self._saved_at = time.monotonic()
+        if self.folder and trainer.is_global_zero:
+            self.folder.remove_unfinished()
+        if self._validation_due:
+            loop = trainer.fit_loop
+            loop.epoch_loop.max_steps, loop.max_epochs = self._limits
+            loop.epoch_loop._batches_that_stepped = trainer.global_step - 1  # where it would have been logged
+            trainer.validating = True
+            loop.epoch_loop.val_loop.run()
+            trainer.training = True
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Save ``last.ckpt`` at its interval, and when the run stops here."""
-        self._between_steps, self._step = trainer.global_step != self._step, trainer.global_step
-        due = self._step % self.every_n_steps == 0 or trainer.should_stop
-        if self._between_steps and due and not _ends_an_epoch_and_the_run(trainer):
-            self._save_last(trainer)
+        """Save ``last.ckpt`` at its intervals."""
+        if batch_idx % trainer.accumulate_grad_batches or self._saved == trainer.global_step or not trainer.global_step:
+            return
+        if trainer.global_step % self.every_n_steps == 0 or self._is_time():
+            self.save_last(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save all that was trained: a validation can be long, and can fail."""
+        if _between_steps(trainer) and self._saved != trainer.global_step:
+            self._validation_due = True
+            self.save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save the model if it is among the best, and ``last.ckpt``."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
+        self._validation_due = False
         loss = trainer.callback_metrics.get("val/loss")
         if self.folder and self.keep_best and loss is not None and math.isfinite(loss):
             self._save_best(trainer, self.folder, loss.item())
-        if self._between_steps and not _ends_an_epoch_and_the_run(trainer):
-            self._save_last(trainer)
+        if _between_steps(trainer):
+            self.save_last(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what no earlier moment was right for."""
         if self._saved != trainer.global_step:
-            self._save_last(trainer)
+            self.save_last(trainer)
+
+    def save_last(self, trainer: L.Trainer) -> None:
+        """Write ``last.ckpt``, and the curves up to it; every rank has to ask."""
+        if self.folder:
+            self._saved, self._saved_at = trainer.global_step, time.monotonic()
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+                    logger.experiment.flush()  # it would keep points back for minutes, and a kill would lose them
+            trainer.save_checkpoint(self.folder.last)
+
+    def _is_time(self) -> bool:
+        if self.every_minutes is None:
+            return False
+        return bool(self._agreement.greatest(time.monotonic() - self._saved_at >= 60 * self.every_minutes))
 
     def _save_best(self, trainer: L.Trainer, folder: RunFolder, loss: float) -> None:
         name = f"step={trainer.global_step}.ckpt"
@@ -76,27 +135,19 @@ class Checkpoints(InRunFolder, Checkpoint):
         self.best = kept
         if name in kept:
             trainer.save_checkpoint(folder.checkpoints / name)
-        for old in dropped:
+        for old in dropped:  # only now: until the new one is whole, the old one is the best there is
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
-    def _save_last(self, trainer: L.Trainer) -> None:
-        if self.folder:
-            self._saved = trainer.global_step
-            trainer.save_checkpoint(self.folder.last)
-
     def state_dict(self) -> dict[str, Any]:
-        """Which models are the best so far."""
-        return {"best": dict(self.best)}
+        """Which models are the best so far, and whether the validation of this step is still to be done."""
+        return {"best": dict(self.best), "validation_due": self._validation_due}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
+        self._validation_due = state_dict.get("validation_due", False)
 
 
-def _ends_an_epoch_and_the_run(trainer: L.Trainer) -> bool:
-    """Whether to wait for ``on_train_end``, when the epoch is counted.
-
-    Resumed from within the last batch or its validation, Lightning 2.6 would train one step too many; saved
-    at the end amid an epoch, it would skip the rest of that epoch.
-    """
-    return trainer.should_stop and trainer.is_last_batch
+def _between_steps(trainer: L.Trainer) -> bool:
+    """Whether a validation of a training run comes between two optimizer steps."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()

@@ -38,7 +38,7 @@ class Summary(InRunFolder):
         self._began, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]
         if trainer.is_global_zero and self.folder and isinstance(data, PackedText):
-            (self.folder.path / "tokenizer.json").write_text(data.tokenizer_json, encoding="utf-8")
+            data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write the summary and say it, unless nothing was done."""
@@ -55,7 +55,7 @@ class Summary(InRunFolder):
             "tokens_per_second": throughput and throughput.mean,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
         }
-        (self.folder.path / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
         samples = _one(trainer, Samples)
         self._say(summary, samples.latest if samples else "", self.folder)
 

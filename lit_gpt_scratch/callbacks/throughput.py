@@ -79,6 +79,10 @@ class Throughput(Callback):
         """Stop the clock."""
         self._began = None
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stop the clock."""
+        self._began = None
+
     def state_dict(self) -> dict[str, Any]:
         """Tokens so far, so that a resumed run counts on."""
         return {"tokens": self.tokens}

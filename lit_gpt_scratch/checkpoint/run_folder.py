@@ -1,5 +1,6 @@
 """One folder a run: ``<runs>/<experiment>/version_N``."""
 
+import json
 import logging
 import re
 import shutil
@@ -7,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_gpt_scratch.checkpoint.sealed import refuse_altered
+from lit_gpt_scratch.checkpoint.sealed import UNFINISHED, refuse_altered
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -20,7 +22,7 @@ log = logging.getLogger(__name__)
 class RunFolder:
     """Where a run keeps everything it makes.
 
-    ``config.yaml``, ``tokenizer.json``, ``summary.json``, TensorBoard events and ``checkpoints/``.
+    ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events, ``checkpoints/``.
     """
 
     path: Path
@@ -86,6 +88,38 @@ class RunFolder:
                 yield
         except Timeout as error:
             raise UserError(f"{self.path} is in use: another process trains in it") from error
+
+    def write(self, name: str, text: str) -> None:
+        """Put a text file into the folder; a kill leaves the one that was there before.
+
+        Raises:
+            UserError: It cannot be written.
+        """
+        unfinished = self.path / f".{name}{UNFINISHED}"
+        try:
+            unfinished.write_text(text, encoding="utf-8")
+            unfinished.replace(self.path / name)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+
+    def sessions(self) -> list[dict[str, Any]]:
+        """What ``provenance.json`` says of each process that trained in the folder, the first one first."""
+        try:
+            found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
+        except (OSError, ValueError, KeyError):
+            return []
+        return found
+
+    def remove_unfinished(self) -> None:
+        """Remove what a kill left half-written; for the owner of the folder."""
+        for folder in (self.path, self.checkpoints):
+            for path in folder.glob(f".*{UNFINISHED}"):
+                path.unlink(missing_ok=True)
+
+    @classmethod
+    def any_checkpoint(cls, runs: Path, experiment: str) -> bool:
+        """Whether any run of an experiment has a checkpoint, whole or not."""
+        return any(True for run in _runs(runs / experiment) for _ in run.checkpoints.glob("*.ckpt"))
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFolder | None":

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 
@@ -24,25 +22,8 @@ END_BYTES: Final = 22
 NO_COMMENT: Final = b"\0\0"
 """A zip archive's last record begins with ``END`` and ends with the length of the comment."""
 CHUNK: Final = 1 << 20
-
-
-class SealedCheckpointIO(TorchCheckpointIO):
-    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[SealedCheckpointIO()])``.
-
-    Tensors and plain data alone are read, whatever the trainer asks for: a checkpoint runs no code.
-    """
-
-    @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        save(checkpoint, Path(path))
-
-    @override
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        refuse_altered(Path(path))
-        loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
-        return loaded
+UNFINISHED: Final = ".part"
+"""Ending of a file that is being written."""
 
 
 def save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -51,7 +32,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.part")  # in the same folder: on another disk a rename would copy
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # in the same folder: on another disk a rename would copy
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:

@@ -1,5 +1,6 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
+import json
 import logging
 import sys
 import warnings
@@ -8,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,14 +21,16 @@ from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.plan import Plan
 from lit_gpt_scratch.callbacks.progress import Progress
+from lit_gpt_scratch.callbacks.provenance import Provenance
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.callbacks.stopping import Stopping, ending_at_once
 from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.checkpoint.sealed import SealedCheckpointIO
+from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import user_errors
+from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
@@ -82,7 +86,12 @@ class FitCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Go on from a checkpoint, in its run folder and with its flags: a file, a run folder, or 'last' "
-            "for the newest run of this experiment.",
+            "for the newest run of this experiment; 'auto' for the newest, or a new one where there is none.",
+        )
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="Go on from a checkpoint though text, seed, model or optimizer are not what they were.",
         )
         parser.add_argument(
             "--plan",
@@ -101,12 +110,15 @@ class FitCLI(LightningCLI):
         """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
         flags = list(sys.argv[1:] if args is None else args)
         self.config = parser.parse_args(flags)
-        self.checkpoint: Path | None = None
+        self.resumed: Resumed | None = None
+        self.config_before: Namespace | None = None
         if self.config.ckpt_path is not None:
-            self.checkpoint = find_checkpoint(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
-            run = RunFolder.of(self.checkpoint)
-            if run and run.config.is_file():
-                self.config = parser.parse_args(["--config", str(run.config), *flags])
+            checkpoint = self._find_checkpoint()
+            self.resumed = Resumed(checkpoint) if checkpoint else None
+            if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
+                before = ["--config", str(self.resumed.folder.config)]
+                self.config_before = parser.parse_args(before)
+                self.config = parser.parse_args([*before, *flags])
         trainer = self.config.trainer
         if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
             trainer.max_steps = MAX_STEPS
@@ -117,6 +129,18 @@ class FitCLI(LightningCLI):
                 raise UserError(f"--trainer.{name} is {trainer[name]}; it must be positive")
         if self.config.seed_everything < 0:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
+
+    def _find_checkpoint(self) -> Path | None:
+        """The checkpoint that is asked for; None for ``auto`` where there is none yet."""
+        config = self.config
+        try:
+            return find_checkpoint(
+                "last" if config.ckpt_path == "auto" else config.ckpt_path, Path(config.runs), config.experiment
+            )
+        except UserError:
+            if config.ckpt_path == "auto" and not RunFolder.any_checkpoint(Path(config.runs), config.experiment):
+                return None
+            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
@@ -133,16 +157,21 @@ class FitCLI(LightningCLI):
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
-            trainer.strategy.checkpoint_io = SealedCheckpointIO()
+            background = self.config_init.checkpoint.background
+            trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()
         return trainer
 
     def _callbacks(self, config: Mapping[str, Any]) -> Iterator[Callback]:
-        yield from (Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self), Baselines(), Plan())
+        saving = self.config_init.checkpoint if config["enable_checkpointing"] is not False else None
+        self.stopping = Stopping(saving)
+        self.provenance = Provenance()
+        yield from (Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self), self.provenance, Baselines(), Plan())
         if config["enable_progress_bar"] is not False:
             yield Progress()
         yield Summary()  # speaks when the bar is closed
-        if config["enable_checkpointing"] is not False:
-            yield self.config_init.checkpoint
+        yield self.stopping
+        if saving:
+            yield saving
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.
@@ -150,29 +179,43 @@ class FitCLI(LightningCLI):
         Raises:
             UserError: Data, folder or checkpoint are unusable, another process trains in the folder, or there is
                 nothing to do; a folder that was claimed for this run is removed.
+            SystemExit: A signal came.
         """
         with user_errors():
-            first_step = self._check_checkpoint()
+            first_step = self.resumed.steps_done(self.trainer) if self.resumed else 0
             # Before there is a folder, so that unusable data leaves none behind.
             self.datamodule.prepare_data()
             self.datamodule.setup("fit")
-            folder = RunFolder.of(self.checkpoint) if self.checkpoint else None
+            if self.resumed:
+                self._compare(self.resumed)
+            folder = self.resumed.folder if self.resumed else None
             claimed = None
             leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
             if folder is None and self.trainer.is_global_zero and not leaves_nothing:
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
-            self._settle_in(folder)
+            self._settle_in(folder, first_step)
         try:
             writes = folder and self.trainer.is_global_zero and not leaves_nothing
             with user_errors(), folder.owned() if folder and writes else nullcontext():
-                self.trainer.fit(self.model, self.datamodule, ckpt_path=self.checkpoint)
-            if self.trainer.global_step == first_step:
+                checkpoint = self.resumed.checkpoint if self.resumed else None
+                self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
+            if self.trainer.global_step == 0:
                 raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
         finally:
             if claimed and not self.trainer.global_step:
                 claimed.abandon()
+        if not self.config.plan and self.stopping.signum:  # it came when all was done
+            sys.exit(128 + self.stopping.signum)
 
-    def _settle_in(self, folder: RunFolder | None) -> None:
+    def _compare(self, resumed: Resumed) -> None:
+        """Say, or refuse, what is not as it was."""
+        before = self.config_before or self.config
+        fingerprint = self.datamodule.store.fingerprint if isinstance(self.datamodule, PackedText) else ""
+        resumed.compare(_plain(self.parser, before), _plain(self.parser, self.config), fingerprint, self.config.force)
+        if not self.config.plan:
+            self.provenance.changed = resumed.changed
+
+    def _settle_in(self, folder: RunFolder | None, first_step: int) -> None:
         """Send all that the run writes into its folder; None on ranks that write nothing and ask the first."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, InRunFolder):
@@ -180,34 +223,18 @@ class FitCLI(LightningCLI):
         if self.config.trainer.logger in (None, True) and not (self.config.plan or self.config.trainer.fast_dev_run):
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
             self.trainer.logger = TensorBoardLogger(
-                path.parent.parent, path.parent.name, path.name, default_hp_metric=False
+                path.parent.parent,
+                path.parent.name,
+                path.name,
+                default_hp_metric=False,
+                purge_step=first_step or None,  # points beyond the checkpoint, from before a kill, are logged again
             )
 
-    def _check_checkpoint(self) -> int:
-        """The step that the checkpoint has reached; 0 without one."""
-        if self.checkpoint is None:
-            return 0
-        checkpoint = load_checkpoint(self.checkpoint)
-        step: int = checkpoint["global_step"]
-        if 0 < self.trainer.max_steps <= step:
-            raise UserError(
-                f"{self.checkpoint} has all {step} steps of its run; "
-                f"to go on, ask for more: --trainer.max_steps {2 * step}"
-            )
-        epochs = _epochs_done(checkpoint["loops"]["fit_loop"])
-        if 0 < (self.trainer.max_epochs or 0) <= epochs:
-            raise UserError(
-                f"{self.checkpoint} has all {epochs} epochs of its run; "
-                f"to go on, ask for more: --trainer.max_epochs {epochs + 1}"
-            )
-        return step
 
-
-def _epochs_done(loop: dict[str, Any]) -> int:
-    """Epochs in a saved training loop; one saved at its last batch is done, though not yet counted."""
-    epochs = loop["epoch_progress"]["current"]
-    at_the_end = epochs["started"] > epochs["processed"] and loop["epoch_loop.batch_progress"]["is_last_batch"]
-    return int(epochs["processed"]) + bool(at_the_end)
+def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
+    """A config as nested plain data, as its file has it; the files of two runs are compared."""
+    plain: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+    return plain
 
 
 class SavedConfig(InRunFolder):
@@ -220,16 +247,17 @@ class SavedConfig(InRunFolder):
         """Write every flag of the run, but not that it was resumed: the file also starts another run alike."""
         if self.folder and trainer.is_global_zero:
             config = self.cli.config.clone()
-            config.ckpt_path = None
-            self.cli.parser.save(config, self.folder.config, skip_none=False, overwrite=True, multifile=False)
+            config.ckpt_path, config.force = None, False
+            self.folder.write(self.folder.config.name, self.cli.parser.dump(config, skip_unset=False))
 
 
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
     _quieten()
-    cli = FitCLI(args)
-    use_allowed_cores(processes=cli.trainer.num_devices)
-    cli.fit()
+    with ending_at_once():
+        cli = FitCLI(args)
+        use_allowed_cores(processes=cli.trainer.num_devices)
+        cli.fit()
 
 
 def _quieten() -> None:

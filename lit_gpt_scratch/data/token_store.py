@@ -135,7 +135,7 @@ class Recipe:
             log.info("training a tokenizer of %d tokens on the training documents of %s", self.vocab_size, self.source)
         tokenizer = given or Tokenizer.train(texts("train"), self.vocab_size)
         log.info("encoding %s", self.source)
-        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        tokenizer.save(folder / "tokenizer.json")
         sides: tuple[Side, ...] = ("train", "validation")
         streams: dict[str, dict[str, Any]] = {
             side: asdict(_encode(texts(side), tokenizer, folder / f"{side}.bin")) for side in sides

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from typing import Any, Protocol, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor
@@ -18,6 +17,7 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
+from lit_gpt_scratch.tasks.base import Task
 
 
 class TokenData(Protocol):
@@ -29,7 +29,7 @@ class TokenData(Protocol):
     tokenizer_json: str
 
 
-class LanguageModel(L.LightningModule):
+class LanguageModel(Task):
     """A GPT that learns to predict the next token.
 
     Arguments are only stored here. The network is built in ``configure_model``, when the trainer knows
@@ -106,8 +106,6 @@ class LanguageModel(L.LightningModule):
         knows where it stands.
         """
         self.total_steps = self.trainer.estimated_stepping_batches
-        # A run that was saved during its last validation would go on logging one step behind.
-        self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.trainer.global_step
         self._nats = torch.zeros((), device=self.device)
         self._tokens = torch.zeros((), device=self.device, dtype=torch.int64)
 
@@ -163,6 +161,7 @@ class LanguageModel(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another shape or another tokenizer, by name."""
+        super().on_load_checkpoint(checkpoint)
         contents = Contents.of(checkpoint)
         refuse_other_model(contents, asdict(self.gpt), self.data.vocab_size, self.data.block_size)
         refuse_other_tokenizer(contents, self.data.tokenizer_json)

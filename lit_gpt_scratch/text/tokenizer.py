@@ -1,5 +1,6 @@
 """Byte-level byte-pair encoding: train one, load one, text to ids and back."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -59,18 +60,28 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a ``tokenizer.json``.
+        """Read a ``tokenizer.json``, and compare it with the SHA-256 that ``save`` left beside it, if there is one.
 
         Raises:
-            UserError: The file is missing or is no tokenizer.
+            UserError: The file is missing, is no tokenizer, or is not what was saved.
         """
         try:
-            tokenizer = cls.from_json(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
+            seal = _seal(path)
+            if seal.exists() and seal.read_bytes() != _checksum(content, path):
+                raise UserError(f"it is not what was saved: {seal.name} says so; copy the two files together")
+            tokenizer = cls.from_json(content.decode())
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
         if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
             raise UserError(f"{path} is not a usable tokenizer file (it loses text: it is not byte-level)")
         return tokenizer
+
+    def save(self, path: Path) -> None:
+        """Write a ``tokenizer.json``, and beside it a checksum that ``sha256sum -c`` knows, too."""
+        content = self.to_json().encode()
+        path.write_bytes(content)
+        _seal(path).write_bytes(_checksum(content, path))
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -123,3 +134,11 @@ class Tokenizer:
         for token_id, added in self._backend.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if added.special else len(added.content.encode())
         return sizes
+
+
+def _seal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _checksum(content: bytes, path: Path) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  {path.name}\n".encode()

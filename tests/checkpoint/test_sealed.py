@@ -17,7 +17,8 @@ from lit_gpt_scratch.checkpoint import sealed
 from lit_gpt_scratch.checkpoint.contents import KEY
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-from lit_gpt_scratch.checkpoint.sealed import SealedCheckpointIO, refuse_altered, save
+from lit_gpt_scratch.checkpoint.sealed import refuse_altered, save
+from lit_gpt_scratch.checkpoint.trainer_io import SealedCheckpointIO
 from lit_gpt_scratch.errors import UserError
 
 

@@ -55,6 +55,7 @@ def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str])
     assert load_model(best[0])[1].to_json() == tokenizer
 
 
+ALWAYS = {"tokenizer.json", "tokenizer.json.sha256", "provenance.json", "summary.json"}
 PLAN = ["device", "model", "data", "run", "cost", "to beat", "folder", "time"]
 
 
@@ -241,7 +242,7 @@ def test_another_text_is_refused(command: Command, small: list[str], tmp_path: P
     (tmp_path / "other.txt").write_text("an entirely different text, with other pairs of letters. " * 400)
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", f"--data.source={tmp_path / 'other.txt'}")
     assert outcome.code == 2
-    assert "the checkpoint" in outcome.err
+    assert "is of a run with data.source" in outcome.err
 
 
 def test_configs_compose_and_flags_go_over_them(command: Command, small: list[str]) -> None:
@@ -295,12 +296,12 @@ def test_epochs_and_time_are_not_cut_short_by_the_default_steps(
     ("flags", "left"),
     [
         (["--trainer.fast_dev_run=true"], set()),
-        (["--trainer.logger=false"], {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"}),
-        (["--trainer.enable_checkpointing=false"], {"config.yaml", "tokenizer.json", "summary.json"}),
-        (["--trainer.enable_progress_bar=false"], {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"}),
+        (["--trainer.logger=false"], {"config.yaml", *ALWAYS, "checkpoints"}),
+        (["--trainer.enable_checkpointing=false"], {"config.yaml", *ALWAYS}),
+        (["--trainer.enable_progress_bar=false"], {"config.yaml", *ALWAYS, "checkpoints"}),
         (
             ["--trainer.logger=CSVLogger", "--trainer.logger.save_dir=csv"],
-            {"config.yaml", "tokenizer.json", "summary.json", "checkpoints"},
+            {"config.yaml", *ALWAYS, "checkpoints"},
         ),
     ],
 )

@@ -1,0 +1,104 @@
+"""Stopping when the system or the user asks for it."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, Final
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.hardware.ranks import Agreement
+
+log = logging.getLogger(__name__)
+
+SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
+"""Ctrl-C, what a system sends before it kills, and what SLURM sends before a time limit (sbatch --signal=USR1@60)."""
+
+
+@contextmanager
+def ending_at_once() -> Iterator[None]:
+    """End the program with the conventional exit code when a signal comes, cleaning up behind it."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
+        before = {signum: signal.signal(signum, _end) for signum in SIGNALS}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _end(signum: int, frame: FrameType | None = None) -> None:
+    raise SystemExit(128 + signum)
+
+
+class Stopping(Callback):
+    """On a signal finish the step, save once, say how to go on, and exit with 128 + the signal's number.
+
+    One rank that is signalled stops all of them, after the same step. A second signal changes nothing. Before the
+    first step of this process there is nothing to save, and a single process ends at once.
+
+    Args:
+        checkpoints: What saves; None if the run saves nothing.
+    """
+
+    def __init__(self, checkpoints: Checkpoints | None) -> None:
+        self.checkpoints = checkpoints
+        self.signum = 0
+        """The signal that came, or 0."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over from Lightning, which would broadcast from within a signal's handler; it puts back what was."""
+        self._agreement = Agreement()
+        self._first_step = trainer.global_step
+        self._trainer = trainer
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, self._note)
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        if self._trainer.world_size == 1 and self._trainer.global_step == self._first_step:
+            _end(signum)
+        self.signum = self.signum or signum
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two steps: save and stop, if any rank was asked to."""
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed():
+            if self.checkpoints and trainer.global_step > self._first_step:
+                self.checkpoints.save_last(trainer)
+            self._stop(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Amid a validation of a run: stop; what was trained was saved before it."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agreed():
+            self._stop(trainer)
+
+    def _agreed(self) -> bool:
+        self.signum = self._agreement.greatest(self.signum)
+        return bool(self.signum)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        if trainer.is_global_zero:
+            folder = self.checkpoints and self.checkpoints.folder
+            go_on = (
+                f"go on with: python -m lit_gpt_scratch.fit --ckpt_path {folder.path}" if folder else "nothing saved"
+            )
+            log.warning(
+                "\nstopped by %s after step %d; %s", signal.Signals(self.signum).name, trainer.global_step, go_on
+            )
+        if trainer.world_size > 1 and trainer.local_rank and not _launched_from_outside(trainer):
+            raise SystemExit(0)  # Lightning's launcher kills the first rank when a process that it started fails
+        _end(self.signum)
+
+
+def _launched_from_outside(trainer: L.Trainer) -> bool:
+    return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of several

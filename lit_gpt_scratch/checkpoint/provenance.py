@@ -1,0 +1,75 @@
+"""Where a run comes from: what of its surroundings has a part in its figures."""
+
+import hashlib
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+PACKAGE: Final = Path(__file__).parent.parent
+LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics", "jsonargparse")
+
+
+def surroundings() -> dict[str, Any]:
+    """Code, versions and hardware of this process, as plain data."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "code": {"sources": _digest_of_sources(), "commit": _git("rev-parse", "HEAD"), "changed_since": _changed()},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
+        "hardware": {
+            "system": platform.platform(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+    }
+
+
+def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """One level of names like ``trainer.max_steps``."""
+    found: dict[str, Any] = {}
+    for name, value in nested.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What two nested mappings do not share, by flat name: the value before, and now; None where there is none."""
+    old, new = flat(before), flat(now)
+    return {
+        name: (old.get(name), new.get(name))
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    }
+
+
+def _digest_of_sources() -> str:
+    """SHA-256 of the package's own modules: it needs no git, and sees changes that were not committed."""
+    digest = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _changed() -> bool | None:
+    status = _git("status", "--porcelain", "--", ".")
+    return None if status is None else bool(status)
+
+
+def _git(*command: str) -> str | None:
+    """What git says of the package's checkout, or None where it is not one."""
+    try:
+        done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

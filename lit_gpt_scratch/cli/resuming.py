@@ -1,0 +1,140 @@
+"""Going on with a run: whether there is something left to do, and what is not as it was."""
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.pytorch import Trainer
+
+from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
+from lit_gpt_scratch.checkpoint.provenance import differences, surroundings
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Changes = dict[str, tuple[Any, Any]]
+
+NOT_THE_RUNS: Final = r"runs|experiment|ckpt_path|force|plan|config"
+"""Flags that say where and whether, not what is trained."""
+FREE: Final = r"data\.init_args\.(num_workers|cache)|model\.init_args\.compile"
+"""What may differ among model and data without a different result."""
+ANOTHER_MODEL: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
+"""What no force can change: the checkpoint's own contents refuse it, by name."""
+SAME_RUN: Final = (
+    r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
+    r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
+)
+"""What must be as it was for the run to be one run: the text, its order, and what a step computes."""
+OPTIMIZER: Final = "model.init_args.optimizer.class_path"
+
+
+@dataclass
+class Resumed:
+    """A run that goes on from a checkpoint.
+
+    Attributes:
+        checkpoint: The file.
+        changed: By flat name, the value before and now of what is not as it was.
+    """
+
+    checkpoint: Path
+    changed: Changes = field(default_factory=dict)
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run folder that the checkpoint lies in."""
+        return RunFolder.of(self.checkpoint)
+
+    def steps_done(self, trainer: Trainer) -> int:
+        """The step that the checkpoint has reached.
+
+        Raises:
+            UserError: The file is no checkpoint, or its run is over and nothing more was asked for.
+        """
+        checkpoint = load_checkpoint(self.checkpoint)
+        step: int = checkpoint["global_step"]
+        loop = checkpoint["loops"]["fit_loop"]
+        settle(loop)
+        if any(state.get("validation_due") for state in _states(checkpoint, Checkpoints.__qualname__)):
+            return step
+        epochs = epochs_done(loop)
+        seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
+        more = None
+        if 0 < trainer.max_steps <= step:
+            more = f"all {step} steps of its run", f"--trainer.max_steps {2 * step}"
+        elif 0 < (trainer.max_epochs or 0) <= epochs:
+            more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
+        elif _seconds(trainer) <= seconds:
+            more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
+        if more:
+            raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
+        return step
+
+    def compare(
+        self, config_before: Mapping[str, Any], config: Mapping[str, Any], fingerprint: str, force: bool
+    ) -> None:
+        """Say what changed since the run was begun, and refuse what would make it another run.
+
+        Args:
+            config_before: All flags of the run so far.
+            config: All flags now.
+            fingerprint: Of the data that there is now.
+            force: Go on all the same.
+
+        Raises:
+            UserError: Something that matters changed, and ``force`` is off; or the optimizer is of another kind.
+        """
+        sessions = self.folder.sessions() if self.folder else []
+        flags = differences(config_before, config)
+        self.changed = {name: values for name, values in flags.items() if not re.fullmatch(NOT_THE_RUNS, name)}
+        matters = [
+            n for n in self.changed if re.fullmatch(SAME_RUN, n) and not re.fullmatch(f"{FREE}|{ANOTHER_MODEL}", n)
+        ]
+        if sessions:
+            before, now = sessions[-1], surroundings()
+            for part in ("versions", "hardware", "code"):
+                known = {name: now[part].get(name) for name in before.get(part, {}) if name in now[part]}
+                old = {name: before[part][name] for name in known}
+                self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
+            if not any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed) and before.get("data") not in (
+                None,
+                fingerprint,
+            ):
+                self.changed["data"] = (before["data"], fingerprint)
+                matters.append("data")
+        if OPTIMIZER in self.changed:
+            raise UserError(
+                f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
+            )
+        if matters and not force:
+            raise UserError(
+                f"{self.checkpoint} is of a run with {_said(self.changed, matters)}; to go on all the same: --force"
+            )
+        if self.changed:
+            log.warning("changed since the run was begun: %s", _said(self.changed, list(self.changed)))
+
+
+def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
+    return [state for key, state in checkpoint["callbacks"].items() if re.match(rf"{callback}\b", key)]
+
+
+def _seconds(trainer: Trainer) -> float:
+    """The time limit of a whole run."""
+    limits = (getattr(callback, "_duration", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # set late
+    return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
+
+
+def _said(changes: Changes, names: list[str]) -> str:
+    def short(value: Any) -> str:
+        text = str(value)
+        return text if len(text) <= 24 else f"{text[:12]}..."
+
+    each = (f"{n.replace('.init_args', '')} {short(changes[n][0])}, now {short(changes[n][1])}" for n in names)
+    return "; ".join(each)

@@ -1,0 +1,45 @@
+"""What every task does so that a run that was killed goes on as if it had not been."""
+
+import os
+import random
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from lit_gpt_scratch.checkpoint.progress import settle
+
+
+class Task(L.LightningModule):
+    """A LightningModule whose runs can be resumed bit for bit, from a checkpoint of any moment.
+
+    Lightning restores weights, optimizer, schedule and counters. Here is the rest: random numbers are a function of
+    the seed, the batch and the rank, with no state to lose, and the counters are settled before they are restored.
+    Which data comes next is the data module's to know.
+    """
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Settle how far the run has come; the trainer restores it next."""
+        if "loops" in checkpoint:
+            settle(checkpoint["loops"]["fit_loop"])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw this batch's random numbers from its place in the run."""
+        loop = self.trainer.fit_loop.epoch_loop
+        # Lightning numbers log points by a count of its own, which a resumed run begins one off.
+        loop._batches_that_stepped = self.trainer.global_step
+        self._seed(loop.total_batch_idx, "train")
+
+    def on_validation_start(self) -> None:
+        """The same for a validation, so that one that is done again after a kill gives the same."""
+        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, "validation")
+
+    def _seed(self, batch: int, purpose: str) -> None:
+        run = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        shard = self.trainer.distributed_sampler_kwargs or {"rank": 0}  # ranks that share their data draw alike
+        key = (run, batch + 1, shard["rank"], len(purpose))
+        drawn = np.random.SeedSequence(key).generate_state(3)
+        torch.manual_seed(int(drawn[0]))
+        random.seed(int(drawn[1]))
+        np.random.seed(int(drawn[2]))  # noqa: NPY002 - what a user's own part may draw from
