@@ -49,8 +49,10 @@ class Throughput(Callback):
         self._began, self._warm = now, True
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        if stepped and every and trainer.global_step % every == 0 and self._close_window():
-            pl_module.log_dict({"tokens": float(self.tokens), "tokens_per_second": self.tokens_per_second})
+        if stepped and every and trainer.global_step % every == 0:
+            pl_module.log("tokens", float(self.tokens))
+            if self._close_window():
+                pl_module.log("tokens_per_second", self.tokens_per_second)
 
     @property
     def mean(self) -> float | None:

@@ -31,7 +31,7 @@ class SealedCheckpointIO(TorchCheckpointIO):
 
 
 class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """``SealedCheckpointIO`` in a thread, one file after the other; what fails is raised by the next save or at the end.
+    """``SealedCheckpointIO`` in a thread, a file after the other; what fails is raised by the next save or at the end.
 
     A file is removed in its turn, when those before it are written, and only if they were.
     """

@@ -1,0 +1,76 @@
+"""Whether two runs are one: checkpoints bit by bit, curves point by point."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_gpt_scratch.checkpoint.progress import settle
+
+CLOCKS: Final = ("seconds", "time_elapsed", "tokens_per_second")
+"""What two runs never share."""
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and number of a checkpoint by its path, clocks left out."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key not in CLOCKS:
+                yield from leaves(inner, f"{name}/{key}")
+    elif isinstance(value, list | tuple):
+        for place, inner in enumerate(value):
+            yield from leaves(inner, f"{name}/{place}")
+    else:
+        yield name, value
+
+
+def count_differing_bits(one: Any, other: Any) -> int:
+    """Bits in which two leaves differ; all of them where types or shapes do."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        if one.shape == other.shape and one.dtype == other.dtype:
+            a, b = (t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in (one, other))
+            return int.from_bytes((a ^ b).tobytes(), "little").bit_count()
+        return 8 * max(one.nbytes, other.nbytes)
+    return 0 if type(one) is type(other) and one == other else 64
+
+
+def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
+    """Differing bits by path, of weights, optimizer, schedule, counters, callbacks and all else in a checkpoint.
+
+    Counters are compared as a resumed run would read them.
+    """
+    a, b = dict(leaves(_settled(one))), dict(leaves(_settled(other)))
+    bits = {name: count_differing_bits(a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())}
+    return {name: n for name, n in bits.items() if n}
+
+
+def _settled(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    loops = deepcopy(checkpoint["loops"])
+    settle(loops["fit_loop"])
+    return {**checkpoint, "loops": loops}
+
+
+def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
+    """The scalars of a run as TensorBoard shows them, clocks left out: (step, value) by tag."""
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resumed session
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+        if tag not in CLOCKS
+    }
+
+
+def compare_curves(one: Path, other: Path) -> dict[str, int]:
+    """By tag, how many points are in one curve only; one that was logged twice, alike, is one point."""
+    a, b = curves(one), curves(other)
+    points = {tag: len(_points(a.get(tag, [])) ^ _points(b.get(tag, []))) for tag in sorted(a.keys() | b.keys())}
+    return {f"curve {tag}": n for tag, n in points.items() if n}
+
+
+def _points(curve: list[tuple[int, float]]) -> set[tuple[int, str]]:
+    return {(step, repr(value)) for step, value in curve}  # so that a NaN equals itself

@@ -1,0 +1,48 @@
+"""A run that is killed at any moment and resumed ends with the bits and the curves of one that nothing disturbed."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lit_gpt_scratch.checkpoint.kills import KillTest
+
+CONFIGURATIONS = {
+    "plain": [],
+    "workers and accumulation": ["--data.num_workers=2", "--trainer.accumulate_grad_batches=4"],
+    "epochs": [
+        "--trainer.limit_train_batches=9", "--trainer.val_check_interval=6", "--checkpoint.every_minutes=0.002",
+        "--checkpoint.background=true", "--checkpoint.keep_best=2",
+    ],
+    "two processes": ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
+    "workers, average of weights": ["--data.num_workers=2", "--trainer.callbacks=EMAWeightAveraging"],
+}  # fmt: skip
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
+
+
+def kill_and_compare(small: list[str], folder: Path, name: str, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = [
+        *small, "--model.gpt.dropout=0.1", "--trainer.max_steps=60", "--trainer.log_every_n_steps=2",
+        "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", *CONFIGURATIONS[name],
+    ]  # fmt: skip
+    report = KillTest(flags, folder, seed=kills).run(kills)
+    print(f"{name}: {report}")
+    assert report.kills.total() == kills
+    assert report.bits > 1_000_000
+    assert not report.differences, str(report)
+
+
+@pytest.mark.parametrize(("name", "kills"), [("plain", 2), ("workers and accumulation", 1), ("two processes", 1)])
+def test_a_killed_run_ends_as_an_undisturbed_one(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: int
+) -> None:
+    kill_and_compare(small, tmp_path, name, kills, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_two_hundred_kills(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kill_and_compare(small, tmp_path, name, 40, monkeypatch)
