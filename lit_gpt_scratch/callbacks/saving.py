@@ -75,12 +75,19 @@ class Checkpoints(InRunFolder, Checkpoint):
         if self.folder and trainer.is_global_zero:
             self.folder.remove_unfinished()
         if self._validation_due:
-            loop = trainer.fit_loop
-            loop.epoch_loop.max_steps, loop.max_epochs = self._limits
-            loop.epoch_loop._batches_that_stepped = trainer.global_step - 1  # where it would have been logged
-            trainer.validating = True
-            loop.epoch_loop.val_loop.run()
-            trainer.training = True
+            self._validate(trainer)
+
+    def _validate(self, trainer: L.Trainer) -> None:
+        """The validation of the step before, with the numbers of step and epoch that it would have had."""
+        loop = trainer.fit_loop
+        loop.epoch_loop.max_steps, loop.max_epochs = self._limits
+        loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
+        epoch_over = not loop.epoch_loop.batch_progress.current.ready
+        loop.epoch_progress.current.completed -= epoch_over
+        trainer.validating = True
+        loop.epoch_loop.val_loop.run()
+        trainer.training = True
+        loop.epoch_progress.current.completed += epoch_over
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

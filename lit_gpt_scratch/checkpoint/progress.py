@@ -20,8 +20,10 @@ def settle(fit_loop: dict[str, Any]) -> None:
     optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = optimization["step"]["total"]["completed"]
     _forget(fit_loop["epoch_loop.val_loop.batch_progress"])
-    if not batches["current"]["ready"]:
-        return  # no batch of this epoch was begun
+    if not batches["current"]["ready"]:  # between two epochs
+        for scope in ("current", "total"):
+            epochs[scope]["completed"] = epochs[scope]["processed"]
+        return
     epoch_done = batches["is_last_batch"] and batches["current"]["processed"] == batches["current"]["ready"]
     for scope in ("current", "total"):
         _all(batches[scope], batches[scope]["processed"])

@@ -145,6 +145,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
+        if isinstance(config["callbacks"], Callback):
+            config["callbacks"] = [config["callbacks"]]
         if self.config_init.plan:
             config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             plan = Plan(only=True, validates=config["limit_val_batches"] != 0)
