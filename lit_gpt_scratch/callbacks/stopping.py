@@ -6,18 +6,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.data.workers import STOP_SIGNALS
 from lit_gpt_scratch.hardware.ranks import Agreement
 
 log = logging.getLogger(__name__)
-
-SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, what a system sends before it kills, and what SLURM sends before a time limit (sbatch --signal=USR1@60)."""
 
 
 @contextmanager
@@ -25,7 +23,7 @@ def ending_at_once() -> Iterator[None]:
     """End the program with the conventional exit code when a signal comes, cleaning up behind it."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
-        before = {signum: signal.signal(signum, _end) for signum in SIGNALS}
+        before = {signum: signal.signal(signum, _end) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -58,7 +56,7 @@ class Stopping(Callback):
         self._first_step = trainer.global_step
         self._trainer = trainer
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
+            for signum in STOP_SIGNALS:
                 signal.signal(signum, self._note)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:

@@ -140,11 +140,11 @@ class KillTest:
             self._to_the_end(process)
             return None
         begun = begun or _time_of(run.config) != before
-        os.kill(self.random.choice(_group(process.pid)), signal.SIGKILL)  # any rank, or a loader's process
+        os.kill(self.random.choice(processes(process.pid)), signal.SIGKILL)  # any rank, or a loader's process
         phase = _phase(run) if begun else "at the start"
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=GRACE)
-        for pid in _group(process.pid):
+        for pid in processes(process.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.communicate()
@@ -163,7 +163,7 @@ def _time_of(path: Path) -> float:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _group(leader: int) -> list[int]:
+def processes(leader: int) -> list[int]:
     """Processes of the leader's group that are alive; the leader alone where the system does not list them."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

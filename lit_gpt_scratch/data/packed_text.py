@@ -14,6 +14,7 @@ from lit_gpt_scratch.batch import Batch
 from lit_gpt_scratch.data.packing import Windows
 from lit_gpt_scratch.data.sampler import EveryWindow, WindowOrder
 from lit_gpt_scratch.data.token_store import Recipe, TokenStore
+from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.sources import STDLIB
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -206,6 +207,7 @@ class PackedText(L.LightningDataModule):
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_stopping_to_the_trainer,
         )
 
 

@@ -1,0 +1,94 @@
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the step, saved, with the conventional exit code."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt_scratch.checkpoint.kills import processes
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.sealed import refuse_altered
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
+TWO = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+
+
+def fit(flags: list[str], folder: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={folder}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, more: list[str], twice: bool) -> float:
+    """Send a signal at a random moment after the first saved step; seconds until the end."""
+    rng = random.Random(seed)
+    run = RunFolder(folder / "pretrain" / "version_0")
+    process = fit([*small, "--trainer.max_steps=100000", "--checkpoint.every_n_steps=1000", *more], folder)
+    while not (run.path / "config.yaml").exists():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.01)
+    time.sleep(0.6 + rng.uniform(0.0, 1.0))  # some steps and validations further
+    members = processes(process.pid)
+    one = rng.choice(members) if more == TWO else process.pid  # processes that load batches are no ranks
+    targets = rng.choice([[one], members])
+    sent = time.monotonic()
+    for pid in targets * (1 + twice):
+        os.kill(pid, signum)
+    out, said = process.communicate(timeout=60)
+    took = time.monotonic() - sent
+    assert process.returncode == 128 + signum, said
+    assert out == ""
+    assert "Traceback" not in said
+    assert f"stopped by {signum.name} after step" in said
+    refuse_altered(run.last)
+    step = torch.load(run.last, weights_only=True)["global_step"]
+    assert step > 0
+    assert f"after step {step}; go on with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in said
+    again = fit([f"--ckpt_path={run.path}", f"--trainer.max_steps={step + 2}"], folder)
+    _, said = again.communicate(timeout=120)
+    assert again.returncode == 0, said
+    assert torch.load(run.last, weights_only=True)["global_step"] == step + 2
+    return took
+
+
+@pytest.mark.parametrize(
+    ("signum", "more", "twice"),
+    [(signal.SIGINT, [], True), (signal.SIGTERM, TWO, False), (signal.SIGUSR1, ["--data.num_workers=2"], True)],
+)
+def test_a_signal_ends_in_a_checkpoint(
+    small: list[str], tmp_path: Path, signum: signal.Signals, more: list[str], twice: bool
+) -> None:
+    assert stopped(small, tmp_path, signum, 0, more, twice) < 30
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_fifty_signals(small: list[str], tmp_path: Path) -> None:
+    times = [
+        stopped(small, tmp_path / str(n), signal.SIGTERM, n, TWO if n % 2 else [], twice=n % 5 == 0) for n in range(50)
+    ]
+    print(f"seconds from the signal to the end: median {sorted(times)[25]:.2f}, greatest {max(times):.2f}")
+
+
+def test_a_signal_before_the_first_step_leaves_nothing(small: list[str], tmp_path: Path) -> None:
+    """Nothing was trained: nothing is kept, and there is no traceback."""
+    process = fit([*small, "--trainer.max_steps=100000"], tmp_path / "runs")
+    assert process.stderr
+    line = process.stderr.readline()  # the first that it says is said before training
+    os.kill(process.pid, signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    if "stopped by" not in said:  # it may have come to its first steps on the way
+        assert process.returncode == 128 + signal.SIGTERM, line + said
+        assert not list(tmp_path.glob("runs/*/*"))
+    assert "Traceback" not in said
