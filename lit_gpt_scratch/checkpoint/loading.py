@@ -1,5 +1,6 @@
 """A checkpoint file back to a model that can be used."""
 
+import logging
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,6 +12,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
+
 NETWORK: Final = "net."
 """Prefix of the network's weights in a task's state."""
 
@@ -21,7 +24,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: The file is missing, was altered, or is not a checkpoint.
     """
-    refuse_altered(path)
+    if not refuse_altered(path):
+        log.warning("%s has no seal, as when something else wrote it: whether it was altered since, nobody knows", path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading a file that is something else can end in any of them

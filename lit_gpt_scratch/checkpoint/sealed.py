@@ -54,8 +54,11 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
         raise UserError(f"cannot save {path}: {reason}; what was saved before is as it was") from error
 
 
-def refuse_altered(path: Path) -> None:
+def refuse_altered(path: Path) -> bool:
     """Compare a file with its seal. A checkpoint that was written without one, as by a plain trainer, passes.
+
+    Returns:
+        Whether it has one.
 
     Raises:
         UserError: The file is not what was written, or cannot be read.
@@ -66,7 +69,7 @@ def refuse_altered(path: Path) -> None:
             file.seek(max(0, size - END_BYTES))
             end = file.read()
             if end[:4] == END and end.endswith(NO_COMMENT):
-                return  # not sealed
+                return False
             file.seek(max(0, size - len(LENGTH) - SEAL_BYTES))
             if file.read() != LENGTH + MARK + _digest(file, size).encode():
                 raise UserError(f"{path} is not a checkpoint, or is damaged: it is not what was saved")
@@ -74,6 +77,7 @@ def refuse_altered(path: Path) -> None:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; it is not a checkpoint") from error
+    return True
 
 
 def _digest(file: BinaryIO, size: int) -> str:

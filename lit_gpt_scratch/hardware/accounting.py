@@ -1,6 +1,8 @@
 """What a training step costs, worked out before it runs: parameters, floating-point operations, bytes."""
 
+import os
 from collections import Counter
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.layers import FeedForward
@@ -30,6 +33,34 @@ def parameters_by_part(net: GPT) -> dict[str, int]:
     parts["head"] = net.head.weight.numel()
     parts["gains"] = sum(p.numel() for p in net.parameters()) - parts.total()
     return dict(parts)
+
+
+def refuse_too_large(config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int) -> None:
+    """Count the parameters of a model that is not built, against the memory of the machine or the accelerator.
+
+    Raises:
+        UserError: Weights and gradients alone do not fit, shared by all processes at best.
+    """
+    try:
+        with torch.device("meta"):  # shapes without memory
+            one, two = (
+                sum(p.numel() for p in GPT(replace(config, n_layer=n), vocab_size, block_size).parameters())
+                for n in (1, 2)
+            )
+    except RuntimeError as error:  # sizes that no tensor can have
+        raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}") from error
+    needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
+    if device.type == "cuda":
+        memory = torch.cuda.get_device_properties(device).total_memory
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    else:
+        return
+    if needed > memory * processes:
+        raise UserError(
+            f"model.gpt: weights and gradients alone need {needed / 2**30:,.1f} GiB, and there are "
+            f"{memory * processes / 2**30:,.1f}; choose a smaller n_layer, n_embd or vocabulary"
+        )
 
 
 def training_flops_per_token(net: GPT) -> int:

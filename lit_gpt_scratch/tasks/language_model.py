@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.checkpoint.contents import KEY, Contents, refuse_other_model, refuse_other_tokenizer
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.accounting import refuse_too_large
 from lit_gpt_scratch.hardware.defaults import why_not_compile
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.objectives.likelihood import token_nats
@@ -73,10 +74,16 @@ class LanguageModel(Task):
         return cast(TokenData, data)
 
     def configure_model(self) -> None:
-        """Build the network for the data's vocabulary and window; a second call changes nothing."""
+        """Build the network for the data's vocabulary and window; a second call changes nothing.
+
+        Raises:
+            UserError: No machine like this can hold it.
+        """
         if hasattr(self, "net"):
             return
-        self.net = GPT(self.gpt, self.data.vocab_size, self.data.block_size)
+        sizes = self.gpt, self.data.vocab_size, self.data.block_size
+        refuse_too_large(*sizes, self.trainer.strategy.root_device, self.trainer.world_size)
+        self.net = GPT(*sizes)
         self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
 
     def on_fit_start(self) -> None:

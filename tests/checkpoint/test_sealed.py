@@ -3,10 +3,9 @@
 import errno
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from lit_gpt_scratch.checkpoint.contents import KEY
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.checkpoint.sealed import refuse_altered, save
-from lit_gpt_scratch.checkpoint.trainer_io import SealedCheckpointIO
+from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.errors import UserError
 
 
@@ -40,9 +39,12 @@ def test_what_was_saved_is_loaded_by_us_by_a_trainer_and_by_torch(path: Path) ->
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_checkpoint_without_a_seal_is_loaded(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_seal_is_loaded_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     torch.save(checkpoint(), tmp_path / "plain.ckpt")
     assert load_checkpoint(tmp_path / "plain.ckpt")["global_step"] == 7
+    assert "plain.ckpt has no seal" in caplog.text
 
 
 def altered(whole: bytes, rng: random.Random) -> bytes:
@@ -135,32 +137,122 @@ def test_the_newest_that_is_whole_is_found_and_the_others_are_named(
         find_checkpoint("last", tmp_path, "pretrain")
 
 
-SAVE_FOR_EVER = """
-import sys, torch
+HUNDRED_KILLS = """
+import os, random, signal, sys, time
 from pathlib import Path
-from lit_gpt_scratch.checkpoint.sealed import save
-step = 0
-while True:
-    step += 1
-    save({"step": step, "weights": torch.full((300_000,), step)}, Path(sys.argv[1]))
-    print(step, flush=True)
+import torch
+from lit_gpt_scratch.checkpoint.sealed import UNFINISHED, refuse_altered, save
+
+path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
+save({"step": 0, "weights": torch.full((300_000,), 0)}, path)
+while inside < 100:
+    child = os.fork()
+    if child == 0:  # saves for ever
+        while True:
+            step += 1
+            save({"step": step, "weights": torch.full((300_000,), step)}, path)
+    before = path.stat().st_mtime_ns
+    while path.stat().st_mtime_ns == before:  # it has saved once
+        time.sleep(0.0002)
+    time.sleep(rng.uniform(0.0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    inside += path.with_name(f".{path.name}{UNFINISHED}").exists()
+    refuse_altered(path)
+    loaded = torch.load(path)
+    assert loaded["step"] > step, (loaded["step"], step)
+    assert torch.equal(loaded["weights"], torch.full((300_000,), loaded["step"]))
+    step = loaded["step"]
+print(inside)
 """
 
 
-@pytest.mark.skipif(os.name != "posix", reason="kill -9")
-def test_a_kill_while_saving_leaves_the_last_that_was_saved(tmp_path: Path) -> None:
-    path, rng = tmp_path / "last.ckpt", random.Random(1)
-    for _ in range(4):
-        process = subprocess.Popen(
-            [sys.executable, "-c", SAVE_FOR_EVER, str(path)], stdout=subprocess.PIPE, text=True, cwd=Path.cwd()
-        )
-        assert process.stdout
-        process.stdout.readline()
-        time.sleep(rng.uniform(0.0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        said = process.stdout.read().split()
-        process.wait()
-        refuse_altered(path)
-        loaded = torch.load(path)
-        assert loaded["step"] >= int(said[-1] if said else 1)
-        assert torch.equal(loaded["weights"], torch.full((300_000,), loaded["step"]))
+@pytest.mark.skipif(os.name != "posix", reason="fork and kill -9")
+def test_a_hundred_kills_amid_saving_leave_the_last_that_was_saved(tmp_path: Path) -> None:
+    """Kills count that hit while the file beside the checkpoint was half-written."""
+    done = subprocess.run(
+        [sys.executable, "-c", HUNDRED_KILLS, str(tmp_path / "last.ckpt")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 100
+
+
+SAVE_ONCE = """
+import os, resource, signal, sys, torch
+from pathlib import Path
+from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.errors import UserError
+path, how = Path(sys.argv[1]), sys.argv[2]
+if how == "full":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+if how == "read-only" and os.geteuid() == 0:
+    os.seteuid(65534)
+try:
+    save({"step": 2, "weights": torch.zeros(300_000)}, path)
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits and owners of files")
+@pytest.mark.parametrize(("how", "said"), [("full", "File too large"), ("read-only", "Permission denied")])
+def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None:
+    path = tmp_path / "checkpoints" / "last.ckpt"
+    save(checkpoint(), path)
+    for folder in (tmp_path, *list(tmp_path.parents)[:2]):
+        folder.chmod(0o755)
+    path.parent.chmod(0o555 if how == "read-only" else 0o755)
+    done = subprocess.run([sys.executable, "-c", SAVE_ONCE, str(path), how], capture_output=True, text=True, timeout=60)
+    path.parent.chmod(0o755)
+    assert done.stdout.startswith(f"cannot save {path}: {said}"), done.stderr
+    assert load_checkpoint(path)["global_step"] == 7
+    assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_nothing_is_written_to_the_folder_for_temporary_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie on another file system, from which a rename would copy."""
+    monkeypatch.setenv("TMPDIR", str(path.parent / "no such folder"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    save(checkpoint(3.0), path)
+    assert load_checkpoint(path)["state_dict"]["weight"].mean() == 3
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_one_before_is_removed_only_when_the_new_one_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
+) -> None:
+    """In the background, too, where a save returns before anything is written."""
+    writer = BackgroundCheckpointIO() if background else SealedCheckpointIO()
+    writer.save_checkpoint(checkpoint(), tmp_path / "old.ckpt")
+    if background:
+        writer.teardown()
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def replace() -> None:
+        writer.save_checkpoint(checkpoint(1.0), tmp_path / "new.ckpt")
+        writer.remove_checkpoint(tmp_path / "old.ckpt")
+        writer.teardown()
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"cannot save .*new\.ckpt: No space left on device"):
+        replace()
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "old.ckpt")["global_step"] == 7
+
+
+def test_what_is_written_in_the_background_is_what_there_was(tmp_path: Path) -> None:
+    writer, weight = BackgroundCheckpointIO(), torch.zeros(1000, 1000)
+    writer.save_checkpoint({**checkpoint(), "state_dict": {"weight": weight}}, tmp_path / "a.ckpt")
+    weight += 1  # the training goes on
+    writer.remove_checkpoint(tmp_path / "a.ckpt")
+    writer.save_checkpoint({**checkpoint(), "state_dict": {"weight": weight - 1}}, tmp_path / "b.ckpt")
+    writer.teardown()
+    assert [path.name for path in tmp_path.iterdir()] == ["b.ckpt"]
+    assert not load_checkpoint(tmp_path / "b.ckpt")["state_dict"]["weight"].any()

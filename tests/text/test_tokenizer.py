@@ -1,6 +1,9 @@
 """The tokenizer loses nothing, knows nothing of the validation text, and cannot be tricked into ending a document."""
 
 import json
+import os
+import pickle
+import random
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,39 @@ def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: bytes | None) ->
         path.write_bytes(content)
     with pytest.raises(UserError, match=r"tokenizer.json is not a usable tokenizer file"):
         Tokenizer.load(path)
+
+
+class Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (os.mkdir, ("exploded",))
+
+
+def test_an_altered_file_is_refused_by_name(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path, rng = tmp_path / "tokenizer.json", random.Random(0)
+    tokenizer.save(path)
+    assert Tokenizer.load(path).to_json() == tokenizer.to_json()
+    whole = path.read_bytes()
+    other = Tokenizer.train([sentences(99)], 280).to_json().encode()
+    contents = [b"", b"text", b"{}", b"null", other, pickle.dumps(Bomb()), whole[::-1], whole + b" "]
+    for _ in range(1200):
+        here, there = sorted(rng.sample(range(len(whole)), 2))
+        contents.append(altered(whole, here, there, 1 << rng.randrange(8))[rng.randrange(4)])
+    refused = 0
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            Tokenizer.load(path)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
+        refused += 1
+    assert refused > 1200
+    assert not Path("exploded").exists()
+
+
+def altered(whole: bytes, here: int, there: int, bit: int) -> list[bytes]:
+    """One bit, cut short, a part left out, two parts swapped."""
+    flipped = whole[:here] + bytes([whole[here] ^ bit]) + whole[here + 1 :]
+    return [flipped, whole[:here], whole[:here] + whole[there:], whole[there:] + whole[:there]]

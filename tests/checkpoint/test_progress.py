@@ -1,0 +1,90 @@
+"""A run that was saved in any hook goes on with the batches, steps and validations of an undisturbed one."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.tasks import LanguageModel
+
+HOOKS = ["on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end"]
+
+
+class SaveIn(L.Callback):
+    """Save in a hook, each time it is called."""
+
+    def __init__(self, hook: str, folder: Path) -> None:
+        self.folder, self.saved = folder, list[Path]()
+        setattr(self, hook, self._save)
+
+    def _save(self, trainer: L.Trainer, *_: object) -> None:
+        if trainer.global_step:
+            self.saved.append(self.folder / f"{len(self.saved)}-{trainer.global_step}.ckpt")
+            trainer.save_checkpoint(self.saved[-1])
+
+
+class Trace(L.Callback):
+    """Which batches came."""
+
+    def __init__(self) -> None:
+        self.batches: list[int] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.batches.append(int(args[2]["input_ids"].sum()))
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_checkpoint_of_any_moment_is_resumed_alike(
+    trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], tmp_path: Path, hook: str
+) -> None:
+    """Epochs of 5 batches, validations every 3: some at an epoch's end, some not."""
+
+    def run(checkpoint: Path | None, *callbacks: L.Callback) -> tuple[dict[str, torch.Tensor], Trace]:
+        trace = Trace()
+        L.seed_everything(3)
+        model = LanguageModel(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.2), compile=False)
+        of_run = trainer(
+            max_steps=17,
+            limit_train_batches=5,
+            val_check_interval=3,
+            check_val_every_n_epoch=None,
+            callbacks=[ValidateAtEnd(), trace, *callbacks],
+        )
+        of_run.fit(model, packed_text(), ckpt_path=checkpoint, weights_only=True)
+        assert of_run.global_step == 17
+        return {name: value.clone() for name, value in model.state_dict().items()}, trace
+
+    saving = SaveIn(hook, tmp_path)
+    whole, expected = run(None, saving)
+    assert len(saving.saved) > 2
+    for path in saving.saved[:: max(1, len(saving.saved) // 5)]:
+        loaded = torch.load(path, weights_only=True)
+        step = loaded["global_step"]
+        if step == 17:
+            continue
+        resumed, trace = run(path)
+        assert trace.batches == expected.batches[step:], path
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole), path
+
+
+def test_settling_twice_is_settling_once(
+    trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], task: Callable[..., Any], tmp_path: Path
+) -> None:
+    saving = SaveIn("on_train_batch_end", tmp_path)
+    trainer(max_steps=9, limit_train_batches=4, callbacks=[saving]).fit(task(), packed_text())
+    for step, path in enumerate(saving.saved, start=1):
+        loop = torch.load(path, weights_only=True)["loops"]["fit_loop"]
+        settle(loop)
+        once = deepcopy(loop)
+        settle(loop)
+        assert loop == once
+        assert epochs_done(loop) == step // 4
+        assert loop["epoch_loop.batch_progress"]["current"]["completed"] == step % 4
