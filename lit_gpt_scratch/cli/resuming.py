@@ -134,6 +134,8 @@ def _seconds(trainer: Trainer) -> float:
 def _said(changes: Changes, names: list[str]) -> str:
     def short(value: Any) -> str:
         text = str(value)
+        if re.fullmatch(r"\w+(\.\w+)+\.[A-Z]\w+", text):  # a class by its path
+            return text.rpartition(".")[2]
         return text if len(text) <= 24 else f"{text[:12]}..."
 
     each = (f"{n.replace('.init_args', '')} {short(changes[n][0])}, now {short(changes[n][1])}" for n in names)

@@ -3,7 +3,7 @@
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import lightning as L
 import torch
@@ -20,6 +20,9 @@ from lit_gpt_scratch.text.sources import STDLIB
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+LARGEST: Final = 2**30
+"""No size comes near it; some libraries end the process when asked for more than there can be."""
 
 
 class PackedText(L.LightningDataModule):
@@ -57,15 +60,15 @@ class PackedText(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        positive = {
-            "vocab_size": vocab_size,
-            "block_size": block_size,
-            "batch_size": batch_size,
-            "tokens_per_step": tokens_per_step,
-        }
+        positive = {"vocab_size": vocab_size, "block_size": block_size, "batch_size": batch_size}
+        if tokens_per_step is not None:
+            positive["tokens_per_step"] = tokens_per_step
+        for name, value in {**positive, "num_workers": num_workers, "validation_share": validation_share}.items():
+            if value is None:  # the command line lets null pass as any type
+                raise UserError(f"data.{name} is null; it must be a number")
         for name, value in positive.items():
-            if value is not None and value < 1:
-                raise UserError(f"data.{name} is {value}; it must be positive")
+            if not 1 <= value < LARGEST:
+                raise UserError(f"data.{name} is {value}; it must be positive, and below {LARGEST:,}")
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}; it must be 0 or more")
         if not 0.0 < validation_share < 1.0:

@@ -113,6 +113,7 @@ class LanguageModel(Task):
         knows where it stands.
         """
         self.total_steps = self.trainer.estimated_stepping_batches
+        self._use_own_hyperparameters()
         self._nats = torch.zeros((), device=self.device)
         self._tokens = torch.zeros((), device=self.device, dtype=torch.int64)
 
@@ -121,6 +122,16 @@ class LanguageModel(Task):
         optimizer = self.optimizer.build(self.net)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _use_own_hyperparameters(self) -> None:
+        """What the flags say of the optimizer, not what a checkpoint says; only its memory of gradients stays."""
+        fresh = self.optimizer.build(self.net)
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
+        factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
+        for group, own in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits of the next token: (B, T) int64 -> (B, T, vocab_size) float32."""

@@ -12,6 +12,8 @@ from lit_gpt_scratch.errors import UserError
 
 END_OF_TEXT: Final = "<|endoftext|>"
 """Stands before every document: it ends the last one, and means "begin" to a model that generates."""
+LARGEST: Final = 2**24
+"""Tokens in a vocabulary: the trainer sets memory aside for as many as are asked for, and ends the process."""
 PROBE: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
 """Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
 
@@ -41,9 +43,11 @@ class Tokenizer:
         """Learn merges from texts: every byte, ``<|endoftext|>``, then the most frequent pairs.
 
         Raises:
-            UserError: ``vocab_size`` has no room for the 256 bytes and the end of text.
+            UserError: ``vocab_size`` has no room for the 256 bytes and the end of text, or is no size at all.
         """
         alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if vocab_size > LARGEST:
+            raise UserError(f"data.vocab_size is {vocab_size}; no tokenizer has more than {LARGEST:,}")
         if vocab_size < len(alphabet) + 1:
             raise UserError(f"data.vocab_size is {vocab_size}; bytes and end of text alone are {len(alphabet) + 1}")
         backend = Backend(models.BPE())

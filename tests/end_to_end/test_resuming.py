@@ -1,0 +1,97 @@
+"""A run says where it comes from, and what is not as it was when it goes on."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt_scratch.checkpoint.provenance import differences, flat
+from tests.end_to_end.conftest import Command
+
+RUN = Path("runs/pretrain/version_0")
+
+
+def test_differences_are_named_by_flat_names() -> None:
+    assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}
+    before, now = {"a": {"b": 1, "c": 2}, "gone": 1}, {"a": {"b": 1, "c": 3}, "new": 2}
+    assert differences(before, now) == {"a.c": (2, 3), "gone": (1, None), "new": (None, 2)}
+
+
+def test_every_session_is_written_down(command: Command, small: list[str]) -> None:
+    assert command("fit", *small, "--seed_everything=5").code == 0
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
+    assert again.code == 0, again.err
+    assert "changed since the run was begun: trainer.max_steps 12, now 20" in again.err
+    first, second = json.loads((RUN / "provenance.json").read_text())["sessions"]
+    assert (first["from_step"], second["from_step"]) == (0, 12)
+    assert first["changed"] == {}
+    assert second["changed"] == {"trainer.max_steps": [12, 20]}
+    assert first["seed"] == second["seed"] == 5
+    assert first["data"] == second["data"]
+    assert first["versions"]["torch"] == torch.__version__
+    assert len(first["code"]["sources"]) == 64
+    assert first["hardware"]["processes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--seed_everything=7", "seed_everything 0, now 7"),
+        ("--data.batch_size=2", "data.batch_size 4, now 2"),
+        ("--model.optimizer.lr=0.001", "model.optimizer.lr"),
+        ("--model.schedule.decay=constant", "model.schedule.decay linear, now constant"),
+        ("--trainer.precision=bf16-mixed", "trainer.precision 32-true, now bf16-mixed"),
+    ],
+)
+def test_what_matters_is_refused_unless_forced(command: Command, small: list[str], change: str, said: str) -> None:
+    assert command("fit", *small).code == 0
+    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change)
+    assert refused.code == 2
+    [line] = refused.err.splitlines()
+    assert said in line
+    assert line.endswith("--force")
+    forced = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change, "--force")
+    assert forced.code == 0, forced.err
+    assert said in forced.err
+
+
+def test_a_forced_learning_rate_is_the_one_that_is_used(command: Command, small: list[str]) -> None:
+    flags = ["--model.schedule.warmup_steps=0", "--model.schedule.decay=constant"]
+    assert command("fit", *small, *flags, "--model.optimizer=AdamW", "--model.optimizer.lr=0.004").code == 0
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer.lr=0.001", "--force")
+    assert again.code == 0, again.err
+    state = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert {group["lr"] for group in state["optimizer_states"][0]["param_groups"]} == {0.001}
+    assert set(state["lr_schedulers"][0]["base_lrs"]) == {0.001}
+
+
+def test_another_optimizer_is_refused_whatever_the_force(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
+    assert refused.code == 2
+    assert "AdamW: what one optimizer remembers means nothing to another" in refused.err
+
+
+def test_auto_begins_and_then_goes_on(command: Command, small: list[str]) -> None:
+    """One command for a job that may be started again."""
+    flags = [*small, "--ckpt_path=auto"]
+    assert command("fit", *flags, "--trainer.max_steps=6").code == 0
+    assert command("fit", *flags, "--trainer.max_steps=12").code == 0
+    assert [path.name for path in RUN.parent.iterdir()] == ["version_0"]
+    assert json.loads((RUN / "summary.json").read_text())["step"] == 12
+
+
+def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list[str]) -> None:
+    flags = [flag for flag in small if "max_steps" not in flag]
+    assert command("fit", *flags, "--trainer.max_time=00:00:00:02").code == 0
+    assert (RUN / "checkpoints/last.ckpt").is_file()
+    over = command("fit", "--ckpt_path=last")
+    assert over.code == 2
+    assert "used all the time of its run" in over.err
+    assert "--trainer.max_time" in over.err
+    step = json.loads((RUN / "summary.json").read_text())["step"]
+    more = ["--trainer.max_time=00:00:05:00", f"--trainer.max_steps={step + 2}"]
+    again = command("fit", "--ckpt_path=last", *more)
+    assert again.code == 0, again.err
+    assert json.loads((RUN / "summary.json").read_text())["step"] == step + 2
