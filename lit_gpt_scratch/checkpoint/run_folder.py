@@ -56,7 +56,10 @@ class RunFolder:
         """
         if not experiment or Path(experiment).name != experiment:
             raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
-        version = max((run.version for run in _runs(runs / experiment)), default=-1) + 1
+        try:
+            version = max((run.version for run in _runs(runs / experiment)), default=-1) + 1
+        except OSError as error:  # a name that is too long, say
+            raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs, --experiment)") from error
         while True:
             path = runs / experiment / f"version_{version}"
             try:

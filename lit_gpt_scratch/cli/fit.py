@@ -155,7 +155,12 @@ class FitCLI(LightningCLI):
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
             trainer = Trainer(**config)
-        except (MisconfigurationException, ValueError, TypeError) as error:  # e.g. no GPU, an unknown strategy
+        except (
+            MisconfigurationException,
+            ValueError,
+            TypeError,
+            ImportError,
+        ) as error:  # e.g. no GPU, no such strategy
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays

@@ -18,22 +18,25 @@ def user_errors() -> Iterator[None]:
     """
     try:
         yield
-    except (ArgumentError, MisconfigurationException, ValueError, TypeError) as error:
+    except (ArgumentError, MisconfigurationException, ValueError, TypeError, AttributeError) as error:
         chain = list(_chain(error))
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
             raise ours from error
-        if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_the_trainer(error):
+        if str(error) == "embedded null byte":  # what Python says of a path that no system can have
+            raise UserError("a path in the flags or in a config holds a null byte") from error
+        if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_a_library(error):
             raise UserError(_flag(chain) + _plain(str(chain[-1]), prefix=".".join(_keys(chain)))) from error
         raise
 
 
-def _raised_by_the_trainer(error: BaseException) -> bool:
-    """Whether Lightning's own code refused a value, as it does for flags that contradict each other."""
+def _raised_by_a_library(error: BaseException) -> bool:
+    """Whether the trainer or the parser refused a value, as they do for flags that contradict each other."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("lightning.pytorch.")
+    where = trace.tb_frame.f_globals.get("__name__", "") if trace is not None else ""
+    return where.startswith(("lightning.pytorch.", "jsonargparse."))
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -63,9 +63,10 @@ class PackedText(L.LightningDataModule):
         positive = {"vocab_size": vocab_size, "block_size": block_size, "batch_size": batch_size}
         if tokens_per_step is not None:
             positive["tokens_per_step"] = tokens_per_step
-        for name, value in {**positive, "num_workers": num_workers, "validation_share": validation_share}.items():
-            if value is None:  # the command line lets null pass as any type
-                raise UserError(f"data.{name} is null; it must be a number")
+        needed = {**positive, "num_workers": num_workers, "validation_share": validation_share, "source": source}
+        for name, given in needed.items():
+            if given is None:  # the command line lets null pass as any type
+                raise UserError(f"data.{name} is null; leave it out for its default")
         for name, value in positive.items():
             if not 1 <= value < LARGEST:
                 raise UserError(f"data.{name} is {value}; it must be positive, and below {LARGEST:,}")

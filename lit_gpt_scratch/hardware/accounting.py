@@ -47,7 +47,7 @@ def refuse_too_large(config: GPTConfig, vocab_size: int, block_size: int, device
                 sum(p.numel() for p in GPT(replace(config, n_layer=n), vocab_size, block_size).parameters())
                 for n in (1, 2)
             )
-    except RuntimeError as error:  # sizes that no tensor can have
+    except (RuntimeError, TypeError) as error:  # sizes that no tensor can have
         raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}") from error
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
     if device.type == "cuda":
