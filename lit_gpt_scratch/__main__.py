@@ -4,6 +4,7 @@ DOORS = {
     "fit": "train a GPT on real text",
     "generate": "let a trained model write",
     "evaluate": "score a text with a trained model",
+    "convert": "write a model as one file for others",
     "doctor": "kill and resume a configuration, and say whether that is exact",
 }
 

@@ -8,6 +8,7 @@ import torch
 
 from lit_gpt_scratch.checkpoint.contents import KEY, Contents
 from lit_gpt_scratch.checkpoint.sealed import refuse_altered
+from lit_gpt_scratch.checkpoint.sharing import SUFFIX, load_shared
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -19,11 +20,13 @@ NETWORK: Final = "net."
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint, on the CPU; plain data and tensors only, no code is run.
+    """Everything in a checkpoint or a shared model, on the CPU; plain data and tensors only, no code is run.
 
     Raises:
         UserError: The file is missing, was altered, or is not a checkpoint.
     """
+    if path.suffix == SUFFIX:
+        return load_shared(path, NETWORK)
     if not refuse_altered(path):
         log.warning("%s has no seal, as when something else wrote it: whether it was altered since, nobody knows", path)
     try:

@@ -160,7 +160,7 @@ class FitCLI(LightningCLI):
             ValueError,
             TypeError,
             ImportError,
-        ) as error:  # e.g. no GPU, no such strategy
+        ) as error:  # no GPU, say
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays

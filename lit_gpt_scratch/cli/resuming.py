@@ -59,6 +59,8 @@ class Resumed:
             UserError: The file is no checkpoint, or its run is over and nothing more was asked for.
         """
         checkpoint = load_checkpoint(self.checkpoint)
+        if "loops" not in checkpoint:
+            raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         settle(loop)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.cli import door, evaluate, fit, generate
+from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate
 
 
 @dataclass
@@ -26,12 +26,18 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    mains = {"fit": fit.main, "generate": generate.main, "evaluate": evaluate.main}
+    mains = {
+        "fit": fit.main,
+        "generate": generate.main,
+        "evaluate": evaluate.main,
+        "convert": convert.main,
+        "doctor": doctor.main,
+    }
 
     def run(name: str, *args: str | Path) -> Outcome:
         code = 0
         try:
-            door.run(lambda: mains[name]([str(arg) for arg in args]))
+            door.run(lambda: doors[name].main([str(arg) for arg in args]))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         said = capsys.readouterr()

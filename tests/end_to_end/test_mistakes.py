@@ -129,6 +129,12 @@ def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path:
         ("evaluate", ["--data.source", ""], "data.source is empty"),
         ("evaluate", ["--data.source", "stdlib"], "no run with a checkpoint"),
         ("evaluate", [], "--data.source"),
+        ("doctor", [], "--resume"),
+        ("doctor", ["--resume", "--kills", "0"], "--kills: 0"),
+        ("doctor", ["--resume", "--runs=x"], "--runs=x is the doctor's to choose"),
+        ("doctor", ["--resume", "--data.source", "no/such"], "unkilled; it said: error: no/such"),
+        ("convert", ["to-safetensors", "x.ckpt", "x.bin"], "x.ckpt"),
+        ("convert", ["to-hf", "x.ckpt", "x.safetensors"], "to-hf"),
         ("evaluate", ["--data.source", "no/such"], "no/such"),
     ],
 )
