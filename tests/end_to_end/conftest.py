@@ -26,13 +26,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    mains = {
-        "fit": fit.main,
-        "generate": generate.main,
-        "evaluate": evaluate.main,
-        "convert": convert.main,
-        "doctor": doctor.main,
-    }
+    doors = {"fit": fit, "generate": generate, "evaluate": evaluate, "convert": convert, "doctor": doctor}
 
     def run(name: str, *args: str | Path) -> Outcome:
         code = 0
