@@ -66,10 +66,13 @@ def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cach
         if "--ckpt_path" not in flags:
             corpus = [] if "--data.source" in flags else [f"--data.source={newcomers_folder / 'my_texts'}"]
             flags += [*SHORT, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
-        elif "--trainer.max_steps" in flags:
+        elif {"--trainer.max_steps", "auto"} & set(flags):
             flags += ["--trainer.max_steps=14"]
     if door == "generate":
         flags += ["--max_new_tokens=3"]
+    if door == "doctor":
+        source = [f"--data.source={newcomers_folder / 'my_texts'}", f"--data.cache={cache}"]
+        flags += ["--kills=1", *SHORT[1:], *source, "--data.validation_share=0.3"]
     outcome = command(door, *flags)
     assert outcome.code == 0, outcome.err
 
