@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -56,6 +57,9 @@ class RunFolder:
         """
         if not experiment or Path(experiment).name != experiment:
             raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
+        for flag, name in (("--runs", str(runs)), ("--experiment", experiment)):
+            if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would, and write elsewhere
+                raise UserError(f"{flag} is '{name}'; write the folder's name out")
         try:
             version = max((run.version for run in _runs(runs / experiment)), default=-1) + 1
         except OSError as error:  # a name that is too long, say

@@ -54,6 +54,7 @@ def one_line(outcome: Outcome, *said: str) -> None:
         (["--data.source="], ["data.source is empty"]),
         (["--experiment="], ["--experiment is ''"]),
         (["--experiment=a/b"], ["--experiment is 'a/b'"]),
+        (["--experiment=${HOME}"], ["--experiment is '${HOME}'"]),
         (["--seed_everything=-1"], ["seed_everything", "-1"]),
         (["--trainer.val_check_interval=0"], ["--trainer.val_check_interval is 0"]),
         (["--trainer.accumulate_grad_batches=0"], ["--trainer.accumulate_grad_batches is 0"]),
