@@ -1,6 +1,5 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
-import json
 import logging
 import sys
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -27,10 +26,11 @@ from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.callbacks.stopping import Stopping, ending_at_once
 from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import user_errors
 from lit_gpt_scratch.cli.resuming import Resumed
+from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
@@ -113,8 +113,7 @@ class FitCLI(LightningCLI):
         self.resumed: Resumed | None = None
         self.config_before: Namespace | None = None
         if self.config.ckpt_path is not None:
-            checkpoint = self._find_checkpoint()
-            self.resumed = Resumed(checkpoint) if checkpoint else None
+            self.resumed = Resumed.find(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
             if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
                 before = ["--config", str(self.resumed.folder.config)]
                 self.config_before = parser.parse_args(before)
@@ -129,18 +128,6 @@ class FitCLI(LightningCLI):
                 raise UserError(f"--trainer.{name} is {trainer[name]}; it must be positive")
         if self.config.seed_everything < 0:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
-
-    def _find_checkpoint(self) -> Path | None:
-        """The checkpoint that is asked for; None for ``auto`` where there is none yet."""
-        config = self.config
-        try:
-            return find_checkpoint(
-                "last" if config.ckpt_path == "auto" else config.ckpt_path, Path(config.runs), config.experiment
-            )
-        except UserError:
-            if config.ckpt_path == "auto" and not RunFolder.any_checkpoint(Path(config.runs), config.experiment):
-                return None
-            raise
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
@@ -172,7 +159,15 @@ class FitCLI(LightningCLI):
         saving = self.config_init.checkpoint if config["enable_checkpointing"] is not False else None
         self.stopping = Stopping(saving)
         self.provenance = Provenance()
-        yield from (Throughput(), Samples(), ValidateAtEnd(), SavedConfig(self), self.provenance, Baselines(), Plan())
+        yield from (
+            Throughput(),
+            Samples(),
+            ValidateAtEnd(),
+            SavedConfig(self.parser, self.config),
+            self.provenance,
+            Baselines(),
+            Plan(),
+        )
         if config["enable_progress_bar"] is not False:
             yield Progress()
         yield Summary()  # speaks when the bar is closed
@@ -218,7 +213,7 @@ class FitCLI(LightningCLI):
         """Say, or refuse, what is not as it was."""
         before = self.config_before or self.config
         fingerprint = self.datamodule.store.fingerprint if isinstance(self.datamodule, PackedText) else ""
-        resumed.compare(_plain(self.parser, before), _plain(self.parser, self.config), fingerprint, self.config.force)
+        resumed.compare(plain(self.parser, before), plain(self.parser, self.config), fingerprint, self.config.force)
         if not self.config.plan:
             self.provenance.changed = resumed.changed
 
@@ -236,26 +231,6 @@ class FitCLI(LightningCLI):
                 default_hp_metric=False,
                 purge_step=first_step or None,  # points beyond the checkpoint, from before a kill, are logged again
             )
-
-
-def _plain(parser: LightningArgumentParser, config: Namespace) -> dict[str, Any]:
-    """A config as nested plain data, as its file has it; the files of two runs are compared."""
-    plain: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
-    return plain
-
-
-class SavedConfig(InRunFolder):
-    """``config.yaml`` in the run's folder, written when nothing can be refused any more."""
-
-    def __init__(self, cli: FitCLI) -> None:
-        self.cli = cli
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write every flag of the run, but not that it was resumed: the file also starts another run alike."""
-        if self.folder and trainer.is_global_zero:
-            config = self.cli.config.clone()
-            config.ckpt_path, config.force = None, False
-            self.folder.write(self.folder.config.name, self.cli.parser.dump(config, skip_unset=False))
 
 
 def main(args: ArgsType = None) -> None:

@@ -14,7 +14,7 @@ from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
 from lit_gpt_scratch.checkpoint.provenance import differences, surroundings
-from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,17 @@ class Resumed:
 
     checkpoint: Path
     changed: Changes = field(default_factory=dict)
+
+    @classmethod
+    def find(cls, given: str, runs: Path, experiment: str) -> "Resumed | None":
+        """The run that ``--ckpt_path`` means; None for ``auto`` where there is none yet.
+
+        Raises:
+            UserError: There is no such checkpoint, or none that is whole.
+        """
+        if given == "auto" and not RunFolder.any_checkpoint(runs, experiment):
+            return None
+        return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
 
     @property
     def folder(self) -> RunFolder | None:
