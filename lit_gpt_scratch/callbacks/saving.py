@@ -67,6 +67,12 @@ class Checkpoints(InRunFolder, Checkpoint):
             if 0 < (loop.max_epochs or 0) <= epochs:
                 loop.max_epochs = epochs + 1
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin such a run, too, if its time is up; callbacks that save come after the timer."""
+        self._stops = trainer.should_stop
+        if self._validation_due:
+            trainer.should_stop = False
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear away what a kill left half-written, and do the validation that it prevented."""
         self._agreement = Agreement()
@@ -87,6 +93,7 @@ class Checkpoints(InRunFolder, Checkpoint):
         trainer.validating = True
         loop.epoch_loop.val_loop.run()
         trainer.training = True
+        trainer.should_stop = trainer.should_stop or self._stops
         loop.epoch_progress.current.completed += epoch_over
 
     def on_train_batch_start(
@@ -97,6 +104,13 @@ class Checkpoints(InRunFolder, Checkpoint):
             return
         if trainer.global_step % self.every_n_steps == 0 or self._is_time():
             self.save_last(trainer)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let no timer stop the run amid a step; it will ask again."""
+        if trainer.should_stop and trainer.fit_loop._should_accumulate():
+            trainer.should_stop = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save all that was trained: a validation can be long, and can fail."""

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -77,8 +77,19 @@ class Stopping(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Amid a validation of a run: stop; what was trained was saved before it."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._agreed():
+        between_steps = not trainer.fit_loop._should_accumulate()
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps and self._agreed():
             self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Settle what came too late to stop anything; all ranks end alike."""
+        self._agreed()
+
+    def leave(self, trainer: L.Trainer) -> NoReturn:
+        """End this process with the exit code that the signal stands for."""
+        if trainer.world_size > 1 and trainer.local_rank and not _launched_from_outside(trainer):
+            raise SystemExit(0)  # Lightning's launcher kills the first rank when a process that it started fails
+        raise SystemExit(128 + self.signum)
 
     def _agreed(self) -> bool:
         self.signum = self._agreement.greatest(self.signum)
@@ -87,15 +98,11 @@ class Stopping(Callback):
     def _stop(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             folder = self.checkpoints and self.checkpoints.folder
-            go_on = (
-                f"go on with: python -m lit_gpt_scratch.fit --ckpt_path {folder.path}" if folder else "nothing saved"
-            )
-            log.warning(
-                "\nstopped by %s after step %d; %s", signal.Signals(self.signum).name, trainer.global_step, go_on
-            )
-        if trainer.world_size > 1 and trainer.local_rank and not _launched_from_outside(trainer):
-            raise SystemExit(0)  # Lightning's launcher kills the first rank when a process that it started fails
-        _end(self.signum)
+            saved = folder and (folder.last.exists() or trainer.global_step > self._first_step)
+            go_on = f"go on with: python -m lit_gpt_scratch.fit --ckpt_path {folder.path}" if folder and saved else ""
+            name = signal.Signals(self.signum).name
+            log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, go_on or "nothing was saved")
+        self.leave(trainer)
 
 
 def _launched_from_outside(trainer: L.Trainer) -> bool:

@@ -67,6 +67,7 @@ class KillTest:
         self.folder = folder
         self.random = random.Random(seed)
         self.report = Report()
+        self.started: list[subprocess.Popen[str]] = []
 
     def run(self, kills: int, tell: Callable[[], object] = lambda: None) -> Report:
         """Kill so many times, and compare every run that comes to its end.
@@ -78,9 +79,18 @@ class KillTest:
         Raises:
             UserError: The run fails without being killed.
         """
+        try:
+            return self._run(kills, tell)
+        finally:
+            for process in self.started:
+                _end(process)
+
+    def _run(self, kills: int, tell: Callable[[], object]) -> Report:
         whole = RunFolder(self.folder / "whole" / "pretrain" / "version_0")
         began = time.monotonic()
         self._to_the_end(self._start(whole))
+        if not (whole.last.exists() and whole.config.exists()):
+            raise UserError("with these flags fit leaves no run to go on with")
         self.training = time.time() - whole.config.stat().st_mtime  # written when the training begins
         self.starting = max(time.monotonic() - began - self.training, 0.1)
         self.expected = load_checkpoint(whole.last)
@@ -110,13 +120,15 @@ class KillTest:
         elif run.path.exists():
             run.abandon()
         command = [sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags, f"--runs={run.path.parent.parent}"]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [*command, "--experiment=pretrain", *go_on],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
         )
+        self.started = [process]
+        return process
 
     def _to_the_end(self, process: "subprocess.Popen[str]") -> None:
         _, said = process.communicate()
@@ -144,11 +156,16 @@ class KillTest:
         phase = _phase(run) if begun else "at the start"
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=GRACE)
-        for pid in processes(process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _end(process)
         process.communicate()
         return phase
+
+
+def _end(process: "subprocess.Popen[str]") -> None:
+    """Kill all that is left of a run."""
+    for pid in processes(process.pid):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _phase(run: RunFolder) -> str:

@@ -95,6 +95,8 @@ class RunFolder:
                 yield
         except Timeout as error:
             raise UserError(f"{self.path} is in use: another process trains in it") from error
+        except PermissionError as error:
+            raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
 
     def write(self, name: str, text: str) -> None:
         """Put a text file into the folder; a kill leaves the one that was there before.

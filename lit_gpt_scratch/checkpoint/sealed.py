@@ -7,6 +7,7 @@ of all that is before it. It travels with the file, and whatever reads the archi
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -43,15 +44,19 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
-        if os.name == "posix":  # the rename, too, should outlast a loss of power
-            folder = os.open(path.parent, os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"cannot save {path}: {reason}; what was saved before is as it was") from error
+    if os.name == "posix":  # the rename, too, should outlast a loss of power, where the file system can promise that
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def refuse_altered(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,6 +37,8 @@ def share(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
         unfinished.write_bytes(save(weights, {KEY: contents, "sha256": _digest(contents, weights)}))
         unfinished.replace(path)
     except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 

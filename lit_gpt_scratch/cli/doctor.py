@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from lit_gpt_scratch.callbacks.stopping import ending_at_once
 from lit_gpt_scratch.checkpoint.kills import KillTest
 from lit_gpt_scratch.cli.door import Flags
 from lit_gpt_scratch.errors import UserError
@@ -32,7 +33,7 @@ def main(args: Sequence[str] | None = None) -> None:
     taken = [flag for flag in of_fit if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
         raise UserError(f"{taken[0]} is the doctor's to choose: its runs are kept nowhere")
-    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+    with ending_at_once(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         test = KillTest([*DEFAULTS, *of_fit], Path(folder), given.seed)
         with tqdm(total=given.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
             report = test.run(given.kills, lambda: bar.update())

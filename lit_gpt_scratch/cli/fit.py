@@ -1,6 +1,7 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
 import logging
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
@@ -190,9 +192,9 @@ class FitCLI(LightningCLI):
             self.datamodule.setup("fit")
             if self.resumed:
                 self._compare(self.resumed)
-            folder = self.resumed.folder if self.resumed else None
-            claimed = None
             leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
+            folder = self.resumed.folder if self.resumed and not leaves_nothing else None
+            claimed = None
             if folder is None and self.trainer.is_global_zero and not leaves_nothing:
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
             self._settle_in(folder, first_step)
@@ -203,17 +205,23 @@ class FitCLI(LightningCLI):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
             if self.trainer.global_step == 0:
                 raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
+        except Exception:  # other ranks may wait for this one, a disk that is full on the first, say
+            if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
+                self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+            raise
         finally:
             if claimed and not self.trainer.global_step:
                 claimed.abandon()
         if not self.config.plan and self.stopping.signum:  # it came when all was done
-            sys.exit(128 + self.stopping.signum)
+            self.stopping.leave(self.trainer)
 
     def _compare(self, resumed: Resumed) -> None:
         """Say, or refuse, what is not as it was."""
         before = self.config_before or self.config
-        fingerprint = self.datamodule.store.fingerprint if isinstance(self.datamodule, PackedText) else ""
-        resumed.compare(plain(self.parser, before), plain(self.parser, self.config), fingerprint, self.config.force)
+        here: dict[str, Any] = {"processes": self.trainer.world_size}
+        if isinstance(self.datamodule, PackedText):
+            here["data"] = self.datamodule.store.fingerprint
+        resumed.compare(plain(self.parser, before), plain(self.parser, self.config), here, self.config.force)
         if not self.config.plan:
             self.provenance.changed = resumed.changed
 

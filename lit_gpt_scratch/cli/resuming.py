@@ -91,14 +91,14 @@ class Resumed:
         return step
 
     def compare(
-        self, config_before: Mapping[str, Any], config: Mapping[str, Any], fingerprint: str, force: bool
+        self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
     ) -> None:
         """Say what changed since the run was begun, and refuse what would make it another run.
 
         Args:
             config_before: All flags of the run so far.
             config: All flags now.
-            fingerprint: Of the data that there is now.
+            here: The number of processes, and the data's fingerprint, now.
             force: Go on all the same.
 
         Raises:
@@ -116,12 +116,14 @@ class Resumed:
                 known = {name: now[part].get(name) for name in before.get(part, {}) if name in now[part]}
                 old = {name: before[part][name] for name in known}
                 self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
-            if not any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed) and before.get("data") not in (
-                None,
-                fingerprint,
-            ):
-                self.changed["data"] = (before["data"], fingerprint)
-                matters.append("data")
+            before |= {"processes": before.get("hardware", {}).get("processes")}
+            another_model = any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed)
+            for name in ("processes", *(() if another_model else ("data",))):
+                if before.get(name) not in (None, here.get(name)):
+                    self.changed[name] = (before[name], here.get(name))
+                    matters.append(name)
+        elif self.folder is None:
+            log.warning("%s lies in no run folder: its flags and its text cannot be compared", self.checkpoint)
         if OPTIMIZER in self.changed:
             raise UserError(
                 f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"

@@ -95,3 +95,30 @@ def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list
     again = command("fit", "--ckpt_path=last", *more)
     assert again.code == 0, again.err
     assert json.loads((RUN / "summary.json").read_text())["step"] == step + 2
+
+
+def test_another_number_of_processes_is_refused(command: Command, small: list[str]) -> None:
+    """Their batches are other ones: some windows would be skipped or repeated."""
+    assert command("fit", *small).code == 0
+    said = (RUN / "provenance.json").read_text().replace('"processes": 1', '"processes": 2')
+    (RUN / "provenance.json").write_text(said)
+    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    assert refused.code == 2
+    assert "processes 2, now 1" in refused.err
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--force").code == 0
+
+
+def test_a_short_test_of_a_resumed_run_leaves_the_run_as_it_is(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}
+    command("fit", "--ckpt_path=last", "--trainer.fast_dev_run=20")
+    assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
+
+
+def test_time_that_is_up_amid_a_step_ends_after_it(command: Command, small: list[str]) -> None:
+    flags = [flag for flag in small if "max_steps" not in flag]
+    flags += ["--trainer.max_time=00:00:00:01", "--trainer.accumulate_grad_batches=7", "--trainer.limit_val_batches=0"]
+    assert command("fit", *flags).code == 0
+    saved = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    assert batches["current"]["completed"] % 7 == 0 or batches["is_last_batch"]
