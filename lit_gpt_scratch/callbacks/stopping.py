@@ -50,17 +50,29 @@ class Stopping(Callback):
         self.signum = 0
         """The signal that came, or 0."""
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over from Lightning, which would broadcast from within a signal's handler; it puts back what was."""
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Note signals from here on: all ranks are there, and can agree.
+
+        In the place of Lightning's handlers, which broadcast from within, amid whatever the ranks were doing.
+        """
         self._agreement = Agreement()
-        self._first_step = trainer.global_step
-        self._trainer = trainer
+        self._trainer, self._first_step = trainer, -1
+        self._before = {}
         if threading.current_thread() is threading.main_thread():
-            for signum in STOP_SIGNALS:
-                signal.signal(signum, self._note)
+            trainer._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]  # no option
+            self._before = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Put back what was."""
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know what is there already."""
+        self._first_step = trainer.global_step
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        if self._trainer.world_size == 1 and self._trainer.global_step == self._first_step:
+        if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
             _end(signum)
         self.signum = self.signum or signum
 
@@ -103,6 +115,10 @@ class Stopping(Callback):
             name = signal.Signals(self.signum).name
             log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, go_on or "nothing was saved")
         self.leave(trainer)
+
+
+def _leave_signals() -> None:
+    """Register nothing."""
 
 
 def _launched_from_outside(trainer: L.Trainer) -> bool:

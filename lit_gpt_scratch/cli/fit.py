@@ -205,7 +205,7 @@ class FitCLI(LightningCLI):
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
             if self.trainer.global_step == 0:
                 raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
-        except Exception:  # other ranks may wait for this one, a disk that is full on the first, say
+        except BaseException:  # other ranks may wait for this one: its disk is full, say
             if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
                 self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             raise
