@@ -104,8 +104,9 @@ class Stopping(Callback):
         raise SystemExit(128 + self.signum)
 
     def _agreed(self) -> bool:
-        self.signum = self._agreement.greatest(self.signum)
-        return bool(self.signum)
+        agreed = self._agreement.greatest(self.signum)
+        self.signum = self.signum or agreed  # a signal that came while the ranks agreed counts the next time
+        return bool(agreed)
 
     def _stop(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
