@@ -28,7 +28,7 @@ class Baselines(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count and compress; half a second for half a megabyte."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not trainer.is_global_zero or not isinstance(data, PackedText):
             return
         validation = data.store.validation

@@ -50,7 +50,7 @@ class Plan(InRunFolder):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the plan and the warnings."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._first_step = self._step = trainer.global_step
         self._told = not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText))
         if isinstance(pl_module, LanguageModel) and isinstance(data, PackedText) and trainer.is_global_zero:
@@ -139,7 +139,7 @@ class Plan(InRunFolder):
         yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
 
     def _time(self, trainer: L.Trainer, seconds: float) -> str:
-        data: PackedText = trainer.datamodule  # type: ignore[attr-defined]
+        data: PackedText = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         tokens = tokens_per_step(trainer, data)
         measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
         steps = trainer.estimated_stepping_batches

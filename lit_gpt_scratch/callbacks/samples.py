@@ -26,7 +26,7 @@ class Samples(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write a sample; the seed is fixed, so that samples of different steps can be compared."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.sanity_checking or not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText)):
             return
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():

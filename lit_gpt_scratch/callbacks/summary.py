@@ -36,7 +36,7 @@ class Summary(InRunFolder):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock, and store the tokenizer."""
         self._began, self._first_step = time.perf_counter(), trainer.global_step
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.is_global_zero and self.folder and isinstance(data, PackedText):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 

@@ -12,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.contents import KEY
+from lit_gpt_scratch.checkpoint.sealed import UNFINISHED
 from lit_gpt_scratch.errors import UserError
 
 SUFFIX: Final = ".safetensors"
@@ -32,7 +33,7 @@ def share(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
     """
     weights = {n.removeprefix(prefix): w for n, w in checkpoint["state_dict"].items() if n.startswith(prefix)}
     contents = json.dumps(checkpoint[KEY], sort_keys=True)
-    unfinished = path.with_name(f".{path.name}.part")
+    unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
         unfinished.write_bytes(save(weights, {KEY: contents, "sha256": _digest(contents, weights)}))
         unfinished.replace(path)

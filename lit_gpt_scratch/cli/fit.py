@@ -144,12 +144,8 @@ class FitCLI(LightningCLI):
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
             trainer = Trainer(**config)
-        except (
-            MisconfigurationException,
-            ValueError,
-            TypeError,
-            ImportError,
-        ) as error:  # no GPU, say
+        # No GPU, an unknown strategy, a library that an accelerator needs.
+        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
@@ -199,13 +195,12 @@ class FitCLI(LightningCLI):
                 folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
             self._settle_in(folder, first_step)
         try:
-            writes = folder and self.trainer.is_global_zero and not leaves_nothing
-            with user_errors(), folder.owned() if folder and writes else nullcontext():
+            with user_errors(), folder.owned() if folder and self.trainer.is_global_zero else nullcontext():
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
             if self.trainer.global_step == 0:
                 raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
-        except BaseException:  # other ranks may wait for this one: its disk is full, say
+        except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
             if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
                 self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
             raise

@@ -34,7 +34,7 @@ class WindowOrder(DistributedSampler[int]):
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(range(n_windows), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]
+        super().__init__(range(n_windows), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]  # a length will do
         self.n_windows = n_windows
         self.batch_size = batch_size
         self.world_size = world_size
@@ -69,7 +69,7 @@ class EveryWindow(DistributedSampler[int]):
     """
 
     def __init__(self, n_windows: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        super().__init__(range(n_windows), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        super().__init__(range(n_windows), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]  # a length will do
         self.n_windows = n_windows
         self.per_rank = -(-n_windows // (batch_size * world_size)) * batch_size
         self.world_size = world_size
