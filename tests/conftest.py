@@ -1,5 +1,6 @@
 """Small real-looking data and small models, so that a test takes seconds and needs no network."""
 
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,12 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test() -> None:
+    """``seed_everything`` leaves its seed in the environment, and the order of windows follows it."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(autouse=True)
