@@ -1,0 +1,36 @@
+"""Worker processes neither end a run before its step is done, nor keep it from ending."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+LOADER = """
+import os, signal, sys
+from torch.utils.data import DataLoader
+from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
+batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_stopping_to_the_trainer))
+next(batches), next(batches)  # both workers are at work
+"""
+
+
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", LOADER + code], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("raise KeyError", 1), ("", 0)])
+def test_workers_end_with_the_program(end: str, code: int) -> None:
+    """Even if something still holds their loader, and nobody closed it."""
+    done = run(end)
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) == (code == 1)
+    assert "worker" not in done.stderr.replace("leave_stopping_to_the_trainer", "")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_workers_outlive_what_asks_the_run_to_stop(signum: signal.Signals) -> None:
+    asked = f"[os.kill(worker.pid, {signum.value}) for worker in batches._workers]; print(sum(map(len, batches)))"
+    assert run(asked).stdout.split() == ["98"]
