@@ -55,6 +55,7 @@ class Checkpoints(InRunFolder, Checkpoint):
         self._validation_due = False
         self._saved: int | None = None
         self._saved_at = 0.0
+        self._stop_asked = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the trainer begin a run of which only the last validation is missing; it would do nothing."""
@@ -78,8 +79,11 @@ class Checkpoints(InRunFolder, Checkpoint):
         self._agreement = Agreement()
         self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
         self._saved_at = time.monotonic()
-        if self.folder and trainer.is_global_zero:
-            self.folder.remove_unfinished()
+        if self.folder:
+            kept = {name: loss for name, loss in self.best.items() if (self.folder.checkpoints / name).is_file()}
+            self.best = trainer.strategy.broadcast(kept)  # a checkpoint from elsewhere speaks of files that are there
+            if trainer.is_global_zero:
+                self.folder.remove_unfinished()
         if self._validation_due:
             self._validate(trainer)
 
@@ -108,9 +112,11 @@ class Checkpoints(InRunFolder, Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let no timer stop the run amid a step; it will ask again."""
-        if trainer.should_stop and trainer.fit_loop._should_accumulate():
-            trainer.should_stop = False
+        """Let nothing stop the run amid a step: not a timer, and not a validation that comes there."""
+        if trainer.fit_loop._should_accumulate():
+            self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
+        elif self._stop_asked:
+            trainer.should_stop = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save all that was trained: a validation can be long, and can fail."""
@@ -128,6 +134,8 @@ class Checkpoints(InRunFolder, Checkpoint):
             self._save_best(trainer, self.folder, loss.item())
         if _between_steps(trainer):
             self.save_last(trainer)
+        else:
+            self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save what no earlier moment was right for."""

@@ -214,6 +214,42 @@ def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
+SAVE_TWICE = """
+import subprocess, sys, torch
+from pathlib import Path
+from lit_gpt_scratch.checkpoint.sealed import refuse_altered, save
+from lit_gpt_scratch.errors import UserError
+folder = Path(sys.argv[1])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
+save({"step": 1, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
+try:
+    save({"step": 2, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
+except UserError as error:
+    print(error)
+refuse_altered(folder / "last.ckpt")
+print(torch.load(folder / "last.ckpt")["step"], *(file.name for file in folder.iterdir()))
+"""
+
+
+def may_mount() -> bool:
+    """Whether this machine lets a process mount a file system of its own."""
+    try:
+        tried = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+        return subprocess.run(tried, capture_output=True, timeout=10).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not may_mount(), reason="mounts a small file system")
+def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
+    """Of 2 MB: a checkpoint of 1.2 MB fits, and no second one beside it."""
+    mounted = ["unshare", "-rm", sys.executable, "-c", SAVE_TWICE, str(tmp_path)]
+    done = subprocess.run(mounted, capture_output=True, text=True, timeout=60)
+    refused, left = done.stdout.splitlines()
+    assert refused.startswith(f"cannot save {tmp_path / 'last.ckpt'}: No space left on device"), done.stderr
+    assert left == "1 last.ckpt"
+
+
 def test_nothing_is_written_to_the_folder_for_temporary_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may lie on another file system, from which a rename would copy."""
     monkeypatch.setenv("TMPDIR", str(path.parent / "no such folder"))
