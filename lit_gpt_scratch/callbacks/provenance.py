@@ -14,22 +14,31 @@ from lit_gpt_scratch.data import PackedText
 class Provenance(InRunFolder):
     """Add this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
 
+    What could change a result is in each checkpoint, too.
+
     Args:
         changed: What a resumed run changed: the value before and now, by name.
     """
 
     def __init__(self, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         self.changed = changed or {}
+        self.origin: dict[str, Any] = {}
+        """Code, versions, hardware, seed and data of this session."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it when nothing can be refused any more."""
-        if not (self.folder and trainer.is_global_zero):
-            return
-        session = {"from_step": trainer.global_step, **surroundings(), "changed": self.changed}
-        session["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
-        session["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.origin = surroundings()
+        session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
+        self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
+        self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(data, PackedText):
-            session["data"] = data.store.fingerprint
-        sessions = [*self.folder.sessions(), session]
-        self.folder.write("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
+            self.origin["data"] = data.store.fingerprint
+        if self.folder and trainer.is_global_zero:
+            session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
+            sessions = [*self.folder.sessions(), session]
+            self.folder.write("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on from the checkpoint alone compares itself with."""
+        return self.origin

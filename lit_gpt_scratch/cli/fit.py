@@ -1,9 +1,7 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
-import logging
 import signal
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
@@ -30,7 +28,7 @@ from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
-from lit_gpt_scratch.cli.messages import user_errors
+from lit_gpt_scratch.cli.messages import quieten, user_errors
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
@@ -213,7 +211,7 @@ class FitCLI(LightningCLI):
     def _compare(self, resumed: Resumed) -> None:
         """Say, or refuse, what is not as it was."""
         before = self.config_before or self.config
-        here: dict[str, Any] = {"processes": self.trainer.world_size}
+        here: dict[str, Any] = {"processes": self.trainer.world_size, "seed": self.config.seed_everything}
         if isinstance(self.datamodule, PackedText):
             here["data"] = self.datamodule.store.fingerprint
         resumed.compare(plain(self.parser, before), plain(self.parser, self.config), here, self.config.force)
@@ -238,18 +236,8 @@ class FitCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
-    _quieten()
+    quieten()
     with ending_at_once():
         cli = FitCLI(args)
         use_allowed_cores(processes=cli.trainer.num_devices)
         cli.fit()
-
-
-def _quieten() -> None:
-    """Keep the console to what a user can act on."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # A memory map needs no loader processes.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning 2.6 under torch 2.13.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")

@@ -1,6 +1,8 @@
-"""What libraries raise for a user's mistake, as one line that names the flag."""
+"""What a user reads of what libraries say: a mistake as one line that names the flag, and no more than helps."""
 
+import logging
 import re
+import warnings
 from argparse import ArgumentError
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +10,16 @@ from contextlib import contextmanager
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lit_gpt_scratch.errors import UserError
+
+
+def quieten() -> None:
+    """Keep the console to what a user can act on."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # A memory map needs no loader processes.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 under torch 2.13.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 @contextmanager

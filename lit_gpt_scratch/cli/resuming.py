@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from lightning.pytorch import Trainer
 
+from lit_gpt_scratch.callbacks.provenance import Provenance
 from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
@@ -42,10 +43,12 @@ class Resumed:
     Attributes:
         checkpoint: The file.
         changed: By flat name, the value before and now of what is not as it was.
+        origin: Code, versions, hardware, seed and data, as the checkpoint has them.
     """
 
     checkpoint: Path
     changed: Changes = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "Resumed | None":
@@ -72,6 +75,7 @@ class Resumed:
         checkpoint = load_checkpoint(self.checkpoint)
         if "loops" not in checkpoint:
             raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
+        self.origin = next(iter(_states(checkpoint, Provenance.__qualname__)), {})
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         settle(loop)
@@ -98,7 +102,7 @@ class Resumed:
         Args:
             config_before: All flags of the run so far.
             config: All flags now.
-            here: The number of processes, and the data's fingerprint, now.
+            here: The number of processes, the seed, and the data's fingerprint, now.
             force: Go on all the same.
 
         Raises:
@@ -110,20 +114,21 @@ class Resumed:
         matters = [
             n for n in self.changed if re.fullmatch(SAME_RUN, n) and not re.fullmatch(f"{FREE}|{ANOTHER_MODEL}", n)
         ]
-        if sessions:
-            before, now = sessions[-1], surroundings()
+        before = dict(sessions[-1] if sessions else self.origin)
+        if before:
+            now = surroundings()
             for part in ("versions", "hardware", "code"):
                 known = {name: now[part].get(name) for name in before.get(part, {}) if name in now[part]}
                 old = {name: before[part][name] for name in known}
                 self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
             before |= {"processes": before.get("hardware", {}).get("processes")}
             another_model = any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed)
-            for name in ("processes", *(() if another_model else ("data",))):
+            for name in ("processes", *(() if self.folder else ("seed",)), *(() if another_model else ("data",))):
                 if before.get(name) not in (None, here.get(name)):
                     self.changed[name] = (before[name], here.get(name))
                     matters.append(name)
-        elif self.folder is None:
-            log.warning("%s lies in no run folder: its flags and its text cannot be compared", self.checkpoint)
+        if self.folder is None:
+            log.warning("%s lies in no run folder: its flags are not known", self.checkpoint)
         if OPTIMIZER in self.changed:
             raise UserError(
                 f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"

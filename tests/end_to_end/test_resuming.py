@@ -1,6 +1,7 @@
 """A run says where it comes from, and what is not as it was when it goes on."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,3 +123,34 @@ def test_time_that_is_up_amid_a_step_ends_after_it(command: Command, small: list
     saved = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
     batches = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     assert batches["current"]["completed"] % 7 == 0 or batches["is_last_batch"]
+
+
+def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Command, small: list[str]) -> None:
+    """It comes after 10 batches, two of a step's four."""
+    flags = ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=5", "--trainer.max_steps=50"]
+    stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stop += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100"]
+    assert command("fit", *small, *flags, *stop).code == 0
+    saved = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 3
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 12
+
+
+@pytest.mark.parametrize("change", ["--seed_everything=7", "--data.validation_share=0.3"])
+def test_a_checkpoint_alone_knows_its_seed_and_its_text(
+    command: Command, small: list[str], tmp_path: Path, change: str
+) -> None:
+    assert command("fit", *small).code == 0
+    alone = tmp_path / "alone.ckpt"
+    shutil.copy(RUN / "checkpoints/last.ckpt", alone)
+    shutil.rmtree(RUN)
+    again = [*small, f"--ckpt_path={alone}", "--trainer.max_steps=18", "--checkpoint.keep_best=3"]
+    refused = command("fit", *again, change)
+    assert refused.code == 2
+    assert ("with seed 0, now 7" if "seed" in change else "with data ") in refused.err
+    done = command("fit", *again)
+    assert done.code == 0, done.err
+    assert "lies in no run folder" in done.err
+    best = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Checkpoints"]["best"]
+    assert best
+    assert all((RUN / "checkpoints" / name).is_file() for name in best)
