@@ -90,13 +90,17 @@ class RunFolder:
         Raises:
             UserError: One does already.
         """
+        lock = FileLock(self.path / ".lock")
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                yield
+            lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(f"{self.path} is in use: another process trains in it") from error
-        except PermissionError as error:
+        except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def write(self, name: str, text: str) -> None:
         """Put a text file into the folder; a kill leaves the one that was there before.
@@ -115,7 +119,10 @@ class RunFolder:
         """What ``provenance.json`` says of each process that trained in the folder, the first one first."""
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
+        except FileNotFoundError:
+            return []
         except (OSError, ValueError, KeyError):
+            log.warning("%s cannot be read; what it said of earlier sessions is lost", self.path / "provenance.json")
             return []
         return found
 
@@ -125,10 +132,14 @@ class RunFolder:
             for path in folder.glob(f".*{UNFINISHED}"):
                 path.unlink(missing_ok=True)
 
+    def newest_save(self) -> float:
+        """When the newest checkpoint was written, in seconds since 1970, whether it is whole or not; 0 for never."""
+        return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
+
     @classmethod
     def any_checkpoint(cls, runs: Path, experiment: str) -> bool:
         """Whether any run of an experiment has a checkpoint, whole or not."""
-        return any(True for run in _runs(runs / experiment) for _ in run.checkpoints.glob("*.ckpt"))
+        return any(run.newest_save() for run in _runs(runs / experiment))
 
     @classmethod
     def of(cls, checkpoint: Path) -> "RunFolder | None":
@@ -161,13 +172,17 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         experiments = []
     newest = [
         max(saved, key=lambda run: run.version)
-        for saved in ([run for run in _runs(path) if run.last.is_file()] for path in experiments)
+        for saved in ([run for run in _runs(path) if run.newest_save()] for path in experiments)
         if saved
     ]
     if not newest:
         where = runs / experiment if experiment else runs
         raise UserError(f"no run with a checkpoint in {where}; train one with: python -m lit_gpt_scratch.fit")
-    return _newest_whole(max(newest, key=lambda run: run.last.stat().st_mtime).path)
+    chosen = max(newest, key=RunFolder.newest_save)
+    for run in _runs(chosen.path.parent):
+        if run.version > chosen.version:
+            log.warning("%s has no checkpoint; taking %s", run.path, chosen.path)
+    return _newest_whole(chosen.path)
 
 
 def _newest_whole(folder: Path) -> Path:

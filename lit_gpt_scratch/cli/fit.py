@@ -3,7 +3,7 @@
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -179,25 +179,29 @@ class FitCLI(LightningCLI):
                 nothing to do; a folder that was claimed for this run is removed.
             SystemExit: A signal came.
         """
-        with user_errors():
-            first_step = self.resumed.steps_done(self.trainer) if self.resumed else 0
-            # Before there is a folder, so that unusable data leaves none behind.
-            self.datamodule.prepare_data()
-            self.datamodule.setup("fit")
-            if self.resumed:
-                self._compare(self.resumed)
-            leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
-            folder = self.resumed.folder if self.resumed and not leaves_nothing else None
-            claimed = None
-            if folder is None and self.trainer.is_global_zero and not leaves_nothing:
-                folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
-            self._settle_in(folder, first_step)
+        leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
+        folder = self.resumed.folder if self.resumed and not leaves_nothing else None
+        claimed = None
         try:
-            with user_errors(), folder.owned() if folder and self.trainer.is_global_zero else nullcontext():
+            with user_errors(), ExitStack() as ownership:
+                if folder and self.trainer.is_global_zero:  # before its checkpoint is read: its owner may write a newer
+                    ownership.enter_context(folder.owned())
+                first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
+                # Before there is a folder, so that unusable data leaves none behind.
+                self.datamodule.prepare_data()
+                self.datamodule.setup("fit")
+                if self.resumed:
+                    self._compare(self.resumed)
+                if folder is None and self.trainer.is_global_zero and not leaves_nothing:
+                    folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
+                    ownership.enter_context(folder.owned())
+                self._settle_in(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
-            if self.trainer.global_step == 0:
-                raise UserError("there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs")
+                if self.trainer.global_step == 0:
+                    raise UserError(
+                        "there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs"
+                    )
         except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
             if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
                 self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -230,7 +234,7 @@ class FitCLI(LightningCLI):
                 path.parent.name,
                 path.name,
                 default_hp_metric=False,
-                purge_step=first_step or None,  # points beyond the checkpoint, from before a kill, are logged again
+                purge_step=first_step,  # points beyond the checkpoint, from before a kill, are logged again
             )
 
 

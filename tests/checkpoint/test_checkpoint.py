@@ -109,3 +109,26 @@ def test_differences_are_named() -> None:
     refuse_other_tokenizer(contents, "{}")
     with pytest.raises(UserError, match="another tokenizer"):
         refuse_other_tokenizer(contents, "{ }")
+
+
+def test_last_is_the_newest_run_that_saved_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its best model, if a kill came before its first last.ckpt; newer runs without any are named."""
+    for version, name in ((0, "last.ckpt"), (1, "step=3.ckpt")):
+        save({"version": version}, tmp_path / f"pretrain/version_{version}/checkpoints" / name)
+    (tmp_path / "pretrain/version_2").mkdir()
+    found = find_checkpoint("last", tmp_path, "pretrain")
+    assert found == tmp_path / "pretrain/version_1/checkpoints/step=3.ckpt"
+    assert f"{tmp_path}/pretrain/version_2 has no checkpoint; taking {tmp_path}/pretrain/version_1" in caplog.text
+
+
+def test_the_owner_s_own_errors_are_not_taken_for_the_lock_s(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="another file"), RunFolder(tmp_path).owned():
+        raise PermissionError("another file")
+    with RunFolder(tmp_path).owned():  # free again
+        pass
+
+
+def test_a_damaged_provenance_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "provenance.json").write_text("{")
+    assert RunFolder(tmp_path).sessions() == []
+    assert "provenance.json cannot be read" in caplog.text
