@@ -3,7 +3,7 @@
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 
 
 class ValidateAtEnd(Callback):
@@ -17,7 +17,16 @@ class ValidateAtEnd(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Recognise the last step."""
-        steps_done = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
-        last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
-        if steps_done or (last_epoch and trainer.is_last_batch):
+        if limit_reached(trainer):
             trainer.should_stop = True
+
+
+def limit_reached(trainer: L.Trainer) -> bool:
+    """Whether the steps, epochs or time of a run are over, as of the end of a batch."""
+    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    return (
+        steps or (last_epoch and trainer.is_last_batch) or any(seconds is not None and seconds <= 0 for seconds in left)
+    )

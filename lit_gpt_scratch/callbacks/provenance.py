@@ -9,6 +9,7 @@ import lightning as L
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.checkpoint.provenance import surroundings
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.errors import UserError
 
 
 class Provenance(InRunFolder):
@@ -24,6 +25,17 @@ class Provenance(InRunFolder):
         self.changed = changed or {}
         self.origin: dict[str, Any] = {}
         """Code, versions, hardware, seed and data of this session."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make sure that all ranks go on from one checkpoint: each has looked for it.
+
+        Raises:
+            UserError: Another run was saved meanwhile.
+        """
+        super().setup(trainer, pl_module, stage)
+        first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
+        if first != own:
+            raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it when nothing can be refused any more."""

@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks.ending import limit_reached
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.checkpoint.progress import epochs_done
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -56,6 +57,7 @@ class Checkpoints(InRunFolder, Checkpoint):
         self._saved: int | None = None
         self._saved_at = 0.0
         self._stop_asked = False
+        self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Let the trainer begin a run of which only the last validation is missing; it would do nothing."""
@@ -99,6 +101,7 @@ class Checkpoints(InRunFolder, Checkpoint):
         trainer.training = True
         trainer.should_stop = trainer.should_stop or self._stops
         loop.epoch_progress.current.completed += epoch_over
+        self._validation_due = False  # also where there is no validation any more
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -137,19 +140,27 @@ class Checkpoints(InRunFolder, Checkpoint):
         else:
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what no earlier moment was right for."""
-        if self._saved != trainer.global_step:
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save what no earlier moment was right for, if this is the end; later others may change the weights.
+
+        An average of the weights, say, takes their place when the training ends.
+        """
+        ends = trainer.should_stop or limit_reached(trainer)
+        if ends and (self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)):
             self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write ``last.ckpt``, and the curves up to it; every rank has to ask."""
         if self.folder:
             self._saved, self._saved_at = trainer.global_step, time.monotonic()
+            self._stopped = self._stops_early(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
                     logger.experiment.flush()  # it would keep points back for minutes, and a kill would lose them
             trainer.save_checkpoint(self.folder.last)
+
+    def _stops_early(self, trainer: L.Trainer) -> bool:
+        return trainer.should_stop and not limit_reached(trainer)
 
     def _is_time(self) -> bool:
         if self.every_minutes is None:
@@ -168,8 +179,8 @@ class Checkpoints(InRunFolder, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """Which models are the best so far, and whether the validation of this step is still to be done."""
-        return {"best": dict(self.best), "validation_due": self._validation_due}
+        """The best so far, whether the validation of this step is still to be done, and if a callback ended the run."""
+        return {"best": dict(self.best), "validation_due": self._validation_due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far."""

@@ -31,7 +31,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its seal; a kill or a full disk at any moment leaves the file that was there before.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: It cannot be written, or could not be loaded again.
     """
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # in the same folder: on another disk a rename would copy
     try:
@@ -43,7 +43,11 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
             file.write(LENGTH + MARK + hashing.digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
+        _refuse_code(unfinished, path)
         unfinished.replace(path)
+    except UserError:
+        unfinished.unlink()
+        raise
     except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
         with suppress(OSError):
             unfinished.unlink()
@@ -57,6 +61,15 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _refuse_code(unfinished: Path, path: Path) -> None:
+    """Loading takes tensors and plain data alone; a callback of the user's own may have put something else in."""
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
+        raise UserError(
+            f"cannot save {path}: it would hold {', '.join(sorted(unsafe))}, and only tensors and plain data are "
+            "loaded again (look at the state_dict of your callbacks); what was saved before is as it was"
+        )
 
 
 def refuse_altered(path: Path) -> bool:

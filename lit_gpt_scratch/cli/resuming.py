@@ -24,7 +24,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 NOT_THE_RUNS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that say where and whether, not what is trained."""
-FREE: Final = r"data\.init_args\.(num_workers|cache)|model\.init_args\.compile"
+FREE: Final = r"data\.init_args\.(num_workers|cache)"
 """What may differ among model and data without a different result."""
 ANOTHER_MODEL: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
 """What no force can change: the checkpoint's own contents refuse it, by name."""
@@ -66,8 +66,12 @@ class Resumed:
         """The run folder that the checkpoint lies in."""
         return RunFolder.of(self.checkpoint)
 
-    def steps_done(self, trainer: Trainer) -> int:
+    def steps_done(self, trainer: Trainer, force: bool = False) -> int:
         """The step that the checkpoint has reached.
+
+        Args:
+            trainer: Knows how long the run is to be.
+            force: Go on though a callback ended the run.
 
         Raises:
             UserError: The file is no checkpoint, or its run is over and nothing more was asked for.
@@ -90,6 +94,8 @@ class Resumed:
             more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
         elif _seconds(trainer) <= seconds:
             more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
+        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpoints.__qualname__)):
+            more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
         if more:
             raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
         return step
@@ -114,7 +120,7 @@ class Resumed:
         matters = [
             n for n in self.changed if re.fullmatch(SAME_RUN, n) and not re.fullmatch(f"{FREE}|{ANOTHER_MODEL}", n)
         ]
-        before = dict(sessions[-1] if sessions else self.origin)
+        before = dict(self.origin or (sessions[-1] if sessions else {}))
         if before:
             now = surroundings()
             for part in ("versions", "hardware", "code"):
@@ -123,7 +129,8 @@ class Resumed:
                 self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
             before |= {"processes": before.get("hardware", {}).get("processes")}
             another_model = any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed)
-            for name in ("processes", *(() if self.folder else ("seed",)), *(() if another_model else ("data",))):
+            seed_said = "seed_everything" in self.changed
+            for name in ("processes", *(() if seed_said else ("seed",)), *(() if another_model else ("data",))):
                 if before.get(name) not in (None, here.get(name)):
                     self.changed[name] = (before[name], here.get(name))
                     matters.append(name)

@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.provenance import differences, flat
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.cli.resuming import Resumed
+from lit_gpt_scratch.errors import UserError
 from tests.end_to_end.conftest import Command
 
 RUN = Path("runs/pretrain/version_0")
@@ -101,8 +106,9 @@ def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list
 def test_another_number_of_processes_is_refused(command: Command, small: list[str]) -> None:
     """Their batches are other ones: some windows would be skipped or repeated."""
     assert command("fit", *small).code == 0
-    said = (RUN / "provenance.json").read_text().replace('"processes": 1', '"processes": 2')
-    (RUN / "provenance.json").write_text(said)
+    saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    saved["callbacks"]["Provenance"]["hardware"]["processes"] = 2
+    save(saved, RUN / "checkpoints/last.ckpt")
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
     assert refused.code == 2
     assert "processes 2, now 1" in refused.err
@@ -125,6 +131,45 @@ def test_time_that_is_up_amid_a_step_ends_after_it(command: Command, small: list
     assert batches["current"]["completed"] % 7 == 0 or batches["is_last_batch"]
 
 
+def test_a_run_that_stopped_early_is_over(command: Command, small: list[str]) -> None:
+    """The third validation is not better than the first by 100."""
+    stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stop += ["--trainer.callbacks.patience=2", "--trainer.callbacks.min_delta=100", "--trainer.max_steps=50"]
+    again = [*small, *stop, "--ckpt_path=auto"]
+    assert command("fit", *again).code == 0
+    assert load_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] == 24
+    over = command("fit", *again)
+    assert over.code == 2
+    assert "ended early, at step 24" in over.err
+    assert command("fit", *again, "--force").code == 0
+    assert load_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] > 24
+
+
+def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
+    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert command("fit", *small).code == 0
+    read = Resumed.steps_done
+
+    def steps_done(*args: object) -> int:
+        with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).owned():
+            pass
+        return read(*args)  # type: ignore[arg-type]  # passed on as they are
+
+    monkeypatch.setattr(Resumed, "steps_done", steps_done)
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
+
+
+def test_a_failed_validation_is_not_asked_for_where_there_is_none(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+    last = RUN / "checkpoints/last.ckpt"
+    saved = load_checkpoint(last)
+    saved["callbacks"]["Checkpoints"]["validation_due"] = True
+    save(saved, last)
+    assert command("fit", "--ckpt_path=last", "--trainer.limit_val_batches=0", "--trainer.max_steps=16").code == 0
+    assert not load_checkpoint(last)["callbacks"]["Checkpoints"]["validation_due"]
+
+
 def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Command, small: list[str]) -> None:
     """It comes after 10 batches, two of a step's four."""
     flags = ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=5", "--trainer.max_steps=50"]
@@ -134,6 +179,31 @@ def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Comman
     saved = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 3
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 12
+
+
+def test_a_copy_of_the_checkpoints_alone_is_compared(command: Command, small: list[str], tmp_path: Path) -> None:
+    """Whatever the name of the folder that they are copied to."""
+    assert command("fit", *small).code == 0
+    shutil.copytree(RUN / "checkpoints", tmp_path / "backup/version_7/checkpoints")
+    more = [f"--ckpt_path={tmp_path}/backup/version_7", "--trainer.max_steps=14", "--seed_everything=7"]
+    refused = command("fit", *small, *more)
+    assert refused.code == 2
+    assert "with seed 0, now 7" in refused.err
+
+
+def test_what_could_not_be_loaded_is_not_saved(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import lightning, numpy\n"
+        "class Mine(lightning.Callback):\n"
+        "    def state_dict(self): return {'x': numpy.float64(1)}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    done = command("fit", *small, "--trainer.callbacks=mine.Mine")
+    assert done.code == 2
+    assert "last.ckpt: it would hold numpy." in done.err
+    assert not list(RUN.glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize("change", ["--seed_everything=7", "--data.validation_share=0.3"])
