@@ -38,4 +38,6 @@ class Samples(Callback):
             if isinstance(logger, TensorBoardLogger):
                 # Markdown: four spaces keep text as it is.
                 block = "\n".join("    " + line for line in self.latest.splitlines())
-                logger.experiment.add_text("sample", block, trainer.global_step)
+                logger.experiment.add_text(
+                    "sample", block, trainer.global_step - 1
+                )  # as of the last step, like metrics

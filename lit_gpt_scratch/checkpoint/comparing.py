@@ -1,13 +1,14 @@
 """Whether two runs are one: checkpoints bit by bit, curves point by point."""
 
-import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.checkpoint.progress import settle
 
@@ -54,23 +55,18 @@ def _settled(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return {**checkpoint, "loops": loops}
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """The scalars of a run as TensorBoard shows them, clocks left out: (step, value) by tag."""
-    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # it tells of every resumed session
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+def curves(run: Path) -> dict[str, list[tuple[int, str]]]:
+    """Scalars and texts of a run as TensorBoard shows them, clocks left out: (step, value) by tag."""
+    events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
+        tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
+        for tag in events.Tags()["tensors"]
         if tag not in CLOCKS
     }
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """By tag, how many points are in one curve only; one that was logged twice, alike, is one point."""
-    a, b = curves(one), curves(other)
-    points = {tag: len(_points(a.get(tag, [])) ^ _points(b.get(tag, []))) for tag in sorted(a.keys() | b.keys())}
-    return {f"curve {tag}": n for tag, n in points.items() if n}
-
-
-def _points(curve: list[tuple[int, float]]) -> set[tuple[int, str]]:
-    return {(step, repr(value)) for step, value in curve}  # so that a NaN equals itself
+    """By tag, in how many points two runs differ; one that is there twice counts, too."""
+    a, b = ({tag: Counter(points) for tag, points in curves(run).items()} for run in (one, other))
+    points = {tag: (a.get(tag, Counter()), b.get(tag, Counter())) for tag in sorted(a.keys() | b.keys())}
+    return {f"curve {tag}": ((x - y) + (y - x)).total() for tag, (x, y) in points.items() if x != y}

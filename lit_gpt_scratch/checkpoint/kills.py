@@ -24,6 +24,7 @@ AT_START: Final = 0.2
 GRACE: Final = 8.0
 """Seconds that the other processes of a run have to notice that one is gone."""
 POLL: Final = 0.002
+KILL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 OVER: Final = "to go on, ask for more"
 """What ``fit`` says of a run that has nothing left to do."""
 
@@ -109,6 +110,7 @@ class KillTest:
                 self._to_the_end(self._start(run))
             self.report.runs += 1
             self.report.differences.update(compare_checkpoints(self.expected, load_checkpoint(run.last)))
+            self.report.differences.update(_compare_files(whole, run))
             self.report.differences.update(compare_curves(whole.path, run.path))
         return self.report
 
@@ -152,7 +154,7 @@ class KillTest:
             self._to_the_end(process)
             return None
         begun = begun or _time_of(run.config) != before
-        os.kill(self.random.choice(processes(process.pid)), signal.SIGKILL)  # any rank, or a loader's process
+        os.kill(self.random.choice(processes(process.pid)), KILL)  # any rank, or a loader's process
         phase = _phase(run) if begun else "at the start"
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=GRACE)
@@ -161,11 +163,21 @@ class KillTest:
         return phase
 
 
+def _compare_files(whole: RunFolder, run: RunFolder) -> dict[str, int]:
+    """The best models, beside the last: bits that differ, by file and part; 1 for a file that one run lacks."""
+    names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (whole, run)]
+    found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
+    for name in (names[0] & names[1]) - {whole.last.name}:
+        one, other = (load_checkpoint(each.checkpoints / name) for each in (whole, run))
+        found |= {f"{name} {part}": bits for part, bits in compare_checkpoints(one, other).items()}
+    return found
+
+
 def _end(process: "subprocess.Popen[str]") -> None:
     """Kill all that is left of a run."""
     for pid in processes(process.pid):
         with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+            os.kill(pid, KILL)
 
 
 def _phase(run: RunFolder) -> str:

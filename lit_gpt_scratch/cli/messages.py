@@ -18,6 +18,8 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # A memory map needs no loader processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # The position is the trainer's own progress, from which the order is computed.
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # Lightning 2.6 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 

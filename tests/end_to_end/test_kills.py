@@ -12,10 +12,13 @@ CONFIGURATIONS = {
     "workers and accumulation": ["--data.num_workers=2", "--trainer.accumulate_grad_batches=4"],
     "epochs": [
         "--trainer.limit_train_batches=9", "--trainer.val_check_interval=6", "--checkpoint.every_minutes=0.002",
-        "--checkpoint.background=true", "--checkpoint.keep_best=2",
+        "--checkpoint.background=true", "--checkpoint.keep_best=2", "--trainer.callbacks=EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.min_delta=0.1",
     ],
     "two processes": ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
-    "workers, average of weights": ["--data.num_workers=2", "--trainer.callbacks=EMAWeightAveraging"],
+    "workers, average of weights, no validation": [
+        "--data.num_workers=2", "--trainer.callbacks=EMAWeightAveraging", "--trainer.limit_val_batches=0",
+    ],
 }  # fmt: skip
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
