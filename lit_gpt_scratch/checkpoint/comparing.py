@@ -1,5 +1,6 @@
 """Whether two runs are one: checkpoints bit by bit, curves point by point."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
@@ -14,6 +15,11 @@ from lit_gpt_scratch.checkpoint.progress import settle
 
 CLOCKS: Final = ("seconds", "time_elapsed", "tokens_per_second")
 """What two runs never share."""
+REPEATED: Final = r"(val|baselines)/.*|epoch|sample/.*|custom_scalars.*"
+"""Where a point may stand twice, alike: a kill can come when a validation is written and not yet known to be done.
+
+And every session lays out its charts.
+"""
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
@@ -66,7 +72,11 @@ def curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """By tag, in how many points two runs differ; one that is there twice counts, too."""
-    a, b = ({tag: Counter(points) for tag, points in curves(run).items()} for run in (one, other))
-    points = {tag: (a.get(tag, Counter()), b.get(tag, Counter())) for tag in sorted(a.keys() | b.keys())}
+    """By tag, in how many points two runs differ; what training logs may not be there twice."""
+    a, b = curves(one), curves(other)
+    points = {tag: (_points(tag, a.get(tag, [])), _points(tag, b.get(tag, []))) for tag in sorted(a.keys() | b.keys())}
     return {f"curve {tag}": ((x - y) + (y - x)).total() for tag, (x, y) in points.items() if x != y}
+
+
+def _points(tag: str, curve: list[tuple[int, str]]) -> "Counter[tuple[int, str]]":
+    return Counter(set(curve) if re.fullmatch(REPEATED, tag) else curve)
