@@ -21,6 +21,7 @@ from lit_gpt_scratch.hardware.accounting import (
 )
 from lit_gpt_scratch.hardware.defaults import default_precision, why_not_compile
 from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.training import OF_ANY_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Itera
             f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
             f"text, or raise --data.validation_share"
         )
-    if data.vocab_size < data.recipe.vocab_size and not data.recipe.tokenizer:
+    if data.vocab_size < data.recipe.vocab_size and data.recipe.tokenizer in OF_ANY_SIZE:
         yield f"the text gives only {data.vocab_size:,} tokens for the vocabulary, not {data.recipe.vocab_size:,}"
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,8 +31,10 @@ class PackedText(L.LightningDataModule):
 
     Args:
         source: ``stdlib`` (this Python's own standard library), a UTF-8 text file, or a folder of them.
-        vocab_size: Tokens of the byte-level BPE that is trained on the training documents.
-        tokenizer: A ``tokenizer.json`` to use instead of training one.
+        vocab_size: Tokens of the tokenizer that is trained on the training documents, special ones included.
+        tokenizer: The kind to train: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or ``byte``. Or one to use: a
+            ``tokenizer.json``, or a folder with one, or with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
         block_size: Tokens in a window.
         batch_size: Windows per data-parallel rank and micro-batch.
         tokens_per_step: Tokens per optimizer step over all ranks; gradients of several micro-batches are
@@ -50,7 +53,8 @@ class PackedText(L.LightningDataModule):
         self,
         source: str = STDLIB,
         vocab_size: int = 1024,
-        tokenizer: str | None = None,
+        tokenizer: str = "bpe",
+        special_tokens: Sequence[str] = (),
         block_size: int = 256,
         batch_size: int = 8,
         tokens_per_step: int | None = None,
@@ -64,6 +68,7 @@ class PackedText(L.LightningDataModule):
         if tokens_per_step is not None:
             positive["tokens_per_step"] = tokens_per_step
         needed = {**positive, "num_workers": num_workers, "validation_share": validation_share, "source": source}
+        needed |= {"tokenizer": tokenizer, "special_tokens": special_tokens}
         for name, given in needed.items():
             if given is None:  # the command line lets null pass as any type
                 raise UserError(f"data.{name} is null; leave it out for its default")
@@ -74,7 +79,7 @@ class PackedText(L.LightningDataModule):
             raise UserError(f"data.num_workers is {num_workers}; it must be 0 or more")
         if not 0.0 < validation_share < 1.0:
             raise UserError(f"data.validation_share is {validation_share}; it must lie between 0 and 1")
-        self.recipe = Recipe(source, vocab_size, tokenizer, validation_share)
+        self.recipe = Recipe(source, vocab_size, tokenizer, tuple(special_tokens), validation_share)
         self.block_size = block_size
         self.batch_size = batch_size
         self.tokens_per_step = tokens_per_step

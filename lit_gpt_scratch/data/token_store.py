@@ -19,11 +19,16 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.split import Split, split
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.training import KINDS
 
 log = logging.getLogger(__name__)
 
 FORMAT: Final = 1
 DOCUMENTS_AT_ONCE: Final = 512
+LEARN_FROM: Final = 2**28
+"""Bytes of text that a tokenizer is trained on, of a longer corpus; more changes hardly a merge."""
+FAST_FROM: Final = 2**25
+"""Bytes of text that are worth a second of looking for a faster way to encode them."""
 Side = Literal["train", "validation"]
 
 
@@ -77,14 +82,16 @@ class Recipe:
 
     Args:
         source: See ``text.sources.documents``.
-        vocab_size: Size of the tokenizer to train, where ``tokenizer`` is not given.
-        tokenizer: Path of a ``tokenizer.json`` to use instead of training one.
+        vocab_size: Size of the tokenizer to train.
+        tokenizer: Its kind, or the path of one to use instead.
+        special: Its special tokens, beside the end of text.
         validation_share: Share of the documents to hold out.
     """
 
     source: str
     vocab_size: int
-    tokenizer: str | None
+    tokenizer: str
+    special: tuple[str, ...]
     validation_share: float
 
     def prepare(self, cache: Path) -> TokenStore:
@@ -97,7 +104,7 @@ class Recipe:
             UserError: The source or the cache is unusable.
         """
         corpus = split(documents(self.source), self.validation_share)
-        given = Tokenizer.load(Path(self.tokenizer)) if self.tokenizer is not None else None
+        given = None if self.tokenizer in KINDS else Tokenizer.load(Path(self.tokenizer).expanduser())
         fingerprint = self._fingerprint(corpus, given)
         folder = cache / fingerprint[:16]
         try:
@@ -115,30 +122,39 @@ class Recipe:
             ) from error
         return _open(folder, fingerprint)
 
+    def texts(self, corpus: Split, side: Side, share: float = 1.0) -> Iterator[str]:
+        """The texts of one side; or about a share of them, whatever their order."""
+        for place, document in enumerate(documents(self.source)):
+            train, validation = corpus.parts(place, document)
+            text = train if side == "train" else validation
+            if text and (share == 1 or _place(text) < share):
+                yield text
+
     def _fingerprint(self, corpus: Split, given: Tokenizer | None) -> str:
         facts = {
             "format": FORMAT,
             "corpus": corpus.fingerprint,
             "validation_share": self.validation_share,
-            "tokenizer": given.to_json() if given else self.vocab_size,
+            "tokenizer": given.to_json() if given else [self.tokenizer, self.vocab_size, *self.special],
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def _write(self, folder: Path, fingerprint: str, corpus: Split, given: Tokenizer | None) -> None:
-        def texts(side: Side) -> Iterator[str]:
-            for place, document in enumerate(documents(self.source)):
-                train, validation = corpus.parts(place, document)
-                if text := train if side == "train" else validation:
-                    yield text
-
-        if given is None:
-            log.info("training a tokenizer of %d tokens on the training documents of %s", self.vocab_size, self.source)
-        tokenizer = given or Tokenizer.train(texts("train"), self.vocab_size)
+        tokenizer = given
+        if tokenizer is None:
+            share = learned_share(corpus)
+            some = "the" if share == 1 else f"{share:.1%} of the"
+            log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.source)
+            sample = self.texts(corpus, "train", share)
+            tokenizer = Tokenizer.train(sample, self.vocab_size, self.tokenizer, self.special)
+        if tokenizer.loss:
+            log.warning("the tokenizer loses something: %s", tokenizer.loss)
         log.info("encoding %s", self.source)
         tokenizer.save(folder / "tokenizer.json")
+        fast = corpus.n_bytes >= FAST_FROM
         sides: tuple[Side, ...] = ("train", "validation")
         streams: dict[str, dict[str, Any]] = {
-            side: asdict(_encode(texts(side), tokenizer, folder / f"{side}.bin")) for side in sides
+            side: asdict(_encode(self.texts(corpus, side), tokenizer, folder / f"{side}.bin", fast)) for side in sides
         }
         for stream in streams.values():
             stream["path"] = Path(stream["path"]).name
@@ -149,18 +165,28 @@ class Recipe:
                 os.fsync(handle.fileno())
 
 
-def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path) -> Stream:
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) -> Stream:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     n_tokens = n_bytes = n_documents = 0
     iterator = iter(texts)
     with path.open("wb") as file:
         while chunk := list(islice(iterator, DOCUMENTS_AT_ONCE)):
-            for text, ids in zip(chunk, tokenizer.encode_many(chunk), strict=True):
-                np.asarray([tokenizer.end_of_text, *ids], dtype=dtype).tofile(file)
+            for text, ids in zip(chunk, tokenizer.encode_many(chunk, fast), strict=True):
+                np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
                 n_tokens += 1 + len(ids)
                 n_bytes += len(text.encode())
                 n_documents += 1
     return Stream(str(path), dtype.str, n_tokens, n_bytes, n_documents)
+
+
+def learned_share(corpus: Split) -> float:
+    """The share of a corpus that a tokenizer learns from."""
+    return min(1.0, LEARN_FROM / max(corpus.n_bytes, 1))
+
+
+def _place(text: str) -> float:
+    """Where a text stands between 0 and 1, by a hash of it: a sample that no order of the documents changes."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
 
 
 def _open(folder: Path, fingerprint: str) -> TokenStore:

@@ -25,12 +25,14 @@ class Split:
         cut: Where the corpus cannot be divided by document (it is a single text): the share of each
             document's end that is held out instead, else None.
         fingerprint: SHA-256 over ids and contents; the corpus changed if it did.
+        n_bytes: UTF-8 bytes of all documents.
     """
 
     validation: frozenset[int]
     duplicates: frozenset[int]
     cut: float | None
     fingerprint: str
+    n_bytes: int
 
     def parts(self, place: int, document: Document) -> tuple[str, str]:
         """The training text and the validation text of one document; either may be empty."""
@@ -53,8 +55,11 @@ def split(corpus: Iterable[Document], share: float) -> Split:
     digests: list[str] = []
     signatures: list[RMinHash] = []
     fingerprint = hashlib.sha256()
+    n_bytes = 0
     for document in corpus:
-        digests.append(hashlib.sha256(document.text.encode()).hexdigest())
+        content = document.text.encode()
+        n_bytes += len(content)
+        digests.append(hashlib.sha256(content).hexdigest())
         signatures.append(_signature(document.text))
         fingerprint.update(f"{document.id}\0{digests[-1]}\n".encode())
     first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
@@ -69,6 +74,7 @@ def split(corpus: Iterable[Document], share: float) -> Split:
         duplicates=duplicates,
         cut=None if divisible else share,
         fingerprint=fingerprint.hexdigest(),
+        n_bytes=n_bytes,
     )
 
 

@@ -1,85 +1,80 @@
-"""Byte-level byte-pair encoding: train one, load one, text to ids and back."""
+"""Text to token ids and back: a tokenizer that was trained here, or anybody's file."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+import tiktoken
+from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import bulk, training
+from lit_gpt_scratch.text.training import END_OF_TEXT
 
-END_OF_TEXT: Final = "<|endoftext|>"
-"""Stands before every document: it ends the last one, and means "begin" to a model that generates."""
-LARGEST: Final = 2**24
-"""Tokens in a vocabulary: the trainer sets memory aside for as many as are asked for, and ends the process."""
+ENDS: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+"""What families of tokenizers call the token between two documents."""
+GPT2_FILES: Final = ("encoder.json", "vocab.bpe")
+FILE: Final = "tokenizer.json"
 PROBE: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
 """Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
 
 
 class Tokenizer:
-    """Text to token ids and back, without loss for any string.
+    """Text to token ids and back.
 
     A thin hand on a ``tokenizers`` file, which is also what other tools read.
 
     Args:
-        backend: A byte-level tokenizer that knows ``<|endoftext|>``.
+        backend: A tokenizer that knows a token for the end of text, by one of the names in ``ENDS``.
+
+    Attributes:
+        end_of_text: Id of the token that stands before every document.
     """
 
     def __init__(self, backend: Backend) -> None:
-        end_of_text = backend.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
+        found = [place for name in ENDS if (place := backend.token_to_id(name)) is not None]
+        if not found:
             raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
         # A document that happens to contain "<|endoftext|>" must not be able to end itself.
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
-        self.end_of_text: int = end_of_text
+        self.end_of_text: int = found[0]
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn merges from texts: every byte, ``<|endoftext|>``, then the most frequent pairs.
-
-        Raises:
-            UserError: ``vocab_size`` has no room for the 256 bytes and the end of text, or is no size at all.
-        """
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        if vocab_size > LARGEST:
-            raise UserError(f"data.vocab_size is {vocab_size}; no tokenizer has more than {LARGEST:,}")
-        if vocab_size < len(alphabet) + 1:
-            raise UserError(f"data.vocab_size is {vocab_size}; bytes and end of text alone are {len(alphabet) + 1}")
-        backend = Backend(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=sorted(alphabet),
-            show_progress=False,
-        )
-        backend.train_from_iterator(texts, trainer)
-        return cls(backend)
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
+    ) -> "Tokenizer":
+        """Learn one from texts; see ``training.train``."""
+        return cls(training.train(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a ``tokenizer.json``, and compare it with the SHA-256 that ``save`` left beside it, if there is one.
+        """Read one, and compare it with the SHA-256 that ``save`` left beside it, if there is one.
+
+        Args:
+            path: A ``tokenizer.json``; or a folder with one, or with GPT-2's ``encoder.json`` and ``vocab.bpe``.
 
         Raises:
             UserError: The file is missing, is no tokenizer, or is not what was saved.
         """
         try:
+            if path.is_dir() and not (path / FILE).exists() and (path / GPT2_FILES[0]).exists():
+                return cls(_gpt2(*(path / name for name in GPT2_FILES)))
+            path = path / FILE if path.is_dir() else path
             content = path.read_bytes()
             seal = _seal(path)
             if seal.exists() and seal.read_bytes() != _checksum(content, path):
                 raise UserError(f"it is not what was saved: {seal.name} says so; copy the two files together")
-            tokenizer = cls.from_json(content.decode())
+            return cls.from_json(content.decode())
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
-        if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-            raise UserError(f"{path} is not a usable tokenizer file (it loses text: it is not byte-level)")
-        return tokenizer
 
     def save(self, path: Path) -> None:
         """Write a ``tokenizer.json``, and beside it a checksum that ``sha256sum -c`` knows, too."""
@@ -111,10 +106,18 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_many(self, texts: Iterable[str]) -> Iterator[list[int]]:
-        """``encode`` for each text, on all cores."""
-        for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False):
-            yield encoding.ids
+    def encode_many(self, texts: Iterable[str], fast: bool = False) -> Iterator[NDArray[np.uint32]]:
+        """``encode`` for each text, (n,) uint32, on all cores.
+
+        Args:
+            texts: The texts.
+            fast: Take a second to see whether the same ids can be had several times as fast.
+        """
+        return bulk.encode(self._backend, self._proven if fast else None, texts)
+
+    @cached_property
+    def _proven(self) -> tiktoken.Encoding | None:
+        return bulk.fast(self._backend)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids; bytes that form no UTF-8 show as U+FFFD, an end of text as itself."""
@@ -129,15 +132,50 @@ class Tokenizer:
             if piece:
                 yield piece
 
+    @property
+    def loss(self) -> str:
+        """What text loses on its way to ids and back, as a sentence; empty where nothing is lost."""
+        back = self.decode(self.encode(PROBE))
+        if back == PROBE:
+            return ""
+        return f"text is not given back as it was: {PROBE!r} comes back as {back!r}"
+
+    @property
+    def unknown(self) -> int | None:
+        """The id of what the tokenizer has no token for, if there can be such a thing."""
+        name: str | None = getattr(self._backend.model, "unk_token", None)
+        return None if name is None else self._backend.token_to_id(name)
+
+    def tokens(self) -> list[str]:
+        """The text of every id, special tokens as they are; bytes that form no UTF-8 show as U+FFFD."""
+        return [self.decode([token_id]) for token_id in range(self.vocab_size)]
+
     def token_bytes(self) -> list[int]:
-        """For every id, how many bytes of text it stands for; 0 for the end of text."""
-        # In a byte-level vocabulary each character of a token is one byte.
+        """For every id, how many bytes of text it stands for; 0 for special tokens, an unknown character too."""
         sizes = [0] * self.vocab_size
+        prefix: str | None = getattr(self._backend.model, "continuing_subword_prefix", None)
+        # In a byte-level vocabulary each character of a token is one byte.
+        byte_level = "ByteLevel" in repr(self._backend.decoder)
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
-            sizes[token_id] = len(token)
+            text = token.removeprefix(prefix) if prefix else token
+            sizes[token_id] = len(text) if byte_level else len(text.replace("\u2581", " ").encode())
+            if token.startswith("<0x") and len(token) == len("<0x00>"):  # a byte that a family falls back on
+                sizes[token_id] = 1
         for token_id, added in self._backend.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if added.special else len(added.content.encode())
         return sizes
+
+
+def _gpt2(vocabulary: Path, merges: Path) -> Backend:
+    """The files as they were published with GPT-2."""
+    try:
+        backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
+    except Exception as error:  # the library raises nothing narrower than Exception
+        raise UserError(f"{vocabulary.name} and {merges.name} are not GPT-2's: {error}") from error
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([END_OF_TEXT])
+    return backend
 
 
 def _seal(path: Path) -> Path:

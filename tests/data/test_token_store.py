@@ -19,7 +19,8 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
 def recipe(source: Path | str, **changes: object) -> Recipe:
-    return Recipe(**({"source": str(source), "vocab_size": 300, "tokenizer": None, "validation_share": 0.1} | changes))
+    given = {"source": str(source), "vocab_size": 300, "tokenizer": "bpe", "special": (), "validation_share": 0.1}
+    return Recipe(**(given | changes))
 
 
 def texts_of(store: object, side: str) -> list[str]:
