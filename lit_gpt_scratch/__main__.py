@@ -2,6 +2,7 @@
 
 DOORS = {
     "fit": "train a GPT on real text",
+    "prepare": "make text into tokens ahead of a run, or compare tokenizers",
     "generate": "let a trained model write",
     "evaluate": "score a text with a trained model",
     "convert": "write a model as one file for others",

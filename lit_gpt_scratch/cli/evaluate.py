@@ -1,11 +1,14 @@
 """``evaluate``: how well a trained model predicts a text."""
 
 import json
+import logging
 from collections.abc import Sequence
 
 from lit_gpt_scratch.cli.door import Flags, find_model
 from lit_gpt_scratch.evaluation.scoring import score
 from lit_gpt_scratch.text.sources import documents
+
+log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -17,6 +20,8 @@ def main(args: Sequence[str] | None = None) -> None:
     given = flags.parse_args(args)
     texts = (document.text for document in documents(given.source))
     model, tokenizer = find_model(given)
+    if tokenizer.loss:
+        log.warning("the figures are of what the tokenizer keeps: %s", tokenizer.loss)
     figures = score(model, tokenizer, texts)
     if given.json:
         print(json.dumps(figures))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate
+from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate, prepare
 
 
 @dataclass
@@ -26,7 +26,14 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    doors = {"fit": fit, "generate": generate, "evaluate": evaluate, "convert": convert, "doctor": doctor}
+    doors = {
+        "fit": fit,
+        "generate": generate,
+        "evaluate": evaluate,
+        "convert": convert,
+        "doctor": doctor,
+        "prepare": prepare,
+    }
 
     def run(name: str, *args: str | Path) -> Outcome:
         code = 0

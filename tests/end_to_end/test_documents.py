@@ -65,9 +65,12 @@ def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cach
     if door == "fit" and not {"--print_config", "--model.help"} & set(flags):
         if "--ckpt_path" not in flags:
             corpus = [] if "--data.source" in flags else [f"--data.source={newcomers_folder / 'my_texts'}"]
-            flags += [*SHORT, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
+            short = [flag for flag in SHORT if flag.split("=")[0] not in {"--data.vocab_size"} & set(flags)]
+            flags += [*short, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
         elif {"--trainer.max_steps", "auto"} & set(flags):
             flags += ["--trainer.max_steps=14"]
+    if door == "prepare":
+        flags += [f"--data.cache={cache}", "--data.validation_share=0.3"]
     if door == "generate":
         flags += ["--max_new_tokens=3"]
     if door == "doctor":
