@@ -92,7 +92,7 @@ def main() -> None:
         for vocab_size in given.vocab_size:
             measure(given.source, vocab_size)
         return
-    print(f"{platform.machine()}, {platform.platform()}, Python {platform.python_version()}", flush=True)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}", flush=True)
     usable = sorted(os.sched_getaffinity(0))
     for cores in (1, 2):
         allowed = usable[:cores]

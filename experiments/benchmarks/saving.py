@@ -1,0 +1,34 @@
+"""What saving costs: the time of every `Trainer.save_checkpoint` in a run of `fit`, against the whole run.
+
+python experiments/benchmarks/saving.py [flags of fit]
+"""
+
+import platform
+import sys
+import tempfile
+import time
+from typing import Any
+
+import lightning as L
+
+from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli.fit import main
+
+spent: list[float] = []
+save = L.Trainer.save_checkpoint
+
+
+def timed(*args: Any, **kwargs: Any) -> None:
+    """Save, and take the time."""
+    began = time.perf_counter()
+    save(*args, **kwargs)
+    spent.append(time.perf_counter() - began)
+
+
+if __name__ == "__main__":
+    L.Trainer.save_checkpoint = timed
+    with tempfile.TemporaryDirectory() as runs:
+        began = time.perf_counter()
+        door.run(lambda: main([*sys.argv[1:], f"--runs={runs}"]))
+        whole = time.perf_counter() - began
+    print(f"{platform.machine()}: {len(spent)} saves, {sum(spent):.3f} s of {whole:.1f} s, {sum(spent) / whole:.2%}")
