@@ -22,11 +22,14 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Whether the steps, epochs or time of a run are over, as of the end of a batch."""
+    """Whether the steps or epochs of a run are over, as of the end of a batch; the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    return steps or (last_epoch and trainer.is_last_batch)
+
+
+def time_is_up(trainer: L.Trainer) -> bool:
+    """Whether the time of a run is over, by the clock of this rank: others may not have come to it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
-    return (
-        steps or (last_epoch and trainer.is_last_batch) or any(seconds is not None and seconds <= 0 for seconds in left)
-    )
+    return any(seconds is not None and seconds <= 0 for seconds in left)

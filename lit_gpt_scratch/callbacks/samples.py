@@ -36,8 +36,6 @@ class Samples(Callback):
         self.latest = data.tokenizer.decode(list(ids))
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                # Markdown: four spaces keep text as it is.
+                # Markdown: four spaces keep text as it is. The step is the last one's, as for metrics.
                 block = "\n".join("    " + line for line in self.latest.splitlines())
-                logger.experiment.add_text(
-                    "sample", block, trainer.global_step - 1
-                )  # as of the last step, like metrics
+                logger.experiment.add_text("sample", block, trainer.global_step - 1)

@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks.ending import limit_reached
+from lit_gpt_scratch.callbacks.ending import limit_reached, time_is_up
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.checkpoint.progress import epochs_done
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -145,9 +145,10 @@ class Checkpoints(InRunFolder, Checkpoint):
 
         An average of the weights, say, takes their place when the training ends.
         """
-        ends = trainer.should_stop or limit_reached(trainer)
-        if ends and (self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)):
-            self.save_last(trainer)
+        if trainer.should_stop or limit_reached(trainer):
+            news = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
+            if self._agreement.greatest(news):
+                self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
         """Write ``last.ckpt``, and the curves up to it; every rank has to ask."""
@@ -160,7 +161,8 @@ class Checkpoints(InRunFolder, Checkpoint):
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        return trainer.should_stop and not limit_reached(trainer)
+        """Whether a callback ended the run; the first rank's answer is the one that is saved."""
+        return trainer.should_stop and not limit_reached(trainer) and not time_is_up(trainer)
 
     def _is_time(self) -> bool:
         if self.every_minutes is None:

@@ -19,6 +19,6 @@ class Agreement:
         """The greatest of all ranks' values; every rank has to ask."""
         if self._group is None:
             return value
-        values = torch.tensor(value)
+        values = torch.tensor(int(value))
         dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
         return int(values.item())
