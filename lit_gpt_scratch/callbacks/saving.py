@@ -162,7 +162,8 @@ class Checkpoints(InRunFolder, Checkpoint):
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
         """Whether a callback ended the run; the first rank's answer is the one that is saved."""
-        return trainer.should_stop and not limit_reached(trainer) and not time_is_up(trainer)
+        asked = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before min_steps and min_epochs
+        return asked and not limit_reached(trainer) and not time_is_up(trainer)
 
     def _is_time(self) -> bool:
         if self.every_minutes is None:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -49,7 +50,7 @@ def _prepare(data: PackedText) -> None:
             f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes each"
         )
     print(f"tokenizer   {data.recipe.tokenizer}, {data.vocab_size:,} tokens")
-    print(f"kept in     {data.cache / store.fingerprint[:16]}")
+    print(f"kept in     {Path(store.train.path).parent}")
 
 
 def _compare(data: PackedText, kinds: list[str]) -> None:

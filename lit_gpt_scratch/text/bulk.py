@@ -49,8 +49,9 @@ def fast(backend: Backend) -> tiktoken.Encoding | None:
     if not set(bytes_of) <= vocabulary.keys() or not all(set(token) <= bytes_of.keys() for token in vocabulary):
         return None
     made = [a + b for a, b in model["merges"]]
-    rising = all(vocabulary[a] < vocabulary[b] for a, b in pairwise(made))
-    if not rising or len(made) + len(bytes_of) != len(vocabulary):
+    if not set(made) <= vocabulary.keys() or len(made) + len(bytes_of) != len(vocabulary):
+        return None
+    if not all(vocabulary[a] < vocabulary[b] for a, b in pairwise(made)):
         return None
     if any([piece.id for piece in backend.model.tokenize(token)] != [vocabulary[token]] for token in made):
         return None

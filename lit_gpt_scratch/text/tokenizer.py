@@ -1,6 +1,7 @@
 """Text to token ids and back: a tokenizer that was trained here, or anybody's file."""
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -159,7 +160,7 @@ class Tokenizer:
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
             text = token.removeprefix(prefix) if prefix else token
             sizes[token_id] = len(text) if byte_level else len(text.replace("\u2581", " ").encode())
-            if token.startswith("<0x") and len(token) == len("<0x00>"):  # a byte that a family falls back on
+            if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte that a family falls back on
                 sizes[token_id] = 1
         for token_id, added in self._backend.get_added_tokens_decoder().items():
             sizes[token_id] = 0 if added.special else len(added.content.encode())

@@ -11,10 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiktoken
 
+from lit_gpt_scratch.data import token_store
 from lit_gpt_scratch.data.token_store import Recipe
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import bulk
+from lit_gpt_scratch.text.bulk import encode
 from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.split import split
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
@@ -146,3 +151,33 @@ def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: 
             assert mine.read_bytes() == expected.read_bytes()
         assert not list(cache.glob("*.partial"))
         shutil.rmtree(cache)
+
+
+def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above a size it is encoded in another way."""
+    store = recipe(corpus).prepare(tmp_path / "a")
+    monkeypatch.setattr(token_store, "FAST_FROM", 1)
+    monkeypatch.setattr(bulk, "encode", lambda backend, proven, texts: encode(backend, checked(proven), texts))
+    again = recipe(corpus).prepare(tmp_path / "b")
+    for side in ("train", "validation"):
+        assert Path(getattr(store, side).path).read_bytes() == Path(getattr(again, side).path).read_bytes()
+
+
+def checked(proven: tiktoken.Encoding | None) -> tiktoken.Encoding:
+    assert proven is not None
+    return proven
+
+
+def test_a_tokenizer_learns_from_a_part_of_a_large_corpus(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A share of the documents that does not depend on their order, and is said."""
+    of_recipe = recipe(corpus)
+    documents_of = split(documents(str(corpus)), 0.1)
+    everything, some = (list(of_recipe.texts(documents_of, "train", share)) for share in (1.0, 0.5))
+    assert set(some) < set(everything)
+    assert 0.2 < len(some) / len(everything) < 0.8
+    monkeypatch.setattr(token_store, "LEARN_FROM", documents_of.n_bytes // 2)
+    caplog.set_level("INFO")
+    of_recipe.prepare(tmp_path)
+    assert "training a bpe tokenizer on 50.0% of the training documents" in caplog.text

@@ -145,6 +145,25 @@ def test_a_run_that_stopped_early_is_over(command: Command, small: list[str]) ->
     assert load_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] > 24
 
 
+def test_a_run_that_may_not_stop_yet_is_not_over(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early stopping asks at step 16, and has to wait for step 30; the run is ended from without at step 20."""
+    (tmp_path / "ends.py").write_text(
+        "import lightning\n"
+        "class Ends(lightning.Callback):\n"
+        "    def on_train_batch_end(self, trainer, *_):\n"
+        "        if trainer.global_step == 20: raise SystemExit(9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
+    stop += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100", "--trainer.callbacks+=ends.Ends"]
+    assert command("fit", *small, *stop, "--trainer.max_steps=50", "--trainer.min_steps=30").code == 9
+    saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    assert saved["global_step"] >= 16
+    assert not saved["callbacks"]["Checkpoints"]["stopped"]
+
+
 def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
     command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

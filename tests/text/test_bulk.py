@@ -50,6 +50,9 @@ def altered(change: str) -> Backend:
     if change == "a token that is not reached":
         model["vocab"] |= {"zq": 290, "qj": 291, "zqj": 292}
         model["merges"] += [["z", "q"], ["q", "j"], ["z", "qj"]]
+    if change == "a special token that merges make":
+        made = "".join(model["merges"][0])
+        about["added_tokens"].append({**about["added_tokens"][0], "id": model["vocab"][made], "content": made})
     if change == "normaliser":
         about["normalizer"] = {"type": "NFKC"}
     if change == "other words":
@@ -68,7 +71,7 @@ def test_unaltered_is_proven() -> None:
 @pytest.mark.parametrize(
     "change",
     ["merges in another order", "a token that no merge makes", "a token that is not reached", "normaliser",
-     "other words", "a word added", "special tokens that texts can hold"],
+     "a special token that merges make", "other words", "a word added", "special tokens that texts can hold"],
 )  # fmt: skip
 def test_what_could_differ_is_left_to_the_library(change: str) -> None:
     backend = altered(change)
