@@ -65,5 +65,5 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
         if self._error is None:
             try:
                 getattr(self.checkpoint_io, method)(*args)
-            except BaseException as error:  # for the training's thread to raise
+            except Exception as error:  # whatever a save can fail with is for the training's thread to raise
                 self._error = error

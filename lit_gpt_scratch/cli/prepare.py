@@ -1,6 +1,5 @@
 """``prepare``: text into tokens ahead of a run."""
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +13,6 @@ from lit_gpt_scratch.text.comparing import compare
 from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.split import split
 from lit_gpt_scratch.text.training import KINDS
-
-log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> None:
