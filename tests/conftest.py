@@ -1,6 +1,9 @@
 """Small real-looking data and small models, so that a test takes seconds and needs no network."""
 
 import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a library that reads it: no test asks a server
+
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -4,7 +4,7 @@
 
 All in one run on the same documents and the same merges, on one core and on two (as many as a process may use, by its
 affinity, so that no library starts more threads); the ways take turns, the median of the rounds counts. The ids are
-compared, all of them. `datasets.map` is left out where `datasets` is not installed.
+compared, all of them.
 """
 
 import argparse
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import numpy as np
 
@@ -40,8 +39,7 @@ def measure(source: str, vocab_size: int) -> None:
         "ours": lambda: list(bulk.encode(backend, proven, texts)),
         "encode_batch_fast": lambda: list(bulk.encode(backend, None, texts)),
     }
-    if find_spec("datasets"):
-        ways["datasets.map"] = lambda: by_datasets(backend, texts)
+    ways["datasets.map"] = lambda: by_datasets(backend, texts)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     ids: dict[str, list[np.ndarray]] = {}
     for _ in range(ROUNDS):

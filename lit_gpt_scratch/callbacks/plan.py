@@ -21,7 +21,6 @@ from lit_gpt_scratch.hardware.accounting import (
 )
 from lit_gpt_scratch.hardware.defaults import default_precision, why_not_compile
 from lit_gpt_scratch.tasks import LanguageModel
-from lit_gpt_scratch.text.training import OF_ANY_SIZE
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +111,7 @@ class Plan(InRunFolder):
             for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
         ]
         each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
-        yield "data", f"{data.recipe.source}: {', '.join(sides)}; {each:.2f} bytes a token"
+        yield "data", f"{data.recipe.selection.name}: {', '.join(sides)}; {each:.2f} bytes a token"
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"
@@ -185,8 +184,6 @@ def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Itera
             f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
             f"text, or raise --data.validation_share"
         )
-    if data.vocab_size < data.recipe.vocab_size and data.recipe.tokenizer in OF_ANY_SIZE:
-        yield f"the text gives only {data.vocab_size:,} tokens for the vocabulary, not {data.recipe.vocab_size:,}"
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         return

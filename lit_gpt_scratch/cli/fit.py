@@ -38,6 +38,8 @@ from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
 """Length of a run for which no steps, epochs or time were asked."""
+CLEANING = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
+"""The data's own default, in the form of a config: an instance could not be written into one."""
 
 
 class FitCLI(LightningCLI):
@@ -46,6 +48,11 @@ class FitCLI(LightningCLI):
     Raises:
         UserError: Whatever is wrong with flags, configs or files; nothing is left behind then.
     """
+
+    description = (
+        f"Train a GPT on real text, {MAX_STEPS} steps unless you set steps, epochs or time. "
+        "All flags of the model and the data: --model.help LanguageModel, --data.help PackedText."
+    )
 
     def __init__(self, args: ArgsType = None) -> None:
         with user_errors():
@@ -68,8 +75,7 @@ class FitCLI(LightningCLI):
                 parser_kwargs={
                     "allow_abbrev": False,
                     "exit_on_error": False,
-                    "description": f"Train a GPT on real text, {MAX_STEPS} steps unless you set steps, epochs or time. "
-                    "All flags of the model and the data: --model.help LanguageModel, --data.help PackedText.",
+                    "description": self.description,
                 },
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
@@ -102,7 +108,7 @@ class FitCLI(LightningCLI):
         parser.set_defaults(
             {
                 "model": {"class_path": "lit_gpt_scratch.tasks.LanguageModel"},
-                "data": {"class_path": "lit_gpt_scratch.data.PackedText"},
+                "data": {"class_path": "lit_gpt_scratch.data.PackedText", "init_args": {"cleaning": CLEANING}},
             }
         )
 

@@ -63,7 +63,8 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 def _keys(chain: list[BaseException]) -> list[str]:
     """``model``, ``optimizer``, ``lr``: each level of the parser names its own part of the flag."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
-    return [match[1] for match in found if match]
+    keys = [match[1] for match in found if match]
+    return [key for place, key in enumerate(keys) if key not in keys[:place]]  # a class in a list repeats them
 
 
 def _flag(chain: list[BaseException]) -> str:

@@ -24,7 +24,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 NOT_THE_RUNS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that say where and whether, not what is trained."""
-FREE: Final = r"data\.init_args\.(num_workers|cache)"
+FREE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
 """What may differ among model and data without a different result."""
 ANOTHER_MODEL: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
 """What no force can change: the checkpoint's own contents refuse it, by name."""

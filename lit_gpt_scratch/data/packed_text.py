@@ -13,11 +13,19 @@ from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch import Batch
 from lit_gpt_scratch.data.packing import Windows
+from lit_gpt_scratch.data.recipe import Recipe
 from lit_gpt_scratch.data.sampler import EveryWindow, WindowOrder
-from lit_gpt_scratch.data.token_store import Recipe, TokenStore
+from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.sources import STDLIB
+from lit_gpt_scratch.text.cleaning import Step
+from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.duplicates import ExactDuplicates
+from lit_gpt_scratch.text.leakage import Leakage as Leakage  # a config may name it
+from lit_gpt_scratch.text.quality import C4 as C4
+from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
+from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
+from lit_gpt_scratch.text.sources import STDLIB, Source
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -30,19 +38,32 @@ class PackedText(L.LightningDataModule):
     """Documents, split, tokenised and packed into windows.
 
     Args:
-        source: ``stdlib`` (this Python's own standard library), a UTF-8 text file, or a folder of them.
-        vocab_size: Tokens of the tokenizer that is trained on the training documents, special ones included.
-        tokenizer: The kind to train: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or ``byte``. Or one to use: a
-            ``tokenizer.json``, or a folder with one, or with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        source: ``stdlib`` (this Python's own standard library); a text file, a folder, or a pattern with ``*``; JSONL,
+            CSV, TSV, Parquet or Arrow, compressed or not; ``owner/name`` of a dataset of the Hub. Or several of these,
+            each with a weight: so much of each is taken that their bytes are as the weights.
+        text_column: The column with the text, where there are columns.
+        config: The configuration of a dataset of the Hub.
+        split: The split of a dataset of the Hub.
+        streaming: Read a dataset of the Hub as it comes, without keeping a copy.
+        max_bytes: Bytes of text to read at most, of each source.
+        cleaning: Steps from documents to fewer or cleaner ones, in their order; by default exact duplicates are
+            dropped. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.leakage``.
+        processes: To clean a large corpus in; by default as many as there are cores. They change no byte.
+        validation_share: Share of the documents that is held out; of a single document, the share of its end.
+        tokenizer: The kind to train on the training documents: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
+            ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with GPT-2's ``encoder.json`` and
+            ``vocab.bpe``.
+        vocab_size: Tokens of the tokenizer that is trained, special ones included; by default 1,024, or as many as
+            the text gives.
         special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
+        store: Folder for the tokens of this text alone, with the text as it was cleaned, and its audit.
+        cache: Folder for all others, and their texts; by default one in the user's cache folder.
         block_size: Tokens in a window.
         batch_size: Windows per data-parallel rank and micro-batch.
         tokens_per_step: Tokens per optimizer step over all ranks; gradients of several micro-batches are
             accumulated to reach it. By default a step is one micro-batch.
-        validation_share: Share of the documents that is held out; of a single document, the share of its end.
         num_workers: Processes that load batches beside the training; 0 loads in the training process,
             which for memory-mapped tokens costs next to nothing.
-        cache: Folder for prepared tokens; by default one in the user's cache folder.
         seed: Seed of the order of windows; by default that of ``seed_everything``.
 
     Raises:
@@ -51,40 +72,63 @@ class PackedText(L.LightningDataModule):
 
     def __init__(
         self,
-        source: str = STDLIB,
-        vocab_size: int = 1024,
+        source: str | dict[str, float] = STDLIB,
+        text_column: str = "text",
+        config: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+        max_bytes: int | None = None,
+        cleaning: Sequence[Step] = (ExactDuplicates(),),
+        processes: int | None = None,
+        validation_share: float = 0.05,
         tokenizer: str = "bpe",
+        vocab_size: int | None = None,
         special_tokens: Sequence[str] = (),
+        store: str | None = None,
+        cache: str | None = None,
         block_size: int = 256,
         batch_size: int = 8,
         tokens_per_step: int | None = None,
-        validation_share: float = 0.05,
         num_workers: int = 0,
-        cache: str | None = None,
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        positive = {"vocab_size": vocab_size, "block_size": block_size, "batch_size": batch_size}
-        if tokens_per_step is not None:
-            positive["tokens_per_step"] = tokens_per_step
-        needed = {**positive, "num_workers": num_workers, "validation_share": validation_share, "source": source}
-        needed |= {"tokenizer": tokenizer, "special_tokens": special_tokens}
+        needed: dict[str, Any] = {"source": source, "text_column": text_column, "split": split, "cleaning": cleaning}
+        needed |= {"tokenizer": tokenizer, "special_tokens": special_tokens, "validation_share": validation_share}
+        needed |= {"block_size": block_size, "batch_size": batch_size, "num_workers": num_workers}
         for name, given in needed.items():
             if given is None:  # the command line lets null pass as any type
                 raise UserError(f"data.{name} is null; leave it out for its default")
+        positive = {"vocab_size": vocab_size, "block_size": block_size, "batch_size": batch_size}
+        positive |= {"tokens_per_step": tokens_per_step, "processes": processes}
         for name, value in positive.items():
-            if not 1 <= value < LARGEST:
+            if value is not None and not 1 <= value < LARGEST:
                 raise UserError(f"data.{name} is {value}; it must be positive, and below {LARGEST:,}")
+        if max_bytes is not None and max_bytes < 1:
+            raise UserError(f"data.max_bytes is {max_bytes}; it must be positive")
         if num_workers < 0:
             raise UserError(f"data.num_workers is {num_workers}; it must be 0 or more")
         if not 0.0 < validation_share < 1.0:
             raise UserError(f"data.validation_share is {validation_share}; it must lie between 0 and 1")
-        self.recipe = Recipe(source, vocab_size, tokenizer, tuple(special_tokens), validation_share)
+        weights = source if isinstance(source, dict) else {source: 1.0}
+        for name, weight in weights.items():
+            if not 0.0 < weight < float("inf"):
+                raise UserError(f"data.source: the weight of {name} is {weight}; it must be positive")
+        if not weights:
+            raise UserError("data.source has no source in it; name one")
+        sources = tuple(
+            (Source(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
+        )
+        # Torch's threads are what this machine, or this process' share of it, has cores for.
+        cores = torch.get_num_threads() if processes is None else processes
+        selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
+        self.recipe = Recipe(selection, vocab_size, tokenizer, tuple(special_tokens))
         self.block_size = block_size
         self.batch_size = batch_size
         self.tokens_per_step = tokens_per_step
         self.num_workers = num_workers
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
+        self.kept_in = Path(store).expanduser() if store else None
         self.seed = seed
         self._store: TokenStore | None = None
 
@@ -92,7 +136,7 @@ class PackedText(L.LightningDataModule):
     def store(self) -> TokenStore:
         """The prepared corpus, made on first use."""
         if self._store is None:
-            self._store = self.recipe.prepare(self.cache)
+            self._store = self.recipe.prepare(self.cache, self.kept_in)
         return self._store
 
     @property
@@ -130,25 +174,23 @@ class PackedText(L.LightningDataModule):
         Raises:
             UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
         """
-        store = self.store
+        store, name = self.store, self.recipe.selection.name
         self.train_windows = Windows(store.train, self.block_size)
         self.validation_windows = Windows(store.validation, self.block_size, whole=True)
         if not len(self.train_windows):
             raise UserError(
-                f"{self.recipe.source} has {store.train.n_tokens} tokens for training, fewer than one window of "
-                f"{self.block_size}; name more text, or lower --data.block_size"
+                f"{name} has {store.train.n_tokens} tokens for training, fewer than one window of {self.block_size}; "
+                "name more text, or lower --data.block_size"
             )
         batch = self.batch_size * self._shard()["num_replicas"]
         if len(self.train_windows) < batch:
             raise UserError(
-                f"{self.recipe.source} has {len(self.train_windows)} windows of {self.block_size} tokens for "
+                f"{name} has {len(self.train_windows)} windows of {self.block_size} tokens for "
                 f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
                 f"--data.block_size (to {max(1, self.block_size * len(self.train_windows) // (2 * batch))}, say)"
             )
         if not len(self.validation_windows):
-            raise UserError(
-                f"{self.recipe.source} leaves nothing to validate on; name more text, or raise --data.validation_share"
-            )
+            raise UserError(f"{name} leaves nothing to validate on; name more text, or raise --data.validation_share")
         if stage == "fit" and self.tokens_per_step is not None:
             self._accumulate(self.tokens_per_step, self.tokens_per_batch)
 

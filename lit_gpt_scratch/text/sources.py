@@ -1,14 +1,20 @@
-"""Where documents come from."""
+"""Where documents come from: this Python's own library, files and folders, or the Hub."""
 
+import glob
+import hashlib
 import os
+import re
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import hub, tables
+from lit_gpt_scratch.text.document import LONGEST, Document, Rejected
 
-STDLIB = "stdlib"
+STDLIB: Final = "stdlib"
 """The default source: the Python standard library's own sources, real text that is always there."""
 
 # Not text that a person wrote (generated tables would be learned by heart, and their near-identical
@@ -18,86 +24,189 @@ STDLIB_SKIPPED = {
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text with a name by which it can be found again."""
-
-    id: str
-    text: str
+PIECE: Final = 2**20
+"""Bytes: a text file that is longer than ``LONGEST`` is read as many documents, each cut at the next line's end."""
 
 
-def documents(source: str) -> Iterator[Document]:
-    """The documents of a source, one after the other, in a stable order.
+@dataclass(frozen=True)
+class Source:
+    """Documents by the name of their place, one after the other, in a stable order.
 
     Args:
-        source: ``stdlib``, the path of a UTF-8 text file (one document), or of a folder, in which every
-            UTF-8 file is a document; hidden files and files that are not text are passed over.
+        name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a dataset of the Hub as
+            ``owner/name`` or ``owner/name@revision``. A file is read by how its name ends: ``.jsonl``, ``.json``,
+            ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` hold a document a row, any other is a UTF-8 text and
+            one document; ``.gz``, ``.zst``, ``.bz2`` and ``.xz`` may follow. In a folder, every file that is not
+            hidden is read; there ``.json``, ``.csv`` and ``.tsv`` are texts like any other, and files that are no
+            text are passed over.
+        column: The column with the text, where there are columns.
+        config: A dataset's configuration, where the Hub has several.
+        split: A dataset's split, on the Hub.
+        streaming: Read a dataset of the Hub as it comes, without keeping a copy of it.
+    """
+
+    name: str
+    column: str = "text"
+    config: str | None = None
+    split: str = "train"
+    streaming: bool = False
+
+    def read(self) -> Iterator[Document | Rejected]:
+        """Every document, and what was passed over.
+
+        Raises:
+            UserError: The source is missing, is not what its name says, or has a row that cannot be read.
+        """
+        if self._on_hub:
+            yield from hub.rows(self.name, self.column, self.config, self.split, self.streaming)
+            return
+        for name, path in self._files():
+            if tables.has_rows(path, in_folder=self._of_folder):
+                yield from tables.rows(path, name, self.column)
+            else:
+                yield from self._text(name, path)
+
+    def stamp(self) -> str:
+        """What changes when the source does, without reading it: names, sizes and times of files, or a revision."""
+        if self._on_hub:
+            return hub.stamp(self.name, self.config)
+        facts = hashlib.sha256()
+        for name, path in self._files():
+            about = path.stat()
+            facts.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        return facts.hexdigest()
+
+    @property
+    def _path(self) -> Path:
+        return Path(self.name).expanduser()
+
+    @property
+    def _of_folder(self) -> bool:
+        return self.name == STDLIB or self._path.is_dir()
+
+    @property
+    def _on_hub(self) -> bool:
+        return self.name != STDLIB and bool(re.fullmatch(hub.NAME, self.name)) and not self._path.exists()
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """Names and paths of the source's files."""
+        if self.name == STDLIB:
+            yield from _stdlib()
+        elif not self.name:
+            raise UserError(f"data.source is empty; name a text file, a folder, or '{STDLIB}'")
+        elif self._path.is_dir():
+            yield from _tree(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
+        elif self._path.exists():
+            yield self._path.name, self._path
+        else:
+            found = sorted(Path(path) for path in glob.glob(str(self._path), recursive=True))  # noqa: PTH207 (absolute)
+            files = [path for path in found if path.is_file()]
+            if not files:
+                raise UserError(f"no such file or folder: {self.name} (data.source takes one, or '{STDLIB}')")
+            root = Path(os.path.commonpath([path.parent for path in files]))
+            yield from ((path.relative_to(root).as_posix(), path) for path in files)
+
+    def _text(self, name: str, path: Path) -> Iterator[Document | Rejected]:
+        try:
+            for document in _documents_of(name, path):
+                if self._of_folder and "\0" in document.text:
+                    yield Rejected(document.id, "not text: NUL bytes", len(document.text.encode()))
+                else:
+                    yield document
+        except NotTextError as error:
+            if not self._of_folder:
+                raise
+            yield Rejected(name, "not text: not UTF-8", error.n_bytes)
+        except (OSError, EOFError) as error:
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def documents(name: str, column: str = "text") -> Iterator[Document]:
+    """The documents of a source that need no more than its name and the column with the text.
 
     Raises:
-        UserError: The path is missing, the file is no UTF-8 text, or there is no text at all.
+        UserError: There is none, or one cannot be read.
     """
-    if source == STDLIB:
-        return _stdlib()
-    path = Path(source).expanduser()
-    if not source:
-        raise UserError(f"data.source is empty; name a text file, a folder, or '{STDLIB}'")
-    if path.is_dir():
-        return _folder(path)
-    if path.is_file():
-        return iter([_file(path)])
-    raise UserError(f"no such file or folder: {source} (data.source takes one, or '{STDLIB}')")
+    source = Source(name, column)
+    source.stamp()  # a source that is not there is said to be missing at once
+
+    def read() -> Iterator[Document]:
+        found = False
+        for document in source.read():
+            if isinstance(document, Document) and not blank(document.text):
+                found = True
+                yield document
+        if not found:
+            raise UserError(no_text(name))
+
+    return read()
 
 
-def _file(path: Path) -> Document:
-    text = _decode(path)
-    if text is None:
-        raise UserError(f"{path} is not UTF-8 text; convert it, or name a text file as data.source")
-    if not text.strip():
-        raise UserError(f"{path} holds no text; name a file with text as data.source")
-    return Document(path.name, text)
+def blank(text: str) -> bool:
+    """Whether there is nothing but space."""
+    return not text or text.isspace()
 
 
-def _folder(root: Path) -> Iterator[Document]:
+def no_text(name: str) -> str:
+    """What to say of a source without a document."""
+    if name == STDLIB:
+        return "this Python keeps no sources of its library; name another text: --data.source FILE_OR_FOLDER"
+    return f"{name} holds no text: no UTF-8 text file, no row with text; name another data.source"
+
+
+def _stdlib() -> Iterator[tuple[str, Path]]:
     return _tree(
-        root,
-        skipped=lambda folder: folder.startswith("."),
-        wanted=lambda name: not name.startswith("."),
-        nothing=f"no UTF-8 text file in {root}; name a folder with text files as data.source",
-    )
-
-
-def _stdlib() -> Iterator[Document]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return _tree(
-        root,
+        Path(sysconfig.get_path("stdlib")),
         skipped=lambda folder: folder in STDLIB_SKIPPED or folder.startswith(STDLIB_GENERATED),
         wanted=lambda name: name.endswith(".py") and not name.startswith(STDLIB_GENERATED),
-        nothing=f"this Python keeps no sources in {root}; name another text: --data.source FILE_OR_FOLDER",
     )
 
 
-def _tree(
-    root: Path, skipped: Callable[[str], bool], wanted: Callable[[str], bool], nothing: str
-) -> Iterator[Document]:
-    """Every wanted text file below ``root``, outside skipped folders; ``nothing`` is the complaint if none."""
-    found = False
+def _tree(root: Path, skipped: Callable[[str], bool], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
+    """Every wanted file below ``root``, outside skipped folders."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not skipped(name))
         for path in (Path(folder, name) for name in sorted(names) if wanted(name)):
-            if path.is_file() and (text := _decode(path)) and not text.isspace():
-                found = True
-                yield Document(path.relative_to(root).as_posix(), text)
-    if not found:
-        raise UserError(nothing)
+            if path.is_file():
+                yield path.relative_to(root).as_posix(), path
 
 
-def _decode(path: Path) -> str | None:
-    """The file's text with every byte kept (no newline translation), or None where it is not UTF-8 text."""
+class NotTextError(UserError):
+    """A file that holds something else, ``n_bytes`` of it."""
+
+    def __init__(self, path: Path, why: str, n_bytes: int) -> None:
+        super().__init__(f"{path} is not UTF-8 text: {why}; convert it, or name a text file as data.source")
+        self.n_bytes = n_bytes
+
+
+def _documents_of(name: str, path: Path) -> Iterator[Document]:
+    """A text file as one document with every byte kept (no newline translation), or as several if it is long."""
+    with tables.opened(path) as file:
+        content = file.read(LONGEST + 1)
+        if len(content) <= LONGEST:
+            yield Document(name, _decode(content, path, 0))
+            return
+    with tables.opened(path) as file:
+        line = 0
+        for number, content in enumerate(_pieces(file, path), 1):
+            yield Document(f"{name}:{number}", _decode(content, path, line))
+            line += content.count(b"\n")
+
+
+def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:
+    line = 1
+    while piece := file.read(PIECE):
+        piece += file.readline(LONGEST)
+        if len(piece) >= LONGEST:
+            line += piece.count(b"\n")
+            raise UserError(f"{path}: line {line:,} is longer than {LONGEST >> 20} MB; break it into lines")
+        line += piece.count(b"\n")
+        yield piece
+
+
+def _decode(content: bytes, path: Path, lines_before: int) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError:
-        return None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    return None if "\0" in text else text
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = lines_before + content.count(b"\n", 0, error.start) + 1
+        raise NotTextError(path, f"line {line:,} has the byte 0x{content[error.start]:02x}", len(content)) from error

@@ -1,102 +1,143 @@
 """Which documents are for training and which are for validation."""
 
-import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
+from typing import Final
 
-from rensa import RMinHash, RMinHashLSH
+import numpy as np
+from numpy.typing import NDArray
 
-from lit_gpt_scratch.text.sources import Document
-
-SHINGLE_WORDS = 5
-NEAR_DUPLICATE = 0.5
+NEAR_DUPLICATE: Final = 0.5
 """Two documents that share this much of their five-word shingles (Jaccard) are near-duplicates."""
-PERMUTATIONS, BANDS = 128, 32
+PERMUTATIONS: Final = 128
+BANDS: Final = 32
+ROWS: Final = PERMUTATIONS // BANDS
+AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
 class Split:
-    """The side of every document of a corpus, by its place in the source's order.
+    """The side of every document of a corpus, by its place.
 
     Attributes:
-        validation: Places of the documents that are held out.
-        duplicates: Places of exact copies of an earlier document, used nowhere.
+        validation: True for the documents that are held out, (n,) bool.
         cut: Where the corpus cannot be divided by document (it is a single text): the share of each
             document's end that is held out instead, else None.
-        fingerprint: SHA-256 over ids and contents; the corpus changed if it did.
-        n_bytes: UTF-8 bytes of all documents.
     """
 
-    validation: frozenset[int]
-    duplicates: frozenset[int]
+    validation: NDArray[np.bool_]
     cut: float | None
-    fingerprint: str
-    n_bytes: int
 
-    def parts(self, place: int, document: Document) -> tuple[str, str]:
+    def parts(self, place: int, text: str) -> tuple[str, str]:
         """The training text and the validation text of one document; either may be empty."""
-        if place in self.duplicates:
-            return "", ""
         if self.cut is not None:
-            border = int(len(document.text) * (1 - self.cut))
-            return document.text[:border], document.text[border:]
-        return ("", document.text) if place in self.validation else (document.text, "")
+            border = int(len(text) * (1 - self.cut))
+            return text[:border], text[border:]
+        return ("", text) if self.validation[place] else (text, "")
 
 
-def split(corpus: Iterable[Document], share: float) -> Split:
+def split(keys: NDArray[np.uint64], families: NDArray[np.int64], share: float) -> Split:
     """Hold out about ``share`` of the documents, whole families of near-duplicates together.
 
     A family goes to the side that a hash of its first content says, so the side of a document does not
     depend on the order of files, on their names or on what else is in the corpus, but for its own near
     copies. The family with the smallest hash is always held out, the one with the largest never; a corpus
     that is one family is cut within its documents.
+
+    Args:
+        keys: A hash of each document's content, (n,).
+        families: A number for each document that it shares with its near-duplicates, (n,).
+        share: Between 0 and 1.
     """
-    digests: list[str] = []
-    signatures: list[RMinHash] = []
-    fingerprint = hashlib.sha256()
-    n_bytes = 0
-    for document in corpus:
-        content = document.text.encode()
-        n_bytes += len(content)
-        digests.append(hashlib.sha256(content).hexdigest())
-        signatures.append(_signature(document.text))
-        fingerprint.update(f"{document.id}\0{digests[-1]}\n".encode())
-    first = {digest: place for place, digest in reversed(list(enumerate(digests)))}
-    duplicates = frozenset(place for place, digest in enumerate(digests) if first[digest] != place)
-    families: dict[str, list[int]] = {}
-    for place, family in enumerate(_families(signatures)):
-        families.setdefault(min(digests[member] for member in family), []).append(place)
-    held_out = ({key for key in families if int(key[:16], 16) / 2**64 < share} | {min(families)}) - {max(families)}
-    divisible = len(families) > 1
-    return Split(
-        validation=frozenset(place for key in held_out for place in families[key]) if divisible else frozenset(),
-        duplicates=duplicates,
-        cut=None if divisible else share,
-        fingerprint=fingerprint.hexdigest(),
-        n_bytes=n_bytes,
-    )
+    names, family = np.unique(families, return_inverse=True)
+    if len(names) < 2:
+        return Split(np.zeros(len(keys), dtype=bool), share)
+    least = np.full(len(names), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(least, family, keys)
+    held_out = least / 2.0**64 < share
+    held_out[least.argmin()] = True
+    held_out[least.argmax()] = False
+    return Split(held_out[family], None)
 
 
-def _signature(text: str) -> RMinHash:
-    """MinHash of the text's overlapping five-word shingles."""
-    words = text.split()
-    shingles = {" ".join(group) for group in zip(*(islice(words, i, None) for i in range(SHINGLE_WORDS)), strict=False)}
-    signature = RMinHash(num_perm=PERMUTATIONS, seed=0)
-    signature.update(list(shingles) or [" ".join(words)])
-    return signature
+class Families:
+    """Chains of near-duplicates, found by MinHash and locality-sensitive hashing, with the signatures on disk.
+
+    Args:
+        folder: Where to put them; 768 bytes a document.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._signatures = (folder / "signatures").open("w+b")
+        self._bands = (folder / "bands").open("w+b")
+        self._pending: list[NDArray[np.uint32]] = []
+        self.n_documents = 0
+
+    def add(self, signature: NDArray[np.uint32]) -> None:
+        """The next document's signature, (PERMUTATIONS,)."""
+        self._pending.append(signature)
+        self.n_documents += 1
+        if len(self._pending) == AT_ONCE:
+            self._write()
+
+    def link(self) -> NDArray[np.int64]:
+        """For each document the first one of those it is linked to by a chain of near-duplicates, (n,)."""
+        self._write()
+        first = np.arange(self.n_documents)
+        for band in range(BANDS if self.n_documents else 0):
+            for members in self._agreeing(band, first):
+                self._join(members, first)
+            while (first[first] != first).any():
+                first = first[first]
+        return first
+
+    def _write(self) -> None:
+        found = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
+        found.tofile(self._signatures)
+        bands = np.zeros((BANDS, len(found)), dtype=np.uint64)  # one after the other: they are read so
+        for place in range(ROWS):
+            bands = (bands ^ found.reshape(-1, BANDS, ROWS)[:, :, place].T) * np.uint64(0x9E3779B97F4A7C15)
+            bands ^= bands >> np.uint64(29)
+        bands.tofile(self._bands)
+        self._pending.clear()
+
+    def _agreeing(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Groups of documents that agree in a band of their signatures, and are not all linked yet."""
+        parts, start = [np.zeros(0, dtype=np.uint64)], 0
+        while start < self.n_documents:
+            n = min(AT_ONCE, self.n_documents - start)
+            self._bands.seek(8 * (BANDS * start + band * n))
+            parts.append(np.fromfile(self._bands, dtype=np.uint64, count=n))
+            start += n
+        codes = np.concatenate(parts)
+        order = np.argsort(codes, kind="stable")
+        borders = np.flatnonzero(np.diff(codes[order]) != 0) + 1
+        starts, ends = np.append(0, borders), np.append(borders, len(codes))
+        heads = first[order]
+        apart = np.minimum.reduceat(heads, starts) != np.maximum.reduceat(heads, starts)
+        for group in np.flatnonzero(apart):
+            yield order[starts[group] : ends[group]]
+
+    def _join(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """Link those of a group that are near-duplicates, and not linked yet."""
+        heads = np.array([_head(first, member) for member in members])
+        signatures = np.stack([self._signature(member) for member in members])  # (m, PERMUTATIONS)
+        for place in range(len(members) - 1):
+            others = place + 1 + np.flatnonzero(heads[place + 1 :] != heads[place])
+            near = others[(signatures[others] == signatures[place]).mean(axis=1) >= NEAR_DUPLICATE]
+            if len(near):
+                joined = np.isin(heads, [*heads[near], heads[place]])
+                least = heads[joined].min()
+                first[heads[joined]] = least
+                heads[joined] = least
+
+    def _signature(self, place: int) -> NDArray[np.uint32]:
+        self._signatures.seek(4 * PERMUTATIONS * int(place))
+        return np.fromfile(self._signatures, dtype=np.uint32, count=PERMUTATIONS)
 
 
-def _families(signatures: list[RMinHash]) -> list[frozenset[int]]:
-    """For every document, the set of documents it is linked to by a chain of near-duplicates."""
-    index = RMinHashLSH(threshold=NEAR_DUPLICATE, num_perm=PERMUTATIONS, num_bands=BANDS)
-    family: list[set[int]] = []
-    for place, signature in enumerate(signatures):
-        family.append({place})
-        for other in index.query(signature):
-            if other not in family[place] and signature.jaccard(signatures[other]) >= NEAR_DUPLICATE:
-                family[other] |= family[place]
-                for member in family[other]:
-                    family[member] = family[other]
-        index.insert(place, signature)
-    return [frozenset(members) for members in family]
+def _head(first: NDArray[np.int64], place: int) -> int:
+    while first[place] != place:
+        place = first[place]
+    return int(place)

@@ -75,7 +75,6 @@ class AfterOneStep(L.Callback):
     [
         ({}, {}, "differences of a few percent mean nothing"),
         ({"validation_share": 0.0001, "block_size": 600, "batch_size": 1}, {}, "less than one window of 600"),
-        ({"vocab_size": 5000}, {}, "tokens for the vocabulary, not 5,000"),
         ({}, {"max_steps": 100_000}, "epochs: the model will learn the text by heart"),
         ({}, {"max_steps": 1}, "take a smaller model or more steps"),
         ({"validation_share": 0.8}, {"max_steps": 150}, "take a smaller model or more text"),

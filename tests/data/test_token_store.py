@@ -5,27 +5,36 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import tiktoken
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
 
-from lit_gpt_scratch.data import token_store
-from lit_gpt_scratch.data.token_store import Recipe
+from lit_gpt_scratch.data import recipe as recipe_module
+from lit_gpt_scratch.data.recipe import Recipe
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import bulk
 from lit_gpt_scratch.text.bulk import encode
-from lit_gpt_scratch.text.sources import documents
-from lit_gpt_scratch.text.split import split
+from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.duplicates import ExactDuplicates
+from lit_gpt_scratch.text.sources import Source, documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
 def recipe(source: Path | str, **changes: object) -> Recipe:
-    given = {"source": str(source), "vocab_size": 300, "tokenizer": "bpe", "special": (), "validation_share": 0.1}
-    return Recipe(**(given | changes))
+    share = changes.pop("validation_share", 0.1)
+    selection = Selection(((Source(str(source)), 1.0),), (ExactDuplicates(),), share)
+    return Recipe(**({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes))
 
 
 def texts_of(store: object, side: str) -> list[str]:
@@ -58,7 +67,7 @@ def test_the_tokenizer_never_sees_validation_text(corpus: Path, tmp_path: Path) 
     # The side of a document is decided by the hash of its content: try numbers until it is held out.
     for attempt in range(300):
         (folder / "planted.txt").write_text(f"{attempt} {planted}", encoding="utf-8")
-        store = recipe(folder, vocab_size=400).prepare(tmp_path / "stores" / str(attempt))
+        store = recipe(folder, vocab_size=None).prepare(tmp_path / "stores" / str(attempt))
         if any("xylophonist" in text for text in texts_of(store, "validation")):
             break
     assert not any("xylophonist" in text for text in texts_of(store, "train"))
@@ -126,7 +135,7 @@ def test_a_damaged_store_is_refused_by_name(corpus: Path, tmp_path: Path, damage
 
 def test_a_cache_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(UserError, match=r"cannot keep tokens in .*--data.cache"):
+    with pytest.raises(UserError, match=r"cannot write to .*--data.cache"):
         recipe(corpus).prepare(tmp_path / "file" / "cache")
 
 
@@ -135,17 +144,19 @@ def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: 
     """kill -9 at 12 random moments of the writing; after each, a store is there whole or not at all."""
     rng, cache, forked = random.Random(0), tmp_path / "cache", multiprocessing.get_context("fork")
     began = time.perf_counter()
-    undisturbed = recipe(corpus, vocab_size=500).prepare(tmp_path / "undisturbed")
+    undisturbed = recipe(corpus, vocab_size=None).prepare(tmp_path / "undisturbed")
     duration = time.perf_counter() - began
     for _ in range(12):
-        process = forked.Process(target=recipe(corpus, vocab_size=500).prepare, args=(cache,))
+        process = forked.Process(target=recipe(corpus, vocab_size=None).prepare, args=(cache,))
         process.start()
         time.sleep(rng.random() * 1.5 * duration)
         process.kill()
         process.join()
-        for path in cache.glob("*"):
-            assert path.suffix in (".lock", ".partial") or (path / "store.json").exists()
-        store = recipe(corpus, vocab_size=500).prepare(cache)
+        stores = (path for path in cache.glob("*") if path.name != "corpora")
+        for path in [*stores, *cache.glob("corpora/*")]:
+            name = "corpus.json" if path.parent.name == "corpora" else "store.json"
+            assert path.suffix in (".lock", ".partial") or (path / name).exists()
+        store = recipe(corpus, vocab_size=None).prepare(cache)
         for side in ("train", "validation"):
             mine, expected = Path(getattr(store, side).path), Path(getattr(undisturbed, side).path)
             assert mine.read_bytes() == expected.read_bytes()
@@ -156,16 +167,18 @@ def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: 
 def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a size it is encoded in another way."""
     store = recipe(corpus).prepare(tmp_path / "a")
-    monkeypatch.setattr(token_store, "FAST_FROM", 1)
-    monkeypatch.setattr(bulk, "encode", lambda backend, proven, texts: encode(backend, checked(proven), texts))
+    monkeypatch.setattr(recipe_module, "FAST_FROM", 1)
+    ways = []
+
+    def noted(backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
+        ways.append(proven)
+        return encode(backend, proven, texts)
+
+    monkeypatch.setattr(bulk, "encode", noted)
     again = recipe(corpus).prepare(tmp_path / "b")
+    assert sum(way is not None for way in ways) == 2  # both sides; the audit counts its few texts as it likes
     for side in ("train", "validation"):
         assert Path(getattr(store, side).path).read_bytes() == Path(getattr(again, side).path).read_bytes()
-
-
-def checked(proven: tiktoken.Encoding | None) -> tiktoken.Encoding:
-    assert proven is not None
-    return proven
 
 
 def test_a_tokenizer_learns_from_a_part_of_a_large_corpus(
@@ -173,11 +186,65 @@ def test_a_tokenizer_learns_from_a_part_of_a_large_corpus(
 ) -> None:
     """A share of the documents that does not depend on their order, and is said."""
     of_recipe = recipe(corpus)
-    documents_of = split(documents(str(corpus)), 0.1)
-    everything, some = (list(of_recipe.texts(documents_of, "train", share)) for share in (1.0, 0.5))
+    kept = of_recipe.selection.prepare(tmp_path / "corpora")
+    everything, some = (list(kept.texts("train", share)) for share in (1.0, 0.5))
     assert set(some) < set(everything)
     assert 0.2 < len(some) / len(everything) < 0.8
-    monkeypatch.setattr(token_store, "LEARN_FROM", documents_of.n_bytes // 2)
+    monkeypatch.setattr(recipe_module, "LEARN_FROM", kept.n_bytes // 2)
     caplog.set_level("INFO")
     of_recipe.prepare(tmp_path)
     assert "training a bpe tokenizer on 50.0% of the training documents" in caplog.text
+
+
+def test_a_store_of_its_own_folder(corpus: Path, tmp_path: Path) -> None:
+    """With the text beside it, found by the same flags, and refused to others."""
+    folder = tmp_path / "new" / "store"
+    store = recipe(corpus).prepare(tmp_path / "cache", folder)
+    assert Path(store.train.path).parent == folder
+    assert not (tmp_path / "cache").exists()
+    kept = pyarrow.parquet.read_table(folder / "text" / "train.parquet")
+    assert kept["text"].to_pylist() == texts_of(store, "train")
+    made = Path(store.train.path).stat().st_mtime_ns
+    again = recipe(corpus).prepare(tmp_path / "cache", folder)
+    assert (again.fingerprint, Path(again.train.path).stat().st_mtime_ns) == (store.fingerprint, made)
+    with pytest.raises(UserError, match="tokens of another vocab size; name another folder"):
+        recipe(corpus, vocab_size=310).prepare(tmp_path / "cache", folder)
+    assert recipe(corpus).prepare(tmp_path / "cache").fingerprint == store.fingerprint
+
+
+def test_an_audit_counts_the_stores_tokens(corpus: Path, tmp_path: Path) -> None:
+    store = recipe(corpus).prepare(tmp_path)
+    audit = json.loads(Path(store.train.path).with_name("audit.json").read_text(encoding="utf-8"))
+    assert audit["tokens"] == "counted"
+    in_store = {side: getattr(store, side).n_tokens - getattr(store, side).n_documents for side in audit["split"]}
+    assert {side: about["tokens"] for side, about in audit["split"].items()} == in_store
+    assert audit["steps"][-1]["tokens_out"] == sum(in_store.values())
+
+
+def test_a_vocabulary_that_the_text_cannot_give_is_refused(corpus: Path, tmp_path: Path) -> None:
+    store = recipe(corpus, vocab_size=None).prepare(tmp_path)
+    assert store.tokenizer.vocab_size < 1024
+    for _ in range(2):  # made anew, and found
+        with pytest.raises(UserError, match=rf"is 1,024, but .* only {store.tokenizer.vocab_size} tokens"):
+            recipe(corpus, vocab_size=1024).prepare(tmp_path)
+    recipe(corpus, vocab_size=store.tokenizer.vocab_size).prepare(tmp_path)
+    assert recipe(corpus, vocab_size=1024, tokenizer="char").prepare(tmp_path).tokenizer.vocab_size < 100
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="limits a forked process")
+def test_a_full_disk_is_said_and_nothing_is_left(corpus: Path, tmp_path: Path) -> None:
+    """No file may grow beyond a few bytes, as on a disk that is full."""
+    script = (
+        "import resource, sys; from tests.data.test_token_store import recipe; from pathlib import Path\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))\n"
+        "recipe(sys.argv[1]).prepare(Path(sys.argv[2]))"
+    )
+    for limit in (100, 3000, 20_000):
+        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "cache"), str(limit)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        last = ended.stderr.strip().splitlines()[-1]
+        assert re.search(r"UserError: cannot write to .*(File too large|disk).*--data.cache", last), ended.stderr
+        left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+        whole = [path for path in left if path.parent.parent.name == "corpora"]  # the text may be whole, the tokens not
+        assert left == whole
+        assert not whole or (whole[0].parent / "corpus.json").exists()

@@ -239,7 +239,7 @@ def test_another_model_is_refused_by_its_fields(
 
 def test_another_text_is_refused(command: Command, small: list[str], tmp_path: Path) -> None:
     assert command("fit", *small).code == 0
-    (tmp_path / "other.txt").write_text("an entirely different text, with other pairs of letters. " * 400)
+    (tmp_path / "other.txt").write_text("".join(f"{n} and {n * n} are other words. " for n in range(400)))
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", f"--data.source={tmp_path / 'other.txt'}")
     assert outcome.code == 2
     assert "is of a run with data.source" in outcome.err

@@ -38,7 +38,9 @@ def test_one_batch_is_learned_by_heart(
     trainer: Build, packed_text: Callable[..., PackedText], optimizer: Muon | AdamW
 ) -> None:
     settings = packed_text()
-    data = OneBatch(settings.recipe.source, vocab_size=300, block_size=32, batch_size=4, cache=str(settings.cache))
+    data = OneBatch(
+        settings.recipe.selection.name, vocab_size=300, block_size=32, batch_size=4, cache=str(settings.cache)
+    )
     gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
     trainer(max_steps=300, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)

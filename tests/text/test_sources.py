@@ -1,12 +1,37 @@
-"""Which documents a source has, and what a user is told when it has none."""
+"""Which documents a source has, and what a user is told when it has none or one that cannot be read."""
 
+import bz2
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text import document, sources
+from lit_gpt_scratch.text.document import Document, Rejected
+from lit_gpt_scratch.text.sources import Source, documents
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+
+def texts(name: Path | str, **settings: str) -> list[str]:
+    found = list(Source(str(name), **settings).read())
+    assert all(isinstance(document, Document) for document in found)
+    return [document.text for document in found]
 
 
 def test_the_standard_library_without_tests_and_tables() -> None:
@@ -32,19 +57,33 @@ def test_a_python_without_sources_says_how_to_name_another_text(
 def test_a_file_keeps_every_byte(tmp_path: Path) -> None:
     data = "\ufeffone\r\ntwo\r…é\n".encode()
     (tmp_path / "text").write_bytes(data)
-    [document] = documents(str(tmp_path / "text"))
-    assert document.text.encode() == data
+    [text] = texts(tmp_path / "text")
+    assert text.encode() == data
 
 
 def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
     for name, data in {
         "b.txt": b"b", "a/c.md": b"c", "a.txt": b"a", ".hidden": b"h", ".git/x": b"x", "latin1": b"\xe9t\xe9",
-        "binary": b"\0\1", "empty": b"",
+        "binary": b"\0\1", "table.csv": b"x,y\n", "rows.jsonl": b'{"text": "r"}\n{"text": "s"}\n',
     }.items():  # fmt: skip
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
-    assert [document.id for document in documents(str(tmp_path))] == ["a.txt", "b.txt", "a/c.md"]
+    ids = ["a.txt", "b.txt", "rows.jsonl:1", "rows.jsonl:2", "table.csv", "a/c.md"]
+    assert [document.id for document in documents(str(tmp_path))] == ids
+    passed_over = [found for found in Source(str(tmp_path)).read() if isinstance(found, Rejected)]
+    assert [(found.id, found.reason, found.n_bytes) for found in passed_over] == [
+        ("binary", "not text: NUL bytes", 2),
+        ("latin1", "not text: not UTF-8", 3),
+    ]
+
+
+def test_a_pattern_names_files_of_several_folders(tmp_path: Path) -> None:
+    for name in ("x/1.txt", "x/y/2.txt", "x/y/3.md", "4.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    assert [found.id for found in documents(f"{tmp_path}/**/*.txt")] == ["4.txt", "x/1.txt", "x/y/2.txt"]
+    assert [found.id for found in documents(f"{tmp_path}/x/y/*")] == ["2.txt", "3.md"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +93,7 @@ def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "no UTF-8 text file"),
         (lambda path: path.write_bytes(b""), "holds no text"),
         (lambda path: path.write_bytes(b" \n\t"), "holds no text"),
-        (lambda path: path.write_bytes(b"\xff\xfe\x00a"), "is not UTF-8 text"),
+        (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), "is not UTF-8 text: line 2 has the byte 0xff"),
     ],
 )
 def test_a_source_without_text_is_named(tmp_path: Path, make: object, said: str) -> None:
@@ -63,3 +102,166 @@ def test_a_source_without_text_is_named(tmp_path: Path, make: object, said: str)
     with pytest.raises(UserError, match=said) as error:
         list(documents(str(path)))
     assert str(path) in str(error.value)
+
+
+TEXTS = [
+    "plain",
+    "two\nlines",
+    'a "quoted" one, with a comma',
+    "tab\there",
+    "NA",
+    "007",
+    "1e5",
+    "2020-01-01",
+    "é 東京 🎉",
+    "",
+]
+
+
+def _csv(rows: list[str]) -> bytes:
+    file = io.StringIO()
+    csv.writer(file).writerows([["label", "text"], *([str(n), text] for n, text in enumerate(rows))])
+    return file.getvalue().encode()
+
+
+def _parquet(rows: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": list(range(len(rows))), "text": rows}), sink)
+    return bytes(sink.getvalue())
+
+
+def _arrow(rows: list[str]) -> bytes:
+    table, sink = pa.table({"text": rows}), pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return bytes(sink.getvalue())
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    "jsonl": lambda rows: b"".join(json.dumps({"n": [n], "text": t}).encode() + b"\n" for n, t in enumerate(rows)),
+    "json": lambda rows: json.dumps([{"text": text} for text in rows]).encode(),
+    "csv": _csv,
+    "parquet": _parquet,
+    "arrow": _arrow,
+}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes, ".gz": gzip.compress, ".zst": lambda data: zstd.compress(data) + zstd.compress(b""),
+    ".bz2": bz2.compress, ".xz": lzma.compress,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("format_", "compression"),
+    [(f, c) for f in FORMATS for c in COMPRESSIONS if not c or f not in ("parquet", "arrow")],  # compressed within
+)
+def test_rows_come_as_they_were_written(tmp_path: Path, format_: str, compression: str) -> None:
+    path = tmp_path / f"rows.{format_}{compression}"
+    path.write_bytes(COMPRESSIONS[compression](FORMATS[format_](TEXTS)))
+    assert texts(path) == TEXTS
+    assert [found.id for found in Source(str(path)).read()] == [f"{path.name}:{n}" for n in range(1, len(TEXTS) + 1)]
+
+
+def test_a_tab_separated_file_knows_no_quotes(tmp_path: Path) -> None:
+    (tmp_path / "sms.tsv").write_text('label\tmessage\nham\t"Hi, he said\nspam\t007 "x" won"\n', encoding="utf-8")
+    assert texts(tmp_path / "sms.tsv", column="message") == ['"Hi, he said', '007 "x" won"']
+
+
+@pytest.mark.parametrize("compression", [name for name in COMPRESSIONS if name])
+def test_a_compressed_text_is_one_document(tmp_path: Path, compression: str) -> None:
+    (tmp_path / f"a.txt{compression}").write_bytes(COMPRESSIONS[compression]("é\n".encode() * 1000))
+    assert texts(tmp_path / f"a.txt{compression}") == ["é\n" * 1000]
+
+
+def test_rows_whose_other_columns_change_are_read(tmp_path: Path) -> None:
+    """A reader that guesses types from the first megabytes stops here; the texts are sound."""
+    rows = [{"text": f"{n} " + "word " * 2000, "note": None} for n in range(1200)]
+    rows += [{"text": "late", "note": "s", "new": 1}, {"new": {"a": 1}, "text": "later"}, {"text": None}, {"new": 2}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
+    assert texts(tmp_path / "a.jsonl") == [str(row.get("text") or "") for row in rows]
+
+
+@given(
+    rows=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), min_size=1, max_size=20)
+)
+@settings(max_examples=40, deadline=None)
+def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
+    path = tmp_path_factory.mktemp("rows") / "a.jsonl"
+    path.write_bytes(FORMATS["jsonl"](rows))
+    assert texts(path) == rows
+
+
+FAULTS = {
+    "a.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "a.jsonl: line 2 is not JSON"),
+    "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; there is txt.*--data.text_column"),
+    "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "c.jsonl: line 2 is not UTF-8: it has the byte 0xff"),
+    "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' is int, not text"),
+    "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 is list, not an object"),
+    "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' has half a surrogate pair"),
+    "g.jsonl": (b'{"txt": "a"}\n', "g.jsonl has no column 'text'; there is txt"),
+    "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is cut off or damaged after line \d"),
+    "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is cut off or damaged after line"),
+    "j.txt.gz": (gzip.compress(b"text " * 9999)[:-5], r"cannot read .*j.txt.gz"),
+    "k.csv": (b"text,n\na,1\nb,2,3\n", "k.csv: line 3 has 3 fields, not 2"),
+    "l.csv": (b'text,n\n"a\nb",1\n"c,2\n', "l.csv: line 4 cannot be read"),
+    "m.csv": (b"text,n\na,1\n\xff,2\n", "m.csv: line 3 is not UTF-8"),
+    "n.csv": (b"label,message\na,1\n", "n.csv has no column 'text'; there is label, message"),
+    "o.parquet": (_parquet(["a"])[:-9], "o.parquet cannot be read as parquet"),
+    "p.arrow": (_arrow(["a"])[:99], "p.arrow cannot be read as arrow"),
+    "q.json": (b'[{"text": "a"}, {"text": 1}]', "q.json: row 2: 'text' is int"),
+    "r.json": (b'[{"text": "a"}', "r.json is not JSON"),
+    "s.jsonl": (b'{"text": "a"}\n{"text": "' + b"x" * 3000 + b'"}\n', r"s.jsonl: (row|line) 2 "),
+    "t.txt": (b"short\n" * 300 + b"x" * 3000, r"t.txt: line 301 is longer than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """What is too long is long only against a limit that this test has lowered."""
+    data, said = FAULTS[name]
+    if name[0] in "st":
+        monkeypatch.setattr("lit_gpt_scratch.text.tables.LONGEST", 1000)
+        monkeypatch.setattr(sources, "LONGEST", 1000)
+        monkeypatch.setattr(sources, "PIECE", 100)
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=said):
+        texts(tmp_path / name)
+
+
+def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
+    (tmp_path / "a.parquet").write_bytes(_parquet(["a"]))
+    with pytest.raises(UserError, match=r"no column 'body'; there is n, text"):
+        texts(tmp_path / "a.parquet", column="body")
+    with pytest.raises(UserError, match=r"row 1: 'n' is int, not text"):
+        texts(tmp_path / "a.parquet", column="n")
+
+
+def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    monkeypatch.setattr(sources, "PIECE", 100)
+    content = "".join(f"línea {n}\r\n" for n in range(300))
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    found = list(documents(str(tmp_path / "a.txt")))
+    assert "".join(document.text for document in found) == content
+    assert [document.id for document in found] == [f"a.txt:{n}" for n in range(1, len(found) + 1)]
+    assert all(100 <= len(document.text.encode()) < 130 for document in found[:-1])
+    assert all(document.text.endswith("\n") for document in found)
+
+
+def test_the_longest_document_is_what_it_says() -> None:
+    assert document.LONGEST == sources.LONGEST == 32 * 2**20
+
+
+def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
+    import os
+
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name, encoding="utf-8")
+    stamps = [Source(str(tmp_path)).stamp(), Source(str(tmp_path)).stamp()]
+    os.utime(tmp_path / "a.txt", ns=(1, 1))
+    stamps.append(Source(str(tmp_path)).stamp())
+    (tmp_path / "b.txt").rename(tmp_path / "c.txt")
+    stamps.append(Source(str(tmp_path)).stamp())
+    (tmp_path / "c.txt").unlink()
+    stamps.append(Source(str(tmp_path)).stamp())
+    assert stamps[0] == stamps[1]
+    assert len(set(stamps)) == 4

@@ -1,17 +1,35 @@
 """The split: by document, stable, and with no near-duplicate across it."""
 
 import random
+from pathlib import Path
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.text.sources import Document, documents
-from lit_gpt_scratch.text.split import NEAR_DUPLICATE, split
+from lit_gpt_scratch.text import split as split_module
+from lit_gpt_scratch.text.document import Document
+from lit_gpt_scratch.text.ledger import known
+from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.split import NEAR_DUPLICATE, Families, Split, split
 from tests.conftest import sentences
 
 
-def corpus(n: int) -> list[Document]:
-    return [Document(f"{seed}.txt", sentences(seed) + f"signed {seed}" * 30) for seed in range(n)]
+def split_of(texts: list[str], share: float, folder: Path) -> Split:
+    """As a corpus is split, from its texts alone."""
+    folder.mkdir(exist_ok=True, parents=True)
+    families, keys = Families(folder), []
+    for text in texts:
+        content, minima = known(Document("", text))
+        families.add(minima)
+        keys.append(int.from_bytes(content[:8], "big"))
+    return split(np.array(keys, dtype=np.uint64), families.link(), share)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("scratch")
 
 
 def shingles(text: str) -> set[tuple[str, ...]]:
@@ -23,39 +41,40 @@ def jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
-def test_about_the_share_is_held_out() -> None:
+def test_about_the_share_is_held_out(folder: Path) -> None:
     words = [random.Random(seed).choices("abcdefghijklmnop", k=200) for seed in range(1000)]
-    held_out = split([Document(str(i), " ".join(w)) for i, w in enumerate(words)], 0.1).validation
-    assert 70 < len(held_out) < 130
+    held_out = split_of([" ".join(w) for w in words], 0.1, folder).validation
+    assert 70 < held_out.sum() < 130
 
 
 @given(order=st.permutations(range(12)), drop=st.integers(0, 11))
 @settings(max_examples=30, deadline=None)
-def test_a_documents_side_depends_on_nothing_else(order: list[int], drop: int) -> None:
+def test_a_documents_side_depends_on_nothing_else(folder: Path, order: list[int], drop: int) -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefgh", k=300)) for _ in range(12)]
-    before = split([Document(str(i), text) for i, text in enumerate(texts)], 0.4)
+    before = split_of(texts, 0.4, folder)
     kept = [i for i in order if i != drop]
-    after = split([Document(f"renamed {i}", texts[i]) for i in kept], 0.4)
-    assert [i for i in kept if i in before.validation] == [
-        kept[place] for place in range(len(kept)) if place in after.validation
-    ]
+    after = split_of([texts[i] for i in kept], 0.4, folder)
+    assert before.validation[kept].tolist() == after.validation.tolist()
 
 
-def test_no_near_duplicate_stands_on_both_sides_of_the_default_corpus() -> None:
+def test_no_near_duplicate_stands_on_both_sides_of_the_default_corpus(folder: Path) -> None:
     """Brute force over all pairs that share anything, with exact sets instead of MinHash."""
-    found = list(documents("stdlib"))
-    parts = split(found, 0.05)
+    found = list({document.text: document for document in documents("stdlib")}.values())
+    held_out = split_of([document.text for document in found], 0.05, folder).validation
     sets = [shingles(document.text) for document in found]
-    held_out = [i for i in range(len(found)) if i in parts.validation]
-    training = [i for i in range(len(found)) if i not in parts.validation and i not in parts.duplicates]
-    assert len(held_out) > 10
+    assert held_out.sum() > 10
     # MinHash estimates: a pair right at the threshold may fall on either side of it.
-    worst = max((jaccard(sets[i], sets[j]), found[i].id, found[j].id) for i in held_out for j in training if sets[i])
+    worst = max(
+        (jaccard(sets[i], sets[j]), found[i].id, found[j].id)
+        for i in np.flatnonzero(held_out)
+        for j in np.flatnonzero(~held_out)
+        if sets[i]
+    )
     assert worst[0] < NEAR_DUPLICATE + 0.1, worst
 
 
-def test_edited_copies_stay_with_their_original() -> None:
+def test_edited_copies_stay_with_their_original(folder: Path) -> None:
     rng = random.Random(0)
     for seed in range(20):
         original = " ".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz", k=400)).split()
@@ -65,46 +84,53 @@ def test_edited_copies_stay_with_their_original() -> None:
             for place in rng.sample(range(400), 12):
                 words[place] = "changed"
             copies.append(words)
-        others = corpus(10)
-        parts = split([*others, *(Document(f"copy {i}", " ".join(w)) for i, w in enumerate(copies))], 0.3)
-        assert len({place in parts.validation for place in range(10, 15)}) == 1
+        others = [sentences(other) + f"signed {other}" * 30 for other in range(10)]
+        parts = split_of([*others, *(" ".join(words) for words in copies)], 0.3, folder)
+        assert len(set(parts.validation[10:].tolist())) == 1
 
 
-def test_exact_copies_are_used_once() -> None:
-    texts = corpus(10)
-    parts = split([*texts, Document("copy", texts[3].text)], 0.2)
-    assert parts.duplicates == {10}
-    assert parts.parts(10, texts[3]) == ("", "")
+@given(seed=st.integers(0, 10_000), n=st.integers(2, 40), at_once=st.integers(1, 50))
+@settings(max_examples=60, deadline=None)
+def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int, n: int, at_once: int) -> None:
+    """All pairs that agree in a band and at half of their places, linked one by one."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 2**32, size=(3, 128), dtype=np.uint32)
+    signatures = base[rng.integers(0, 3, size=n)]
+    other = rng.random((n, 128)) < rng.random((n, 1))
+    signatures = np.where(other, rng.integers(0, 2**32, size=(n, 128), dtype=np.uint32), signatures)
+    family = list(range(n))
+    for i in range(n):
+        for j in range(i):
+            band = (signatures[i].reshape(32, 4) == signatures[j].reshape(32, 4)).all(axis=1).any()
+            if band and (signatures[i] == signatures[j]).mean() >= NEAR_DUPLICATE:
+                family = [family[j] if member == family[i] else member for member in family]
+    expected = [family.index(member) for member in family]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(split_module, "AT_ONCE", at_once)
+        families = Families(folder)
+        for row in signatures:
+            families.add(row)
+        assert families.link().tolist() == expected
 
 
-def test_some_document_is_always_held_out() -> None:
+def test_some_document_is_always_held_out(folder: Path) -> None:
     for n in range(2, 8):
-        parts = split([Document(str(i), " ".join(random.Random(i).choices("abcdef", k=200))) for i in range(n)], 0.001)
-        assert len(parts.validation) == 1
+        parts = split_of([" ".join(random.Random(i).choices("abcdef", k=200)) for i in range(n)], 0.001, folder)
+        assert parts.validation.sum() == 1
         assert parts.cut is None
 
 
 @given(n=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.01, 0.99))
 @settings(max_examples=60, deadline=None)
-def test_several_documents_are_never_cut(n: int, seed: int, share: float) -> None:
-    documents = [Document(str(i), " ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99))) for i in range(n)]
-    parts = split(documents, share)
+def test_several_documents_are_never_cut(folder: Path, n: int, seed: int, share: float) -> None:
+    texts = [" ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99)) for i in range(n)]
+    parts = split_of(texts, share, folder)
     assert parts.cut is None
-    assert 0 < len(parts.validation) < n
+    assert 0 < parts.validation.sum() < n
 
 
-def test_a_single_text_is_cut_at_its_end() -> None:
+def test_a_single_text_is_cut_at_its_end(folder: Path) -> None:
     text = "".join(map(chr, range(32, 1032)))
-    parts = split([Document("one", text)], 0.1)
-    train, validation = parts.parts(0, Document("one", text))
+    train, validation = split_of([text], 0.1, folder).parts(0, text)
     assert train + validation == text
     assert len(train) == 900
-
-
-def test_the_fingerprint_sees_every_change() -> None:
-    texts = corpus(5)
-    seen = {split(texts, 0.2).fingerprint}
-    for i, document in enumerate(texts):
-        for changed in (Document(document.id, document.text + " "), Document(document.id + "x", document.text)):
-            seen.add(split([*texts[:i], changed, *texts[i + 1 :]], 0.2).fingerprint)
-    assert len(seen) == 11

@@ -1,0 +1,181 @@
+"""From texts to token ids on disk: what decides them, and how they are made once."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from tqdm import tqdm
+
+from lit_gpt_scratch.data.token_store import FORMAT, Stream, TokenStore
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.audit import markdown, with_tokens
+from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.training import KINDS, OF_ANY_SIZE
+from lit_gpt_scratch.text.whole_folder import whole_folder
+
+log = logging.getLogger(__name__)
+
+ENCODED_AT_ONCE: Final = 2**22
+"""Characters of text."""
+LEARN_FROM: Final = 2**28
+"""Bytes of text that a tokenizer is trained on, of a longer corpus; more changes hardly a merge."""
+FAST_FROM: Final = 2**25
+"""Bytes of text that are worth a second of looking for a faster way to encode them."""
+VOCABULARY: Final = 1024
+"""Tokens of a tokenizer of which nobody said how large it is to be."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides which ids a corpus becomes.
+
+    Args:
+        selection: The texts.
+        vocab_size: Tokens of the tokenizer to train; None for 1,024, or as many as the texts give.
+        tokenizer: Its kind, or the path of one to use instead.
+        special: Its special tokens, beside the end of text.
+    """
+
+    selection: Selection
+    vocab_size: int | None
+    tokenizer: str
+    special: tuple[str, ...]
+
+    def prepare(self, cache: Path, store: Path | None = None) -> TokenStore:
+        """Open the store of this recipe, making it first if it is not there.
+
+        Args:
+            cache: Folder of many stores, each under its fingerprint.
+            store: A folder for this store alone, and for its texts.
+
+        Raises:
+            UserError: A source, the tokenizer or a folder is unusable, or ``store`` holds other tokens.
+        """
+        given = None if self.tokenizer in KINDS else Tokenizer.load(Path(self.tokenizer).expanduser())
+        if store is not None:
+            whole_folder(store, lambda folder: self._fill(folder, given), "--data.store")
+            self._compare(store)
+            return self._opened(store)
+        corpus = self.selection.prepare(cache / "corpora")
+        folder = cache / self._fingerprint(corpus, given)[:16]
+        whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache")
+        return self._opened(folder)
+
+    def learned_from(self, corpus: Corpus) -> float:
+        """The share of a corpus that a tokenizer learns from."""
+        return min(1.0, LEARN_FROM / max(corpus.n_bytes, 1))
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "vocab_size": self.vocab_size,
+            "tokenizer": self.tokenizer,
+            "special_tokens": list(self.special),
+            **self.selection.facts,
+        }
+
+    def _fingerprint(self, corpus: Corpus, given: Tokenizer | None) -> str:
+        trained = [self.tokenizer, self.vocab_size or VOCABULARY, *self.special]
+        facts = {
+            "format": FORMAT,
+            "corpus": corpus.fingerprint,
+            "tokenizer": given.to_json() if given else trained,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _fill(self, folder: Path, given: Tokenizer | None) -> None:
+        text = folder / "text"
+        text.mkdir()
+        self.selection.write(text)
+        self._write(folder, Corpus.open(text), given)
+
+    def _compare(self, store: Path) -> None:
+        """Refuse a folder whose tokens were made in another way."""
+        before, now = TokenStore.about(store).get("recipe", {}), json.loads(json.dumps(self._facts()))
+        for name in now:
+            if before.get(name) != now[name]:
+                raise UserError(
+                    f"{store} holds tokens of another {name.replace('_', ' ')}; name another folder as --data.store, "
+                    "or delete this one"
+                )
+
+    def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
+        tokenizer = given or self._train(corpus)
+        if tokenizer.loss:
+            log.warning("the tokenizer loses something: %s", tokenizer.loss)
+        log.info("encoding %s", self.selection.name)
+        tokenizer.save(folder / "tokenizer.json")
+        fast = corpus.n_bytes >= FAST_FROM
+        streams: dict[str, Any] = {}
+        with tqdm(
+            desc="encoding", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None, leave=False
+        ) as progress:
+            for side in SIDES:
+                stream = _encode(corpus.texts(side), tokenizer, folder / f"{side}.bin", fast, progress)
+                streams[side] = asdict(stream) | {"path": f"{side}.bin"}
+        about = {
+            "format": FORMAT,
+            "fingerprint": self._fingerprint(corpus, given),
+            "recipe": self._facts(),
+            **streams,
+        }
+        (folder / "store.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
+        audit = with_tokens(corpus.audit, corpus.sample, lambda texts: list(map(len, tokenizer.encode_many(texts))))
+        for side in SIDES:
+            audit["split"][side]["tokens"] = streams[side]["n_tokens"] - streams[side]["n_documents"]
+        (folder / "audit.json").write_text(json.dumps(audit, indent=2), encoding="utf-8")
+        (folder / "audit.md").write_text(markdown(audit), encoding="utf-8")
+
+    def _train(self, corpus: Corpus) -> Tokenizer:
+        share = self.learned_from(corpus)
+        some = "the" if share == 1 else f"{share:.1%} of the"
+        log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
+        texts = corpus.texts("train", share)
+        tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
+        self._refuse_too_few(tokenizer)
+        return tokenizer
+
+    def _opened(self, folder: Path) -> TokenStore:
+        store = TokenStore.open(folder)
+        self._refuse_too_few(store.tokenizer)  # it may have been made for somebody who did not ask for a number
+        return store
+
+    def _refuse_too_few(self, tokenizer: Tokenizer) -> None:
+        asked = self.vocab_size or 0
+        if self.tokenizer in OF_ANY_SIZE and tokenizer.vocab_size < asked:
+            raise UserError(
+                f"data.vocab_size is {asked:,}, but {self.selection.name} gives a tokenizer of kind {self.tokenizer} "
+                f"only {tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
+            )
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool, progress: "tqdm[Any]") -> Stream:
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+    n_tokens = n_bytes = n_documents = 0
+    with path.open("wb") as file:
+        for chunk in _chunks(texts):
+            for ids in tokenizer.encode_many(chunk, fast):
+                np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
+                n_tokens += 1 + len(ids)
+                n_documents += 1
+            size = sum(len(text.encode()) for text in chunk)
+            n_bytes += size
+            progress.update(size)
+    return Stream(str(path), dtype.str, n_tokens, n_bytes, n_documents)
+
+
+def _chunks(texts: Iterable[str]) -> Iterable[list[str]]:
+    """Texts together as long as one large document, or as many as are encoded at once."""
+    iterator = iter(texts)
+    while chunk := list(islice(iterator, 1)):
+        size = len(chunk[0])
+        while size < ENCODED_AT_ONCE and (more := list(islice(iterator, 1))):
+            chunk += more
+            size += len(more[0])
+        yield chunk

@@ -1,0 +1,239 @@
+"""Documents read, cleaned, mixed and split, once, and kept beside their audit.
+
+A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``: ``datasets`` and
+``pandas`` read it as it is), ``audit.json`` and ``audit.md``. Documents pass through memory a few at a time.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import audit as account
+from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text.audit import Audit
+from lit_gpt_scratch.text.cleaning import HeldOutStep, Step
+from lit_gpt_scratch.text.document import Document, Rejected
+from lit_gpt_scratch.text.duplicates import digest
+from lit_gpt_scratch.text.ledger import Ledger, known
+from lit_gpt_scratch.text.pipeline import Passage
+from lit_gpt_scratch.text.shelf import Shelf, shelved
+from lit_gpt_scratch.text.sources import Source, blank, no_text
+from lit_gpt_scratch.text.split import Split
+from lit_gpt_scratch.text.whole_folder import whole_folder
+
+Side = Literal["train", "validation"]
+SIDES: Final[tuple[Side, ...]] = ("train", "validation")
+FORMAT: Final = 2
+CLEANED: Final = "cleaned.parquet"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A kept corpus.
+
+    Attributes:
+        folder: Where it lies.
+        fingerprint: SHA-256 over ids, contents and sides; the corpus changed if it did.
+        n_bytes: UTF-8 bytes of the texts of both sides.
+        audit: What became of every document.
+    """
+
+    folder: Path
+    fingerprint: str
+    n_bytes: int
+    audit: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: Path) -> "Corpus":
+        """Open a folder that ``Selection.prepare`` made.
+
+        Raises:
+            UserError: It is no such folder.
+        """
+        try:
+            about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+            return cls(folder, about["fingerprint"], about["n_bytes"], audit)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is no corpus ({error}); delete it and try again") from error
+
+    def texts(self, side: Side, share: float = 1.0) -> Iterator[str]:
+        """The texts of one side; or about a share of them, the same whatever their order."""
+        for document in shelved(self.folder / f"{side}.parquet"):
+            if share == 1 or int.from_bytes(digest(document.text)[:8], "big") / 2**64 < share:
+                yield document.text
+
+    @property
+    def sample(self) -> list[list[str]]:
+        """See ``Audit.sample``."""
+        found: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
+        return found
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All that decides which texts a corpus has.
+
+    Args:
+        sources: Each with its weight; of several, so much of each is taken that their bytes are as the weights.
+        cleaning: Steps, in their order.
+        validation_share: Share of the documents to hold out.
+        max_bytes: Bytes of text to read at most, of each source.
+        processes: To clean in; does not change the result.
+    """
+
+    sources: tuple[tuple[Source, float], ...]
+    cleaning: tuple[Step, ...]
+    validation_share: float
+    max_bytes: int | None = None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        first = next((place for place, step in enumerate(self.cleaning) if isinstance(step, HeldOutStep)), None)
+        for step in self.cleaning[first:] if first is not None else ():
+            if not isinstance(step, HeldOutStep):
+                raise UserError(f"data.cleaning: put {step.name} before {self.cleaning[first or 0].name}")
+
+    @property
+    def name(self) -> str:
+        """The sources, as a user wrote them."""
+        return ", ".join(source.name for source, _ in self.sources)
+
+    @cached_property
+    def facts(self) -> dict[str, Any]:
+        """What the corpus follows from, as far as it can be told without reading a document."""
+        return {
+            "format": FORMAT,
+            "sources": [[repr(source), weight, source.stamp()] for source, weight in self.sources],
+            "cleaning": [f"{step!r} {step.code}" for step in self.cleaning],
+            "validation_share": self.validation_share,
+            "max_bytes": self.max_bytes,
+        }
+
+    def prepare(self, corpora: Path, flag: str = "--data.cache") -> Corpus:
+        """Open the corpus of this selection in a folder of many, making it first if it is not there.
+
+        Raises:
+            UserError: A source is unusable, no document is left, or the folder cannot be written.
+        """
+        key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        folder = corpora / key[:16]
+        whole_folder(folder, self.write, flag)
+        return Corpus.open(folder)
+
+    def write(self, folder: Path) -> None:
+        """Make the corpus in an empty folder."""
+        before = [step for step in self.cleaning if not isinstance(step, HeldOutStep)]
+        after = [step for step in self.cleaning if isinstance(step, HeldOutStep)]
+        mixing = ["mixing"] if len(self.sources) > 1 else []
+        audit = Audit([step.name for step in before], [*mixing, *(step.name for step in after)])
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            ledger = self._clean(Path(scratch), before, audit)
+            wanted = ledger.mixed([weight for _, weight in self.sources])
+            parts = ledger.split(wanted, self.validation_share)
+            fingerprint, sides = self._divide(folder, Path(scratch), audit, parts, wanted, after)
+        sizes = {side: {"documents": shelf.n_documents, "bytes": shelf.n_bytes} for side, shelf in sides.items()}
+        found = audit.to_dict() | {"split": sizes}
+        about = {"fingerprint": fingerprint, "n_bytes": sum(shelf.n_bytes for shelf in sides.values()), **self.facts}
+        for name, content in (("audit", found), ("corpus", about), ("sample", audit.sample)):
+            (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+        (folder / "audit.md").write_text(account.markdown(found), encoding="utf-8")
+
+    def _clean(self, scratch: Path, steps: Sequence[Step], audit: Audit) -> Ledger:
+        """Everything before the split: kept documents on a shelf, in their order, and what is known of each."""
+        ledger = Ledger(scratch)
+        bar = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
+        with bar, Shelf(scratch / CLEANED) as shelf:
+            for passage in pipeline.run(self._read(audit), steps, known, scratch, self.processes):
+                audit.add(passage)
+                if passage.reason is None:
+                    shelf.add(passage.document, passage.sizes[-1])
+                    ledger.add(passage)
+                bar.update(passage.sizes[0])
+        self._refuse_nothing(audit, ledger.n_documents)
+        return ledger
+
+    def _read(self, audit: Audit) -> Iterator[Passage]:
+        for origin, (source, _) in enumerate(self.sources):
+            read = 0
+            for found in source.read():
+                if isinstance(found, Rejected):
+                    audit.passed_over(found)
+                    continue
+                size = len(found.text.encode())
+                if blank(found.text):
+                    audit.passed_over(Rejected(found.id, "no text", size))
+                    continue
+                document = found if len(self.sources) == 1 else replace(found, id=f"{source.name}:{found.id}")
+                texts = [document.text] if audit.sampled(document.id) else None
+                yield Passage(document, origin, [size], texts)
+                read += size
+                if self.max_bytes is not None and read >= self.max_bytes:
+                    break
+
+    def _divide(
+        self,
+        folder: Path,
+        scratch: Path,
+        audit: Audit,
+        parts: Split,
+        wanted: NDArray[np.bool_],
+        after: Sequence[HeldOutStep],
+    ) -> tuple[str, dict[Side, Shelf]]:
+        """Everything after the split: each document to its side, but for those that are in its way."""
+        cleaned = scratch / CLEANED
+        if after and parts.cut is not None:
+            raise UserError(f"data.cleaning: {after[0].name} needs documents that are held out; this is one text")
+        judges = [step.judge(_held_out(cleaned, parts)) for step in after]
+        fingerprint = hashlib.sha256(f"cut {parts.cut}\n".encode())
+        with Shelf(folder / "train.parquet") as train, Shelf(folder / "validation.parquet") as validation:
+            for place, document in enumerate(shelved(cleaned)):
+                size = len(document.text.encode())
+                reason = None if wanted[place] else "more than its weight"
+                later = 0
+                if len(self.sources) > 1:
+                    audit.follow(document.id, document.text, size, later, reason)
+                    later += 1
+                for judge in judges:
+                    if reason is None:
+                        reason = None if parts.validation[place] else judge(document)
+                        audit.follow(document.id, document.text, size, later, reason)
+                        later += 1
+                if reason is not None:
+                    continue
+                for shelf, text in zip((train, validation), parts.parts(place, document.text), strict=True):
+                    if text:
+                        shelf.add(replace(document, text=text), len(text.encode()))
+                side = "validation" if parts.validation[place] else "train"
+                fingerprint.update(f"{side} {document.id}\0".encode() + digest(document.text))
+        self._refuse_nothing(audit, train.n_documents)
+        return fingerprint.hexdigest(), {"train": train, "validation": validation}
+
+    def _refuse_nothing(self, audit: Audit, left: int) -> None:
+        if left:
+            return
+        if not audit.rows[0].documents_out:
+            raise UserError(no_text(self.name))
+        eaten = [
+            f"{row.name} rejected {sum(row.rejected.values()):,} ({row.rejected.most_common(1)[0][0]})"
+            for row in audit.rows
+            if row.rejected
+        ]
+        raise UserError(
+            f"no document is left of the {audit.rows[0].documents_in:,} of {self.name}: {', '.join(eaten)}; "
+            "choose other steps in data.cleaning"
+        )
+
+
+def _held_out(cleaned: Path, parts: Split) -> Iterator[Document]:
+    return (document for place, document in enumerate(shelved(cleaned)) if parts.validation[place])

@@ -1,0 +1,115 @@
+"""``prepare``: any text in, tokens and an account of it out; and one line where that cannot be."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import sentences
+from tests.end_to_end.conftest import Command
+from tests.text.test_corpus import adds_up
+
+CLEANING = """
+data:
+  init_args:
+    text_column: message
+    validation_share: 0.2
+    cleaning:
+    - Whitespace
+    - class_path: Length
+      init_args: {at_least: 10}
+    - class_path: GopherRepetition
+      init_args: {ngrams: false}
+    - ExactDuplicates
+    - NearDuplicates
+    - Leakage
+"""
+
+
+@pytest.fixture
+def messages(tmp_path: Path) -> Path:
+    """A table with rows of every fate."""
+    rows = [sentences(n, 12).replace("\n", " ") for n in range(40)]
+    rows += [*rows[:5], "short", "", "again and again " * 40]
+    path = tmp_path / "messages.tsv"
+    path.write_text("label\tmessage\n" + "".join(f"x\t{row}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_one_config_prepares_and_trains(command: Command, small: list[str], messages: Path, cache: Path) -> None:
+    Path("clean.yaml").write_text(CLEANING, encoding="utf-8")
+    kept = [flag for flag in small if not flag.startswith(("--data.source", "--data.validation_share"))]
+    flags = [*kept, "--config=clean.yaml", f"--data.source={messages}", "--data.vocab_size=null"]
+    made = command("prepare", *flags, "--data.store=store")
+    assert made.code == 0, made.err
+    for row in ("| reading ", "| Whitespace ", "| NearDuplicates ", "| Leakage ", "5 exact duplicate"):
+        assert row in made.out
+    audit = json.loads(Path("store/audit.json").read_text(encoding="utf-8"))
+    adds_up(audit)
+    assert audit["documents_in"] == 48
+    assert [step["name"] for step in audit["steps"]] == [
+        "reading", "Whitespace", "Length", "GopherRepetition", "ExactDuplicates", "NearDuplicates", "Leakage"
+    ]  # fmt: skip
+    assert "# Audit" in Path("store/audit.md").read_text(encoding="utf-8")
+    done = command("fit", *flags, "--data.store=store", "--model.gpt.n_layer=1")
+    assert done.code == 0, done.err
+    assert "encoding" not in done.err
+    cleaning = yaml.safe_load(Path("runs/pretrain/version_0/config.yaml").read_text())["data"]["init_args"]["cleaning"]
+    assert [step["class_path"].split(".")[-1] for step in cleaning][:2] == ["Whitespace", "Length"]
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.store=null", f"--data.cache={cache}")
+    assert again.code == 0, again.err  # where the tokens lie may differ, the text may not
+
+
+def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache: Path) -> None:
+    rows = messages.with_suffix(".jsonl")
+    texts = [line.split("\t")[1] for line in messages.read_text(encoding="utf-8").splitlines()[1:]]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    mixed = json.dumps({str(corpus): 2.0, str(rows): 1.0})
+    made = command("prepare", f"--data.source={mixed}", f"--data.cache={cache}", "--data.validation_share=0.2")
+    assert made.code == 0, made.err
+    assert "| mixing " in made.out
+    assert "more than its weight" in made.out
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "flags", "said"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], [], "a.jsonl.gz is cut off or damaged after"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', [], "a.jsonl: line 2 is not JSON"),
+        ("a.csv", b"a,b\n1,2\n", [], "a.csv has no column 'text'; there is a, b; name one: --data.text_column"),
+        ("a.csv", b"text,b\n1,2\n\xe9,1", [], "a.csv: line 3 is not UTF-8"),
+        ("a.txt", b"fine\n\xe9\n", [], "a.txt is not UTF-8 text: line 2 has the byte 0xe9"),
+        ("a.txt", b"one\0two", [], "a.txt has a NUL byte"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "a\\u0000"}\n', [], "a.jsonl:2 has a NUL byte"),
+        ("a.jsonl", b'{"text": "' + b"x" * 34_000_000 + b'"}\n', [], "a.jsonl: row 1 has a text of 32 MB"),
+        ("a.txt", b"fine\n" + b"x" * 34_000_000, [], "a.txt: line 2 is longer than 32 MB"),
+        ("a.txt", b"some text", ["--data.cleaning+=Length", "--data.cleaning.at_least=99"], "Length rejected 1"),
+        ("a.txt", b"some text", ["--data.vocab_size=5000"], "data.vocab_size is 5,000, but"),
+        ("a.txt", b"some text", ["--data.tokenizer=tokenizer.txt"], "tokenizer.txt is not a usable tokenizer file"),
+        ("a.txt", b"some text", ["--data.cache=/dev/null/x"], "cannot write to /dev/null/x"),
+        ("a.txt", b"some text", ["--data.cleaning+=Leakage"], "Leakage needs documents that are held out"),
+        ("a.txt", b"some text", ["--data.cleaning+=NearDuplicates", "--data.cleaning.bands=7"], "multiple of bands"),
+        ("a.txt", b"some text", ["--data.cleaning+=Wash"], "--data.cleaning: there is no class Wash to choose"),
+        ("a.txt", b"some text", ["--data.source={stdlib: 0}"], "the weight of stdlib is 0"),
+        ("a.txt", b"some text", ["--data.source={}"], "data.source has no source"),
+        ("a.txt", b"some text", ["--data.max_bytes=0"], "data.max_bytes is 0"),
+        ("a.txt", b"some text", ["--data.source=owner/name"], "no such file or folder: owner/name"),
+        ("a.txt", b"some text", ["--data.source=*.text"], "no such file or folder: *.text"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    command: Command, tmp_path: Path, name: str, data: bytes, flags: list[str], said: str
+) -> None:
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "tokenizer.txt").write_text("no tokenizer", encoding="utf-8")
+    refused = command("prepare", f"--data.source={tmp_path / name}", f"--data.cache={tmp_path / 'cache'}", *flags)
+    assert refused.code == 2, refused.out
+    lines = [line for line in refused.err.splitlines() if not line.startswith(("training a", "encoding"))]
+    assert len(lines) == 1, refused.err
+    assert said in lines[0]
+    assert refused.out == ""
+    left = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock" and path.name != "corpora"]
+    assert left == []
+    assert not list(tmp_path.glob("cache/corpora/*.partial"))

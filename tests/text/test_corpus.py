@@ -1,0 +1,375 @@
+"""A corpus: what is planted is found, what is counted adds up, and the bytes do not depend on the processes."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import audit as account
+from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text.cleaning import (
+    ControlCharacters,
+    Length,
+    MaskContacts,
+    Step,
+    UnicodeNormalization,
+    Whitespace,
+)
+from lit_gpt_scratch.text.corpus import Corpus, Selection
+from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
+from lit_gpt_scratch.text.leakage import Leakage
+from lit_gpt_scratch.text.quality import GopherQuality
+from lit_gpt_scratch.text.shelf import shelved
+from lit_gpt_scratch.text.sources import Source
+from tests.conftest import sentences
+
+
+def write(path: Path, texts: Sequence[str]) -> Source:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return Source(str(path))
+
+
+def corpus_of(
+    folder: Path,
+    texts: Sequence[str],
+    *steps: Step,
+    share: float = 0.1,
+    processes: int = 1,
+    max_bytes: int | None = None,
+) -> Corpus:
+    """Clean some texts; ids are ``a.jsonl:1`` and so on."""
+    source = write(folder / "a.jsonl", texts)
+    return Selection(((source, 1.0),), steps, share, max_bytes, processes).prepare(folder / "corpora")
+
+
+def ids(corpus: Corpus) -> dict[str, set[int]]:
+    """The rows that are on each side."""
+    return {
+        side: {int(document.id.split(":")[1]) - 1 for document in shelved(corpus.folder / f"{side}.parquet")}
+        for side in ("train", "validation")
+    }
+
+
+def adds_up(audit: dict) -> None:
+    """In = kept + rejected, step by step, in documents and in bytes, and one step's output is the next one's input."""
+    steps = audit["steps"]
+    assert audit["documents_in"] == steps[0]["documents_in"]
+    assert audit["documents_kept"] == steps[-1]["documents_out"]
+    assert audit["documents_in"] == audit["documents_kept"] + sum(sum(step["rejected"].values()) for step in steps)
+    for step in steps:
+        assert step["documents_in"] == step["documents_out"] + sum(step["rejected"].values())
+        assert 0 <= step["bytes_rejected"] <= step["bytes_in"]
+        assert set(step["examples"]) == set(step["rejected"])
+    for before, after in pairwise(steps):
+        assert (before["documents_out"], before["bytes_out"]) == (after["documents_in"], after["bytes_in"])
+
+
+def words(rng: random.Random, n: int) -> list[str]:
+    return ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(2, 9))) for _ in range(n)]
+
+
+EVERYTHING = (
+    UnicodeNormalization(), ControlCharacters(), Whitespace(), Length(at_least=30), MaskContacts(), ExactDuplicates(),
+    NearDuplicates(), Leakage(),
+)  # fmt: skip
+
+
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_an_account_adds_up_whatever_the_steps(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    texts = data.draw(st.lists(st.sampled_from([sentences(n, n) for n in range(1, 12)] + [" ", "\n", "x"]), min_size=4))
+    steps = data.draw(st.lists(st.sampled_from(EVERYTHING[:-1]), max_size=5))
+    corpus = corpus_of(tmp_path_factory.mktemp("corpus"), [sentences(99), *texts], *steps)
+    adds_up(corpus.audit)
+    kept = [document for side in ids(corpus) for document in shelved(corpus.folder / f"{side}.parquet")]
+    assert corpus.n_bytes == sum(len(document.text.encode()) for document in kept)
+    assert corpus.audit["bytes_kept"] == corpus.n_bytes
+    assert corpus.audit["documents_kept"] == len({document.id for document in kept})  # one text is cut in two
+
+
+def test_every_exact_duplicate_is_found_and_nothing_else(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    originals = [" ".join(words(rng, 60)) for _ in range(500)]
+    texts = originals + [rng.choice(originals) for _ in range(300)] + [f"{text} " for text in originals[:50]]
+    rng.shuffle(texts)
+    first = {text: place for place, text in reversed(list(enumerate(texts)))}
+    corpus = corpus_of(tmp_path, texts, ExactDuplicates())
+    sides = ids(corpus)
+    assert sides["train"] | sides["validation"] == set(first.values())
+    assert corpus.audit["steps"][1]["rejected"] == {"exact duplicate": 300}
+    adds_up(corpus.audit)
+
+
+def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
+    """At least 95% of pairs that share 0.85 of their shingles, at most 1% of those that share less than 0.7."""
+    rng = random.Random(1)
+
+    def edited(text: list[str], share: float) -> list[str]:
+        """Replace words one by one while at least ``share`` is in common."""
+        copy, places = list(text), rng.sample(range(len(text)), len(text))
+        for place in places:
+            before, copy[place] = copy[place], f"new{place}"
+            if jaccard(text, copy) < share:
+                copy[place] = before
+                break
+        return copy
+
+    def jaccard(a: list[str], b: list[str]) -> float:
+        sets = [set(zip(*(text[i:] for i in range(5)), strict=False)) for text in (a, b)]
+        return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+
+    def less(text: list[str]) -> list[str]:
+        """One more word than leaves 0.7 in common."""
+        copy = edited(text, 0.7)
+        place = next(place for place, word in enumerate(copy) if not word.startswith("new"))
+        while jaccard(text, copy) >= 0.7:
+            copy[place] = f"new{place}"
+            place += 7
+        return copy
+
+    originals = [words(rng, 300) for _ in range(800)]
+    near = [edited(text, 0.85) for text in originals[:400]]
+    apart = [less(text) for text in originals[400:]]
+    assert all(0.85 <= jaccard(a, b) < 0.88 for a, b in zip(originals, near, strict=False))
+    assert all(0.6 < jaccard(a, b) < 0.7 for a, b in zip(originals[400:], apart, strict=True))
+    corpus = corpus_of(tmp_path, [" ".join(text) for text in [*originals, *near, *apart]], NearDuplicates())
+    sides = ids(corpus)
+    gone = set(range(1600)) - sides["train"] - sides["validation"]
+    assert not gone & set(range(800))
+    assert len(gone & set(range(800, 1200))) >= 0.95 * 400
+    assert len(gone & set(range(1200, 1600))) <= 0.01 * 400
+    adds_up(corpus.audit)
+
+
+def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
+    """Passages of held-out documents, planted into training documents in other spelling."""
+    rng = random.Random(2)
+    plain = [words(rng, 200) for _ in range(300)]
+    held_out = ids(corpus_of(tmp_path, [" ".join(text) for text in plain], share=0.1))["validation"]
+    free = [place for place in range(300) if place not in held_out]
+    leaking, texts = free[:60], list(plain)
+    for place in leaking:
+        passage = rng.choice(sorted(held_out))
+        start, length = rng.randrange(0, 180), rng.randrange(13, 20)
+        at = rng.randrange(0, 200)
+        planted = [word.upper() + "," for word in plain[passage][start : start + length]]
+        texts[place] = [*plain[place][:at], *planted, *plain[place][at:]]
+    almost = free[60:100]
+    for place in almost:  # one word short of a run
+        start = rng.randrange(0, 180)
+        texts[place] = plain[place] + plain[rng.choice(sorted(held_out))][start : start + 12]
+    folder = tmp_path / "leaking"
+    folder.mkdir()
+    lines = [" ".join(text) for text in texts]
+    without, with_step = corpus_of(folder, lines, share=0.1), corpus_of(folder, lines, Leakage(), share=0.1)
+    assert ids(without)["validation"] == ids(with_step)["validation"]
+    caught = ids(without)["train"] - ids(with_step)["train"]
+    # A planted document may have come to stand on the other side itself; then its passage is no leak.
+    sources = ids(with_step)["validation"]
+    assert caught <= set(leaking)
+    runs = {tuple(plain[place][i : i + 13]) for place in sources & set(held_out) for i in range(188)}
+    leaks = {
+        place
+        for place in ids(without)["train"]
+        if any(tuple(word.strip(",").lower() for word in texts[place][i : i + 13]) in runs for i in range(220))
+    }
+    assert len(leaks) > 40
+    assert leaks <= caught
+    adds_up(with_step.audit)
+    assert with_step.audit["steps"][-1]["rejected"] == {"13 words in a row that are held out": len(caught)}
+
+
+def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
+    """In a process of its own, as the doors are: a pool starts anew from the main module."""
+    rng = random.Random(3)
+    texts = [
+        " ".join(words(rng, rng.randrange(1, 120))) + rng.choice(["", "\r\n", "\0", " a@b.org"]) for _ in range(900)
+    ]
+    texts += rng.sample(texts, 100)
+    write(tmp_path / "a.jsonl", texts)
+    script = tmp_path / "clean.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from lit_gpt_scratch.text import pipeline\n"
+        "from lit_gpt_scratch.text.corpus import Selection\n"
+        "from lit_gpt_scratch.text.sources import Source\n"
+        "from tests.text.test_corpus import EVERYTHING\n"
+        "if __name__ == '__main__':\n"
+        "    pipeline.ALONE, pipeline.BATCH, pipeline.MOST = 1, 3000, 20\n"
+        "    n, source, folder = int(sys.argv[1]), Source(sys.argv[2]), Path(sys.argv[3])\n"
+        "    folder.mkdir(); Selection(((source, 1.0),), EVERYTHING, 0.1, None, n).write(folder)\n",
+        encoding="utf-8",
+    )
+    made = {}
+    for n in (1, 2, 3):
+        folder = tmp_path / str(n)
+        root = Path(__file__).parents[2]
+        subprocess.run(
+            [sys.executable, str(script), str(n), str(tmp_path / "a.jsonl"), str(folder)],
+            check=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+        )
+        made[n] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert made[1] == made[2] == made[3]
+    assert set(made[1]) == {
+        "audit.json", "audit.md", "corpus.json", "sample.json", "train.parquet", "validation.parquet"
+    }  # fmt: skip
+    audit = json.loads(made[1]["audit.json"])
+    adds_up(audit)
+    assert audit["steps"][6]["rejected"]["exact duplicate"] > 0
+
+
+def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
+    rng = random.Random(4)
+    texts = {name: [" ".join([name, *words(rng, 100)]) for _ in range(400)] for name in ("a", "b", "c")}
+    sources = [write(tmp_path / f"{name}.jsonl", lines) for name, lines in texts.items()]
+    weighted = tuple(zip(sources, (2.0, 1.0, 0.5), strict=True))
+    corpus = Selection(weighted, (), 0.1).prepare(tmp_path / "corpora")
+    kept = [document for side in ("train", "validation") for document in shelved(corpus.folder / f"{side}.parquet")]
+    n_bytes = {name: sum(len(d.text) for d in kept if d.text.startswith(f"{name} ")) for name in texts}
+    assert sum(document.text.startswith("a ") for document in kept) == 400  # the scarcest, all of it
+    assert n_bytes["b"] / n_bytes["a"] == pytest.approx(1 / 2, rel=0.15)
+    assert n_bytes["c"] / n_bytes["a"] == pytest.approx(1 / 4, rel=0.25)
+    assert all(document.id.startswith(f"{tmp_path}/{document.text[0]}.jsonl:") for document in kept)
+    adds_up(corpus.audit)
+    assert [step["name"] for step in corpus.audit["steps"]] == ["reading", "mixing"]
+    reversed_ = Selection(weighted[::-1], (), 0.1).prepare(tmp_path / "corpora")
+    again = [document for side in ("train", "validation") for document in shelved(reversed_.folder / f"{side}.parquet")]
+    assert {document.id for document in again} == {document.id for document in kept}
+
+
+def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
+    texts = [f"{n:03} " + "x" * 96 for n in range(100)]
+    corpus = corpus_of(tmp_path, texts, max_bytes=1950)
+    assert corpus.audit["documents_in"] == 20
+    assert corpus.n_bytes == 2000
+
+
+def test_no_document_left_says_which_step_ate_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as error:
+        corpus_of(tmp_path, [sentences(n) for n in range(7)] + ["short"], Length(at_least=10), GopherQuality(500))
+    assert str(error.value).startswith("no document is left of the 8 of ")
+    assert "Length rejected 1 (fewer than 10 characters), GopherQuality rejected 7 (number of words)" in str(
+        error.value
+    )
+    assert not [path for path in (tmp_path / "corpora").iterdir() if path.suffix != ".lock"]
+
+
+def test_a_nul_byte_is_refused_unless_a_step_drops_it(tmp_path: Path) -> None:
+    texts = [sentences(0), "a\0b " * 9]
+    with pytest.raises(UserError, match=r"a\.jsonl:2 has a NUL byte.*ControlCharacters"):
+        corpus_of(tmp_path, texts)
+    assert corpus_of(tmp_path, texts, ControlCharacters()).audit["documents_kept"] == 2
+
+
+def test_steps_after_the_split_come_last(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="put Length before Leakage"):
+        corpus_of(tmp_path, ["a"], Leakage(), Length())
+    with pytest.raises(UserError, match="Leakage needs documents that are held out; this is one text"):
+        corpus_of(tmp_path, [sentences(0)], Leakage())
+
+
+def test_what_follows_from_other_settings_is_another_corpus(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", [sentences(n) for n in range(20)])
+    folders = {
+        Selection(((source, 1.0),), steps, share, limit).prepare(tmp_path / "corpora").folder
+        for steps, share, limit in [
+            ((), 0.1, None), ((Whitespace(),), 0.1, None), ((Whitespace(0),), 0.1, None), ((), 0.2, None), ((), 0.1, 99)
+        ]
+    }  # fmt: skip
+    assert len(folders) == 5
+    same = Selection(((source, 1.0),), (), 0.1, processes=3).prepare(tmp_path / "corpora")
+    assert same.folder in folders
+
+
+def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
+    texts = [sentences(n) for n in range(5)]
+    seen = set()
+    for i, change in enumerate([None, *range(5)]):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        changed = [f"{text} " if place == change else text for place, text in enumerate(texts)]
+        seen.add(corpus_of(folder, changed).fingerprint)
+    assert len(seen) == 6
+    again = tmp_path / "again"
+    again.mkdir()
+    assert corpus_of(again, texts).fingerprint in seen
+
+
+def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [sentences(n % 40) + "  " * 9 + "\n\n\n\n" for n in range(60)]
+    steps = (Whitespace(), ExactDuplicates())
+
+    def words_of(texts: Sequence[str]) -> list[int]:
+        return [text.count(" ") for text in texts]
+
+    corpus = corpus_of(tmp_path, texts, *steps)
+    exact = account.with_tokens(corpus.audit, corpus.sample, words_of)
+    assert exact["tokens"] == "counted"
+    cleaned = [text.replace("  " * 9 + "\n\n\n\n", "\n\n") for text in texts]
+    expected = [
+        *(sum(words_of(texts)), sum(words_of(texts))),
+        *(sum(words_of(texts)), sum(words_of(cleaned))),
+        *(sum(words_of(cleaned)), sum(words_of(list(set(cleaned))))),
+    ]
+    assert [step[f"tokens_{side}"] for step in exact["steps"] for side in ("in", "out")] == expected
+    monkeypatch.setattr(account, "SAMPLE", 30_000)
+    folder = tmp_path / "sampled"
+    folder.mkdir()
+    sampled = corpus_of(folder, texts, *steps)
+    assert 0 < len(sampled.sample) < 30
+    estimated = account.with_tokens(sampled.audit, sampled.sample, words_of)
+    assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents"
+    found = [step[f"tokens_{side}"] for step in estimated["steps"] for side in ("in", "out")]
+    assert np.allclose(found, expected, rtol=0.05)
+
+
+def test_the_account_shows_examples_and_reads_as_a_table(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [sentences(n) for n in range(9)] + ["the short one"], Length(at_least=20))
+    page = (corpus.folder / "audit.md").read_text(encoding="utf-8")
+    assert "9 of 10 documents kept" in page
+    assert "## Length: fewer than 20 characters (1)" in page
+    assert "- `a.jsonl:10`: `the short one`" in page
+    rows = [line for line in page.splitlines() if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1  # aligned
+    assert rows[-1].split("|")[1:4] == [" Length  ", "           10 ", "   9 "]
+
+
+def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A source is not read ahead of the work: what was read and not done yet is bounded."""
+    read = done = 0
+    most = 0
+
+    def passages() -> object:
+        nonlocal read, most
+        for _ in range(400):
+            read += 1
+            most = max(most, read - done)
+            yield pipeline.Passage(document=None, origin=0, sizes=[pipeline.BATCH])  # type: ignore[arg-type]
+
+    class Now:
+        def submit(self, work: object, batch: object) -> object:
+            class Done:
+                def result(self) -> object:
+                    nonlocal done
+                    done += len(batch)  # type: ignore[arg-type]
+                    return batch
+
+            return Done()
+
+    pool = pipeline.Pool(2)
+    monkeypatch.setattr(pool, "_start", Now)
+    monkeypatch.setattr(pipeline, "ALONE", 0)
+    assert sum(len(batch) for batch in pool.each(lambda batch: batch, pipeline._batches(passages()))) == 400  # type: ignore[arg-type]
+    assert most <= 2 * pipeline.AHEAD + 3
