@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -72,12 +72,12 @@ class Recipe:
         """The share of a corpus that a tokenizer learns from."""
         return min(1.0, LEARN_FROM / max(corpus.n_bytes, 1))
 
-    def _facts(self) -> dict[str, Any]:
+    def _settings(self) -> dict[str, Any]:
         return {
             "vocab_size": self.vocab_size,
             "tokenizer": self.tokenizer,
             "special_tokens": list(self.special),
-            **self.selection.facts,
+            **self.selection.settings,
         }
 
     def _fingerprint(self, corpus: Corpus, given: Tokenizer | None) -> str:
@@ -92,18 +92,31 @@ class Recipe:
     def _fill(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
         text.mkdir()
+        _ = self.selection.stamps  # of what is there before it is read
         self.selection.write(text)
         self._write(folder, Corpus.open(text), given)
 
     def _compare(self, store: Path) -> None:
-        """Refuse a folder whose tokens were made in another way."""
-        before, now = TokenStore.about(store).get("recipe", {}), json.loads(json.dumps(self._facts()))
+        """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
+        about = TokenStore.about(store)
+        before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings()))
         for name in now:
             if before.get(name) != now[name]:
                 raise UserError(
                     f"{store} holds tokens of another {name.replace('_', ' ')}; name another folder as --data.store, "
                     "or delete this one"
                 )
+        try:
+            same = about.get("stamps") == self.selection.stamps
+        except UserError:
+            same = False
+        if not same:  # it was copied to a machine without the text, or somebody wrote more
+            log.warning(
+                "%s is not here as it was when %s was made; its tokens are used as they are (to make them anew, delete "
+                "that folder)",
+                self.selection.name,
+                store,
+            )
 
     def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
         tokenizer = given or self._train(corpus)
@@ -113,16 +126,15 @@ class Recipe:
         tokenizer.save(folder / "tokenizer.json")
         fast = corpus.n_bytes >= FAST_FROM
         streams: dict[str, Any] = {}
-        with tqdm(
-            desc="encoding", total=corpus.n_bytes, unit="B", unit_scale=True, disable=None, leave=False
-        ) as progress:
+        with _bar("encoding", corpus.n_bytes) as progress:
             for side in SIDES:
-                stream = _encode(corpus.texts(side), tokenizer, folder / f"{side}.bin", fast, progress)
+                stream = _encode(_noted(corpus.texts(side), progress), tokenizer, folder / f"{side}.bin", fast)
                 streams[side] = asdict(stream) | {"path": f"{side}.bin"}
         about = {
             "format": FORMAT,
             "fingerprint": self._fingerprint(corpus, given),
-            "recipe": self._facts(),
+            "recipe": self._settings(),
+            "stamps": self.selection.stamps,
             **streams,
         }
         (folder / "store.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
@@ -136,8 +148,9 @@ class Recipe:
         share = self.learned_from(corpus)
         some = "the" if share == 1 else f"{share:.1%} of the"
         log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
-        texts = corpus.texts("train", share)
-        tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
+        with _bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
+            texts = _noted(corpus.texts("train", share), progress)
+            tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
         self._refuse_too_few(tokenizer)
         return tokenizer
 
@@ -155,7 +168,18 @@ class Recipe:
             )
 
 
-def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool, progress: "tqdm[Any]") -> Stream:
+def _bar(what: str, n_bytes: float) -> "tqdm[Any]":
+    """A progress bar for so much text, on a terminal."""
+    return tqdm(desc=what, total=int(n_bytes), unit="B", unit_scale=True, disable=None, leave=False)
+
+
+def _noted(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:
+    for text in texts:
+        yield text
+        progress.update(len(text.encode()))
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) -> Stream:
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     n_tokens = n_bytes = n_documents = 0
     with path.open("wb") as file:
@@ -164,9 +188,7 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool, 
                 np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
                 n_tokens += 1 + len(ids)
                 n_documents += 1
-            size = sum(len(text.encode()) for text in chunk)
-            n_bytes += size
-            progress.update(size)
+            n_bytes += sum(len(text.encode()) for text in chunk)
     return Stream(str(path), dtype.str, n_tokens, n_bytes, n_documents)
 
 

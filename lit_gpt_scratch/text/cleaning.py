@@ -10,6 +10,7 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
@@ -58,7 +59,7 @@ class ComparingStep(Step, ABC):
         """What has to be known of a document to judge it."""
 
     @abstractmethod
-    def judge(self, folder: Path) -> Callable[[Any], Reason | None]:
+    def judge(self, folder: Path) -> AbstractContextManager[Callable[[Any], Reason | None]]:
         """A judge of sketches that remembers those that passed; ``folder`` takes what need not be in memory."""
 
 

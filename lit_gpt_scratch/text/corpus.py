@@ -8,6 +8,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -110,11 +111,16 @@ class Selection:
         return ", ".join(source.name for source, _ in self.sources)
 
     @cached_property
-    def facts(self) -> dict[str, Any]:
-        """What the corpus follows from, as far as it can be told without reading a document."""
+    def stamps(self) -> list[str]:
+        """What changes when the sources do; see ``Source.stamp``."""
+        return [source.stamp() for source, _ in self.sources]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the corpus follows from beside what is in the sources."""
         return {
             "format": FORMAT,
-            "sources": [[repr(source), weight, source.stamp()] for source, weight in self.sources],
+            "source": [[repr(source), weight] for source, weight in self.sources],
             "cleaning": [f"{step!r} {step.code}" for step in self.cleaning],
             "validation_share": self.validation_share,
             "max_bytes": self.max_bytes,
@@ -126,7 +132,7 @@ class Selection:
         Raises:
             UserError: A source is unusable, no document is left, or the folder cannot be written.
         """
-        key = hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.settings, self.stamps], sort_keys=True).encode()).hexdigest()
         folder = corpora / key[:16]
         whole_folder(folder, self.write, flag)
         return Corpus.open(folder)
@@ -137,21 +143,20 @@ class Selection:
         after = [step for step in self.cleaning if isinstance(step, HeldOutStep)]
         mixing = ["mixing"] if len(self.sources) > 1 else []
         audit = Audit([step.name for step in before], [*mixing, *(step.name for step in after)])
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            ledger = self._clean(Path(scratch), before, audit)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(Ledger(Path(scratch))) as ledger:
+            self._clean(Path(scratch), before, audit, ledger)
             wanted = ledger.mixed([weight for _, weight in self.sources])
             parts = ledger.split(wanted, self.validation_share)
             fingerprint, sides = self._divide(folder, Path(scratch), audit, parts, wanted, after)
         sizes = {side: {"documents": shelf.n_documents, "bytes": shelf.n_bytes} for side, shelf in sides.items()}
         found = audit.to_dict() | {"split": sizes}
-        about = {"fingerprint": fingerprint, "n_bytes": sum(shelf.n_bytes for shelf in sides.values()), **self.facts}
+        about = {"fingerprint": fingerprint, "n_bytes": sum(shelf.n_bytes for shelf in sides.values()), **self.settings}
         for name, content in (("audit", found), ("corpus", about), ("sample", audit.sample)):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
         (folder / "audit.md").write_text(account.markdown(found), encoding="utf-8")
 
-    def _clean(self, scratch: Path, steps: Sequence[Step], audit: Audit) -> Ledger:
+    def _clean(self, scratch: Path, steps: Sequence[Step], audit: Audit, ledger: Ledger) -> None:
         """Everything before the split: kept documents on a shelf, in their order, and what is known of each."""
-        ledger = Ledger(scratch)
         bar = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
         with bar, Shelf(scratch / CLEANED) as shelf:
             for passage in pipeline.run(self._read(audit), steps, known, scratch, self.processes):
@@ -161,7 +166,6 @@ class Selection:
                     ledger.add(passage)
                 bar.update(passage.sizes[0])
         self._refuse_nothing(audit, ledger.n_documents)
-        return ledger
 
     def _read(self, audit: Audit) -> Iterator[Passage]:
         for origin, (source, _) in enumerate(self.sources):

@@ -3,7 +3,8 @@
 import hashlib
 import sqlite3
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -45,7 +46,8 @@ class ExactDuplicates(ComparingStep):
         """Half of a SHA-256: 10^12 documents have none in common but by a chance of 10^-15."""
         return digest(document.text)[:16]
 
-    def judge(self, folder: Path) -> Callable[[bytes], Reason | None]:
+    @contextmanager
+    def judge(self, folder: Path) -> Iterator[Callable[[bytes], Reason | None]]:
         """Judge by digests in a table on disk, whose pages are in memory as far as they are in use."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
@@ -58,7 +60,8 @@ class ExactDuplicates(ComparingStep):
             new = cursor.execute("insert or ignore into seen values (?)", (sketch,)).rowcount
             return None if new else "exact duplicate"
 
-        return known
+        with closing(database):
+            yield known
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,8 @@ class NearDuplicates(ComparingStep):
         """The document's signature."""
         return signature(document.text, self.permutations)
 
-    def judge(self, folder: Path) -> Callable[[RMinHash], Reason | None]:
+    @contextmanager
+    def judge(self, folder: Path) -> Iterator[Callable[[RMinHash], Reason | None]]:
         """Judge by all signatures that share a band."""
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
         passed: list[RMinHash] = []
@@ -103,4 +107,4 @@ class NearDuplicates(ComparingStep):
             passed.append(sketch)
             return None
 
-        return known
+        yield known

@@ -27,6 +27,10 @@ class Ledger:
         """Documents so far."""
         return len(self._keys)
 
+    def close(self) -> None:
+        """Let go of what lies on disk."""
+        self._families.close()
+
     def add(self, passage: Passage) -> None:
         """The next document."""
         content, minima = passage.sketch

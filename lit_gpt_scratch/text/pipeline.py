@@ -79,7 +79,7 @@ def run(
             if isinstance(step, ComparingStep):
                 work = partial(_work, tuple(alone), step.sketch)
                 batches = map(work, batches) if step.cheap and not alone else pool.each(work, batches)
-                batches = _judged(batches, step.judge(folder))
+                batches = _judged(batches, stack.enter_context(step.judge(folder)))
                 alone = []
             elif isinstance(step, LoneStep):
                 alone.append(step)

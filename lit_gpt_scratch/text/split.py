@@ -92,6 +92,11 @@ class Families:
                 first = first[first]
         return first
 
+    def close(self) -> None:
+        """Let go of the files."""
+        self._signatures.close()
+        self._bands.close()
+
     def _write(self) -> None:
         found = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
         found.tofile(self._signatures)

@@ -212,6 +212,20 @@ def test_a_store_of_its_own_folder(corpus: Path, tmp_path: Path) -> None:
     assert recipe(corpus).prepare(tmp_path / "cache").fingerprint == store.fingerprint
 
 
+def test_a_store_goes_where_its_text_is_not(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = tmp_path / "text"
+    shutil.copytree(corpus, text)
+    store = recipe(text).prepare(tmp_path, tmp_path / "store")
+    assert "is not here as it was" not in caplog.text
+    (text / "00.txt").write_text("another text", encoding="utf-8")
+    assert recipe(text).prepare(tmp_path, tmp_path / "store").fingerprint == store.fingerprint
+    assert "is not here as it was" in caplog.text
+    caplog.clear()
+    shutil.rmtree(text)
+    assert recipe(text).prepare(tmp_path, tmp_path / "store").fingerprint == store.fingerprint
+    assert "is not here as it was" in caplog.text
+
+
 def test_an_audit_counts_the_stores_tokens(corpus: Path, tmp_path: Path) -> None:
     store = recipe(corpus).prepare(tmp_path)
     audit = json.loads(Path(store.train.path).with_name("audit.json").read_text(encoding="utf-8"))
