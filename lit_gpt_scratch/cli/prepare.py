@@ -60,7 +60,8 @@ def _prepare(data: PackedText) -> None:
     data.prepare_data()
     store = data.store
     folder = Path(store.train.path).parent
-    print(table(json.loads((folder / "audit.json").read_text(encoding="utf-8"))), end="\n\n")
+    audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
+    print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
     for side, stream in (("training", store.train), ("validation", store.validation)):
         print(
             f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "

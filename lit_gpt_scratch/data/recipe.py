@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -138,9 +138,14 @@ class Recipe:
             **streams,
         }
         (folder / "store.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-        audit = with_tokens(corpus.audit, corpus.sample, lambda texts: list(map(len, tokenizer.encode_many(texts))))
+        kept = {side: streams[side]["n_tokens"] - streams[side]["n_documents"] for side in SIDES}
+
+        def count(texts: Sequence[str]) -> list[int]:
+            return [len(ids) for ids in tokenizer.encode_many(texts)]
+
+        audit = with_tokens(corpus.audit, corpus.sample, count, sum(kept.values()))
         for side in SIDES:
-            audit["split"][side]["tokens"] = streams[side]["n_tokens"] - streams[side]["n_documents"]
+            audit["split"][side]["tokens"] = kept[side]
         (folder / "audit.json").write_text(json.dumps(audit, indent=2), encoding="utf-8")
         (folder / "audit.md").write_text(markdown(audit), encoding="utf-8")
 

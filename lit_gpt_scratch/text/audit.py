@@ -4,6 +4,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any, Final
 
 from lit_gpt_scratch.text.document import Rejected
@@ -108,20 +109,22 @@ class Audit:
 
 
 def with_tokens(
-    audit: dict[str, Any], sample: Sequence[Sequence[str]], count: Callable[[Sequence[str]], list[int]]
+    audit: dict[str, Any], sample: Sequence[Sequence[str]], count: Callable[[Sequence[str]], list[int]], kept: int
 ) -> dict[str, Any]:
     """An audit with ``tokens_in`` and ``tokens_out`` of every step.
 
-    Exact if the sample is the whole corpus; otherwise a step's bytes by the tokens a byte of the sample has there.
+    Exact if the sample is the whole corpus; otherwise a step's bytes by the tokens a byte of the sample has there,
+    and all in proportion, so that behind the last step there are as many as there are.
 
     Args:
         audit: Of ``Audit.to_dict``.
         sample: Of ``Audit.sample``.
         count: The numbers of tokens of some texts.
+        kept: Tokens of all texts that were kept.
     """
     distinct = list(dict.fromkeys(text for texts in sample for text in texts))
     tokens = dict(zip(distinct, count(distinct), strict=True))
-    steps = []
+    steps: list[dict[str, Any]] = []
     for place, step in enumerate(audit["steps"]):
         before, after = max(place - 1, 0), place  # reading changes nothing
         counted = dict(step)
@@ -132,7 +135,10 @@ def with_tokens(
             counted[f"tokens_{name}"] = round(step[f"bytes_{name}"] * each)
         steps.append(counted)
     whole = sum(len(texts[0].encode()) for texts in sample) == audit["steps"][0]["bytes_out"]
-    how = "counted" if whole else f"estimated from {len(sample):,} documents"
+    if not whole and (last := steps[-1]["tokens_out"]):
+        for step, side in product(steps, ("in", "out")):
+            step[f"tokens_{side}"] = round(step[f"tokens_{side}"] * kept / last)
+    how = "counted" if whole else f"estimated from {len(sample):,} documents, but for the last"
     return {**audit, "steps": steps, "tokens": how}
 
 

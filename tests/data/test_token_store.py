@@ -250,15 +250,18 @@ def test_a_full_disk_is_said_and_nothing_is_left(corpus: Path, tmp_path: Path) -
     """No file may grow beyond a few bytes, as on a disk that is full."""
     script = (
         "import resource, sys; from tests.data.test_token_store import recipe; from pathlib import Path\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), int(sys.argv[3])))\n"
-        "recipe(sys.argv[1]).prepare(Path(sys.argv[2]))"
+        "for limit in (100, 3000, 20_000):\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))\n"
+        "    try: recipe(sys.argv[1]).prepare(Path(sys.argv[2], str(limit)))\n"
+        "    except Exception as error: print(type(error).__name__, error)"
     )
-    for limit in (100, 3000, 20_000):
-        command = [sys.executable, "-c", script, str(corpus), str(tmp_path / "cache"), str(limit)]
-        ended = subprocess.run(command, capture_output=True, text=True, check=False)
-        last = ended.stderr.strip().splitlines()[-1]
-        assert re.search(r"UserError: cannot write to .*(File too large|disk).*--data.cache", last), ended.stderr
-        left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    command = [sys.executable, "-c", script, str(corpus), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    said = ended.stdout.splitlines()
+    assert len(said) == 3
+    for limit, line in zip((100, 3000, 20_000), said, strict=True):
+        assert re.match(r"UserError cannot write to .*(File too large|disk).*--data.cache", line), line
+        left = [path for path in (tmp_path / str(limit)).rglob("*") if path.is_file() and path.suffix != ".lock"]
         whole = [path for path in left if path.parent.parent.name == "corpora"]  # the text may be whole, the tokens not
         assert left == whole
         assert not whole or (whole[0].parent / "corpus.json").exists()

@@ -189,45 +189,46 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
     assert with_step.audit["steps"][-1]["rejected"] == {"13 words in a row that are held out": len(caught)}
 
 
+CLEAN = """
+import sys
+from pathlib import Path
+from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text.cleaning import ControlCharacters, Length, MaskContacts, Whitespace
+from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
+from lit_gpt_scratch.text.leakage import Leakage
+from lit_gpt_scratch.text.sources import Source
+
+if __name__ == "__main__":
+    pipeline.ALONE, pipeline.BATCH, pipeline.MOST = 1, 3000, 20
+    steps = ControlCharacters(), ExactDuplicates(), Whitespace(), Length(30), MaskContacts(), NearDuplicates()
+    for n in (1, 2, 3):
+        folder = Path(sys.argv[2], str(n))
+        folder.mkdir()
+        Selection(((Source(sys.argv[1]), 1.0),), (*steps, Leakage()), 0.1, None, n).write(folder)
+"""
+
+
 def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
-    """In a process of its own, as the doors are: a pool starts anew from the main module."""
+    """In a program of its own, as the doors are: a pool starts anew from the main module."""
     rng = random.Random(3)
     texts = [
         " ".join(words(rng, rng.randrange(1, 120))) + rng.choice(["", "\r\n", "\0", " a@b.org"]) for _ in range(900)
     ]
     texts += rng.sample(texts, 100)
     write(tmp_path / "a.jsonl", texts)
-    script = tmp_path / "clean.py"
-    script.write_text(
-        "import sys; from pathlib import Path\n"
-        "from lit_gpt_scratch.text import pipeline\n"
-        "from lit_gpt_scratch.text.corpus import Selection\n"
-        "from lit_gpt_scratch.text.sources import Source\n"
-        "from tests.text.test_corpus import EVERYTHING\n"
-        "if __name__ == '__main__':\n"
-        "    pipeline.ALONE, pipeline.BATCH, pipeline.MOST = 1, 3000, 20\n"
-        "    n, source, folder = int(sys.argv[1]), Source(sys.argv[2]), Path(sys.argv[3])\n"
-        "    folder.mkdir(); Selection(((source, 1.0),), EVERYTHING, 0.1, None, n).write(folder)\n",
-        encoding="utf-8",
-    )
-    made = {}
-    for n in (1, 2, 3):
-        folder = tmp_path / str(n)
-        root = Path(__file__).parents[2]
-        subprocess.run(
-            [sys.executable, str(script), str(n), str(tmp_path / "a.jsonl"), str(folder)],
-            check=True,
-            cwd=root,
-            env={**os.environ, "PYTHONPATH": str(root)},
-        )
-        made[n] = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    (tmp_path / "clean.py").write_text(CLEAN, encoding="utf-8")
+    command = [sys.executable, str(tmp_path / "clean.py"), str(tmp_path / "a.jsonl"), str(tmp_path)]
+    root = str(Path(__file__).parents[2])
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root})
+    made = {n: {path.name: path.read_bytes() for path in sorted((tmp_path / str(n)).iterdir())} for n in (1, 2, 3)}
     assert made[1] == made[2] == made[3]
     assert set(made[1]) == {
         "audit.json", "audit.md", "corpus.json", "sample.json", "train.parquet", "validation.parquet"
     }  # fmt: skip
     audit = json.loads(made[1]["audit.json"])
     adds_up(audit)
-    assert audit["steps"][6]["rejected"]["exact duplicate"] > 0
+    assert audit["steps"][2]["rejected"]["exact duplicate"] > 0
 
 
 def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
@@ -315,7 +316,7 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
         return [text.count(" ") for text in texts]
 
     corpus = corpus_of(tmp_path, texts, *steps)
-    exact = account.with_tokens(corpus.audit, corpus.sample, words_of)
+    exact = account.with_tokens(corpus.audit, corpus.sample, words_of, 0)
     assert exact["tokens"] == "counted"
     cleaned = [text.replace("  " * 9 + "\n\n\n\n", "\n\n") for text in texts]
     expected = [
@@ -329,8 +330,9 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
     folder.mkdir()
     sampled = corpus_of(folder, texts, *steps)
     assert 0 < len(sampled.sample) < 30
-    estimated = account.with_tokens(sampled.audit, sampled.sample, words_of)
-    assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents"
+    estimated = account.with_tokens(sampled.audit, sampled.sample, words_of, expected[-1])
+    assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents, but for the last"
+    assert estimated["steps"][-1]["tokens_out"] == expected[-1]
     found = [step[f"tokens_{side}"] for step in estimated["steps"] for side in ("in", "out")]
     assert np.allclose(found, expected, rtol=0.05)
 
