@@ -122,7 +122,7 @@ class Whitespace(LoneStep):
     def __call__(self, document: Document) -> Document:
         """Tidy."""
         text = re.sub(r"\r\n?|[\u2028\u2029\u0085]", "\n", document.text)
-        text = re.sub(r"[^\S\n]+$", "", text, flags=re.MULTILINE)
+        text = "\n".join(line.rstrip() for line in text.split("\n"))
         text = re.sub(rf"\n{{{self.blank_lines + 2},}}", "\n" * (self.blank_lines + 1), text)
         if self.spaces:
             text = re.sub(r"(?<=\S)[^\S\n]+", " ", text)
