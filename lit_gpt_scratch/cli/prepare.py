@@ -75,6 +75,8 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f"argument --compare: there is no kind '{unknown[0]}'; there are {', '.join(KINDS)}")
+    if data.kept_in is not None:
+        raise UserError("argument --compare: no tokens are kept, so that --data.store means nothing; leave it out")
     recipe = data.recipe
     corpus = recipe.selection.prepare(data.cache / "corpora")
     learned_from = list(corpus.texts("train", recipe.learned_from(corpus)))

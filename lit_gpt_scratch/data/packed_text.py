@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -45,10 +46,11 @@ class PackedText(L.LightningDataModule):
         config: The configuration of a dataset of the Hub.
         split: The split of a dataset of the Hub.
         streaming: Read a dataset of the Hub as it comes, without keeping a copy.
-        max_bytes: Bytes of text to read at most, of each source.
+        max_bytes: Read no further, in each source, than the document that reaches so many bytes of text.
         cleaning: Steps from documents to fewer or cleaner ones, in their order; by default exact duplicates are
             dropped. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.leakage``.
-        processes: To clean a large corpus in; by default as many as there are cores. They change no byte.
+        processes: To clean a large corpus in; by default as many as there are cores, and one in a script that new
+            processes would run again. They change no byte.
         validation_share: Share of the documents that is held out; of a single document, the share of its end.
         tokenizer: The kind to train on the training documents: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
             ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with GPT-2's ``encoder.json`` and
@@ -119,8 +121,10 @@ class PackedText(L.LightningDataModule):
         sources = tuple(
             (Source(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # Torch's threads are what this machine, or this process' share of it, has cores for.
-        cores = torch.get_num_threads() if processes is None else processes
+        # Torch's threads are what this machine, or this process' share of it, has cores for. A new process imports the
+        # main module: a door, run by its module's name, is made for that; a script may not be.
+        runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
+        cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
         self.recipe = Recipe(selection, vocab_size, tokenizer, tuple(special_tokens))
         self.block_size = block_size
@@ -128,7 +132,7 @@ class PackedText(L.LightningDataModule):
         self.tokens_per_step = tokens_per_step
         self.num_workers = num_workers
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
-        self.kept_in = Path(store).expanduser() if store else None
+        self.kept_in = Path(store).expanduser().resolve() if store else None
         self.seed = seed
         self._store: TokenStore | None = None
 

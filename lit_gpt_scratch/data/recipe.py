@@ -60,11 +60,14 @@ class Recipe:
         """
         given = None if self.tokenizer in KINDS else Tokenizer.load(Path(self.tokenizer).expanduser())
         if store is not None:
+            self._refuse_place(store)
             whole_folder(store, lambda folder: self._fill(folder, given), "--data.store")
-            self._compare(store)
+            self._compare(store, given)
             return self._opened(store)
         corpus = self.selection.prepare(cache / "corpora")
-        folder = cache / self._fingerprint(corpus, given)[:16]
+        # Two cleanings may leave the same texts; the audit is of one of them.
+        name = hashlib.sha256(f"{self._fingerprint(corpus, given)} {corpus.folder.name}".encode()).hexdigest()
+        folder = cache / name[:16]
         whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache")
         return self._opened(folder)
 
@@ -72,10 +75,10 @@ class Recipe:
         """The share of a corpus that a tokenizer learns from."""
         return min(1.0, LEARN_FROM / max(corpus.n_bytes, 1))
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings(self, given: Tokenizer | None) -> dict[str, Any]:
         return {
             "vocab_size": self.vocab_size,
-            "tokenizer": self.tokenizer,
+            "tokenizer": hashlib.sha256(given.to_json().encode()).hexdigest() if given else self.tokenizer,
             "special_tokens": list(self.special),
             **self.selection.settings,
         }
@@ -89,17 +92,26 @@ class Recipe:
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
+    def _refuse_place(self, store: Path) -> None:
+        """Tokens do not go where something else is, nor among the texts they are made of."""
+        if store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
+            raise UserError(f"{store} has something else in it; name another folder as --data.store")
+        for source, _ in self.selection.sources:
+            if Path(source.name).expanduser().resolve() in store.parents:
+                raise UserError(f"{store} is inside {source.name}; name another folder as --data.store")
+
     def _fill(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
         text.mkdir()
         _ = self.selection.stamps  # of what is there before it is read
         self.selection.write(text)
         self._write(folder, Corpus.open(text), given)
+        (text / "sample.json").unlink()  # texts as they were before they were cleaned
 
-    def _compare(self, store: Path) -> None:
+    def _compare(self, store: Path, given: Tokenizer | None) -> None:
         """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
         about = TokenStore.about(store)
-        before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings()))
+        before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         for name in now:
             if before.get(name) != now[name]:
                 raise UserError(
@@ -133,7 +145,7 @@ class Recipe:
         about = {
             "format": FORMAT,
             "fingerprint": self._fingerprint(corpus, given),
-            "recipe": self._settings(),
+            "recipe": self._settings(given),
             "stamps": self.selection.stamps,
             **streams,
         }
@@ -154,7 +166,7 @@ class Recipe:
         some = "the" if share == 1 else f"{share:.1%} of the"
         log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
         with _bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
-            texts = _noted(corpus.texts("train", share), progress)
+            texts = _sliced(_noted(corpus.texts("train", share), progress))
             tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
         self._refuse_too_few(tokenizer)
         return tokenizer
@@ -182,6 +194,18 @@ def _noted(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:
     for text in texts:
         yield text
         progress.update(len(text.encode()))
+
+
+def _sliced(texts: Iterable[str]) -> Iterator[str]:
+    """Long texts in pieces, whole lines if they have any: a trainer takes many times the memory of what it is given."""
+    for text in texts:
+        start = 0
+        while start < len(text):
+            end = len(text)
+            if end - start > ENCODED_AT_ONCE:
+                end = text.rfind("\n", start, start + ENCODED_AT_ONCE) + 1 or start + ENCODED_AT_ONCE
+            yield text[start:end]
+            start = end
 
 
 def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) -> Stream:

@@ -57,9 +57,9 @@ class Audit:
         self._sample: dict[str, list[str]] = {}
         self._sampled, self._limit = 0, 2**64
 
-    def sampled(self, id_: str) -> bool:
+    def sampled(self, id_: str, size: int = 0) -> bool:
         """Whether tokens are counted on a document: a choice by its name, that no order of documents changes."""
-        return _place(id_) < self._limit
+        return size <= SAMPLE and _place(id_) < self._limit
 
     def passed_over(self, rejected: Rejected) -> None:
         """Something that the source has, and that is no document."""
@@ -125,14 +125,16 @@ def with_tokens(
     distinct = list(dict.fromkeys(text for texts in sample for text in texts))
     tokens = dict(zip(distinct, count(distinct), strict=True))
     steps: list[dict[str, Any]] = []
+    average = kept / max(audit["bytes_kept"], 1)
     for place, step in enumerate(audit["steps"]):
         before, after = max(place - 1, 0), place  # reading changes nothing
         counted = dict(step)
         for name, at in (("in", before), ("out", after)):
             texts = [texts[at] for texts in sample if len(texts) > at and len(texts) > before]
             n_bytes = sum(len(text.encode()) for text in texts)
-            each = sum(tokens[text] for text in texts) / n_bytes if n_bytes else 0.0
-            counted[f"tokens_{name}"] = round(step[f"bytes_{name}"] * each)
+            each = sum(tokens[text] for text in texts) / n_bytes if n_bytes else average
+            # What was passed over in reading has no tokens.
+            counted[f"tokens_{name}"] = round(step[f"bytes_{name}" if place else "bytes_out"] * each)
         steps.append(counted)
     whole = sum(len(texts[0].encode()) for texts in sample) == audit["steps"][0]["bytes_out"]
     if not whole and (last := steps[-1]["tokens_out"]):

@@ -7,6 +7,7 @@ is done to anybody's text. A step is a frozen dataclass: its arguments are what 
 import hashlib
 import inspect
 import re
+import sys
 import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -33,8 +34,15 @@ class Step:
     @property
     def code(self) -> str:
         """A hash of the module it is written in: a corpus is made anew when somebody changes a rule."""
-        module = inspect.getmodule(type(self))
-        return hashlib.sha256(inspect.getsource(module or type(self)).encode()).hexdigest()[:16]
+        try:
+            written: Any = inspect.getsource(sys.modules[type(self).__module__])
+        except (TypeError, OSError):  # in a notebook, or on a prompt
+            written = [
+                (name, function.__code__.co_code, function.__code__.co_consts)
+                for name, function in vars(type(self)).items()
+                if inspect.isfunction(function)
+            ]
+        return hashlib.sha256(repr(written).encode()).hexdigest()[:16]
 
 
 class LoneStep(Step, ABC):
@@ -182,10 +190,11 @@ class MaskContacts(LoneStep):
 
 
 def _is_ipv6(found: str) -> bool:
-    """Whether it is an address that could be somebody's; ``::`` and ``a::b`` in code are not taken for one."""
+    """Whether it is an address that could be somebody's; ``10::20`` and ``ace::Face`` in code are not taken for one."""
     import ipaddress
 
     try:
-        return len(ipaddress.IPv6Address(found).compressed) >= 6
+        groups = [group for group in ipaddress.IPv6Address(found).compressed.split(":") if group]
     except ValueError:
         return False
+    return len(groups) >= 3 or groups[:1] == ["fe80"]

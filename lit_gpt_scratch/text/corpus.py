@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +22,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import audit as account
 from lit_gpt_scratch.text import pipeline
 from lit_gpt_scratch.text.audit import Audit
-from lit_gpt_scratch.text.cleaning import HeldOutStep, Step
+from lit_gpt_scratch.text.cleaning import ComparingStep, HeldOutStep, LoneStep, Step
 from lit_gpt_scratch.text.document import Document, Rejected
 from lit_gpt_scratch.text.duplicates import digest
 from lit_gpt_scratch.text.ledger import Ledger, known
@@ -89,7 +89,7 @@ class Selection:
         sources: Each with its weight; of several, so much of each is taken that their bytes are as the weights.
         cleaning: Steps, in their order.
         validation_share: Share of the documents to hold out.
-        max_bytes: Bytes of text to read at most, of each source.
+        max_bytes: Read no further, in each source, than the document that reaches so many bytes of text.
         processes: To clean in; does not change the result.
     """
 
@@ -100,6 +100,13 @@ class Selection:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        for step in self.cleaning:
+            if not isinstance(step, LoneStep | ComparingStep | HeldOutStep):
+                raise UserError(f"data.cleaning: {step.name} is no LoneStep, ComparingStep or HeldOutStep")
+            settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
+            for setting in settings:
+                if getattr(step, setting.name) is None and setting.default is not None:
+                    raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out for its default")
         first = next((place for place, step in enumerate(self.cleaning) if isinstance(step, HeldOutStep)), None)
         for step in self.cleaning[first:] if first is not None else ():
             if not isinstance(step, HeldOutStep):
@@ -132,7 +139,8 @@ class Selection:
         Raises:
             UserError: A source is unusable, no document is left, or the folder cannot be written.
         """
-        key = hashlib.sha256(json.dumps([self.settings, self.stamps], sort_keys=True).encode()).hexdigest()
+        here = [source.stamp(here=True) for source, _ in self.sources]
+        key = hashlib.sha256(json.dumps([self.settings, here], sort_keys=True).encode()).hexdigest()
         folder = corpora / key[:16]
         whole_folder(folder, self.write, flag)
         return Corpus.open(folder)
@@ -145,7 +153,8 @@ class Selection:
         audit = Audit([step.name for step in before], [*mixing, *(step.name for step in after)])
         with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(Ledger(Path(scratch))) as ledger:
             self._clean(Path(scratch), before, audit, ledger)
-            wanted = ledger.mixed([weight for _, weight in self.sources])
+            names, weights = zip(*((source.name, weight) for source, weight in self.sources), strict=True)
+            wanted = ledger.mixed(names, weights)
             parts = ledger.split(wanted, self.validation_share)
             fingerprint, sides = self._divide(folder, Path(scratch), audit, parts, wanted, after)
         sizes = {side: {"documents": shelf.n_documents, "bytes": shelf.n_bytes} for side, shelf in sides.items()}
@@ -179,7 +188,7 @@ class Selection:
                     audit.passed_over(Rejected(found.id, "no text", size))
                     continue
                 document = found if len(self.sources) == 1 else replace(found, id=f"{source.name}:{found.id}")
-                texts = [document.text] if audit.sampled(document.id) else None
+                texts = [document.text] if audit.sampled(document.id, size) else None
                 yield Passage(document, origin, [size], texts)
                 read += size
                 if self.max_bytes is not None and read >= self.max_bytes:

@@ -17,6 +17,12 @@ from lit_gpt_scratch.text.cleaning import ComparingStep, Reason
 from lit_gpt_scratch.text.document import Document
 
 SHINGLE_WORDS: Final = 5
+AT_ONCE: Final = 2**16
+"""Shingles that are hashed at once."""
+FOUND: Final = 0.95
+"""Share of pairs of the least similarity that locality-sensitive hashing has to find."""
+MOST: Final = 1024
+"""Documents that one is compared with: thousands may share a band with it, all of them only some boilerplate."""
 
 
 def digest(text: str) -> bytes:
@@ -30,9 +36,11 @@ def signature(text: str, permutations: int) -> RMinHash:
     Two signatures agree at as large a share of their places, on average, as the sets of shingles overlap (Jaccard).
     """
     words = text.split()
-    shingles = {" ".join(group) for group in zip(*(islice(words, i, None) for i in range(SHINGLE_WORDS)), strict=False)}
     minhash = RMinHash(num_perm=permutations, seed=0)
-    minhash.update(list(shingles) or [" ".join(words)])
+    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), AT_ONCE):  # a long text has more than fit in memory
+        some = words[start : start + AT_ONCE + SHINGLE_WORDS - 1]
+        groups = zip(*(islice(some, i, None) for i in range(SHINGLE_WORDS)), strict=False)
+        minhash.update(list({" ".join(group) for group in groups}) or [" ".join(some)])
     return minhash
 
 
@@ -69,7 +77,7 @@ class NearDuplicates(ComparingStep):
     """Drop every document that is nearly the same as one before it.
 
     MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The estimate's
-    standard error is at most 1 / (2 sqrt(permutations)); what is remembered, some 4.5 kB a document, is in memory.
+    standard error is at most 1 / (2 sqrt(permutations)); what is remembered, some 5.3 kB a document, is in memory.
 
     Args:
         similarity: Estimated share of five-word shingles in common (Jaccard) from which on two are near-duplicates.
@@ -89,6 +97,12 @@ class NearDuplicates(ComparingStep):
                 f"data.cleaning: NearDuplicates.permutations ({self.permutations}) must be a multiple of bands "
                 f"({self.bands})"
             )
+        found = 1 - (1 - self.similarity ** (self.permutations // self.bands)) ** self.bands
+        if found < FOUND:
+            raise UserError(
+                f"data.cleaning: NearDuplicates.similarity is {self.similarity}; with {self.bands} bands only "
+                f"{found:.0%} of such pairs would be compared; raise NearDuplicates.bands"
+            )
 
     def sketch(self, document: Document) -> RMinHash:
         """The document's signature."""
@@ -101,7 +115,8 @@ class NearDuplicates(ComparingStep):
         passed: list[RMinHash] = []
 
         def known(sketch: RMinHash) -> Reason | None:
-            if any(sketch.jaccard(passed[place]) >= self.similarity for place in index.query(sketch)):
+            near = islice(index.query(sketch), MOST)
+            if any(sketch.jaccard(passed[place]) >= self.similarity for place in near):
                 return "near duplicate"
             index.insert(len(passed), sketch)
             passed.append(sketch)

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.tables import ROWS_AT_ONCE, document, quiet, texts_of
+from lit_gpt_scratch.text.tables import ROWS_AT_ONCE, document, quiet, require, texts_of
 
 NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """``owner/name``, and a revision where one is to be held on to."""
@@ -25,6 +25,9 @@ def rows(name: str, column: str, config: str | None, split: str, streaming: bool
     path, revision = name.partition("@")[0], _revision(name)
     with _said(name), quiet():
         found = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
+        if found.column_names is not None:  # other columns need not be fetched, nor understood
+            require(column, found.column_names, name)
+            found = found.select_columns([column])
         for number, text in enumerate(texts_of(found.iter(ROWS_AT_ONCE), column, name), 1):
             yield document(path, number, text)
 

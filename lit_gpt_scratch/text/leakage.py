@@ -18,14 +18,16 @@ class Leakage(HeldOutStep):
     """Drop every training document that has a run of words in common with a document held out for validation.
 
     Words are compared without case and punctuation, as GPT-3's were (https://arxiv.org/abs/2005.14165, appendix C).
-    A document of fewer words leaks if it is the same from its first word to its last. Remembered are 8 bytes for each
-    word that is held out.
+    A shorter document leaks wherever the whole of it stands, or, if it has fewer than ``least`` words, where it is all
+    that stands. Remembered are 8 bytes for each word that is held out.
 
     Args:
         words: Words in a run.
+        least: Words of a document that is looked for in others: many a shorter one is a common phrase.
     """
 
     words: int = 13
+    least: int = 8
 
     def __post_init__(self) -> None:
         if self.words < 1:
@@ -33,27 +35,47 @@ class Leakage(HeldOutStep):
 
     def judge(self, held_out: Iterable[Document]) -> Callable[[Document], Reason | None]:
         """Judge by all runs of all documents that are held out."""
-        runs = [np.zeros(0, dtype=np.uint64), *(self._runs(document) for document in held_out)]
-        known = np.unique(np.concatenate(runs))
+        known: dict[int, list[NDArray[np.uint64]]] = {}
+        whole: set[tuple[str, ...]] = set()
+        for document in held_out:
+            words = _words(document)
+            if len(words) < min(self.least, self.words):
+                whole.add(tuple(words))
+            else:
+                length = min(len(words), self.words)
+                known.setdefault(length, []).append(_runs(_codes(words), length))
+        runs = {length: np.unique(np.concatenate(found)) for length, found in known.items()}
 
         def leaks(document: Document) -> Reason | None:
-            found = self._runs(document)
-            place = np.minimum(np.searchsorted(known, found), max(len(known) - 1, 0))
-            shares = bool(len(known)) and bool((known[place] == found).any())
-            return f"{self.words} words in a row that are held out" if shares else None
+            words = _words(document)
+            codes = _codes(words)
+            if (words and tuple(words) in whole) or any(
+                _meet(_runs(codes, length), found) for length, found in runs.items()
+            ):
+                return "words in a row that are held out"
+            return None
 
         return leaks
 
-    def _runs(self, document: Document) -> NDArray[np.uint64]:
-        """A number for each run of words, (n,), the same for the same words."""
-        words = re.findall(r"\w+", document.text.lower())
-        codes = np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
-        if not words:
-            return codes
-        length = min(self.words, len(words))
-        run = np.zeros(len(words) - length + 1, dtype=np.uint64)
-        for place in range(length):
-            run = (run ^ codes[place : place + len(run)]) * np.uint64(0x9E3779B97F4A7C15)
-            run ^= run >> np.uint64(29)
-        # A whole short document is no run: its length is part of it.
-        return run if length == self.words else run ^ np.uint64(length)
+
+def _words(document: Document) -> list[str]:
+    return re.findall(r"\w+", document.text.lower())
+
+
+def _codes(words: list[str]) -> NDArray[np.uint64]:
+    return np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
+
+
+def _runs(codes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
+    """A number for each run of so many words, (n,), the same for the same words."""
+    run = np.zeros(max(len(codes) - length + 1, 0), dtype=np.uint64)
+    for place in range(length):
+        run = (run ^ codes[place : place + len(run)]) * np.uint64(0x9E3779B97F4A7C15)
+        run ^= run >> np.uint64(29)
+    return run
+
+
+def _meet(found: NDArray[np.uint64], known: NDArray[np.uint64]) -> bool:
+    """Whether two arrays have a number in common; ``known`` is sorted."""
+    place = np.minimum(np.searchsorted(known, found), len(known) - 1)
+    return bool((known[place] == found).any())

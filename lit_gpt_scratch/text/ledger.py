@@ -16,10 +16,10 @@ from lit_gpt_scratch.text.split import PERMUTATIONS, Families, Split, split
 
 
 class Ledger:
-    """What is known of each cleaned document: 21 bytes of memory, and its signature on disk."""
+    """What is known of each cleaned document: 26 bytes of memory, and its signature on disk."""
 
     def __init__(self, scratch: Path) -> None:
-        self._keys, self._picks, self._sizes, self._origins = array("Q"), array("Q"), array("L"), array("B")
+        self._keys, self._picks, self._sizes, self._origins = array("Q"), array("Q"), array("L"), array("H")
         self._families = Families(scratch)
 
     @property
@@ -40,16 +40,32 @@ class Ledger:
         self._origins.append(passage.origin)
         self._families.add(minima)
 
-    def mixed(self, weights: Sequence[float]) -> NDArray[np.bool_]:
+    def mixed(self, names: Sequence[str], weights: Sequence[float]) -> NDArray[np.bool_]:
         """Which documents are taken so that the sources' bytes are as their weights, (n,).
 
-        As much as the scarcest source allows, and of the others a part, chosen by a hash of the content.
+        As much as the scarcest source allows, and of the others as many documents, in the order of a hash of their
+        content, as come nearest to that.
+
+        Raises:
+            UserError: A source has nothing, or its documents are too large for its weight.
         """
         sizes, origins = np.array(self._sizes, dtype=np.float64), np.array(self._origins)
-        there = np.array([sizes[origins == origin].sum() for origin in range(len(weights))])
-        scale = min(size / weight for size, weight in zip(there, weights, strict=True))
-        share = np.minimum(np.array(weights) * scale / np.maximum(there, 1), 1.0)
-        wanted: NDArray[np.bool_] = (share[origins] >= 1) | (np.array(self._picks) / 2.0**64 < share[origins])
+        there = np.array([sizes[origins == origin].sum() for origin in range(len(names))])
+        for name, size in zip(names, there, strict=True):
+            if not size:
+                raise UserError(f"data.source: no document of {name} is left to be mixed with others")
+        scale = min(there / weights)
+        wanted = np.zeros(self.n_documents, dtype=bool)
+        for origin, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            places = np.flatnonzero(origins == origin)
+            places = places[np.argsort(np.array(self._picks)[places], kind="stable")]
+            middles = np.cumsum(sizes[places]) - sizes[places] / 2
+            wanted[places[middles <= weight * scale * (1 + 1e-9)]] = True
+            if not wanted[places].any():
+                raise UserError(
+                    f"data.source: not one document of {name} is small enough for its weight: cut it into smaller "
+                    "ones, or give it more"
+                )
         return wanted
 
     def split(self, wanted: NDArray[np.bool_], share: float) -> Split:

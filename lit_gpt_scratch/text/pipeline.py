@@ -106,6 +106,9 @@ def _work(steps: Sequence[LoneStep], sketch: Sketch, batch: Batch) -> Batch:
             if isinstance(result, str):
                 passage.reason = result
                 break
+            if not result.text or result.text.isspace():
+                passage.reason = "nothing left"
+                break
             passage.passed(result)
         passage.sketch = sketch(passage.document) if passage.reason is None else None
     return batch

@@ -14,7 +14,7 @@ STOP_WORDS: Final = frozenset({"the", "be", "to", "of", "and", "that", "have", "
 
 @dataclass(frozen=True)
 class GopherQuality(LoneStep):
-    """Does it look like English prose? Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
+    """Does it look like English prose? Gopher's quality rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
 
     Args:
         words_at_least: Words in the document.
@@ -37,7 +37,7 @@ class GopherQuality(LoneStep):
     stop_words: int = 2
 
     def __call__(self, document: Document) -> Document | Reason:
-        """Apply the rules in the paper's order; the first that is broken is the reason."""
+        """Apply one rule after the other; the first that is broken is the reason."""
         text, words = document.text, document.text.split()
         if not self.words_at_least <= len(words) <= self.words_at_most or not words:
             return "number of words"
@@ -74,7 +74,7 @@ class GopherRepetition(LoneStep):
         line_characters: Share of characters in such lines, at most.
         paragraph_characters: Share of characters in such paragraphs, at most.
         ngrams: Whether the most common 2- to 4-gram, and all repeated 5- to 10-grams, are weighed against the text
-            by the paper's shares (20% to 16%, 15% to 10% of characters).
+            by the paper's shares (20% to 16%, 15% to 10% of the characters of all words).
     """
 
     lines: float = 0.30
@@ -84,9 +84,9 @@ class GopherRepetition(LoneStep):
     ngrams: bool = True
 
     def __call__(self, document: Document) -> Document | Reason:
-        """Apply the rules in the paper's order; the first that is broken is the reason."""
+        """Apply one rule after the other; the first that is broken is the reason."""
         text = document.text
-        for name, parts, share, characters in (
+        for name, parts, share, in_them in (
             ("lines", text.splitlines(), self.lines, self.line_characters),
             ("paragraphs", text.split("\n\n"), self.paragraphs, self.paragraph_characters),
         ):
@@ -94,15 +94,16 @@ class GopherRepetition(LoneStep):
             again = list(_again(parts))
             if len(again) > share * len(parts):
                 return f"repeated {name}"
-            if sum(map(len, again)) > characters * sum(map(len, parts)):
+            if sum(map(len, again)) > in_them * sum(map(len, parts)):
                 return f"characters in repeated {name}"
         if self.ngrams:
             words = text.split()
+            characters = sum(map(len, words))
             for n, most in TOP.items():
-                if _top(words, n) > most * len(text):
+                if _top(words, n) > most * characters:
                     return f"most common {n}-gram"
             for n, most in DUPLICATED.items():
-                if _duplicated(words, n) > most * len(text):
+                if _duplicated(words, n) > most * characters:
                     return f"repeated {n}-grams"
         return document
 
@@ -141,8 +142,8 @@ class C4(LoneStep):
 
     Lines without a full stop, exclamation mark, question mark or closing quote at their end, with fewer than
     ``words_per_line`` words, with "javascript" or about cookies and policies are dropped; a page with a curly
-    bracket, with "lorem ipsum" or with fewer than ``sentences`` sentences is rejected. The paper's list of bad words
-    is not applied.
+    bracket, with "lorem ipsum" or with fewer than ``sentences`` sentences is rejected. Not applied: the list of bad
+    words, the language filter, and the removal of spans of three sentences that stand elsewhere.
 
     Args:
         words_per_line: Words in a line, at least.
@@ -150,8 +151,8 @@ class C4(LoneStep):
         curly_brackets: Whether a page with one is rejected, as source code is.
     """
 
-    words_per_line: int = 3
-    sentences: int = 5
+    words_per_line: int = 5
+    sentences: int = 3
     curly_brackets: bool = True
 
     def __call__(self, document: Document) -> Document | Reason:

@@ -8,10 +8,11 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, tables
+from lit_gpt_scratch.text.compressed import DAMAGE, opened
 from lit_gpt_scratch.text.document import LONGEST, Document, Rejected
 
 STDLIB: Final = "stdlib"
@@ -24,8 +25,10 @@ STDLIB_SKIPPED = {
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
-PIECE: Final = 2**20
-"""Bytes: a text file that is longer than ``LONGEST`` is read as many documents, each cut at the next line's end."""
+WHOLE: Final = 2**22
+"""Bytes: a text file that is longer is read as many documents."""
+PIECE: Final = 2**18
+"""Bytes of such a document, up to the next line's end."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Source:
         Raises:
             UserError: The source is missing, is not what its name says, or has a row that cannot be read.
         """
-        if self._on_hub:
+        if self.on_hub:
             yield from hub.rows(self.name, self.column, self.config, self.split, self.streaming)
             return
         for name, path in self._files():
@@ -66,14 +69,25 @@ class Source:
             else:
                 yield from self._text(name, path)
 
-    def stamp(self) -> str:
-        """What changes when the source does, without reading it: names, sizes and times of files, or a revision."""
-        if self._on_hub:
+    def stamp(self, here: bool = False) -> str:
+        """What changes when the source does, without reading it: names, sizes and times of files, or a revision.
+
+        Args:
+            here: Tell copies apart, too, and files that were put in the place of others of the same size and time.
+        """
+        if self.on_hub:
             return hub.stamp(self.name, self.config)
+        if (self.config, self.split, self.streaming) != (None, "train", False):
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
         facts = hashlib.sha256()
-        for name, path in self._files():
-            about = path.stat()
-            facts.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode(errors="surrogateescape"))
+        try:
+            for name, path in self._files():
+                about = path.stat()
+                facts.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+                if here:
+                    facts.update(f"{path.absolute()}\0{about.st_ino}\0{about.st_ctime_ns}\n".encode(errors="replace"))
+        except OSError as error:
+            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
         return facts.hexdigest()
 
     @property
@@ -85,7 +99,8 @@ class Source:
         return self.name == STDLIB or self._path.is_dir()
 
     @property
-    def _on_hub(self) -> bool:
+    def on_hub(self) -> bool:
+        """Whether the name is of a dataset of the Hub."""
         return self.name != STDLIB and bool(re.fullmatch(hub.NAME, self.name)) and not self._path.exists()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
@@ -97,14 +112,14 @@ class Source:
         elif self._path.is_dir():
             yield from _tree(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
         elif self._path.exists():
-            yield self._path.name, self._path
+            yield _name(Path(self._path.name)), self._path
         else:
-            found = sorted(Path(path) for path in glob.glob(str(self._path), recursive=True))  # noqa: PTH207 (absolute)
+            found = sorted({Path(path) for path in glob.glob(str(self._path), recursive=True)})  # noqa: PTH207 (absolute)
             files = [path for path in found if path.is_file()]
             if not files:
                 raise UserError(f"no such file or folder: {self.name} (data.source takes one, or '{STDLIB}')")
             root = Path(os.path.commonpath([path.parent for path in files]))
-            yield from ((path.relative_to(root).as_posix(), path) for path in files)
+            yield from ((_name(path.relative_to(root)), path) for path in files)
 
     def _text(self, name: str, path: Path) -> Iterator[Document | Rejected]:
         try:
@@ -117,7 +132,7 @@ class Source:
             if not self._of_folder:
                 raise
             yield Rejected(name, "not text: not UTF-8", error.n_bytes)
-        except (OSError, EOFError) as error:
+        except DAMAGE as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
@@ -168,40 +183,50 @@ def _tree(root: Path, skipped: Callable[[str], bool], wanted: Callable[[str], bo
         folders[:] = sorted(name for name in folders if not skipped(name))
         for path in (Path(folder, name) for name in sorted(names) if wanted(name)):
             if path.is_file():
-                yield path.relative_to(root).as_posix(), path
+                yield _name(path.relative_to(root)), path
 
 
 class NotTextError(UserError):
     """A file that holds something else, ``n_bytes`` of it."""
 
-    def __init__(self, path: Path, why: str, n_bytes: int) -> None:
-        super().__init__(f"{path} is not UTF-8 text: {why}; convert it, or name a text file as data.source")
+    def __init__(self, why: str, n_bytes: int) -> None:
+        super().__init__(why)
         self.n_bytes = n_bytes
 
 
 def _documents_of(name: str, path: Path) -> Iterator[Document]:
     """A text file as one document with every byte kept (no newline translation), or as several if it is long."""
-    with tables.opened(path) as file:
-        content = file.read(LONGEST + 1)
-        if len(content) <= LONGEST:
+    with opened(path) as file:
+        content = file.read(WHOLE + 1)
+        if len(content) <= WHOLE:
             yield Document(name, _decode(content, path, 0))
             return
-    with tables.opened(path) as file:
-        line = 0
-        for number, content in enumerate(_pieces(file, path), 1):
-            yield Document(f"{name}:{number}", _decode(content, path, line))
-            line += content.count(b"\n")
+    for _ in _pieces(path):  # all of it is text, before any of it is taken
+        pass
+    for number, text in enumerate(_pieces(path), 1):
+        yield Document(f"{name}:{number}", text)
 
 
-def _pieces(file: IO[bytes], path: Path) -> Iterator[bytes]:
-    line = 1
-    while piece := file.read(PIECE):
-        piece += file.readline(LONGEST)
-        if len(piece) >= LONGEST:
-            line += piece.count(b"\n")
-            raise UserError(f"{path}: line {line:,} is longer than {LONGEST >> 20} MB; break it into lines")
-        line += piece.count(b"\n")
-        yield piece
+def _pieces(path: Path) -> Iterator[str]:
+    lines = 0
+    with opened(path) as file:
+        while piece := file.read(PIECE):
+            piece += file.readline(LONGEST)
+            if len(piece) >= LONGEST:
+                line = lines + piece.count(b"\n") + 1
+                raise NotTextError(f"{path}: line {line:,} is longer than {LONGEST >> 20} MB; break it", _size(path))
+            yield _decode(piece, path, lines)
+            lines += piece.count(b"\n")
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, as it lies there."""
+    return path.stat().st_size
+
+
+def _name(path: Path) -> str:
+    """A relative path as text, though its bytes may be none."""
+    return path.as_posix().encode(errors="replace").decode()
 
 
 def _decode(content: bytes, path: Path, lines_before: int) -> str:
@@ -209,4 +234,5 @@ def _decode(content: bytes, path: Path, lines_before: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
-        raise NotTextError(path, f"line {line:,} has the byte 0x{content[error.start]:02x}", len(content)) from error
+        why = f"{path} is not UTF-8 text: line {line:,} has the byte 0x{content[error.start]:02x}; convert it"
+        raise NotTextError(why, _size(path)) from error

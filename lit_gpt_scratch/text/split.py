@@ -14,6 +14,8 @@ PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
 AT_ONCE: Final = 4096
+MOST: Final = 1024
+"""Documents that one is compared with in a band: thousands may agree in one, all of them only some boilerplate."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ class Families:
         heads = np.array([_head(first, member) for member in members])
         signatures = np.stack([self._signature(member) for member in members])  # (m, PERMUTATIONS)
         for place in range(len(members) - 1):
-            others = place + 1 + np.flatnonzero(heads[place + 1 :] != heads[place])
+            others = place + 1 + np.flatnonzero(heads[place + 1 : place + 1 + MOST] != heads[place])
             near = others[(signatures[others] == signatures[place]).mean(axis=1) >= NEAR_DUPLICATE]
             if len(near):
                 joined = np.isin(heads, [*heads[near], heads[place]])

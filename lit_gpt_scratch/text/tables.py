@@ -1,18 +1,22 @@
-"""Files with a document a row: JSON lines, CSV, TSV, Parquet and Arrow, read by ``datasets``.
+"""Files with a document a row: JSON lines, Parquet and Arrow, read by ``datasets``; CSV and TSV, read by ``csv``.
 
-Where ``datasets`` stops, the file is read on row by row: either that names the row which cannot be read, or the rows
-are sound and only their types are not what ``datasets`` guessed (a column that comes late, a text like a date).
+Where ``datasets`` stops in JSON lines, they are read on one by one: either that names the line which cannot be read, or
+all are sound and only their types are not what ``datasets`` guessed (a column that comes late, a text like a date). Of
+CSV, ``datasets`` and ``pandas`` below it lose text without a word, wherever a row has not as many fields as the first.
 """
 
 import csv
+import glob
 import json
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, Final
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.compressed import COMPRESSED, DAMAGE, opened
 from lit_gpt_scratch.text.document import LONGEST, Document
 
 FORMATS: Final = {
@@ -21,21 +25,7 @@ FORMATS: Final = {
 }  # fmt: skip
 NEVER_PROSE: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
 """Files with such names hold rows wherever they lie; the others may be somebody's text."""
-COMPRESSED: Final = (".gz", ".zst", ".bz2", ".xz")
 ROWS_AT_ONCE: Final = 256
-# A tab-separated file knows no quotes: a message that begins with one would swallow those after it.
-DIALECT: Final[dict[str, dict[str, Any]]] = {
-    "csv": {"quoting": csv.QUOTE_MINIMAL}, "tsv": {"quoting": csv.QUOTE_NONE}
-}  # fmt: skip
-SEPARATOR: Final = {"csv": ",", "tsv": "\t"}
-
-
-def opened(path: Path) -> IO[bytes]:
-    """A file's bytes, uncompressed if its name says so."""
-    import fsspec
-
-    file: IO[bytes] = fsspec.open(str(path.absolute()), "rb", compression="infer").open()
-    return file
 
 
 def rows(path: Path, name: str, column: str) -> Iterator[Document]:
@@ -89,7 +79,7 @@ def texts_of(batches: Iterable[dict[str, list[Any]]], column: str, where: str) -
     """
     number = 0
     for batch in batches:
-        _require(column, batch, where)
+        require(column, batch, where)
         for text in batch[column]:
             number += 1
             if text is not None and not isinstance(text, str):
@@ -97,7 +87,8 @@ def texts_of(batches: Iterable[dict[str, list[Any]]], column: str, where: str) -
             yield text
 
 
-def _require(column: str, columns: Iterable[str], where: str) -> None:
+def require(column: str, columns: Iterable[str], where: str) -> None:
+    """Refuse a column that is not there."""
     if column not in columns:
         there = ", ".join(columns) or "none"
         raise UserError(f"{where} has no column '{column}'; there is {there}; name one: --data.text_column")
@@ -107,54 +98,52 @@ def _texts(path: Path, column: str) -> Iterator[str | None]:
     import datasets
     import pyarrow.parquet
 
-    if _suffix(path) == ".json":
-        raise TypeError("of a list in which texts and numbers are mixed, datasets would quote the texts")
     format_ = FORMATS[_suffix(path)]
+    if format_ in ("csv", "tsv") or _suffix(path) == ".json" or "::" in str(path):
+        # Of a list in which texts and numbers are mixed, datasets would quote the texts; "::" means something to it.
+        raise TypeError("not for datasets")
     options: dict[str, Any] = {}
     if format_ == "json":
         options = {"parse_agent_traces": False}
     if format_ == "parquet":
-        _require(column, pyarrow.parquet.read_schema(path).names, str(path))
+        require(column, pyarrow.parquet.read_schema(path).names, str(path))
         options = {"columns": [column], "batch_size": ROWS_AT_ONCE}
-    if format_ in SEPARATOR:  # as text, every field: "012" is no number, and "NA" is no gap
-        as_text = datasets.Features({column: datasets.Value("string")})
-        options = {"sep": SEPARATOR[format_], "keep_default_na": False, "na_filter": False, "chunksize": ROWS_AT_ONCE}
-        options |= {"features": as_text, **DIALECT[format_]}
     with quiet():
-        found = datasets.load_dataset(
-            "csv" if format_ == "tsv" else format_, data_files=str(path), split="train", streaming=True, **options
-        )
+        files = glob.escape(str(path))
+        found = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
         yield from texts_of(found.iter(ROWS_AT_ONCE), column, str(path))
 
 
-class quiet:  # noqa: N801 (reads as the context that it is)
-    """Read one's own files without progress bars, without log lines, and without a word to a server."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Read without progress bars, without log lines, and without a word to a server about one's own files."""
+    import datasets
 
-    def __enter__(self) -> None:
-        import datasets
-
-        datasets.disable_progress_bars()
-        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
-        self._level = datasets.logging.get_verbosity()
-        datasets.logging.set_verbosity(logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        import datasets
-
-        datasets.logging.set_verbosity(self._level)
+    level, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if bars:
+            datasets.enable_progress_bars()
 
 
 def _by_hand(path: Path, column: str, reason: Exception, skip: int) -> Iterator[str | None]:
     """The rows after the first ``skip``, one by one."""
     format_ = FORMATS[_suffix(path)]
-    with opened(path) as file:
-        if format_ == "json":
-            found = _json(file, path, column)
-        elif format_ in SEPARATOR:
-            found = _separated(file, path, column, format_)
-        else:
-            raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
-        yield from islice(found, skip, None)
+    readers = {"json": _json, "csv": _comma_separated, "tsv": _tab_separated}
+    if format_ not in readers:
+        raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
+    try:
+        file = opened(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        yield from islice(readers[format_](file, path, column), skip, None)
 
 
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
@@ -169,7 +158,7 @@ def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(
             f"{path}: line {number:,} is not UTF-8: it has the byte 0x{error.object[error.start]:02x}"
         ) from error
-    except (EOFError, OSError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} is cut off or damaged after line {number:,}: {_first_line(error)}") from error
 
 
@@ -182,7 +171,7 @@ def _json(file: IO[bytes], path: Path, column: str) -> Iterator[str | None]:
         if line.strip():
             try:
                 row = json.loads(line.lstrip("\ufeff"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}: line {number:,} is not JSON: {_first_line(error)}") from error
             yield _field(row, column, f"{path}: line {number:,}", first)
             first = False
@@ -192,7 +181,7 @@ def _json_list(path: Path, column: str) -> Iterator[str | None]:
     with opened(path) as file:
         try:
             found = json.load(file)
-        except (ValueError, EOFError, OSError) as error:
+        except (ValueError, RecursionError, *DAMAGE) as error:
             raise UserError(f"{path} is not JSON: {_first_line(error)}") from error
     for number, row in enumerate(found, 1):
         yield _field(row, column, f"{path}: row {number:,}", first=number == 1)
@@ -202,7 +191,7 @@ def _field(row: Any, column: str, where: str, first: bool) -> str | None:
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object with a '{column}'")
     if first:  # a later row may lack what has no value there
-        _require(column, row, where)
+        require(column, row, where)
     text = row.get(column)
     if text is not None and not isinstance(text, str):
         raise UserError(f"{where}: '{column}' is {type(text).__name__}, not text")
@@ -213,22 +202,41 @@ def _field(row: Any, column: str, where: str, first: bool) -> str | None:
     return text
 
 
-def _separated(file: IO[bytes], path: Path, column: str, format_: str) -> Iterator[str]:
-    lines = (line for _, line in _lines(file, path))
-    reader = csv.reader(lines, delimiter=SEPARATOR[format_], strict=True, **DIALECT[format_])
+def _comma_separated(file: IO[bytes], path: Path, column: str) -> Iterator[str]:
     csv.field_size_limit(LONGEST)
-    try:
-        names = [name.removeprefix("\ufeff") for name in next(reader, [])]
-        _require(column, names, str(path))
-        first = reader.line_num + 1
-        for row in reader:
-            if row and len(row) != len(names):
-                raise UserError(f"{path}: line {first:,} has {len(row)} fields, not {len(names)} like the first")
-            if row:
-                yield row[names.index(column)]
-            first = reader.line_num + 1
-    except csv.Error as error:
-        raise UserError(f"{path}: line {first:,} cannot be read: {error}") from error
+    reader = csv.reader((line for _, line in _lines(file, path)), strict=True)
+    begins = 1
+
+    def numbered() -> Iterator[tuple[int, list[str]]]:
+        nonlocal begins
+        try:
+            for row in reader:
+                yield begins, row
+                begins = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}: line {begins:,} cannot be read: {error}") from error
+
+    yield from _fields(numbered(), path, column)
+
+
+def _tab_separated(file: IO[bytes], path: Path, column: str) -> Iterator[str]:
+    """No quotes: a message that begins with one would swallow those after it."""
+    rows = (
+        (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else []) for number, line in _lines(file, path)
+    )
+    yield from _fields(rows, path, column)
+
+
+def _fields(rows: Iterator[tuple[int, list[str]]], path: Path, column: str) -> Iterator[str]:
+    """One column of rows of fields, of which the first row has the names."""
+    names = [name.removeprefix("\ufeff") for name in next(rows, (1, []))[1]]
+    require(column, names, str(path))
+    place = names.index(column)
+    for number, row in rows:
+        if row and len(row) != len(names):
+            raise UserError(f"{path}: line {number:,} has {len(row)} fields, not {len(names)} like the first")
+        if row:
+            yield row[place]
 
 
 def _first_line(error: Exception) -> str:

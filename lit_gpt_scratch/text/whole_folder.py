@@ -1,5 +1,6 @@
 """Folders that are whole or not there."""
 
+import multiprocessing
 import os
 import shutil
 import sqlite3
@@ -25,6 +26,8 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise RuntimeError("a process that cleans text imports this script again: put if __name__ == '__main__': above")
     partial = folder.with_name(f"{folder.name}.partial")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from lit_gpt_scratch.data.recipe import Recipe
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import bulk
 from lit_gpt_scratch.text.bulk import encode
+from lit_gpt_scratch.text.cleaning import Length
 from lit_gpt_scratch.text.corpus import Selection
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.sources import Source, documents
@@ -224,6 +225,65 @@ def test_a_store_goes_where_its_text_is_not(corpus: Path, tmp_path: Path, caplog
     shutil.rmtree(text)
     assert recipe(text).prepare(tmp_path, tmp_path / "store").fingerprint == store.fingerprint
     assert "is not here as it was" in caplog.text
+
+
+def test_a_store_is_not_put_where_something_else_is(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(UserError, match="has something else in it"):
+        recipe(corpus).prepare(tmp_path, tmp_path / "notes")
+    with pytest.raises(UserError, match="is inside"):
+        recipe(tmp_path / "notes").prepare(tmp_path, tmp_path / "notes" / "tokens")
+    assert [path.name for path in (tmp_path / "notes").iterdir()] == ["a.txt"]
+
+
+def test_another_tokenizer_in_the_same_file_is_another(corpus: Path, tmp_path: Path) -> None:
+    path, folder = tmp_path / "tokenizer.json", tmp_path / "store"
+    path.write_text(Tokenizer.train(["some text"], 260).to_json(), encoding="utf-8")
+    recipe(corpus, tokenizer=str(path), vocab_size=None).prepare(tmp_path, folder)
+    path.write_text(Tokenizer.train(["another one"], 262).to_json(), encoding="utf-8")
+    with pytest.raises(UserError, match="tokens of another tokenizer"):
+        recipe(corpus, tokenizer=str(path), vocab_size=None).prepare(tmp_path, folder)
+
+
+def test_each_cleaning_has_its_own_audit(corpus: Path, tmp_path: Path) -> None:
+    """Though they leave the same texts, and so the same tokens."""
+    names = []
+    for steps in ((), (ExactDuplicates(),), (Length(at_least=3),)):
+        of = recipe(corpus, selection=Selection(((Source(str(corpus)), 1.0),), steps, 0.1))
+        store = of.prepare(tmp_path)
+        audit = json.loads(Path(store.train.path).with_name("audit.json").read_text(encoding="utf-8"))
+        names.append((store.fingerprint, *(step["name"] for step in audit["steps"][1:])))
+    fingerprint = names[0][0]
+    assert names == [(fingerprint,), (fingerprint, "ExactDuplicates"), (fingerprint, "Length")]
+
+
+def test_long_texts_are_learned_in_whole_lines() -> None:
+    texts = ["short", "line\n" * 2_000_000, "x" * 9_000_000]
+    sliced = list(recipe_module._sliced(texts))
+    assert "".join(sliced) == "".join(texts)
+    assert max(map(len, sliced)) <= recipe_module.ENCODED_AT_ONCE
+    assert all(piece.endswith("line\n") for piece in sliced[1:3])
+
+
+@pytest.mark.parametrize(("processes", "said"), [("None", "done"), ("2", "if __name__ == '__main__'")])
+def test_a_script_need_not_know_of_processes(tmp_path: Path, processes: str, said: str) -> None:
+    """New processes import a script anew; one that is not made for that must not wait for itself."""
+    (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(9000)), encoding="utf-8")
+    (tmp_path / "script.py").write_text(
+        "from lit_gpt_scratch.text import pipeline\n"
+        "pipeline.ALONE = 1\n"
+        "from lit_gpt_scratch.data import PackedText\n"
+        f"PackedText('text.txt', cache='cache', tokenizer='byte', processes={processes}).prepare_data()\n"
+        "print('done')",
+        encoding="utf-8",
+    )
+    root = str(Path(__file__).parents[2])
+    ended = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, text=True,
+        capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert said in ended.stdout + ended.stderr
 
 
 def test_an_audit_counts_the_stores_tokens(corpus: Path, tmp_path: Path) -> None:

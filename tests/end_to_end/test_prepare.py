@@ -58,6 +58,9 @@ def test_one_config_prepares_and_trains(command: Command, small: list[str], mess
     assert "encoding" not in done.err
     cleaning = yaml.safe_load(Path("runs/pretrain/version_0/config.yaml").read_text())["data"]["init_args"]["cleaning"]
     assert [step["class_path"].split(".")[-1] for step in cleaning][:2] == ["Whitespace", "Length"]
+    scored = command("evaluate", f"--data.source={messages}", "--data.text_column=message", "--json")
+    assert scored.code == 0, scored.err
+    assert json.loads(scored.out)["bytes"] > 1000
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.store=null", f"--data.cache={cache}")
     assert again.code == 0, again.err  # where the tokens lie may differ, the text may not
 

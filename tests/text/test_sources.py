@@ -161,6 +161,12 @@ def test_rows_come_as_they_were_written(tmp_path: Path, format_: str, compressio
     assert [found.id for found in Source(str(path)).read()] == [f"{path.name}:{n}" for n in range(1, len(TEXTS) + 1)]
 
 
+def test_a_name_is_no_pattern_where_there_is_such_a_file(tmp_path: Path) -> None:
+    for name in ("a[1].jsonl", "a1.jsonl", "x::y.jsonl", "a 1\n.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}), encoding="utf-8")
+        assert texts(tmp_path / name) == [name]
+
+
 def test_a_tab_separated_file_knows_no_quotes(tmp_path: Path) -> None:
     (tmp_path / "sms.tsv").write_text('label\tmessage\nham\t"Hi, he said\nspam\t007 "x" won"\n', encoding="utf-8")
     assert texts(tmp_path / "sms.tsv", column="message") == ['"Hi, he said', '007 "x" won"']
@@ -202,6 +208,12 @@ FAULTS = {
     "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is cut off or damaged after line"),
     "j.txt.gz": (gzip.compress(b"text " * 9999)[:-5], r"cannot read .*j.txt.gz"),
     "k.csv": (b"text,n\na,1\nb,2,3\n", "k.csv: line 3 has 3 fields, not 2"),
+    "u.csv": (b"text,n\nhello,1,\nworld,2,\n", "u.csv: line 2 has 3 fields, not 2"),
+    "v.csv": (b"id,text\n1,hello\n2\n", "v.csv: line 3 has 1 fields, not 2"),
+    "w.tsv": (b"label\ttext\nham\thello\t\n", "w.tsv: line 2 has 3 fields, not 2"),
+    "x.jsonl.xz": (lzma.compress(b'{"text": "a"}\n' * 9999)[:-40], "x.jsonl.xz is cut off or damaged"),
+    "y.jsonl.xz": (b'{"text": "a"}', "y.jsonl.xz is cut off or damaged after line 0"),
+    "z.txt.zst": (b"no archive", "cannot read .*z.txt.zst"),
     "l.csv": (b'text,n\n"a\nb",1\n"c,2\n', "l.csv: line 4 cannot be read"),
     "m.csv": (b"text,n\na,1\n\xff,2\n", "m.csv: line 3 is not UTF-8"),
     "n.csv": (b"label,message\na,1\n", "n.csv has no column 'text'; there is label, message"),
@@ -221,6 +233,7 @@ def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.
     if name[0] in "st":
         monkeypatch.setattr("lit_gpt_scratch.text.tables.LONGEST", 1000)
         monkeypatch.setattr(sources, "LONGEST", 1000)
+        monkeypatch.setattr(sources, "WHOLE", 1000)
         monkeypatch.setattr(sources, "PIECE", 100)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=said):
@@ -236,7 +249,7 @@ def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST", 1000)
+    monkeypatch.setattr(sources, "WHOLE", 1000)
     monkeypatch.setattr(sources, "PIECE", 100)
     content = "".join(f"línea {n}\r\n" for n in range(300))
     (tmp_path / "a.txt").write_bytes(content.encode())
@@ -247,8 +260,27 @@ def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.
     assert all(document.text.endswith("\n") for document in found)
 
 
+def test_a_long_file_of_a_folder_is_all_text_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "LONGEST", 2000)
+    monkeypatch.setattr(sources, "WHOLE", 1000)
+    monkeypatch.setattr(sources, "PIECE", 100)
+    (tmp_path / "log").write_bytes(b"a line\n" * 900 + b"\xff\n")
+    (tmp_path / "zeros").write_bytes(b"\0" * 5000)
+    (tmp_path / "text").write_bytes(b"a text\n")
+    found = list(Source(str(tmp_path)).read())
+    assert {one.id: one.n_bytes for one in found if isinstance(one, Rejected)} == {"log": 6302, "zeros": 5000}
+    assert [one.id for one in found if isinstance(one, Document)] == ["text"]
+
+
 def test_the_longest_document_is_what_it_says() -> None:
     assert document.LONGEST == sources.LONGEST == 32 * 2**20
+
+
+def test_what_means_nothing_for_files_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
+    for settings in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
+        with pytest.raises(UserError, match="for datasets of the Hub"):
+            Source(str(tmp_path / "a.txt"), **settings).stamp()
 
 
 def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
