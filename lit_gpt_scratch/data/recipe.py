@@ -213,7 +213,8 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) 
     n_tokens = n_bytes = n_documents = 0
     with path.open("wb") as file:
         for chunk in _chunks(texts):
-            for ids in tokenizer.encode_many(chunk, fast):
+            # Of a long text, tokenizers takes more than a hundred times the memory.
+            for ids in tokenizer.encode_many(chunk, fast or len(chunk[0]) > ENCODED_AT_ONCE):
                 np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
                 n_tokens += 1 + len(ids)
                 n_documents += 1

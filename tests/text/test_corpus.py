@@ -282,7 +282,7 @@ def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
 
 
 def test_a_setting_that_is_null_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="Length.at_least is null"):
+    with pytest.raises(UserError, match=r"Length\.at_least is null"):
         corpus_of(tmp_path, ["a"], Length(at_least=None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="Step is no LoneStep"):
         corpus_of(tmp_path, ["a"], Step())

@@ -278,9 +278,9 @@ def test_the_longest_document_is_what_it_says() -> None:
 
 def test_what_means_nothing_for_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a", encoding="utf-8")
-    for settings in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
+    for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
         with pytest.raises(UserError, match="for datasets of the Hub"):
-            Source(str(tmp_path / "a.txt"), **settings).stamp()
+            Source(str(tmp_path / "a.txt"), **options).stamp()
 
 
 def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
