@@ -237,6 +237,8 @@ class Selection:
             return
         if not audit.rows[0].documents_out:
             raise UserError(no_text(self.name))
+        if not any(row.rejected for row in audit.rows):
+            raise UserError(f"{self.name} is too short to hold out a part of it; name more text as data.source")
         eaten = [
             f"{row.name} rejected {sum(row.rejected.values()):,} ({row.rejected.most_common(1)[0][0]})"
             for row in audit.rows

@@ -305,6 +305,11 @@ def test_no_document_left_says_which_step_ate_them(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "corpora").iterdir() if path.suffix != ".lock"]
 
 
+def test_a_text_of_one_letter_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is too short to hold out a part of it"):
+        corpus_of(tmp_path, ["a"])
+
+
 def test_a_nul_byte_is_refused_unless_a_step_drops_it(tmp_path: Path) -> None:
     texts = [sentences(0), "a\0b " * 9]
     with pytest.raises(UserError, match=r"a\.jsonl:2 has a NUL byte.*ControlCharacters"):
