@@ -52,7 +52,7 @@ class Recipe:
         """Open the store of this recipe, making it first if it is not there.
 
         Args:
-            cache: Folder of many stores, each under its fingerprint.
+            cache: Folder of many stores, each under a hash of its tokens and of its cleaning.
             store: A folder for this store alone, and for its texts.
 
         Raises:
@@ -214,7 +214,7 @@ def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) 
     with path.open("wb") as file:
         for chunk in _chunks(texts):
             # Of a long text, tokenizers takes more than a hundred times the memory.
-            for ids in tokenizer.encode_many(chunk, fast or len(chunk[0]) > ENCODED_AT_ONCE):
+            for ids in tokenizer.encode_many(chunk, fast or max(map(len, chunk)) > ENCODED_AT_ONCE):
                 np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
                 n_tokens += 1 + len(ids)
                 n_documents += 1

@@ -23,12 +23,12 @@ from lit_gpt_scratch.text import audit as account
 from lit_gpt_scratch.text import pipeline
 from lit_gpt_scratch.text.audit import Audit
 from lit_gpt_scratch.text.cleaning import ComparingStep, HeldOutStep, LoneStep, Step
-from lit_gpt_scratch.text.document import Document, Rejected
+from lit_gpt_scratch.text.document import Document, Rejected, blank
 from lit_gpt_scratch.text.duplicates import digest
 from lit_gpt_scratch.text.ledger import Ledger, known
 from lit_gpt_scratch.text.pipeline import Passage
 from lit_gpt_scratch.text.shelf import Shelf, shelved
-from lit_gpt_scratch.text.sources import Source, blank, no_text
+from lit_gpt_scratch.text.sources import Source, no_text
 from lit_gpt_scratch.text.split import Split
 from lit_gpt_scratch.text.whole_folder import whole_folder
 
@@ -100,6 +100,11 @@ class Selection:
     processes: int = 1
 
     def __post_init__(self) -> None:
+        for_hub = any(
+            (source.config, source.split, source.streaming) != (None, "train", False) for source, _ in self.sources
+        )
+        if for_hub and not any(source.on_hub for source, _ in self.sources):
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
         for step in self.cleaning:
             if not isinstance(step, LoneStep | ComparingStep | HeldOutStep):
                 raise UserError(f"data.cleaning: {step.name} is no LoneStep, ComparingStep or HeldOutStep")

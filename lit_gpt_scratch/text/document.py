@@ -7,6 +7,11 @@ LONGEST: Final = 2**25
 """Bytes of a document, a record or a line; what is longer is no text that a person wrote."""
 
 
+def blank(text: str) -> bool:
+    """Whether there is nothing but space."""
+    return not text or text.isspace()
+
+
 @dataclass(frozen=True, slots=True)
 class Document:
     """One text with a name by which it can be found again: a file, or a file and a row."""

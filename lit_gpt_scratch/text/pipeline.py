@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.text.cleaning import ComparingStep, LoneStep, Reason, Step
-from lit_gpt_scratch.text.document import Document
+from lit_gpt_scratch.text.document import Document, blank
 
 BATCH: Final = 2**20
 """Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``MOST``."""
@@ -106,7 +106,7 @@ def _work(steps: Sequence[LoneStep], sketch: Sketch, batch: Batch) -> Batch:
             if isinstance(result, str):
                 passage.reason = result
                 break
-            if not result.text or result.text.isspace():
+            if blank(result.text):
                 passage.reason = "nothing left"
                 break
             passage.passed(result)

@@ -13,7 +13,7 @@ from typing import Final
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, tables
 from lit_gpt_scratch.text.compressed import DAMAGE, opened
-from lit_gpt_scratch.text.document import LONGEST, Document, Rejected
+from lit_gpt_scratch.text.document import LONGEST, Document, Rejected, blank
 
 STDLIB: Final = "stdlib"
 """The default source: the Python standard library's own sources, real text that is always there."""
@@ -77,8 +77,6 @@ class Source:
         """
         if self.on_hub:
             return hub.stamp(self.name, self.config)
-        if (self.config, self.split, self.streaming) != (None, "train", False):
-            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
         facts = hashlib.sha256()
         try:
             for name, path in self._files():
@@ -131,7 +129,7 @@ class Source:
         except NotTextError as error:
             if not self._of_folder:
                 raise
-            yield Rejected(name, "not text: not UTF-8", error.n_bytes)
+            yield Rejected(name, "not text: not UTF-8, or not in lines", error.n_bytes)
         except DAMAGE as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -155,11 +153,6 @@ def documents(name: str, column: str = "text") -> Iterator[Document]:
             raise UserError(no_text(name))
 
     return read()
-
-
-def blank(text: str) -> bool:
-    """Whether there is nothing but space."""
-    return not text or text.isspace()
 
 
 def no_text(name: str) -> str:

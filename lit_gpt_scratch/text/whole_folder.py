@@ -45,7 +45,7 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str) -> None:
                         with file.open("rb+") as handle:
                             os.fsync(handle.fileno())
                 partial.rename(folder)
-            except BaseException:
+            except BaseException:  # whatever it is, Ctrl-C too: what is half written would only fill the disk
                 shutil.rmtree(partial, ignore_errors=True)
                 raise
     except (OSError, sqlite3.OperationalError) as error:

@@ -288,6 +288,14 @@ def test_a_setting_that_is_null_is_refused(tmp_path: Path) -> None:
         corpus_of(tmp_path, ["a"], Step())
 
 
+def test_what_is_for_the_hub_is_refused_where_all_are_files() -> None:
+    """Beside a dataset of the Hub, a file just has no use for it."""
+    for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
+        with pytest.raises(UserError, match="for datasets of the Hub; stdlib is none"):
+            Selection(((Source("stdlib", **options), 1.0),), (), 0.1)
+        Selection(((Source("stdlib", **options), 1.0), (Source("owner/name", **options), 1.0)), (), 0.1)
+
+
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
     texts = [f"{n:03} " + "x" * 96 for n in range(100)]
     corpus = corpus_of(tmp_path, texts, max_bytes=1950)

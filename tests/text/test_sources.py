@@ -74,7 +74,7 @@ def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
     passed_over = [found for found in Source(str(tmp_path)).read() if isinstance(found, Rejected)]
     assert [(found.id, found.reason, found.n_bytes) for found in passed_over] == [
         ("binary", "not text: NUL bytes", 2),
-        ("latin1", "not text: not UTF-8", 3),
+        ("latin1", "not text: not UTF-8, or not in lines", 3),
     ]
 
 
@@ -274,13 +274,6 @@ def test_a_long_file_of_a_folder_is_all_text_or_none(tmp_path: Path, monkeypatch
 
 def test_the_longest_document_is_what_it_says() -> None:
     assert document.LONGEST == sources.LONGEST == 32 * 2**20
-
-
-def test_what_means_nothing_for_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a", encoding="utf-8")
-    for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
-        with pytest.raises(UserError, match="for datasets of the Hub"):
-            Source(str(tmp_path / "a.txt"), **options).stamp()
 
 
 def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
