@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.evaluation.baselines import token_baselines, xz_bits_per_byte
+from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ class Baselines(Callback):
         if not trainer.is_global_zero or not isinstance(data, PackedText):
             return
         validation = data.store.validation
-        ids = validation.open()
-        self.bits_per_byte = token_baselines(data.store.train.open(), ids, data.vocab_size, validation.n_bytes)
+        ids = validation.read(0, validation.n_tokens)
+        counted = data.store.train.read(0, TOKENS_FOR_COUNTS)
+        self.bits_per_byte = token_baselines(counted, ids, data.vocab_size, validation.n_bytes)
         if len(ids) <= LONGEST_FOR_XZ:
             text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
             self.bits_per_byte["xz"] = xz_bits_per_byte(text)

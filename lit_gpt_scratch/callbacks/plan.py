@@ -111,7 +111,7 @@ class Plan(InRunFolder):
             for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
         ]
         each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
-        yield "data", f"{data.recipe.selection.name}: {', '.join(sides)}; {each:.2f} bytes a token"
+        yield "data", f"{data.origin}: {', '.join(sides)}; {each:.2f} bytes a token"
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"

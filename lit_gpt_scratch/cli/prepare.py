@@ -1,7 +1,6 @@
 """``prepare``: text into tokens ahead of a run."""
 
 import json
-from pathlib import Path
 from typing import Final
 
 from jsonargparse import Namespace
@@ -59,7 +58,7 @@ def main(args: ArgsType = None) -> None:
 def _prepare(data: PackedText) -> None:
     data.prepare_data()
     store = data.store
-    folder = Path(store.train.path).parent
+    folder = store.folder
     audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
     print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
     for side, stream in (("training", store.train), ("validation", store.validation)):

@@ -4,30 +4,27 @@ import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.token_store import FORMAT, Stream, TokenStore
+from lit_gpt_scratch.data.encoding import ENCODED_AT_ONCE, clear_notes, encode, progress_bar
+from lit_gpt_scratch.data.shards import Stream
+from lit_gpt_scratch.data.token_store import ABOUT, FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.audit import markdown, with_tokens
-from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection
+from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection, Side
+from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.training import KINDS, OF_ANY_SIZE
-from lit_gpt_scratch.text.whole_folder import whole_folder
+from lit_gpt_scratch.text.whole import filled, whole_file, whole_folder
 
 log = logging.getLogger(__name__)
 
-ENCODED_AT_ONCE: Final = 2**22
-"""Characters of text."""
 LEARN_FROM: Final = 2**28
 """Bytes of text that a tokenizer is trained on, of a longer corpus; more changes hardly a merge."""
-FAST_FROM: Final = 2**25
-"""Bytes of text that are worth a second of looking for a faster way to encode them."""
 VOCABULARY: Final = 1024
 """Tokens of a tokenizer of which nobody said how large it is to be."""
 
@@ -61,14 +58,16 @@ class Recipe:
         given = None if self.tokenizer in KINDS else Tokenizer.load(Path(self.tokenizer).expanduser())
         if store is not None:
             self._refuse_place(store)
-            whole_folder(store, lambda folder: self._fill(folder, given), "--data.store")
+            if not store.exists() or not any(store.iterdir()):
+                purpose = json.dumps([self._settings(given), self.selection.stamps])
+                whole_folder(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
             self._compare(store, given)
             return self._opened(store)
         corpus = self.selection.prepare(cache / "corpora")
         # Two cleanings may leave the same texts; the audit is of one of them.
-        name = hashlib.sha256(f"{self._fingerprint(corpus, given)} {corpus.folder.name}".encode()).hexdigest()
+        name = _sha256([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
-        whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache")
+        whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
         return self._opened(folder)
 
     def learned_from(self, corpus: Corpus) -> float:
@@ -90,11 +89,11 @@ class Recipe:
             "corpus": corpus.fingerprint,
             "tokenizer": given.to_json() if given else trained,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return _sha256(facts)
 
     def _refuse_place(self, store: Path) -> None:
         """Tokens do not go where something else is, nor among the texts they are made of."""
-        if store.exists() and not (store / "store.json").exists() and (not store.is_dir() or any(store.iterdir())):
+        if store.exists() and not (store / ABOUT).exists() and (not store.is_dir() or any(store.iterdir())):
             raise UserError(f"{store} has something else in it; name another folder as --data.store")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
@@ -102,11 +101,10 @@ class Recipe:
 
     def _fill(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
-        text.mkdir()
-        _ = self.selection.stamps  # of what is there before it is read
-        self.selection.write(text)
+        if not text.exists():
+            filled(text, self.selection.write)
         self._write(folder, Corpus.open(text), given)
-        (text / "sample.json").unlink()  # texts as they were before they were cleaned
+        (text / "sample.json").unlink(missing_ok=True)  # texts as they were before they were cleaned
 
     def _compare(self, store: Path, given: Tokenizer | None) -> None:
         """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
@@ -131,26 +129,44 @@ class Recipe:
             )
 
     def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
-        tokenizer = given or self._train(corpus)
-        if tokenizer.loss:
-            log.warning("the tokenizer loses something: %s", tokenizer.loss)
-        log.info("encoding %s", self.selection.name)
-        tokenizer.save(folder / "tokenizer.json")
-        fast = corpus.n_bytes >= FAST_FROM
-        streams: dict[str, Any] = {}
-        with _bar("encoding", corpus.n_bytes) as progress:
-            for side in SIDES:
-                stream = _encode(_noted(corpus.texts(side), progress), tokenizer, folder / f"{side}.bin", fast)
-                streams[side] = asdict(stream) | {"path": f"{side}.bin"}
-        about = {
-            "format": FORMAT,
-            "fingerprint": self._fingerprint(corpus, given),
-            "recipe": self._settings(given),
-            "stamps": self.selection.stamps,
-            **streams,
-        }
-        (folder / "store.json").write_text(json.dumps(about, indent=2), encoding="utf-8")
-        kept = {side: streams[side]["n_tokens"] - streams[side]["n_documents"] for side in SIDES}
+        """Make what is not there yet: an interrupted call is gone on with."""
+        if not (folder / ABOUT).exists():
+            tokenizer = self._kept(folder) or given or self._train(corpus)
+            if tokenizer.loss:
+                log.warning("the tokenizer loses something: %s", tokenizer.loss)
+            tokenizer.save(folder / TOKENIZER)
+            log.info("encoding %s", self.selection.name)
+            shards = encode(corpus, folder, self.selection.processes)
+            self._account(folder, corpus, tokenizer, {side: Stream(tuple(shards[side])) for side in SIDES})
+            about: dict[str, Any] = {
+                "format": FORMAT,
+                "fingerprint": self._fingerprint(corpus, given),
+                "fingerprints": {
+                    "source": _sha256(self.selection.stamps),
+                    "cleaning": _sha256(self.selection.settings["cleaning"]),
+                    "text": corpus.fingerprint,
+                    "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
+                },
+                "vocab_size": tokenizer.vocab_size,
+                "recipe": self._settings(given),
+                "stamps": self.selection.stamps,
+                **{side: [shard.about for shard in shards[side]] for side in SIDES},
+            }
+            with whole_file(folder / ABOUT) as file:
+                file.write(json.dumps(about, indent=2).encode())
+        store = TokenStore.told(folder)
+        store.note_checked()
+        clear_notes(store.shards)
+
+    def _kept(self, folder: Path) -> Tokenizer | None:
+        """The tokenizer that an interrupted call has made."""
+        try:
+            return Tokenizer.load(folder / TOKENIZER)
+        except UserError:
+            return None
+
+    def _account(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, streams: dict[Side, Stream]) -> None:
+        kept = {side: stream.n_tokens - stream.n_documents for side, stream in streams.items()}
 
         def count(texts: Sequence[str]) -> list[int]:
             return [len(ids) for ids in tokenizer.encode_many(texts)]
@@ -165,7 +181,7 @@ class Recipe:
         share = self.learned_from(corpus)
         some = "the" if share == 1 else f"{share:.1%} of the"
         log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
-        with _bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
+        with progress_bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
             texts = _sliced(_noted(corpus.texts("train", share), progress))
             tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
         self._refuse_too_few(tokenizer)
@@ -183,11 +199,6 @@ class Recipe:
                 f"data.vocab_size is {asked:,}, but {self.selection.name} gives a tokenizer of kind {self.tokenizer} "
                 f"only {tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
             )
-
-
-def _bar(what: str, n_bytes: float) -> "tqdm[Any]":
-    """A progress bar for so much text, on a terminal."""
-    return tqdm(desc=what, total=int(n_bytes), unit="B", unit_scale=True, disable=None, leave=False)
 
 
 def _noted(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:
@@ -208,26 +219,5 @@ def _sliced(texts: Iterable[str]) -> Iterator[str]:
             start = end
 
 
-def _encode(texts: Iterable[str], tokenizer: Tokenizer, path: Path, fast: bool) -> Stream:
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    n_tokens = n_bytes = n_documents = 0
-    with path.open("wb") as file:
-        for chunk in _chunks(texts):
-            # Of a long text, tokenizers takes more than a hundred times the memory.
-            for ids in tokenizer.encode_many(chunk, fast or max(map(len, chunk)) > ENCODED_AT_ONCE):
-                np.concatenate([[tokenizer.end_of_text], ids]).astype(dtype).tofile(file)
-                n_tokens += 1 + len(ids)
-                n_documents += 1
-            n_bytes += sum(len(text.encode()) for text in chunk)
-    return Stream(str(path), dtype.str, n_tokens, n_bytes, n_documents)
-
-
-def _chunks(texts: Iterable[str]) -> Iterable[list[str]]:
-    """Texts together as long as one large document, or as many as are encoded at once."""
-    iterator = iter(texts)
-    while chunk := list(islice(iterator, 1)):
-        size = len(chunk[0])
-        while size < ENCODED_AT_ONCE and (more := list(islice(iterator, 1))):
-            chunk += more
-            size += len(more[0])
-        yield chunk
+def _sha256(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

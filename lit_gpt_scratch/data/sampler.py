@@ -1,25 +1,73 @@
-"""Which window comes when: a pure function, with no state to lose."""
+"""Which window comes when: a pure function, with no state to lose and no shuffled list to keep."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+
+from lit_gpt_scratch.data.permutation import Permutation
+
+AT_ONCE: Final = 1024
+"""Windows that are looked up together: what a call costs is shared, and seeking stays instant."""
+
+
+class Shuffle:
+    """The order of all windows of one store, or of several that are mixed.
+
+    An epoch has as many places as there are windows in all stores. Each store gets so many of them as its weight says,
+    at places that chance decides, and goes through its own windows pass after pass: every window of a store comes once
+    before any comes again, in another order in each pass, and a pass goes on where an epoch ends. Without weights each
+    store gets as many places as it has windows: an epoch is then every window of each, once.
+
+    Args:
+        sizes: Windows of each store.
+        seed: Changes every order.
+        weights: Of each store, 0 or more; shares of the places.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
+        self.sizes = list(sizes)
+        self.seed = seed
+        self.quotas = self.sizes if weights is None else _shares(sum(sizes), weights)
+        self._first_window = np.cumsum([0, *self.sizes])
+        self._first_slot = np.cumsum([0, *self.quotas])
+
+    def __len__(self) -> int:
+        """Places in an epoch."""
+        return sum(self.sizes)
+
+    def windows(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows at some places of an epoch, counted through all stores; (n,) int64."""
+        # Of one store its own order is order enough.
+        slots = places if len(self.sizes) == 1 else Permutation(len(self), self.seed, 0, epoch)[places]
+        found = np.empty_like(slots)
+        stores = np.searchsorted(self._first_slot, slots, side="right") - 1
+        for store in np.unique(stores):
+            mine = stores == store
+            drawn = epoch * self.quotas[store] + slots[mine] - self._first_slot[store]  # of this store, ever
+            passes, place = np.divmod(drawn, self.sizes[store])
+            for nth in np.unique(passes):
+                now = passes == nth
+                place[now] = Permutation(self.sizes[store], self.seed, 1 + int(store), int(nth))[place[now]]
+            found[mine] = self._first_window[store] + place
+        return found
 
 
 class WindowOrder(DistributedSampler[int]):
     """The training order of one rank.
 
-    Step ``s`` of an epoch takes the windows ``permutation(seed, epoch)[s * B * W : (s + 1) * B * W]`` for
-    ``W`` ranks of ``B`` windows each, rank ``r`` the ``r``-th part of them. So the global sequence does not
-    depend on how many ranks share it, and a run goes on at any step without replaying those before. Windows
-    that fill no whole step are left out; which ones differs by epoch.
+    Step ``s`` of an epoch takes places ``s * B * W`` to ``(s + 1) * B * W`` of it for ``W`` ranks of ``B`` windows
+    each, rank ``r`` the ``r``-th part of them. So the global sequence does not depend on how many ranks share it, and
+    a run goes on at any step without replaying those before. Windows that fill no whole step are left out; which ones
+    differs by epoch.
 
     A ``DistributedSampler``, because Lightning puts its own order in place of any other kind of sampler.
 
     Args:
-        n_windows: Windows in the corpus.
+        shuffle: The order of all windows.
         batch_size: Windows per rank and step.
-        seed: Changes the permutations.
         rank: This process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel processes.
         start: The epoch and the step in it at which to begin; later epochs begin at step 0.
@@ -27,32 +75,37 @@ class WindowOrder(DistributedSampler[int]):
 
     def __init__(
         self,
-        n_windows: int,
+        shuffle: Shuffle,
         batch_size: int,
-        seed: int,
         rank: int = 0,
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
     ) -> None:
-        super().__init__(range(n_windows), num_replicas=world_size, rank=rank, seed=seed)  # type: ignore[arg-type]  # a length will do
-        self.n_windows = n_windows
+        super().__init__(shuffle, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # a length will do
+        self.windows = shuffle
         self.batch_size = batch_size
         self.world_size = world_size
         self.start = start
         self.epoch = start[0]
 
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch."""
+        return len(self.windows) // (self.batch_size * self.world_size)
+
     def __len__(self) -> int:
         """Windows of this rank in a whole epoch."""
-        return self.n_windows // (self.batch_size * self.world_size) * self.batch_size
+        return self.steps * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        permutation = np.random.default_rng((self.seed, self.epoch)).permutation(self.n_windows)
-        steps = len(self) // self.batch_size
-        by_step = permutation[: steps * self.world_size * self.batch_size].reshape(
-            steps, self.world_size, self.batch_size
-        )
-        first = self.start[1] if self.epoch == self.start[0] else 0
-        yield from by_step[first:, self.rank].ravel().tolist()
+        epoch = self.epoch
+        first = self.start[1] if epoch == self.start[0] else 0
+        within = np.arange(self.batch_size)
+        at_once = -(-AT_ONCE // self.batch_size)
+        for begin in range(first, self.steps, at_once):
+            steps = np.arange(begin, min(begin + at_once, self.steps))[:, None]  # (steps, 1)
+            places = (steps * self.world_size + self.rank) * self.batch_size + within  # (steps, B)
+            yield from self.windows.windows(epoch, places.ravel()).tolist()
 
 
 class EveryWindow(DistributedSampler[int]):
@@ -80,3 +133,12 @@ class EveryWindow(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         for place in range(self.per_rank):
             yield min(place * self.world_size + self.rank, self.n_windows)
+
+
+def _shares(length: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers that sum to ``length``, as the weights: rounded down, the rest to the largest remainders."""
+    exact = np.asarray(weights, dtype=np.float64) / sum(weights) * length
+    shares = np.floor(exact).astype(np.int64)
+    shares[np.argsort(shares - exact, kind="stable")[: length - shares.sum()]] += 1
+    found: list[int] = shares.tolist()
+    return found

@@ -1,61 +1,49 @@
-"""Token ids on disk, mapped into memory, made once."""
+"""A prepared corpus on disk: shards of token ids, their tokenizer, and what tells that they are as they were made."""
 
+import hashlib
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-from numpy.typing import NDArray
+from tqdm import tqdm
 
+from lit_gpt_scratch.data.shards import PARTS, Part, Shard, Stream, digest
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.corpus import SIDES
+from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.whole import whole_file
 
-FORMAT: Final = 2
-
-
-@dataclass(frozen=True)
-class Stream:
-    """One side of a corpus as a single row of token ids, each document preceded by the end of text.
-
-    Attributes:
-        path: The file of little-endian ids.
-        dtype: ``uint16`` or ``uint32``.
-        n_tokens: Ids in the file, ends of text included.
-        n_bytes: UTF-8 bytes of the documents' text.
-        n_documents: Documents.
-    """
-
-    path: str
-    dtype: str
-    n_tokens: int
-    n_bytes: int
-    n_documents: int
-
-    def open(self) -> NDArray[np.unsignedinteger[Any]]:
-        """The ids as a read-only memory map, (n_tokens,).
-
-        Raises:
-            UserError: The file is missing or has another length.
-        """
-        expected = self.n_tokens * np.dtype(self.dtype).itemsize
-        if not os.path.isfile(self.path) or os.path.getsize(self.path) != expected:
-            raise UserError(
-                f"{self.path} is damaged (it should have {expected} bytes); delete its folder and try again"
-            )
-        if self.n_tokens == 0:  # an empty file cannot be mapped
-            return np.zeros(0, dtype=self.dtype)
-        return np.memmap(self.path, dtype=self.dtype, mode="r")
+FORMAT: Final = 3
+ABOUT: Final = "store.json"
+CHECKED: Final = "checked.json"
+"""By file name, what the system said of it when its content was last compared with its SHA-256."""
+AFRESH: Final = "delete the folder and prepare it again"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A prepared corpus: its tokenizer and its two streams, under the fingerprint of all that went in."""
+    """A tokenizer and two streams of its tokens.
 
+    Attributes:
+        folder: Where it lies.
+        fingerprint: Of all that decides the ids.
+        tokenizer_sha256: Of its file.
+        vocab_size: One more than the largest id there can be.
+        train: Tokens to learn from.
+        validation: Tokens held out.
+    """
+
+    folder: Path
     fingerprint: str
-    tokenizer: Tokenizer
+    tokenizer_sha256: str
+    vocab_size: int
     train: Stream
     validation: Stream
 
@@ -63,25 +51,142 @@ class TokenStore:
     def open(cls, folder: Path) -> "TokenStore":
         """Open a folder that ``Recipe.prepare`` made.
 
+        That takes no longer for more tokens: of each file it looks at size and dates, and reads only those that do not
+        look as they did when they were last checked.
+
         Raises:
-            UserError: It is no such folder.
+            UserError: It is no such folder, or a file in it is not as it was made.
         """
+        store = cls.told(folder)
+        try:
+            here = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UserError(f"{folder / TOKENIZER} is missing ({error.strerror}); {AFRESH}") from error
+        if here != store.tokenizer_sha256:
+            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER}; {AFRESH}")
+        store.check()
+        return store
+
+    @classmethod
+    def told(cls, folder: Path) -> "TokenStore":
+        """A store as its folder tells of it, without looking whether that is so."""
         about = cls.about(folder)
         try:
-            train, validation = (Stream(**{**about[side], "path": str(folder / about[side]["path"])}) for side in SIDES)
-            return cls(about["fingerprint"], Tokenizer.load(folder / "tokenizer.json"), train, validation)
+            sides = [Stream(tuple(Shard(folder=str(folder), **shard) for shard in about[side])) for side in SIDES]
+            tokenizer = about["fingerprints"]["tokenizer"]
+            return cls(folder, about["fingerprint"], tokenizer, about["vocab_size"], *sides)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder} is no token store ({error}); delete it and try again") from error
+            raise UserError(f"{folder / ABOUT} is damaged ({error}); {AFRESH}") from error
 
     @staticmethod
     def about(folder: Path) -> dict[str, Any]:
         """What a folder says of its tokens.
 
         Raises:
-            UserError: It does not say anything.
+            UserError: It says nothing, or says it in another format.
         """
         try:
-            found: dict[str, Any] = json.loads((folder / "store.json").read_text(encoding="utf-8"))
-            return found
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder} is no token store ({error}); delete it and try again") from error
+            found: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            made_in = int(found["format"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{folder} is no token store ({error}); {AFRESH}") from error
+        if made_in > FORMAT:
+            raise UserError(f"{folder} is a store of format {made_in}, newer than {FORMAT}; update lit_gpt_scratch")
+        if made_in < FORMAT:
+            raise UserError(f"{folder} is a store of format {made_in}, older than {FORMAT}; {AFRESH}")
+        return found
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """What made the tokens."""
+        return Tokenizer.load(self.folder / TOKENIZER)
+
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """Of both sides."""
+        return self.train.shards + self.validation.shards
+
+    def check(self, everything: bool = False) -> None:
+        """Compare shards with what was made.
+
+        Args:
+            everything: Read all files, and not only those that look altered since they were last checked.
+
+        Raises:
+            UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
+        """
+        for shard in self.shards:
+            if shard.largest >= self.vocab_size:
+                raise _refused(shard, f"has token {shard.largest}, but its tokenizer only {self.vocab_size} tokens")
+        now = self._looks()
+        before = {} if everything else _checked(self.folder)
+        files = ((shard, part) for shard in self.shards for part in PARTS)
+        doubtful = [(shard, part) for shard, part in files if now[name := shard.path(part).name] != before.get(name)]
+        if doubtful:
+            _compare(doubtful)
+            self.note_checked()
+
+    def note_checked(self) -> None:
+        """Remember that all files are as they were made."""
+        with suppress(OSError), whole_file(self.folder / CHECKED) as file:  # a folder may be for reading only
+            file.write(json.dumps(self._looks()).encode())
+
+    def _looks(self) -> dict[str, list[int]]:
+        return {shard.path(part).name: _look(shard, part) for shard in self.shards for part in PARTS}
+
+
+def joined(stores: Sequence[TokenStore]) -> TokenStore:
+    """Several stores as one, their streams one behind the other.
+
+    Raises:
+        UserError: They were not made with one tokenizer.
+    """
+    first = stores[0]
+    for store in stores[1:]:
+        if store.tokenizer_sha256 != first.tokenizer_sha256:
+            raise UserError(
+                f"{store.folder} was made with another tokenizer than {first.folder}; make both with one: "
+                f"--data.tokenizer {first.folder / TOKENIZER}"
+            )
+    train = Stream(tuple(shard for store in stores for shard in store.train.shards))
+    validation = Stream(tuple(shard for store in stores for shard in store.validation.shards))
+    fingerprint = hashlib.sha256(" ".join(store.fingerprint for store in stores).encode()).hexdigest()
+    return replace(first, fingerprint=fingerprint, train=train, validation=validation)
+
+
+def _look(shard: Shard, part: Part) -> list[int]:
+    """What the system says of a file, for next to nothing: any writing to it changes the last number."""
+    path = shard.path(part)
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise _refused(shard, f"is not there ({path.name}: {error.strerror})") from error
+    if found.st_size != shard.sizes[part]:
+        raise _refused(shard, f"has {found.st_size:,} bytes instead of {shard.sizes[part]:,} ({path.name})")
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _checked(folder: Path) -> dict[str, list[int]]:
+    try:
+        found: dict[str, list[int]] = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
+        return found
+    except (OSError, ValueError):
+        return {}
+
+
+def _compare(files: Sequence[tuple[Shard, Part]]) -> None:
+    """Read files, several at once, and compare them with their SHA-256."""
+    total = sum(shard.sizes[part] for shard, part in files)
+    with (
+        ThreadPoolExecutor(os.cpu_count()) as threads,
+        tqdm(desc="checking", total=total, unit="B", unit_scale=True, disable=None, leave=False) as progress,
+    ):
+        found = threads.map(lambda file: digest(file[0].path(file[1])), files)
+        for (shard, part), sha256 in zip(files, found, strict=True):
+            if sha256 != shard.sha256[part]:
+                raise _refused(shard, f"is not what was written ({shard.path(part).name}: its SHA-256 differs)")
+            progress.update(shard.sizes[part])
+
+
+def _refused(shard: Shard, why: str) -> UserError:
+    return UserError(f"shard {shard.name} of {shard.folder} {why}; {AFRESH}")

@@ -60,12 +60,11 @@ def token_baselines(train: Ids, validation: Ids, vocab_size: int, n_bytes: int) 
     """Bits per byte of the validation text under counts of tokens.
 
     Args:
-        train: (n,) ids of the training stream, of which the first ``TOKENS_FOR_COUNTS`` are counted.
+        train: (n,) ids of the training stream, or its first ``TOKENS_FOR_COUNTS``.
         validation: (m,) ids of the validation stream; as for the model, all but the first are predicted.
         vocab_size: Number of ids.
         n_bytes: UTF-8 bytes of the validation text.
     """
-    train = train[:TOKENS_FOR_COUNTS]
     return {
         "uniform": uniform_bits(validation, vocab_size) / n_bytes,
         "unigram": unigram_bits(train, validation, vocab_size) / n_bytes,

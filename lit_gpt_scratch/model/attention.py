@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.model.causal_attention import causal_attention
 from lit_gpt_scratch.model.config import GPTConfig
+from lit_gpt_scratch.model.documents import Documents
 from lit_gpt_scratch.model.layers import RMSNorm
 from lit_gpt_scratch.model.positions import Position
 
@@ -33,7 +34,13 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
 
-    def forward(self, x: Tensor, position: Position, value_embedding: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        position: Position,
+        value_embedding: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """x: (B, T, n_embd), value_embedding: (B, T, n_kv_head * head_dim) -> (B, T, n_embd)."""
         B, T, _ = x.shape
         q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
@@ -42,9 +49,10 @@ class Attention(nn.Module):
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        q = position.rotate(self.query_norm(q))
-        k = position.rotate(self.key_norm(k))
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, n_head, T, head_dim)
+        positions, mask = documents or (None, None)
+        q = position.rotate(self.query_norm(q), positions)
+        k = position.rotate(self.key_norm(k), positions)
+        y = causal_attention(q, k, v, self.dropout if self.training else 0.0, mask)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
         out: Tensor = self.output(y)  # (B, T, n_embd)
         return out

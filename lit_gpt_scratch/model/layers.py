@@ -82,7 +82,8 @@ class Bigrams(nn.Module):
     a table knows at once. Pairs are spread over the rows by a multiplicative hash and share them.
 
     Args:
-        rows: Rows that the pairs share; one more is for a window's first token, which has none before it.
+        rows: Rows that the pairs share; one more is for the first token of a window or a document, which has none
+            before it.
         width: Channels of a vector.
     """
 
@@ -92,10 +93,11 @@ class Bigrams(nn.Module):
         self.table = nn.Embedding(rows + 1, width)
         nn.init.zeros_(self.table.weight)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """(B, T) int64 -> (B, T, width)."""
+    def forward(self, input_ids: Tensor, first: Tensor | None = None) -> Tensor:
+        """input_ids: (B, T) int64, first: (B, T) bool, whether a token begins a document -> (B, T, width)."""
         pair = (input_ids[:, 1:] * 36_313 + input_ids[:, :-1] * 27_191) % self.rows + 1  # (B, T - 1)
-        out: Tensor = self.table(F.pad(pair, (1, 0)))
+        pair = F.pad(pair, (1, 0))  # (B, T)
+        out: Tensor = self.table(pair if first is None else pair.masked_fill(first, 0))
         return out
 
 
@@ -115,7 +117,9 @@ class Smear(nn.Module):
         self.gate = nn.Linear(width, 1, bias=False)
         self.share = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, width) -> (B, T, width)."""
+    def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
+        """x: (B, T, width), first: (B, T) bool, whether a token begins a document -> (B, T, width)."""
         before = F.pad(x[:, :-1], (0, 0, 1, 0))  # (B, T, width)
+        if first is not None:
+            before = before.masked_fill(first[..., None], 0.0)
         return x + torch.sigmoid(self.gate(x)) * self.share * before

@@ -8,13 +8,16 @@ from lit_gpt_scratch.model.config import GPTConfig
 
 
 class Position(nn.Module):
-    """No positions at all, and the interface of the others (causal attention alone still leaks some order)."""
+    """No positions at all, and the interface of the others (causal attention alone still leaks some order).
 
-    def embed(self, x: Tensor) -> Tensor:
+    ``positions`` are (B, T) int64, or None where every token stands as far from the first as in the window.
+    """
+
+    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Add positions to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
         return x
 
-    def rotate(self, x: Tensor) -> Tensor:
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
         """Turn queries or keys by their position. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
         return x
 
@@ -28,8 +31,8 @@ class Learned(Position):
         nn.init.normal_(self.table.weight, std=0.02)  # GPT-2's
 
     @override
-    def embed(self, x: Tensor) -> Tensor:
-        return x + self.table.weight[: x.size(1)]
+    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        return x + (self.table.weight[: x.size(1)] if positions is None else self.table(positions))
 
 
 class Rotary(Position):
@@ -53,8 +56,11 @@ class Rotary(Position):
         self.register_buffer("sin", angle.sin(), persistent=False)
 
     @override
-    def rotate(self, x: Tensor) -> Tensor:
-        cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]  # (T, head_dim / 2)
+    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+        if positions is None:
+            cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]  # (T, head_dim / 2)
+        else:
+            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
         first, second = x.float().chunk(2, dim=-1)  # (B, H, T, head_dim / 2) each
         return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
 

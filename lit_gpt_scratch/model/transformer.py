@@ -9,6 +9,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
+from lit_gpt_scratch.model.documents import documents
 from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm, Smear
 from lit_gpt_scratch.model.positions import build_position
 
@@ -60,11 +61,13 @@ class GPT(nn.Module):
             nn.init.zeros_(table)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
         """Logits of the token after each position.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
+            document_ids: (B, T) int64, another number for each document of a window: no token then sees another's. By
+                default every token sees all before it.
 
         Returns:
             (B, T, vocab_size) float32.
@@ -74,14 +77,19 @@ class GPT(nn.Module):
         """
         if input_ids.size(1) > self.block_size:
             raise UserError(f"{input_ids.size(1)} tokens do not fit into a context of {self.block_size}")
-        x = self.position.embed(self.embedding(input_ids))  # (B, T, n_embd)
+        layout = positions = first = None
+        if document_ids is not None:
+            # FlexAttention has no backward on a CPU, and no dropout.
+            layout = documents(document_ids, dense=not input_ids.is_cuda or self.config.dropout > 0)
+            positions, first = layout.positions, layout.positions == 0
+        x = self.position.embed(self.embedding(input_ids), positions)  # (B, T, n_embd)
         if self.bigrams is not None:
-            x = x + self.bigrams(input_ids)
+            x = x + self.bigrams(input_ids, first)
         if self.smear is not None:
-            x = self.smear(x)
+            x = self.smear(x, first)
         x = start = self.dropout(x)
         for block, table in zip_longest(self.blocks, self.value_tables):
-            x = block(x, start, self.position, table(input_ids) if table is not None else None)
+            x = block(x, start, self.position, table(input_ids) if table is not None else None, layout)
         logits: Tensor = self.head(self.norm(x)).float()  # (B, T, vocab_size)
         if self.config.logit_softcap is not None:
             logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)

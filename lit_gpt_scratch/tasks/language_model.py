@@ -26,6 +26,7 @@ class TokenData(Protocol):
 
     vocab_size: int
     block_size: int
+    uneven: bool
     token_bytes: list[int]
     tokenizer_json: str
 
@@ -116,6 +117,7 @@ class LanguageModel(Task):
         self._use_own_hyperparameters()
         self._nats = torch.zeros((), device=self.device)
         self._tokens = torch.zeros((), device=self.device, dtype=torch.int64)
+        self._micro_batches = 0
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer, with the schedule stepped after every update."""
@@ -133,20 +135,24 @@ class LanguageModel(Task):
             group.update({name: value for name, value in own.items() if name != "params"})
             group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits of the next token: (B, T) int64 -> (B, T, vocab_size) float32."""
-        logits: Tensor = self.net(input_ids)
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
+        """Logits of the next token: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
+        logits: Tensor = self.net(input_ids, document_ids)
         return logits
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch's labels, in nats per token."""
-        nats, tokens = token_nats(self(batch["input_ids"]), batch["labels"])
+        """Loss of the batch's labels, in nats per position; all of them have one, but where windows are filled up."""
+        nats, tokens = token_nats(self(batch["input_ids"], batch.get("document_ids")), batch["labels"])
         self._nats += nats.detach()
         self._tokens += tokens
-        return nats / tokens
+        self._micro_batches += 1
+        self._positions = batch["labels"].numel()
+        return nats / self._positions
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step's loss over all its micro-batches, at log points alone: reading costs a sync."""
+        """Weigh the gradient, and log the step's loss at log points alone: reading it costs a sync."""
+        if self.data.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
+            self._weigh_gradient()
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if every and (step == 0 or (step + 1) % every == 0):
@@ -158,11 +164,23 @@ class LanguageModel(Task):
             self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
         self._nats.zero_()
         self._tokens.zero_()
+        self._micro_batches = 0
+
+    def _weigh_gradient(self) -> None:
+        """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
+
+        It is their sum, by the positions of ``accumulate_grad_batches`` micro-batches on each rank. There are fewer
+        labels where windows are filled up, and fewer micro-batches where an epoch ends.
+        """
+        labels = self.trainer.strategy.reduce(self._tokens.float(), reduce_op="sum").clamp(min=1)
+        counted = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for p in self.parameters() if p.grad is not None]
+        torch._foreach_mul_(gradients, counted / labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the likelihood."""
         labels = batch["labels"]
-        nats, tokens = token_nats(self(batch["input_ids"]), labels)
+        nats, tokens = token_nats(self(batch["input_ids"], batch.get("document_ids")), labels)
         self.likelihood.update(nats, tokens, self.token_bytes[labels[labels != IGNORED]].sum())
 
     def on_validation_epoch_end(self) -> None:

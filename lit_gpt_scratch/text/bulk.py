@@ -59,8 +59,10 @@ def fast(backend: Backend) -> tiktoken.Encoding | None:
     return tiktoken.Encoding("proven", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
 
 
-def encode(backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
-    """The ids of each text, (n,) uint32, on all cores."""
+def encode(
+    backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
+) -> Iterator[NDArray[np.uint32]]:
+    """The ids of each text, (n,) uint32, on all cores, or on so many."""
     if proven is None:
         for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False):
             yield np.asarray(encoding.ids, dtype=np.uint32)
@@ -71,8 +73,8 @@ def encode(backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[s
             return np.asarray(backend.encode(text, add_special_tokens=False).ids, dtype=np.uint32)
         return proven.encode_to_numpy(text, disallowed_special=())
 
-    with ThreadPoolExecutor() as threads:
-        yield from threads.map(ids, texts)
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(ids, texts)
 
 
 def _may_have_long_words(text: str) -> bool:

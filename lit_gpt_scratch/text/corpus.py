@@ -30,7 +30,7 @@ from lit_gpt_scratch.text.pipeline import Passage
 from lit_gpt_scratch.text.shelf import Shelf, shelved
 from lit_gpt_scratch.text.sources import Source, no_text
 from lit_gpt_scratch.text.split import Split
-from lit_gpt_scratch.text.whole_folder import whole_folder
+from lit_gpt_scratch.text.whole import whole_folder
 
 Side = Literal["train", "validation"]
 SIDES: Final[tuple[Side, ...]] = ("train", "validation")

@@ -3,7 +3,6 @@
 The same documents come out, in the same order, whatever the number of processes.
 """
 
-import multiprocessing
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.text.cleaning import ComparingStep, LoneStep, Reason, Step
 from lit_gpt_scratch.text.document import Document, blank
+from lit_gpt_scratch.text.processes import spawned
 
 BATCH: Final = 2**20
 """Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``MOST``."""
@@ -153,6 +153,6 @@ class Pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self) -> ProcessPoolExecutor:
-        if self._pool is None:  # spawned: a fork of a process with threads may hang
-            self._pool = ProcessPoolExecutor(self.processes, mp_context=multiprocessing.get_context("spawn"))
+        if self._pool is None:
+            self._pool = spawned(self.processes)
         return self._pool

@@ -49,12 +49,20 @@ class Shelf:
             self._pending, self._size = [], 0
 
 
-def shelved(path: Path) -> Iterator[Document]:
-    """The documents of a file that a ``Shelf`` made."""
+def groups(path: Path) -> list[int]:
+    """Bytes of each row group of a file that a ``Shelf`` made, about those of its text."""
+    import pyarrow.parquet as pq
+
+    about = pq.read_metadata(path)
+    return [about.row_group(group).total_byte_size for group in range(about.num_row_groups)]
+
+
+def shelved(path: Path, some: range | None = None) -> Iterator[Document]:
+    """The documents of a file that a ``Shelf`` made, or of some of its row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for group in range(file.num_row_groups):
+        for group in some if some is not None else range(file.num_row_groups):
             table = file.read_row_group(group)
             for id_, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
                 yield Document(id_, text)

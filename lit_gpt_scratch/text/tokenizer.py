@@ -16,6 +16,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import bulk, training
 from lit_gpt_scratch.text.training import END_OF_TEXT
+from lit_gpt_scratch.text.whole import whole_file
 
 ENDS: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """What families of tokenizers call the token between two documents."""
@@ -80,8 +81,9 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write a ``tokenizer.json``, and beside it a checksum that ``sha256sum -c`` knows, too."""
         content = self.to_json().encode()
-        path.write_bytes(content)
-        _seal(path).write_bytes(_checksum(content, path))
+        for place, written in ((path, content), (_seal(path), _checksum(content, path))):
+            with whole_file(place) as file:
+                file.write(written)
 
     @classmethod
     def from_json(cls, text: str) -> "Tokenizer":
@@ -107,14 +109,17 @@ class Tokenizer:
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
-    def encode_many(self, texts: Iterable[str], fast: bool = False) -> Iterator[NDArray[np.uint32]]:
-        """``encode`` for each text, (n,) uint32, on all cores.
+    def encode_many(
+        self, texts: Iterable[str], fast: bool = False, threads: int | None = None
+    ) -> Iterator[NDArray[np.uint32]]:
+        """``encode`` for each text, (n,) uint32.
 
         Args:
             texts: The texts.
             fast: Take a second to see whether the same ids can be had several times as fast.
+            threads: Of the faster way; by default as many as there are cores.
         """
-        return bulk.encode(self._backend, self._proven if fast else None, texts)
+        return bulk.encode(self._backend, self._proven if fast else None, texts, threads)
 
     @cached_property
     def _proven(self) -> tiktoken.Encoding | None:

@@ -20,8 +20,10 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
+from lit_gpt_scratch.data import encoding as encoding_module
 from lit_gpt_scratch.data import recipe as recipe_module
 from lit_gpt_scratch.data.recipe import Recipe
+from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import bulk
 from lit_gpt_scratch.text.bulk import encode
@@ -38,9 +40,13 @@ def recipe(source: Path | str, **changes: object) -> Recipe:
     return Recipe(**({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes))
 
 
+def tokens_of(store: TokenStore) -> Path:
+    return store.train.shards[0].path("tokens")
+
+
 def texts_of(store: object, side: str) -> list[str]:
     stream, tokenizer = getattr(store, side), store.tokenizer  # type: ignore[attr-defined]
-    ids = stream.open()
+    ids = stream.read(0, stream.n_tokens)
     starts = [*np.flatnonzero(ids == tokenizer.end_of_text), len(ids)]
     assert starts[0] == 0
     return [tokenizer.decode(ids[a + 1 : b].tolist()) for a, b in itertools.pairwise(starts)]
@@ -54,8 +60,8 @@ def test_every_document_is_on_one_side_and_whole(corpus: Path, tmp_path: Path) -
         stream = getattr(store, side)
         assert stream.n_documents == len(texts_of(store, side)) > 0
         assert stream.n_bytes == sum(len(text.encode()) for text in texts_of(store, side))
-        assert stream.n_tokens == len(stream.open())
-        assert stream.open().dtype == np.uint16
+        assert stream.n_tokens == len(stream.read(0, 10**9))
+        assert stream.read(0, 9).dtype == np.uint16
 
 
 def test_the_tokenizer_never_sees_validation_text(corpus: Path, tmp_path: Path) -> None:
@@ -80,10 +86,10 @@ def test_the_tokenizer_never_sees_validation_text(corpus: Path, tmp_path: Path) 
 
 def test_the_second_time_reuses_the_first(corpus: Path, tmp_path: Path) -> None:
     store = recipe(corpus).prepare(tmp_path)
-    made = Path(store.train.path).stat().st_mtime_ns
+    made = tokens_of(store).stat().st_mtime_ns
     again = recipe(corpus).prepare(tmp_path)
     assert again.fingerprint == store.fingerprint
-    assert Path(again.train.path).stat().st_mtime_ns == made
+    assert tokens_of(again).stat().st_mtime_ns == made
 
 
 def test_whatever_changes_the_ids_changes_the_fingerprint(corpus: Path, tmp_path: Path) -> None:
@@ -112,14 +118,14 @@ def test_large_vocabularies_take_four_bytes(corpus: Path, tmp_path: Path) -> Non
     made["model"]["vocab"] |= {f"unused{i}": i for i in range(len(made["model"]["vocab"]), 70_000)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     store = recipe(corpus, tokenizer=str(tmp_path / "tokenizer.json")).prepare(tmp_path)
-    assert store.train.open().dtype == np.uint32
+    assert store.train.read(0, 9).dtype == np.uint32
     assert sum(map(len, texts_of(store, "train"))) > 0
 
 
 @pytest.mark.parametrize("damage", ["truncate", "extend", "remove", "store.json"])
 def test_a_damaged_store_is_refused_by_name(corpus: Path, tmp_path: Path, damage: str) -> None:
     store = recipe(corpus).prepare(tmp_path)
-    path = Path(store.train.path)
+    path = tokens_of(store)
     if damage == "truncate":
         os.truncate(path, path.stat().st_size - 2)
     elif damage == "extend":
@@ -159,8 +165,7 @@ def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: 
             assert path.suffix in (".lock", ".partial") or (path / name).exists()
         store = recipe(corpus, vocab_size=None).prepare(cache)
         for side in ("train", "validation"):
-            mine, expected = Path(getattr(store, side).path), Path(getattr(undisturbed, side).path)
-            assert mine.read_bytes() == expected.read_bytes()
+            assert texts_of(store, side) == texts_of(undisturbed, side)
         assert not list(cache.glob("*.partial"))
         shutil.rmtree(cache)
 
@@ -168,18 +173,22 @@ def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: 
 def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a size it is encoded in another way."""
     store = recipe(corpus).prepare(tmp_path / "a")
-    monkeypatch.setattr(recipe_module, "FAST_FROM", 1)
+    monkeypatch.setattr(encoding_module, "FAST_FROM", 1)
     ways = []
 
-    def noted(backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str]) -> Iterator[NDArray[np.uint32]]:
+    def noted(
+        backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
+    ) -> Iterator[NDArray[np.uint32]]:
         ways.append(proven)
-        return encode(backend, proven, texts)
+        return encode(backend, proven, texts, threads)
 
     monkeypatch.setattr(bulk, "encode", noted)
     again = recipe(corpus).prepare(tmp_path / "b")
     assert sum(way is not None for way in ways) == 2  # both sides; the audit counts its few texts as it likes
     for side in ("train", "validation"):
-        assert Path(getattr(store, side).path).read_bytes() == Path(getattr(again, side).path).read_bytes()
+        assert [shard.sha256 for shard in getattr(store, side).shards] == [
+            shard.sha256 for shard in getattr(again, side).shards
+        ]
 
 
 def test_a_tokenizer_learns_from_a_part_of_a_large_corpus(
@@ -201,13 +210,13 @@ def test_a_store_of_its_own_folder(corpus: Path, tmp_path: Path) -> None:
     """With the text beside it, found by the same flags, and refused to others."""
     folder = tmp_path / "new" / "store"
     store = recipe(corpus).prepare(tmp_path / "cache", folder)
-    assert Path(store.train.path).parent == folder
+    assert tokens_of(store).parent == folder
     assert not (tmp_path / "cache").exists()
     kept = pyarrow.parquet.read_table(folder / "text" / "train.parquet")
     assert kept["text"].to_pylist() == texts_of(store, "train")
-    made = Path(store.train.path).stat().st_mtime_ns
+    made = tokens_of(store).stat().st_mtime_ns
     again = recipe(corpus).prepare(tmp_path / "cache", folder)
-    assert (again.fingerprint, Path(again.train.path).stat().st_mtime_ns) == (store.fingerprint, made)
+    assert (again.fingerprint, tokens_of(again).stat().st_mtime_ns) == (store.fingerprint, made)
     with pytest.raises(UserError, match="tokens of another vocab size; name another folder"):
         recipe(corpus, vocab_size=310).prepare(tmp_path / "cache", folder)
     assert recipe(corpus).prepare(tmp_path / "cache").fingerprint == store.fingerprint
@@ -252,7 +261,7 @@ def test_each_cleaning_has_its_own_audit(corpus: Path, tmp_path: Path) -> None:
     for steps in ((), (ExactDuplicates(),), (Length(at_least=3),)):
         of = recipe(corpus, selection=Selection(((Source(str(corpus)), 1.0),), steps, 0.1))
         store = of.prepare(tmp_path)
-        audit = json.loads(Path(store.train.path).with_name("audit.json").read_text(encoding="utf-8"))
+        audit = json.loads(tokens_of(store).with_name("audit.json").read_text(encoding="utf-8"))
         names.append((store.fingerprint, *(step["name"] for step in audit["steps"][1:])))
     fingerprint = names[0][0]
     assert names == [(fingerprint,), (fingerprint, "ExactDuplicates"), (fingerprint, "Length")]
@@ -288,7 +297,7 @@ def test_a_script_need_not_know_of_processes(tmp_path: Path, processes: str, sai
 
 def test_an_audit_counts_the_stores_tokens(corpus: Path, tmp_path: Path) -> None:
     store = recipe(corpus).prepare(tmp_path)
-    audit = json.loads(Path(store.train.path).with_name("audit.json").read_text(encoding="utf-8"))
+    audit = json.loads(tokens_of(store).with_name("audit.json").read_text(encoding="utf-8"))
     assert audit["tokens"] == "counted"
     in_store = {side: getattr(store, side).n_tokens - getattr(store, side).n_documents for side in audit["split"]}
     assert {side: about["tokens"] for side, about in audit["split"].items()} == in_store

@@ -1,12 +1,16 @@
 """The backward pass by hand, against PyTorch in float64."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lit_gpt_scratch.model import causal_attention as module
 from lit_gpt_scratch.model.causal_attention import causal_attention
+from lit_gpt_scratch.model.documents import documents
 
 
 def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, sharpness: float = 1.0) -> list[Tensor]:
@@ -53,9 +57,45 @@ def test_sharp_attention_is_as_exact_as_the_type_allows(sharpness: float) -> Non
 
 def test_the_operators_keep_torchs_rules() -> None:
     q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
-    torch.library.opcheck(module._attend, (q, k, v))
+    bias = torch.full((2, 1, 8, 8), float("-inf"), dtype=torch.bfloat16).triu(1)
+    for given in (None, bias):
+        torch.library.opcheck(module._attend, (q, k, v, given))
+        with torch.no_grad():
+            torch.library.opcheck(module._attend_backward, (q, q, k, v, given, *module._attend(q, k, v, given)))
+
+
+@pytest.mark.parametrize(("n_kv_head", "compiled"), [(6, False), (2, False), (2, True)])
+def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: bool) -> None:
+    """Three documents in a window, against each alone in float64; some see none of the first tiles of a kernel."""
+    borders = [0, 5, 200, 256]
+    ids = torch.bucketize(torch.arange(256), torch.tensor(borders), right=True).expand(2, 256)
+    mask = documents(ids, dense=True).mask
+    attend = torch.compile(causal_attention) if compiled else causal_attention
+    ours = gradients(lambda q, k, v: attend(q, k, v, mask=mask), torch.bfloat16, n_kv_head, 256)
+
+    def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        alone = [
+            F.scaled_dot_product_attention(*(x[:, :, a:b] for x in (q, k, v)), is_causal=True, enable_gqa=True)
+            for a, b in itertools.pairwise(borders)
+        ]
+        return torch.cat(alone, dim=2)
+
+    exact = gradients(one_by_one, torch.float64, n_kv_head, 256)
+    for a, b in zip(ours, exact, strict=True):
+        assert (a - b).norm() <= 0.01 * b.norm()
+
+
+def test_blocks_of_flexattention_are_the_same_mask() -> None:
+    """What a GPU takes, uncompiled and on a CPU, where it has no backward pass."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
+    blocks, dense = documents(ids, dense=False), documents(ids, dense=True)
+    assert isinstance(blocks.mask, BlockMask)
+    assert torch.equal(blocks.positions, dense.positions)
     with torch.no_grad():
-        torch.library.opcheck(module._attend_backward, (q, q, k, v, *module._attend(q, k, v)))
+        found = flex_attention(q, k, v, block_mask=blocks.mask, enable_gqa=True)
+        torch.testing.assert_close(found, causal_attention(q, k, v, mask=dense.mask), atol=1e-5, rtol=1e-5)
 
 
 def test_other_types_and_dropout_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

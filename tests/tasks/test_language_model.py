@@ -104,7 +104,7 @@ def test_validation_weighs_tokens_and_bytes_as_an_independent_count_does(
     model, data = task(), packed_text(block_size=64)
     run = trainer(max_steps=30, callbacks=[ValidateAtEnd()])
     run.fit(model, data)
-    ids = torch.tensor(data.store.validation.open().astype("int64"))
+    ids = torch.tensor(data.store.validation.read(0, 10**9).astype("int64"))
     nats = 0.0
     with torch.no_grad():
         for start in range(0, len(ids) - 1, 64):

@@ -1,0 +1,151 @@
+"""What every DataModule has in common: batches of windows, in an order that is known, from where the trainer stands."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Final
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.data.sampler import EveryWindow, Shuffle, WindowOrder
+from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
+from lit_gpt_scratch.errors import UserError
+
+LARGEST: Final = 2**30
+"""No size comes near it; some libraries end the process when asked for more than there can be."""
+
+
+class OrderedData(L.LightningDataModule):
+    """Windows, dealt out. Subclasses set ``train_windows``, ``validation_windows`` and ``weights`` in ``setup``.
+
+    Args:
+        block_size: Tokens in a window.
+        batch_size: Windows per data-parallel rank and micro-batch.
+        tokens_per_step: Tokens per optimizer step over all ranks, or None for a micro-batch.
+        num_workers: Processes that load batches beside the training.
+        seed: Seed of the order, or None for that of ``seed_everything``.
+
+    Raises:
+        UserError: A number is out of range.
+    """
+
+    train_windows: Windows
+    validation_windows: Windows
+    weights: Sequence[float] | None = None
+    """Of each part of ``train_windows``; None for as many windows as each has."""
+
+    def __init__(
+        self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
+    ) -> None:
+        super().__init__()
+        refuse_null({"block_size": block_size, "batch_size": batch_size, "num_workers": num_workers})
+        refuse_not_positive({"block_size": block_size, "batch_size": batch_size, "tokens_per_step": tokens_per_step})
+        for name, value in (("num_workers", num_workers), ("seed", seed or 0)):
+            if value < 0:
+                raise UserError(f"data.{name} is {value}; it must be 0 or more")
+        self.block_size = block_size
+        self.batch_size = batch_size
+        self.tokens_per_step = tokens_per_step
+        self.num_workers = num_workers
+        self.seed = seed
+
+    @property
+    def tokens_per_batch(self) -> int:
+        """Tokens of a micro-batch over all ranks."""
+        return self.batch_size * self.shard["num_replicas"] * self.block_size
+
+    @property
+    def shard(self) -> dict[str, int]:
+        """Which part of the data is this process's; ranks of a tensor-parallel group share theirs."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
+
+    @property
+    def order(self) -> WindowOrder:
+        """The training order of this process, from where the trainer stands."""
+        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        shuffle = Shuffle([len(part) for part in self.train_windows.parts], seed, self.weights)
+        shard = self.shard
+        return WindowOrder(shuffle, self.batch_size, shard["rank"], shard["num_replicas"], self._position())
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Batches in their order."""
+        return self._loader(self.train_windows, self.order)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """Every validation window once."""
+        shard = self.shard
+        order = EveryWindow(len(self.validation_windows), self.batch_size, shard["rank"], shard["num_replicas"])
+        return self._loader(self.validation_windows, order)
+
+    def accumulate(self) -> None:
+        """Settle how many micro-batches make a step.
+
+        Raises:
+            UserError: ``tokens_per_step`` cannot be reached, or contradicts the trainer.
+        """
+        if self.tokens_per_step is None:
+            return
+        if self.tokens_per_step % self.tokens_per_batch:
+            raise UserError(
+                f"data.tokens_per_step ({self.tokens_per_step}) is not a multiple of the {self.tokens_per_batch} "
+                "tokens of a micro-batch (block_size x batch_size x ranks)"
+            )
+        batches = self.tokens_per_step // self.tokens_per_batch
+        if self.trainer is None:
+            return
+        if self.trainer.accumulate_grad_batches not in (1, batches):
+            raise UserError(
+                f"data.tokens_per_step asks for {batches} micro-batches a step, trainer.accumulate_grad_batches for "
+                f"{self.trainer.accumulate_grad_batches}; give only one of them"
+            )
+        self.trainer.accumulate_grad_batches = batches
+
+    def _position(self) -> tuple[int, int]:
+        """The epoch and the step in it that come next: a resumed trainer knows before it asks for the loader.
+
+        Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch
+        was delivered rolls over, whether the trainer had counted it when it was saved or not.
+        """
+        if self.trainer is None:
+            return 0, 0
+        loop = self.trainer.fit_loop
+        epochs: Any = loop.epoch_progress.current  # its type is declared on a base class without these counts
+        if epochs.started == epochs.processed:
+            return epochs.processed, 0
+        batches = loop.epoch_loop.batch_progress
+        return (epochs.processed + 1, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
+
+    def _loader(self, windows: Windows, order: WindowOrder | EveryWindow) -> DataLoader[Batch]:
+        return DataLoader(
+            windows,
+            batch_size=self.batch_size,
+            sampler=order,
+            num_workers=self.num_workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+            worker_init_fn=leave_stopping_to_the_trainer,
+        )
+
+
+def refuse_null(given: dict[str, Any]) -> None:
+    """The command line lets null pass as any type."""
+    for name, value in given.items():
+        if value is None:
+            raise UserError(f"data.{name} is null; leave it out for its default")
+
+
+def refuse_not_positive(given: dict[str, int | None]) -> None:
+    """Numbers that must be, where they are given at all."""
+    for name, value in given.items():
+        if value is not None and not 1 <= value < LARGEST:
+            raise UserError(f"data.{name} is {value}; it must be positive, and below {LARGEST:,}")
+
+
+def _as_is(batch: Any) -> Any:
+    """``Windows`` makes whole batches: nothing is left to collate."""
+    return batch

@@ -1,0 +1,87 @@
+"""Windows as batches."""
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lit_gpt_scratch.batch import IGNORED, Batch
+from lit_gpt_scratch.data.packing import Packing
+from lit_gpt_scratch.data.shards import Stream
+from lit_gpt_scratch.errors import UserError
+
+
+class Windows(Dataset[Batch]):
+    """The windows of one store, or of several, counted through.
+
+    Args:
+        parts: Each store's.
+        block_size: Tokens in a window, ``T``.
+        vocab_size: Tokens that there are.
+        end_of_text: The token that each document begins with; it also fills what is left of a window.
+        document_mask: Say which document each token is of.
+    """
+
+    def __init__(
+        self, parts: Sequence[Packing], block_size: int, vocab_size: int, end_of_text: int, document_mask: bool = False
+    ) -> None:
+        self.parts = parts
+        self.block_size = block_size
+        self.vocab_size = vocab_size
+        self.end_of_text = end_of_text
+        self.document_mask = document_mask
+        self._ends = list(accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Batch:
+        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it.
+
+        An index of ``len(self)`` is a window without any label.
+        """
+        shape = len(indices), self.block_size
+        ids = np.full(shape, self.end_of_text, dtype=np.int64)
+        labels = np.full(shape, IGNORED, dtype=np.int64)
+        begins = np.zeros(shape, dtype=bool)  # of a piece
+        for row, index in enumerate(indices):
+            column = 0
+            stream, pieces = self._pieces(index)
+            for start, length in pieces:
+                tokens = stream.read(start, start + length + 1)
+                ids[row, column : column + length] = tokens[:length]
+                labels[row, column : column + len(tokens) - 1] = tokens[1:]  # the stream's last token has none
+                begins[row, column] = True
+                column += length
+        if max(ids.max(), labels.max()) >= self.vocab_size:
+            raise self._beyond(indices)
+        batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
+        if self.document_mask:
+            document_ids = np.cumsum(begins | (ids == self.end_of_text), axis=1)
+            batch["document_ids"] = torch.from_numpy(document_ids)
+        return batch
+
+    def _pieces(self, index: int) -> tuple[Stream, list[tuple[int, int]]]:
+        part = min(bisect_right(self._ends, index), len(self.parts) - 1)
+        packing = self.parts[part]
+        return packing.stream, packing.pieces(index - self._ends[part] + len(packing))
+
+    def _beyond(self, indices: Sequence[int]) -> UserError:
+        """Which shard has a token that there is not; on a GPU nothing would tell."""
+        for stream, pieces in map(self._pieces, indices):
+            for start, length in pieces:
+                tokens = stream.read(start, start + length + 1)
+                beyond = np.flatnonzero(tokens >= self.vocab_size)
+                if len(beyond):
+                    shard, _ = stream.shard_of(start + int(beyond[0]))
+                    return UserError(
+                        f"shard {shard.name} of {shard.folder} has token {tokens[beyond[0]]}, but its tokenizer only "
+                        f"{self.vocab_size} tokens; delete the folder and prepare it again"
+                    )
+        raise AssertionError("all tokens are in the vocabulary")

@@ -1,0 +1,27 @@
+"""Processes that share the work on a text."""
+
+import multiprocessing
+import os
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+
+def spawned(processes: int) -> ProcessPoolExecutor:
+    """Processes that end with this one, even if it is killed.
+
+    They are spawned: a fork of a process with threads may hang.
+    """
+    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def _begin() -> None:
+    os.environ["RAYON_NUM_THREADS"] = "1"  # of ``tokenizers``: each process is one of as many as there are cores
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Without this, a process whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
