@@ -11,9 +11,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.packing import POLICIES, Policy
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.scoring import score
 from lit_gpt_scratch.hardware.defaults import why_not_compile
@@ -79,6 +80,49 @@ def test_train_loss_is_the_mean_over_the_steps_micro_batches(
         return [value for _, value in read(logger.log_dir)["train/loss"]]
 
     assert losses(8, 1) == pytest.approx(losses(2, 4), rel=1e-4)
+
+
+class Gradients(L.Callback):
+    """Compare each step's gradient with that of the mean over all labels that came since the last step."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.labels: list[list[int]] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # The last hook before the optimizer's own step.
+        pl_module.configure_gradient_clipping = lambda *_, **__: self.compare(pl_module.net)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, _: int) -> None:
+        self.batches.append(batch)
+
+    def compare(self, net: torch.nn.Module) -> None:
+        ids, documents, labels = (
+            torch.cat([batch[name] for batch in self.batches]) for name in ("input_ids", "document_ids", "labels")
+        )
+        with torch.enable_grad():
+            loss = torch.nn.functional.cross_entropy(net(ids, documents).flatten(0, 1), labels.flatten())
+            expected = torch.autograd.grad(loss, list(net.parameters()))
+        for parameter, gradient in zip(net.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+        self.labels.append([int((batch["labels"] != IGNORED).sum()) for batch in self.batches])
+        self.batches = []
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_gradient_is_that_of_the_mean_over_the_steps_labels(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], policy: Policy
+) -> None:
+    """Windows that are filled up have fewer labels, and the last step of an epoch fewer micro-batches."""
+    gradients = Gradients()
+    run = trainer(
+        max_steps=-1, max_epochs=1, limit_train_batches=7, accumulate_grad_batches=3, callbacks=[gradients],
+        limit_val_batches=0,
+    )  # fmt: skip
+    run.fit(task(), packed_text(packing=policy, batch_size=2, document_mask=True))
+    assert [len(step) for step in gradients.labels] == [3, 3, 1]
+    if policy == "one_document":
+        assert len({n for step in gradients.labels for n in step}) > 1
 
 
 def test_what_is_logged(

@@ -1,0 +1,98 @@
+"""With the mask a document is as if it were alone in its window; without it, it is not."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
+from lit_gpt_scratch.data.shards import Shard, Stream
+from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.config import PositionName
+from lit_gpt_scratch.model.documents import documents
+from tests.conftest import randomised
+
+VOCAB, T = 61, 24
+POSITIONS = get_args(PositionName)
+LOOKS_BACK = {"smear": True, "bigram_rows": 50, "value_embeddings": True, "residual_scalars": True}
+"""All else that may know of the token before."""
+
+
+def windows(folder: Path, texts: list[list[int]], policy: Policy, mask: bool) -> Windows:
+    ids = [[0, *text] for text in texts]
+    starts = np.cumsum([0, *map(len, ids)])[:-1]
+    about = np.stack([starts, np.array([len(text) for text in texts])], axis=1).astype("<u8")
+    folder.mkdir(exist_ok=True)
+    shard = Shard.write(folder, "train-00000", np.concatenate(ids).astype("<u2"), about)
+    return Windows([packed(Stream((shard,)), T, policy, folder)], T, VOCAB, 0, mask)
+
+
+def texts(seed: int) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, VOCAB, n).tolist() for n in (9, 30, 6, 5, 11, 3, 4, 15, 7, 2, 2, 40)]
+
+
+@pytest.mark.parametrize("extras", [{}, LOOKS_BACK], ids=["plain", "looks-back"])
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_another_documents_tokens_change_no_logit(
+    tmp_path: Path, policy: Policy, position: PositionName, extras: dict[str, object]
+) -> None:
+    """Every document is changed in turn; bit for bit, nothing else moves. Without the mask, something does."""
+    config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **extras)
+    model = randomised(config, VOCAB, T)
+    moved = {True: 0, False: 0}
+    for mask, changed in itertools.product((True, False), range(12)):
+        other = texts(0)
+        other[changed] = [1 + token % (VOCAB - 1) for token in other[changed]]
+        before, after = (windows(tmp_path / f"{mask}-{n}", t, policy, mask) for n, t in enumerate((texts(0), other)))
+        for index in range(len(before)):
+            a, b = before[index], after[index]
+            with torch.no_grad():
+                logits = [model(batch["input_ids"], batch.get("document_ids"))[0] for batch in (a, b)]
+            its_own = (a["input_ids"] != b["input_ids"])[0]  # (T,), but for its first, which knows nothing of the rest
+            padding = ((a["input_ids"] == 0) & (a["labels"] == IGNORED))[0]
+            moved[mask] += int((logits[0] != logits[1]).any(-1)[~its_own & ~padding].sum())
+    assert moved[True] == 0
+    assert (moved[False] > 0) == (policy != "one_document")  # there it has the window to itself
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_packed_document_has_the_logits_of_one_alone(tmp_path: Path, policy: Policy, position: PositionName) -> None:
+    """Whatever stands before it, and however long that is."""
+    config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **LOOKS_BACK)
+    model = randomised(config, VOCAB, T)
+    batches = windows(tmp_path, texts(0), policy, mask=True)
+    seen = 0
+    for index in range(len(batches)):
+        batch = batches[index]
+        with torch.no_grad():
+            together = model(batch["input_ids"], batch["document_ids"])[0]
+        ids = batch["document_ids"][0]
+        for document in ids.unique():
+            where = ids == document
+            with torch.no_grad():
+                alone = model(batch["input_ids"][:, where])[0]
+            torch.testing.assert_close(together[where], alone, atol=2e-4, rtol=2e-4)
+            seen += 1
+    assert seen > 12
+
+
+@given(st.lists(st.lists(st.integers(0, 3), min_size=10, max_size=10), min_size=1, max_size=3))
+@settings(deadline=None)
+def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
+    ids = torch.tensor([sorted(row) for row in rows])
+    found = documents(ids, dense=True)
+    for b, t in itertools.product(range(len(rows)), range(10)):
+        mine = [place for place in range(10) if ids[b, place] == ids[b, t]]
+        assert found.positions[b, t] == mine.index(t)
+        assert found.mask[b, 0, t].tolist() == [place in mine and place <= t for place in range(10)]
