@@ -19,7 +19,7 @@ from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection, Side
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.training import KINDS, OF_ANY_SIZE
-from lit_gpt_scratch.text.whole import filled, whole_file, whole_folder
+from lit_gpt_scratch.text.whole import filled, whole_folder
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,6 @@ class Recipe:
             shards = encode(corpus, folder, self.selection.processes)
             self._account(folder, corpus, tokenizer, {side: Stream(tuple(shards[side])) for side in SIDES})
             about: dict[str, Any] = {
-                "format": FORMAT,
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
                     "source": _sha256(self.selection.stamps),
@@ -152,11 +151,8 @@ class Recipe:
                 "stamps": self.selection.stamps,
                 **{side: [shard.about for shard in shards[side]] for side in SIDES},
             }
-            with whole_file(folder / ABOUT) as file:
-                file.write(json.dumps(about, indent=2).encode())
-        store = TokenStore.told(folder)
-        store.note_checked()
-        clear_notes(store.shards)
+            TokenStore.tell(folder, about)
+        clear_notes(TokenStore.told(folder).shards)
 
     def _kept(self, folder: Path) -> Tokenizer | None:
         """The tokenizer that an interrupted call has made."""

@@ -87,14 +87,24 @@ class TokenStore:
         """
         try:
             found: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            made_in = int(found["format"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            made_in, sealed = int(found["format"]), found.pop("sha256", None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} is no token store ({error}); {AFRESH}") from error
         if made_in > FORMAT:
             raise UserError(f"{folder} is a store of format {made_in}, newer than {FORMAT}; update lit_gpt_scratch")
         if made_in < FORMAT:
             raise UserError(f"{folder} is a store of format {made_in}, older than {FORMAT}; {AFRESH}")
+        if sealed != _sha256(found):
+            raise UserError(f"{folder / ABOUT} is not what was written; {AFRESH}")
         return found
+
+    @staticmethod
+    def tell(folder: Path, about: dict[str, Any]) -> None:
+        """Write what ``about`` reads, when all shards are there."""
+        about = {"format": FORMAT, **about}
+        with whole_file(folder / ABOUT) as file:
+            file.write(json.dumps(about | {"sha256": _sha256(about)}, indent=2).encode())
+        TokenStore.told(folder).note_checked()
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -152,6 +162,10 @@ def joined(stores: Sequence[TokenStore]) -> TokenStore:
     validation = Stream(tuple(shard for store in stores for shard in store.validation.shards))
     fingerprint = hashlib.sha256(" ".join(store.fingerprint for store in stores).encode()).hexdigest()
     return replace(first, fingerprint=fingerprint, train=train, validation=validation)
+
+
+def _sha256(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _look(shard: Shard, part: Part) -> list[int]:

@@ -2,14 +2,11 @@
 
 import itertools
 import json
-import multiprocessing
 import os
-import random
 import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -35,8 +32,8 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
 def recipe(source: Path | str, **changes: object) -> Recipe:
-    share = changes.pop("validation_share", 0.1)
-    selection = Selection(((Source(str(source)), 1.0),), (ExactDuplicates(),), share)
+    share, processes = changes.pop("validation_share", 0.1), changes.pop("processes", 1)
+    selection = Selection(((Source(str(source)), 1.0),), (ExactDuplicates(),), share, processes=processes)
     return Recipe(**({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes))
 
 
@@ -122,52 +119,10 @@ def test_large_vocabularies_take_four_bytes(corpus: Path, tmp_path: Path) -> Non
     assert sum(map(len, texts_of(store, "train"))) > 0
 
 
-@pytest.mark.parametrize("damage", ["truncate", "extend", "remove", "store.json"])
-def test_a_damaged_store_is_refused_by_name(corpus: Path, tmp_path: Path, damage: str) -> None:
-    store = recipe(corpus).prepare(tmp_path)
-    path = tokens_of(store)
-    if damage == "truncate":
-        os.truncate(path, path.stat().st_size - 2)
-    elif damage == "extend":
-        path.write_bytes(path.read_bytes() + b"\0\0")
-    elif damage == "remove":
-        path.unlink()
-    else:
-        path = path.with_name("store.json")
-        path.write_text("{", encoding="utf-8")
-    with pytest.raises(UserError, match="delete") as error:
-        recipe(corpus).prepare(tmp_path).train.open()
-    assert path.parent.name in str(error.value)
-
-
 def test_a_cache_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(UserError, match=r"cannot write to .*--data.cache"):
         recipe(corpus).prepare(tmp_path / "file" / "cache")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
-def test_a_killed_preparation_leaves_nothing_half_valid(corpus: Path, tmp_path: Path) -> None:
-    """kill -9 at 12 random moments of the writing; after each, a store is there whole or not at all."""
-    rng, cache, forked = random.Random(0), tmp_path / "cache", multiprocessing.get_context("fork")
-    began = time.perf_counter()
-    undisturbed = recipe(corpus, vocab_size=None).prepare(tmp_path / "undisturbed")
-    duration = time.perf_counter() - began
-    for _ in range(12):
-        process = forked.Process(target=recipe(corpus, vocab_size=None).prepare, args=(cache,))
-        process.start()
-        time.sleep(rng.random() * 1.5 * duration)
-        process.kill()
-        process.join()
-        stores = (path for path in cache.glob("*") if path.name != "corpora")
-        for path in [*stores, *cache.glob("corpora/*")]:
-            name = "corpus.json" if path.parent.name == "corpora" else "store.json"
-            assert path.suffix in (".lock", ".partial") or (path / name).exists()
-        store = recipe(corpus, vocab_size=None).prepare(cache)
-        for side in ("train", "validation"):
-            assert texts_of(store, side) == texts_of(undisturbed, side)
-        assert not list(cache.glob("*.partial"))
-        shutil.rmtree(cache)
 
 
 def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

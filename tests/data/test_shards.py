@@ -1,0 +1,245 @@
+"""Shards are the same however they were made, whatever was killed; and one that was altered is never read."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_gpt_scratch.data import encoding
+from lit_gpt_scratch.data.token_store import FORMAT, TokenStore
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import shelf
+from tests.data.test_token_store import recipe, texts_of
+
+SMALL = 2_000
+"""Bytes of text in a shard, so that a small corpus has many."""
+SEVERAL = """
+import sys
+from pathlib import Path
+from lit_gpt_scratch.data import encoding
+from lit_gpt_scratch.text import shelf
+from tests.data.test_token_store import recipe
+
+encoding.SHARD, shelf.GROUP = 2_000, 1_000
+recipe(sys.argv[1], vocab_size=None, processes=2).prepare(Path(sys.argv[2]), Path(sys.argv[2], "store"))
+"""
+
+
+@pytest.fixture
+def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "SHARD", SMALL)
+    monkeypatch.setattr(shelf, "GROUP", SMALL // 2)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the note of when they were looked at; Parquet names the time of its writing nowhere."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != "checked.json")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_processes_and_shards_change_no_token(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    several, alone = (recipe(corpus, processes=n).prepare(tmp_path, tmp_path / f"{n}") for n in (2, 1))
+    assert len(several.train.shards) > 10
+    assert contents(several.folder) == contents(alone.folder)
+    monkeypatch.setattr(encoding, "SHARD", 2**26)
+    whole = recipe(corpus).prepare(tmp_path, tmp_path / "whole")
+    assert len(whole.train.shards) == 1
+    for side in ("train", "validation"):
+        assert texts_of(whole, side) == texts_of(several, side)
+        streams = [getattr(store, side) for store in (whole, several)]
+        assert streams[0].n_bytes == streams[1].n_bytes
+        assert np.array_equal(*(stream.read(0, stream.n_tokens) for stream in streams))
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_documents_are_where_they_are_said_to_be(corpus: Path, tmp_path: Path) -> None:
+    store = recipe(corpus).prepare(tmp_path)
+    for shard in store.shards:
+        starts, sizes = shard.documents[:, 0].astype(int), shard.documents[:, 1].astype(int)
+        assert starts.tolist() == np.flatnonzero(shard.tokens == store.tokenizer.end_of_text).tolist()
+        texts = [store.tokenizer.decode(ids[1:].tolist()) for ids in np.split(shard.tokens, starts[1:])]
+        assert sizes.tolist() == [len(text.encode()) for text in texts]
+        assert shard.largest == shard.tokens.max()
+    assert sum(shard.n_documents for shard in store.shards) == 30
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
+@pytest.mark.usefixtures("many_shards")
+def test_what_a_kill_left_is_gone_on_with(corpus: Path, tmp_path: Path) -> None:
+    """kill -9 at 12 random moments; after each, a store is there whole or not at all, and shards are made once."""
+    rng, forked = random.Random(0), multiprocessing.get_context("fork")
+    began = time.perf_counter()
+    expected = contents(recipe(corpus, vocab_size=None).prepare(tmp_path, tmp_path / "undisturbed").folder)
+    duration = time.perf_counter() - began
+    kept = 0
+    for n in range(12):
+        folder = tmp_path / f"{n}"
+        process = forked.Process(target=recipe(corpus, vocab_size=None).prepare, args=(tmp_path, folder))
+        process.start()
+        time.sleep(rng.random() * 1.3 * duration)
+        process.kill()
+        process.join()
+        assert not folder.exists() or contents(folder) == expected
+        finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"{n}.partial/train-*.json")}
+        store = recipe(corpus, vocab_size=None).prepare(tmp_path, folder)
+        assert contents(folder) == expected
+        for note, written in finished.items():
+            kept += 1
+            assert Path(folder, note.with_suffix(".tokens.npy").name).stat().st_mtime_ns <= written
+        assert not list(tmp_path.glob("*.partial"))
+        assert texts_of(store, "train")
+    assert kept > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.skipif(os.name == "nt", reason="kills with SIGKILL")
+def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
+    """The one that was started is killed; the two that it started end by themselves."""
+    rng = random.Random(1)
+
+    def start(folder: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SEVERAL, str(corpus), str(folder)]
+        return subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
+
+    began = time.perf_counter()
+    assert start(tmp_path / "undisturbed").wait() == 0
+    duration = time.perf_counter() - began
+    expected = contents(tmp_path / "undisturbed" / "store")
+    unfinished = 0
+    for n in range(50):
+        process = start(tmp_path / f"{n}")
+        time.sleep(duration * (0.3 + 0.75 * rng.random()))  # the first third is imports
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        unfinished += (tmp_path / f"{n}" / "store.partial").exists()
+        assert start(tmp_path / f"{n}").wait() == 0
+        assert contents(tmp_path / f"{n}" / "store") == expected
+    print(f"\n{unfinished} of 50 kills left a part of a store; {duration:.1f} s undisturbed")
+    assert unfinished > 10
+    time.sleep(2)
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) not in listed
+
+
+def truncate(path: Path, rng: random.Random) -> None:
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def extend(path: Path, rng: random.Random) -> None:
+    path.write_bytes(path.read_bytes() + rng.randbytes(rng.randrange(1, 100)))
+
+
+def flip_a_bit(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    path.write_bytes(content)
+
+
+def flip_a_bit_and_hide_the_time(path: Path, rng: random.Random) -> None:
+    before = path.stat()
+    flip_a_bit(path, rng)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def zero_a_stretch(path: Path, rng: random.Random) -> None:
+    content = bytearray(path.read_bytes())
+    start = rng.randrange(len(content) - 16)
+    content[start : start + 16] = bytes(16) if any(content[start : start + 16]) else b"\1" * 16
+    path.write_bytes(content)
+
+
+def put_another_in_its_place(path: Path, _: random.Random) -> None:
+    others = [other for other in path.parent.glob(f"*{''.join(path.suffixes)}") if other != path]
+    shutil.copy2(next(other for other in others if other.read_bytes() != path.read_bytes()), path)
+
+
+def remove(path: Path, _: random.Random) -> None:
+    path.unlink()
+
+
+@pytest.mark.usefixtures("many_shards")
+def test_five_hundred_altered_stores_are_refused_by_shard(corpus: Path, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    made = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    ways: list[Callable[[Path, random.Random], None]] = [
+        truncate, extend, flip_a_bit, flip_a_bit_and_hide_the_time, zero_a_stretch, put_another_in_its_place, remove
+    ]  # fmt: skip
+    for n in range(500):
+        altered = tmp_path / "altered"
+        shutil.copytree(made, altered, ignore=shutil.ignore_patterns("text", "audit*"))
+        TokenStore.open(altered)  # a copy is as good
+        path = rng.choice(sorted(altered.glob("*.npy")))
+        ways[n % len(ways)](path, rng)
+        with pytest.raises(UserError) as error:
+            TokenStore.open(altered)
+        assert f"shard {path.name.split('.')[0]} of {altered}" in str(error.value)
+        assert "\n" not in str(error.value)
+        shutil.rmtree(altered)
+
+
+@pytest.mark.parametrize("name", ["store.json", "tokenizer.json"])
+def test_what_belongs_to_the_shards_is_sealed_too(corpus: Path, tmp_path: Path, name: str) -> None:
+    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    path = folder / name
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(50):
+        flip_a_bit(path, rng)
+        with pytest.raises(UserError, match="delete the folder and prepare it again"):
+            TokenStore.open(folder)
+        path.write_bytes(content)
+    path.unlink()
+    with pytest.raises(UserError, match=f"{folder}"):
+        TokenStore.open(folder)
+
+
+def test_a_file_is_read_again_only_when_it_looks_altered(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    from lit_gpt_scratch.data import token_store as module
+
+    read: list[str] = []
+    digest = module.digest
+    monkeypatch.setattr(module, "digest", lambda path: read.append(path.name) or digest(path))
+    TokenStore.open(folder)
+    assert read == []
+    (folder / "train-00000.tokens.npy").touch()
+    TokenStore.open(folder)
+    TokenStore.open(folder)
+    assert read == ["train-00000.tokens.npy"]
+    TokenStore.open(folder).check(everything=True)
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize(
+    ("other", "said"), [(FORMAT + 1, "newer than .*; update"), (FORMAT - 1, "older than .*; delete")]
+)
+def test_another_format_is_refused(corpus: Path, tmp_path: Path, other: int, said: str) -> None:
+    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    about = json.loads((folder / "store.json").read_text())
+    (folder / "store.json").write_text(json.dumps(about | {"format": other}))
+    with pytest.raises(UserError, match=f"store of format {other}, {said}"):
+        TokenStore.open(folder)
+
+
+def test_an_id_beyond_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
+    """As somebody might write a store by a script of their own."""
+    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    about = TokenStore.about(folder)
+    largest = about["validation"][0]["largest"]
+    TokenStore.tell(folder, about | {"vocab_size": largest})
+    with pytest.raises(UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer only {largest}"):
+        TokenStore.open(folder)
