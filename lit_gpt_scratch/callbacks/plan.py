@@ -112,6 +112,15 @@ class Plan(InRunFolder):
         ]
         each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
         yield "data", f"{data.origin}: {', '.join(sides)}; {each:.2f} bytes a token"
+        cost = [part.cost for part in data.train_windows.parts]
+        crossing = sum(part.crossing for part in cost) / len(data.train_windows)
+        yield (
+            "windows",
+            f"{count(len(data.train_windows))} of {data.block_size} tokens, {data.packing}: "
+            f"{min(part.used for part in cost):.1%} of their positions used, "
+            f"{many(sum(part.cut for part in cost), 'document')} cut, {crossing:.0%} with several documents"
+            f"{', which see nothing of each other' if data.document_mask else ''}",
+        )
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"

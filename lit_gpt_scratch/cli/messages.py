@@ -36,6 +36,8 @@ def user_errors() -> Iterator[None]:
         chain = list(_chain(error))
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
+            if str(ours).startswith("Caught UserError in DataLoader worker"):  # with a traceback behind it
+                ours = UserError(str(ours).rpartition("UserError: ")[2])
             raise ours from error
         if str(error) == "embedded null byte":  # what Python says of a path that no system can have
             raise UserError("a path in the flags or in a config holds a null byte") from error

@@ -1,6 +1,7 @@
 """``prepare``: text into tokens ahead of a run."""
 
 import json
+from collections.abc import Iterator
 from typing import Final
 
 from jsonargparse import Namespace
@@ -8,11 +9,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.messages import quieten
+from lit_gpt_scratch.cli.showing import show, shows_colours
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.packing import POLICIES, packed
 from lit_gpt_scratch.data.recipe import VOCABULARY
+from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import use_allowed_cores
-from lit_gpt_scratch.text.audit import table
+from lit_gpt_scratch.text.audit import drawn, table
 from lit_gpt_scratch.text.comparing import compare
 from lit_gpt_scratch.text.training import KINDS
 
@@ -35,6 +39,8 @@ class PrepareCLI(FitCLI):
         parser.add_argument(
             "--compare", metavar="KINDS", type=str | None, help=f"Tokenizers to compare, as in {','.join(KINDS)}."
         )
+        parser.add_argument("--verify", action="store_true", help="Read all tokens, and say whether they are as made.")
+        parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first windows of a training.")
 
     def instantiate_classes(self) -> None:
         """Build the data alone."""
@@ -49,25 +55,68 @@ def main(args: ArgsType = None) -> None:
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
         raise UserError(f"--data: {type(cli.datamodule).__name__} has no tokens to prepare ahead; PackedText has")
-    if cli.config.compare is None:
-        _prepare(cli.datamodule)
-    else:
+    if cli.config.show < 0:
+        raise UserError(f"argument --show: {cli.config.show} is below 0")
+    if cli.config.compare is not None:
         _compare(cli.datamodule, cli.config.compare.split(","))
+    elif cli.config.verify:
+        _verify(cli.datamodule)
+    else:
+        _prepare(cli.datamodule, cli.config.show)
 
 
-def _prepare(data: PackedText) -> None:
+def _prepare(data: PackedText, n_shown: int) -> None:
     data.prepare_data()
-    store = data.store
-    folder = store.folder
-    audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-    print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
-    for side, stream in (("training", store.train), ("validation", store.validation)):
-        print(
-            f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
-            f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes each"
-        )
-    print(f"tokenizer   {data.recipe.tokenizer}, {data.vocab_size:,} tokens")
-    print(f"kept in     {folder}, with audit.json and audit.md")
+    for store in data.stores:
+        audit = json.loads((store.folder / "audit.json").read_text(encoding="utf-8"))
+        print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
+        for side, stream in (("training", store.train), ("validation", store.validation)):
+            print(
+                f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
+                f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes each"
+            )
+        kind = "" if data.mixed else f"{data.recipe.tokenizer}, "
+        print(f"tokenizer   {kind}{data.vocab_size:,} tokens")
+        print(f"kept in     {store.folder}, with audit.json and audit.md\n")
+    print(drawn(list(_policies(data)), "<>>>>>>"))
+    if n_shown:
+        data.setup("fit")
+        for paragraph in show(data, n_shown, shows_colours()):
+            print(f"\n{paragraph}")
+
+
+def _policies(data: PackedText) -> Iterator[list[str]]:
+    """What each way of packing costs, the chosen one marked."""
+    head = [
+        "windows",
+        "positions used",
+        "tokens discarded",
+        "documents cut",
+        "needlessly",
+        "windows crossing documents",
+    ]
+    yield [f"in windows of {data.block_size}", *head]
+    for policy in POLICIES:
+        costs = [packed(store.train, data.block_size, policy, data.cache).cost for store in data.stores]
+        total = {name: sum(getattr(cost, name) for cost in costs) for name in vars(costs[0])}
+        windows, documents = max(total["windows"], 1), max(total["documents"], 1)
+        yield [
+            f"{'*' if policy == data.packing else ' '} {policy}",
+            f"{total['windows']:,}",
+            f"{1 - total['padding'] / windows / data.block_size:.2%}",
+            f"{total['discarded']:,}",
+            f"{total['cut'] / documents:.1%}",
+            f"{total['cut_needlessly'] / documents:.1%}",
+            f"{total['crossing'] / windows:.1%}",
+        ]
+
+
+def _verify(data: PackedText) -> None:
+    # What was kept is looked at as it is, whatever it would be made of now.
+    for store in [TokenStore.open(data.kept_in)] if data.kept_in else data.stores:
+        store.check(everything=True)
+        tokens = store.train.n_tokens + store.validation.n_tokens
+        print(f"{store.folder}: {len(store.shards)} shards, {tokens:,} tokens, all as they were made")
 
 
 def _compare(data: PackedText, kinds: list[str]) -> None:

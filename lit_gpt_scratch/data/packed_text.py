@@ -51,9 +51,9 @@ class PackedText(OrderedData):
         special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
         store: Folder for the tokens of this text alone, with the text as it was cleaned, and its audit.
         cache: Folder for all others, and their texts; by default one in the user's cache folder.
-        mixture: Folders that were given as ``store`` before, to take tokens from instead of ``source``: a list, for all
-            windows of each, or each with a weight, for so large a share of the training windows. Validation sees all
-            that any of them holds out.
+        mixture: Folders that were given as ``store`` before, to take tokens from instead of ``source``: one; a list,
+            for all windows of each; or each with a weight, for so large a share of the training windows. Validation
+            sees all that any of them holds out.
         packing: How documents are laid into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
             ``data.packing``. Validation always concatenates, so that it scores the same tokens whatever the packing.
         document_mask: No token attends to another document, and positions count from a document's first token.
@@ -85,7 +85,7 @@ class PackedText(OrderedData):
         special_tokens: Sequence[str] = (),
         store: str | None = None,
         cache: str | None = None,
-        mixture: Sequence[str] | dict[str, float] | None = None,
+        mixture: str | Sequence[str] | dict[str, float] | None = None,
         packing: Policy = "concatenate",
         document_mask: bool = False,
         block_size: int = 256,
@@ -123,7 +123,8 @@ class PackedText(OrderedData):
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
         self.kept_in = Path(store).expanduser().resolve() if store else None
-        self.mixed = [Path(folder).expanduser() for folder in mixture or ()]
+        folders = [mixture] if isinstance(mixture, str) else mixture or ()
+        self.mixed = [Path(folder).expanduser() for folder in folders]
         if mixture is not None:
             self.weights = list(mixture.values()) if isinstance(mixture, dict) else None
             _refuse_mixture(self.mixed, self.weights, source, store)

@@ -85,6 +85,8 @@ class TokenStore:
         Raises:
             UserError: It says nothing, or says it in another format.
         """
+        if not folder.exists():
+            raise UserError(f"there is no token store {folder}; make one: prepare --data.store {folder}")
         try:
             found: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
             made_in, sealed = int(found["format"]), found.pop("sha256", None)
@@ -125,10 +127,11 @@ class TokenStore:
         Raises:
             UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
         """
-        for shard in self.shards:
-            if shard.largest >= self.vocab_size:
-                raise _refused(shard, f"has token {shard.largest}, but its tokenizer only {self.vocab_size} tokens")
         now = self._looks()
+        for shard in self.shards:
+            largest = max(shard.largest, int(shard.tokens.max())) if everything else shard.largest
+            if largest >= self.vocab_size:
+                raise _refused(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
         before = {} if everything else _checked(self.folder)
         files = ((shard, part) for shard in self.shards for part in PARTS)
         doubtful = [(shard, part) for shard, part in files if now[name := shard.path(part).name] != before.get(name)]

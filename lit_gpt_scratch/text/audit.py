@@ -158,8 +158,12 @@ def table(audit: dict[str, Any]) -> str:
         sizes += [f"{step[f'bytes_{side}']:,}" for side in ("in", "out")]
         sizes += [f"{step[f'tokens_{side}']:,}" if f"tokens_{side}" in step else "" for side in ("in", "out")]
         rows.append([step["name"], *sizes, rejected])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    aligned = ["<", *">>>>>>", "<"]
+    return drawn(rows, "<>>>>>><")
+
+
+def drawn(rows: Sequence[Sequence[str]], aligned: str) -> str:
+    """A head and rows as a Markdown table that a terminal shows well, too; each column to the left or to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, aligned, widths, strict=True)) + " |"
         for row in rows
