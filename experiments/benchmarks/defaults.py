@@ -20,6 +20,8 @@ CHOICES: dict[str, tuple[list[str], dict[str, str]]] = {
     "float32, not compiled": (["--trainer.precision=32-true", "--model.compile=false"], {}),
     "half of the threads": ([], {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}),
     "2 loader processes": (["--data.num_workers=2"], {}),
+    "documents masked": (["--data.document_mask=true"], {}),
+    "best-fit, documents masked": (["--data.packing=best_fit", "--data.document_mask=true"], {}),
 }
 """Flags and environment."""
 
@@ -53,7 +55,7 @@ def main() -> None:
     for name, values in times.items():
         median = statistics.median(values)
         print(
-            f"{name:24} {median:6.0f} ({min(values):.0f} to {max(values):.0f})   {median / default:.2f} x the default"
+            f"{name:26} {median:6.0f} ({min(values):.0f} to {max(values):.0f})   {median / default:.2f} x the default"
         )
 
 

@@ -68,9 +68,13 @@ class Shard(Mapped):
             made.sizes[part], made.sha256[part] = path.stat().st_size, digest(path)
         return made
 
+    def file(self, part: Part) -> str:
+        """The name of one of its files."""
+        return f"{self.name}.{part}.npy"
+
     def path(self, part: Part) -> Path:
-        """One of its files."""
-        return Path(self.folder, f"{self.name}.{part}.npy")
+        """Where it is."""
+        return Path(self.folder, self.file(part))
 
     @property
     def about(self) -> dict[str, Any]:
@@ -122,12 +126,12 @@ class Stream:
     def read(self, start: int, stop: int) -> Ids:
         """Tokens ``start`` to ``stop``, or to the end; within a shard nothing is copied."""
         stop = min(stop, self.n_tokens)
-        if start >= stop:
-            return np.zeros(0, dtype=np.uint16)
-        shard, first = self.shard_of(start)
-        found = shard.tokens[start - first : stop - first]
-        rest = start + len(found)
-        return found if rest == stop else np.concatenate([found, self.read(rest, stop)])
+        found: list[Ids] = []
+        while start < stop:
+            shard, first = self.shard_of(start)
+            found.append(shard.tokens[start - first : stop - first])
+            start += len(found[-1])
+        return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.uint16)])
 
 
 def digest(path: Path) -> str:

@@ -1,0 +1,145 @@
+"""How fast batches come, how fast any place in a training is found, and how fast a store of 100 GB opens.
+
+    python experiments/benchmarks/loader.py
+
+On one core. The store of 100 GB is made of holes (a sparse file takes no room), opened in a process of its own each
+time; its shards are as many and as described as those of a real one. The step to compare with is that of the default
+run, as `fit --plan` measures it on all cores.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.packing import POLICIES
+from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
+from lit_gpt_scratch.data.shards import Shard
+from lit_gpt_scratch.data.token_store import TokenStore
+
+ROUNDS = 7
+SHARDS, SHARD_TOKENS = 1024, 50_000_000
+OPEN = """
+import sys, time
+from pathlib import Path
+from lit_gpt_scratch.data.token_store import TokenStore
+began = time.perf_counter()
+store = TokenStore.open(Path(sys.argv[1]))
+opened = time.perf_counter()
+store.train.read(store.train.n_tokens // 2, store.train.n_tokens // 2 + 2048)
+print(opened - began, time.perf_counter() - opened)
+"""
+
+
+def milliseconds(values: list[float]) -> str:
+    """The median, and from what to what."""
+    return f"{1e3 * statistics.median(values):.2f} ms ({1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
+
+
+def loading() -> None:
+    """Tokens a second out of the loader, nothing else going on."""
+    with tempfile.TemporaryDirectory() as folder:
+        for policy in POLICIES:
+            for batch_size, block_size in ((8, 256), (32, 1024)):
+                data = PackedText(packing=policy, block_size=block_size, batch_size=batch_size, cache=folder)
+                data.setup("fit")
+                speeds, each = [], []
+                for _ in range(ROUNDS):
+                    loader = iter(data.train_dataloader())
+                    next(loader)
+                    began = time.perf_counter()
+                    n = sum(1 for _ in islice(loader, 200 if batch_size == 32 else 1000))
+                    seconds = time.perf_counter() - began
+                    speeds.append(n * batch_size * block_size / seconds / 1e6)
+                    each.append(seconds / n)
+                print(
+                    f"{policy}, {batch_size} x {block_size}: {statistics.median(speeds):.0f} million tokens a second "
+                    f"({min(speeds):.0f} to {max(speeds):.0f}), {milliseconds(each)} a batch"
+                )
+
+
+def step() -> None:
+    """What a batch is set against."""
+    command = [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, env=WHOLE_MACHINE)
+    found = re.search(r"(\d+) ms a step", said.stdout + said.stderr)
+    print(f"the default's step, of 8 x 256: {found[1] if found else '?'} ms")
+
+
+def seeking() -> None:
+    """The first window of step 10^9 of an epoch of 10^12 windows, everything made anew; and what is held."""
+    times = []
+    for seed in range(200):
+        began = time.perf_counter()
+        next(iter(WindowOrder(Shuffle([10**12], seed), 8, start=(3, 10**9))))
+        times.append(time.perf_counter() - began)
+    print(f"seek to step 10^9 of 10^12 windows: {milliseconds(times)}")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in islice(iter(WindowOrder(Shuffle([10**12], 0), 8)), 1_000_000):
+        pass
+    print(f"memory for a million places more: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before} kB")
+
+
+def opening() -> None:
+    """A store as large as few have."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        small = PackedText(cache=name).store
+        about = TokenStore.about(small.folder)
+        first = Shard.write(folder, "train-00000", np.ones(1, np.uint16), np.array([[0, 1]], np.uint64))
+        header = first.path("tokens").read_bytes()[: -first.tokens.nbytes]
+        shards = []
+        for n in range(SHARDS):
+            shard = replace(first, name=f"train-{n:05}", n_tokens=SHARD_TOKENS, sizes=dict(first.sizes))
+            with shard.path("tokens").open("wb") as file:
+                content = header.replace(b"(1,)", f"({SHARD_TOKENS},)".encode())
+                file.write(content[: len(header) - 1].rstrip(b" \n").ljust(len(header) - 1) + b"\n")
+                file.truncate(len(header) + 2 * SHARD_TOKENS)
+            shard.path("documents").write_bytes(first.path("documents").read_bytes())
+            shard.sizes["tokens"] = shard.path("tokens").stat().st_size
+            shards.append(shard.about)
+        (folder / "tokenizer.json").write_bytes((small.folder / "tokenizer.json").read_bytes())
+        TokenStore.tell(folder, about | {"train": shards, "validation": []})
+        gigabytes = sum(json.loads((folder / "checked.json").read_text())[f"{s['name']}.tokens.npy"][0] for s in shards)
+        times = []
+        for _ in range(ROUNDS):
+            said = subprocess.run([sys.executable, "-c", OPEN, name], capture_output=True, text=True, check=True)
+            times.append([float(word) for word in said.stdout.split()])
+        opened, read = zip(*times, strict=True)
+        print(
+            f"a store of {gigabytes / 1e9:.0f} GB in {SHARDS:,} shards: opened in {milliseconds(list(opened))}, "
+            f"its first window in {milliseconds(list(read))} more"
+        )
+
+
+def main() -> None:
+    """Print all."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    torch.set_num_threads(1)
+    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
+    step()
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    loading()
+    seeking()
+    opening()
+
+
+WHOLE_MACHINE = dict(os.environ)
+
+if __name__ == "__main__":
+    main()
