@@ -1,6 +1,8 @@
-"""Draw the README's picture of a terminal: what a command says, as a person sees it.
+r"""Draw the README's pictures of a terminal: what a command says, as a person sees it.
 
-    python notebooks/terminal.py python -m lit_gpt_scratch.fit
+    python notebooks/terminal.py first_run.svg python -m lit_gpt_scratch.fit
+    python notebooks/terminal.py windows.svg python -m lit_gpt_scratch.prepare --data.source my_table.tsv --data.cache cache \
+        --data.text_column message --data.block_size 384 --data.packing best_fit --data.document_mask true --show 1
 
 The command runs in a pseudo-terminal, so that it draws its progress bar; the picture shows the screen at the end.
 For Linux and macOS.
@@ -24,7 +26,7 @@ COLUMNS, LINES = 130, 60
 
 
 def screen(command: list[str]) -> str:
-    """Run a command; what its terminal shows at the end, escape sequences carried out or dropped."""
+    """Run a command; what its terminal shows at the end, escape sequences carried out or dropped, but for colours."""
     written = bytearray()
 
     def read(terminal: int) -> bytes:
@@ -36,7 +38,10 @@ def screen(command: list[str]) -> str:
 
     if pty.spawn(command, read):
         sys.exit(f"{shlex.join(command)} failed")
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b\x0c\x0e-\x1f]", "", written.decode(errors="replace"))
+    # Of the escape sequences, only colours stay.
+    text = re.sub(
+        r"\x1b\[[0-9;?]*[A-Za-ln-z]|[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f]", "", written.decode(errors="replace")
+    )
     lines = text.replace("\r\n", "\n").split("\n")
     return "\n".join(map(overwritten, lines))
 
@@ -52,9 +57,9 @@ def overwritten(line: str) -> str:
 def main(command: list[str], picture: Path) -> None:
     """Write an SVG."""
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
-    console.print(Text(f"$ {shlex.join(command)}\n", style="bold") + Text(screen(command).strip("\n")))
+    console.print(Text(f"$ {shlex.join(command)}\n", style="bold") + Text.from_ansi(screen(command).strip("\n")))
     console.save_svg(str(picture), title="lit_gpt_scratch")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:], Path(__file__).with_name("first_run.svg"))
+    main(sys.argv[2:], Path(__file__).with_name(sys.argv[1]))

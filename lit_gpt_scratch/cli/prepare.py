@@ -1,6 +1,9 @@
 """``prepare``: text into tokens ahead of a run."""
 
 import json
+import logging
+import signal
+import sys
 from collections.abc import Iterator
 from typing import Final
 
@@ -19,6 +22,8 @@ from lit_gpt_scratch.hardware.defaults import use_allowed_cores
 from lit_gpt_scratch.text.audit import drawn, table
 from lit_gpt_scratch.text.comparing import compare
 from lit_gpt_scratch.text.training import KINDS
+
+log = logging.getLogger(__name__)
 
 COMPARED_ON: Final = 2**25
 """Bytes of held-out text that tokenizers are measured on; of more, a share."""
@@ -62,7 +67,11 @@ def main(args: ArgsType = None) -> None:
     elif cli.config.verify:
         _verify(cli.datamodule)
     else:
-        _prepare(cli.datamodule, cli.config.show)
+        try:
+            _prepare(cli.datamodule, cli.config.show)
+        except KeyboardInterrupt:
+            log.warning("stopped; the same command goes on with the tokens that are made")
+            sys.exit(128 + signal.SIGINT)
 
 
 def _prepare(data: PackedText, n_shown: int) -> None:
@@ -80,7 +89,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
         print(f"kept in     {store.folder}, with audit.json and audit.md\n")
     print(drawn(list(_policies(data)), "<>>>>>>"))
     if n_shown:
-        data.setup("fit")
+        data.setup("show")
         for paragraph in show(data, n_shown, shows_colours()):
             print(f"\n{paragraph}")
 

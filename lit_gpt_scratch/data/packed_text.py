@@ -127,7 +127,16 @@ class PackedText(OrderedData):
         self.mixed = [Path(folder).expanduser() for folder in folders]
         if mixture is not None:
             self.weights = list(mixture.values()) if isinstance(mixture, dict) else None
-            _refuse_mixture(self.mixed, self.weights, source, store)
+            _refuse_mixture(self.mixed, self.weights)
+            makes = {
+                "source": source != STDLIB,
+                "store": store,
+                "tokenizer": tokenizer != "bpe",
+                "vocab_size": vocab_size,
+            }
+            for name, given in (makes | {"special_tokens": special_tokens, "max_bytes": max_bytes}).items():
+                if given:
+                    raise UserError(f"data.mixture is of tokens that are made already; leave out data.{name}")
 
     @property
     def origin(self) -> str:
@@ -186,7 +195,7 @@ class PackedText(OrderedData):
                     f"fewer than one window of {self.block_size}; name more text, or lower --data.block_size"
                 )
         batch = self.batch_size * self.shard["num_replicas"]
-        if len(self.train_windows) < batch:
+        if stage == "fit" and len(self.train_windows) < batch:
             raise UserError(
                 f"{self.origin} has {len(self.train_windows)} windows of {self.block_size} tokens for "
                 f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
@@ -209,11 +218,7 @@ class PackedText(OrderedData):
         return Windows(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
 
 
-def _refuse_mixture(
-    folders: Sequence[Path], weights: Sequence[float] | None, source: str | dict[str, float], store: str | None
-) -> None:
-    if source != STDLIB or store is not None:
-        raise UserError("data.mixture takes the place of data.source and data.store; give only the one or the others")
+def _refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
     if not folders:
         raise UserError("data.mixture has no store in it; name one")
     for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):

@@ -22,7 +22,7 @@ from typing import Final, Literal, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.data.shards import Mapped, Stream
+from lit_gpt_scratch.text.shards import Mapped, Stream
 from lit_gpt_scratch.text.whole import whole_folder
 
 Policy = Literal["concatenate", "best_fit", "one_document"]

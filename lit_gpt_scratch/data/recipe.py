@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.encoding import ENCODED_AT_ONCE, clear_notes, encode, progress_bar
-from lit_gpt_scratch.data.shards import Stream
 from lit_gpt_scratch.data.token_store import ABOUT, FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.audit import markdown, with_tokens
 from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection, Side
+from lit_gpt_scratch.text.encoding import ENCODED_AT_ONCE, clear_notes, encode, progress_bar
+from lit_gpt_scratch.text.shards import Stream
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.training import KINDS, OF_ANY_SIZE

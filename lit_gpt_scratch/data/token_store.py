@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.shards import PARTS, Part, Shard, Stream, digest
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.corpus import SIDES
+from lit_gpt_scratch.text.shards import PARTS, Part, Shard, Stream, digest
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.whole import whole_file

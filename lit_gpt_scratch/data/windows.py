@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.data.packing import Packing
-from lit_gpt_scratch.data.shards import Stream
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.shards import Stream
 
 
 class Windows(Dataset[Batch]):

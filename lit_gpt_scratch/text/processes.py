@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
 
@@ -16,6 +17,7 @@ def spawned(processes: int) -> ProcessPoolExecutor:
 
 def _begin() -> None:
     os.environ["RAYON_NUM_THREADS"] = "1"  # of ``tokenizers``: each process is one of as many as there are cores
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the one that began them ends them
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

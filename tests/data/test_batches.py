@@ -13,9 +13,9 @@ from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy
 from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
-from lit_gpt_scratch.data.shards import Shard, Stream
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.shards import Shard, Stream
 
 END = 60_000
 
@@ -136,7 +136,7 @@ def test_tokens_per_step_sets_the_accumulation(
         ({"tokens_per_step": 0}, "data.tokens_per_step is 0"),
         ({"seed": -1}, "data.seed is -1"),
         ({"packing": "first_fit"}, "data.packing is first_fit; it must be one of concatenate, best_fit, one_document"),
-        ({"mixture": {"a": 1.0}}, "data.mixture takes the place of data.source"),
+        ({"mixture": {"a": 1.0}}, "data.mixture is of tokens that are made already; leave out data.source"),
     ],
 )
 def test_data_that_cannot_be_is_refused_by_name(

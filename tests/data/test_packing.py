@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data import packing as module
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, best_fit, packed
-from lit_gpt_scratch.data.shards import Shard, Stream
 from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.text.shards import Shard, Stream
 
 END = 0
 VOCAB = 60_000

@@ -15,10 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_gpt_scratch.data import encoding
 from lit_gpt_scratch.data.token_store import FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import shelf
+from lit_gpt_scratch.text import encoding, shelf
 from tests.data.test_token_store import recipe, texts_of
 
 SMALL = 2_000
@@ -26,7 +25,7 @@ SMALL = 2_000
 SEVERAL = """
 import sys
 from pathlib import Path
-from lit_gpt_scratch.data import encoding
+from lit_gpt_scratch.text import encoding
 from lit_gpt_scratch.text import shelf
 from tests.data.test_token_store import recipe
 

@@ -17,12 +17,12 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from lit_gpt_scratch.data import encoding as encoding_module
 from lit_gpt_scratch.data import recipe as recipe_module
 from lit_gpt_scratch.data.recipe import Recipe
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import bulk
+from lit_gpt_scratch.text import encoding as encoding_module
 from lit_gpt_scratch.text.bulk import encode
 from lit_gpt_scratch.text.cleaning import Length
 from lit_gpt_scratch.text.corpus import Selection
@@ -289,3 +289,14 @@ def test_a_full_disk_is_said_and_nothing_is_left(corpus: Path, tmp_path: Path) -
         whole = [path for path in left if path.parent.parent.name == "corpora"]  # the text may be whole, the tokens not
         assert left == whole
         assert not whole or (whole[0].parent / "corpus.json").exists()
+
+
+def test_a_folder_that_is_made_anew_has_the_new_tokenizers_ids(corpus: Path, tmp_path: Path) -> None:
+    """In one process, as in a notebook."""
+    folder = tmp_path / "store"
+    for tokenizer in ("bpe", "byte"):
+        store = recipe(corpus, tokenizer=tokenizer, vocab_size=None).prepare(tmp_path, folder)
+        assert sorted(texts_of(store, "train") + texts_of(store, "validation")) == sorted(
+            document.text for document in documents(str(corpus))
+        )
+        shutil.rmtree(folder)

@@ -60,6 +60,14 @@ def newcomers_folder(command: Command, small: list[str], tmp_path: Path) -> Path
 
 @pytest.mark.parametrize("line", DOOR_COMMANDS[1:])
 def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
+    for earlier in DOOR_COMMANDS[: DOOR_COMMANDS.index(line)]:
+        store = re.search(r"--data.store (\S+)", earlier)
+        if store and store[1] in line:  # what it makes is used
+            runs(command, newcomers_folder, cache, earlier)
+    runs(command, newcomers_folder, cache, line)
+
+
+def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
     _, _, module, *flags = shlex.split(line)
     door = module.removeprefix("lit_gpt_scratch.")
     assert door in DOORS
@@ -72,9 +80,11 @@ def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cach
         return
     if door == "fit" and not {"--print_config", "--model.help"} & set(flags):
         if "--ckpt_path" not in flags:
-            corpus = [] if "--data.source" in flags else [f"--data.source={newcomers_folder / 'my_texts'}"]
-            # A kind of its own size, or the one of a small vocabulary.
-            short = [flag for flag in SHORT if "vocab_size" not in flag or "--data.tokenizer" not in flags]
+            named = {"--data.source", "--data.mixture"} & set(flags)
+            corpus = [] if named else [f"--data.source={newcomers_folder / 'my_texts'}"]
+            # A kind of its own size, tokens that are there, or the kind of a small vocabulary.
+            made = {"--data.tokenizer", "--data.mixture"} & set(flags)
+            short = [flag for flag in SHORT if "vocab_size" not in flag or not made]
             flags += [*short, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
         elif {"--trainer.max_steps", "auto"} & set(flags):
             flags += ["--trainer.max_steps=14"]

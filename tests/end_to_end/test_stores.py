@@ -11,9 +11,9 @@ import pytest
 
 from lit_gpt_scratch.cli.messages import user_errors
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.shards import Shard
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.shards import Shard
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_mistakes import one_line
@@ -110,7 +110,8 @@ def test_bad_stores_are_refused_in_one_line(
     refused([], "no store in it")
     refused("nowhere", "there is no token store nowhere", "prepare --data.store nowhere")
     refused([str(one)], "fewer than one window of 100000", more=("--data.block_size=100000",))
-    refused([str(one)], "takes the place of data.source", more=(f"--data.source={corpus}",))
+    for more in (f"--data.source={corpus}", "--data.vocab_size=300", "--data.tokenizer=byte", "--data.store=four"):
+        refused([str(one)], "made already; leave out data.", more=(more,))
     about = json.loads((one / "store.json").read_text())
     (one / "store.json").write_text(json.dumps(about | {"format": 99}))
     refused([str(one)], "format 99, newer than", "update lit_gpt_scratch")

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
-from lit_gpt_scratch.data.shards import Shard, Stream
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.config import PositionName
 from lit_gpt_scratch.model.documents import documents
+from lit_gpt_scratch.text.shards import Shard, Stream
 from tests.conftest import randomised
 
 VOCAB, T = 61, 24

@@ -12,9 +12,9 @@ from typing import Any, Final
 import numpy as np
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.shards import PARTS, Shard, digest
 from lit_gpt_scratch.text.corpus import SIDES, Corpus, Side
 from lit_gpt_scratch.text.processes import spawned
+from lit_gpt_scratch.text.shards import PARTS, Shard, digest
 from lit_gpt_scratch.text.shelf import groups, shelved
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -65,6 +65,7 @@ def encode(corpus: Corpus, folder: Path, processes: int) -> dict[Side, list[Shar
         folder: Where the tokenizer is, and the shards are to be.
         processes: To encode in. They change no byte.
     """
+    _tokenizer.cache_clear()  # there may have been another in this folder
     workers = min(processes, corpus.n_bytes // SHARD)
     jobs = {side: list(_jobs(corpus, side, folder, 1 if workers > 1 else None)) for side in SIDES}
     every = [job for side in SIDES for job in jobs[side]]
