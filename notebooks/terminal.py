@@ -2,7 +2,8 @@ r"""Draw the README's pictures of a terminal: what a command says, as a person s
 
     python notebooks/terminal.py first_run.svg python -m lit_gpt_scratch.fit
     python notebooks/terminal.py windows.svg python -m lit_gpt_scratch.prepare --data.source my_table.tsv \
-        --data.cache cache --data.text_column message --data.block_size 384 --data.packing best_fit --data.document_mask true --show 1
+        --data.cache cache --data.text_column message --data.block_size 384 --data.packing best_fit \
+        --data.document_mask true --show 1
 
 The command runs in a pseudo-terminal, so that it draws its progress bar; the picture shows the screen at the end.
 For Linux and macOS.
