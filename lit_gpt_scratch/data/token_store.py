@@ -106,7 +106,8 @@ class TokenStore:
         about = {"format": FORMAT, **about}
         with whole_file(folder / ABOUT) as file:
             file.write(json.dumps(about | {"sha256": _sha256(about)}, indent=2).encode())
-        TokenStore.told(folder).note_checked()
+        store = TokenStore.told(folder)
+        store._note(store._looks())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -128,21 +129,21 @@ class TokenStore:
             UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
         """
         now = self._looks()
-        for shard in self.shards:
-            largest = max(shard.largest, int(shard.tokens.max())) if everything else shard.largest
-            if largest >= self.vocab_size:
-                raise _refused(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
         before = {} if everything else _checked(self.folder)
         files = ((shard, part) for shard in self.shards for part in PARTS)
         doubtful = [(shard, part) for shard, part in files if now[name := shard.file(part)] != before.get(name)]
         if doubtful:
             _compare(doubtful)
-            self.note_checked()
+            self._note(now)
+        for shard in self.shards:
+            largest = max(shard.largest, int(shard.tokens.max())) if everything else shard.largest
+            if largest >= self.vocab_size:
+                raise _refused(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
 
-    def note_checked(self) -> None:
-        """Remember that all files are as they were made."""
+    def _note(self, looks: dict[str, list[int]]) -> None:
+        """Remember that all files are as they were made, looking like this."""
         with suppress(OSError), whole_file(self.folder / CHECKED) as file:  # a folder may be for reading only
-            file.write(json.dumps(self._looks()).encode())
+            file.write(json.dumps(looks).encode())
 
     def _looks(self) -> dict[str, list[int]]:
         return {shard.file(part): _look(shard, part) for shard in self.shards for part in PARTS}
@@ -155,6 +156,8 @@ def joined(stores: Sequence[TokenStore]) -> TokenStore:
         UserError: They were not made with one tokenizer.
     """
     first = stores[0]
+    if len(stores) == 1:
+        return first
     for store in stores[1:]:
         if store.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(

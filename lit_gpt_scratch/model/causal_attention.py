@@ -1,5 +1,8 @@
 """softmax(Q K^T / sqrt(d)) V with a causal mask, by the fastest way there is for the device."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,7 +13,10 @@ LONGEST_BY_HAND = 512
 and 128 tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
 
 
-_flex_attention = torch.compile(flex_attention)  # it is made for that: uncompiled it holds every score in memory
+@cache
+def _compiled_flex_attention() -> Any:
+    """Uncompiled it would hold every score in memory. Made when it is needed: the compiler takes seconds to import."""
+    return torch.compile(flex_attention)
 
 
 def causal_attention(
@@ -30,7 +36,8 @@ def causal_attention(
     """
     group = q.size(1) // k.size(1)
     if isinstance(mask, BlockMask):
-        found: Tensor = _flex_attention(q, k, v, block_mask=mask, enable_gqa=group > 1)
+        flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+        found: Tensor = flex(q, k, v, block_mask=mask, enable_gqa=group > 1)
         return found
     by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.size(2) <= LONGEST_BY_HAND and not dropout
     if by_hand and torch.is_grad_enabled():

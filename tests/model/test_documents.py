@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
 from lit_gpt_scratch.data.windows import Windows
-from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model import GPTConfig, transformer
 from lit_gpt_scratch.model.config import PositionName
 from lit_gpt_scratch.model.documents import documents
 from lit_gpt_scratch.text.shards import Shard, Stream
@@ -96,3 +96,15 @@ def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
         mine = [place for place in range(10) if ids[b, place] == ids[b, t]]
         assert found.positions[b, t] == mine.index(t)
         assert found.mask[b, 0, t].tolist() == [place in mine and place <= t for place in range(10)]
+
+
+def test_compiled_blocks_take_flexattentions_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's way, as far as a CPU goes: compiled, forward."""
+    model = randomised(GPTConfig(n_layer=2, n_head=2, n_embd=32), VOCAB, T)
+    input_ids, document_ids = torch.randint(1, VOCAB, (2, T)), torch.randint(0, 4, (2, T)).sort(dim=1).values
+    with torch.no_grad():
+        expected = model(input_ids, document_ids)
+        monkeypatch.setattr(transformer, "documents", lambda ids, dense: documents(ids, dense=False))
+        for block in model.blocks:
+            block.compile()
+        torch.testing.assert_close(model(input_ids, document_ids), expected, atol=1e-4, rtol=1e-4)
