@@ -7,8 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-from lit_gpt_scratch.data.permutation import Permutation
+from lit_gpt_scratch.data.permutation import Permutations
 
+BLOCK: Final = 4096
+"""Places in which a mixture has its shares."""
 AT_ONCE: Final = 1024
 """Windows that are looked up together: what a call costs is shared, and seeking stays instant."""
 
@@ -16,23 +18,25 @@ AT_ONCE: Final = 1024
 class Shuffle:
     """The order of all windows of one store, or of several that are mixed.
 
-    An epoch has as many places as there are windows in all stores. Each store gets so many of them as its weight says,
-    at places that chance decides, and goes through its own windows pass after pass: every window of a store comes once
-    before any comes again, in another order in each pass, and a pass goes on where an epoch ends. Without weights each
-    store gets as many places as it has windows: an epoch is then every window of each, once.
+    An epoch has as many places as there are windows in all stores. Without weights it is every window of each store,
+    once. With weights the places are dealt out in blocks, in each of which every store has its share, at places that
+    chance decides. Each store goes through its own windows pass after pass, in another order each time, whether an
+    epoch ends in between or not; so none comes again before all have come, but for those of one block.
 
     Args:
         sizes: Windows of each store.
         seed: Changes every order.
-        weights: Of each store, 0 or more; shares of the places.
+        weights: Of each store, 0 or more; a share is right to one place of a block.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
         self.sizes = list(sizes)
-        self.seed = seed
-        self.quotas = self.sizes if weights is None else _shares(sum(sizes), weights)
+        self.block = sum(sizes) if weights is None else min(sum(sizes), BLOCK)
+        self.quotas = self.sizes if weights is None else _shares(self.block, weights)
         self._first_window = np.cumsum([0, *self.sizes])
         self._first_slot = np.cumsum([0, *self.quotas])
+        self._slots = Permutations(self.block, (seed, 0))
+        self._own = [Permutations(max(size, 1), (seed, 1 + store)) for store, size in enumerate(self.sizes)]
 
     def __len__(self) -> int:
         """Places in an epoch."""
@@ -40,18 +44,16 @@ class Shuffle:
 
     def windows(self, epoch: int, places: NDArray[np.int64]) -> NDArray[np.int64]:
         """The windows at some places of an epoch, counted through all stores; (n,) int64."""
-        # Of one store its own order is order enough.
-        slots = places if len(self.sizes) == 1 else Permutation(len(self), self.seed, 0, epoch)[places]
+        block, slots = np.divmod(epoch * len(self) + places, self.block)
+        if len(self.sizes) > 1:  # of one store its own order is order enough
+            slots = self._slots.at(block, slots)
         found = np.empty_like(slots)
         stores = np.searchsorted(self._first_slot, slots, side="right") - 1
         for store in np.unique(stores):
             mine = stores == store
-            drawn = epoch * self.quotas[store] + slots[mine] - self._first_slot[store]  # of this store, ever
+            drawn = block[mine] * self.quotas[store] + slots[mine] - self._first_slot[store]  # of this store, ever
             passes, place = np.divmod(drawn, self.sizes[store])
-            for nth in np.unique(passes):
-                now = passes == nth
-                place[now] = Permutation(self.sizes[store], self.seed, 1 + int(store), int(nth))[place[now]]
-            found[mine] = self._first_window[store] + place
+            found[mine] = self._first_window[store] + self._own[store].at(passes, place)
         return found
 
 

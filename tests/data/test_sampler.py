@@ -11,14 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.data.permutation import Permutation
+from lit_gpt_scratch.data import sampler as module
+from lit_gpt_scratch.data.permutation import Permutations
 from lit_gpt_scratch.data.sampler import AT_ONCE, EveryWindow, Shuffle, WindowOrder
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
 
-def everything(n: int, *key: int) -> NDArray[np.int64]:
-    return Permutation(n, *key)[np.arange(n)]
+def everything(n: int, seed: int, number: int) -> NDArray[np.int64]:
+    return Permutations(n, (seed, 0)).at(number, np.arange(n))
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ def everything(n: int, *key: int) -> NDArray[np.int64]:
 def test_every_place_has_another_value(lengths: list[int]) -> None:
     for n in lengths:
         seen = np.zeros(n, dtype=bool)
-        seen[everything(n, n % 7, 0, 1)] = True
+        seen[everything(n, n % 7, n % 5)] = True
         assert seen.all(), n
 
 
@@ -35,7 +36,7 @@ def test_every_place_has_another_value(lengths: list[int]) -> None:
 def test_far_places_are_inside_and_differ(n: int) -> None:
     rng = np.random.default_rng(0)
     places = np.unique(rng.integers(0, n, 100_000))
-    values = Permutation(n, 3, 0, 1)[places]
+    values = Permutations(n, (3, 0)).at(1, places)
     assert values.min() >= 0
     assert values.max() < n
     assert len(np.unique(values)) == len(places)
@@ -47,7 +48,7 @@ def test_far_places_are_inside_and_differ(n: int) -> None:
 @pytest.mark.parametrize("n", [2, 3, 4])
 def test_all_orders_of_a_few_come_up_equally_often(n: int) -> None:
     draws = 60 * math.factorial(n)
-    counts = Counter(tuple(everything(n, seed, 0, 0).tolist()) for seed in range(draws))
+    counts = Counter(tuple(everything(n, seed, 0).tolist()) for seed in range(draws))
     assert len(counts) == math.factorial(n)
     chi2 = sum((count - 60) ** 2 / 60 for count in counts.values())
     freedom = math.factorial(n) - 1
@@ -57,7 +58,7 @@ def test_all_orders_of_a_few_come_up_equally_often(n: int) -> None:
 def test_seeds_epochs_and_neighbours_are_uncorrelated() -> None:
     """Of 60 pairs of orders: rank correlation, and how many places agree, are as chance has them."""
     n = 5000
-    orders = [everything(n, seed, 0, epoch) for seed in range(4) for epoch in range(3)]
+    orders = [everything(n, seed, epoch) for seed in range(4) for epoch in range(3)]
     pairs = list(itertools.combinations(orders, 2))
     correlations = np.array([np.corrcoef(a, b)[0, 1] for a, b in pairs])
     assert np.abs(correlations).max() < 4.5 / math.sqrt(n)
@@ -124,41 +125,58 @@ def test_seeking_and_going_on_need_no_memory_for_the_rest() -> None:
     assert most < 2_000_000
 
 
-def test_a_mixture_has_its_shares_and_repeats_nothing_before_its_time() -> None:
-    """3 to 1 of stores of 100 and 300 windows: the small one is gone through 3 times an epoch, the large a third."""
-    shuffle = Shuffle([100, 300], seed=1, weights=[3, 1])
-    small, large = [], []
-    for epoch in range(3):
-        windows = shuffle.windows(epoch, np.arange(400))
-        small.append(windows[windows < 100])
-        large.append(windows[windows >= 100])
-    assert [len(part) for part in small] == [300] * 3
-    assert set(Counter(np.concatenate(small[:1]).tolist()).values()) == {3}
-    assert sorted(np.concatenate(large).tolist()) == list(range(100, 400))  # 3 epochs make one pass
-    early = (shuffle.windows(0, np.arange(200)) < 100).mean()
-    assert 0.65 < early < 0.85  # the shares hold along the way, too
+def test_numbers_may_differ_by_place() -> None:
+    permutations, places = Permutations(1000, (1, 2)), np.arange(1000)
+    numbers = places % 7
+    found = permutations.at(numbers, places)
+    for number in range(7):
+        assert (found[numbers == number] == permutations.at(number, places)[numbers == number]).all()
+
+
+def test_a_mixture_has_its_shares_all_along() -> None:
+    """3 to 1 of stores of 10,000 and 90,000 windows: the small one is gone through 7 times and a half an epoch."""
+    shuffle = Shuffle([10_000, 90_000], seed=1, weights=[3, 1])
+    for epoch in range(2):
+        small = shuffle.windows(epoch, np.arange(100_000)) < 10_000
+        for begin in range(0, 90_000, 10_000):
+            assert abs(small[begin : begin + 10_000].mean() - 0.75) < 0.03
 
 
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     weights=st.lists(st.floats(0, 10), min_size=4, max_size=4),
-    epochs=st.integers(1, 4),
+    block=st.integers(1, 50),
 )
 @settings(deadline=None)
-def test_no_window_of_a_store_comes_twice_before_all_have_come_once(
-    sizes: list[int], weights: list[float], epochs: int
+def test_no_window_of_a_store_comes_again_before_all_have_come(
+    sizes: list[int], weights: list[float], block: int
 ) -> None:
+    """In the order of time, and not of epochs: at the end of every block the counts differ by at most one."""
     weights = [*weights[: len(sizes) - 1], 1.0]
-    shuffle = Shuffle(sizes, 5, weights)
-    assert sum(shuffle.quotas) == sum(sizes)
-    exact = [weight / sum(weights) * sum(sizes) for weight in weights]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "BLOCK", block)
+        shuffle = Shuffle(sizes, 5, weights)
+    exact = [weight / sum(weights) * shuffle.block for weight in weights]
+    assert sum(shuffle.quotas) == shuffle.block
     assert all(abs(quota - share) < 1 for quota, share in zip(shuffle.quotas, exact, strict=True))
-    drawn = np.concatenate([shuffle.windows(epoch, np.arange(sum(sizes))) for epoch in range(epochs)])
-    first = 0
-    for size in sizes:
-        counts = np.bincount(drawn[(drawn >= first) & (drawn < first + size)] - first, minlength=size)
-        assert counts.max() - counts.min() <= 1
-        first += size
+    drawn = np.concatenate([shuffle.windows(epoch, np.arange(sum(sizes))) for epoch in range(3)])
+    for end in range(shuffle.block, len(drawn) + 1, shuffle.block):
+        first = 0
+        for size, quota in zip(sizes, shuffle.quotas, strict=True):
+            so_far = drawn[:end]
+            counts = np.bincount(so_far[(so_far >= first) & (so_far < first + size)] - first, minlength=size)
+            assert counts.sum() == end // shuffle.block * quota
+            assert counts.max() - counts.min() <= 1
+            first += size
+
+
+def test_a_small_store_with_a_large_weight_costs_no_more() -> None:
+    """Its passes are looked up together: as many calls of numpy for a thousand of them as for one."""
+    shuffle = Shuffle([100, 10**9], seed=0, weights=[1.0, 1.0])
+    windows = shuffle.windows(5, np.arange(1024))
+    counts = np.bincount(windows[windows < 100], minlength=100)
+    assert 300 < counts.sum() < 700
+    assert counts.min() > 0
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4))
