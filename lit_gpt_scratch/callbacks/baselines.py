@@ -33,7 +33,7 @@ class Baselines(Callback):
             return
         validation = data.store.validation
         ids = validation.read(0, validation.n_tokens)
-        counted = data.store.train.read(0, TOKENS_FOR_COUNTS)
+        counted = data.some_tokens(TOKENS_FOR_COUNTS)
         self.bits_per_byte = token_baselines(counted, ids, data.vocab_size, validation.n_bytes)
         if len(ids) <= LONGEST_FOR_XZ:
             text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())

@@ -4,7 +4,6 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Final
 
 from jsonargparse import Namespace
@@ -14,7 +13,7 @@ from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.messages import quieten
 from lit_gpt_scratch.cli.showing import show, shows_colours
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, packed
+from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
 from lit_gpt_scratch.data.recipe import VOCABULARY
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
@@ -60,25 +59,30 @@ def main(args: ArgsType = None) -> None:
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
         raise UserError(f"--data: {type(cli.datamodule).__name__} has no tokens to prepare ahead; PackedText has")
-    if cli.config.show < 0:
-        raise UserError(f"argument --show: {cli.config.show} is below 0")
-    if cli.config.compare is not None:
-        _compare(cli.datamodule, cli.config.compare.split(","))
-    elif cli.config.verify:
-        _verify(cli.datamodule)
-    else:
-        try:
-            _prepare(cli.datamodule, cli.config.show)
-        except KeyboardInterrupt:
-            log.warning("stopped; the same command goes on with the tokens that are made")
-            sys.exit(128 + signal.SIGINT)
+    config = cli.config
+    if config.show < 0:
+        raise UserError(f"argument --show: {config.show} is below 0")
+    if (config.compare is not None) + config.verify + (config.show > 0) > 1:
+        raise UserError("arguments --compare, --verify and --show: give only one of them")
+    try:
+        if config.compare is not None:
+            _compare(cli.datamodule, config.compare.split(","))
+        elif config.verify:
+            _verify(cli.datamodule)
+        else:
+            _prepare(cli.datamodule, config.show)
+    except KeyboardInterrupt:
+        log.warning("stopped; the same command goes on with the tokens that are made")
+        sys.exit(128 + signal.SIGINT)
 
 
 def _prepare(data: PackedText, n_shown: int) -> None:
     data.prepare_data()
     for store in data.stores:
-        audit = json.loads((store.folder / "audit.json").read_text(encoding="utf-8"))
-        print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
+        account = store.folder / "audit.json"
+        if account.exists():  # a copy may do without
+            audit = json.loads(account.read_text(encoding="utf-8"))
+            print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
         for side, stream in (("training", store.train), ("validation", store.validation)):
             print(
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
@@ -86,38 +90,21 @@ def _prepare(data: PackedText, n_shown: int) -> None:
             )
         kind = "" if data.mixed else f"{data.recipe.tokenizer}, "
         print(f"tokenizer   {kind}{data.vocab_size:,} tokens")
-        print(f"kept in     {store.folder}, with audit.json and audit.md\n")
-    print(drawn(list(_policies(data)), "<>>>>>>"))
+        print(f"kept in     {store.folder}{', with audit.json and audit.md' if account.exists() else ''}\n")
+    print(drawn(_policies(data), "<>>>>>>"))
     if n_shown:
         data.setup("show")
         for paragraph in show(data, n_shown, shows_colours()):
             print(f"\n{paragraph}")
 
 
-def _policies(data: PackedText) -> Iterator[list[str]]:
+def _policies(data: PackedText) -> list[list[str]]:
     """What each way of packing costs, the chosen one marked."""
-    head = [
-        "windows",
-        "positions used",
-        "tokens discarded",
-        "documents cut",
-        "needlessly",
-        "windows crossing documents",
-    ]
-    yield [f"in windows of {data.block_size}", *head]
+    rows = [[f"in windows of {data.block_size}", *Cost.HEAD]]
     for policy in POLICIES:
-        costs = [packed(store.train, data.block_size, policy, data.cache).cost for store in data.stores]
-        total = {name: sum(getattr(cost, name) for cost in costs) for name in vars(costs[0])}
-        windows, documents = max(total["windows"], 1), max(total["documents"], 1)
-        yield [
-            f"{'*' if policy == data.packing else ' '} {policy}",
-            f"{total['windows']:,}",
-            f"{1 - total['padding'] / windows / data.block_size:.2%}",
-            f"{total['discarded']:,}",
-            f"{total['cut'] / documents:.1%}",
-            f"{total['cut_needlessly'] / documents:.1%}",
-            f"{total['crossing'] / windows:.1%}",
-        ]
+        total = sum((cost(store.train, data.block_size, policy) for store in data.stores), Cost())
+        rows.append([f"{'*' if policy == data.packing else ' '} {policy}", *total.row])
+    return rows
 
 
 def _verify(data: PackedText) -> None:

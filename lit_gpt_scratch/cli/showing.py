@@ -2,10 +2,11 @@
 
 import os
 import sys
-from collections.abc import Iterator
-from itertools import islice, pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,38 +38,26 @@ def show(data: PackedText, n: int, colours: bool) -> Iterator[str]:
         colours: Whether the terminal has them.
     """
     yield LEGEND
-    for index in islice(data.order, n):
+    order = data.order.windows  # of windows: there may be too few for a batch
+    for index in order.windows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_windows[index]
         # Without a mask attention tells no documents apart, but there are documents.
         ids = window["input_ids"][0]
         documents = (ids == data.tokenizer.end_of_text).cumsum(0)
         seen = window["document_ids"][0] if "document_ids" in window else torch.zeros_like(ids)
         documents = seen if "document_ids" in window else documents
-        yield _title(window, index, len(data.train_windows), documents)
-        yield "".join(_text(data, window, documents, colours))
+        filled = torch.arange(len(ids)) >= sum(length for _, length in data.train_windows.pieces(index)[1])
+        n_documents, n_labels = len(set(documents[~filled].tolist())), int((window["labels"] != IGNORED).sum())
+        yield (
+            f"window {index:,} of {len(data.train_windows):,}: {n_documents} document{'s' * (n_documents != 1)}, "
+            f"{n_labels} labels, {int(filled.sum())} positions filled up"
+        )
+        yield "".join(_text(data, window, documents, filled.tolist(), colours))
         yield "\n".join(_mask(seen, documents, colours))
 
 
-def _title(window: Batch, index: int, of: int, documents: Tensor) -> str:
-    labels = window["labels"][0]
-    filled = _filled(window)
-    n_documents = len(set(documents[~filled].tolist()))
-    return (
-        f"window {index:,} of {of:,}: {n_documents} document{'s' * (n_documents != 1)}, "
-        f"{int((labels != IGNORED).sum())} labels, {int(filled.sum())} positions filled up"
-    )
-
-
-def _filled(window: Batch) -> Tensor:
-    """(T,) bool: positions behind the last token, which the end of text fills without labels."""
-    ids, labels = window["input_ids"][0], window["labels"][0]
-    last = int((labels != IGNORED).nonzero().max())
-    behind = torch.arange(len(ids)) > last
-    return behind & (ids == ids[-1]) & (labels == IGNORED)
-
-
-def _text(data: PackedText, window: Batch, documents: Tensor, colours: bool) -> Iterator[str]:
-    ids, labels, filled = window["input_ids"][0].tolist(), window["labels"][0].tolist(), _filled(window).tolist()
+def _text(data: PackedText, window: Batch, documents: Tensor, filled: Sequence[bool], colours: bool) -> Iterator[str]:
+    ids, labels = window["input_ids"][0].tolist(), window["labels"][0].tolist()
     begin = 0
     for place in range(1, len(ids) + 1):
         alike = place < len(ids) and (documents[place], labels[place] == IGNORED, filled[place]) == (

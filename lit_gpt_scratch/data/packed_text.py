@@ -1,11 +1,14 @@
 """Text as packed windows of tokens: the data of pretraining."""
 
+import inspect
 import math
 import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 import torch
 from platformdirs import user_cache_path
 
@@ -22,8 +25,15 @@ from lit_gpt_scratch.text.leakage import Leakage as Leakage  # a config may name
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
 from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
+from lit_gpt_scratch.text.shards import Ids
 from lit_gpt_scratch.text.sources import STDLIB, Source
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+ONLY_OF_TEXT: Final = (
+    "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
+    "vocab_size", "special_tokens", "store",
+)  # fmt: skip
+"""Arguments that mean nothing to tokens that are made already."""
 
 
 class PackedText(OrderedData):
@@ -94,6 +104,7 @@ class PackedText(OrderedData):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
+        arguments: dict[str, Any] = dict(locals())
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
         refuse_null({"source": source, "text_column": text_column, "split": split, "cleaning": cleaning})
         refuse_null({"tokenizer": tokenizer, "special_tokens": special_tokens, "validation_share": validation_share})
@@ -128,14 +139,10 @@ class PackedText(OrderedData):
         if mixture is not None:
             self.weights = list(mixture.values()) if isinstance(mixture, dict) else None
             _refuse_mixture(self.mixed, self.weights)
-            makes = {
-                "source": source != STDLIB,
-                "store": store,
-                "tokenizer": tokenizer != "bpe",
-                "vocab_size": vocab_size,
-            }
-            for name, given in (makes | {"special_tokens": special_tokens, "max_bytes": max_bytes}).items():
-                if given:
+            for name in ONLY_OF_TEXT:
+                default = inspect.signature(PackedText).parameters[name].default
+                given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
+                if given != default:
                     raise UserError(f"data.mixture is of tokens that are made already; leave out data.{name}")
 
     @property
@@ -208,6 +215,15 @@ class PackedText(OrderedData):
         if stage == "fit":
             self.accumulate()
 
+    def some_tokens(self, n: int) -> Ids:
+        """About the first so many tokens of the training, of each store its share."""
+        whole = [float(store.train.n_tokens) for store in self.stores]
+        weights = self.weights or whole
+        shares = [n * weight / sum(weights) for weight in weights]
+        return np.concatenate(
+            [store.train.read(0, math.ceil(share)) for store, share in zip(self.stores, shares, strict=True)]
+        )
+
     @property
     def uneven(self) -> bool:
         """Whether some windows of the training have fewer labels than others."""
@@ -224,5 +240,5 @@ def _refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) ->
     for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
         if not 0.0 <= weight < math.inf:
             raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
-    if weights is not None and not sum(weights) > 0:
-        raise UserError("data.mixture: the weights sum to 0; give at least one store a weight")
+    if weights is not None and not 0 < sum(weights) < math.inf:
+        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; give at least one store a weight")

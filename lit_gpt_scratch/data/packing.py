@@ -14,51 +14,74 @@ is no label of it. Which pieces, and at what cost, is the policy's to say:
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, Protocol, get_args
+from typing import ClassVar, Final, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_gpt_scratch.data.bin_packing import best_fit
 from lit_gpt_scratch.text.shards import Mapped, Stream
 from lit_gpt_scratch.text.whole import whole_folder
 
 Policy = Literal["concatenate", "best_fit", "one_document"]
 POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 
+PLAN: Final = 1
+"""Number of the form in which plans are kept."""
+
 Integers = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a policy does to documents.
+    """What a policy does to documents; costs can be added.
 
     Attributes:
-        windows: Windows of ``block_size`` tokens.
-        block_size: Tokens in a window.
+        windows: How many there are.
+        positions: Tokens that they have room for.
         documents: Documents.
         padding: Positions without a token.
         discarded: Tokens that are in no window.
-        cut: Documents that are in more than one window.
+        cut: Documents that are not in one window alone.
         cut_needlessly: Those of them that would fit into one.
         crossing: Windows with tokens of more than one document.
     """
 
-    windows: int
-    block_size: int
-    documents: int
-    padding: int
-    discarded: int
-    cut: int
-    cut_needlessly: int
-    crossing: int
+    windows: int = 0
+    positions: int = 0
+    documents: int = 0
+    padding: int = 0
+    discarded: int = 0
+    cut: int = 0
+    cut_needlessly: int = 0
+    crossing: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def used(self) -> float:
-        """The share of the windows' positions that have a token."""
-        return 1 - self.padding / max(self.windows * self.block_size, 1)
+        """The share of the positions that have a token."""
+        return 1 - self.padding / max(self.positions, 1)
+
+    HEAD: ClassVar = (
+        "windows",
+        "positions used",
+        "tokens discarded",
+        "documents cut",
+        "needlessly",
+        "windows crossing",
+    )
+
+    @property
+    def row(self) -> list[str]:
+        """For a table under ``HEAD``."""
+        documents, windows = max(self.documents, 1), max(self.windows, 1)
+        shares = self.cut / documents, self.cut_needlessly / documents, self.crossing / windows
+        return [f"{self.windows:,}", f"{self.used:.2%}", f"{self.discarded:,}", *(f"{share:.1%}" for share in shares)]
 
 
 class Packing(Protocol):
@@ -119,14 +142,14 @@ class Concatenated:
             crossing += len(begun) - int(len(begun) > 0 and begun[0] == last)
             last = int(begun[-1]) if len(begun) else last
         padding, discarded = max(end - self.stream.n_tokens, 0), max(self.stream.n_tokens - 1 - end, 0)
-        return Cost(len(self), T, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
+        return Cost(len(self), end, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
 
 
 class Planned(Mapped):
     """Windows that were planned ahead: ``best_fit`` and ``one_document``.
 
-    The plan is made once and mapped into memory: ``pieces.npy``, (n_pieces, 2) int64, in the order of the windows; and
-    ``windows.npy``, (n_windows + 1,) int64, the first piece of each.
+    The plan is made once and mapped into memory, two files of int64: ``pieces``, (n_pieces, 2), in the order of the
+    windows; and ``windows``, (n_windows + 1,), the first piece of each.
 
     Args:
         stream: The tokens.
@@ -151,24 +174,56 @@ class Planned(Mapped):
     def pieces(self, window: int) -> list[tuple[int, int]]:
         """In the order of the stream."""
         first, behind = self._windows[window : window + 2]
-        return [(int(start), int(length)) for start, length in self._pieces[first:behind]]
+        return [(int(start), int(length)) for start, length in self._pieces[2 * first : 2 * behind].reshape(-1, 2)]
 
     @cached_property
     def _pieces(self) -> Integers:
-        return np.asarray(np.load(self.folder / "pieces.npy", mmap_mode="r"))
+        return np.asarray(np.memmap(self.folder / "pieces", np.int64, "r"))
 
     @cached_property
     def _windows(self) -> Integers:
-        return np.asarray(np.load(self.folder / "windows.npy", mmap_mode="r"))
+        return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
 
 
 def packed(stream: Stream, block_size: int, policy: Policy, cache: Path) -> Packing:
     """A stream laid into windows for training; a plan is kept in the cache, under what it is made for."""
     if policy == "concatenate":
         return Concatenated(stream, block_size)
-    planned_for = [policy, block_size, *(shard.sha256["documents"] for shard in stream.shards)]
-    key = hashlib.sha256(json.dumps(planned_for).encode()).hexdigest()
+    shards = [(shard.sha256["documents"], shard.n_tokens) for shard in stream.shards]
+    key = hashlib.sha256(json.dumps([PLAN, policy, block_size, shards]).encode()).hexdigest()
     return Planned(stream, block_size, policy, cache / "packing" / key[:16])
+
+
+def cost(stream: Stream, block_size: int, policy: Policy) -> Cost:
+    """What a policy would cost, without a plan to keep."""
+    if policy == "concatenate":
+        return Concatenated(stream, block_size).cost
+    return sum((found for _, _, found in _laid(stream, block_size, policy)), Cost())
+
+
+def _plan(stream: Stream, block_size: int, policy: Policy, folder: Path) -> None:
+    """Shard by shard, so that it takes memory for the documents of one."""
+    n_pieces, total = 0, Cost()
+    with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
+        np.zeros(1, np.int64).tofile(windows_file)
+        for pieces, in_each, found in _laid(stream, block_size, policy):
+            pieces.tofile(pieces_file)
+            (n_pieces + np.cumsum(in_each)).tofile(windows_file)
+            n_pieces += len(pieces)
+            total += found
+    (folder / "cost.json").write_text(json.dumps(asdict(total)), encoding="utf-8")
+
+
+def _laid(stream: Stream, block_size: int, policy: Policy) -> Iterator[tuple[Integers, Integers, Cost]]:
+    """Of each shard its pieces in the order of the windows, how many pieces each window has, and the cost."""
+    for starts, lengths in _documents(stream):
+        pieces = _cut(starts, lengths, block_size)
+        windows = best_fit(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
+        in_each = np.bincount(windows)
+        positions = len(in_each) * block_size
+        padding, cut, crossing = positions - int(lengths.sum()), (lengths > block_size).sum(), (in_each > 1).sum()
+        found = Cost(len(in_each), positions, len(starts), padding, cut=int(cut), crossing=int(crossing))
+        yield pieces[np.argsort(windows, kind="stable")], in_each, found
 
 
 def _documents(stream: Stream) -> Iterator[tuple[Integers, Integers]]:
@@ -178,26 +233,6 @@ def _documents(stream: Stream) -> Iterator[tuple[Integers, Integers]]:
         yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
 
 
-def _plan(stream: Stream, block_size: int, policy: Policy, folder: Path) -> None:
-    """Plan shard by shard, so that it takes memory for the documents of one."""
-    parts, firsts, n_pieces, n_windows, cut, crossing = [], [np.zeros(1, np.int64)], 0, 0, 0, 0
-    for starts, lengths in _documents(stream):
-        pieces = _cut(starts, lengths, block_size)
-        windows = best_fit(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
-        parts.append(pieces[np.argsort(windows, kind="stable")])
-        in_each = np.bincount(windows)
-        firsts.append(n_pieces + np.cumsum(in_each))
-        n_pieces += len(pieces)
-        n_windows += len(in_each)
-        cut += int((lengths > block_size).sum())
-        crossing += int((in_each > 1).sum())
-    np.save(folder / "pieces.npy", np.concatenate(parts))
-    np.save(folder / "windows.npy", np.concatenate(firsts))
-    padding = n_windows * block_size - stream.n_tokens
-    cost = Cost(n_windows, block_size, stream.n_documents, padding, 0, cut, 0, crossing)
-    (folder / "cost.json").write_text(json.dumps(asdict(cost)), encoding="utf-8")
-
-
 def _cut(starts: Integers, lengths: Integers, block_size: int) -> Integers:
     """Documents as pieces of ``block_size`` tokens and a rest: (n_pieces, 2), first token and length."""
     n_pieces = -(-lengths // block_size)
@@ -205,47 +240,3 @@ def _cut(starts: Integers, lengths: Integers, block_size: int) -> Integers:
     nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # of its document
     first = starts[document] + nth * block_size
     return np.stack([first, np.minimum(block_size, lengths[document] - nth * block_size)], axis=1)
-
-
-def best_fit(lengths: Integers, capacity: int) -> Integers:
-    """Best-fit decreasing: which bin each item goes into.
-
-    Bins with the same room are alike, and so are items of the same length, so both are dealt with together: as long as
-    an item fits into what it has left of a bin, that bin has the least room that fits, and takes the next one, too.
-
-    Args:
-        lengths: (n,), each 1 to ``capacity``.
-        capacity: Of a bin.
-
-    Returns:
-        (n,), the number of its bin, from 0.
-    """
-    bins = np.empty(len(lengths), dtype=np.int64)
-    longest_first = np.argsort(-lengths, kind="stable")
-    open_bins: dict[int, list[int]] = {}  # by the room they have left
-    has_open = np.zeros(capacity + 1, dtype=bool)
-    n_bins = done = 0
-    for length, count in zip(*(found[::-1] for found in np.unique(lengths, return_counts=True)), strict=True):
-        items = longest_first[done : done + count]
-        done += count
-        while len(items):
-            room = int(length + np.argmax(has_open[length:]))
-            if not has_open[room]:
-                room = capacity
-            each = room // int(length)
-            wanted = -(-len(items) // each)
-            if room < capacity:
-                chosen = open_bins[room][-wanted:]
-                del open_bins[room][-wanted:]
-                has_open[room] = bool(open_bins[room])
-            else:
-                chosen = list(range(n_bins, n_bins + wanted))
-                n_bins += wanted
-            now, items = items[: len(chosen) * each], items[len(chosen) * each :]
-            bins[now] = np.repeat(chosen, each)[: len(now)]
-            full = len(now) // each
-            for taken, some in ((each, chosen[:full]), (len(now) % each, chosen[full:])):
-                if some and (left := room - taken * int(length)):
-                    open_bins.setdefault(left, []).extend(some)
-                    has_open[left] = True
-    return bins

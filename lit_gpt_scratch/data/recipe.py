@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.token_store import ABOUT, FORMAT, TokenStore
+from lit_gpt_scratch.data.token_store import FORMAT, MANIFEST, TokenStore, fingerprint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.audit import markdown, with_tokens
 from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection, Side
@@ -59,13 +59,13 @@ class Recipe:
         if store is not None:
             self._refuse_place(store)
             if not store.exists() or not any(store.iterdir()):
-                purpose = json.dumps([self._settings(given), self.selection.stamps])
+                purpose = json.dumps([FORMAT, self._settings(given), self.selection.stamps])
                 whole_folder(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
             self._compare(store, given)
             return self._opened(store)
         corpus = self.selection.prepare(cache / "corpora")
         # Two cleanings may leave the same texts; the audit is of one of them.
-        name = _sha256([self._fingerprint(corpus, given), corpus.folder.name])
+        name = fingerprint([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
         whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
         return self._opened(folder)
@@ -89,11 +89,11 @@ class Recipe:
             "corpus": corpus.fingerprint,
             "tokenizer": given.to_json() if given else trained,
         }
-        return _sha256(facts)
+        return fingerprint(facts)
 
     def _refuse_place(self, store: Path) -> None:
         """Tokens do not go where something else is, nor among the texts they are made of."""
-        if store.exists() and not (store / ABOUT).exists() and (not store.is_dir() or any(store.iterdir())):
+        if store.exists() and not (store / MANIFEST).exists() and (not store.is_dir() or any(store.iterdir())):
             raise UserError(f"{store} has something else in it; name another folder as --data.store")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
@@ -108,7 +108,7 @@ class Recipe:
 
     def _compare(self, store: Path, given: Tokenizer | None) -> None:
         """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
-        about = TokenStore.about(store)
+        about = TokenStore.manifest(store)
         before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         for name in now:
             if before.get(name) != now[name]:
@@ -130,7 +130,7 @@ class Recipe:
 
     def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
         """Make what is not there yet: an interrupted call is gone on with."""
-        if not (folder / ABOUT).exists():
+        if not (folder / MANIFEST).exists():
             tokenizer = self._kept(folder) or given or self._train(corpus)
             if tokenizer.loss:
                 log.warning("the tokenizer loses something: %s", tokenizer.loss)
@@ -141,8 +141,8 @@ class Recipe:
             about: dict[str, Any] = {
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
-                    "source": _sha256(self.selection.stamps),
-                    "cleaning": _sha256(self.selection.settings["cleaning"]),
+                    "source": fingerprint(self.selection.stamps),
+                    "cleaning": fingerprint(self.selection.settings["cleaning"]),
                     "text": corpus.fingerprint,
                     "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
                 },
@@ -151,8 +151,8 @@ class Recipe:
                 "stamps": self.selection.stamps,
                 **{side: [shard.about for shard in shards[side]] for side in SIDES},
             }
-            TokenStore.tell(folder, about)
-        clear_notes(TokenStore.told(folder).shards)
+            TokenStore.write_manifest(folder, about)
+        clear_notes(TokenStore.unchecked(folder).shards)
 
     def _kept(self, folder: Path) -> Tokenizer | None:
         """The tokenizer that an interrupted call has made."""
@@ -213,7 +213,3 @@ def _sliced(texts: Iterable[str]) -> Iterator[str]:
                 end = text.rfind("\n", start, start + ENCODED_AT_ONCE) + 1 or start + ENCODED_AT_ONCE
             yield text[start:end]
             start = end
-
-
-def _sha256(facts: object) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

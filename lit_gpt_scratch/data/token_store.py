@@ -21,7 +21,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.whole import whole_file
 
 FORMAT: Final = 3
-ABOUT: Final = "store.json"
+MANIFEST: Final = "store.json"
 CHECKED: Final = "checked.json"
 """By file name, what the system said of it when its content was last compared with its SHA-256."""
 AFRESH: Final = "delete the folder and prepare it again"
@@ -57,7 +57,7 @@ class TokenStore:
         Raises:
             UserError: It is no such folder, or a file in it is not as it was made.
         """
-        store = cls.told(folder)
+        store = cls.unchecked(folder)
         try:
             here = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
         except OSError as error:
@@ -68,27 +68,27 @@ class TokenStore:
         return store
 
     @classmethod
-    def told(cls, folder: Path) -> "TokenStore":
+    def unchecked(cls, folder: Path) -> "TokenStore":
         """A store as its folder tells of it, without looking whether that is so."""
-        about = cls.about(folder)
+        about = cls.manifest(folder)
         try:
             sides = [Stream(tuple(Shard(folder=str(folder), **shard) for shard in about[side])) for side in SIDES]
             tokenizer = about["fingerprints"]["tokenizer"]
             return cls(folder, about["fingerprint"], tokenizer, about["vocab_size"], *sides)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / ABOUT} is damaged ({error}); {AFRESH}") from error
+            raise UserError(f"{folder / MANIFEST} is damaged ({error}); {AFRESH}") from error
 
     @staticmethod
-    def about(folder: Path) -> dict[str, Any]:
+    def manifest(folder: Path) -> dict[str, Any]:
         """What a folder says of its tokens.
 
         Raises:
             UserError: It says nothing, or says it in another format.
         """
-        if not folder.exists():
-            raise UserError(f"there is no token store {folder}; make one: prepare --data.store {folder}")
+        if not (folder / MANIFEST).exists():  # it may be something else, which nobody should be told to delete
+            raise UserError(f"there is no token store {folder}; name a folder that prepare --data.store has made")
         try:
-            found: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             made_in, sealed = int(found["format"]), found.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} is no token store ({error}); {AFRESH}") from error
@@ -96,18 +96,18 @@ class TokenStore:
             raise UserError(f"{folder} is a store of format {made_in}, newer than {FORMAT}; update lit_gpt_scratch")
         if made_in < FORMAT:
             raise UserError(f"{folder} is a store of format {made_in}, older than {FORMAT}; {AFRESH}")
-        if sealed != _sha256(found):
-            raise UserError(f"{folder / ABOUT} is not what was written; {AFRESH}")
+        if sealed != fingerprint(found):
+            raise UserError(f"{folder / MANIFEST} is not what was written; {AFRESH}")
         return found
 
     @staticmethod
-    def tell(folder: Path, about: dict[str, Any]) -> None:
-        """Write what ``about`` reads, when all shards are there."""
+    def write_manifest(folder: Path, about: dict[str, Any]) -> None:
+        """Write what ``manifest`` reads, when all shards are there."""
         about = {"format": FORMAT, **about}
-        with whole_file(folder / ABOUT) as file:
-            file.write(json.dumps(about | {"sha256": _sha256(about)}, indent=2).encode())
-        store = TokenStore.told(folder)
-        store._note(store._looks())
+        with whole_file(folder / MANIFEST) as file:
+            file.write(json.dumps(about | {"sha256": fingerprint(about)}, indent=2).encode())
+        store = TokenStore.unchecked(folder)
+        store._note(store._signatures())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -128,7 +128,7 @@ class TokenStore:
         Raises:
             UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
         """
-        now = self._looks()
+        now = self._signatures()
         before = {} if everything else _checked(self.folder)
         files = ((shard, part) for shard in self.shards for part in PARTS)
         doubtful = [(shard, part) for shard, part in files if now[name := shard.file(part)] != before.get(name)]
@@ -140,13 +140,13 @@ class TokenStore:
             if largest >= self.vocab_size:
                 raise _refused(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
 
-    def _note(self, looks: dict[str, list[int]]) -> None:
-        """Remember that all files are as they were made, looking like this."""
+    def _note(self, signatures: dict[str, list[int]]) -> None:
+        """Remember that all files are as they were made, with these signatures."""
         with suppress(OSError), whole_file(self.folder / CHECKED) as file:  # a folder may be for reading only
-            file.write(json.dumps(looks).encode())
+            file.write(json.dumps(signatures).encode())
 
-    def _looks(self) -> dict[str, list[int]]:
-        return {shard.file(part): _look(shard, part) for shard in self.shards for part in PARTS}
+    def _signatures(self) -> dict[str, list[int]]:
+        return {shard.file(part): _signature(shard, part) for shard in self.shards for part in PARTS}
 
 
 def joined(stores: Sequence[TokenStore]) -> TokenStore:
@@ -170,12 +170,16 @@ def joined(stores: Sequence[TokenStore]) -> TokenStore:
     return replace(first, fingerprint=fingerprint, train=train, validation=validation)
 
 
-def _sha256(facts: dict[str, Any]) -> str:
+def fingerprint(facts: object) -> str:
+    """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _look(shard: Shard, part: Part) -> list[int]:
-    """What the system says of a file, for next to nothing: any writing to it changes the last number."""
+def _signature(shard: Shard, part: Part) -> list[int]:
+    """Size, and times of the last writing and change: what the system says of a file for next to nothing.
+
+    Writing to it changes the last, even where the other is set back; but on Windows, where it is that of the creation.
+    """
     name = shard.file(part)
     try:
         found = os.stat(f"{shard.folder}/{name}")  # noqa: PTH116 - of thousands of files, where a Path costs as much
@@ -202,10 +206,14 @@ def _compare(files: Sequence[tuple[Shard, Part]]) -> None:
         tqdm(desc="checking", total=total, unit="B", unit_scale=True, disable=None, leave=False) as progress,
     ):
         found = threads.map(lambda file: digest(file[0].path(file[1])), files)
-        for (shard, part), sha256 in zip(files, found, strict=True):
-            if sha256 != shard.sha256[part]:
-                raise _refused(shard, f"is not what was written ({shard.file(part)}: its SHA-256 differs)")
-            progress.update(shard.sizes[part])
+        try:
+            for (shard, part), sha256 in zip(files, found, strict=True):
+                if sha256 != shard.sha256[part]:
+                    raise _refused(shard, f"is not what was written ({shard.file(part)}: its SHA-256 differs)")
+                progress.update(shard.sizes[part])
+        except BaseException:  # Ctrl-C, too: the others need not be read any more
+            threads.shutdown(cancel_futures=True)
+            raise
 
 
 def _refused(shard: Shard, why: str) -> UserError:

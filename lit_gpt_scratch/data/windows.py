@@ -52,7 +52,7 @@ class Windows(Dataset[Batch]):
         begins = np.zeros(shape, dtype=bool)  # of a piece
         for row, index in enumerate(indices):
             column = 0
-            stream, pieces = self._pieces(index)
+            stream, pieces = self.pieces(index)
             for start, length in pieces:
                 tokens = stream.read(start, start + length + 1)
                 ids[row, column : column + length] = tokens[:length]
@@ -67,14 +67,15 @@ class Windows(Dataset[Batch]):
             batch["document_ids"] = torch.from_numpy(document_ids)
         return batch
 
-    def _pieces(self, index: int) -> tuple[Stream, list[tuple[int, int]]]:
+    def pieces(self, index: int) -> tuple[Stream, list[tuple[int, int]]]:
+        """The store's stream that a window is of, and its stretches of it; see ``Packing.pieces``."""
         part = min(bisect_right(self._ends, index), len(self.parts) - 1)
         packing = self.parts[part]
         return packing.stream, packing.pieces(index - self._ends[part] + len(packing))
 
     def _beyond(self, indices: Sequence[int]) -> UserError:
         """Which shard has a token that there is not; on a GPU nothing would tell."""
-        for stream, pieces in map(self._pieces, indices):
+        for stream, pieces in map(self.pieces, indices):
             for start, length in pieces:
                 tokens = stream.read(start, start + length + 1)
                 beyond = np.flatnonzero(tokens >= self.vocab_size)

@@ -60,7 +60,7 @@ def token_baselines(train: Ids, validation: Ids, vocab_size: int, n_bytes: int) 
     """Bits per byte of the validation text under counts of tokens.
 
     Args:
-        train: (n,) ids of the training stream, or its first ``TOKENS_FOR_COUNTS``.
+        train: (n,) ids of the training; ``TOKENS_FOR_COUNTS`` of them are enough.
         validation: (m,) ids of the validation stream; as for the model, all but the first are predicted.
         vocab_size: Number of ids.
         n_bytes: UTF-8 bytes of the validation text.

@@ -1,10 +1,14 @@
 """Several documents in one window: who sees whom, and where each token stands in its own."""
 
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.utils._triton import has_triton
+
+NARROWEST: Final = 16
+"""Channels of a head that FlexAttention's kernels need."""
 
 
 class Documents(NamedTuple):
@@ -18,6 +22,11 @@ class Documents(NamedTuple):
 
     positions: Tensor
     mask: Tensor | BlockMask
+
+
+def can_use_blocks(device: torch.device, head_width: int) -> bool:
+    """Whether FlexAttention can train there: it drops no weights, has no backward on a CPU, and needs Triton."""
+    return device.type == "cuda" and head_width >= NARROWEST and has_triton()
 
 
 def documents(document_ids: Tensor, dense: bool) -> Documents:
@@ -39,4 +48,6 @@ def documents(document_ids: Tensor, dense: bool) -> Documents:
     def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (query >= key) & (document_ids[b, query] == document_ids[b, key])
 
-    return Documents(positions, create_block_mask(visible, B, None, T, T, device=str(document_ids.device)))
+    return Documents(
+        positions, create_block_mask(visible, B, None, T, T, device=document_ids.device, _compile=document_ids.is_cuda)
+    )

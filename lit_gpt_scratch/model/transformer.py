@@ -9,7 +9,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.documents import documents
+from lit_gpt_scratch.model.documents import can_use_blocks, documents
 from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm, Smear
 from lit_gpt_scratch.model.positions import build_position
 
@@ -79,8 +79,8 @@ class GPT(nn.Module):
             raise UserError(f"{input_ids.size(1)} tokens do not fit into a context of {self.block_size}")
         layout = positions = first = None
         if document_ids is not None:
-            # FlexAttention has no backward on a CPU, and no dropout.
-            layout = documents(document_ids, dense=not input_ids.is_cuda or self.config.dropout > 0)
+            dense = self.config.dropout > 0 or not can_use_blocks(input_ids.device, self.config.head_width)
+            layout = documents(document_ids, dense)
             positions, first = layout.positions, layout.positions == 0
         x = self.position.embed(self.embedding(input_ids), positions)  # (B, T, n_embd)
         if self.bigrams is not None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -109,8 +110,9 @@ def _made(job: Job, noted: Callable[[int], Any] = lambda _: None) -> Shard:
     """A shard that is there, or is made now."""
     if job.note.exists():
         found = Shard(folder=str(job.folder), **json.loads(job.note.read_text(encoding="utf-8")))
-        if all(found.path(part).exists() and digest(found.path(part)) == found.sha256[part] for part in PARTS):
-            return found
+        with suppress(OSError, ValueError):  # it is not there, or it is empty
+            if all(digest(found.path(part)) == found.sha256[part] for part in PARTS):
+                return found
     tokenizer = _tokenizer(job.folder / TOKENIZER)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     rows: list[np.ndarray[Any, Any]] = []

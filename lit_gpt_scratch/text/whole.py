@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import secrets
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Final
@@ -15,13 +17,13 @@ from lit_gpt_scratch.errors import UserError
 
 BEGUN: Final = "begun"
 """A file in a folder that is being filled, with what it is filled for."""
-UNFINISHED: Final = ".{name}.{pid}.unfinished"
+UNFINISHED: Final = ".{name}.{writer}.unfinished"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file beside its place, and put it there when all of it is on the disk."""
-    unfinished = path.with_name(UNFINISHED.format(name=path.name, pid=os.getpid()))
+    unfinished = path.with_name(UNFINISHED.format(name=path.name, writer=secrets.token_hex(4)))
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -42,11 +44,12 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str, purpose:
         folder: To be there; an empty one counts as none.
         fill: Writes what is to be in it.
         flag: The flag that moves it elsewhere.
-        purpose: What it is made of. If given, what an interrupted filling for the same purpose has left is handed to
-            ``fill`` again, to go on with; by default it begins anew.
+        purpose: What it is made of. If given, what a filling for the same purpose has left that was interrupted, by a
+            kill, Ctrl-C or the end of a process that helped, is handed to ``fill`` again, to go on with; by default it
+            begins anew.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: It cannot be written, or a process that helped was killed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         raise RuntimeError("a process that cleans text imports this script again: put if __name__ == '__main__': above")
@@ -57,6 +60,12 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str, purpose:
                 folder.rmdir()
             if not folder.exists():
                 filled(folder, fill, purpose)
+    except BrokenProcessPool as error:
+        kept = "the same command goes on" if purpose is not None else "try again"
+        raise UserError(
+            f"a process that worked on {folder.name} was killed, perhaps for want of memory; {kept}; fewer processes "
+            "take less: --data.processes 1"
+        ) from error
     except (OSError, sqlite3.OperationalError) as error:
         said = getattr(error, "strerror", None) or error
         raise UserError(f"cannot write to {folder.parent} ({said}); name another: {flag}") from error
@@ -72,8 +81,8 @@ def filled(folder: Path, fill: Callable[[Path], None], purpose: str | None = Non
         if purpose is not None:
             with whole_file(begun) as note:
                 note.write(purpose.encode())
-    for left in partial.rglob(UNFINISHED.format(name="*", pid="*")):  # by a writer that was killed
-        left.unlink()
+    for left in partial.rglob(UNFINISHED.format(name="*", writer="*")):  # by a writer that was killed
+        left.unlink(missing_ok=True)
     try:
         fill(partial)
         for file in partial.rglob("*"):
@@ -82,7 +91,8 @@ def filled(folder: Path, fill: Callable[[Path], None], purpose: str | None = Non
                     os.fsync(handle.fileno())
         begun.unlink(missing_ok=True)
         partial.rename(folder)
-    except BaseException as error:  # whatever it is, Ctrl-C too: what is half written would only fill the disk
-        if purpose is None or isinstance(error, Exception):
+    except BaseException as error:  # whatever it is: what cannot be gone on with would only fill the disk
+        interrupted = isinstance(error, BrokenProcessPool) or not isinstance(error, Exception)
+        if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)
         raise

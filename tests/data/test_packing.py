@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data import packing as module
-from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, best_fit, packed
+from lit_gpt_scratch.data.bin_packing import best_fit
+from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, cost, packed
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.text.shards import Shard, Stream
 
@@ -125,10 +126,12 @@ def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
     else:
         assert sorted(follows) == sorted(pairs)
     if len(batches):
-        cost = batches.parts[0].cost
-        assert brute_force(text, batches).items() <= vars(cost).items()
-        assert cost.windows == len(batches)
-        assert cost.used == pytest.approx(1 - cost.padding / (cost.windows * block_size))
+        found = batches.parts[0].cost
+        assert brute_force(text, batches).items() <= vars(found).items()
+        assert (found.windows, found.positions) == (len(batches), len(batches) * block_size)
+        assert found.used == pytest.approx(1 - found.padding / found.positions)
+        assert cost(text, block_size, policy) == found
+        assert (found + found).used == pytest.approx(found.used)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -150,6 +153,16 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
         # What fills a window up is of no document: each such position is alone.
         filled = [at for at in range(8) if ids[at] == END and batch["labels"][0][at] == IGNORED]
         assert len({found[at] for at in filled}) == len(filled)
+
+
+def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
+    """Of one document the borders are the same whatever the tokenizer, and its length is not."""
+    stores = [tmp_path / "a", tmp_path / "b"]
+    for folder, length in zip(stores, (300, 100), strict=True):
+        folder.mkdir()
+        about = np.array([[0, 500]], dtype="<u8")
+        text = Stream((Shard.write(folder, "train-00000", np.zeros(length, "<u2"), about),))
+        assert len(packed(text, 10, "best_fit", tmp_path)) == length // 10
 
 
 def test_a_plan_is_made_once_and_packs_shard_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,8 +237,8 @@ def test_another_format_is_refused(corpus: Path, tmp_path: Path, other: int, sai
 def test_an_id_beyond_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
     """As somebody might write a store by a script of their own."""
     folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
-    about = TokenStore.about(folder)
+    about = TokenStore.manifest(folder)
     largest = about["validation"][0]["largest"]
-    TokenStore.tell(folder, about | {"vocab_size": largest})
+    TokenStore.write_manifest(folder, about | {"vocab_size": largest})
     with pytest.raises(UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer only {largest}"):
         TokenStore.open(folder)

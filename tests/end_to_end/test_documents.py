@@ -85,7 +85,8 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
             # A kind of its own size, tokens that are there, or the kind of a small vocabulary.
             made = {"--data.tokenizer", "--data.mixture"} & set(flags)
             short = [flag for flag in SHORT if "vocab_size" not in flag or not made]
-            flags += [*short, *corpus, f"--data.cache={cache}", "--data.validation_share=0.3"]
+            share = [] if "--data.mixture" in flags else ["--data.validation_share=0.3"]
+            flags += [*short, *corpus, f"--data.cache={cache}", *share]
         elif {"--trainer.max_steps", "auto"} & set(flags):
             flags += ["--trainer.max_steps=14"]
     if door == "prepare":

@@ -108,7 +108,7 @@ def test_bad_stores_are_refused_in_one_line(
     refused({str(one): 0.0, str(two): 0}, "the weights sum to 0")
     refused({str(one): -1.0}, "the weight of", "0 or more")
     refused([], "no store in it")
-    refused("nowhere", "there is no token store nowhere", "prepare --data.store nowhere")
+    refused("nowhere", "there is no token store nowhere", "prepare --data.store has made")
     refused([str(one)], "fewer than one window of 100000", more=("--data.block_size=100000",))
     for more in (f"--data.source={corpus}", "--data.vocab_size=300", "--data.tokenizer=byte", "--data.store=four"):
         refused([str(one)], "made already; leave out data.", more=(more,))
@@ -125,12 +125,12 @@ def test_a_token_that_there_is_not_ends_a_run_in_one_line(
     stores: list[Path], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule], num_workers: int
 ) -> None:
     """A store by somebody's script that did not look; in a loader's process, too."""
-    about = TokenStore.about(stores[0])
+    about = TokenStore.manifest(stores[0])
     shard = TokenStore.open(stores[0]).train.shards[0]
     tokens = np.array(shard.tokens)
     tokens[len(tokens) // 2 :] = 5000
     written = Shard.write(stores[0], "train-00000", tokens, np.array(shard.documents))
-    TokenStore.tell(stores[0], about | {"train": [written.about | {"largest": 7}]})
+    TokenStore.write_manifest(stores[0], about | {"train": [written.about | {"largest": 7}]})
     data = PackedText(mixture=str(stores[0]), block_size=32, batch_size=4, num_workers=num_workers)
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)
