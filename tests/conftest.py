@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.shards import Shard, Stream
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 
@@ -94,6 +96,17 @@ def task() -> Callable[..., LanguageModel]:
         return LanguageModel(**({"gpt": TINY, "compile": False} | changes))
 
     return build
+
+
+def token_stream(folder: Path, *shards: list[list[int]]) -> Stream:
+    """Documents of these ids, in shards of these documents; a token stands for a byte."""
+    folder.mkdir(exist_ok=True)
+    made = []
+    for place, documents in enumerate(shards):
+        sizes = np.array([len(ids) for ids in documents])
+        about = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8")
+        made.append(Shard.write(folder, f"train-{place:05}", np.concatenate(documents).astype("<u2"), about))
+    return Stream(tuple(made))
 
 
 def randomised(config: GPTConfig, vocab_size: int = 61, block_size: int = 24) -> GPT:

@@ -1,11 +1,11 @@
 """Windows cover the stream, and batches are the windows of the order."""
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 
@@ -15,19 +15,16 @@ from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy
 from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.shards import Shard, Stream
+from lit_gpt_scratch.text.shards import Stream
+from tests.conftest import token_stream
 
 END = 60_000
 
 
 def stream(folder: Path, *sizes: int) -> Stream:
-    """Shards of so many tokens, which count from 0 through all of them."""
-    shards, first = [], 0
-    for place, n in enumerate(sizes):
-        tokens = np.arange(first, first + n, dtype="<u2")
-        shards.append(Shard.write(folder, f"{n}-{place}", tokens, np.array([[0, n]], dtype="<u8")))
-        first += n
-    return Stream(tuple(shards))
+    """Shards of one document of so many tokens, which count from 0 through all of them."""
+    numbers = itertools.count()
+    return token_stream(folder, *([list(itertools.islice(numbers, n))] for n in sizes))
 
 
 def concatenated(text: Stream, whole: bool = False) -> Windows:
@@ -49,14 +46,14 @@ def test_windows_score_every_token_but_the_first_once(tmp_path: Path, sizes: tup
 
 def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
     for n in (9, 12, 17):
-        windows = concatenated(stream(tmp_path, n), whole=True)
+        windows = concatenated(stream(tmp_path / f"{n}", n), whole=True)
         batch = windows.__getitems__([0, len(windows)])
         assert batch["labels"].shape == (2, 8)
         assert (batch["labels"][1] == IGNORED).all()
 
 
 def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
-    texts = [stream(tmp_path, 20), stream(tmp_path, 33)]
+    texts = [stream(tmp_path / "a", 20), stream(tmp_path / "b", 33)]
     both = Windows([Concatenated(text, 8) for text in texts], 8, END + 1, END)
     assert len(both) == 2 + 4
     found = both.__getitems__([1, 2, 5])["input_ids"]
@@ -76,7 +73,7 @@ def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
     """On a GPU it would end in an assertion that names nothing."""
     windows = Windows([Concatenated(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.__getitems__([0, 1, 2, 3, 4])
-    with pytest.raises(UserError, match=r"shard 40-1 of .* has token 50, but its tokenizer only 50 tokens"):
+    with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
         windows.__getitems__([0, 6])
 
 

@@ -14,23 +14,16 @@ from lit_gpt_scratch.data.bin_packing import best_fit
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, cost, packed
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.text.shards import Shard, Stream
+from tests.conftest import token_stream
 
 END = 0
 VOCAB = 60_000
 
 
 def stream(folder: Path, *shards: list[int]) -> Stream:
-    """Documents of these lengths (their end of text counted) in shards; every other token is a number of its own."""
-    made, number = [], 1
-    for place, lengths in enumerate(shards):
-        documents = []
-        for length in lengths:
-            documents.append([END, *range(number, number + length - 1)])
-            number += length - 1
-        starts = np.cumsum([0, *map(len, documents)])[:-1]
-        about = np.stack([starts, np.array(lengths) - 1], axis=1).astype("<u8")
-        made.append(Shard.write(folder, f"train-{place:05}", np.concatenate(documents).astype("<u2"), about))
-    return Stream(tuple(made))
+    """Documents of these lengths, their end of text counted; every other token is a number of its own."""
+    numbers = itertools.count(1)
+    return token_stream(folder, *([[END, *itertools.islice(numbers, n - 1)] for n in lengths] for lengths in shards))
 
 
 def windows(text: Stream, block_size: int, policy: Policy, cache: Path, mask: bool = True) -> Windows:
@@ -157,11 +150,10 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
 
 def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
     """Of one document the borders are the same whatever the tokenizer, and its length is not."""
-    stores = [tmp_path / "a", tmp_path / "b"]
-    for folder, length in zip(stores, (300, 100), strict=True):
-        folder.mkdir()
-        about = np.array([[0, 500]], dtype="<u8")
-        text = Stream((Shard.write(folder, "train-00000", np.zeros(length, "<u2"), about),))
+    about = np.array([[0, 500]], dtype="<u8")
+    for name, length in (("a", 300), ("b", 100)):
+        (tmp_path / name).mkdir()
+        text = Stream((Shard.write(tmp_path / name, "train-00000", np.zeros(length, "<u2"), about),))
         assert len(packed(text, 10, "best_fit", tmp_path)) == length // 10
 
 

@@ -17,8 +17,7 @@ from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.model import GPTConfig, transformer
 from lit_gpt_scratch.model.config import PositionName
 from lit_gpt_scratch.model.documents import documents
-from lit_gpt_scratch.text.shards import Shard, Stream
-from tests.conftest import randomised
+from tests.conftest import randomised, token_stream
 
 VOCAB, T = 61, 24
 POSITIONS = get_args(PositionName)
@@ -27,12 +26,7 @@ LOOKS_BACK = {"smear": True, "bigram_rows": 50, "value_embeddings": True, "resid
 
 
 def windows(folder: Path, texts: list[list[int]], policy: Policy, mask: bool) -> Windows:
-    ids = [[0, *text] for text in texts]
-    starts = np.cumsum([0, *map(len, ids)])[:-1]
-    about = np.stack([starts, np.array([len(text) for text in texts])], axis=1).astype("<u8")
-    folder.mkdir(exist_ok=True)
-    shard = Shard.write(folder, "train-00000", np.concatenate(ids).astype("<u2"), about)
-    return Windows([packed(Stream((shard,)), T, policy, folder)], T, VOCAB, 0, mask)
+    return Windows([packed(token_stream(folder, [[0, *text] for text in texts]), T, policy, folder)], T, VOCAB, 0, mask)
 
 
 def texts(seed: int) -> list[list[int]]:
