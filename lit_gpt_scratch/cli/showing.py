@@ -43,9 +43,9 @@ def show(data: PackedText, n: int, colours: bool) -> Iterator[str]:
         window = data.train_windows[index]
         # Without a mask attention tells no documents apart, but there are documents.
         ids = window["input_ids"][0]
-        documents = (ids == data.tokenizer.end_of_text).cumsum(0)
-        seen = window["document_ids"][0] if "document_ids" in window else torch.zeros_like(ids)
-        documents = seen if "document_ids" in window else documents
+        masked = "document_ids" in window
+        documents = window["document_ids"][0] if masked else (ids == data.tokenizer.end_of_text).cumsum(0)
+        seen = documents if masked else torch.zeros_like(ids)
         filled = torch.arange(len(ids)) >= sum(length for _, length in data.train_windows.pieces(index)[1])
         n_documents, n_labels = len(set(documents[~filled].tolist())), int((window["labels"] != IGNORED).sum())
         yield (

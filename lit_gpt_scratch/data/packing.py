@@ -11,7 +11,6 @@ is no label of it. Which pieces, and at what cost, is the policy's to say:
 ``one_document``  the same pieces, each in a window of its own
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import asdict, astuple, dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data.bin_packing import best_fit
+from lit_gpt_scratch.data.token_store import fingerprint
 from lit_gpt_scratch.text.shards import Mapped, Stream
 from lit_gpt_scratch.text.whole import whole_folder
 
@@ -190,7 +190,7 @@ def packed(stream: Stream, block_size: int, policy: Policy, cache: Path) -> Pack
     if policy == "concatenate":
         return Concatenated(stream, block_size)
     shards = [(shard.sha256["documents"], shard.n_tokens) for shard in stream.shards]
-    key = hashlib.sha256(json.dumps([PLAN, policy, block_size, shards]).encode()).hexdigest()
+    key = fingerprint([PLAN, policy, block_size, shards])
     return Planned(stream, block_size, policy, cache / "packing" / key[:16])
 
 

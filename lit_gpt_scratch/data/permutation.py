@@ -44,7 +44,7 @@ class Permutations:
             (m,), each 0 to ``n - 1``.
         """
         numbers = np.asarray(number, dtype=np.uint64)
-        if numbers.size and (numbers == numbers.flat[0]).all():  # the rule, and a third of the time
+        if numbers.size and (numbers == numbers.flat[0]).all():  # the rule, and half of the time
             numbers = numbers.flat[:1]
         keys = _mix(self._keys[:, None] + numbers * np.uint64(0x9E3779B97F4A7C15))  # (ROUNDS, m or 1)
         values = self._once(keys, places.astype(np.uint64))

@@ -81,7 +81,7 @@ def encode(corpus: Corpus, folder: Path, processes: int) -> dict[Side, list[Shar
                     for done in as_completed(waiting):
                         made[waiting[done].name] = done.result()
                         progress.update(waiting[done].n_bytes)
-                except BaseException:
+                except BaseException:  # Ctrl-C, too: shards that are not begun need not be
                     pool.shutdown(cancel_futures=True)
                     raise
     return {side: [made[job.name] for job in jobs[side]] for side in SIDES}

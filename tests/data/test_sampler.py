@@ -56,7 +56,7 @@ def test_all_orders_of_a_few_come_up_equally_often(n: int) -> None:
 
 
 def test_seeds_epochs_and_neighbours_are_uncorrelated() -> None:
-    """Of 60 pairs of orders: rank correlation, and how many places agree, are as chance has them."""
+    """Of 66 pairs of orders: rank correlation, and how many places agree, are as chance has them."""
     n = 5000
     orders = [everything(n, seed, epoch) for seed in range(4) for epoch in range(3)]
     pairs = list(itertools.combinations(orders, 2))
