@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.layers import FeedForward
+from lit_gpt_scratch.model.feed_forward import FeedForward
 from lit_gpt_scratch.objectives.likelihood import token_nats
 
 MOMENTS = {"muon": 1, "adamw": 2}

@@ -1,38 +1,105 @@
-"""How the transformer knows order. A scheme may add to the embeddings, turn queries and keys, or do nothing."""
+"""How the transformer knows order. A scheme of one's own is a class here, and its name in the table at the end."""
+
+import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_gpt_scratch.model.config import GPTConfig
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.rotary_scaling import frequencies
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
 
 
 class Position(nn.Module):
     """No positions at all, and the interface of the others (causal attention alone still leaks some order).
 
-    ``positions`` are (B, T) int64, or None where every token stands as far from the first as in the window.
+    A scheme may add to the embeddings, turn queries and keys, or add to attention's scores. ``positions`` are int64:
+    (T,) where all windows of a batch count alike, else (B, T).
     """
 
-    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    biased: bool = False
+    """Whether ``bias`` adds anything."""
+
+    def __init__(self, config: "GPTConfig", block_size: int) -> None:
+        super().__init__()
+
+    @staticmethod
+    def check(config: "GPTConfig") -> None:
+        """Refuse a config that the scheme cannot work with.
+
+        Raises:
+            UserError: Two switches contradict each other.
+        """
+        if config.rotary_scaling or config.rotary_share != 1.0:
+            name, value = (
+                ("scaling", config.rotary_scaling) if config.rotary_scaling else ("share", config.rotary_share)
+            )
+            raise UserError(
+                f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; it needs rotary"
+            )
+
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add positions to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
         return x
 
-    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        """What ``rotate`` needs to know of the positions, worked out once for all blocks."""
+        return None
+
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         """Turn queries or keys by their position. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
         return x
+
+    def bias(self, head: Tensor, distance: Tensor) -> Tensor:
+        """What is added to a score, by the number of the head and how far back the key stands, int64; elementwise."""
+        raise NotImplementedError
 
 
 class Learned(Position):
     """One learned vector a position, added to the embedding (GPT-2)."""
 
-    def __init__(self, config: GPTConfig, block_size: int) -> None:
-        super().__init__()
+    def __init__(self, config: "GPTConfig", block_size: int) -> None:
+        super().__init__(config, block_size)
         self.table = nn.Embedding(block_size, config.n_embd)
-        nn.init.normal_(self.table.weight, std=0.02)  # GPT-2's
 
     @override
-    def embed(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        return x + (self.table.weight[: x.size(1)] if positions is None else self.table(positions))
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        out: Tensor = x + self.table(positions)
+        return out
+
+
+class Sinusoidal(Position):
+    """Fixed sines and cosines, added to the embedding (https://arxiv.org/abs/1706.03762, section 3.5).
+
+    Channel 2i is the sine and channel 2i + 1 the cosine of ``position / 10000 ** (2i / n_embd)``.
+    """
+
+    table: Tensor
+
+    def __init__(self, config: "GPTConfig", block_size: int) -> None:
+        super().__init__(config, block_size)
+        even = torch.arange(0, config.n_embd, 2, dtype=torch.float32)  # (n_embd / 2,)
+        place = torch.arange(block_size, dtype=torch.float32)
+        angle = torch.outer(place, 10_000.0 ** (-even / config.n_embd))  # (T, n_embd / 2)
+        table = torch.stack((angle.sin(), angle.cos()), dim=-1).view(block_size, config.n_embd)
+        self.register_buffer("table", table, persistent=False)
+
+    @staticmethod
+    @override
+    def check(config: "GPTConfig") -> None:
+        Position.check(config)
+        if config.n_embd % 2:
+            raise UserError(
+                f"model.gpt.position sinusoidal needs pairs of channels, but model.gpt.n_embd is {config.n_embd}"
+            )
+
+    @override
+    def embed(self, x: Tensor, positions: Tensor) -> Tensor:
+        return x + self.table[positions].type_as(x)
 
 
 class Rotary(Position):
@@ -40,35 +107,77 @@ class Rotary(Position):
 
     Channel ``i`` of the first half and of the second half form a pair; at position ``t`` the pair is turned
     by the angle ``t * base ** (-2i / head_dim)``. A dot product of a turned query and a turned key depends
-    only on how far apart they stand.
+    only on how far apart they stand. With ``rotary_share`` below 1 only the first channels are turned (GPT-NeoX).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: GPTConfig, block_size: int) -> None:
-        super().__init__()
-        half = torch.arange(0, config.head_width, 2, dtype=torch.float32)  # (head_dim / 2,)
-        frequency = config.rotary_base ** (-half / config.head_width)
-        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, head_dim / 2)
-        # A table, not parameters: made anew on every construction, never stored in a checkpoint.
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+    def __init__(self, config: "GPTConfig", block_size: int) -> None:
+        super().__init__(config, block_size)
+        self.width = config.rotary_width
+        frequency, factor = frequencies(config, self.width)
+        angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
+        cos, sin = factor * angle.cos(), factor * angle.sin()
+        # Tables, not parameters: made anew on every construction, never stored in a checkpoint.
+        self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
+        self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
+
+    @staticmethod
+    @override
+    def check(config: "GPTConfig") -> None:
+        if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
+            raise UserError(
+                f"model.gpt.position rotary turns pairs of channels, but of a head's {config.head_width} it would be "
+                f"{config.rotary_width}; choose another model.gpt.head_dim, rotary_share or position"
+            )
+        trained = config.rotary_trained_context
+        if (config.rotary_scaling in ("llama3", "yarn")) != (trained is not None):
+            raise UserError(
+                f"model.gpt.rotary_scaling is {config.rotary_scaling}, but model.gpt.rotary_trained_context is "
+                f"{trained}; llama3 and yarn need it, and nothing else does"
+            )
+        if config.rotary_scaling == "ntk" and config.rotary_width < 4:
+            raise UserError("model.gpt.rotary_scaling ntk needs two pairs of channels; choose a larger head")
 
     @override
-    def rotate(self, x: Tensor, positions: Tensor | None = None) -> Tensor:
-        if positions is None:
-            cos, sin = self.cos[: x.size(-2)], self.sin[: x.size(-2)]  # (T, head_dim / 2)
-        else:
-            cos, sin = self.cos[positions][:, None], self.sin[positions][:, None]  # (B, 1, T, head_dim / 2)
-        first, second = x.float().chunk(2, dim=-1)  # (B, H, T, head_dim / 2) each
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1, T, width) or (B, 1, T, width)
+
+    @override
+    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
+        assert rotation is not None
+        cos, sin = rotation
+        # In float32 where the heads have fewer bits; their gradients, too, are then added up in it.
+        turned = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
+        turned = turned * cos + turned.roll(self.width // 2, dims=-1) * sin
+        return (
+            torch.cat((turned.type_as(x), x[..., self.width :]), -1) if x.size(-1) > self.width else turned.type_as(x)
+        )
 
 
-def build_position(config: GPTConfig, block_size: int) -> Position:
-    """The scheme that ``config.position`` names."""
-    if config.position == "rotary":
-        return Rotary(config, block_size)
-    if config.position == "learned":
-        return Learned(config, block_size)
-    return Position()
+class ALiBi(Position):
+    """Scores fall linearly with the distance, steeper in some heads than in others (https://arxiv.org/abs/2108.12409).
+
+    The slopes are ``2 ** (-8 / n * (h + 1))`` for n heads where n is a power of two; else those of the power below,
+    and then every other one of the power above, as the authors' code has it.
+    """
+
+    biased = True
+    slopes: Tensor
+
+    def __init__(self, config: "GPTConfig", block_size: int) -> None:
+        super().__init__(config, block_size)
+        below = 2 ** math.floor(math.log2(config.n_head))
+        slopes = [2 ** (-8 / below * (h + 1)) for h in range(below)]
+        slopes += [2 ** (-4 / below * (h + 1)) for h in range(0, 2 * (config.n_head - below), 2)]
+        self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
+
+    @override
+    def bias(self, head: Tensor, distance: Tensor) -> Tensor:
+        return -self.slopes[head] * distance
+
+
+POSITIONS: dict[str, type[Position]] = {
+    "rotary": Rotary, "learned": Learned, "sinusoidal": Sinusoidal, "alibi": ALiBi, "none": Position,
+}  # fmt: skip

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.documents import can_use_blocks, documents
-from lit_gpt_scratch.model.layers import Bigrams, FeedForward, RMSNorm, Smear
-from lit_gpt_scratch.model.positions import build_position
+from lit_gpt_scratch.model.heads import Head, Tokens, padded
+from lit_gpt_scratch.model.initialisation import initialise
+from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.layout import layout
+from lit_gpt_scratch.model.norms import build_norm
+from lit_gpt_scratch.model.positions import POSITIONS
+from lit_gpt_scratch.model.token_before import Bigrams, Smear
 
 
 class GPT(nn.Module):
@@ -21,48 +24,38 @@ class GPT(nn.Module):
         config: The architecture.
         vocab_size: Number of token ids.
         block_size: The longest window, in tokens.
+        reads: What the head reads off the stream; logits of the next token by default.
+
+    Raises:
+        UserError: The embeddings are tied to a head that does not read tokens.
     """
 
-    def __init__(self, config: GPTConfig, vocab_size: int, block_size: int) -> None:
+    def __init__(self, config: GPTConfig, vocab_size: int, block_size: int, reads: Head = Tokens()) -> None:  # noqa: B008 - frozen
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.block_size = block_size
-        self.embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.reads = reads
+        self.embedding = nn.Embedding(padded(config, vocab_size), config.n_embd)
         self.bigrams = Bigrams(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
-        self.position = build_position(config, block_size)
+        self.position = POSITIONS[config.position](config, block_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.value_tables = nn.ModuleList(
             nn.Embedding(vocab_size, config.kv_heads * config.head_width)
             for _ in range(config.n_layer if config.value_embeddings else 0)
         )
-        self.norm = RMSNorm(config.n_embd)
-        self.head = nn.Linear(config.n_embd, vocab_size, bias=False)
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """Draw the weights. Whatever writes to the residual stream or to the logits starts at zero.
-
-        Blocks then begin as the identity and the loss as exactly ln(vocab_size): the model starts from
-        "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
-        Token embeddings have unit variance, so that what the blocks learn to add does not soon drown them.
-        """
-        nn.init.normal_(self.embedding.weight, std=1.0)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for module in self.modules():
-            if isinstance(module, Attention | FeedForward):
-                nn.init.zeros_(module.output.weight)
-        for table in self.value_tables.parameters():
-            nn.init.zeros_(table)
-        nn.init.zeros_(self.head.weight)
+        self.norm = nn.Identity() if config.norm_placement == "post" else build_norm(config)
+        self.head = nn.Linear(config.n_embd, reads.width(config, vocab_size), bias=False)
+        initialise(self)
+        if config.tied_embeddings:
+            if not isinstance(reads, Tokens):
+                raise UserError(f"model.gpt.tied_embeddings is true, but the head reads {type(reads).__name__}")
+            self.head.weight = self.embedding.weight
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of the token after each position.
+        """What the head reads at each position: by default the logits of the token after it.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
@@ -70,27 +63,57 @@ class GPT(nn.Module):
                 default every token sees all before it.
 
         Returns:
-            (B, T, vocab_size) float32.
+            (B, T, vocab_size), float32 or the weights' type if that has more bits.
 
         Raises:
             UserError: The window is longer than the model's context.
         """
-        if input_ids.size(1) > self.block_size:
-            raise UserError(f"{input_ids.size(1)} tokens do not fit into a context of {self.block_size}")
-        layout = positions = first = None
-        if document_ids is not None:
-            dense = self.config.dropout > 0 or not can_use_blocks(input_ids.device, self.config.head_width)
-            layout = documents(document_ids, dense)
-            positions, first = layout.positions, layout.positions == 0
-        x = self.position.embed(self.embedding(input_ids), positions)  # (B, T, n_embd)
+        return self.read(self.hidden(input_ids, document_ids))
+
+    def read(self, x: Tensor) -> Tensor:
+        """(B, T, n_embd), as ``hidden`` gives it -> what the head reads."""
+        raw = self.head(x)
+        return self.reads.read(raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size)
+
+    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """The stream after the last block, normalised.
+
+        Args:
+            input_ids: (B, T) int64; with a cache, the tokens that come next.
+            document_ids: As for ``forward``; not with a cache.
+            cache: What came before; the tokens are added to it.
+
+        Returns:
+            (B, T, n_embd).
+
+        Raises:
+            UserError: There are more tokens than the model's context, or the cache, holds.
+        """
+        T, most = input_ids.size(1), self.block_size
+        if cache is not None:
+            T, most = T + cache.longest, min(cache.slots, most)
+        if most < T:
+            raise UserError(f"{T} tokens do not fit into a context of {most}")
+        order = layout(self.config, self.position, input_ids, document_ids, cache)
+        x = self.position.embed(self.embedding(input_ids), order.positions)  # (B, T, n_embd)
+        first = order.positions == 0  # (T,) or (B, T)
         if self.bigrams is not None:
-            x = x + self.bigrams(input_ids, first)
+            before = _before(input_ids) if cache is None else cache.before("ids", input_ids)
+            x = x + self.bigrams(input_ids, before, first)
         if self.smear is not None:
-            x = self.smear(x, first)
+            before = _before(x) if cache is None else cache.before("embedding", x)
+            x = self.smear(x, before.masked_fill(first[..., None], 0.0))
         x = start = self.dropout(x)
-        for block, table in zip_longest(self.blocks, self.value_tables):
-            x = block(x, start, self.position, table(input_ids) if table is not None else None, layout)
-        logits: Tensor = self.head(self.norm(x)).float()  # (B, T, vocab_size)
-        if self.config.logit_softcap is not None:
-            logits = self.config.logit_softcap * torch.tanh(logits / self.config.logit_softcap)
-        return logits
+        for number, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
+            added = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
+            remember = None if cache is None else (cache, number)
+            x = block(x, start, self.position, order, added, remember)
+        if cache is not None:
+            cache.advance(input_ids.size(1))
+        out: Tensor = self.norm(x)
+        return out
+
+
+def _before(x: Tensor) -> Tensor:
+    """Of each token of a window, the one before it: (B, T, ...) -> (B, T, ...), zeros before the first."""
+    return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)

@@ -8,9 +8,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import causal_attention as module
 from lit_gpt_scratch.model.causal_attention import causal_attention
-from lit_gpt_scratch.model.documents import documents
+from lit_gpt_scratch.model.layout import layout
+from lit_gpt_scratch.model.positions import Position
 
 
 def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, sharpness: float = 1.0) -> list[Tensor]:
@@ -69,7 +71,8 @@ def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: boo
     """Three documents in a window, against each alone in float64; some see none of the first tiles of a kernel."""
     borders = [0, 5, 200, 256]
     ids = torch.bucketize(torch.arange(256), torch.tensor(borders), right=True).expand(2, 256)
-    mask = documents(ids, dense=True).mask
+    config = GPTConfig()
+    mask = layout(config, Position(config, 256), ids, ids, None).mask
     attend = torch.compile(causal_attention) if compiled else causal_attention
     ours = gradients(lambda q, k, v: attend(q, k, v, mask=mask), torch.bfloat16, n_kv_head, 256)
 
@@ -90,7 +93,10 @@ def test_blocks_of_flexattention_are_the_same_mask() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
     ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
-    blocks, dense = documents(ids, dense=False), documents(ids, dense=True)
+    blocks, dense = (
+        layout(config, Position(config, 40), ids, ids, None)
+        for config in (GPTConfig(attention_backend="flex"), GPTConfig())
+    )
     assert isinstance(blocks.mask, BlockMask)
     assert torch.equal(blocks.positions, dense.positions)
     with torch.no_grad():

@@ -10,8 +10,17 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.block import Block
-from lit_gpt_scratch.model.layers import FEED_FORWARD, Bigrams, RMSNorm, Smear
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
+from lit_gpt_scratch.model.layout import Layout, layout
+from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import Position, Rotary
+from lit_gpt_scratch.model.token_before import Bigrams, Smear
+
+
+def plain(config: GPTConfig, tokens: int) -> tuple[Position, Layout]:
+    """No positions, and all of the past to see."""
+    position = Position(config, tokens)
+    return position, layout(config, position, torch.zeros(1, tokens, dtype=torch.int64), None, None)
 
 
 def test_rmsnorm_is_torchs() -> None:
@@ -65,13 +74,14 @@ def test_attention_is_the_textbook_softmax(n_kv_head: int) -> None:
         for t in range(7):
             weights = torch.softmax(q[:, t, None] @ k[:, : t + 1].mT / math.sqrt(4), dim=-1)
             expected[:, t] += ((weights @ v[:, : t + 1]).squeeze(1)) @ attention.output.weight[:, mine].T
-    torch.testing.assert_close(attention(x, Position()), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(attention(x, *plain(config, 7)), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_rotary_turns_pairs_by_the_papers_angles() -> None:
     config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
-    turned = Rotary(config, 5).rotate(x.float())
+    rotary = Rotary(config, 5)
+    turned = rotary.rotate(x.float(), rotary.rotation(torch.arange(5)))
     for t in range(5):
         for i in range(4):
             pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
@@ -84,7 +94,8 @@ def test_rotary_turns_pairs_by_the_papers_angles() -> None:
 def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
     rotary = Rotary(GPTConfig(n_head=1, n_embd=16), 40)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
-    scores = (rotary.rotate(q) @ rotary.rotate(k).mT)[0, 0]
+    rotation = rotary.rotation(torch.arange(40))
+    scores = (rotary.rotate(q, rotation) @ rotary.rotate(k, rotation).mT)[0, 0]
     for distance in range(-5, 6):
         along = scores.diagonal(distance)
         torch.testing.assert_close(along, along[0].expand_as(along), atol=1e-4, rtol=1e-4)
@@ -95,12 +106,12 @@ def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
     [
         ({"n_embd": 190}, "n_embd (190) is not divisible by model.gpt.n_head (3)"),
         ({"n_kv_head": 2}, "n_head (3) is not divisible by model.gpt.n_kv_head (2)"),
-        ({"position": "alibi"}, "model.gpt.position is alibi"),
-        ({"feed_forward": "relu"}, "model.gpt.feed_forward is relu"),
+        ({"position": "rotry"}, "model.gpt.position is rotry; it must be one of rotary, learned"),
+        ({"feed_forward": "selu"}, "model.gpt.feed_forward is selu; it must be one of relu, relu2"),
         ({"n_layer": 0}, "model.gpt.n_layer is 0"),
         ({"n_head": -3}, "model.gpt.n_head is -3"),
         ({"n_kv_head": 0}, "model.gpt.n_kv_head is 0"),
-        ({"head_dim": 33}, "choose an even model.gpt.head_dim"),
+        ({"head_dim": 33}, "of a head's 33 it would be 33; choose another model.gpt.head_dim"),
         ({"dropout": 1.0}, "model.gpt.dropout is 1.0"),
         ({"dropout": -0.1}, "model.gpt.dropout is -0.1"),
         ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
@@ -112,10 +123,14 @@ def test_an_impossible_shape_is_refused_by_name(changes: dict[str, float], said:
     assert said in str(error.value)
 
 
+def in_windows(bigrams: Bigrams, ids: torch.Tensor) -> torch.Tensor:
+    return bigrams(ids, ids.roll(1, dims=1), torch.arange(ids.size(1)) == 0)
+
+
 def test_bigrams_are_a_row_for_each_pair() -> None:
     bigrams = Bigrams(rows=1000, width=4)
     torch.nn.init.normal_(bigrams.table.weight)
-    vectors = bigrams(torch.tensor([[5, 7, 5, 7], [9, 7, 5, 2]]))  # (2, 4, 4)
+    vectors = in_windows(bigrams, torch.tensor([[5, 7, 5, 7], [9, 7, 5, 2]]))  # (2, 4, 4)
     torch.testing.assert_close(vectors[:, 0], bigrams.table.weight[[0, 0]])  # nothing before it
     torch.testing.assert_close(vectors[0, 1], vectors[0, 3])  # 5 7
     torch.testing.assert_close(vectors[0, 2], vectors[1, 2])  # 7 5
@@ -128,37 +143,38 @@ def test_bigrams_spread_pairs_over_the_rows() -> None:
     bigrams = Bigrams(rows=9000, width=1)
     with torch.no_grad():
         bigrams.table.weight.copy_(torch.arange(9001.0)[:, None])
-        rows = bigrams(pairs)[:, 1, 0].long()
+        rows = in_windows(bigrams, pairs)[:, 1, 0].long()
     load = torch.bincount(rows, minlength=9001)
     assert load[0] == 0
     assert load[1:].max() < 60  # 10 on average; were rows drawn by chance, over 40 would hardly be seen
 
 
 def test_smearing_adds_a_gated_share_of_the_token_before() -> None:
-    smear, x = Smear(4), torch.randn(2, 3, 4)
-    torch.testing.assert_close(smear(x), x)  # where it begins
+    smear, x, before = Smear(4), *torch.randn(2, 2, 3, 4)
+    torch.testing.assert_close(smear(x, before), x)  # where it begins
     with torch.no_grad():
         smear.share.copy_(torch.tensor([1.0, 0.0, -2.0, 0.5]))
-    torch.testing.assert_close(smear(x)[:, 0], x[:, 0])  # nothing before it
-    gate = 1 / (1 + torch.exp(-(x[:, 2] * smear.gate.weight[0]).sum(-1, keepdim=True)))
-    torch.testing.assert_close(smear(x)[:, 2], x[:, 2] + gate * smear.share * x[:, 1])
+    gate = 1 / (1 + torch.exp(-(x * smear.gate.weight[0]).sum(-1, keepdim=True)))
+    torch.testing.assert_close(smear(x, before), x + gate * smear.share * before)
 
 
 def test_value_embeddings_are_added_to_the_values() -> None:
-    attention = Attention(GPTConfig(n_head=2, n_embd=8))
+    config = GPTConfig(n_head=2, n_embd=8)
+    attention, order = Attention(config), plain(config, 5)
     x, added = torch.randn(1, 5, 8), torch.randn(8)
-    plain, shifted = attention(x, Position()), attention(x, Position(), added.expand(1, 5, 8))
+    without, shifted = attention(x, *order), attention(x, *order, added.expand(1, 5, 8))
     # Attention is an average of values: what is added to all of them is added to the average.
-    torch.testing.assert_close(shifted - plain, (added @ attention.output.weight.T).expand(1, 5, 8))
+    torch.testing.assert_close(shifted - without, (added @ attention.output.weight.T).expand(1, 5, 8))
 
 
 def test_residual_scalars_mix_the_stream_with_its_start() -> None:
     block = Block(GPTConfig(n_head=2, n_embd=8, residual_scalars=True))
     x, start = torch.randn(2, 1, 5, 8)
-    plain = Block(GPTConfig(n_head=2, n_embd=8))
-    plain.load_state_dict({name: value for name, value in block.state_dict().items() if name != "mixing"})
-    torch.testing.assert_close(block(x, start, Position()), plain(x, start, Position()))  # where it begins
+    without = Block(config := GPTConfig(n_head=2, n_embd=8))
+    order = plain(config, 5)
+    without.load_state_dict({name: value for name, value in block.state_dict().items() if name != "mixing"})
+    torch.testing.assert_close(block(x, start, *order), without(x, start, *order))  # where it begins
     with torch.no_grad():
         block.mixing.copy_(torch.tensor([0.5, 2.0]))  # type: ignore[union-attr]
     mixed = 0.5 * x + 2.0 * start
-    torch.testing.assert_close(block(x, start, Position()), plain(mixed, mixed, Position()))
+    torch.testing.assert_close(block(x, start, *order), without(mixed, mixed, *order))

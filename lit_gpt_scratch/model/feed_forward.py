@@ -1,0 +1,89 @@
+"""The feed-forward part of a block. A kind of one's own is a class here, and its name in the table below."""
+
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
+
+
+class FeedForward(nn.Module):
+    """Widen, bend, narrow: ``output(activation(input(x)))``. Subclasses say how to bend.
+
+    Attributes:
+        ratio: Hidden width by ``n_embd``, where the config names none.
+    """
+
+    ratio: ClassVar[float] = 4
+
+    def __init__(self, config: "GPTConfig") -> None:
+        super().__init__()
+        self.input = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.output = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """x: (B, T, n_embd), hidden: (B, T, ffn_dim) -> (B, T, ffn_dim)."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, T, n_embd) -> (B, T, n_embd)."""
+        out: Tensor = self.output(self.activation(x, self.input(x)))
+        return out
+
+
+class ReLU(FeedForward):
+    """The original Transformer's (https://arxiv.org/abs/1706.03762)."""
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.relu(hidden)
+
+
+class ReLU2(FeedForward):
+    """Squared ReLU (https://arxiv.org/abs/2109.08668)."""
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.relu(hidden).square()
+
+
+class GELU(FeedForward):
+    """GPT-2's: the Gaussian error linear unit in its tanh form (https://arxiv.org/abs/1606.08415)."""
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.gelu(hidden, approximate="tanh")
+
+
+class Gated(FeedForward):
+    """A third matrix makes a gate for each hidden channel (https://arxiv.org/abs/2002.05202)."""
+
+    ratio = 8 / 3  # as many parameters as four times with two matrices
+
+    def __init__(self, config: "GPTConfig") -> None:
+        super().__init__(config)
+        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+
+
+class SwiGLU(Gated):
+    """Llama's and Qwen's: the gate is bent by x * sigmoid(x)."""
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.silu(self.gate(x)) * hidden
+
+
+class GeGLU(Gated):
+    """Gemma's: the gate is bent by the GELU in its tanh form."""
+
+    @override
+    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
+        return F.gelu(self.gate(x), approximate="tanh") * hidden
+
+
+FEED_FORWARD: dict[str, type[FeedForward]] = {
+    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU,
+}  # fmt: skip

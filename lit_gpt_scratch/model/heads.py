@@ -1,0 +1,72 @@
+"""What is read off the stream after the last block: tokens, classes, or a number. The matrix itself is ``GPT.head``."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
+
+
+class Head(Protocol):
+    """A linear map from the stream, and how its outputs are read."""
+
+    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+        """Rows of the matrix."""
+
+    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+        """x: (B, T, width), what the matrix gives, in at least float32 -> what the model gives."""
+
+
+def padded(config: "GPTConfig", vocab_size: int) -> int:
+    """Rows of embedding and head: the vocabulary's, rounded up."""
+    return -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Logits of the next token: (B, T, vocab_size)."""
+
+    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+        """As many as the embedding has."""
+        return padded(config, vocab_size)
+
+    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+        """Without the rows beyond the vocabulary, and squashed if the config says so."""
+        logits = x[..., :vocab_size]
+        cap = config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Logits of classes, at every token: (B, T, n). The last token of a text has seen all of it.
+
+    Attributes:
+        n: How many classes there are.
+    """
+
+    n: int
+
+    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+        """One row a class."""
+        return self.n
+
+    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+        """As they are."""
+        return x
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """One number at every token, as a reward or a value: (B, T)."""
+
+    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+        """One row."""
+        return 1
+
+    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+        """Without the dimension that it comes in."""
+        return x.squeeze(-1)

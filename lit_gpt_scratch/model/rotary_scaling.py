@@ -1,0 +1,62 @@
+"""Rotary frequencies for contexts longer than those a model was trained in.
+
+``factor`` is how many times longer. Frequencies are in radians a token.
+"""
+
+import math
+from typing import TYPE_CHECKING, Final
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.model.config import GPTConfig
+
+SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
+FAST: Final = {"llama3": 4.0, "yarn": 32.0}
+"""Turns within the trained context above which a pair of channels is left alone, where the config names none."""
+
+
+def frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
+    """The angle by which each pair of channels turns from one token to the next.
+
+    - ``linear``: all slower by the factor (https://arxiv.org/abs/2306.15595).
+    - ``ntk``: another base, so that the slowest pair is slower by the factor and the fastest as it was
+      (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
+    - ``llama3``: pairs that turn less than ``rotary_slow`` times within the trained context are slowed by the factor,
+      those above ``rotary_fast`` are left alone, and in between the share grows with the turns (Llama 3.1).
+    - ``yarn``: the same, but the share grows with the pair's number, and attention is sharpened
+      (https://arxiv.org/abs/2309.00071, section 3.2 and 3.4).
+
+    Args:
+        config: The architecture.
+        width: Channels of a head that are turned.
+
+    Returns:
+        (width / 2,) float32, and what cosines and sines are multiplied by.
+    """
+    half = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
+    plain = config.rotary_base ** (-half / width)
+    kind, factor = config.rotary_scaling, config.rotary_factor
+    if kind is None:
+        return plain, 1.0
+    if kind == "linear":
+        return plain / factor, 1.0
+    if kind == "ntk":
+        return (config.rotary_base * factor ** (width / (width - 2))) ** (-half / width), 1.0
+    assert config.rotary_trained_context is not None
+    slow, fast = config.rotary_slow, config.rotary_fast or FAST[kind]
+    if kind == "llama3":
+        turns = config.rotary_trained_context * plain / (2 * math.pi)
+        kept = ((turns - slow) / (fast - slow)).clamp(0, 1)  # (width / 2,), share of the frequency as it was
+        return plain * kept + plain / factor * (1 - kept), 1.0
+
+    def pair(turns: float) -> float:
+        """The number of the pair that turns so many times within the trained context."""
+        wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
+        return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
+
+    first, last = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), width - 1)
+    slowed = ((half / 2 - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
+    sharper = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return plain * (1 - slowed) + plain / factor * slowed, sharper
