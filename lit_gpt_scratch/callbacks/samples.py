@@ -6,7 +6,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.decoding.sampling import Sampling, generate
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.tasks import LanguageModel
 
 
@@ -31,9 +32,8 @@ class Samples(Callback):
             return
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
-        start = data.tokenizer.end_of_text
-        ids = generate(pl_module.net, [start], self.tokens, self.sampling, seed=0, end_of_text=start)
-        self.latest = data.tokenizer.decode(list(ids))
+        pieces = write(pl_module.net, data.tokenizer, [""], self.tokens, self.sampling, seeds=[0])
+        self.latest = "".join(piece for _, piece in pieces)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # Markdown: four spaces keep text as it is. The step is the last one's, as for metrics.

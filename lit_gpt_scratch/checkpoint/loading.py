@@ -38,14 +38,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def load_model(path: Path) -> tuple[GPT, Tokenizer]:
+def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
     """The network, ready to use, and its tokenizer.
 
+    Args:
+        path: A checkpoint or a shared model.
+        trusted: The attention class of somebody's own that it may name: to build it is to run that code.
+
     Raises:
-        UserError: The file is missing, is not a checkpoint, or its parts do not fit together.
+        UserError: The file is missing, is not a checkpoint, names a class that is not trusted, or its parts do not fit
+            together.
     """
     checkpoint = load_checkpoint(path)
     contents = Contents.of(checkpoint)
+    if (own := contents.gpt.get("attention")) not in (None, trusted):
+        raise UserError(f"{path} has attention of its own, {own}; if you trust that code, let it run: --trust {own}")
     weights = {
         name.removeprefix(NETWORK): weight
         for name, weight in checkpoint["state_dict"].items()

@@ -31,7 +31,8 @@ def share(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    weights = {n.removeprefix(prefix): w for n, w in checkpoint["state_dict"].items() if n.startswith(prefix)}
+    state = {name: weight for name, weight in checkpoint["state_dict"].items() if name.startswith(prefix)}
+    weights = {name.removeprefix(prefix): weight.clone() for name, weight in state.items()}  # tied ones are written twice
     contents = json.dumps(checkpoint[KEY], sort_keys=True)
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
+PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
+"""Lightning's names for the types that a model can be used in."""
+
+
 def run(door: Callable[[], None]) -> None:
     """Run a door; a ``UserError`` becomes one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
@@ -67,6 +71,8 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
         self.add_argument("--experiment", help="look for the newest run in this experiment only")
         self.add_argument("--device", default="cpu", help="cpu, cuda or mps")
+        self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="type of the weights")
+        self.add_argument("--trust", metavar="CLASS", help="let a checkpoint run this attention class of your own")
 
 
 def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
@@ -75,16 +81,18 @@ def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     Raises:
         UserError: There is no such checkpoint, or no such device.
     """
+    import torch
+
     from lit_gpt_scratch.checkpoint.loading import load_model
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.hardware.defaults import use_allowed_cores
 
     use_allowed_cores()
-    model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment))
+    model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment), given.trust)
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
         raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")
     try:
-        return model.to(given.device), tokenizer
+        return model.to(given.device, getattr(torch, PRECISIONS[given.precision])), tokenizer
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument --device: cannot use {given.device} ({reason})") from error

@@ -1,33 +1,69 @@
 """``generate``: a trained model continues a prompt."""
 
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from lit_gpt_scratch.cli.door import Flags, find_model
-from lit_gpt_scratch.decoding.sampling import Sampling, generate
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.errors import UserError
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The door ``generate``: the prompt and what follows it, and nothing else, on standard output."""
+    """The door ``generate``: prompts and what follows them, and nothing else, on standard output."""
     flags = Flags(prog="python -m lit_gpt_scratch.generate", description="Let a trained model continue a prompt.")
     flags.add_checkpoint()
-    flags.add_argument("--prompt", default="", help="text to continue; empty begins a new document")
+    flags.add_argument(
+        "--prompt", action="append", help="text to continue; empty begins a new document; may be given several times"
+    )
+    flags.add_argument("--samples", type=int, default=1, help="continuations of each prompt, side by side")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many tokens")
+    flags.add_argument("--stop", action="append", default=[], help="end before this string; may be given several times")
     flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
     flags.add_argument("--top_k", type=int, default=50, help="choose among the k likeliest tokens")
-    flags.add_argument("--seed", type=int, default=0, help="the same seed writes the same text")
+    flags.add_argument("--top_p", type=float, help="choose among the likeliest that together have this probability")
+    flags.add_argument("--min_p", type=float, help="choose among those with this share of the likeliest's probability")
+    flags.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1, avoid tokens that were there")
+    flags.add_argument(
+        "--seed", type=int, default=0, help="the same seed writes the same text; each next text has the next"
+    )
+    flags.add_argument("--json", action="store_true", help="print a JSON object a text, with its prompt and seed")
     given = flags.parse_args(args)
-    sampling = Sampling(given.temperature, given.top_k)
-    if not 0 <= given.seed < 2**63:
-        raise UserError(f"argument --seed: {given.seed} is not between 0 and 2**63")
-    if any("\ud800" <= character <= "\udfff" for character in given.prompt):
-        raise UserError("argument --prompt: it is not UTF-8 text")
+    sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
+    if given.samples < 1:
+        raise UserError(f"argument --samples: {given.samples} is not positive")
+    if given.seed < 0:
+        raise UserError(f"argument --seed: {given.seed} is negative")
+    for name in ("prompt", "stop"):
+        if any("\ud800" <= character <= "\udfff" for text in getattr(given, name) or () for character in text):
+            raise UserError(f"argument --{name}: it is not UTF-8 text")
+    prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
+    seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = find_model(given)
-    prompt = [tokenizer.end_of_text, *tokenizer.encode(given.prompt)]
-    ids = generate(model, prompt, given.max_new_tokens, sampling, given.seed, tokenizer.end_of_text)
-    sys.stdout.write(given.prompt)
-    for piece in tokenizer.decode_stream(ids):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    pieces = write(model, tokenizer, prompts, given.max_new_tokens, sampling, seeds, given.stop)
+    if given.json:
+        for row, text in _whole(pieces, len(prompts)):
+            print(
+                json.dumps({"prompt": prompts[row], "text": text, "seed": seeds[row]}, ensure_ascii=False), flush=True
+            )
+    elif len(prompts) > 1:
+        for row, text in _whole(pieces, len(prompts)):
+            print("\n" * (row > 0) + prompts[row] + text, flush=True)
+    else:
+        sys.stdout.write(prompts[0])
+        for _, piece in pieces:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+def _whole(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
+    """Texts that are written side by side, one after the other, each when it and those before it are done."""
+    texts, done, next_row = [""] * n, [False] * n, 0
+    for row, piece in pieces:
+        texts[row] += piece
+        done[row] = not piece
+        while next_row < n and done[next_row]:
+            yield next_row, texts[next_row]
+            next_row += 1

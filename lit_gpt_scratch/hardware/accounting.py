@@ -22,7 +22,7 @@ MOMENTS = {"muon": 1, "adamw": 2}
 
 
 def parameters_by_part(net: GPT) -> dict[str, int]:
-    """Number of parameters of the embeddings, of attention, feed-forward and normalisation, and of the head."""
+    """Number of parameters of the embeddings, of attention and feed-forward, of the head if it is not tied, and others."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
@@ -30,9 +30,9 @@ def parameters_by_part(net: GPT) -> dict[str, int]:
         elif isinstance(module, Attention | FeedForward):
             part = "attention" if isinstance(module, Attention) else "feed-forward"
             parts[part] += sum(child.weight.numel() for child in module.children() if isinstance(child, nn.Linear))
-    parts["head"] = net.head.weight.numel()
-    parts["gains"] = sum(p.numel() for p in net.parameters()) - parts.total()
-    return dict(parts)
+    parts["head"] = 0 if net.head.weight is net.embedding.weight else net.head.weight.numel()
+    parts["gains and biases"] = sum(p.numel() for p in net.parameters()) - parts.total()
+    return {part: n for part, n in parts.items() if n}
 
 
 def refuse_too_large(config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int) -> None:

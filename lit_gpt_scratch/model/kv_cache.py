@@ -26,9 +26,9 @@ class KVCache:
     """
 
     def __init__(self, config: "GPTConfig", rows: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, rows, config.kv_heads, slots, config.head_width)
-        self._keys = list(torch.zeros(shape, device=device, dtype=dtype).unbind())
-        self._values = list(torch.zeros(shape, device=device, dtype=dtype).unbind())
+        shape = (rows, config.kv_heads, slots, config.head_width)
+        self._keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self._values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self._before: dict[str, Tensor] = {}
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._places: Tensor | None = None
@@ -116,6 +116,10 @@ class KVCache:
         self._before = {name: x[index] for name, x in self._before.items()}
         self._rows = self._rows[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def clear(self, row: int) -> None:
+        """Begin a row anew."""
+        self.lengths[row] = 0
 
     def replace(self, row: int, other: "KVCache") -> None:
         """Put the only row of another cache in the place of one of this one."""

@@ -96,13 +96,8 @@ class GPT(nn.Module):
             raise UserError(f"{T} tokens do not fit into a context of {most}")
         order = layout(self.config, self.position, input_ids, document_ids, cache)
         x = self.position.embed(self.embedding(input_ids), order.positions)  # (B, T, n_embd)
-        first = order.positions == 0  # (T,) or (B, T)
-        if self.bigrams is not None:
-            before = _before(input_ids) if cache is None else cache.before("ids", input_ids)
-            x = x + self.bigrams(input_ids, before, first)
-        if self.smear is not None:
-            before = _before(x) if cache is None else cache.before("embedding", x)
-            x = self.smear(x, before.masked_fill(first[..., None], 0.0))
+        if self.bigrams is not None or self.smear is not None:
+            x = self._look_back(x, input_ids, order.positions == 0, cache)
         x = start = self.dropout(x)
         for number, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
             added = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
@@ -112,6 +107,16 @@ class GPT(nn.Module):
             cache.advance(input_ids.size(1))
         out: Tensor = self.norm(x)
         return out
+
+    def _look_back(self, x: Tensor, input_ids: Tensor, first: Tensor, cache: KVCache | None) -> Tensor:
+        """Let embeddings know of the token before, except the first of a document; first: (T,) or (B, T) bool."""
+        if self.bigrams is not None:
+            before = _before(input_ids) if cache is None else cache.before("ids", input_ids)
+            x = x + self.bigrams(input_ids, before, first)
+        if self.smear is not None:
+            before = _before(x) if cache is None else cache.before("embedding", x)
+            x = self.smear(x, before.masked_fill(first[..., None], 0.0))
+        return x
 
 
 def _before(x: Tensor) -> Tensor:

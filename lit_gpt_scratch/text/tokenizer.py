@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -130,13 +130,10 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def decode_stream(self, ids: Iterable[int]) -> Iterator[str]:
-        """The text of ids as they come, a piece as soon as its bytes form whole characters."""
+    def decoder(self) -> Callable[[int], str]:
+        """For ids as they come: what text each one completes; bytes wait until they form whole characters."""
         stream = decoders.DecodeStream(skip_special_tokens=False)
-        for token_id in ids:
-            piece: str | None = stream.step(self._backend, token_id)
-            if piece:
-                yield piece
+        return lambda token_id: stream.step(self._backend, token_id) or ""
 
     @property
     def loss(self) -> str:

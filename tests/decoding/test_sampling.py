@@ -1,65 +1,83 @@
-"""Sampling against the distribution it claims, and the loop against a loop written out."""
+"""Choosing a token, against the distribution it claims and against ``transformers``' processors."""
+
+import random
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from lit_gpt_scratch.decoding.sampling import Sampling, generate
+from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.errors import UserError
-from tests.conftest import TINY, randomised
+
+LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])
 
 
-def draw(sampling: Sampling, logits: torch.Tensor, n: int = 20_000) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(0)
-    tokens = sampling.choose(logits.expand(n, -1), generator)
+def draw(sampling: Sampling, logits: torch.Tensor, n: int = 20_000, seen: torch.Tensor | None = None) -> torch.Tensor:
+    rng = random.Random(0)
+    rows = logits.expand(n, -1)
+    tokens = sampling.choose(rows, [rng.random() for _ in range(n)], None if seen is None else seen.expand(n, -1))
     return torch.bincount(tokens, minlength=logits.numel()) / n
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 def test_temperature_and_top_k_shape_the_distribution(temperature: float) -> None:
-    logits = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])
-    torch.testing.assert_close(
-        draw(Sampling(temperature, None), logits), (logits / temperature).softmax(-1), atol=0.015, rtol=0
-    )
+    everything = Sampling(temperature=temperature, top_k=None)
+    torch.testing.assert_close(draw(everything, LOGITS), (LOGITS / temperature).softmax(-1), atol=0.015, rtol=0)
     kept = torch.tensor([False, True, False, False, True])
-    expected = (logits / temperature).masked_fill(~kept, float("-inf")).softmax(-1)
-    torch.testing.assert_close(draw(Sampling(temperature, 2), logits), expected, atol=0.015, rtol=0)
+    expected = (LOGITS / temperature).masked_fill(~kept, float("-inf")).softmax(-1)
+    torch.testing.assert_close(draw(Sampling(temperature=temperature, top_k=2), LOGITS), expected, atol=0.015, rtol=0)
 
 
-def test_temperature_zero_takes_the_likeliest() -> None:
-    model, ids = randomised(TINY), [3, 1, 4]
-    expected = list(ids)
-    for _ in range(40):  # beyond the context of 24
-        expected.append(int(model(torch.tensor([expected[-24:]]))[0, -1].argmax()))
-    assert list(generate(model, ids, 40, Sampling(0.0), seed=0, end_of_text=-1)) == expected[3:]
-
-
-def test_a_seed_decides_and_the_global_state_is_left_alone() -> None:
-    model = randomised(TINY)
-
-    def write(seed: int) -> list[int]:
-        return list(generate(model, [1], 20, Sampling(2.0, None), seed, end_of_text=-1))
-
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    assert write(1) == write(1)
-    assert write(1) != write(2)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_the_end_of_text_ends_the_text() -> None:
-    model = randomised(TINY)
-    free = list(generate(model, [1], 20, Sampling(0.0), seed=0, end_of_text=-1))
-    assert list(generate(model, [1], 20, Sampling(0.0), seed=0, end_of_text=free[5])) == free[: free.index(free[5])]
-
-
-def test_what_cannot_be_generated_is_refused() -> None:
-    model = randomised(TINY)
-    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context holds 24"):
-        next(generate(model, [1] * 25, 1, Sampling(), 0, 0))
-    for build in (
-        lambda: Sampling(temperature=-1),
-        lambda: Sampling(temperature=float("nan")),
-        lambda: Sampling(top_k=0),
+@given(
+    seed=st.integers(0, 10_000),
+    temperature=st.floats(0.1, 3.0),
+    top_k=st.none() | st.integers(1, 40),
+    top_p=st.none() | st.floats(0.05, 1.0),
+    min_p=st.none() | st.floats(0.01, 1.0),
+    penalty=st.sampled_from([1.0, 0.7, 1.3]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_distribution_is_that_of_transformers(
+    seed: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
+) -> None:
+    """Every token's chance is the length of the numbers that choose it: a fine comb of them measures it."""
+    process = pytest.importorskip("transformers.generation.logits_process")
+    torch.manual_seed(seed)
+    logits, ids = 3 * torch.randn(1, 30), torch.randint(30, (1, 7))
+    expected = process.RepetitionPenaltyLogitsProcessor(penalty)(ids, logits)
+    expected = process.TemperatureLogitsWarper(temperature)(ids, expected)
+    for warper, value in (
+        (process.TopKLogitsWarper, top_k),
+        (process.TopPLogitsWarper, top_p),
+        (process.MinPLogitsWarper, min_p),
     ):
-        with pytest.raises(UserError):
-            build()
+        expected = expected if value is None else warper(value)(ids, expected)
+    seen = torch.zeros(1, 30, dtype=torch.bool)
+    seen[0, ids[0]] = True
+    n = 4000
+    comb = [(i + 0.5) / n for i in range(n)]
+    sampling = Sampling(penalty, temperature, top_k, top_p, min_p)
+    found = torch.bincount(sampling.choose(logits.expand(n, -1), comb, seen.expand(n, -1)), minlength=30) / n
+    torch.testing.assert_close(found, expected.softmax(-1)[0], atol=2 / n, rtol=0)
+
+
+@pytest.mark.parametrize("vocabulary", [2, 65, 50_257])
+def test_the_last_of_all_numbers_chooses_something_that_can_be_chosen(vocabulary: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(50, vocabulary)
+    logits[:, -1] = -torch.inf
+    tokens = Sampling(temperature=1.0, top_k=None).choose(logits, [1 - 2**-53] * 50)
+    assert logits.gather(1, tokens[:, None]).isfinite().all()
+    assert Sampling(top_k=None).choose(logits, [0.0] * 50).max() < vocabulary - 1
+
+
+def test_what_cannot_be_is_refused() -> None:
+    for name, value in [
+        ("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1),
+        ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")),
+    ]:  # fmt: skip
+        with pytest.raises(UserError, match=f"{name} is {value}"):
+            Sampling(**{name: value})  # type: ignore[arg-type]  # of any of them
+    with pytest.raises(UserError, match="diverged"):
+        Sampling().choose(torch.tensor([[0.0, float("nan")]]), [0.5])

@@ -25,7 +25,7 @@ def test_any_text_comes_back(text: str) -> None:
     tokenizer = Tokenizer.train(["some text"], 260)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert "".join(tokenizer.decode_stream(ids)) == text
+    assert "".join(map(tokenizer.decoder(), ids)) == text
     sizes = tokenizer.token_bytes()
     assert sum(sizes[i] for i in ids) == len(text.encode())
     assert tokenizer.end_of_text not in ids

@@ -1,0 +1,141 @@
+"""The loop that writes: prompts are read at once, then every row gets one token after the other."""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.kv_cache import KVCache
+
+
+def generate(
+    model: GPT,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    end_of_text: int,
+    done: Callable[[int, int], bool] | None = None,
+) -> Iterator[tuple[int, int | None]]:
+    """Continue prompts side by side, until each document ends.
+
+    A row's text depends on its own prompt and seed, not on its neighbours. What a row has of keys and values is kept;
+    when a text outgrows the context, the model goes on with the last half of it.
+
+    Args:
+        model: In evaluation mode.
+        prompts: Ids to continue; at least one each, so begin with the end of text of the "last" document.
+        max_new_tokens: Stop after so many in a row.
+        sampling: How to choose.
+        seeds: One a prompt; the global random state is left alone.
+        end_of_text: A row ends when this token is chosen; it is not given.
+        done: Whether a prompt's row ends with this token, which is given all the same.
+
+    Yields:
+        The number of the prompt, and its next token; None when it has ended.
+
+    Raises:
+        UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.
+    """
+    for prompt in prompts:
+        if not 0 < len(prompt) <= model.block_size:
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens (with the start of text), the context holds {model.block_size}; "
+                f"shorten the prompt"
+            )
+    if max_new_tokens < 0:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    if not prompts or max_new_tokens == 0:
+        return ((row, None) for row in range(len(prompts)))
+    return _generate(model, [list(p) for p in prompts], max_new_tokens, sampling, seeds, end_of_text, done)
+
+
+@torch.inference_mode()
+def _generate(
+    model: GPT,
+    texts: list[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    end_of_text: int,
+    done: Callable[[int, int], bool] | None,
+) -> Iterator[tuple[int, int | None]]:
+    rows = list(range(len(texts)))  # the prompt of each row of the batch
+    dice = [random.Random(seed) for seed in seeds]
+    slots = min(model.block_size, max(map(len, texts)) + max_new_tokens)
+    cache, logits = prefill(model, texts, slots)
+    seen = _marked(texts, logits) if sampling.repetition_penalty != 1 else None
+    for step in range(1, max_new_tokens + 1):
+        tokens = sampling.choose(logits, [dice[row].random() for row in rows], seen)  # (B,)
+        going_on = []
+        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+            if token != end_of_text:
+                texts[row].append(token)
+                yield row, token
+            if token == end_of_text or step == max_new_tokens or (done and done(row, token)):
+                yield row, None
+            else:
+                going_on.append(place)
+        if not going_on:
+            return
+        if len(going_on) < len(rows):
+            rows, tokens = [rows[place] for place in going_on], tokens[going_on]
+            cache.keep(going_on)
+            seen = seen[going_on] if seen is not None else None
+        if seen is not None:
+            seen.scatter_(1, tokens[:, None], value=True)
+        if cache.longest == model.block_size:
+            _make_room(model, [texts[row] for row in rows], cache)
+        logits = _read_last(model, tokens[:, None], cache)
+
+
+def prefill(model: GPT, texts: Sequence[list[int]], slots: int) -> tuple[KVCache, Tensor]:
+    """Read texts of uneven lengths at once.
+
+    Args:
+        model: The network.
+        texts: Ids, at least one each.
+        slots: Tokens that each row of the cache shall hold.
+
+    Returns:
+        The cache, and the logits after each text, (B, vocab_size).
+    """
+    weight = model.embedding.weight
+    counts = [len(text) for text in texts]
+    # Filled up behind, where no token of the text looks; what is written there is written over later.
+    filled = [text + [0] * (max(counts) - len(text)) for text in texts]
+    cache = KVCache(model.config, len(texts), slots, weight.device, weight.dtype)
+    cache.expect(counts)
+    return cache, _read_last(model, torch.tensor(filled, device=weight.device), cache, counts)
+
+
+def _read_last(model: GPT, ids: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
+    """Logits after the last token of each row: (B, T) -> (B, vocab_size)."""
+    # Windows of ever new lengths would be compiled anew each.
+    with torch.compiler.set_stance("force_eager"):
+        x = model.hidden(ids, cache=cache)  # (B, T, n_embd)
+        if counts is not None:
+            x = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
+        return model.read(x)[:, -1]
+
+
+def _make_room(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
+    """Where a row is full, read the last half of its text anew; its last token, which comes next, not yet."""
+    half = max(1, model.block_size // 2)
+    for row, text in enumerate(texts):
+        if cache.lengths[row] == model.block_size:
+            cache.clear(row)
+            if half > 1:
+                cache.replace(row, prefill(model, [text[-half:-1]], cache.slots)[0])
+
+
+def _marked(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
+    """Which tokens each text has: (B, vocab_size) bool."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    for row, text in enumerate(texts):
+        seen[row, text] = True
+    return seen

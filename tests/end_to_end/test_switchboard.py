@@ -1,0 +1,161 @@
+"""Configurations drawn from the whole switchboard: each builds, sees no future, trains, is saved, and decodes."""
+
+import tempfile
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.checkpoint import sealed
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.loading import NETWORK, load_model
+from lit_gpt_scratch.checkpoint.sharing import share
+from lit_gpt_scratch.decoding.generation import generate
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.optim import AdamW, Muon
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import randomised
+
+VOCAB, CONTEXT = 257, 12
+HINTS = get_type_hints(GPTConfig)
+OWN = "tests.own_attention.Loud"
+
+
+def choices(name: str) -> list[str]:
+    """All that a switch can be, as its type says."""
+    return [c for a in get_args(HINTS[name]) for c in (get_args(a) or [a]) if isinstance(c, str)]
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> GPTConfig:
+    """Any of them, every switch drawn; what contradicts is drawn from what does not."""
+    kv, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 4))
+    position, scaling = draw(st.sampled_from(choices("position"))), None
+    if position == "rotary":
+        scaling = draw(st.none() | st.sampled_from(choices("rotary_scaling")))
+    trained = draw(st.integers(4, 64)) if scaling in ("llama3", "yarn") else None
+    dropout, softcap = draw(st.sampled_from([0.0, 0.1])), draw(st.sampled_from([None, 5.0]))
+    drawn = {
+        "n_layer": draw(st.integers(1, 3)),
+        "n_head": kv * group,
+        "n_embd": kv * group * 2 * half if draw(st.booleans()) else draw(st.sampled_from([16, 24])),
+        "n_kv_head": kv,
+        "head_dim": 2 * half,
+        "attention": draw(st.sampled_from([None, OWN])),
+        "attention_backend": draw(st.sampled_from(["auto", "manual"] if softcap else ["auto", "sdpa", "manual"])),
+        "attention_softcap": softcap,
+        "sliding_window": draw(st.none() | st.integers(1, CONTEXT + 2)),
+        "qk_norm": draw(st.booleans()),
+        "position": position,
+        "rotary_base": draw(st.sampled_from([100.0, 10_000.0])),
+        "rotary_share": draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half % 2 == 0 else 1.0,
+        "rotary_scaling": scaling,
+        "rotary_factor": draw(st.floats(1.0, 8.0)) if scaling else 1.0,
+        "rotary_trained_context": trained,
+        "rotary_slow": draw(st.sampled_from([0.5, 1.0])),
+        "rotary_fast": draw(st.sampled_from([None, 2.0])),
+        "norm": draw(st.sampled_from(choices("norm"))),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
+        "norm_placement": draw(st.sampled_from(choices("norm_placement"))),
+        "bias": draw(st.booleans()),
+        "feed_forward": draw(st.sampled_from(choices("feed_forward"))),
+        "ffn_dim": draw(st.none() | st.integers(1, 40)),
+        "tied_embeddings": draw(st.booleans()),
+        "vocab_multiple": draw(st.sampled_from([1, 64])),
+        "logit_softcap": draw(st.sampled_from([None, 15.0])),
+        "value_embeddings": draw(st.booleans()),
+        "bigram_rows": draw(st.sampled_from([None, 50])),
+        "smear": draw(st.booleans()),
+        "residual_scalars": draw(st.booleans()),
+        "dropout": dropout,
+        "initialisation": draw(st.sampled_from(choices("initialisation"))),
+    }
+    assert drawn.keys() == {field.name for field in fields(GPTConfig)}  # a new switch has to be drawn, too
+    return GPTConfig(**drawn)
+
+
+def sees_no_future(config: GPTConfig) -> None:
+    model = randomised(config, VOCAB, CONTEXT)
+    ids = torch.randint(VOCAB, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
+    changed = ids.clone()
+    changed[0, 7] = (changed[0, 7] + 1) % VOCAB
+    with torch.no_grad():
+        before, after = model(ids), model(changed)
+    assert before.shape == (1, CONTEXT, VOCAB)
+    assert torch.equal(before[:, :7], after[:, :7])
+    assert not torch.equal(before[:, 7], after[:, 7])
+
+
+def trains(config: GPTConfig) -> None:
+    torch.manual_seed(0)
+    model, ids = GPT(config, VOCAB, CONTEXT), torch.randint(VOCAB, (4, CONTEXT + 1))
+    documents = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]).expand(4, -1)
+    for recipe in (Muon(), AdamW()):
+        optimizer, losses = recipe.build(model), []
+        for _ in range(2):
+            nats, tokens = token_nats(model(ids[:, :-1], documents), ids[:, 1:])
+            (nats / tokens).backward()
+            losses.append((nats / tokens).item())
+            optimizer.step()
+            optimizer.zero_grad()
+        assert all(torch.tensor(losses).isfinite()), losses
+        assert losses[1] != losses[0]
+
+
+def survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
+    model = randomised(config, VOCAB, CONTEXT)
+    contents = Contents(asdict(config), VOCAB, CONTEXT, tokenizer.to_json())
+    weights = {NETWORK + name: weight for name, weight in model.state_dict().items()}
+    checkpoint = {KEY: asdict(contents), "state_dict": weights}
+    sealed.save(checkpoint, folder / "a.ckpt")
+    share(checkpoint, NETWORK, folder / "a.safetensors")
+    ids = torch.arange(CONTEXT)[None]
+    for name in ("a.ckpt", "a.safetensors"):
+        again, _ = load_model(folder / name, trusted=config.attention)
+        with torch.no_grad():
+            assert torch.equal(again(ids), model(ids))
+
+
+def decodes_alike_with_and_without_a_cache(config: GPTConfig) -> None:
+    model = randomised(config, VOCAB, CONTEXT).double()
+    prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
+    found: dict[int, list[int]] = {0: [], 1: [], 2: []}
+    for row, token in generate(model, prompts, 20, Sampling(temperature=0.0), [0, 0, 0], end_of_text=-1):
+        found[row] += [] if token is None else [token]
+    for row, prompt in enumerate(prompts):
+        seen = list(prompt)
+        for token in found[row]:
+            with torch.no_grad():
+                logits = model(torch.tensor([seen]))[0, -1]
+            assert logits[token] >= logits.max() - 1e-9  # ties aside, the likeliest
+            seen.append(token)
+            if len(seen) > CONTEXT:
+                seen = seen[-(CONTEXT // 2) :]
+
+
+def proven(config: GPTConfig) -> None:
+    sees_no_future(config)
+    trains(config)
+    with tempfile.TemporaryDirectory() as folder:
+        survives_a_checkpoint(config, Tokenizer.train(["a"], 257, "byte"), Path(folder))
+    decodes_alike_with_and_without_a_cache(config)
+
+
+@given(configs())
+@settings(max_examples=30, deadline=None)
+def test_any_configuration(config: GPTConfig) -> None:
+    proven(config)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@given(configs())
+@settings(max_examples=300, deadline=None)
+def test_three_hundred_configurations(config: GPTConfig) -> None:
+    proven(config)
