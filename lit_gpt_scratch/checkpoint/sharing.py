@@ -32,7 +32,7 @@ def share(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
         UserError: It cannot be written.
     """
     state = {name: weight for name, weight in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    weights = {name.removeprefix(prefix): weight.clone() for name, weight in state.items()}  # tied ones are written twice
+    weights = {name.removeprefix(prefix): w.clone() for name, w in state.items()}  # tied ones are written twice
     contents = json.dumps(checkpoint[KEY], sort_keys=True)
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:

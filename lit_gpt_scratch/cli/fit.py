@@ -29,11 +29,13 @@ from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import quieten, user_errors
+from lit_gpt_scratch.cli.preset import begin_with_preset, named_preset
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
+from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
@@ -95,6 +97,12 @@ class FitCLI(LightningCLI):
             "for the newest run of this experiment; 'auto' for the newest, or a new one where there is none.",
         )
         parser.add_argument(
+            "--preset",
+            type=str | None,
+            default=None,
+            help=f"Begin with the shape of a model by name; flags and configs go over it: {', '.join(PRESETS)}.",
+        )
+        parser.add_argument(
             "--force",
             action="store_true",
             help="Go on from a checkpoint though text, seed, model or optimizer are not what they were.",
@@ -115,6 +123,7 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
         flags = list(sys.argv[1:] if args is None else args)
+        begin_with_preset(parser, named_preset(flags))
         self.config = parser.parse_args(flags)
         self.resumed: Resumed | None = None
         self.config_before: Namespace | None = None

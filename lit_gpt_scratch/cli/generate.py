@@ -8,6 +8,7 @@ from lit_gpt_scratch.cli.door import Flags, find_model
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.defaults import why_not_compile
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -28,6 +29,9 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--seed", type=int, default=0, help="the same seed writes the same text; each next text has the next"
     )
+    flags.add_argument(
+        "--compile", action="store_true", help="many seconds at first, then faster: for long or many texts"
+    )
     flags.add_argument("--json", action="store_true", help="print a JSON object a text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
@@ -41,7 +45,9 @@ def main(args: Sequence[str] | None = None) -> None:
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = find_model(given)
-    pieces = write(model, tokenizer, prompts, given.max_new_tokens, sampling, seeds, given.stop)
+    if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
+        raise UserError(f"argument --compile: {why_not}")
+    pieces = write(model, tokenizer, prompts, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
     if given.json:
         for row, text in _whole(pieces, len(prompts)):
             print(

@@ -10,6 +10,7 @@ from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.layout import layout
 
 
 def generate(
@@ -20,6 +21,7 @@ def generate(
     seeds: Sequence[int],
     end_of_text: int,
     done: Callable[[int, int], bool] | None = None,
+    compile: bool = False,
 ) -> Iterator[tuple[int, int | None]]:
     """Continue prompts side by side, until each document ends.
 
@@ -34,6 +36,7 @@ def generate(
         seeds: One a prompt; the global random state is left alone.
         end_of_text: A row ends when this token is chosen; it is not given.
         done: Whether a prompt's row ends with this token, which is given all the same.
+        compile: Compile the step from token to token: many seconds at first, then several times as fast.
 
     Yields:
         The number of the prompt, and its next token; None when it has ended.
@@ -51,7 +54,7 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not prompts or max_new_tokens == 0:
         return ((row, None) for row in range(len(prompts)))
-    return _generate(model, [list(p) for p in prompts], max_new_tokens, sampling, seeds, end_of_text, done)
+    return _generate(model, [list(p) for p in prompts], max_new_tokens, sampling, seeds, end_of_text, done, compile)
 
 
 @torch.inference_mode()
@@ -63,26 +66,30 @@ def _generate(
     seeds: Sequence[int],
     end_of_text: int,
     done: Callable[[int, int], bool] | None,
+    compile: bool,
 ) -> Iterator[tuple[int, int | None]]:
     rows = list(range(len(texts)))  # the prompt of each row of the batch
     dice = [random.Random(seed) for seed in seeds]
     slots = min(model.block_size, max(map(len, texts)) + max_new_tokens)
-    cache, logits = prefill(model, texts, slots)
+    cache, logits = prefill(model, texts, slots, fixed=compile)
+    step = _compiled_step(model) if compile else _step
     seen = _marked(texts, logits) if sampling.repetition_penalty != 1 else None
-    for step in range(1, max_new_tokens + 1):
+    ended: set[int] = set()
+    for n in range(1, max_new_tokens + 1):
         tokens = sampling.choose(logits, [dice[row].random() for row in rows], seen)  # (B,)
-        going_on = []
-        for place, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row in ended:
+                continue
             if token != end_of_text:
                 texts[row].append(token)
                 yield row, token
-            if token == end_of_text or step == max_new_tokens or (done and done(row, token)):
+            if token == end_of_text or n == max_new_tokens or (done and done(row, token)):
+                ended.add(row)
                 yield row, None
-            else:
-                going_on.append(place)
-        if not going_on:
+        if len(ended) == len(texts):
             return
-        if len(going_on) < len(rows):
+        if ended.intersection(rows) and not compile:  # compiled, the batch keeps its shape
+            going_on = [place for place, row in enumerate(rows) if row not in ended]
             rows, tokens = [rows[place] for place in going_on], tokens[going_on]
             cache.keep(going_on)
             seen = seen[going_on] if seen is not None else None
@@ -90,16 +97,17 @@ def _generate(
             seen.scatter_(1, tokens[:, None], value=True)
         if cache.longest == model.block_size:
             _make_room(model, [texts[row] for row in rows], cache)
-        logits = _read_last(model, tokens[:, None], cache)
+        logits = step(model, tokens[:, None], cache)
 
 
-def prefill(model: GPT, texts: Sequence[list[int]], slots: int) -> tuple[KVCache, Tensor]:
+def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
     """Read texts of uneven lengths at once.
 
     Args:
         model: The network.
         texts: Ids, at least one each.
         slots: Tokens that each row of the cache shall hold.
+        fixed: As for the cache.
 
     Returns:
         The cache, and the logits after each text, (B, vocab_size).
@@ -108,19 +116,31 @@ def prefill(model: GPT, texts: Sequence[list[int]], slots: int) -> tuple[KVCache
     counts = [len(text) for text in texts]
     # Filled up behind, where no token of the text looks; what is written there is written over later.
     filled = [text + [0] * (max(counts) - len(text)) for text in texts]
-    cache = KVCache(model.config, len(texts), slots, weight.device, weight.dtype)
-    cache.expect(counts)
-    return cache, _read_last(model, torch.tensor(filled, device=weight.device), cache, counts)
+    ids = torch.tensor(filled, device=weight.device)  # (B, T)
+    cache = KVCache(model.config, len(texts), slots, weight.device, weight.dtype, fixed)
+    with torch.compiler.set_stance("force_eager"):  # prompts of ever new lengths would be compiled anew each
+        x = model.hidden(ids, cache=cache, counts=counts)  # (B, T, n_embd)
+        last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
+        return cache, model.read(last)[:, -1]
 
 
-def _read_last(model: GPT, ids: Tensor, cache: KVCache, counts: list[int] | None = None) -> Tensor:
-    """Logits after the last token of each row: (B, T) -> (B, vocab_size)."""
-    # Windows of ever new lengths would be compiled anew each.
+def _step(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """Logits after one more token of each row: (B, 1) -> (B, vocab_size)."""
     with torch.compiler.set_stance("force_eager"):
-        x = model.hidden(ids, cache=cache)  # (B, T, n_embd)
-        if counts is not None:
-            x = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
-        return model.read(x)[:, -1]
+        return model.read(model.hidden(ids, cache=cache))[:, -1]
+
+
+def _compiled_step(model: GPT) -> Callable[[GPT, Tensor, KVCache], Tensor]:
+    """The same, where all that is done with tensors is one compiled program."""
+    program = torch.compile(lambda ids, order, cache: model.read(model.stream(ids, order, cache))[:, -1], dynamic=False)
+
+    def step(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+        cache.begin(1)
+        logits: Tensor = program(ids, layout(model.config, model.position, ids, None, cache), cache)
+        cache.end()
+        return logits
+
+    return step
 
 
 def _make_room(model: GPT, texts: list[list[int]], cache: KVCache) -> None:

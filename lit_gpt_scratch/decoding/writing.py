@@ -17,6 +17,7 @@ def write(
     sampling: Sampling,
     seeds: Sequence[int],
     stop: Sequence[str] = (),
+    compile: bool = False,
 ) -> Iterator[tuple[int, str]]:
     """Continue documents side by side; each begins with its prompt.
 
@@ -28,6 +29,7 @@ def write(
         sampling: How to choose.
         seeds: One a prompt.
         stop: A text ends before the first of these that it would have in it, its prompt not counted.
+        compile: As for ``generate``.
 
     Yields:
         The number of the prompt, and the next piece of its text; after a text's last piece an empty one.
@@ -40,7 +42,7 @@ def write(
     texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]
     ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
     tokens = generate(
-        model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped
+        model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )
     for row, token in tokens:
         piece = texts[row].rest() if token is None else texts[row].add(token)

@@ -22,7 +22,7 @@ MOMENTS = {"muon": 1, "adamw": 2}
 
 
 def parameters_by_part(net: GPT) -> dict[str, int]:
-    """Number of parameters of the embeddings, of attention and feed-forward, of the head if it is not tied, and others."""
+    """Number of parameters of embeddings, attention and feed-forward, of the head if it is not tied, and the rest."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
@@ -113,6 +113,8 @@ def activation_bytes(
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
+    # FlexAttention, which keeps no more than the fused kernel does, is compiled and cannot be played through.
+    config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)
         weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # a module of such tensors has no to()

@@ -59,7 +59,8 @@ class GPTConfig:
             ``yarn`` (see ``model.rotary_scaling``).
         rotary_factor: How many times longer.
         rotary_trained_context: Tokens that the model was trained in; for ``llama3`` and ``yarn``.
-        rotary_slow: Pairs of channels with fewer turns in the trained context are stretched in full.
+        rotary_slow: Pairs of channels with fewer turns in the trained context are slowed by the whole factor; by
+            default 1.
         rotary_fast: Pairs with more are left alone; by default 4 for ``llama3`` and 32 for ``yarn``.
         norm: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm`` (https://arxiv.org/abs/1607.06450).
         norm_eps: What is added to the statistic under the root.
@@ -109,7 +110,7 @@ class GPTConfig:
     rotary_scaling: ScalingName | None = None
     rotary_factor: float = 1.0
     rotary_trained_context: int | None = None
-    rotary_slow: float = 1.0
+    rotary_slow: float | None = None
     rotary_fast: float | None = None
     norm: NormName = "rmsnorm"
     norm_eps: float = 1e-6
@@ -147,11 +148,6 @@ class GPTConfig:
         if self.n_head % self.kv_heads:
             raise UserError(
                 f"model.gpt.n_head ({self.n_head}) is not divisible by model.gpt.n_kv_head ({self.n_kv_head})"
-            )
-        if self.rotary_scaling is None and self.rotary_factor != 1.0:
-            raise UserError(
-                f"model.gpt.rotary_factor is {self.rotary_factor}, but model.gpt.rotary_scaling is not set; "
-                f"choose one of {', '.join(SCALINGS)}"
             )
         if self.attention_backend == "sdpa" and self.attention_softcap:
             raise UserError(

@@ -18,8 +18,8 @@ SMALL = 0.02
 def zero(net: "GPT") -> None:
     """Whatever writes to the residual stream or to the logits starts at zero.
 
-    Blocks then begin as the identity and the loss as exactly ln(vocab_size): the model starts from
-    "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
+    Blocks then begin as the identity and the loss as exactly ln(vocab_size), where the head is not tied: the model
+    starts from "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
     Token embeddings have unit variance, so that what the blocks learn to add does not soon drown them.
     """
     tied = net.config.tied_embeddings

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of a batch of rows, which may be of different lengths: token t of a row lies in slot t.
 
-    It has as many heads as there are keys and values (``n_kv_head``), not queries.
+    It has as many heads as there are keys and values (``n_kv_head``), not queries. A call of the model is framed by
+    ``begin`` and ``end``; in between every block appends its part once.
 
     Args:
         config: The architecture.
@@ -20,44 +21,56 @@ class KVCache:
         slots: Tokens that a row can hold.
         device: Where the model is.
         dtype: Of its keys and values.
+        fixed: Give every slot to every token that comes alone, and a mask over those that are not used: nothing then
+            changes its shape from token to token, and a compiler needs to look at it once.
 
     Attributes:
         lengths: Tokens of each row so far.
     """
 
-    def __init__(self, config: "GPTConfig", rows: int, slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: "GPTConfig", rows: int, slots: int, device: torch.device, dtype: torch.dtype, fixed: bool = False
+    ) -> None:
         shape = (rows, config.kv_heads, slots, config.head_width)
         self._keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self._values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self._before: dict[str, Tensor] = {}
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
-        self._places: Tensor | None = None
-        self._counts: list[int] | None = None
+        self._fixed = fixed
         self.lengths = [0] * rows
         self.slots = slots
-
-    @property
-    def empty(self) -> bool:
-        """Whether nothing came before."""
-        return not any(self.lengths)
-
-    @property
-    def even(self) -> bool:
-        """Whether all rows are of one length."""
-        return len(set(self.lengths)) == 1
+        self.begin(0)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    def place(self, offset: Tensor) -> Tensor:
-        """Slots of the tokens that come next: (T,) int64 -> (T,) where all rows are of one length, else (B, T)."""
-        if self.even:
-            self._places = None
-            return offset + self.lengths[0]
-        self._places = offset + torch.tensor(self.lengths, device=offset.device)[:, None]  # (B, T)
-        return self._places
+    def begin(self, tokens: int, counts: list[int] | None = None) -> None:
+        """Make ready for tokens that come next.
+
+        Args:
+            tokens: T, of each row.
+            counts: How many of them are each row's own; the others fill it up. All, by default.
+        """
+        self._tokens, self._counts = tokens, counts
+        self._start, self._stop = self.longest, self.longest + tokens
+        device = self._rows.device
+        self.masked = self._start > 0 and (tokens > 1 or len(set(self.lengths)) > 1)
+        self.scattered = len(set(self.lengths)) > 1
+        if self._fixed and tokens == 1 and self._start > 0:
+            self.masked = self.scattered = True
+            self._stop = self.slots
+        offset = torch.arange(tokens, device=device)
+        # (T,) where all rows are of one length, else (B, T)
+        first = torch.tensor(self.lengths, device=device)[:, None] if self.scattered else self._start
+        self.places = offset + first
+        self._own = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
+
+    @property
+    def stop(self) -> int:
+        """Slots that attention gets to see."""
+        return self._stop
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what one block adds, and give all that it has.
@@ -68,18 +81,16 @@ class KVCache:
             v: (B, n_kv_head, T, head_dim).
 
         Returns:
-            Keys and values of every slot up to the last that is used, (B, n_kv_head, S, head_dim); those beyond a row's
-            own tokens mean nothing.
+            Keys and values of ``stop`` slots, (B, n_kv_head, S, head_dim); those beyond a row's own mean nothing.
         """
-        T, keys, values = k.size(2), self._keys[layer], self._values[layer]
-        end = self.longest + T
-        if self._places is None:
-            keys[:, :, end - T : end] = k
-            values[:, :, end - T : end] = v
+        keys, values = self._keys[layer], self._values[layer]
+        if self.scattered:
+            keys[self._rows, :, self.places] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
+            values[self._rows, :, self.places] = v.transpose(1, 2).type_as(values)
         else:
-            keys[self._rows, :, self._places] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
-            values[self._rows, :, self._places] = v.transpose(1, 2).type_as(values)
-        return keys[:, :, :end], values[:, :, :end]
+            keys[:, :, self._start : self._stop] = k
+            values[:, :, self._start : self._stop] = v
+        return keys[:, :, : self._stop], values[:, :, : self._stop]
 
     def before(self, name: str, x: Tensor) -> Tensor:
         """Of each token, the one before it: (B, T, ...) -> (B, T, ...), zeros before the first of a row.
@@ -90,23 +101,13 @@ class KVCache:
         """
         last = self._before.get(name)
         shifted = torch.cat((torch.zeros_like(x[:, :1]) if last is None else last, x[:, :-1]), dim=1)
-        if self._counts is None:
-            self._before[name] = x[:, -1:]
-        else:
-            ends = torch.tensor(self._counts, device=x.device)[:, None] - 1  # (B, 1)
-            self._before[name] = x[self._rows, ends]
+        self._before[name] = x[:, -1:] if self._own is None else x[self._rows, self._own]
         return shifted
 
-    def expect(self, counts: list[int] | None) -> None:
-        """Say how many of the tokens that come next are each row's own; the others fill the batch up. None: all."""
-        self._counts = counts
-
-    def advance(self, tokens: int) -> None:
-        """All blocks have added their part of the tokens that were expected."""
-        self.lengths = [
-            n + more for n, more in zip(self.lengths, self._counts or [tokens] * len(self.lengths), strict=True)
-        ]
-        self._counts = None
+    def end(self) -> None:
+        """All blocks have added their part."""
+        counts = self._counts or [self._tokens] * len(self.lengths)
+        self.lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
 
     def keep(self, rows: list[int]) -> None:
         """Forget all other rows."""

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.utils._triton import has_triton
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.positions import Position
 
 if TYPE_CHECKING:
@@ -37,6 +38,19 @@ def can_use_blocks(config: "GPTConfig", device: torch.device) -> bool:
     return device.type == "cuda" and config.head_width >= NARROWEST and not config.dropout and has_triton()
 
 
+def refuse_backend(config: "GPTConfig", device: torch.device) -> None:
+    """Refuse attention that cannot be trained on a device.
+
+    Raises:
+        UserError: It was asked for, and cannot.
+    """
+    if config.attention_backend == "flex" and not can_use_blocks(config, device):
+        raise UserError(
+            f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with heads of "
+            f"{config.head_width} channels (it needs a GPU, and {NARROWEST}); choose auto, sdpa or manual"
+        )
+
+
 def layout(
     config: "GPTConfig", position: Position, input_ids: Tensor, document_ids: Tensor | None, cache: "KVCache | None"
 ) -> Layout:
@@ -47,18 +61,15 @@ def layout(
         position: The scheme.
         input_ids: (B, T) int64.
         document_ids: (B, T) int64, another number for each document of a row; its tokens stand side by side.
-        cache: What came before, if anything did.
+        cache: What came before, if anything did; it is ready for the tokens.
     """
     T, device = input_ids.size(1), input_ids.device
     place = torch.arange(T, device=device)
     if cache is not None:
-        positions = cache.place(place)  # (T,) or (B, T)
-        needs_mask = not cache.empty and (T > 1 or not cache.even)
-        S = cache.longest + T
+        positions, needs_mask, S = cache.places, cache.masked, cache.stop
     else:
         positions = place if document_ids is None else _in_documents(document_ids, place)
-        needs_mask = document_ids is not None
-        S = T
+        needs_mask, S = document_ids is not None, T
     rotation = position.rotation(positions)
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
     blocks = config.attention_backend == "flex" or (

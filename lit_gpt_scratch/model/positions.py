@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.rotary_scaling import frequencies
+from lit_gpt_scratch.model.rotary_scaling import check_scaling, frequencies
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
@@ -34,13 +34,12 @@ class Position(nn.Module):
         Raises:
             UserError: Two switches contradict each other.
         """
-        if config.rotary_scaling or config.rotary_share != 1.0:
-            name, value = (
-                ("scaling", config.rotary_scaling) if config.rotary_scaling else ("share", config.rotary_share)
-            )
-            raise UserError(
-                f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; it needs rotary"
-            )
+        alone = {"share": 1.0, "scaling": None, "factor": 1.0, "trained_context": None, "slow": None, "fast": None}
+        for name, absent in alone.items():
+            if (value := getattr(config, f"rotary_{name}")) != absent:
+                raise UserError(
+                    f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; it needs rotary"
+                )
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
         """Add positions to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
@@ -131,14 +130,7 @@ class Rotary(Position):
                 f"model.gpt.position rotary turns pairs of channels, but of a head's {config.head_width} it would be "
                 f"{config.rotary_width}; choose another model.gpt.head_dim, rotary_share or position"
             )
-        trained = config.rotary_trained_context
-        if (config.rotary_scaling in ("llama3", "yarn")) != (trained is not None):
-            raise UserError(
-                f"model.gpt.rotary_scaling is {config.rotary_scaling}, but model.gpt.rotary_trained_context is "
-                f"{trained}; llama3 and yarn need it, and nothing else does"
-            )
-        if config.rotary_scaling == "ntk" and config.rotary_width < 4:
-            raise UserError("model.gpt.rotary_scaling ntk needs two pairs of channels; choose a larger head")
+        check_scaling(config)
 
     @override
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +143,8 @@ class Rotary(Position):
         # In float32 where the heads have fewer bits; their gradients, too, are then added up in it.
         turned = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
         turned = turned * cos + turned.roll(self.width // 2, dims=-1) * sin
-        return (
-            torch.cat((turned.type_as(x), x[..., self.width :]), -1) if x.size(-1) > self.width else turned.type_as(x)
-        )
+        turned = turned.type_as(x)
+        return turned if self.width == x.size(-1) else torch.cat((turned, x[..., self.width :]), dim=-1)
 
 
 class ALiBi(Position):

@@ -4,17 +4,59 @@
 """
 
 import math
+import operator
 from typing import TYPE_CHECKING, Final
 
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.errors import UserError
+
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
 SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
+SLOW: Final = 1.0
 FAST: Final = {"llama3": 4.0, "yarn": 32.0}
 """Turns within the trained context above which a pair of channels is left alone, where the config names none."""
+
+
+def check_scaling(config: "GPTConfig") -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        UserError: Both are named.
+    """
+    kind, trained = config.rotary_scaling, config.rotary_trained_context
+    if config.rotary_base <= 1:
+        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be above 1")
+    if kind is None and config.rotary_factor != 1:
+        raise UserError(
+            f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
+            f"choose one of {', '.join(SCALINGS)}"
+        )
+    if (kind in FAST) != (trained is not None):
+        raise UserError(
+            f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
+            f"{' and '.join(FAST)} need it, and nothing else does"
+        )
+    if kind not in FAST and (turns := config.rotary_slow or config.rotary_fast):
+        name = "slow" if config.rotary_slow else "fast"
+        raise UserError(
+            f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; it needs {' or '.join(FAST)}"
+        )
+    if kind in FAST and not operator.lt(*_turns(config)):
+        slow, fast = _turns(config)
+        raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; it must be below it")
+    if kind == "ntk" and config.rotary_width < 4:
+        raise UserError(
+            f"model.gpt.rotary_scaling is ntk, but of a head {config.rotary_width} channels are turned; 4 do"
+        )
+
+
+def _turns(config: "GPTConfig") -> tuple[float, float]:
+    """Below how many turns within the trained context a pair is slowed in full, and above how many not at all."""
+    return config.rotary_slow or SLOW, config.rotary_fast or FAST[str(config.rotary_scaling)]
 
 
 def frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
@@ -45,7 +87,7 @@ def frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
     if kind == "ntk":
         return (config.rotary_base * factor ** (width / (width - 2))) ** (-half / width), 1.0
     assert config.rotary_trained_context is not None
-    slow, fast = config.rotary_slow, config.rotary_fast or FAST[kind]
+    slow, fast = _turns(config)
     if kind == "llama3":
         turns = config.rotary_trained_context * plain / (2 * math.pi)
         kept = ((turns - slow) / (fast - slow)).clamp(0, 1)  # (width / 2,), share of the frequency as it was

@@ -11,7 +11,7 @@ from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.heads import Head, Tokens, padded
 from lit_gpt_scratch.model.initialisation import initialise
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.layout import layout
+from lit_gpt_scratch.model.layout import Layout, layout
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.positions import POSITIONS
 from lit_gpt_scratch.model.token_before import Bigrams, Smear
@@ -75,13 +75,20 @@ class GPT(nn.Module):
         raw = self.head(x)
         return self.reads.read(raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size)
 
-    def hidden(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        counts: list[int] | None = None,
+    ) -> Tensor:
         """The stream after the last block, normalised.
 
         Args:
             input_ids: (B, T) int64; with a cache, the tokens that come next.
             document_ids: As for ``forward``; not with a cache.
             cache: What came before; the tokens are added to it.
+            counts: With a cache, how many of the tokens are each row's own; the others fill it up. All, by default.
 
         Returns:
             (B, T, n_embd).
@@ -94,7 +101,15 @@ class GPT(nn.Module):
             T, most = T + cache.longest, min(cache.slots, most)
         if most < T:
             raise UserError(f"{T} tokens do not fit into a context of {most}")
-        order = layout(self.config, self.position, input_ids, document_ids, cache)
+        if cache is not None:
+            cache.begin(input_ids.size(1), counts)
+        x = self.stream(input_ids, layout(self.config, self.position, input_ids, document_ids, cache), cache)
+        if cache is not None:
+            cache.end()
+        return x
+
+    def stream(self, input_ids: Tensor, order: Layout, cache: KVCache | None = None) -> Tensor:
+        """``hidden``, when it is known where the tokens stand: no more than tensors and what is done with them."""
         x = self.position.embed(self.embedding(input_ids), order.positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
             x = self._look_back(x, input_ids, order.positions == 0, cache)
@@ -103,8 +118,6 @@ class GPT(nn.Module):
             added = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
             remember = None if cache is None else (cache, number)
             x = block(x, start, self.position, order, added, remember)
-        if cache is not None:
-            cache.advance(input_ids.size(1))
         out: Tensor = self.norm(x)
         return out
 

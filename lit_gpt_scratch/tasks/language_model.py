@@ -15,6 +15,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.accounting import refuse_too_large
 from lit_gpt_scratch.hardware.defaults import why_not_compile
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.layout import refuse_backend
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
@@ -78,11 +79,12 @@ class LanguageModel(Task):
         """Build the network for the data's vocabulary and window; a second call changes nothing.
 
         Raises:
-            UserError: No machine like this can hold it.
+            UserError: No machine like this can hold it, or its attention cannot be trained on this device.
         """
         if hasattr(self, "net"):
             return
         sizes = self.gpt, self.data.vocab_size, self.data.block_size
+        refuse_backend(self.gpt, self.trainer.strategy.root_device)
         refuse_too_large(*sizes, self.trainer.strategy.root_device, self.trainer.world_size)
         self.net = GPT(*sizes)
         self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)

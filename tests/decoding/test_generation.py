@@ -8,10 +8,11 @@ import torch
 from lit_gpt_scratch.decoding.generation import generate, prefill
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model import GPT, GPTConfig
 from tests.conftest import TINY, randomised
 
 LOOKS_BACK = replace(TINY, smear=True, bigram_rows=50, value_embeddings=True, residual_scalars=True, n_kv_head=1)
+ALIBI = replace(TINY, position="alibi", sliding_window=7, attention_softcap=5.0)
 GREEDY = Sampling(temperature=0.0)
 
 
@@ -36,12 +37,26 @@ def anew(model: GPT, prompt: list[int], n: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("config", [TINY, LOOKS_BACK], ids=["plain", "looks-back"])
-def test_with_and_without_a_cache_the_text_is_the_same(config: object) -> None:
+@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
+def test_with_and_without_a_cache_the_text_is_the_same(config: GPTConfig) -> None:
     """Prompts of uneven lengths, one that fills the context, and texts that outgrow it more than once."""
-    model = randomised(config).double()  # type: ignore[arg-type]  # of the two above
+    model = randomised(config).double()
     prompts = [[3, 1, 4], [1] * 11, [2], list(range(24))]
     assert texts(model, prompts, 60) == [anew(model, prompt, 60) for prompt in prompts]
+
+
+@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI], ids=["looks-back", "alibi"])
+def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
+    """Rows that end early, too, whose places stay in the batch; and one program serves every step."""
+    model = randomised(config).double()
+    prompts = [[3, 1, 4], [1] * 11, [2]]
+    free = texts(model, prompts, 40)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert texts(model, prompts, 40, compile=True) == free
+        assert texts(model, prompts, 40, compile=True, end_of_text=free[1][4]) == (
+            texts(model, prompts, 40, end_of_text=free[1][4])
+        )
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

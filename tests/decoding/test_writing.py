@@ -51,7 +51,7 @@ def test_written_texts_are_those_of_their_tokens(monkeypatch: pytest.MonkeyPatch
 
     def scripted(model: object, ids: list[list[int]], *_: object) -> object:
         assert [tokenizer.decode(prompt[1:]) for prompt in ids] == prompts
-        done = _[-1]
+        done = _[-2]
         for row, text in script.items():
             for token in tokenizer.encode(bytes(text).decode()):
                 yield row, token

@@ -4,16 +4,13 @@ import math
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.block import Block
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
 from lit_gpt_scratch.model.layout import Layout, layout
 from lit_gpt_scratch.model.norms import RMSNorm
-from lit_gpt_scratch.model.positions import Position, Rotary
+from lit_gpt_scratch.model.positions import Position
 from lit_gpt_scratch.model.token_before import Bigrams, Smear
 
 
@@ -36,30 +33,6 @@ def test_rmsnorm_keeps_its_statistic_in_float32() -> None:
     assert RMSNorm(512)(x).tolist() == [[1.0] * 512]
 
 
-@pytest.mark.parametrize(
-    ("kind", "equation"),
-    [
-        ("gelu", lambda m, x: F.gelu(x @ m.input.weight.T, approximate="tanh")),
-        ("relu2", lambda m, x: torch.clamp(x @ m.input.weight.T, min=0) ** 2),
-        ("swiglu", lambda m, x: (lambda g: g * torch.sigmoid(g))(x @ m.gate.weight.T) * (x @ m.input.weight.T)),
-    ],
-)
-def test_feed_forward_is_its_equation(kind: str, equation: object) -> None:
-    module = FEED_FORWARD[kind](GPTConfig(n_head=2, n_embd=16))
-    x = torch.randn(2, 3, 16)
-    torch.testing.assert_close(module(x), equation(module, x) @ module.output.weight.T)  # type: ignore[operator]
-
-
-def test_feed_forward_kinds_have_as_many_parameters() -> None:
-    sizes = {
-        kind: sum(
-            p.numel() for p in FEED_FORWARD[kind](GPTConfig(n_head=2, n_embd=192, feed_forward=kind)).parameters()
-        )
-        for kind in FEED_FORWARD
-    }
-    assert max(sizes.values()) / min(sizes.values()) < 1.02, sizes
-
-
 @pytest.mark.parametrize("n_kv_head", [6, 3, 2, 1])
 def test_attention_is_the_textbook_softmax(n_kv_head: int) -> None:
     config = GPTConfig(n_head=6, n_kv_head=n_kv_head, n_embd=24, qk_norm=False)
@@ -75,30 +48,6 @@ def test_attention_is_the_textbook_softmax(n_kv_head: int) -> None:
             weights = torch.softmax(q[:, t, None] @ k[:, : t + 1].mT / math.sqrt(4), dim=-1)
             expected[:, t] += ((weights @ v[:, : t + 1]).squeeze(1)) @ attention.output.weight[:, mine].T
     torch.testing.assert_close(attention(x, *plain(config, 7)), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_rotary_turns_pairs_by_the_papers_angles() -> None:
-    config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
-    x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
-    rotary = Rotary(config, 5)
-    turned = rotary.rotate(x.float(), rotary.rotation(torch.arange(5)))
-    for t in range(5):
-        for i in range(4):
-            pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
-                math.cos(t * 100.0 ** (-2 * i / 8)), math.sin(t * 100.0 ** (-2 * i / 8))
-            )
-            assert turned[0, 0, t, i].item() == pytest.approx(pair.real, abs=1e-5)
-            assert turned[0, 0, t, i + 4].item() == pytest.approx(pair.imag, abs=1e-5)
-
-
-def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
-    rotary = Rotary(GPTConfig(n_head=1, n_embd=16), 40)
-    q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
-    rotation = rotary.rotation(torch.arange(40))
-    scores = (rotary.rotate(q, rotation) @ rotary.rotate(k, rotation).mT)[0, 0]
-    for distance in range(-5, 6):
-        along = scores.diagonal(distance)
-        torch.testing.assert_close(along, along[0].expand_as(along), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +114,3 @@ def test_value_embeddings_are_added_to_the_values() -> None:
     without, shifted = attention(x, *order), attention(x, *order, added.expand(1, 5, 8))
     # Attention is an average of values: what is added to all of them is added to the average.
     torch.testing.assert_close(shifted - without, (added @ attention.output.weight.T).expand(1, 5, 8))
-
-
-def test_residual_scalars_mix_the_stream_with_its_start() -> None:
-    block = Block(GPTConfig(n_head=2, n_embd=8, residual_scalars=True))
-    x, start = torch.randn(2, 1, 5, 8)
-    without = Block(config := GPTConfig(n_head=2, n_embd=8))
-    order = plain(config, 5)
-    without.load_state_dict({name: value for name, value in block.state_dict().items() if name != "mixing"})
-    torch.testing.assert_close(block(x, start, *order), without(x, start, *order))  # where it begins
-    with torch.no_grad():
-        block.mixing.copy_(torch.tensor([0.5, 2.0]))  # type: ignore[union-attr]
-    mixed = 0.5 * x + 2.0 * start
-    torch.testing.assert_close(block(x, start, *order), without(mixed, mixed, *order))

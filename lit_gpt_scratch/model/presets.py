@@ -1,0 +1,57 @@
+"""Shapes with a name: three published families to load or retrain, and three for a laptop."""
+
+from dataclasses import replace
+from typing import Final
+
+from lit_gpt_scratch.model.config import GPTConfig
+
+# The published files name a dropout of 0.1. It is none of the weights, and training that sees its text once or twice
+# has nothing to overfit to; set it for small data.
+_GPT2: Final = GPTConfig(
+    n_layer=12, n_head=12, n_embd=768, ffn_dim=4 * 768, qk_norm=False, position="learned", norm="layernorm",
+    norm_eps=1e-5, bias=True, feed_forward="gelu", tied_embeddings=True, dropout=0.0, initialisation="gpt2",
+)  # fmt: skip
+
+_LLAMA3: Final = GPTConfig(
+    n_layer=32, n_head=32, n_embd=4096, n_kv_head=8, head_dim=128, ffn_dim=14_336, qk_norm=False, rotary_base=500_000.0,
+    rotary_scaling="llama3", rotary_factor=8.0, rotary_trained_context=8192, rotary_slow=1.0, rotary_fast=4.0,
+    norm_eps=1e-5, initialisation="normal",
+)  # fmt: skip
+
+_QWEN3: Final = GPTConfig(
+    n_layer=36, n_head=32, n_embd=4096, n_kv_head=8, head_dim=128, ffn_dim=12_288, rotary_base=1_000_000.0,
+    initialisation="normal",
+)  # fmt: skip
+
+PRESETS: Final[dict[str, GPTConfig]] = {
+    "nano": GPTConfig(n_layer=4, n_head=2, n_embd=128),
+    "micro": GPTConfig(n_layer=5, n_head=4, n_embd=256),
+    "mini": GPTConfig(n_layer=10, n_head=6, n_embd=384),
+    "gpt2_124m": _GPT2,
+    "gpt2_350m": replace(_GPT2, n_layer=24, n_head=16, n_embd=1024, ffn_dim=4 * 1024),
+    "gpt2_774m": replace(_GPT2, n_layer=36, n_head=20, n_embd=1280, ffn_dim=4 * 1280),
+    "gpt2_1558m": replace(_GPT2, n_layer=48, n_head=25, n_embd=1600, ffn_dim=4 * 1600),
+    "llama3_1b": replace(
+        _LLAMA3, n_layer=16, n_embd=2048, head_dim=64, ffn_dim=8192, rotary_factor=32.0, tied_embeddings=True
+    ),
+    "llama3_8b": _LLAMA3,
+    "qwen3_0.6b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=1024, ffn_dim=3072, tied_embeddings=True),
+    "qwen3_1.7b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=2048, ffn_dim=6144, tied_embeddings=True),
+    "qwen3_8b": _QWEN3,
+}
+"""Architectures by name.
+
+Parameters, with the published vocabulary and, where positions are learned, the published context:
+
+- ``nano``, ``micro``, ``mini``: 0.8, 3.9 and 17.7 million in blocks. The default's architecture, a small Qwen3; the
+  embeddings come on top, ``2 * vocab_size * n_embd``.
+- ``gpt2_124m`` 124,439,808, ``gpt2_350m`` 354,823,168, ``gpt2_774m`` 774,030,080, ``gpt2_1558m`` 1,557,611,200, with
+  50,257 tokens and a context of 1024 (Radford et al. 2019, https://github.com/openai/gpt-2).
+- ``llama3_1b`` 1,235,814,400 and ``llama3_8b`` 8,030,261,248, with 128,256 tokens: Llama 3.2 and Llama 3.1
+  (https://arxiv.org/abs/2407.21783), rotary positions stretched to 131,072 tokens.
+- ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with 151,936 tokens
+  (https://arxiv.org/abs/2505.09388).
+
+A larger vocabulary or ``vocab_multiple`` changes the embeddings alone. The published families draw their weights as
+their authors did (``initialisation``), which is for training them anew; loaded weights replace them.
+"""

@@ -1,0 +1,216 @@
+"""Every way to compute attention gives the same numbers, and they are the textbook's."""
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model import causal_attention as module
+from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.causal_attention import causal_attention, manual_attention
+from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.layout import Layout, layout
+from lit_gpt_scratch.model.positions import POSITIONS, Position
+from tests.conftest import randomised
+
+T, HEADS, WIDTH = 14, 6, 16
+DOCUMENTS = torch.tensor([[0] * 3 + [1] * 9 + [2] * 2, [4] * 14])
+WAYS = ("manual", "sdpa", "auto")
+
+
+def shape(**changes: Any) -> GPTConfig:
+    return GPTConfig(**({"n_head": HEADS, "n_embd": HEADS * WIDTH, "qk_norm": False, "position": "none"} | changes))
+
+
+def order(config: GPTConfig, documents: bool = False, before: list[int] | None = None) -> tuple[Position, Layout]:
+    """Who sees whom: of ``T`` tokens in two rows, which may be packed, or come after others."""
+    position = POSITIONS[config.position](config, 64)
+    ids, cache = torch.zeros(2, T, dtype=torch.int64), None
+    if before is not None:
+        cache = KVCache(config, 2, 64, torch.device("cpu"), torch.float32)
+        cache.lengths = list(before)
+        cache.begin(T)
+    return position, layout(config, position, ids, DOCUMENTS if documents else None, cache)
+
+
+def drawn(dtype: torch.dtype, n_kv_head: int, keys: int = T) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, HEADS, T, WIDTH), (2, n_kv_head, keys, WIDTH), (2, n_kv_head, keys, WIDTH)]
+    return [torch.randn(size, dtype=torch.float64, generator=generator).to(dtype) for size in shapes]
+
+
+def values_and_gradients(backend: str, given: list[Tensor], mask: Any, softcap: float | None = None) -> list[Tensor]:
+    leaves = [x.clone().requires_grad_() for x in given]
+    out = causal_attention(*leaves, mask=mask, softcap=softcap, backend=backend)
+    out.backward(torch.linspace(-1, 1, out.numel(), dtype=out.dtype).sin().view_as(out))
+    return [out.detach(), *(x.grad for x in leaves if x.grad is not None)]
+
+
+@pytest.mark.parametrize("n_kv_head", [6, 2, 1])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("position", ["none", "alibi"])
+@pytest.mark.parametrize(
+    ("documents", "before"), [(False, None), (True, None), (False, [0, 0]), (False, [5, 5]), (False, [5, 2])]
+)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_every_backend_gives_the_same_values_and_gradients(
+    n_kv_head: int, window: int | None, position: str, documents: bool, before: list[int] | None,
+    dtype: torch.dtype, tolerance: float,
+) -> None:  # fmt: skip
+    config = shape(n_kv_head=n_kv_head, sliding_window=window, position=position)
+    mask = order(config, documents, before)[1].mask
+    given = drawn(dtype, n_kv_head, T + max(before or [0]))
+    manual, *others = (values_and_gradients(way, given, mask) for way in WAYS)
+    assert len(manual) == 4
+    for other, (a, b) in itertools.product(others, enumerate(manual)):
+        assert (other[a] - b).norm() <= tolerance * b.norm()
+
+
+@pytest.mark.parametrize("backend", [*WAYS, "flex"])
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_a_cache_gives_the_logits_of_the_whole_in_every_backend(
+    backend: str, position: str, window: int | None, fixed: bool
+) -> None:
+    """All at once by the textbook's softmax, against pieces of every size; float64, so that nothing hides."""
+    config = GPTConfig(
+        n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position=position, sliding_window=window,
+        attention_backend=backend,
+    )  # fmt: skip
+    net = randomised(config).double()
+    exact = randomised(replace(config, attention_backend="manual")).double()
+    ids = torch.randint(61, (2, 20))
+    cache = KVCache(config, 2, 24, torch.device("cpu"), torch.float64, fixed)
+    with torch.no_grad():
+        expected = exact(ids)
+        pieces = [net.read(net.hidden(piece, cache=cache)) for piece in ids.split([7, 1, 1, 5, 6], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-10, atol=1e-10)
+
+
+def textbook(q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None = None) -> Tensor:
+    """Attention in loops over Python's numbers; ``sees(row, query, key)`` says who sees whom."""
+    out = torch.zeros_like(q)
+    for row, head, t in itertools.product(range(q.size(0)), range(q.size(1)), range(q.size(2))):
+        shared = head // (q.size(1) // k.size(1))
+        keys = [s for s in range(k.size(2)) if s <= t and sees(row, t, s)]
+        scores = [
+            sum(a * b for a, b in zip(q[row, head, t].tolist(), k[row, shared, s].tolist(), strict=True)) for s in keys
+        ]
+        scores = [score / math.sqrt(q.size(3)) for score in scores]
+        if softcap is not None:
+            scores = [softcap * math.tanh(score / softcap) for score in scores]
+        weights = [math.exp(score) / sum(map(math.exp, scores)) for score in scores]
+        for s, weight in zip(keys, weights, strict=True):
+            out[row, head, t] += weight * v[row, shared, s]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["manual", "auto"])
+@pytest.mark.parametrize("softcap", [0.5, 3.0])
+def test_capped_scores_are_the_textbooks(backend: str, softcap: float) -> None:
+    given = drawn(torch.float64, 2)
+    found = causal_attention(*given, softcap=softcap, backend=backend)
+    torch.testing.assert_close(found, textbook(*given, lambda *_: True, softcap), rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(found, causal_attention(*given), rtol=1e-3)
+
+
+@pytest.mark.parametrize("backend", WAYS)
+@pytest.mark.parametrize("window", [1, 2, 5, T, 100])
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_sliding_window_is_itself_and_the_tokens_just_before(backend: str, window: int, documents: bool) -> None:
+    given = drawn(torch.float64, 3)
+    mask = order(shape(n_kv_head=3, sliding_window=window), documents)[1].mask
+
+    def sees(row: int, t: int, s: int) -> bool:
+        alike = not documents or bool(DOCUMENTS[row, t] == DOCUMENTS[row, s])
+        return alike and t - s < window
+
+    found = causal_attention(*given, mask=mask, backend=backend)
+    torch.testing.assert_close(found, textbook(*given, sees), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sliding_window": 4}, {"attention_softcap": 1.5}, {"position": "alibi"},
+     {"sliding_window": 5, "attention_softcap": 1.5, "position": "alibi"}],
+    ids=["plain", "window", "softcap", "alibi", "all"],
+)  # fmt: skip
+@pytest.mark.parametrize("n_kv_head", [6, 2])
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # so it is meant
+def test_flexattention_is_the_same_as_by_hand(
+    monkeypatch: pytest.MonkeyPatch, documents: bool, changes: dict[str, Any], n_kv_head: int
+) -> None:
+    """Uncompiled, which is its definition, and forward: it has no backward on a CPU."""
+    monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
+    config = shape(n_kv_head=n_kv_head, attention_backend="flex", **changes)
+    position, blocks = order(config, documents)
+    dense = order(replace(config, attention_backend="manual"), documents)[1].mask
+    assert isinstance(blocks.mask, BlockMask)
+    given, cap = drawn(torch.float32, n_kv_head), config.attention_softcap
+    bias = position.bias if position.biased else None
+    with torch.no_grad():
+        found = causal_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, backend="flex")
+        expected, weights = manual_attention(*given, mask=dense, softcap=cap)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        # By hand from the same blocks, for whoever wants to look at the weights.
+        again, same = manual_attention(*given, mask=blocks.mask, softcap=cap, bias=bias)
+        torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(same, weights, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", [*WAYS, "flex"])
+@pytest.mark.parametrize(
+    ("changes", "documents"), [({}, False), ({"sliding_window": 3}, True), ({"position": "alibi"}, True)]
+)
+def test_recorded_weights_are_those_that_average_the_values(
+    backend: str, changes: dict[str, Any], documents: bool
+) -> None:
+    torch.manual_seed(0)
+    config = shape(n_kv_head=2, attention_backend=backend, **changes)
+    attention, (position, places) = Attention(config), order(config, documents)
+    x = torch.randn(2, T, config.n_embd)
+    attention.weights = []
+    out = attention(x, position, places)
+    (weights,) = attention.weights
+    assert weights.shape == (2, HEADS, T, T)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, T))
+    window = config.sliding_window or T
+    for row, t, s in itertools.product(range(2), range(T), range(T)):
+        seen = 0 <= t - s < window and not (documents and DOCUMENTS[row, t] != DOCUMENTS[row, s])
+        assert ((weights[row, :, t, s] > 0) == seen).all()
+        assert seen or not weights[row, :, t, s].any()
+    values = attention.value(x).view(2, T, 2, WIDTH).repeat_interleave(3, dim=2)  # (2, T, HEADS, WIDTH)
+    averaged = torch.einsum("bhts,bshd->bthd", weights, values).reshape(2, T, HEADS * WIDTH)
+    torch.testing.assert_close(attention.output(averaged), out, rtol=1e-5, atol=1e-5)
+    if backend != "flex":  # whose own way is compared above
+        attention.weights = None
+        torch.testing.assert_close(attention(x, position, places), out, rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_recorded_once_a_call_and_before_dropout() -> None:
+    config = shape(dropout=0.5)
+    attention, (position, places) = Attention(config).train(), order(config)
+    attention.weights = []
+    x = torch.randn(2, T, config.n_embd)
+    first, second = attention(x, position, places), attention(x, position, places)
+    assert not torch.equal(first, second)
+    assert torch.equal(*attention.weights)
+
+
+@pytest.mark.parametrize("backend", ["manual", "sdpa"])
+def test_dropped_weights_are_scaled_up_to_keep_their_mean(backend: str) -> None:
+    given = [x[:1].expand(4000, -1, -1, -1) for x in drawn(torch.float32, 6)]
+    torch.manual_seed(0)
+    dropped = causal_attention(*given, dropout=0.3, backend=backend)
+    torch.testing.assert_close(dropped.mean(0), causal_attention(*given)[0], rtol=0, atol=0.1)
+    alone = dropped[:, 0, 0] / given[2][0, 0, 0]  # the first token sees itself: all or nothing
+    assert {round(share, 4) for share in alone.flatten().tolist()} == {0.0, round(1 / 0.7, 4)}
+    assert (alone == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)

@@ -1,0 +1,131 @@
+"""What is read off the stream: shapes and values by hand, padding that is never seen, matrices that are shared."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.heads import Classes, Head, Scalar, Tokens, padded
+from tests.conftest import randomised
+
+VOCAB = 61
+IDS = torch.arange(40).view(2, 20)
+
+
+def shape(**changes: object) -> GPTConfig:
+    return GPTConfig(**({"n_layer": 1, "n_head": 2, "n_embd": 16} | changes))  # type: ignore[arg-type]  # any field's
+
+
+def with_head(reads: Head, **changes: object) -> GPT:
+    torch.manual_seed(0)
+    net = GPT(shape(initialisation="normal", **changes), VOCAB, 24, reads)
+    torch.nn.init.normal_(net.head.weight)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "multiple", "rows"), [(61, 1, 61), (61, 64, 64), (64, 64, 64), (65, 64, 128), (50_257, 128, 50_304)]
+)
+def test_rows_are_the_least_multiple_that_holds_the_vocabulary(vocab_size: int, multiple: int, rows: int) -> None:
+    assert padded(shape(vocab_multiple=multiple), vocab_size) == rows
+    assert Tokens().width(shape(vocab_multiple=multiple), vocab_size) == rows
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_rows_beyond_the_vocabulary_are_never_predicted_and_never_learn(tied: bool, softcap: float | None) -> None:
+    net = randomised(shape(vocab_multiple=64, tied_embeddings=tied, logit_softcap=softcap))
+    assert net.embedding.weight.shape == net.head.weight.shape == (64, 16)
+    before = net(IDS)
+    assert before.shape == (2, 20, VOCAB)
+    with torch.no_grad():
+        net.head.weight[VOCAB:] = 1e4
+    after = net(IDS)
+    assert torch.equal(after, before)
+    F.cross_entropy(after.flatten(0, 1), IDS.flatten()).backward()
+    for table in (net.head.weight, net.embedding.weight):
+        assert table.grad is not None
+        assert not table.grad[VOCAB:].any()
+        assert table.grad[:VOCAB].any()
+    # The probabilities of the vocabulary are all there are.
+    torch.testing.assert_close(after.softmax(-1).sum(-1), torch.ones(2, 20))
+
+
+def test_padding_changes_no_logit() -> None:
+    small, large = randomised(shape()), randomised(shape(vocab_multiple=64))
+    weights = small.state_dict()
+    for name in ("embedding.weight", "head.weight"):
+        weights[name] = torch.cat((weights[name], torch.full((3, 16), 7.0)))
+    large.load_state_dict(weights)
+    torch.testing.assert_close(large(IDS), small(IDS))
+
+
+def gradients(net: GPT, target: Tensor) -> dict[str, Tensor]:
+    (net(IDS) * target).sum().backward()
+    return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
+
+
+def test_tied_embeddings_are_one_matrix_with_the_gradient_of_both() -> None:
+    tied, untied = randomised(shape(tied_embeddings=True)), randomised(shape())
+    assert tied.head.weight is tied.embedding.weight
+    assert "head.weight" not in dict(tied.named_parameters())
+    state = tied.state_dict()
+    assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr()
+    assert sum(p.numel() for p in tied.parameters()) == sum(p.numel() for p in untied.parameters()) - VOCAB * 16
+    untied.load_state_dict(state)
+    assert untied.head.weight is not untied.embedding.weight
+    assert torch.equal(tied(IDS), untied(IDS))
+    target = torch.randn(2, 20, VOCAB)
+    both, apart = gradients(tied, target), gradients(untied, target)
+    torch.testing.assert_close(both["embedding.weight"], apart["embedding.weight"] + apart["head.weight"])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_state_dict_of_tied_embeddings_stays_tied_when_loaded(tied: bool) -> None:
+    net, other = (randomised(shape(tied_embeddings=tied)) for _ in range(2))
+    with torch.no_grad():
+        net.embedding.weight.mul_(2)
+    other.load_state_dict(net.state_dict())
+    assert (other.head.weight is other.embedding.weight) == tied
+    assert torch.equal(other(IDS), net(IDS))
+
+
+def test_logits_of_tokens_are_products_with_the_rows() -> None:
+    net = with_head(Tokens())
+    hidden, logits = net.hidden(IDS), net(IDS)
+    for token in range(VOCAB):
+        torch.testing.assert_close(logits[..., token], (hidden * net.head.weight[token]).sum(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 0.1])
+def test_classes_are_products_with_a_row_each(softcap: float | None) -> None:
+    """The cap is for logits of tokens."""
+    net = with_head(Classes(5), logit_softcap=softcap, vocab_multiple=64)
+    hidden, found = net.hidden(IDS), net(IDS)
+    assert net.head.weight.shape == (5, 16)
+    assert found.shape == (2, 20, 5)
+    for number in range(5):
+        torch.testing.assert_close(found[..., number], (hidden * net.head.weight[number]).sum(-1))
+
+
+def test_a_scalar_is_one_number_a_token() -> None:
+    net = with_head(Scalar())
+    found = net(IDS)
+    assert net.head.weight.shape == (1, 16)
+    assert found.shape == (2, 20)
+    torch.testing.assert_close(found, (net.hidden(IDS) * net.head.weight[0]).sum(-1))
+    assert with_head(Scalar())(IDS[:1, :1]).shape == (1, 1)  # no dimension more is lost
+
+
+@pytest.mark.parametrize("reads", [Tokens(), Classes(3), Scalar()])
+@pytest.mark.parametrize(("weights", "read"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
+def test_what_is_read_has_at_least_32_bits(reads: Head, weights: str, read: str) -> None:
+    assert with_head(reads).to(getattr(torch, weights))(IDS).dtype == getattr(torch, read)
+
+
+@pytest.mark.parametrize("reads", [Classes(VOCAB), Scalar()])
+def test_tying_a_head_that_reads_no_tokens_is_refused(reads: Head) -> None:
+    with pytest.raises(UserError, match=f"tied_embeddings is true, but the head reads {type(reads).__name__}"):
+        GPT(shape(tied_embeddings=True), VOCAB, 24, reads)

@@ -1,0 +1,122 @@
+"""Named shapes are the published ones: by their number of parameters, and against ``transformers``."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.model.rotary_scaling import frequencies
+
+VOCABULARY = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
+PUBLISHED = {
+    "gpt2_124m": 124_439_808, "gpt2_350m": 354_823_168, "gpt2_774m": 774_030_080, "gpt2_1558m": 1_557_611_200,
+    "llama3_1b": 1_235_814_400, "llama3_8b": 8_030_261_248,
+    "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
+}  # fmt: skip
+
+# What the published config.json files say.
+LLAMA = {"rms_norm_eps": 1e-5, "vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
+QWEN = {"rms_norm_eps": 1e-6, "vocab_size": 151_936, "max_position_embeddings": 40_960, "num_key_value_heads": 8}
+ROTARY = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+THEIRS: dict[str, dict[str, Any]] = {
+    "gpt2_124m": {"n_layer": 12, "n_head": 12, "n_embd": 768},
+    "gpt2_350m": {"n_layer": 24, "n_head": 16, "n_embd": 1024},
+    "gpt2_774m": {"n_layer": 36, "n_head": 20, "n_embd": 1280},
+    "gpt2_1558m": {"n_layer": 48, "n_head": 25, "n_embd": 1600},
+    "llama3_1b": LLAMA | {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+        "head_dim": 64, "tie_word_embeddings": True,
+        "rope_parameters": ROTARY | {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 32.0},
+    },
+    "llama3_8b": LLAMA | {
+        "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "tie_word_embeddings": False,
+        "rope_parameters": ROTARY | {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0},
+    },
+    "qwen3_0.6b": QWEN | {
+        "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "head_dim": 128, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    },
+    "qwen3_1.7b": QWEN | {
+        "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16,
+        "head_dim": 128, "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    },
+    "qwen3_8b": QWEN | {
+        "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "head_dim": 128, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    },
+}  # fmt: skip
+
+
+def on_meta(config: GPTConfig, vocab_size: int) -> GPT:
+    with torch.device("meta"):  # shapes without memory
+        return GPT(config, vocab_size, block_size=1024)
+
+
+def size(net: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in net.parameters())
+
+
+def test_every_published_preset_is_tested() -> None:
+    assert PRESETS.keys() == PUBLISHED.keys() | {"nano", "micro", "mini"}
+    assert THEIRS.keys() == PUBLISHED.keys()
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_as_many_parameters_as_was_published(name: str) -> None:
+    assert size(on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])) == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_a_preset_is_transformers_model_of_the_published_config(name: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    family = {"gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3"}[name.split("_")[0]]
+    head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    config = getattr(transformers, f"{family}Config")(**THEIRS[name])
+    with torch.device("meta"):
+        theirs = getattr(transformers, head)(config)
+    ours = PRESETS[name]
+    net = on_meta(ours, config.vocab_size)
+    assert size(net) == size(theirs) == PUBLISHED[name]
+    assert (net.head.weight is net.embedding.weight) == config.tie_word_embeddings
+    if family == "GPT2":  # which keeps queries, keys and values in one matrix
+        block, other = net.blocks[-1], theirs.transformer.h[-1]
+        assert sorted(tuple(p.shape) for p in block.feed_forward.parameters()) == sorted(
+            tuple(p.shape[::-1]) if p.ndim == 2 else tuple(p.shape) for p in other.mlp.parameters()
+        )
+        assert (ours.n_head, ours.norm_eps) == (config.n_head, config.layer_norm_epsilon)
+        assert (ours.feed_forward, config.activation_function) == ("gelu", "gelu_new")
+        assert type(block.attention_norm) is type(other.ln_1) is nn.LayerNorm
+        return
+    shapes = [sorted(tuple(p.shape) for p in block.parameters()) for block in (net.blocks[-1], theirs.model.layers[-1])]
+    assert shapes[0] == shapes[1]
+    assert (ours.n_head, ours.kv_heads, ours.head_width) == (
+        config.num_attention_heads, config.num_key_value_heads, config.head_dim,
+    )  # fmt: skip
+    assert ours.norm_eps == config.rms_norm_eps
+    assert (ours.feed_forward, config.hidden_act) == ("swiglu", "silu")
+    assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
+    rotary = type(theirs.model.rotary_emb)(config)  # not on meta: these are numbers
+    expected, factor = rotary.inv_freq, rotary.attention_scaling
+    found, ours_factor = frequencies(ours, ours.rotary_width)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+    assert ours_factor == factor == 1.0
+
+
+@pytest.mark.parametrize(("name", "millions"), [("nano", 0.8), ("micro", 3.9), ("mini", 17.7)])
+def test_a_laptops_size_has_so_many_parameters_in_blocks(name: str, millions: float) -> None:
+    net = on_meta(PRESETS[name], 8192)
+    assert size(net.blocks) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert size(net) == size(net.blocks) + 2 * 8192 * PRESETS[name].n_embd + size(net.norm)
+
+
+@pytest.mark.parametrize("name", ["nano", "micro", "mini"])
+def test_a_laptops_size_is_the_defaults_architecture(name: str) -> None:
+    shape = {key: getattr(PRESETS[name], key) for key in ("n_layer", "n_head", "n_embd")}
+    assert PRESETS[name] == GPTConfig(**shape)
