@@ -1,24 +1,57 @@
-"""``convert``: a checkpoint into a form for others."""
+"""``convert``: a checkpoint into a form for others, and theirs into a checkpoint."""
 
+import logging
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lit_gpt_scratch.cli.door import Flags
 from lit_gpt_scratch.errors import UserError
 
+if TYPE_CHECKING:
+    from lit_gpt_scratch.interop.folder import Model
+
+log = logging.getLogger(__name__)
+
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Write the model of a checkpoint as one safetensors file."""
+    """Write the model of a checkpoint as one file or as a folder for ``transformers``, or read such a folder."""
     flags = Flags(
         prog="python -m lit_gpt_scratch.convert",
+        description="Turn a checkpoint into a form for others, or a published model into a checkpoint.",
+    )
+    forms = flags.add_subparsers(dest="form", metavar="FORM", required=True, title="forms")
+    one = forms.add_parser(
+        "to-safetensors",
+        help="one file",
         description="Write the weights of a checkpoint, its shape and its tokenizer as one .safetensors file, which "
         "generate and evaluate read as they read a checkpoint, and in which nothing can run.",
     )
-    flags.add_argument("to", choices=["to-safetensors"], help="the form")
-    flags.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
-    flags.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
+    many = forms.add_parser(
+        "to-hf",
+        help="a folder for Hugging Face's transformers",
+        description="Write a folder that AutoModelForCausalLM and AutoTokenizer load: GPT-2, Llama, Mistral or Qwen3, "
+        "whichever can say the model.",
+    )
+    for form in (one, many):
+        form.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
+    one.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
+    many.add_argument("folder", metavar="FOLDER", type=Path, help="what to write; not there yet, or empty")
+    back = forms.add_parser(
+        "from-hf",
+        help="a folder of Hugging Face's transformers into a checkpoint",
+        description="Read a folder that save_pretrained wrote, of GPT-2, Llama, Mistral or Qwen3, and write a "
+        "checkpoint that generate and evaluate read. Nothing in the folder is run.",
+    )
+    back.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, .safetensors and tokenizer.json")
+    back.add_argument("checkpoint", metavar="CKPT", type=Path, help="what to write, x.ckpt or x.safetensors")
     given = flags.parse_args(args)
+    {"to-safetensors": _to_safetensors, "to-hf": _to_hf, "from-hf": _from_hf}[given.form](given)
 
+
+def _to_safetensors(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.checkpoint.sharing import SUFFIX, share
@@ -26,3 +59,52 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.file.suffix != SUFFIX:
         raise UserError(f"argument FILE: {given.file} does not end with {SUFFIX}")
     share(load_checkpoint(find_checkpoint(given.checkpoint, Path(), None)), NETWORK, given.file)
+
+
+def _to_hf(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+    from lit_gpt_scratch.checkpoint.sharing import SUFFIX
+    from lit_gpt_scratch.interop.folder import write
+
+    if given.folder.suffix == SUFFIX:
+        raise UserError(f"argument FOLDER: to-hf writes a folder; for the file {given.folder} it is to-safetensors")
+    architecture = write(_open(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
+    log.info("%s holds a %s", given.folder, architecture)
+
+
+def _from_hf(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+    from lit_gpt_scratch.checkpoint.loading import NETWORK
+    from lit_gpt_scratch.checkpoint.sealed import save
+    from lit_gpt_scratch.checkpoint.sharing import SUFFIX, share
+    from lit_gpt_scratch.interop.folder import read
+
+    if given.checkpoint.exists():
+        raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
+    (gpt, vocab_size, block_size), weights, tokenizer = read(given.folder)
+    contents = Contents(gpt=asdict(gpt), vocab_size=vocab_size, block_size=block_size, tokenizer=tokenizer.to_json())
+    checkpoint = {KEY: asdict(contents), "state_dict": {NETWORK + name: weights[name] for name in weights}}
+    if given.checkpoint.suffix == SUFFIX:
+        share(checkpoint, NETWORK, given.checkpoint)
+    else:
+        save(checkpoint, given.checkpoint)
+
+
+def _open(path: Path) -> "Model":
+    """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
+    from lit_gpt_scratch.checkpoint.contents import Contents
+    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
+    from lit_gpt_scratch.interop.family import Shape
+    from lit_gpt_scratch.interop.folder import Model
+    from lit_gpt_scratch.model import GPTConfig
+    from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+    checkpoint = load_checkpoint(path)
+    contents, state = Contents.of(checkpoint), checkpoint["state_dict"]
+    try:
+        gpt = GPTConfig(**contents.gpt)
+    except TypeError as error:
+        raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
+    weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
+    shape = Shape(gpt, contents.vocab_size, contents.block_size)
+    return Model(shape, weights, Tokenizer.from_json(contents.tokenizer))

@@ -78,14 +78,14 @@ def frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         (width / 2,) float32, and what cosines and sines are multiplied by.
     """
     half = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
-    plain = config.rotary_base ** (-half / width)
+    plain = 1.0 / config.rotary_base ** (half / width)  # written as it was published: another way rounds otherwise
     kind, factor = config.rotary_scaling, config.rotary_factor
     if kind is None:
         return plain, 1.0
     if kind == "linear":
         return plain / factor, 1.0
     if kind == "ntk":
-        return (config.rotary_base * factor ** (width / (width - 2))) ** (-half / width), 1.0
+        return 1.0 / (config.rotary_base * factor ** (width / (width - 2))) ** (half / width), 1.0
     assert config.rotary_trained_context is not None
     slow, fast = _turns(config)
     if kind == "llama3":

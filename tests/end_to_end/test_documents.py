@@ -2,6 +2,9 @@
 
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,6 +28,8 @@ COMMANDS = [
     for part in line.split("#")[0].split("&&")
     if part.strip()
 ]
+PYTHON = [block for language, block in BLOCKS if language == "python"]
+[DIFF] = [block for language, block in BLOCKS if language == "diff"]
 DOOR_COMMANDS = [command for command in COMMANDS if "lit_gpt_scratch." in command]
 SHORT = [
     "--trainer.max_steps=2", "--model.compile=false", "--model.gpt.n_embd=36", "--trainer.limit_val_batches=2",
@@ -42,13 +47,15 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 
 @pytest.fixture
-def newcomers_folder(command: Command, small: list[str], tmp_path: Path) -> Path:
+def newcomers_folder(command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder like a fresh clone after its first run, beside some texts of the user's."""
     (tmp_path / "my_texts").mkdir()
     for seed in range(10):
         (tmp_path / "my_texts" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
     for name, prose in sorted(topics.items())[:12]:  # what the interpreter's help() shows: English that a filter keeps
         (tmp_path / "my_texts" / f"{name}.txt").write_text(prose, encoding="utf-8")
+    (tmp_path / "my_attention.py").write_text(PYTHON[1], encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
     rows = "".join(f"x\t{sentences(seed, 3)!r}\n" for seed in range(40))
     (tmp_path / "my_table.tsv").write_text(f"label\tmessage\n{rows}", encoding="utf-8")
     for name in ("README.md", "experiments"):
@@ -61,8 +68,8 @@ def newcomers_folder(command: Command, small: list[str], tmp_path: Path) -> Path
 @pytest.mark.parametrize("line", DOOR_COMMANDS[1:])
 def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
     for earlier in DOOR_COMMANDS[: DOOR_COMMANDS.index(line)]:
-        store = re.search(r"--data.store (\S+)", earlier)
-        if store and store[1] in line:  # what it makes is used
+        made = re.search(r"(?:--data.store|to-hf \S+) (\S+)", earlier)
+        if made and made[1] in line:  # what it makes is used
             runs(command, newcomers_folder, cache, earlier)
     runs(command, newcomers_folder, cache, line)
 
@@ -101,9 +108,59 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
 
 
 def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [code] = [block for language, block in BLOCKS if language == "python"]
     monkeypatch.chdir(newcomers_folder)
-    exec(shortened(code), {})
+    exec(shortened(PYTHON[0]), {})
+
+
+ACTIVATION = """
+--- a/lit_gpt_scratch/model/feed_forward.py
++++ b/lit_gpt_scratch/model/feed_forward.py
+@@ -1,3 +1,11 @@
++class ReGLU(Gated):
++    \"\"\"The gate is bent by a ReLU.\"\"\"
++
++    @override
++    def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
++        return F.relu(self.gate(x)) * hidden
++
++
+ FEED_FORWARD: dict[str, type[FeedForward]] = {
+-    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU,
++    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU, "reglu": ReGLU,
+ }  # fmt: skip
+"""
+
+
+@pytest.mark.parametrize(
+    ("diff", "flag"), [(DIFF, "--model.gpt.position=logarithmic"), (ACTIVATION, "--model.gpt.feed_forward=reglu")]
+)
+def test_a_part_of_ones_own_touches_one_file(newcomers_folder: Path, small: list[str], diff: str, flag: str) -> None:
+    """The README's example, and another, in a copy of the package: trained, and then gone on with from its run."""
+    touched = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
+    assert len(touched) == 1
+    shutil.copytree(ROOT / "lit_gpt_scratch", newcomers_folder / "lit_gpt_scratch")
+    path = newcomers_folder / touched[0]
+    hunk = diff.partition("@@ -1,3 +1,11 @@\n")[2].splitlines(keepends=True)
+    old, new = ("".join(line[1:] for line in hunk if line[0] in kept) for kept in (" -", " +"))
+    content = path.read_text(encoding="utf-8")
+    assert content.count(old) == 1
+    path.write_text(content.replace(old, new), encoding="utf-8")
+
+    def door(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", f"lit_gpt_scratch.{name}", *flags],
+            cwd=newcomers_folder,
+            capture_output=True,
+            text=True,
+        )
+
+    fit = door("fit", *small, flag, "--trainer.max_steps=2", "--experiment=own")
+    assert fit.returncode == 0, fit.stderr
+    generate = door("generate", "--experiment=own", "--max_new_tokens=40")
+    assert generate.returncode == 0, generate.stderr
+    refused = door("fit", *small, f"{flag}s")
+    assert refused.returncode == 2
+    assert flag.partition("=")[2] in refused.stderr
 
 
 def shortened(code: str) -> str:

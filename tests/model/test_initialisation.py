@@ -191,7 +191,6 @@ def test_zero_leaves_every_part_a_way_to_learn(placement: str, norm: str) -> Non
         ({"rotary_share": 0.26}, ("model.gpt.position rotary", "of a head's 64 it would be 17", "rotary_share")),
         ({"rotary_share": 1.5}, ("model.gpt.position rotary", "of a head's 64 it would be 96", "rotary_share")),
         ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "2 channels are turned")),
-        ({"rotary_factor": 2.0}, ("model.gpt.rotary_factor is 2.0", "model.gpt.rotary_scaling is not set")),
         (
             {"rotary_scaling": "linear", "rotary_slow": 2.0},
             ("model.gpt.rotary_slow is 2.0", "model.gpt.rotary_scaling is linear"),

@@ -1,0 +1,95 @@
+"""GPT-2 (Radford et al. 2019), whose linear layers keep one row an input, and query, key and value in one matrix."""
+
+from collections.abc import Iterator
+from typing import Any, ClassVar, Final
+
+from typing_extensions import override
+
+from lit_gpt_scratch.interop.family import EMBEDDING, NORM, Family, Piece, Shape, layered
+from lit_gpt_scratch.interop.fields import Fields
+from lit_gpt_scratch.model import GPTConfig
+
+DROPOUTS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+PARTS: Final[dict[str, tuple[str, ...]]] = {
+    "ln_1": ("attention_norm",),
+    "attn.c_attn": ("attention.query", "attention.key", "attention.value"),
+    "attn.c_proj": ("attention.output",),
+    "ln_2": ("feed_forward_norm",),
+    "mlp.c_fc": ("feed_forward.input",),
+    "mlp.c_proj": ("feed_forward.output",),
+}
+"""Theirs to ours; each has a weight and a bias."""
+
+
+class GPT2(Family):
+    """Learned positions, LayerNorm before each part, GELU, biases everywhere."""
+
+    model_type, architecture, prefix, context = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
+    tied = drops = True
+    fixed: ClassVar[dict[str, Any]] = {
+        "position": "learned", "norm": "layernorm", "norm_placement": "pre", "feed_forward": "gelu", "bias": True,
+        "qk_norm": False, "sliding_window": None,
+    }  # fmt: skip
+    free = frozenset({"n_kv_head", "head_dim"})  # in other words: see ``obstacles``
+
+    @override
+    def switches(self, fields: Fields) -> dict[str, Any]:
+        fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        fields.only("scale_attn_weights", True)
+        fields.only("scale_attn_by_inverse_layer_idx", False)
+        fields.only("sliding_window")
+        dropouts = [fields.number(name, 0.1) for name in DROPOUTS]
+        if len(set(dropouts)) > 1:
+            fields.refused.append(
+                f"{', '.join(f'{name} is {p}' for name, p in zip(DROPOUTS, dropouts, strict=True))} (here they are one)"
+            )
+        width = fields.size("n_embd")
+        return {
+            **self.fixed,
+            "n_layer": fields.size("n_layer"),
+            "n_head": fields.size("n_head"),
+            "n_embd": width,
+            "ffn_dim": fields.size("n_inner", 4 * width, 4 * width),
+            "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
+            "dropout": dropouts[0],
+            "initialisation": "gpt2",
+        }
+
+    @override
+    def write(self, shape: Shape) -> dict[str, Any]:
+        gpt = shape.gpt
+        return {
+            "n_embd": gpt.n_embd,
+            "n_layer": gpt.n_layer,
+            "n_head": gpt.n_head,
+            "n_inner": gpt.ffn_width,
+            "n_positions": shape.block_size,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": gpt.norm_eps,
+            **dict.fromkeys(DROPOUTS, gpt.dropout),
+            "scale_attn_weights": True,
+            "scale_attn_by_inverse_layer_idx": False,
+            "reorder_and_upcast_attn": False,
+            "add_cross_attention": False,
+        }
+
+    @override
+    def pieces(self, gpt: GPTConfig) -> Iterator[Piece]:
+        yield Piece("transformer.wte.weight", (EMBEDDING,))
+        yield Piece("transformer.wpe.weight", ("position.table.weight",))
+        for layer in range(gpt.n_layer):
+            for kind in ("weight", "bias"):
+                names = {f"{t}.{kind}": tuple(f"{name}.{kind}" for name in ours) for t, ours in PARTS.items()}
+                for theirs, inner in layered("transformer.h.{}.", layer, {**names}):
+                    yield Piece(theirs, inner, transposed=kind == "weight" and "ln_" not in theirs)
+        for kind in ("weight", "bias"):
+            yield Piece(f"transformer.ln_f.{kind}", (NORM.replace("weight", kind),))
+
+    @override
+    def obstacles(self, gpt: GPTConfig) -> list[str]:
+        found = super().obstacles(gpt)
+        if gpt.kv_heads != gpt.n_head:
+            found.append(f"n_kv_head is {gpt.kv_heads} (there n_head, {gpt.n_head})")
+        if gpt.head_width * gpt.n_head != gpt.n_embd:
+            found.append(f"head_dim is {gpt.head_width} (there n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
+        return found

@@ -1,0 +1,117 @@
+"""Published models through the doors, there and back."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
+from tests.conftest import sentences
+from tests.end_to_end.conftest import Command
+from tests.interop.conftest import (
+    Published,
+    library,
+    published,  # noqa: F401 - a fixture
+    tokenizer,  # noqa: F401 - a fixture
+)
+
+
+@torch.no_grad()
+def bits_per_byte(model: Any, tokenizer_: Any, text: str, context: int) -> float:
+    """By the library alone: every token once, in windows that begin with the last one's end."""
+    tokens = torch.tensor([tokenizer_.bos_token_id, *tokenizer_(text)["input_ids"]])
+    nats = 0.0
+    for start in range(0, len(tokens) - 1, context):
+        inputs, labels = tokens[start : start + context][None], tokens[start + 1 : start + context + 1]
+        predicted = model(inputs[:, : len(labels)]).logits[0].log_softmax(-1)
+        nats -= predicted.gather(1, labels[:, None]).sum().item()
+    return nats / math.log(2) / len(text.encode())
+
+
+@pytest.mark.parametrize("case", ["gpt2", "llama, llama3", "qwen3, tied", "mistral"])
+@pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
+def test_a_published_model_is_evaluated_as_by_its_library(
+    command: Command,
+    published: Published,  # noqa: F811 - the fixture
+    case: str,
+    suffix: str,
+) -> None:
+    transformers = library()
+    _, folder = published(case)
+    said = command("convert", "from-hf", folder, f"m.{suffix}")
+    assert said.code == 0, said.err
+    assert command("convert", "to-hf", f"m.{suffix}", "again").code == 0
+    before, after = load_file(folder / "model.safetensors"), load_file("again/model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    text = sentences(99, 12)
+    Path("text.txt").write_text(text, encoding="utf-8")
+    scored = command("evaluate", f"m.{suffix}", "--data.source", "text.txt", "--json")
+    assert scored.code == 0, scored.err
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    expected = bits_per_byte(theirs, transformers.AutoTokenizer.from_pretrained("again"), text, 48)
+    assert json.loads(scored.out)["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
+    written = command("generate", f"m.{suffix}", "--prompt", "the cat", "--max_new_tokens", "5")
+    assert written.code == 0, written.err
+
+
+def test_a_run_goes_to_others_and_comes_back(command: Command, small: list[str], corpus: Path) -> None:
+    transformers = library()
+    trained = command("fit", *small, "--model.gpt.vocab_multiple=64")
+    assert trained.code == 0, trained.err
+    said = command("convert", "to-hf", "runs/pretrain/version_0", "shared/qwen")
+    assert said.code == 0, said.err
+    assert "shared/qwen holds a Qwen3ForCausalLM" in said.err
+    model, own = load_model(Path("runs/pretrain/version_0/checkpoints/last.ckpt"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("shared/qwen").eval()
+    x = torch.tensor([own.encode(corpus.joinpath("01.txt").read_text(encoding="utf-8"))[:32]])
+    assert (theirs(x).logits - model(x)).abs().max() <= 1e-5
+    assert command("convert", "from-hf", "shared/qwen", "back.ckpt").code == 0
+    scores = [
+        json.loads(command("evaluate", path, "--data.source", corpus / "01.txt", "--json").out)
+        for path in ("runs/pretrain/version_0", "back.ckpt")
+    ]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_bits_of_bfloat16_stay_in_the_checkpoint(
+    command: Command,
+    published: Published,  # noqa: F811 - the fixture
+) -> None:
+    _, folder = published("qwen3", torch.bfloat16)
+    for name in ("m.ckpt", "m.safetensors"):
+        assert command("convert", "from-hf", folder, name).code == 0
+        assert {tensor.dtype for tensor in load_checkpoint(Path(name))["state_dict"].values()} == {torch.bfloat16}
+        load_model(Path(name))
+
+
+def test_mistakes_are_one_line(command: Command, small: list[str], tmp_path: Path) -> None:
+    assert command("fit", *small, "--trainer.max_steps=1", "--model.gpt.smear=true").code == 0
+    Path("there.ckpt").write_text("", encoding="utf-8")
+    for args, said in (
+        ([], "FORM"),
+        (["to-onnx"], "to-onnx"),
+        (["to-hf", "runs/pretrain/version_0", "hf"], "smear is True"),
+        (["to-hf", "runs/pretrain/version_0", "hf.safetensors"], "to-safetensors"),
+        (["to-hf", "none.ckpt", "hf"], "no checkpoint at none.ckpt"),
+        (["to-hf", "there.ckpt", "hf"], "there.ckpt"),
+        (["from-hf", "none", "m.ckpt"], "no folder at none"),
+        (["from-hf", "none", "there.ckpt"], "there.ckpt is there already"),
+    ):
+        outcome = command("convert", *args)
+        assert outcome.code == 2, args
+        assert outcome.err.count("\n") == 1
+        assert said in outcome.err
+    assert not (tmp_path / "hf").exists()
+
+
+def test_a_tied_model_fits_into_one_file(command: Command, small: list[str]) -> None:
+    assert command("fit", *small, "--trainer.max_steps=1", "--model.gpt.tied_embeddings=true").code == 0
+    said = command("convert", "to-safetensors", "runs/pretrain/version_0", "m.safetensors")
+    assert said.code == 0, said.err
+    shared, own = (command("generate", *path, "--max_new_tokens", "5") for path in (["m.safetensors"], []))
+    assert shared.out == own.out

@@ -1,0 +1,116 @@
+"""Tiny published models with random weights, saved by the library that they are made for."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_gpt_scratch.interop.folder import Model
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import sentences
+
+VOCABULARY = 320
+"""More than the tokenizer has."""
+LENGTH = 48
+LLAMA = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "intermediate_size": 72, "max_position_embeddings": LENGTH, "rms_norm_eps": 3e-5,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+GPT2 = {
+    "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": LENGTH, "bos_token_id": 0,
+    "eos_token_id": 0, "layer_norm_epsilon": 3e-5,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 3.0, "original_max_position_embeddings": 16}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "original_max_position_embeddings": 40,
+    "low_freq_factor": 1.0, "high_freq_factor": 3.0,
+}  # fmt: skip
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2, untied": (
+        "GPT2",
+        GPT2 | {"tie_word_embeddings": False, "n_inner": 80, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    ),
+    "llama": ("Llama", LLAMA | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}),
+    "llama, biases, tied": (
+        "Llama",
+        LLAMA | {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 4},
+    ),
+    "llama, linear": (
+        "Llama",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5}},
+    ),
+    "llama, llama3": ("Llama", LLAMA | {"rope_parameters": LLAMA3}),
+    "llama, yarn": ("Llama", LLAMA | {"rope_parameters": YARN}),
+    "llama, yarn, turns": (
+        "Llama",
+        LLAMA | {"rope_parameters": YARN | {"beta_fast": 2.0, "beta_slow": 0.25, "truncate": True}},
+    ),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 16}),
+    "qwen3, tied": ("Qwen3", LLAMA | {"head_dim": 10, "tie_word_embeddings": True, "num_key_value_heads": 1}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": 5}),
+    "mistral, no window": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 16}),
+}
+Published = Callable[..., tuple[Any, Path]]
+
+
+def library() -> Any:
+    """``transformers``, or the test is skipped."""
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([sentences(seed) for seed in range(5)], 300)
+
+
+@pytest.fixture
+def published(tmp_path: Path, tokenizer: Tokenizer) -> Published:
+    """Save a case, with ``changes`` of its config; the model and its folder."""
+
+    def build(case: str, dtype: torch.dtype = torch.float32, name: str = "published", **save: Any) -> tuple[Any, Path]:
+        family, settings = CASES[case]
+        transformers = library()
+        config = getattr(transformers, f"{family}Config")(**json.loads(json.dumps(settings)))
+        model = getattr(transformers, "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM")(config)
+        model = randomised(model.to(dtype))
+        folder = tmp_path / name
+        model.save_pretrained(folder, **save)
+        (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+        return model, folder
+
+    return build
+
+
+@torch.no_grad()
+def randomised(model: Any) -> Any:
+    """Nothing is zero or one, so that nothing that is left out can go unseen."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        gain = "norm" in name.lower() or "ln_" in name
+        parameter.copy_(noise * 0.15 + (1.0 if gain and name.endswith("weight") else 0.0))
+    return model.eval()
+
+
+def network(model: Model) -> GPT:
+    """The network, ready to use."""
+    built = GPT(*model.shape)
+    built.load_state_dict(model.weights)
+    return built.eval()
+
+
+def change(folder: Path, **fields: Any) -> None:
+    """Write other fields into a folder's ``config.json``; ``...`` takes one out."""
+    path = folder / "config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) | fields
+    path.write_text(json.dumps({n: v for n, v in values.items() if v is not ...}), encoding="utf-8")
+
+
+def ids(length: int = LENGTH) -> torch.Tensor:
+    return torch.randint(VOCABULARY, (3, length), generator=torch.Generator().manual_seed(1))

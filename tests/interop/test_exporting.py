@@ -1,0 +1,204 @@
+"""Models from here, in a folder for others: what can be said is said in full, and what cannot is named."""
+
+import json
+import logging
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.family import Shape
+from lit_gpt_scratch.interop.folder import Model, read, write
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import sentences
+from tests.interop.conftest import LENGTH, library, network, randomised
+
+TEXT = "the cat sees <|endoftext| a dog.\r\n\t Çé 東京 🎉  x"
+
+
+def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Model:
+    """A model of this package with random weights, in a vocabulary that the tokenizer does not fill."""
+    from lit_gpt_scratch.model import GPT
+
+    shape = Shape(gpt, vocab_size, LENGTH)
+    return Model(shape, randomised(GPT(*shape)).state_dict(), tokenizer)
+
+
+def any_config(seed: int) -> GPTConfig:
+    """One that some family can say."""
+    rng = random.Random(seed)
+    kind = ("gpt2", "qwen3", "llama", "mistral")[seed % 4]
+    heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
+    settings: dict[str, Any] = {
+        "n_layer": rng.randint(1, 3), "n_head": heads * group, "n_embd": heads * group * width,
+        "norm_eps": rng.choice([1e-3, 1e-6]), "tied_embeddings": rng.random() < 0.5,
+        "vocab_multiple": rng.choice([1, 64]), "ffn_dim": rng.choice([None, 44]),
+        "attention_backend": rng.choice(["auto", "manual"]),
+        "initialisation": rng.choice(["zero", "gpt2", "normal", "xavier"]),
+    }  # fmt: skip
+    if kind == "gpt2":
+        settings |= {"position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True, "qk_norm": False}
+        return GPTConfig(**settings, dropout=rng.choice([0.0, 0.2]))
+    settings |= {"n_kv_head": heads, "head_dim": rng.choice([None, 6, 16]), "rotary_base": rng.choice([100.0, 1e4])}
+    settings["qk_norm"] = kind == "qwen3"
+    scaling = rng.choice([None, "linear", "ntk", "llama3", "yarn"])
+    if scaling:
+        settings |= {"rotary_scaling": scaling, "rotary_factor": rng.choice([1.5, 4.0])}
+    if scaling in ("llama3", "yarn"):
+        settings |= {"rotary_trained_context": rng.choice([12, 32]), "rotary_fast": rng.choice([None, 5.0])}
+    if kind == "mistral":
+        settings["sliding_window"] = rng.randint(1, 20)
+        if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config refuses
+            settings |= {"sliding_window": None, "n_embd": settings["n_embd"] + 1, "head_dim": 6, "n_head": 2 * heads}
+    elif kind == "llama":
+        settings["bias"] = rng.random() < 0.5
+    return GPTConfig(**settings)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
+    transformers = library()
+    model = made(any_config(seed), tokenizer)
+    architecture = write(model, tmp_path / "hf")
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert type(theirs).__name__ == architecture
+    assert not any(told.values()), told
+    x = torch.randint(model.shape.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
+    ours, expected = network(model), theirs.eval()(x).logits.detach()
+    assert expected.shape == (2, LENGTH, model.shape.vocab_size)
+    got = ours(x).detach()
+    assert got.std() > 0.1
+    assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
+    assert (network(read(tmp_path / "hf"))(x) - got).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("switches", "architecture"),
+    [
+        ({}, "Qwen3ForCausalLM"),
+        ({"qk_norm": False}, "LlamaForCausalLM"),
+        ({"qk_norm": False, "sliding_window": 7}, "MistralForCausalLM"),
+        ({"qk_norm": False, "bias": True}, "LlamaForCausalLM"),
+        (
+            {"qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True},
+            "GPT2LMHeadModel",
+        ),
+    ],
+)
+def test_the_family_follows_from_the_config(
+    tmp_path: Path, tokenizer: Tokenizer, switches: dict[str, Any], architecture: str
+) -> None:
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
+    (tmp_path / "hf").mkdir()  # an empty one counts as none
+    assert write(model, tmp_path / "hf") == architecture
+    config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [architecture]
+    assert config["eos_token_id"] == config["bos_token_id"] == tokenizer.end_of_text
+    assert config["dtype"] == "float32"
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "char", "byte"])
+@pytest.mark.parametrize("family", [{}, {"qk_norm": False}, {"qk_norm": False, "sliding_window": 7}])
+def test_the_tokenizer_is_read_by_others(tmp_path: Path, kind: str, family: dict[str, Any]) -> None:
+    transformers = library()
+    tokenizer = Tokenizer.train([sentences(seed) for seed in range(5)], 600, kind)
+    gpt = GPTConfig(n_layer=1, n_head=1, n_embd=8, **family)
+    write(made(gpt, tokenizer, tokenizer.vocab_size), tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT)
+    assert theirs.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
+    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.end_of_text
+    assert len(theirs) == tokenizer.vocab_size
+    assert theirs.model_max_length == LENGTH
+
+
+@pytest.mark.parametrize(
+    ("switches", "said"),
+    [
+        ({"smear": True, "bigram_rows": 50}, ["qwen3", "smear is True", "bigram_rows is 50"]),
+        ({"value_embeddings": True}, ["value_embeddings"]),
+        ({"residual_scalars": True}, ["residual_scalars"]),
+        ({"position": "alibi", "qk_norm": False}, ["llama", "position is alibi (there rotary)"]),
+        ({"norm_placement": "post"}, ["norm_placement is post"]),
+        ({"norm_placement": "sandwich"}, ["norm_placement is sandwich"]),
+        ({"logit_softcap": 15.0, "attention_softcap": 20.0}, ["logit_softcap is 15.0", "attention_softcap is 20.0"]),
+        ({"bias": True}, ["bias"]),
+        ({"sliding_window": 5}, ["sliding_window is 5"]),
+        ({"feed_forward": "relu2"}, ["feed_forward is relu2 (there swiglu)"]),
+        ({"rotary_share": 0.5}, ["rotary_share is 0.5"]),
+        ({"attention": "lit_gpt_scratch.model.attention.Attention"}, ["attention is lit_gpt_scratch.model.attention"]),
+        (
+            {
+                "qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True,
+                "n_kv_head": 1, "head_dim": 8,
+            },
+            ["gpt2", "n_kv_head is 1 (there n_head, 2)", "head_dim is 8 (there n_embd / n_head, 16)"],
+        ),
+    ],
+)  # fmt: skip
+def test_what_no_family_can_say(
+    tmp_path: Path, tokenizer: Tokenizer, switches: dict[str, Any], said: list[str]
+) -> None:
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
+    with pytest.raises(UserError) as refused:
+        write(model, tmp_path / "hf")
+    for part in said:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_switch_that_is_new_is_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of every switch some value can be said, or it is named; none is passed over because nobody thought of it."""
+    from lit_gpt_scratch.interop import family
+    from lit_gpt_scratch.interop.folder import FAMILIES
+
+    monkeypatch.setattr(family, "FREE", family.FREE - {"n_layer"})
+    assert all("n_layer is 1 (there 4)" in one.obstacles(GPTConfig(n_layer=1)) for one in FAMILIES.values())
+
+
+def test_dropout_that_would_be_lost_is_told(
+    tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, "lit_gpt_scratch"):
+        write(made(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.1), tokenizer), tmp_path / "hf")
+    assert "dropout is 0.1; qwen3 has none" in caplog.text
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "notes.txt").write_text("mine", encoding="utf-8")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    for place in ("hf", "file"):
+        with pytest.raises(UserError, match="is there already and is not an empty folder"):
+            write(model, tmp_path / place)
+    with pytest.raises(UserError, match="cannot write"):
+        write(model, tmp_path / "file" / "hf")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "hf", "notes.txt"]
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_gpt_scratch.interop import folder
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(folder, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot write .*hf: No space left on device"):
+        write(made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer), tmp_path / "hf")
+    assert not any(tmp_path.iterdir())
+
+
+def test_weights_of_another_shape(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
+    del model.weights["norm.weight"]
+    with pytest.raises(UserError, match=r"tensors in the checkpoint are not those .* missing: norm\.weight"):
+        write(model, tmp_path / "hf")

@@ -1,0 +1,171 @@
+"""Folders that cannot be read as they are: each is refused by name, in one line, before anything is written."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.folder import read
+from tests.interop.conftest import YARN, Published, change
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(UserError) as refused:
+        read(folder)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("case", "fields", "said"),
+    [
+        ("llama", {"hidden_act": "gelu_new"}, ["hidden_act is gelu_new"]),
+        ("llama", {"hidden_act": "relu", "mlp_bias": True}, ["hidden_act is relu", "attention_bias is False"]),
+        ("llama", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping is 50.0"]),
+        ("llama", {"final_logit_softcapping": 30.0}, ["final_logit_softcapping is 30.0"]),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, ["quantization_config is", "gptq"]),
+        ("llama", {"auto_map": {"AutoModelForCausalLM": "mine.Mine"}}, ["auto_map is"]),
+        ("llama", {"attention_dropout": 0.1}, ["attention_dropout is 0.1"]),
+        ("llama", {"sliding_window": 9}, ["sliding_window is 9"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor is 0.5"]),
+        ("llama", {"num_local_experts": 8}, ["num_local_experts is 8"]),
+        ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types is full_attention and sli"]),
+        ("llama", {"layer_types": 3}, ["layer_types is 3"]),
+        ("qwen3", {"use_sliding_window": True}, ["use_sliding_window is True"]),
+        ("qwen3", {"layer_types": ["sliding_attention"] * 2}, ["layer_types is sliding_attention"]),
+        ("qwen3", {"attention_bias": True}, ["attention_bias is True"]),
+        ("mistral", {"layer_types": ["sliding_attention", "full_attention"]}, ["layer_types is sliding_attention and"]),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx is True"]),
+        ("gpt2", {"scale_attn_weights": False}, ["scale_attn_weights is False"]),
+        ("gpt2", {"activation_function": "gelu"}, ["activation_function is gelu (only gelu_new"]),
+        ("gpt2", {"add_cross_attention": True}, ["add_cross_attention is True"]),
+        ("gpt2", {"attn_pdrop": 0.0}, ["resid_pdrop is 0.1, embd_pdrop is 0.1, attn_pdrop is 0.0"]),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type is dynamic (only default"]),
+        ("llama", {"rope_scaling": {"type": "longrope"}}, ["rope_scaling.type is longrope"]),
+        ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, ["rope_parameters.mrope_section is"]),
+        ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters.attention_factor is 1.5"]),
+        ("llama", {"rope_parameters": YARN | {"truncate": False}}, ["rope_parameters.truncate is False"]),
+        (
+            "llama",
+            {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+            ["rope_parameters.mscale is 1.0", "mscale_all_dim is 1.0"],
+        ),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 1.0}}, ["beta_fast is 1.0 (more than beta_slow"]),
+        ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor is missing"]),
+        ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2}}, ["low_freq_factor is missing"]),
+        ("llama", {"rope_scaling": "linear"}, ["rope_scaling is linear; it must be null or an object"]),
+        ("llama", {"hidden_size": ...}, ["hidden_size is missing; it must be a positive whole number"]),
+        ("llama", {"hidden_size": "32"}, ["hidden_size is 32; it must be"]),
+        ("llama", {"num_hidden_layers": 0}, ["num_hidden_layers is 0"]),
+        ("llama", {"vocab_size": True}, ["vocab_size is True"]),
+        ("llama", {"rms_norm_eps": "small"}, ["rms_norm_eps is small; it must be a number"]),
+        ("llama", {"tie_word_embeddings": 1}, ["tie_word_embeddings is 1; it must be true or false"]),
+        ("llama", {"num_key_value_heads": 3}, ["config.json describes no model", "n_kv_head (3)"]),
+        ("llama", {"vocab_size": 250}, ["vocab_size is 250", "ids up to 299"]),
+        ("llama", {"model_type": "gemma2"}, ["model_type is gemma2; known are gpt2, llama, mistral, qwen3"]),
+        ("llama", {"model_type": ...}, ["has no model_type; known are gpt2"]),
+    ],
+)
+def test_a_config_that_asks_for_more(published: Published, case: str, fields: dict[str, Any], said: list[str]) -> None:
+    _, folder = published(case)
+    change(folder, **fields)
+    message = refusal(folder)
+    assert str(folder / "config.json") in message
+    for part in said:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        YARN | {"attention_factor": 1.1098612288668110, "truncate": True, "finetuned": True},
+        YARN | {"mscale": 1.0, "mscale_all_dim": 0.0},
+        {"rope_type": "default", "rope_theta": 500.0, "factor": None},
+    ],
+)
+def test_fields_that_say_what_is_so_anyway(published: Published, rope: dict[str, Any]) -> None:
+    _, folder = published("llama")
+    change(folder, rope_parameters=rope)
+    assert read(folder).shape.gpt.rotary_scaling == (None if rope["rope_type"] == "default" else "yarn")
+
+
+def edit(folder: Path, change_: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change_(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("case", "change_", "said"),
+    [
+        ("llama", lambda w: w.pop("model.norm.weight"), "missing: model.norm.weight"),
+        ("llama", lambda w: w.pop("lm_head.weight"), "missing: lm_head.weight"),
+        ("llama", lambda w: w.update(extra=torch.ones(2)), "unknown: extra"),
+        (
+            "gpt2",
+            lambda w: w.update({"transformer.ln_f.bias": torch.ones(3)}),
+            "of another shape: transformer.ln_f.bias is (3,), not (32,)",
+        ),
+        ("gpt2", lambda w: w.update({"lm_head.weight": torch.ones(320, 32)}), "tie_word_embeddings is true or absent"),
+        ("gpt2", lambda w: w.update({"lm_head.weight": torch.ones(320, 32).half()}), "tie_word_embeddings is true or"),
+        ("gpt2", lambda w: w.update({"transformer.ln_f.bias": torch.ones(32, dtype=torch.int8)}), "torch.int8"),
+        ("llama", lambda w: [w.pop(name) for name in list(w)[:6]], "and 2 more"),
+    ],
+)
+def test_tensors_of_something_else(
+    published: Published, case: str, change_: Callable[[dict[str, torch.Tensor]], object], said: str
+) -> None:
+    _, folder = published(case)
+    edit(folder, change_)
+    message = refusal(folder)
+    assert said in message
+    assert str(folder) in message
+
+
+def test_files_that_are_missing_or_damaged(published: Published, tmp_path: Path) -> None:
+    assert "no folder at" in refusal(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    assert f"no config.json in {tmp_path / 'empty'}" in refusal(tmp_path / "empty")
+    _, folder = published("llama")
+    whole = (folder / "tokenizer.json").read_bytes()
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    assert "is not a usable tokenizer file" in refusal(folder)
+    (folder / "tokenizer.json").unlink()
+    assert "no tokenizer.json in" in refusal(folder)
+    (folder / "tokenizer.json").write_bytes(whole)
+    weights = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(weights[:100])
+    assert "model.safetensors is no safetensors file, or is damaged" in refusal(folder)
+    (folder / "model.safetensors").unlink()
+    assert "no model.safetensors and no model.safetensors.index.json in" in refusal(folder)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    assert "holds pytorch_model.bin, which can run code" in refusal(folder)
+    (folder / "config.json").write_text("{", encoding="utf-8")
+    assert "config.json is no JSON" in refusal(folder)
+    (folder / "config.json").write_text("[]", encoding="utf-8")
+    assert "config.json has no model_type" in refusal(folder)
+
+
+def test_shards_that_are_missing_or_point_elsewhere(published: Published) -> None:
+    _, folder = published("llama", max_shard_size="20KB")
+    index = folder / "model.safetensors.index.json"
+    known = json.loads(index.read_text(encoding="utf-8"))
+    for content, said in (
+        ("{}", "is no index of weights"),
+        ('{"weight_map": []}', "is no index of weights"),
+        (json.dumps({"weight_map": {"x": "../secret.safetensors"}}), "it names other folders"),
+        (
+            json.dumps({"weight_map": known["weight_map"] | {"y": known["weight_map"]["lm_head.weight"]}}),
+            "in no file: y",
+        ),
+    ):
+        index.write_text(content, encoding="utf-8")
+        assert said in refusal(folder)
+    index.write_text(json.dumps(known), encoding="utf-8")
+    next(folder.glob("model-*.safetensors")).unlink()
+    assert "is missing; download the folder again" in refusal(folder)
