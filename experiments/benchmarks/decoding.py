@@ -3,8 +3,9 @@
     python experiments/benchmarks/decoding.py [--nanogpt CHECKOUT] [--rounds 7]
 
 A GPT-2 with random weights is exported, loaded by ``transformers``, and both continue one token greedily; that they
-write the same tokens is checked in float32. Contestants take turns, a round each; medians of all rounds are printed, after
-a round that is not counted. nanoGPT, if its checkout is given, has no cache.
+write the same tokens is checked in float32. Contestants take turns, a round each, after a round that is not counted;
+medians of all rounds are printed, and the median of the ratios to ``transformers`` in the same round. nanoGPT, if its checkout is
+given, has no cache.
 """
 
 import argparse
@@ -130,7 +131,8 @@ def main() -> None:
                 speeds[key].append(key[2] * len(tokens) / (time.perf_counter() - began))
         medians = {key: statistics.median(speed) for key, speed in speeds.items()}
         for (who, kind, rows), speed in medians.items():
-            beside = speed / medians["transformers", kind, rows]
+            pairs = zip(speeds[who, kind, rows], speeds["transformers", kind, rows], strict=True)
+            beside = statistics.median(mine / its for mine, its in pairs)
             more = speed / medians[who, kind, 1]
             print(f"{name:8} {kind:9} {rows:4}  {who:14} {speed:9,.0f} {beside:16.2f} {more:11.1f}", flush=True)
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.decoding.program import Step, compiled_step
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.layout import layout
 
 
 def generate(
@@ -72,7 +72,7 @@ def _generate(
     dice = [random.Random(seed) for seed in seeds]
     slots = min(model.block_size, max(map(len, texts)) + max_new_tokens)
     cache, logits = prefill(model, texts, slots, fixed=compile)
-    step = _compiled_step(model) if compile else _step
+    step = compiled_step(model, len(texts)) if compile else _eager_step(model)
     seen = _marked(texts, logits) if sampling.repetition_penalty != 1 else None
     ended: set[int] = set()
     for n in range(1, max_new_tokens + 1):
@@ -97,7 +97,7 @@ def _generate(
             seen.scatter_(1, tokens[:, None], value=True)
         if cache.longest == model.block_size:
             _make_room(model, [texts[row] for row in rows], cache)
-        logits = step(model, tokens[:, None], cache)
+        logits = step(tokens[:, None], cache)
 
 
 def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
@@ -124,21 +124,12 @@ def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = Fa
         return cache, model.read(last)[:, -1]
 
 
-def _step(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Logits after one more token of each row: (B, 1) -> (B, vocab_size)."""
-    with torch.compiler.set_stance("force_eager"):
-        return model.read(model.hidden(ids, cache=cache))[:, -1]
+def _eager_step(model: GPT) -> Step:
+    """Ids (B, 1) and a cache -> logits after them, (B, vocab_size)."""
 
-
-def _compiled_step(model: GPT) -> Callable[[GPT, Tensor, KVCache], Tensor]:
-    """The same, where all that is done with tensors is one compiled program."""
-    program = torch.compile(lambda ids, order, cache: model.read(model.stream(ids, order, cache))[:, -1], dynamic=False)
-
-    def step(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-        cache.begin(1)
-        logits: Tensor = program(ids, layout(model.config, model.position, ids, None, cache), cache)
-        cache.end()
-        return logits
+    def step(ids: Tensor, cache: KVCache) -> Tensor:
+        with torch.compiler.set_stance("force_eager"):
+            return model.read(model.hidden(ids, cache=cache))[:, -1]
 
     return step
 

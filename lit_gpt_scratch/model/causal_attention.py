@@ -47,7 +47,9 @@ def causal_attention(
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, mask, softcap, bias)
-    if backend == "manual" or softcap is not None:
+    # A single token's products are loops to a compiler, which fuses them with the mask and the softmax.
+    alone = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
+    if backend == "manual" or softcap is not None or alone:
         return manual_attention(q, k, v, dropout, mask, softcap)[0]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
