@@ -4,8 +4,8 @@
 
 A GPT-2 with random weights is exported, loaded by ``transformers``, and both continue one token greedily; that they
 write the same tokens is checked in float32. Contestants take turns, a round each, after a round that is not counted;
-medians of all rounds are printed, and the median of the ratios to ``transformers`` in the same round. nanoGPT, if its checkout is
-given, has no cache.
+medians of all rounds are printed, and the median of the ratios to ``transformers`` in the same round. nanoGPT, if its
+checkout is given, has no cache.
 """
 
 import argparse

@@ -51,14 +51,18 @@ def _one_row(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
     A processor spends such a product on reading the matrix. What a call of a library's kernel takes beside that is a
     third of the whole step of a small model.
     """
-    decompositions = {**select_decomp_table(), aten.mm.default: _mm, aten.addmm.default: _addmm}
+    decompositions: dict[Any, Callable[..., Any]] = {
+        **select_decomp_table(),
+        aten.mm.default: _mm,
+        aten.addmm.default: _addmm,
+    }
     return compile_fx(graph, list(examples), decompositions=decompositions)
 
 
 def _mm(row: Tensor, matrix: Tensor) -> Tensor:
-    """row: (1, K), matrix: (K, N) -> (1, N)."""
+    """row: (1, K), matrix: (K, N) -> (1, N); as a compiler's rule, it may leave the product to others."""
     if row.size(0) != 1 or matrix.numel() > LARGEST:
-        return NotImplemented
+        return NotImplemented  # type: ignore[no-any-return]  # what such a rule answers then
     exact = torch.promote_types(row.dtype, torch.float32)
     return (matrix.t().to(exact) * row.to(exact)).sum(-1, keepdim=True).t().to(row.dtype)
 

@@ -5,6 +5,7 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.model import GPT
@@ -37,16 +38,15 @@ def score(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, f
             ids = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)])
             for start in range(0, len(ids) - 1, T):
                 inputs, labels = ids[start : start + T], ids[start + 1 : start + T + 1]
-                inputs = inputs[: len(labels)]
-                fill = T - len(labels)  # behind the last token: seen by none before it, and not scored
-                yield (
-                    torch.nn.functional.pad(inputs, (0, fill)),
-                    torch.nn.functional.pad(labels, (0, fill), value=IGNORED),
-                )
+                yield inputs[: len(labels)], labels
 
     pending = windows()
     while batch := list(islice(pending, WINDOWS_AT_ONCE)):
-        inputs, labels = (torch.stack(column).to(device) for column in zip(*batch, strict=True))  # (B, T) each
+        # Filled up behind the last token: seen by none before it, and not scored.
+        inputs, labels = (
+            pad_sequence(list(column), batch_first=True, padding_value=fill).to(device)  # (B, T)
+            for column, fill in zip(zip(*batch, strict=True), (0, IGNORED), strict=True)
+        )
         nats, tokens = token_nats(model(inputs), labels)
         metric.update(nats, tokens, torch.zeros_like(tokens))
     metric.bytes += n_bytes

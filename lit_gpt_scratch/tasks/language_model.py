@@ -15,6 +15,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.accounting import refuse_too_large
 from lit_gpt_scratch.hardware.defaults import why_not_compile
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.attention import attention_class
 from lit_gpt_scratch.model.layout import refuse_backend
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
@@ -43,6 +44,9 @@ class LanguageModel(Task):
         optimizer: Which optimizer, with its learning rate.
         schedule: The learning rate over the run.
         compile: Compile the network with ``torch.compile``; by default wherever that can work.
+
+    Raises:
+        UserError: The architecture names attention of one's own that cannot be imported.
     """
 
     net: GPT
@@ -56,6 +60,7 @@ class LanguageModel(Task):
         compile: bool | None = None,
     ) -> None:
         super().__init__()
+        attention_class(gpt.attention)
         self.gpt = gpt
         self.optimizer = optimizer
         self.schedule = schedule

@@ -1,0 +1,77 @@
+"""Texts as a user asks for them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Command
+
+RUN = Path("runs/pretrain/version_0")
+OWN = "tests.own_attention.Loud"
+
+
+@pytest.fixture
+def trained(command: Command, small: list[str]) -> None:
+    assert command("fit", *small).code == 0
+
+
+@pytest.mark.usefixtures("trained")
+def test_texts_side_by_side_are_those_of_each_alone(command: Command) -> None:
+    flags = ["--max_new_tokens=20", "--temperature=1.5"]
+    several = command("generate", *flags, "--prompt=the cat", "--prompt=a", "--samples=2", "--seed=5", "--json")
+    assert several.code == 0, several.err
+    texts = [json.loads(line) for line in several.out.splitlines()]
+    assert [(text["prompt"], text["seed"]) for text in texts] == [("the cat", 5), ("the cat", 6), ("a", 7), ("a", 8)]
+    assert texts[0]["text"] != texts[1]["text"]
+    for text in texts:
+        alone = command("generate", *flags, f"--prompt={text['prompt']}", f"--seed={text['seed']}")
+        assert alone.out == f"{text['prompt']}{text['text']}\n"
+    plain = command("generate", *flags, "--prompt=the cat", "--prompt=a", "--samples=2", "--seed=5")
+    assert plain.out == "\n".join(f"{text['prompt']}{text['text']}\n" for text in texts)
+
+
+@pytest.mark.usefixtures("trained")
+def test_a_text_ends_before_a_stop_string(command: Command) -> None:
+    flags = ["--max_new_tokens=30", "--prompt=the", "--temperature=0"]
+    whole = command("generate", *flags).out
+    stop = whole[10:13]
+    assert command("generate", *flags, "--stop", stop).out == f"the{whole[3 : 3 + whole[3:].find(stop)]}\n"
+    assert command("generate", *flags, "--stop", "nothing like that", "--stop", stop).out != whole
+    assert command("generate", *flags, "--stop", "nothing like that").out == whole
+
+
+@pytest.mark.usefixtures("trained")
+@pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--compile"], ["--top_p=0.5", "--min_p=0.1"]])
+def test_the_other_flags_write_a_text(command: Command, flags: list[str]) -> None:
+    outcome = command("generate", "--max_new_tokens=40", "--prompt=the", *flags)  # beyond the context of 32, too
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out) > len("the\n")
+
+
+def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, small: list[str]) -> None:
+    assert command("fit", *small, f"--model.gpt.attention={OWN}").code == 0
+    for args in (["--max_new_tokens=3"], ["--trust=os.system"]):
+        refused = command("generate", RUN, *args)
+        assert refused.code == 2
+        assert f"--trust {OWN}" in refused.err
+    assert command("generate", RUN, "--max_new_tokens=3", f"--trust={OWN}").code == 0
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
+    refused = command("convert", "to-hf", RUN, "exported")
+    assert refused.code == 2
+    assert "attention" in refused.err
+    assert not Path("exported").exists()
+
+
+def test_a_preset_is_below_configs_and_flags(command: Command, small: list[str]) -> None:
+    shape = ["--preset=gpt2_124m", "--model.gpt.n_head=4", "--model.gpt.ffn_dim=64"]
+    assert command("fit", *shape, *small).code == 0
+    config = (RUN / "config.yaml").read_text()
+    for line in ("preset: gpt2_124m", "n_embd: 32", "n_head: 2", "ffn_dim: 64", "position: learned", "norm: layernorm"):
+        assert f"{line}\n" in config, line
+    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
+    Path("mine.yaml").write_text("preset: micro\nmodel:\n  init_args:\n    gpt:\n      n_layer: 7\n")
+    shown = command("fit", "--config=mine.yaml", "--print_config").out
+    assert "n_layer: 7\n" in shown
+    assert "n_embd: 256\n" in shown
+    assert "n_embd: 128\n" in command("fit", "--config=mine.yaml", "--preset", "nano", "--print_config").out
