@@ -9,6 +9,7 @@ checkout is given, has no cache.
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import platform
@@ -75,9 +76,10 @@ def nanogpts(checkout: Path, config: GPTConfig, vocabulary: int, context: int, n
     assert spec.loader is not None
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    model = module.GPT(
-        module.GPTConfig(context, vocabulary, config.n_layer, config.n_head, config.n_embd, dropout=0.0, bias=True)
-    ).eval()
+    with contextlib.redirect_stdout(sys.stderr):  # it says how large it is
+        model = module.GPT(
+            module.GPTConfig(context, vocabulary, config.n_layer, config.n_head, config.n_embd, dropout=0.0, bias=True)
+        ).eval()
     return lambda: model.generate(torch.ones(1, 1, dtype=torch.int64), n, top_k=1)[0, 1:].tolist()  # type: ignore[no-any-return]  # a tensor's list
 
 

@@ -31,11 +31,11 @@ from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, Sealed
 from lit_gpt_scratch.cli.messages import quieten, user_errors
 from lit_gpt_scratch.cli.preset import begin_with_preset, named_preset
 from lit_gpt_scratch.cli.resuming import Resumed
+from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
-from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
@@ -87,31 +87,7 @@ class FitCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is not the trainer's, the model's or the data's."""
-        parser.add_argument("--runs", default="runs", help="Folder of all runs.")
-        parser.add_argument("--experiment", default="pretrain", help="Runs are numbered within an experiment.")
-        parser.add_argument(
-            "--ckpt_path",
-            type=str | None,
-            default=None,
-            help="Go on from a checkpoint, in its run folder and with its flags: a file, a run folder, or 'last' "
-            "for the newest run of this experiment; 'auto' for the newest, or a new one where there is none.",
-        )
-        parser.add_argument(
-            "--preset",
-            type=str | None,
-            default=None,
-            help=f"Begin with the shape of a model by name; flags and configs go over it: {', '.join(PRESETS)}.",
-        )
-        parser.add_argument(
-            "--force",
-            action="store_true",
-            help="Go on from a checkpoint though text, seed, model or optimizer are not what they were.",
-        )
-        parser.add_argument(
-            "--plan",
-            action="store_true",
-            help="Say what the run would do and cost, time a few steps, and stop; no run is left behind.",
-        )
+        add_run_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {

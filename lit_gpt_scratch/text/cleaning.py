@@ -10,9 +10,9 @@ import re
 import sys
 import unicodedata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal
 
@@ -198,3 +198,22 @@ def _is_ipv6(found: str) -> bool:
     except ValueError:
         return False
     return len(groups) >= 3 or groups[:1] == ["fe80"]
+
+
+def check(steps: Sequence[Step]) -> None:
+    """Refuse steps that are none, miss a setting, or stand where they cannot.
+
+    Raises:
+        UserError: One of them does; it is named.
+    """
+    for step in steps:
+        if not isinstance(step, LoneStep | ComparingStep | HeldOutStep):
+            raise UserError(f"data.cleaning: {step.name} is no LoneStep, ComparingStep or HeldOutStep")
+        settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
+        for setting in settings:
+            if getattr(step, setting.name) is None and setting.default is not None:
+                raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out for its default")
+    first = next((place for place, step in enumerate(steps) if isinstance(step, HeldOutStep)), None)
+    for step in steps[first:] if first is not None else ():
+        if not isinstance(step, HeldOutStep):
+            raise UserError(f"data.cleaning: put {step.name} before {steps[first or 0].name}")

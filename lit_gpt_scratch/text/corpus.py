@@ -9,7 +9,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import Field, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -22,7 +22,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import audit as account
 from lit_gpt_scratch.text import pipeline
 from lit_gpt_scratch.text.audit import Audit
-from lit_gpt_scratch.text.cleaning import ComparingStep, HeldOutStep, LoneStep, Step
+from lit_gpt_scratch.text.cleaning import HeldOutStep, Step, check
 from lit_gpt_scratch.text.document import Document, Rejected, blank
 from lit_gpt_scratch.text.duplicates import digest
 from lit_gpt_scratch.text.ledger import Ledger, known
@@ -105,17 +105,7 @@ class Selection:
         )
         if for_hub and not any(source.on_hub for source, _ in self.sources):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
-        for step in self.cleaning:
-            if not isinstance(step, LoneStep | ComparingStep | HeldOutStep):
-                raise UserError(f"data.cleaning: {step.name} is no LoneStep, ComparingStep or HeldOutStep")
-            settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
-            for setting in settings:
-                if getattr(step, setting.name) is None and setting.default is not None:
-                    raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out for its default")
-        first = next((place for place, step in enumerate(self.cleaning) if isinstance(step, HeldOutStep)), None)
-        for step in self.cleaning[first:] if first is not None else ():
-            if not isinstance(step, HeldOutStep):
-                raise UserError(f"data.cleaning: put {step.name} before {self.cleaning[first or 0].name}")
+        check(self.cleaning)
 
     @property
     def name(self) -> str:

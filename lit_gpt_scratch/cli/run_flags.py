@@ -1,0 +1,34 @@
+"""Flags of a run that are not the trainer's, the model's or the data's."""
+
+from jsonargparse import ArgumentParser
+
+from lit_gpt_scratch.model.presets import PRESETS
+
+
+def add_run_flags(parser: ArgumentParser) -> None:
+    """Where a run lies, what it begins with or goes on from, and whether it is one."""
+    parser.add_argument("--runs", default="runs", help="Folder of all runs.")
+    parser.add_argument("--experiment", default="pretrain", help="Runs are numbered within an experiment.")
+    parser.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="Go on from a checkpoint, in its run folder and with its flags: a file, a run folder, or 'last' "
+        "for the newest run of this experiment; 'auto' for the newest, or a new one where there is none.",
+    )
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        default=None,
+        help=f"Begin with the shape of a model by name; flags and configs go over it: {', '.join(PRESETS)}.",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Go on from a checkpoint though text, seed, model or optimizer are not what they were.",
+    )
+    parser.add_argument(
+        "--plan",
+        action="store_true",
+        help="Say what the run would do and cost, time a few steps, and stop; no run is left behind.",
+    )
