@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import yaml
@@ -18,7 +19,7 @@ def named_preset(flags: Sequence[str]) -> str | None:
     It has to be known before the parser reads the flags, because it is what they change.
     """
     given: dict[str, list[str]] = {"--preset": [], "--config": []}
-    for flag, after in zip(flags, [*flags[1:], ""], strict=True):
+    for flag, after in pairwise([*flags, ""]):
         name, equals, value = flag.partition("=")
         if name in given:
             given[name].append(value if equals else after)

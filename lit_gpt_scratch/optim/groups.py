@@ -11,7 +11,7 @@ class ParameterGroups:
 
     Attributes:
         matrices: Weights between hidden layers: maps from vectors to vectors.
-        tables: Embeddings and the output head: one vector a token or position.
+        tables: Embeddings and the output head: one vector a token or position; and what has more dimensions than two.
         vectors: Gains and biases.
     """
 
@@ -21,7 +21,7 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort by shape and place: what has no rows is a vector, what lies inside a block is a matrix.
+    """Sort by shape and place: what has no rows is a vector, what has rows and columns and lies in a block is a matrix.
 
     A parameter that is shared between modules is listed once.
     """
@@ -31,7 +31,7 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
             continue
         if parameter.ndim < 2:
             groups.vectors.append(parameter)
-        elif "blocks" in name.split("."):
+        elif parameter.ndim == 2 and "blocks" in name.split("."):
             groups.matrices.append(parameter)
         else:
             groups.tables.append(parameter)

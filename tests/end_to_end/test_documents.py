@@ -28,7 +28,8 @@ COMMANDS = [
     for part in line.split("#")[0].split("&&")
     if part.strip()
 ]
-PYTHON = [block for language, block in BLOCKS if language == "python"]
+[OWN, BY_HAND] = [block for language, block in BLOCKS if language == "python"]
+assert OWN.startswith("# my_attention.py\n")
 [DIFF] = [block for language, block in BLOCKS if language == "diff"]
 DOOR_COMMANDS = [command for command in COMMANDS if "lit_gpt_scratch." in command]
 SHORT = [
@@ -54,7 +55,7 @@ def newcomers_folder(command: Command, small: list[str], tmp_path: Path, monkeyp
         (tmp_path / "my_texts" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
     for name, prose in sorted(topics.items())[:12]:  # what the interpreter's help() shows: English that a filter keeps
         (tmp_path / "my_texts" / f"{name}.txt").write_text(prose, encoding="utf-8")
-    (tmp_path / "my_attention.py").write_text(PYTHON[1], encoding="utf-8")
+    (tmp_path / "my_attention.py").write_text(OWN, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = "".join(f"x\t{sentences(seed, 3)!r}\n" for seed in range(40))
     (tmp_path / "my_table.tsv").write_text(f"label\tmessage\n{rows}", encoding="utf-8")
@@ -109,7 +110,7 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
 
 def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(newcomers_folder)
-    exec(shortened(PYTHON[0]), {})
+    exec(shortened(BY_HAND), {})
 
 
 ACTIVATION = """

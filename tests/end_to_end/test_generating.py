@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt_scratch.cli.preset import named_preset
 from tests.end_to_end.conftest import Command
 
 RUN = Path("runs/pretrain/version_0")
@@ -61,6 +62,11 @@ def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, 
     assert refused.code == 2
     assert "attention" in refused.err
     assert not Path("exported").exists()
+
+
+def test_no_flag_names_no_preset() -> None:
+    assert named_preset([]) is named_preset(["--plan"]) is None
+    assert named_preset(["--preset=nano", "--preset", "mini"]) == "mini"
 
 
 def test_a_preset_is_below_configs_and_flags(command: Command, small: list[str]) -> None:
