@@ -11,12 +11,21 @@ KEY: Final = "lit_gpt_scratch"
 
 @dataclass(frozen=True)
 class Contents:
-    """Shape and tokenizer, as plain data: enough to use the weights anywhere."""
+    """Shape and tokenizer, as plain data: enough to use the weights anywhere.
+
+    Attributes:
+        gpt: The fields of a ``GPTConfig``.
+        vocab_size: Number of token ids.
+        block_size: The longest window.
+        tokenizer: The text of a ``tokenizer.json``.
+        start_of_text: The token before every document, where it is not the end of text.
+    """
 
     gpt: dict[str, Any]
     vocab_size: int
     block_size: int
     tokenizer: str
+    start_of_text: int | None = None
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Contents":

@@ -63,4 +63,4 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
         model.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
-    return model.eval(), Tokenizer.from_json(contents.tokenizer)
+    return model.eval(), Tokenizer.from_json(contents.tokenizer, contents.start_of_text)

@@ -82,7 +82,7 @@ def _from_hf(given: Namespace) -> None:
     if given.checkpoint.exists():
         raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
     (gpt, vocab_size, block_size), weights, tokenizer = read(given.folder)
-    contents = Contents(gpt=asdict(gpt), vocab_size=vocab_size, block_size=block_size, tokenizer=tokenizer.to_json())
+    contents = Contents(asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text)
     checkpoint = {KEY: asdict(contents), "state_dict": {NETWORK + name: weights[name] for name in weights}}
     if given.checkpoint.suffix == SUFFIX:
         share(checkpoint, NETWORK, given.checkpoint)
@@ -107,4 +107,4 @@ def _open(path: Path) -> "Model":
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
     weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
     shape = Shape(gpt, contents.vocab_size, contents.block_size)
-    return Model(shape, weights, Tokenizer.from_json(contents.tokenizer))
+    return Model(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))

@@ -5,8 +5,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.compile_fx import compile_fx
-from torch._inductor.decomposition import select_decomp_table
 
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.kv_cache import KVCache
@@ -51,6 +49,9 @@ def _one_row(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
     A processor spends such a product on reading the matrix. What a call of a library's kernel takes beside that is a
     third of the whole step of a small model.
     """
+    from torch._inductor.compile_fx import compile_fx  # two seconds, for those alone who compile
+    from torch._inductor.decomposition import select_decomp_table
+
     decompositions: dict[Any, Callable[..., Any]] = {
         **select_decomp_table(),
         aten.mm.default: _mm,

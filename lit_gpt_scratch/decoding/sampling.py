@@ -59,13 +59,13 @@ class Sampling:
             (B,) int64.
 
         Raises:
-            UserError: A logit is NaN: the model has diverged.
+            UserError: A logit is NaN or infinite, or all are minus infinity: the model has diverged.
         """
         if self.repetition_penalty != 1 and seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         top, likeliest = logits.max(-1, keepdim=True)  # (B, 1)
-        if top.isnan().any():
+        if not top.isfinite().all():
             raise UserError("the model's predictions are not numbers: it diverged in training")
         if self.temperature == 0:
             return likeliest.squeeze(-1)

@@ -39,8 +39,9 @@ def write(
     """
     if "" in stop:
         raise UserError("a stop string is empty; leave it out to stop at the end of the document alone")
-    texts = [_Text(tokenizer.decoder(), tuple(stop)) for _ in prompts]
-    ids = [[tokenizer.end_of_text, *tokenizer.encode(prompt)] for prompt in prompts]
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    texts = [_Text(tokenizer.decoder(prompt), tuple(stop)) for prompt in ids]
+    ids = [[tokenizer.start_of_text, *prompt] for prompt in ids]
     tokens = generate(
         model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )

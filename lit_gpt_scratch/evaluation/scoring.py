@@ -20,7 +20,7 @@ WINDOWS_AT_ONCE = 16
 def score(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, float | int]:
     """Score whole documents: every byte of each, with no context from another document.
 
-    A document is preceded by the end of text and cut into windows of the model's ``block_size``; each of its
+    A document is preceded by the start of text and cut into windows of the model's ``block_size``; each of its
     tokens is predicted once. That the document ends is not scored.
 
     Returns:
@@ -35,7 +35,7 @@ def score(model: GPT, tokenizer: Tokenizer, texts: Iterable[str]) -> dict[str, f
         T = model.block_size
         for text in texts:
             n_bytes += len(text.encode())
-            ids = torch.tensor([tokenizer.end_of_text, *tokenizer.encode(text)])
+            ids = torch.tensor([tokenizer.start_of_text, *tokenizer.encode(text)])
             for start in range(0, len(ids) - 1, T):
                 inputs, labels = ids[start : start + T], ids[start + 1 : start + T + 1]
                 yield inputs[: len(labels)], labels

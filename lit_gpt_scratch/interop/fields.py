@@ -1,9 +1,12 @@
 """The fields of a ``config.json``, read one by one."""
 
+import math
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from lit_gpt_scratch.errors import UserError
+
+LARGEST: Final = 1 << 31
 
 
 class Fields:
@@ -42,8 +45,8 @@ class Fields:
         """
         value = self.values.get(name, absent)
         value = null if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-            self._wrong(name, "a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
+            self._wrong(name, "a positive whole number that a tensor can have")
         return value
 
     def number(self, name: str, absent: float | None = None) -> float:
@@ -54,7 +57,7 @@ class Fields:
         """
         value = self.values.get(name)
         value = absent if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool):
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             self._wrong(name, "a number")
         return float(value)
 

@@ -70,6 +70,10 @@ def read(folder: Path) -> Model:
             f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer beside it has ids up to "
             f"{tokenizer.vocab_size - 1}; the two belong to different models"
         )
+    # What the tokenizer writes before a text, or else what the model was told.
+    start = next(iter(tokenizer.template), config.values.get("bos_token_id"))
+    if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
+        tokenizer.start_of_text = start
     found = read_tensors(folder)
     if not any(name.startswith(family.prefix) for name in found):  # saved without the head's class around it
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
@@ -136,10 +140,10 @@ def _choose(shape: Shape) -> Family:
 
 def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """The files that are JSON, by name."""
-    shape, end = model.shape, model.tokenizer.end_of_text
-    ends = {"bos_token_id": end, "eos_token_id": end}  # one token stands before every document and ends the last
+    shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
+    ends = {"bos_token_id": start, "eos_token_id": end}
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in theirs.values()))
-    name = Backend.from_str(model.tokenizer.to_json()).id_to_token(end)
+    named = Backend.from_str(model.tokenizer.to_json()).id_to_token
     return {
         CONFIG: {
             "architectures": [family.architecture],
@@ -156,8 +160,8 @@ def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[
         "generation_config.json": {**ends, "pad_token_id": end},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": name,
-            "eos_token": name,
+            "bos_token": named(start),
+            "eos_token": named(end),
             "model_max_length": shape.block_size,
             "clean_up_tokenization_spaces": False,
         },
@@ -184,7 +188,7 @@ def _read_config(folder: Path) -> Fields:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"no {CONFIG} in {folder}; FOLDER is one that save_pretrained wrote") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON, or cannot be read ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} has no model_type; known are {', '.join(sorted(FAMILIES))}")

@@ -1,5 +1,6 @@
 """The switchboard of the transformer: every architectural choice, as plain data."""
 
+import math
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
@@ -136,7 +137,8 @@ class GPTConfig:
                 named = [c for choice in choices for c in (get_args(choice) or [choice]) if isinstance(c, str)]
                 if value not in named:
                     raise UserError(f"model.gpt.{field.name} is {value}; it must be one of {', '.join(named)}")
-            if field.name not in MAY_BE_ZERO and isinstance(value, int | float) and value <= 0 and value is not False:
+            number = isinstance(value, int | float) and not isinstance(value, bool) and field.name not in MAY_BE_ZERO
+            if number and not 0 < value < math.inf:
                 raise UserError(f"model.gpt.{field.name} is {value}; it must be positive")
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"model.gpt.dropout is {self.dropout}; it must be at least 0 and below 1")

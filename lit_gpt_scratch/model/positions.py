@@ -140,7 +140,7 @@ class Rotary(Position):
     def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
         assert rotation is not None
         cos, sin = rotation
-        # In float32 where the heads have fewer bits; their gradients, too, are then added up in it.
+        # In the tables' float32 where the heads have fewer bits; gradients, too, are then added up in it.
         turned = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
         turned = turned * cos + turned.roll(self.width // 2, dims=-1) * sin
         turned = turned.type_as(x)
@@ -170,5 +170,6 @@ class ALiBi(Position):
 
 
 POSITIONS: dict[str, type[Position]] = {
-    "rotary": Rotary, "learned": Learned, "sinusoidal": Sinusoidal, "alibi": ALiBi, "none": Position,
+    "rotary": Rotary, "learned": Learned, "sinusoidal": Sinusoidal,
+    "alibi": ALiBi, "none": Position,
 }  # fmt: skip

@@ -8,7 +8,7 @@ from lit_gpt_scratch.model.config import GPTConfig
 # The published files name a dropout of 0.1. It is none of the weights, and training that sees its text once or twice
 # has nothing to overfit to; set it for small data.
 _GPT2: Final = GPTConfig(
-    n_layer=12, n_head=12, n_embd=768, ffn_dim=4 * 768, qk_norm=False, position="learned", norm="layernorm",
+    n_layer=12, n_head=12, n_embd=768, qk_norm=False, position="learned", norm="layernorm",
     norm_eps=1e-5, bias=True, feed_forward="gelu", tied_embeddings=True, dropout=0.0, initialisation="gpt2",
 )  # fmt: skip
 
@@ -28,9 +28,9 @@ PRESETS: Final[dict[str, GPTConfig]] = {
     "micro": GPTConfig(n_layer=5, n_head=4, n_embd=256),
     "mini": GPTConfig(n_layer=10, n_head=6, n_embd=384),
     "gpt2_124m": _GPT2,
-    "gpt2_350m": replace(_GPT2, n_layer=24, n_head=16, n_embd=1024, ffn_dim=4 * 1024),
-    "gpt2_774m": replace(_GPT2, n_layer=36, n_head=20, n_embd=1280, ffn_dim=4 * 1280),
-    "gpt2_1558m": replace(_GPT2, n_layer=48, n_head=25, n_embd=1600, ffn_dim=4 * 1600),
+    "gpt2_350m": replace(_GPT2, n_layer=24, n_head=16, n_embd=1024),
+    "gpt2_774m": replace(_GPT2, n_layer=36, n_head=20, n_embd=1280),
+    "gpt2_1558m": replace(_GPT2, n_layer=48, n_head=25, n_embd=1600),
     "llama3_1b": replace(
         _LLAMA3, n_layer=16, n_embd=2048, head_dim=64, ffn_dim=8192, rotary_factor=32.0, tied_embeddings=True
     ),

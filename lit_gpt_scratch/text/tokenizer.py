@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Final
@@ -33,12 +33,15 @@ class Tokenizer:
 
     Args:
         backend: A tokenizer that knows a token for the end of text, by one of the names in ``ENDS``.
+        start_of_text: See below; by default the end of text.
 
     Attributes:
-        end_of_text: Id of the token that stands before every document.
+        end_of_text: Id of the token that stands between documents.
+        start_of_text: Id of the token that a model of this tokenizer has seen before every document. It is another one
+            where a published model was trained so.
     """
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
         found = [place for name in ENDS if (place := backend.token_to_id(name)) is not None]
         if not found:
             raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
@@ -48,6 +51,7 @@ class Tokenizer:
         backend.no_truncation()
         self._backend = backend
         self.end_of_text: int = found[0]
+        self.start_of_text = self.end_of_text if start_of_text is None else start_of_text
 
     @classmethod
     def train(
@@ -86,13 +90,13 @@ class Tokenizer:
                 file.write(written)
 
     @classmethod
-    def from_json(cls, text: str) -> "Tokenizer":
-        """The inverse of ``to_json``."""
+    def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
+        """The inverse of ``to_json``, which does not hold ``start_of_text``."""
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower than Exception
             raise UserError(f"not a tokenizer: {error}") from error
-        return cls(backend)
+        return cls(backend, start_of_text)
 
     def to_json(self) -> str:
         """The whole tokenizer as the text of a ``tokenizer.json``."""
@@ -130,9 +134,15 @@ class Tokenizer:
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def decoder(self) -> Callable[[int], str]:
-        """For ids as they come: what text each one completes; bytes wait until they form whole characters."""
+    def decoder(self, after: Sequence[int] = ()) -> Callable[[int], str]:
+        """For ids as they come: what text each one completes; bytes wait until they form whole characters.
+
+        Args:
+            after: Ids of the text that they follow: some tokenizers write a space between two words alone.
+        """
         stream = decoders.DecodeStream(skip_special_tokens=False)
+        for token_id in after:
+            stream.step(self._backend, token_id)
         return lambda token_id: stream.step(self._backend, token_id) or ""
 
     @property
@@ -142,6 +152,12 @@ class Tokenizer:
         if back == PROBE:
             return ""
         return f"text is not given back as it was: {PROBE!r} comes back as {back!r}"
+
+    @property
+    def template(self) -> list[int]:
+        """The ids that the file itself would have around a text, as for a published model."""
+        ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
+        return ids
 
     @property
     def unknown(self) -> int | None:

@@ -54,8 +54,13 @@ def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert texts(model, prompts, 40, compile=True) == free
+        assert texts(model, [[1] * 12, [2], [5]], 38, compile=True) == texts(model, [[1] * 12, [2], [5]], 38)
         assert texts(model, prompts, 40, compile=True, end_of_text=free[1][4]) == (
             texts(model, prompts, 40, end_of_text=free[1][4])
+        )
+        # A row that ends at once, and whose neighbours outgrow the context.
+        assert texts(model, prompts, 40, compile=True, end_of_text=free[2][0]) == (
+            texts(model, prompts, 40, end_of_text=free[2][0])
         )
 
 

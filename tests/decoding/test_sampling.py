@@ -79,5 +79,6 @@ def test_what_cannot_be_is_refused() -> None:
     ]:  # fmt: skip
         with pytest.raises(UserError, match=f"{name} is {value}"):
             Sampling(**{name: value})  # type: ignore[arg-type]  # of any of them
-    with pytest.raises(UserError, match="diverged"):
-        Sampling().choose(torch.tensor([[0.0, float("nan")]]), [0.5])
+    for wrong in ([0.0, float("nan")], [0.0, float("inf")], [-float("inf")] * 2):
+        with pytest.raises(UserError, match="diverged"):
+            Sampling().choose(torch.tensor([wrong]), [0.5])

@@ -116,7 +116,9 @@ def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.Mon
 ACTIVATION = """
 --- a/lit_gpt_scratch/model/feed_forward.py
 +++ b/lit_gpt_scratch/model/feed_forward.py
-@@ -1,3 +1,11 @@
+@@ -85,5 +85,13 @@ class GeGLU(Gated):
+ 
+ 
 +class ReGLU(Gated):
 +    \"\"\"The gate is bent by a ReLU.\"\"\"
 +
@@ -129,7 +131,7 @@ ACTIVATION = """
 -    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU,
 +    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU, "reglu": ReGLU,
  }  # fmt: skip
-"""
+"""  # noqa: W293 - the empty lines of a diff begin with a space
 
 
 @pytest.mark.parametrize(
@@ -140,12 +142,9 @@ def test_a_part_of_ones_own_touches_one_file(newcomers_folder: Path, small: list
     touched = re.findall(r"^\+\+\+ b/(.*)$", diff, re.MULTILINE)
     assert len(touched) == 1
     shutil.copytree(ROOT / "lit_gpt_scratch", newcomers_folder / "lit_gpt_scratch")
-    path = newcomers_folder / touched[0]
-    hunk = diff.partition("@@ -1,3 +1,11 @@\n")[2].splitlines(keepends=True)
-    old, new = ("".join(line[1:] for line in hunk if line[0] in kept) for kept in (" -", " +"))
-    content = path.read_text(encoding="utf-8")
-    assert content.count(old) == 1
-    path.write_text(content.replace(old, new), encoding="utf-8")
+    applied = subprocess.run(["git", "apply", "-"], input=diff, cwd=newcomers_folder, text=True, capture_output=True)
+    assert applied.returncode == 0, applied.stderr
+    assert all(len(line) <= 120 for line in (newcomers_folder / touched[0]).read_text(encoding="utf-8").splitlines())
 
     def door(name: str, *flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -201,6 +200,11 @@ def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -
     assert outcome.code == 0, outcome.err
     config = yaml.safe_load(outcome.out)
     assert config["data"]["init_args"]["source"] == STDLIB  # no path of one machine
+
+
+def test_every_module_can_be_held_in_the_head() -> None:
+    lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("lit_gpt_scratch/**/*.py")}
+    assert {path.name: n for path, n in lengths.items() if n > 250} == {}
 
 
 def test_every_room_is_on_the_map() -> None:

@@ -119,6 +119,13 @@ def test_groups_sort_every_parameter_once() -> None:
     assert len(parameter_groups(model).vectors) == len(groups.vectors) - 1
 
 
+def test_what_is_no_matrix_goes_to_adamw() -> None:
+    net = GPT(TINY, 50, 8)
+    net.blocks[0].gate = torch.nn.Parameter(torch.zeros(2, 1, 16))
+    assert any(p is net.blocks[0].gate for p in parameter_groups(net).tables)
+    Muon().build(net)
+
+
 def test_adamw_decays_matrices_and_tables_alone() -> None:
     optimizer = AdamW(weight_decay=0.3).build(GPT(TINY, 50, 8))
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in optimizer.param_groups] == [

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import END_OF_TEXT, Tokenizer
@@ -108,3 +110,15 @@ def altered(whole: bytes, here: int, there: int, bit: int) -> list[bytes]:
     """One bit, cut short, a part left out, two parts swapped."""
     flipped = whole[:here] + bytes([whole[here] ^ bit]) + whole[here + 1 :]
     return [flipped, whole[:here], whole[:here] + whole[there:], whole[there:] + whole[:there]]
+
+
+def test_a_space_between_words_alone_is_written_after_a_prompt() -> None:
+    """Llama 2's and Mistral's layout: the first word's space is stripped, and no other's."""
+    backend = Backend(models.BPE({"<unk>": 0, "</s>": 1, "\u2581the": 2, "\u2581cat": 3}, [], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([
+        decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    backend.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(backend)
+    assert tokenizer.decoder()(3) == "cat"
+    assert tokenizer.decoder([2])(3) == " cat"

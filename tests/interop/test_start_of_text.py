@@ -1,0 +1,72 @@
+"""Published models whose documents begin with another token than the one that ends them."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from tokenizers import processors
+
+from lit_gpt_scratch.checkpoint.loading import load_model
+from lit_gpt_scratch.cli import convert
+from lit_gpt_scratch.evaluation.scoring import score
+from lit_gpt_scratch.interop.folder import read
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import sentences
+from tests.interop.conftest import Published, library
+
+
+@pytest.fixture
+def with_start(published: Published, tokenizer: Tokenizer) -> tuple[torch.nn.Module, Path, int]:
+    """A Llama whose tokenizer puts ``<|begin_of_text|>`` before each text."""
+    model, folder = published("llama")
+    backend = Backend.from_str(tokenizer.to_json())
+    backend.add_special_tokens(["<|begin_of_text|>"])
+    start = backend.token_to_id("<|begin_of_text|>")
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", start)]
+    )
+    (folder / "tokenizer.json").write_text(backend.to_str())
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": start}))
+    return model, folder, start
+
+
+def test_a_text_is_scored_behind_the_token_that_it_was_trained_behind(
+    with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path
+) -> None:
+    model, folder, start = with_start
+    convert.main(["from-hf", str(folder), str(tmp_path / "a.ckpt")])
+    ours, tokenizer = load_model(tmp_path / "a.ckpt")
+    assert tokenizer.start_of_text == start != tokenizer.end_of_text
+    text = sentences(3, n=3)
+    ids = torch.tensor([Backend.from_file(str(folder / "tokenizer.json")).encode(text).ids])
+    assert ids[0, 0] == start
+    with torch.no_grad():
+        chances = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
+    assert ids.size(1) <= ours.block_size
+    bits = -chances.sum().item() / math.log(2) / len(text.encode())
+    assert score(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
+
+
+def test_the_token_survives_the_way_there_and_back(
+    with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path
+) -> None:
+    _, folder, start = with_start
+    convert.main(["from-hf", str(folder), str(tmp_path / "a.safetensors")])
+    convert.main(["to-hf", str(tmp_path / "a.safetensors"), str(tmp_path / "again")])
+    config = json.loads((tmp_path / "again/config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"]) == (start, 0)
+    theirs = library().AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (start, 0)
+    assert theirs("the cat").input_ids[0] == start
+
+
+@pytest.mark.parametrize(("said", "start"), [(7, 7), (None, 0), (10_000, 0), ("7", 0)])
+def test_without_a_template_the_config_says_it(published: Published, said: object, start: int) -> None:
+    _, folder = published("llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": said}))
+    assert read(folder).tokenizer.start_of_text == start
