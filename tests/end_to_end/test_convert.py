@@ -68,7 +68,8 @@ def test_a_run_goes_to_others_and_comes_back(command: Command, small: list[str],
     assert "shared/qwen holds a Qwen3ForCausalLM" in said.err
     model, own = load_model(Path("runs/pretrain/version_0/checkpoints/last.ckpt"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained("shared/qwen").eval()
-    x = torch.tensor([own.encode(corpus.joinpath("01.txt").read_text(encoding="utf-8"))[:32]])
+    text = corpus.joinpath("01.txt").read_text(encoding="utf-8")
+    x = torch.tensor([own.encode(text)[:32]])
     assert (theirs(x).logits - model(x)).abs().max() <= 1e-5
     assert command("convert", "from-hf", "shared/qwen", "back.ckpt").code == 0
     scores = [
@@ -76,6 +77,8 @@ def test_a_run_goes_to_others_and_comes_back(command: Command, small: list[str],
         for path in ("runs/pretrain/version_0", "back.ckpt")
     ]
     assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    expected = bits_per_byte(theirs, transformers.AutoTokenizer.from_pretrained("shared/qwen"), text, 32)
+    assert scores[0]["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_bits_of_bfloat16_stay_in_the_checkpoint(
