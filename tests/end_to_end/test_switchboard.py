@@ -54,7 +54,7 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "qk_norm": draw(st.booleans()),
         "position": position,
         "rotary_base": draw(st.sampled_from([100.0, 10_000.0])),
-        "rotary_share": draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half % 2 == 0 else 1.0,
+        "rotary_share": draw(st.sampled_from([1.0, 0.5])) if position == "rotary" and half == 4 else 1.0,
         "rotary_scaling": scaling,
         "rotary_factor": draw(st.floats(1.0, 8.0)) if scaling else 1.0,
         "rotary_trained_context": trained,
