@@ -39,8 +39,8 @@ def generate(
         done: Whether a prompt's row ends with this token, which is given all the same.
         compile: Compile the step from token to token: many seconds at first, then several times as fast.
 
-    Yields:
-        The number of the prompt, and its next token; None when it has ended.
+    Returns:
+        The number of a prompt, and its next token; None when it has ended.
 
     Raises:
         UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.

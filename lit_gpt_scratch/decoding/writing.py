@@ -31,8 +31,8 @@ def write(
         stop: A text ends before the first of these that it would have in it, its prompt not counted.
         compile: As for ``generate``.
 
-    Yields:
-        The number of the prompt, and the next piece of its text; after a text's last piece an empty one.
+    Returns:
+        The number of a prompt, and the next piece of its text; after a text's last piece an empty one.
 
     Raises:
         UserError: A prompt is longer than the context, or a stop string is empty.
@@ -45,6 +45,10 @@ def write(
     tokens = generate(
         model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )
+    return _pieces(tokens, texts)
+
+
+def _pieces(tokens: Iterator[tuple[int, int | None]], texts: list["_Text"]) -> Iterator[tuple[int, str]]:
     for row, token in tokens:
         piece = texts[row].rest() if token is None else texts[row].add(token)
         if piece or token is None:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.text.cleaning import ComparingStep, LoneStep, Reason, Step
 from lit_gpt_scratch.text.document import Document, blank
-from lit_gpt_scratch.text.processes import spawned
+from lit_gpt_scratch.text.processes import end, spawned
 
 BATCH: Final = 2**20
 """Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``MOST``."""
@@ -150,7 +150,7 @@ class Pool:
     def close(self) -> None:
         """End the processes; what still waits is not done."""
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            end(self._pool)
 
     def _start(self) -> ProcessPoolExecutor:
         if self._pool is None:

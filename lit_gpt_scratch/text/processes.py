@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 
 
 def spawned(processes: int) -> ProcessPoolExecutor:
@@ -13,6 +14,19 @@ def spawned(processes: int) -> ProcessPoolExecutor:
     They are spawned: a fork of a process with threads may hang.
     """
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+
+
+def end(pool: ProcessPoolExecutor) -> None:
+    """End them; what still waits is not done.
+
+    If one has died before it read its work, a thread of CPython 3.11's waits for ever to write that into a pipe, and
+    whoever ends the pool waits for the thread. Closing the pipe's other end frees it.
+    """
+    queue = getattr(pool, "_call_queue", None)
+    if getattr(pool, "_broken", False) and queue is not None:
+        with suppress(OSError):
+            queue._reader.close()
+    pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _begin() -> None:
