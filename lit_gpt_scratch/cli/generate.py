@@ -29,9 +29,7 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--seed", type=int, default=0, help="the same seed writes the same text; each next text has the next"
     )
-    flags.add_argument(
-        "--compile", action="store_true", help="many seconds at first, then faster: for long or many texts"
-    )
+    flags.add_argument("--compile", action="store_true", help="many seconds at first, then faster: for one long text")
     flags.add_argument("--json", action="store_true", help="print a JSON object a text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)

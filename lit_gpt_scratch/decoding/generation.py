@@ -37,7 +37,7 @@ def generate(
         seeds: One a prompt; the global random state is left alone.
         end_of_text: A row ends when this token is chosen; it is not given.
         done: Whether a prompt's row ends with this token, which is given all the same.
-        compile: Compile the step from token to token: many seconds at first, then several times as fast.
+        compile: Compile the step from token to token: many seconds at first. A single row is then written faster.
 
     Returns:
         The number of a prompt, and its next token; None when it has ended.

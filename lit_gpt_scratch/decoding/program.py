@@ -12,7 +12,7 @@ from lit_gpt_scratch.model.layout import layout
 
 Step = Callable[[Tensor, KVCache], Tensor]
 LARGEST: Final = 1 << 20
-"""Numbers in a matrix beyond which the library's kernel, which fetches ahead, is the faster one."""
+"""Numbers in a matrix beyond which the library's kernel is left to do it: it is the faster one in GPT-2 124M."""
 
 aten = torch.ops.aten
 
@@ -46,8 +46,8 @@ def compiled_step(model: GPT, rows: int) -> Step:
 def _one_row(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
     """Inductor, but a row times a matrix is a loop that it fuses with what stands around it.
 
-    A processor spends such a product on reading the matrix. What a call of a library's kernel takes beside that is a
-    third of the whole step of a small model.
+    A processor spends such a product on reading the matrix; in a small model the call of a library's kernel costs time
+    visibly beside that.
     """
     from torch._inductor.compile_fx import compile_fx  # two seconds, for those alone who compile
     from torch._inductor.decomposition import select_decomp_table

@@ -26,6 +26,11 @@ class KVCache:
 
     Attributes:
         lengths: Tokens of each row so far.
+        slots: Tokens that a row can hold.
+        places: Slots of the tokens that come next, (T,) int64 where all rows are of one length, else (B, T).
+        stop: Slots that attention gets to see.
+        masked: Whether some of them are not to be seen by all.
+        scattered: Whether each row writes to a place of its own.
     """
 
     def __init__(
@@ -54,23 +59,17 @@ class KVCache:
             counts: How many of them are each row's own; the others fill it up. All, by default.
         """
         self._tokens, self._counts = tokens, counts
-        self._start, self._stop = self.longest, self.longest + tokens
+        self._start, self.stop = self.longest, self.longest + tokens
         device = self._rows.device
         self.masked = self._start > 0 and (tokens > 1 or len(set(self.lengths)) > 1)
         self.scattered = len(set(self.lengths)) > 1
         if self._fixed and tokens == 1 and self._start > 0:
             self.masked = self.scattered = True
-            self._stop = self.slots
+            self.stop = self.slots
         offset = torch.arange(tokens, device=device)
-        # (T,) where all rows are of one length, else (B, T)
         first = torch.tensor(self.lengths, device=device)[:, None] if self.scattered else self._start
         self.places = offset + first
         self._own = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
-
-    @property
-    def stop(self) -> int:
-        """Slots that attention gets to see."""
-        return self._stop
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keep what one block adds, and give all that it has.
@@ -91,9 +90,9 @@ class KVCache:
             keys[self._rows, :, self.places] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
             values[self._rows, :, self.places] = v.transpose(1, 2).type_as(values)
         else:
-            keys[:, :, self._start : self._stop] = k
-            values[:, :, self._start : self._stop] = v
-        return keys[:, :, : self._stop], values[:, :, : self._stop]
+            keys[:, :, self._start : self.stop] = k
+            values[:, :, self._start : self.stop] = v
+        return keys[:, :, : self.stop], values[:, :, : self.stop]
 
     def before(self, name: str, x: Tensor) -> Tensor:
         """Of each token, the one before it: (B, T, ...) -> (B, T, ...), zeros before the first of a row.
