@@ -2,10 +2,8 @@
 
 import json
 import logging
-import shutil
 from functools import reduce
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -33,8 +31,6 @@ log = logging.getLogger(__name__)
 FAMILIES: Final[dict[str, Family]] = {family.model_type: family for family in (Qwen3(), Llama(), Mistral(), GPT2())}
 """By ``model_type``. Of those that can say a config, the first is written."""
 CONFIG: Final = "config.json"
-GPT2_NAMES: Final = ("vocab.json", "merges.txt")
-"""What ``transformers`` calls the ``GPT2_FILES``."""
 
 
 class Model(NamedTuple):
@@ -199,14 +195,10 @@ def _read_tokenizer(folder: Path, family: Family) -> Tokenizer:
     if (folder / TOKENIZER).is_file():
         return Tokenizer.load(folder / TOKENIZER)
     # The two files do not say how text is split into words; of GPT-2 it is known.
-    if not isinstance(family, GPT2) or not all((folder / name).is_file() for name in GPT2_NAMES):
+    if not isinstance(family, GPT2) or not any(
+        all((folder / name).is_file() for name in names) for names in GPT2_FILES
+    ):
         raise UserError(
             f"no {TOKENIZER} in {folder}; write one there with save_pretrained of transformers' AutoTokenizer"
         )
-    with TemporaryDirectory() as place:
-        for name, known in zip(GPT2_NAMES, GPT2_FILES, strict=True):
-            shutil.copyfile(folder / name, Path(place, known))
-        try:
-            return Tokenizer.load(Path(place))
-        except UserError as error:
-            raise UserError(f"{' and '.join(GPT2_NAMES)} in {folder} are not GPT-2's") from error
+    return Tokenizer.load(folder)

@@ -20,7 +20,8 @@ from lit_gpt_scratch.text.whole import whole_file
 
 ENDS: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """What families of tokenizers call the token between two documents."""
-GPT2_FILES: Final = ("encoder.json", "vocab.bpe")
+GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
+"""GPT-2's vocabulary and merges: as they were published, and as ``transformers`` calls them."""
 FILE: Final = "tokenizer.json"
 PROBE: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
 """Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
@@ -65,14 +66,15 @@ class Tokenizer:
         """Read one, and compare it with the SHA-256 that ``save`` left beside it, if there is one.
 
         Args:
-            path: A ``tokenizer.json``; or a folder with one, or with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+            path: A ``tokenizer.json``; or a folder with one, or with GPT-2's two files.
 
         Raises:
             UserError: The file is missing, is no tokenizer, or is not what was saved.
         """
         try:
-            if path.is_dir() and not (path / FILE).exists() and (path / GPT2_FILES[0]).exists():
-                return cls(_gpt2(*(path / name for name in GPT2_FILES)))
+            for names in GPT2_FILES:
+                if path.is_dir() and not (path / FILE).exists() and (path / names[0]).exists():
+                    return cls(_gpt2(*(path / name for name in names)))
             path = path / FILE if path.is_dir() else path
             content = path.read_bytes()
             seal = _seal(path)
