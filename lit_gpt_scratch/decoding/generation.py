@@ -121,7 +121,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = Fa
     # Filled up behind, where no token of the text looks; what is written there is written over later.
     filled = [text + [0] * (max(counts) - len(text)) for text in texts]
     ids = torch.tensor(filled, device=weight.device)  # (B, T)
-    cache = KVCache(model.config, len(texts), slots, weight.device, weight.dtype, fixed)
+    cache = KVCache(len(texts), slots, weight.device, weight.dtype, fixed)
     with torch.compiler.set_stance("force_eager"):  # prompts of ever new lengths would be compiled anew each
         x = model.hidden(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)

@@ -52,20 +52,20 @@ class Attention(nn.Module):
         remember: tuple[KVCache, int] | None = None,
     ) -> Tensor:
         """x: (B, T, n_embd) -> (B, T, n_embd); the others as in ``Block.forward``."""
-        B, T, _ = x.shape
-        q = self.query(x).view(B, T, self.n_head, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.key(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        B, T, _ = x.shape  # -1 below is the number of heads, of which a tensor-parallel process has its share
+        q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.value(x)
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
-        v = v.view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         q = position.rotate(self.query_norm(q), layout.rotation)
         k = position.rotate(self.key_norm(k), layout.rotation)
         if remember is not None:
             cache, number = remember
             k, v = cache.append(number, k, v)  # (B, n_kv_head, S, head_dim)
         y = self.attend(q, k, v, position, layout)  # (B, n_head, T, head_dim)
-        y = y.transpose(1, 2).reshape(B, T, self.n_head * self.head_dim)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         out: Tensor = self.output(y)  # (B, T, n_embd)
         return out
 

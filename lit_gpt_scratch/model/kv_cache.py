@@ -1,22 +1,16 @@
 """What attention remembers of the tokens before: their keys and values, in memory that is laid out once."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from lit_gpt_scratch.model.config import GPTConfig
 
 
 class KVCache:
     """Keys and values of a batch of rows, which may be of different lengths: token t of a row lies in slot t.
 
-    It has as many heads as there are keys and values (``n_kv_head``), not queries. A call of the model is framed by
-    ``begin`` and ``end``; in between every block appends its part once.
+    It has as many heads as there are keys and values (``n_kv_head``), not queries; a tensor-parallel process has those
+    of its own. A call of the model is framed by ``begin`` and ``end``; in between every block appends its part once.
 
     Args:
-        config: The architecture.
         rows: Of the batch.
         slots: Tokens that a row can hold.
         device: Where the model is.
@@ -33,12 +27,10 @@ class KVCache:
         scattered: Whether each row writes to a place of its own.
     """
 
-    def __init__(
-        self, config: "GPTConfig", rows: int, slots: int, device: torch.device, dtype: torch.dtype, fixed: bool = False
-    ) -> None:
-        shape = (rows, config.kv_heads, slots, config.head_width)
-        self._keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self._values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+    def __init__(self, rows: int, slots: int, device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
+        self._dtype = dtype
+        self._keys: list[Tensor] = []  # of each block
+        self._values: list[Tensor] = []
         self._before: dict[str, Tensor] = {}
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
@@ -82,6 +74,10 @@ class KVCache:
         Returns:
             Keys and values of ``stop`` slots, (B, n_kv_head, S, head_dim); those beyond a row's own mean nothing.
         """
+        if layer == len(self._keys):
+            B, heads, _, width = k.shape
+            for kept in (self._keys, self._values):
+                kept.append(torch.zeros(B, heads, self.slots, width, device=k.device, dtype=self._dtype))
         keys, values = self._keys[layer], self._values[layer]
         if self.scattered and len(self.lengths) == 1:  # the same, and faster
             keys.index_copy_(2, self.places[0], k.type_as(keys))

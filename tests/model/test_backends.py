@@ -33,7 +33,7 @@ def order(config: GPTConfig, documents: bool = False, before: list[int] | None =
     position = POSITIONS[config.position](config, 64)
     ids, cache = torch.zeros(2, T, dtype=torch.int64), None
     if before is not None:
-        cache = KVCache(config, 2, 64, torch.device("cpu"), torch.float32)
+        cache = KVCache(2, 64, torch.device("cpu"), torch.float32)
         cache.lengths = list(before)
         cache.begin(T)
     return position, layout(config, position, ids, DOCUMENTS if documents else None, cache)
@@ -87,7 +87,7 @@ def test_a_cache_gives_the_logits_of_the_whole_in_every_backend(
     net = randomised(config).double()
     exact = randomised(replace(config, attention_backend="manual")).double()
     ids = torch.randint(61, (2, 20))
-    cache = KVCache(config, 2, 24, torch.device("cpu"), torch.float64, fixed)
+    cache = KVCache(2, 24, torch.device("cpu"), torch.float64, fixed)
     with torch.no_grad():
         expected = exact(ids)
         pieces = [net.read(net.hidden(piece, cache=cache)) for piece in ids.split([7, 1, 1, 5, 6], dim=1)]

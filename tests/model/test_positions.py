@@ -252,7 +252,7 @@ def test_rotations_begin_again_with_each_document() -> None:
 )
 def test_positions_go_on_where_a_cache_ends(lengths: list[int], expected: list[Any]) -> None:
     config = GPTConfig(n_head=2, n_embd=16)
-    cache = KVCache(config, 2, 16, torch.device("cpu"), torch.float32)
+    cache = KVCache(2, 16, torch.device("cpu"), torch.float32)
     cache.lengths = lengths
     cache.begin(9)
     assert placed(config, None, cache)[0].tolist() == expected
