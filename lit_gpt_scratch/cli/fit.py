@@ -36,6 +36,7 @@ from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
+from lit_gpt_scratch.hardware.strategies import named
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
@@ -123,6 +124,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
+        config["strategy"] = named(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
         if self.config_init.plan:

@@ -20,6 +20,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The position is the trainer's own progress, from which the order is computed.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
+    # FSDP2 of logits, which nothing changes in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
+    # How many messages it takes to put a tensor together that is cut twice, and that gloo has no better one.
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     # Lightning 2.6 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 

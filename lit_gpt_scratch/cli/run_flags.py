@@ -23,6 +23,13 @@ def add_run_flags(parser: ArgumentParser) -> None:
         help=f"Begin with the shape of a model by name; flags and configs go over it: {', '.join(PRESETS)}.",
     )
     parser.add_argument(
+        "--tensor_parallel",
+        type=int | None,
+        default=None,
+        help="Processes that share the heads of one copy of the model, for --trainer.strategy tp (by default all of "
+        "them) and fsdp2_tp (2).",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="Go on from a checkpoint though text, seed, model or optimizer are not what they were.",

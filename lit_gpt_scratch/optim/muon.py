@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
+from lit_gpt_scratch.optim.parts import Matrices, cut, own_part
+
 # Keller Jordan's quintic: five rounds bring any singular value into about [0.7, 1.2], which trains as well
 # as exactly 1 and needs no decomposition.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -47,7 +49,8 @@ class MuonAdamW(Optimizer):
     """Every group names its ``rule``: ``muon`` (matrices only) or ``adamw``.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal,
-    scaled by sqrt(max(1, rows / columns)). Matrices of one shape are made orthogonal in one batch.
+    scaled by sqrt(max(1, rows / columns)). Matrices of one shape are made orthogonal in one batch; where they
+    are cut among processes, each puts a share of them together and makes those orthogonal.
     AdamW (https://arxiv.org/abs/1711.05101): PyTorch's own fused kernel.
 
     Args:
@@ -75,20 +78,25 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        shapes: dict[torch.Size, list[Tensor]] = defaultdict(list)
+        kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
-            shapes[p.shape].append(p)
-        for shape, alike in shapes.items():
-            gradients = [p.grad for p in alike if p.grad is not None]
-            momenta = [self._state(p, "momentum")["momentum"] for p in alike]
+            kinds[p.shape, cut(p)].append(p)
+        for (shape, _), alike in kinds.items():
+            own = [own_part(p) for p in alike]
+            gradients = [own_part(p.grad) for p in alike if p.grad is not None]
+            momenta = [own_part(self._state(p, "momentum")["momentum"]) for p in alike]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
-            updates = orthogonalise(torch.stack(ahead)).to(alike[0].dtype)  # (N, rows, columns)
-            if group.get("row_beta") is not None:
-                self._even_out_rows(updates, alike, group["row_beta"])
+            row_beta = group.get("row_beta")
+            matrices = Matrices(alike[0], len(alike), everywhere=row_beta is not None)
+            updates = orthogonalise(matrices.whole(torch.stack(ahead).bfloat16()))  # (n, rows, columns)
+            if row_beta is not None:
+                updates = updates.to(own[0].dtype)
+                self._even_out_rows(updates, alike, row_beta)
+            updates = matrices.parts(updates).to(own[0].dtype)  # (N, rows, columns) or what this process has of them
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(alike, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(alike, list(updates.unbind()), alpha=-group["lr"] * scale)
+            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(own, list(updates.unbind()), alpha=-group["lr"] * scale)
 
     def _even_out_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
         """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its usual size.
@@ -108,10 +116,10 @@ class MuonAdamW(Optimizer):
         for p, state in zip(parameters, states, strict=True):
             state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
         adamw(
-            parameters,
-            [p.grad for p in parameters if p.grad is not None],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [own_part(p) for p in parameters],
+            [own_part(p.grad) for p in parameters if p.grad is not None],
+            [own_part(state["exp_avg"]) for state in states],
+            [own_part(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],

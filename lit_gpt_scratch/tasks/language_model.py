@@ -14,12 +14,15 @@ from lit_gpt_scratch.checkpoint.contents import KEY, Contents, refuse_other_mode
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.accounting import refuse_too_large
 from lit_gpt_scratch.hardware.defaults import why_not_compile
+from lit_gpt_scratch.hardware.parallel import parallelise, settle_gradients
+from lit_gpt_scratch.hardware.strategies import ModelParallel as ModelParallel  # by name
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import attention_class
 from lit_gpt_scratch.model.layout import refuse_backend
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
+from lit_gpt_scratch.optim.parts import clip_norm, clip_value, gradients, own_part, total_norm
 from lit_gpt_scratch.tasks.base import Task
 
 
@@ -44,6 +47,8 @@ class LanguageModel(Task):
         optimizer: Which optimizer, with its learning rate.
         schedule: The learning rate over the run.
         compile: Compile the network with ``torch.compile``; by default wherever that can work.
+        activation_checkpointing: Keep each block's input alone for the backward pass, and compute the rest again: less
+            memory for a third more computation.
 
     Raises:
         UserError: The architecture names attention of one's own that cannot be imported.
@@ -58,6 +63,7 @@ class LanguageModel(Task):
         optimizer: OptimizerRecipe = Muon(),  # noqa: B008 - an instance, so that --model.optimizer.lr works
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
         compile: bool | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         attention_class(gpt.attention)
@@ -65,6 +71,7 @@ class LanguageModel(Task):
         self.optimizer = optimizer
         self.schedule = schedule
         self.compile_network = compile
+        self.activation_checkpointing = activation_checkpointing
         self.likelihood = LikelihoodMetric()
         self.total_steps = float("inf")
 
@@ -92,6 +99,9 @@ class LanguageModel(Task):
         refuse_backend(self.gpt, self.trainer.strategy.root_device)
         refuse_too_large(*sizes, self.trainer.strategy.root_device, self.trainer.world_size)
         self.net = GPT(*sizes)
+        self.net.recompute = self.activation_checkpointing
+        if self.device_mesh is not None:
+            parallelise(self.net, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
         self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
 
     def on_fit_start(self) -> None:
@@ -150,7 +160,7 @@ class LanguageModel(Task):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the batch's labels, in nats per position; all of them have one, but where windows are filled up."""
         nats, tokens = token_nats(self(batch["input_ids"], batch.get("document_ids")), batch["labels"])
-        self._nats += nats.detach()
+        self._nats = self._nats + nats.detach()
         self._tokens += tokens
         self._micro_batches += 1
         self._positions = batch["labels"].numel()
@@ -158,20 +168,32 @@ class LanguageModel(Task):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Weigh the gradient, and log the step's loss at log points alone: reading it costs a sync."""
+        if self.device_mesh is not None:
+            settle_gradients(self.net, self.device_mesh)
         if self.data.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
             self._weigh_gradient()
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if every and (step == 0 or (step + 1) % every == 0):
-            sums = torch.stack((self._nats, self._tokens.float()))
+            sums = torch.stack((self._nats, self._tokens.to(self._nats.dtype)))
             nats, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            gradients = [p.grad for p in self.parameters() if p.grad is not None]
             self.log("train/loss", nats / tokens)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-            self.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            self.log("train/gradient_norm", total_norm(gradients(self)))
         self._nats.zero_()
         self._tokens.zero_()
         self._micro_batches = 0
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient."""
+        if gradient_clip_val:
+            clip = clip_value if gradient_clip_algorithm == "value" else clip_norm
+            clip(gradients(self), gradient_clip_val)
 
     def _weigh_gradient(self) -> None:
         """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
@@ -181,8 +203,7 @@ class LanguageModel(Task):
         """
         labels = self.trainer.strategy.reduce(self._tokens.float(), reduce_op="sum").clamp(min=1)
         counted = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        gradients = [p.grad for p in self.parameters() if p.grad is not None]
-        torch._foreach_mul_(gradients, counted / labels)
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients(self)], counted / labels)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the likelihood."""

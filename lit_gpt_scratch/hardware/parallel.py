@@ -1,0 +1,127 @@
+"""One network over several processes: which of its weights are cut, along which dimension, and who has which part.
+
+The model knows nothing of it. Tensor parallelism (https://arxiv.org/abs/1909.08053) gives each process some of the
+heads and some of the hidden channels; the products before them are cut by columns and those after them by rows, so that
+a part of a block ends in one sum over the processes. FSDP2 (https://arxiv.org/abs/2304.11277) cuts what is left of each
+weight among the processes that read different data, and puts a block together when it is its turn.
+"""
+
+from typing import Final
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.optim.parts import own_part
+
+DATA, TENSOR = "data_parallel", "tensor_parallel"
+"""Dimensions of the mesh, by Lightning's names."""
+IN_BLOCKS: Final[dict[str, type[ParallelStyle]]] = {
+    "attention.query": ColwiseParallel,
+    "attention.key": ColwiseParallel,
+    "attention.value": ColwiseParallel,
+    "attention.output": RowwiseParallel,
+    "feed_forward.input": ColwiseParallel,
+    "feed_forward.gate": ColwiseParallel,
+    "feed_forward.output": RowwiseParallel,
+}
+"""How the matrices of a block are cut; those that a block does not have are passed over."""
+OF_EACH_HEAD: Final = ("attention.query_norm", "attention.key_norm")
+"""What every process has whole, and applies to its own heads alone."""
+
+
+def refuse_tensor_parallel(config: GPTConfig, size: int) -> None:
+    """Refuse to cut what cannot be cut.
+
+    Raises:
+        UserError: Heads or hidden channels cannot be dealt out to so many processes, or a switch needs all heads.
+    """
+    for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
+        if number % size:
+            raise UserError(
+                f"tensor_parallel is {size}, but model.gpt.{name} is {number}, which {size} processes cannot share "
+                f"evenly; choose a divisor of {number}, or another {name}"
+            )
+    if size > 1 and config.position == "alibi":
+        raise UserError(
+            "model.gpt.position is alibi, whose heads are not alike; a tensor-parallel process has only some"
+        )
+    if size > 1 and config.attention is not None:
+        raise UserError(
+            f"model.gpt.attention is {config.attention}; how to share attention of your own among tensor-parallel "
+            f"processes is not known: choose fsdp2 or ddp"
+        )
+
+
+def parallelise(net: GPT, mesh: DeviceMesh, low: torch.dtype | None) -> None:
+    """Cut a network, in place; all processes have the same weights before.
+
+    Args:
+        net: The network.
+        mesh: Its dimensions are ``data_parallel`` and ``tensor_parallel``.
+        low: What blocks are put together in for their products, where these are not done in the weights' own type: it
+            halves what is sent. The stream, the embeddings and the head stay as they are, and so do all gradients'
+            sums.
+
+    Raises:
+        UserError: The heads cannot be dealt out.
+    """
+    if mesh[TENSOR].size() > 1:
+        _cut_heads(net, mesh[TENSOR])
+    if mesh[DATA].size() > 1:
+        outside = MixedPrecisionPolicy()
+        inside = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=None if low is None else torch.float32, cast_forward_inputs=False
+        )
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh[DATA], mp_policy=inside)
+        fully_shard(net, mesh=mesh[DATA], mp_policy=outside)
+        for way_in in ("hidden", "read"):  # the cached generation goes through these
+            register_fsdp_forward_method(net, way_in)
+
+
+@torch.no_grad()
+def settle_gradients(net: GPT, mesh: DeviceMesh) -> None:
+    """Bring all gradients, in place, to what a single process would have of each parameter's part.
+
+    What is applied to heads has, on each process, the gradient of its own heads alone; and PyTorch leaves that of a
+    table that is cut by rows whole.
+    """
+    for p in net.parameters():
+        if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)
+    if mesh[TENSOR].size() == 1:
+        return
+    of_heads = [p for block in net.blocks for name in OF_EACH_HEAD for p in block.get_submodule(name).parameters()]
+    parts = [own_part(p.grad) for p in of_heads if p.grad is not None]
+    if parts:
+        together = torch.cat(parts)  # one message instead of many
+        dist.all_reduce(together, group=mesh[TENSOR].get_group())
+        torch._foreach_copy_(parts, torch.split(together, [len(part) for part in parts]))
+
+
+def _cut_heads(net: GPT, mesh: DeviceMesh) -> None:
+    refuse_tensor_parallel(net.config, mesh.size())
+    for block in net.blocks:
+        own = {name for name, _ in block.named_modules()}
+        parallelize_module(block, mesh, {name: style() for name, style in IN_BLOCKS.items() if name in own})
+    for table in net.value_tables:
+        parallelize_module(table, mesh, ColwiseParallel())
+    tied = net.head.weight is net.embedding.weight
+    parallelize_module(net.embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
+    # The sum over the processes may still be on its way, and a compiled block that is given such a tensor loses the
+    # way back to it.
+    net.embedding.register_forward_hook(lambda module, ids, out: out.clone())
+    parallelize_module(net.head, mesh, ColwiseParallel(output_layouts=Replicate()))
+    if tied:
+        net.head.weight = net.embedding.weight

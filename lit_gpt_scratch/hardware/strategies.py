@@ -1,0 +1,118 @@
+"""Strategies by name, for what Lightning leaves without one: ``--trainer.strategy fsdp2``, ``tp``, ``fsdp2_tp``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.optimizer import Optimizer
+from typing_extensions import override
+
+from lit_gpt_scratch.errors import UserError
+
+WHOLE: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
+"""Tensors of a checkpoint are whole; the first process writes them, and each takes its part when they are read."""
+NAMES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
+"""Processes that share the heads, by default; None is all of them."""
+
+
+class ModelParallel(ModelParallelStrategy):
+    """Weights, gradients and the optimizer's memory are cut among processes; each reads data of its own, or not.
+
+    A checkpoint is one file with whole tensors under their own names, the same that one process would write: any
+    strategy goes on from any other's.
+
+    Args:
+        tensor_parallel_size: Processes that share the heads and hidden channels of one copy of the model, and read the
+            same data; None for all. The others split the data and cut what is left (FSDP2).
+    """
+
+    def __init__(self, tensor_parallel_size: int | None = 1) -> None:
+        super().__init__(save_distributed_checkpoint=False)
+        self.tensor_parallel_size = tensor_parallel_size
+
+    @override
+    def _setup_distributed(self) -> None:
+        size = self.tensor_parallel_size or self.num_processes * self.num_nodes
+        world = self.num_processes * self.num_nodes
+        if world % size:
+            raise UserError(
+                f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or other "
+                f"--trainer.devices"
+            )
+        self._tensor_parallel_size, self._data_parallel_size = size, world // size
+        super()._setup_distributed()
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True  # by the method below
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        # The parent would load weights and optimizer at once, before any hook has seen what it is.
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        assert self.model is not None
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=WHOLE)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        # The parent numbers parameters in the model's order, an optimizer in that of its groups.
+        assert self.model is not None
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
+        state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=WHOLE))
+        names = [name for group in state.get("param_groups", ()) for name in group["params"]]
+        return _renamed(state, {name: number for number, name in enumerate(names)})
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.model is not None
+        names = {p: name for name, p in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            order = [names[p] for group in optimizer.param_groups for p in group["params"]]
+            set_optimizer_state_dict(self.model, optimizer, _renamed(state, dict(enumerate(order))), options=WHOLE)
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
+            loop.inference_mode = False  # what is put together for it could not be differentiated later
+        super().setup(trainer)
+
+
+def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+    """An optimizer's state with other names for its parameters; empty where this process has none of it."""
+    if not state:
+        return {}
+    groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names[name]: of_one for name, of_one in state["state"].items()}, "param_groups": groups}
+
+
+def named(strategy: object, tensor_parallel: int | None) -> object:
+    """What a trainer is to be given for its ``strategy``, where the size of a tensor-parallel group was asked for.
+
+    Raises:
+        UserError: The size is not positive, or the strategy has no such group.
+    """
+    if tensor_parallel is None:
+        return strategy
+    if tensor_parallel < 1:
+        raise UserError(f"tensor_parallel is {tensor_parallel}; it must be positive")
+    if strategy not in ("tp", "fsdp2_tp"):
+        raise UserError(
+            f"tensor_parallel is {tensor_parallel}, but --trainer.strategy is {strategy}; choose tp or fsdp2_tp"
+        )
+    return ModelParallel(tensor_parallel)
+
+
+for name, size in NAMES.items():
+    StrategyRegistry.register(name, ModelParallel, tensor_parallel_size=size, override=True)
