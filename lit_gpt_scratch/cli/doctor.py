@@ -1,5 +1,6 @@
 """``doctor``: does a configuration keep its promises on this machine?"""
 
+import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -11,22 +12,34 @@ from lit_gpt_scratch.callbacks.stopping import ending_at_once
 from lit_gpt_scratch.checkpoint.kills import KillTest
 from lit_gpt_scratch.cli.door import Flags
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
 
-DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
+KILLED = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
 """A run that is short and saves often, unless the user's own flags say otherwise."""
+COMPARED = (
+    "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64", "--model.gpt.n_layer=2",
+    "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2", "--model.compile=false",
+)  # fmt: skip
+"""A small model, all of whose weights have a gradient from the first step on, unless the user's flags say otherwise."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Kill and resume the run that the flags of ``fit`` describe, and compare it with an undisturbed one."""
+    """Examine the run that the flags of ``fit`` describe."""
     flags = Flags(
         prog="python -m lit_gpt_scratch.doctor",
-        description="Kill a run at random moments with SIGKILL, resume it, and compare its last checkpoint and its "
-        "curves, bit by bit, with those of a run that nothing disturbed.",
-        epilog=f"All other flags are those of fit, and go over {' '.join(DEFAULTS)}.",
+        description="Examine a run on this machine. --resume: kill it at random moments with SIGKILL, resume it, and "
+        "compare its last checkpoint and its curves, bit by bit, with those of a run that nothing disturbed. --parity: "
+        "lay the same steps out over processes and micro-batches in every way, and compare losses and gradients.",
+        epilog=f"All other flags are those of fit. They go over {' '.join(KILLED)} for --resume, and over "
+        f"{' '.join(COMPARED)} for --parity.",
     )
-    flags.add_argument("--resume", action="store_true", required=True, help="examine whether resuming is exact")
+    examination = flags.add_mutually_exclusive_group(required=True)
+    examination.add_argument("--resume", action="store_true", help="whether resuming is exact")
+    examination.add_argument("--parity", action="store_true", help="whether all strategies compute the same")
     flags.add_argument("--kills", type=int, default=6, help="how often to kill")
     flags.add_argument("--seed", type=int, default=0, help="of the moments")
+    flags.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of arithmetic to compare in")
+    flags.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to compare with single")
     given, of_fit = flags.parse_known_args(args)
     if given.kills < 1:
         raise UserError(f"argument --kills: {given.kills}; it must be at least 1")
@@ -34,9 +47,24 @@ def main(args: Sequence[str] | None = None) -> None:
     if taken:
         raise UserError(f"{taken[0]} is the doctor's to choose: its runs are kept nowhere")
     with ending_at_once(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        test = KillTest([*DEFAULTS, *of_fit], Path(folder), given.seed)
-        with tqdm(total=given.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
-            report = test.run(given.kills, lambda: bar.update())
+        examine = _parity if given.parity else _resume
+        if not examine(given, of_fit, Path(folder)):
+            sys.exit(1)
+
+
+def _resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
+    test = KillTest([*KILLED, *of_fit], folder, given.seed)
+    with tqdm(total=given.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
+        report = test.run(given.kills, lambda: bar.update())
     print(report)
-    if report.differences:
-        sys.exit(1)
+    return not report.differences
+
+
+def _parity(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
+    parity = Parity([*COMPARED, *of_fit], folder, given.kinds, given.layouts)
+    with tqdm(total=parity.runs, unit="run", disable=not sys.stderr.isatty()) as bar:
+        parity.run(lambda: bar.update())
+    print(parity)
+    for what in parity.beyond:
+        print(f"not the same: {what}")
+    return not parity.beyond

@@ -1,5 +1,6 @@
 """How surprised a model is by the tokens that really came."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -10,13 +11,14 @@ def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of the labels, and how many there were.
 
     Args:
-        logits: (B, T, vocab_size) float.
+        logits: (B, T, vocab_size) float; what has fewer bits than float32 is summed in float32.
         labels: (B, T) int64; positions of ``IGNORED`` (-100) count for nothing.
 
     Returns:
-        The sum in nats (float32 scalar) and the number of counted labels (int64 scalar). Their ratio is
+        The sum in nats (scalar, at least float32) and the number of counted labels (int64 scalar). Their ratio is
         the mean loss; kept apart they add up right over batches of different size.
     """
-    flat, target = logits.flatten(0, 1).float(), labels.flatten()  # (B * T, vocab_size), (B * T,)
+    flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
+    flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
     nats = F.cross_entropy(flat, target, ignore_index=IGNORED, reduction="sum")
     return nats, (target != IGNORED).sum()
