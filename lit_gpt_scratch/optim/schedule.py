@@ -6,7 +6,10 @@ from typing import Literal, get_args
 
 from lit_gpt_scratch.errors import UserError
 
-Decay = Literal["linear", "cosine", "constant"]
+Decay = Literal["wsd", "linear", "cosine", "constant", "inverse_sqrt"]
+
+COOLDOWN = 0.4
+"""Share of the run in which ``wsd`` decays, unless another is given."""
 
 
 @dataclass(frozen=True)
@@ -14,19 +17,23 @@ class Schedule:
     """Warm up, hold, decay.
 
     Args:
-        decay: ``linear`` or ``cosine`` (https://arxiv.org/abs/1608.03983) down to ``final``, or ``constant``.
+        decay: How the rate falls after warm-up. ``wsd``: it holds, and then falls linearly to ``final`` (warm-up,
+            stable, decay: https://arxiv.org/abs/2404.06395); ``linear`` and ``cosine``
+            (https://arxiv.org/abs/1608.03983): it falls to ``final`` all along; ``inverse_sqrt``: with the square
+            root of the steps, which need have no end (https://arxiv.org/abs/1706.03762, section 5.3);
+            ``constant``: not at all.
         warmup_steps: Optimizer steps over which the rate rises linearly to its peak.
-        decay_share: Share of the run, at its end, in which the rate falls. 1 decays from the end of warm-up
-            on; less is warm-up, stable, decay (https://arxiv.org/abs/2404.06395).
-        final: Factor at the last step.
+        decay_share: Share of the run, at its end, in which ``wsd``, ``linear`` or ``cosine`` falls; by default 0.4
+            for ``wsd``, and for the others 1, which is all from the end of warm-up on.
+        final: Factor at the last step, of the three that end.
 
     Raises:
         UserError: A number is out of its range.
     """
 
-    decay: Decay = "linear"
+    decay: Decay = "wsd"
     warmup_steps: int = 20
-    decay_share: float = 0.4
+    decay_share: float | None = None
     final: float = 0.0
 
     def __post_init__(self) -> None:
@@ -35,7 +42,7 @@ class Schedule:
         if self.warmup_steps < 0:
             raise UserError(f"model.schedule.warmup_steps is {self.warmup_steps}; it must be 0 or more")
         for name, share in (("decay_share", self.decay_share), ("final", self.final)):
-            if not 0.0 <= share <= 1.0:
+            if share is not None and not 0.0 <= share <= 1.0:
                 raise UserError(f"model.schedule.{name} is {share}; it must lie between 0 and 1")
 
     def factor(self, step: int, total_steps: float) -> float:
@@ -43,12 +50,17 @@ class Schedule:
 
         Args:
             step: Optimizer steps done so far, from 0.
-            total_steps: Length of the run; infinite when nothing ends it but time, and then nothing decays.
+            total_steps: Length of the run; infinite when nothing ends it but time, and then nothing falls to an end.
         """
         warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.decay == "inverse_sqrt":
+            return min(warm, math.sqrt((self.warmup_steps + 1) / (step + 1)))
         if self.decay == "constant" or math.isinf(total_steps):
             return warm
-        length = max(1.0, min(self.decay_share * total_steps, total_steps - self.warmup_steps))
+        share = self.decay_share
+        if share is None:
+            share = COOLDOWN if self.decay == "wsd" else 1.0
+        length = max(1.0, min(share * total_steps, total_steps - self.warmup_steps))
         left = min(1.0, max(0.0, (total_steps - step) / length))  # 1 before the decay, 0 after the last step
-        shape = left if self.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left)
+        shape = 0.5 - 0.5 * math.cos(math.pi * left) if self.decay == "cosine" else left
         return warm * (self.final + (1 - self.final) * shape)

@@ -46,7 +46,7 @@ def test_every_session_is_written_down(command: Command, small: list[str]) -> No
         ("--seed_everything=7", "seed_everything 0, now 7"),
         ("--data.batch_size=2", "data.batch_size 4, now 2"),
         ("--model.optimizer.lr=0.001", "model.optimizer.lr"),
-        ("--model.schedule.decay=constant", "model.schedule.decay linear, now constant"),
+        ("--model.schedule.decay=constant", "model.schedule.decay wsd, now constant"),
         ("--trainer.precision=bf16-mixed", "trainer.precision 32-true, now bf16-mixed"),
     ],
 )

@@ -1,17 +1,15 @@
-"""Optimizers against torch's own and against linear algebra; groups and schedules against their description."""
+"""Optimizers against torch's own and against linear algebra; groups against their description."""
 
 import copy
 import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.optim import AdamW, Muon, Schedule
+from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.optim.groups import parameter_groups
 from lit_gpt_scratch.optim.muon import MuonAdamW, orthogonalise
 from tests.conftest import TINY
@@ -147,42 +145,8 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
         (lambda: AdamW(lr=float("nan")), "model.optimizer.lr is nan"),
         (lambda: AdamW(weight_decay=-0.1), "model.optimizer.weight_decay is -0.1"),
         (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
-        (lambda: Schedule(decay="exp"), "model.schedule.decay is exp"),  # type: ignore[arg-type]
-        (lambda: Schedule(warmup_steps=-1), "model.schedule.warmup_steps is -1"),
-        (lambda: Schedule(decay_share=1.5), "model.schedule.decay_share is 1.5"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_by_name(build: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build()  # type: ignore[operator]
-
-
-def test_warm_up_hold_decay() -> None:
-    schedule = Schedule(warmup_steps=10, decay_share=0.5)
-    factors = [schedule.factor(step, 100) for step in range(101)]
-    assert factors[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
-    assert factors[10:51] == [1.0] * 41
-    assert factors[50:] == pytest.approx([(100 - step) / 50 for step in range(50, 101)])
-
-
-def test_cosine_is_its_equation() -> None:
-    schedule = Schedule(decay="cosine", warmup_steps=0, decay_share=1.0, final=0.1)
-    for step in range(101):
-        expected = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / 100))
-        assert schedule.factor(step, 100) == pytest.approx(expected)
-
-
-@given(
-    decay=st.sampled_from(["linear", "cosine", "constant"]),
-    warmup=st.integers(0, 50),
-    share=st.floats(0, 1),
-    final=st.floats(0, 1),
-    total=st.one_of(st.integers(1, 200), st.just(math.inf)),
-    step=st.integers(0, 300),
-)
-def test_a_factor_is_always_between_0_and_1(
-    decay: str, warmup: int, share: float, final: float, total: float, step: int
-) -> None:
-    schedule = Schedule(decay=decay, warmup_steps=warmup, decay_share=share, final=final)  # type: ignore[arg-type]
-    assert 0.0 <= schedule.factor(step, total) <= 1.0
-    assert schedule.factor(0, total) > 0.0
