@@ -135,10 +135,11 @@ class Plan(InRunFolder):
 
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
         kept = activation_bytes(task.gpt, data.vocab_size, data.block_size, data.batch_size, device, dtype, autocast)
+        held = state_bytes(trainer.optimizers[0], task.average.decay is not None)
         yield (
             "cost",
             f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
-            f"memory {size(state_bytes(trainer.optimizers[0]))} for weights, gradients and optimizer, "
+            f"memory {size(held)} for weights, gradients and optimizer, "
             f"up to {size(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late

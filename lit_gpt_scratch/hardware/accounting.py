@@ -74,10 +74,10 @@ def training_flops_per_token(net: GPT) -> int:
     return 6 * weights + 12 * config.n_layer * config.n_head * config.head_width * net.block_size
 
 
-def state_bytes(optimizer: Optimizer) -> int:
-    """Bytes of weights, gradients and the optimizer's moments, once all exist."""
+def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
+    """Bytes of weights, gradients, the optimizer's moments and an average of the weights, once all exist."""
     return sum(
-        p.numel() * p.element_size() * (2 + MOMENTS.get(group.get("rule", "adamw"), 2))
+        p.numel() * p.element_size() * (2 + averaged + MOMENTS.get(group.get("rule", "adamw"), 2))
         for group in optimizer.param_groups
         for p in group["params"]
         if p.requires_grad

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from lit_gpt_scratch.checkpoint.progress import settle
+from lit_gpt_scratch.optim.average import MovingAverage
 
 
 class Task(L.LightningModule):
@@ -17,12 +18,39 @@ class Task(L.LightningModule):
     Lightning restores weights, optimizer, schedule and counters. Here is the rest: random numbers are a function of
     the seed, the batch and the rank, with no state to lose, and the counters are settled before they are restored.
     Which data comes next is the data module's to know.
+
+    Args:
+        ema_decay: Of a moving average of the weights, which validates, writes samples, is what a checkpoint's weights
+            are, and stays in place after the run; by default there is none.
     """
+
+    def __init__(self, ema_decay: float | None = None) -> None:
+        super().__init__()
+        self.average = MovingAverage(ema_decay)
+
+    def setup(self, stage: str) -> None:
+        """Begin with the weights as they are, whatever an earlier run left in them."""
+        if stage == "fit":
+            self.average.in_use = False
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the average of the weights in their place; Lightning asks for nothing after this."""
+        self.average.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Settle how far the run has come; the trainer restores it next."""
         if "loops" in checkpoint:
             settle(checkpoint["loops"]["fit_loop"])
+        if self.trainer.state.fn == "fit":
+            self.average.load(checkpoint)
+
+    def on_train_start(self) -> None:
+        """Train the weights themselves; in a checkpoint their average was in their place."""
+        self._use_average(False)
+
+    def on_train_end(self) -> None:
+        """Leave the average in the weights' place."""
+        self._use_average(True)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw this batch's random numbers from its place in the run."""
@@ -34,6 +62,15 @@ class Task(L.LightningModule):
     def on_validation_start(self) -> None:
         """The same for a validation, so that one that is done again after a kill gives the same."""
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, "validation")
+        self._use_average(True)
+
+    def on_validation_end(self) -> None:
+        """Go on with the weights themselves; callbacks have had their turn."""
+        self._use_average(False)
+
+    def _use_average(self, wanted: bool) -> None:
+        if self.trainer.state.fn == "fit":
+            self.average.use(wanted, self.trainer.optimizers, self)
 
     def _seed(self, batch: int, purpose: str) -> None:
         run = int(os.environ.get("PL_GLOBAL_SEED", 0))

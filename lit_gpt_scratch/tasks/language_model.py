@@ -46,6 +46,7 @@ class LanguageModel(Task):
         gpt: The architecture.
         optimizer: Which optimizer, with its learning rate.
         schedule: The learning rate over the run.
+        ema_decay: Of a moving average of the weights, such as 0.999; see ``Task``.
         compile: Compile the network with ``torch.compile``; by default wherever that can work.
         activation_checkpointing: Keep each block's input alone for the backward pass, and compute the rest again: less
             memory for a third more computation.
@@ -62,10 +63,11 @@ class LanguageModel(Task):
         gpt: GPTConfig = GPTConfig(),  # noqa: B008 - frozen, so that it can be shared
         optimizer: OptimizerRecipe = Muon(),  # noqa: B008 - an instance, so that --model.optimizer.lr works
         schedule: Schedule = Schedule(),  # noqa: B008 - frozen
+        ema_decay: float | None = None,
         compile: bool | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(ema_decay)
         attention_class(gpt.attention)
         self.gpt = gpt
         self.optimizer = optimizer
@@ -130,6 +132,7 @@ class LanguageModel(Task):
         Not earlier: asking for it loads the training data, and that has to wait until a resumed trainer
         knows where it stands.
         """
+        super().on_train_start()
         self.total_steps = self.trainer.estimated_stepping_batches
         self._use_own_hyperparameters()
         self._nats = torch.zeros((), device=self.device)
@@ -139,6 +142,7 @@ class LanguageModel(Task):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer, with the schedule stepped after every update."""
         optimizer = self.optimizer.build(self.net)
+        self.average.follow(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -219,6 +223,7 @@ class LanguageModel(Task):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store what is needed to use the weights without this run: shape and tokenizer, as plain data."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint[KEY] = asdict(
             Contents(asdict(self.gpt), self.data.vocab_size, self.data.block_size, self.data.tokenizer_json)
         )

@@ -41,16 +41,22 @@ class Trace(L.Callback):
         self.batches.append(int(args[2]["input_ids"].sum()))
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.8])
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_checkpoint_of_any_moment_is_resumed_alike(
-    trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], tmp_path: Path, hook: str
+    trainer: Callable[..., L.Trainer],
+    packed_text: Callable[..., PackedText],
+    tmp_path: Path,
+    hook: str,
+    ema_decay: float | None,
 ) -> None:
     """Epochs of 5 batches, validations every 3: some at an epoch's end, some not."""
 
     def run(checkpoint: Path | None, *callbacks: L.Callback) -> tuple[dict[str, torch.Tensor], Trace]:
         trace = Trace()
         L.seed_everything(3)
-        model = LanguageModel(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.2), compile=False)
+        gpt = GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.2)
+        model = LanguageModel(gpt, ema_decay=ema_decay, compile=False)
         of_run = trainer(
             max_steps=17,
             limit_train_batches=5,

@@ -10,13 +10,14 @@ from lit_gpt_scratch.checkpoint.kills import KillTest
 CONFIGURATIONS = {
     "plain": [],
     "workers and accumulation": ["--data.num_workers=2", "--trainer.accumulate_grad_batches=4"],
-    "epochs": [
-        "--trainer.limit_train_batches=9", "--trainer.val_check_interval=6", "--checkpoint.every_minutes=0.002",
-        "--checkpoint.background=true", "--checkpoint.keep_best=2", "--trainer.callbacks=EarlyStopping",
-        "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.min_delta=0.1",
+    "epochs, average of weights": [
+        "--model.ema_decay=0.9", "--trainer.limit_train_batches=9", "--trainer.val_check_interval=6",
+        "--checkpoint.every_minutes=0.002", "--checkpoint.background=true", "--checkpoint.keep_best=2",
+        "--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss",
+        "--trainer.callbacks.min_delta=0.1",
     ],
     "two processes": ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
-    "workers, average of weights, no validation": [
+    "workers, average of weights by a callback, no validation": [
         "--data.num_workers=2", "--trainer.callbacks=EMAWeightAveraging", "--trainer.limit_val_batches=0",
     ],
 }  # fmt: skip

@@ -15,6 +15,7 @@ from lit_gpt_scratch.hardware.accounting import (
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
+from lit_gpt_scratch.optim.average import MovingAverage
 
 SHAPES = [
     GPTConfig(n_layer=2, n_head=2, n_embd=32),
@@ -44,10 +45,12 @@ def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
     assert all(n > 0 for n in parts.values()), parts
 
 
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("recipe", [AdamW(), Muon(), Muon(row_beta=0.95)])
-def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe) -> None:
+def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, ema_decay: float | None) -> None:
     net = GPT(SHAPES[0], vocab_size=97, block_size=40)
     optimizer = recipe.build(net)
+    MovingAverage(ema_decay).follow(optimizer, lambda: 0)
     net(torch.randint(97, (1, 40))).sum().backward()
     optimizer.step()
     moments = sum(
@@ -55,7 +58,7 @@ def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe) 
     )  # step counters and NorMuon's one number a neuron are left out
     weights = sum(p.nbytes for p in net.parameters())
     gradients = sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
-    assert state_bytes(optimizer) == pytest.approx(weights + gradients + moments, rel=0.02)
+    assert state_bytes(optimizer, ema_decay is not None) == pytest.approx(weights + gradients + moments, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,161 @@
+"""A moving average of the weights against its recursion, under optimizers that remember and one that does not."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.optim.optimizer import Optimizer
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.optim import Muon
+from lit_gpt_scratch.optim.average import STATE, MovingAverage, exchange, names
+
+TIED = GPTConfig(n_layer=1, n_head=2, n_embd=16, tied_embeddings=True)
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "sgd": lambda net: torch.optim.SGD(net.parameters(), lr=0.1),
+    "adamw": lambda net: torch.optim.AdamW(net.parameters(), lr=0.1),
+    "muon": lambda net: Muon().build(net),
+}
+
+
+def step(optimizer: Optimizer, net: nn.Module) -> None:
+    for p in net.parameters():
+        p.grad = torch.randn_like(p)
+    optimizer.step()
+
+
+def weights(net: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def averaged(net: nn.Module, optimizer: Optimizer, decay: float, steps: int) -> tuple[MovingAverage, list[Tensor]]:
+    """The average after so many steps, and what it has to be, in float64."""
+    average = MovingAverage(decay)
+    done = 0
+    average.follow(optimizer, lambda: done)
+    expected: list[Tensor] = []
+    for done in range(steps):
+        step(optimizer, net)
+        now = [p.double() for p in weights(net)]
+        keep = min(decay, (1 + done) / (10 + done))
+        expected = [keep * a + (1 - keep) * w for a, w in zip(expected, now, strict=True)] if expected else now
+    return average, expected
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("decay", [0.0, 0.7, 0.999])
+def test_the_average_is_its_recursion_and_changes_nothing_else(optimizer: str, decay: float) -> None:
+    net, plain = GPT(TIED, 50, 8), GPT(TIED, 50, 8)
+    plain.load_state_dict(net.state_dict())
+    followed, alone = OPTIMIZERS[optimizer](net), OPTIMIZERS[optimizer](plain)
+    torch.manual_seed(0)
+    _, expected = averaged(net, followed, decay, 30)
+    torch.manual_seed(0)
+    for _ in range(30):
+        step(alone, plain)
+    assert all(torch.equal(a, b) for a, b in zip(weights(net), weights(plain), strict=True))
+    for p, a in zip(net.parameters(), expected, strict=True):
+        torch.testing.assert_close(followed.state[p][STATE].double(), a, atol=1e-5, rtol=1e-5)
+
+
+def test_a_parameter_that_is_never_updated_needs_no_average() -> None:
+    """An optimizer that finds something in its state would miss its own moments."""
+    used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([used, unused])
+    average = MovingAverage(0.9)
+    average.follow(optimizer, lambda: 0)
+    used.grad = torch.ones(2)
+    optimizer.step()
+    unused.grad = torch.ones(2)
+    optimizer.step()
+    assert set(optimizer.state[unused]) == {"step", "exp_avg", "exp_avg_sq", STATE}
+
+
+def test_weights_and_averages_change_places_and_back() -> None:
+    net = GPT(TIED, 50, 8)
+    optimizer = OPTIMIZERS["muon"](net)
+    average, expected = averaged(net, optimizer, 0.7, 5)
+    trained = weights(net)
+    for _ in range(2):  # what is so already stays
+        average.use(True, [optimizer], net)
+        for found, a in zip(weights(net), expected, strict=True):
+            torch.testing.assert_close(found.double(), a, atol=1e-5, rtol=1e-5)
+    for _ in range(2):
+        average.use(False, [optimizer], net)
+        assert all(torch.equal(a, b) for a, b in zip(weights(net), trained, strict=True))
+
+
+@pytest.mark.parametrize("numbers", ["of the optimizer", "of the module", "names"])
+def test_saved_weights_and_averages_change_places_by_name(numbers: str) -> None:
+    """Whichever order a strategy counts parameters in; live tensors stay where they are, tied ones stay tied."""
+    net = GPT(TIED, 50, 8)
+    optimizer = OPTIMIZERS["muon"](net)
+    averaged(net, optimizer, 0.7, 5)
+    own = {p: name for name, p in net.named_parameters()}
+    in_order = {p: place for place, p in enumerate(net.parameters())}
+    saved = optimizer.state_dict()
+    if numbers != "of the optimizer":
+        key = own if numbers == "names" else in_order
+        saved = {
+            "state": {key[p]: state for p, state in optimizer.state.items()},
+            "param_groups": [{"params": sorted(key[p] for p in group["params"])} for group in optimizer.param_groups],
+        }
+    expected = {name: optimizer.state[p][STATE] for p, name in own.items()}
+    trained = {name: p.detach() for p, name in own.items()}
+    state = net.state_dict()
+    of = names(saved, optimizer, net)
+    exchange(state, saved, of)
+    assert all(torch.equal(state[name], average) for name, average in expected.items())
+    assert state["head.weight"] is state["embedding.weight"]
+    assert all(torch.equal(net.get_parameter(name), weight) for name, weight in trained.items())
+    assert all(optimizer.state[p][STATE] is expected[name] for p, name in own.items())
+    exchange(state, saved, of)
+    assert all(torch.equal(state[name], weight) for name, weight in trained.items())
+
+
+@pytest.fixture
+def _one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_one_process")
+def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> None:
+    """FSDP2 keeps the root's whole weights after a forward pass that no backward pass follows."""
+    net, plain = nn.Linear(4, 3), nn.Linear(4, 3)
+    plain.load_state_dict(net.state_dict())
+    fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
+    optimizers = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(plain.parameters(), lr=0.1)
+    averages = MovingAverage(0.5), MovingAverage(0.5)
+    x = torch.randn(2, 4)
+    for average, optimizer in zip(averages, optimizers, strict=True):
+        average.follow(optimizer, lambda: 100)
+    for _ in range(3):
+        for module, optimizer in zip((net, plain), optimizers, strict=True):
+            module(x).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for wanted in (True, False):
+        for average, optimizer, module in zip(averages, optimizers, (net, plain), strict=True):
+            average.use(wanted, [optimizer], module)
+        with torch.no_grad():
+            assert torch.equal(net(x), plain(x))
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_that_cannot_be_is_refused_by_name(decay: float) -> None:
+    with pytest.raises(UserError, match=r"model.ema_decay is .*; it must be at least 0 and below 1"):
+        MovingAverage(decay)
+
+
+def test_weights_in_16_bits_are_refused() -> None:
+    """From 1 to 2 with a decay of 0.999 a bfloat16 never moves."""
+    stuck = torch.ones(1, dtype=torch.bfloat16)
+    assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)
+    net = nn.Linear(2, 2, dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"weights in torch.bfloat16 are too coarse"):
+        MovingAverage(0.999).follow(torch.optim.SGD(net.parameters()), lambda: 0)
