@@ -12,6 +12,7 @@ import torch
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.callbacks.wording import clock, count, many, size
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.hardware.accounting import (
     activation_bytes,
@@ -106,6 +107,8 @@ class Plan(InRunFolder):
         total = sum(parts.values())
         yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
 
+        yield "optimizer", "; ".join(_groups(task))
+
         sides = [
             f"{many(side.n_documents, 'document')} of {count(side.n_tokens)} tokens to {purpose}"
             for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
@@ -176,6 +179,18 @@ class Plan(InRunFolder):
         return math.ceil(steps / every) - math.floor(done / every)
 
 
+def _groups(task: LanguageModel) -> Iterator[str]:
+    """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
+    optimizer = task.optimizer.build(task.net)  # the trainer's own has a checkpoint's numbers until the first step
+    for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
+        rule = group.get("rule", type(optimizer).__name__)
+        what = f"{count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
+        decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
+        yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
+    if task.average.decay is not None:
+        yield f"moving average {task.average.decay:g}"
+
+
 def tokens_per_step(trainer: L.Trainer, data: PackedText) -> int:
     """Tokens of an optimizer step over all ranks."""
     return data.tokens_per_batch * trainer.accumulate_grad_batches
@@ -215,28 +230,3 @@ def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Itera
             f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
             f"(https://arxiv.org/abs/2203.15556): take {change}"
         )
-
-
-def count(number: float) -> str:
-    """A number of things in three digits: 2.16 M."""
-    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if number >= unit:
-            return f"{number / unit:.3g}{name}"
-    return f"{number:.3g}"
-
-
-def many(number: float, thing: str) -> str:
-    """1 step, 1,000 steps."""
-    return f"{number:,} {thing}{'' if number == 1 else 's'}"
-
-
-def size(n_bytes: float) -> str:
-    """A number of bytes in three digits: 126 MB."""
-    return f"{count(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes:.0f} B"
-
-
-def clock(seconds: float) -> str:
-    """1:24, or 2:03:04 from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

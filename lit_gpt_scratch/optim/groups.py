@@ -11,7 +11,8 @@ class ParameterGroups:
 
     Attributes:
         matrices: Weights between hidden layers: maps from vectors to vectors.
-        tables: Embeddings and the output head: one vector a token or position; and what has more dimensions than two.
+        tables: Embeddings and the output head: one vector a token or position; and what has more dimensions than two;
+            and LoRA's factors, since only their product is a map between hidden layers.
         vectors: Gains and biases.
     """
 
@@ -31,7 +32,7 @@ def parameter_groups(model: nn.Module) -> ParameterGroups:
             continue
         if parameter.ndim < 2:
             groups.vectors.append(parameter)
-        elif parameter.ndim == 2 and "blocks" in name.split("."):
+        elif parameter.ndim == 2 and "blocks" in name.split(".") and not name.endswith((".lora_a", ".lora_b")):
             groups.matrices.append(parameter)
         else:
             groups.tables.append(parameter)

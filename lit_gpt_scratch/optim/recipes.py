@@ -63,11 +63,14 @@ class AdamW(OptimizerRecipe):
         # Not torch.optim.AdamW(fused=True): Lightning refuses to clip gradients for it under mixed precision.
         groups = parameter_groups(model)
         settings = _adamw(self.lr, self.beta1, self.beta2)
-        return MuonAdamW(
-            [
-                {"params": groups.matrices + groups.tables, **settings, "weight_decay": self.weight_decay},
-                {"params": groups.vectors, **settings},
-            ]
+        return _optimizer(
+            {
+                "name": "matrices and tables",
+                "params": groups.matrices + groups.tables,
+                **settings,
+                "weight_decay": self.weight_decay,
+            },
+            {"name": "vectors", "params": groups.vectors, **settings},
         )
 
 
@@ -108,20 +111,23 @@ class Muon(OptimizerRecipe):
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
         rest = _adamw(self.adamw_lr, self.beta1, self.beta2)
-        return MuonAdamW(
-            [
-                {
-                    "rule": "muon",
-                    "params": groups.matrices,
-                    "lr": self.lr,
-                    "momentum": self.momentum,
-                    "row_beta": self.row_beta,
-                    "weight_decay": self.weight_decay,
-                },
-                {"params": groups.tables, **rest},
-                {"params": groups.vectors, **rest},
-            ]
+        return _optimizer(
+            {
+                "name": "matrices",
+                "rule": "muon",
+                "params": groups.matrices,
+                "lr": self.lr,
+                "momentum": self.momentum,
+                "row_beta": self.row_beta,
+                "weight_decay": self.weight_decay,
+            },
+            {"name": "tables", "params": groups.tables, **rest},
+            {"name": "vectors", "params": groups.vectors, **rest},
         )
+
+
+def _optimizer(*groups: dict[str, Any]) -> MuonAdamW:
+    return MuonAdamW([group for group in groups if group["params"]])  # of adapters alone there are tables alone
 
 
 def _adamw(lr: float, beta1: float, beta2: float) -> dict[str, Any]:

@@ -6,10 +6,14 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
+from torch import nn
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
-from lit_gpt_scratch.callbacks.plan import TIMED_STEPS, Plan, clock, count, size
+from lit_gpt_scratch.callbacks.plan import TIMED_STEPS, Plan
+from lit_gpt_scratch.callbacks.wording import clock, count, size
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel
 from tests.conftest import sentences
 
@@ -56,11 +60,48 @@ def test_the_plan_says_what_will_happen(
     assert f"{data.store.train.n_documents} documents" in lines["data"][0]
     # Two micro-batches of 4 windows of 32 tokens.
     assert f"{TIMED_STEPS + 1} steps of 256 tokens: 2.3 k tokens" in lines["run"][0]
+    assert lines["optimizer"] == [
+        "muon 26.6 k in 14 matrices at 0.02; adamw 19.2 k in 2 tables at 0.008; adamw 224 in 9 vectors at 0.008"
+    ]
     assert "operations a token" in lines["cost"][0]
     assert "uniform" in lines["to beat"][0]
     assert "xz" in lines["to beat"][0]
     assert "ms a step" in lines["time"][0]
     assert lines["time"][0].endswith("tokens a second")  # and no step is left
+
+
+class Own(OptimizerRecipe):
+    """A recipe of somebody's own, around any optimizer."""
+
+    def build(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "average", "expected"),
+    [
+        (
+            AdamW(weight_decay=0.3), 0.99,
+            "adamw {decayed} in 16 matrices and tables at 0.003 with weight decay 0.3; adamw {vectors} in 9 vectors at "
+            "0.003; moving average 0.99",
+        ),
+        (Own(), None, "SGD {all} in 25 tensors at 0.5"),
+    ],
+)  # fmt: skip
+def test_the_plan_names_the_groups_of_the_optimizer(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    recipe: OptimizerRecipe,
+    average: float | None,
+    expected: str,
+) -> None:
+    model = task(optimizer=recipe, ema_decay=average)
+    [line] = said(caplog, trainer, model, packed_text(), max_steps=1, limit_val_batches=0)["optimizer"]
+    sizes = {ndim: sum(p.numel() for p in model.net.parameters() if p.ndim == ndim) for ndim in (1, 2)}
+    numbers = {"decayed": sizes[2], "vectors": sizes[1], "all": sum(sizes.values())}
+    assert line == expected.format(**{name: count(n) for name, n in numbers.items()})
 
 
 class AfterOneStep(L.Callback):

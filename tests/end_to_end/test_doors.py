@@ -56,7 +56,7 @@ def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str])
 
 
 ALWAYS = {"tokenizer.json", "tokenizer.json.sha256", "provenance.json", "summary.json"}
-PLAN = ["device", "model", "data", "run", "cost", "to beat", "folder", "time"]
+PLAN = ["device", "model", "optimizer", "data", "run", "cost", "to beat", "folder", "time"]
 
 
 def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) -> None:

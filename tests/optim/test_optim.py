@@ -9,6 +9,7 @@ from torch import nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.optim.groups import parameter_groups
 from lit_gpt_scratch.optim.muon import MuonAdamW, orthogonalise
@@ -122,6 +123,21 @@ def test_what_is_no_matrix_goes_to_adamw() -> None:
     net.blocks[0].gate = torch.nn.Parameter(torch.zeros(2, 1, 16))
     assert any(p is net.blocks[0].gate for p in parameter_groups(net).tables)
     Muon().build(net)
+
+
+@pytest.mark.parametrize("recipe", [Muon(), AdamW()])
+def test_factors_of_adapters_are_no_matrices(recipe: Muon | AdamW) -> None:
+    """Orthogonal steps of A and B would not make their product's step orthogonal; where nothing else is trained, adamw
+    is all there is."""
+    net = GPT(TINY, 50, 8)
+    add_lora(net, LoRA(rank=2))
+    factors = [p for name, p in net.named_parameters() if "lora_" in name]
+    assert len(factors) == 2 * 14
+    [group] = recipe.build(net).param_groups
+    assert group["rule"] == "adamw"
+    assert {id(p) for p in group["params"]} == {id(p) for p in factors}
+    net.requires_grad_(True)
+    assert all(any(p is table for table in parameter_groups(net).tables) for p in factors)
 
 
 def test_adamw_decays_matrices_and_tables_alone() -> None:
