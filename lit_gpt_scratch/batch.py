@@ -1,6 +1,6 @@
 """The contract between what makes batches (``data``) and what learns from them (``tasks``)."""
 
-from typing import Final
+from typing import Final, NamedTuple
 
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
@@ -25,3 +25,27 @@ class Batch(TypedDict):
     """(B, T) int64"""
     document_ids: NotRequired[Tensor]
     """(B, T) int64, another number for each document of a window"""
+
+
+class Layout(NamedTuple):
+    """How the windows of an optimizer step are dealt out.
+
+    Attributes:
+        batch_size: Windows per data-parallel rank and micro-batch.
+        replicas: Data-parallel ranks.
+        accumulate: Micro-batches per optimizer step.
+    """
+
+    batch_size: int
+    replicas: int
+    accumulate: int
+
+    @property
+    def windows_per_batch(self) -> int:
+        """Windows of a micro-batch over all ranks."""
+        return self.batch_size * self.replicas
+
+    @property
+    def windows_per_step(self) -> int:
+        """Windows of an optimizer step over all ranks."""
+        return self.windows_per_batch * self.accumulate

@@ -1,8 +1,13 @@
 """How far a run has come, as a trainer writes it into a checkpoint."""
 
-from typing import Any
+from typing import Any, Final
+
+from lit_gpt_scratch.batch import Layout
 
 Counts = dict[str, int]
+
+LAYOUT: Final = "layout"
+"""What a checkpoint calls the ``Layout`` that its batches were counted in."""
 
 
 def settle(fit_loop: dict[str, Any]) -> None:
@@ -36,6 +41,25 @@ def settle(fit_loop: dict[str, Any]) -> None:
         within_epoch = (batches, fit_loop["epoch_loop.scheduler_progress"], *optimization.values())
         for progress in within_epoch:
             _all(progress["current"], 0)
+
+
+def deal_out(fit_loop: dict[str, Any], before: Layout, now: Layout) -> None:
+    """Count the batches of a settled loop, in place, as if they had been dealt out otherwise from the beginning.
+
+    Everything else is counted in steps or epochs, which stay what they are. Where a step is of as many windows as
+    before, the next window is the one that would have come; where it is not, the next whole step's first, so that no
+    window comes twice in an epoch.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``, settled.
+        before: How a step was dealt out when it was saved.
+        now: How it is from here on.
+    """
+    if before == now:
+        return
+    for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
+        windows = counts["processed"] * before.windows_per_batch
+        _all(counts, -(-windows // now.windows_per_step) * now.accumulate)
 
 
 def epochs_done(fit_loop: dict[str, Any]) -> int:

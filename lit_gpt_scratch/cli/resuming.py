@@ -10,10 +10,11 @@ from typing import Any, Final
 
 from lightning.pytorch import Trainer
 
+from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.callbacks.provenance import Provenance
 from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
+from lit_gpt_scratch.checkpoint.progress import LAYOUT, epochs_done, settle
 from lit_gpt_scratch.checkpoint.provenance import differences, surroundings
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
@@ -33,6 +34,8 @@ SAME_RUN: Final = (
     r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
 )
 """What must be as it was for the run to be one run: the text, its order, and what a step computes."""
+DEALT: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
+"""What deals out the windows of a step; the step is the same as long as they are as many."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
 
 
@@ -44,11 +47,13 @@ class Resumed:
         checkpoint: The file.
         changed: By flat name, the value before and now of what is not as it was.
         origin: Code, versions, hardware, seed and data, as the checkpoint has them.
+        layout: How a step was dealt out, if the checkpoint says.
     """
 
     checkpoint: Path
     changed: Changes = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "Resumed | None":
@@ -80,6 +85,7 @@ class Resumed:
         if "loops" not in checkpoint:
             raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
         self.origin = next(iter(_states(checkpoint, Provenance.__qualname__)), {})
+        self.layout = Layout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         settle(loop)
@@ -140,12 +146,40 @@ class Resumed:
             raise UserError(
                 f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
             )
+        keep = ""
+        if self.layout is not None and any(re.fullmatch(DEALT, n) for n in matters):
+            step = self.layout.windows_per_step, _windows_per_step(config, here["processes"])
+            if step[0] != step[1]:
+                self.changed["windows of a step"] = step
+                matters.append("windows of a step")
+                tokens = step[0] * config["data"]["init_args"].get("block_size", 1)
+                keep = f"; to keep its step: --data.tokens_per_step {tokens}"
+            elif not _counts_batches(config):
+                matters = [n for n in matters if not re.fullmatch(DEALT, n)]
         if matters and not force:
             raise UserError(
-                f"{self.checkpoint} is of a run with {_said(self.changed, matters)}; to go on all the same: --force"
+                f"{self.checkpoint} is of a run with {_said(self.changed, matters)}{keep}; "
+                "to go on all the same: --force"
             )
         if self.changed:
             log.warning("changed since the run was begun: %s", _said(self.changed, list(self.changed)))
+
+
+def _windows_per_step(config: Mapping[str, Any], processes: int) -> int | None:
+    """Windows of an optimizer step over all processes; None for data of one's own, which may have none."""
+    data = config["data"]["init_args"]
+    if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
+        return None
+    if data["tokens_per_step"] is not None:
+        return int(data["tokens_per_step"] // data["block_size"])
+    replicas = processes // (config.get("tensor_parallel") or 1)  # ranks of a tensor-parallel group share their windows
+    return int(data["batch_size"] * replicas * config["trainer"]["accumulate_grad_batches"])
+
+
+def _counts_batches(config: Mapping[str, Any]) -> bool:
+    """Whether an epoch ends after so many micro-batches, and so elsewhere if they are of other sizes."""
+    limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
+    return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
 
 def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.batch import Batch, Layout
 from lit_gpt_scratch.data.sampler import EveryWindow, Shuffle, WindowOrder
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
@@ -64,12 +64,18 @@ class OrderedData(L.LightningDataModule):
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
     @property
+    def layout(self) -> Layout:
+        """How a step is dealt out, once the trainer's accumulation is settled."""
+        accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
+        return Layout(self.batch_size, self.shard["num_replicas"], accumulate)
+
+    @property
     def order(self) -> WindowOrder:
         """The training order of this process, from where the trainer stands."""
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
         shuffle = Shuffle([len(part) for part in self.train_windows.parts], seed, self.weights)
-        shard = self.shard
-        return WindowOrder(shuffle, self.batch_size, shard["rank"], shard["num_replicas"], self._position())
+        batch_size, replicas, accumulate = self.layout
+        return WindowOrder(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Batches in their order."""
@@ -105,7 +111,7 @@ class OrderedData(L.LightningDataModule):
         self.trainer.accumulate_grad_batches = batches
 
     def _position(self) -> tuple[int, int]:
-        """The epoch and the step in it that come next: a resumed trainer knows before it asks for the loader.
+        """The epoch and the micro-batch in it that come next: a resumed trainer knows before it asks for the loader.
 
         Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch
         was delivered rolls over, whether the trainer had counted it when it was saved or not.

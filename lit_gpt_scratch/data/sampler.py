@@ -60,19 +60,21 @@ class Shuffle:
 class WindowOrder(DistributedSampler[int]):
     """The training order of one rank.
 
-    Step ``s`` of an epoch takes places ``s * B * W`` to ``(s + 1) * B * W`` of it for ``W`` ranks of ``B`` windows
-    each, rank ``r`` the ``r``-th part of them. So the global sequence does not depend on how many ranks share it, and
-    a run goes on at any step without replaying those before. Windows that fill no whole step are left out; which ones
-    differs by epoch.
+    Micro-batch ``s`` of an epoch takes places ``s * B * W`` to ``(s + 1) * B * W`` of it for ``W`` ranks of ``B``
+    windows each, rank ``r`` the ``r``-th part of them. So the global sequence does not depend on how many ranks share
+    it, and a run goes on anywhere without replaying what was before. Windows that fill no whole optimizer step are left
+    out, so that an epoch ends at the same window however a step is dealt out; which ones differs by epoch. Of fewer
+    windows than a step's, an epoch is one short step of the micro-batches that they fill.
 
     A ``DistributedSampler``, because Lightning puts its own order in place of any other kind of sampler.
 
     Args:
         shuffle: The order of all windows.
-        batch_size: Windows per rank and step.
+        batch_size: Windows per rank and micro-batch.
         rank: This process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel processes.
-        start: The epoch and the step in it at which to begin; later epochs begin at step 0.
+        start: The epoch and the micro-batch in it at which to begin; later epochs begin at their first.
+        accumulate: Micro-batches per optimizer step.
     """
 
     def __init__(
@@ -82,31 +84,34 @@ class WindowOrder(DistributedSampler[int]):
         rank: int = 0,
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
+        accumulate: int = 1,
     ) -> None:
         super().__init__(shuffle, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # a length will do
         self.windows = shuffle
         self.batch_size = batch_size
         self.world_size = world_size
         self.start = start
+        self.accumulate = accumulate
         self.epoch = start[0]
 
     @property
-    def steps(self) -> int:
-        """Steps in an epoch."""
-        return len(self.windows) // (self.batch_size * self.world_size)
+    def micro_batches(self) -> int:
+        """Micro-batches in an epoch."""
+        filled = len(self.windows) // (self.batch_size * self.world_size)
+        return filled // self.accumulate * self.accumulate or filled
 
     def __len__(self) -> int:
         """Windows of this rank in a whole epoch."""
-        return self.steps * self.batch_size
+        return self.micro_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch
         first = self.start[1] if epoch == self.start[0] else 0
         within = np.arange(self.batch_size)
         at_once = -(-AT_ONCE // self.batch_size)
-        for begin in range(first, self.steps, at_once):
-            steps = np.arange(begin, min(begin + at_once, self.steps))[:, None]  # (steps, 1)
-            places = (steps * self.world_size + self.rank) * self.batch_size + within  # (steps, B)
+        for begin in range(first, self.micro_batches, at_once):
+            numbers = np.arange(begin, min(begin + at_once, self.micro_batches))[:, None]  # (micro-batches, 1)
+            places = (numbers * self.world_size + self.rank) * self.batch_size + within  # (micro-batches, B)
             yield from self.windows.windows(epoch, places.ravel()).tolist()
 
 

@@ -8,7 +8,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from lit_gpt_scratch.checkpoint.progress import settle
+from lit_gpt_scratch.batch import Layout
+from lit_gpt_scratch.checkpoint.progress import LAYOUT, deal_out, settle
 from lit_gpt_scratch.optim.average import MovingAverage
 
 
@@ -17,7 +18,8 @@ class Task(L.LightningModule):
 
     Lightning restores weights, optimizer, schedule and counters. Here is the rest: random numbers are a function of
     the seed, the batch and the rank, with no state to lose, and the counters are settled before they are restored.
-    Which data comes next is the data module's to know.
+    Which data comes next is the data module's to know. Where other processes go on, or with other micro-batches, the
+    windows are the same, and the random numbers are not.
 
     Args:
         ema_decay: Of a moving average of the weights, which validates, writes samples, is what a checkpoint's weights
@@ -28,19 +30,31 @@ class Task(L.LightningModule):
         super().__init__()
         self.average = MovingAverage(ema_decay)
 
+    @property
+    def layout(self) -> Layout | None:
+        """How the data module deals out a step; None if it does not say."""
+        return getattr(getattr(self.trainer, "datamodule", None), "layout", None)
+
     def setup(self, stage: str) -> None:
         """Begin with the weights as they are, whatever an earlier run left in them."""
         if stage == "fit":
             self.average.in_use = False
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the average of the weights in their place; Lightning asks for nothing after this."""
+        """Say what the counts of batches mean, and save the average of the weights in their place.
+
+        Lightning asks for nothing after this.
+        """
+        if self.layout is not None:
+            checkpoint[LAYOUT] = self.layout._asdict()
         self.average.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Settle how far the run has come; the trainer restores it next."""
+        """Settle how far the run has come, in batches as they are here; the trainer restores it next."""
         if "loops" in checkpoint:
             settle(checkpoint["loops"]["fit_loop"])
+            if self.layout is not None and LAYOUT in checkpoint:
+                deal_out(checkpoint["loops"]["fit_loop"], Layout(**checkpoint[LAYOUT]), self.layout)
         if self.trainer.state.fn == "fit":
             self.average.load(checkpoint)
 

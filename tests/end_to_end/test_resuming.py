@@ -104,15 +104,57 @@ def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list
 
 
 def test_another_number_of_processes_is_refused(command: Command, small: list[str]) -> None:
-    """Their batches are other ones: some windows would be skipped or repeated."""
+    """Their steps are other ones: half as many windows."""
     assert command("fit", *small).code == 0
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
-    saved["callbacks"]["Provenance"]["hardware"]["processes"] = 2
+    saved["callbacks"]["Provenance"]["hardware"]["processes"] = saved["layout"]["replicas"] = 2
     save(saved, RUN / "checkpoints/last.ckpt")
-    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    again = "--ckpt_path=last", "--trainer.max_steps=14"
+    refused = command("fit", *again)
     assert refused.code == 2
-    assert "processes 2, now 1" in refused.err
-    assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--force").code == 0
+    assert "with processes 2, now 1; windows of a step 8, now 4; to keep its step: --data.tokens_per_step 256" in (
+        refused.err
+    )
+    shutil.copytree(RUN, RUN.parent / "version_1")
+    forced = command("fit", f"--ckpt_path={RUN}", again[1], "--force")
+    assert forced.code == 0, forced.err
+    kept = command("fit", f"--ckpt_path={RUN.parent / 'version_1'}", again[1], "--data.tokens_per_step=256")
+    assert kept.code == 0, kept.err
+    assert "processes 2, now 1" in kept.err
+
+
+@pytest.mark.parametrize("more", ["--trainer.accumulate_grad_batches=2", "--data.tokens_per_step=128"])
+def test_a_step_of_as_many_windows_may_be_dealt_out_otherwise(command: Command, small: list[str], more: str) -> None:
+    assert command("fit", *small).code == 0
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.batch_size=2", more)
+    assert again.code == 0, again.err
+    assert "changed since the run was begun: data.batch_size 4, now 2" in again.err
+    saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    assert saved["layout"] == {"batch_size": 2, "replicas": 1, "accumulate": 2}
+    assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 14 * 2
+
+
+def test_an_epoch_of_so_many_micro_batches_keeps_them(command: Command, small: list[str]) -> None:
+    """It would end elsewhere."""
+    assert command("fit", *small, "--trainer.limit_train_batches=7").code == 0
+    more = "--data.batch_size=2", "--trainer.accumulate_grad_batches=2"
+    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", *more)
+    assert refused.code == 2
+    assert "data.batch_size 4, now 2" in refused.err
+
+
+def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_it_was(
+    command: Command, small: list[str]
+) -> None:
+    assert command("fit", *small).code == 0
+    saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
+    del saved["layout"]
+    save(saved, RUN / "checkpoints/last.ckpt")
+    again = "--ckpt_path=last", "--trainer.max_steps=14"
+    refused = command("fit", *again, "--data.batch_size=2", "--data.tokens_per_step=128")
+    assert refused.code == 2
+    assert "data.batch_size 4, now 2" in refused.err
+    assert command("fit", *again).code == 0
 
 
 def test_a_short_test_of_a_resumed_run_leaves_the_run_as_it_is(command: Command, small: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""Two processes on one machine train what one does. A new interpreter each, as a launcher needs it."""
+"""Several processes on one machine train what one does. A new interpreter each, as a launcher needs it."""
 
 import json
 import os
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lit_gpt_scratch.checkpoint.comparing import curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 
 TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -48,3 +49,55 @@ def test_two_processes_stop_together_when_their_time_is_up(small: list[str], tmp
     saved = load_checkpoint(fit(tmp_path, *flags, *TOGETHER, *limits, *more) / "checkpoints/last.ckpt")
     assert saved["global_step"] > 0
     assert not saved["callbacks"]["Checkpoints"]["stopped"]
+
+
+WITNESS = """
+import json, os, pathlib
+import lightning
+
+class Witness(lightning.Callback):
+    def on_train_batch_start(self, trainer, model, batch, *_):
+        windows = [str(window.tolist()) for window in batch["input_ids"]]
+        with pathlib.Path(os.environ["WITNESS"], f"{trainer.world_size}-{trainer.global_rank}").open("a") as file:
+            file.write(json.dumps([trainer.global_step, windows]) + "\\n")
+"""
+
+
+@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_one_two_and_four_processes_in_turn_see_what_one_sees(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
+    """Steps of 96 windows; an epoch of 401 ends at every fourth. From the first run on, only the hardware is named."""
+
+    def seen(folder: Path) -> dict[int, list[str]]:
+        """By step, the windows that all ranks saw."""
+        found: dict[int, list[str]] = {}
+        for line in "".join(path.read_text() for path in folder.iterdir()).splitlines():
+            step, windows = json.loads(line)
+            found.setdefault(step, []).extend(windows)
+        return {step: sorted(windows) for step, windows in found.items()}
+
+    def losses(run: Path) -> list[float]:
+        return [float(value.strip("[]")) for _, value in sorted(curves(run)["train/loss"])]
+
+    (tmp_path / "witness.py").write_text(WITNESS)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    flags = [
+        *small, "--data.batch_size=24", "--data.tokens_per_step=3072", "--trainer.limit_val_batches=0",
+        "--model.optimizer=AdamW", "--model.schedule.decay=constant", "--trainer.log_every_n_steps=1",
+        "--trainer.callbacks+=witness.Witness",
+    ]  # fmt: skip
+    for name in ("alone", "in turn"):
+        (tmp_path / name / "seen").mkdir(parents=True)
+    monkeypatch.setenv("WITNESS", str(tmp_path / "alone/seen"))
+    alone = fit(tmp_path / "alone/runs", *flags, f"--trainer.max_steps={3 * steps}")
+    monkeypatch.setenv("WITNESS", str(tmp_path / "in turn/seen"))
+    run = fit(tmp_path / "in turn/runs", *flags, f"--trainer.max_steps={steps}")
+    for turn, processes in ((2, 2), (3, 4)):
+        hardware = [f"--trainer.devices={processes}", "--trainer.strategy=ddp"]
+        fit(run.parent.parent, "--ckpt_path=last", f"--trainer.max_steps={turn * steps}", *hardware)
+
+    assert len(list((tmp_path / "in turn/seen").iterdir())) == 1 + 2 + 4
+    assert seen(tmp_path / "in turn/seen") == seen(tmp_path / "alone/seen")
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert len(losses(run)) == 3 * steps

@@ -1,0 +1,167 @@
+"""A run that goes on in other processes, or with other micro-batches, sees the windows that it would have seen."""
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.batch import Layout
+from lit_gpt_scratch.checkpoint.progress import deal_out
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
+from lit_gpt_scratch.optim import AdamW
+
+COUNTS = ("ready", "started", "processed", "completed")
+
+
+def layouts(windows_per_step: int) -> st.SearchStrategy[Layout]:
+    """All ways to deal out a step of so many windows."""
+    divisors = [n for n in range(1, windows_per_step + 1) if windows_per_step % n == 0]
+    return st.sampled_from(
+        [
+            Layout(batch_size, replicas, windows_per_step // batch_size // replicas)
+            for batch_size in divisors
+            for replicas in divisors
+            if windows_per_step % (batch_size * replicas) == 0
+        ]
+    )
+
+
+def progress(batches: int, total: int) -> dict[str, Any]:
+    """The counters that a layout is in, as a settled checkpoint has them."""
+    counts = {"current": dict.fromkeys(COUNTS, batches), "total": dict.fromkeys(COUNTS, total)}
+    return {"epoch_loop.batch_progress": counts}
+
+
+@given(data=st.data(), windows_per_step=st.integers(1, 12), left_over=st.integers(0, 11), seed=st.integers(0, 3))
+@settings(deadline=None, max_examples=60)
+def test_any_sessions_see_the_windows_of_one(
+    data: st.DataObject, windows_per_step: int, left_over: int, seed: int
+) -> None:
+    """Against the order's places themselves: ``windows_per_step`` at a time, in each epoch as many as are whole."""
+    steps_of_epoch = data.draw(st.integers(1, 7))
+    n = windows_per_step * steps_of_epoch + left_over % windows_per_step
+    shuffle = Shuffle([n], seed)
+    sessions = data.draw(st.lists(st.tuples(layouts(windows_per_step), st.integers(0, 9)), min_size=1, max_size=4))
+
+    seen: list[list[int]] = []
+    epoch, loop, before = 0, progress(0, 0), sessions[0][0]
+    for layout, steps in sessions:
+        deal_out(loop, before, layout)
+        current, total = (loop["epoch_loop.batch_progress"][scope]["ready"] for scope in ("current", "total"))
+        for _ in range(steps):
+            ranks = [
+                iter(
+                    WindowOrder(shuffle, layout.batch_size, rank, layout.replicas, (epoch, current), layout.accumulate)
+                )
+                for rank in range(layout.replicas)
+            ]
+            batches = [
+                list(islice(rank, layout.batch_size)) for _ in range(layout.accumulate) for rank in ranks
+            ]  # in the order of time, and then of ranks
+            seen.append([window for batch in batches for window in batch])
+            current, total = current + layout.accumulate, total + layout.accumulate
+            if current == ranks_micro_batches(shuffle, layout):
+                epoch, current = epoch + 1, 0
+        loop, before = progress(current, total), layout
+
+    expected = [
+        shuffle.windows(step // steps_of_epoch, np.arange(windows_per_step) + step % steps_of_epoch * windows_per_step)
+        for step in range(sum(steps for _, steps in sessions))
+    ]
+    assert seen == [windows.tolist() for windows in expected]
+    assert loop == progress(current, sum(steps for _, steps in sessions) * before.accumulate)
+
+
+def ranks_micro_batches(shuffle: Shuffle, layout: Layout) -> int:
+    return WindowOrder(shuffle, layout.batch_size, 0, layout.replicas, accumulate=layout.accumulate).micro_batches
+
+
+def test_a_step_of_another_size_begins_behind_the_windows_that_came() -> None:
+    """7 steps of 4 windows are 28: the fourth step of 10 is the first that has none of them."""
+    loop = progress(7, 107)
+    deal_out(loop, Layout(4, 1, 1), Layout(1, 2, 5))
+    assert loop == progress(3 * 5, 43 * 5)
+
+
+def test_the_same_layout_leaves_every_count() -> None:
+    """Also those of an epoch that ended amid a step."""
+    loop = progress(7, 107)
+    deal_out(loop, Layout(2, 1, 4), Layout(2, 1, 4))
+    assert loop == progress(7, 107)
+
+
+def test_fewer_windows_than_a_step_are_an_epoch_of_a_short_one() -> None:
+    order = WindowOrder(Shuffle([11], seed=0), batch_size=2, rank=0, world_size=1, accumulate=8)
+    assert order.micro_batches == 5
+    assert len(set(order)) == len(list(order)) == 10
+
+
+class Seen(L.Callback):
+    """The windows of each step, whatever their order."""
+
+    def __init__(self) -> None:
+        self.steps: dict[int, set[bytes]] = {}
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+        windows = self.steps.setdefault(trainer.global_step, set())
+        windows.update(row.numpy().tobytes() for row in args[1]["input_ids"])
+
+
+@pytest.fixture
+def run(
+    trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], task: Callable[..., Any], tmp_path: Path
+) -> Callable[..., tuple[Seen, Path, L.Trainer]]:
+    """Train until a step, in micro-batches of a size, from the beginning or from a checkpoint of earlier steps."""
+
+    def build(until: int, batch_size: int, checkpoint: Path | None, windows: int = 96) -> tuple[Seen, Path, L.Trainer]:
+        seen = Seen()
+        L.seed_everything(3)
+        of_run = trainer(max_steps=until, callbacks=[seen], limit_val_batches=0, precision="64-true")
+        data = packed_text(batch_size=batch_size, tokens_per_step=windows * 32)
+        of_run.fit(task(optimizer=AdamW()), data, ckpt_path=checkpoint, weights_only=True)
+        assert of_run.global_step == until
+        assert len(data.train_windows) == 401
+        path = tmp_path / f"{until}-{batch_size}.ckpt"
+        of_run.save_checkpoint(path)
+        return seen, path, of_run
+
+    return build
+
+
+@pytest.mark.parametrize("steps", [[3, 5, 7], [4, 8, 9]])
+def test_a_trainer_goes_on_with_other_micro_batches(
+    run: Callable[..., tuple[Seen, Path, L.Trainer]], steps: list[int]
+) -> None:
+    """A step is 96 windows; the 17 that an epoch leaves over would make further batches of 8 and of 16.
+
+    Epochs end at every fourth step, at a session's end and amid it.
+    """
+    alone, _, expected = run(steps[-1], 96, None)
+    together: dict[int, set[bytes]] = {}
+    checkpoint = None
+    for until, batch_size in zip(steps, (24, 8, 16), strict=True):
+        seen, checkpoint, of_run = run(until, batch_size, checkpoint)
+        together |= seen.steps
+        assert of_run.fit_loop.total_batch_idx + 1 == until * 96 // batch_size  # validations are timed by it
+    assert together == alone.steps
+    assert of_run.current_epoch == expected.current_epoch
+    assert {len(windows) for windows in together.values()} == {96}
+    for one, other in zip(of_run.model.parameters(), expected.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
+
+
+def test_an_epoch_without_room_for_a_larger_step_is_over(run: Callable[..., tuple[Seen, Path, L.Trainer]]) -> None:
+    """Three steps of 96 windows leave 113 of 401 behind; a step of 400 begins the next epoch."""
+    _, checkpoint, _ = run(3, 96, None)
+    seen, _, of_run = run(4, 40, checkpoint, windows=400)
+    [windows] = seen.steps.values()
+    assert len(windows) == 400
+    assert of_run.fit_loop.epoch_progress.current.processed == 2
