@@ -36,6 +36,7 @@ from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
+from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
 from lit_gpt_scratch.hardware.strategies import named
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -124,6 +125,7 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
+        refuse_hardware(config)
         config["strategy"] = named(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
@@ -176,7 +178,7 @@ class FitCLI(LightningCLI):
         folder = self.resumed.folder if self.resumed and not leaves_nothing else None
         claimed = None
         try:
-            with user_errors(), ExitStack() as ownership:
+            with user_errors(), memory_errors(self.datamodule), ExitStack() as ownership:
                 if folder and self.trainer.is_global_zero:  # before its checkpoint is read: its owner may write a newer
                     ownership.enter_context(folder.owned())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lit_gpt_scratch.tasks import LanguageModel
 from tests.end_to_end.conftest import Command, Outcome
 
 
@@ -59,6 +60,8 @@ def one_line(outcome: Outcome, *said: str) -> None:
         (["--trainer.strategy", "teleport"], ["strategy", "teleport"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
         (["--trainer.precision", "3-mixed"], ["precision", "3-mixed"]),
+        (["--trainer.precision", "16-mixed"], ["--trainer.precision 16-mixed", "--trainer.precision bf16-mixed works"]),
+        (["--trainer.strategy", "fsdp"], ["--trainer.strategy fsdp", "fsdp2"]),
         (["--trainer.max_steps", "-7"], ["max_steps", "-7"]),
         (["--ckpt_path", "last"], ["no run with a checkpoint", "lit_gpt_scratch.fit"]),
         (["--ckpt_path", "no.ckpt"], ["no.ckpt"]),
@@ -79,6 +82,20 @@ def test_a_flag_that_cannot_be(
     command: Command, small: list[str], tmp_path: Path, flags: list[str], said: list[str]
 ) -> None:
     one_line(command("fit", *small, *flags), *said)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_memory_that_is_not_there(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def training_step(*_: object) -> None:
+        torch.empty(2**60)  # the allocator's own error
+
+    monkeypatch.setattr(LanguageModel, "training_step", training_step)
+    said = "out of memory for ", "--data.batch_size 2 --data.tokens_per_step 128; or --model.activation_checkpointing"
+    outcome = command("fit", *small)
+    assert outcome.code == 2
+    assert all(words in outcome.err.splitlines()[-1] for words in said), outcome.err  # the plan stands above it
     assert not (tmp_path / "runs").exists()
 
 
