@@ -27,15 +27,19 @@ class Provenance(InRunFolder):
         """Code, versions, hardware, seed and data of this session."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make sure that all ranks go on from one checkpoint: each has looked for it.
+        """Make sure that all ranks go on from one checkpoint and learn from one text: each has looked for them.
 
         Raises:
-            UserError: Another run was saved meanwhile.
+            UserError: Another run was saved meanwhile, or another machine has other files.
         """
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
         if first != own:
             raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        own = data.store.fingerprint if isinstance(data, PackedText) else ""
+        if trainer.strategy.broadcast(own) != own:
+            raise UserError(f"{data.origin} is another text on this machine than on the first; copy it from there")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it when nothing can be refused any more."""

@@ -137,8 +137,8 @@ class FitCLI(LightningCLI):
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
             trainer = Trainer(**config)
-        # No GPU, an unknown strategy, a library that an accelerator needs.
-        except (MisconfigurationException, ValueError, TypeError, ImportError) as error:
+        # An unknown strategy, a library that an accelerator needs, a cluster whose variables contradict the flags.
+        except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays

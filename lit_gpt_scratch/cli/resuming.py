@@ -1,6 +1,7 @@
 """Going on with a run: whether there is something left to do, and what is not as it was."""
 
 import logging
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ SAME_RUN: Final = (
 """What must be as it was for the run to be one run: the text, its order, and what a step computes."""
 DEALT: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
 """What deals out the windows of a step; the step is the same as long as they are as many."""
+NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+"""In which launchers say which of several machines this is: Lightning, torchrun, SLURM."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
 
 
@@ -64,7 +67,12 @@ class Resumed:
         """
         if given == "auto" and not RunFolder.any_checkpoint(runs, experiment):
             return None
-        return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
+        try:
+            return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
+        except UserError as error:
+            if any(os.environ.get(name, "0") != "0" for name in NODE_RANKS):
+                raise UserError(f"{error}; on each machine: copy the run's folder there, or share --runs") from error
+            raise
 
     @property
     def folder(self) -> RunFolder | None:

@@ -85,6 +85,11 @@ def test_a_flag_that_cannot_be(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_cluster_that_says_otherwise(command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_NTASKS", "2")
+    one_line(command("fit", *small), "--trainer.devices", "--ntasks=2", "--ntasks-per-node=2")
+
+
 def test_memory_that_is_not_there(
     command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,165 @@
+"""Two machines train what one process does: two network namespaces with a cable between them, and no shared disk."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.test_two_processes import fit
+
+PORT = 29511
+
+
+@dataclass
+class Machine:
+    """A network namespace, and a folder in which its processes work."""
+
+    name: str
+    address: str
+    interface: str
+    folder: Path
+
+    def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Run a command there, in a home of its own."""
+        own = {
+            "HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache"), "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": self.interface, **environment,
+        }  # fmt: skip
+        with self.errors.open("w") as errors:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.name, *command],
+                cwd=self.folder,
+                env={**os.environ, **own},
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+
+    @property
+    def errors(self) -> Path:
+        """What its latest command said on standard error."""
+        return self.folder / "errors.txt"
+
+
+@pytest.fixture
+def machines(corpus: Path, tmp_path: Path) -> Iterator[list[Machine]]:
+    """Two, each with the texts."""
+    if shutil.which("ip") is None:
+        pytest.skip("network namespaces are made with ip (iproute2)")
+    made = [
+        Machine(f"lgs{os.getpid()}{side}", f"10.211.0.{side + 1}", f"lgs{side}", tmp_path / f"machine {side}")
+        for side in (0, 1)
+    ]
+
+    def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["ip", *arguments], capture_output=True, text=True)
+
+    try:
+        one, other = made
+        cable = ["link", "add", one.interface, "netns", one.name, "type", "veth", "peer", other.interface]
+        steps = [["netns", "add", machine.name] for machine in made] + [[*cable, "netns", other.name]]
+        for machine in made:
+            inside = ["-n", machine.name]
+            steps.append([*inside, "address", "add", f"{machine.address}/24", "dev", machine.interface])
+            steps += [[*inside, "link", "set", name, "up"] for name in ("lo", machine.interface)]
+        for step in steps:
+            done = ip(*step)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: ip {' '.join(step)}: {done.stderr.strip()}")
+        for machine in made:
+            machine.folder.mkdir()
+            shutil.copytree(corpus, machine.folder / "my_texts")
+        yield made
+    finally:
+        for machine in made:
+            ip("netns", "delete", machine.name)  # and with it its end of the cable
+
+
+Start = Callable[[Machine, int, list[str]], subprocess.Popen[bytes]]
+
+
+def torchrun(machine: Machine, rank: int, flags: list[str]) -> subprocess.Popen[bytes]:
+    """PyTorch's launcher, on each machine."""
+    where = [f"--node-rank={rank}", "--master-addr=10.211.0.1", f"--master-port={PORT}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", *where]
+    return machine.start(*launcher, "-m", "lit_gpt_scratch.fit", *flags)
+
+
+def plain(machine: Machine, rank: int, flags: list[str]) -> subprocess.Popen[bytes]:
+    """The same command on each machine, and three variables."""
+    rendezvous = {"MASTER_ADDR": "10.211.0.1", "MASTER_PORT": str(PORT), "NODE_RANK": str(rank)}
+    return machine.start(sys.executable, "-m", "lit_gpt_scratch.fit", *flags, **rendezvous)
+
+
+def slurm(machine: Machine, rank: int, flags: list[str]) -> subprocess.Popen[bytes]:
+    """What srun tells a task of a job of two; the address and the port follow from it."""
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "10.211.0.[1-2]"}
+    sizes = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
+    task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank)}
+    return machine.start(sys.executable, "-m", "lit_gpt_scratch.fit", *flags, **job, **sizes, **task)
+
+
+def together(machines: list[Machine], start: Start, flags: list[str]) -> list[tuple[int, str]]:
+    """Exit code and standard error of each."""
+    processes = [start(machine, rank, flags) for rank, machine in enumerate(machines)]
+    try:
+        codes = [process.wait(timeout=120) for process in processes]
+        return [(code, machine.errors.read_text()) for code, machine in zip(codes, machines, strict=True)]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+TWO = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [torchrun, plain, slurm])
+def test_two_machines_train_as_one_process(
+    machines: list[Machine], small: list[str], tmp_path: Path, start: Start
+) -> None:
+    """And go on from a run that lies on the first alone, if it is copied to the second."""
+
+    def summary(folder: Path) -> dict[str, float]:
+        [run] = (folder / "pretrain").iterdir()
+        found: dict[str, float] = json.loads((run / "summary.json").read_text())
+        return {name: found[name] for name in ("train/loss", "val/loss", "val/bits_per_byte", "tokens", "step")}
+
+    own = [flag for flag in small if not flag.startswith(("--data.source", "--data.cache"))]
+    flags = [*own, "--data.source=my_texts", "--data.batch_size=2", "--data.tokens_per_step=128"]
+    alone = summary(fit(tmp_path / "alone", *small, *flags[-2:]).parent.parent)
+    for code, said in together(machines, start, [*flags, *TWO]):
+        assert code == 0, said
+    assert summary(machines[0].folder / "runs") == pytest.approx(alone, rel=1e-5)
+    assert not (machines[1].folder / "runs").exists()
+    assert all((machine.folder / "cache").is_dir() for machine in machines)
+
+    again = ["--ckpt_path=last", "--trainer.max_steps=16"]
+    shutil.copytree(machines[0].folder / "runs", machines[1].folder / "runs")
+    for code, said in together(machines, start, again):
+        assert code == 0, said
+    assert summary(machines[0].folder / "runs")["step"] == 16
+
+
+@pytest.mark.slow
+def test_what_the_second_machine_lacks_is_said_there(machines: list[Machine], small: list[str]) -> None:
+    """The run of the first, and a text that is the same."""
+
+    def second(flags: list[str]) -> str:
+        first, other = (plain(machine, rank, flags) for rank, machine in enumerate(machines))
+        try:
+            assert other.wait(timeout=120) == 2
+            return machines[1].errors.read_text().splitlines()[-1]
+        finally:
+            first.kill()
+
+    own = [flag for flag in small if not flag.startswith(("--data.source", "--data.cache"))]
+    flags = [*own, "--data.source=my_texts", "--trainer.max_steps=2", *TWO]
+    (machines[1].folder / "my_texts/00.txt").write_text("Something else.\n")
+    assert second(flags).endswith("my_texts is another text on this machine than on the first; copy it from there")
+    assert "on each machine: copy the run's folder there, or share --runs" in second([*flags, "--ckpt_path=last"])
