@@ -36,8 +36,9 @@ from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
+from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
 from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
-from lit_gpt_scratch.hardware.strategies import named
+from lit_gpt_scratch.hardware.strategies import named, tensor_parallel_size
 from lit_gpt_scratch.tasks import LanguageModel
 
 MAX_STEPS = 900
@@ -141,6 +142,8 @@ class FitCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
+        if isinstance(self.model, LanguageModel):  # here, where one process says it and not each
+            refuse_tensor_parallel(self.model.gpt, tensor_parallel_size(trainer.strategy))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()
@@ -210,7 +213,11 @@ class FitCLI(LightningCLI):
     def _compare(self, resumed: Resumed) -> None:
         """Say, or refuse, what is not as it was."""
         before = self.config_before or self.config
-        here: dict[str, Any] = {"processes": self.trainer.world_size, "seed": self.config.seed_everything}
+        here: dict[str, Any] = {
+            "processes": self.trainer.world_size,
+            "replicas": self.trainer.world_size // tensor_parallel_size(self.trainer.strategy),
+            "seed": self.config.seed_everything,
+        }
         if isinstance(self.datamodule, PackedText):
             here["data"] = self.datamodule.store.fingerprint
         resumed.compare(plain(self.parser, before), plain(self.parser, self.config), here, self.config.force)

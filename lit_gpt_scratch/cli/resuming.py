@@ -122,7 +122,8 @@ class Resumed:
         Args:
             config_before: All flags of the run so far.
             config: All flags now.
-            here: The number of processes, the seed, and the data's fingerprint, now.
+            here: The number of processes, of those that read windows of their own, the seed, and the data's
+                fingerprint, now.
             force: Go on all the same.
 
         Raises:
@@ -156,7 +157,7 @@ class Resumed:
             )
         keep = ""
         if self.layout is not None and any(re.fullmatch(DEALT, n) for n in matters):
-            step = self.layout.windows_per_step, _windows_per_step(config, here["processes"])
+            step = self.layout.windows_per_step, _windows_per_step(config, here["replicas"])
             if step[0] != step[1]:
                 self.changed["windows of a step"] = step
                 matters.append("windows of a step")
@@ -173,14 +174,16 @@ class Resumed:
             log.warning("changed since the run was begun: %s", _said(self.changed, list(self.changed)))
 
 
-def _windows_per_step(config: Mapping[str, Any], processes: int) -> int | None:
-    """Windows of an optimizer step over all processes; None for data of one's own, which may have none."""
+def _windows_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
+    """Windows of an optimizer step over all processes; None for data of one's own, which may have none.
+
+    Replicas are the processes that read windows of their own.
+    """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
         return None
     if data["tokens_per_step"] is not None:
         return int(data["tokens_per_step"] // data["block_size"])
-    replicas = processes // (config.get("tensor_parallel") or 1)  # ranks of a tensor-parallel group share their windows
     return int(data["batch_size"] * replicas * config["trainer"]["accumulate_grad_batches"])
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -40,8 +40,7 @@ class ModelParallel(ModelParallelStrategy):
 
     @override
     def _setup_distributed(self) -> None:
-        size = self.tensor_parallel_size or self.num_processes * self.num_nodes
-        world = self.num_processes * self.num_nodes
+        size, world = tensor_parallel_size(self), self.num_processes * self.num_nodes
         if world % size:
             raise UserError(
                 f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or other "
@@ -95,6 +94,13 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
         return {}
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
     return {"state": {names[name]: of_one for name, of_one in state["state"].items()}, "param_groups": groups}
+
+
+def tensor_parallel_size(strategy: Strategy) -> int:
+    """Processes that share one copy of the model, and read the same windows."""
+    if not isinstance(strategy, ModelParallel):
+        return 1
+    return strategy.tensor_parallel_size or strategy.num_processes * strategy.num_nodes
 
 
 def named(strategy: object, tensor_parallel: int | None) -> object:

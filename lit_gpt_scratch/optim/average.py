@@ -11,10 +11,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.optim.parts import own_part
 
 STATE: Final = "average"
 """What the optimizer's state of a parameter calls it."""
@@ -68,8 +68,8 @@ class MovingAverage:
         averages, weights = [], []
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             if STATE in optimizer.state.get(p, {}):
-                averages.append(_local(optimizer.state[p][STATE]))
-                weights.append(_local(p))
+                averages.append(own_part(optimizer.state[p][STATE]))
+                weights.append(own_part(p))
             elif p.grad is not None:  # a parameter that was never updated is its own average
                 optimizer.state[p][STATE] = p.detach().clone()
         if averages:
@@ -91,7 +91,7 @@ class MovingAverage:
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
                 if STATE in state:
-                    weight, average = _local(p), _local(state[STATE])
+                    weight, average = own_part(p), own_part(state[STATE])
                     before = weight.clone()
                     weight.copy_(average)
                     average.copy_(before)
@@ -114,7 +114,7 @@ class MovingAverage:
         checkpoint[MARK] = True
         if not self.in_use:
             for part, optimizer in zip(saved, optimizers, strict=True):
-                exchange(checkpoint["state_dict"], part, names(part, optimizer, module))
+                exchange(checkpoint["state_dict"], part, names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Know that what is loaded from a marked checkpoint has changed places.
@@ -130,13 +130,13 @@ class MovingAverage:
             )
 
 
-def exchange(weights: dict[str, Tensor], saved: dict[str, Any], of: dict[int | str, list[str]]) -> None:
+def exchange(weights: dict[str, Tensor], saved: dict[str, Any], of: list[list[str]]) -> None:
     """Let saved weights and their averages change places, in these dicts alone; twice puts them back.
 
     Args:
         weights: By name; those that are tied stand there several times.
         saved: The state dict of an optimizer.
-        of: For each key of its ``state`` the names of the parameter; see ``names``.
+        of: For each key of its ``state``, a number, the names of the parameter; see ``names``.
     """
     for key, state in saved["state"].items():
         if STATE in state:
@@ -145,21 +145,9 @@ def exchange(weights: dict[str, Tensor], saved: dict[str, Any], of: dict[int | s
             saved["state"][key] = {**state, STATE: before}  # a new one: the old one is the optimizer's own
 
 
-def names(saved: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[int | str, list[str]]:
-    """By key of an optimizer's saved state, the parameter's names in the module; a tied one has several.
-
-    Keys are names, or numbers in the order of the optimizer's groups, as torch has them, or in that of the module, as
-    Lightning has them when it gathers shards.
-    """
+def names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+    """For each parameter, in the order of the optimizer's groups, its names in the module; a tied one has several."""
     of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         of.setdefault(parameter, []).append(name)
-    keys = [key for group in saved["param_groups"] for key in group["params"]]
-    if keys == list(range(len(keys))):
-        return dict(enumerate(of[p] for group in optimizer.param_groups for p in group["params"]))
-    return {**dict(enumerate(of.values())), **{name: alike for alike in of.values() for name in alike}}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """What of a tensor lies on this rank; all of it, if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return [of[p] for group in optimizer.param_groups for p in group["params"]]

@@ -63,11 +63,13 @@ class Witness(lightning.Callback):
 """
 
 
-@pytest.mark.parametrize("steps", [4, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_one_two_and_four_processes_in_turn_see_what_one_sees(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Steps of 96 windows; an epoch of 401 ends at every fourth. From the first run on, only the hardware is named."""
+
+    steps = 20
 
     def seen(folder: Path) -> dict[int, list[str]]:
         """By step, the windows that all ranks saw."""

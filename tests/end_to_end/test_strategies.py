@@ -1,0 +1,90 @@
+"""Strategies compute the same, and take each other's checkpoints. Each process is a new interpreter, as on a cluster."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_gpt_scratch.checkpoint.comparing import leaves
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
+
+SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
+
+
+EVERY = pytest.param(list(LAYOUTS), id="all", marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+
+
+@pytest.mark.parametrize("layouts", [pytest.param(["fsdp2_tp 4"], id="one"), EVERY])
+def test_layouts_compute_the_same(small: list[str], tmp_path: Path, layouts: list[str]) -> None:
+    """``doctor --parity``, which says so in a table."""
+    few = len(layouts) == 1
+    flags = [*small, *SHAPE, "--trainer.limit_val_batches=0", f"--trainer.max_steps={5 if few else 50}"]
+    parity = Parity(flags, tmp_path, ["float32"] if few else list(KINDS), layouts)
+    parity.run()
+    assert not parity.beyond, f"\n{parity}"
+    assert parity.loss.keys() == {(name, kind) for name in {"single", *layouts} for kind in parity.kinds}
+
+
+def test_a_run_goes_from_one_strategy_to_the_next(small: list[str], tmp_path: Path) -> None:
+    """Weights, both rules of the optimizer and the average of the weights, against a run that stays where it is."""
+    everywhere = [
+        "--trainer.limit_val_batches=0", "--data.tokens_per_step=128", "--trainer.precision=64-true",
+        "--model.schedule.decay=constant", "--model.ema_decay=0.9", "--model.optimizer=AdamW",
+    ]  # fmt: skip
+    ways = [
+        [],
+        ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--data.batch_size=2"],
+        ["--trainer.devices=2", "--trainer.strategy=tp", "--data.batch_size=4"],
+        ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=2"],
+        ["--trainer.devices=1", "--trainer.strategy=auto", "--data.batch_size=4"],
+    ]
+    steps = 3
+    whole = last(tmp_path / "whole", *small, *SHAPE, *everywhere, f"--trainer.max_steps={steps * len(ways)}")
+    for turn, way in enumerate(ways, 1):
+        flags = ["--ckpt_path=last"] if turn > 1 else [*small, *SHAPE, *everywhere]
+        found = last(tmp_path / "moved", *flags, *way, f"--trainer.max_steps={steps * turn}")
+    for part in ("state_dict", "optimizer_states"):
+        expected, values = dict(leaves(whole[part])), dict(leaves(found[part]))
+        assert expected.keys() == values.keys()
+        for name, value in expected.items():
+            if isinstance(value, torch.Tensor):
+                torch.testing.assert_close(values[name], value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--trainer.strategy=tp", "--model.gpt.n_head=3", "--model.gpt.n_embd=48"], "n_head is 3, which 2 processes"),
+        (["--trainer.strategy=fsdp2_tp", "--tensor_parallel=4"], "tensor_parallel is 4, but there are 2 processes"),
+        (["--trainer.strategy=tp", "--model.gpt.position=alibi"], "position is alibi"),
+        (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp"),
+    ],
+)
+def test_a_model_that_cannot_be_cut_is_one_line(small: list[str], tmp_path: Path, flags: list[str], said: str) -> None:
+    done = fit(tmp_path, *small, "--trainer.devices=2", *flags)
+    assert done.returncode == 2
+    [line] = done.stderr.strip().splitlines()
+    assert said in line
+    assert not (tmp_path / "pretrain").exists()
+
+
+def last(runs: Path, *flags: str) -> dict[str, object]:
+    """The checkpoint that the run leaves."""
+    done = fit(runs, *flags)
+    assert done.returncode == 0, done.stderr
+    return load_checkpoint(runs / "pretrain" / "version_0" / "checkpoints" / "last.ckpt")
+
+
+def fit(runs: Path, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """Run the door."""
+    return subprocess.run(
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={runs}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+        capture_output=True,
+        text=True,
+    )
