@@ -1,0 +1,125 @@
+"""Where the time of a training step goes."""
+
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+PARTS = ("data", "forward", "backward", "optimizer", "rest")
+"""Of a step: waiting for the batch, the three stages of its computation, and whatever else happens."""
+
+
+MANY = 32
+"""Marks that are read at once: one by one, each between two cold caches, they would take twice as long."""
+
+
+class Event(Protocol):
+    """A moment, as ``torch.cuda.Event`` has it."""
+
+    def record(self) -> Any:
+        """It is now: for a device, when all that it was asked for so far is done."""
+
+    def query(self) -> bool:
+        """Whether the moment has come."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from here to there."""
+
+
+class HostEvent:
+    """A moment on the host's own clock."""
+
+    def record(self) -> None:
+        """It is now."""
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        """What is recorded is past."""
+        return True
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+    def elapsed_time(self, end_event: "HostEvent") -> float:
+        """Milliseconds from here to there."""
+        return 1000 * (end_event._at - self._at)
+
+
+# Not Apple's: to read the time between two of its events waits for the device.
+EVENTS: dict[str, Callable[[], Event]] = {"cpu": HostEvent, "cuda": partial(torch.cuda.Event, enable_timing=True)}
+
+
+class StepClock:
+    """Adds up the seconds between marks by the part of the step that each mark ends.
+
+    On an accelerator marks are events in its stream: they cost the host next to nothing, and the time between two of
+    them is counted once the device has come past both. Only ``finish`` waits for it.
+
+    Args:
+        device: Where the computation runs; on one whose events cannot be read in passing nothing is counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.running = False
+        self._event = EVENTS.get(device.type)
+        self._marks: deque[tuple[str | None, float, Event]] = deque()
+        self._last: Event | None = None
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+
+    def start(self) -> None:
+        """Count from now on."""
+        self.running = True
+        self._record(None, 0.0)
+
+    def stop(self) -> None:
+        """Count nothing from the last mark on."""
+        self.running = False
+
+    def mark(self, part: str, waited: float = 0.0) -> None:
+        """What came since the last mark was ``part``; while stopped, this is nothing.
+
+        Args:
+            part: One of ``PARTS``.
+            waited: Seconds of it in which the host waited for data. An accelerator that had still work to do has
+                not waited as long: of a part no more than all counts as ``data``.
+        """
+        if self.running:
+            self._record(part, waited)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by part since the last time, as far as the device has come."""
+        self._collect()
+        taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        return taken
+
+    def finish(self) -> dict[str, float]:
+        """Wait for the device, and take what is left."""
+        self.stop()
+        if self._marks:
+            self._marks[-1][2].synchronize()
+        return self.take()
+
+    def _record(self, part: str | None, waited: float) -> None:
+        if self._event is None:
+            return
+        event = self._event()
+        event.record()
+        self._marks.append((part, waited, event))
+        if len(self._marks) > MANY:  # so that a run without log points does not heap them up
+            self._collect()
+
+    def _collect(self) -> None:
+        while self._marks and self._marks[0][2].query():
+            part, waited, event = self._marks.popleft()
+            if part is not None and self._last is not None:
+                seconds = self._last.elapsed_time(event) / 1000
+                data = min(waited, seconds)
+                self._seconds["data"] += data
+                self._seconds[part] += seconds - data
+            self._last = event
