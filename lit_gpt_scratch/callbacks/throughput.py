@@ -40,7 +40,8 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count the batch; report at log points."""
-        tokens = batch["input_ids"].numel() * trainer.world_size
+        shard = trainer.distributed_sampler_kwargs or {"num_replicas": 1}  # tensor-parallel ranks share their batch
+        tokens = batch["input_ids"].numel() * shard["num_replicas"]
         self.tokens += tokens
         now = time.perf_counter()
         if self._warm and self._began is not None:
