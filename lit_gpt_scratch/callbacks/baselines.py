@@ -6,6 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks.throughput import SHARES
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
@@ -41,11 +42,13 @@ class Baselines(Callback):
         else:
             log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
         curves = ["val/bits_per_byte", *(f"baselines/{name}" for name in self.bits_per_byte)]
+        charts = {  # of a run TensorBoard reads one layout only: here are all of them
+            "the model and its baselines": {"bits per byte": ["Multiline", curves]},
+            "throughput": {"shares of a step's time": ["Multiline", list(SHARES)]},
+        }
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(
-                    {"the model and its baselines": {"bits per byte": ["Multiline", curves]}}
-                )
+                logger.experiment.add_custom_scalars(charts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the same figures again, so that they are lines in a chart."""

@@ -22,7 +22,7 @@ Kind = TypeVar("Kind", bound=Callback)
 
 
 class Summary(InRunFolder):
-    """Write ``summary.json`` at the end: final metrics, baselines, tokens, seconds, tokens per second.
+    """Write ``summary.json`` at the end: final metrics, baselines, tokens, seconds, tokens per second, and why.
 
     Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
     """
@@ -53,6 +53,7 @@ class Summary(InRunFolder):
             "tokens": throughput and throughput.tokens,
             "seconds": self._seconds(),
             "tokens_per_second": throughput and throughput.mean,
+            "throughput": throughput and throughput.figures,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
         }
         self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")

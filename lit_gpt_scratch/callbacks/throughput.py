@@ -1,19 +1,45 @@
-"""How fast tokens go through."""
+"""How fast tokens go through, and where the time goes."""
 
 import time
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.profilers import PassThroughProfiler
+from torch import Tensor
 
 from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.callbacks.waiting import WaitingForData
+from lit_gpt_scratch.hardware.accounting import training_flops_per_token
+from lit_gpt_scratch.hardware.memory import peak_memory
+from lit_gpt_scratch.hardware.peak import peak_flops
+from lit_gpt_scratch.hardware.ranks import Agreement
+from lit_gpt_scratch.hardware.step_clock import PARTS, StepClock
+from lit_gpt_scratch.model import GPT
+
+SHARES = tuple(f"throughput/{part}" for part in PARTS)
+"""The shares' names in TensorBoard."""
 
 
 class Throughput(Callback):
-    """Log ``tokens`` (seen in training so far, over all ranks) and ``tokens_per_second`` at log points.
+    """Log how fast training is and what holds it up, at log points.
 
-    The speed is that of training alone since the last log point: validation, sampling and saving are left
-    out, and so is the first step, which compiles.
+    - ``tokens``: seen in training so far, over all ranks.
+    - ``tokens_per_second``: since the last log point.
+    - ``throughput/data``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: shares of a step's time on the first
+      rank, together 1. ``data`` is waiting for the next batch. ``optimizer`` is from the last backward pass to the
+      end of the step: clipping, the update, the schedule. ``rest`` is what callbacks and loggers do between steps.
+      On a GPU they are shares of its own time: waiting for data that it was not kept from work by does not count.
+      On other accelerators there are none, because their clocks cannot be read without waiting for them.
+    - ``throughput/model_flops_utilisation``: of what the devices could do at best. A token costs ``6N + 12LdT``
+      operations (``training_flops_per_token``); their best is the data sheet's dense figure for this GPU and
+      precision, and where none is known, what a matrix product reaches here (``peak_flops``). Only of a task whose
+      ``net`` is a GPT.
+    - ``throughput/peak_memory_gigabytes``: most of any rank, validations included; see ``peak_memory``.
+
+    Times are of training alone: validation, sampling and saving are left out, and so is the first step, which
+    compiles. The device is never waited for but at the end of training.
     """
 
     def __init__(self) -> None:
@@ -23,45 +49,108 @@ class Throughput(Callback):
         """Seconds of training that ``timed_tokens`` took."""
         self.timed_tokens = 0
         self.tokens_per_second = 0.0
-        self._began: float | None = None
+        self.peaks: dict[str, float] = {}
+        """Operations a second of all devices together: ``nominal``, if that is known, and ``measured``."""
+        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._memory: float | None = None
+        self._flops_per_token = 0
+        self._clock = StepClock(torch.device("cpu"))
+        self._waiting = WaitingForData(PassThroughProfiler())
+        self._began = 0.0
         self._warm = False
         self._step = 0
         self._window_tokens = 0
         self._window_seconds = 0.0
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Learn what the devices can do; the first step of this process will compile, and is left out."""
+        self._warm, self._step = False, trainer.global_step
+        self._clock = StepClock(pl_module.device)
+        self._ranks = Agreement()
+        self._waiting = WaitingForData(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
+        trainer.profiler = self._waiting  # type: ignore[attr-defined]
+        net = getattr(pl_module, "net", None)
+        if isinstance(net, GPT):
+            self._flops_per_token = training_flops_per_token(net)
+            peaks = peak_flops(pl_module.device, product_dtype(trainer, pl_module))
+            self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
+        if pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the products were not the run's
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock where validation or the start of the run stopped it."""
-        if self._began is None:
+        waited = self._waiting.take()
+        if self._clock.running:
+            self._clock.mark("rest", waited)
+        elif self._warm:
             self._began = time.perf_counter()
+            self._clock.start()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """The forward pass is done."""
+        self._clock.mark("forward")
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The backward pass is done."""
+        self._clock.mark("backward")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Count the batch; report at log points."""
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
         shard = trainer.distributed_sampler_kwargs or {"num_replicas": 1}  # tensor-parallel ranks share their batch
         tokens = batch["input_ids"].numel() * shard["num_replicas"]
         self.tokens += tokens
-        now = time.perf_counter()
-        if self._warm and self._began is not None:
+        self._clock.mark("optimizer" if stepped else "rest")
+        if self._clock.running:
+            now = time.perf_counter()
             self._window_tokens += tokens
             self._window_seconds += now - self._began
-        self._began, self._warm = now, True
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+            self._began = now
+        self._warm = self._warm or stepped
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if stepped and every and trainer.global_step % every == 0:
-            pl_module.log("tokens", float(self.tokens))
-            if self._close_window():
-                pl_module.log("tokens_per_second", self.tokens_per_second)
+            self._log(trainer, pl_module)
+
+    def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        pl_module.log("tokens", float(self.tokens))
+        parts = self._clock.take()
+        figures = shares(parts)
+        if self._close_window(parts):
+            pl_module.log("tokens_per_second", self.tokens_per_second)
+            utilisation = list(self.utilisation(self.tokens_per_second).values())
+            figures |= {"model_flops_utilisation": utilisation[0]} if utilisation else {}
+        memory = self._peak_gigabytes(pl_module.device)
+        figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
+        for logger in trainer.loggers:  # ``log`` takes several times as long, to reduce what is not to be reduced
+            logger.log_metrics({f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
 
     @property
     def mean(self) -> float | None:
         """Training tokens per second over this session, or None before anything was timed."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
-    def _close_window(self) -> bool:
+    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+        """Model FLOP utilisation at this speed, of each of the ``peaks``."""
+        return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """This session's means: shares, utilisation of each peak, the peaks in TFLOP/s, and the peak of memory."""
+        return {
+            **shares(self._parts),
+            "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
+            "peak_teraflops": {kind: peak / 1e12 for kind, peak in self.peaks.items()},
+            "peak_memory_gigabytes": self._memory,
+        }
+
+    def _close_window(self, parts: dict[str, float]) -> bool:
         """Take the speed since the last time; False if nothing was timed."""
+        for part, seconds in parts.items():
+            self._parts[part] += seconds
         if not self._window_seconds:
             return False
         self.timed_tokens += self._window_tokens
@@ -70,21 +159,23 @@ class Throughput(Callback):
         self._window_tokens, self._window_seconds = 0, 0.0
         return True
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The first step of this process will compile: leave it out."""
-        self._warm, self._step = False, trainer.global_step
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count what came after the last log point."""
-        self._close_window()
+        trainer.profiler = self._waiting.chosen  # type: ignore[attr-defined]  # the trainer sets it late
+        self._close_window(self._clock.finish())
+        self._memory = self._peak_gigabytes(pl_module.device)
+
+    def _peak_gigabytes(self, device: torch.device) -> float | None:
+        memory = peak_memory(device)
+        return None if memory is None else self._ranks.greatest(memory) / 1e9
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""
-        self._began = None
+        self._clock.stop()
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Stop the clock."""
-        self._began = None
+        self._clock.stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Tokens so far, so that a resumed run counts on."""
@@ -93,3 +184,16 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Count on."""
         self.tokens = state_dict["tokens"]
+
+
+def shares(seconds: dict[str, float]) -> dict[str, float]:
+    """Each part of the whole; nothing of nothing."""
+    whole = sum(seconds.values())
+    return {part: its / whole for part, its in seconds.items()} if whole else {}
+
+
+def product_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
+    """In what the run's precision multiplies its weights."""
+    weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
+    with trainer.precision_plugin.train_step_context():
+        return (weight @ weight).dtype

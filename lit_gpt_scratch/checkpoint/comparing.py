@@ -13,7 +13,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from lit_gpt_scratch.checkpoint.progress import settle
 
-CLOCKS: Final = ("seconds", "time_elapsed", "tokens_per_second")
+CLOCKS: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """What two runs never share."""
 REPEATED: Final = r"(val|baselines)/.*|epoch|sample/.*|custom_scalars.*"
 """Where a point may stand twice, alike: a kill can come when a validation is written and not yet known to be done.
@@ -26,7 +26,7 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every tensor and number of a checkpoint by its path, clocks left out."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if key not in CLOCKS:
+            if not re.fullmatch(CLOCKS, str(key)):
                 yield from leaves(inner, f"{name}/{key}")
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
@@ -67,7 +67,7 @@ def curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     return {
         tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
-        if tag not in CLOCKS
+        if not re.fullmatch(CLOCKS, tag)
     }
 
 

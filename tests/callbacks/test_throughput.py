@@ -1,10 +1,178 @@
-"""Speed of a run."""
+"""Speed and shares of a run, against parts of a step that take known times."""
 
+import time
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
+import lightning as L
+import pytest
 import torch
+from lightning.pytorch.loggers.logger import Logger, rank_zero_experiment
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.callbacks import throughput
+from lit_gpt_scratch.callbacks.throughput import SHARES, Throughput
+from lit_gpt_scratch.callbacks.waiting import FETCH
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.hardware import step_clock
+from lit_gpt_scratch.hardware.step_clock import PARTS, HostEvent
+from lit_gpt_scratch.tasks import LanguageModel
+
+MILLISECONDS = {"data": 20, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
+"""Of a micro-batch; the optimizer's of a step."""
+
+
+def sleep(part: str) -> None:
+    time.sleep(MILLISECONDS[part] / 1000)
+
+
+class Slow(IterableDataset[Any]):
+    """Batches that keep training waiting."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        while True:
+            sleep("data")
+            yield {"input_ids": torch.zeros(2, 8, dtype=torch.int64)}
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        sleep("backward")
+        return gradient
+
+
+class SlowSGD(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        sleep("optimizer")
+        return loss
+
+
+class Sleeping(L.LightningModule):
+    """A task that is no language model, and does nothing but take its time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        sleep("forward")
+        return SlowBackward.apply(self.weight)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.2)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return SlowSGD(self.parameters(), lr=0.1)
+
+
+class Busy(L.Callback):
+    """Another callback, that takes its time too."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        sleep("rest")
+
+
+class Notes(Logger):
+    """Keeps what it is told."""
+
+    name, version = "notes", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, dict[int, float]] = {}
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        return None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for name, value in metrics.items():
+            self.said.setdefault(name, {})[step or 0] = value
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.Trainer], accumulate: int) -> None:
+    watch, notes, profiler = Throughput(), Notes(), SimpleProfiler()
+    batches, between_validations = 16, 8
+    steps = batches // accumulate
+    run = trainer(
+        callbacks=[watch, Busy()], logger=notes, profiler=profiler, max_steps=steps,
+        accumulate_grad_batches=accumulate, val_check_interval=between_validations, check_val_every_n_epoch=None,
+        limit_val_batches=1, log_every_n_steps=steps,  # the first log point takes long
+    )  # fmt: skip
+    run.fit(Sleeping(), DataLoader(Slow(), batch_size=None), DataLoader(Slow(), batch_size=None))
+
+    timed = range(accumulate, batches)  # the first step is not
+    # What comes before a batch counts, but where the clock starts: after the first step and after validations.
+    gaps = [batch for batch in timed if batch != accumulate and batch % between_validations]
+    times = {"data": len(gaps), "rest": len(gaps), "forward": len(timed), "backward": len(timed)}
+    times["optimizer"] = len(timed) // accumulate
+    seconds = {part: times[part] * MILLISECONDS[part] / 1000 for part in PARTS}
+    expected = {part: seconds[part] / sum(seconds.values()) for part in PARTS}
+    assert {part: watch.figures[part] for part in PARTS} == pytest.approx(expected, abs=0.05)
+    assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)
+    for step in notes.said[SHARES[0]]:
+        assert sum(notes.said[share][step] for share in SHARES) == pytest.approx(1)
+    assert watch.mean is not None
+    assert watch.mean == pytest.approx(16 * len(timed) / sum(seconds.values()), rel=0.3)
+    assert watch.tokens == 16 * batches
+
+    assert watch.figures["model_flops_utilisation"] == {}  # of a task that is no language model nothing is known
+    assert "throughput/model_flops_utilisation" not in notes.said
+    assert run.profiler is profiler
+    assert len(profiler.recorded_durations[FETCH]) >= batches
+
+
+def test_utilisation_is_the_paper_formula_of_the_speed(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: {"nominal": 3e12, "measured": 2e12})
+    watch, notes, model = Throughput(), Notes(), task()
+    trainer(callbacks=[watch], logger=notes, log_every_n_steps=2, limit_val_batches=0).fit(model, packed_text())
+
+    matrices = sum(p.numel() for p in model.net.parameters() if p.ndim == 2)
+    operations = 6 * (matrices - model.net.embedding.weight.numel()) + 12 * 2 * 32 * 32  # 6 N + 12 L d T
+    speeds, logged = notes.said["tokens_per_second"], notes.said["throughput/model_flops_utilisation"]
+    assert list(logged) == list(speeds) == [1, 3, 5, 7]
+    for step, utilisation in logged.items():
+        assert utilisation == pytest.approx(speeds[step] * operations / 3e12, rel=1e-5)
+    assert watch.mean is not None
+    assert watch.figures["model_flops_utilisation"] == pytest.approx(
+        {"nominal": watch.mean * operations / 3e12, "measured": watch.mean * operations / 2e12}
+    )
+    assert watch.figures["peak_teraflops"] == {"nominal": 3, "measured": 2}
+    assert notes.said["throughput/peak_memory_gigabytes"][7] <= watch.figures["peak_memory_gigabytes"] < 1000
+
+
+def test_a_peak_is_that_of_the_runs_precision(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: asked.append(dtype) or {"measured": 1e12})
+    for precision in ("32-true", "bf16-mixed", "bf16-true", "64-true"):
+        trainer(callbacks=[Throughput()], precision=precision, fast_dev_run=1).fit(task(), packed_text())
+    assert asked == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float64]
 
 
 def test_ranks_that_share_their_batch_count_it_once() -> None:
@@ -15,3 +183,28 @@ def test_ranks_that_share_their_batch_count_it_once() -> None:
     batch = {"input_ids": torch.zeros(3, 5, dtype=torch.int64)}
     watch.on_train_batch_end(ranks, None, None, batch, 0)  # type: ignore[arg-type]
     assert watch.tokens == 2 * 3 * 5
+
+
+def test_no_one_waits_for_the_device_before_the_end(
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    waits = []
+
+    class Device(HostEvent):
+        def synchronize(self) -> None:
+            waits.append(run.global_step)
+
+        def query(self) -> bool:
+            return bool(waits)  # it is behind by the whole run
+
+    monkeypatch.setitem(step_clock.EVENTS, "cpu", Device)
+    watch, notes = Throughput(), Notes()
+    run = trainer(callbacks=[watch], logger=notes, log_every_n_steps=1, limit_val_batches=0)
+    run.fit(task(), packed_text())
+    assert waits == [8]
+    assert len(notes.said["tokens_per_second"]) == 7
+    assert not notes.said.keys() & set(SHARES)  # at no log point was anything known
+    assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)

@@ -1,4 +1,4 @@
-"""Strategies compute the same, and take each other's checkpoints. Each process is a new interpreter, as on a cluster."""
+"""Strategies compute the same, and take each other's checkpoints. Every process is a new interpreter."""
 
 import os
 import subprocess
