@@ -137,12 +137,14 @@ class Plan(InRunFolder):
         yield "run", length
 
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
-        kept = activation_bytes(task.gpt, data.vocab_size, data.block_size, data.batch_size, device, dtype, autocast)
+        sizes = data.vocab_size, data.block_size, data.batch_size
+        kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
         held = state_bytes(trainer.optimizers[0], task.average.decay is not None)
+        per = " of each process" if trainer.world_size > 1 else ""
         yield (
             "cost",
             f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
-            f"memory {size(held)} for weights, gradients and optimizer, "
+            f"memory{per} {size(held)} for weights, gradients and optimizer, "
             f"up to {size(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late

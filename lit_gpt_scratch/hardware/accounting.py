@@ -16,6 +16,7 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.feed_forward import FeedForward
 from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.optim.parts import own_part
 
 MOMENTS = {"muon": 1, "adamw": 2}
 """Tensors of a parameter's size that an update rule remembers."""
@@ -75,9 +76,9 @@ def training_flops_per_token(net: GPT) -> int:
 
 
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
-    """Bytes of weights, gradients, the optimizer's moments and an average of the weights, once all exist."""
+    """Bytes, on this process, of weights, gradients, the optimizer's moments and an average of the weights."""
     return sum(
-        p.numel() * p.element_size() * (2 + averaged + MOMENTS.get(group.get("rule", "adamw"), 2))
+        own_part(p).numel() * p.element_size() * (2 + averaged + MOMENTS.get(group.get("rule", "adamw"), 2))
         for group in optimizer.param_groups
         for p in group["params"]
         if p.requires_grad
@@ -92,6 +93,7 @@ def activation_bytes(
     device: torch.device,
     dtype: torch.dtype,
     autocast: bool,
+    recompute: bool = False,
 ) -> int:
     """Bytes that one micro-batch keeps for its backward pass, without a compiler, which would save some.
 
@@ -105,6 +107,7 @@ def activation_bytes(
         device: Where it would run; nothing is allocated there.
         dtype: Of the weights.
         autocast: Whether products are done in 16 bits.
+        recompute: Whether blocks keep their input alone.
     """
     kept: dict[int, int] = {}
 
@@ -117,6 +120,7 @@ def activation_bytes(
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)
+        net.recompute = recompute
         weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # a module of such tensors has no to()
         own = {weight.untyped_storage()._cdata for weight in weights.values()}
         ids = torch.zeros(batch_size, block_size, dtype=torch.int64)

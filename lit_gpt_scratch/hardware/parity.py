@@ -52,7 +52,7 @@ LAYOUTS: Final[dict[str, Layout]] = {
     "fsdp2 2": Layout(2, 2, flags=("--trainer.strategy=fsdp2",)),
     "tp 2": Layout(2, 1, flags=("--trainer.strategy=tp",)),
     "fsdp2_tp 4": Layout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
-    "fsdp2 2, compiled": Layout(2, 2, flags=("--trainer.strategy=fsdp2", "--model.compile=true")),
+    "fsdp2_tp 4, compiled": Layout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }
 """The first is what the others are compared with."""
 

@@ -62,16 +62,22 @@ def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, 
 
 
 @pytest.mark.parametrize(
-    ("dtype", "autocast"),
-    [(torch.float32, False), (torch.float32, True), (torch.float64, False), (torch.bfloat16, False)],
-)
-def test_activations_are_what_a_forward_pass_leaves_allocated(dtype: torch.dtype, autocast: bool) -> None:
+    ("dtype", "autocast", "recompute"),
+    [
+        (torch.float32, False, False), (torch.float32, True, False), (torch.float64, False, False),
+        (torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, True),
+    ],
+)  # fmt: skip
+def test_activations_are_what_a_forward_pass_leaves_allocated(
+    dtype: torch.dtype, autocast: bool, recompute: bool
+) -> None:
     config, shape = GPTConfig(n_layer=2, n_head=2, n_embd=64), (4, 128)
     net = GPT(config, vocab_size=500, block_size=128).to(dtype)
+    net.recompute = recompute
     ids = torch.randint(500, shape)
     with profile(profile_memory=True) as profiled, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         kept = token_nats(net(ids), ids)
     measured = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
     del kept
-    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast)
+    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)
     assert expected == pytest.approx(measured, rel=0.03)

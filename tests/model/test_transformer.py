@@ -123,3 +123,22 @@ def test_the_default_shape_is_qwen3(n_kv_head: int) -> None:
         assert other is not None
         scale = other.abs().max()
         torch.testing.assert_close(parameter.grad / scale, other / scale, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_what_is_computed_again_is_what_it_was(dropout: float) -> None:
+    """Gradients with activation checkpointing are those without, to the last bit, and it does forget."""
+
+    def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
+        torch.manual_seed(0)
+        net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=dropout, initialisation="gpt2"), 50, 16)
+        net.recompute = recompute
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+            loss = net(torch.randint(50, (3, 16))).square().mean()
+        loss.backward()
+        return [p.grad for p in net.parameters() if p.grad is not None], sum(kept)
+
+    (again, few), (once, many) = gradients(True), gradients(False)
+    assert all(torch.equal(a, b) for a, b in zip(again, once, strict=True))
+    assert few < many / 2
