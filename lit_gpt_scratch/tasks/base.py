@@ -91,6 +91,9 @@ class Task(L.LightningModule):
         shard = self.trainer.distributed_sampler_kwargs or {"rank": 0}  # ranks that share their data draw alike
         key = (run, batch + 1, shard["rank"], len(purpose))
         drawn = np.random.SeedSequence(key).generate_state(3)
-        torch.manual_seed(int(drawn[0]))
+        if self.device.type == "cpu":  # the other formats a stack trace for each kind of device that is not there
+            torch.default_generator.manual_seed(int(drawn[0]))
+        else:
+            torch.manual_seed(int(drawn[0]))
         random.seed(int(drawn[1]))
         np.random.seed(int(drawn[2]))  # noqa: NPY002 - what a user's own part may draw from
