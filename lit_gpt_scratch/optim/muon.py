@@ -114,7 +114,8 @@ class MuonAdamW(Optimizer):
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
         for p, state in zip(parameters, states, strict=True):
-            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=p.device))
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         adamw(
             [own_part(p) for p in parameters],
             [own_part(p.grad) for p in parameters if p.grad is not None],
