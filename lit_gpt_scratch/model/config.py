@@ -69,7 +69,7 @@ class GPTConfig:
             after each addition (the original Transformer), ``sandwich`` what is read and what is added (Gemma 2).
         bias: Give linear layers and LayerNorms a bias (GPT-2); the head has none.
         feed_forward: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
-            (https://arxiv.org/abs/2109.08668), ``gelu`` or ``relu``.
+            (https://arxiv.org/abs/2109.08668), ``gelu`` (GPT-2's), ``gelu_exact`` or ``relu``.
         ffn_dim: Hidden width of the feed-forward part. By default the multiple of 32 nearest to an
             equal number of parameters for each kind: 4 x n_embd, or 8/3 x n_embd for the gated kinds, which
             have a third matrix.

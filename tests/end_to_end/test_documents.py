@@ -128,8 +128,9 @@ ACTIVATION = """
 +
 +
  FEED_FORWARD: dict[str, type[FeedForward]] = {
--    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU,
-+    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "swiglu": SwiGLU, "geglu": GeGLU, "reglu": ReGLU,
+-    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "gelu_exact": ExactGELU, "swiglu": SwiGLU, "geglu": GeGLU,
++    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "gelu_exact": ExactGELU, "swiglu": SwiGLU, "geglu": GeGLU,
++    "reglu": ReGLU,
  }  # fmt: skip
 """  # noqa: W293 - the empty lines of a diff begin with a space
 

@@ -132,6 +132,7 @@ EQUATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda hidden, _: hidden * (hidden > 0),
     "relu2": lambda hidden, _: (hidden * (hidden > 0)) ** 2,
     "gelu": lambda hidden, _: gelu(hidden),
+    "gelu_exact": lambda hidden, _: hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2,
     "swiglu": lambda hidden, gate: silu(gate) * hidden,
     "geglu": lambda hidden, gate: gelu(gate) * hidden,
 }
