@@ -1,0 +1,272 @@
+"""Tokens a second of training, beside nanoGPT, litgpt and `transformers`, at equal model, batch and optimizer.
+
+    python experiments/benchmarks/training.py [--nanogpt CHECKOUT] [--litgpt CHECKOUT] [--rounds 15]
+
+Ours is `fit` as a user starts it, with all its callbacks and default logging, and loads its batches in that time; the
+others are bare loops that log nothing and find their batches made, by the way their own training takes a step:
+nanoGPT's `train.py`, litgpt's `pretrain.py` with its Fabric, a plain loop around `GPT2LMHeadModel`. All have GPT-2's
+shape with biases, tied embeddings, the exact GELU and no dropout, clip gradients by their norm at 1, and step with
+AdamW. nanoGPT and litgpt choose PyTorch's fused AdamW on GPUs only; here everybody has it, because it is faster on
+CPUs too. litgpt has no learned positions and takes Pythia's rotary ones. Ours compiles block by block, as it does by
+default; the others compile the whole network.
+
+All go in one process and take turns: after every ten steps of `fit`, one logging interval, each of the others takes
+ten. The first turn compiles and the second warms up; neither counts. Medians of all turns are printed, and the median
+and the quartiles of the ratios to the best of the others, within a round.
+"""
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+import transformers
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.cli.fit import FitCLI
+from lit_gpt_scratch.cli.messages import quieten
+from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+
+STEPS = 10
+"""Steps of a turn: what `fit` takes from one log point to the next."""
+UNCOUNTED = 2
+"""Turns."""
+MODES = ["float32", "bfloat16, compiled"]
+Take = Callable[[Tensor, Tensor], None]
+
+
+class Shape(NamedTuple):
+    """What is trained, on windows of how many tokens."""
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    batch_size: int
+    vocab_size: int
+
+    def __str__(self) -> str:
+        return f"{self.n_layer} x {self.n_embd}, {self.batch_size} windows of {self.block_size}, {self.vocab_size:,}"
+
+
+SHAPES = [
+    Shape(4, 4, 128, 64, 12, 65), Shape(6, 6, 384, 256, 4, 65),
+    Shape(4, 4, 128, 64, 12, 4096), Shape(6, 6, 384, 256, 4, 4096),
+]  # fmt: skip
+
+
+class Turns(L.Callback):
+    """After every turn of the trainer let the others have theirs; to be called first, so that it sees all."""
+
+    def __init__(self, others: dict[str, Take], batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        self.others, self.batches = others, batches
+        self.seconds: dict[str, list[float]] = {name: [] for name in ["ours", *others]}
+        self._began = 0.0
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """A turn of the trainer lasts from here to the next time here after so many steps."""
+        if trainer.global_step % STEPS:
+            return
+        if trainer.global_step:
+            self.seconds["ours"].append(time.perf_counter() - self._began)
+            turn = [next(self.batches) for _ in range(STEPS)]
+            for name, take in self.others.items():
+                began = time.perf_counter()
+                for inputs, labels in turn:
+                    take(inputs, labels)
+                self.seconds[name].append(time.perf_counter() - began)
+        self._began = time.perf_counter()
+
+
+def autocast(compiled: bool) -> torch.autocast:
+    """Mixed precision where the network is compiled."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=compiled)
+
+
+def nanogpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
+    """The lines of `train.py` between a batch and the next."""
+    sys.path.insert(0, str(checkout))
+    peer = importlib.import_module("model")
+    sys.path.pop(0)
+    with contextlib.redirect_stdout(sys.stderr):  # it says how large it is
+        config = peer.GPTConfig(
+            shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_embd, dropout=0.0, bias=True
+        )
+        net = peer.GPT(config)
+        optimizer = net.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type="cuda")  # that is to say, fused
+    model = torch.compile(net) if compiled else net
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def take(inputs: Tensor, labels: Tensor) -> None:
+        with autocast(compiled):
+            _, loss = model(inputs, labels)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    return net, take
+
+
+def litgpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
+    """The lines of `pretrain.py` between a batch and the next."""
+    sys.path.insert(0, str(checkout))
+    peer, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
+    sys.path.pop(0)
+    config = peer.Config(
+        block_size=shape.block_size, n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
+        vocab_size=shape.vocab_size, padded_vocab_size=shape.vocab_size, parallel_residual=False, bias=True,
+        intermediate_size=4 * shape.n_embd,
+    )  # fmt: skip
+    fabric = L.Fabric(accelerator="cpu", devices=1, precision="bf16-mixed" if compiled else "32-true")
+    net = peer.GPT(config)
+    net.apply(net._init_weights)
+    net.transformer.wte.weight = net.lm_head.weight
+    model = fabric.setup(torch.compile(net) if compiled else net)
+    optimizer = fabric.setup_optimizers(
+        torch.optim.AdamW(model.parameters(), lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+    )
+
+    def take(inputs: Tensor, labels: Tensor) -> None:
+        loss = utils.chunked_cross_entropy(model(inputs), labels)
+        fabric.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Fabric refuses to, for a fused AdamW
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return net, take
+
+
+def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
+    """GPT-2 in a plain loop."""
+    config = transformers.GPT2Config(
+        vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer,
+        n_head=shape.n_head, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        use_cache=False, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    net = transformers.GPT2LMHeadModel(config).train()
+
+    def mean_loss(inputs: Tensor, labels: Tensor) -> Tensor:  # its own shifts labels, which here are shifted already
+        return F.cross_entropy(net(input_ids=inputs).logits.flatten(0, 1), labels.flatten())
+
+    model = torch.compile(mean_loss) if compiled else mean_loss
+    optimizer = torch.optim.AdamW(net.parameters(), lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95), fused=True)
+
+    def take(inputs: Tensor, labels: Tensor) -> None:
+        with autocast(compiled):
+            loss = model(inputs, labels)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return net, take
+
+
+def ours(shape: Shape, compiled: bool, text: Path, steps: int) -> FitCLI:
+    """`fit` with flags that a user would give."""
+    flags = {
+        "runs": text.parent / "runs", "preset": "gpt2_124m",
+        "data.source": text, "data.cache": text.parent / "cache", "data.tokenizer": "char",
+        "data.vocab_size": shape.vocab_size, "data.block_size": shape.block_size, "data.batch_size": shape.batch_size,
+        "model.gpt.n_layer": shape.n_layer, "model.gpt.n_head": shape.n_head, "model.gpt.n_embd": shape.n_embd,
+        "model.gpt.feed_forward": "gelu_exact", "model.optimizer": "AdamW", "model.optimizer.lr": 6e-4,
+        "model.compile": compiled, "trainer.accelerator": "cpu",
+        "trainer.precision": "bf16-mixed" if compiled else "32-true",
+        "trainer.max_steps": steps, "trainer.limit_val_batches": 0,
+    }  # fmt: skip
+    cli = FitCLI([f"--{name}={value}" for name, value in flags.items()])
+    cli.datamodule.prepare_data()
+    cli.datamodule.setup("fit")
+    assert cli.datamodule.vocab_size == shape.vocab_size
+    return cli
+
+
+def batches(cli: FitCLI) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of a run."""
+    data = cli.datamodule
+    while True:
+        for first in range(0, len(data.train_windows) - data.batch_size, data.batch_size):
+            batch = data.train_windows.__getitems__(list(range(first, first + data.batch_size)))
+            yield batch["input_ids"], batch["labels"]
+
+
+def write_text(path: Path, kinds: int) -> None:
+    """Characters at random, of so many kinds: letters and, where there are many, Hangul."""
+    draw = random.Random(0)
+    alphabet = [chr(code) for code in (range(48, 48 + kinds) if kinds < 1000 else range(0xAC00, 0xAC00 + kinds))]
+    lines = (draw.choices(alphabet, k=1000) for _ in range(400))
+    path.write_text("".join(alphabet) * 2 + "".join(map("".join, lines)), encoding="utf-8")
+
+
+def measure(shape: Shape, compiled: bool, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every turn, by who took it."""
+    torch.compiler.reset()
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        write_text(text, shape.vocab_size - 1)  # one token is the end of text
+        cli = ours(shape, compiled, text, STEPS * (rounds + UNCOUNTED) + 1)
+        makers = {"nanoGPT": nanogpt, "litgpt": litgpt}
+        made = {name: makers[name](checkout, shape, compiled) for name, checkout in checkouts.items() if checkout}
+        made["transformers"] = huggingface(shape, compiled)
+        turns = Turns({name: take for name, (_, take) in made.items()}, batches(cli))
+        cli.trainer.callbacks.insert(0, turns)
+        cli.fit()
+    size = sum(p.numel() for p in cli.model.net.parameters())
+    for name, (net, _) in made.items():
+        without = shape.block_size * shape.n_embd if name == "litgpt" else 0
+        assert sum(p.numel() for p in net.parameters()) == size - without, name
+    return {name: seconds[UNCOUNTED:] for name, seconds in turns.seconds.items()}
+
+
+def main() -> None:
+    """Measure every shape in both modes, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
+    parser.add_argument("--litgpt", type=Path, help="a checkout of github.com/Lightning-AI/litgpt")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="by number, from 0")
+    parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
+    given = parser.parse_args()
+    use_allowed_cores()
+    quieten()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
+    print(f"{'shape, vocabulary':37} {'mode':18}  {'who':12} {'tokens/s':>9}   of the best peer (quartiles)")
+    for number in given.shapes:
+        shape = SHAPES[number]
+        for mode in given.modes:
+            checkouts = {"nanoGPT": given.nanogpt, "litgpt": given.litgpt}
+            seconds = measure(shape, mode != "float32", checkouts, given.rounds)
+            medians = {name: statistics.median(of) for name, of in seconds.items()}
+            best = min((name for name in medians if name != "ours"), key=lambda name: medians[name])
+            for name, median in medians.items():
+                speed = STEPS * shape.batch_size * shape.block_size / median
+                ratios = [its / own for its, own in zip(seconds[best], seconds[name], strict=True)]
+                low, middle, high = statistics.quantiles(ratios, n=4)
+                print(
+                    f"{shape!s:37} {mode:18}  {name:12} {speed:9,.0f}   {middle:.2f} ({low:.2f} to {high:.2f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()
