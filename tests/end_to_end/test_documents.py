@@ -117,7 +117,7 @@ def test_the_readmes_python_runs(newcomers_folder: Path, monkeypatch: pytest.Mon
 ACTIVATION = """
 --- a/lit_gpt_scratch/model/feed_forward.py
 +++ b/lit_gpt_scratch/model/feed_forward.py
-@@ -85,5 +85,13 @@ class GeGLU(Gated):
+@@ -93,5 +93,14 @@ class GeGLU(Gated):
  
  
 +class ReGLU(Gated):
