@@ -1,5 +1,7 @@
 """What the model writes, as it learns."""
 
+from contextlib import nullcontext
+
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
@@ -32,8 +34,11 @@ class Samples(Callback):
             return
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
-        pieces = write(pl_module.net, data.tokenizer, [""], self.tokens, self.sampling, seeds=[0])
-        self.latest = "".join(piece for _, piece in pieces)
+        # Blocks that are put together in 16 bits need products in 16 bits.
+        cut = pl_module.device_mesh is not None
+        with trainer.precision_plugin.val_step_context() if cut else nullcontext():
+            pieces = write(pl_module.net, data.tokenizer, [""], self.tokens, self.sampling, seeds=[0])
+            self.latest = "".join(piece for _, piece in pieces)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 # Markdown: four spaces keep text as it is. The step is the last one's, as for metrics.

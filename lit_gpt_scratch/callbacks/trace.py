@@ -22,11 +22,16 @@ class Trace(InRunFolder):
         self.gradients: dict[str, Tensor] = {}
 
     @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @override
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.global_step == len(self.losses):
+        if trainer.global_step == self._step:
             return
+        self._step = trainer.global_step
         self.losses.append(trainer.callback_metrics["train/loss"].item())
         if not self.gradients:
             self.gradients = {n: _whole(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}

@@ -17,8 +17,9 @@ from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
 KILLED = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
 """A run that is short and saves often, unless the user's own flags say otherwise."""
 COMPARED = (
-    "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64", "--model.gpt.n_layer=2",
-    "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2", "--model.compile=false",
+    "--trainer.accelerator=cpu", "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64",
+    "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2",
+    "--model.compile=false",
 )  # fmt: skip
 """A small model, all of whose weights have a gradient from the first step on, unless the user's flags say otherwise."""
 
@@ -36,11 +37,15 @@ def main(args: Sequence[str] | None = None) -> None:
     examination = flags.add_mutually_exclusive_group(required=True)
     examination.add_argument("--resume", action="store_true", help="whether resuming is exact")
     examination.add_argument("--parity", action="store_true", help="whether all strategies compute the same")
-    flags.add_argument("--kills", type=int, default=6, help="how often to kill")
-    flags.add_argument("--seed", type=int, default=0, help="of the moments")
-    flags.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of arithmetic to compare in")
-    flags.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to compare with single")
+    resume, parity = flags.add_argument_group("of --resume"), flags.add_argument_group("of --parity")
+    resume.add_argument("--kills", type=int, default=6, help="how often to kill")
+    resume.add_argument("--seed", type=int, default=0, help="of the moments")
+    parity.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of arithmetic to compare in")
+    parity.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to compare with single")
     given, of_fit = flags.parse_known_args(args)
+    for name in ("kinds", "layouts") if given.resume else ("kills", "seed"):
+        if getattr(given, name) != flags.get_default(name):
+            raise UserError(f"argument --{name} is of {'--parity' if given.resume else '--resume'}")
     if given.kills < 1:
         raise UserError(f"argument --kills: {given.kills}; it must be at least 1")
     taken = [flag for flag in of_fit if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]

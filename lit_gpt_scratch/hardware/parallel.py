@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     parallelize_module,
 )
@@ -40,52 +41,70 @@ OF_EACH_HEAD: Final = ("attention.query_norm", "attention.key_norm")
 """What every process has whole, and applies to its own heads alone."""
 
 
-def refuse_tensor_parallel(config: GPTConfig, size: int) -> None:
+def refuse_tensor_parallel(config: GPTConfig, size: int, precision: str) -> None:
     """Refuse to cut what cannot be cut.
+
+    Args:
+        config: The architecture.
+        size: Processes that share one copy of it.
+        precision: The trainer's.
 
     Raises:
         UserError: Heads or hidden channels cannot be dealt out to so many processes, or a switch needs all heads.
     """
+    if size == 1:
+        return
     for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
         if number % size:
             raise UserError(
                 f"tensor_parallel is {size}, but model.gpt.{name} is {number}, which {size} processes cannot share "
                 f"evenly; choose a divisor of {number}, or another {name}"
             )
-    if size > 1 and config.position == "alibi":
+    if config.position == "alibi":
         raise UserError(
             "model.gpt.position is alibi, whose heads are not alike; a tensor-parallel process has only some"
         )
-    if size > 1 and config.attention is not None:
+    if config.dropout:
+        raise UserError(
+            f"model.gpt.dropout is {config.dropout}; tensor-parallel processes draw alike, and would drop the same of "
+            f"their heads: choose 0, or fsdp2"
+        )
+    if precision == "16-mixed" or precision.startswith("transformer-engine"):
+        raise UserError(
+            f"--trainer.precision {precision} cannot scale gradients that are cut by heads; bf16-mixed and 32-true work"
+        )
+    if config.attention is not None:
         raise UserError(
             f"model.gpt.attention is {config.attention}; how to share attention of your own among tensor-parallel "
             f"processes is not known: choose fsdp2 or ddp"
         )
 
 
-def parallelise(net: GPT, mesh: DeviceMesh, low: torch.dtype | None) -> None:
+def parallelise(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     """Cut a network, in place; all processes have the same weights before.
+
+    In ``bf16-mixed`` FSDP2 sends the weights of blocks in bfloat16, which is half as much; their gains and biases, too,
+    are then rounded for the products. The stream, the embeddings and the head stay in float32, and so do the sums of
+    all gradients. A sum is made after every micro-batch: whole gradients would need the memory that FSDP2 saves.
 
     Args:
         net: The network.
         mesh: Its dimensions are ``data_parallel`` and ``tensor_parallel``.
-        low: What blocks are put together in for their products, where these are not done in the weights' own type: it
-            halves what is sent. The stream, the embeddings and the head stay as they are, and so do all gradients'
-            sums.
+        precision: The trainer's.
 
     Raises:
         UserError: The heads cannot be dealt out.
     """
     if mesh[TENSOR].size() > 1:
+        refuse_tensor_parallel(net.config, mesh[TENSOR].size(), precision)
         _cut_heads(net, mesh[TENSOR])
     if mesh[DATA].size() > 1:
-        outside = MixedPrecisionPolicy()
-        inside = MixedPrecisionPolicy(
-            param_dtype=low, reduce_dtype=None if low is None else torch.float32, cast_forward_inputs=False
-        )
+        policy = MixedPrecisionPolicy()
+        if precision == "bf16-mixed":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in net.blocks:
-            fully_shard(block, mesh=mesh[DATA], mp_policy=inside)
-        fully_shard(net, mesh=mesh[DATA], mp_policy=outside)
+            fully_shard(block, mesh=mesh[DATA], mp_policy=policy)
+        fully_shard(net, mesh=mesh[DATA])
         for way_in in ("hidden", "read"):  # the cached generation goes through these
             register_fsdp_forward_method(net, way_in)
 
@@ -111,10 +130,14 @@ def settle_gradients(net: GPT, mesh: DeviceMesh) -> None:
 
 
 def _cut_heads(net: GPT, mesh: DeviceMesh) -> None:
-    refuse_tensor_parallel(net.config, mesh.size())
     for block in net.blocks:
         own = {name for name, _ in block.named_modules()}
-        parallelize_module(block, mesh, {name: style() for name, style in IN_BLOCKS.items() if name in own})
+        plan: dict[str, ParallelStyle] = {name: style() for name, style in IN_BLOCKS.items() if name in own}
+        # What comes in is told to be whole once, not by each matrix: so their gradients are added before they are sent.
+        for part, others in (("attention", 4), ("feed_forward", 0)):
+            layouts = (Replicate(), *[None] * others)
+            plan[part] = PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts)
+        parallelize_module(block, mesh, plan)
     for table in net.value_tables:
         parallelize_module(table, mesh, ColwiseParallel())
     tied = net.head.weight is net.embedding.weight

@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision
+from lit_gpt_scratch.hardware.strategies import ModelParallel
 
 FSDP1: Final = ("fsdp", "fsdp_cpu_offload")
 """Lightning's names for the first FSDP."""
@@ -23,7 +25,7 @@ def refuse_hardware(trainer: Mapping[str, Any]) -> None:
     Lightning would take another precision in silence, train to NaN, or name a class of its own.
 
     Args:
-        trainer: The trainer's flags; those that are objects are somebody's own, and not looked at.
+        trainer: The trainer's flags.
 
     Raises:
         UserError: This machine does not have it; what it has is named.
@@ -31,9 +33,19 @@ def refuse_hardware(trainer: Mapping[str, Any]) -> None:
     asked = {name: trainer.get(name) for name in ("accelerator", "devices", "strategy", "precision")}
     accelerator = _refuse_absent(str(asked["accelerator"]))
     _refuse_too_many(accelerator, str(asked["devices"]))
-    if asked["strategy"] in FSDP1 and accelerator != "cuda":
-        raise UserError(f"--trainer.strategy {asked['strategy']} needs GPUs of NVIDIA or AMD; fsdp2 does the same here")
+    _refuse_strategy(trainer.get("strategy"))
     _refuse_precision(accelerator, str(asked["precision"]))
+
+
+def _refuse_strategy(asked: object) -> None:
+    name = f"--trainer.strategy {asked if isinstance(asked, str) else type(asked).__name__}"
+    if asked in FSDP1 or isinstance(asked, FSDPStrategy):
+        raise UserError(
+            f"{name} flattens weights into vectors, which Muon, weight decay and clipping take for "
+            "something else; fsdp2 leaves them as they are: --trainer.strategy fsdp2"
+        )
+    if isinstance(asked, ModelParallelStrategy) and not isinstance(asked, ModelParallel):
+        raise UserError(f"{name} writes checkpoints that nothing here reads; choose fsdp2, tp or fsdp2_tp")
 
 
 def _refuse_absent(asked: str) -> str:

@@ -1,6 +1,7 @@
 """Strategies by name, for what Lightning leaves without one: ``--trainer.strategy fsdp2``, ``tp``, ``fsdp2_tp``."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,13 +41,8 @@ class ModelParallel(ModelParallelStrategy):
 
     @override
     def _setup_distributed(self) -> None:
-        size, world = tensor_parallel_size(self), self.num_processes * self.num_nodes
-        if world % size:
-            raise UserError(
-                f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or other "
-                f"--trainer.devices"
-            )
-        self._tensor_parallel_size, self._data_parallel_size = size, world // size
+        self._tensor_parallel_size = tensor_parallel_size(self)
+        self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
         super()._setup_distributed()
 
     @property
@@ -62,13 +58,15 @@ class ModelParallel(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=WHOLE)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=replace(WHOLE, strict=strict))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         # The parent numbers parameters in the model's order, an optimizer in that of its groups.
         assert self.model is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
+        if not optimizer.state:  # the parent's library would take a step to have some
+            return optimizer.state_dict()
         state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=WHOLE))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
         return _renamed(state, {name: number for number, name in enumerate(names)})
@@ -78,8 +76,15 @@ class ModelParallel(ModelParallelStrategy):
         assert self.model is not None
         names = {p: name for name, p in self.model.named_parameters()}
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
-            order = [names[p] for group in optimizer.param_groups for p in group["params"]]
-            set_optimizer_state_dict(self.model, optimizer, _renamed(state, dict(enumerate(order))), options=WHOLE)
+            order = [p for group in optimizer.param_groups for p in group["params"]]
+            if not state["state"]:
+                optimizer.load_state_dict(state)
+                continue
+            by_name = _renamed(state, {number: names[p] for number, p in enumerate(order)})
+            set_optimizer_state_dict(self.model, optimizer, by_name, options=replace(WHOLE, strict=False))
+            for number, p in enumerate(order):
+                if number not in state["state"]:  # it never had a gradient; the library gave it a state all the same
+                    optimizer.state.pop(p, None)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -97,10 +102,21 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
 
 
 def tensor_parallel_size(strategy: Strategy) -> int:
-    """Processes that share one copy of the model, and read the same windows."""
+    """Processes that share one copy of the model, and read the same windows.
+
+    Raises:
+        UserError: All processes cannot be dealt out to groups of that size.
+    """
     if not isinstance(strategy, ModelParallel):
         return 1
-    return strategy.tensor_parallel_size or strategy.num_processes * strategy.num_nodes
+    world = strategy.num_processes * strategy.num_nodes
+    size = strategy.tensor_parallel_size or world
+    if world % size:
+        raise UserError(
+            f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or other "
+            f"--trainer.devices"
+        )
+    return size
 
 
 def named(strategy: object, tensor_parallel: int | None) -> object:
@@ -115,9 +131,12 @@ def named(strategy: object, tensor_parallel: int | None) -> object:
         raise UserError(f"tensor_parallel is {tensor_parallel}; it must be positive")
     if strategy not in ("tp", "fsdp2_tp"):
         raise UserError(
-            f"tensor_parallel is {tensor_parallel}, but --trainer.strategy is {strategy}; choose tp or fsdp2_tp"
+            f"tensor_parallel is {tensor_parallel}, but --trainer.strategy is {strategy}; choose tp or fsdp2_tp, "
+            f"or --tensor_parallel null"
         )
-    return ModelParallel(tensor_parallel)
+    sized = f"{strategy}_{tensor_parallel}"
+    StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)
+    return sized  # not an object, for which Lightning refuses float64
 
 
 for name, size in NAMES.items():

@@ -50,7 +50,8 @@ class MuonAdamW(Optimizer):
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal,
     scaled by sqrt(max(1, rows / columns)). Matrices of one shape are made orthogonal in one batch; where they
-    are cut among processes, each puts a share of them together and makes those orthogonal.
+    are cut among processes, each puts a share of them together and makes those orthogonal
+    (of NorMuon, which keeps a number for each row, all).
     AdamW (https://arxiv.org/abs/1711.05101): PyTorch's own fused kernel.
 
     Args:

@@ -7,10 +7,12 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.checkpoint.progress import LAYOUT, deal_out, settle
 from lit_gpt_scratch.optim.average import MovingAverage
+from lit_gpt_scratch.optim.parts import clip_norm, clip_value, gradients
 
 
 class Task(L.LightningModule):
@@ -65,6 +67,17 @@ class Task(L.LightningModule):
     def on_train_end(self) -> None:
         """Leave the average in the weights' place."""
         self._use_average(True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient."""
+        if gradient_clip_val:
+            clip = clip_value if gradient_clip_algorithm == "value" else clip_norm
+            clip(gradients(self), gradient_clip_val)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw this batch's random numbers from its place in the run."""

@@ -1,6 +1,8 @@
 """Next-token prediction: pretraining, and whatever else learns from labelled tokens."""
 
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,7 +24,7 @@ from lit_gpt_scratch.model.layout import refuse_backend
 from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
-from lit_gpt_scratch.optim.parts import clip_norm, clip_value, gradients, own_part, total_norm
+from lit_gpt_scratch.optim.parts import gradients, own_part, total_norm
 from lit_gpt_scratch.tasks.base import Task
 
 
@@ -103,7 +105,7 @@ class LanguageModel(Task):
         self.net = GPT(*sizes)
         self.net.recompute = self.activation_checkpointing
         if self.device_mesh is not None:
-            parallelise(self.net, self.device_mesh, torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None)
+            parallelise(self.net, self.device_mesh, str(self.trainer.precision))
         self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
 
     def on_fit_start(self) -> None:
@@ -163,7 +165,7 @@ class LanguageModel(Task):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Loss of the batch's labels, in nats per position; all of them have one, but where windows are filled up."""
-        nats, tokens = token_nats(self(batch["input_ids"], batch.get("document_ids")), batch["labels"])
+        nats, tokens = self._token_nats(batch)
         self._nats = self._nats + nats.detach()
         self._tokens += tokens
         self._micro_batches += 1
@@ -188,17 +190,6 @@ class LanguageModel(Task):
         self._tokens.zero_()
         self._micro_batches = 0
 
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient."""
-        if gradient_clip_val:
-            clip = clip_value if gradient_clip_algorithm == "value" else clip_norm
-            clip(gradients(self), gradient_clip_val)
-
     def _weigh_gradient(self) -> None:
         """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
 
@@ -209,10 +200,17 @@ class LanguageModel(Task):
         counted = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_([own_part(gradient) for gradient in gradients(self)], counted / labels)
 
+    def _token_nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """As the function; compiled, head and loss are one program, which saves writing the logits back and forth."""
+        given = batch["input_ids"], batch.get("document_ids")
+        if self.device_mesh is not None or not self.compiled:
+            return token_nats(self(*given), batch["labels"])
+        return _compiled_nats()(self.net, self.net.hidden(*given), batch["labels"])
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Add the batch to the likelihood."""
         labels = batch["labels"]
-        nats, tokens = token_nats(self(batch["input_ids"], batch.get("document_ids")), labels)
+        nats, tokens = self._token_nats(batch)
         self.likelihood.update(nats, tokens, self.token_bytes[labels[labels != IGNORED]].sum())
 
     def on_validation_epoch_end(self) -> None:
@@ -234,3 +232,13 @@ class LanguageModel(Task):
         contents = Contents.of(checkpoint)
         refuse_other_model(contents, asdict(self.gpt), self.data.vocab_size, self.data.block_size)
         refuse_other_tokenizer(contents, self.data.tokenizer_json)
+
+
+def _nats(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return token_nats(net.read(x), labels)
+
+
+@cache
+def _compiled_nats() -> Callable[[GPT, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Made when it is needed: the compiler takes seconds to import. No method, which a copy of a task would share."""
+    return torch.compile(_nats)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.errors import UserError
@@ -40,6 +41,8 @@ def asked(**flags: object) -> dict[str, Any]:
         ({"mps": True}, {"devices": 2}, "--trainer.devices 1"),
         ({}, {"strategy": "fsdp"}, "fsdp2"),
         ({"gpus": 1}, {"accelerator": "cpu", "strategy": "fsdp"}, "fsdp2"),
+        ({"gpus": 8}, {"accelerator": "gpu", "devices": 8, "strategy": FSDPStrategy()}, "fsdp2"),
+        ({}, {"strategy": ModelParallelStrategy()}, "fsdp2, tp or fsdp2_tp"),
         ({}, {"precision": "16-mixed"}, "--trainer.precision bf16-mixed"),
         ({}, {"precision": "16-true"}, "--trainer.precision bf16-mixed"),
         ({}, {"precision": 16}, "--trainer.precision bf16-mixed"),
@@ -57,7 +60,8 @@ def test_what_is_not_there(
         refuse_hardware(asked(**flags))
     assert instead in str(refused.value)
     name, value = list(flags.items())[-1]
-    assert f"--trainer.{name} {value}" in str(refused.value)
+    spoken = type(value).__name__ if isinstance(value, Strategy) else value
+    assert f"--trainer.{name} {spoken}" in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +69,7 @@ def test_what_is_not_there(
     [
         ({}, {}),
         ({}, {"accelerator": "cpu", "devices": 64, "strategy": "ddp", "precision": "bf16-mixed"}),
-        ({"gpus": 8}, {"accelerator": "gpu", "devices": 8, "strategy": "fsdp", "precision": "bf16-mixed"}),
+        ({"gpus": 8}, {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-mixed"}),
         ({"gpus": 8}, {"devices": "0,3"}),
         ({"gpus": 1, "bf16": False}, {"precision": "16-mixed"}),
         ({"gpus": 1, "bf16": False}, {"accelerator": "cpu", "precision": "bf16-mixed"}),
