@@ -49,7 +49,8 @@ class LanguageModel(Task):
         optimizer: Which optimizer, with its learning rate.
         schedule: The learning rate over the run.
         ema_decay: Of a moving average of the weights, such as 0.999; see ``Task``.
-        compile: Compile the network with ``torch.compile``; by default wherever that can work.
+        compile: Compile the network with ``torch.compile``; by default its blocks, wherever that can work. If it is
+            asked for, head and loss as well, which takes longer to begin, and pays with a large vocabulary.
         activation_checkpointing: Keep each block's input alone for the backward pass, and compute the rest again: less
             memory for a third more computation.
 
@@ -201,9 +202,9 @@ class LanguageModel(Task):
         torch._foreach_mul_([own_part(gradient) for gradient in gradients(self)], counted / labels)
 
     def _token_nats(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """As the function; compiled, head and loss are one program, which saves writing the logits back and forth."""
+        """As the function; head and loss can be one program, which saves writing the logits back and forth."""
         given = batch["input_ids"], batch.get("document_ids")
-        if self.device_mesh is not None or not self.compiled:
+        if self.device_mesh is not None or not (self.compiled and self.compile_network):
             return token_nats(self(*given), batch["labels"])
         return _compiled_nats()(self.net, self.net.hidden(*given), batch["labels"])
 
