@@ -27,7 +27,6 @@ from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch import Batch
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.data.sampler import WindowOrder
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.objectives.likelihood import token_nats
 
@@ -67,7 +66,7 @@ class Lockstep(L.Callback):
 def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
     """The batches of a run."""
     data = cli.datamodule
-    order = list(WindowOrder(len(data.train_windows), data.batch_size, seed=0))
+    order = list(data.order)
     for first in range(0, steps * data.batch_size, data.batch_size):
         yield data.train_windows.__getitems__(order[first : first + data.batch_size])
 
