@@ -71,8 +71,9 @@ KINDS: Final[dict[str, Kind]] = {
     "muon": Kind(("--trainer.precision=32-true",), 1e-3),  # its own arithmetic is bfloat16
     "bf16-mixed": Kind((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
-GRADIENT: Final = 1e-6
-"""How far a gradient of the first step may be off in float32, by the largest of its tensor."""
+GRADIENTS: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
+"""How far the gradient of the first step may be off in float32: all of it by its norm, and a number by the largest of
+its tensor."""
 
 
 @dataclass
@@ -92,8 +93,8 @@ class Parity:
     layouts: Sequence[str] = tuple(LAYOUTS)
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
     """By layout and kind, how far the loss is off at most."""
-    gradient: dict[str, float] = field(default_factory=dict)
-    """By layout, how far a gradient of the first step is off in float32."""
+    gradient: dict[tuple[str, str], float] = field(default_factory=dict)
+    """By layout and measure, how far the gradient of the first step is off in float32."""
     repeats: dict[str, bool] = field(default_factory=dict)
     """By layout, whether two runs of it in the first kind are alike to the last bit."""
 
@@ -123,7 +124,8 @@ class Parity:
                 expected = expected or found
                 self.loss[name, kind] = ((found["losses"] - expected["losses"]).abs() / expected["losses"]).max().item()
                 if kind == "float32":
-                    self.gradient[name] = _furthest(found["gradients"], expected["gradients"])
+                    off = _off(found["gradients"], expected["gradients"])
+                    self.gradient |= {(name, measure): value for measure, value in off.items()}
                 if kind == self.kinds[0]:
                     self.repeats[name] = _alike(found, self._trace(name, kind, tell))
 
@@ -131,16 +133,15 @@ class Parity:
     def beyond(self) -> list[str]:
         """What is further off than its band allows."""
         found = [f"{name}, {kind}" for (name, kind), off in self.loss.items() if not off <= KINDS[kind].band]
-        found += [f"{name}, gradient" for name, off in self.gradient.items() if not off <= GRADIENT]
+        found += [f"{name}, {part}" for (name, part), off in self.gradient.items() if not off <= GRADIENTS[part]]
         return found + [f"{name}, repeated" for name, same in self.repeats.items() if not same]
 
     def __str__(self) -> str:
-        kinds = list(self.kinds)
-        bands = {**{kind: KINDS[kind].band for kind in kinds}, "gradient": GRADIENT}
-        columns = [*kinds, *(["gradient"] if self.gradient else []), "twice"]
-        rows = [["layout", *columns], ["allowed", *(f"{bands[c]:.0e}" for c in columns[:-1]), "same bits"]]
+        bands = {kind: KINDS[kind].band for kind in self.kinds} | (GRADIENTS if self.gradient else {})
+        rows = [["layout", *bands, "twice"], ["allowed", *(f"{band:.0e}" for band in bands.values()), "same bits"]]
+        found = self.loss | self.gradient
         for name, same in self.repeats.items():
-            offs = [self.loss[name, kind] for kind in kinds] + ([self.gradient[name]] if self.gradient else [])
+            offs = [found[name, column] for column in bands]
             rows.append([name, *(f"{off:.1e}" if off else "0" for off in offs), "yes" if same else "no"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
@@ -168,11 +169,13 @@ class Parity:
         return traced
 
 
-def _furthest(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """The largest difference of two gradients, by the largest number of its tensor."""
+def _off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """How far one gradient is from another; NaN where any number is."""
     smallest = 1e-30  # of a gradient that is zero
-    off = [(found[name] - g).abs().max() / g.abs().max().clamp(min=smallest) for name, g in expected.items()]
-    return torch.stack(off).max().item()  # NaN where any is
+    worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=smallest) for name, g in expected.items()]
+    difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
+    whole = difference.norm() / torch.cat([g.flatten() for g in expected.values()]).norm()
+    return dict(zip(GRADIENTS, (whole.item(), torch.stack(worst).max().item()), strict=True))
 
 
 def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
