@@ -68,7 +68,7 @@ class Throughput(Callback):
         self._clock = StepClock(pl_module.device)
         self._ranks = Agreement()
         self._waiting = WaitingForData(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
-        trainer.profiler = self._waiting  # type: ignore[attr-defined]
+        trainer.profiler = self._waiting  # type: ignore[attr-defined]  # the same
         net = getattr(pl_module, "net", None)
         if isinstance(net, GPT):
             self._flops_per_token = training_flops_per_token(net)

@@ -17,7 +17,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.accounting import refuse_too_large
 from lit_gpt_scratch.hardware.defaults import why_not_compile
 from lit_gpt_scratch.hardware.parallel import parallelise, settle_gradients
-from lit_gpt_scratch.hardware.strategies import ModelParallel as ModelParallel  # by name
+from lit_gpt_scratch.hardware.strategies import ModelParallel as ModelParallel  # its module names them for trainers
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import attention_class
 from lit_gpt_scratch.model.layout import refuse_backend
