@@ -27,6 +27,17 @@ class Batch(TypedDict):
     """(B, T) int64, another number for each document of a window"""
 
 
+class LabelledBatch(TypedDict):
+    """``B`` texts with a class each, filled up behind their last token to one length ``T``."""
+
+    input_ids: Tensor
+    """(B, T) int64"""
+    lengths: Tensor
+    """(B,) int64, tokens of each text; 0 of a row that only fills the batch up"""
+    labels: Tensor
+    """(B,) int64, the number of each text's class; ``IGNORED`` of a row that only fills the batch up"""
+
+
 class Layout(NamedTuple):
     """How the windows of an optimizer step are dealt out.
 

@@ -1,10 +1,12 @@
 """What a checkpoint holds beside Lightning's own state."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.heads import Classes, Head, Tokens
 
 KEY: Final = "lit_gpt_scratch"
 
@@ -19,6 +21,10 @@ class Contents:
         block_size: The longest window.
         tokenizer: The text of a ``tokenizer.json``.
         start_of_text: The token before every document, where it is not the end of text.
+        lora: The fields of a ``LoRA``, if there are adapters beside the weights.
+        base: A hash of the weights that they are for, without the head.
+        classes: The names of the classes that the head tells apart; None for a head that reads tokens.
+        pooling: Where a classifier reads a text, a name in ``model.heads.POOLINGS``.
     """
 
     gpt: dict[str, Any]
@@ -26,6 +32,23 @@ class Contents:
     block_size: int
     tokenizer: str
     start_of_text: int | None = None
+    lora: dict[str, Any] | None = None
+    base: str | None = None
+    classes: list[str] | None = None
+    pooling: str | None = None
+
+    @property
+    def head(self) -> Head:
+        """What the network's head reads."""
+        return Tokens() if self.classes is None else Classes(len(self.classes))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """All but the tokenizer, by the names of the flags."""
+        apart = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
+        adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
+        # A checkpoint from before a switch existed has what is now the switch's default.
+        return {**asdict(GPTConfig()), **self.gpt, **adapters, **apart, "pooling": self.pooling}
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Contents":
@@ -40,20 +63,21 @@ class Contents:
             raise UserError("the checkpoint was not written by lit_gpt_scratch") from error
 
 
-def refuse_other_model(contents: Contents, gpt: dict[str, Any], vocab_size: int, block_size: int) -> None:
-    """Compare shapes before weights are loaded.
+def refuse_other_model(there: Contents, here: Contents, free: Collection[str] = ()) -> None:
+    """Compare all but the tokenizer, before weights are loaded.
+
+    Args:
+        there: Of the checkpoint.
+        here: Of the network that its weights are for.
+        free: Fields in which the two may differ.
 
     Raises:
         UserError: They differ; every field that does is named.
     """
-    # A checkpoint from before a switch existed has what is now the switch's default.
-    default = asdict(GPTConfig())
-    here = {**default, **gpt, "vocab_size": vocab_size, "block_size": block_size}
-    there = {**default, **contents.gpt, "vocab_size": contents.vocab_size, "block_size": contents.block_size}
     different = [
-        f"{name} {there.get(name)} there, {here.get(name)} here"
-        for name in sorted(here.keys() | there.keys())
-        if here.get(name) != there.get(name)
+        f"{name} {there.fields.get(name)} there, {here.fields.get(name)} here"
+        for name in sorted(there.fields.keys() | here.fields.keys())
+        if there.fields.get(name) != here.fields.get(name) and name not in free
     ]
     if different:
         raise UserError(f"the checkpoint holds another model: {'; '.join(different)}")

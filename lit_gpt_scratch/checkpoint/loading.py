@@ -1,8 +1,9 @@
-"""A checkpoint file back to a model that can be used."""
+"""A checkpoint, or whatever else a trained model lies in, back to something that can be used."""
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
@@ -10,7 +11,9 @@ from lit_gpt_scratch.checkpoint.contents import KEY, Contents
 from lit_gpt_scratch.checkpoint.sealed import refuse_altered
 from lit_gpt_scratch.checkpoint.sharing import SUFFIX, load_shared
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop import folder
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -19,12 +22,39 @@ NETWORK: Final = "net."
 """Prefix of the network's weights in a task's state."""
 
 
+class Trained(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        net: The network, ready to use; adapters are merged into its weights.
+        tokenizer: What makes its ids.
+        contents: What its checkpoint says of it.
+    """
+
+    net: GPT
+    tokenizer: Tokenizer
+    contents: Contents
+
+    def as_language_model(self) -> tuple[GPT, Tokenizer]:
+        """The first two, of a model that can write.
+
+        Raises:
+            UserError: Its head reads something else than tokens.
+        """
+        if self.contents.classes is not None:
+            classes = ", ".join(self.contents.classes)
+            raise UserError(f"the model is no language model: it tells apart {classes}, and writes nothing")
+        return self.net, self.tokenizer
+
+
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Everything in a checkpoint or a shared model, on the CPU; plain data and tensors only, no code is run.
+    """Everything in a checkpoint, a shared model or a folder of Hugging Face's, on the CPU; no code is run.
 
     Raises:
-        UserError: The file is missing, was altered, or is not a checkpoint.
+        UserError: It is missing, was altered, or is something else.
     """
+    if (path / folder.CONFIG).is_file():
+        return load_folder(path)
     if path.suffix == SUFFIX:
         return load_shared(path, NETWORK)
     if not refuse_altered(path):
@@ -38,19 +68,31 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
-    """The network, ready to use, and its tokenizer.
+def load_folder(path: Path) -> dict[str, Any]:
+    """A folder of Hugging Face's, in the form of a checkpoint without optimizer and counters.
+
+    Raises:
+        UserError: It is missing, or holds no model that this package can compute.
+    """
+    (gpt, vocab_size, block_size), weights, tokenizer = folder.read(path)
+    contents = Contents(asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text)
+    return {KEY: asdict(contents), "state_dict": {NETWORK + name: weights[name] for name in weights}}
+
+
+def build(checkpoint: dict[str, Any], path: Path, trusted: str | None = None) -> Trained:
+    """The model of what ``load_checkpoint`` gave.
 
     Args:
-        path: A checkpoint or a shared model.
+        checkpoint: What it gave.
+        path: Where that came from.
         trusted: The attention class of somebody's own that it may name: to build it is to run that code.
 
     Raises:
-        UserError: The file is missing, is not a checkpoint, names a class that is not trusted, or its parts do not fit
-            together.
+        UserError: It names a class that is not trusted, or its parts do not fit together.
     """
-    checkpoint = load_checkpoint(path)
     contents = Contents.of(checkpoint)
+    if not contents.tokenizer:
+        raise UserError(f"{path} holds adapters alone; name what they are for, and this file as --adapter")
     if (own := contents.gpt.get("attention")) not in (None, trusted):
         raise UserError(f"{path} has attention of its own, {own}; if you trust that code, let it run: --trust {own}")
     weights = {
@@ -59,8 +101,27 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
         if name.startswith(NETWORK)
     }
     try:
-        model = GPT(GPTConfig(**contents.gpt), contents.vocab_size, contents.block_size)
-        model.load_state_dict(weights)
+        net = GPT(GPTConfig(**contents.gpt), contents.vocab_size, contents.block_size, contents.head)
+        if contents.lora is not None:
+            add_lora(net, LoRA(**contents.lora))
+        net.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
-    return model.eval(), Tokenizer.from_json(contents.tokenizer, contents.start_of_text)
+    if contents.lora is not None:
+        merge_lora(net)
+        remove_lora(net)
+    return Trained(net.eval(), Tokenizer.from_json(contents.tokenizer, contents.start_of_text), contents)
+
+
+def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
+    """A language model, ready to use, and its tokenizer.
+
+    Args:
+        path: A checkpoint, a shared model, or a folder of Hugging Face's.
+        trusted: As for ``build``.
+
+    Raises:
+        UserError: It is missing, is something else, names a class that is not trusted, its parts do not fit together,
+            or it reads something else than tokens.
+    """
+    return build(load_checkpoint(path), path, trusted).as_language_model()

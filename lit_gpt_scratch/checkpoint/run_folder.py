@@ -152,7 +152,8 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """The checkpoint that a user means.
 
     Args:
-        given: A file; a run folder, for its last checkpoint; or ``last`` or None, for the newest run's.
+        given: A file; a run folder, for its last checkpoint; a folder of Hugging Face's, for itself; or ``last`` or
+            None, for the newest run's.
         runs: Folder of all experiments.
         experiment: Look for the newest run in this one only; None looks in all.
 
@@ -161,6 +162,8 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """
     if given not in (None, "last"):
         path = Path(given).expanduser()
+        if (path / "config.json").is_file():  # a folder of Hugging Face's
+            return path
         if path.is_dir():
             return _newest_whole(path)
         if not path.is_file():

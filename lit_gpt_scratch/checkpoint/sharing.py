@@ -36,7 +36,7 @@ def share(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
     contents = json.dumps(checkpoint[KEY], sort_keys=True)
     unfinished = path.with_name(f".{path.name}{UNFINISHED}")
     try:
-        unfinished.write_bytes(save(weights, {KEY: contents, "sha256": _digest(contents, weights)}))
+        unfinished.write_bytes(save(weights, {KEY: contents, "sha256": digest(contents, weights)}))
         unfinished.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -59,14 +59,15 @@ def load_shared(path: Path, prefix: str) -> dict[str, Any]:
         raise UserError(f"no checkpoint at {path}") from error
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a model of lit_gpt_scratch, or is damaged") from error
-    if metadata.get("sha256") != _digest(contents, weights):
+    if metadata.get("sha256") != digest(contents, weights):
         raise UserError(f"{path} is damaged: it is not what was written")
     return {KEY: json.loads(contents), "state_dict": {prefix + name: weight for name, weight in weights.items()}}
 
 
-def _digest(contents: str, weights: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256(contents.encode())
+def digest(contents: str, weights: dict[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors, their names and types."""
+    sha256 = hashlib.sha256(contents.encode())
     for name, weight in sorted(weights.items()):
-        digest.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())
-        digest.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())
+        sha256.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha256.hexdigest()

@@ -3,7 +3,6 @@
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,6 +38,14 @@ def main(args: Sequence[str] | None = None) -> None:
         form.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
     one.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
     many.add_argument("folder", metavar="FOLDER", type=Path, help="what to write; not there yet, or empty")
+    some = forms.add_parser(
+        "to-adapter",
+        help="the adapters of a run with LoRA",
+        description="Write what a run with --model.lora.rank trained as one .safetensors file, which generate and "
+        "evaluate put beside the weights of its base: --adapter FILE.",
+    )
+    some.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
+    some.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
     back = forms.add_parser(
         "from-hf",
         help="a folder of Hugging Face's transformers into a checkpoint",
@@ -48,16 +55,31 @@ def main(args: Sequence[str] | None = None) -> None:
     back.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, .safetensors and tokenizer.json")
     back.add_argument("checkpoint", metavar="CKPT", type=Path, help="what to write, x.ckpt or x.safetensors")
     given = flags.parse_args(args)
-    {"to-safetensors": _to_safetensors, "to-hf": _to_hf, "from-hf": _from_hf}[given.form](given)
+    ways = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
+    ways[given.form](given)
+
+
+def _to_adapter(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.adapters import save_adapter
+    from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+
+    _refuse_name(given.file)
+    save_adapter(find_checkpoint(given.checkpoint, Path(), None), given.file)
+
+
+def _refuse_name(file: Path) -> None:
+    from lit_gpt_scratch.checkpoint.sharing import SUFFIX
+
+    if file.suffix != SUFFIX:
+        raise UserError(f"argument FILE: {file} does not end with {SUFFIX}")
 
 
 def _to_safetensors(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.checkpoint.sharing import SUFFIX, share
+    from lit_gpt_scratch.checkpoint.sharing import share
 
-    if given.file.suffix != SUFFIX:
-        raise UserError(f"argument FILE: {given.file} does not end with {SUFFIX}")
+    _refuse_name(given.file)
     share(load_checkpoint(find_checkpoint(given.checkpoint, Path(), None)), NETWORK, given.file)
 
 
@@ -73,17 +95,13 @@ def _to_hf(given: Namespace) -> None:
 
 
 def _from_hf(given: Namespace) -> None:
-    from lit_gpt_scratch.checkpoint.contents import KEY, Contents
-    from lit_gpt_scratch.checkpoint.loading import NETWORK
+    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_folder
     from lit_gpt_scratch.checkpoint.sealed import save
     from lit_gpt_scratch.checkpoint.sharing import SUFFIX, share
-    from lit_gpt_scratch.interop.folder import read
 
     if given.checkpoint.exists():
         raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
-    (gpt, vocab_size, block_size), weights, tokenizer = read(given.folder)
-    contents = Contents(asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text)
-    checkpoint = {KEY: asdict(contents), "state_dict": {NETWORK + name: weights[name] for name in weights}}
+    checkpoint = load_folder(given.folder)
     if given.checkpoint.suffix == SUFFIX:
         share(checkpoint, NETWORK, given.checkpoint)
     else:
@@ -93,7 +111,7 @@ def _from_hf(given: Namespace) -> None:
 def _open(path: Path) -> "Model":
     """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
     from lit_gpt_scratch.checkpoint.contents import Contents
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import NETWORK, build, load_checkpoint
     from lit_gpt_scratch.interop.family import Shape
     from lit_gpt_scratch.interop.folder import Model
     from lit_gpt_scratch.model import GPTConfig
@@ -105,6 +123,10 @@ def _open(path: Path) -> "Model":
         gpt = GPTConfig(**contents.gpt)
     except TypeError as error:
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
+    if contents.classes is not None:
+        raise UserError(f"{path} tells apart {', '.join(contents.classes)}; only language models can be converted")
     weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
+    if contents.lora is not None:  # merged
+        weights = build(checkpoint, path, contents.gpt.get("attention")).net.state_dict()
     shape = Shape(gpt, contents.vocab_size, contents.block_size)
     return Model(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
+    from lit_gpt_scratch.checkpoint.loading import Trained
     from lit_gpt_scratch.model import GPT
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -72,27 +73,42 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--experiment", help="look for the newest run in this experiment only")
         self.add_argument("--device", default="cpu", help="cpu, cuda or mps")
         self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="type of the weights")
+        self.add_argument("--adapter", metavar="FILE", type=Path, help="beside its weights; see convert to-adapter")
         self.add_argument("--trust", metavar="CLASS", help="let a checkpoint run this attention class of your own")
 
 
 def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
-    """The model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
+    """The language model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
+
+    Raises:
+        UserError: There is no such model, or no such device.
+    """
+    return find_trained(given).as_language_model()
+
+
+def find_trained(given: argparse.Namespace) -> "Trained":
+    """Whatever model ``add_checkpoint``'s flags mean, on the device they name.
 
     Raises:
         UserError: There is no such checkpoint, or no such device.
     """
     import torch
 
-    from lit_gpt_scratch.checkpoint.loading import load_model
+    from lit_gpt_scratch.checkpoint.adapters import adapted
+    from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.hardware.defaults import use_allowed_cores
 
     use_allowed_cores()
-    model, tokenizer = load_model(find_checkpoint(given.checkpoint, given.runs, given.experiment), given.trust)
+    path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
+    trained = build(load_checkpoint(path), path, given.trust)
+    if given.adapter is not None:
+        trained = adapted(trained, given.adapter)
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
         raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")
     try:
-        return model.to(given.device, getattr(torch, PRECISIONS[given.precision])), tokenizer
+        trained.net.to(given.device, getattr(torch, PRECISIONS[given.precision]))
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"argument --device: cannot use {given.device} ({reason})") from error
+    return trained

@@ -29,7 +29,7 @@ from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import quieten, user_errors
-from lit_gpt_scratch.cli.preset import begin_with_preset, named_preset
+from lit_gpt_scratch.cli.preset import begin_with_preset, begin_with_shape, named_preset
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
@@ -104,6 +104,8 @@ class FitCLI(LightningCLI):
         flags = list(sys.argv[1:] if args is None else args)
         begin_with_preset(parser, named_preset(flags))
         self.config = parser.parse_args(flags)
+        if self.config.ckpt_path is None and begin_with_shape(parser, self.config):
+            self.config = parser.parse_args(flags)
         self.resumed: Resumed | None = None
         self.config_before: Namespace | None = None
         if self.config.ckpt_path is not None:
@@ -185,6 +187,7 @@ class FitCLI(LightningCLI):
                 if folder and self.trainer.is_global_zero:  # before its checkpoint is read: its owner may write a newer
                     ownership.enter_context(folder.owned())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
+                self._settle_start()
                 # Before there is a folder, so that unusable data leaves none behind.
                 self.datamodule.prepare_data()
                 self.datamodule.setup("fit")
@@ -200,6 +203,8 @@ class FitCLI(LightningCLI):
                     raise UserError(
                         "there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs"
                     )
+                if getattr(self.datamodule, "test_windows", None) and not leaves_nothing and not self.stopping.signum:
+                    self.trainer.test(self.model, self.datamodule, verbose=False)
         except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
             if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
                 self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
@@ -209,6 +214,12 @@ class FitCLI(LightningCLI):
                 claimed.abandon()
         if not self.config.plan and self.stopping.signum:  # it came when all was done
             self.stopping.leave(self.trainer)
+
+    def _settle_start(self) -> None:
+        """Let the data know what the model begins with; a run that goes on has all of it in its own checkpoint."""
+        if (place := getattr(self.model, "init_from", None)) is not None:
+            place = str(self.resumed.checkpoint) if self.resumed else place
+            self.model.init_from = self.datamodule.init_from = place
 
     def _compare(self, resumed: Resumed) -> None:
         """Say, or refuse, what is not as it was."""

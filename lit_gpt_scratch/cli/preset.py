@@ -5,11 +5,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
+from lit_gpt_scratch.checkpoint.starting import start_contents
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 
 
@@ -31,6 +34,40 @@ def named_preset(flags: Sequence[str]) -> str | None:
             if isinstance(content, dict) and content.get("preset") is not None:
                 return str(content["preset"])
     return None
+
+
+def begin_with_shape(parser: ArgumentParser, config: Namespace) -> bool:
+    """Make the shape of the trained model that a run is to begin with the parser's default, and its context.
+
+    Args:
+        parser: It is changed.
+        config: The flags, as parsed so far.
+
+    Returns:
+        Whether there is such a model; the flags are then to be parsed again.
+
+    Raises:
+        UserError: The model cannot be read, or a preset is named as well.
+    """
+    model, data = config.model.init_args, config.data.init_args
+    if (place := model.get("init_from")) is None:
+        return False
+    if config.preset is not None:
+        raise UserError("--preset names a shape, but model.init_from brings one; leave one of them out")
+    contents = start_contents(place)
+    # Whose code runs is for flags and configs to say, not for a checkpoint.
+    gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
+    _set_default(parser, "model", config.model.class_path, gpt=gpt)
+    if "block_size" in data:
+        _set_default(parser, "data", config.data.class_path, block_size=contents.block_size)
+    return True
+
+
+def _set_default(parser: ArgumentParser, part: str, class_path: str, **arguments: Any) -> None:
+    """Change some default arguments of a class, and leave the others as they are."""
+    before = parser.get_default(part)
+    others = before.get("init_args", {}) if before.get("class_path") == class_path else {}
+    parser.set_defaults({part: {"class_path": class_path, "init_args": {**others, **arguments}}})
 
 
 def begin_with_preset(parser: ArgumentParser, name: str | None) -> None:

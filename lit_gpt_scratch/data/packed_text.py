@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
+from lit_gpt_scratch.checkpoint.starting import start_tokenizer
 from lit_gpt_scratch.data.ordered import OrderedData, refuse_not_positive, refuse_null
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Packing, Policy, packed
 from lit_gpt_scratch.data.recipe import Recipe
@@ -61,6 +62,7 @@ class PackedText(OrderedData):
         special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
         store: Folder for the tokens of this text alone, with the text as it was cleaned, and its audit.
         cache: Folder for all others, and their texts; by default one in the user's cache folder.
+        init_from: A trained model, whose tokenizer is used; ``fit`` says here what ``model.init_from`` is.
         mixture: Folders that were given as ``store`` before, to take tokens from instead of ``source``: one; a list,
             for all windows of each; or each with a weight, for so large a share of the training windows. Validation
             sees all that any of them holds out.
@@ -95,6 +97,7 @@ class PackedText(OrderedData):
         special_tokens: Sequence[str] = (),
         store: str | None = None,
         cache: str | None = None,
+        init_from: str | None = None,
         mixture: str | Sequence[str] | dict[str, float] | None = None,
         packing: Policy = "concatenate",
         document_mask: bool = False,
@@ -130,6 +133,7 @@ class PackedText(OrderedData):
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
         self.recipe = Recipe(selection, vocab_size, tokenizer, tuple(special_tokens))
+        self.init_from = init_from
         self.packing: Policy = packing
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
@@ -153,7 +157,15 @@ class PackedText(OrderedData):
     @cached_property
     def stores(self) -> list[TokenStore]:
         """What the tokens come from: the prepared corpus, made on first use; or those that are mixed."""
-        return [TokenStore.open(folder) for folder in self.mixed] or [self.recipe.prepare(self.cache, self.kept_in)]
+        if self.mixed:
+            return [TokenStore.open(folder) for folder in self.mixed]
+        given = None
+        if self.init_from is not None:
+            for name in ("tokenizer", "vocab_size"):
+                if getattr(self.recipe, name) != inspect.signature(PackedText).parameters[name].default:
+                    raise UserError(f"model.init_from brings a tokenizer of its own; leave out data.{name}")
+            given = start_tokenizer(self.init_from)
+        return [self.recipe.prepare(self.cache, self.kept_in, given)]
 
     @cached_property
     def store(self) -> TokenStore:

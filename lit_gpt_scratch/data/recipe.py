@@ -45,17 +45,19 @@ class Recipe:
     tokenizer: str
     special: tuple[str, ...]
 
-    def prepare(self, cache: Path, store: Path | None = None) -> TokenStore:
+    def prepare(self, cache: Path, store: Path | None = None, given: Tokenizer | None = None) -> TokenStore:
         """Open the store of this recipe, making it first if it is not there.
 
         Args:
             cache: Folder of many stores, each under a hash of its tokens and of its cleaning.
             store: A folder for this store alone, and for its texts.
+            given: A tokenizer to use instead of what ``tokenizer`` names.
 
         Raises:
             UserError: A source, the tokenizer or a folder is unusable, or ``store`` holds other tokens.
         """
-        given = None if self.tokenizer in KINDS else Tokenizer.load(Path(self.tokenizer).expanduser())
+        if given is None and self.tokenizer not in KINDS:
+            given = Tokenizer.load(Path(self.tokenizer).expanduser())
         if store is not None:
             self._refuse_place(store)
             if not store.exists() or not any(store.iterdir()):

@@ -1,7 +1,8 @@
 """What is read off the stream after the last block: tokens, classes, or a number. The matrix itself is ``GPT.head``."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Classes:
-    """Logits of classes, at every token: (B, T, n). The last token of a text has seen all of it.
+    """Logits of classes, at every token: (B, T, n).
 
     Attributes:
         n: How many classes there are.
@@ -70,3 +71,18 @@ class Scalar:
     def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
         """Without the dimension that it comes in."""
         return x.squeeze(-1)
+
+
+def last(x: Tensor, lengths: Tensor) -> Tensor:
+    """The stream at the last token of each text, which has seen all of it: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
+    return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1].unsqueeze(1)
+
+
+def mean(x: Tensor, lengths: Tensor) -> Tensor:
+    """The mean of the stream over each text: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
+    within = torch.arange(x.size(1), device=x.device) < lengths[:, None]  # (B, T)
+    return (x * within[..., None]).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
+
+
+POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": last, "mean": mean}
+"""How a text's stream becomes one vector; ``lengths`` are its tokens, and the others fill the window up."""

@@ -102,10 +102,14 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 def test_differences_are_named() -> None:
     contents = Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
-    refuse_other_model(contents, {"n_layer": 4, "n_head": 3}, 300, 32)
-    refuse_other_model(contents, {"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32)  # a newer switch, off
+    refuse_other_model(contents, Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
+    newer = Contents({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer switch, off
+    refuse_other_model(contents, newer)
     with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
-        refuse_other_model(contents, {"n_layer": 5, "n_head": 3}, 300, 64)
+        refuse_other_model(contents, Contents({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
+    adapted = Contents({"n_layer": 5, "n_head": 3}, 300, 64, "{}", lora={"rank": 8})
+    with pytest.raises(UserError, match=r"lora.rank None there, 8 here; n_layer 4 there, 5 here$"):
+        refuse_other_model(contents, adapted, free=("block_size",))
     refuse_other_tokenizer(contents, "{}")
     with pytest.raises(UserError, match="another tokenizer"):
         refuse_other_tokenizer(contents, "{ }")

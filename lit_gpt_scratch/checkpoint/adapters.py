@@ -1,0 +1,71 @@
+"""Adapters in a file of their own: several for one base, each a small part of its size."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import nn
+
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.loading import NETWORK, Trained, load_checkpoint
+from lit_gpt_scratch.checkpoint.sharing import digest, load_shared, share
+from lit_gpt_scratch.checkpoint.starting import begin_with
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
+
+HEAD = "head.weight"
+PARTS = (".lora_a", ".lora_b")
+
+
+def fingerprint(net: nn.Module) -> str:
+    """A hash of a network's weights but for the head, which is an adapter's own where it reads something else."""
+    return digest("", {name: weight for name, weight in net.state_dict().items() if name != HEAD})
+
+
+def save_adapter(checkpoint: Path, path: Path) -> None:
+    """Write what a run with LoRA has trained, and no more; the tokenizer is the base's.
+
+    Args:
+        checkpoint: Of the run.
+        path: The file to write; its name ends with ``.safetensors``.
+
+    Raises:
+        UserError: The checkpoint has no adapters, or the file cannot be written.
+    """
+    loaded = load_checkpoint(checkpoint)
+    contents = Contents.of(loaded)
+    if contents.lora is None:
+        raise UserError(f"{checkpoint} has no adapters; a run with --model.lora.rank trains them")
+    trained = {
+        name: weight
+        for name, weight in loaded["state_dict"].items()
+        if name.endswith(PARTS) or (contents.classes and name == NETWORK + HEAD)
+    }
+    share({KEY: asdict(replace(contents, tokenizer="")), "state_dict": trained}, NETWORK, path)
+
+
+def adapted(base: Trained, adapter: Path) -> Trained:
+    """A base with an adapter merged into its weights.
+
+    Args:
+        base: What the adapter was trained on.
+        adapter: What ``save_adapter`` wrote.
+
+    Raises:
+        UserError: The file holds something else, or an adapter for another base.
+    """
+    loaded = load_shared(adapter, "")
+    contents = Contents.of(loaded)
+    if contents.lora is None or contents.tokenizer:
+        raise UserError(f"{adapter} holds no adapters, but a model of its own")
+    if contents.base != fingerprint(base.net):
+        raise UserError(f"{adapter} is for another base: its adapters were trained beside other weights than these")
+    net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, base.net.block_size, contents.head)
+    begin_with(base, net)
+    add_lora(net, LoRA(**contents.lora))
+    _, unexpected = net.load_state_dict(loaded["state_dict"], strict=False)
+    assert not unexpected
+    merge_lora(net)
+    remove_lora(net)
+    own = replace(contents, tokenizer=base.contents.tokenizer, lora=None, base=None)
+    return Trained(net.eval(), base.tokenizer, own)

@@ -1,0 +1,136 @@
+"""Telling classes of texts apart: a head with a row a class, which reads a text once it has been seen whole."""
+
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, Literal, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassAUROC,
+    MulticlassConfusionMatrix,
+    MulticlassF1Score,
+)
+from typing_extensions import override
+
+from lit_gpt_scratch.batch import IGNORED, LabelledBatch
+from lit_gpt_scratch.checkpoint.contents import Contents
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.heads import POOLINGS, Classes
+from lit_gpt_scratch.tasks.gpt_task import GPTTask, TokenData
+
+
+class LabelledData(TokenData, Protocol):
+    """What the task reads from the data module, once that is set up."""
+
+    class_names: list[str]
+    class_counts: list[int]
+
+
+class Classification(GPTTask):
+    """A GPT that learns which class a text is of.
+
+    Validation and test measure the loss, accuracy, F1 and the area under the ROC curve (both means over the classes).
+
+    Args:
+        pooling: What the head reads of a text: the stream at its ``last`` token, or the ``mean`` over all.
+        class_weights: What a label of each class counts in the loss, by the class's name; or ``balanced``, so that
+            every class counts alike however rare it is. By default every label counts alike.
+        kwargs: As for ``GPTTask``. The head is not tied to the embedding, whatever ``gpt`` says.
+
+    Raises:
+        UserError: There is no such pooling.
+    """
+
+    metrics: MetricCollection
+    weights: Tensor
+    confusion: Tensor
+    """(n, n) int64: how many texts of the class of each row were taken for that of each column, when last measured."""
+
+    def __init__(
+        self,
+        pooling: str = "last",
+        class_weights: Literal["balanced"] | dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if pooling not in POOLINGS:
+            raise UserError(f"model.pooling is {pooling}; it must be one of {', '.join(POOLINGS)}")
+        for name, weight in class_weights.items() if isinstance(class_weights, dict) else ():
+            if not 0.0 <= weight < float("inf"):
+                raise UserError(f"model.class_weights: that of {name} is {weight}; it must be 0 or more")
+        self.pooling = pooling
+        self.class_weights = class_weights
+
+    @property
+    def labelled(self) -> LabelledData:
+        """The data module, as one with classes.
+
+        Raises:
+            UserError: It has none.
+        """
+        if not hasattr(self.data, "class_names"):
+            raise UserError(f"data: {type(self.data).__name__} has no classes; Classification needs LabelledText")
+        return cast(LabelledData, self.data)
+
+    @property
+    @override
+    def reads(self) -> Classes:
+        return Classes(len(self.labelled.class_names))
+
+    @cached_property
+    @override
+    def gpt(self) -> GPTConfig:
+        return replace(super().gpt, tied_embeddings=False)
+
+    @override
+    def build_metrics(self) -> MetricCollection:
+        names, counts = self.labelled.class_names, self.labelled.class_counts
+        n, weights = len(names), [1.0] * len(names)
+        if self.class_weights == "balanced":
+            weights = [sum(counts) / n / count for count in counts]
+        elif self.class_weights is not None:
+            if unknown := self.class_weights.keys() - set(names):
+                raise UserError(f"model.class_weights: there is no class {min(unknown)}; there is {', '.join(names)}")
+            weights = [self.class_weights.get(name, 1.0) for name in names]
+        self.register_buffer("weights", torch.tensor(weights), persistent=False)
+        measures = {
+            "accuracy": MulticlassAccuracy(n, average="micro", ignore_index=IGNORED),
+            "f1": MulticlassF1Score(n, ignore_index=IGNORED),
+            "auroc": MulticlassAUROC(n, ignore_index=IGNORED),
+            "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORED),
+        }
+        return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **measures})
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits of the classes: (B, T) int64 ids, filled up behind each text's (B,) tokens -> (B, n) float32."""
+        stream = POOLINGS[self.pooling](self.net.hidden(input_ids), lengths)  # (B, 1, n_embd)
+        return self.net.read(stream).squeeze(1)
+
+    @override
+    def losses(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+        return self._losses(self(batch["input_ids"], batch["lengths"]), batch["labels"])
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        lost = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum")
+        return lost, self.weights[labels[labels != IGNORED]].sum()
+
+    @override
+    def measure(self, batch: LabelledBatch) -> None:
+        logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
+        lost, counted = self._losses(logits, labels)
+        of_batch = {"value": lost / counted.clamp(min=1e-12), "weight": counted}
+        self.metrics.update(preds=logits.softmax(-1), target=labels, **of_batch)
+
+    @override
+    def log_metrics(self, side: str) -> None:
+        self.confusion = self.metrics["confusion"].compute()
+        super().log_metrics(side)
+
+    @override
+    def contents(self) -> Contents:
+        return replace(super().contents(), classes=self.labelled.class_names, pooling=self.pooling)
