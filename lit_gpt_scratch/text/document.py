@@ -1,7 +1,9 @@
-"""What a corpus is made of."""
+"""What a corpus is made of, and what it is read from."""
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
+
+from lit_gpt_scratch.errors import UserError
 
 LONGEST: Final = 2**25
 """Bytes of a document, a record or a line; what is longer is no text that a person wrote."""
@@ -27,3 +29,29 @@ class Rejected:
     id: str
     reason: str
     n_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of a table.
+
+    Attributes:
+        id: A name by which it can be found again: a file and the number of the row, from 1.
+        where: Its place as a user can look it up, for a message: the file, and the line in it if it has lines.
+        fields: What is in its columns, by their names.
+    """
+
+    id: str
+    where: str
+    fields: dict[str, Any]
+
+    def text(self, column: str) -> str:
+        """The text in a column; empty where there is nothing.
+
+        Raises:
+            UserError: There is something else.
+        """
+        value = self.fields.get(column)
+        if value is not None and not isinstance(value, str):
+            raise UserError(f"{self.where}: '{column}' is {type(value).__name__}, not text")
+        return value or ""

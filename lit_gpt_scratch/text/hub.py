@@ -5,8 +5,9 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.tables import ROWS_AT_ONCE, document, quiet, require, texts_of
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.lines import Columns, require
+from lit_gpt_scratch.text.tables import ROWS_AT_ONCE, fields_of, quiet
 
 NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """``owner/name``, and a revision where one is to be held on to."""
@@ -14,8 +15,8 @@ PATIENCE: Final = 10.0
 """Seconds to wait for a first answer."""
 
 
-def rows(name: str, column: str, config: str | None, split: str, streaming: bool) -> Iterator[Document]:
-    """The texts of one column; ``owner/name:3`` is the third row.
+def rows(name: str, columns: Columns | None, config: str | None, split: str, streaming: bool) -> Iterator[Row]:
+    """The rows of a dataset; ``owner/name:3`` is the third.
 
     Raises:
         UserError: There is no such dataset, configuration, split or column, or the Hub cannot be reached.
@@ -25,11 +26,11 @@ def rows(name: str, column: str, config: str | None, split: str, streaming: bool
     path, revision = name.partition("@")[0], _revision(name)
     with _said(name), quiet():
         found = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
-        if found.column_names is not None:  # other columns need not be fetched, nor understood
-            require(column, found.column_names, name)
-            found = found.select_columns([column])
-        for number, text in enumerate(texts_of(found.iter(ROWS_AT_ONCE), column, name), 1):
-            yield document(path, number, text)
+        if columns is not None and found.column_names is not None:  # others need not be fetched, nor understood
+            require(columns, found.column_names, name)
+            found = found.select_columns(list(columns.values()))
+        for number, fields in enumerate(fields_of(found.iter(ROWS_AT_ONCE), columns, name), 1):
+            yield Row(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 
 def stamp(name: str, config: str | None) -> str:

@@ -8,6 +8,7 @@ document begins and its bytes of text.
 import hashlib
 import mmap
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from lit_gpt_scratch.text.whole import whole_file
 
 Ids = NDArray[np.unsignedinteger[Any]]
+Integers = NDArray[np.int64]
 Part = Literal["tokens", "documents"]
 PARTS: Final[tuple[Part, ...]] = ("tokens", "documents")
 
@@ -122,6 +124,34 @@ class Stream:
         """The shard that holds a token, and its first token."""
         place = bisect_right(self.ends, token)
         return self.shards[place], self.ends[place] - self.shards[place].n_tokens
+
+    def where(self, token: int) -> str:
+        """The shard that holds a token, for a message."""
+        shard, _ = self.shard_of(token)
+        return f"shard {shard.name} of {shard.folder}"
+
+    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+        """Of each shard, the first token of its documents, counted through the stream, and how many each has."""
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            starts = shard.documents[:, 0].astype(np.int64)
+            yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
+
+    def borders(self, start: int, stop: int) -> Integers:
+        """Which tokens from ``start`` to ``stop`` are the first of a document."""
+        found = [np.zeros(0, np.int64)]
+        while start < min(stop, self.n_tokens):
+            shard, first = self.shard_of(start)
+            end = min(stop, first + shard.n_tokens)
+            begins = shard.documents[:, 0]
+            between = np.array([start - first, end - first], begins.dtype)  # of another type, all would be converted
+            a, b = np.searchsorted(begins, between)
+            found.append(begins[a:b].astype(np.int64) + first)
+            start = end
+        return np.concatenate(found)
+
+    def labels(self, start: int, stop: int) -> Ids:
+        """What follows each token from ``start`` to ``stop``; the stream's last has nothing that does."""
+        return self.read(start + 1, stop + 1)
 
     def read(self, start: int, stop: int) -> Ids:
         """Tokens ``start`` to ``stop``, or to the end; within a shard nothing is copied."""

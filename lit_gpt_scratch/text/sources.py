@@ -13,7 +13,8 @@ from typing import Final
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, tables
 from lit_gpt_scratch.text.compressed import DAMAGE, opened
-from lit_gpt_scratch.text.document import LONGEST, Document, Rejected, blank
+from lit_gpt_scratch.text.document import LONGEST, Document, Rejected, Row, blank
+from lit_gpt_scratch.text.lines import Columns
 
 STDLIB: Final = "stdlib"
 """The default source: the Python standard library's own sources, real text that is always there."""
@@ -60,14 +61,31 @@ class Source:
         Raises:
             UserError: The source is missing, is not what its name says, or has a row that cannot be read.
         """
+        columns = {"text_column": self.column}
         if self.on_hub:
-            yield from hub.rows(self.name, self.column, self.config, self.split, self.streaming)
+            yield from (tables.document(row, self.column) for row in self.rows(columns))
             return
         for name, path in self._files():
             if tables.has_rows(path, in_folder=self._of_folder):
-                yield from tables.rows(path, name, self.column)
+                yield from (tables.document(row, self.column) for row in tables.rows(path, name, columns))
             else:
                 yield from self._text(name, path)
+
+    def rows(self, columns: Columns | None = None) -> Iterator[Row]:
+        """Every row, with these columns or all; a folder's files without rows are passed over.
+
+        Raises:
+            UserError: The source is missing, has no rows, lacks a column, or has a row that cannot be read.
+        """
+        if self.on_hub:
+            yield from hub.rows(self.name, columns, self.config, self.split, self.streaming)
+            return
+        files = list(self._files())
+        tabular = [(name, path) for name, path in files if tables.has_rows(path, in_folder=False)]
+        if not tabular or (len(tabular) < len(files) and not self._of_folder):
+            raise UserError(f"{self.name} holds no rows; name a file of {', '.join(tables.FORMATS)}, or a dataset")
+        for name, path in tabular:
+            yield from tables.rows(path, name, columns)
 
     def stamp(self, here: bool = False) -> str:
         """What changes when the source does, without reading it: names, sizes and times of files, or a revision.
