@@ -19,7 +19,8 @@ import numpy as np
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.bin_packing import best_fit
-from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
+from lit_gpt_scratch.data.packing import POLICIES, cost
+from lit_gpt_scratch.data.packing_cost import Cost
 from lit_gpt_scratch.text.audit import drawn
 
 DRAWN = 10_000_000

@@ -13,7 +13,8 @@ from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.messages import quieten
 from lit_gpt_scratch.cli.showing import show, shows_colours
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
+from lit_gpt_scratch.data.packing import POLICIES, cost
+from lit_gpt_scratch.data.packing_cost import Cost
 from lit_gpt_scratch.data.recipe import VOCABULARY
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError

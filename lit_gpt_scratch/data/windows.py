@@ -10,8 +10,8 @@ from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.data.packing import Packing
+from lit_gpt_scratch.data.tokens import Tokens
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.shards import Stream
 
 
 class Windows(Dataset[Batch]):
@@ -21,7 +21,7 @@ class Windows(Dataset[Batch]):
         parts: Each store's.
         block_size: Tokens in a window, ``T``.
         vocab_size: Tokens that there are.
-        end_of_text: The token that each document begins with; it also fills what is left of a window.
+        end_of_text: The token that fills what is left of a window.
         document_mask: Say which document each token is of.
     """
 
@@ -34,6 +34,11 @@ class Windows(Dataset[Batch]):
         self.end_of_text = end_of_text
         self.document_mask = document_mask
         self._ends = list(accumulate(len(part) for part in parts))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Windows of each part."""
+        return [len(part) for part in self.parts]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -49,25 +54,27 @@ class Windows(Dataset[Batch]):
         shape = len(indices), self.block_size
         ids = np.full(shape, self.end_of_text, dtype=np.int64)
         labels = np.full(shape, IGNORED, dtype=np.int64)
-        begins = np.zeros(shape, dtype=bool)  # of a piece
+        begins = np.zeros(shape, dtype=bool)  # a document, or its part in this window
         for row, index in enumerate(indices):
             column = 0
             stream, pieces = self.pieces(index)
             for start, length in pieces:
-                tokens = stream.read(start, start + length + 1)
-                ids[row, column : column + length] = tokens[:length]
-                labels[row, column : column + len(tokens) - 1] = tokens[1:]  # the stream's last token has none
-                begins[row, column] = True
+                ids[row, column : column + length] = stream.read(start, start + length)
+                following = stream.labels(start, start + length)
+                labels[row, column : column + len(following)] = following
+                if self.document_mask:
+                    begins[row, column] = True
+                    begins[row, column - start + stream.borders(start, start + length)] = True
                 column += length
+            begins[row, column:] = True  # what fills the window up is of no document, and each place alone
         if max(ids.max(), labels.max()) >= self.vocab_size:
             raise self._beyond(indices)
         batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
         if self.document_mask:
-            document_ids = np.cumsum(begins | (ids == self.end_of_text), axis=1)
-            batch["document_ids"] = torch.from_numpy(document_ids)
+            batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
         return batch
 
-    def pieces(self, index: int) -> tuple[Stream, list[tuple[int, int]]]:
+    def pieces(self, index: int) -> tuple[Tokens, list[tuple[int, int]]]:
         """The store's stream that a window is of, and its stretches of it; see ``Packing.pieces``."""
         part = min(bisect_right(self._ends, index), len(self.parts) - 1)
         packing = self.parts[part]
@@ -80,9 +87,8 @@ class Windows(Dataset[Batch]):
                 tokens = stream.read(start, start + length + 1)
                 beyond = np.flatnonzero(tokens >= self.vocab_size)
                 if len(beyond):
-                    shard, _ = stream.shard_of(start + int(beyond[0]))
                     return UserError(
-                        f"shard {shard.name} of {shard.folder} has token {tokens[beyond[0]]}, but its tokenizer only "
+                        f"{stream.where(start + int(beyond[0]))} has token {tokens[beyond[0]]}, but its tokenizer only "
                         f"{self.vocab_size} tokens; delete the folder and prepare it again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.data import packing as module
+from lit_gpt_scratch.data import plans as module
 from lit_gpt_scratch.data.bin_packing import best_fit
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, cost, packed
 from lit_gpt_scratch.data.windows import Windows

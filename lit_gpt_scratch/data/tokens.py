@@ -1,0 +1,84 @@
+"""What windows are laid from: a row of tokens, with the borders of its documents and what is to be predicted."""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Integers = NDArray[np.int64]
+
+
+class Tokens(Protocol):
+    """Documents, one behind the other: the shards of a store (``text.shards.Stream``), or records in memory."""
+
+    @property
+    def n_tokens(self) -> int:
+        """How many there are."""
+
+    @property
+    def n_documents(self) -> int:
+        """Documents."""
+
+    def read(self, start: int, stop: int) -> NDArray[Any]:
+        """Tokens ``start`` to ``stop``, or to the end."""
+
+    def labels(self, start: int, stop: int) -> NDArray[Any]:
+        """What is to be predicted at each of them, or ``IGNORED``; the last of all may have none."""
+
+    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+        """Part by part, the first token of its documents and how many tokens each has."""
+
+    def borders(self, start: int, stop: int) -> Integers:
+        """Which of the tokens ``start`` to ``stop`` are the first of a document."""
+
+    def where(self, token: int) -> str:
+        """What holds a token, for a message."""
+
+
+class Records:
+    """Records in memory, each a document.
+
+    Args:
+        names: Of each record, for a message.
+        inputs: Of each, (n,) int64, at least one.
+        labels: Of each, (n,) int64: what is to be predicted at each input, or ``IGNORED``.
+    """
+
+    def __init__(self, names: Sequence[str], inputs: Sequence[Integers], labels: Sequence[Integers]) -> None:
+        self.names = names
+        self._lengths = np.array([len(ids) for ids in inputs], np.int64)
+        self._starts = np.cumsum(self._lengths) - self._lengths
+        self._inputs = np.concatenate([np.zeros(0, np.int64), *inputs])
+        self._labels = np.concatenate([np.zeros(0, np.int64), *labels])
+
+    @property
+    def n_tokens(self) -> int:
+        """Inputs of all records."""
+        return len(self._inputs)
+
+    @property
+    def n_documents(self) -> int:
+        """Records."""
+        return len(self.names)
+
+    def read(self, start: int, stop: int) -> Integers:
+        """Inputs ``start`` to ``stop``."""
+        return self._inputs[start:stop]
+
+    def labels(self, start: int, stop: int) -> Integers:
+        """What is to be predicted at each of them."""
+        return self._labels[start:stop]
+
+    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+        """All records at once."""
+        yield self._starts, self._lengths
+
+    def borders(self, start: int, stop: int) -> Integers:
+        """Which of the inputs are the first of a record."""
+        return self._starts[slice(*np.searchsorted(self._starts, (start, stop)))]
+
+    def where(self, token: int) -> str:
+        """The record that holds an input."""
+        return self.names[bisect_right(self._starts, token) - 1]
