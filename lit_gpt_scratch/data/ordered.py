@@ -1,25 +1,43 @@
-"""What every DataModule has in common: batches of windows, in an order that is known, from where the trainer stands."""
+"""What every DataModule has in common: batches of windows, in an order that is known, from where the trainer stands.
+
+A window is what takes a row of a batch: packed documents, or one record that is filled up.
+"""
 
 import os
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol, cast
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from lit_gpt_scratch.batch import Batch, Layout
+from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.data.sampler import EveryWindow, Shuffle, WindowOrder
-from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 LARGEST: Final = 2**30
 """No size comes near it; some libraries end the process when asked for more than there can be."""
 
 
+class Arrangement(Protocol):
+    """What a loader reads: windows, counted through; an index behind the last stands for one without labels."""
+
+    @property
+    def sizes(self) -> list[int]:
+        """Windows of each part."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def __getitems__(self, indices: Sequence[int]) -> Any:
+        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it."""
+
+
 class OrderedData(L.LightningDataModule):
-    """Windows, dealt out. Subclasses set ``train_windows``, ``validation_windows`` and ``weights`` in ``setup``.
+    """Windows, dealt out. Subclasses set ``train_windows`` and the like in ``setup``, and have a ``tokenizer``.
 
     Args:
         block_size: Tokens in a window.
@@ -32,8 +50,10 @@ class OrderedData(L.LightningDataModule):
         UserError: A number is out of range.
     """
 
-    train_windows: Windows
-    validation_windows: Windows
+    train_windows: Arrangement
+    validation_windows: Arrangement
+    test_windows: Arrangement | None = None
+    """None where nothing is held out for a test."""
     weights: Sequence[float] | None = None
     """Of each part of ``train_windows``; None for as many windows as each has."""
 
@@ -51,6 +71,26 @@ class OrderedData(L.LightningDataModule):
         self.tokens_per_step = tokens_per_step
         self.num_workers = num_workers
         self.seed = seed
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        raise NotImplementedError
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids, as trained: it can be below what was asked for on a short text."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def token_bytes(self) -> list[int]:
+        """Bytes of text that each token id stands for."""
+        return self.tokenizer.token_bytes()
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The tokenizer as the text of its file; checkpoints embed it."""
+        return self.tokenizer.to_json()
 
     @property
     def tokens_per_batch(self) -> int:
@@ -73,19 +113,27 @@ class OrderedData(L.LightningDataModule):
     def order(self) -> WindowOrder:
         """The training order of this process, from where the trainer stands."""
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shuffle = Shuffle([len(part) for part in self.train_windows.parts], seed, self.weights)
+        shuffle = Shuffle(self.train_windows.sizes, seed, self.weights)
         batch_size, replicas, accumulate = self.layout
         return WindowOrder(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> DataLoader[Any]:
         """Batches in their order."""
         return self._loader(self.train_windows, self.order)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once."""
-        shard = self.shard
-        order = EveryWindow(len(self.validation_windows), self.batch_size, shard["rank"], shard["num_replicas"])
-        return self._loader(self.validation_windows, order)
+        return self._every(self.validation_windows)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Every test window once.
+
+        Raises:
+            UserError: Nothing is held out for a test.
+        """
+        if self.test_windows is None:
+            raise UserError(f"{type(self).__name__} holds nothing out for a test")
+        return self._every(self.test_windows)
 
     def accumulate(self) -> None:
         """Settle how many micro-batches make a step.
@@ -125,9 +173,14 @@ class OrderedData(L.LightningDataModule):
         batches = loop.epoch_loop.batch_progress
         return (epochs.processed + 1, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
 
-    def _loader(self, windows: Windows, order: WindowOrder | EveryWindow) -> DataLoader[Batch]:
+    def _every(self, windows: Arrangement) -> DataLoader[Any]:
+        shard = self.shard
+        order = EveryWindow(len(windows), self.batch_size, shard["rank"], shard["num_replicas"])
+        return self._loader(windows, order)
+
+    def _loader(self, windows: Arrangement, order: WindowOrder | EveryWindow) -> DataLoader[Any]:
         return DataLoader(
-            windows,
+            cast("Dataset[Any]", windows),
             batch_size=self.batch_size,
             sampler=order,
             num_workers=self.num_workers,
@@ -153,5 +206,5 @@ def refuse_not_positive(given: dict[str, int | None]) -> None:
 
 
 def _as_is(batch: Any) -> Any:
-    """``Windows`` makes whole batches: nothing is left to collate."""
+    """An arrangement makes whole batches: nothing is left to collate."""
     return batch

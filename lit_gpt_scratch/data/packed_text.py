@@ -81,6 +81,9 @@ class PackedText(OrderedData):
         UserError: A number is out of range.
     """
 
+    train_windows: Windows
+    validation_windows: Windows
+
     def __init__(
         self,
         source: str | dict[str, float] = STDLIB,
@@ -179,18 +182,8 @@ class PackedText(OrderedData):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, as trained: it can be below what was asked for on a short text."""
+        """Number of token ids, as the store says without reading its tokenizer."""
         return self.store.vocab_size
-
-    @property
-    def token_bytes(self) -> list[int]:
-        """Bytes of text that each token id stands for."""
-        return self.tokenizer.token_bytes()
-
-    @property
-    def tokenizer_json(self) -> str:
-        """The tokenizer as the text of its file; checkpoints embed it."""
-        return self.tokenizer.to_json()
 
     def prepare_data(self) -> None:
         """Tokenise the corpus unless a store of it exists."""

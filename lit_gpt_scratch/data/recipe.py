@@ -182,21 +182,27 @@ class Recipe:
         with progress_bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
             texts = _sliced(_noted(corpus.texts("train", share), progress))
             tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
-        self._refuse_too_few(tokenizer)
+        refuse_too_few(tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return tokenizer
 
     def _opened(self, folder: Path) -> TokenStore:
         store = TokenStore.open(folder)
-        self._refuse_too_few(store.tokenizer)  # it may have been made for somebody who did not ask for a number
+        # It may have been made for somebody who did not ask for a number.
+        refuse_too_few(store.tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return store
 
-    def _refuse_too_few(self, tokenizer: Tokenizer) -> None:
-        asked = self.vocab_size or 0
-        if self.tokenizer in OF_ANY_SIZE and tokenizer.vocab_size < asked:
-            raise UserError(
-                f"data.vocab_size is {asked:,}, but {self.selection.name} gives a tokenizer of kind {self.tokenizer} "
-                f"only {tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
-            )
+
+def refuse_too_few(tokenizer: Tokenizer, kind: str, asked: int | None, name: str) -> None:
+    """Refuse a smaller vocabulary than was asked for.
+
+    Raises:
+        UserError: The text gives no more.
+    """
+    if kind in OF_ANY_SIZE and tokenizer.vocab_size < (asked or 0):
+        raise UserError(
+            f"data.vocab_size is {asked:,}, but {name} gives a tokenizer of kind {kind} only "
+            f"{tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
+        )
 
 
 def _noted(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:

@@ -1,5 +1,6 @@
 """What a corpus is made of, and what it is read from."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -45,13 +46,14 @@ class Row:
     where: str
     fields: dict[str, Any]
 
-    def text(self, column: str) -> str:
-        """The text in a column; empty where there is nothing.
 
-        Raises:
-            UserError: There is something else.
-        """
-        value = self.fields.get(column)
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"{self.where}: '{column}' is {type(value).__name__}, not text")
-        return value or ""
+def text_of(fields: Mapping[str, Any], column: str) -> str:
+    """The text in a column; empty where there is nothing.
+
+    Raises:
+        UserError: There is something else; without its place, which the caller knows.
+    """
+    value = fields.get(column)
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"'{column}' is {type(value).__name__}, not text")
+    return value or ""

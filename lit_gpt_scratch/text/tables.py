@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.compressed import COMPRESSED, opened
-from lit_gpt_scratch.text.document import LONGEST, Document, Row
+from lit_gpt_scratch.text.document import LONGEST, Document, Row, text_of
 from lit_gpt_scratch.text.lines import READERS, Columns, Fields, first_line, require
 
 FORMATS: Final = {
@@ -55,7 +55,10 @@ def document(row: Row, column: str) -> Document:
     Raises:
         UserError: There is something else, or it is longer than any text.
     """
-    text = row.text(column)
+    try:
+        text = text_of(row.fields, column)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
     if len(text) > LONGEST:
         raise UserError(f"{row.where} has a text of {len(text) >> 20} MB; {LONGEST >> 20} is the most")
     return Document(row.id, text)

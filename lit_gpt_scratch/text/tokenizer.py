@@ -167,6 +167,11 @@ class Tokenizer:
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
+    def special(self, token: str) -> int | None:
+        """The id of a special token, by its text; None if there is none of that name."""
+        added = self._backend.get_added_tokens_decoder().items()
+        return next((token_id for token_id, one in added if one.special and one.content == token), None)
+
     def tokens(self) -> list[str]:
         """The text of every id, special tokens as they are; bytes that form no UTF-8 show as U+FFFD."""
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]

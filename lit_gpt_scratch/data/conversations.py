@@ -1,0 +1,79 @@
+"""Conversations: the data of instruction tuning."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.data.examples import Example, Sequenced
+from lit_gpt_scratch.data.plans import Laid
+from lit_gpt_scratch.data.records import RecordData
+from lit_gpt_scratch.data.tokens import Records
+from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.text import generated
+from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template, conversation
+from lit_gpt_scratch.text.document import Row
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages that end with a reply."""
+
+    messages: Sequence[Message]
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Of every message."""
+        return [message.content for message in self.messages]
+
+
+class Conversations(RecordData[Conversation]):
+    """Instructions and messages with replies, in the one template (``text.chat``); only replies are learned.
+
+    Records are packed by best fit into windows of ``block_size`` tokens, in which they see nothing of each other.
+
+    Args:
+        **others: See ``RecordData``.
+    """
+
+    shares = (0.05, 0.1)
+    special_tokens = ROLE_TOKENS
+
+    def __init__(self, **others: Any) -> None:
+        super().__init__(**others)
+
+    def generated(self) -> Iterator[Row]:
+        """Small tasks about words."""
+        return generated.conversations()
+
+    def record(self, fields: dict[str, Any]) -> Conversation:
+        """Its messages, in whichever form."""
+        return Conversation(conversation(fields))
+
+    @cached_property
+    def template(self) -> Template:
+        """In the tokens of this data."""
+        return Template(self.tokenizer)
+
+    def sequences(self, record: Conversation) -> tuple[Sequenced, ...]:
+        """The tokens of the template, each with the one that follows it, where that is of a reply."""
+        ids, learned = map(np.array, self.template.render(record.messages))
+        return (Sequenced(ids[:-1], np.where(learned[1:], ids[1:], IGNORED)),)
+
+    @property
+    def uneven(self) -> bool:
+        """Windows have as many labels as their replies are long."""
+        return True
+
+    def arrange(self, examples: Sequence[Example]) -> Windows:
+        """Packed windows."""
+        records = Records(
+            [example.where for example in examples],
+            [example.sequences[0].ids for example in examples],
+            [example.sequences[0].labels for example in examples],
+        )
+        packing = Laid(records, self.block_size, "best_fit")
+        return Windows([packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True)

@@ -1,0 +1,111 @@
+"""Records in tokens, and what becomes of those that are too long."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final, Literal, NamedTuple, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.errors import UserError
+
+log = logging.getLogger(__name__)
+
+TooLong = Literal["refuse", "cut", "drop"]
+TOO_LONG: Final[tuple[TooLong, ...]] = get_args(TooLong)
+
+
+@dataclass(frozen=True)
+class Sequenced:
+    """Tokens that a model reads at once.
+
+    Attributes:
+        ids: (n,) int64.
+        labels: (n,) int64, what is to be predicted at each, or ``IGNORED``; or (1,), what is to be said of all.
+    """
+
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+
+    def cut(self, n: int) -> "Sequenced":
+        """The first so many tokens."""
+        return Sequenced(self.ids[:n], self.labels[:n])
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that count."""
+        return int((self.labels != IGNORED).sum())
+
+
+class Example(NamedTuple):
+    """A record as tokens: one sequence, or several that are learned from together.
+
+    Attributes:
+        where: The place of its row, for a message.
+        sequences: As the stage needs them.
+    """
+
+    where: str
+    sequences: tuple[Sequenced, ...]
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens of its longest sequence."""
+        return max(len(sequence.ids) for sequence in self.sequences)
+
+    @property
+    def n_labels(self) -> int:
+        """Labels that count."""
+        return sum(sequence.n_labels for sequence in self.sequences)
+
+    def cut(self, n: int) -> "Example":
+        """With no sequence longer than so many tokens."""
+        return Example(self.where, tuple(sequence.cut(n) for sequence in self.sequences))
+
+
+class Count(NamedTuple):
+    """What is on a side: records, the tokens that a model reads of them, and the labels among these."""
+
+    records: int
+    tokens: int
+    labels: int
+
+
+def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side: str) -> list[Example]:
+    """Examples of at most ``block_size`` tokens.
+
+    What is cut so that no label is left of it is dropped.
+
+    Raises:
+        UserError: One is longer, and is to be refused.
+    """
+    found: list[Example] = []
+    n_cut = n_dropped = 0
+    for example in examples:
+        n_tokens = example.n_tokens
+        if n_tokens <= block_size:
+            found.append(example)
+            continue
+        if too_long == "refuse":
+            raise UserError(
+                f"{example.where} has {n_tokens:,} tokens, more than a row has room for: {block_size:,}; raise "
+                "--data.block_size, or cut or drop such records: --data.too_long cut"
+            )
+        cut = example.cut(block_size)
+        if too_long == "cut" and (cut.n_labels or not example.n_labels):
+            found.append(cut)
+            n_cut += 1
+        else:
+            n_dropped += 1
+    if n_cut or n_dropped:
+        log.warning(
+            "%s: of %d records longer than %d tokens %d were cut and %d dropped",
+            side,
+            n_cut + n_dropped,
+            block_size,
+            n_cut,
+            n_dropped,
+        )
+    return found

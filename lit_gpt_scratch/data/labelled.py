@@ -1,0 +1,159 @@
+"""Labelled text: the data of classification."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lit_gpt_scratch.batch import IGNORED, LabelledBatch
+from lit_gpt_scratch.data.examples import Example, Sequenced
+from lit_gpt_scratch.data.record_split import shuffled
+from lit_gpt_scratch.data.records import RecordData
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import generated
+from lit_gpt_scratch.text.document import Row, blank, text_of
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its label."""
+
+    text: str
+    label: str
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """The text: a copy is one whatever its label."""
+        return (self.text,)
+
+
+class LabelledText(RecordData[Labelled]):
+    """Texts of classes. The classes are the labels that there are, in the order of the alphabet.
+
+    Args:
+        text_column: The column with the text.
+        label_column: The column with the label, a text or a number.
+        balance: Take as many records of each class as the smallest has; ``split_seed`` chooses which.
+        **others: See ``RecordData``.
+    """
+
+    shares = (0.1, 0.2)
+
+    def __init__(
+        self, text_column: str = "text", label_column: str = "label", balance: bool = False, **others: Any
+    ) -> None:
+        super().__init__(**others)
+        self.text_column = text_column
+        self.label_column = label_column
+        self.columns = {"text_column": text_column, "label_column": label_column}
+        self.balance = balance
+
+    def generated(self) -> Iterator[Row]:
+        """Sentences about things."""
+        return generated.labelled()
+
+    def record(self, fields: dict[str, Any]) -> Labelled:
+        """A text with its label."""
+        text, label = text_of(fields, self.text_column), fields.get(self.label_column)
+        if blank(text):
+            raise UserError(f"'{self.text_column}' is empty")
+        if label is None or blank(str(label)):
+            raise UserError(f"'{self.label_column}' is empty: a label is missing")
+        if not isinstance(label, str | int | float):
+            raise UserError(f"'{self.label_column}' is {type(label).__name__}, not a label")
+        return Labelled(text, str(label).strip())
+
+    def chosen(self, records: list[tuple[str, Labelled]]) -> list[tuple[str, Labelled]]:
+        """All, or as many of each class as the smallest has."""
+        counts = Counter(record.label for _, record in records)
+        if len(counts) < 2:
+            there = f"only the class '{next(iter(counts))}'" if counts else "no record"
+            raise UserError(f"{self.origin} has {there}; to tell classes apart takes two")
+        if not self.balance:
+            return records
+        left = dict.fromkeys(counts, min(counts.values()))
+        taken = []
+        for place in shuffled(len(records), self.split_seed, purpose=1):
+            label = records[place][1].label
+            if left[label]:
+                left[label] -= 1
+                taken.append(place)
+        return [records[place] for place in sorted(taken)]
+
+    @cached_property
+    def class_names(self) -> list[str]:
+        """By the number of each class."""
+        return sorted({record.label for _, record in self.records})
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Training records of each class."""
+        classes = [int(example.sequences[0].labels[0]) for example in self.examples["train"]]
+        counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
+        return counts
+
+    @property
+    def uneven(self) -> bool:
+        """Every row of the training has one label."""
+        return False
+
+    def encode(self, text: str) -> list[int]:
+        """A text as the model reads it: the start of text, and its ids."""
+        return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
+
+    def sequences(self, record: Labelled) -> tuple[Sequenced, ...]:
+        """The text's ids, and the class."""
+        label = np.array([self.class_names.index(record.label)])
+        return (Sequenced(np.array(self.encode(record.text)), label),)
+
+    def arrange(self, examples: Sequence[Example]) -> "LabelledRows":
+        """One record a row."""
+        return LabelledRows([example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text)
+
+
+class LabelledRows(Dataset[LabelledBatch]):
+    """Texts filled up at their right to the longest of their batch.
+
+    Not to ``block_size``: short messages in a context of a thousand tokens would cost many times as much. The width is
+    a multiple of ``MULTIPLE``, which tensor cores like, and which leaves few widths.
+
+    Args:
+        sequences: Ids and class of each text.
+        block_size: The most tokens in a row.
+        fill: The token to fill up with; no text sees it, as it stands behind.
+    """
+
+    MULTIPLE = 8
+
+    def __init__(self, sequences: Sequence[Sequenced], block_size: int, fill: int) -> None:
+        self.sequences = sequences
+        self.block_size = block_size
+        self.fill = fill
+
+    @property
+    def sizes(self) -> list[int]:
+        """All in one part."""
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, index: int) -> LabelledBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
+        """A whole batch; an index of ``len(self)`` is a row of no text."""
+        rows = [self.sequences[index] if index < len(self) else None for index in indices]
+        lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
+        width = min(-(-max(int(lengths.max()), 1) // self.MULTIPLE) * self.MULTIPLE, self.block_size)
+        input_ids = torch.full((len(rows), width), self.fill)
+        for place, row in enumerate(rows):
+            if row:
+                input_ids[place, : len(row.ids)] = torch.from_numpy(row.ids)
+        classes = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])
+        return LabelledBatch(input_ids=input_ids, lengths=lengths, classes=classes)

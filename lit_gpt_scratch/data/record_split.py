@@ -1,0 +1,52 @@
+"""Which records are for training, for validation and for a test: chance decides, by a seed of its own."""
+
+from collections.abc import Sequence
+from typing import Final, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lit_gpt_scratch.data.permutation import Permutations
+
+Side = Literal["train", "validation", "test"]
+SIDES: Final[tuple[Side, ...]] = get_args(Side)
+
+Places = NDArray[np.int64]
+
+
+def shuffled(n: int, seed: int, purpose: int = 0) -> Places:
+    """The numbers below ``n`` in an order that follows from the seed, whatever version of whatever library is here."""
+    return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
+
+
+def divide(keys: Sequence[str], shares: dict[Side, float], seed: int, together: bool = False) -> dict[Side, Places]:
+    """Deal records out to the sides.
+
+    Args:
+        keys: What each record says; the same for copies.
+        shares: Of the sides that are held out; training has the rest.
+        seed: Another seed, another split.
+        together: Put copies on one side. That one may then have more than its share, by fewer than there are copies.
+
+    Returns:
+        The places of each side's records, in their order.
+    """
+    groups: dict[object, list[int]] = {}
+    for place, key in enumerate(keys):
+        groups.setdefault(key if together else place, []).append(place)
+    members = list(groups.values())
+    left = [members[group] for group in shuffled(len(members), seed)]
+    sides: dict[Side, Places] = {}
+    for side, share in shares.items():
+        wanted, taken = round(share * len(keys)), list[int]()
+        while left and len(taken) < wanted:
+            taken += left.pop()
+        sides[side] = np.array(sorted(taken), dtype=np.int64)
+    sides["train"] = np.array(sorted(place for group in left for place in group), dtype=np.int64)
+    return sides
+
+
+def copies(keys: Sequence[str], sides: dict[Side, Places]) -> dict[Side, int]:
+    """How many records of each side that is held out say what one of the training says, too."""
+    learned = {keys[place] for place in sides["train"]}
+    return {side: sum(keys[place] in learned for place in sides[side]) for side in sides if side != "train"}

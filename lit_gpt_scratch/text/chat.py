@@ -1,0 +1,141 @@
+"""Messages to token ids: the one template, for tuning and for talking.
+
+A conversation is the start of text, then turn after turn: the role's marker, the text, and what closes it. A reply is
+closed by the end of text, which is learned with it, so that a model knows when to stop; other turns by a newline::
+
+    <|endoftext|><|user|>Hi!
+    <|assistant|>Hello.<|endoftext|><|user|>And now?
+    <|assistant|>Bye.<|endoftext|>
+
+A marker is the token ``<|role|>`` where the tokenizer has it, and otherwise the line ``### Role:``, so that any
+pretrained model can be tuned as it is. Markers, texts and closings are encoded apart: the border of a turn is a border
+of tokens, and a prompt has the very ids that the same messages have in training.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, get_args
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.document import blank, text_of
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+Role = Literal["system", "user", "assistant"]
+ROLES: Final[tuple[Role, ...]] = get_args(Role)
+REPLIES: Final = "assistant"
+"""The role whose turns are learned."""
+ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
+"""Special tokens for a tokenizer that is made for conversations."""
+CLOSING: Final = "\n"
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn."""
+
+    role: Role
+    content: str
+
+
+class Rendered(NamedTuple):
+    """A conversation in tokens.
+
+    Attributes:
+        ids: (n,).
+        learned: (n,), True for the tokens of replies and for the end of text behind each.
+    """
+
+    ids: list[int]
+    learned: list[bool]
+
+
+class Template:
+    """The template in the tokens of one tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._markers = {role: self._marker(role) for role in ROLES}
+        self._closing = tokenizer.encode(CLOSING)
+
+    def render(self, messages: Sequence[Message]) -> Rendered:
+        """A whole conversation, as it is learned."""
+        ids, learned = [self._tokenizer.start_of_text], [False]
+        for message in messages:
+            reply = message.role == REPLIES
+            said = self._tokenizer.encode(message.content)
+            said += [self._tokenizer.end_of_text] if reply else self._closing
+            ids += self._markers[message.role] + said
+            learned += [False] * len(self._markers[message.role]) + [reply] * len(said)
+        return Rendered(ids, learned)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """What a reply to these messages is written after: all up to the marker of the reply."""
+        return self.render(messages).ids + self._markers[REPLIES]
+
+    def _marker(self, role: Role) -> list[int]:
+        special = self._tokenizer.special(f"<|{role}|>")
+        return [special] if special is not None else self._tokenizer.encode(f"### {role.capitalize()}:\n")
+
+
+def conversation(fields: Mapping[str, Any]) -> list[Message]:
+    """The messages of a record, whose kind its columns tell.
+
+    Args:
+        fields: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al. 2023),
+            ``instruction``, ``input``, which may be empty, and ``output``.
+
+    Raises:
+        UserError: It is neither, or no conversation to learn from; without file and row, which the caller knows.
+    """
+    if fields.get("messages") is not None:
+        messages = _listed(fields["messages"])
+    elif fields.get("instruction") is not None:
+        asked = [text_of(fields, name) for name in ("instruction", "input")]
+        question = Message("user", "\n\n".join(part for part in asked if not blank(part)))
+        messages = [question, Message(REPLIES, text_of(fields, "output"))]
+    else:
+        there = ", ".join(fields) or "nothing"
+        raise UserError(f"a record has 'messages', or 'instruction' and 'output'; here is {there}")
+    refuse_messages(messages)
+    if messages[-1].role != REPLIES:
+        raise UserError(f"the last message is the {messages[-1].role}'s; there is no reply to learn after it")
+    return messages
+
+
+def refuse_messages(messages: Sequence[Message]) -> None:
+    """Refuse what is no conversation: first the system, if at all, then turn about.
+
+    Raises:
+        UserError: A message is empty, or not in its place.
+    """
+    if not messages:
+        raise UserError("there is no message")
+    for number, message in enumerate(messages, 1):
+        before = messages[number - 2].role if number > 1 else None
+        if blank(message.content):
+            what = "reply" if message.role == REPLIES else f"text of the {message.role}"
+            raise UserError(f"message {number}: the {what} is empty")
+        if message.role == before:
+            raise UserError(f"messages {number - 1} and {number} are both the {before}'s; join them")
+        if message.role == "system" and before is not None:
+            raise UserError(f"message {number} is the system's, which can only be the first")
+
+
+def _listed(given: Any) -> list[Message]:
+    if not isinstance(given, list):
+        raise UserError(f"'messages' is {type(given).__name__}, not a list")
+    messages = []
+    for number, entry in enumerate(given, 1):
+        if not isinstance(entry, Mapping):
+            raise UserError(f"message {number} is {type(entry).__name__}, not an object with 'role' and 'content'")
+        if entry.get("role") not in ROLES:
+            raise UserError(f"message {number} has the role {entry.get('role')!r}; there are {', '.join(ROLES)}")
+        messages.append(Message(entry["role"], _content(entry, number)))
+    return messages
+
+
+def _content(entry: Mapping[str, Any], number: int) -> str:
+    try:
+        return text_of(entry, "content")
+    except UserError as error:
+        raise UserError(f"message {number}: {error}") from error

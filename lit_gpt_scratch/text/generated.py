@@ -1,0 +1,52 @@
+"""Small records that follow simple rules: something to tune a model on where no file is named, always the same."""
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import Any, Final
+
+from lit_gpt_scratch.text.document import Row
+
+NAME: Final = "generated"
+
+THINGS: Final = ("soup", "film", "hotel", "teacher", "garden", "phone", "train", "song")
+ADVERBS: Final = ("very", "rather", "to everybody who asked me")
+GOOD: Final = ("good", "lovely", "bright", "friendly")
+BAD: Final = ("bad", "awful", "dull", "unfriendly")
+WORDS: Final = (
+    "apple", "bird", "cloud", "door", "egg", "fish", "glass", "hand", "ink", "jam", "key", "lamp", "moon", "nest",
+    "orange", "paper", "queen", "river", "stone", "table", "umbrella", "voice", "water", "yard", "zebra", "bread",
+    "chair", "dream", "field", "grass", "horse", "island", "juice", "kite", "lemon", "mouse", "night", "ocean",
+    "plant", "rain", "salt", "tree", "uncle", "valley", "wind", "year", "bell", "coat",
+)  # fmt: skip
+
+
+def labelled() -> Iterator[Row]:
+    """288 sentences: praise, complaints, and questions about both."""
+    sentences = []
+    for thing, adverb, (good, bad) in product(THINGS, ADVERBS, zip(GOOD, BAD, strict=True)):
+        asked = good if len(thing) % 2 else bad
+        sentences += [
+            {"text": f"The {thing} was {adverb} {good}.", "label": "praise"},
+            {"text": f"The {thing} was {adverb} {bad}.", "label": "complaint"},
+            {"text": f"Was the {thing} {adverb} {asked}?", "label": "question"},
+        ]
+    return _rows(sentences)
+
+
+def conversations() -> Iterator[Row]:
+    """192 instructions about words, with their replies; a quarter of them has two turns."""
+    tasks: list[dict[str, Any]] = []
+    for word in WORDS:
+        turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
+        roles = ["user", "assistant"] * 2
+        tasks += [
+            {"instruction": "Repeat the word.", "input": word, "output": word},
+            {"instruction": f"Write {word} twice.", "input": "", "output": f"{word} {word}"},
+            {"instruction": f"What does {word} begin with?", "input": "", "output": f"It begins with {word[0]}."},
+            {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]},
+        ]
+    return _rows(tasks)
+
+
+def _rows(records: Sequence[dict[str, Any]]) -> Iterator[Row]:
+    return (Row(f"{NAME}:{n}", f"{NAME} row {n}", fields) for n, fields in enumerate(records, 1))
