@@ -155,5 +155,5 @@ class LabelledRows(Dataset[LabelledBatch]):
         for place, row in enumerate(rows):
             if row:
                 input_ids[place, : len(row.ids)] = torch.from_numpy(row.ids)
-        classes = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])
-        return LabelledBatch(input_ids=input_ids, lengths=lengths, classes=classes)
+        labels = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])
+        return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.loading import load_tokenizer
+from lit_gpt_scratch.checkpoint.starting import start_tokenizer
 from lit_gpt_scratch.data.examples import TOO_LONG, Count, Example, Sequenced, TooLong, fitted
 from lit_gpt_scratch.data.ordered import Arrangement, OrderedData, refuse_not_positive, refuse_null
 from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide
@@ -193,7 +193,7 @@ class RecordData(OrderedData, Generic[R]):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """That of the model which is tuned, or the one that was given, or one trained on the training records."""
-        own = load_tokenizer(self.init_from) if self.init_from is not None else None
+        own = start_tokenizer(self.init_from) if self.init_from is not None else None
         found = one_of_both(own, self.init_from, self.tokenizer_given)
         if found is not None:
             return found
