@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
@@ -39,7 +39,7 @@ from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cor
 from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
 from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
 from lit_gpt_scratch.hardware.strategies import named, tensor_parallel_size
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 MAX_STEPS = 900
 """Length of a run for which no steps, epochs or time were asked."""
@@ -62,8 +62,8 @@ class FitCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         with user_errors():
             super().__init__(
-                model_class=LanguageModel,
-                datamodule_class=PackedText,
+                model_class=LightningModule,
+                datamodule_class=LightningDataModule,
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
@@ -144,7 +144,7 @@ class FitCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
-        if isinstance(self.model, LanguageModel):  # here, where one process says it and not each
+        if isinstance(self.model, GPTTask):  # here, where one process says it and not each
             refuse_tensor_parallel(self.model.gpt, tensor_parallel_size(trainer.strategy), str(trainer.precision))
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             background = self.config_init.checkpoint.background
