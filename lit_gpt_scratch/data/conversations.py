@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.data.examples import Example, Sequenced
+from lit_gpt_scratch.data.examples import Encoded, Example
 from lit_gpt_scratch.data.plans import Laid
 from lit_gpt_scratch.data.records import RecordData
-from lit_gpt_scratch.data.tokens import Records
+from lit_gpt_scratch.data.tokens import RecordTokens
 from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.text import generated
 from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template, conversation
@@ -58,10 +58,10 @@ class Conversations(RecordData[Conversation]):
         """In the tokens of this data."""
         return Template(self.tokenizer)
 
-    def sequences(self, record: Conversation) -> tuple[Sequenced, ...]:
+    def sequences(self, record: Conversation) -> tuple[Encoded, ...]:
         """The tokens of the template, each with the one that follows it, where that is of a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
-        return (Sequenced(ids[:-1], np.where(learned[1:], ids[1:], IGNORED)),)
+        return (Encoded(ids[:-1], np.where(learned[1:], ids[1:], IGNORED)),)
 
     @property
     def uneven(self) -> bool:
@@ -70,7 +70,7 @@ class Conversations(RecordData[Conversation]):
 
     def arrange(self, examples: Sequence[Example]) -> Windows:
         """Packed windows."""
-        records = Records(
+        records = RecordTokens(
             [example.where for example in examples],
             [example.sequences[0].ids for example in examples],
             [example.sequences[0].labels for example in examples],

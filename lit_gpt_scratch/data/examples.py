@@ -1,7 +1,8 @@
 """Records in tokens, and what becomes of those that are too long."""
 
+import hashlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, get_args
 
@@ -18,7 +19,7 @@ TOO_LONG: Final[tuple[TooLong, ...]] = get_args(TooLong)
 
 
 @dataclass(frozen=True)
-class Sequenced:
+class Encoded:
     """Tokens that a model reads at once.
 
     Attributes:
@@ -29,9 +30,9 @@ class Sequenced:
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
-    def cut(self, n: int) -> "Sequenced":
+    def cut(self, n: int) -> "Encoded":
         """The first so many tokens."""
-        return Sequenced(self.ids[:n], self.labels[:n])
+        return Encoded(self.ids[:n], self.labels[:n])
 
     @property
     def n_labels(self) -> int:
@@ -48,7 +49,7 @@ class Example(NamedTuple):
     """
 
     where: str
-    sequences: tuple[Sequenced, ...]
+    sequences: tuple[Encoded, ...]
 
     @property
     def n_tokens(self) -> int:
@@ -66,11 +67,26 @@ class Example(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What is on a side: records, the tokens that a model reads of them, and the labels among these."""
+    """What is on a side: records, the tokens that a model reads of them, and the labels that count."""
 
     records: int
     tokens: int
     labels: int
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> "Count":
+        """Count them."""
+        tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
+        return cls(len(examples), tokens, sum(example.n_labels for example in examples))
+
+
+def digest(examples: Sequence[Example]) -> bytes:
+    """SHA-256 of ids and labels, in their order."""
+    found = hashlib.sha256()
+    for sequence in (sequence for example in examples for sequence in example.sequences):
+        for part in (sequence.ids, sequence.labels):
+            found.update(len(part).to_bytes(8, "little") + part.tobytes())
+    return found.digest()
 
 
 def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side: str) -> list[Example]:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, LabelledBatch
-from lit_gpt_scratch.data.examples import Example, Sequenced
+from lit_gpt_scratch.data.examples import Encoded, Example
 from lit_gpt_scratch.data.record_split import shuffled
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.errors import UserError
@@ -97,6 +97,20 @@ class LabelledText(RecordData[Labelled]):
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
 
+    def setup(self, stage: str) -> None:
+        """Lay the rows of batches.
+
+        Raises:
+            UserError: Also, nothing is to be learned of a class.
+        """
+        for name, count in zip(self.class_names, self.class_counts, strict=True):
+            if not count:
+                raise UserError(
+                    f"{self.origin}: no record of class '{name}' is left for training; name more, or another "
+                    "--data.split_seed"
+                )
+        super().setup(stage)
+
     @property
     def uneven(self) -> bool:
         """Every row of the training has one label."""
@@ -106,10 +120,10 @@ class LabelledText(RecordData[Labelled]):
         """A text as the model reads it: the start of text, and its ids."""
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
-    def sequences(self, record: Labelled) -> tuple[Sequenced, ...]:
+    def sequences(self, record: Labelled) -> tuple[Encoded, ...]:
         """The text's ids, and the class."""
         label = np.array([self.class_names.index(record.label)])
-        return (Sequenced(np.array(self.encode(record.text)), label),)
+        return (Encoded(np.array(self.encode(record.text)), label),)
 
     def arrange(self, examples: Sequence[Example]) -> "LabelledRows":
         """One record a row."""
@@ -130,7 +144,7 @@ class LabelledRows(Dataset[LabelledBatch]):
 
     MULTIPLE = 8
 
-    def __init__(self, sequences: Sequence[Sequenced], block_size: int, fill: int) -> None:
+    def __init__(self, sequences: Sequence[Encoded], block_size: int, fill: int) -> None:
         self.sequences = sequences
         self.block_size = block_size
         self.fill = fill

@@ -4,6 +4,7 @@ A window is what takes a row of a batch: packed documents, or one record that is
 """
 
 import os
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, Final, Protocol, cast
 
@@ -73,9 +74,9 @@ class OrderedData(L.LightningDataModule):
         self.seed = seed
 
     @property
+    @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens."""
-        raise NotImplementedError
+        """What makes the tokens."""
 
     @property
     def vocab_size(self) -> int:

@@ -41,9 +41,9 @@ class PackedText(OrderedData):
     """Documents, split, tokenised and packed into windows.
 
     Args:
-        source: ``stdlib`` (this Python's own standard library); a text file, a folder, or a pattern with ``*``; JSONL,
-            CSV, TSV, Parquet or Arrow, compressed or not; ``owner/name`` of a dataset of the Hub. Or several of these,
-            each with a weight: so much of each is taken that their bytes are as the weights.
+        source: ``stdlib`` (this Python's own standard library), the default; a text file, a folder, or a pattern with
+            ``*``; JSONL, CSV, TSV, Parquet or Arrow, compressed or not; ``owner/name`` of a dataset of the Hub. Or
+            several of these, each with a weight: so much of each is taken that their bytes are as the weights.
         text_column: The column with the text, where there are columns.
         config: The configuration of a dataset of the Hub.
         split: The split of a dataset of the Hub.
@@ -53,10 +53,11 @@ class PackedText(OrderedData):
             dropped. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.leakage``.
         processes: To clean a large corpus in; by default as many as there are cores, and one in a script that new
             processes would run again. They change no byte.
-        validation_share: Share of the documents that is held out; of a single document, the share of its end.
-        tokenizer: The kind to train on the training documents: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
-            ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with GPT-2's ``encoder.json`` and
-            ``vocab.bpe``.
+        validation_share: Share of the documents that is held out, by default 0.05; of a single document, the share of
+            its end.
+        tokenizer: The kind to train on the training documents: ``bpe``, the default, ``wordpiece``, ``unigram``,
+            ``char`` or ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with GPT-2's
+            ``encoder.json`` and ``vocab.bpe``.
         vocab_size: Tokens of the tokenizer that is trained, special ones included; by default 1,024, or as many as
             the text gives.
         special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
@@ -86,7 +87,7 @@ class PackedText(OrderedData):
 
     def __init__(
         self,
-        source: str | dict[str, float] = STDLIB,
+        source: str | dict[str, float] | None = None,
         text_column: str = "text",
         config: str | None = None,
         split: str = "train",
@@ -94,8 +95,8 @@ class PackedText(OrderedData):
         max_bytes: int | None = None,
         cleaning: Sequence[Step] = (ExactDuplicates(),),
         processes: int | None = None,
-        validation_share: float = 0.05,
-        tokenizer: str = "bpe",
+        validation_share: float | None = None,
+        tokenizer: str | None = None,
         vocab_size: int | None = None,
         special_tokens: Sequence[str] = (),
         store: str | None = None,
@@ -112,8 +113,11 @@ class PackedText(OrderedData):
     ) -> None:
         arguments: dict[str, Any] = dict(locals())
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
-        refuse_null({"source": source, "text_column": text_column, "split": split, "cleaning": cleaning})
-        refuse_null({"tokenizer": tokenizer, "special_tokens": special_tokens, "validation_share": validation_share})
+        refuse_null({"text_column": text_column, "split": split, "cleaning": cleaning})
+        refuse_null({"special_tokens": special_tokens})
+        # Defaults that are not those of other data are resolved here: --data keeps what both classes know.
+        source = STDLIB if source is None else source
+        validation_share = 0.05 if validation_share is None else validation_share
         refuse_not_positive({"vocab_size": vocab_size, "processes": processes})
         if packing not in POLICIES:
             raise UserError(f"data.packing is {packing}; it must be one of {', '.join(POLICIES)}")
@@ -135,8 +139,9 @@ class PackedText(OrderedData):
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
-        self.recipe = Recipe(selection, vocab_size, tokenizer, tuple(special_tokens))
+        self.recipe = Recipe(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
         self.init_from = init_from
+        self._asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
         self.packing: Policy = packing
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
@@ -164,8 +169,8 @@ class PackedText(OrderedData):
             return [TokenStore.open(folder) for folder in self.mixed]
         given = None
         if self.init_from is not None:
-            for name in ("tokenizer", "vocab_size"):
-                if getattr(self.recipe, name) != inspect.signature(PackedText).parameters[name].default:
+            for name, asked in self._asked.items():
+                if asked is not None:
                     raise UserError(f"model.init_from brings a tokenizer of its own; leave out data.{name}")
             given = start_tokenizer(self.init_from)
         return [self.recipe.prepare(self.cache, self.kept_in, given)]

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data.permutation import Permutations
+from lit_gpt_scratch.errors import UserError
 
 Side = Literal["train", "validation", "test"]
 SIDES: Final[tuple[Side, ...]] = get_args(Side)
@@ -19,7 +20,23 @@ def shuffled(n: int, seed: int, purpose: int = 0) -> Places:
     return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
 
 
-def divide(keys: Sequence[str], shares: dict[Side, float], seed: int, together: bool = False) -> dict[Side, Places]:
+def held_out(validation: float, test: float) -> dict[Side, float]:
+    """The shares of the sides that are held out; there need be no test.
+
+    Raises:
+        UserError: They are no shares, or leave nothing to learn from.
+    """
+    if not (0 < validation < 1 and 0 <= test < 1 and validation + test < 1):
+        raise UserError(
+            f"data.validation_share is {validation} and data.test_share {test}; they must be positive (the second may "
+            "be 0) and leave something to learn from"
+        )
+    return {"validation": validation, "test": test} if test else {"validation": validation}
+
+
+def divide(
+    keys: Sequence[str], shares: dict[Side, float], seed: int, together: bool = False, name: str = "this"
+) -> dict[Side, Places]:
     """Deal records out to the sides.
 
     Args:
@@ -27,9 +44,13 @@ def divide(keys: Sequence[str], shares: dict[Side, float], seed: int, together: 
         shares: Of the sides that are held out; training has the rest.
         seed: Another seed, another split.
         together: Put copies on one side. That one may then have more than its share, by fewer than there are copies.
+        name: Of the records, for a message.
 
     Returns:
         The places of each side's records, in their order.
+
+    Raises:
+        UserError: A side would have none.
     """
     groups: dict[object, list[int]] = {}
     for place, key in enumerate(keys):
@@ -43,6 +64,12 @@ def divide(keys: Sequence[str], shares: dict[Side, float], seed: int, together: 
             taken += left.pop()
         sides[side] = np.array(sorted(taken), dtype=np.int64)
     sides["train"] = np.array(sorted(place for group in left for place in group), dtype=np.int64)
+    for side, places in sides.items():
+        if not len(places):
+            raise UserError(
+                f"{name} has too few records, {len(keys):,}, to leave any for {side}; name more, or other shares: "
+                "--data.validation_share, --data.test_share"
+            )
     return sides
 
 

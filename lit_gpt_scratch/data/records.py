@@ -10,7 +10,7 @@ stage               ``record``, of a row          ``sequences``, of a record    
 
 import hashlib
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +19,12 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.starting import start_tokenizer
-from lit_gpt_scratch.data.examples import TOO_LONG, Count, Example, Sequenced, TooLong, fitted
+from lit_gpt_scratch.data.examples import TOO_LONG, Count, Encoded, Example, TooLong, digest, fitted
 from lit_gpt_scratch.data.ordered import Arrangement, OrderedData, refuse_not_positive, refuse_null
-from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide
+from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide, held_out
 from lit_gpt_scratch.data.record_tokenizer import one_of_both, trained_once
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import generated
+from lit_gpt_scratch.text import generated, hub
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.lines import Columns
 from lit_gpt_scratch.text.sources import Source
@@ -44,7 +44,7 @@ class Record(Protocol):
 R = TypeVar("R", bound=Record)
 
 
-class RecordData(OrderedData, Generic[R]):
+class RecordData(OrderedData, ABC, Generic[R]):
     """Records of a table, split by chance, encoded and laid out.
 
     Args:
@@ -56,7 +56,7 @@ class RecordData(OrderedData, Generic[R]):
         validation_share: Share of the records to validate on; by default the stage's own.
         test_share: Share of the records to test on; 0 holds none out for it; by default the stage's own.
         split_seed: Of the split, whatever the run's seed.
-        together: Put records that say the same on one side of the split; by default they are only counted.
+        copies_together: Put records that say the same on one side of the split; by default they are only counted.
         too_long: What becomes of a record that is longer than ``block_size``: ``refuse`` it by name, ``cut`` off its
             end, or ``drop`` it.
         tokenizer: The kind to train on the training records: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
@@ -92,7 +92,7 @@ class RecordData(OrderedData, Generic[R]):
         validation_share: float | None = None,
         test_share: float | None = None,
         split_seed: int = 0,
-        together: bool = False,
+        copies_together: bool = False,
         too_long: TooLong = "refuse",
         tokenizer: str | None = None,
         vocab_size: int | None = None,
@@ -109,19 +109,16 @@ class RecordData(OrderedData, Generic[R]):
         refuse_not_positive({"vocab_size": vocab_size})
         validation = self.shares[0] if validation_share is None else validation_share
         test = self.shares[1] if test_share is None else test_share
-        if not (0 < validation < 1 and 0 <= test < 1 and validation + test < 1):
-            raise UserError(
-                f"data.validation_share is {validation} and data.test_share {test}; they must be positive (the second "
-                "may be 0) and leave something to learn from"
-            )
         if split_seed < 0:
             raise UserError(f"data.split_seed is {split_seed}; it must be 0 or more")
         if too_long not in TOO_LONG:
             raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(TOO_LONG)}")
         self.source = None if source is None else Source(source, config=config, split=split, streaming=streaming)
-        self.held_out: dict[Side, float] = {"validation": validation, **({"test": test} if test else {})}
+        if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is none")
+        self.held_out = held_out(validation, test)
         self.split_seed = split_seed
-        self.together = together
+        self.copies_together = copies_together
         self.too_long = too_long
         self.tokenizer_given = tokenizer
         self.vocab_size_asked = vocab_size
@@ -137,7 +134,7 @@ class RecordData(OrderedData, Generic[R]):
         """
 
     @abstractmethod
-    def sequences(self, record: R) -> tuple[Sequenced, ...]:
+    def sequences(self, record: R) -> tuple[Encoded, ...]:
         """A record as tokens, however long."""
 
     @abstractmethod
@@ -170,21 +167,18 @@ class RecordData(OrderedData, Generic[R]):
             raise UserError(f"{row.where}: {error}") from error
 
     @cached_property
-    def split(self) -> dict[Side, Places]:
+    def places(self) -> dict[Side, Places]:
         """The records of each side, by their places."""
-        sides = divide(self._keys, self.held_out, self.split_seed, self.together)
-        for side, places in sides.items():
-            if not len(places):
-                raise UserError(
-                    f"{self.origin} has too few records, {len(self.records):,}, to leave any for {side}; name more, or "
-                    "other shares: --data.validation_share, --data.test_share"
-                )
-        return sides
+        return divide(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
 
     @cached_property
     def copies(self) -> dict[Side, int]:
-        """How many held-out records say what one of the training says, but for case and space."""
-        return copies(self._keys, self.split)
+        """How many held-out records say what one of the training says, too, but for case and space."""
+        found = copies(self._keys, self.places)
+        for side, n in found.items():
+            if n:
+                log.info("%s: %d of %d records have a copy in training", side, n, len(self.places[side]))
+        return found
 
     @cached_property
     def _keys(self) -> list[str]:
@@ -196,8 +190,10 @@ class RecordData(OrderedData, Generic[R]):
         own = start_tokenizer(self.init_from) if self.init_from is not None else None
         found = one_of_both(own, self.init_from, self.tokenizer_given)
         if found is not None:
+            if self.vocab_size_asked is not None:
+                raise UserError("data.vocab_size is of a tokenizer that is trained here; leave it out")
             return found
-        texts = [text for place in self.split["train"] for text in self.records[place][1].texts]
+        texts = [text for place in self.places["train"] for text in self.records[place][1].texts]
         kind = self.tokenizer_given or "bpe"
         return trained_once(texts, kind, self.vocab_size_asked, self.special_tokens, self.cache, self.origin)
 
@@ -205,9 +201,9 @@ class RecordData(OrderedData, Generic[R]):
     def examples(self) -> dict[Side, list[Example]]:
         """Of each side, its records in tokens."""
         return {
-            side: fitted(self._encoded(self.split[side]), self.block_size, self.too_long, side)
+            side: fitted(self._encoded(self.places[side]), self.block_size, self.too_long, side)
             for side in SIDES
-            if side in self.split
+            if side in self.places
         }
 
     def _encoded(self, places: Places) -> Iterable[Example]:
@@ -217,29 +213,19 @@ class RecordData(OrderedData, Generic[R]):
     @property
     def sides(self) -> dict[Side, Count]:
         """What is on each side."""
-        return {
-            side: Count(
-                len(examples),
-                sum(len(one.ids) for example in examples for one in example.sequences),
-                sum(example.n_labels for example in examples),
-            )
-            for side, examples in self.examples.items()
-        }
+        return {side: Count.of(examples) for side, examples in self.examples.items()}
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what a run learns from and is measured on: ids, labels and sides, and the room of a row."""
-        facts = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
+        found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
         for side, examples in self.examples.items():
-            facts.update(f"{side} {len(examples)}\n".encode())
-            for sequence in (sequence for example in examples for sequence in example.sequences):
-                for part in (sequence.ids, sequence.labels):
-                    facts.update(len(part).to_bytes(8, "little") + part.tobytes())
-        return facts.hexdigest()
+            found.update(side.encode() + digest(examples))
+        return found.hexdigest()
 
     def prepare_data(self) -> None:
-        """Read, split and encode."""
-        _ = self.examples
+        """Read, split and encode; training a tokenizer is done here, once."""
+        _ = self.examples, self.copies
 
     def setup(self, stage: str) -> None:
         """Lay the rows of batches, and settle how many micro-batches make a step.

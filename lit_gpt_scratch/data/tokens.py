@@ -37,7 +37,7 @@ class Tokens(Protocol):
         """What holds a token, for a message."""
 
 
-class Records:
+class RecordTokens:
     """Records in memory, each a document.
 
     Args:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import audit as account
-from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text import hub, pipeline
 from lit_gpt_scratch.text.audit import Audit
 from lit_gpt_scratch.text.cleaning import HeldOutStep, Step, check
 from lit_gpt_scratch.text.document import Document, Rejected, blank
@@ -100,9 +100,7 @@ class Selection:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        for_hub = any(
-            (source.config, source.split, source.streaming) != (None, "train", False) for source, _ in self.sources
-        )
+        for_hub = any(hub.asked(source.config, source.split, source.streaming) for source, _ in self.sources)
         if for_hub and not any(source.on_hub for source, _ in self.sources):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
         check(self.cleaning)

@@ -34,7 +34,7 @@ def labelled() -> Iterator[Row]:
 
 
 def conversations() -> Iterator[Row]:
-    """192 instructions about words, with their replies; a quarter of them has two turns."""
+    """288 instructions about words, with their replies; one of six has two turns."""
     tasks: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
@@ -42,7 +42,9 @@ def conversations() -> Iterator[Row]:
         tasks += [
             {"instruction": "Repeat the word.", "input": word, "output": word},
             {"instruction": f"Write {word} twice.", "input": "", "output": f"{word} {word}"},
+            {"instruction": f"Spell {word}.", "input": "", "output": "-".join(word)},
             {"instruction": f"What does {word} begin with?", "input": "", "output": f"It begins with {word[0]}."},
+            {"instruction": f"How many letters has {word}?", "input": "", "output": f"It has {len(word)} letters."},
             {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]},
         ]
     return _rows(tasks)

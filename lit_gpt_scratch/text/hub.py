@@ -33,6 +33,11 @@ def rows(name: str, columns: Columns | None, config: str | None, split: str, str
             yield Row(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 
+def asked(config: str | None, split: str, streaming: bool) -> bool:
+    """Whether anything is asked for that only a dataset of the Hub has."""
+    return (config, split, streaming) != (None, "train", False)
+
+
 def stamp(name: str, config: str | None) -> str:
     """The commit that the Hub has now, or that was fetched before if ``HF_HUB_OFFLINE`` is set."""
     import datasets
