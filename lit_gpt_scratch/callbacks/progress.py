@@ -10,7 +10,8 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.callbacks.wording import figures
+from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ class Progress(ProgressBar):
         self._first_step = self._step = trainer.global_step
         self._shown_tenth = 10 * self._step // self._total if self._total else 0
         if self._enabled and not trainer.global_step:
-            compiles = isinstance(pl_module, LanguageModel) and pl_module.compiled
+            compiles = isinstance(pl_module, GPTTask) and pl_module.compiled
             log.info("first step%s", " (compiling, this once)" if compiles else "")
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
@@ -86,11 +87,7 @@ class Progress(ProgressBar):
         """A line with the validation's figures."""
         metrics = trainer.callback_metrics
         if self._enabled and not trainer.sanity_checking and "val/loss" in metrics:
-            loss, perplexity, bits = (metrics[f"val/{name}"] for name in ("loss", "perplexity", "bits_per_byte"))
-            line = (
-                f"step {trainer.global_step}: val/loss {loss:.3f}, val/perplexity {perplexity:.2f}, "
-                f"val/bits_per_byte {bits:.3f}"
-            )
+            line = f"step {trainer.global_step}: {figures(metrics, 'val')}"
             if self._bar is None:
                 log.info(line)
             else:

@@ -8,7 +8,7 @@ import lightning as L
 
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.checkpoint.provenance import surroundings
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.errors import UserError
 
 
@@ -37,9 +37,9 @@ class Provenance(InRunFolder):
         if first != own:
             raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        own = data.store.fingerprint if isinstance(data, PackedText) else ""
+        own = data.fingerprint if isinstance(data, OrderedData) else ""
         if trainer.strategy.broadcast(own) != own:
-            raise UserError(f"{data.origin} is another text on this machine than on the first; copy it from there")
+            raise UserError(f"{data.origin} is not the same on this machine as on the first; copy it from there")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it when nothing can be refused any more."""
@@ -48,8 +48,8 @@ class Provenance(InRunFolder):
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
         self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if isinstance(data, PackedText):
-            self.origin["data"] = data.store.fingerprint
+        if isinstance(data, OrderedData):
+            self.origin["data"] = data.fingerprint
         if self.folder and trainer.is_global_zero:
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
             sessions = [*self.folder.sessions(), session]

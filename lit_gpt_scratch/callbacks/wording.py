@@ -1,5 +1,9 @@
 """Numbers as the terminal says them."""
 
+from collections.abc import Mapping
+
+from torch import Tensor
+
 
 def count(number: float) -> str:
     """A number of things in three digits: 2.16 M."""
@@ -24,3 +28,9 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def figures(metrics: Mapping[str, Tensor], side: str) -> str:
+    """What was measured on a side, the loss first: val/loss 1.234, val/accuracy 0.970."""
+    names = sorted((n for n in metrics if n.startswith(f"{side}/")), key=lambda name: not name.endswith("/loss"))
+    return ", ".join(f"{name} {metrics[name]:.{2 if name.endswith('perplexity') else 3}f}" for name in names)

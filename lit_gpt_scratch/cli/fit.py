@@ -33,7 +33,7 @@ from lit_gpt_scratch.cli.preset import begin_with_preset, begin_with_shape, name
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
 from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
@@ -229,8 +229,8 @@ class FitCLI(LightningCLI):
             "replicas": self.trainer.world_size // tensor_parallel_size(self.trainer.strategy),
             "seed": self.config.seed_everything,
         }
-        if isinstance(self.datamodule, PackedText):
-            here["data"] = self.datamodule.store.fingerprint
+        if isinstance(self.datamodule, OrderedData):
+            here["data"] = self.datamodule.fingerprint
         resumed.compare(plain(self.parser, before), plain(self.parser, self.config), here, self.config.force)
         if not self.config.plan:
             self.provenance.changed = resumed.changed

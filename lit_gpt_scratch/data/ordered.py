@@ -79,6 +79,16 @@ class OrderedData(L.LightningDataModule):
         """What makes the tokens."""
 
     @property
+    def origin(self) -> str:
+        """What it is made of, as a user wrote it."""
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all that a run learns from and is measured on."""
+        raise NotImplementedError
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, as trained: it can be below what was asked for on a short text."""
         return self.tokenizer.vocab_size

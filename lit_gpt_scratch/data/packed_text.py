@@ -190,6 +190,11 @@ class PackedText(OrderedData):
         """Number of token ids, as the store says without reading its tokenizer."""
         return self.store.vocab_size
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the tokens."""
+        return self.store.fingerprint
+
     def prepare_data(self) -> None:
         """Tokenise the corpus unless a store of it exists."""
         _ = self.store
