@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.throughput import SHARES
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
 log = logging.getLogger(__name__)
@@ -17,42 +17,60 @@ LONGEST_FOR_XZ = 4_000_000
 
 
 class Baselines(Callback):
-    """Score the validation text without a model: uniform, unigram and bigram of tokens, and ``xz -9``.
+    """Score what is validated on without a model: text by counts of tokens and ``xz -9``, classes by the commonest.
 
     Beside every validation they are logged as ``baselines/<name>``; TensorBoard's tab of custom scalars draws them
-    and the model's ``val/bits_per_byte`` into one chart.
+    and the model's own figure into one chart.
     """
 
     def __init__(self) -> None:
-        self.bits_per_byte: dict[str, float] = {}
+        self.figures: dict[str, float] = {}
         """By name, from the start of training on; only on the first rank."""
+        self.metric = ""
+        """The model's own figure that they are to be compared with."""
+        self.what = ""
+        """In words, what they are."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Count and compress; half a second for half a megabyte."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if not trainer.is_global_zero or not isinstance(data, PackedText):
+        if not trainer.is_global_zero:
             return
-        validation = data.store.validation
-        ids = validation.read(0, validation.n_tokens)
-        counted = data.some_tokens(TOKENS_FOR_COUNTS)
-        self.bits_per_byte = token_baselines(counted, ids, data.vocab_size, validation.n_bytes)
-        if len(ids) <= LONGEST_FOR_XZ:
-            text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
-            self.bits_per_byte["xz"] = xz_bits_per_byte(text)
-        else:
-            log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
-        curves = ["val/bits_per_byte", *(f"baselines/{name}" for name in self.bits_per_byte)]
-        charts = {  # of a run TensorBoard reads one layout only: here are all of them
-            "the model and its baselines": {"bits per byte": ["Multiline", curves]},
-            "throughput": {"shares of a step's time": ["Multiline", list(SHARES)]},
-        }
+        if isinstance(data, PackedText):
+            self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
+            self.figures = _of_text(data)
+        elif isinstance(data, LabelledText):
+            self.metric, self.what = "val/accuracy", "accuracy on the validation records"
+            self.figures = {"commonest class": _commonest(data)}
+        curves = [self.metric, *(f"baselines/{name}" for name in self.figures)]
+        charts = {"throughput": {"shares of a step's time": ["Multiline", list(SHARES)]}}
+        if self.figures:  # of a run TensorBoard reads one layout only: here are all of them
+            charts = {"the model and its baselines": {self.metric: ["Multiline", curves]}, **charts}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_custom_scalars(charts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the same figures again, so that they are lines in a chart."""
-        figures = {f"baselines/{name}": value for name, value in self.bits_per_byte.items()}
+        figures = {f"baselines/{name}": value for name, value in self.figures.items()}
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 logger.log_metrics(figures, trainer.global_step - 1)  # as Lightning numbers a validation
+
+
+def _of_text(data: PackedText) -> dict[str, float]:
+    validation = data.store.validation
+    ids = validation.read(0, validation.n_tokens)
+    figures = token_baselines(data.some_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes)
+    if len(ids) > LONGEST_FOR_XZ:
+        log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
+        return figures
+    text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
+    return {**figures, "xz": xz_bits_per_byte(text)}
+
+
+def _commonest(data: LabelledText) -> float:
+    """The accuracy of whoever always says the class that is commonest in training."""
+    commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
+    labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]
+    return labels.count(commonest) / len(labels)

@@ -12,8 +12,9 @@ import torch
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.callbacks.plan_of_data import data_lines, tokens_per_step, warnings
 from lit_gpt_scratch.callbacks.wording import clock, count, many, size
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.hardware.accounting import (
     activation_bytes,
     parameters_by_part,
@@ -21,18 +22,11 @@ from lit_gpt_scratch.hardware.accounting import (
     training_flops_per_token,
 )
 from lit_gpt_scratch.hardware.defaults import default_precision, why_not_compile
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 log = logging.getLogger(__name__)
 
 TIMED_STEPS = 8
-FEW_VALIDATION_TOKENS = 10_000
-MANY_EPOCHS = 100
-AS_GOOD_AS_NEW = 4
-"""Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
-CHINCHILLA = 20
-FAR = 30
-"""Within this factor of Chinchilla's ratio nothing is said: a first run is short on purpose, a model for use long."""
 
 
 class Plan(InRunFolder):
@@ -53,8 +47,8 @@ class Plan(InRunFolder):
         """Print the plan and the warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._first_step = self._step = trainer.global_step
-        self._told = not (isinstance(pl_module, LanguageModel) and isinstance(data, PackedText))
-        if isinstance(pl_module, LanguageModel) and isinstance(data, PackedText) and trainer.is_global_zero:
+        self._told = not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData))
+        if isinstance(pl_module, GPTTask) and isinstance(data, OrderedData) and trainer.is_global_zero:
             for name, text in self._lines(trainer, pl_module, data):
                 log.info("%-11s %s", name, text)
             for warning in warnings(trainer, pl_module, data):
@@ -92,7 +86,7 @@ class Plan(InRunFolder):
         if trainer.is_global_zero:
             log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
 
-    def _lines(self, trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[tuple[str, str]]:
+    def _lines(self, trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         threads = f", {many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
@@ -107,23 +101,12 @@ class Plan(InRunFolder):
         total = sum(parts.values())
         yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
 
+        if task.init_from is not None:
+            trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+            yield "begins with", f"{task.init_from}; {count(trained)} parameters are trained, {trained / total:.1%}"
         yield "optimizer", "; ".join(_groups(task))
 
-        sides = [
-            f"{many(side.n_documents, 'document')} of {count(side.n_tokens)} tokens to {purpose}"
-            for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
-        ]
-        each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
-        yield "data", f"{data.origin}: {', '.join(sides)}; {each:.2f} bytes a token"
-        cost = [part.cost for part in data.train_windows.parts]
-        crossing = sum(part.crossing for part in cost) / len(data.train_windows)
-        yield (
-            "windows",
-            f"{count(len(data.train_windows))} of {data.block_size} tokens, {data.packing}: "
-            f"{min(part.used for part in cost):.1%} of their positions used, "
-            f"{many(sum(part.cut for part in cost), 'document')} cut, {crossing:.0%} with several documents"
-            f"{', which see nothing of each other' if data.document_mask else ''}",
-        )
+        yield from data_lines(data)
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"
@@ -137,7 +120,7 @@ class Plan(InRunFolder):
         yield "run", length
 
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
-        sizes = data.vocab_size, data.block_size, data.batch_size
+        sizes = task.net.vocab_size, data.block_size, data.batch_size
         kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
         held = state_bytes(trainer.optimizers[0], task.average.decay is not None)
         per = " of each process" if trainer.world_size > 1 else ""
@@ -148,13 +131,13 @@ class Plan(InRunFolder):
             f"up to {size(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
-            if isinstance(callback, Baselines) and callback.bits_per_byte:
-                bars = ", ".join(f"{name} {bits:.3f}" for name, bits in callback.bits_per_byte.items())
-                yield "to beat", f"{bars} bits per byte of the validation text"
+            if isinstance(callback, Baselines) and callback.figures:
+                bars = ", ".join(f"{name} {value:.3f}" for name, value in callback.figures.items())
+                yield "to beat", f"{bars} {callback.what}"
         yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
 
     def _time(self, trainer: L.Trainer, seconds: float) -> str:
-        data: PackedText = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        data: OrderedData = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         tokens = tokens_per_step(trainer, data)
         measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
         steps = trainer.estimated_stepping_batches
@@ -181,7 +164,7 @@ class Plan(InRunFolder):
         return math.ceil(steps / every) - math.floor(done / every)
 
 
-def _groups(task: LanguageModel) -> Iterator[str]:
+def _groups(task: GPTTask) -> Iterator[str]:
     """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
     optimizer = task.optimizer.build(task.net)  # the trainer's own has a checkpoint's numbers until the first step
     for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
@@ -191,44 +174,3 @@ def _groups(task: LanguageModel) -> Iterator[str]:
         yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
     if task.average.decay is not None:
         yield f"moving average {task.average.decay:g}"
-
-
-def tokens_per_step(trainer: L.Trainer, data: PackedText) -> int:
-    """Tokens of an optimizer step over all ranks."""
-    return data.tokens_per_batch * trainer.accumulate_grad_batches
-
-
-def warnings(trainer: L.Trainer, task: LanguageModel, data: PackedText) -> Iterator[str]:
-    """What looks like a mistake, though it can be done."""
-    held_out = data.store.validation.n_tokens
-    if held_out < data.block_size:
-        yield (
-            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its figures say "
-            f"little; name more text, or raise --data.validation_share"
-        )
-    elif held_out < FEW_VALIDATION_TOKENS:
-        yield (
-            f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
-            f"text, or raise --data.validation_share"
-        )
-    steps = trainer.estimated_stepping_batches
-    if not math.isfinite(steps):
-        return
-    tokens = steps * tokens_per_step(trainer, data)
-    epochs = tokens / (len(data.train_windows) * data.block_size)
-    if epochs > MANY_EPOCHS:
-        enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))
-        yield (
-            f"{count(epochs)} epochs: the model will learn the text by heart; name more text, or take fewer steps: "
-            f"--trainer.max_steps {enough}"
-        )
-        return  # of a text this short nothing else is worth saying
-    each = tokens / sum(p.numel() for p in task.net.parameters())
-    if not CHINCHILLA / FAR <= each <= CHINCHILLA * FAR:
-        change = "a larger model or fewer steps"
-        if each < CHINCHILLA:
-            change = f"a smaller model or more {'text' if epochs > AS_GOOD_AS_NEW else 'steps'}"
-        yield (
-            f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
-            f"(https://arxiv.org/abs/2203.15556): take {change}"
-        )

@@ -14,11 +14,17 @@ from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.callbacks.wording import figures
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data import Conversations, LabelledText
+from lit_gpt_scratch.data.ordered import OrderedData
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)
+
+WRITE = 'generate {} --prompt "def "'
+NEXT: dict[type, str] = {Conversations: "generate {} --chat", LabelledText: 'evaluate {} --text "..."'}
+"""What one does with a model, by the data that it has learned from."""
 
 
 class Summary(InRunFolder):
@@ -37,7 +43,7 @@ class Summary(InRunFolder):
         """Start the clock, and store the tokenizer."""
         self._began, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if trainer.is_global_zero and self.folder and isinstance(data, PackedText):
+        if trainer.is_global_zero and self.folder and isinstance(data, OrderedData):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -48,17 +54,28 @@ class Summary(InRunFolder):
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
-            "baselines": baselines.bits_per_byte if baselines else {},
+            "baselines": baselines.figures if baselines else {},
             "step": trainer.global_step,
             "tokens": throughput and throughput.tokens,
             "seconds": self._seconds(),
             "tokens_per_second": throughput and throughput.mean,
             "throughput": throughput and throughput.figures,
             "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }
         self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
         samples = _one(trainer, Samples)
-        self._say(summary, samples.latest if samples else "", self.folder)
+        self._say(summary, samples.latest if samples else "", self.folder, trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what the test measured, and add it to the summary."""
+        if not trainer.is_global_zero or self.folder is None:
+            return
+        measured = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        path = self.folder.path / "summary.json"
+        before = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        self.folder.write("summary.json", json.dumps({**measured, **before, **measured}, indent=2) + "\n")
+        log.info("\n%s", figures(trainer.callback_metrics, "test"))
 
     def state_dict(self) -> dict[str, float]:
         """Time so far, so that a resumed run counts on."""
@@ -71,21 +88,22 @@ class Summary(InRunFolder):
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self._began
 
-    def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder) -> None:
-        bits = summary.get("val/bits_per_byte")
-        if isinstance(bits, float):
-            beside = "".join(f", {name} {value:.3f}" for name, value in summary["baselines"].items())
-            log.info("\nbits per byte of the validation text: this model %.3f%s", bits, beside)
+    def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        next_door, baselines = NEXT.get(type(data), WRITE), _one(trainer, Baselines)
+        if baselines and isinstance(value := summary.get(baselines.metric), float):
+            beside = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
+            log.info("\n%s: this model %.3f%s", baselines.what, value, beside)
         if sample:
             log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.splitlines()))
         log.info(
             "\n%.0f s. Everything is in %s\n\nNext:\n"
-            '  python -m lit_gpt_scratch.generate %s --prompt "def "\n'
+            "  python -m lit_gpt_scratch.%s\n"
             "  python -m lit_gpt_scratch.fit --ckpt_path %s --trainer.max_steps %d\n"
             "  tensorboard --logdir %s",
             summary["seconds"],
             folder.path,
-            folder.path,
+            next_door.format(folder.path),
             folder.path,
             2 * summary["step"],
             folder.path.parent.parent,

@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
-from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
 from lit_gpt_scratch.callbacks.plan import Plan
-from lit_gpt_scratch.callbacks.progress import Progress
 from lit_gpt_scratch.callbacks.provenance import Provenance
-from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.callbacks.stopping import Stopping, ending_at_once
-from lit_gpt_scratch.callbacks.summary import Summary
-from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.callbacks.watchers import watchers
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.cli.messages import quieten, user_errors
@@ -151,25 +147,11 @@ class FitCLI(LightningCLI):
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()
         return trainer
 
-    def _callbacks(self, config: Mapping[str, Any]) -> Iterator[Callback]:
+    def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         saving = self.config_init.checkpoint if config["enable_checkpointing"] is not False else None
-        self.stopping = Stopping(saving)
-        self.provenance = Provenance()
-        yield from (
-            Throughput(),
-            Samples(),
-            ValidateAtEnd(),
-            SavedConfig(self.parser, self.config),
-            self.provenance,
-            Baselines(),
-            Plan(),
-        )
-        if config["enable_progress_bar"] is not False:
-            yield Progress()
-        yield Summary()  # speaks when the bar is closed
-        yield self.stopping
-        if saving:
-            yield saving
+        self.stopping, self.provenance = Stopping(saving), Provenance()
+        written = [SavedConfig(self.parser, self.config), self.provenance]
+        return watchers(written, self.stopping, saving, shows_progress=config["enable_progress_bar"] is not False)
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.

@@ -4,6 +4,8 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 
+from lit_gpt_scratch.cli.chatting import prompts as chat_prompts
+from lit_gpt_scratch.cli.chatting import talk, typed
 from lit_gpt_scratch.cli.door import Flags, find_model
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
@@ -18,6 +20,12 @@ def main(args: Sequence[str] | None = None) -> None:
     flags.add_argument(
         "--prompt", action="append", help="text to continue; empty begins a new document; may be given several times"
     )
+    flags.add_argument(
+        "--chat",
+        action="store_true",
+        help="reply, in the template of instruction tuning: to each prompt, or in turn to lines that are typed",
+    )
+    flags.add_argument("--system", help="with --chat, what the model is told first")
     flags.add_argument("--samples", type=int, default=1, help="continuations of each prompt, side by side")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many tokens")
     flags.add_argument("--stop", action="append", default=[], help="end before this string; may be given several times")
@@ -40,12 +48,20 @@ def main(args: Sequence[str] | None = None) -> None:
     for name in ("prompt", "stop"):
         if any("\ud800" <= character <= "\udfff" for text in getattr(given, name) or () for character in text):
             raise UserError(f"argument --{name}: it is not UTF-8 text")
+    if given.system is not None and not given.chat:
+        raise UserError("argument --system: it is for --chat")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = find_model(given)
     if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
         raise UserError(f"argument --compile: {why_not}")
-    pieces = write(model, tokenizer, prompts, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
+    if given.chat and given.prompt is None:
+        for piece in talk(model, tokenizer, given.system, typed(), given.max_new_tokens, sampling, given.seed):
+            sys.stdout.write(piece or "\n")
+            sys.stdout.flush()
+        return
+    asked = chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
+    pieces = write(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
     if given.json:
         for row, text in _whole(pieces, len(prompts)):
             print(
@@ -53,9 +69,9 @@ def main(args: Sequence[str] | None = None) -> None:
             )
     elif len(prompts) > 1:
         for row, text in _whole(pieces, len(prompts)):
-            print("\n" * (row > 0) + prompts[row] + text, flush=True)
+            print("\n" * (row > 0) + ("" if given.chat else prompts[row]) + text, flush=True)
     else:
-        sys.stdout.write(prompts[0])
+        sys.stdout.write("" if given.chat else prompts[0])
         for _, piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.text import generated
 from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template, conversation
 from lit_gpt_scratch.text.document import Row
+
+SAMPLES: Final = 3
+"""Conversations that a model's replies are shown of."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,12 @@ class Conversations(RecordData[Conversation]):
     def uneven(self) -> bool:
         """Windows have as many labels as their replies are long."""
         return True
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The first conversations that are validated on, up to their last reply."""
+        first = [self.records[place][1] for place in self.places["validation"][:SAMPLES]]
+        return [self.template.prompt(conversation.messages[:-1]) for conversation in first]
 
     def arrange(self, examples: Sequence[Example]) -> Windows:
         """Packed windows."""

@@ -89,6 +89,11 @@ class OrderedData(L.LightningDataModule):
         raise NotImplementedError
 
     @property
+    def prompts(self) -> list[list[int]]:
+        """Ids of what a language model is asked to go on with, for samples that show what it has learned."""
+        return [[self.tokenizer.start_of_text]]
+
+    @property
     def vocab_size(self) -> int:
         """Number of token ids, as trained: it can be below what was asked for on a short text."""
         return self.tokenizer.vocab_size

@@ -12,7 +12,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 def write(
     model: GPT,
     tokenizer: Tokenizer,
-    prompts: Sequence[str],
+    prompts: Sequence[str | list[int]],
     max_new_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
@@ -24,7 +24,7 @@ def write(
     Args:
         model: In evaluation mode.
         tokenizer: The model's.
-        prompts: Texts to continue; an empty one begins a document.
+        prompts: Texts to continue, an empty one to begin a document; or the ids of what to continue, as they are.
         max_new_tokens: Stop after so many in a text.
         sampling: How to choose.
         seeds: One a prompt.
@@ -39,9 +39,11 @@ def write(
     """
     if "" in stop:
         raise UserError("a stop string is empty; leave it out to stop at the end of the document alone")
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    texts = [_Text(tokenizer.decoder(prompt), tuple(stop)) for prompt in ids]
-    ids = [[tokenizer.start_of_text, *prompt] for prompt in ids]
+    ids = [
+        [tokenizer.start_of_text, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+    texts = [_Text(tokenizer.decoder(prompt[1:]), tuple(stop)) for prompt in ids]
     tokens = generate(
         model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )

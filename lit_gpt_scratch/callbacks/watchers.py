@@ -1,0 +1,34 @@
+"""All that watches and guards a run of ``fit``, in order."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch import Callback
+
+from lit_gpt_scratch.callbacks.baselines import Baselines
+from lit_gpt_scratch.callbacks.confusion import Confusion
+from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.callbacks.plan import Plan
+from lit_gpt_scratch.callbacks.progress import Progress
+from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.callbacks.stopping import Stopping
+from lit_gpt_scratch.callbacks.summary import Summary
+from lit_gpt_scratch.callbacks.throughput import Throughput
+
+
+def watchers(
+    written: Sequence[Callback], stopping: Stopping, saving: Checkpoints | None, shows_progress: bool
+) -> list[Callback]:
+    """Those that suit the task do something; the others know that they have nothing to say.
+
+    Args:
+        written: What puts the run's flags and origin into its folder.
+        stopping: What ends it by signal.
+        saving: What keeps checkpoints, if anything does.
+        shows_progress: Whether there is a bar.
+    """
+    measures = [Throughput(), Samples(), Confusion(), ValidateAtEnd()]
+    progress = [Progress()] if shows_progress else []
+    # The plan names the baselines; the summary speaks when the bar is closed.
+    said = [*written, Baselines(), Plan(), *progress, Summary()]
+    return [*measures, *said, stopping, *([saving] if saving else [])]

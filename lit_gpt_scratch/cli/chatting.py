@@ -1,0 +1,82 @@
+"""A conversation in the terminal, in the template that the model was tuned with."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.decoding.writing import write
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.chat import REPLIES, Message, Template, refuse_messages
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) -> list[list[int]]:
+    """Ids of what replies to single questions are written after.
+
+    Raises:
+        UserError: A question is empty.
+    """
+    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
+    asked = [[*told, Message("user", question)] for question in questions]
+    for messages in asked:
+        refuse_messages(messages)
+    return [template.prompt(messages) for messages in asked]
+
+
+def talk(
+    model: GPT,
+    tokenizer: Tokenizer,
+    system: str | None,
+    lines: Iterable[str],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[str]:
+    """Reply to one line after the other, each in the light of what was said before.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The model's.
+        system: What the model is told first; None says nothing.
+        lines: What the user says; empty ones are passed over.
+        max_new_tokens: The longest reply.
+        sampling: How to choose tokens.
+        seed: Of the first reply; each next one has the next.
+
+    Returns:
+        The replies in pieces, as they are written, an empty one after each. The oldest turns are forgotten when the
+        context is full, which the log says.
+    """
+    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
+    said: list[Message] = []
+    for question in lines:
+        if not question.strip():
+            continue
+        said.append(Message("user", question.strip()))
+        while len(said) > 1 and len(template.prompt([*told, *said])) + max_new_tokens > model.block_size:
+            log.warning("the context is full; the first question and its reply are forgotten")
+            said = said[2:]
+        reply = ""
+        for _, piece in write(
+            model, tokenizer, [template.prompt([*told, *said])], max_new_tokens, sampling, [seed + len(said) // 2]
+        ):
+            reply += piece
+            if piece:
+                yield piece
+        yield ""
+        said.append(Message(REPLIES, reply))
+
+
+def typed() -> Iterator[str]:
+    """Lines as they are typed, until the end of the input; a mark shows whose turn it is, where somebody watches."""
+    while True:
+        if sys.stdin.isatty():
+            sys.stderr.write("> ")
+            sys.stderr.flush()
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line
