@@ -1,0 +1,97 @@
+"""Packed conversations: what is in the windows is the records, and only replies are learned."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.batch import IGNORED, Batch
+from lit_gpt_scratch.data import Conversations
+from lit_gpt_scratch.data.plans import Laid, PlannedPolicy
+from lit_gpt_scratch.data.tokens import RecordTokens
+from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.text.chat import Message
+
+END = 0
+
+
+def documents(batch: Batch, row: int) -> list[tuple[list[int], list[int]]]:
+    """Inputs and labels of each document of a window, by its ``document_ids``."""
+    ids, labels, of = (batch[name][row].numpy() for name in ("input_ids", "labels", "document_ids"))
+    return [(ids[of == number].tolist(), labels[of == number].tolist()) for number in np.unique(of)]
+
+
+RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text may stand anywhere, and twice
+
+
+@given(
+    records=st.lists(RECORD, min_size=1, max_size=25),
+    block_size=st.integers(14, 30),
+    policy=st.sampled_from(["best_fit", "one_document"]),
+)
+@settings(deadline=None, max_examples=100)
+def test_windows_hold_every_record_whole_and_once(
+    records: list[list[int]], block_size: int, policy: PlannedPolicy
+) -> None:
+    arrays = [np.array(ids) for ids in records]
+    labels = [np.where(ids % 2 == 0, ids + 1, IGNORED) for ids in arrays]
+    stream = RecordTokens([f"row {n}" for n in range(len(records))], arrays, labels)
+    windows = Windows([Laid(stream, block_size, policy)], block_size, 7, END, document_mask=True)
+    batch = windows.__getitems__(range(len(windows) + 1))
+    found = [document for row in range(len(windows)) for document in documents(batch, row)]
+    expected = [(ids, known.tolist()) for ids, known in zip(records, labels, strict=True)]
+    fill = batch["input_ids"][:-1].numel() - sum(map(len, records))
+    assert sorted(found) == sorted([*expected, *[([END], [IGNORED])] * fill])
+    assert (batch["labels"][-1] == IGNORED).all()
+    assert windows.parts[0].cost.padding == fill
+    assert [stream.where(token) for token in range(stream.n_tokens)] == [
+        f"row {n}" for n, ids in enumerate(records) for _ in ids
+    ]
+
+
+def turns(*contents: str) -> list[dict[str, str]]:
+    roles = ["user", "assistant"]
+    return [{"role": roles[n % 2], "content": content} for n, content in enumerate(contents)]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Path, suffix: str) -> None:
+    rows = [{"messages": turns(f"Name {n}.", f"It is {n}.", "Twice!", f"{n} {n}")} for n in range(40)]
+    text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path = tmp_path / f"talks{suffix}"
+    path.write_text(text, encoding="utf-8")
+    data = Conversations(source=str(path), block_size=100, batch_size=2, cache=str(tmp_path), vocab_size=300)
+    data.prepare_data()
+    data.setup("fit")
+    decode = data.tokenizer.decode
+    batch = data.train_windows.__getitems__(range(len(data.train_windows)))
+    seen, said = [], []
+    for row in range(len(data.train_windows)):
+        for ids, labels in documents(batch, row):
+            learned = [label for label in labels if label != IGNORED]
+            if learned:
+                seen.append(decode(ids))
+                said.append(decode(learned))
+    numbers = [json.loads(data.records[place][1].messages[1].content[6:-1]) for place in data.places["train"]]
+    assert sorted(said) == sorted(f"It is {n}.<|endoftext|>{n} {n}<|endoftext|>" for n in numbers)
+    assert sorted(seen) == sorted(
+        f"<|endoftext|><|user|>Name {n}.\n<|assistant|>It is {n}.<|endoftext|><|user|>Twice!\n<|assistant|>{n} {n}"
+        for n in numbers
+    )
+    assert data.uneven
+    assert data.sides["train"].labels == int((batch["labels"] != IGNORED).sum())
+
+
+def test_generation_is_asked_as_training_was(tmp_path: Path) -> None:
+    data = Conversations(cache=str(tmp_path))
+    place = int(data.places["test"][0])
+    messages = data.records[place][1].messages
+    [sequence] = data.examples["test"][0].sequences
+    prompt = data.template.prompt([*messages[:-1]])
+    assert sequence.ids[: len(prompt)].tolist() == prompt
+    assert isinstance(messages[-1], Message)
+    reply = data.tokenizer.encode(messages[-1].content)
+    assert sequence.labels[len(prompt) - 1 :].tolist() == [*reply, data.tokenizer.end_of_text]

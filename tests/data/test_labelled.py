@@ -1,0 +1,79 @@
+"""Labelled texts: padded batches by brute force, classes, balance."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.data import LabelledText
+from lit_gpt_scratch.data.examples import Encoded
+from lit_gpt_scratch.data.labelled import LabelledRows
+
+FILL = 99
+
+
+@given(
+    texts=st.lists(st.lists(st.integers(0, 98), min_size=1, max_size=21), min_size=1, max_size=9),
+    block_size=st.sampled_from([21, 24, 64]),
+    data=st.data(),
+)
+@settings(deadline=None, max_examples=100)
+def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
+    rows = LabelledRows([Encoded(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL)
+    indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))
+    batch = rows.__getitems__(indices)
+    width = batch["input_ids"].shape[1]
+    chosen = [texts[index] if index < len(texts) else [] for index in indices]
+    assert batch["input_ids"].tolist() == [ids + [FILL] * (width - len(ids)) for ids in chosen]
+    assert batch["lengths"].tolist() == [len(ids) for ids in chosen]
+    assert batch["classes"].tolist() == [len(ids) % 3 if ids else IGNORED for ids in chosen]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    longest = max(map(len, chosen))
+    assert longest <= width <= block_size
+    assert width == block_size or (width % 8 == 0 and width - max(longest, 1) < 8)
+
+
+def uneven(path: Path) -> str:
+    """20 of one class, 40 of another, 60 of a third, whose labels are numbers."""
+    lines = [f"{label}\ttext {n} of {label}\n" for label in (3, 1, 2) for n in range(20 * label)]
+    path.write_text("labels\tmessage\n" + "".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("balance", [False, True])
+def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
+    source = uneven(tmp_path / "a.tsv")
+
+    def build(seed: int) -> LabelledText:
+        columns = {"text_column": "message", "label_column": "labels"}
+        return LabelledText(
+            source=source, **columns, balance=balance, split_seed=seed, tokenizer="byte", cache=str(tmp_path)
+        )
+
+    data = build(0)
+    assert data.class_names == ["1", "2", "3"]
+    expected = {"1": 20, "2": 20, "3": 20} if balance else {"1": 20, "2": 40, "3": 60}
+    assert Counter(record.label for _, record in data.records) == expected
+    in_training = Counter(data.records[place][1].label for place in data.places["train"])
+    assert data.class_counts == [in_training[name] for name in data.class_names]
+    assert sum(data.class_counts) == data.sides["train"].labels == round(0.7 * sum(expected.values()))
+    texts = {record.text for _, record in data.records}
+    assert (texts == {record.text for _, record in build(1).records}) is not balance
+
+
+def test_a_text_is_encoded_as_in_training(tmp_path: Path) -> None:
+    data = LabelledText(cache=str(tmp_path))
+    data.setup("fit")
+    place = int(data.places["train"][0])
+    _, record = data.records[place]
+    [sequence] = data.examples["train"][0].sequences
+    assert sequence.ids.tolist() == data.encode(record.text)
+    assert data.encode(record.text)[0] == data.tokenizer.start_of_text
+    assert data.tokenizer.decode(data.encode(record.text)[1:]) == record.text
+    assert data.class_names[int(sequence.labels[0])] == record.label
+    assert not data.uneven

@@ -1,0 +1,288 @@
+"""Records of both stages: what any data module promises, where tokens come from, and what is refused by file and row."""
+
+import json
+import pickle
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import numpy as np
+import pytest
+import torch
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
+from lit_gpt_scratch.data.ordered import OrderedData
+from lit_gpt_scratch.data.records import RecordData
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import generated
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+STAGES: list[type[RecordData[Any]]] = [LabelledText, Conversations]
+
+
+@pytest.fixture
+def build(cache: Path) -> Callable[..., RecordData[Any]]:
+    def built(stage: type[RecordData[Any]], **changes: object) -> RecordData[Any]:
+        settings: dict[str, Any] = {"cache": str(cache), "block_size": 64, "batch_size": 4}
+        return stage(**(settings | changes))
+
+    return built
+
+
+@pytest.fixture
+def ready(build: Callable[..., RecordData[Any]], packed_text: Callable[..., PackedText]) -> Callable[..., OrderedData]:
+    """Any data module, set up."""
+
+    def made(stage: type[OrderedData], **changes: object) -> OrderedData:
+        data = packed_text(**changes) if stage is PackedText else build(stage, **changes)
+        data.prepare_data()
+        data.setup("fit")
+        return data
+
+    return made
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
+    """Each row of a batch as bytes, without what only fills it up."""
+    width = batch["input_ids"].shape[1]
+    lengths = batch.get("lengths", torch.full((len(batch["input_ids"]),), width)).tolist()
+    others = [batch[name] for name in ("labels", "classes") if name in batch]
+    return [
+        batch["input_ids"][row, :n].numpy().tobytes() + b"".join(other[row].numpy().tobytes() for other in others)
+        for row, n in enumerate(lengths)
+    ]
+
+
+@pytest.mark.parametrize("stage", [PackedText, *STAGES])
+def test_ranks_share_the_rows_of_one_process(
+    ready: Callable[..., OrderedData], stage: type[OrderedData], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training has the same rows in each step; validation and test have all, once."""
+
+    def batches(loader: str, batch_size: int, rank: int, world: int) -> list[list[bytes]]:
+        monkeypatch.setattr(OrderedData, "shard", {"num_replicas": world, "rank": rank})
+        data = ready(stage, batch_size=batch_size, seed=3)
+        if loader == "test_dataloader" and data.test_windows is None:
+            return []
+        return [rows_of(batch) for batch in getattr(data, loader)()]
+
+    alone = batches("train_dataloader", 4, 0, 1)
+    ranks = [batches("train_dataloader", 2, rank, 2) for rank in range(2)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(step) for step in alone]
+    assert len(alone) > 2
+    for loader in ("val_dataloader", "test_dataloader"):
+        ranks = [batches(loader, 3, rank, 2) for rank in range(2)]
+        assert len(ranks[0]) == len(ranks[1])
+        every = sorted(row for rank in ranks for batch in rank for row in batch)
+        once = sorted(row for batch in batches(loader, 1, 0, 1) for row in batch)
+        assert [row for row in every if row in set(once)] == once
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., OrderedData], stage: type) -> None:
+    data = ready(stage)
+    batches = list(data.train_dataloader())
+    order = data.order
+    order.start = (0, 2)
+    later = list(data._loader(data.train_windows, order))
+    assert len(later) == len(batches) - 2
+    assert all(same(a, b) for a, b in zip(batches[2:], later, strict=True))
+    sent = pickle.loads(pickle.dumps(data.train_windows))
+    assert same(sent.__getitems__([0, 1]), data.train_windows.__getitems__([0, 1]))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_is_common_to_data(ready: Callable[..., OrderedData], stage: type) -> None:
+    data = ready(stage)
+    assert data.origin == generated.NAME
+    assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
+    assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
+    assert sum(count.records for count in data.sides.values()) == 288
+    assert [side for side in data.sides] == ["train", "validation", "test"]
+    for side, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
+        labels = [batch["labels" if stage is Conversations else "classes"] for batch in loader]
+        assert sum(int((some != IGNORED).sum()) for some in labels) == data.sides[side].labels
+    assert ready(stage, test_share=0).test_windows is None
+    with pytest.raises(UserError, match="holds nothing out for a test"):
+        ready(stage, test_share=0).test_dataloader()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_fingerprint_is_of_rows_split_and_encoding(build: Callable[..., RecordData[Any]], stage: type) -> None:
+    same_again = {build(stage, **changes).fingerprint for changes in ({}, {"batch_size": 2}, {"seed": 4})}
+    others: list[dict[str, Any]] = [{"split_seed": 1}, {"test_share": 0.3}, {"vocab_size": 300}, {"block_size": 63}]
+    found = [build(stage, **changes).fingerprint for changes in others]
+    assert len(same_again) == 1
+    assert len({*same_again, *found}) == 1 + len(others)
+
+
+def write(path: Path, content: str | list[Any]) -> str:
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return str(path)
+
+
+def talks(n: int, words: int = 1) -> list[dict[str, str]]:
+    return [{"instruction": f"Say {i}", "output": " ".join([str(i)] * words)} for i in range(n)]
+
+
+def test_a_tokenizer_learns_from_the_training_records_alone(
+    build: Callable[..., RecordData[Any]], tmp_path: Path
+) -> None:
+    marks = "ⴰⴱⴳⴷⴹⴻⴼⴽⵀⵃ"
+    source = write(tmp_path / "a.json", [{"instruction": f"Say {mark}", "output": mark * 9} for mark in marks * 3])
+    data = build(Conversations, source=source, tokenizer="char", copies_together=True, test_share=0.2)
+    sides = {
+        side: {message.content[-1] for place in places for message in data.records[place][1].messages}
+        for side, places in data.places.items()
+    }
+    learned = set(data.tokenizer.tokens())
+    assert sides["train"] <= learned
+    assert not (sides["test"] | sides["validation"]) & learned
+    assert [data.tokenizer.special(f"<|{role}|>") for role in ("system", "user", "assistant")] == [1, 2, 3]
+    assert build(LabelledText).tokenizer.special("<|user|>") is None
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> str:
+    """As much of a checkpoint as a tokenizer is in."""
+    tokenizer = Tokenizer.train(["a b c"] * 9, 300, "bpe").to_json()
+    contents = Contents({}, 300, 16, tokenizer, start_of_text=5)
+    torch.save({KEY: asdict(contents), "state_dict": {}}, tmp_path / "model.ckpt")
+    return str(tmp_path / "model.ckpt")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_tokenizer_of_the_model_to_tune(
+    build: Callable[..., RecordData[Any]], checkpoint: str, tmp_path: Path, stage: type
+) -> None:
+    data = build(stage, init_from=checkpoint, block_size=200)
+    own, path = data.tokenizer, tmp_path / "tokenizer.json"
+    assert own.start_of_text == 5
+    assert {example.sequences[0].ids[0] for example in data.examples["train"]} == {5}
+    own.save(path)
+    assert build(stage, init_from=checkpoint, tokenizer=str(path)).tokenizer.start_of_text == 5
+    assert build(stage, tokenizer=str(path)).tokenizer.to_json() == own.to_json()
+    Tokenizer.train([], 300, "byte").save(path)
+    for changes in ({"tokenizer": str(path)}, {"tokenizer": "bpe"}):
+        with pytest.raises(UserError, match=r"data.tokenizer is another one than that of the model in .*model.ckpt"):
+            _ = build(stage, init_from=checkpoint, **changes).tokenizer
+    with pytest.raises(UserError, match="data.vocab_size is of a tokenizer that is trained here"):
+        _ = build(stage, init_from=checkpoint, vocab_size=300).tokenizer
+    with pytest.raises(UserError, match="no checkpoint at"):
+        _ = build(stage, init_from=str(tmp_path / "none.ckpt")).tokenizer
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_another_class_takes_no_default_of_the_one_before(stage: type) -> None:
+    """``--data`` keeps the arguments that both classes have: nobody asked for the standard library here."""
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(OrderedData, "data")
+    parser.set_defaults({"data": {"class_path": "lit_gpt_scratch.data.PackedText"}})
+    given = parser.parse_args([f"--data={stage.__name__}", "--data.batch_size=2"]).data.init_args
+    alone = parser.parse_args([f"--data=lit_gpt_scratch.data.{stage.__name__}"]).data.init_args
+    for data in (stage(**given), stage(**alone)):
+        assert (data.source, data.held_out["validation"]) == (None, stage.shares[0])
+
+
+def test_records_that_are_too_long_are_refused_cut_or_dropped(
+    build: Callable[..., RecordData[Any]], tmp_path: Path
+) -> None:
+    records = talks(40)
+    records[7] = {"instruction": "Say 7", "output": "7" * 99}  # its first tokens are learned, its last are cut off
+    records[30] = {"instruction": "Say 30" * 99, "output": "30"}  # nothing to learn is left of it
+    source = write(tmp_path / "a.json", records)
+
+    def sizes(**changes: object) -> list[int]:
+        data = build(Conversations, source=source, tokenizer="byte", **changes)
+        return sorted(len(one.sequences[0].ids) for examples in data.examples.values() for one in examples)
+
+    # <|endoftext|><|user|>Say 7\n<|assistant|>, and 99 digits; the end of text is a label alone
+    with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than a row has room for: 64; raise"):
+        sizes()
+    assert len(sizes(too_long="drop")) == 38
+    assert sizes(too_long="cut")[-2:] == [12, 64]
+    assert len(sizes(too_long="cut")) == 39
+    assert sizes(block_size=1000)[-2] == 108
+
+
+def test_copies_are_counted_but_for_case_and_space(
+    build: Callable[..., RecordData[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [text for n in range(20) for text in (f"text {n}", f" Text  {n}\n")]
+    source = write(tmp_path / "a.json", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
+    data = build(LabelledText, source=source)
+    with caplog.at_level("INFO", logger="lit_gpt_scratch"):
+        data.prepare_data()
+    twin = [set(data.places["train"].tolist()) & {place ^ 1} for place in data.places["test"].tolist()]
+    assert data.copies["test"] == sum(map(bool, twin)) > 0
+    assert f"test: {data.copies['test']} of 8 records have a copy in training" in caplog.text
+    assert not any(build(LabelledText, source=source, copies_together=True).copies.values())
+
+
+LABELLED = "text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40))
+JSONL = "".join(json.dumps(row) + "\n" for row in talks(40))
+
+FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
+    "column": (LabelledText, "a.csv", LABELLED, {"label_column": "y"},
+               "a.csv has no column 'y'; there is text, label; name one: --data.label_column"),
+    "text column": (LabelledText, "a.csv", LABELLED, {"text_column": "x"}, "no column 'x'.*--data.text_column"),
+    "label": (LabelledText, "a.csv", LABELLED + "more,\n", {}, "a.csv: line 42: 'label' is empty: a label is missing"),
+    "text": (LabelledText, "a.csv", LABELLED + '"",a\n', {}, "a.csv: line 42: 'text' is empty"),
+    "null": (LabelledText, "a.json", [{"text": "a", "label": 1}, {"text": "b", "label": None}], {},
+             "a.json: row 2: 'label' is empty"),
+    "kind": (LabelledText, "a.json", [{"text": "a", "label": [1]}], {}, "a.json: row 1: 'label' is list, not a label"),
+    "not text": (LabelledText, "a.json", [{"text": 7, "label": 1}], {}, "a.json: row 1: 'text' is int, not text"),
+    "class": (LabelledText, "a.csv", LABELLED.replace(",b", ",a"), {},
+              "a.csv has only the class 'a'; to tell classes apart takes two"),
+    "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "no record of class 'c' is left for tra"),
+    "no row": (LabelledText, "a.csv", "text,label\n", {}, "a.csv has no record"),
+    "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* tokens, more than a"),
+    "few": (Conversations, "a.json", talks(4), {}, "a.json has too few records, 4, to leave any for validation"),
+    "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
+    "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
+              "a.jsonl: row 41: message 2: the reply is empty"),
+    "role": (Conversations, "a.json", [{"messages": [{"role": "human", "content": "a"}]}], {},
+             "a.json: row 1: message 1 has the role 'human'; there are system, user, assistant"),
+    "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"}, "no record of .* fits into 64"),
+    "prose": (Conversations, "a.txt", "some text", {}, "a.txt holds no rows; name a file of .jsonl, .*or a dataset"),
+    "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "split and streaming are for datasets of the Hub"),
+    "too_long": (Conversations, "a.json", talks(9), {"too_long": "no"}, "data.too_long is no; it must be one of"),
+    "seed": (Conversations, "a.json", talks(9), {"split_seed": -1}, "data.split_seed is -1; it must be 0 or more"),
+    "vocabulary": (Conversations, "a.json", talks(40), {"vocab_size": 9999}, "data.vocab_size is 9,999, but .*only"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_one_line_with_file_and_row(
+    build: Callable[..., RecordData[Any]], tmp_path: Path, fault: str
+) -> None:
+    stage, name, content, changes, said = FAULTS[fault]
+    with pytest.raises(UserError, match=said) as error:
+        build(stage, source=write(tmp_path / name, content), **changes).setup("fit")
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_file() -> None:
+    with pytest.raises(UserError, match="no such file or folder: nowhere.csv"):
+        LabelledText(source="nowhere.csv").prepare_data()
+
+
+def test_generated_records_are_always_the_same() -> None:
+    for rows in (generated.labelled, generated.conversations):
+        found = [row.fields for row in rows()]
+        assert found == [row.fields for row in rows()]
+        assert len({json.dumps(fields) for fields in found}) == len(found) == 288
+
+
+def test_steps_of_so_many_tokens(ready: Callable[..., OrderedData], monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="not a multiple of the 256 tokens"):
+        ready(LabelledText, tokens_per_step=300)
+    assert np.isclose(ready(LabelledText, tokens_per_step=512).tokens_per_batch, 256)
