@@ -36,17 +36,12 @@ class Conversation:
 class Conversations(RecordData[Conversation]):
     """Instructions and messages with replies, in the one template (``text.chat``); only replies are learned.
 
-    Records are packed by best fit into windows of ``block_size`` tokens, in which they see nothing of each other.
-
-    Args:
-        **others: See ``RecordData``.
+    Records are packed by best fit into windows of ``block_size`` tokens, in which they see nothing of each other. For
+    the arguments see ``RecordData``.
     """
 
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
-
-    def __init__(self, **others: Any) -> None:
-        super().__init__(**others)
 
     def generated(self) -> Iterator[Row]:
         """Small tasks about words."""

@@ -13,7 +13,7 @@ is no label of it. Which pieces, and at what cost, is the policy's to say:
 
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal, Protocol, get_args
+from typing import ClassVar, Final, Literal, Protocol, get_args
 
 import numpy as np
 
@@ -28,7 +28,13 @@ POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
 
 
 class Packing(Protocol):
-    """A stream laid into windows."""
+    """A stream laid into windows.
+
+    Attributes:
+        crosses: Whether a piece can go on from one document into the next.
+    """
+
+    crosses: ClassVar[bool]
 
     @property
     def stream(self) -> Tokens:
@@ -53,6 +59,8 @@ class Concatenated:
         whole: Keep the shorter last window, so that every token is scored (validation); else it is dropped (training,
             where all windows count alike).
     """
+
+    crosses: ClassVar[bool] = True
 
     def __init__(self, stream: Tokens, block_size: int, whole: bool = False) -> None:
         self.stream = stream

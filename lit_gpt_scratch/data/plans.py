@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Final, Literal
+from typing import ClassVar, Final, Literal
 
 import numpy as np
 
@@ -24,6 +24,8 @@ PlannedPolicy = Literal["best_fit", "one_document"]
 
 class _Plan(ABC):
     """Two arrays: the pieces, in the order of the windows, and where those of each window begin."""
+
+    crosses: ClassVar[bool] = False
 
     @cached_property
     @abstractmethod

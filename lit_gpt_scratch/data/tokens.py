@@ -21,11 +21,8 @@ class Tokens(Protocol):
     def n_documents(self) -> int:
         """Documents."""
 
-    def read(self, start: int, stop: int) -> NDArray[Any]:
-        """Tokens ``start`` to ``stop``, or to the end."""
-
-    def labels(self, start: int, stop: int) -> NDArray[Any]:
-        """What is to be predicted at each of them, or ``IGNORED``; the last of all may have none."""
+    def piece(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
+        """So many tokens, and what is to be predicted at each, or ``IGNORED``; the last of all may have none."""
 
     def documents(self) -> Iterator[tuple[Integers, Integers]]:
         """Part by part, the first token of its documents and how many tokens each has."""
@@ -63,13 +60,9 @@ class RecordTokens:
         """Records."""
         return len(self.names)
 
-    def read(self, start: int, stop: int) -> Integers:
-        """Inputs ``start`` to ``stop``."""
-        return self._inputs[start:stop]
-
-    def labels(self, start: int, stop: int) -> Integers:
-        """What is to be predicted at each of them."""
-        return self._labels[start:stop]
+    def piece(self, start: int, length: int) -> tuple[Integers, Integers]:
+        """So many inputs, and what is to be predicted at each."""
+        return self._inputs[start : start + length], self._labels[start : start + length]
 
     def documents(self) -> Iterator[tuple[Integers, Integers]]:
         """All records at once."""

@@ -10,7 +10,6 @@ from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.data.packing import Packing
-from lit_gpt_scratch.data.tokens import Tokens
 from lit_gpt_scratch.errors import UserError
 
 
@@ -57,14 +56,14 @@ class Windows(Dataset[Batch]):
         begins = np.zeros(shape, dtype=bool)  # a document, or its part in this window
         for row, index in enumerate(indices):
             column = 0
-            stream, pieces = self.pieces(index)
+            packing, pieces = self.pieces(index)
             for start, length in pieces:
-                ids[row, column : column + length] = stream.read(start, start + length)
-                following = stream.labels(start, start + length)
+                inputs, following = packing.stream.piece(start, length)
+                ids[row, column : column + length] = inputs
                 labels[row, column : column + len(following)] = following
-                if self.document_mask:
-                    begins[row, column] = True
-                    begins[row, column - start + stream.borders(start, start + length)] = True
+                begins[row, column] = True
+                if self.document_mask and packing.crosses:
+                    begins[row, column - start + packing.stream.borders(start, start + length)] = True
                 column += length
             begins[row, column:] = True  # what fills the window up is of no document, and each place alone
         if max(ids.max(), labels.max()) >= self.vocab_size:
@@ -74,21 +73,23 @@ class Windows(Dataset[Batch]):
             batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
         return batch
 
-    def pieces(self, index: int) -> tuple[Tokens, list[tuple[int, int]]]:
-        """The store's stream that a window is of, and its stretches of it; see ``Packing.pieces``."""
+    def pieces(self, index: int) -> tuple[Packing, list[tuple[int, int]]]:
+        """The part that a window is of, and its stretches of that one's stream; see ``Packing.pieces``."""
         part = min(bisect_right(self._ends, index), len(self.parts) - 1)
         packing = self.parts[part]
-        return packing.stream, packing.pieces(index - self._ends[part] + len(packing))
+        return packing, packing.pieces(index - self._ends[part] + len(packing))
 
     def _beyond(self, indices: Sequence[int]) -> UserError:
         """Which shard has a token that there is not; on a GPU nothing would tell."""
-        for stream, pieces in map(self.pieces, indices):
+        for packing, pieces in map(self.pieces, indices):
             for start, length in pieces:
-                tokens = stream.read(start, start + length + 1)
-                beyond = np.flatnonzero(tokens >= self.vocab_size)
-                if len(beyond):
+                for shift, tokens in enumerate(packing.stream.piece(start, length)):
+                    beyond = np.flatnonzero(tokens >= self.vocab_size)
+                    if not len(beyond):
+                        continue
+                    where = packing.stream.where(start + shift + int(beyond[0]))
                     return UserError(
-                        f"{stream.where(start + int(beyond[0]))} has token {tokens[beyond[0]]}, but its tokenizer only "
-                        f"{self.vocab_size} tokens; delete the folder and prepare it again"
+                        f"{where} has token {tokens[beyond[0]]}, but its tokenizer only {self.vocab_size} tokens; "
+                        "delete the folder and prepare it again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

@@ -138,20 +138,22 @@ class Stream:
 
     def borders(self, start: int, stop: int) -> Integers:
         """Which tokens from ``start`` to ``stop`` are the first of a document."""
-        found = [np.zeros(0, np.int64)]
-        while start < min(stop, self.n_tokens):
+        found: list[Integers] = []
+        stop = min(stop, self.n_tokens)
+        while start < stop:
             shard, first = self.shard_of(start)
             end = min(stop, first + shard.n_tokens)
             begins = shard.documents[:, 0]
             between = np.array([start - first, end - first], begins.dtype)  # of another type, all would be converted
-            a, b = np.searchsorted(begins, between)
+            a, b = begins.searchsorted(between)
             found.append(begins[a:b].astype(np.int64) + first)
             start = end
-        return np.concatenate(found)
+        return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
-    def labels(self, start: int, stop: int) -> Ids:
-        """What follows each token from ``start`` to ``stop``; the stream's last has nothing that does."""
-        return self.read(start + 1, stop + 1)
+    def piece(self, start: int, length: int) -> tuple[Ids, Ids]:
+        """So many tokens, and what follows each; the stream's last has nothing that does."""
+        tokens = self.read(start, start + length + 1)
+        return tokens[:length], tokens[1:]
 
     def read(self, start: int, stop: int) -> Ids:
         """Tokens ``start`` to ``stop``, or to the end; within a shard nothing is copied."""

@@ -1,4 +1,4 @@
-"""Files of rows with named columns: JSON lines, Parquet and Arrow, read by ``datasets``; CSV, TSV and lists by hand.
+"""Files of rows with named columns: Parquet, Arrow and texts in JSON lines, read by ``datasets``; the others by hand.
 
 Where ``datasets`` stops in JSON lines, they are read on one by one: either that names the line which cannot be read, or
 all are sound and only their types are not what ``datasets`` guessed (a column that comes late, a text like a date). Of
@@ -25,8 +25,6 @@ FORMATS: Final = {
 NEVER_PROSE: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
 """Files with such names hold rows wherever they lie; the others may be somebody's text."""
 ROWS_AT_ONCE: Final = 256
-PLAIN: Final = (str, int, float, list, dict, type(None))
-"""What a value in JSON can be."""
 
 
 def rows(path: Path, name: str, columns: Columns | None) -> Iterator[Row]:
@@ -93,8 +91,10 @@ def _by_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
     import pyarrow.parquet
 
     format_ = FORMATS[_suffix(path)]
-    if format_ in ("csv", "tsv") or _suffix(path) == ".json" or "::" in str(path):
-        # Of a list in which texts and numbers are mixed, datasets would quote the texts; "::" means something to it.
+    whole = columns is None or len(columns) > 1
+    if format_ in ("csv", "tsv") or (format_ == "json" and whole) or _suffix(path) == ".json" or "::" in str(path):
+        # Of a list in which texts and numbers are mixed, datasets would quote the texts, and of lists of objects it may
+        # make objects; "::" means something to it.
         raise TypeError("not for datasets")
     options: dict[str, Any] = {}
     if format_ == "json":
@@ -106,8 +106,8 @@ def _by_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
         files = glob.escape(str(path))
         found = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
         for fields in fields_of(found.iter(ROWS_AT_ONCE), columns, str(path)):
-            if format_ == "json" and not all(isinstance(value, PLAIN) for value in fields.values()):
-                raise TypeError("a text was taken for a date")
+            if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
+                raise TypeError("a text was taken for a date, or there is none")
             yield fields
 
 

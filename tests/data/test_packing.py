@@ -148,6 +148,17 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
         assert len({found[at] for at in filled}) == len(filled)
 
 
+@given(shards=st.lists(LENGTHS, min_size=1, max_size=3), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_borders_are_the_first_tokens_of_documents(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], data: st.DataObject
+) -> None:
+    text = stream(tmp_path_factory.mktemp("store"), *shards)
+    start = data.draw(st.integers(0, text.n_tokens))
+    stop = data.draw(st.integers(start, text.n_tokens + 3))
+    assert text.borders(start, stop).tolist() == (start + np.flatnonzero(text.read(start, stop) == END)).tolist()
+
+
 def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
     """Of one document the borders are the same whatever the tokenizer, and its length is not."""
     about = np.array([[0, 500]], dtype="<u8")

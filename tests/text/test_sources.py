@@ -200,7 +200,7 @@ FAULTS = {
     "a.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "a.jsonl: line 2 is not JSON"),
     "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; there is txt.*--data.text_column"),
     "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "c.jsonl: line 2 is not UTF-8: it has the byte 0xff"),
-    "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: row 2: 'text' is int, not text"),
+    "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' is int, not text"),
     "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 is list, not an object"),
     "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' has half a surrogate pair"),
     "g.jsonl": (b'{"txt": "a"}\n', "g.jsonl has no column 'text'; there is txt"),
