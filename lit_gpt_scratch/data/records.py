@@ -11,7 +11,7 @@ stage               ``record``, of a row          ``sequences``, of a record    
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
@@ -200,15 +200,12 @@ class RecordData(OrderedData, ABC, Generic[R]):
     @cached_property
     def examples(self) -> dict[Side, list[Example]]:
         """Of each side, its records in tokens."""
-        return {
-            side: fitted(self._encoded(self.places[side]), self.block_size, self.too_long, side)
-            for side in SIDES
-            if side in self.places
-        }
-
-    def _encoded(self, places: Places) -> Iterable[Example]:
-        for where, record in (self.records[place] for place in places):
-            yield Example(where, self.sequences(record))
+        found: dict[Side, list[Example]] = {}
+        for side in (side for side in SIDES if side in self.places):
+            records = (self.records[place] for place in self.places[side])
+            examples = (Example(where, self.sequences(record)) for where, record in records)
+            found[side] = fitted(examples, self.block_size, self.too_long, side)
+        return found
 
     @property
     def sides(self) -> dict[Side, Count]:
