@@ -17,6 +17,10 @@ WORDS: Final = (
     "orange", "paper", "queen", "river", "stone", "table", "umbrella", "voice", "water", "yard", "zebra", "bread",
     "chair", "dream", "field", "grass", "horse", "island", "juice", "kite", "lemon", "mouse", "night", "ocean",
     "plant", "rain", "salt", "tree", "uncle", "valley", "wind", "year", "bell", "coat",
+    "arm", "boat", "candle", "desk", "eagle", "forest", "gate", "hill", "idea", "jacket", "king", "leaf", "market",
+    "needle", "office", "piano", "quilt", "road", "ship", "tower", "unit", "village", "wall", "yarn", "zoo", "brick",
+    "circle", "doctor", "engine", "flower", "goat", "hammer", "iron", "jewel", "knife", "letter", "mirror", "number",
+    "oven", "pencil", "rabbit", "silver", "tiger", "uniform", "violin", "window", "yogurt", "basket",
 )  # fmt: skip
 
 
@@ -34,7 +38,7 @@ def labelled() -> Iterator[Row]:
 
 
 def conversations() -> Iterator[Row]:
-    """288 instructions about words, with their replies; one of six has two turns."""
+    """576 instructions about words, with their replies; one of six has two turns."""
     tasks: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
