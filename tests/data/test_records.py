@@ -54,7 +54,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
     """Each row of a batch as bytes, without what only fills it up."""
     width = batch["input_ids"].shape[1]
     lengths = batch.get("lengths", torch.full((len(batch["input_ids"]),), width)).tolist()
-    others = [batch[name] for name in ("labels", "classes") if name in batch]
+    others = [batch[name] for name in ("labels", "lengths") if name in batch]
     return [
         batch["input_ids"][row, :n].numpy().tobytes() + b"".join(other[row].numpy().tobytes() for other in others)
         for row, n in enumerate(lengths)
@@ -108,7 +108,7 @@ def test_what_is_common_to_data(ready: Callable[..., OrderedData], stage: type) 
     assert sum(count.records for count in data.sides.values()) == (288 if stage is LabelledText else 576)
     assert list(data.sides) == ["train", "validation", "test"]
     for side, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
-        labels = [batch["labels" if stage is Conversations else "classes"] for batch in loader]
+        labels = [batch["labels"] for batch in loader]
         assert sum(int((some != IGNORED).sum()) for some in labels) == data.sides[side].labels
     assert ready(stage, test_share=0).test_windows is None
     with pytest.raises(UserError, match="holds nothing out for a test"):
