@@ -10,6 +10,18 @@ from torchmetrics import Metric
 UNITS_PER_NAT: Final = 2**20
 
 
+def rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
+    """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``; NaN of nothing."""
+    loss = nats / tokens if tokens else math.nan
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0))
+        if loss == loss
+        else loss,  # e**700 is the last power that a float can hold
+        "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
+    }
+
+
 class LikelihoodMetric(Metric):
     """Loss, perplexity and bits per byte from summed nats, tokens and bytes.
 
@@ -44,12 +56,5 @@ class LikelihoodMetric(Metric):
         nats, tokens, n_bytes = self.nat_units.item() / UNITS_PER_NAT, self.tokens.item(), self.bytes.item()
         if self.not_finite:
             nats = math.nan
-        loss = nats / tokens if tokens else math.nan
-        values = {
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0))
-            if loss == loss
-            else loss,  # e**700 is the last power that a float can hold
-            "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
-        }
+        values = rates(nats, tokens, n_bytes)
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in values.items()}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.objectives.likelihood import sequence_logprobs, token_logprobs, token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 
 
@@ -60,3 +60,30 @@ def test_metric_does_not_depend_on_the_order_of_batches() -> None:
         return metric.compute()["loss"].item()
 
     assert total(nats) == total(nats[::-1]) == pytest.approx(sum(nats) / 1000, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sequence_logprobs_are_products_of_chances(dtype: torch.dtype) -> None:
+    logits, labels = torch.randn(4, 5, 7, dtype=torch.float64).to(dtype), torch.randint(7, (4, 5))
+    labels[0, 1] = labels[2, 3] = IGNORED
+    labels[3] = IGNORED
+    nats, counts = sequence_logprobs(logits, labels)
+    chances = logits.double().softmax(-1)
+    for b in range(4):
+        counted = [t for t in range(5) if labels[b, t] != IGNORED]
+        product = math.prod(chances[b, t, labels[b, t]].item() for t in counted)
+        assert nats[b].item() == pytest.approx(math.log(product), rel=1e-5, abs=1e-12)
+        assert counts[b].item() == len(counted)
+    assert nats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert token_logprobs(logits, labels)[labels == IGNORED].tolist() == [0.0] * 7
+    assert -nats.sum().item() == pytest.approx(token_nats(logits, labels)[0].item(), rel=1e-5)
+
+
+def test_the_gradient_of_a_sequence_is_that_of_its_logprobs() -> None:
+    """Preferences are learned through it: d log p(y) / d logits = onehot(y) - p where there is a label, else 0."""
+    logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, IGNORED, 4], [0, 2, IGNORED]])
+    sequence_logprobs(logits, labels)[0].sum().backward()
+    expected = torch.nn.functional.one_hot(labels.clamp(min=0), 5) - logits.detach().softmax(-1)
+    expected[labels == IGNORED] = 0
+    assert torch.allclose(logits.grad, expected)
