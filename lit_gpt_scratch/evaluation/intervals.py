@@ -1,0 +1,123 @@
+"""What is known of a model's scores when so many rows were asked: figures, each with a 95% confidence interval."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+Z: Final = 1.959963984540054
+"""Of a normal distribution, 95% lie within so many standard deviations."""
+GROUPS: Final = 100
+ENOUGH: Final = 30
+"""Rows from which on the spread among them says enough; of fewer, their parts are asked, where they have any."""
+
+Places = NDArray[np.intp]
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about each of some rows, and how figures come of it.
+
+    Attributes:
+        row: For each part that was measured the number of its row, (n,) intp, in order. A row of a benchmark is one
+            part; a long document has several, its windows.
+        n_rows: Rows.
+        figures: Of the parts with these numbers, (m,) intp.
+        shares: Names of those figures that are a share of rows, as an accuracy is.
+        facts: What has no interval: counts, chance.
+    """
+
+    row: Places
+    n_rows: int
+    figures: Callable[[Places], Figures]
+    shares: frozenset[str] = frozenset()
+    facts: Callable[[Places], dict[str, Any]] = lambda places: {}
+
+    @classmethod
+    def of_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measured":
+        """Rows of one part each."""
+        return cls(np.arange(n_rows), n_rows, *args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Figures and what they are worth.
+
+    Attributes:
+        rows: How many rows they are of.
+        figures: By name.
+        intervals: Lower and upper end of each figure's 95% confidence interval, or None of a single row's.
+        facts: As they were measured.
+        of_parts: Whether the intervals are from the spread among parts of rows, as rows were too few.
+    """
+
+    rows: int
+    figures: Figures
+    intervals: dict[str, tuple[float, float] | None]
+    facts: dict[str, Any]
+    of_parts: bool = False
+
+
+def scores(measured: Measured, rows: NDArray[np.bool_] | None = None) -> Scores:
+    """Figures of rows with their intervals: Wilson's of a share, the jackknife's of all others.
+
+    Rows are what varies: another benchmark of the kind would have others. Where there are fewer than ``ENOUGH``, and
+    they have parts, the parts are taken for it; those of a document are alike, so the interval is then too narrow.
+
+    Args:
+        measured: Of all rows.
+        rows: Which of them count, (n_rows,) bool; all by default, and one at least.
+    """
+    kept = np.ones(measured.n_rows, dtype=bool) if rows is None else rows
+    places = np.flatnonzero(kept[measured.row])
+    figures, n = measured.figures(places), int(kept.sum())
+    of_parts = n < ENOUGH and len(places) > n
+    spread = jackknife(measured.figures, places, np.arange(len(measured.row)) if of_parts else measured.row)
+    intervals = {
+        name: wilson(value, n)
+        if name in measured.shares
+        else None
+        if spread is None
+        else (value - Z * spread[name], value + Z * spread[name])
+        for name, value in figures.items()
+    }
+    return Scores(n, figures, intervals, measured.facts(places), of_parts)
+
+
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The score interval of a share of n (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+
+    It stays within 0 and 1, and does not shrink to nothing where all rows are right, or none is.
+    """
+    middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def jackknife(figures: Callable[[Places], Figures], places: Places, unit: Places) -> Figures | None:
+    """The standard error of each figure, from how it changes when a share of the units is left out.
+
+    Units are dealt out to at most ``GROUPS`` groups, and each group is left out once (the delete-a-group jackknife,
+    Shao and Tu 1995, https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). It needs no random numbers, and unlike
+    the bootstrap repeats no row, which would make texts look more repetitive than they are.
+
+    Args:
+        figures: Of the parts with these numbers.
+        places: Numbers of the parts that count, (m,).
+        unit: For each part, what it is left out together with, (n,).
+
+    Returns:
+        None of fewer than two units.
+    """
+    number = np.unique(unit[places], return_inverse=True)[1]
+    n = int(number.max(initial=-1)) + 1
+    groups = min(n, GROUPS)
+    if groups < 2:
+        return None
+    # Neighbours, which may be alike, go to different groups; so each is a sample of the whole.
+    without = [figures(places[number % groups != group]) for group in range(groups)]
+    return {name: math.sqrt((groups - 1) * float(np.var([left[name] for left in without]))) for name in figures(places)}

@@ -1,0 +1,61 @@
+"""Intervals against published values, a formula, and the share of experiments in which they hold the truth."""
+
+import math
+
+import numpy as np
+import pytest
+
+from lit_gpt_scratch.evaluation.intervals import GROUPS, Measured, jackknife, scores, wilson
+
+
+@pytest.mark.parametrize(
+    ("share", "n", "low", "high"),
+    [  # Newcombe 1998, table I, method 3 (https://doi.org/10.1002/(SICI)1097-0258(19980430)17:8<857::AID-SIM777>3.0.CO;2-E)
+        (81 / 263, 263, 0.2553, 0.3662),
+        (15 / 148, 148, 0.0624, 0.1605),
+        (0 / 20, 20, 0.0, 0.1611),
+        (1 / 29, 29, 0.0061, 0.1718),
+    ],
+)
+def test_wilsons_interval_as_published(share: float, n: int, low: float, high: float) -> None:
+    assert wilson(share, n) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [2, 37, GROUPS])
+def test_the_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
+    values = np.random.default_rng(0).normal(size=n)
+    everything = np.arange(n)
+    found = jackknife(lambda places: {"mean": float(values[places].mean())}, everything, everything)
+    assert found is not None
+    assert found["mean"] == pytest.approx(values.std(ddof=1) / math.sqrt(n))
+
+
+def test_a_single_row_has_no_interval_and_a_share_has_one() -> None:
+    one = Measured.of_rows(1, lambda places: {"right": 1.0, "length": 3.0}, frozenset({"right"}))
+    found = scores(one)
+    assert found.intervals["length"] is None
+    assert found.intervals["right"] == wilson(1.0, 1)
+
+
+@pytest.mark.parametrize("n", [40, 250])
+def test_intervals_hold_the_truth_in_19_of_20_experiments(n: int) -> None:
+    """Documents of uneven length, some harder than others; the loss is a ratio of sums, as it is of texts."""
+    rng = np.random.default_rng(n)
+    held = 0
+    for _ in range(400):
+        tokens = rng.integers(10, 200, n)
+        nats = tokens * rng.gamma(9.0, 1 / 3.0, n)  # mean 3 a token, one level a document
+        measured = Measured.of_rows(n, lambda at, a=nats, b=tokens: {"loss": float(a[at].sum() / b[at].sum())})
+        low, high = scores(measured).intervals["loss"]
+        held += low < 3.0 < high
+    assert 0.91 <= held / 400 <= 0.98
+
+
+def test_figures_of_some_rows_know_nothing_of_the_others() -> None:
+    values = np.arange(10.0)
+    measured = Measured(
+        np.repeat(np.arange(5), 2), 5, lambda at: {"mean": float(values[at].mean())}, facts=lambda at: {"n": len(at)}
+    )
+    found = scores(measured, np.array([True, False, False, False, True]))
+    assert found.figures["mean"] == np.mean([0, 1, 8, 9])
+    assert (found.rows, found.facts) == (2, {"n": 4})
