@@ -1,0 +1,63 @@
+"""Rows of a benchmark, and what is refused of them, each by its place."""
+
+from collections.abc import Iterator, Sequence
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.sources import Source
+
+
+def read(source: str) -> Iterator[Row]:
+    """Every row of a source.
+
+    Raises:
+        UserError: It is missing, holds no rows, or one cannot be read.
+    """
+    found = Source(source)
+    found.stamp()  # a source that is not there is said to be missing at once
+    return found.rows()
+
+
+def text(row: Row, *columns: str) -> str:
+    """The text in the first of these columns that the row has something in.
+
+    Raises:
+        UserError: In none of them, or it is no text.
+    """
+    found = next((name for name in columns if row.fields.get(name) not in (None, "")), None)
+    if found is None:
+        there = ", ".join(row.fields) or "none"
+        raise UserError(f"{row.where}: no text in {' or '.join(map(repr, columns))}; its columns are {there}")
+    value = row.fields[found]
+    if not isinstance(value, str):
+        raise UserError(f"{row.where}: '{found}' is {type(value).__name__}, not text")
+    return value
+
+
+def texts(row: Row, column: str) -> list[str]:
+    """The list of texts in a column.
+
+    Raises:
+        UserError: It has fewer than two, or something else.
+    """
+    found = row.fields.get(column)
+    if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, str) and each for each in found):
+        raise UserError(f"{row.where}: '{column}' must be a list of two texts or more; it is {found!r:.60}")
+    return found
+
+
+def one_of(row: Row, column: str, names: Sequence[str]) -> int:
+    """Which of some names a column means: by its number from 0, or by the name itself.
+
+    Raises:
+        UserError: None of them.
+    """
+    found = row.fields.get(column)
+    if isinstance(found, str) and found in names:
+        return names.index(found)
+    if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < len(names):
+        return found
+    raise UserError(
+        f"{row.where}: '{column}' is {found!r:.60}; it must be 0 to {len(names) - 1}, or one of "
+        f"{', '.join(map(repr, names))}"
+    )

@@ -1,0 +1,169 @@
+"""Choices and minimal pairs against products of single tokens' chances, and against chance."""
+
+import random
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.choices import Question, measure, measure_pairs
+from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.evaluation.sequences import Tail, behind, likelihoods
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import sentences
+
+
+def row(**fields: Any) -> Row:
+    return Row("rows.jsonl:3", "rows.jsonl: line 3", fields)
+
+
+def questions(n: int, seed: int = 0) -> list[Question]:
+    rng = random.Random(seed)
+    lines = sentences(seed, 200).splitlines()
+    return [
+        Question.of(
+            row(
+                question=rng.choice(lines),
+                choices=(choices := [line[: rng.randrange(3, 16)] for line in rng.sample(lines, rng.randrange(2, 5))]),
+                answer=rng.randrange(len(choices)),
+            )
+        )
+        for _ in range(n)
+    ]
+
+
+def nats(model: GPT, tokenizer: Tokenizer, context: str, continuation: str) -> tuple[float, int]:
+    """One token after the other."""
+    read, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
+    ids = [tokenizer.start_of_text, *whole]
+    assert whole[: len(read)] == read
+    places = range(1 + len(read), len(ids))
+    with torch.no_grad():
+        found = [model(torch.tensor([ids[:t]]))[0, -1].log_softmax(-1)[ids[t]].item() for t in places]
+    return sum(found), len(found)
+
+
+@pytest.mark.parametrize("few_shot", [0, 2])
+def test_every_normalisation_is_what_a_loop_finds(model: GPT, tokenizer: Tokenizer, few_shot: int) -> None:
+    model.block_size = 512  # rotary positions have no end
+    asked = questions(14)
+    examples = "".join(f"{q.context}{q.choices[q.answer]}\n\n" for q in asked[:few_shot])
+    right = {"accuracy": 0, "accuracy_per_token": 0, "accuracy_per_character": 0, "accuracy_per_byte": 0}
+    for question in asked[few_shot:]:
+        found = [nats(model, tokenizer, examples + question.context, choice) for choice in question.choices]
+        values = {
+            "accuracy": [n for n, _ in found],
+            "accuracy_per_token": [n / tokens for n, tokens in found],
+            "accuracy_per_character": [n / len(c[1:]) for (n, _), c in zip(found, question.choices, strict=True)],
+            "accuracy_per_byte": [n / len(c[1:].encode()) for (n, _), c in zip(found, question.choices, strict=True)],
+        }
+        for name, each in values.items():
+            right[name] += max(range(len(each)), key=each.__getitem__) == question.answer
+    found = scores(measure(model, tokenizer, asked, few_shot))
+    assert found.rows == 14 - few_shot
+    assert found.figures == pytest.approx({name: n / found.rows for name, n in right.items()})
+
+
+def test_likelihoods_do_not_depend_on_their_batch(model: GPT, tokenizer: Tokenizer) -> None:
+    lines = [line.split(" ") for line in sentences(1, 30).splitlines()]
+    cut = [k % len(words) for k, words in enumerate(lines)]
+    tails = [
+        behind(tokenizer, " ".join(words[:k]), " " * (k > 0) + " ".join(words[k:]))
+        for words, k in zip(lines, cut, strict=True)
+    ]
+    together = likelihoods(model, tails)
+    for tail, said in zip(tails, together, strict=True):
+        [alone] = likelihoods(model, [tail])
+        assert said.nats == pytest.approx(alone.nats, rel=1e-5)
+        ids = torch.tensor([tail.ids])
+        best = model(ids[:, :-1]).argmax(-1)[0]
+        assert said.greedy == alone.greedy == bool((best == ids[0, 1:])[-tail.scored :].all())
+
+
+def test_what_is_greedy_is_said_to_be(model: GPT, tokenizer: Tokenizer) -> None:
+    ids = [tokenizer.start_of_text]
+    for _ in range(8):
+        ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+    other = [*ids[:-1], (ids[-1] + 1) % tokenizer.vocab_size]
+    assert [said.greedy for said in likelihoods(model, [Tail(ids, 8), Tail(other, 8), Tail(other[:-1], 7)])] == [
+        1,
+        0,
+        1,
+    ]
+
+
+def test_white_space_before_a_continuation_is_its_own(tokenizer: Tokenizer) -> None:
+    assert behind(tokenizer, "the cat ", "sees") == behind(tokenizer, "the cat", " sees")
+    assert behind(tokenizer, "", "sees").ids[0] == tokenizer.start_of_text
+
+
+def test_a_uniform_model_scores_chance(uniform: GPT, tokenizer: Tokenizer) -> None:
+    """Exactly, where lengths do not decide: a choice that is as likely as k - 1 others is right in one case of k."""
+    found = scores(measure(uniform, tokenizer, questions(200)))
+    assert found.figures["accuracy_per_token"] == pytest.approx(found.facts["chance"])
+    low, high = found.intervals["accuracy"]
+    assert low < found.facts["chance"] < high
+    pairs = [
+        Question.of_pair(row(sentence_good=a, sentence_bad=" ".join(reversed(a.split()))))
+        for a in ("xx yy zz", "qq ww ee rr")
+    ]
+    assert scores(measure_pairs(uniform, tokenizer, pairs)).figures == {"accuracy": 0.5}
+
+
+def test_minimal_pairs_are_whole_documents(model: GPT, tokenizer: Tokenizer) -> None:
+    lines = sentences(5, 40).splitlines()
+    pairs = [Question.of_pair(row(sentence_good=a, sentence_bad=b)) for a, b in pairwise(lines)]
+    wins = [
+        0.5 if a == b else float(nats(model, tokenizer, "", a)[0] > nats(model, tokenizer, "", b)[0])
+        for a, b in pairwise(lines)
+    ]
+    found = scores(measure_pairs(model, tokenizer, pairs))
+    assert found.figures["accuracy"] == pytest.approx(sum(wins) / len(wins))
+    assert found.facts == {"chance": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("fields", "context", "answer"),
+    [
+        ({"question": "q", "choices": ["a", "b"], "answer": 1}, "q", 1),
+        ({"context": "c", "choices": ["a", "b"], "answer": "a"}, "c", 0),
+        ({"context": "c", "question": "q", "choices": ["a", "b"], "answer": 0}, "c\nq", 0),
+        ({"context": None, "question": "q", "choices": ["a", "b"], "answer": 0}, "q", 0),
+    ],
+)
+def test_rows_are_read(fields: dict[str, Any], context: str, answer: int) -> None:
+    assert Question.of(row(**fields)) == Question("rows.jsonl: line 3", context, (" a", " b"), answer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"choices": ["a", "b"], "answer": 0}, "no text in 'question' or 'context'"),
+        ({"question": 3, "choices": ["a", "b"], "answer": 0}, "'question' is int, not text"),
+        ({"question": "q", "answer": 0}, "'choices' must be a list of two texts or more; it is None"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "two texts or more"),
+        ({"question": "q", "choices": ["a", 2], "answer": 0}, "two texts or more"),
+        ({"question": "q", "choices": ["a", "b"]}, "'answer' is None"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' is 2; it must be 0 to 1"),
+        ({"question": "q", "choices": ["a", "b"], "answer": -1}, "'answer' is -1"),
+        ({"question": "q", "choices": ["a", "b"], "answer": True}, "'answer' is True"),
+        ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "or one of 'a', 'b'"),
+    ],
+)
+def test_a_row_that_is_none_is_named(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Question.of(row(**fields))
+    assert str(refused.value).startswith("rows.jsonl: line 3")
+    assert said in str(refused.value)
+
+
+def test_what_does_not_fit_is_named(model: GPT, tokenizer: Tokenizer) -> None:
+    long = Question.of(row(question="word " * 60, choices=["a", "b"], answer=0))
+    with pytest.raises(UserError, match=r"line 3 has .* the context holds 64"):
+        measure(model, tokenizer, [long])
+    with pytest.raises(UserError, match="--few_shot: 3 examples of 3 rows"):
+        measure(model, tokenizer, questions(3), few_shot=3)
