@@ -38,19 +38,19 @@ class Leakage(HeldOutStep):
         known: dict[int, list[NDArray[np.uint64]]] = {}
         whole: set[tuple[str, ...]] = set()
         for document in held_out:
-            words = _words(document)
+            words = words_of(document.text)
             if len(words) < min(self.least, self.words):
                 whole.add(tuple(words))
             else:
                 length = min(len(words), self.words)
-                known.setdefault(length, []).append(_runs(_codes(words), length))
+                known.setdefault(length, []).append(runs_of(codes_of(words), length))
         runs = {length: np.unique(np.concatenate(found)) for length, found in known.items()}
 
         def leaks(document: Document) -> Reason | None:
-            words = _words(document)
-            codes = _codes(words)
+            words = words_of(document.text)
+            codes = codes_of(words)
             if (words and tuple(words) in whole) or any(
-                _meet(_runs(codes, length), found) for length, found in runs.items()
+                _meet(runs_of(codes, length), found) for length, found in runs.items()
             ):
                 return "words in a row that are held out"
             return None
@@ -58,15 +58,17 @@ class Leakage(HeldOutStep):
         return leaks
 
 
-def _words(document: Document) -> list[str]:
-    return re.findall(r"\w+", document.text.lower())
+def words_of(text: str) -> list[str]:
+    """The words of a text, without case and punctuation."""
+    return re.findall(r"\w+", text.lower())
 
 
-def _codes(words: list[str]) -> NDArray[np.uint64]:
+def codes_of(words: list[str]) -> NDArray[np.uint64]:
+    """A number for each word, (n,), the same for the same word."""
     return np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
 
 
-def _runs(codes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
+def runs_of(codes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
     """A number for each run of so many words, (n,), the same for the same words."""
     run = np.zeros(max(len(codes) - length + 1, 0), dtype=np.uint64)
     for place in range(length):

@@ -1,0 +1,129 @@
+"""What class a model gives a text, and how often it is the right one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
+from tqdm import tqdm
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation import rows
+from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
+from lit_gpt_scratch.evaluation.sequences import TOKENS_AT_ONCE, together
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text and its class.
+
+    Attributes:
+        where: Its place.
+        text: The text.
+        label: Its class's number.
+    """
+
+    where: str
+    text: str
+    label: int
+
+    @classmethod
+    def of(cls, row: Row, text_column: str, label_column: str, classes: Sequence[str]) -> "Labelled":
+        """Of two columns; a label is the name of a class.
+
+        Raises:
+            UserError: One is missing, or the label is not among the classes.
+        """
+        found = row.fields.get(label_column)
+        label = "" if found is None else str(found).strip()
+        if not label:
+            raise UserError(f"{row.where}: no label in '{label_column}'; its columns are {', '.join(row.fields)}")
+        if label not in classes:
+            raise UserError(f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}")
+        return cls(row.where, rows.text(row, text_column), classes.index(label))
+
+
+@torch.inference_mode()
+def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: str = "last") -> NDArray[np.float64]:
+    """The probability of each class, (N, n).
+
+    Args:
+        model: In evaluation mode; reads classes.
+        tokenizer: The model's.
+        texts: Each is read behind the start of text, as a document.
+        pooling: Logits of the ``last`` token, or the ``mean`` of all tokens'.
+
+    Raises:
+        UserError: A text is longer than the context.
+    """
+    ids = [[tokenizer.start_of_text, *tokenizer.encode(text)] for text in texts]
+    lengths = [len(row) for row in ids]
+    for number, length in enumerate(lengths, 1):
+        if length > model.block_size:
+            raise UserError(f"text {number:,} has {length} tokens, and the context holds {model.block_size}")
+    device = next(model.parameters()).device
+    found: list[Any] = [None] * len(ids)
+    with tqdm(total=len(ids), desc="classifying", unit="", delay=2, leave=False, disable=None) as bar:
+        for places in together(lengths, [length / TOKENS_AT_ONCE for length in lengths]):
+            batch = [torch.tensor(ids[place]) for place in places]
+            inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
+            counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
+            logits = pooled(model(inputs), counts, pooling)  # (B, n)
+            for place, row in zip(places, logits.softmax(-1).tolist(), strict=True):
+                found[place] = row
+            bar.update(len(places))
+    return np.array(found)
+
+
+def pooled(logits: Tensor, counts: Tensor, pooling: str) -> Tensor:
+    """Logits of texts from those of their tokens.
+
+    Args:
+        logits: (B, T, n).
+        counts: Tokens of each text, (B,) int64; the others fill it up.
+        pooling: ``last`` or ``mean``.
+
+    Returns:
+        (B, n).
+    """
+    if pooling == "last":
+        return logits[torch.arange(len(counts), device=counts.device), counts - 1]
+    own = torch.arange(logits.size(1), device=counts.device) < counts[:, None]  # (B, T)
+    return (logits * own[..., None]).sum(1) / counts[:, None]
+
+
+def measure(
+    model: GPT, tokenizer: Tokenizer, labelled: Sequence[Labelled], classes: Sequence[str], pooling: str = "last"
+) -> Measured:
+    """Take the likeliest class of each text.
+
+    Returns:
+        ``accuracy`` and ``macro_f1``, the mean over classes of their F1, those that neither occur nor are given left
+        out; and ``confusion``, by true class how many are given which.
+    """
+    given = torch.tensor(classify(model, tokenizer, [each.text for each in labelled], pooling)).argmax(-1)  # (N,)
+    true = torch.tensor([each.label for each in labelled])  # (N,)
+    n = len(classes)
+
+    def figures(places: Places) -> Figures:
+        here = torch.from_numpy(places)
+        return {
+            "accuracy": (given[here] == true[here]).double().mean().item(),
+            "macro_f1": multiclass_f1_score(given[here], true[here], n, average="macro").item(),
+        }
+
+    def facts(places: Places) -> dict[str, Any]:
+        here = torch.from_numpy(places)
+        counts = multiclass_confusion_matrix(given[here], true[here], n).tolist()
+        named = (dict(zip(classes, row, strict=True)) for row in counts)
+        return {"confusion": dict(zip(classes, named, strict=True))}
+
+    return Measured.of_rows(len(labelled), figures, frozenset({"accuracy"}), facts)

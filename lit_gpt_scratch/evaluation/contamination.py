@@ -1,0 +1,78 @@
+"""How much of a benchmark stands in the text that a model was trained on."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from lit_gpt_scratch.text.leakage import codes_of, runs_of, words_of
+from lit_gpt_scratch.text.sources import documents
+
+if TYPE_CHECKING:
+    from lit_gpt_scratch.data.token_store import TokenStore
+
+WORDS: Final = 13
+
+
+def corpus(source: str) -> Iterator[str]:
+    """The documents of a source; of a folder that ``prepare --data.store`` made, those for training.
+
+    Raises:
+        UserError: It is missing or cannot be read.
+    """
+    from lit_gpt_scratch.data.token_store import MANIFEST, TokenStore  # with data comes Lightning, which takes seconds
+
+    if not Path(source, MANIFEST).is_file():
+        return (document.text for document in documents(source))
+    return _decoded(TokenStore.open(Path(source)))
+
+
+def _decoded(store: "TokenStore") -> Iterator[str]:
+    for shard in store.train.shards:
+        ends = [*shard.documents[1:, 0].tolist(), shard.n_tokens]
+        for start, end in zip(shard.documents[:, 0].tolist(), ends, strict=True):
+            ids = shard.tokens[start:end]
+            yield store.tokenizer.decode(ids[ids != store.tokenizer.end_of_text].tolist())
+
+
+def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WORDS) -> NDArray[np.bool_]:
+    """Which texts have a run of words in common with a document that was trained on.
+
+    As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation;
+    of a shorter text all of it. A run is known by 8 bytes: with 10**10 of them in training and 10**6 in the benchmark,
+    two different ones are taken for the same with a chance of one in 2,000.
+
+    Args:
+        texts: The benchmark's, (N,).
+        training: Documents, read once.
+        words: Words in a run.
+
+    Returns:
+        (N,) bool. A text without a word is in nothing.
+    """
+    known: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
+    for number, text in enumerate(texts):
+        codes = codes_of(words_of(text))
+        if length := min(len(codes), words):
+            runs, owners = known.setdefault(length, ([], []))
+            runs.append(np.unique(runs_of(codes, length)))
+            owners += [number] * len(runs[-1])
+    tables = {length: _sorted(np.concatenate(runs), np.array(owners)) for length, (runs, owners) in known.items()}
+    found = np.zeros(len(texts), dtype=bool)
+    with tqdm(training, desc="searching what was trained on", unit="", delay=2, leave=False, disable=None) as bar:
+        for document in bar:
+            codes = codes_of(words_of(document))
+            for length, (sorted_runs, owner) in tables.items():
+                there = np.unique(runs_of(codes, length))
+                first, last = (np.searchsorted(sorted_runs, there, side) for side in ("left", "right"))
+                for begin, end in zip(first[first < last], last[first < last], strict=True):
+                    found[owner[begin:end]] = True
+    return found
+
+
+def _sorted(runs: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    order = np.argsort(runs, kind="stable")
+    return runs[order], owner[order]

@@ -1,0 +1,78 @@
+"""Classes of texts against one forward pass a text, and F1 against its formula."""
+
+import pytest
+import torch
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.classification import Labelled, classify, measure
+from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.heads import Classes
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import TINY, sentences
+
+NAMES = ("good", "neutral", "bad")
+
+
+@pytest.fixture
+def classifier(tokenizer: Tokenizer) -> GPT:
+    torch.manual_seed(0)
+    model = GPT(TINY, tokenizer.vocab_size, 64, reads=Classes(3)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))
+    return model
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_each_text_alone_has_the_same_chances(classifier: GPT, tokenizer: Tokenizer, pooling: str) -> None:
+    texts = [line[: 2 + 3 * k] for k, line in enumerate(sentences(1, 9).splitlines())]
+    found = classify(classifier, tokenizer, texts, pooling)
+    assert found.shape == (9, 3)
+    for text, chances in zip(texts, found, strict=True):
+        logits = classifier(torch.tensor([[tokenizer.start_of_text, *tokenizer.encode(text)]]))[0]  # (T, 3)
+        expected = (logits[-1] if pooling == "last" else logits.mean(0)).softmax(-1)
+        assert chances.tolist() == pytest.approx(expected.tolist(), abs=1e-6)
+
+
+def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer) -> None:
+    texts = sentences(2, 40).splitlines()
+    given = classify(classifier, tokenizer, texts).argmax(1).tolist()
+    assert len(set(given)) == 3
+    true = [(label + (k % 3 == 0)) % 3 for k, label in enumerate(given)]
+    labelled = [Labelled("", text, label) for text, label in zip(texts, true, strict=True)]
+    found = scores(measure(classifier, tokenizer, labelled, NAMES))
+    pairs = list(zip(true, given, strict=True))
+    f1 = []
+    for label in range(3):
+        both, said, is_ = pairs.count((label, label)), given.count(label), true.count(label)
+        f1.append(2 * both / (said + is_))
+    assert found.figures["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / 40)
+    assert found.figures["macro_f1"] == pytest.approx(sum(f1) / 3)
+    confusion = found.facts["confusion"]
+    assert {(a, b): confusion[NAMES[a]][NAMES[b]] for a in range(3) for b in range(3)} == {
+        (a, b): pairs.count((a, b)) for a in range(3) for b in range(3)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"text": "x"}, "no label in 'label'; its columns are text"),
+        ({"text": "x", "label": " "}, "no label in 'label'"),
+        ({"text": "x", "label": "ugly"}, "the label 'ugly' is not one of the model's classes, good, neutral, bad"),
+        ({"text": "", "label": "good"}, "no text in 'text'"),
+        ({"text": 3, "label": "good"}, "'text' is int, not text"),
+    ],
+)
+def test_bad_rows_are_named(fields: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as refused:
+        Labelled.of(Row("r:7", "r: line 7", fields), "text", "label", NAMES)
+    assert str(refused.value).startswith(f"r: line 7: {said}")
+
+
+def test_a_long_text_is_refused(classifier: GPT, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match=r"text 2 has \d{3} tokens, and the context holds 64"):
+        classify(classifier, tokenizer, ["short", "word " * 60])
+    assert Labelled.of(Row("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1
