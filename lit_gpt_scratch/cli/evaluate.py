@@ -1,31 +1,155 @@
-"""``evaluate``: how well a trained model predicts a text."""
+"""``evaluate``: what a trained model knows, as figures."""
 
+import argparse
 import json
 import logging
+from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final
 
+from lit_gpt_scratch.checkpoint.loading import about
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.cli.door import Flags, find_model
-from lit_gpt_scratch.evaluation.scoring import score
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.classification import classify
+from lit_gpt_scratch.evaluation.kinds import KINDS, Asked, evaluate, plain
+from lit_gpt_scratch.evaluation.report import keep, table
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.heads import Classes
+from lit_gpt_scratch.text.audit import drawn
+from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+CONTRACT: Final = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+"""What ``--json`` prints where nothing but a text is named, and no more: scripts rely on it."""
+OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "limit": ("--limit", {"type": int, "help": "take so many rows, or documents"}),
+    "against": (
+        "--against",
+        {"metavar": "SOURCE", "help": "what was trained on, as for --data.source, or a store: look for the rows in it"},
+    ),
+    "text_column": ("--data.text_column", {"metavar": "NAME", "help": "of a source with columns (default: text)"}),
+    "label_column": ("--data.label_column", {"metavar": "NAME", "help": "with the class (default: label)"}),
+    "window": ("--window", {"type": int, "help": "tokens that are read at once (default: the model's context)"}),
+    "stride": ("--stride", {"type": int, "help": "tokens from window to window (default: a window)"}),
+    "few_shot": ("--few_shot", {"type": int, "help": "take so many of the first rows as examples (default: 0)"}),
+    "max_new_tokens": ("--max_new_tokens", {"type": int, "help": "stop after so many tokens (default: 200)"}),
+    "stop": ("--stop", {"action": "append", "help": "end a text before this string; may be given several times"}),
+    "include_path": ("--include_path", {"type": Path, "metavar": "DIR", "help": "with YAML files of more benchmarks"}),
+}
+"""By what the rest of the package calls them; which of them a kind of evaluation takes is in its row of ``KINDS``."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The door ``evaluate``: figures on standard output, as lines or as one JSON object."""
-    flags = Flags(prog="python -m lit_gpt_scratch.evaluate", description="Score a text with a trained model.")
+    """The door ``evaluate``: figures on standard output, as a table or as one JSON object."""
+    tasks = "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items())
+    flags = Flags(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
     flags.add_checkpoint()
-    flags.add_argument("--data.source", dest="source", required=True, help="a text file, a folder, rows, or 'stdlib'")
-    flags.add_argument("--data.text_column", dest="column", default="text", help="of a source with columns")
+    asked = flags.add_mutually_exclusive_group()
+    asked.add_argument("--data.source", dest="source", help="a text file, a folder, rows, or 'stdlib'")
+    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="of lm-eval, which the extra [eval] brings")
+    asked.add_argument("--text", action="append", help="classify this; may be given several times")
+    flags.add_argument("--task", choices=KINDS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
+    for name, (flag, settings) in OPTIONS.items():
+        flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     given = flags.parse_args(args)
-    texts = (document.text for document in documents(given.source, given.column))
+    if given.text is not None:
+        _refuse(given, "--text", ())
+        _classify(given)
+    elif given.benchmark is not None:
+        _refuse(given, "--benchmark", ("few_shot", "limit", "include_path"))
+        _benchmark(given)
+    elif given.source is not None:
+        task = getattr(given, "task", "text")
+        _refuse(given, f"--task {task}", ("task", "limit", "against", *KINDS[task].flags))
+        _evaluate(given, task)
+    else:
+        raise UserError("nothing to evaluate on: name a --data.source, a --benchmark or a --text (see --help)")
+
+
+def _refuse(given: Namespace, what: str, takes: Sequence[str]) -> None:
+    """Flags that would do nothing, and numbers that cannot be."""
+    for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
+        if name in given and name not in takes:
+            raise UserError(f"argument {flag}: it means nothing to {what}")
+    for name, least in (("limit", 1), ("few_shot", 0)):
+        if name in given and getattr(given, name) < least:
+            raise UserError(f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}")
+
+
+def _evaluate(given: Namespace, task: str) -> None:
+    options = {name: getattr(given, name) for name in OPTIONS if name in given}
+    asked = Asked(given.source, **options | {"stop": tuple(options.get("stop", ()))})
+    kind = KINDS[task]
+    if not kind.of_classes:
+        kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
+    model, tokenizer, classes, pooling = _open(given)
+    if kind.of_classes != isinstance(model.reads, Classes):
+        has = f"tells {len(classes)} classes apart" if isinstance(model.reads, Classes) else "predicts tokens"
+        raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}")
+    answer = evaluate(task, model, tokenizer, Asked(**vars(asked) | {"classes": classes, "pooling": pooling})).to_dict()
+    bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
+    _say(given, bare, answer)
+    _keep(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
+
+
+def _benchmark(given: Namespace) -> None:
+    try:
+        from lit_gpt_scratch.evaluation import lm_eval_adapter
+    except ImportError as error:
+        raise UserError(f"argument --benchmark: {error}; install it: pip install -e '.[eval]'") from error
+    names = given.benchmark.split(",")
+    options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
+    model, tokenizer, _, _ = _open(given)
+    if isinstance(model.reads, Classes):
+        raise UserError(f"argument --benchmark: {given.checkpoint} tells classes apart, it does not predict tokens")
+    found = lm_eval_adapter.run(model, tokenizer, names, **options)
+    answers = {name: plain(scores) for name, scores in found.items()}
+    if given.json:
+        print(json.dumps(answers))
+    for name, answer in answers.items():
+        if not given.json:
+            print(f"{name}\n{table(answer)}\n")
+        _keep(given, name, {"benchmark": name, **{key: str(value) for key, value in options.items()}}, answer)
+
+
+def _classify(given: Namespace) -> None:
+    model, tokenizer, classes, pooling = _open(given)
+    if not isinstance(model.reads, Classes):
+        raise UserError(f"argument --text: {given.checkpoint} predicts tokens; a classifier's checkpoint has classes")
+    for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
+        chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
+        if given.json:
+            said = {"text": text, "class": next(iter(chances)), "probabilities": chances}
+            print(json.dumps(said, ensure_ascii=False))
+        else:
+            lines = [["class", "probability"], *([name, f"{chance:.4f}"] for name, chance in chances.items())]
+            print(f"{text}\n{drawn(lines, '<>')}\n")
+
+
+def _open(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
+    """The model and its tokenizer; names of its classes, if it tells any apart, and how tokens become a text's.
+
+    From here on ``given.checkpoint`` is the path of the checkpoint that was found.
+    """
+    path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
+    given.checkpoint = str(path)
     model, tokenizer = find_model(given)
     if tokenizer.loss:
         log.warning("the figures are of what the tokenizer keeps: %s", tokenizer.loss)
-    figures = score(model, tokenizer, texts)
-    if given.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:<14} {value:,.4f}" if isinstance(value, float) else f"{name:<14} {value:,}")
+    contents, given.step = about(path)
+    return model, tokenizer, tuple(getattr(contents, "classes", None) or ()), getattr(contents, "pooling", "last")
+
+
+def _say(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:
+    print(json.dumps(bare, ensure_ascii=False) if given.json else table(answer))
+
+
+def _keep(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:
+    checkpoint = Path(given.checkpoint)
+    if folder := RunFolder.of(checkpoint):
+        keep(folder, name, {"checkpoint": checkpoint.name, "step": given.step, **asked}, answer)

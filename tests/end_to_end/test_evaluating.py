@@ -1,0 +1,177 @@
+"""``evaluate`` in all its kinds: what it prints, what it keeps, what it refuses."""
+
+import json
+import random
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.loading import NETWORK
+from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.evaluation.contamination import corpus
+from lit_gpt_scratch.evaluation.scoring import score
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+from tests.conftest import TINY, randomised, sentences
+from tests.end_to_end.conftest import Command, Outcome
+
+RUN = Path("runs/test/version_0")
+STEP = 7
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train([sentences(seed) for seed in range(3)], 300)
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> GPT:
+    return randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=64)
+
+
+@pytest.fixture
+def run(command: Command, model: GPT, tokenizer: Tokenizer) -> Path:
+    """A run's folder with its checkpoint, and rows beside it."""
+    contents = Contents(asdict(TINY), tokenizer.vocab_size, 64, tokenizer.to_json())
+    weights = {f"{NETWORK}{name}": weight for name, weight in model.state_dict().items()}
+    save({KEY: asdict(contents), "state_dict": weights, "global_step": STEP}, RUN / "checkpoints/last.ckpt")
+    rng, lines = random.Random(0), sentences(1, 30).splitlines()
+    rows("questions", [{"question": line, "choices": rng.sample(lines, 3), "answer": 1} for line in lines[:20]])
+    rows("pairs", [{"sentence_good": line, "sentence_bad": line[::-1]} for line in lines])
+    rows("prompts", [{"prompt": line[:8], "reference": "x"} for line in lines[:4]])
+    return RUN
+
+
+def rows(name: str, content: list[dict[str, Any]]) -> None:
+    Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
+
+
+def figures(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("task", "source", "flags", "names"),
+    [
+        ("text", "questions", ["--data.text_column=question", "--stride=16"], ["loss", "perplexity", "bits_per_byte"]),
+        (
+            "multiple_choice",
+            "questions",
+            [],
+            ["accuracy", "accuracy_per_token", "accuracy_per_character", "accuracy_per_byte"],
+        ),
+        ("minimal_pairs", "pairs", ["--limit=20"], ["accuracy"]),
+        ("generation", "prompts", ["--max_new_tokens=5", "--stop=q"], ["exact_match", "distinct_1", "repetition_4"]),
+    ],
+)
+def test_every_kind_is_printed_and_kept(
+    command: Command, run: Path, task: str, source: str, flags: list[str], names: list[str]
+) -> None:
+    asked = [f"--task={task}", f"--data.source={source}.jsonl", *flags]
+    found = figures(command("evaluate", run, *asked, "--json"))
+    for name in names:
+        low, high = found["intervals"][name]
+        assert low <= found[name] <= high
+    shown = command("evaluate", run, *asked)
+    assert all(f"{found[name]:,.4f}" in shown.out for name in names)
+    [path] = (run / "evaluations").glob("*.json")  # the same question: one answer
+    kept = json.loads(path.read_text(encoding="utf-8"))
+    assert kept.pop("asked")["step"] == STEP
+    assert kept == found
+    events = EventAccumulator(str(run / "evaluations")).Reload()
+    for name in names:
+        point = events.Scalars(f"eval/{task}-{source}/{name}")[-1]
+        assert (point.step, point.value) == (STEP, pytest.approx(found[name]))
+    command("evaluate", run, *asked, "--limit=3")
+    assert len([*(run / "evaluations").glob("*.json")]) == 2  # another question does not take its place
+
+
+def test_the_contract_of_a_text_stands(command: Command, run: Path, model: GPT, tokenizer: Tokenizer) -> None:
+    text = sentences(5, 9)
+    Path("text.txt").write_text(text, encoding="utf-8")
+    found = figures(command("evaluate", run, "--data.source=text.txt", "--json"))
+    assert found == pytest.approx(score(model, tokenizer, [text]))
+    assert found.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
+    assert (run / "evaluations").is_dir()
+
+
+def test_a_lone_checkpoint_is_only_answered(command: Command, run: Path) -> None:
+    (run / "checkpoints/last.ckpt").rename("mine.ckpt")
+    found = figures(command("evaluate", "mine.ckpt", "--task=minimal_pairs", "--data.source=pairs.jsonl", "--json"))
+    assert found["chance"] == 0.5
+    assert not [*Path().rglob("evaluations")]
+
+
+def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -> None:
+    lines = [json.loads(line)["sentence_good"] for line in Path("pairs.jsonl").read_text().splitlines()]
+    Path("seen.txt").write_text("So it is. " + lines[0].upper() + "\n" + lines[4], encoding="utf-8")
+    asked = ["--task=minimal_pairs", "--data.source=pairs.jsonl", "--against=seen.txt"]
+    found = figures(command("evaluate", run, *asked, "--json"))
+    seen = sum(line in (lines[0], lines[4]) for line in lines)
+    assert found["contamination"]["rows"] == seen
+    assert found["contamination"]["clean"]["rows"] == len(lines) - seen
+    clean = [{"sentence_good": line, "sentence_bad": line[::-1]} for line in lines if line not in (lines[0], lines[4])]
+    rows("clean", clean)
+    alone = figures(command("evaluate", run, "--task=minimal_pairs", "--data.source=clean.jsonl", "--json"))
+    assert found["contamination"]["clean"]["accuracy"] == alone["accuracy"]
+    assert f"{seen} of 30 rows" in command("evaluate", run, *asked).out
+    everything = figures(command("evaluate", run, "--data.source=seen.txt", "--against=seen.txt", "--json"))
+    assert everything["contamination"]["clean"] is None
+
+
+def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    for seed in range(12):
+        (tmp_path / f"texts/{seed}.txt").write_text(sentences(seed, 4), encoding="utf-8")
+    made = command("prepare", "--data.source=texts", "--data.store=store", "--data.vocab_size=280")
+    assert made.code == 0, made.err
+    read, every = set(corpus("store")), {sentences(seed, 4) for seed in range(12)}
+    assert set(corpus("texts")) == every
+    assert read < every
+    assert len(read) > 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--task=multiple_choice", "--data.source=prompts.jsonl"], "row 1: no text in 'question' or 'context'"),
+        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "--few_shot: 20 examples of 20"),
+        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "give fewer examples"),
+        (["--task=generation", "--data.source=none.jsonl"], "none.jsonl"),
+        (["--task=generation", "--data.source=text.txt"], "text.txt holds no rows"),
+        (
+            ["--task=generation", "--data.source=prompts.jsonl", "--few_shot=1"],
+            "--few_shot: it means nothing to",
+        ),
+        (["--task=generation", "--data.source=prompts.jsonl", "--limit=0"], "--limit: 0 is below 1"),
+        (["--data.source=text.txt", "--window=65"], "--window: 65 is not between 1 and the model's context, 64"),
+        (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column: it means nothing to --task text"),
+        (["--task=classification", "--data.source=pairs.jsonl"], "classification cannot be asked of"),
+        (["--text=hello"], "predicts tokens"),
+        (["--text=hello", "--task=text"], "--task: it means nothing to --text"),
+        (["--text=hello", "--data.source=text.txt"], "not allowed with"),
+        (["--task=quiz", "--data.source=pairs.jsonl"], "quiz"),
+        (["--data.source=text.txt", "--against=nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_mistakes_are_one_line(command: Command, run: Path, flags: list[str], said: str) -> None:
+    Path("text.txt").write_text("Some text.", encoding="utf-8")
+    outcome = command("evaluate", run, *flags)
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert said in outcome.err
+    assert len(outcome.err.splitlines()) == 1
+    assert not (run / "evaluations").exists()
+
+
+def test_an_answer_is_the_same_on_every_call(command: Command, run: Path) -> None:
+    torch.manual_seed(1)
+    asked = ["--task=generation", "--data.source=prompts.jsonl", "--max_new_tokens=9", "--json"]
+    assert command("evaluate", run, *asked).out == command("evaluate", run, *asked).out
