@@ -85,8 +85,7 @@ def _evaluate(given: Namespace, task: str) -> None:
     options = {name: getattr(given, name) for name in OPTIONS if name in given}
     asked = Asked(given.source, **options | {"stop": tuple(options.get("stop", ()))})
     kind = KINDS[task]
-    if not kind.of_classes:
-        kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
+    kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
     model, tokenizer, classes, pooling = _open(given)
     if kind.of_classes != isinstance(model.reads, Classes):
         has = f"tells {len(classes)} classes apart" if isinstance(model.reads, Classes) else "predicts tokens"
