@@ -29,11 +29,13 @@ class Trained(NamedTuple):
         net: The network, ready to use; adapters are merged into its weights.
         tokenizer: What makes its ids.
         contents: What its checkpoint says of it.
+        step: After which optimizer step it was saved; 0 where nobody knows.
     """
 
     net: GPT
     tokenizer: Tokenizer
     contents: Contents
+    step: int = 0
 
     def as_language_model(self) -> tuple[GPT, Tokenizer]:
         """The first two, of a model that can write.
@@ -110,7 +112,8 @@ def build(checkpoint: dict[str, Any], path: Path, trusted: str | None = None) ->
     if contents.lora is not None:
         merge_lora(net)
         remove_lora(net)
-    return Trained(net.eval(), Tokenizer.from_json(contents.tokenizer, contents.start_of_text), contents)
+    tokenizer = Tokenizer.from_json(contents.tokenizer, contents.start_of_text)
+    return Trained(net.eval(), tokenizer, contents, checkpoint.get("global_step", 0))
 
 
 def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:

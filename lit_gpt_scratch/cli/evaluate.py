@@ -9,9 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.checkpoint.loading import about
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.cli.door import Flags, find_model
+from lit_gpt_scratch.cli.door import Flags, find_trained
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.classification import classify
 from lit_gpt_scratch.evaluation.kinds import KINDS, Asked, evaluate, plain
@@ -137,11 +136,10 @@ def _open(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
     """
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)
-    model, tokenizer = find_model(given)
+    model, tokenizer, contents, given.step = find_trained(given)
     if tokenizer.loss:
         log.warning("the figures are of what the tokenizer keeps: %s", tokenizer.loss)
-    contents, given.step = about(path)
-    return model, tokenizer, tuple(getattr(contents, "classes", None) or ()), getattr(contents, "pooling", "last")
+    return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
 
 
 def _say(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:

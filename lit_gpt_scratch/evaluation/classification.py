@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
 from tqdm import tqdm
@@ -17,6 +16,7 @@ from lit_gpt_scratch.evaluation import rows
 from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
 from lit_gpt_scratch.evaluation.sequences import TOKENS_AT_ONCE, together
 from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.heads import POOLINGS
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -59,7 +59,7 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
         model: In evaluation mode; reads classes.
         tokenizer: The model's.
         texts: Each is read behind the start of text, as a document.
-        pooling: Logits of the ``last`` token, or the ``mean`` of all tokens'.
+        pooling: What the head reads of a text; see ``model.heads``.
 
     Raises:
         UserError: A text is longer than the context.
@@ -76,28 +76,11 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
             batch = [torch.tensor(ids[place]) for place in places]
             inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
             counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
-            logits = pooled(model(inputs), counts, pooling)  # (B, n)
+            logits = model.read(POOLINGS[pooling](model.hidden(inputs), counts)).squeeze(1)  # (B, n)
             for place, row in zip(places, logits.softmax(-1).tolist(), strict=True):
                 found[place] = row
             bar.update(len(places))
     return np.array(found)
-
-
-def pooled(logits: Tensor, counts: Tensor, pooling: str) -> Tensor:
-    """Logits of texts from those of their tokens.
-
-    Args:
-        logits: (B, T, n).
-        counts: Tokens of each text, (B,) int64; the others fill it up.
-        pooling: ``last`` or ``mean``.
-
-    Returns:
-        (B, n).
-    """
-    if pooling == "last":
-        return logits[torch.arange(len(counts), device=counts.device), counts - 1]
-    own = torch.arange(logits.size(1), device=counts.device) < counts[:, None]  # (B, T)
-    return (logits * own[..., None]).sum(1) / counts[:, None]
 
 
 def measure(
