@@ -58,3 +58,28 @@ class LikelihoodMetric(Metric):
             nats = math.nan
         values = rates(nats, tokens, n_bytes)
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in values.items()}
+
+
+class MeanLoss(Metric):
+    """The mean of a loss over labels, each with its weight.
+
+    Not ``torchmetrics.MeanMetric``, which either leaves out what is not a number or forgets the weights.
+    """
+
+    full_state_update = False
+    lost: Tensor
+    counted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for state in ("lost", "counted"):
+            self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, lost: Tensor, counted: Tensor) -> None:
+        """Add a sum of losses, and what their labels weigh together: float scalars."""
+        self.lost += lost
+        self.counted += counted
+
+    def compute(self) -> Tensor:
+        """The mean; NaN of nothing."""
+        return self.lost / self.counted

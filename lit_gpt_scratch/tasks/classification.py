@@ -7,7 +7,7 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MetricCollection
 from torchmetrics.classification import (
     MulticlassAccuracy,
     MulticlassAUROC,
@@ -21,6 +21,7 @@ from lit_gpt_scratch.checkpoint.contents import Contents
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.heads import POOLINGS, Classes
+from lit_gpt_scratch.objectives.metrics import MeanLoss
 from lit_gpt_scratch.tasks.gpt_task import GPTTask, TokenData
 
 
@@ -104,7 +105,7 @@ class Classification(GPTTask):
             "auroc": MulticlassAUROC(n, ignore_index=IGNORED),
             "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORED),
         }
-        return MetricCollection({"loss": MeanMetric(nan_strategy="disable"), **measures})
+        return MetricCollection({"loss": MeanLoss(), **measures})
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits of the classes: (B, T) int64 ids, filled up behind each text's (B,) tokens -> (B, n) float32."""
@@ -123,8 +124,7 @@ class Classification(GPTTask):
     def measure(self, batch: LabelledBatch) -> None:
         logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
         lost, counted = self._losses(logits, labels)
-        of_batch = {"value": lost / counted.clamp(min=1e-12), "weight": counted}
-        self.metrics.update(preds=logits.softmax(-1), target=labels, **of_batch)
+        self.metrics.update(preds=logits.softmax(-1), target=labels, lost=lost, counted=counted)
 
     @override
     def log_metrics(self, side: str) -> None:

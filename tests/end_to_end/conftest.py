@@ -56,3 +56,31 @@ def small(corpus: Path, cache: Path) -> list[str]:
         "--model.gpt.n_embd=32", "--model.compile=false", "--trainer.accelerator=cpu", "--trainer.max_steps=12",
         "--trainer.log_every_n_steps=4", "--trainer.val_check_interval=8", "--trainer.precision=32-true",
     ]  # fmt: skip
+
+
+STAGES = {
+    "pretraining": [],
+    "instructions": ["--data=Conversations", "--data.block_size=64"],
+    "instructions, adapters": [
+        "--data=Conversations", "--data.block_size=64", "--model.lora.rank=2", "--model.gpt.initialisation=gpt2",
+    ],
+    "classes": ["--model=Classification", "--data=LabelledText"],
+    "classes, last layer, weighed": [
+        "--model=Classification", "--data=LabelledText", "--model.train_layers=1", "--model.pooling=mean",
+        "--model.class_weights=balanced",
+    ],
+}  # fmt: skip
+"""Flags over those of ``small``, by what is learned."""
+
+
+@pytest.fixture
+def staged(small: list[str]) -> Callable[[str], list[str]]:
+    """Flags of a run of a stage, on data that is generated; in pretraining on a corpus."""
+
+    def flags(stage: str) -> list[str]:
+        of_records = "--data=Conversations" in STAGES[stage] or "--data=LabelledText" in STAGES[stage]
+        kept = [flag for flag in small if not (of_records and flag.startswith("--data.source"))]
+        # A class is named before what it is told.
+        return [*(flag for flag in STAGES[stage] if "." not in flag), *kept, *(f for f in STAGES[stage] if "." in f)]
+
+    return flags

@@ -1,11 +1,13 @@
 """A run that is killed at any moment and resumed ends with the bits and the curves of one that nothing disturbed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lit_gpt_scratch.checkpoint.kills import KillTest
+from tests.end_to_end.conftest import STAGES
 
 CONFIGURATIONS = {
     "plain": [],
@@ -25,14 +27,16 @@ CONFIGURATIONS = {
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="kill -9")
 
 
-def kill_and_compare(small: list[str], folder: Path, name: str, kills: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def kill_and_compare(
+    small: list[str], folder: Path, more: list[str], kills: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [
         *small, "--model.gpt.dropout=0.1", "--trainer.max_steps=60", "--trainer.log_every_n_steps=2",
-        "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", *CONFIGURATIONS[name],
+        "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", *more,
     ]  # fmt: skip
     report = KillTest(flags, folder, seed=kills).run(kills)
-    print(f"{name}: {report}")
+    print(f"{more}: {report}")
     assert report.kills.total() == kills
     assert report.bits > 1_000_000
     assert not report.differences, str(report)
@@ -42,11 +46,20 @@ def kill_and_compare(small: list[str], folder: Path, name: str, kills: int, monk
 def test_a_killed_run_ends_as_an_undisturbed_one(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: int
 ) -> None:
-    kill_and_compare(small, tmp_path, name, kills, monkeypatch)
+    kill_and_compare(small, tmp_path, CONFIGURATIONS[name], kills, monkeypatch)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_two_hundred_kills(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    kill_and_compare(small, tmp_path, name, 40, monkeypatch)
+    kill_and_compare(small, tmp_path, CONFIGURATIONS[name], 40, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_survives_kills(
+    staged: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    kill_and_compare(staged(stage), tmp_path, [], 10, monkeypatch)

@@ -2,18 +2,20 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from lit_gpt_scratch.checkpoint.comparing import compare_checkpoints
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.provenance import differences, flat
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.errors import UserError
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import STAGES, Command
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -285,3 +287,23 @@ def test_a_checkpoint_alone_knows_its_seed_and_its_text(
     best = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["callbacks"]["Checkpoints"]["best"]
     assert best
     assert all((RUN / "checkpoints" / name).is_file() for name in best)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_goes_on_as_if_it_had_not_stopped(
+    command: Command, staged: Callable[[str], list[str]], stage: str
+) -> None:
+    flags = [*staged(stage), "--model.gpt.dropout=0.1", "--model.schedule.decay=constant"]
+    for experiment, steps in (("whole", 12), ("halves", 5)):
+        assert command("fit", *flags, f"--experiment={experiment}", f"--trainer.max_steps={steps}").code == 0
+    ended = command("fit", "--ckpt_path=last", "--experiment=halves", "--trainer.max_steps=12")
+    assert ended.code == 0, ended.err
+    whole, halves = (
+        load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("whole", "halves")
+    )
+    different = compare_checkpoints(whole, halves)
+    assert not [name for name in different if name.startswith(("state_dict", "optimizer_states", "lr_schedulers"))]
+    figures = [json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("whole", "halves")]
+    measured = [{name: value for name, value in each.items() if name.startswith(("val/", "test/"))} for each in figures]
+    assert measured[0] == measured[1]
+    assert any(name.startswith("test/") for name in measured[0]) == (stage != "pretraining")

@@ -4,12 +4,14 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from lit_gpt_scratch.checkpoint.comparing import curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from tests.end_to_end.conftest import STAGES
 
 TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
 
@@ -28,17 +30,27 @@ def fit(folder: Path, *flags: str) -> Path:
     return run
 
 
-@pytest.mark.parametrize("more", [[], ["--data.packing=one_document", "--data.document_mask=true"]], ids=["", "uneven"])
-def test_two_processes_train_as_one(small: list[str], tmp_path: Path, more: list[str]) -> None:
-    """In ``uneven`` windows some ranks and micro-batches have fewer labels than others."""
+UNEVEN = ["--data.packing=one_document", "--data.document_mask=true"]
 
-    def losses(run: Path) -> dict[str, float]:
+
+@pytest.mark.parametrize(("stage", "more"), [*((stage, []) for stage in STAGES), ("pretraining", UNEVEN)])
+def test_two_processes_train_as_one(
+    staged: Callable[[str], list[str]], tmp_path: Path, stage: str, more: list[str]
+) -> None:
+    """In ``uneven`` windows, and in packed replies, some ranks and micro-batches have fewer labels than others."""
+
+    def figures(run: Path) -> dict[str, float]:
         summary: dict[str, float] = json.loads((run / "summary.json").read_text())
-        return {name: summary[name] for name in ("train/loss", "val/loss", "val/bits_per_byte", "tokens", "step")}
+        sides = ("train/loss", "val/", "test/", "tokens", "step")
+        return {name: value for name, value in summary.items() if name.startswith(sides) and "per_second" not in name}
 
-    step = "--data.tokens_per_step=128"
-    alone = losses(fit(tmp_path / "alone", *small, *more, "--data.batch_size=2", step))
-    assert losses(fit(tmp_path / "together", *small, *more, *TOGETHER, step)) == pytest.approx(alone, rel=1e-5)
+    flags = staged(stage)
+    width = max(int(flag.partition("=")[2]) for flag in flags if "block_size" in flag)
+    step = f"--data.tokens_per_step={4 * width}"
+    alone = figures(fit(tmp_path / "alone", *flags, *more, "--data.batch_size=2", step))
+    together = figures(fit(tmp_path / "together", *flags, *more, *TOGETHER, step))
+    assert together == pytest.approx(alone, rel=1e-5)
+    assert ("test/loss" in alone) == (stage != "pretraining")
 
 
 @pytest.mark.parametrize("more", [[], ["--trainer.limit_val_batches=0"]])

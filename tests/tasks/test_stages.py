@@ -1,0 +1,216 @@
+"""Beginning with a trained model, training a part of it, telling classes apart, and adapters in files of their own."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
+from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.heads import POOLINGS
+from lit_gpt_scratch.model.lora import LoRA, add_lora
+from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.tasks import Classification, LanguageModel
+
+Build = Callable[..., L.Trainer]
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path) -> Path:
+    """The checkpoint of a model that was trained on a corpus."""
+    folder = tmp_path_factory.mktemp("base")
+    data = PackedText(str(corpus), vocab_size=300, block_size=144, batch_size=4, cache=str(cache), validation_share=0.1)
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=30, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        default_root_dir=folder, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(LanguageModel(SHAPE, compile=False), data)
+    trainer.save_checkpoint(folder / "base.ckpt")
+    return folder / "base.ckpt"
+
+
+@pytest.fixture
+def tuned(trainer: Build, base: Path, tmp_path: Path, cache: Path) -> Callable[..., tuple[Any, Path]]:
+    """Tune the base on generated records; the task and its checkpoint."""
+
+    def build_and_fit(task: Any, data: type = Conversations, steps: int = 4, **more: Any) -> tuple[Any, Path]:
+        records = data(init_from=str(base), cache=str(cache), block_size=128, batch_size=2, **more)
+        made = trainer(max_steps=steps, limit_val_batches=1)
+        made.fit(task, records)
+        path = tmp_path / "tuned.ckpt"
+        made.save_checkpoint(path)
+        return task, path
+
+    return build_and_fit
+
+
+class FirstOutput(L.Callback):
+    """The logits of the first batch of a training, before anything was learned."""
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == 0:
+            with torch.no_grad():
+                self.batch, self.logits = batch, pl_module.net(batch["input_ids"], batch["document_ids"])
+
+
+@pytest.mark.parametrize("how", [{}, {"lora": LoRA(4)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
+def test_the_first_output_is_that_of_the_start_bit_for_bit(
+    trainer: Build, base: Path, cache: Path, how: dict[str, Any]
+) -> None:
+    first = FirstOutput()
+    task = LanguageModel(init_from=str(base), compile=False, **how)
+    data = Conversations(init_from=str(base), cache=str(cache), block_size=128, batch_size=2)
+    trainer(max_steps=2, limit_val_batches=0, callbacks=[first]).fit(task, data)
+    start, _ = load_model(base)
+    assert torch.equal(first.logits, start(first.batch["input_ids"], first.batch["document_ids"]))
+    assert task.gpt == SHAPE
+    assert task.net.block_size == 144  # the start's own, though the data's windows are shorter
+
+
+@pytest.mark.parametrize(
+    ("how", "trained"),
+    [
+        ({"lora": LoRA(4)}, r".*\.lora_[ab]"),
+        ({"train_layers": 1}, r"blocks\.1\..*|norm\..*|head\..*"),
+        ({"train_layers": 0}, r"norm\..*|head\..*"),
+        ({"lora": LoRA(2, pattern="query|value")}, r"blocks\.\d\.attention\.(query|value)\.lora_[ab]"),
+    ],
+)
+def test_what_is_to_be_trained_moves_and_nothing_else(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, how: dict[str, Any], trained: str
+) -> None:
+    task, _ = tuned(LanguageModel(init_from=str(base), compile=False, **how))
+    start = load_model(base)[0].state_dict()
+    for name, parameter in task.net.named_parameters():
+        asked = re.fullmatch(trained, name) is not None
+        assert parameter.requires_grad == asked, name
+        assert (parameter.grad is not None) <= asked
+        if name in start:
+            assert torch.equal(parameter, start[name]) != asked, name
+
+
+def test_adapters_are_kept_alone_and_merge_into_their_base_only(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
+) -> None:
+    task, path = tuned(LanguageModel(init_from=str(base), lora=LoRA(4), compile=False), steps=8)
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(path, file)
+    trained = build(load_checkpoint(base), base)
+    merged = adapted(trained, file)
+    ids = torch.randint(0, 300, (2, 20))
+    assert not torch.equal(merged.net(ids), trained.net(ids))
+    torch.testing.assert_close(merged.net(ids), task.net.eval()(ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(load_model(path)[0](ids), merged.net(ids), rtol=0, atol=0)
+    with pytest.raises(UserError, match="is for another base"):
+        adapted(merged, file)
+    with pytest.raises(UserError, match="holds adapters alone; name what they are for"):
+        load_model(file)
+    with pytest.raises(UserError, match="has no adapters"):
+        save_adapter(base, file)
+
+
+def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2() -> None:
+    with torch.device("meta"):
+        net = GPT(PRESETS["gpt2_124m"], 50257, 1024)
+    whole = sum(parameter.numel() for parameter in net.parameters())
+    add_lora(net, LoRA(8))
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) <= 0.02 * whole
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "said"),
+    [
+        ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer 2 there, 3 here"),
+        ({}, {"init_from": None, "vocab_size": 280}, "another tokenizer"),
+        ({"init_from": "nowhere.ckpt"}, {}, "no checkpoint at nowhere.ckpt"),
+        ({"lora": LoRA(4), "train_layers": 1}, {}, "give one of them"),
+    ],
+)
+def test_what_does_not_fit_the_start_is_refused(
+    trainer: Build, base: Path, cache: Path, task: dict[str, Any], data: dict[str, Any], said: str
+) -> None:
+    records = {"init_from": str(base), "cache": str(cache), "block_size": 128, "batch_size": 2}
+    with pytest.raises(UserError, match=said):
+        trainer().fit(
+            LanguageModel(**({"init_from": str(base), "compile": False} | task)), Conversations(**(records | data))
+        )
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_text_is_read_whatever_it_is_filled_up_with(pooling: str) -> None:
+    """Each alone, by a loop, against all at once."""
+    x, lengths = torch.randn(3, 7, 5), torch.tensor([7, 1, 4])
+    expected = [
+        row[n - 1] if pooling == "last" else row[:n].mean(0) for row, n in zip(x, lengths.tolist(), strict=True)
+    ]
+    torch.testing.assert_close(POOLINGS[pooling](x, lengths).squeeze(1), torch.stack(expected))
+
+
+@pytest.mark.parametrize("weights", [None, "balanced", {"cats": 3.0}])
+def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]], base: Path, weights: Any) -> None:
+    """The loss and the figures, by hand, of what the task was given."""
+    names = LabelledText(init_from=str(base)).class_names
+    weights = {names[0]: 3.0} if isinstance(weights, dict) else weights
+    task, path = tuned(
+        Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=150
+    )
+    data: Any = task.data
+    logits, labels = [], []
+    with torch.no_grad():
+        for batch in data.test_dataloader():
+            logits.append(task(batch["input_ids"], batch["lengths"]))
+            labels.append(batch["labels"])
+    counted = torch.cat(labels) != IGNORED
+    found, true = torch.cat(logits)[counted], torch.cat(labels)[counted]
+    task.trainer.test(task, data, verbose=False)
+    measured = task.trainer.callback_metrics
+    assert measured["test/accuracy"].item() == pytest.approx((found.argmax(-1) == true).float().mean().item())
+    assert measured["test/accuracy"] > 0.9
+    each: Tensor = F.cross_entropy(found, true, reduction="none")
+    weight = task.weights[true]
+    if weights == "balanced":
+        together = task.weights * torch.tensor(data.class_counts)
+        torch.testing.assert_close(together, together.mean().expand_as(together))
+    assert measured["test/loss"].item() == pytest.approx(((each * weight).sum() / weight.sum()).item(), rel=1e-5)
+    for row in range(len(names)):
+        for column in range(len(names)):
+            assert task.confusion[row, column] == ((true == row) & (found.argmax(-1) == column)).sum()
+    contents = build(load_checkpoint(path), path).contents
+    assert (contents.classes, contents.pooling) == (names, "last")
+    with pytest.raises(UserError, match="writes nothing"):
+        load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"pooling": "first"}, "model.pooling is first"),
+        ({"class_weights": {"no such": 1.0}}, "there is no class no such"),
+        ({"class_weights": {"x": -1.0}}, "must be 0 or more"),
+    ],
+)
+def test_impossible_classifications_are_refused(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, task: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        tuned(Classification(init_from=str(base), compile=False, **task), LabelledText)
+
+
+def test_data_without_classes_is_refused(tuned: Callable[..., tuple[Any, Path]], base: Path) -> None:
+    with pytest.raises(UserError, match="has no classes"):
+        tuned(Classification(init_from=str(base), compile=False), Conversations)
