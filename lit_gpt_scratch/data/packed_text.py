@@ -1,18 +1,18 @@
 """Text as packed windows of tokens: the data of pretraining."""
 
-import inspect
 import math
 import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.starting import start_tokenizer
+from lit_gpt_scratch.data.mixture import refuse_mixture, refuse_of_text
 from lit_gpt_scratch.data.ordered import OrderedData, refuse_not_positive, refuse_null
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Packing, Policy, packed
 from lit_gpt_scratch.data.recipe import Recipe
@@ -29,12 +29,6 @@ from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
 from lit_gpt_scratch.text.shards import Ids
 from lit_gpt_scratch.text.sources import STDLIB, Source
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-
-ONLY_OF_TEXT: Final = (
-    "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
-    "vocab_size", "special_tokens", "store",
-)  # fmt: skip
-"""Arguments that mean nothing to tokens that are made already."""
 
 
 class PackedText(OrderedData):
@@ -150,12 +144,8 @@ class PackedText(OrderedData):
         self.mixed = [Path(folder).expanduser() for folder in folders]
         if mixture is not None:
             self.weights = list(mixture.values()) if isinstance(mixture, dict) else None
-            _refuse_mixture(self.mixed, self.weights)
-            for name in ONLY_OF_TEXT:
-                default = inspect.signature(PackedText).parameters[name].default
-                given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
-                if given != default:
-                    raise UserError(f"data.mixture is of tokens that are made already; leave out data.{name}")
+            refuse_mixture(self.mixed, self.weights)
+            refuse_of_text(PackedText, arguments)
 
     @property
     def origin(self) -> str:
@@ -247,13 +237,3 @@ class PackedText(OrderedData):
     def _windows(self, parts: Sequence[Packing]) -> Windows:
         end_of_text = self.tokenizer.end_of_text
         return Windows(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
-
-
-def _refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
-    if not folders:
-        raise UserError("data.mixture has no store in it; name one")
-    for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
-        if not 0.0 <= weight < math.inf:
-            raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
-    if weights is not None and not 0 < sum(weights) < math.inf:
-        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; give at least one store a weight")
