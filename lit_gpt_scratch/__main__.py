@@ -5,6 +5,7 @@ DOORS = {
     "prepare": "make text into tokens ahead of a run, or compare tokenizers",
     "generate": "let a trained model write",
     "evaluate": "score a text with a trained model",
+    "sweep": "many runs from one file, and a report of what they show",
     "convert": "write a model as one file for others",
     "doctor": "kill and resume a configuration, and say whether that is exact",
 }

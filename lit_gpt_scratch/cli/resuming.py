@@ -14,9 +14,10 @@ from lightning.pytorch import Trainer
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.callbacks.provenance import Provenance
 from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.checkpoint.differences import differences
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.progress import LAYOUT, epochs_done, settle
-from lit_gpt_scratch.checkpoint.provenance import differences, surroundings
+from lit_gpt_scratch.checkpoint.provenance import surroundings
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch.utils._triton import has_triton
 
+from lit_gpt_scratch.hardware.cores import QUOTA, quota_cores
+
 
 class Choice(NamedTuple):
     """A default, and why it is that one."""
@@ -38,7 +40,7 @@ def default_precision(accelerator: str) -> Choice:
     return Choice("32-true", "torch finds no bfloat16 in this processor")
 
 
-def use_allowed_cores(processes: int = 1, quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> None:
+def use_allowed_cores(processes: int = 1, quota: Path = QUOTA) -> None:
     """Let torch start no more threads than a container's quota has cores for.
 
     Torch and Lightning count the machine's cores; in a container with a share of them the threads would wait for
@@ -46,15 +48,13 @@ def use_allowed_cores(processes: int = 1, quota: Path = Path("/sys/fs/cgroup/cpu
 
     Args:
         processes: Those of this run on this machine, which share the cores.
-        quota: The file of the Linux cgroup with "microseconds of processor time, of a period's"; on a system
-            without it nothing changes.
+        quota: See ``quota_cores``; on a system without one nothing changes.
     """
-    if "OMP_NUM_THREADS" in os.environ or not quota.is_file():
+    if "OMP_NUM_THREADS" in os.environ:
         return
-    share, _, period = quota.read_text(encoding="ascii").partition(" ")
-    if share != "max":
-        cores = max(1, round(int(share) / int(period)) // processes)
-        torch.set_num_threads(min(cores, torch.get_num_threads()))
+    allowed = quota_cores(quota)
+    if allowed is not None:
+        torch.set_num_threads(min(max(1, allowed // processes), torch.get_num_threads()))
         if processes > 1:
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 

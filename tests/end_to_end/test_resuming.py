@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.checkpoint.comparing import compare_checkpoints
+from lit_gpt_scratch.checkpoint.differences import differences, flat
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.checkpoint.provenance import differences, flat
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.cli.resuming import Resumed
