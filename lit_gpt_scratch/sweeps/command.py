@@ -86,10 +86,8 @@ def shown(given: list[str], seed: int) -> str:
 
 def text(value: Any) -> str:
     """A value as a flag has it."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 

@@ -1,6 +1,7 @@
 """One thing that a sweep varies: some alternatives, or a range of numbers."""
 
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,10 @@ class Dimension(ABC):
         """What a setting means to ``fit``."""
 
     @abstractmethod
+    def holds(self, setting: Setting) -> bool:
+        """Whether it is one to choose from."""
+
+    @abstractmethod
     def samples(self) -> Sequence[Setting]:
         """Enough settings to see whether ``fit`` takes them."""
 
@@ -71,6 +76,10 @@ class Alternatives(Dimension):
         """Those of the label."""
         return dict(self.options[str(setting)])
 
+    def holds(self, setting: Setting) -> bool:
+        """Whether there is such a label."""
+        return setting in self.options
+
     def samples(self) -> Sequence[Setting]:
         """All."""
         return list(self.options)
@@ -102,9 +111,10 @@ class Range(Dimension):
     @property
     def distribution(self) -> BaseDistribution:
         """Whole or not, as the bounds are."""
+        high = self.high if self.step is None else self._on_step(self._steps())
         if self.whole:
-            return IntDistribution(int(self.low), int(self.high), log=self.log, step=int(self.step or 1))
-        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+            return IntDistribution(int(self.low), int(high), log=self.log, step=int(self.step or 1))
+        return FloatDistribution(self.low, high, log=self.log, step=self.step)
 
     @property
     def baseline(self) -> Setting:
@@ -121,6 +131,11 @@ class Range(Dimension):
     def flags(self, setting: Setting) -> Flags:
         """The number, for the one flag."""
         return {self.flag: setting}
+
+    def holds(self, setting: Setting) -> bool:
+        """Whether it lies between, and on a step if there are steps."""
+        within = not isinstance(setting, str) and self.low <= setting <= self.high
+        return within and (setting in self.grid() or self.step is None) and not (self.whole and setting % 1)
 
     def samples(self) -> Sequence[Setting]:
         """Both ends."""
@@ -147,7 +162,7 @@ def dimension(name: str, given: Any) -> Dimension:
         for label, flags in given.items():
             if not isinstance(flags, Mapping):
                 raise UserError(f"{where}: {label} is {flags}; write the flags that it stands for, as a mapping")
-        return _alternatives(where, [(str(label), dict(flags)) for label, flags in given.items()])
+        return _alternatives(where, [(label_of(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
         return _alternatives(where, [(label_of(value), {name: value}) for value in given])
     raise UserError(f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or flags by name")
@@ -173,7 +188,7 @@ def label_of(value: Any) -> str:
         name = str(value["class_path"]).rpartition(".")[2]
         return f"{name} ({arguments})" if arguments else name
     if value is None or isinstance(value, bool):
-        return str(value).lower().replace("none", "null")
+        return json.dumps(value)
     return str(value)
 
 

@@ -188,13 +188,14 @@ class Study:
     def _sampler(self, number: int, name: str) -> BaseSampler:
         """Of one setting of one trial: what a trial draws does not depend on which process draws it, and when."""
         seed = zlib.crc32(f"{self.sweep.fingerprint} {number} {name}".encode())
-        if self.sweep.method == "tpe":
-            sampler: BaseSampler = TPESampler(seed=seed, constant_liar=True)
-        else:
-            sampler = RandomSampler(seed=seed)
         ahead = self.sweep.assignments
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # since 2021, and nothing else fixes a whole trial
+            # Both have been experimental since 2021; nothing else keeps several processes from trying the same
+            # place at once, and nothing else says all of a trial.
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            sampler: BaseSampler = RandomSampler(seed=seed)
+            if self.sweep.method == "tpe":
+                sampler = TPESampler(seed=seed, constant_liar=True)
             return PartialFixedSampler(ahead[number], sampler) if number < len(ahead) else sampler
 
 

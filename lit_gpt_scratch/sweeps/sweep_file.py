@@ -101,8 +101,7 @@ class Sweep:
         for name, setting in self.baseline.items():
             if name not in self.vary:
                 raise UserError(f"baseline: {name} is not under vary{nearest(name, self.vary)}")
-            space = self.vary[name]
-            if not space.distribution._contains(space.distribution.to_internal_repr(setting)):
+            if not self.vary[name].holds(setting):
                 raise UserError(f"baseline: {name} is {setting}, which is not under vary")
 
     @property
@@ -124,11 +123,14 @@ class Sweep:
         return self.trials or len(self.assignments)
 
     def flags(self, assignment: Assignment) -> Flags:
-        """Flags of all runs of a trial, beside the configs; those of a later dimension go over those before."""
+        """Flags of all runs of a trial, beside the configs; those of a later dimension go over those before.
+
+        A value of null leaves a flag as the configs and defaults have it: the parser reads no null into a class.
+        """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
             flags |= self.vary[name].flags(setting)
-        return flags
+        return {name: value for name, value in flags.items() if value is not None}
 
     def pruner(self) -> optuna.pruners.BasePruner:
         """The pruner that the file asks for.

@@ -6,6 +6,7 @@ What is not a flag of a run's place is its setting: ``x`` and ``kind`` make the 
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ def figure(x: float, kind: str, seed: int) -> float:
 
 
 def main() -> None:
+    signal.signal(signal.SIGUSR1, lambda *_: sys.exit(138))
     flags = dict(argument.removeprefix("--").split("=", 1) for argument in sys.argv[1:])
     seed = int(flags["seed_everything"])
     experiment = Path(flags["runs"], flags["experiment"])

@@ -1,0 +1,47 @@
+"""Sweeps of the stub of ``fit`` that lies beside, which takes a tenth of a second."""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+STUB = "tests.sweeps.stub_fit"
+ROOT = Path(__file__).parents[2]
+DOOR = (
+    "import sys; from lit_gpt_scratch.cli import door; from lit_gpt_scratch.cli.sweep import main; "
+    f"door.run(lambda: main(sys.argv[1:], module='{STUB}'))"
+)
+Rows = list[dict[str, str]]
+
+
+@pytest.fixture
+def sweep_process(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
+    """Start a sweep of the stub in a process of its own, in an empty folder."""
+
+    def start(*args: str | Path) -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", DOOR, *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def rows(runs: Path, name: str) -> Rows:
+    """The table of a sweep, without what a clock made."""
+    with (runs / name / "results.csv").open() as table:
+        return [{k: v for k, v in row.items() if k not in ("seconds", "folder")} for row in csv.DictReader(table)]
+
+
+def starts(runs: Path, name: str) -> dict[str, list[int]]:
+    """The processes that each run of a sweep was begun in."""
+    return {
+        path.parent.name: [int(pid) for pid in path.read_text().split()] for path in (runs / name).glob("*/started")
+    }

@@ -1,0 +1,89 @@
+"""Reading runs from their folders, and what TensorBoard shows of them."""
+
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from lit_gpt_scratch.sweeps import hparams
+from lit_gpt_scratch.sweeps.results import Point, Run, curve, read_run, run_in
+
+METRIC = "val/bits_per_byte"
+
+
+def events(folder: Path, points: dict[int, float], began: float, name: str = "") -> None:
+    """An event file of a session that logs a point a second."""
+    writer = EventFileWriter(str(folder), filename_suffix=name)
+    writer.add_event(Event(wall_time=began, step=0, summary=Summary()))
+    for nth, (step, value) in enumerate(points.items(), 1):
+        scalar = Summary(value=[Summary.Value(tag=METRIC, simple_value=value)])
+        writer.add_event(Event(wall_time=began + nth, step=step, summary=scalar))
+    writer.close()
+
+
+def test_a_curve_goes_on_over_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)  # names and begins of event files
+    events(tmp_path, {9: 4.0, 19: 3.0, 29: 2.5}, 1000.0)
+    monkeypatch.setattr(time, "time", lambda: 5000.0)
+    events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a save at step 25, and resumed an hour later
+    assert list(curve(tmp_path, METRIC)) == [
+        Point(10, 1.0, 4.0), Point(20, 2.0, 3.0), Point(30, 3.0, 2.0), Point(40, 4.0, 1.0),
+    ]  # fmt: skip
+    assert list(curve(tmp_path, "val/other")) == []
+
+
+def test_a_run_that_diverged_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(f'{{"{METRIC}": null, "step": 3}}')
+    run = read_run(tmp_path, 1, METRIC)
+    assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end")
+    assert Run.of(run.plain()) == run
+
+
+def test_the_newest_folder_is_the_run(tmp_path: Path) -> None:
+    for name in ("version_2", "version_10", "version_x"):
+        (tmp_path / name).mkdir()
+    assert run_in(tmp_path) == tmp_path / "version_10"
+    assert run_in(tmp_path / "none") is None
+
+
+def test_tensorboard_shows_every_trial_in_hparams(tmp_path: Path) -> None:
+    """Asked as the tab's own server asks: settings of each group, and the last point of each metric."""
+    made = {("1e-3", 1): 1.5, ("1e-3", 2): 1.7, ("rotary", 1): 1.2}
+    for (setting, seed), value in made.items():
+        folder = tmp_path / f"{setting}_{seed}" / "version_0"
+        folder.mkdir(parents=True)
+        events(folder, {9: 3.0, 19: value}, time.time())
+        run = Run(seed, "finished" if value < 1.6 else "pruned", folder=str(folder))
+        for _ in range(2):  # the second time it is there
+            hparams.write(run, {"what": setting, "lr": 0.5}, f"trial {setting}")
+        assert len(list(folder.iterdir())) == 2
+    multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
+    provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
+    context = backend_context.Context(TBContext(logdir=str(tmp_path), data_provider=provider))
+    request = RequestContext()
+    experiment = context.experiment_from_metadata(request, "", False, context.hparams_metadata(request, ""), [])
+    assert {info.name for info in experiment.hparam_infos} == {"what", "lr"}
+    asked = api_pb2.ListSessionGroupsRequest(
+        start_index=0,
+        slice_size=10,
+        aggregation_type=api_pb2.AGGREGATION_AVG,
+        allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE],
+        col_params=[api_pb2.ColParams(metric=api_pb2.MetricName(tag=METRIC))],
+    )
+    answer = list_session_groups.Handler(request, context, "", asked).run()
+    groups = {group.name: group for group in answer.session_groups}
+    assert groups.keys() == {"trial 1e-3", "trial rotary"}
+    assert groups["trial 1e-3"].hparams["what"].number_value == 1e-3
+    assert groups["trial 1e-3"].hparams["lr"].number_value == 0.5
+    assert groups["trial rotary"].hparams["what"].string_value == "rotary"
+    means = {name: [m.value for m in group.metric_values if m.name.tag == METRIC] for name, group in groups.items()}
+    assert means == {"trial 1e-3": [pytest.approx(1.6)], "trial rotary": [pytest.approx(1.2)]}
+    statuses = sorted(session.status for group in groups.values() for session in group.sessions)
+    assert statuses == [api_pb2.STATUS_SUCCESS, api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE]
