@@ -47,7 +47,8 @@ def _parse(parser: FitCLI, sweep: Sweep, assignment: Assignment, names: Sequence
     except UserError as error:
         said = str(error)
         for name in map(short, sweep.flags(assignment)):
-            if name not in names and re.search(rf"--{re.escape(name)}\b|['\"]{re.escape(name)}['\"]", said):
+            leaf = name.rpartition(".")[2]  # a class' own parser calls its flags by their last names
+            if name not in names and re.search(rf"--{re.escape(name)}\b|['\"]{re.escape(leaf)}['\"]", said):
                 place = "fixed" if name in map(short, sweep.fixed) else "vary"
                 raise UserError(f"{place}: fit has no flag {name}{nearest(name, names)}") from error
         raise UserError(f"fit says: {said}") from error

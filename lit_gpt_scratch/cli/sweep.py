@@ -70,7 +70,7 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
     from lit_gpt_scratch.sweeps.command import FIT, Known
     from lit_gpt_scratch.sweeps.conducting import Conductor
     from lit_gpt_scratch.sweeps.reporting import report_of
-    from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage
+    from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage, storage_errors
     from lit_gpt_scratch.sweeps.study import Study
     from lit_gpt_scratch.sweeps.sweep_file import load
 
@@ -92,16 +92,15 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
 
     before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     try:
-        if not study.over:
-            folder.mkdir(parents=True, exist_ok=True)
-            conductor.run()
+        with storage_errors(given.storage):
+            if not study.over:
+                conductor.run()
+            report = report_of(study, given.file)
+            ended = sum(trial.state.is_finished() for trial in study.trials())
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    report = report_of(study, given.file)
-    written = report.write(folder)
-    ended = sum(trial.state.is_finished() for trial in study.trials())
-    log.info("%d of %d trials ended; %s", ended, sweep.n_trials, written)
+    log.info("%d of %d trials ended; %s", ended, sweep.n_trials, report.write(folder))
     if conductor.stopping.is_set():
         log.info("stopped; the same command goes on")
         sys.exit(128 + (signalled[0] if signalled else signal.SIGTERM))
@@ -109,19 +108,23 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
 
 def _checked(sweep: "Sweep") -> "Known":
     """What ``fit`` says of the flags, in a process of its own: reading them takes torch, which a sweep does without."""
-    from lit_gpt_scratch.cli.checking import check
-
     pool = spawned(1)
     try:
-        return pool.submit(check, sweep).result()
+        return pool.submit(_check, sweep).result()
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     finally:
         end(pool)
+
+
+def _check(sweep: "Sweep") -> "Known":
+    from lit_gpt_scratch.cli.checking import check
+
+    return check(sweep)
 
 
 def _compare(given: argparse.Namespace) -> None:
     from lit_gpt_scratch.sweeps.comparing import compare
 
     report = compare(given.compare, given.metric, given.direction)
-    folder: Path = given.runs / "comparison"
-    folder.mkdir(parents=True, exist_ok=True)
-    log.info("%s", report.write(folder))
+    log.info("%s", report.write(given.runs / "comparison"))

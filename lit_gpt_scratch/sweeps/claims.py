@@ -10,8 +10,6 @@ from pathlib import Path
 import sqlalchemy
 from filelock import FileLock, Timeout
 
-from lit_gpt_scratch.errors import UserError
-
 
 class Claims(ABC):
     """Locks by name, each of one process at a time, and within the process of whoever took it."""
@@ -127,13 +125,10 @@ class PostgresClaims(Claims):
 
     def _ask(self, function: str, name: str) -> bool:
         keys = {key: zlib.crc32(word.encode()) - 2**31 for key, word in (("a", self._study), ("b", name))}
-        try:
-            return bool(self._connection.execute(sqlalchemy.text(f"SELECT {function}(:a, :b)"), keys).scalar())
-        except sqlalchemy.exc.OperationalError as error:
-            raise UserError(f"--storage: the database is gone ({reason(error)}); the same command goes on") from error
+        return bool(self._connection.execute(sqlalchemy.text(f"SELECT {function}(:a, :b)"), keys).scalar())
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """The first line of what a database said."""
     said = str(getattr(error, "orig", None) or error).strip().splitlines()
     return said[0] if said else type(error).__name__

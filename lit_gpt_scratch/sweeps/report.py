@@ -60,6 +60,7 @@ class Report:
             "report.html": page(self.title, parts),
         }
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             for name, content in files.items():
                 unfinished = folder / f".{name}.unfinished"
                 unfinished.write_text(content, encoding="utf-8")

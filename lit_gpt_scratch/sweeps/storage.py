@@ -1,11 +1,13 @@
 """Where a study is kept: a file on one machine or a shared disk, a database for many machines."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import optuna
 import sqlalchemy
 from filelock import FileLock
+from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of a public argument
@@ -30,16 +32,13 @@ def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStora
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     kind, separator, rest = (given or str(folder / JOURNAL)).partition("://")
-    try:
+    with storage_errors(given):
         if not separator:
-            path = Path(kind).expanduser()
-            path.parent.mkdir(parents=True, exist_ok=True)
+            path = _made_room(Path(kind).expanduser())
             mend(path)
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path))), _beside(path)
         if kind == "sqlite":
-            path = Path(rest.removeprefix("/"))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            claims = _beside(path)
+            claims = _beside(_made_room(Path(rest.removeprefix("/"))))
             with claims.alone():  # its tables are made by one
                 return RDBStorage(f"sqlite://{rest}", engine_kwargs={"connect_args": {"timeout": 60}}), claims
         if kind in POSTGRES:
@@ -48,11 +47,21 @@ def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStora
             with database.alone():
                 options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
                 return RDBStorage(url, engine_kwargs=options), database
-    except OSError as error:
-        raise UserError(f"--storage: cannot write {error.filename or given}: {error.strerror}") from error
-    except (sqlalchemy.exc.SQLAlchemyError, ImportError) as error:  # RDBStorage says what is not installed that way
-        raise UserError(f"--storage: cannot reach {_without_password(given or '')}: {reason(error)}") from error
     raise UserError(f"--storage is {kind}://...; it must be a file, sqlite:///FILE or postgresql://USER@HOST/DATABASE")
+
+
+@contextmanager
+def storage_errors(given: str | None) -> Iterator[None]:
+    """Let a user read in one line what became of a database.
+
+    Raises:
+        UserError: It cannot be reached, or not any more.
+    """
+    try:
+        yield
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # the last: no such driver
+        inner = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+        raise UserError(f"--storage: cannot reach {_without_password(given or '')}: {reason(inner)}") from error
 
 
 def mend(journal: Path) -> None:
@@ -60,6 +69,20 @@ def mend(journal: Path) -> None:
     with suppress(FileNotFoundError), _Lock(journal).lock, journal.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def _made_room(path: Path) -> Path:
+    """The path of a file that can be written.
+
+    Raises:
+        UserError: It cannot.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("ab").close()
+    except OSError as error:
+        raise UserError(f"--storage: cannot write {path}: {error.strerror}") from error
+    return path
 
 
 def _beside(path: Path) -> FileClaims:

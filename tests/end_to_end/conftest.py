@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate, prepare
+from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate, prepare, sweep
 
 
 @dataclass
@@ -33,6 +33,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
         "convert": convert,
         "doctor": doctor,
         "prepare": prepare,
+        "sweep": sweep,
     }
 
     def run(name: str, *args: str | Path) -> Outcome:

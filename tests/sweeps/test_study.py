@@ -165,8 +165,8 @@ def test_a_journal_whose_last_line_is_torn(tmp_path: Path) -> None:
     [
         ("postgresql://nobody:secret@127.0.0.1:9/none", "cannot reach postgresql://nobody:***@127.0.0.1:9/none"),
         ("oracle://x", "--storage is oracle://...; it must be"),
-        ("sqlite:////proc/none/x.db", "--storage: cannot write /proc/none"),
-        ("/proc/none/journal", "--storage: cannot write /proc/none"),
+        ("sqlite:////proc/none/x.db", "--storage: cannot write /proc/none/x.db: No such file"),
+        ("/proc/none/journal", "--storage: cannot write /proc/none/journal: No such file"),
     ],
 )
 def test_a_storage_that_cannot_be(tmp_path: Path, storage: str, said: str) -> None:

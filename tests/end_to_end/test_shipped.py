@@ -1,0 +1,107 @@
+"""What is shipped in ``experiments/``: ``fit`` takes all of it, and it starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_gpt_scratch.cli.checking import check
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.command import Known, arguments
+from lit_gpt_scratch.sweeps.dimension import label_of
+from lit_gpt_scratch.sweeps.sweep_file import Sweep, load
+from tests.end_to_end.conftest import Command
+
+ROOT = Path(__file__).parents[2]
+PRETRAIN = sorted(path.relative_to(ROOT) for path in ROOT.glob("experiments/pretrain/*.yaml"))
+SWEEPS = sorted(
+    path.relative_to(ROOT)
+    for folder in ("ablations", "sweeps")
+    for path in (ROOT / "experiments" / folder).glob("*.yaml")
+    if "vary" in yaml.safe_load(path.read_text())
+)
+TINY = ["--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=32", "--model.gpt.ffn_dim=64"]
+
+
+@pytest.fixture(scope="module")
+def two_steps(corpus: Path, cache: Path) -> list[str]:
+    """Flags that make any experiment one of a second."""
+    return [
+        f"--data.source={corpus}", f"--data.cache={cache}", "--data.validation_share=0.1", "--trainer.max_steps=2",
+        "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--data.block_size=32", "--model.compile=false",
+        "--trainer.val_check_interval=2", "--runs=runs",
+    ]  # fmt: skip
+
+
+def shipped(path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+    """A sweep, read where its user stands."""
+    with monkeypatch.context() as at_the_root:
+        at_the_root.chdir(ROOT)
+        return load(path)
+
+
+def absolute(given: list[str]) -> list[str]:
+    return [each.replace("--config=", f"--config={ROOT}/") for each in given]
+
+
+def starts(command: Command, flags: list[str]) -> None:
+    outcome = command("fit", *flags)
+    assert outcome.code == 0, outcome.err
+    [summary] = Path("runs").glob("*/*/summary.json")
+    assert json.loads(summary.read_text())["step"] == 2
+
+
+@pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
+def test_a_pretraining_starts(command: Command, two_steps: list[str], path: Path) -> None:
+    """With its own choices, but for a size that takes a second."""
+    narrow = [] if path.stem == "laptop" else [*TINY, "--data.batch_size=2", "--data.tokens_per_step=128"]
+    shape = ["--model.gpt.head_dim=8", "--model.gpt.n_kv_head=2"] if path.stem == "llama_shaped" else []
+    vocabulary = [] if path.stem == "laptop" else ["--data.vocab_size=300"]
+    starts(command, ["--config", str(ROOT / path), *two_steps, *narrow, *shape, *vocabulary])
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    sweep = load(path)
+    assert sweep.question
+    assert len(sweep.seeds) >= 3
+    known = check(sweep)
+    for assignment in sweep.assignments:
+        assert any(each.startswith("--config=") for each in arguments(sweep, assignment, known))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_every_arm_of_a_sweep_starts(
+    command: Command, two_steps: list[str], path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep = shipped(path, monkeypatch)
+    ends = [f"{name}={setting}" for name, each in sweep.vary.items() for setting in each.samples()]
+    for name, each in sweep.vary.items():
+        for setting in each.samples():
+            flags = arguments(sweep, sweep.first | {name: setting}, Known({"data.tokens_per_step": 1}))
+            experiment = f"--experiment=arm_{ends.index(f'{name}={setting}')}"
+            outcome = command("fit", *absolute(flags), *two_steps, experiment)
+            assert outcome.code == 0, (label_of(setting), outcome.err)
+    assert len(list(Path("runs").glob("*/*/summary.json"))) == len(ends)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("vary: {model.gpt.positon: [rotary]}", "vary: fit has no flag model.gpt.positon; the nearest is model.gpt.p"),
+        ("vary: {model.gpt.n_layer: [2]}\nfixed: {trainer.max_stps: 3}", "fixed: fit has no flag trainer.max_stps"),
+        ("vary: {model.gpt.position: [rotary, sideways]}", "--model.gpt.position: expected one of"),
+        ("vary: {model.optimizer: [{class_path: Nope}]}", "there is no class Nope"),
+        ("vary: {model.gpt.n_head: [7]}", "model.gpt.n_embd (192) is not divisible by model.gpt.n_head (7)"),
+        ("vary: {data.batch_sizes: {low: 1, high: 4}}\nmethod: random\ntrials: 2", "the nearest is data.batch_size"),
+    ],
+)  # fmt: skip
+def test_flags_that_fit_does_not_take(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        check(load(path))
+    assert said in str(caught.value)

@@ -1,0 +1,89 @@
+"""A sweep of real runs: an attention of somebody's own, from their own file, beside ours; and runs compared by hand."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.end_to_end.conftest import Command
+
+OWN = '''
+from lit_gpt_scratch.model.attention import Attention
+
+
+class Quiet(Attention):
+    """Every head half as loud."""
+
+    def attend(self, *args):
+        return super().attend(*args) / 2
+'''
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open() as rows:
+        return list(csv.DictReader(rows))
+
+
+def test_an_attention_of_ones_own(
+    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One file of Python and one of YAML, both outside the package."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    (tmp_path / "my_attention.py").write_text(OWN)
+    fixed = "".join(f"  {flag.removeprefix('--').replace('=', ': ')}\n" for flag in small)
+    (tmp_path / "quiet.yaml").write_text(
+        f"# Is half as loud as good?\nfixed:\n{fixed}  data.tokens_per_step: 128\n"
+        "vary:\n  model.gpt.attention: [null, my_attention.Quiet]\nseeds: [1]\nmetric: val/loss\n"
+    )
+    # As a user types it: the process must get by without torch, which takes seconds to import.
+    door = (
+        "import runpy, sys; sys.argv[1:] = ['quiet.yaml', '--workers', '2']; "
+        "runpy.run_module('lit_gpt_scratch.sweep', run_name='__main__'); assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", door], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "runs" / "quiet"
+    ours, own = table(folder / "results.csv")
+    assert (ours["state"], own["state"]) == ("finished", "finished")
+    assert own["model.gpt.attention"] == "my_attention.Quiet"
+    assert float(ours["val/loss"]) != float(own["val/loss"])
+    report = (folder / "report.md").read_text()
+    assert "Is half as loud as good?" in report
+    assert "--model.gpt.attention=my_attention.Quiet --seed_everything=1" in report or float(ours["val/loss"]) < float(
+        own["val/loss"]
+    )
+    assert "curves_over_tokens.svg" in report
+    assert "torch" in report
+    outcome = command("sweep", "--compare", folder, "--metric", "val/loss", "--runs", "elsewhere")
+    assert outcome.code == 0, outcome.err
+    compared = table(tmp_path / "elsewhere" / "comparison" / "results.csv")
+    assert {row["model.gpt.attention"]: row["val/loss"] for row in compared} == {
+        row["model.gpt.attention"]: row["val/loss"] for row in (ours, own)
+    }
+    outcome = command("sweep", "--compare", folder, "--metric", "val/los")
+    assert outcome.code == 2
+    assert "has no val/los; the nearest is val/loss" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ([], "name a sweep file"),
+        (["no.yaml"], "cannot read no.yaml: No such file"),
+        (["s.yaml", "--workers", "0"], "--workers: 0"),
+        (["s.yaml", "--compare", "runs"], "name a sweep file, or runs after --compare"),
+        (["--compare", "runs"], "no run that came to its end is in runs"),
+        (["s.yaml", "--storage", "postgresql://x@127.0.0.1:9/y"], "--storage: cannot reach postgresql://x@127.0.0.1:9"),
+        (["s.yaml", "--runz", "x"], "--runz"),
+    ],
+)
+def test_mistakes_at_the_door(command: Command, tmp_path: Path, args: list[str], said: str) -> None:
+    (tmp_path / "s.yaml").write_text("vary: {model.gpt.n_layer: [2]}\n")
+    outcome = command("sweep", *args)
+    assert outcome.code == 2
+    assert outcome.err.startswith("error: ")
+    assert outcome.err.count("\n") == 1
+    assert said in outcome.err
+    assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}
