@@ -1,6 +1,7 @@
 """A document of a few kinds of parts, as one HTML file and as Markdown."""
 
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,12 +101,14 @@ def _html(part: Part) -> str:
             return f"<figure>{drawing}<figcaption>{html.escape(caption)}</figcaption></figure>"
         case Table(head, rows):
             heads = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
-            body = "\n".join("<tr>" + "".join(map(_html_cell, row)) + "</tr>" for row in rows)
+            kinds = [" class=n" if _numbers(column) else "" for column in zip(*rows, strict=True)]
+            lines = ["".join(f"<td{k}>{html.escape(c)}</td>" for k, c in zip(kinds, row, strict=True)) for row in rows]
+            body = "\n".join(f"<tr>{line}</tr>" for line in lines)
             return f"<table><tr>{heads}</tr>\n{body}</table>"
         case Text(text):
             return f"<p>{html.escape(text)}</p>"
 
 
-def _html_cell(text: str) -> str:
-    number = text[:1].lstrip("-+").isdigit() or text[:2].lstrip("-+")[:1].isdigit()
-    return f"<td{' class=n' if number else ''}>{html.escape(text)}</td>"
+def _numbers(column: Sequence[str]) -> bool:
+    """Whether a column holds nothing else, and so is read best with its digits below each other."""
+    return all(re.fullmatch(r"(< ?)?[-+]?[\d.,]+(e[-+]?\d+)?( ± [\d.]+)?|", cell) for cell in column)
