@@ -6,7 +6,10 @@ import signal
 import threading
 import time
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps import hparams
@@ -83,6 +86,15 @@ class Conductor:
         """Do a run, or go on with it, or find that it is done; None if the sweep is to stop."""
         given = arguments(self.sweep, claim.assignment, self.known)
         name = experiment(self.sweep, claim.assignment, given, claim.seed)
+        logs = self.folder / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(logs / f"{name}.lock")
+        while not self.stopping.is_set():  # another sweep may be at the same run: an older form of the file, say
+            with suppress(Timeout), lock.acquire(timeout=POLL):
+                return self._alone(claim, given, name, logs / f"{name}.txt")
+        return None
+
+    def _alone(self, claim: Claim, given: list[str], name: str, said: Path) -> Run | None:
         runs = self.folder / name
         metric = self.sweep.metric
         where = [f"--seed_everything={claim.seed}", f"--runs={self.folder}", f"--experiment={name}"]
@@ -95,9 +107,7 @@ class Conductor:
             if folder and (attempt == "anew" or not resumes):
                 shutil.rmtree(folder)
                 resumes = False
-            process = RunProcess(
-                self.module, [*given, *where, "--ckpt_path=auto"], self.folder / "logs" / f"{name}.txt", self.workers
-            )
+            process = RunProcess(self.module, [*given, *where, "--ckpt_path=auto"], said, self.workers)
             pruned = self._watch(process, claim, runs)
             if self.stopping.is_set():
                 return None

@@ -32,7 +32,6 @@ class RunProcess:
         if workers > 1:
             share = str(max(1, allowed_cores() // workers))
             environment = dict.fromkeys(THREADS, share) | environment
-        log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log
         with log.open("wb") as said:
             self._process = subprocess.Popen(

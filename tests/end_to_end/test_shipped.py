@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytest.importorskip("optuna")
+
 from lit_gpt_scratch.cli.checking import check
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.command import Known, arguments

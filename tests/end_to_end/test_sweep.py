@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("optuna")
+
 from tests.end_to_end.conftest import Command
 
 OWN = '''
@@ -65,6 +67,12 @@ def test_an_attention_of_ones_own(
     outcome = command("sweep", "--compare", folder, "--metric", "val/los")
     assert outcome.code == 2
     assert "has no val/los; the nearest is val/loss" in outcome.err
+
+
+def test_an_extra_that_is_not_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_gpt_scratch.cli.sweep.find_spec", lambda name: None if name == "optuna" else name)
+    outcome = command("sweep", "s.yaml")
+    assert (outcome.code, outcome.err) == (2, "error: a sweep needs optuna: python -m pip install -e '.[sweep]'\n")
 
 
 @pytest.mark.parametrize(

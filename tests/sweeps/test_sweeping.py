@@ -159,3 +159,18 @@ def test_a_run_that_was_told_to_stop_stops_the_sweep(tmp_path: Path, sweep_proce
     _, said = sweep.communicate(timeout=30)
     assert sweep.returncode == 128 + signal.SIGTERM, said
     assert rows(tmp_path / "runs", "s") == []
+
+
+def test_two_sweeps_with_a_run_in_common_do_it_once(tmp_path: Path, sweep_process: Start) -> None:
+    """The file grew by a value while its first form was still at work."""
+    text = "fixed: {{seconds: 1.5}}\nvary: {{x: {}}}\nseeds: [1]\n"
+    (tmp_path / "s.yaml").write_text(text.format([1]))
+    first = sweep_process("s.yaml")
+    while not starts(tmp_path / "runs", "s"):
+        time.sleep(0.02)
+    (tmp_path / "s.yaml").write_text(text.format([1, 2]))
+    second = sweep_process("s.yaml", "--storage", "other.journal")
+    said = [process.communicate()[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], said
+    assert sorted(len(pids) for pids in starts(tmp_path / "runs", "s").values()) == [1, 1]
+    assert [row["state"] for row in rows(tmp_path / "runs", "s")] == ["finished", "finished"]
