@@ -2,9 +2,8 @@
 
     python experiments/benchmarks/sweep_cost.py
 
-The same short run, once by the shell for each seed, and in two sweeps, of one seed and of several. What the longer
-sweep takes longer, for each run, less what a run takes by the shell, is the cost; what a sweep takes once (reading
-flags, the report) is told beside it.
+A sweep of short runs, one after the other: the time in which none of their processes lives is the sweep's own. What the
+module that watches over a run adds to its start is measured with a module that does nothing, begun with it and without.
 """
 
 import argparse
@@ -14,48 +13,66 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import fmean
+from statistics import median
+from typing import Any
+
+from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli.sweep import main
+from lit_gpt_scratch.sweeps import conducting
+from lit_gpt_scratch.sweeps.process import RunProcess
 
 FLAGS = {
     "trainer.max_steps": 4, "trainer.accelerator": "cpu", "data.max_bytes": 300000, "data.block_size": 32,
     "data.batch_size": 4, "model.gpt.n_layer": 2, "model.gpt.n_head": 2, "model.gpt.n_embd": 32,
     "model.compile": "false",
 }  # fmt: skip
+began: list[float] = []
+ended: list[float] = []
 
 
-def timed(module: str, *args: str) -> float:
-    """Seconds that a door takes."""
-    began = time.perf_counter()
-    subprocess.run([sys.executable, "-m", module, *args], check=True, capture_output=True)
-    return time.perf_counter() - began
+class Timed(RunProcess):
+    """Takes the time of its beginning, and of its end as the sweep learns of it."""
+
+    def __init__(self, *args: Any) -> None:
+        began.append(time.perf_counter())
+        super().__init__(*args)
+
+    def wait(self, seconds: float) -> int | None:
+        """Wait, and note the end."""
+        code = super().wait(seconds)
+        if code is not None and len(ended) < len(began):
+            ended.append(time.perf_counter())
+        return code
 
 
-def sweep(folder: Path, seeds: int) -> float:
-    """Seconds of a sweep of one trial with so many seeds."""
-    path = folder / f"seeds_{seeds}.yaml"
-    fixed = ", ".join(f"{name}: {value}" for name, value in FLAGS.items())
-    path.write_text(f"fixed: {{{fixed}}}\nvary: {{model.gpt.position: [rotary]}}\nseeds: {list(range(seeds))}\n")
-    return timed("lit_gpt_scratch.sweep", str(path), "--runs", str(folder / f"sweep_{seeds}"))
+def start(*args: str) -> float:
+    """Seconds of a process that does nothing."""
+    at = time.perf_counter()
+    subprocess.run([sys.executable, "-m", *args], check=True, stdin=subprocess.PIPE, capture_output=True)
+    return time.perf_counter() - at
 
 
-def main() -> None:
-    """Measure, and print one line."""
+def measure() -> None:
+    """Run the sweep, and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=4, help="of the longer sweep")
-    seeds = parser.parse_args().seeds
-    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        timed("lit_gpt_scratch.fit", *flags, "--plan")  # the tokens are made
-        alone = [timed("lit_gpt_scratch.fit", *flags, f"--seed_everything={n}", f"--runs={folder / 'shell'}")
-                 for n in range(seeds - 1)]  # fmt: skip
-        short, long = sweep(folder, 1), sweep(folder, seeds)
-    a_run = (long - short) / (seeds - 1)
+    parser.add_argument("--runs", type=int, default=5, help="of the sweep")
+    runs = parser.parse_args().runs
+    conducting.RunProcess = Timed  # type: ignore[misc]  # to look inside
+    fixed = ", ".join(f"{name}: {value}" for name, value in FLAGS.items())
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "cost.yaml")
+        path.write_text(f"fixed: {{{fixed}}}\nvary: {{model.gpt.position: [rotary]}}\nseeds: {list(range(runs))}\n")
+        at = time.perf_counter()
+        door.run(lambda: main([str(path), "--runs", folder]))
+        whole = time.perf_counter() - at
+    alive = [end - begin for begin, end in zip(began, ended, strict=True)]
+    between = (began[-1] - began[0] - sum(alive[:-1])) / (runs - 1)
+    plain, watched = (median(start(*how, "this") for _ in range(10)) for how in ([], ["lit_gpt_scratch.sweeps.child"]))
     print(
-        f"{platform.machine()}: a run by the shell {fmean(alone):.2f} s ({min(alone):.2f} to {max(alone):.2f}), in a "
-        f"sweep {a_run:.2f} s: {a_run - fmean(alone):+.2f} s a run; once a sweep {short - a_run:.2f} s"
+        f"{platform.machine()}: {runs} runs of fit of {median(alive):.1f} s; from the end of one to the begin of the "
+        f"next {between:.3f} s, and {watched - plain:.3f} s in its process; once a sweep {whole - sum(alive):.1f} s"
     )
 
 
 if __name__ == "__main__":
-    main()
+    measure()

@@ -58,7 +58,10 @@ def compare(paths: Sequence[Path], metric: str, direction: str) -> Report:
         arms=found,
         baseline=found[0],
         setting={short(name): ", ".join(dict.fromkeys(label_of(c.get(name)) for c in configs)) for name in differ},
-        command=shlex.join(["python", "-m", "lit_gpt_scratch.sweep", "--compare", *map(str, paths)]),
+        command=shlex.join(
+            ["python", "-m", "lit_gpt_scratch.sweep", "--compare", *map(str, paths), f"--metric={metric}"]
+            + ([] if direction == "minimize" else [f"--direction={direction}"])
+        ),
     )
 
 

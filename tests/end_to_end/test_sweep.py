@@ -1,8 +1,10 @@
 """A sweep of real runs: an attention of somebody's own, from their own file, beside ours; and runs compared by hand."""
 
 import csv
+import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,42 @@ def test_an_attention_of_ones_own(
     outcome = command("sweep", "--compare", folder, "--metric", "val/los")
     assert outcome.code == 2
     assert "has no val/los; the nearest is val/loss" in outcome.err
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_killed_runs_go_on_and_the_table_is_the_same(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs of fit: what a kill of the sweep interrupts goes on from its checkpoint, and ends with the same bits."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    flags = [*small, "--checkpoint.every_n_steps=5"]
+    fixed = "".join(f"  {flag.removeprefix('--').replace('=', ': ')}\n" for flag in flags if "max_steps" not in flag)
+    text = f"fixed:\n{fixed}vary:\n  model.gpt.position: [rotary, none]\nseeds: [1]\nbudget: {{steps: 400}}\n"
+    for name in ("quiet", "killed"):
+        (tmp_path / f"{name}.yaml").write_text(text)
+
+    def sweep(name: str) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "lit_gpt_scratch.sweep", f"{name}.yaml", "--workers", "2"]
+        return subprocess.Popen(command, cwd=tmp_path)
+
+    assert sweep("quiet").wait() == 0
+    resumed, moments = set(), random.Random(0)
+    for _ in range(4):
+        process = sweep("killed")
+        before = set((tmp_path / "runs" / "killed").glob("*/version_0/events*"))
+        while before == set((tmp_path / "runs" / "killed").glob("*/version_0/events*")) and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0.0, 3.0))
+        process.kill()
+        process.wait()
+        resumed |= set((tmp_path / "runs" / "killed").glob("*/version_0/checkpoints/last.ckpt"))
+    assert resumed
+    assert sweep("killed").wait() == 0
+    tables = [table(tmp_path / "runs" / name / "results.csv") for name in ("quiet", "killed")]
+    for row, other in zip(*tables, strict=True):
+        for column in ("trial", "model.gpt.position", "seed", "state", "val/loss", "val/bits_per_byte", "tokens"):
+            assert row[column] == other[column]
 
 
 def test_an_extra_that_is_not_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
