@@ -88,7 +88,7 @@ def test_two_processes_on_one_study(tmp_path: Path, sweep_process: Start) -> Non
     assert all("finished (" in text for text in said)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_sweep_that_is_told_to_stop_goes_on_later(
     tmp_path: Path, sweep_process: Start, signum: signal.Signals
 ) -> None:
@@ -161,6 +161,7 @@ def test_a_run_that_was_told_to_stop_stops_the_sweep(tmp_path: Path, sweep_proce
     assert rows(tmp_path / "runs", "s") == []
 
 
+@pytest.mark.slow
 def test_two_sweeps_with_a_run_in_common_do_it_once(tmp_path: Path, sweep_process: Start) -> None:
     """The file grew by a value while its first form was still at work."""
     text = "fixed: {{seconds: 1.5}}\nvary: {{x: {}}}\nseeds: [1]\n"
