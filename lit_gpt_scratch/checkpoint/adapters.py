@@ -60,7 +60,7 @@ def adapted(base: Trained, adapter: Path) -> Trained:
         raise UserError(f"{adapter} holds no adapters, but a model of its own")
     if contents.base != fingerprint(base.net):
         raise UserError(f"{adapter} is for another base: its adapters were trained beside other weights than these")
-    net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, base.net.block_size, contents.head)
+    net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, contents.block_size, contents.head)
     begin_with(base, net)
     add_lora(net, LoRA(**contents.lora))
     _, unexpected = net.load_state_dict(loaded["state_dict"], strict=False)

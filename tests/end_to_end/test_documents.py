@@ -1,5 +1,6 @@
 """What the README, the notebooks and the experiment files say is run, with fewer steps."""
 
+import json
 import re
 import shlex
 import shutil
@@ -59,6 +60,11 @@ def newcomers_folder(command: Command, small: list[str], tmp_path: Path, monkeyp
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = "".join(f"x\t{sentences(seed, 3)!r}\n" for seed in range(40))
     (tmp_path / "my_table.tsv").write_text(f"label\tmessage\n{rows}", encoding="utf-8")
+    questions = [{"question": "a dog sees", "choices": ["the cat.", "x."], "answer": n % 2} for n in range(5)]
+    pairs = [{"sentence_good": "a dog sees the cat.", "sentence_bad": f"dog a {n}."} for n in range(3)]
+    prompts = [{"prompt": "a dog sees", "reference": f" the cat {n}."} for n in range(3)]
+    for name, found in (("questions", questions), ("pairs", pairs), ("prompts", prompts)):
+        (tmp_path / f"my_{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found), encoding="utf-8")
     for name in ("README.md", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     flags = [flag for flag in small if "trainer.precision" not in flag]
@@ -68,11 +74,18 @@ def newcomers_folder(command: Command, small: list[str], tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("line", DOOR_COMMANDS[1:])
 def test_the_readmes_commands_run(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
+    for needed in [*before(line), line]:
+        runs(command, newcomers_folder, cache, needed)
+
+
+def before(line: str) -> list[str]:
+    """The commands that make what this one uses, and what those use."""
+    needed: list[str] = []
     for earlier in DOOR_COMMANDS[: DOOR_COMMANDS.index(line)]:
-        made = re.search(r"(?:--data.store|to-hf \S+) (\S+)", earlier)
-        if made and made[1] in line:  # what it makes is used
-            runs(command, newcomers_folder, cache, earlier)
-    runs(command, newcomers_folder, cache, line)
+        made = re.search(r"(?:--data.store|to-hf \S+|to-adapter \S+|fit .*--experiment) (\S+)", earlier)
+        if made and made[1].rstrip("/") in re.findall(r"[\w.]+", line):
+            needed += [each for each in (*before(earlier), earlier) if each not in needed]
+    return needed
 
 
 def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
@@ -81,12 +94,27 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
     if "--data.vocab_size" in flags:  # more than a short text gives
         place = flags.index("--data.vocab_size")
         del flags[place : place + 2]
+    if door == "sweep" and "--compare" not in flags:  # its runs take minutes; that every one starts is tested elsewhere
+        pytest.importorskip("optuna")
+        from lit_gpt_scratch.cli.checking import check
+        from lit_gpt_scratch.sweeps.sweep_file import load
+
+        assert check(load(Path(flags[0])))
+        return
     # A subprocess launcher would start the test runner again; that strategies agree is tested elsewhere.
     if door == "fit" and ("--trainer.strategy" in flags or "experiments/hardware" in line):
         assert command(door, *flags, *SHORT[:-1], "--print_config").code == 0
         return
     if door == "fit" and not {"--print_config", "--model.help"} & set(flags):
-        if "--ckpt_path" not in flags:
+        if "experiments/finetune" in line or "--model.init_from" in flags:  # the shape is the config's, or the start's
+            tuned = {"vocab_size", "block_size"} if "--model.init_from" in flags else set()
+            kept = [f for f in SHORT if not any(name in f for name in ("n_embd", "tokens_per_step", *tuned))]
+            flags += [
+                *kept,
+                f"--data.cache={cache}",
+                *(["--data.too_long=cut"] if tuned else ["--data.validation_share=0.3"]),
+            ]
+        elif "--ckpt_path" not in flags:
             named = {"--data.source", "--data.mixture"} & set(flags)
             corpus = [] if named else [f"--data.source={newcomers_folder / 'my_texts'}"]
             # A kind of its own size, tokens that are there, or the kind of a small vocabulary.
@@ -105,6 +133,8 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
         flags += [*SHORT[1:], *source, "--data.validation_share=0.3"]
         parity = ["--kinds=float32", "--layouts=single", "--model.gpt.n_embd=32", "--trainer.max_steps=2"]
         flags += parity if "--parity" in flags else ["--kills=1"]
+    if door == "sweep":
+        pytest.importorskip("optuna")
     outcome = command(door, *flags)
     assert outcome.code == 0, outcome.err
 
