@@ -1,0 +1,56 @@
+"""Whether a model replies in the form that it was tuned to."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from lit_gpt_scratch.decoding.generation import generate
+from lit_gpt_scratch.evaluation.continuations import GREEDY, ROWS_AT_ONCE
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.text.chat import ROLES
+from lit_gpt_scratch.text.document import blank
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+MARKERS = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
+"""What opens a turn, in both ways of the template."""
+
+
+class Reply(NamedTuple):
+    """What a model wrote after a prompt.
+
+    Attributes:
+        text: Without the end of text; special tokens under their names.
+        ended: Whether the model ended it, and not the number of tokens that it was granted.
+    """
+
+    text: str
+    ended: bool
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether it says something, ends, and leaves it to others to open the next turn."""
+        return self.ended and not blank(self.text) and not any(marker in self.text for marker in MARKERS)
+
+
+def replies(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Reply]:
+    """The reply to each prompt, always the likeliest token.
+
+    Args:
+        model: In evaluation mode.
+        tokenizer: The model's.
+        prompts: Ids up to the marker of the reply, as ``Template.prompt`` gives them.
+        max_new_tokens: The most tokens of a reply, its end among them.
+
+    Raises:
+        UserError: A prompt is longer than the context.
+    """
+    written: list[list[int]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
+    for start in range(0, len(order), ROWS_AT_ONCE):
+        places = order[start : start + ROWS_AT_ONCE]
+        given = [prompts[place] for place in places]
+        tokens = generate(model, given, max_new_tokens, GREEDY, [0] * len(places), tokenizer.end_of_text)
+        for row, token in tokens:
+            if token is not None:
+                written[places[row]].append(token)
+    # The end of text is not given: where it came, there is a token less than there could be.
+    return [Reply(tokenizer.decode(ids), len(ids) < max_new_tokens) for ids in written]
