@@ -1,0 +1,95 @@
+"""Instruction tuning, of all parameters and by LoRA: the loss on replies before and after, and the form of replies.
+
+    python experiments/benchmarks/instructions.py instructions.json --text SOURCE
+
+One base is trained on the source first, given as to `--data.source` (where it is a table, the column is `message`);
+then `instructions.yaml` and `instructions_lora.yaml` of `experiments/finetune` begin with it. Loss is that of the
+replies that are held out for the test, in nats a token. A reply is in the template's form if it is not empty, is ended
+by the model within 120 tokens, and opens no other turn; it is always the likeliest token, after each prompt of the
+test.
+"""
+
+import argparse
+import logging
+import os
+import platform
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import lightning as L
+from spam import EXPERIMENTS, fit
+
+from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
+from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+from lit_gpt_scratch.data import Conversations
+from lit_gpt_scratch.evaluation.replies import Reply, replies
+from lit_gpt_scratch.tasks import LanguageModel
+
+LONGEST = 120
+"""Tokens of a reply; those of the records are at most about as long."""
+
+
+def loss(init_from: Path, data: Conversations) -> float:
+    """Of the test's replies, without any training."""
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    (measured,) = trainer.test(LanguageModel(init_from=str(init_from), compile=False), data, verbose=False)
+    return measured["test/loss"]
+
+
+def said(run: Path, data: Conversations) -> list[Reply]:
+    """The replies to the test's prompts."""
+    path = find_checkpoint(str(run), Path(), None)
+    trained = build(load_checkpoint(path), path)
+    records = [data.records[place][1] for place in data.places["test"]]
+    prompts = [data.template.prompt(record.messages[:-1]) for record in records]
+    return replies(trained.as_language_model()[0], trained.tokenizer, prompts, LONGEST)
+
+
+def main() -> None:
+    """Take all stages, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--text", required=True, help="for the base")
+    given = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    threads = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        flags = [f"--config={EXPERIMENTS / 'base.yaml'}", f"--data.source={given.text}", "--data.text_column=message"]
+        base, summary = fit(runs, "base", threads, *flags)
+        data = Conversations(source=given.source, init_from=str(base))
+        before = loss(base, data)
+        n = len(data.places["test"])
+        print(
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores\n"
+            f"base: {summary['parameters']:,} parameters, {summary['tokens']:,} tokens in {summary['step']} steps, "
+            f"{summary['wall']:.0f} s, val/bits_per_byte {summary['val/bits_per_byte']:.3f}\n"
+            f"test: {n} records, {data.copies['test']} of them in training, too\n\n"
+            f"{'':28}{'loss on replies':>16}{'in form':>10}{'parameters trained':>20}{'seconds':>9}"
+        )
+        report("before", before, said(base, data), 0.0, 0.0)
+        for name, config in {"all parameters": "instructions.yaml", "LoRA": "instructions_lora.yaml"}.items():
+            flags = [f"--config={EXPERIMENTS / config}", f"--model.init_from={base}", f"--data.source={given.source}"]
+            run, summary = fit(runs, Path(config).stem, threads, *flags)
+            began = time.perf_counter()
+            spoken = said(run, data)
+            share = summary["trained_parameters"] / summary["parameters"]
+            report(name, summary["test/loss"], spoken, share, summary["wall"])
+            seconds = time.perf_counter() - began
+            print(f"  {len(spoken)} replies written in {seconds:.0f} s; the first: {spoken[0].text!r}")
+
+
+def report(name: str, loss: float, spoken: list[Reply], share: float, seconds: float) -> None:
+    """A line of the table."""
+    form = sum(reply.well_formed for reply in spoken) / len(spoken)
+    print(f"{name:28}{loss:16.3f}{form:10.1%}{share:20.2%}{seconds:9.0f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
