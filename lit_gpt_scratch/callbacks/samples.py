@@ -42,7 +42,7 @@ class Samples(Callback):
             seeds = range(len(prompts))
             for row, piece in write(pl_module.net, data.tokenizer, prompts, self.tokens, self.sampling, seeds):
                 texts[row] += piece
-        self.latest = texts[0]
+        self.latest = texts[0] if texts else ""
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 for row, text in enumerate(texts):

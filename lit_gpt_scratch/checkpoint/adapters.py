@@ -30,16 +30,18 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
         path: The file to write; its name ends with ``.safetensors``.
 
     Raises:
-        UserError: The checkpoint has no adapters, or the file cannot be written.
+        UserError: The checkpoint has no adapters, or they have no base, or the file cannot be written.
     """
     loaded = load_checkpoint(checkpoint)
     contents = Contents.of(loaded)
     if contents.lora is None:
         raise UserError(f"{checkpoint} has no adapters; a run with --model.lora.rank trains them")
+    if contents.base is None:
+        raise UserError(f"{checkpoint} began with no trained model (--model.init_from): its adapters have no base")
     trained = {
         name: weight
         for name, weight in loaded["state_dict"].items()
-        if name.endswith(PARTS) or (contents.classes and name == NETWORK + HEAD)
+        if name.endswith(PARTS) or (contents.new_head and name == NETWORK + HEAD)
     }
     share({KEY: asdict(replace(contents, tokenizer="")), "state_dict": trained}, NETWORK, path)
 
@@ -68,4 +70,4 @@ def adapted(base: Trained, adapter: Path) -> Trained:
     merge_lora(net)
     remove_lora(net)
     own = replace(contents, tokenizer=base.contents.tokenizer, lora=None, base=None)
-    return Trained(net.eval(), base.tokenizer, own)
+    return Trained(net.eval(), base.tokenizer, own, base.step)

@@ -23,6 +23,7 @@ class Contents:
         start_of_text: The token before every document, where it is not the end of text.
         lora: The fields of a ``LoRA``, if there are adapters beside the weights.
         base: A hash of the weights that they are for, without the head.
+        new_head: Whether the head was trained beside the adapters.
         classes: The names of the classes that the head tells apart; None for a head that reads tokens.
         pooling: Where a classifier reads a text, a name in ``model.heads.POOLINGS``.
     """
@@ -34,6 +35,7 @@ class Contents:
     start_of_text: int | None = None
     lora: dict[str, Any] | None = None
     base: str | None = None
+    new_head: bool = False
     classes: list[str] | None = None
     pooling: str | None = None
 

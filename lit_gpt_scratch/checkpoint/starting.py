@@ -12,7 +12,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-FREE: Final = ("dropout", "attention_backend", "initialisation", "tied_embeddings", "classes", "pooling", "block_size")
+FREE: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "block_size")
 """What a network may have otherwise than the one whose weights it begins with."""
 
 
@@ -78,21 +78,27 @@ def context(trained: Trained, gpt: GPTConfig, block_size: int) -> int:
     return max(block_size, trained.net.block_size)
 
 
-def begin_with(trained: Trained, net: GPT) -> None:
+def begin_with(trained: Trained, net: GPT) -> bool:
     """Copy the weights; a head that reads something else stays as it is.
 
     Args:
         trained: Where they are.
         net: Where they go.
 
+    Returns:
+        Whether the head is the trained one.
+
     Raises:
         UserError: The two networks are not alike.
     """
     own = Contents(asdict(net.config), net.vocab_size, net.block_size, "")
-    refuse_other_model(replace(trained.contents, lora=None), own, FREE)
+    same_head = type(net.reads) is type(trained.net.reads) and trained.net.head.weight.shape == net.head.weight.shape
+    free = FREE if same_head else (*FREE, "tied_embeddings")
+    refuse_other_model(replace(trained.contents, lora=None), own, free)
     weights = trained.net.state_dict()
-    if type(net.reads) is not type(trained.net.reads) or trained.net.head.weight.shape != net.head.weight.shape:
+    if not same_head:
         weights.pop("head.weight")
     missing, unexpected = net.load_state_dict(weights, strict=False)
     assert not unexpected
     assert set(missing) <= {"head.weight"}
+    return same_head

@@ -1,5 +1,6 @@
 """A conversation in the terminal, in the template that the model was tuned with."""
 
+import io
 import logging
 import sys
 from collections.abc import Iterable, Iterator
@@ -48,21 +49,23 @@ def talk(
 
     Returns:
         The replies in pieces, as they are written, an empty one after each. The oldest turns are forgotten when the
-        context is full, which the log says.
+        context has little room, and a question that does not fit gets no reply; the log says so.
     """
     template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
     said: list[Message] = []
-    for question in lines:
-        if not question.strip():
-            continue
-        said.append(Message("user", question.strip()))
-        while len(said) > 1 and len(template.prompt([*told, *said])) + max_new_tokens > model.block_size:
+    room = min(max_new_tokens, model.block_size // 4)
+    for turn, question in enumerate(line.strip() for line in lines if line.strip()):
+        said.append(Message("user", question))
+        while len(said) > 1 and len(template.prompt([*told, *said])) + room > model.block_size:
             log.warning("the context is full; the first question and its reply are forgotten")
             said = said[2:]
+        prompt = template.prompt([*told, *said])
+        if len(prompt) > model.block_size:
+            log.warning("%d tokens are more than the context holds: %d; say it shorter", len(prompt), model.block_size)
+            said.pop()
+            continue
         reply = ""
-        for _, piece in write(
-            model, tokenizer, [template.prompt([*told, *said])], max_new_tokens, sampling, [seed + len(said) // 2]
-        ):
+        for _, piece in write(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
             reply += piece
             if piece:
                 yield piece
@@ -72,6 +75,8 @@ def talk(
 
 def typed() -> Iterator[str]:
     """Lines as they are typed, until the end of the input; a mark shows whose turn it is, where somebody watches."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 are no reason to end
     while True:
         if sys.stdin.isatty():
             sys.stderr.write("> ")

@@ -77,6 +77,19 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--trust", metavar="CLASS", help="let a checkpoint run this attention class of your own")
 
 
+def refuse_not_text(given: argparse.Namespace, *names: str) -> None:
+    """Refuse flags whose bytes were no UTF-8: no tokenizer reads them.
+
+    Raises:
+        UserError: One of them is not.
+    """
+    for name in names:
+        value = getattr(given, name, None)
+        for text in [value] if isinstance(value, str) else value or ():
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise UserError(f"argument --{name}: it is not UTF-8 text")
+
+
 def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     """The language model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.cli.door import Flags, find_trained
+from lit_gpt_scratch.cli.door import Flags, find_trained, refuse_not_text
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.classification import classify
 from lit_gpt_scratch.evaluation.kinds import KINDS, Asked, evaluate, plain
@@ -56,6 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
         flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     given = flags.parse_args(args)
+    refuse_not_text(given, "text", "stop")
     if given.text is not None:
         _refuse(given, "--text", ())
         _classify(given)
@@ -149,4 +150,5 @@ def _say(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None
 def _keep(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:
     checkpoint = Path(given.checkpoint)
     if folder := RunFolder.of(checkpoint):
-        keep(folder, name, {"checkpoint": checkpoint.name, "step": given.step, **asked}, answer)
+        used = {"adapter": str(given.adapter) if given.adapter else None, "precision": given.precision}
+        keep(folder, name, {"checkpoint": checkpoint.name, "step": given.step, **used, **asked}, answer)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from lit_gpt_scratch.cli.chatting import prompts as chat_prompts
 from lit_gpt_scratch.cli.chatting import talk, typed
-from lit_gpt_scratch.cli.door import Flags, find_model
+from lit_gpt_scratch.cli.door import Flags, find_model, refuse_not_text
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.errors import UserError
@@ -45,17 +45,20 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"argument --samples: {given.samples} is not positive")
     if given.seed < 0:
         raise UserError(f"argument --seed: {given.seed} is negative")
-    for name in ("prompt", "stop"):
-        if any("\ud800" <= character <= "\udfff" for text in getattr(given, name) or () for character in text):
-            raise UserError(f"argument --{name}: it is not UTF-8 text")
+    refuse_not_text(given, "prompt", "stop", "system")
     if given.system is not None and not given.chat:
         raise UserError("argument --system: it is for --chat")
+    if given.system is not None and not given.system.strip():
+        raise UserError("argument --system: it is empty")
+    talks = given.chat and given.prompt is None
+    if talks and (given.json or given.stop or given.compile or given.samples > 1):
+        raise UserError("argument --chat: without a --prompt it takes no --json, --stop, --samples or --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = find_model(given)
     if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
         raise UserError(f"argument --compile: {why_not}")
-    if given.chat and given.prompt is None:
+    if talks:
         for piece in talk(model, tokenizer, given.system, typed(), given.max_new_tokens, sampling, given.seed):
             sys.stdout.write(piece or "\n")
             sys.stdout.flush()

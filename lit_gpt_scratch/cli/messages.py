@@ -16,6 +16,8 @@ def quieten() -> None:
     """Keep the console to what a user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    # A class that what is validated on has no text of; the figure is that of the others.
+    warnings.filterwarnings("ignore", message="No (positive|negative) samples found", module="torchmetrics")
     # A memory map needs no loader processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The position is the trainer's own progress, from which the order is computed.

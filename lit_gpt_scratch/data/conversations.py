@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import Any, Final
 
 import numpy as np
@@ -68,9 +69,9 @@ class Conversations(RecordData[Conversation]):
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The first conversations that are validated on, up to their last reply."""
-        first = [self.records[place][1] for place in self.places["validation"][:SAMPLES]]
-        return [self.template.prompt(conversation.messages[:-1]) for conversation in first]
+        """Of the first conversations that are validated on and have room, up to their last reply."""
+        prompts = (self.template.prompt(self.records[place][1].messages[:-1]) for place in self.places["validation"])
+        return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), SAMPLES))
 
     def arrange(self, examples: Sequence[Example]) -> Windows:
         """Packed windows."""

@@ -1,5 +1,6 @@
 """What class a model gives a text, and how often it is the right one."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.heads import POOLINGS
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,14 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
         tokenizer: The model's.
         texts: Each is read behind the start of text, as a document.
         pooling: What the head reads of a text; see ``model.heads``.
-
-    Raises:
-        UserError: A text is longer than the context.
     """
     ids = [[tokenizer.start_of_text, *tokenizer.encode(text)] for text in texts]
+    if n_long := sum(len(row) > model.block_size for row in ids):
+        log.warning(
+            "of %d texts only the first %d tokens are read: the context holds no more", n_long, model.block_size
+        )
+        ids = [row[: model.block_size] for row in ids]
     lengths = [len(row) for row in ids]
-    for number, length in enumerate(lengths, 1):
-        if length > model.block_size:
-            raise UserError(f"text {number:,} has {length} tokens, and the context holds {model.block_size}")
     device = next(model.parameters()).device
     found: list[Any] = [None] * len(ids)
     with tqdm(total=len(ids), desc="classifying", unit="", delay=2, leave=False, disable=None) as bar:

@@ -35,7 +35,8 @@ class LabelledData(TokenData, Protocol):
 class Classification(GPTTask):
     """A GPT that learns which class a text is of.
 
-    Validation and test measure the loss, accuracy, F1 and the area under the ROC curve (both means over the classes).
+    Validation and test measure the loss and the accuracy; and as means over classes F1 and the area under the ROC
+    curve, the latter of the classes that have texts.
 
     Args:
         pooling: What the head reads of a text: the stream at its ``last`` token, or the ``mean`` over all.
@@ -98,11 +99,13 @@ class Classification(GPTTask):
             if unknown := self.class_weights.keys() - set(names):
                 raise UserError(f"model.class_weights: there is no class {min(unknown)}; there is {', '.join(names)}")
             weights = [self.class_weights.get(name, 1.0) for name in names]
+            if not any(weights):
+                raise UserError("model.class_weights: all are 0; nothing would be learned")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
         measures = {
             "accuracy": MulticlassAccuracy(n, average="micro", ignore_index=IGNORED),
             "f1": MulticlassF1Score(n, ignore_index=IGNORED),
-            "auroc": MulticlassAUROC(n, ignore_index=IGNORED),
+            "auroc": MulticlassAUROC(n, average=None, ignore_index=IGNORED),
             "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORED),
         }
         return MetricCollection({"loss": MeanLoss(), **measures})
@@ -126,10 +129,17 @@ class Classification(GPTTask):
         lost, counted = self._losses(logits, labels)
         self.metrics.update(preds=logits.softmax(-1), target=labels, lost=lost, counted=counted)
 
+    @property
     @override
-    def log_metrics(self, side: str) -> None:
-        self.confusion = self.metrics["confusion"].compute()
-        super().log_metrics(side)
+    def uneven(self) -> bool:
+        return self.class_weights is not None or super().uneven
+
+    @override
+    def figures(self) -> dict[str, Tensor]:
+        found = super().figures()
+        self.confusion, each = found.pop("confusion"), found.pop("auroc")
+        there = self.confusion.sum(1) > 0  # of a class without texts there is no curve
+        return {**found, "auroc": each[there].mean()}
 
     @override
     def contents(self) -> Contents:

@@ -53,7 +53,8 @@ class GPTTask(Stage):
         init_from: A trained model to begin with: a run folder, a checkpoint, a ``.safetensors`` file, or a folder of
             Hugging Face's.
         lora: Train low-rank adapters beside its weights, and a new head, instead of all; see ``model.lora``.
-        train_layers: Train the last so many blocks, the norm and the head behind them, and keep the rest as it is.
+        train_layers: Train the last so many blocks, the norm and the head behind them, and keep the rest as it is; a
+            trained head that shares the embedding's matrix, too.
         ema_decay: Of a moving average of the weights, such as 0.999; see ``Task``.
         compile: Compile the network with ``torch.compile``; by default its blocks, wherever that can work. If it is
             asked for, what else of a step can be compiled as well, which takes longer to begin.
@@ -135,8 +136,8 @@ class GPTTask(Stage):
         refuse_backend(self.gpt, device)
         refuse_too_large(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.reads)
+        self._new_head = trained is None or not begin_with(trained, self.net)
         if trained is not None:
-            begin_with(trained, self.net)
             self._base = fingerprint(self.net) if self.lora else None
             let_go()
         self._freeze()
@@ -146,14 +147,25 @@ class GPTTask(Stage):
         self.metrics = self.build_metrics()
 
     def _freeze(self) -> None:
-        """Leave to be trained what the arguments say; a head that nobody has trained yet always is."""
+        """Leave to be trained what the arguments say; a head that nobody has trained yet always is.
+
+        Raises:
+            UserError: An adapter would change the embedding by way of the head that shares its matrix.
+        """
+        tied = self.net.head.weight is self.net.embedding.weight
         if self.lora is not None:
-            add_lora(self.net, self.lora)
-            self.net.head.requires_grad_(not isinstance(self.reads, Tokens))
+            names = add_lora(self.net, self.lora)
+            if tied and "head" in names:
+                raise UserError(
+                    f"model.lora.pattern is {self.lora.pattern}, which matches the head, but its matrix is the "
+                    f"embedding's: leave it out, as in (^|\\.)blocks\\."
+                )
+            if self._new_head:
+                self.net.head.requires_grad_(True)
         elif self.train_layers is not None:
             self.net.requires_grad_(False)
             trained = self.net.blocks[max(0, len(self.net.blocks) - self.train_layers) :]
-            for module in (*trained, self.net.norm, self.net.head):
+            for module in (*trained, self.net.norm, *([] if tied and not self._new_head else [self.net.head])):
                 module.requires_grad_(True)
 
     def on_fit_start(self) -> None:
@@ -182,7 +194,8 @@ class GPTTask(Stage):
         own_start = tokenizer.start_of_text if tokenizer.start_of_text != tokenizer.end_of_text else None
         lora = None if self.lora is None else asdict(self.lora)
         sizes = self.net.vocab_size, self.net.block_size
-        return Contents(asdict(self.gpt), *sizes, self.data.tokenizer_json, own_start, lora, self._base)
+        head = self._new_head and lora is not None
+        return Contents(asdict(self.gpt), *sizes, self.data.tokenizer_json, own_start, lora, self._base, head)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store them with the weights, as plain data."""
@@ -194,5 +207,6 @@ class GPTTask(Stage):
         super().on_load_checkpoint(checkpoint)
         there, here = Contents.of(checkpoint), self.contents()
         refuse_other_model(there, here)
-        self._base = there.base  # a run that goes on began with its own checkpoint
+        # A run that goes on began with its own checkpoint.
+        self._base, self._new_head = there.base, there.new_head
         refuse_other_tokenizer(there, here.tokenizer)

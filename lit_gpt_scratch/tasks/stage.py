@@ -109,7 +109,7 @@ class Stage(Task):
         if every and (step == 0 or (step + 1) % every == 0):
             sums = torch.stack((self._lost, self._counted.to(self._lost.dtype)))
             lost, counted = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            self.log("train/loss", lost / counted)
+            self.log("train/loss", lost / torch.where(counted > 0, counted, 1.0))
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
             self.log("train/gradient_norm", total_norm(gradients(self)))
         self._lost.zero_()
@@ -122,9 +122,11 @@ class Stage(Task):
         It is their sum, by the positions of ``accumulate_grad_batches`` micro-batches on each rank. There are fewer
         labels where batches are filled up, and fewer micro-batches where an epoch ends.
         """
-        labels = self.trainer.strategy.reduce(self._counted.float(), reduce_op="sum").clamp(min=1)
+        labels = self.trainer.strategy.reduce(self._counted.float(), reduce_op="sum")
         positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        torch._foreach_mul_([own_part(gradient) for gradient in gradients(self)], positions / labels)
+        torch._foreach_mul_(
+            [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
+        )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the batch."""
@@ -142,9 +144,13 @@ class Stage(Task):
         """Log what was measured of all that is tested on."""
         self.log_metrics("test")
 
+    def figures(self) -> dict[str, Tensor]:
+        """What was measured, by name: scalars."""
+        found: dict[str, Tensor] = self.metrics.compute()
+        return found
+
     def log_metrics(self, side: str) -> None:
         """Log the figures as ``side/name``, and begin anew."""
-        for name, value in self.metrics.compute().items():
-            if value.ndim == 0:
-                self.log(f"{side}/{name}", value, sync_dist=True)
+        for name, value in self.figures().items():
+            self.log(f"{side}/{name}", value, sync_dist=True)
         self.metrics.reset()

@@ -1,5 +1,6 @@
 """Classes of texts against one forward pass a text, and F1 against its formula."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -72,7 +73,16 @@ def test_bad_rows_are_named(fields: dict[str, object], said: str) -> None:
     assert str(refused.value).startswith(f"r: line 7: {said}")
 
 
-def test_a_long_text_is_refused(classifier: GPT, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"text 2 has \d{3} tokens, and the context holds 64"):
-        classify(classifier, tokenizer, ["short", "word " * 60])
+def test_of_a_long_text_the_context_is_read(classifier: GPT, tokenizer: Tokenizer) -> None:
+    """As training reads one with ``--data.too_long cut``: what stands behind changes nothing."""
+    texts = ["word " * 60, "word " * 60 + "and more"]
+    long = classify(classifier, tokenizer, texts)
+    np.testing.assert_allclose(long[0], long[1], rtol=1e-5)
+    ids = torch.tensor([[tokenizer.start_of_text, *tokenizer.encode(texts[0])][:64]])
+    with torch.inference_mode():
+        expected = classifier(ids)[0, -1].softmax(-1)
+    np.testing.assert_allclose(long[0], expected.numpy(), rtol=1e-5)
+
+
+def test_a_label_may_be_a_number() -> None:
     assert Labelled.of(Row("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1

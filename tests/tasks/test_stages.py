@@ -167,7 +167,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
     names = LabelledText(init_from=str(base)).class_names
     weights = {names[0]: 3.0} if isinstance(weights, dict) else weights
     task, path = tuned(
-        Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=150
+        Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=300
     )
     data: Any = task.data
     logits, labels = [], []
@@ -196,9 +196,78 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
         load_model(path)
 
 
+def test_a_gradient_does_not_depend_on_the_unit_of_the_weights(trainer: Build, base: Path, cache: Path) -> None:
+    """It is that of the weighed mean, which is what is logged: twice all weights are the same weights."""
+
+    class Norms(L.Callback):
+        def __init__(self) -> None:
+            self.found: list[float] = []
+
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+            self.found.append(sum(p.grad.double().norm().item() for p in pl_module.parameters() if p.grad is not None))
+
+    found = []
+    for scale in (1.0, 100.0):
+        L.seed_everything(0)
+        norms = Norms()
+        data = LabelledText(init_from=str(base), cache=str(cache), batch_size=4)
+        weights = {name: scale * (1 + place) for place, name in enumerate(data.class_names)}
+        task = Classification(init_from=str(base), class_weights=weights, compile=False)
+        trainer(max_steps=1, limit_val_batches=0, callbacks=[norms]).fit(task, data)
+        found.append(norms.found)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
+) -> None:
+    task, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=20)
+    assert task.net.head.weight.requires_grad
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(path, file)
+    merged = adapted(build(load_checkpoint(base), base), file)
+    batch = next(iter(task.data.test_dataloader()))
+    with torch.no_grad():
+        expected = task.eval()(batch["input_ids"], batch["lengths"])
+        stream = POOLINGS["last"](merged.net.hidden(batch["input_ids"]), batch["lengths"])
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(merged.net.read(stream).squeeze(1), expected, rtol=0, atol=1e-4)
+    assert merged.contents.classes == task.data.class_names
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_embedding_is_no_part_of_a_head(trainer: Build, packed_text: Any, tmp_path: Path, tied: bool) -> None:
+    """It is neither trained as one, nor changed by way of an adapter, nor taken from one."""
+    shape, data = replace(SHAPE, tied_embeddings=tied), packed_text()
+    made = trainer(max_steps=1, limit_val_batches=0)
+    made.fit(LanguageModel(shape, compile=False), data)
+    made.save_checkpoint(tmp_path / "start.ckpt")
+    start = str(tmp_path / "start.ckpt")
+
+    def task(**how: Any) -> LanguageModel:
+        model = LanguageModel(init_from=start, compile=False, **how)
+        trainer(max_steps=1, limit_val_batches=0).fit(model, data)
+        return model
+
+    assert task(train_layers=0).net.embedding.weight.requires_grad is False
+    with pytest.raises(UserError, match="tied_embeddings"):
+        task(gpt=replace(SHAPE, tied_embeddings=not tied))
+    if tied:
+        with pytest.raises(UserError, match="matches the head, but its matrix is the embedding's"):
+            task(lora=LoRA(2, pattern="."))
+
+
+def test_samples_are_of_conversations_that_have_room(base: Path, cache: Path) -> None:
+    data = Conversations(init_from=str(base), cache=str(cache), block_size=40, too_long="drop", batch_size=1)
+    assert all(len(prompt) < 40 for prompt in data.prompts)
+    assert len(data.prompts) == 3
+    assert Conversations(init_from=str(base), cache=str(cache), block_size=8, too_long="drop").prompts == []
+
+
 @pytest.mark.parametrize(
     ("task", "said"),
     [
+        ({"class_weights": {"animals": 0.0}}, "all are 0|no class animals"),
         ({"pooling": "first"}, "model.pooling is first"),
         ({"class_weights": {"no such": 1.0}}, "there is no class no such"),
         ({"class_weights": {"x": -1.0}}, "must be 0 or more"),
