@@ -136,7 +136,8 @@ class GPTTask(Stage):
         refuse_backend(self.gpt, device)
         refuse_too_large(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.reads)
-        self._new_head = trained is None or not begin_with(trained, self.net)
+        # A run that goes on begins with its own checkpoint: what was new to it still is.
+        self._new_head = trained is None or not begin_with(trained, self.net) or trained.contents.new_head
         if trained is not None:
             self._base = fingerprint(self.net) if self.lora else None
             let_go()
@@ -207,6 +208,5 @@ class GPTTask(Stage):
         super().on_load_checkpoint(checkpoint)
         there, here = Contents.of(checkpoint), self.contents()
         refuse_other_model(there, here)
-        # A run that goes on began with its own checkpoint.
-        self._base, self._new_head = there.base, there.new_head
+        self._base = there.base
         refuse_other_tokenizer(there, here.tokenizer)

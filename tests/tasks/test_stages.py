@@ -21,6 +21,7 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.heads import POOLINGS
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.optim import Schedule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
 Build = Callable[..., L.Trainer]
@@ -233,6 +234,27 @@ def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(merged.net.read(stream).squeeze(1), expected, rtol=0, atol=1e-4)
     assert merged.contents.classes == task.data.class_names
+
+
+def test_a_new_head_goes_on_being_trained(
+    trainer: Build, tuned: Callable[..., tuple[Any, Path]], base: Path, cache: Path, tmp_path: Path
+) -> None:
+    """As ``fit`` goes on with a run: from its own checkpoint, whatever it began with."""
+
+    def task(start: Path) -> Classification:
+        L.seed_everything(0)
+        steady = Schedule(decay="constant")
+        return Classification(init_from=str(start), lora=LoRA(2), schedule=steady, compile=False)
+
+    whole, _ = tuned(task(base), LabelledText, steps=8)
+    _, path = tuned(task(base), LabelledText, steps=4)
+    halves = task(path)
+    data = LabelledText(init_from=str(path), cache=str(cache), block_size=128, batch_size=2)
+    trainer(max_steps=8, limit_val_batches=1).fit(halves, data, ckpt_path=str(path))
+    for name, weight in whole.net.state_dict().items():
+        assert torch.equal(weight, halves.net.state_dict()[name]), name
+    assert halves.contents().base == whole.contents().base
+    assert halves.contents().new_head
 
 
 @pytest.mark.parametrize("tied", [False, True])
