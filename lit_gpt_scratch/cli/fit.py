@@ -141,7 +141,9 @@ class FitCLI(LightningCLI):
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if isinstance(self.model, GPTTask):  # here, where one process says it and not each
-            refuse_tensor_parallel(self.model.gpt, tensor_parallel_size(trainer.strategy), str(trainer.precision))
+            adapters = self.model.lora is not None
+            size = tensor_parallel_size(trainer.strategy)
+            refuse_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()

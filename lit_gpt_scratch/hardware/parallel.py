@@ -41,19 +41,22 @@ OF_EACH_HEAD: Final = ("attention.query_norm", "attention.key_norm")
 """What every process has whole, and applies to its own heads alone."""
 
 
-def refuse_tensor_parallel(config: GPTConfig, size: int, precision: str) -> None:
+def refuse_tensor_parallel(config: GPTConfig, size: int, precision: str, adapters: bool = False) -> None:
     """Refuse to cut what cannot be cut.
 
     Args:
         config: The architecture.
         size: Processes that share one copy of it.
         precision: The trainer's.
+        adapters: Whether low-rank adapters are trained beside the weights.
 
     Raises:
         UserError: Heads or hidden channels cannot be dealt out to so many processes, or a switch needs all heads.
     """
     if size == 1:
         return
+    if adapters:
+        raise UserError("model.lora: adapters cannot be shared among tensor-parallel processes; choose fsdp2 or ddp")
     for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
         if number % size:
             raise UserError(
