@@ -238,6 +238,17 @@ def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -
     assert config["data"]["init_args"]["source"] in (None, STDLIB)  # no path of one machine
 
 
+def test_the_readmes_sweep_can_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("optuna")
+    from lit_gpt_scratch.cli.checking import check
+    from lit_gpt_scratch.sweeps.sweep_file import load
+
+    monkeypatch.chdir(ROOT)
+    [text] = [block for language, block in BLOCKS if language == "yaml"]
+    (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
+    assert check(load(tmp_path / "sweep.yaml"))
+
+
 def test_every_module_can_be_held_in_the_head() -> None:
     lengths = {path: path.read_text(encoding="utf-8").count("\n") for path in ROOT.glob("lit_gpt_scratch/**/*.py")}
     assert {path.name: n for path, n in lengths.items() if n > 250} == {}
