@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.tasks import language_model
+from lit_gpt_scratch.tasks import gpt_task
 from tests.end_to_end.conftest import Command
 
 NUMBERS = [
@@ -41,6 +41,7 @@ FLAGS = {
     "--trainer.callbacks": TEXTS, "--trainer.logger": TEXTS, "--trainer.plugins": TEXTS,
     "--checkpoint.every_n_steps": NUMBERS, "--checkpoint.every_minutes": NUMBERS, "--checkpoint.keep_best": NUMBERS,
     "--checkpoint.background": TEXTS, "--seed_everything": NUMBERS, "--runs": TEXTS, "--experiment": TEXTS,
+    "--model.init_from": TEXTS, "--model.lora.rank": NUMBERS, "--model.train_layers": NUMBERS,
     "--ckpt_path": TEXTS, "--config": TEXTS, "--no_such_flag": TEXTS, "--trainer.no_such_flag": NUMBERS,
 }  # fmt: skip
 
@@ -56,7 +57,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
             GPT(*sizes)
         raise BuiltError
 
-    monkeypatch.setattr(language_model, "GPT", build)
+    monkeypatch.setattr(gpt_task, "GPT", build)
     monkeypatch.setattr(_SubprocessScriptLauncher, "launch", only)
 
 
