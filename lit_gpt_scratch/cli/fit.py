@@ -4,6 +4,7 @@ import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cor
 from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
 from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
 from lit_gpt_scratch.hardware.strategies import named, tensor_parallel_size
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 MAX_STEPS = 900
@@ -90,7 +92,10 @@ class FitCLI(LightningCLI):
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
         parser.set_defaults(
             {
-                "model": {"class_path": "lit_gpt_scratch.tasks.LanguageModel"},
+                "model": {
+                    "class_path": "lit_gpt_scratch.tasks.LanguageModel",
+                    "init_args": {"gpt": asdict(GPTConfig())},
+                },
                 "data": {"class_path": "lit_gpt_scratch.data.PackedText", "init_args": {"cleaning": CLEANING}},
             }
         )
