@@ -122,7 +122,8 @@ class Stage(Task):
         It is their sum, by the positions of ``accumulate_grad_batches`` micro-batches on each rank. There are fewer
         labels where batches are filled up, and fewer micro-batches where an epoch ends.
         """
-        labels = self.trainer.strategy.reduce(self._counted.float(), reduce_op="sum")
+        own = self._counted.to(torch.float32, copy=True)  # what is given is summed in place
+        labels = self.trainer.strategy.reduce(own, reduce_op="sum")
         positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_(
             [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
