@@ -73,7 +73,7 @@ class Conductor:
         while not self.stopping.is_set() and (claim := self.study.claim()):
             try:
                 run = self._run(claim)
-            except BaseException:
+            except BaseException:  # whatever it is: a run that is not done must not stay claimed
                 self.study.give_back(claim)
                 raise
             if run is None:
