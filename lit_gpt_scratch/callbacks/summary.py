@@ -71,10 +71,11 @@ class Summary(InRunFolder):
         """Say what the test measured, and add it to the summary."""
         if not trainer.is_global_zero or self.folder is None:
             return
-        measured = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
+        measured = {name: value if math.isfinite(value) else None for name, value in found.items()}
         path = self.folder.path / "summary.json"
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        self.folder.write("summary.json", json.dumps({**measured, **before, **measured}, indent=2) + "\n")
+        self.folder.write("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
         log.info("\n%s", figures(trainer.callback_metrics, "test"))
 
     def state_dict(self) -> dict[str, float]:
