@@ -142,10 +142,11 @@ class Report:
             return ""
         beyond = [number for number, said in verdicts.items() if said in BEYOND]
         hold = sum(corrected.get(number, 1.0) < 0.05 for number in beyond)
-        return (
-            f"Each interval is for itself: of {len(corrected)} comparisons some leave 0 by chance. Corrected for that "
-            f"(Holm), {hold} of the {len(beyond)} differences beyond noise {'stays' if hold == 1 else 'stay'}."
-        )
+        said = f"Each interval is for itself: of {len(corrected)} comparisons some may leave 0 by chance. "
+        if not beyond:
+            return said + "Here none does."
+        stay = "stays" if hold == 1 else "stay"
+        return said + f"Corrected for that (Holm), {hold} of the {len(beyond)} differences beyond noise {stay}."
 
     def _drawings(self) -> Iterator[Part]:
         arms = self._ranked()
