@@ -18,6 +18,8 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
 from lit_gpt_scratch.text.shards import Shard, Stream
 
+pytest_plugins = ["tests.lacking"]
+
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 
 

@@ -5,12 +5,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-collect_ignore_glob = [] if find_spec("optuna") else ["test_*.py"]  # an extra's
 STUB = "tests.sweeps.stub_fit"
 ROOT = Path(__file__).parents[2]
 DOOR = (

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("optuna")
+
 from lit_gpt_scratch.sweeps.arm import Arm
 from lit_gpt_scratch.sweeps.document import Code, Heading, Table, Text, markdown, page
 from lit_gpt_scratch.sweeps.report import Report

@@ -12,6 +12,8 @@ from tensorboard.plugins.base_plugin import TBContext
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+pytest.importorskip("optuna")
+
 from lit_gpt_scratch.sweeps import hparams
 from lit_gpt_scratch.sweeps.results import Point, Run, curve, read_run, run_in
 

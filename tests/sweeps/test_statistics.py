@@ -5,6 +5,8 @@ import math
 import numpy as np
 import pytest
 
+pytest.importorskip("optuna")
+
 from lit_gpt_scratch.sweeps.statistics import Estimate, estimate, holm, paired, verdict
 
 T_975 = {1: 12.706204736, 2: 4.302652730, 4: 2.776445105, 9: 2.262157163}

@@ -5,6 +5,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("optuna")
+
 from optuna.trial import TrialState
 
 from lit_gpt_scratch.errors import UserError

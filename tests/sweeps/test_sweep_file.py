@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("optuna")
+
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.command import Known, arguments, experiment, steps
 from lit_gpt_scratch.sweeps.dimension import Range
