@@ -1,9 +1,7 @@
-"""Several processes on one machine train what one does. A new interpreter each, as a launcher needs it."""
+"""Several processes on one machine train what one does."""
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +9,7 @@ import pytest
 
 from lit_gpt_scratch.checkpoint.comparing import curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from tests.end_to_end import forked
 from tests.end_to_end.conftest import STAGES
 
 TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=ddp"]
@@ -18,14 +17,8 @@ TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=dd
 
 def fit(folder: Path, *flags: str) -> Path:
     """The folder of the one run that the flags make."""
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={folder}"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    done = forked.fit(folder, *flags)
+    assert done.code == 0, done.err
     [run] = (folder / "pretrain").iterdir()
     return run
 

@@ -1,0 +1,63 @@
+"""``fit`` as the processes of a launcher run it, each forked from one that has imported everything and done nothing.
+
+What a process starts with is what ``torchrun`` gives it. An interpreter of its own would import for three seconds;
+those that users start, and that our launcher starts, are tested where signals and kills are.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+from tests.end_to_end.conftest import Outcome
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["lit_gpt_scratch.cli.fit", "lit_gpt_scratch.tasks", "lit_gpt_scratch.data"])
+LIMIT = 250.0
+"""Seconds."""
+
+
+def fit(runs: Path, *flags: str) -> Outcome:
+    """Run the door in as many processes as the flags say; what the first of them said, and the greatest exit code."""
+    devices = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--trainer.devices=")]
+    processes = devices[-1] if devices else 1
+    runs.mkdir(parents=True, exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launched = {
+        "WORLD_SIZE": f"{processes}", "LOCAL_WORLD_SIZE": f"{processes}", "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "x",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}",
+    }  # fmt: skip
+    ranks = []
+    for rank in range(processes):
+        own = {**launched, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if processes > 1 else {}
+        said = [runs / f".{stream}_{rank}.txt" for stream in ("out", "err")]
+        ranks.append(FORKS.Process(target=_run, args=([*flags, f"--runs={runs}"], {**os.environ, **own}, *said)))
+    try:
+        for each in ranks:
+            each.start()
+        for each in ranks:
+            each.join(LIMIT)
+        code = max(128 if each.exitcode is None else abs(each.exitcode) for each in ranks)
+    finally:
+        for each in ranks:
+            each.kill()
+            each.join()
+    out, err = ((runs / f".{stream}_0.txt").read_text() for stream in ("out", "err"))
+    return Outcome(code, out, err)
+
+
+def _run(flags: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    import torch
+
+    from lit_gpt_scratch.cli import door
+    from lit_gpt_scratch.cli import fit as door_fit
+
+    os.environ.clear()
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    for path, stream in ((out, sys.stdout), (err, sys.stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
+    door.run(lambda: door_fit.main(flags))
