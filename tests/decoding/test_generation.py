@@ -45,7 +45,9 @@ def test_with_and_without_a_cache_the_text_is_the_same(config: GPTConfig) -> Non
     assert texts(model, prompts, 60) == [anew(model, prompt, 60) for prompt in prompts]
 
 
-@pytest.mark.parametrize("config", [LOOKS_BACK, ALIBI], ids=["looks-back", "alibi"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(LOOKS_BACK, id="looks-back"), pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow)]
+)
 def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
     """Rows that end early, too, whose places stay in the batch; and one program serves every step."""
     model = randomised(config).double()

@@ -2,22 +2,24 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lit_gpt_scratch.cli.preset import named_preset
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 OWN = "tests.own_attention.Loud"
 
 
 @pytest.fixture
-def trained(command: Command, small: list[str]) -> None:
-    assert command("fit", *small).code == 0
+def model(small: list[str], trained: Trained) -> None:
+    trained(*small)
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("model")
 def test_texts_side_by_side_are_those_of_each_alone(command: Command) -> None:
     flags = ["--max_new_tokens=20", "--temperature=1.5"]
     several = command("generate", *flags, "--prompt=the cat", "--prompt=a", "--samples=2", "--seed=5", "--json")
@@ -32,7 +34,7 @@ def test_texts_side_by_side_are_those_of_each_alone(command: Command) -> None:
     assert plain.out == "\n".join(f"{text['prompt']}{text['text']}\n" for text in texts)
 
 
-@pytest.mark.usefixtures("trained")
+@pytest.mark.usefixtures("model")
 def test_a_text_ends_before_a_stop_string(command: Command) -> None:
     flags = ["--max_new_tokens=30", "--prompt=the", "--temperature=0"]
     whole = command("generate", *flags).out
@@ -42,12 +44,29 @@ def test_a_text_ends_before_a_stop_string(command: Command) -> None:
     assert command("generate", *flags, "--stop", "nothing like that").out == whole
 
 
-@pytest.mark.usefixtures("trained")
-@pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--compile"], ["--top_p=0.5", "--min_p=0.1"]])
+@pytest.mark.usefixtures("model")
+@pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--top_p=0.5", "--min_p=0.1"]])
 def test_the_other_flags_write_a_text(command: Command, flags: list[str]) -> None:
     outcome = command("generate", "--max_new_tokens=40", "--prompt=the", *flags)  # beyond the context of 32, too
     assert outcome.code == 0, outcome.err
     assert len(outcome.out) > len("the\n")
+
+
+@pytest.mark.usefixtures("model")
+def test_a_compiled_step_is_asked_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That what the compiler makes of it writes the same is tested where the step is; here it makes nothing of it."""
+    compiler, asked = torch.compile, []
+
+    def compile(*args: Any, **settings: Any) -> Any:
+        asked.append(args)
+        return compiler(*args, **{**settings, "backend": "eager"})
+
+    monkeypatch.setattr(torch, "compile", compile)
+    flags = ["--max_new_tokens=40", "--prompt=the", "--temperature=0"]
+    plain, compiled = command("generate", *flags), command("generate", *flags, "--compile")
+    assert compiled.code == 0, compiled.err
+    assert len(asked) == 1
+    assert compiled.out == plain.out
 
 
 def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, small: list[str]) -> None:

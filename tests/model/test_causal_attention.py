@@ -27,7 +27,10 @@ def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, s
 
 @pytest.mark.parametrize(
     ("length", "n_kv_head", "compiled"),
-    [(1, 6, False), (2, 6, False), (33, 6, False), (33, 2, False), (33, 1, False), (33, 2, True), (513, 2, False)],
+    [
+        *((1, 6, False), (2, 6, False), (33, 6, False), (33, 2, False), (33, 1, False), (513, 2, False)),
+        pytest.param(33, 2, True, marks=pytest.mark.slow),
+    ],
 )
 def test_values_and_gradients_are_right(length: int, n_kv_head: int, compiled: bool) -> None:
     ours = gradients(
@@ -66,7 +69,9 @@ def test_the_operators_keep_torchs_rules() -> None:
             torch.library.opcheck(module._attend_backward, (q, q, k, v, given, *module._attend(q, k, v, given)))
 
 
-@pytest.mark.parametrize(("n_kv_head", "compiled"), [(6, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("n_kv_head", "compiled"), [(6, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
+)
 def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: bool) -> None:
     """Three documents in a window, against each alone in float64; some see none of the first tiles of a kernel."""
     borders = [0, 5, 200, 256]

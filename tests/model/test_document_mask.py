@@ -46,17 +46,24 @@ def test_another_documents_tokens_change_no_logit(
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **extras)
     model = randomised(config, VOCAB, T)
     moved = {True: 0, False: 0}
-    for mask, changed in itertools.product((True, False), range(12)):
-        other = texts(0)
-        other[changed] = [1 + token % (VOCAB - 1) for token in other[changed]]
-        before, after = (windows(tmp_path / f"{mask}-{n}", t, policy, mask) for n, t in enumerate((texts(0), other)))
-        for index in range(len(before)):
-            a, b = before[index], after[index]
-            with torch.no_grad():
-                logits = [model(batch["input_ids"], batch.get("document_ids"))[0] for batch in (a, b)]
-            its_own = (a["input_ids"] != b["input_ids"])[0]  # (T,), but for its first, which knows nothing of the rest
-            padding = ((a["input_ids"] == 0) & (a["labels"] == IGNORED))[0]
-            moved[mask] += int((logits[0] != logits[1]).any(-1)[~its_own & ~padding].sum())
+
+    def read(folder: Path, documents: list[list[int]], mask: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """All windows as one batch, and their logits."""
+        found = windows(folder, documents, policy, mask)
+        each = [found[index] for index in range(len(found))]
+        batch = {name: torch.cat([window[name] for window in each]) for name in each[0]}
+        with torch.no_grad():
+            return batch, model(batch["input_ids"], batch.get("document_ids"))
+
+    for mask in (True, False):
+        a, before = read(tmp_path / f"{mask}", texts(0), mask)
+        padding = (a["input_ids"] == 0) & (a["labels"] == IGNORED)
+        for changed in range(12):
+            other = texts(0)
+            other[changed] = [1 + token % (VOCAB - 1) for token in other[changed]]
+            b, after = read(tmp_path / f"{mask}-{changed}", other, mask)
+            its_own = a["input_ids"] != b["input_ids"]  # (B, T), but for its first, which knows nothing of the rest
+            moved[mask] += int((before != after).any(-1)[~its_own & ~padding].sum())
     assert moved[True] == 0
     assert (moved[False] > 0) == (policy != "one_document")  # there it has the window to itself
 
@@ -95,6 +102,7 @@ def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
         assert found.mask[b, 0, t].tolist() == [place in mine and place <= t for place in range(10)]
 
 
+@pytest.mark.slow
 def test_compiled_blocks_take_flexattentions_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's way, as far as a CPU goes: compiled, forward."""
     model = randomised(GPTConfig(n_layer=2, n_head=2, n_embd=32), VOCAB, T)

@@ -221,7 +221,7 @@ def test_compiled_and_eager_agree_and_compiled_repeats_itself(
 ) -> None:
     def loss(compile: bool) -> float:
         L.seed_everything(0)
-        model = task(compile=compile)
+        model = task(compile=compile, gpt=GPTConfig(n_layer=1, n_head=2, n_embd=32))
         run = trainer(max_steps=5, callbacks=[ValidateAtEnd()])
         run.fit(model, packed_text())
         assert not any("_orig_mod" in name for name in model.state_dict())
