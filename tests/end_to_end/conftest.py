@@ -1,5 +1,18 @@
-"""Drive the doors as a user does: flags in, standard output, standard error and an exit code out."""
+"""Drive the doors as a user does: flags in, standard output, standard error and an exit code out.
 
+The quick suite has minutes on two cores for all, and importing PyTorch and Lightning alone takes seconds of one. So
+a test takes the first of these that proves its claim:
+
+- ``command``: a door in this process; a run of ``small`` takes a second, half of it for reading flags;
+- ``trained``: a run that is only there to be looked at, gone on with or altered: made once, and copied to whoever asks;
+- ``forked.fit``: ``fit`` in one or several processes of its own, forked from one that has the imports done;
+- a new interpreter, where that it is one is the claim: launchers, signals, kills, what is not imported.
+
+What differs in a flag alone is a row of ``parametrize`` only if each row could fail by itself. Compiling takes ten
+seconds and more of processor time: tests that do are ``slow``, but for one of training and one of writing.
+"""
+
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +32,7 @@ class Outcome:
 
 
 Command = Callable[..., Outcome]
+Trained = Callable[..., None]
 
 
 @pytest.fixture
@@ -57,6 +71,30 @@ def small(corpus: Path, cache: Path) -> list[str]:
         "--model.gpt.n_embd=32", "--model.compile=false", "--trainer.accelerator=cpu", "--trainer.max_steps=12",
         "--trainer.log_every_n_steps=4", "--trainer.val_check_interval=8", "--trainer.precision=32-true",
     ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def finished() -> dict[tuple[str, ...], Path]:
+    """By the flags of a run, a copy of all that it left."""
+    return {}
+
+
+@pytest.fixture
+def trained(
+    command: Command, finished: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Trained:
+    """Have a run of ``fit`` come to its end, as ``command`` would, but only once for the same flags."""
+
+    def run(*flags: str) -> None:
+        runs = next((flag.partition("=")[2] for flag in flags if flag.startswith("--runs=")), "runs")
+        if flags in finished:
+            shutil.copytree(finished[flags], runs)
+            return
+        outcome = command("fit", *flags)
+        assert outcome.code == 0, outcome.err
+        finished[flags] = shutil.copytree(runs, tmp_path_factory.mktemp("finished") / "runs")
+
+    return run
 
 
 STAGES = {

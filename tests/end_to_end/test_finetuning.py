@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import Command, Trained
 
 FOLDER = Path(__file__).parents[2] / "experiments/finetune"
 STAGES = sorted({path.stem for path in FOLDER.glob("*.yaml")} - {"base"})
@@ -13,11 +13,12 @@ SHORT = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.limit_
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_an_experiment_goes_on_with_its_base(command: Command, name: str, corpus: Path, cache: Path) -> None:
+def test_an_experiment_goes_on_with_its_base(
+    command: Command, trained: Trained, name: str, corpus: Path, cache: Path
+) -> None:
     """On generated records; with LoRA few parameters are trained."""
     flags = [f"--data.source={corpus}", f"--data.cache={cache}", "--data.validation_share=0.1", "--data.vocab_size=300"]
-    outcome = command("fit", "--config", FOLDER / "base.yaml", *flags, *SHORT)
-    assert outcome.code == 0, outcome.err
+    trained(f"--config={FOLDER / 'base.yaml'}", *flags, *SHORT)
     flags = [f"--config={FOLDER / name}.yaml", "--model.init_from=runs/base/version_0", "--trainer.max_epochs=null"]
     outcome = command("fit", *flags, *SHORT)
     assert outcome.code == 0, outcome.err

@@ -15,7 +15,7 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.errors import UserError
-from tests.end_to_end.conftest import STAGES, Command
+from tests.end_to_end.conftest import STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -52,8 +52,10 @@ def test_every_session_is_written_down(command: Command, small: list[str]) -> No
         ("--trainer.precision=bf16-mixed", "trainer.precision 32-true, now bf16-mixed"),
     ],
 )
-def test_what_matters_is_refused_unless_forced(command: Command, small: list[str], change: str, said: str) -> None:
-    assert command("fit", *small).code == 0
+def test_what_matters_is_refused_unless_forced(
+    command: Command, small: list[str], trained: Trained, change: str, said: str
+) -> None:
+    trained(*small)
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change)
     assert refused.code == 2
     [line] = refused.err.splitlines()
@@ -74,8 +76,8 @@ def test_a_forced_learning_rate_is_the_one_that_is_used(command: Command, small:
     assert set(state["lr_schedulers"][0]["base_lrs"]) == {0.001}
 
 
-def test_another_optimizer_is_refused_whatever_the_force(command: Command, small: list[str]) -> None:
-    assert command("fit", *small).code == 0
+def test_another_optimizer_is_refused_whatever_the_force(command: Command, small: list[str], trained: Trained) -> None:
+    trained(*small)
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
     assert refused.code == 2
     assert "AdamW: what one optimizer remembers means nothing to another" in refused.err
@@ -105,9 +107,9 @@ def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list
     assert json.loads((RUN / "summary.json").read_text())["step"] == step + 2
 
 
-def test_another_number_of_processes_is_refused(command: Command, small: list[str]) -> None:
+def test_another_number_of_processes_is_refused(command: Command, small: list[str], trained: Trained) -> None:
     """Their steps are other ones: half as many windows."""
-    assert command("fit", *small).code == 0
+    trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     saved["callbacks"]["Provenance"]["hardware"]["processes"] = saved["layout"]["replicas"] = 2
     save(saved, RUN / "checkpoints/last.ckpt")
@@ -126,8 +128,10 @@ def test_another_number_of_processes_is_refused(command: Command, small: list[st
 
 
 @pytest.mark.parametrize("more", ["--trainer.accumulate_grad_batches=2", "--data.tokens_per_step=128"])
-def test_a_step_of_as_many_windows_may_be_dealt_out_otherwise(command: Command, small: list[str], more: str) -> None:
-    assert command("fit", *small).code == 0
+def test_a_step_of_as_many_windows_may_be_dealt_out_otherwise(
+    command: Command, small: list[str], trained: Trained, more: str
+) -> None:
+    trained(*small)
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.batch_size=2", more)
     assert again.code == 0, again.err
     assert "changed since the run was begun: data.batch_size 4, now 2" in again.err
@@ -146,9 +150,9 @@ def test_an_epoch_of_so_many_micro_batches_keeps_them(command: Command, small: l
 
 
 def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_it_was(
-    command: Command, small: list[str]
+    command: Command, small: list[str], trained: Trained
 ) -> None:
-    assert command("fit", *small).code == 0
+    trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     del saved["layout"]
     save(saved, RUN / "checkpoints/last.ckpt")
@@ -159,8 +163,10 @@ def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_
     assert command("fit", *again).code == 0
 
 
-def test_a_short_test_of_a_resumed_run_leaves_the_run_as_it_is(command: Command, small: list[str]) -> None:
-    assert command("fit", *small).code == 0
+def test_a_short_test_of_a_resumed_run_leaves_the_run_as_it_is(
+    command: Command, small: list[str], trained: Trained
+) -> None:
+    trained(*small)
     before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}
     command("fit", "--ckpt_path=last", "--trainer.fast_dev_run=20")
     assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
@@ -209,9 +215,9 @@ def test_a_run_that_may_not_stop_yet_is_not_over(
 
 
 def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
-    command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, small: list[str], trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert command("fit", *small).code == 0
+    trained(*small)
     read = Resumed.steps_done
 
     def steps_done(*args: object) -> int:
@@ -223,8 +229,10 @@ def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
 
 
-def test_a_failed_validation_is_not_asked_for_where_there_is_none(command: Command, small: list[str]) -> None:
-    assert command("fit", *small).code == 0
+def test_a_failed_validation_is_not_asked_for_where_there_is_none(
+    command: Command, small: list[str], trained: Trained
+) -> None:
+    trained(*small)
     last = RUN / "checkpoints/last.ckpt"
     saved = load_checkpoint(last)
     saved["callbacks"]["Checkpoints"]["validation_due"] = True
@@ -244,9 +252,11 @@ def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Comman
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 12
 
 
-def test_a_copy_of_the_checkpoints_alone_is_compared(command: Command, small: list[str], tmp_path: Path) -> None:
+def test_a_copy_of_the_checkpoints_alone_is_compared(
+    command: Command, small: list[str], trained: Trained, tmp_path: Path
+) -> None:
     """Whatever the name of the folder that they are copied to."""
-    assert command("fit", *small).code == 0
+    trained(*small)
     shutil.copytree(RUN / "checkpoints", tmp_path / "backup/version_7/checkpoints")
     more = [f"--ckpt_path={tmp_path}/backup/version_7", "--trainer.max_steps=14", "--seed_everything=7"]
     refused = command("fit", *small, *more)
@@ -271,9 +281,9 @@ def test_what_could_not_be_loaded_is_not_saved(
 
 @pytest.mark.parametrize("change", ["--seed_everything=7", "--data.validation_share=0.3"])
 def test_a_checkpoint_alone_knows_its_seed_and_its_text(
-    command: Command, small: list[str], tmp_path: Path, change: str
+    command: Command, small: list[str], trained: Trained, tmp_path: Path, change: str
 ) -> None:
-    assert command("fit", *small).code == 0
+    trained(*small)
     alone = tmp_path / "alone.ckpt"
     shutil.copy(RUN / "checkpoints/last.ckpt", alone)
     shutil.rmtree(RUN)

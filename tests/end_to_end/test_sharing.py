@@ -8,11 +8,13 @@ import torch
 
 from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.errors import UserError
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import Command, Trained
 
 
-def test_a_shared_model_writes_and_scores_as_its_checkpoint(command: Command, small: list[str], corpus: Path) -> None:
-    assert command("fit", *small).code == 0
+def test_a_shared_model_writes_and_scores_as_its_checkpoint(
+    command: Command, small: list[str], trained: Trained, corpus: Path
+) -> None:
+    trained(*small)
     assert command("convert", "to-safetensors", "runs/pretrain/version_0", "m.safetensors").code == 0
     for door, flags in (
         ("generate", ["--prompt", "the"]),

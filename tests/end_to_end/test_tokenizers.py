@@ -7,7 +7,7 @@ import pytest
 
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.training import KINDS
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
@@ -72,8 +72,8 @@ def test_a_mistake_is_one_line(command: Command, small: list[str], flags: list[s
     assert said in refused.err.splitlines()[-1]
 
 
-def test_a_folder_with_a_tokenizer_will_do(command: Command, small: list[str]) -> None:
-    assert command("fit", *small).code == 0
+def test_a_folder_with_a_tokenizer_will_do(command: Command, small: list[str], trained: Trained) -> None:
+    trained(*small)
     again = command("fit", *small, f"--data.tokenizer={RUN}")
     assert again.code == 0, again.err
     assert Tokenizer.load(RUN.with_name("version_1")).to_json() == Tokenizer.load(RUN).to_json()
