@@ -15,10 +15,13 @@ seconds and more of processor time: tests that do are ``slow``, but for one of t
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from lit_gpt_scratch.callbacks import watchers
+from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate, prepare, sweep
 
 
@@ -33,6 +36,8 @@ class Outcome:
 
 Command = Callable[..., Outcome]
 Trained = Callable[..., None]
+SHORT_SAMPLES = partial(Samples, tokens=40)
+"""Beyond a context of 32; 200 tokens after each validation take longer than the steps before it."""
 
 
 @pytest.fixture
@@ -40,6 +45,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    monkeypatch.setattr(watchers, "Samples", SHORT_SAMPLES)
     doors = {
         "fit": fit,
         "generate": generate,

@@ -10,7 +10,7 @@ import socket
 import sys
 from pathlib import Path
 
-from tests.end_to_end.conftest import Outcome
+from tests.end_to_end.conftest import SHORT_SAMPLES, Outcome
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lit_gpt_scratch.cli.fit", "lit_gpt_scratch.tasks", "lit_gpt_scratch.data"])
@@ -52,12 +52,14 @@ def fit(runs: Path, *flags: str) -> Outcome:
 def _run(flags: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
     import torch
 
+    from lit_gpt_scratch.callbacks import watchers
     from lit_gpt_scratch.cli import door
     from lit_gpt_scratch.cli import fit as door_fit
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
+    watchers.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # which makes one, too
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
     door.run(lambda: door_fit.main(flags))

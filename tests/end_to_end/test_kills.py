@@ -42,12 +42,11 @@ def kill_and_compare(
     assert not report.differences, str(report)
 
 
-@pytest.mark.parametrize(("name", "kills"), [("workers and accumulation", 1), ("two processes", 1)])
-def test_a_killed_run_ends_as_an_undisturbed_one(
-    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, kills: int
+def test_a_killed_run_of_two_processes_ends_as_an_undisturbed_one(
+    small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One without loaders' processes is killed by the README's ``doctor --resume``."""
-    kill_and_compare(small, tmp_path, CONFIGURATIONS[name], kills, monkeypatch)
+    """One of a single process is killed by the README's ``doctor --resume``."""
+    kill_and_compare(small, tmp_path, CONFIGURATIONS["two processes"], 1, monkeypatch)
 
 
 @pytest.mark.slow
