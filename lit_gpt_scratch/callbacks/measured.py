@@ -1,0 +1,47 @@
+"""What callbacks measure, under names that stay: for the loggers, and for each other.
+
+Whoever judges a run (the doctor, a user's own callback) reads names, and needs not know who measured them: in a run
+``trainer.logged_metrics``, the same on every rank, beside what Lightning itself logs; afterwards the run's events.
+A name is there from its first measurement on. Layers count from 1; ``PART`` is one of ``embedding``, ``attention``,
+``feed_forward``, ``norms`` and ``head``, as far as the network has it and it is trained.
+
+Every ``inspect.every_n_steps`` optimizer steps, and at the first (``dynamics.py``, ``looking.py``):
+
+- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: Euclidean, before clipping; the parts' squares add
+  up to that of ``train/gradient_norm``.
+- ``dynamics/update_ratio/PART``: norm of what the step changed by the norm of the weights before it.
+- ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: share of the feed-forward units that are (all but) zero at
+  every inspected token.
+- ``dynamics/logit_norm``: Euclidean norm of the logits of a token, mean over the inspected ones.
+- ``dynamics/stream_norm/layer_N``: root mean square of the stream behind a block.
+- ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: nats, tokens, and the
+  share that goes to the first token; means over heads, layers and all tokens that have more than themselves to see.
+- ``attention/sink/most``: of the head that gives the first token the greatest share.
+
+At every validation (``token_losses.py``):
+
+- ``loss_by_position/A-B``: mean loss of the labels at places A to B of a window, counted from 0.
+- ``loss_by_frequency/A-B``: mean loss of the A-th to B-th most frequent tokens of the training, counted from 1.
+
+At log points (``throughput.py``): ``throughput/...``.
+"""
+
+from collections.abc import Mapping
+
+import lightning as L
+
+
+def record(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
+    """Make measurements known, on all ranks alike.
+
+    Not by ``LightningModule.log``, which cannot be called after a validation and takes several times as long, to reduce
+    over ranks what all have already.
+
+    Args:
+        trainer: Of the run.
+        values: By name.
+        step: The last step that was done, as Lightning numbers them: from 0.
+    """
+    trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # numbers are as good as tensors of one
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(values), step)
