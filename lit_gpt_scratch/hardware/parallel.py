@@ -10,6 +10,7 @@ from typing import Final
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate
@@ -108,7 +109,7 @@ def parallelise(net: GPT, mesh: DeviceMesh, precision: str) -> None:
         for block in net.blocks:
             fully_shard(block, mesh=mesh[DATA], mp_policy=policy)
         fully_shard(net, mesh=mesh[DATA])
-        for way_in in ("hidden", "read"):  # the cached generation goes through these
+        for way_in in ("hidden", "read", "lens"):  # who writes or looks goes through these
             register_fsdp_forward_method(net, way_in)
 
 
@@ -130,6 +131,21 @@ def settle_gradients(net: GPT, mesh: DeviceMesh) -> None:
         together = torch.cat(parts)  # one message instead of many
         dist.all_reduce(together, group=mesh[TENSOR].get_group())
         torch._foreach_copy_(parts, torch.split(together, [len(part) for part in parts]))
+
+
+def every_head(own: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
+    """Put together what each tensor-parallel process has of its own heads or units; all of them have to ask.
+
+    Args:
+        own: This process's, of any shape.
+        dimension: That of heads or units.
+        mesh: As for ``parallelise``; None if nothing is cut.
+    """
+    if mesh is None or mesh[TENSOR].size() == 1:
+        return own
+    parts = [torch.empty_like(own) for _ in range(mesh[TENSOR].size())]
+    dist.all_gather(parts, own.contiguous(), group=mesh[TENSOR].get_group())
+    return torch.cat(parts, dimension)
 
 
 def _cut_heads(net: GPT, mesh: DeviceMesh) -> None:

@@ -68,7 +68,7 @@ def layout(
     if cache is not None:
         positions, needs_mask, S = cache.places, cache.masked, cache.stop
     else:
-        positions = place if document_ids is None else _in_documents(document_ids, place)
+        positions = place if document_ids is None else in_documents(document_ids, place)
         needs_mask, S = document_ids is not None, T
     rotation = position.rotation(positions)
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
@@ -96,7 +96,7 @@ def layout(
     return Layout(positions, rotation, bias.masked_fill(~visible, float("-inf")))
 
 
-def _in_documents(document_ids: Tensor, place: Tensor) -> Tensor:
+def in_documents(document_ids: Tensor, place: Tensor) -> Tensor:
     """How far each token stands from the first of its document: (B, T)."""
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]

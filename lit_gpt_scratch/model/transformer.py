@@ -79,6 +79,19 @@ class GPT(nn.Module):
         raw = self.head(x)
         return self.reads.read(raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size)
 
+    def lens(self, stream: Tensor) -> Tensor:
+        """What the head would read if the network ended here; behind the last block, what it does read.
+
+        The logit lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): what the model thinks on its way.
+
+        Args:
+            stream: (B, T, n_embd), before or behind any block.
+
+        Returns:
+            As ``read``.
+        """
+        return self.read(self.norm(stream))
+
     def hidden(
         self,
         input_ids: Tensor,
