@@ -124,10 +124,11 @@ class Classification(GPTTask):
         return lost, self.weights[labels[labels != IGNORED]].sum()
 
     @override
-    def measure(self, batch: LabelledBatch) -> None:
+    def measure(self, batch: LabelledBatch) -> Tensor:
         logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
         lost, counted = self._losses(logits, labels)
         self.metrics.update(preds=logits.softmax(-1), target=labels, lost=lost, counted=counted)
+        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="none")
 
     @property
     @override

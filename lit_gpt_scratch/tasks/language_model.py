@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.batch import IGNORED, Batch
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.objectives.likelihood import token_nats
+from lit_gpt_scratch.objectives.likelihood import token_logprobs, token_nats
 from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
@@ -37,23 +38,37 @@ class LanguageModel(GPTTask):
     @override
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         given = batch["input_ids"], batch.get("document_ids")
-        if self.device_mesh is not None or not (self.compiled and self.compile_network):
+        if not self._reads_compiled:
             return token_nats(self(*given), batch["labels"])
-        # Head and loss as one program save writing the logits back and forth.
-        return _compiled_nats()(self.net, self.net.hidden(*given), batch["labels"])
+        nats, tokens = _compiled(_nats)(self.net, self.net.hidden(*given), batch["labels"])
+        return nats, tokens
 
     @override
-    def measure(self, batch: Batch) -> None:
-        labels = batch["labels"]
-        nats, tokens = self.losses(batch)
-        self.metrics.update(nats, tokens, self.token_bytes[labels[labels != IGNORED]].sum())
+    def measure(self, batch: Batch) -> Tensor:
+        given, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
+        if self._reads_compiled:
+            lost: Tensor = _compiled(_lost)(self.net, self.net.hidden(*given), labels)
+        else:
+            lost = -token_logprobs(self(*given), labels)
+        counted = labels != IGNORED
+        self.metrics.update(lost.sum(), counted.sum(), self.token_bytes[labels[counted]].sum())
+        return lost
+
+    @property
+    def _reads_compiled(self) -> bool:
+        """Whether head and loss are one program, which saves writing the logits back and forth."""
+        return bool(self.device_mesh is None and self.compiled and self.compile_network)
 
 
 def _nats(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_nats(net.read(x), labels)
 
 
+def _lost(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
+    return -token_logprobs(net.read(x), labels)
+
+
 @cache
-def _compiled_nats() -> Callable[[GPT, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """Made when it is needed: the compiler takes seconds to import. No method, which a copy of a task would share."""
-    return torch.compile(_nats)
+    return torch.compile(function)

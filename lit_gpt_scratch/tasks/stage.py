@@ -49,8 +49,13 @@ class Stage(Task):
         """What validation and test measure; its ``compute`` gives figures by name."""
         raise NotImplementedError
 
-    def measure(self, batch: Any) -> None:
-        """Add a batch to ``metrics``."""
+    def measure(self, batch: Any) -> Tensor:
+        """Add a batch to ``metrics``.
+
+        Returns:
+            What was lost at each label, which callbacks get as the outputs of a validation step: (B, T), or (B,) where
+            a row has one label; 0 where there is none.
+        """
         raise NotImplementedError
 
     @property
@@ -99,7 +104,11 @@ class Stage(Task):
         return loss
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Weigh the gradient, and log the step's loss at log points alone: reading it costs a sync."""
+        """Weigh the gradient, show it, and log the step's loss at log points alone: reading it costs a sync.
+
+        Callbacks see the gradient before this. Those that have a method ``on_gradient(trainer, task)`` see it here, as
+        that of the mean over the step's labels, and not clipped yet.
+        """
         if self.device_mesh is not None:
             settle_gradients(self.net, self.device_mesh)
         if self.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
@@ -115,6 +124,9 @@ class Stage(Task):
         self._lost.zero_()
         self._counted.zero_()
         self._micro_batches = 0
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if (shown := getattr(callback, "on_gradient", None)) is not None:
+                shown(self.trainer, self)
 
     def _weigh_gradient(self) -> None:
         """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
@@ -129,9 +141,9 @@ class Stage(Task):
             [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
         )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Measure the batch."""
-        self.measure(batch)
+        return {"lost": self.measure(batch)}
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the batch."""
