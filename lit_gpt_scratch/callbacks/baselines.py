@@ -4,9 +4,7 @@ import logging
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks.throughput import SHARES
 from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
@@ -42,13 +40,6 @@ class Baselines(Callback):
         elif isinstance(data, LabelledText):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": _commonest(data)}
-        curves = [self.metric, *(f"baselines/{name}" for name in self.figures)]
-        charts = {"throughput": {"shares of a step's time": ["Multiline", list(SHARES)]}}
-        if self.figures:  # of a run TensorBoard reads one layout only: here are all of them
-            charts = {"the model and its baselines": {self.metric: ["Multiline", curves]}, **charts}
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_custom_scalars(charts)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the same figures again, so that they are lines in a chart."""

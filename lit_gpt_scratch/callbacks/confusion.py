@@ -3,15 +3,11 @@
 import lightning as L
 import numpy as np
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
 
+from lit_gpt_scratch.callbacks import drawing
+from lit_gpt_scratch.callbacks.measured import boards
 from lit_gpt_scratch.tasks import Classification
-
-CELL, MARGIN, LETTER = 72, 12, 7
-"""Pixels of a cell, of the room around, and of a letter."""
-BLUE, PAPER, INK = (31, 119, 180), (255, 255, 255), (30, 30, 30)
 
 
 class Confusion(Callback):
@@ -34,10 +30,8 @@ class Confusion(Callback):
         if not trainer.is_global_zero or not isinstance(pl_module, Classification):
             return
         picture = draw(pl_module.confusion.cpu().numpy(), pl_module.labelled.class_names)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                step = trainer.global_step - 1  # as Lightning numbers a validation
-                logger.experiment.add_image(f"{side}/confusion", picture, step, dataformats="HWC")
+        for board in boards(trainer):  # the step as Lightning numbers a validation
+            board.add_image(f"{side}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 
 def draw(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
@@ -50,20 +44,5 @@ def draw(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
     Returns:
         (height, width, 3) uint8.
     """
-    font = ImageFont.load_default()
-    left = MARGIN + LETTER * max(map(len, names))
-    top = 3 * MARGIN
-    image = Image.new("RGB", (left + CELL * len(names) + MARGIN, top + CELL * len(names) + MARGIN), PAPER)
-    pen = ImageDraw.Draw(image)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    for row, name in enumerate(names):
-        pen.text((left - 6, top + CELL * (row + 0.5)), name, INK, font, anchor="rm")
-        pen.text((left + CELL * (row + 0.5), top - 6), name[: CELL // LETTER], INK, font, anchor="mb")
-        for column in range(len(names)):
-            share = float(shares[row, column])
-            shade = tuple(round(paper + (blue - paper) * share) for paper, blue in zip(PAPER, BLUE, strict=True))
-            corner = left + CELL * column, top + CELL * row
-            pen.rectangle((*corner, corner[0] + CELL - 1, corner[1] + CELL - 1), shade, (200, 200, 200))
-            middle = corner[0] + CELL / 2, corner[1] + CELL / 2
-            pen.text(middle, f"{counts[row, column]:,}", PAPER if share > 0.5 else INK, font, anchor="mm")
-    return np.asarray(image)
+    return drawing.table(shares, [[f"{count:,}" for count in row] for row in counts.tolist()], names, names)

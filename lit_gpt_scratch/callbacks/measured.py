@@ -5,10 +5,10 @@ Whoever judges a run (the doctor, a user's own callback) reads names, and needs 
 A name is there from its first measurement on. Layers count from 1; ``PART`` is one of ``embedding``, ``attention``,
 ``feed_forward``, ``norms`` and ``head``, as far as the network has it and it is trained.
 
-Every ``inspect.every_n_steps`` optimizer steps, and at the first (``dynamics.py``, ``looking.py``):
+Every ``inspect.every_n_steps`` optimizer steps, and at the first (``dynamics.py``, ``inspection.py``):
 
-- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: Euclidean, before clipping; the parts' squares add
-  up to that of ``train/gradient_norm``.
+- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: Euclidean, before clipping; the squares of the
+  parts add up to that of ``train/gradient_norm``.
 - ``dynamics/update_ratio/PART``: norm of what the step changed by the norm of the weights before it.
 - ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: share of the feed-forward units that are (all but) zero at
   every inspected token.
@@ -29,6 +29,8 @@ At log points (``throughput.py``): ``throughput/...``.
 from collections.abc import Mapping
 
 import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.tensorboard import SummaryWriter
 
 
 def record(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
@@ -45,3 +47,9 @@ def record(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
     trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # numbers are as good as tensors of one
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step)
+
+
+def boards(trainer: L.Trainer) -> list[SummaryWriter]:
+    """Where texts and pictures go: TensorBoard's writers, on the first rank."""
+    kept = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in kept] if trainer.is_global_zero else []

@@ -40,6 +40,8 @@ class Plan(InRunFolder):
     def __init__(self, only: bool = False, validates: bool = True) -> None:
         self.only = only
         self.validates = validates
+        self.lines: list[tuple[str, str]] = []
+        """What was said, each line with its name; only on the first rank."""
         self._times: list[float] = []
         self._began: float | None = None
 
@@ -49,7 +51,8 @@ class Plan(InRunFolder):
         self._first_step = self._step = trainer.global_step
         self._told = not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData))
         if isinstance(pl_module, GPTTask) and isinstance(data, OrderedData) and trainer.is_global_zero:
-            for name, text in self._lines(trainer, pl_module, data):
+            self.lines = list(self._lines(trainer, pl_module, data))
+            for name, text in self.lines:
                 log.info("%-11s %s", name, text)
             for warning in warnings(trainer, pl_module, data):
                 log.warning("%-11s %s", "careful", warning)

@@ -1,12 +1,13 @@
 """What the model writes, as it learns."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks.measured import boards
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
@@ -14,15 +15,29 @@ from lit_gpt_scratch.tasks import LanguageModel
 
 
 class Samples(Callback):
-    """After each validation let the model write, into TensorBoard's text tab: a document, or replies to messages.
+    """After each validation let the model write, in TensorBoard's text tab: one scrolls from noise to language.
+
+    Each prompt is continued twice: by chance, and by always taking the likeliest token, which shows what the model is
+    surest of, and where it begins to repeat itself.
 
     Args:
+        prompts: Texts to continue; by default those of the data: a document, the beginnings of documents, or
+            conversations that wait for a reply.
         tokens: Length of a sample.
-        sampling: How to choose tokens.
+        greedy_tokens: Length of one without chance, which needs less room to show what it has to show.
+        sampling: How to choose by chance.
     """
 
-    def __init__(self, tokens: int = 200, sampling: Sampling = Sampling()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        prompts: Sequence[str] | None = None,
+        tokens: int = 200,
+        greedy_tokens: int = 64,
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+    ) -> None:
+        self.prompts = prompts
         self.tokens = tokens
+        self.greedy_tokens = greedy_tokens
         self.sampling = sampling
         self.latest = ""
         """The newest sample, the first where there are several."""
@@ -35,18 +50,35 @@ class Samples(Callback):
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
         prompts = data.prompts
-        texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]
+        if self.prompts is not None:
+            prompts = [[data.tokenizer.start_of_text, *data.tokenizer.encode(prompt)] for prompt in self.prompts]
+            # One that is longer than the context is continued from its end.
+            prompts = [prompt[-pl_module.net.block_size :] for prompt in prompts]
         # Blocks that are put together in 16 bits need products in 16 bits.
         cut = pl_module.device_mesh is not None
         with trainer.precision_plugin.val_step_context() if cut else nullcontext():
-            seeds = range(len(prompts))
-            for row, piece in write(pl_module.net, data.tokenizer, prompts, self.tokens, self.sampling, seeds):
-                texts[row] += piece
+            texts = _written(pl_module, data, prompts, self.tokens, self.sampling)
+            surest = _written(pl_module, data, prompts, self.greedy_tokens, Sampling(temperature=0))
         self.latest = texts[0] if texts else ""
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                for row, text in enumerate(texts):
-                    # Markdown: four spaces keep text as it is. The step is the last one's, as for metrics.
-                    block = "\n".join("    " + line for line in text.splitlines())
-                    name = "sample" if len(texts) == 1 else f"sample/{row + 1}"
-                    logger.experiment.add_text(name, block, trainer.global_step - 1)
+        chance = f"temperature {self.sampling.temperature:g}, top_k {self.sampling.top_k}"
+        for board in boards(trainer):
+            for row, pair in enumerate(zip(texts, surest, strict=True)):
+                both = zip((chance, "the likeliest"), pair, strict=True)
+                told = "\n\n".join(f"**{how}**\n\n{_kept(text)}" for how, text in both)
+                name = "sample" if len(texts) == 1 else f"sample/{row + 1}"
+                board.add_text(name, told, trainer.global_step - 1)  # the step is the last one's, as for metrics
+
+
+def _written(
+    task: LanguageModel, data: OrderedData, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
+) -> list[str]:
+    """The prompts, each with what the model writes behind it."""
+    texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]
+    for row, piece in write(task.net, data.tokenizer, prompts, tokens, sampling, range(len(prompts))):
+        texts[row] += piece
+    return texts
+
+
+def _kept(text: str) -> str:
+    """As Markdown that keeps it as it is: behind four spaces."""
+    return "\n".join("    " + line for line in text.splitlines())

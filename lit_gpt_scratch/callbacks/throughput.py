@@ -10,6 +10,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
 from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.callbacks.measured import record
 from lit_gpt_scratch.callbacks.waiting import WaitingForData
 from lit_gpt_scratch.hardware.accounting import training_flops_per_token
 from lit_gpt_scratch.hardware.memory import peak_memory
@@ -125,8 +126,7 @@ class Throughput(Callback):
             figures |= {"model_flops_utilisation": utilisation[0]} if utilisation else {}
         memory = self._peak_gigabytes(pl_module.device)
         figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
-        for logger in trainer.loggers:  # ``log`` takes several times as long, to reduce what is not to be reduced
-            logger.log_metrics({f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
+        record(trainer, {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
 
     @property
     def mean(self) -> float | None:

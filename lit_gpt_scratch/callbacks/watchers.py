@@ -6,7 +6,10 @@ from lightning.pytorch import Callback
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.confusion import Confusion
+from lit_gpt_scratch.callbacks.description import Description
+from lit_gpt_scratch.callbacks.dynamics import Dynamics
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.callbacks.inspection import Inspection
 from lit_gpt_scratch.callbacks.plan import Plan
 from lit_gpt_scratch.callbacks.progress import Progress
 from lit_gpt_scratch.callbacks.samples import Samples
@@ -14,21 +17,28 @@ from lit_gpt_scratch.callbacks.saving import Checkpoints
 from lit_gpt_scratch.callbacks.stopping import Stopping
 from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.callbacks.token_losses import TokenLosses
 
 
 def watchers(
-    written: Sequence[Callback], stopping: Stopping, saving: Checkpoints | None, shows_progress: bool
+    written: Sequence[Callback],
+    inspection: Inspection,
+    stopping: Stopping,
+    saving: Checkpoints | None,
+    shows_progress: bool,
 ) -> list[Callback]:
     """Those that suit the task do something; the others know that they have nothing to say.
 
     Args:
         written: What puts the run's flags and origin into its folder.
+        inspection: What looks into the network, and says how often.
         stopping: What ends it by signal.
         saving: What keeps checkpoints, if anything does.
         shows_progress: Whether there is a bar.
     """
-    measures = [Throughput(), Samples(), Confusion(), ValidateAtEnd()]
+    inside = [Dynamics(inspection.every_n_steps), inspection, TokenLosses(inspection.pictures)]
+    measures = [Throughput(), *inside, Samples(inspection.prompts), Confusion(), ValidateAtEnd()]
     progress = [Progress()] if shows_progress else []
-    # The plan names the baselines; the summary speaks when the bar is closed.
-    said = [*written, Baselines(), Plan(), *progress, Summary()]
+    # The plan names the baselines, and the description has the plan; the summary speaks when the bar is closed.
+    said = [*written, Baselines(), Plan(), Description(), *progress, Summary()]
     return [*measures, *said, stopping, *([saving] if saving else [])]

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.callbacks.inspection import Inspection
 from lit_gpt_scratch.callbacks.plan import Plan
 from lit_gpt_scratch.callbacks.provenance import Provenance
 from lit_gpt_scratch.callbacks.saving import Checkpoints
@@ -75,11 +76,7 @@ class FitCLI(LightningCLI):
                     "enable_model_summary": False,
                     "use_distributed_sampler": False,  # the order of windows is the data's own
                 },
-                parser_kwargs={
-                    "allow_abbrev": False,
-                    "exit_on_error": False,
-                    "description": self.description,
-                },
+                parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "description": self.description},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=args,
@@ -90,6 +87,7 @@ class FitCLI(LightningCLI):
         """Add what is not the trainer's, the model's or the data's."""
         add_run_flags(parser)
         parser.add_lightning_class_args(Checkpoints, "checkpoint")
+        parser.add_lightning_class_args(Inspection, "inspect")
         parser.set_defaults(
             {
                 "model": {
@@ -155,10 +153,11 @@ class FitCLI(LightningCLI):
         return trainer
 
     def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
-        saving = self.config_init.checkpoint if config["enable_checkpointing"] is not False else None
+        saves, shows_progress = (config[f"enable_{name}"] is not False for name in ("checkpointing", "progress_bar"))
+        saving = self.config_init.checkpoint if saves else None
         self.stopping, self.provenance = Stopping(saving), Provenance()
         written = [SavedConfig(self.parser, self.config), self.provenance]
-        return watchers(written, self.stopping, saving, shows_progress=config["enable_progress_bar"] is not False)
+        return watchers(written, self.config_init.inspect, self.stopping, saving, shows_progress)
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.

@@ -30,6 +30,9 @@ from lit_gpt_scratch.text.shards import Ids
 from lit_gpt_scratch.text.sources import STDLIB, Source
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
+BEGUN, BEGINNING, FIRST = 2, 12, 1_000_000
+"""Documents whose beginnings a model is asked to go on with, tokens of a beginning, and in how many they are sought."""
+
 
 class PackedText(OrderedData):
     """Documents, split, tokenised and packed into windows.
@@ -184,6 +187,14 @@ class PackedText(OrderedData):
     def fingerprint(self) -> str:
         """Of the tokens."""
         return self.store.fingerprint
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The beginning of a document, and the first tokens of some that are validated on."""
+        stream, start = self.store.validation, self.tokenizer.start_of_text
+        length = min(BEGINNING, self.block_size // 2)
+        found = [stream.read(at, at + length) for at in stream.borders(0, FIRST)[:BEGUN].tolist()]
+        return [[start], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
     def prepare_data(self) -> None:
         """Tokenise the corpus unless a store of it exists."""
