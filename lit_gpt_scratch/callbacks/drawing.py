@@ -71,12 +71,11 @@ def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[s
     width, top = side + MARGIN, room + 2 * MARGIN
     image = Image.new("RGB", (room + len(titles) * width, top + side + MARGIN), PAPER)
     pen = ImageDraw.Draw(image)
-    upright = Image.new("RGB", (side, room), PAPER)  # names of columns, written sideways and turned
-    sideways = Image.new("RGB", (room, side), PAPER)
+    sideways = Image.new("RGB", (room, side), PAPER)  # names of columns, to be turned upright
     for place, token in enumerate(tokens):
         pen.text((room - 6, top + cell * (place + 0.5)), token, INK, font, anchor="rm")
-        ImageDraw.Draw(sideways).text((0, side - cell * (place + 0.5)), token, INK, font, anchor="lm")
-    upright = sideways.rotate(-90, expand=True).transpose(Image.Transpose.ROTATE_180)
+        ImageDraw.Draw(sideways).text((0, cell * (place + 0.5)), token, INK, font, anchor="lm")
+    upright = sideways.rotate(90, expand=True)
     for number, title in enumerate(titles):
         left = room + number * width
         pen.text((left, MARGIN / 2), title, INK, font)

@@ -129,9 +129,9 @@ def chosen(n: int) -> list[int]:
 
 
 def spelled(tokenizer: Tokenizer, id_: int) -> str:
-    """A token as it can be read in a line: spaces as dots, other blanks by their names."""
-    text = tokenizer.decode([id_])
-    return text.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r").replace(" ", "·") or "(nothing)"
+    """A token as it can be read in a line: spaces as dots, what cannot be printed as in Python's strings."""
+    shown = ("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([id_]))
+    return "".join(shown) or "(nothing)"
 
 
 def code(text: str) -> str:

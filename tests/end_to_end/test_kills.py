@@ -33,7 +33,7 @@ def kill_and_compare(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     flags = [
         *small, "--model.gpt.dropout=0.1", "--trainer.max_steps=60", "--trainer.log_every_n_steps=2",
-        "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", *more,
+        "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", "--inspect.every_n_steps=3", *more,
     ]  # fmt: skip
     report = KillTest(flags, folder, seed=kills).run(kills)
     print(f"{more}: {report}")

@@ -53,6 +53,7 @@ def one_line(outcome: Outcome, *said: str) -> None:
         (["--model.optimizer", "Adamax"], ["model.optimizer", "Adamax"]),
         (["--model.optimizer.lr", "-1"], ["model.optimizer.lr is -1"]),
         (["--checkpoint.every_n_steps", "0"], ["checkpoint.every_n_steps is 0"]),
+        (["--inspect.every_n_steps", "-1"], ["inspect.every_n_steps is -1"]),
         (["--data.source", "no/such/text.txt"], ["no/such/text.txt"]),
         (["--data.tokenizer", "no/tokenizer.json"], ["no/tokenizer.json"]),
         (["--data.block_size", "100000"], ["fewer than one window of 100000"]),

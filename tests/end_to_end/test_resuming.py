@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.comparing import compare_checkpoints
+from lit_gpt_scratch.checkpoint.comparing import compare_checkpoints, curves
 from lit_gpt_scratch.checkpoint.differences import differences, flat
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -303,7 +303,7 @@ def test_a_checkpoint_alone_knows_its_seed_and_its_text(
 def test_every_stage_goes_on_as_if_it_had_not_stopped(
     command: Command, staged: Callable[[str], list[str]], stage: str
 ) -> None:
-    flags = [*staged(stage), "--model.gpt.dropout=0.1", "--model.schedule.decay=constant"]
+    flags = [*staged(stage), "--model.gpt.dropout=0.1", "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]
     for experiment, steps in (("whole", 12), ("halves", 5)):
         assert command("fit", *flags, f"--experiment={experiment}", f"--trainer.max_steps={steps}").code == 0
     ended = command("fit", "--ckpt_path=last", "--experiment=halves", "--trainer.max_steps=12")
@@ -317,3 +317,20 @@ def test_every_stage_goes_on_as_if_it_had_not_stopped(
     measured = [{name: value for name, value in each.items() if name.startswith(("val/", "test/"))} for each in figures]
     assert measured[0] == measured[1]
     assert any(name.startswith("test/") for name in measured[0]) == (stage != "pretraining")
+
+    shown = [curves(Path(f"runs/{name}/version_0")) for name in ("whole", "halves")]
+    inside = [{n: points for n, points in each.items() if n.startswith(("dynamics/", "attention/"))} for each in shown]
+    assert inside[0] == inside[1]
+    assert [step for step, _ in inside[0]["attention/sink/most"]] == [0, 2, 5, 8, 11]
+    everywhere = {
+        "dynamics/gradient_norm/head", "dynamics/dead_units", "dynamics/logit_norm",
+        "views/attention_sink", "views/attention/layer_1", "views/logit_lens/text_summary", "weights/head",
+        "activations/stream/layer_2", "run/plan/text_summary", "run/longest_tokens/text_summary",
+        "custom_scalars__config__",
+    }  # fmt: skip
+    of_language = {"views/loss_by_position", "views/hardest_passages/text_summary", "loss_by_frequency/1-10"}
+    assert everywhere <= shown[0].keys()
+    assert (of_language <= shown[0].keys()) == (not stage.startswith("classes"))
+    # A validation that both made at the same step saw the same.
+    for name in everywhere & {n for n in shown[0] if n.startswith(("views/", "weights/", "activations/"))}:
+        assert dict(shown[0][name])[11] == dict(shown[1][name])[11]

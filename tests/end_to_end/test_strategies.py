@@ -1,11 +1,12 @@
 """Strategies compute the same, and take each other's checkpoints."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.comparing import leaves
+from lit_gpt_scratch.checkpoint.comparing import curves, leaves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
 from tests.end_to_end import forked
@@ -43,7 +44,7 @@ def test_a_run_goes_from_one_strategy_to_the_next(
     validate."""
     everywhere = [
         "--data.tokens_per_step=128", "--trainer.precision=64-true", "--model.schedule.decay=constant",
-        "--model.ema_decay=0.9", *optimizer,
+        "--model.ema_decay=0.9", "--inspect.every_n_steps=3", *optimizer,
     ]  # fmt: skip
     ways = [
         [],
@@ -71,6 +72,13 @@ def test_a_run_goes_from_one_strategy_to_the_next(
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(values[name], value, rtol=off, atol=off * float(value.abs().max()))
+    there, here = (curves(tmp_path / name / "pretrain" / "version_0") for name in ("whole", "moved"))
+    measured = {name for name in there if re.match("dynamics|attention|loss_by", name)}
+    assert len(measured) > 30
+    for name in measured:  # TensorBoard keeps float32
+        points = [{step: float(value.strip("[]")) for step, value in run[name]} for run in (there, here)]
+        assert points[0].keys() <= points[1].keys()  # the others validated whenever they ended
+        assert {step: points[1][step] for step in points[0]} == pytest.approx(points[0], rel=max(off, 1e-5), abs=1e-6)
 
 
 def test_half_precision_trains_validates_and_writes_when_it_is_cut(small: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,11 @@ def test_two_processes_train_as_one(
     alone = figures(fit(tmp_path / "alone", *flags, *more, "--data.batch_size=2", step))
     together = figures(fit(tmp_path / "together", *flags, *more, *TOGETHER, step))
     assert together == pytest.approx(alone, rel=1e-5)
+    there, here = (curves(tmp_path / name / "pretrain" / "version_0") for name in ("alone", "together"))
+    for name in there:
+        if re.match("dynamics|attention|loss_by", name):
+            points = [[float(value.strip("[]")) for _, value in run[name]] for run in (there, here)]
+            assert points[1] == pytest.approx(points[0], rel=1e-3, abs=1e-5), name
     assert ("test/loss" in alone) == (stage != "pretraining")
 
 

@@ -1,0 +1,289 @@
+"""What TensorBoard shows of the inside of a run, against what can be worked out by hand."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.callbacks.dynamics import PARTS, Dynamics, part_of
+from lit_gpt_scratch.callbacks.inspection import Inspection
+from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.token_losses import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.inspection import observe
+from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.tasks import LanguageModel
+
+Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
+
+
+class Witness(L.Callback):
+    """Keeps gradients as they are before clipping, and weights before and after each step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: list[dict[str, Tensor]] = []
+        self.measured: list[dict[str, Any]] = []
+
+    def on_gradient(self, trainer: L.Trainer, task: LanguageModel) -> None:
+        named = task.net.named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
+        self.weights.append({name: p.detach().clone() for name, p in task.net.named_parameters()})
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.measured.append({name: float(value) for name, value in trainer.logged_metrics.items()})
+
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.on_train_batch_start(trainer, task)
+
+
+def norm(tensors: list[Tensor]) -> float:
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+CHANGES = {
+    "all": {},
+    "tied": {"gpt": GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2", tied_embeddings=True)},
+    "adapters": {"gpt": SHAPE, "lora": LoRA(2)},
+    "uneven": {"gpt": SHAPE},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_and_updates_by_part(trainer: Trainers, task: Tasks, packed_text: Texts, change: str) -> None:
+    witness = Witness()
+    run = trainer(
+        callbacks=[Dynamics(1), witness], log_every_n_steps=1, limit_val_batches=0, gradient_clip_val=0.01,
+        accumulate_grad_batches=2, max_steps=3,
+    )  # fmt: skip
+    model = task(**({"gpt": SHAPE} | CHANGES[change]))
+    run.fit(model, packed_text(packing="one_document" if change == "uneven" else "concatenate"))
+    for step in range(3):
+        found = witness.measured[2 * step + 1]
+        by_part: dict[str, list[str]] = {}
+        for name in witness.gradients[step]:
+            by_part.setdefault(part_of(name), []).append(name)
+        assert {n.rpartition("/")[2] for n in found if "update_ratio" in n} == by_part.keys()
+        for part, names in by_part.items():
+            gradient = norm([witness.gradients[step][name] for name in names])
+            assert found[f"dynamics/gradient_norm/{part}"] == pytest.approx(gradient, rel=1e-5)
+            before, after = witness.weights[2 * step], witness.weights[2 * step + 2]
+            if change != "adapters":  # some of theirs begin at zero
+                ratio = norm([after[name] - before[name] for name in names]) / norm([before[name] for name in names])
+                assert found[f"dynamics/update_ratio/{part}"] == pytest.approx(ratio, rel=1e-4)
+        # The parts are the whole, and it is not the clipped one.
+        whole = math.sqrt(sum(found[f"dynamics/gradient_norm/{part}"] ** 2 for part in by_part))
+        assert whole == pytest.approx(found["train/gradient_norm"], rel=1e-5)
+        assert whole > 0.01
+        for layer in (1, 2):
+            names = [name for name in witness.gradients[step] if name.startswith(f"blocks.{layer - 1}.")]
+            expected = norm([witness.gradients[step][name] for name in names])
+            assert found[f"dynamics/gradient_norm/layer_{layer}"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_parameter_is_of_a_part() -> None:
+    shape = GPTConfig(
+        n_layer=1, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=9, smear=True, residual_scalars=True,
+        position="learned", norm_placement="sandwich", bias=True, norm="layernorm",
+    )  # fmt: skip
+    parts = {name: part_of(name) for name, _ in GPT(shape, 50, 16).named_parameters()}
+    assert set(parts.values()) == set(PARTS)
+    assert parts["blocks.0.attention.query_norm.weight"] == "attention"
+    assert {name for name, part in parts.items() if part == "head"} == {"head.weight"}
+    assert {name.split(".")[0] for name, part in parts.items() if part == "embedding"} == {
+        "embedding", "bigrams", "smear", "position", "value_tables"
+    }  # fmt: skip
+
+
+def test_what_has_no_weight_yet_has_no_ratio(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
+    witness = Witness()  # in this shape the head begins at zero
+    trainer(callbacks=[Dynamics(1), witness], limit_val_batches=0, max_steps=2).fit(task(), packed_text())
+    assert "dynamics/update_ratio/head" not in witness.measured[0]
+    assert 0 < witness.measured[1]["dynamics/update_ratio/head"] < 10
+
+
+def test_measurements_come_at_the_first_step_and_at_each_so_many(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
+) -> None:
+    logger = TensorBoardLogger(tmp_path, "x", "y")
+    run = trainer(callbacks=[Dynamics(3), Inspection(3, False)], logger=logger, max_steps=7, val_check_interval=5)
+    run.fit(task(), packed_text())
+    events = EventAccumulator(logger.log_dir).Reload()
+    for name in ("dynamics/gradient_norm/attention", "dynamics/dead_units", "attention/sink/most"):
+        assert [point.step for point in events.Scalars(name)] == [0, 2, 5]
+    assert not events.Tags()["images"]
+    assert not events.Tags()["histograms"]
+
+
+def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
+    class Killer(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *_: Any) -> None:
+            with torch.no_grad():
+                part = model.net.blocks[1].feed_forward.input
+                part.weight[:5], part.bias[:5] = 0.0, -1.0
+
+    witness = Witness()
+    shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, feed_forward="relu", bias=True, initialisation="gpt2", ffn_dim=20)
+    model, data = task(gpt=shape), packed_text()
+    trainer(callbacks=[Killer(), Inspection(1), witness], max_steps=1, limit_val_batches=0).fit(model, data)
+    found = witness.measured[0]
+    assert found["dynamics/dead_units/layer_1"] == 0
+    assert found["dynamics/dead_units/layer_2"] == pytest.approx(5 / 20)
+    assert found["dynamics/dead_units"] == pytest.approx(5 / 40)
+    ids = data.validation_windows.__getitems__(range(min(32, len(data.validation_windows))))["input_ids"]
+    with torch.no_grad():
+        assert found["dynamics/logit_norm"] == pytest.approx(float(model.net(ids).norm(dim=-1).mean()), rel=1e-5)
+        layers = observe(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
+    for number, (stream, weights) in enumerate(layers, 1):
+        assert found[f"dynamics/stream_norm/layer_{number}"] == pytest.approx(float(stream.square().mean().sqrt()))
+        assert weights is not None
+        assert found[f"attention/sink/layer_{number}"] == pytest.approx(float(weights[:, :, 1:, 0].mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}], ids=["plain", "average"])
+def test_the_training_is_the_same_bit_for_bit(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    """With all that looks and draws, at every step, and with none of it."""
+    weights, losses = [], []
+    shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=0.2)
+    for watching in (False, True):
+        watch = [Dynamics(1), Inspection(1), TokenLosses(True), Samples(tokens=5)] if watching else []
+        logger = TensorBoardLogger(tmp_path, "x", "y") if watching else False
+        L.seed_everything(3)
+        model = task(gpt=shape, **more)
+        run = trainer(callbacks=watch, logger=logger, max_steps=6, val_check_interval=3, gradient_clip_val=1.0)
+        run.fit(model, packed_text(seed=3))
+        weights.append({name: value.clone() for name, value in model.state_dict().items()})
+        losses.append({name: float(value) for name, value in run.callback_metrics.items()})
+    assert losses[0] == losses[1]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+
+@pytest.mark.parametrize("block_size", [32, 96])
+def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path, block_size: int
+) -> None:
+    logger = TensorBoardLogger(tmp_path, "x", "y")
+    data = packed_text(block_size=block_size, batch_size=2)
+    model = task()
+    run = trainer(callbacks=[TokenLosses(True)], logger=logger, max_steps=6, val_check_interval=6)
+    run.fit(model, data)
+    batch = data.validation_windows.__getitems__(range(len(data.validation_windows)))
+    labels, counted = batch["labels"], batch["labels"] != IGNORED
+    with torch.no_grad():
+        chances = model.net(batch["input_ids"]).log_softmax(-1)
+    lost = torch.where(counted, -chances.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), 0.0)
+    found = {name: float(value) for name, value in run.logged_metrics.items()}
+
+    whole = 0.0
+    for begin, end in place_bands(block_size):
+        here = counted[:, begin : end + 1].sum()
+        mean = lost[:, begin : end + 1].sum() / here
+        assert found[f"loss_by_position/{begin}-{end}"] == pytest.approx(float(mean), rel=1e-5)
+        whole += found[f"loss_by_position/{begin}-{end}"] * int(here) / int(counted.sum())
+    assert whole == pytest.approx(found["val/loss"], rel=1e-5)
+
+    train = torch.cat([data.train_windows[n]["labels"].flatten() for n in range(len(data.train_windows))]).tolist()
+    ranked = sorted(range(data.vocab_size), key=lambda id_: (-train.count(id_), id_))
+    for name, tokens in (("1-10", ranked[:10]), ("11-100", ranked[10:100])):
+        of_band = torch.isin(labels, torch.tensor(tokens))
+        assert found[f"loss_by_frequency/{name}"] == pytest.approx(float(lost[of_band].mean()), rel=1e-5)
+
+    text = EventAccumulator(logger.log_dir).Reload().Tensors("views/hardest_passages/text_summary")[-1]
+    told = [float(number) for number in re.findall(r"\*\*([\d.]+) nats", text.tensor_proto.string_val[0].decode())]
+    n = block_size // SPAN * SPAN
+    spans, full = (x[:, :n].reshape(-1, SPAN) for x in (lost, counted))
+    expected = spans[full.all(-1)].mean(-1).sort(descending=True).values[:HARDEST].tolist()
+    assert told == pytest.approx(expected, abs=0.006)
+
+
+def test_bands_hold_every_place_and_every_token(packed_text: Texts) -> None:
+    for size in (1, 2, 5, 64, 100):
+        places = [place for begin, end in place_bands(size) for place in range(begin, end + 1)]
+        assert places == list(range(size))
+    data = packed_text()
+    data.setup("fit")
+    bands, names = frequency_bands(data)
+    assert np.bincount(bands.numpy()).tolist()[:2] == [10, 90]
+    assert len(bands) == data.vocab_size
+    assert len(names) == int(bands.max()) + 1
+
+
+def test_pictures_and_texts_are_there_and_the_projector_has_the_embedding(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
+) -> None:
+    logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task()
+    watch = [Inspection(4), TokenLosses(True), Samples(["the cat", "a dog"], tokens=5, greedy_tokens=3)]
+    trainer(callbacks=watch, logger=logger, max_steps=4, val_check_interval=2).fit(model, data)
+    events = EventAccumulator(logger.log_dir).Reload()
+    tags = events.Tags()
+    assert set(tags["images"]) == {
+        "views/attention_entropy", "views/attention_distance", "views/attention_sink", "views/attention/layer_1",
+        "views/attention/layer_2", "views/loss_by_position",
+    }  # fmt: skip
+    assert {f"weights/{part}" for part in PARTS} < set(tags["histograms"])
+    assert {f"activations/{name}/layer_2" for name in ("stream", "feed_forward")} < set(tags["histograms"])
+    for name in tags["images"]:
+        assert [image.step for image in events.Images(name)] == [1, 3]
+    [*_, histogram] = events.Histograms("weights/head")
+    assert histogram.histogram_value.num == sum(histogram.histogram_value.bucket) == model.net.head.weight.numel()
+    sample = events.Tensors("sample/2/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert sample.count("    a dog") == 2
+
+    [tensors] = Path(logger.log_dir, "projector").rglob("tensors.tsv")
+    assert np.loadtxt(tensors) == pytest.approx(model.net.embedding.weight.detach().numpy(), rel=1e-5)
+    assert len((tensors.parent / "metadata.tsv").read_text().splitlines()) == data.vocab_size
+    assert str(tensors.relative_to(logger.log_dir)) in Path(logger.log_dir, "projector_config.pbtxt").read_text()
+
+
+def test_the_lens_ends_with_what_the_model_says(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
+) -> None:
+    logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task(gpt=SHAPE)
+    trainer(callbacks=[Inspection(4)], logger=logger, max_steps=4, val_check_interval=4).fit(model, data)
+    [table] = EventAccumulator(logger.log_dir).Reload().Tensors("views/logit_lens/text_summary")
+    rows = [line.split("|")[1:-1] for line in table.tensor_proto.string_val[0].decode().splitlines() if "|" in line]
+    assert [row[0].strip() for row in rows[2:]] == ["the embedding", "layer 1", "layer 2"]
+    with torch.no_grad():
+        logits = model.net(data.validation_windows[0]["input_ids"])[0, 16:24]
+    chances = [f"{chance:.0%}" for chance in logits.softmax(-1).amax(-1).tolist()]
+    assert [cell.split()[-1] for cell in rows[-1][1:]] == chances
+
+
+def test_a_negative_interval_is_refused() -> None:
+    with pytest.raises(UserError, match=r"inspect\.every_n_steps is -1"):
+        Inspection(-1)
+
+
+def test_a_diverged_model_is_drawn_without_a_word(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
+) -> None:
+    class Poison(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *_: Any) -> None:
+            with torch.no_grad():
+                model.net.blocks[0].attention.query.weight.fill_(math.nan)
+
+    logger = TensorBoardLogger(tmp_path, "x", "y")
+    watch = [Poison(), Dynamics(1), Inspection(1), TokenLosses(True), Samples()]
+    trainer(callbacks=watch, logger=logger, max_steps=2, val_check_interval=2).fit(task(), packed_text())
+    [*_, last] = EventAccumulator(logger.log_dir).Reload().Scalars("attention/entropy")
+    assert math.isnan(last.value)
+    assert json.dumps(last.step) == "1"
