@@ -31,8 +31,8 @@ class Samples(Callback):
     def __init__(
         self,
         prompts: Sequence[str] | None = None,
-        tokens: int = 200,
-        greedy_tokens: int = 64,
+        tokens: int = 160,
+        greedy_tokens: int = 40,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     ) -> None:
         self.prompts = prompts
