@@ -70,19 +70,23 @@ class Inspection(Callback):
         self.prompts = prompts
         self._batch: dict[str, Tensor] = {}
         self._views: Views | None = None
-        self._step = 0
+        self._shown = self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the text."""
         self._step = trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        self._batch = {}
+        self._batch, self._views = {}, None
         if self.every_n_steps and isinstance(pl_module, GPTTask) and isinstance(data, OrderedData):
             rows = max(1, min(TOKENS // data.block_size, len(data.validation_windows)))
             batch = data.validation_windows.__getitems__(range(rows))
             kept = {"input_ids", "document_ids", "lengths"} & batch.keys()
+            if "input_ids" not in kept:  # what is learned from is written as it is learned
+                return
             self._batch = {name: batch[name][..., :TOKENS].to(pl_module.device) for name in kept}
-            self._views = Views(data, self._batch["input_ids"][0, :SHOWN].tolist()) if self.pictures else None
+            length = int(batch["lengths"][0]) if "lengths" in kept else TOKENS
+            self._shown = min(SHOWN, length, self._batch["input_ids"].size(1))
+            self._views = Views(data, self._batch["input_ids"][0, : self._shown].tolist()) if self.pictures else None
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -115,7 +119,7 @@ class Inspection(Callback):
             found = None if weights is None else looks(weights, documents, lengths)
             layer = Layer(found, answers(hidden, lengths), seen.stream.float().square().mean().sqrt())
             if whole:
-                drawn = None if weights is None else weights[0, :, :SHOWN, :SHOWN].float()
+                drawn = None if weights is None else weights[0, :, : self._shown, : self._shown].float()
                 layer = layer._replace(map=drawn, stream=seen.stream, hidden=hidden)
             return layer
 
@@ -125,7 +129,9 @@ class Inspection(Callback):
 
 def figures(seen: Observation[Layer]) -> dict[str, float]:
     """What was seen, by name; see ``measured``."""
-    found: dict[str, Tensor] = {"dynamics/logit_norm": seen.read.float().norm(dim=-1).mean()}
+    found: dict[str, Tensor] = {}
+    if seen.read.ndim == 3:  # a number at every token is no logit
+        found["dynamics/logit_norm"] = seen.read.float().norm(dim=-1).mean()
     shares = torch.stack([dead(layer.answers).float().mean() for layer in seen.layers])
     found["dynamics/dead_units"] = shares.mean()
     for number, (layer, share) in enumerate(zip(seen.layers, shares, strict=True), 1):

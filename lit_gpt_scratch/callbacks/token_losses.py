@@ -64,7 +64,7 @@ class TokenLosses(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add a batch; nothing waits for the device."""
-        if not self._active:
+        if not self._active or outputs is None:
             return
         assert self._bands is not None
         lost, labels = outputs["lost"].float(), batch["labels"]  # (B, T)

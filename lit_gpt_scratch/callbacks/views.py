@@ -18,7 +18,7 @@ from lit_gpt_scratch.callbacks.measured import boards
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.heads import Scalar
+from lit_gpt_scratch.model.heads import Classes, Scalar
 from lit_gpt_scratch.model.inspection import Looks, Observation
 from lit_gpt_scratch.optim.parts import own_part
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
@@ -99,16 +99,16 @@ class Views:
         streams = [seen.start, *(layer.stream for layer in seen.layers if layer.stream is not None)]
         for depth, stream in enumerate(streams):
             chances, likeliest = net.lens(stream[:1, places]).softmax(-1).max(-1)  # (1, places)
-            names = (self._name(id_) for id_ in likeliest[0].tolist())
+            names = (self._name(net, id_) for id_ in likeliest[0].tolist())
             told = zip(names, chances[0].tolist(), strict=True)
             cells = [f"{code(name)} {chance:.0%}" if chance == chance else "not a number" for name, chance in told]
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
         table = drawn(rows, "<" * len(rows[0]))
         return f"Its likeliest reading behind each token, if the network ended there.\n\n{table}"
 
-    def _name(self, number: int) -> str:
+    def _name(self, net: GPT, number: int) -> str:
         """Of what the head reads: a token, or a class."""
-        if isinstance(self.data, LabelledText):
+        if isinstance(net.reads, Classes) and isinstance(self.data, LabelledText):
             return self.data.class_names[number]
         return spelled(self.data.tokenizer, number)
 

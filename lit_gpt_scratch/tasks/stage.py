@@ -49,12 +49,12 @@ class Stage(Task):
         """What validation and test measure; its ``compute`` gives figures by name."""
         raise NotImplementedError
 
-    def measure(self, batch: Any) -> Tensor:
+    def measure(self, batch: Any) -> Tensor | None:
         """Add a batch to ``metrics``.
 
         Returns:
             What was lost at each label, which callbacks get as the outputs of a validation step: (B, T), or (B,) where
-            a row has one label; 0 where there is none.
+            a row has one label; 0 where there is none. None of a loss that is of no label.
         """
         raise NotImplementedError
 
@@ -141,9 +141,10 @@ class Stage(Task):
             [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
         )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Measure the batch."""
-        return {"lost": self.measure(batch)}
+        lost = self.measure(batch)
+        return None if lost is None else {"lost": lost}
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """Measure the batch."""

@@ -17,18 +17,20 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.callbacks.dynamics import PARTS, Dynamics, part_of
-from lit_gpt_scratch.callbacks.inspection import Inspection
+from lit_gpt_scratch.callbacks.inspection import Inspection, Layer, figures
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.token_losses import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.heads import Scalar
 from lit_gpt_scratch.model.inspection import observe
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.tasks import LanguageModel
 
 Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
+ONE = torch.ones(())
 
 
 class Witness(L.Callback):
@@ -266,6 +268,15 @@ def test_the_lens_ends_with_what_the_model_says(
         logits = model.net(data.validation_windows[0]["input_ids"])[0, 16:24]
     chances = [f"{chance:.0%}" for chance in logits.softmax(-1).amax(-1).tolist()]
     assert [cell.split()[-1] for cell in rows[-1][1:]] == chances
+
+
+def test_a_number_at_every_token_is_no_logit() -> None:
+    net = GPT(SHAPE, 50, 16, Scalar())
+    seen = observe(net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: Layer(None, torch.ones(3), ONE))
+    assert figures(seen).keys() == {
+        "dynamics/dead_units", "dynamics/dead_units/layer_1", "dynamics/dead_units/layer_2",
+        "dynamics/stream_norm/layer_1", "dynamics/stream_norm/layer_2",
+    }  # fmt: skip
 
 
 def test_a_negative_interval_is_refused() -> None:
