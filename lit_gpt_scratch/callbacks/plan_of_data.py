@@ -11,16 +11,12 @@ from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.diagnosis.settings import CHINCHILLA, FAR, FEW_VALIDATION_TOKENS, MANY_EPOCHS
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
-FEW_VALIDATION_TOKENS = 10_000
 FEW_RECORDS = 100
-MANY_EPOCHS = 100
 AS_GOOD_AS_NEW = 4
 """Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
-CHINCHILLA = 20
-FAR = 30
-"""Within this factor of Chinchilla's ratio nothing is said: a first run is short on purpose, a model for use long."""
 
 
 def data_lines(data: OrderedData) -> Iterator[tuple[str, str]]:

@@ -7,8 +7,10 @@ from lightning.pytorch import Callback
 from lit_gpt_scratch.callbacks.baselines import Baselines
 from lit_gpt_scratch.callbacks.confusion import Confusion
 from lit_gpt_scratch.callbacks.description import Description
+from lit_gpt_scratch.callbacks.doctor import Doctor
 from lit_gpt_scratch.callbacks.dynamics import Dynamics
 from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.callbacks.guard import Guard, Mode
 from lit_gpt_scratch.callbacks.inspection import Inspection
 from lit_gpt_scratch.callbacks.plan import Plan
 from lit_gpt_scratch.callbacks.progress import Progress
@@ -26,6 +28,7 @@ def watchers(
     stopping: Stopping,
     saving: Checkpoints | None,
     shows_progress: bool,
+    guard: Mode,
 ) -> list[Callback]:
     """Those that suit the task do something; the others know that they have nothing to say.
 
@@ -35,10 +38,12 @@ def watchers(
         stopping: What ends it by signal.
         saving: What keeps checkpoints, if anything does.
         shows_progress: Whether there is a bar.
+        guard: What to do about steps that would spoil the weights.
     """
+    guarding = Guard(guard, saving.every_n_steps if saving else None)
     inside = [Dynamics(inspection.every_n_steps), inspection, TokenLosses(inspection.pictures)]
-    measures = [Throughput(), *inside, Samples(inspection.prompts), Confusion(), ValidateAtEnd()]
+    measures = [guarding, Throughput(), *inside, Samples(inspection.prompts), Confusion(), ValidateAtEnd()]
     progress = [Progress()] if shows_progress else []
-    # The plan names the baselines, and the description has the plan; the summary speaks when the bar is closed.
-    said = [*written, Baselines(), Plan(), Description(), *progress, Summary()]
+    # The plan names the baselines, and the description has the plan; doctor and summary speak when the bar is closed.
+    said = [*written, Baselines(), Plan(), Description(), *progress, Doctor(), Summary()]
     return [*measures, *said, stopping, *([saving] if saving else [])]

@@ -157,7 +157,9 @@ class FitCLI(LightningCLI):
         saving = self.config_init.checkpoint if saves else None
         self.stopping, self.provenance = Stopping(saving), Provenance()
         written = [SavedConfig(self.parser, self.config), self.provenance]
-        return watchers(written, self.config_init.inspect, self.stopping, saving, shows_progress)
+        return watchers(
+            written, self.config_init.inspect, self.stopping, saving, shows_progress, self.config_init.guard
+        )
 
     def fit(self) -> None:
         """Prepare the data, claim the run folder, train.

@@ -2,6 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
+from lit_gpt_scratch.callbacks.guard import Mode
 from lit_gpt_scratch.model.presets import PRESETS
 
 
@@ -28,6 +29,13 @@ def add_run_flags(parser: ArgumentParser) -> None:
         default=None,
         help="Processes that share the heads of one copy of the model, for --trainer.strategy tp (by default all of "
         "them) and fsdp2_tp (2).",
+    )
+    parser.add_argument(
+        "--guard",
+        type=Mode,
+        default="warn",
+        help="Look at each step before it is done, and say if it is not finite or stands out; 'act' also leaves it "
+        "out, and rewinds to the last good checkpoint where leaving out does not help.",
     )
     parser.add_argument(
         "--force",

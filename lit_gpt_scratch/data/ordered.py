@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any, Final, Protocol, cast
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.data.sampler import EveryWindow, Shuffle, WindowOrder
+from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -132,6 +134,12 @@ class OrderedData(L.LightningDataModule):
         shuffle = Shuffle(self.train_windows.sizes, seed, self.weights)
         batch_size, replicas, accumulate = self.layout
         return WindowOrder(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
+
+    def whence(self, epoch: int, batch: int, row: int) -> str:
+        """What a row of this process's training batch is made of, in words: documents or records, counted from 0."""
+        window = int(self.order.batches(epoch, np.array([batch]))[0, row])
+        windows = self.train_windows
+        return windows.documents_of(window) if isinstance(windows, Windows) else f"record {window:,}"
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in their order."""

@@ -107,12 +107,14 @@ class WindowOrder(DistributedSampler[int]):
     def __iter__(self) -> Iterator[int]:
         epoch = self.epoch
         first = self.start[1] if epoch == self.start[0] else 0
-        within = np.arange(self.batch_size)
         at_once = -(-AT_ONCE // self.batch_size)
         for begin in range(first, self.micro_batches, at_once):
-            numbers = np.arange(begin, min(begin + at_once, self.micro_batches))[:, None]  # (micro-batches, 1)
-            places = (numbers * self.world_size + self.rank) * self.batch_size + within  # (micro-batches, B)
-            yield from self.windows.windows(epoch, places.ravel()).tolist()
+            yield from self.batches(epoch, np.arange(begin, min(begin + at_once, self.micro_batches))).ravel().tolist()
+
+    def batches(self, epoch: int, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The windows of this rank's micro-batches by their numbers in an epoch: (n,) -> (n, B) int64."""
+        places = (numbers[:, None] * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)
+        return self.windows.windows(epoch, places.ravel()).reshape(places.shape)
 
 
 class EveryWindow(DistributedSampler[int]):

@@ -79,6 +79,19 @@ class Windows(Dataset[Batch]):
         packing = self.parts[part]
         return packing, packing.pieces(index - self._ends[part] + len(packing))
 
+    def documents_of(self, index: int) -> str:
+        """The documents that a window has tokens of, by their numbers in what it is laid from, in words."""
+        packing, pieces = self.pieces(index)
+        numbers: set[int] = set()
+        before = 0
+        for starts, _ in packing.stream.documents():
+            for first, length in pieces:
+                a, b = np.searchsorted(starts, (first, first + length - 1), side="right") - 1
+                numbers.update(range(before + max(int(a), 0), before + int(b) + 1))
+            before += len(starts)
+        part = f" of part {bisect_right(self._ends, index)}" if len(self.parts) > 1 else ""
+        return f"document{'s' if len(numbers) > 1 else ''} {', '.join(f'{n:,}' for n in sorted(numbers))}{part}"
+
     def _beyond(self, indices: Sequence[int]) -> UserError:
         """Which shard has a token that there is not; on a GPU nothing would tell."""
         for packing, pieces in map(self.pieces, indices):

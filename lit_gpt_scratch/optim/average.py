@@ -66,7 +66,10 @@ class MovingAverage:
     @torch.no_grad()
     def _update(self, optimizer: Optimizer, step: int) -> None:
         averages, weights = [], []
-        for p in (p for group in optimizer.param_groups for p in group["params"]):
+        updated = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in updated):
+            return  # a step that was refused is none
+        for p in updated:
             if STATE in optimizer.state.get(p, {}):
                 averages.append(own_part(optimizer.state[p][STATE]))
                 weights.append(own_part(p))

@@ -54,10 +54,16 @@ def gradients(module: nn.Module) -> list[Tensor]:
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
-def clip_norm(gradients: Sequence[Tensor], most: float) -> None:
-    """Scale gradients, in place, to a norm of at most so much, all together (https://arxiv.org/abs/1211.5063)."""
-    factor = (most / (total_norm(gradients) + 1e-6)).clamp(max=1.0)
+def clip_norm(gradients: Sequence[Tensor], most: float) -> Tensor:
+    """Scale gradients, in place, to a norm of at most so much, all together (https://arxiv.org/abs/1211.5063).
+
+    Returns:
+        The norm that they had.
+    """
+    norm = total_norm(gradients)
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_([own_part(gradient) for gradient in gradients], factor)
+    return norm
 
 
 def clip_value(gradients: Sequence[Tensor], most: float) -> None:

@@ -2,17 +2,30 @@
 
 import os
 import random
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.batch import Layout
 from lit_gpt_scratch.checkpoint.progress import LAYOUT, deal_out, settle
 from lit_gpt_scratch.optim.average import MovingAverage
-from lit_gpt_scratch.optim.parts import clip_norm, clip_value, gradients
+from lit_gpt_scratch.optim.parts import clip_norm, clip_value, gradients, total_norm
+
+
+class Judge(Protocol):
+    """Who says whether a step that is computed is done."""
+
+    def __call__(self, loss: Tensor | None, norm: Tensor) -> bool:
+        """Asked on every rank, with the same numbers, when the gradient has been clipped.
+
+        Args:
+            loss: Of the step, a scalar; None of a task that does not know it.
+            norm: Of its gradient before it was clipped, a scalar.
+        """
 
 
 class Task(L.LightningModule):
@@ -31,6 +44,11 @@ class Task(L.LightningModule):
     def __init__(self, ema_decay: float | None = None) -> None:
         super().__init__()
         self.average = MovingAverage(ema_decay)
+        self.judge: Judge | None = None
+        """Without one every step is done. A step that is refused counts, but changes neither weights nor averages nor
+        what the optimizer remembers."""
+        self.step_loss: Tensor | None = None
+        """Of the step whose gradient is at hand, over all ranks, where a judge asks for it."""
 
     @property
     def layout(self) -> Layout | None:
@@ -74,10 +92,19 @@ class Task(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient."""
-        if gradient_clip_val:
-            clip = clip_value if gradient_clip_algorithm == "value" else clip_norm
-            clip(gradients(self), gradient_clip_val)
+        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient.
+
+        This is the last moment before the step, and so the judge's.
+        """
+        found = gradients(self)
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        norm = total_norm(found) if self.judge is not None and not by_norm else None
+        if gradient_clip_val and by_norm:
+            norm = clip_norm(found, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_value(found, gradient_clip_val)
+        if self.judge is not None and norm is not None and not self.judge(self.step_loss, norm):
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient, no optimizer touches
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw this batch's random numbers from its place in the run."""

@@ -115,10 +115,13 @@ class Stage(Task):
             self._weigh_gradient()
         step = self.trainer.global_step
         every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        if every and (step == 0 or (step + 1) % every == 0):
+        is_log_point = every and (step == 0 or (step + 1) % every == 0)
+        if is_log_point or self.judge is not None:
             sums = torch.stack((self._lost, self._counted.to(self._lost.dtype)))
             lost, counted = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            self.log("train/loss", lost / torch.where(counted > 0, counted, 1.0))
+            self.step_loss = lost / torch.where(counted > 0, counted, 1.0)
+        if is_log_point and self.step_loss is not None:
+            self.log("train/loss", self.step_loss)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
             self.log("train/gradient_norm", total_norm(gradients(self)))
         self._lost.zero_()

@@ -1,0 +1,121 @@
+"""Rows about the curve of the loss: whether it falls, rises, or is better than it can be."""
+
+import math
+from typing import Final
+
+from lit_gpt_scratch.diagnosis.evidence import Curve, Evidence
+from lit_gpt_scratch.diagnosis.examination import Finding
+
+SWEEP: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
+FEW: Final = 5
+"""Points whose median is what the loss is at now."""
+AT_PEAK: Final = 0.9
+"""Of the highest rate so far; warm-up ends there."""
+LONG: Final = 150
+"""Steps at that rate after which a loss has to have fallen."""
+SHORT: Final = 50
+"""The same for a run that is over."""
+FALLEN: Final = 0.1
+"""Of the loss of who knows nothing. After ``SHORT`` steps healthy runs have come down by 0.14 to 0.34, after ``LONG``
+by 0.27 to 0.4."""
+ABOVE: Final = 1.1
+"""Times the loss of who knows nothing: it takes a step too far to be so wrong."""
+RISEN: Final = 0.25
+"""Of the lowest loss there was."""
+GAP: Final = 0.03
+"""Of the lowest validation loss, which it has risen by. Ups and downs of healthy runs are within 0.01."""
+TOO_GOOD: Final = 0.2
+"""Of the bits that compression or counting needs. The best language models need a third of those of ``xz``."""
+
+
+def _beginning(e: Evidence) -> float:
+    """The loss that a run begins with: that of who knows nothing, or of what it begins with."""
+    chance = e.fact("run/chance_loss")
+    first = e["train/loss"].values[0]
+    return first if e.fact("run/begins_trained") or not math.isfinite(chance) else chance
+
+
+def _steps_at_peak(rate: Curve, step: int) -> int:
+    """Steps since the rate came near to the highest so far; all of them where no rate is known."""
+    highest = max(rate.values, default=0.0)
+    return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= AT_PEAK * highest), 0)
+
+
+def not_falling(e: Evidence) -> Finding | None:
+    """The loss is where it began, or above."""
+    loss, rate = e["train/loss"], e["train/learning_rate"]
+    long_enough = _steps_at_peak(rate, loss.step) >= (SHORT if e.over else LONG)
+    if len(loss) < 2 * FEW or not long_enough:
+        return None
+    began, now = _beginning(e), loss.median(FEW)
+    if not now > (1 - FALLEN) * began:
+        return None
+    evidence = f"{now:.2f} after {loss.step + 1:,} steps, and {began:.2f} is that of a model that knows nothing"
+    peak = max(rate.values, default=math.nan)
+    if max(median for _, median in loss.medians(FEW)) > ABOVE * began:
+        return Finding(f"{evidence}; it was above that", *_too_high(e, peak))
+    if e.fact("run/begins_trained"):
+        return None  # it may know all that there is to learn
+    return Finding(
+        evidence, f"the learning rate, {peak:.2g}, is too low", f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
+    )
+
+
+def _too_high(e: Evidence, peak: float) -> tuple[str, str]:
+    if e.fact("run/warmup_steps") == 0:
+        behind = ": norms behind the addition need a warm-up" if e.fact("run/post_norm") else ""
+        steps = max(20, int(e.fact("run/steps") / 5)) if math.isfinite(e.fact("run/steps")) else 200
+        return (
+            f"the learning rate, {peak:.2g}, is too high for the first steps{behind} (https://arxiv.org/abs/2002.04745)",
+            f"--model.schedule.warmup_steps {steps}",
+        )
+    return f"the learning rate, {peak:.2g}, is too high", f"--model.optimizer.lr {peak / 10:.2g}; {SWEEP}"
+
+
+def divergence(e: Evidence) -> Finding | None:
+    """The loss had fallen, and has risen to stay."""
+    loss = e["train/loss"]
+    if len(loss) < 2 * FEW:
+        return None
+    step, best = min(loss.medians(FEW), key=lambda point: point[1])
+    now = loss.median(FEW)
+    if not (best < (1 - FALLEN) * _beginning(e) and now > (1 + RISEN) * best):
+        return None
+    peak = max(e["train/learning_rate"].values, default=math.nan)
+    return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *_too_high(e, peak))
+
+
+def overfitting(e: Evidence) -> Finding | None:
+    """The validation loss rises while that of the training falls."""
+    val, train = e["val/loss"], e["train/loss"]
+    if len(val) < 3 or len(train) < 2 * FEW:
+        return None
+    best = min(val.values)
+    since = val.steps[val.values.index(best)]
+    then = [median for at, median in train.medians(FEW) if at <= since]
+    now = train.median(FEW)
+    rising = min(val.values[-2:]) > (1 + GAP) * best
+    if not (rising and then and now < then[-1] and now < val.last):
+        return None
+    epochs = (val.step + 1) * e.fact("run/tokens_per_step") / e.fact("run/train_tokens")
+    read = f", {epochs:.3g} epochs read" if math.isfinite(epochs) else ""
+    gap = f"training {now:.3f}, a gap of {val.last - now:.2f}"
+    return Finding(
+        f"validation {val.last:.3f}, {best:.3f} at step {since}; {gap}{read}",
+        "the model learns the text by heart; name more of it, or learn from it for less long",
+        f"--trainer.max_steps {since + 1}" if since else "--model.gpt.dropout 0.1",
+    )
+
+
+def too_good(e: Evidence) -> Finding | None:
+    """The validation text is predicted better than it can be."""
+    bits = e["val/bits_per_byte"]
+    bars = [e.fact(f"baselines/{name}") for name in ("xz", "bigram")]
+    bar = next((value for value in bars if math.isfinite(value)), math.nan)
+    if not bits.last < TOO_GOOD * bar:
+        return None
+    return Finding(
+        f"{bits.last:.3f} bits per byte of the validation text, where counting or compressing it takes {bar:.2f}",
+        "what is to be predicted can be seen, or the text was trained on",
+        "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
+    )
