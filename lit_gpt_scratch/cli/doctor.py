@@ -1,17 +1,24 @@
-"""``doctor``: does a configuration keep its promises on this machine?"""
+"""``doctor``: what is wrong with a run, what this machine can do, and whether a configuration keeps its promises."""
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.stopping import ending_at_once
 from lit_gpt_scratch.checkpoint.kills import KillTest
 from lit_gpt_scratch.cli.door import Flags
+from lit_gpt_scratch.diagnosis.events import replay
+from lit_gpt_scratch.diagnosis.examination import Examination
+from lit_gpt_scratch.diagnosis.symptoms import SYMPTOMS
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.hardware.machine import BANDS, about, compare
 from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
 
 KILLED = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
@@ -25,24 +32,38 @@ COMPARED = (
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Examine the run that the flags of ``fit`` describe."""
+    """Examine a run that there is, this machine, or the run that the flags of ``fit`` describe."""
+    args = sys.argv[1:] if args is None else list(args)
     flags = Flags(
         prog="python -m lit_gpt_scratch.doctor",
-        description="Examine a run on this machine. --resume: kill it at random moments with SIGKILL, resume it, and "
+        description="Without flags: what this machine has, and whether it computes what a CPU does in float32. RUN: what "
+        "its curves say is wrong with it. --resume: kill a run at random moments with SIGKILL, resume it, and "
         "compare its last checkpoint and its curves, bit by bit, with those of a run that nothing disturbed. --parity: "
         "lay the same steps out over processes and micro-batches in every way, and compare losses and gradients.",
         epilog=f"All other flags are those of fit. They go over {' '.join(KILLED)} for --resume, and over "
         f"{' '.join(COMPARED)} for --parity.",
     )
-    examination = flags.add_mutually_exclusive_group(required=True)
+    examination = flags.add_mutually_exclusive_group()
     examination.add_argument("--resume", action="store_true", help="whether resuming is exact")
     examination.add_argument("--parity", action="store_true", help="whether all strategies compute the same")
+    if not {"--resume", "--parity"} & set(args):  # there a word without a flag is the value of one of fit's
+        flags.add_argument("run", metavar="RUN", nargs="?", type=Path, help="a run's folder, or one with events of any")
+        flags.add_argument("--json", action="store_true", help="of a run: as in doctor.json")
     resume, parity = flags.add_argument_group("of --resume"), flags.add_argument_group("of --parity")
     resume.add_argument("--kills", type=int, default=6, help="how often to kill")
     resume.add_argument("--seed", type=int, default=0, help="of the moments")
     parity.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of arithmetic to compare in")
     parity.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to compare with single")
     given, of_fit = flags.parse_known_args(args)
+    if not (given.resume or given.parity):
+        if of_fit:
+            raise UserError(
+                f"unrecognized arguments: {' '.join(of_fit)} (see --help; fit's go with --resume, --parity)"
+            )
+        healthy = _machine() if given.run is None else _run(given.run, given.json)
+        if not healthy:
+            sys.exit(1)
+        return
     for name in ("kinds", "layouts") if given.resume else ("kills", "seed"):
         if getattr(given, name) != flags.get_default(name):
             raise UserError(f"argument --{name} is of {'--parity' if given.resume else '--resume'}")
@@ -55,6 +76,36 @@ def main(args: Sequence[str] | None = None) -> None:
         examine = _parity if given.parity else _resume
         if not examine(given, of_fit, Path(folder)):
             sys.exit(1)
+
+
+def _run(run: Path, as_json: bool) -> bool:
+    """What is wrong with a run; True whatever that is: it has been said."""
+    examination = Examination(SYMPTOMS)
+    replay(run, examination)
+    examination.end()
+    if as_json:
+        print(json.dumps([diagnosis.plain() for diagnosis in examination.found], indent=2))
+        return True
+    for diagnosis in examination.found:
+        print(f"step {diagnosis.step}: {diagnosis.symptom}\n  likely  {diagnosis.cause}\n  try     {diagnosis.flag}")
+    if not examination.found:
+        print(f"nothing is wrong with {run}, as far as its curves tell: {examination.evidence.step + 1:,} steps")
+    return True
+
+
+def _machine() -> bool:
+    """What it has; whether everything on it computes alike."""
+    use_allowed_cores()
+    for name, text in about({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
+        print(f"{name:14} {text}")
+    healthy = True
+    for found in compare():
+        what = f"loss {found.loss:.1e}, gradient {found.gradient:.1e} off a CPU in float32"
+        verdict = "as it should be" if found.alike else f"more than {BANDS[found.dtype]:.0e}: do not train in it here"
+        dtype = str(found.dtype).removeprefix("torch.")
+        print(f"{found.device + ', ' + dtype:14} {found.failed or f'{what}, {verdict}'}")
+        healthy = healthy and (found.alike or bool(found.failed))
+    return healthy
 
 
 def _resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:

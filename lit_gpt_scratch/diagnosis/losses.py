@@ -19,7 +19,17 @@ FALLEN: Final = 0.1
 """Of the loss of who knows nothing. After ``SHORT`` steps healthy runs have come down by 0.14 to 0.34, after ``LONG``
 by 0.27 to 0.4."""
 ABOVE: Final = 1.1
-"""Times the loss of who knows nothing: it takes a step too far to be so wrong."""
+"""Times the loss of who knows nothing: it takes steps too far to be so wrong. Healthy runs stay within 1.01."""
+ABOVE_TRAINED: Final = 1.5
+"""Times the loss of what a run begins with, which can be of other text."""
+UPDATES: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
+"""Of parts whose weights begin at a size that says something."""
+STREAM: Final = "dynamics/stream_norm/layer_1"
+GROWN: Final = 1e3
+"""Times what it was. In healthy runs it grows twofold to thirteenfold, at a thousand times the rate a millionfold."""
+SMALL: Final = 1e-4
+"""Of the norm of the weights, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and those
+at a thousandth of their rate 0.00001 to 0.00002."""
 RISEN: Final = 0.25
 """Of the lowest loss there was."""
 GAP: Final = 0.03
@@ -28,7 +38,7 @@ TOO_GOOD: Final = 0.2
 """Of the bits that compression or counting needs. The best language models need a third of those of ``xz``."""
 
 
-def _beginning(e: Evidence) -> float:
+def beginning(e: Evidence) -> float:
     """The loss that a run begins with: that of who knows nothing, or of what it begins with."""
     chance = e.fact("run/chance_loss")
     first = e["train/loss"].values[0]
@@ -41,27 +51,34 @@ def _steps_at_peak(rate: Curve, step: int) -> int:
     return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= AT_PEAK * highest), 0)
 
 
+def has_learned(e: Evidence) -> bool:
+    """Whether the loss has come below that of the beginning; before that, nothing stands out."""
+    loss = e["train/loss"]
+    return len(loss) > 0 and loss.median(FEW) < beginning(e)
+
+
 def not_falling(e: Evidence) -> Finding | None:
     """The loss is where it began, or above."""
     loss, rate = e["train/loss"], e["train/learning_rate"]
+    if len(loss) < FEW:
+        return None
+    began, now, peak = beginning(e), loss.median(FEW), max(rate.values, default=math.nan)
+    trained = e.fact("run/begins_trained") == 1
+    whose = "what it began with" if trained else "that of a model that knows nothing"
+    evidence = f"{now:.2f} after {loss.step + 1:,} steps, and {began:.2f} is {whose}"
+    if now > (ABOVE_TRAINED if trained else ABOVE) * began and min(loss.values) > (1 - FALLEN) * began:
+        return Finding(evidence, *_too_high(e, peak))
     long_enough = _steps_at_peak(rate, loss.step) >= (SHORT if e.over else LONG)
-    if len(loss) < 2 * FEW or not long_enough:
-        return None
-    began, now = _beginning(e), loss.median(FEW)
-    if not now > (1 - FALLEN) * began:
-        return None
-    evidence = f"{now:.2f} after {loss.step + 1:,} steps, and {began:.2f} is that of a model that knows nothing"
-    peak = max(rate.values, default=math.nan)
-    if max(median for _, median in loss.medians(FEW)) > ABOVE * began:
-        return Finding(f"{evidence}; it was above that", *_too_high(e, peak))
-    if e.fact("run/begins_trained"):
-        return None  # it may know all that there is to learn
+    if trained or not long_enough or not now > (1 - FALLEN) * began:
+        return None  # what is trained may know all that there is to learn
     return Finding(
         evidence, f"the learning rate, {peak:.2g}, is too low", f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
     )
 
 
 def _too_high(e: Evidence, peak: float) -> tuple[str, str]:
+    if not math.isfinite(peak):
+        return "the learning rate is too high", f"a tenth of it: --model.optimizer.lr; {SWEEP}"
     if e.fact("run/warmup_steps") == 0:
         behind = ": norms behind the addition need a warm-up" if e.fact("run/post_norm") else ""
         steps = max(20, int(e.fact("run/steps") / 5)) if math.isfinite(e.fact("run/steps")) else 200
@@ -72,6 +89,30 @@ def _too_high(e: Evidence, peak: float) -> tuple[str, str]:
     return f"the learning rate, {peak:.2g}, is too high", f"--model.optimizer.lr {peak / 10:.2g}; {SWEEP}"
 
 
+def too_large(e: Evidence) -> Finding | None:
+    """Weights have grown so far that nothing that a step adds still counts; norms may hide it from the loss."""
+    stream = e[STREAM]
+    if len(stream) < 2 or not stream.last > GROWN * stream.values[0]:
+        return None
+    peak = max(e["train/learning_rate"].values, default=math.nan)
+    evidence = f"the stream behind the first block is of size {stream.last:.2g}, and began at {stream.values[0]:.2g}"
+    return Finding(evidence, *_too_high(e, peak))
+
+
+def too_small(e: Evidence) -> Finding | None:
+    """A step moves the matrices next to not, at the full rate, while the loss may fall by what else is trained."""
+    rate = e["train/learning_rate"]
+    peak = max(rate.values, default=math.nan)
+    warm = e.step >= e.fact("run/warmup_steps") and rate.last >= AT_PEAK * peak
+    moved = [(e[name].last, name.rpartition("/")[2]) for name in UPDATES if len(e[name]) and e[name].step == e.step]
+    ratio, part = min(moved, default=(math.nan, ""))
+    if not (ratio < SMALL and warm) or e.fact("run/begins_trained"):
+        return None
+    flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
+    evidence = f"step {e.step} moved {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is usual"
+    return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
+
+
 def divergence(e: Evidence) -> Finding | None:
     """The loss had fallen, and has risen to stay."""
     loss = e["train/loss"]
@@ -79,7 +120,7 @@ def divergence(e: Evidence) -> Finding | None:
         return None
     step, best = min(loss.medians(FEW), key=lambda point: point[1])
     now = loss.median(FEW)
-    if not (best < (1 - FALLEN) * _beginning(e) and now > (1 + RISEN) * best):
+    if not (best < (1 - FALLEN) * beginning(e) and now > (1 + RISEN) * best):
         return None
     peak = max(e["train/learning_rate"].values, default=math.nan)
     return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *_too_high(e, peak))

@@ -5,6 +5,7 @@ from typing import Final
 
 from lit_gpt_scratch.diagnosis.evidence import Evidence
 from lit_gpt_scratch.diagnosis.examination import Finding
+from lit_gpt_scratch.diagnosis.losses import has_learned
 from lit_gpt_scratch.diagnosis.spikes import RATIO, WIDTH, Watch
 
 OFF: Final = 0.0
@@ -15,6 +16,8 @@ FEW: Final = 3
 """Points whose median is what a curve is at now."""
 WAITS: Final = 0.25
 """Share of a step. In healthy runs it is 0.01 to 0.04."""
+SAID: Final = 4
+"""Lines of what the guard says of a step: numbers, where, and the hardest window."""
 LOOKED_AT: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
@@ -45,6 +48,8 @@ def not_finite(e: Evidence) -> Finding | None:
 
 def spike(e: Evidence) -> Finding | None:
     """By the guard; without it, by the losses that are logged."""
+    if not has_learned(e):
+        return None
     act = e.fact("run/guard") == ACTS
     cause = "a batch unlike the others; look at its documents, or clean them"
     guarded = e["guard/spike"]
@@ -66,7 +71,7 @@ def spike(e: Evidence) -> Finding | None:
 def exploding(e: Evidence) -> Finding | None:
     """The gradient stays far larger than it was."""
     norm = e["train/gradient_norm"]
-    if len(norm) < 10 + FEW:
+    if len(norm) < 10 + FEW or not has_learned(e):
         return None
     now, before = norm.median(FEW), norm.median(WIDTH, before=FEW)
     if not now > RATIO * before:
@@ -93,4 +98,5 @@ def loader(e: Evidence) -> Finding | None:
 
 def _where(e: Evidence, name: str) -> str:
     """What the guard says of the step, in one line."""
-    return "; ".join(line for line in e.text(name, e.step).replace("\n- ", "\n").splitlines() if line)
+    lines = [line for line in e.text(name, e.step).replace("\n- ", "\n").splitlines() if line]
+    return "; ".join(lines[:SAID])

@@ -1,0 +1,155 @@
+"""The guard, against faults that are planted in real small runs."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_gpt_scratch.callbacks.doctor import Doctor
+from lit_gpt_scratch.callbacks.guard import Guard
+from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.diagnosis.spikes import PATIENCE
+from lit_gpt_scratch.optim import AdamW, Schedule
+from lit_gpt_scratch.tasks import LanguageModel
+
+STEPS = 40
+Build = Callable[..., Any]
+
+
+class Faulty(LanguageModel):
+    """Makes some losses something else: ``faults`` maps a step to what its loss is multiplied by."""
+
+    faults: dict[int, float] = {}  # noqa: RUF012 - each test sets its own
+    seen: list[int]
+
+    def losses(self, batch: Any) -> Any:
+        lost, counted = super().losses(batch)
+        if self.training and torch.is_grad_enabled():
+            lost = lost * self.faults.get(self.trainer.global_step, 1.0)
+        return lost, counted
+
+
+class Weights(Callback):
+    """The weights, averages and optimizer state after each step."""
+
+    def __init__(self) -> None:
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        if len(self.after) < trainer.global_step:
+            state = trainer.optimizers[0].state
+            kept = {n: p.detach().clone() for n, p in pl_module.named_parameters()}
+            for name, p in pl_module.named_parameters():
+                kept |= {f"{name} {k}": v.detach().clone() for k, v in state[p].items() if torch.is_tensor(v)}
+            self.after.append(kept)
+
+
+def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.fixture
+def run(
+    packed_text: Build, trainer: Build, task: Build, tmp_path: Path
+) -> Callable[..., tuple[L.Trainer, Faulty, Guard, Weights, Doctor]]:
+    """A run with faults."""
+
+    def build(mode: str, faults: dict[int, float], folder: str = "run", **changes: Any) -> Any:
+        task_changes = {name: changes.pop(name) for name in ("optimizer", "ema_decay", "schedule") if name in changes}
+        data, checkpoint = changes.pop("data", {}), changes.pop("ckpt_path", None)
+        L.seed_everything(changes.pop("seed", 1), verbose=False)
+        torch.manual_seed(0)
+        model = Faulty(gpt=task()._gpt, compile=False, **task_changes)
+        model.faults = faults
+        guard, weights, doctor = Guard(mode, 10), Weights(), Doctor()
+        logger = TensorBoardLogger(tmp_path, folder, "version_0", default_hp_metric=False)
+        settings = {"max_steps": STEPS, "gradient_clip_val": 1.0, "log_every_n_steps": 5, "val_check_interval": 1000}
+        own = trainer(
+            **(settings | changes),
+            check_val_every_n_epoch=None,
+            enable_checkpointing=True,
+            logger=logger,
+            callbacks=[guard, weights, doctor, Checkpoints(every_n_steps=10, keep_best=0)],
+        )
+        own.fit(model, packed_text(**data), ckpt_path=checkpoint)
+        return own, model, guard, weights, doctor
+
+    return build
+
+
+@pytest.mark.parametrize("what", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("optimizer", ["Muon", "AdamW"])
+def test_a_step_that_is_not_finite_leaves_no_trace(run: Build, what: float, optimizer: str) -> None:
+    recipe = {"optimizer": AdamW()} if optimizer == "AdamW" else {}
+    _, _, guard, weights, doctor = run("act", {7: what}, ema_decay=0.9, max_steps=12, **recipe)
+    assert guard.refused == 1
+    assert alike(weights.after[6], weights.after[7])  # step 7 is the eighth
+    assert not alike(weights.after[7], weights.after[8])
+    assert [(d.name, d.step) for d in doctor.examination.found if d.name == "not finite"] == [("not finite", 7)]
+
+
+def test_without_faults_the_guard_changes_nothing(run: Build) -> None:
+    ends = [run(mode, {}, folder=mode, max_steps=25)[3].after[-1] for mode in ("off", "warn", "act")]
+    assert alike(ends[0], ends[1])
+    assert alike(ends[0], ends[2])
+
+
+@pytest.mark.parametrize("mode", ["off", "warn"])
+def test_where_it_does_not_act_the_guard_only_reports(run: Build, mode: str) -> None:
+    _, model, guard, _, doctor = run(mode, {7: math.nan}, folder=mode, max_steps=12)
+    assert guard.refused == 0
+    assert not all(p.isfinite().all() for p in model.parameters())
+    found = [d for d in doctor.examination.found if d.name == "not finite"]
+    assert found[0].step == (7 if mode == "warn" else 9)
+    assert found[0].flag == "--guard act"
+    if mode == "warn":
+        assert "whole gradient" in found[0].symptom
+
+
+def test_a_spike_is_left_out_and_its_documents_are_named(run: Build) -> None:
+    _, _, guard, weights, doctor = run("act", {30: 40.0}, data={"validation_share": 0.2})
+    assert guard.refused == 1
+    assert alike(weights.after[29], weights.after[30])
+    (found,) = [d for d in doctor.examination.found if d.name == "loss spike"]
+    assert found.step == 30
+    assert "document" in found.symptom
+
+
+def test_accumulated_gradients_are_judged_as_one(run: Build) -> None:
+    _, _, guard, weights, _ = run("act", {5: math.nan}, max_steps=8, accumulate_grad_batches=3)
+    assert guard.refused == 1
+    assert alike(weights.after[4], weights.after[5])
+
+
+def test_when_leaving_out_does_not_help_the_run_goes_back(run: Build, tmp_path: Path) -> None:
+    faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0)
+    own, model, guard, weights, _ = run("act", faults, max_steps=50)
+    folder = tmp_path / "run" / "version_0" / "checkpoints"
+    assert guard.refused == PATIENCE
+    rewound = weights.after[34 + PATIENCE - 1]
+    assert [path.name for path in folder.glob("good-*")] == [f"good-{guard.good}.ckpt"]
+    assert alike(rewound, weights.after[29])  # the thirtieth
+    assert own.global_step == 50
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) -> None:
+    faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0) | {12: math.nan, 47: 30.0}
+    whole = run("act", faults, folder="whole", max_steps=50, ema_decay=0.9)[3]
+    for stop in (33, 37, 44):
+        run("act", faults, folder=f"part{stop}", max_steps=stop, ema_decay=0.9, schedule=Schedule(decay="constant"))
+    kept = run("act", faults, folder="constant", max_steps=50, ema_decay=0.9, schedule=Schedule(decay="constant"))[3]
+    for stop in (33, 37, 44):
+        folder = tmp_path / f"part{stop}" / "version_0"
+        rest = run(
+            "act", faults, folder=f"part{stop}", max_steps=50, ema_decay=0.9, schedule=Schedule(decay="constant"),
+            ckpt_path=folder / "checkpoints" / "last.ckpt",
+        )[3]  # fmt: skip
+        assert alike(rest.after[-1], kept.after[-1]), stop
+    assert not alike(whole.after[-1], kept.after[-1])

@@ -1,0 +1,184 @@
+"""Faults that are planted in real small runs, and what the doctor says; and what it says of runs without one.
+
+Seeds and shapes are others than those of the runs that the thresholds were taken from.
+"""
+
+import json
+import random
+import shutil
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_gpt_scratch.data.windows import Windows
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.tasks import LanguageModel
+
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "--data.vocab_size=300", "--data.block_size=48", "--data.batch_size=6", "--data.validation_share=0.05",
+    "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.compile=false",
+    "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=200",
+    "--trainer.log_every_n_steps=5", "--trainer.val_check_interval=100", "--inspect.every_n_steps=25",
+    "--inspect.pictures=false", "--inspect.prompts=[]",
+]  # fmt: skip
+Patch = Callable[[pytest.MonkeyPatch], None]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some of the standard library's files."""
+    folder = tmp_path_factory.mktemp("sources")
+    library = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(
+        p for room in ("email", "asyncio", "json", "http", "logging") for p in (library / room).glob("*.py")
+    ):
+        shutil.copy(path, folder / f"{path.parent.name}_{path.name}")
+    return folder
+
+
+@pytest.fixture
+def examine(command: Any, sources: Path, cache: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Train with some flags; what ``doctor.json`` says."""
+
+    def run(*flags: str, source: Path = sources) -> list[dict[str, Any]]:
+        classes = [flag for flag in flags if flag.count(".") == 1 and flag.startswith("--model.optimizer=")]
+        rest = [flag for flag in flags if flag not in classes]
+        done = command("fit", *classes, *SMALL, f"--data.source={source}", f"--data.cache={cache}", *rest)
+        assert done.code == 0, done.err
+        folder = max(Path("runs/pretrain").glob("version_*"), key=lambda path: path.stat().st_mtime)
+        found: list[dict[str, Any]] = json.loads((folder / "doctor.json").read_text())
+        replayed = command("doctor", folder, "--json")
+        assert json.loads(replayed.out) == found  # from its events alone the same
+        return found
+
+    return run
+
+
+def names(found: list[dict[str, Any]]) -> set[str]:
+    return {diagnosis["symptom"].partition(":")[0] for diagnosis in found}
+
+
+def nan_batch(patch: pytest.MonkeyPatch) -> None:
+    losses = LanguageModel.losses
+
+    def faulty(self: LanguageModel, batch: Any) -> Any:
+        lost, counted = losses(self, batch)
+        return (
+            (lost * float("nan"), counted)
+            if torch.is_grad_enabled() and self.trainer.global_step == 77
+            else (lost, counted)
+        )
+
+    patch.setattr(LanguageModel, "losses", faulty)
+
+
+def slow_loader(patch: pytest.MonkeyPatch) -> None:
+    getitems = Windows.__getitems__
+
+    def slow(self: Windows, indices: Any) -> Any:
+        time.sleep(0.3)
+        return getitems(self, indices)
+
+    patch.setattr(Windows, "__getitems__", slow)
+
+
+def shifted(by: int) -> Patch:
+    getitems = Windows.__getitems__
+
+    def faulty(self: Windows, indices: Any) -> Any:
+        batch = getitems(self, indices)
+        batch["labels"] = batch["input_ids"] if by == 0 else batch["labels"].roll(-1, 1)
+        return batch
+
+    return lambda patch: patch.setattr(Windows, "__getitems__", faulty)
+
+
+def dead_relus(patch: pytest.MonkeyPatch) -> None:
+    build = GPT.__init__
+
+    def dead(self: GPT, *args: Any, **kwargs: Any) -> None:
+        build(self, *args, **kwargs)
+        for name, parameter in self.named_parameters():
+            if "feed_forward" in name and name.endswith("bias") and parameter.numel() > 32:
+                torch.nn.init.constant_(parameter, -50.0)
+
+    patch.setattr(GPT, "__init__", dead)
+
+
+HIGH, LOW = ["--model.optimizer.lr=20"], ["--model.optimizer.lr=2e-5"]
+FAULTS: dict[str, tuple[set[str], list[str], Patch | None]] = {
+    "rate x 1000": ({"loss not falling"}, ["--model.optimizer=AdamW", "--model.optimizer.lr=3"], None),
+    "rate x 1000, Muon": ({"steps too large"}, HIGH, None),
+    "rate x 1000, both": ({"loss not falling"}, [*HIGH, "--model.optimizer.adamw_lr=8"], None),
+    "rate / 1000": ({"steps too small"}, ["--model.optimizer=AdamW", "--model.optimizer.lr=3e-6"], None),
+    "rate / 1000, Muon": ({"steps too small"}, LOW, None),
+    "rate / 1000, not inspected": (
+        {"loss not falling"}, [*LOW, "--model.optimizer.adamw_lr=8e-6", "--inspect.every_n_steps=0"], None,
+    ),
+    "NaN batch": ({"not finite"}, ["--guard=act"], nan_batch),
+    "slow loader": ({"slow loader"}, ["--trainer.max_steps=40"], slow_loader),
+    "tiny validation": ({"small validation"}, ["--data.validation_share=0.005"], None),
+    "labels not shifted": ({"labels out of place"}, [], shifted(0)),
+    "labels shifted twice": ({"labels out of place"}, [], shifted(2)),
+    "dead ReLUs": ({"dead units"}, ["--model.gpt.feed_forward=relu", "--model.gpt.bias=true"], dead_relus),
+}  # fmt: skip
+SAYS = {"x 1000": "too high", "/ 1000": "too low"}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_answered_by_its_diagnosis(examine: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, flags, patch = FAULTS[fault]
+    if patch is not None:
+        patch(monkeypatch)
+    found = examine("--seed_everything=51", *flags)
+    few_steps = {"far from compute-optimal"} if "--trainer.max_steps=40" in flags else set()
+    assert names(found) - few_steps == expected, found
+    for part, word in SAYS.items():
+        if part in fault:
+            assert all(word in diagnosis["cause"] for diagnosis in found), found
+
+
+def test_duplicated_text_is_told_from_other_overfitting(examine: Any, sources: Path, tmp_path: Path) -> None:
+    rows = [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
+    source = tmp_path / "rows.jsonl"
+    copies = [text for text in rows[:8] for _ in range(20)] + rows[8:16]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in copies), encoding="utf-8")
+    found = examine("--data.cleaning=[]", "--seed_everything=52", "--data.validation_share=0.1", source=source)
+    assert names(found) == {"duplicated text"}, found
+
+
+def test_poisoned_documents_are_named(examine: Any, sources: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "poisoned"
+    shutil.copytree(sources, folder)
+    rng = random.Random(3)
+    for number in range(6):
+        noise = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(200))
+        (folder / f"noise_{number}.py").write_text(noise, encoding="utf-8")
+    found = examine("--data.batch_size=4", "--trainer.max_steps=300", "--seed_everything=53", source=folder)
+    assert names(found) == {"loss spike"}, found
+    assert all("document" in diagnosis["symptom"] for diagnosis in found)
+
+
+SHAPES = [
+    [], ["--model.optimizer=AdamW"], ["--model.gpt.n_layer=3", "--model.gpt.n_embd=48"],
+    ["--model.gpt.feed_forward=relu2", "--model.gpt.position=alibi"], ["--data.packing=best_fit"],
+    ["--model.gpt.norm_placement=sandwich", "--model.gpt.norm=layernorm"], ["--trainer.accumulate_grad_batches=2"],
+    ["--model.gpt.dropout=0.1", "--model.ema_decay=0.99"], ["--data.block_size=96", "--data.batch_size=3"],
+    ["--model.gpt.n_kv_head=1", "--model.gpt.initialisation=gpt2"],
+]  # fmt: skip
+
+
+def test_twenty_healthy_runs_raise_one_false_alarm_at_most(examine: Any) -> None:
+    alarms = []
+    for number in range(20):
+        found = examine(*SHAPES[number % len(SHAPES)], f"--seed_everything={1000 + number}")
+        alarms += [(number, diagnosis) for diagnosis in found]
+    print(f"{len(alarms)} false alarms in 20 runs: {alarms}")
+    assert len(alarms) <= 1, alarms
