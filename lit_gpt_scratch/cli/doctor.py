@@ -36,8 +36,8 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     flags = Flags(
         prog="python -m lit_gpt_scratch.doctor",
-        description="Without flags: what this machine has, and whether it computes what a CPU does in float32. RUN: what "
-        "its curves say is wrong with it. --resume: kill a run at random moments with SIGKILL, resume it, and "
+        description="Without flags: what this machine has, and whether it computes what a CPU does in float32. RUN: "
+        "what its curves say is wrong with it. --resume: kill a run at random moments with SIGKILL, resume it, and "
         "compare its last checkpoint and its curves, bit by bit, with those of a run that nothing disturbed. --parity: "
         "lay the same steps out over processes and micro-batches in every way, and compare losses and gradients.",
         epilog=f"All other flags are those of fit. They go over {' '.join(KILLED)} for --resume, and over "
@@ -57,9 +57,7 @@ def main(args: Sequence[str] | None = None) -> None:
     given, of_fit = flags.parse_known_args(args)
     if not (given.resume or given.parity):
         if of_fit:
-            raise UserError(
-                f"unrecognized arguments: {' '.join(of_fit)} (see --help; fit's go with --resume, --parity)"
-            )
+            raise UserError(f"unrecognized arguments: {' '.join(of_fit)} (flags of fit go with --resume or --parity)")
         healthy = _machine() if given.run is None else _run(given.run, given.json)
         if not healthy:
             sys.exit(1)

@@ -30,6 +30,9 @@ GROWN: Final = 1e3
 SMALL: Final = 1e-4
 """Of the norm of the weights, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and those
 at a thousandth of their rate 0.00001 to 0.00002."""
+NO_BETTER: Final = 0.95
+"""Of the bits that counting tokens needs. A network whose layers were spoilt learns their frequencies and no more; a
+healthy one is at 0.8 after a hundred steps."""
 RISEN: Final = 0.25
 """Of the lowest loss there was."""
 GAP: Final = 0.03
@@ -69,8 +72,16 @@ def not_falling(e: Evidence) -> Finding | None:
     if now > (ABOVE_TRAINED if trained else ABOVE) * began and min(loss.values) > (1 - FALLEN) * began:
         return Finding(evidence, *_too_high(e, peak))
     long_enough = _steps_at_peak(rate, loss.step) >= (SHORT if e.over else LONG)
-    if trained or not long_enough or not now > (1 - FALLEN) * began:
+    if trained or not long_enough:
         return None  # what is trained may know all that there is to learn
+    bits, counting = e.fact("val/bits_per_byte"), e.fact("baselines/unigram")
+    if bits > NO_BETTER * counting and not now > (1 - FALLEN) * began:
+        evidence = (
+            f"{bits:.2f} bits per byte of the validation text, and counting its tokens alone takes {counting:.2f}"
+        )
+        return Finding(evidence, *_too_high(e, peak))
+    if not now > (1 - FALLEN) * began:
+        return None
     return Finding(
         evidence, f"the learning rate, {peak:.2g}, is too low", f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
     )

@@ -89,10 +89,11 @@ def loader(e: Evidence) -> Finding | None:
     share = e["throughput/data"]
     if len(share) < FEW or not share.median(FEW) > WAITS:
         return None
+    processes = e.fact("run/loader_processes")
     return Finding(
         f"{share.median(FEW):.0%} of a step's time goes to waiting for its batch",
         "batches are made more slowly than they are learned from",
-        f"--data.num_workers {int(max(e.fact('run/loader_processes'), 0)) + 2}",
+        f"--data.num_workers {(int(processes) if math.isfinite(processes) else 0) + 2}",
     )
 
 

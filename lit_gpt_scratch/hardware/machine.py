@@ -101,7 +101,7 @@ def _step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor
     net, ids = net.to(device), ids.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         lost, counted = token_nats(net(ids[:, :-1]), ids[:, 1:].contiguous())
-    (lost / counted).backward()
+    (lost / counted).backward()  # type: ignore[no-untyped-call]  # torch's own
     gradient = torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
     return (lost / counted).item(), gradient
 

@@ -22,7 +22,7 @@ from lit_gpt_scratch.tasks import LanguageModel
 pytestmark = pytest.mark.slow
 
 SMALL = [
-    "--data.vocab_size=300", "--data.block_size=48", "--data.batch_size=6", "--data.validation_share=0.05",
+    "--data.vocab_size=300", "--data.block_size=48", "--data.batch_size=6", "--data.validation_share=0.15",
     "--model.gpt.n_layer=2", "--model.gpt.n_head=2", "--model.gpt.n_embd=32", "--model.compile=false",
     "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=200",
     "--trainer.log_every_n_steps=5", "--trainer.val_check_interval=100", "--inspect.every_n_steps=25",

@@ -148,7 +148,7 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
         flags += [f"--data.cache={cache}", "--data.validation_share=0.3"]
     if door == "generate":
         flags = [*(flag for flag in flags if flag != "--compile"), "--max_new_tokens=3"]  # which is tested elsewhere
-    if door == "doctor":
+    if door == "doctor" and {"--resume", "--parity"} & set(flags):
         source = [f"--data.source={newcomers_folder / 'my_texts'}", f"--data.cache={cache}"]
         flags += [*SHORT[1:], *source, "--data.validation_share=0.3"]
         flags += ["--model.gpt.n_layer=1"]
