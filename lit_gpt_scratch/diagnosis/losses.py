@@ -74,17 +74,14 @@ def not_falling(e: Evidence) -> Finding | None:
     long_enough = _steps_at_peak(rate, loss.step) >= (SHORT if e.over else LONG)
     if trained or not long_enough:
         return None  # what is trained may know all that there is to learn
+    if now > (1 - FALLEN) * began:
+        flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
+        return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
     bits, counting = e.fact("val/bits_per_byte"), e.fact("baselines/unigram")
-    if bits > NO_BETTER * counting and not now > (1 - FALLEN) * began:
-        evidence = (
-            f"{bits:.2f} bits per byte of the validation text, and counting its tokens alone takes {counting:.2f}"
-        )
+    if bits > NO_BETTER * counting:
+        evidence = f"{bits:.2f} bits per byte of the validation text; counting its tokens alone takes {counting:.2f}"
         return Finding(evidence, *_too_high(e, peak))
-    if not now > (1 - FALLEN) * began:
-        return None
-    return Finding(
-        evidence, f"the learning rate, {peak:.2g}, is too low", f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
-    )
+    return None
 
 
 def _too_high(e: Evidence, peak: float) -> tuple[str, str]:

@@ -20,7 +20,10 @@ SYMPTOMS: Final = (
     Symptom("loss spike", ("guard/spike", "train/loss"), steps.spike, (*RATE, "loss not falling"), again=True),
     Symptom("steps too large", (losses.STREAM,), losses.too_large, ("loss not falling", "not finite")),
     Symptom("steps too small", losses.UPDATES, losses.too_small, ("loss not falling",)),
-    Symptom("loss not falling", ("train/loss", "val/loss"), losses.not_falling, ("labels out of place", *RATE, "not finite")),
+    Symptom(
+        "loss not falling", ("train/loss", "val/bits_per_byte"), losses.not_falling,
+        ("labels out of place", *RATE, "not finite"),
+    ),
     Symptom("divergence", ("train/loss",), losses.divergence, ("loss not falling", *RATE, "not finite")),
     Symptom(
         "exploding gradients", ("train/gradient_norm",), steps.exploding,
