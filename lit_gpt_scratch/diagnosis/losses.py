@@ -26,7 +26,8 @@ UPDATES: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed
 """Of parts whose weights begin at a size that says something."""
 STREAM: Final = "dynamics/stream_norm/layer_1"
 GROWN: Final = 1e3
-"""Times what it was. In healthy runs it grows twofold to thirteenfold, at a thousand times the rate a millionfold."""
+"""Times what it was, or times 1 where it began below. In healthy runs it is up to 40, however small it began; at a
+thousand times the rate 10,000 and more."""
 SMALL: Final = 1e-4
 """Of the norm of the weights, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and those
 at a thousandth of their rate 0.00001 to 0.00002."""
@@ -35,6 +36,8 @@ NO_BETTER: Final = 0.95
 healthy one is at 0.8 after a hundred steps."""
 RISEN: Final = 0.25
 """Of the lowest loss there was."""
+LITTLE: Final = 0.1
+"""Nats. What is next to nothing may double."""
 GAP: Final = 0.03
 """Of the lowest validation loss, which it has risen by. Ups and downs of healthy runs are within 0.01."""
 TOO_GOOD: Final = 0.2
@@ -100,7 +103,7 @@ def _too_high(e: Evidence, peak: float) -> tuple[str, str]:
 def too_large(e: Evidence) -> Finding | None:
     """Weights have grown so far that nothing that a step adds still counts; norms may hide it from the loss."""
     stream = e[STREAM]
-    if len(stream) < 2 or not stream.last > GROWN * stream.values[0]:
+    if len(stream) < 2 or not stream.last > GROWN * max(stream.values[0], 1.0):
         return None
     peak = max(e["train/learning_rate"].values, default=math.nan)
     evidence = f"the stream behind the first block is of size {stream.last:.2g}, and began at {stream.values[0]:.2g}"
@@ -128,7 +131,7 @@ def divergence(e: Evidence) -> Finding | None:
         return None
     step, best = min(loss.medians(FEW), key=lambda point: point[1])
     now = loss.median(FEW)
-    if not (best < (1 - FALLEN) * beginning(e) and now > (1 + RISEN) * best):
+    if not (best < (1 - FALLEN) * beginning(e) and now > (1 + RISEN) * best + LITTLE):
         return None
     peak = max(e["train/learning_rate"].values, default=math.nan)
     return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *_too_high(e, peak))

@@ -20,7 +20,7 @@ ENOUGH: Final = 20
 DEVIATIONS: Final = 8.0
 """Of the loss. Healthy runs reach 4: the largest of 20 runs of ten shapes, 300 steps each."""
 LEAST: Final = 0.02
-"""Of the median: what a deviation is at least, where the losses before were all but alike."""
+"""What a deviation is at least, of the median and in nats, where the losses before were all but alike."""
 RATIO: Final = 30.0
 """Of the norm to the median. The same runs reach 7."""
 PATIENCE: Final = 8
@@ -87,7 +87,7 @@ class Watch:
         median = self.median
         if loss > median:  # half of all steps are done with here
             spread = OF_NORMAL * statistics.median(abs(other - median) for other in self.losses)
-            self.deviations = (loss - median) / max(spread, LEAST * abs(median), 1e-12)
+            self.deviations = (loss - median) / max(spread, LEAST * abs(median), LEAST)
         return "spike" if self.deviations > DEVIATIONS or norm > RATIO * self.usual_norm > 0 else None
 
     def state_dict(self) -> dict[str, Any]:

@@ -10,31 +10,36 @@ from typing import Final
 from lit_gpt_scratch.diagnosis import insides, losses, settings, steps
 from lit_gpt_scratch.diagnosis.examination import Symptom
 
-RATE: Final = ("steps too large", "steps too small")
+RATE: Final = ("steps too large", "steps too small", "loss not falling")
+"""All three are of the learning rate: the first that is seen explains the others."""
+LABELS: Final = "labels out of place"
 SYMPTOMS: Final = (
-    Symptom("labels out of place", ("run/labels_next",), settings.labels),
+    Symptom(LABELS, ("run/labels_next",), settings.labels),
     Symptom("duplicated text", ("run/repeated_passages",), settings.duplicates),
     Symptom("small validation", ("run/validation_tokens",), settings.validation),
     Symptom("far from compute-optimal", ("run/steps",), settings.budget),
     Symptom("not finite", ("guard/non_finite", *steps.LOOKED_AT), steps.not_finite, again=True),
-    Symptom("loss spike", ("guard/spike", "train/loss"), steps.spike, (*RATE, "loss not falling"), again=True),
-    Symptom("steps too large", (losses.STREAM,), losses.too_large, ("loss not falling", "not finite")),
-    Symptom("steps too small", losses.UPDATES, losses.too_small, ("loss not falling",)),
+    Symptom("loss spike", ("guard/spike", "train/loss"), steps.spike, (LABELS, *RATE), again=True),
+    Symptom("dead units", ("dynamics/dead_units",), insides.dead_units, RATE),
+    Symptom("steps too large", (losses.STREAM,), losses.too_large, (*RATE, "not finite")),
+    Symptom("steps too small", losses.UPDATES, losses.too_small, (*RATE, "dead units")),
     Symptom(
         "loss not falling", ("train/loss", "val/bits_per_byte"), losses.not_falling,
-        ("labels out of place", *RATE, "not finite"),
+        (LABELS, *RATE, "dead units", "not finite"),
     ),
-    Symptom("divergence", ("train/loss",), losses.divergence, ("loss not falling", *RATE, "not finite")),
+    Symptom("divergence", ("train/loss",), losses.divergence, (LABELS, *RATE, "not finite")),
     Symptom(
         "exploding gradients", ("train/gradient_norm",), steps.exploding,
-        ("not finite", "loss not falling", *RATE, "divergence"),
+        (LABELS, *RATE, "not finite", "divergence"),
     ),
-    Symptom("overfitting", ("val/loss",), losses.overfitting, ("duplicated text", "divergence", "small validation")),
-    Symptom("suspiciously low loss", ("val/bits_per_byte",), losses.too_good, ("labels out of place",)),
+    Symptom(
+        "overfitting", ("val/loss",), losses.overfitting,
+        (LABELS, "duplicated text", "divergence", "small validation"),
+    ),
+    Symptom("suspiciously low loss", ("val/bits_per_byte",), losses.too_good, (LABELS,)),
     Symptom("slow loader", ("throughput/data",), steps.loader),
-    Symptom("dead units", ("dynamics/dead_units",), insides.dead_units, (*RATE, "loss not falling")),
     Symptom("attention sink", ("attention/sink",), insides.sinks),
-    Symptom("repetition", ("samples/repetition",), insides.repetition, ("loss not falling", "divergence")),
+    Symptom("repetition", ("samples/repetition",), insides.repetition, (LABELS, *RATE, "divergence")),
 )  # fmt: skip
 PLANNED: Final = frozenset({"small validation", "far from compute-optimal"})
 """What the plan says before the run begins (``callbacks/plan_of_data.py``), and need not be said twice."""

@@ -153,3 +153,28 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) 
         )[3]  # fmt: skip
         assert alike(rest.after[-1], kept.after[-1]), stop
     assert not alike(whole.after[-1], kept.after[-1])
+
+
+@pytest.mark.slow
+def test_two_hundred_faults_leave_no_trace(run: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of them not finite, half spikes; every checkpoint is looked at as it is written."""
+    steps = list(range(30, 430, 2))
+    faults = {step: (math.nan, 40.0, math.inf, 60.0)[place % 4] for place, step in enumerate(steps)}
+    saved = []
+    save = L.Trainer.save_checkpoint
+
+    def looked_at(self: L.Trainer, path: Any, *args: Any, **kwargs: Any) -> None:
+        save(self, path, *args, **kwargs)
+        state = torch.load(path, weights_only=True)["state_dict"]
+        saved.append(all(value.isfinite().all() for value in state.values() if torch.is_tensor(value)))
+
+    monkeypatch.setattr(L.Trainer, "save_checkpoint", looked_at)
+    _, _, guard, weights, doctor = run("act", faults, max_steps=440, ema_decay=0.9)
+    poisoned = [step for step in steps if not alike(weights.after[step - 1], weights.after[step])]
+    print(f"{len(steps)} faults: {guard.refused} left out, {len(poisoned)} in the weights, {saved.count(False)} of "
+          f"{len(saved)} checkpoints not finite")  # fmt: skip
+    assert (guard.refused, poisoned, saved.count(False)) == (200, [], 0)
+    assert {d.name for d in doctor.examination.found} >= {"not finite", "loss spike"}
+    _, model, guard, _, _ = run("off", faults, folder="off", max_steps=40)
+    assert guard.refused == 0
+    assert not all(p.isfinite().all() for p in model.parameters())
