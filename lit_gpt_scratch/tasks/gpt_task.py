@@ -1,5 +1,6 @@
 """What every stage does with its GPT: build it or begin with a trained one, compile it, step it, and save it."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
 from typing import Any, Protocol, cast
@@ -142,10 +143,16 @@ class GPTTask(Stage):
             self._base = fingerprint(self.net) if self.lora else None
             let_go()
         self._freeze()
+        beside = self.build_beside()
         self.net.recompute = self.activation_checkpointing
         if self.device_mesh is not None:
-            parallelise(self.net, self.device_mesh, str(self.trainer.precision))
+            for net in (self.net, *beside):
+                parallelise(net, self.device_mesh, str(self.trainer.precision))
         self.metrics = self.build_metrics()
+
+    def build_beside(self) -> Sequence[GPT]:
+        """Build what a stage needs beside its network, which is as it begins; networks among it, to be dealt out."""
+        return ()
 
     def _freeze(self) -> None:
         """Leave to be trained what the arguments say; a head that nobody has trained yet always is.

@@ -45,6 +45,10 @@ class Stage(Task):
         """The summed loss of a batch, and over how many labels it is summed, or how much they weigh: two scalars."""
         raise NotImplementedError
 
+    def positions(self, batch: Any) -> int:
+        """How many labels there could be: as many in every micro-batch of a step, and on every rank."""
+        return int(batch["labels"].numel())
+
     def build_metrics(self) -> Metric | MetricCollection:
         """What validation and test measure; its ``compute`` gives figures by name."""
         raise NotImplementedError
@@ -99,7 +103,7 @@ class Stage(Task):
         self._lost = self._lost + lost.detach()
         self._counted = self._counted + counted
         self._micro_batches += 1
-        self._positions = batch["labels"].numel()
+        self._positions = self.positions(batch)
         loss: Tensor = lost / self._positions
         return loss
 
