@@ -11,7 +11,8 @@ from lit_gpt_scratch.callbacks.measured import boards
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.model.heads import Tokens
+from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 
 class Samples(Callback):
@@ -45,8 +46,10 @@ class Samples(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write samples; the seeds are fixed, so that those of different steps can be compared."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if trainer.sanity_checking or not (isinstance(pl_module, LanguageModel) and isinstance(data, OrderedData)):
+        if trainer.sanity_checking or not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData)):
             return
+        if not isinstance(pl_module.reads, Tokens):
+            return  # it writes nothing
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
         prompts = data.prompts

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_gpt_scratch.decoding.generation import generate
+from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.evaluation.continuations import GREEDY, ROWS_AT_ONCE
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat import ROLES
@@ -20,10 +21,12 @@ class Reply(NamedTuple):
     Attributes:
         text: Without the end of text; special tokens under their names.
         ended: Whether the model ended it, and not the number of tokens that it was granted.
+        n_tokens: Its tokens, the end of text among them.
     """
 
     text: str
     ended: bool
+    n_tokens: int
 
     @property
     def well_formed(self) -> bool:
@@ -31,14 +34,21 @@ class Reply(NamedTuple):
         return self.ended and not blank(self.text) and not any(marker in self.text for marker in MARKERS)
 
 
-def replies(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_new_tokens: int) -> list[Reply]:
-    """The reply to each prompt, always the likeliest token.
+def replies(
+    model: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+) -> list[Reply]:
+    """The reply to each prompt; the same at every call, each drawn with the number of its prompt as a seed.
 
     Args:
         model: In evaluation mode.
         tokenizer: The model's.
         prompts: Ids up to the marker of the reply, as ``Template.prompt`` gives them.
         max_new_tokens: The most tokens of a reply, its end among them.
+        sampling: How to choose tokens; by default always the likeliest.
 
     Raises:
         UserError: A prompt is longer than the context.
@@ -48,9 +58,9 @@ def replies(model: GPT, tokenizer: Tokenizer, prompts: Sequence[list[int]], max_
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
         given = [prompts[place] for place in places]
-        tokens = generate(model, given, max_new_tokens, GREEDY, [0] * len(places), tokenizer.end_of_text)
+        tokens = generate(model, given, max_new_tokens, sampling, places, tokenizer.end_of_text)
         for row, token in tokens:
             if token is not None:
                 written[places[row]].append(token)
     # The end of text is not given: where it came, there is a token less than there could be.
-    return [Reply(tokenizer.decode(ids), len(ids) < max_new_tokens) for ids in written]
+    return [Reply(tokenizer.decode(ids), ended := len(ids) < max_new_tokens, len(ids) + ended) for ids in written]

@@ -23,7 +23,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
     ],
 )
 def test_a_reply_says_something_and_ends_before_another_turn_begins(text: str, ended: bool, good: bool) -> None:
-    assert Reply(text, ended).well_formed is good
+    assert Reply(text, ended, 1).well_formed is good
 
 
 def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
@@ -37,9 +37,9 @@ def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
         while len(new) < 5 and tokenizer.end_of_text not in new:
             new.append(int(model(torch.tensor([prompt + new]))[0, -1].argmax()))
         ended = new[-1] == tokenizer.end_of_text
-        expected.append(Reply(tokenizer.decode(new[: len(new) - ended]), ended))
+        expected.append(Reply(tokenizer.decode(new[: len(new) - ended]), ended, len(new)))
     assert replies(model, tokenizer, prompts, 5) == expected
     first = model(torch.tensor([prompts[0]]))[0, -1].argmax()
     with torch.no_grad():  # the first prompt's first token becomes the end of text
         model.head.weight[tokenizer.end_of_text] = 3 * model.head.weight[first]
-    assert replies(model, tokenizer, prompts[:1], 5) == [Reply("", ended=True)]
+    assert replies(model, tokenizer, prompts[:1], 5) == [Reply("", ended=True, n_tokens=1)]
