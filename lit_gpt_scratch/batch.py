@@ -38,6 +38,21 @@ class LabelledBatch(TypedDict):
     """(B,) int64, the number of each text's class; ``IGNORED`` of a row that only fills the batch up"""
 
 
+class PairBatch(TypedDict):
+    """``B`` pairs of conversations that differ in their last reply, each whole, with the end of text behind the reply.
+
+    They are ``2 B`` rows, so that one forward pass sees both: the preferred ones, then the others in the same order,
+    all filled up behind their last token to one length ``T``.
+    """
+
+    input_ids: Tensor
+    """(2 B, T) int64"""
+    labels: Tensor
+    """(2 B, T) int64, the token that follows where that is of the last reply or ends it, elsewhere ``IGNORED``"""
+    lengths: Tensor
+    """(2 B,) int64, tokens of each row; 0 of a pair that only fills the batch up"""
+
+
 class Layout(NamedTuple):
     """How the windows of an optimizer step are dealt out.
 

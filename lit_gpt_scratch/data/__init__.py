@@ -3,5 +3,6 @@
 from lit_gpt_scratch.data.conversations import Conversations
 from lit_gpt_scratch.data.labelled import LabelledText
 from lit_gpt_scratch.data.packed_text import PackedText
+from lit_gpt_scratch.data.preferences import Preferences
 
-__all__ = ["Conversations", "LabelledText", "PackedText"]
+__all__ = ["Conversations", "LabelledText", "PackedText", "Preferences"]

@@ -61,9 +61,15 @@ class Example(NamedTuple):
         """Labels that count."""
         return sum(sequence.n_labels for sequence in self.sequences)
 
-    def cut(self, n: int) -> "Example":
-        """With no sequence longer than so many tokens."""
-        return Example(self.where, tuple(sequence.cut(n) for sequence in self.sequences))
+    def cut(self, n: int) -> "Example | None":
+        """With no sequence longer than so many tokens; None if one loses all its labels, or what tells it from another.
+
+        The label of a whole sequence is never lost.
+        """
+        cut = [sequence.cut(n) for sequence in self.sequences]
+        lost = any(whole.n_labels and not part.n_labels for whole, part in zip(self.sequences, cut, strict=True))
+        same = len({part.ids.tobytes() for part in cut}) < len(cut)
+        return None if lost or same else Example(self.where, tuple(cut))
 
 
 class Count(NamedTuple):
@@ -92,7 +98,7 @@ def digest(examples: Sequence[Example]) -> bytes:
 def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side: str) -> list[Example]:
     """Examples of at most ``block_size`` tokens.
 
-    What is cut so that no label is left of it is dropped.
+    What is cut so that nothing is left to learn from it is dropped.
 
     Raises:
         UserError: One is longer, and is to be refused.
@@ -109,8 +115,7 @@ def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side
                 f"{example.where} has {n_tokens:,} tokens, more than a row has room for: {block_size:,}; raise "
                 "--data.block_size, or cut or drop such records: --data.too_long cut"
             )
-        cut = example.cut(block_size)
-        if too_long == "cut" and (cut.n_labels or not example.n_labels):
+        if too_long == "cut" and (cut := example.cut(block_size)):
             found.append(cut)
             n_cut += 1
         else:

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, LabelledBatch
 from lit_gpt_scratch.data.examples import Encoded, Example
+from lit_gpt_scratch.data.filling import NOTHING, filled
 from lit_gpt_scratch.data.record_split import shuffled
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.errors import UserError
@@ -131,18 +132,13 @@ class LabelledText(RecordData[Labelled]):
 
 
 class LabelledRows(Dataset[LabelledBatch]):
-    """Texts filled up at their right to the longest of their batch.
-
-    Not to ``block_size``: short messages in a context of a thousand tokens would cost many times as much. The width is
-    a multiple of ``MULTIPLE``, which tensor cores like, and which leaves few widths.
+    """Texts, filled up at their right.
 
     Args:
         sequences: Ids and class of each text.
         block_size: The most tokens in a row.
         fill: The token to fill up with; no text sees it, as it stands behind.
     """
-
-    MULTIPLE = 8
 
     def __init__(self, sequences: Sequence[Encoded], block_size: int, fill: int) -> None:
         self.sequences = sequences
@@ -164,10 +160,6 @@ class LabelledRows(Dataset[LabelledBatch]):
         """A whole batch; an index of ``len(self)`` is a row of no text."""
         rows = [self.sequences[index] if index < len(self) else None for index in indices]
         lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
-        width = min(-(-max(int(lengths.max()), 1) // self.MULTIPLE) * self.MULTIPLE, self.block_size)
-        input_ids = torch.full((len(rows), width), self.fill)
-        for place, row in enumerate(rows):
-            if row:
-                input_ids[place, : len(row.ids)] = torch.from_numpy(row.ids)
+        input_ids = filled([row.ids if row else NOTHING for row in rows], self.fill, self.block_size)
         labels = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)

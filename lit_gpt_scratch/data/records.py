@@ -5,6 +5,7 @@ stage               ``record``, of a row          ``sequences``, of a record    
 =================== ============================= =============================== ======================
 ``LabelledText``    a text and its label          its ids, and its class          rows, filled up
 ``Conversations``   messages                      the template's; replies learned packed windows
+``Preferences``     a prompt and two replies      the template's, with each       pairs, filled up
 =================== ============================= =============================== ======================
 """
 

@@ -88,11 +88,9 @@ def conversation(fields: Mapping[str, Any]) -> list[Message]:
         UserError: It is neither, or no conversation to learn from; without file and row, which the caller knows.
     """
     if fields.get("messages") is not None:
-        messages = _listed(fields["messages"])
+        messages = _listed(fields["messages"], "messages")
     elif fields.get("instruction") is not None:
-        asked = [text_of(fields, name) for name in ("instruction", "input")]
-        question = Message("user", "\n\n".join(part for part in asked if not blank(part)))
-        messages = [question, Message(REPLIES, text_of(fields, "output"))]
+        messages = [_instruction(fields), Message(REPLIES, text_of(fields, "output"))]
     else:
         there = ", ".join(fields) or "nothing"
         raise UserError(f"a record has 'messages', or 'instruction' and 'output'; here is {there}")
@@ -100,6 +98,47 @@ def conversation(fields: Mapping[str, Any]) -> list[Message]:
     if messages[-1].role != REPLIES:
         raise UserError(f"the last message is the {messages[-1].role}'s; there is no reply to learn after it")
     return messages
+
+
+def prompt(fields: Mapping[str, Any]) -> list[Message]:
+    """The messages of a record to which replies are compared, or written.
+
+    Args:
+        fields: ``prompt``, a text or a list of messages; or ``instruction`` and ``input``, as for ``conversation``.
+
+    Raises:
+        UserError: There is none, or nothing to reply to; without file and row, which the caller knows.
+    """
+    if isinstance(given := fields.get("prompt"), str):
+        messages = [Message("user", given)]
+    elif given is not None:
+        messages = _listed(given, "prompt")
+    elif fields.get("instruction") is not None:
+        messages = [_instruction(fields)]
+    else:
+        raise UserError(f"a record has 'prompt', or 'instruction'; here is {', '.join(fields) or 'nothing'}")
+    refuse_messages(messages)
+    if messages[-1].role != "user":
+        raise UserError(f"the last message of the prompt is the {messages[-1].role}'s; a reply follows the user's")
+    return messages
+
+
+def reply(fields: Mapping[str, Any], column: str) -> str:
+    """A reply of a record: a text, or a list of a single message of the assistant.
+
+    Raises:
+        UserError: It is empty, or something else; without file and row.
+    """
+    if isinstance(fields.get(column), list):
+        messages = _listed(fields[column], column)
+        if [message.role for message in messages] != [REPLIES]:
+            raise UserError(f"'{column}' is not one message of the {REPLIES}; what was said before belongs to 'prompt'")
+        text = messages[0].content
+    else:
+        text = text_of(fields, column)
+    if blank(text):
+        raise UserError(f"'{column}' is empty")
+    return text
 
 
 def refuse_messages(messages: Sequence[Message]) -> None:
@@ -121,9 +160,14 @@ def refuse_messages(messages: Sequence[Message]) -> None:
             raise UserError(f"message {number} is the system's, which can only be the first")
 
 
-def _listed(given: Any) -> list[Message]:
+def _instruction(fields: Mapping[str, Any]) -> Message:
+    asked = [text_of(fields, name) for name in ("instruction", "input")]
+    return Message("user", "\n\n".join(part for part in asked if not blank(part)))
+
+
+def _listed(given: Any, column: str) -> list[Message]:
     if not isinstance(given, list):
-        raise UserError(f"'messages' is {type(given).__name__}, not a list")
+        raise UserError(f"'{column}' is {type(given).__name__}, not a list")
     messages = []
     for number, entry in enumerate(given, 1):
         if not isinstance(entry, Mapping):

@@ -1,0 +1,122 @@
+"""Pairs of replies of which one is preferred: the data of reward models and of DPO."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from lit_gpt_scratch.batch import IGNORED, PairBatch
+from lit_gpt_scratch.data.examples import Encoded, Example
+from lit_gpt_scratch.data.filling import NOTHING, filled
+from lit_gpt_scratch.data.prompted import OF_GENERATED, PromptedData
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import chat, checkable
+from lit_gpt_scratch.text.chat import REPLIES, Message
+from lit_gpt_scratch.text.document import Row
+
+Ties = Literal["refuse", "drop"]
+TIES: Final[tuple[Ties, ...]] = get_args(Ties)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Messages, the reply that is preferred, and another."""
+
+    prompt: Sequence[Message]
+    chosen: str
+    rejected: str
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """All of them."""
+        return [*(message.content for message in self.prompt), self.chosen, self.rejected]
+
+
+class Preferences(PromptedData[Preference]):
+    """Rows of ``prompt``, ``chosen`` and ``rejected``, each a text or messages; or ``instruction`` for the prompt.
+
+    Args:
+        ties: What becomes of a pair whose replies are the same: ``refuse`` it by name, or ``drop`` it.
+        **others: See ``PromptedData`` and ``RecordData``.
+    """
+
+    pairs: Final = True
+
+    def __init__(self, ties: Ties = "refuse", **others: Any) -> None:
+        super().__init__(**others)
+        if ties not in TIES:
+            raise UserError(f"data.ties is {ties}; it must be one of {', '.join(TIES)}")
+        self.ties = ties
+
+    def generated(self) -> Iterator[Row]:
+        """Replies to small tasks about words, as the checkable preference has them and as it has not."""
+        return checkable.preferences(self.checkable or OF_GENERATED)
+
+    def record(self, fields: dict[str, Any]) -> Preference:
+        """A prompt and two replies."""
+        found = Preference(chat.prompt(fields), chat.reply(fields, "chosen"), chat.reply(fields, "rejected"))
+        if found.chosen == found.rejected and self.ties == "refuse":
+            raise UserError(
+                "'chosen' and 'rejected' are the same: nothing is preferred; leave out such pairs: --data.ties drop"
+            )
+        return found
+
+    def chosen(self, records: list[tuple[str, Preference]]) -> list[tuple[str, Preference]]:
+        """All but ties."""
+        return [(where, record) for where, record in records if record.chosen != record.rejected]
+
+    def sequences(self, record: Preference) -> tuple[Encoded, ...]:
+        """The conversation with each of the replies, the preferred one first."""
+        return tuple(self._whole([*record.prompt, Message(REPLIES, each)]) for each in (record.chosen, record.rejected))
+
+    def _whole(self, messages: Sequence[Message]) -> Encoded:
+        """All tokens, and the labels of the last reply."""
+        ids = np.array(self.template.render(messages).ids)
+        labels = np.full(len(ids), IGNORED)
+        begin = len(self.template.prompt(messages[:-1]))
+        labels[begin - 1 : -1] = ids[begin:]
+        return Encoded(ids, labels)
+
+    def arrange(self, examples: Sequence[Example]) -> "PairRows":
+        """One pair a row."""
+        return PairRows([example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text)
+
+
+class PairRows(Dataset[PairBatch]):
+    """Pairs, filled up at their right.
+
+    Args:
+        pairs: Of each the preferred sequence, and the other.
+        block_size: The most tokens in a row.
+        fill: The token to fill up with.
+    """
+
+    def __init__(self, pairs: Sequence[tuple[Encoded, ...]], block_size: int, fill: int) -> None:
+        self.pairs = pairs
+        self.block_size = block_size
+        self.fill = fill
+
+    @property
+    def sizes(self) -> list[int]:
+        """All in one part."""
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> PairBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> PairBatch:
+        """A whole batch; an index of ``len(self)`` is a pair of no text."""
+        nothing = (Encoded(NOTHING, NOTHING),) * 2
+        pairs = [self.pairs[index] if index < len(self) else nothing for index in indices]
+        rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the others
+        return PairBatch(
+            input_ids=filled([row.ids for row in rows], self.fill, self.block_size),
+            labels=filled([row.labels for row in rows], IGNORED, self.block_size),
+            lengths=torch.tensor([len(row.ids) for row in rows]),
+        )
