@@ -5,6 +5,7 @@ import logging
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lit_gpt_scratch.callbacks.true_reward import TrueReward
 from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
@@ -15,7 +16,9 @@ LONGEST_FOR_XZ = 4_000_000
 
 
 class Baselines(Callback):
-    """Score what is validated on without a model: text by counts of tokens and ``xz -9``, classes by the commonest.
+    """Score what is measured without the training: text by counts of tokens and ``xz -9``, classes by the commonest.
+
+    Replies are scored by the model that an alignment begins with.
 
     Beside every validation they are logged as ``baselines/<name>``; TensorBoard's tab of custom scalars draws them
     and the model's own figure into one chart.
@@ -40,6 +43,9 @@ class Baselines(Callback):
         elif isinstance(data, LabelledText):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": _commonest(data)}
+        elif (start := _start(trainer)) is not None:
+            self.metric, self.what = "val/true_reward", "share of replies as they should be"
+            self.figures = {"true_reward": start}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the same figures again, so that they are lines in a chart."""
@@ -47,6 +53,12 @@ class Baselines(Callback):
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
                 logger.log_metrics(figures, trainer.global_step - 1)  # as Lightning numbers a validation
+
+
+def _start(trainer: L.Trainer) -> float | None:
+    """What ``TrueReward`` measured of the model before its training."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    return next((callback.start for callback in callbacks if isinstance(callback, TrueReward)), None)
 
 
 def _of_text(data: PackedText) -> dict[str, float]:

@@ -20,6 +20,7 @@ from lit_gpt_scratch.callbacks.stopping import Stopping
 from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.callbacks.token_losses import TokenLosses
+from lit_gpt_scratch.callbacks.true_reward import TrueReward
 
 
 def watchers(
@@ -42,7 +43,15 @@ def watchers(
     """
     guarding = Guard(guard, saving.every_n_steps if saving else None)
     inside = [Dynamics(inspection.every_n_steps), inspection, TokenLosses(inspection.pictures)]
-    measures = [guarding, Throughput(), *inside, Samples(inspection.prompts), Confusion(), ValidateAtEnd()]
+    measures = [
+        guarding,
+        Throughput(),
+        *inside,
+        Samples(inspection.prompts),
+        Confusion(),
+        TrueReward(),
+        ValidateAtEnd(),
+    ]
     progress = [Progress()] if shows_progress else []
     # The plan names the baselines, and the description has the plan; doctor and summary speak when the bar is closed.
     said = [*written, Baselines(), Plan(), Description(), *progress, Doctor(), Summary()]
