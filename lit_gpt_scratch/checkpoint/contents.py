@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.heads import Classes, Head, Tokens
+from lit_gpt_scratch.model.heads import Classes, Head, Scalar, Tokens
 
 KEY: Final = "lit_gpt_scratch"
 
@@ -26,6 +26,7 @@ class Contents:
         new_head: Whether the head was trained beside the adapters.
         classes: The names of the classes that the head tells apart; None for a head that reads tokens.
         pooling: Where a classifier reads a text, a name in ``model.heads.POOLINGS``.
+        rewards: Whether the head reads the reward of a conversation.
     """
 
     gpt: dict[str, Any]
@@ -38,11 +39,21 @@ class Contents:
     new_head: bool = False
     classes: list[str] | None = None
     pooling: str | None = None
+    rewards: bool = False
 
     @property
     def head(self) -> Head:
         """What the network's head reads."""
-        return Tokens() if self.classes is None else Classes(len(self.classes))
+        if self.classes is not None:
+            return Classes(len(self.classes))
+        return Scalar() if self.rewards else Tokens()
+
+    @property
+    def otherwise(self) -> str | None:
+        """What it does that is no language model, in words."""
+        if self.classes is not None:
+            return f"tells apart {', '.join(self.classes)}"
+        return "rewards replies" if self.rewards else None
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -50,7 +61,8 @@ class Contents:
         apart = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
         # A checkpoint from before a switch existed has what is now the switch's default.
-        return {**asdict(GPTConfig()), **self.gpt, **adapters, **apart, "pooling": self.pooling}
+        read = {"pooling": self.pooling, "rewards": self.rewards}
+        return {**asdict(GPTConfig()), **self.gpt, **adapters, **apart, **read}
 
     @classmethod
     def of(cls, checkpoint: dict[str, Any]) -> "Contents":

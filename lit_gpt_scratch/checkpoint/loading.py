@@ -43,9 +43,8 @@ class Trained(NamedTuple):
         Raises:
             UserError: Its head reads something else than tokens.
         """
-        if self.contents.classes is not None:
-            classes = ", ".join(self.contents.classes)
-            raise UserError(f"the model is no language model: it tells apart {classes}, and writes nothing")
+        if self.contents.otherwise is not None:
+            raise UserError(f"the model is no language model: it {self.contents.otherwise}, and writes nothing")
         return self.net, self.tokenizer
 
 

@@ -12,7 +12,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-FREE: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "block_size")
+FREE: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
 """What a network may have otherwise than the one whose weights it begins with."""
 
 

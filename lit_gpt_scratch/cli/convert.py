@@ -123,8 +123,8 @@ def _open(path: Path) -> "Model":
         gpt = GPTConfig(**contents.gpt)
     except TypeError as error:
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
-    if contents.classes is not None:
-        raise UserError(f"{path} tells apart {', '.join(contents.classes)}; only language models can be converted")
+    if contents.otherwise is not None:
+        raise UserError(f"{path} {contents.otherwise}; only language models can be converted")
     weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
     if contents.lora is not None:  # merged
         weights = build(checkpoint, path, contents.gpt.get("attention")).net.state_dict()

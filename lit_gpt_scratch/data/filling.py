@@ -27,7 +27,7 @@ def filled(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     Returns:
         (len(rows), T) int64.
     """
-    longest = max(1, *(len(row) for row in rows))
+    longest = max([1, *map(len, rows)])
     width = min(-(-longest // MULTIPLE) * MULTIPLE, most)
     found = torch.full((len(rows), width), fill)
     for place, row in enumerate(rows):

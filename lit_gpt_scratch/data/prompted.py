@@ -42,7 +42,7 @@ class PromptedData(RecordData[P], ABC):
         UserError: There is no such preference, or a number is out of range.
     """
 
-    shares = (0.1, 0.2)
+    shares = (0.2, 0.2)
     special_tokens = ROLE_TOKENS
 
     def __init__(self, checkable: str | None = None, reply_tokens: int = 64, **others: Any) -> None:

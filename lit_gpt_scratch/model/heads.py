@@ -9,6 +9,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
+    from lit_gpt_scratch.model.transformer import GPT
 
 
 class Head(Protocol):
@@ -86,3 +87,18 @@ def mean(x: Tensor, lengths: Tensor) -> Tensor:
 
 POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": last, "mean": mean}
 """How a text's stream becomes one vector; ``lengths`` are its tokens, and the others fill the window up."""
+
+
+def rewards(net: "GPT", input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """What a ``Scalar`` head reads at the last token of each text.
+
+    Args:
+        net: With such a head.
+        input_ids: (B, T) int64, filled up behind each text.
+        lengths: (B,) int64, tokens of each text.
+
+    Returns:
+        (B,), at least float32.
+    """
+    read: Tensor = net.read(last(net.hidden(input_ids), lengths))  # (B, 1)
+    return read.squeeze(1)

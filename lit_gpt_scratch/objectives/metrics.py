@@ -6,6 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 from torchmetrics import Metric
+from torchmetrics.classification import BinaryCalibrationError
 
 UNITS_PER_NAT: Final = 2**20
 
@@ -83,3 +84,69 @@ class MeanLoss(Metric):
     def compute(self) -> Tensor:
         """The mean; NaN of nothing."""
         return self.lost / self.counted
+
+
+class ReplyLoss(Metric):
+    """``reply_loss``: the mean loss of the tokens of replies, in nats."""
+
+    full_state_update = False
+    lost: Tensor
+    counted: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("lost", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("counted", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, nats: Tensor, tokens: Tensor) -> None:
+        """Add summed nats (float scalar) and counted tokens (int64 scalar)."""
+        self.lost += nats
+        self.counted += tokens
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean; NaN of nothing."""
+        return {"reply_loss": self.lost / self.counted}
+
+
+class PairMetric(Metric):
+    """How well rewards tell which of two replies is preferred.
+
+    ``loss`` is a mean over pairs, ``accuracy`` the share of pairs in which the preferred reply has the larger reward,
+    ``margin`` by how much on average; it is the difference of the means ``chosen_reward`` and ``rejected_reward``.
+
+    ``calibration`` is the expected calibration error (Naeini et al. 2015; Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599) of the probability that Bradley and Terry give the reply with the larger reward:
+    by how much, over 15 bins of it, that differs from how often it is indeed the preferred one.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    right: Tensor
+    pairs: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
+        for state in ("right", "pairs"):
+            self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.calibration = BinaryCalibrationError(n_bins=15, validate_args=False)
+
+    def update(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
+        """Add pairs: what is lost on each, and the two rewards, (n,) floats; n may be 0."""
+        margins = chosen - rejected
+        self.sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum()])
+        self.right += (margins > 0).sum()
+        self.pairs += len(losses)
+        self.calibration.update(margins.abs().sigmoid(), (margins > 0).long())
+
+    def compute(self) -> dict[str, Tensor]:
+        """The figures: float32 scalars, NaN of nothing."""
+        loss, chosen, rejected = self.sums / self.pairs
+        figures = {"loss": loss, "accuracy": self.right / self.pairs, "margin": chosen - rejected}
+        calibration = self.calibration.compute()
+        return {**figures, "calibration": calibration, "chosen_reward": chosen, "rejected_reward": rejected}
+
+    def reset(self) -> None:
+        """Begin anew."""
+        super().reset()
+        self.calibration.reset()

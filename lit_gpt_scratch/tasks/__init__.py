@@ -1,6 +1,8 @@
 """The LightningModules: what is learned, from which batches, by which optimizer."""
 
 from lit_gpt_scratch.tasks.classification import Classification
+from lit_gpt_scratch.tasks.dpo import DPO
 from lit_gpt_scratch.tasks.language_model import LanguageModel
+from lit_gpt_scratch.tasks.reward import Reward
 
-__all__ = ["Classification", "LanguageModel"]
+__all__ = ["DPO", "Classification", "LanguageModel", "Reward"]

@@ -1,7 +1,7 @@
 """The policy that alignment begins with, and that what is trained is held to."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -34,6 +34,11 @@ class Reference(nn.Module):
     def train(self, mode: bool = True) -> "Reference":
         """It always evaluates: nothing is dropped."""
         return super().train(False)
+
+    @property
+    def networks(self) -> Sequence[GPT]:
+        """Those of its own."""
+        return () if self.frozen is None else (self.frozen,)
 
     @contextmanager
     def network(self) -> Iterator[GPT]:

@@ -1,7 +1,7 @@
 """Preferences that can be checked without a person, so that what alignment really achieves can be measured.
 
-Each says whether a reply is as it is preferred to be, and makes of any reply one that is and one that is not. Nothing
-that says nothing is preferred: neither an empty reply nor dots alone.
+Each says whether a reply is as it is preferred to be, and makes of any reply another that differs in that. Nothing that
+says nothing is preferred: neither an empty reply nor dots alone.
 """
 
 import ast
@@ -62,21 +62,21 @@ class Checkable:
 
     Attributes:
         holds: Whether a reply is as preferred.
-        better: Of a reply that says something, one that is.
-        worse: Of a reply that says something, one that is not.
+        mend: Of a reply that says something, and is not so, one that is.
+        spoil: Of a reply that is so, one that is not.
     """
 
     holds: Callable[[str], bool]
-    better: Callable[[str], str]
-    worse: Callable[[str], str]
+    mend: Callable[[str], str]
+    spoil: Callable[[str], str]
 
     def pair(self, reply: str) -> tuple[str, str]:
-        """Two replies much like this one, the preferred one first."""
-        return self.better(reply), self.worse(reply)
+        """A reply that says something as one of two, and the other one much like it; the preferred one first."""
+        return (reply, self.spoil(reply)) if self.holds(reply) else (self.mend(reply), reply)
 
 
 def _bare(reply: str) -> str:
-    """Without full stops at its end."""
+    """Without full stops and space at its end."""
     return re.sub(r"[\s.]+$", "", reply)
 
 
@@ -86,7 +86,7 @@ def _spelled_out(reply: str) -> str:
 
 
 def _cut(reply: str) -> str:
-    """The end of what it says, if it is not short."""
+    """The end of what it says."""
     whole = reply.strip()
     while not says_something(whole[-SHORT:]):
         whole = whole[:-1]
