@@ -18,6 +18,8 @@ def quieten() -> None:
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # A class that what is validated on has no text of; the figure is that of the others.
     warnings.filterwarnings("ignore", message="No (positive|negative) samples found", module="torchmetrics")
+    # The policy that an alignment begins with, which nothing trains.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # A memory map needs no loader processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The position is the trainer's own progress, from which the order is computed.

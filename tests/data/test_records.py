@@ -1,4 +1,4 @@
-"""Records of both stages: what any data module promises, where tokens come from, and what is refused by row."""
+"""Records of all stages: what any data module promises, where tokens come from, and what is refused by row."""
 
 import json
 import pickle
@@ -14,14 +14,14 @@ import torch
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.checkpoint.contents import KEY, Contents
-from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import generated
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-STAGES: list[type[RecordData[Any]]] = [LabelledText, Conversations]
+STAGES: list[type[RecordData[Any]]] = [LabelledText, Conversations, Preferences]
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
     lengths = batch.get("lengths", torch.full((len(batch["input_ids"]),), width)).tolist()
     others = [batch[name] for name in ("labels", "lengths") if name in batch]
     return [
-        batch["input_ids"][row, :n].numpy().tobytes() + b"".join(other[row].numpy().tobytes() for other in others)
+        b"".join(other[row].ravel()[:n].numpy().tobytes() for other in (batch["input_ids"], *others))
         for row, n in enumerate(lengths)
     ]
 

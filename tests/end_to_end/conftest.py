@@ -114,6 +114,12 @@ STAGES = {
         "--model=Classification", "--data=LabelledText", "--model.train_layers=1", "--model.pooling=mean",
         "--model.class_weights=balanced",
     ],
+    "rewards": ["--model=Reward", "--data=Preferences", "--data.block_size=96"],
+    "preferences": ["--model=DPO", "--data=Preferences", "--data.block_size=96", "--data.reply_tokens=6"],
+    "preferences, adapters": [
+        "--model=DPO", "--data=Preferences", "--data.block_size=96", "--data.reply_tokens=6", "--model.lora.rank=2",
+        "--model.gpt.initialisation=gpt2", "--model.loss=ipo",
+    ],
 }  # fmt: skip
 """Flags over those of ``small``, by what is learned."""
 
@@ -123,7 +129,7 @@ def staged(small: list[str]) -> Callable[[str], list[str]]:
     """Flags of a run of a stage, on data that is generated; in pretraining on a corpus."""
 
     def flags(stage: str) -> list[str]:
-        of_records = "--data=Conversations" in STAGES[stage] or "--data=LabelledText" in STAGES[stage]
+        of_records = any(flag.startswith("--data=") for flag in STAGES[stage])
         kept = [flag for flag in small if not (of_records and flag.startswith("--data.source"))]
         # A class is named before what it is told.
         return [*(flag for flag in STAGES[stage] if "." not in flag), *kept, *(f for f in STAGES[stage] if "." in f)]

@@ -36,7 +36,8 @@ def test_two_processes_train_as_one(
     def figures(run: Path) -> dict[str, float]:
         summary: dict[str, float] = json.loads((run / "summary.json").read_text())
         # Texts are filled up to the longest of their batch: how many positions that makes, and the time, may differ.
-        sides = ("train/loss", "val/", "test/", "step", *(["tokens"] if not stage.startswith("classes") else []))
+        packed = stage.startswith(("pretraining", "instructions"))
+        sides = ("train/loss", "val/", "test/", "step", *(["tokens"] if packed else []))
         return {name: value for name, value in summary.items() if name.startswith(sides) and "per_second" not in name}
 
     flags = staged(stage)

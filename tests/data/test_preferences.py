@@ -1,0 +1,120 @@
+"""Pairs of replies: padded batches by brute force, the forms of a row, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.data import Preferences
+from lit_gpt_scratch.data.examples import Encoded
+from lit_gpt_scratch.data.preferences import PairRows, Preference
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.chat import Message
+from lit_gpt_scratch.text.checkable import full_stop, no_digit
+
+FILL = 99
+IDS = st.lists(st.integers(0, 98), min_size=1, max_size=13)
+
+
+@given(texts=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6), data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_padded_batches_by_brute_force(texts: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
+    pairs = [tuple(Encoded(np.array(ids), np.array(ids) + 1) for ids in pair) for pair in texts]
+    indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=8))
+    batch = PairRows(pairs, 64, FILL).__getitems__(indices)
+    taken = [texts[index] if index < len(texts) else ([], []) for index in indices]
+    rows = [pair[0] for pair in taken] + [pair[1] for pair in taken]
+    width = batch["input_ids"].shape[1]
+    assert width == max(8, -(-max(map(len, rows)) // 8) * 8)
+    assert batch["input_ids"].tolist() == [ids + [FILL] * (width - len(ids)) for ids in rows]
+    assert batch["labels"].tolist() == [[i + 1 for i in ids] + [IGNORED] * (width - len(ids)) for ids in rows]
+    assert batch["lengths"].tolist() == [len(ids) for ids in rows]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
+    """What is learned is the last reply and its end, though others come before; all of it is read."""
+    data = Preferences(cache=str(cache))
+    prompt = [Message("user", "Repeat it."), Message("assistant", "apple"), Message("user", "And twice?")]
+    chosen, rejected = data.sequences(Preference(prompt, "apple apple.", "no"))
+    for sequence, reply in ((chosen, "apple apple."), (rejected, "no")):
+        ids = data.template.prompt(prompt) + data.tokenizer.encode(reply) + [data.tokenizer.end_of_text]
+        learned = len(data.tokenizer.encode(reply)) + 1
+        assert sequence.ids.tolist() == ids
+        assert sequence.labels.tolist() == [IGNORED] * (len(ids) - learned - 1) + ids[-learned:] + [IGNORED]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Say so.", "chosen": "So.", "rejected": "No."},
+        {"prompt": [{"role": "user", "content": "Say so."}], "chosen": "So.", "rejected": "No."},
+        {"instruction": "Say so.", "input": "", "output": "Whatever.", "chosen": "So.", "rejected": "No."},
+        {"prompt": "Say so.", "chosen": [{"role": "assistant", "content": "So."}], "rejected": "No."},
+    ],
+)
+def test_the_forms_of_a_row(row: dict[str, Any]) -> None:
+    assert Preferences().record(row) == Preference([Message("user", "Say so.")], "So.", "No.")
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same: nothing is preferred"),
+        ({"chosen": "a", "rejected": ""}, "'rejected' is empty"),
+        ({"chosen": None, "rejected": "b"}, "'chosen' is empty"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the text of the user is empty"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a record has 'prompt', or 'instruction'"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is int, not a list"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "there is no message"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "is the assistant's"),
+        ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not one message of the assis"),
+        ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than a row has room for: 64"),
+    ],
+)
+def test_a_bad_row_is_refused_by_its_place(tmp_path: Path, cache: Path, row: dict[str, Any], said: str) -> None:
+    rows = [{"prompt": f"Prompt {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
+    rows[4] = {"prompt": "Prompt", **row}
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    data = Preferences(source=str(path), cache=str(cache), block_size=64, tokenizer="byte")
+    with pytest.raises(UserError, match=f"pairs.jsonl: line 5.*{said}"):
+        data.prepare_data()
+
+
+def test_ties_can_be_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": "p", "chosen": "a", "rejected": "ab"[n % 2]} for n in range(20)]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert len(Preferences(source=str(path), ties="drop").records) == 10
+    with pytest.raises(UserError, match=r"data\.ties is keep"):
+        Preferences(ties="keep")  # type: ignore[arg-type]
+
+
+def test_what_is_cut_still_differs(tmp_path: Path, cache: Path) -> None:
+    """Of three long pairs one differs too late, and one has a prompt that leaves no room for a reply."""
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(30)]
+    long = [("p", "y" * 90, "n" * 90), ("p", "y" * 90 + "!", "y" * 90), ("p" * 90, "yes", "no")]
+    rows += [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in long]
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    data = Preferences(source=str(path), cache=str(cache), block_size=64, tokenizer="byte", too_long="cut")
+    found = [example for side in data.examples.values() for example in side]
+    assert len(found) == 31
+    assert max(example.n_tokens for example in found) == 64
+    assert all(sequence.n_labels for example in found for sequence in example.sequences)
+
+
+def test_who_judges(tmp_path: Path) -> None:
+    assert Preferences().judge is full_stop
+    assert Preferences(checkable="no_digit").judge is no_digit
+    assert Preferences(source="some.jsonl").judge is None
+    assert Preferences(source="some.jsonl", checkable="no_digit").judge is no_digit
+    with pytest.raises(UserError, match="there is no checkable preference politeness"):
+        Preferences(checkable="politeness")

@@ -1,0 +1,244 @@
+"""Reward models and DPO: what is lost and measured, the reference, what is filled up, and replies that are judged."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.batch import IGNORED, PairBatch
+from lit_gpt_scratch.callbacks.true_reward import TrueReward
+from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.rewarding import reward_model
+from lit_gpt_scratch.data import Conversations, Preferences
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.replies import Reply
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.heads import rewards
+from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.optim import AdamW
+from lit_gpt_scratch.tasks import DPO, LanguageModel, Reward
+
+Build = Callable[..., L.Trainer]
+SHAPE = GPTConfig(n_layer=1, n_head=2, n_embd=32)
+HOW: list[dict[str, Any]] = [{}, {"lora": LoRA(2)}]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """The checkpoint of a model that has begun to learn how to reply."""
+    folder = tmp_path_factory.mktemp("start")
+    trainer = L.Trainer(
+        accelerator="cpu", devices=1, max_steps=30, max_epochs=-1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0,
+        default_root_dir=folder, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(LanguageModel(SHAPE, compile=False), Conversations(cache=str(cache), block_size=96))
+    trainer.save_checkpoint(folder / "start.ckpt")
+    return folder / "start.ckpt"
+
+
+@pytest.fixture
+def align(trainer: Build, start: Path, cache: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
+    """Align the start; the task and its checkpoint."""
+
+    def fitted(task: Any, steps: int = 3, **more: Any) -> tuple[Any, Path]:
+        settings = {"init_from": str(start), "cache": str(cache), "block_size": 96, "batch_size": 8, "reply_tokens": 8}
+        made = trainer(max_steps=steps, limit_val_batches=1, callbacks=more.pop("callbacks", []))
+        made.fit(task, Preferences(**(settings | more)))
+        made.save_checkpoint(tmp_path / "aligned.ckpt")
+        return task, tmp_path / "aligned.ckpt"
+
+    return fitted
+
+
+def moved(task: L.LightningModule, scale: float = 0.05) -> None:
+    """Away from the start, wherever it is trained."""
+    with torch.no_grad():
+        for parameter in task.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter) * scale)
+
+
+def logprobs(net: Any, ids: Tensor, labels: Tensor) -> float:
+    """Of one row, token by token."""
+    chances = net(ids[None])[0].log_softmax(-1)
+    return sum(chances[t, label].item() for t, label in enumerate(labels.tolist()) if label != IGNORED)
+
+
+@pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
+def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
+    align: Callable[..., tuple[Any, Path]], start: Path, how: dict[str, Any]
+) -> None:
+    """Each row alone and without what fills it up; the reference is the checkpoint that it began with."""
+    task, _ = align(DPO(init_from=str(start), beta=0.3, compile=False, **how))
+    moved(task)
+    task.eval()
+    reference, _ = load_model(start)
+    batch: PairBatch = task.data.train_windows.__getitems__([0, 1, 2, 10**9])  # the last is a pair of no text
+    ratios = []
+    for row, n in enumerate(batch["lengths"].tolist()):
+        ids, labels = batch["input_ids"][row, :n], batch["labels"][row, :n]
+        ratios.append(logprobs(task.net, ids, labels) - logprobs(reference, ids, labels) if n else 0.0)
+    margins = torch.tensor([ratios[place] - ratios[4 + place] for place in range(3)])
+    lost, counted = task.losses(batch)
+    assert counted == 3
+    assert lost.item() == pytest.approx(-F.logsigmoid(0.3 * margins).sum().item(), rel=1e-4)
+    free = DPO(reference_free=True)
+    free.net = task.net
+    nats = [logprobs(task.net, *(batch[name][row, :n] for name in ("input_ids", "labels")))
+            for row, n in enumerate(batch["lengths"].tolist()) if n]  # fmt: skip
+    margins = torch.tensor([nats[place] - nats[3 + place] for place in range(3)])
+    assert free.losses(batch)[0].item() == pytest.approx(-F.logsigmoid(0.1 * margins).sum().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
+def test_a_policy_is_no_distance_from_itself(trainer: Build, start: Path, cache: Path, how: dict[str, Any]) -> None:
+    """At the start its log-probabilities are those of the reference, bit for bit, and what is lost is log 2 a pair."""
+
+    class First(L.Callback):
+        def on_train_batch_start(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+        ) -> None:
+            task: Any = pl_module
+            nats, _ = task.logprobs(batch)
+            assert torch.equal(nats, task.reference(batch["input_ids"], batch["labels"]).sum(-1))
+            self.loss = (task.losses(batch)[0] / len(nats) * 2).item()
+
+    first = First()
+    data = Preferences(init_from=str(start), cache=str(cache), block_size=96)
+    task = DPO(init_from=str(start), compile=False, **how)
+    trainer(max_steps=1, limit_val_batches=0, callbacks=[first]).fit(task, data)
+    assert first.loss == pytest.approx(0.6931472)
+
+
+@pytest.mark.parametrize("how", [*HOW, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
+def test_the_reference_stays_and_is_no_part_of_what_is_trained(
+    align: Callable[..., tuple[Any, Path]], trainer: Build, start: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    """Also when the run goes on from its own checkpoint, as ``fit`` lets it."""
+    begun = load_model(start)[0]
+    task, path = align(DPO(init_from=str(start), compile=False, **{"gpt": None} | how), steps=4)
+    saved = load_checkpoint(path)["state_dict"]
+    assert any(name.startswith("reference.") for name in saved) == ("lora" not in how)
+    ids = torch.randint(0, begun.vocab_size, (2, 20))
+    stepped = {p for group in task.trainer.optimizers[0].param_groups for p in group["params"]}
+    assert not stepped & set(task.reference.parameters())
+    written, _ = load_model(path)
+    with torch.no_grad():
+        assert not torch.equal(written(ids), begun(ids))
+        for _ in range(2):
+            with task.reference.network() as reference:
+                assert torch.equal(reference(ids), begun(ids))
+                assert not reference.training
+            if task.init_from == str(path):
+                break
+            task = DPO(init_from=str(path), compile=False, **how)
+            data = Preferences(init_from=str(path), cache=str(tmp_path), block_size=96, batch_size=8)
+            trainer(max_steps=5, limit_val_batches=0).fit(task, data, ckpt_path=str(path))
+
+
+@pytest.mark.parametrize("build_task", [Reward, DPO])
+def test_a_loss_is_the_mean_over_pairs_in_any_batches(
+    trainer: Build, start: Path, cache: Path, build_task: type
+) -> None:
+    """Rows of another batch are filled up to another width; the gradient of a step must not know of it."""
+
+    class Gradients(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            self.found = [p.grad.clone() for p in pl_module.parameters() if p.grad is not None]
+
+    def step(batch_size: int) -> list[Tensor]:
+        L.seed_everything(0)
+        seen = Gradients()
+        data = Preferences(
+            init_from=str(start), cache=str(cache), block_size=96, batch_size=batch_size, tokens_per_step=8 * 96, seed=1
+        )
+        task = build_task(init_from=str(start), compile=False)
+        made = trainer(max_steps=1, limit_val_batches=0, callbacks=[seen])
+        made.fit(task, data)
+        assert made.accumulate_grad_batches == 8 // batch_size
+        return seen.found
+
+    for whole, parts in zip(step(8), step(2), strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reward_is_read_at_the_end_and_learned(
+    align: Callable[..., tuple[Any, Path]], start: Path, tmp_path: Path
+) -> None:
+    """Whatever a conversation is filled up with; and it can be asked of a checkpoint."""
+    task, path = align(Reward(init_from=str(start), optimizer=AdamW(3e-3), compile=False), steps=60)
+    task.eval()
+    batch: PairBatch = task.data.test_windows.__getitems__([0, 1, 2])
+    with torch.no_grad():
+        together = task(batch["input_ids"], batch["lengths"])
+        alone = [task.net(batch["input_ids"][row : row + 1, :n])[0, -1] for row, n in enumerate(batch["lengths"])]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+    task.trainer.test(task, task.data, verbose=False)
+    assert task.trainer.callback_metrics["test/accuracy"] >= 0.95
+    assert task.trainer.callback_metrics["test/margin"] > 1
+    tokenizer = task.data.tokenizer_json
+    asked = rewards(reward_model(str(path), tokenizer), batch["input_ids"], batch["lengths"])
+    torch.testing.assert_close(asked, together)
+    assert build(load_checkpoint(path), path).contents.rewards
+    with pytest.raises(UserError, match="it rewards replies, and writes nothing"):
+        load_model(path)
+    with pytest.raises(UserError, match="another tokenizer than the policy has"):
+        reward_model(str(path), tokenizer.replace("endoftext", "end"))
+    with pytest.raises(UserError, match="is no reward model: it predicts tokens"):
+        reward_model(str(start), tokenizer)
+
+
+def test_true_reward_is_the_share_of_ended_replies_that_hold(
+    align: Callable[..., tuple[Any, Path]], start: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start's is measured once, on prompts of the test, and goes on with the run."""
+    asked = []
+
+    def written(net: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, sampling: Any) -> list[Reply]:
+        asked.append((prompts, tokens, net.training))
+        kinds = [Reply("Yes.", True, 3), Reply("Yes.", False, 8), Reply("Yes", True, 2), Reply("No.", True, 4)]
+        return [kinds[place % 4] for place in range(len(prompts))]
+
+    monkeypatch.setattr("lit_gpt_scratch.callbacks.true_reward.replies", written)
+    watching = TrueReward(prompts=8)
+    task, _ = align(DPO(init_from=str(start), compile=False), callbacks=[watching])
+    assert watching.start == 0.5
+    assert asked == [(task.data.prompt_ids("test")[:8], 8, False)]
+    task.trainer.validate(task, task.data, verbose=False)
+    task.trainer.test(task, task.data, verbose=False)
+    measured = task.trainer.callback_metrics
+    assert (measured["test/true_reward"], measured["test/reply_tokens"]) == (0.5, 4.25)
+    assert asked[1][0] == task.data.prompt_ids("validation")[:8]
+    again = TrueReward(prompts=8)
+    again.load_state_dict(watching.state_dict())
+    n = len(asked)
+    align(DPO(init_from=str(start), compile=False), callbacks=[again])
+    assert again.start == 0.5
+    assert len(asked) == n
+    align(Reward(init_from=str(start), compile=False), callbacks=[silent := TrueReward()])
+    assert silent.start is None
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
+        ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
+        ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
+    ],
+)
+def test_impossible_settings_are_refused(how: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        DPO(**how)
+
+
+def test_data_without_pairs_is_refused(trainer: Build, start: Path, cache: Path) -> None:
+    data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
+    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO needs Preferences"):
+        trainer().fit(DPO(init_from=str(start), compile=False), data)
