@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.measured import boards
 from lit_gpt_scratch.data.ordered import OrderedData
+from lit_gpt_scratch.data.prompted import PromptedData
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.model.heads import Tokens
@@ -24,7 +25,7 @@ class Samples(Callback):
     Args:
         prompts: Texts to continue; by default those of the data: a document, the beginnings of documents, or
             conversations that wait for a reply.
-        tokens: Length of a sample.
+        tokens: Length of a sample, where the data does not say how long a reply may be.
         greedy_tokens: Length of one without chance, which needs less room to show what it has to show.
         sampling: How to choose by chance.
     """
@@ -60,8 +61,9 @@ class Samples(Callback):
         # Blocks that are put together in 16 bits need products in 16 bits.
         cut = pl_module.device_mesh is not None
         with trainer.precision_plugin.val_step_context() if cut else nullcontext():
-            texts = _written(pl_module, data, prompts, self.tokens, self.sampling)
-            surest = _written(pl_module, data, prompts, self.greedy_tokens, Sampling(temperature=0))
+            tokens = data.reply_tokens if isinstance(data, PromptedData) else self.tokens
+            texts = _written(pl_module, data, prompts, tokens, self.sampling)
+            surest = _written(pl_module, data, prompts, min(tokens, self.greedy_tokens), Sampling(temperature=0))
         self.latest = texts[0] if texts else ""
         chance = f"temperature {self.sampling.temperature:g}, top_k {self.sampling.top_k}"
         for board in boards(trainer):
@@ -73,7 +75,7 @@ class Samples(Callback):
 
 
 def _written(
-    task: LanguageModel, data: OrderedData, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
+    task: GPTTask, data: OrderedData, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
 ) -> list[str]:
     """The prompts, each with what the model writes behind it."""
     texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]

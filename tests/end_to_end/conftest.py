@@ -103,6 +103,7 @@ def trained(
     return run
 
 
+FEW_REPLIES = ["--data.reply_tokens=6", "--data.validation_share=0.04", "--data.test_share=0.04"]
 STAGES = {
     "pretraining": [],
     "instructions": ["--data=Conversations", "--data.block_size=64"],
@@ -115,9 +116,9 @@ STAGES = {
         "--model.class_weights=balanced",
     ],
     "rewards": ["--model=Reward", "--data=Preferences", "--data.block_size=96"],
-    "preferences": ["--model=DPO", "--data=Preferences", "--data.block_size=96", "--data.reply_tokens=6"],
+    "preferences": ["--model=DPO", "--data=Preferences", "--data.block_size=96", *FEW_REPLIES],
     "preferences, adapters": [
-        "--model=DPO", "--data=Preferences", "--data.block_size=96", "--data.reply_tokens=6", "--model.lora.rank=2",
+        "--model=DPO", "--data=Preferences", "--data.block_size=96", *FEW_REPLIES, "--model.lora.rank=2",
         "--model.gpt.initialisation=gpt2", "--model.loss=ipo",
     ],
 }  # fmt: skip
