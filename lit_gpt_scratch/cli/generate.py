@@ -3,10 +3,12 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from lit_gpt_scratch.cli.chatting import prompts as chat_prompts
 from lit_gpt_scratch.cli.chatting import talk, typed
 from lit_gpt_scratch.cli.door import Flags, find_model, refuse_not_text
+from lit_gpt_scratch.cli.ranking import rank
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.errors import UserError
@@ -25,7 +27,13 @@ def main(args: Sequence[str] | None = None) -> None:
         action="store_true",
         help="reply, in the template of instruction tuning: to each prompt, or in turn to lines that are typed",
     )
-    flags.add_argument("--system", help="with --chat, what the model is told first")
+    flags.add_argument("--system", help="with --chat or --rank, what the model is told first")
+    flags.add_argument(
+        "--rank",
+        metavar="FILE",
+        type=Path,
+        help="reply twice to each prompt, or to each line that is typed, ask which is better, and add that to FILE",
+    )
     flags.add_argument("--samples", type=int, default=1, help="continuations of each prompt, side by side")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many tokens")
     flags.add_argument("--stop", action="append", default=[], help="end before this string; may be given several times")
@@ -46,18 +54,29 @@ def main(args: Sequence[str] | None = None) -> None:
     if given.seed < 0:
         raise UserError(f"argument --seed: {given.seed} is negative")
     refuse_not_text(given, "prompt", "stop", "system")
-    if given.system is not None and not given.chat:
-        raise UserError("argument --system: it is for --chat")
+    if given.system is not None and not (given.chat or given.rank):
+        raise UserError("argument --system: it is for --chat and --rank")
     if given.system is not None and not given.system.strip():
         raise UserError("argument --system: it is empty")
     talks = given.chat and given.prompt is None
     if talks and (given.json or given.stop or given.compile or given.samples > 1):
         raise UserError("argument --chat: without a --prompt it takes no --json, --stop, --samples or --compile")
+    if given.rank and (given.chat or given.json or given.stop or given.compile or given.samples > 1):
+        raise UserError("argument --rank: it takes no --chat, --json, --stop, --samples or --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = find_model(given)
     if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
         raise UserError(f"argument --compile: {why_not}")
+    if given.rank:
+        lines = typed()
+        settings = given.rank, given.max_new_tokens, sampling, given.seed
+        try:
+            for line in rank(model, tokenizer, given.system, given.prompt or lines, lines, *settings):
+                print(line, flush=True)
+        except KeyboardInterrupt:  # a way to end it like any other
+            raise SystemExit(130) from None
+        return
     if talks:
         for piece in talk(model, tokenizer, given.system, typed(), given.max_new_tokens, sampling, given.seed):
             sys.stdout.write(piece or "\n")

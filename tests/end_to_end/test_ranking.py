@@ -1,0 +1,100 @@
+"""A person ranks replies in the terminal, and gets a file of preferences to learn from."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from lit_gpt_scratch.cli.ranking import ASKED
+from lit_gpt_scratch.data import Preferences
+from tests.end_to_end.conftest import Command
+
+FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
+
+
+@pytest.fixture
+def said(
+    command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], None]:
+    """A model that replies somehow, and somebody who types."""
+    assert command("fit", *staged("instructions"), "--trainer.max_steps=2").code == 0
+
+    def types(text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.StringIO(text))
+
+    return types
+
+
+def ranked() -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path("ranked.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_answers_become_pairs_to_learn_from(command: Command, said: Callable[[str], None]) -> None:
+    """A skipped pair leaves no line, what is not understood is asked again, and a file that is there grows."""
+    Path("ranked.jsonl").write_text('{"prompt": "Before.", "chosen": "a", "rejected": "b"}')  # its line was not ended
+    said("2\ns\nwhat?\n1\nq\n")
+    outcome = command("generate", *FLAGS, *(f"--prompt=Say {n}." for n in range(5)))
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count(ASKED) == 5
+    before, second, first = ranked()
+    assert before["prompt"] == "Before."
+    blocks = outcome.out.split("[1] ")[1:]
+    for row, block, n, better in ((second, blocks[0], 0, 2), (first, blocks[2], 2, 1)):
+        one, _, two = block.partition(ASKED)[0].rstrip("\n").partition("\n\n[2] ")
+        assert row["prompt"] == f"Say {n}."
+        assert [row["chosen"], row["rejected"]] == ([two, one] if better == 2 else [one, two])
+    assert len(Preferences(source="ranked.jsonl").records) == 3
+
+
+def test_lines_that_are_typed_and_a_system(command: Command, said: Callable[[str], None]) -> None:
+    said("Say so.\n1\n\nAnd so.\n2\n")
+    assert command("generate", *FLAGS, "--system=Be brief.").code == 0
+    assert [[message["content"] for message in row["prompt"]] for row in ranked()] == [
+        ["Be brief.", "Say so."],
+        ["Be brief.", "And so."],
+    ]
+
+
+def test_what_was_said_is_kept_when_it_ends_amid_a_question(
+    command: Command, said: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said("")
+
+    def interrupted() -> Iterator[str]:
+        yield "1\n"
+        assert len(ranked()) == 1  # on the disk before the next is asked
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lit_gpt_scratch.cli.generate.typed", interrupted)
+    assert command("generate", *FLAGS, "--prompt=Say so.", "--prompt=And so.").code == 130
+    assert len(ranked()) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rank=folder", "--prompt=a"], "argument --rank: folder cannot be written"),
+        (["--rank=ranked.jsonl", "--chat"], "argument --rank: it takes no --chat"),
+        (["--rank=ranked.jsonl", "--system= "], "argument --system: it is empty"),
+        (["--rank=ranked.jsonl", f"--prompt={'long ' * 99}"], "the prompt has"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    command: Command, said: Callable[[str], None], flags: list[str], message: str
+) -> None:
+    Path("folder").mkdir()
+    said("1\n")
+    outcome = command("generate", *flags)
+    assert outcome.code == 2
+    assert message in outcome.err
+    assert outcome.err.count("\n") == 1
+
+
+def test_replies_that_are_the_same_are_not_asked_about(command: Command, said: Callable[[str], None]) -> None:
+    said("1\n")
+    outcome = command("generate", *FLAGS, "--temperature=0", "--prompt=Say so.")
+    assert outcome.code == 0
+    assert "nothing to choose between" in outcome.out
+    assert ranked() == []
