@@ -18,13 +18,20 @@ from lit_gpt_scratch.callbacks.wording import figures
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, LabelledText
 from lit_gpt_scratch.data.ordered import OrderedData
+from lit_gpt_scratch.data.prompted import PromptedData
+from lit_gpt_scratch.tasks import Reward
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)
 
 WRITE = 'generate {} --prompt "def "'
-NEXT: dict[type, str] = {Conversations: "generate {} --chat", LabelledText: 'evaluate {} --text "..."'}
-"""What one does with a model, by the data that it has learned from."""
+NEXT: dict[type, str] = {
+    Reward: "convert to-safetensors {} reward.safetensors",
+    Conversations: "generate {} --chat",
+    LabelledText: 'evaluate {} --text "..."',
+    PromptedData: "generate {} --chat",
+}
+"""What one does with a model, by what it is, or by the data that it has learned from."""
 
 
 class Summary(InRunFolder):
@@ -91,7 +98,10 @@ class Summary(InRunFolder):
 
     def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        next_door, baselines = NEXT.get(type(data), WRITE), _one(trainer, Baselines)
+        both = data, trainer.lightning_module
+        doors = (door for kind, door in NEXT.items() if any(isinstance(each, kind) for each in both))
+        next_door = next(doors, WRITE)
+        baselines = _one(trainer, Baselines)
         if baselines and isinstance(value := summary.get(baselines.metric), float):
             beside = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, beside)

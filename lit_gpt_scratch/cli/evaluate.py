@@ -138,6 +138,8 @@ def _open(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)
     model, tokenizer, contents, given.step = find_trained(given)
+    if contents.rewards:
+        raise UserError(f"{path} rewards replies; what it makes of pairs is measured by the fit that trains it")
     if tokenizer.loss:
         log.warning("the figures are of what the tokenizer keeps: %s", tokenizer.loss)
     return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"

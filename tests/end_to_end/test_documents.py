@@ -1,5 +1,6 @@
 """What the README, the notebooks and the experiment files say is run, with fewer steps."""
 
+import io
 import json
 import re
 import shlex
@@ -65,6 +66,9 @@ def newcomers_folder(trained: Trained, small: list[str], tmp_path: Path, monkeyp
     prompts = [{"prompt": "a dog sees", "reference": f" the cat {n}."} for n in range(3)]
     for name, found in (("questions", questions), ("pairs", pairs), ("prompts", prompts)):
         (tmp_path / f"my_{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found), encoding="utf-8")
+    ranked = [{"prompt": f"Say {n}.", "chosen": f"{n}.", "rejected": f"{n}"} for n in range(30)]
+    (tmp_path / "my_preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ranked), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\nskip\n"))  # what somebody answers who ranks replies
     for name in ("README.md", "experiments"):
         (tmp_path / name).symlink_to(ROOT / name)
     trained(*(flag for flag in small if "trainer.precision" not in flag))
@@ -128,6 +132,10 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
     if door == "fit" and not {"--print_config", "--model.help"} & set(flags):
         if "experiments/finetune" in line or "--model.init_from" in flags:  # the shape is the config's, or the start's
             tuned = {"vocab_size", "block_size"} if "--model.init_from" in flags else set()
+            if "base.yaml" in line and "--data.source" not in flags:
+                flags += [f"--data.source={newcomers_folder / 'my_texts'}"]
+            if "experiments/align" in line and "start.yaml" not in line:
+                flags += ["--data.reply_tokens=4"]
             kept = [f for f in SHORT if not any(name in f for name in ("n_embd", "tokens_per_step", *tuned))]
             flags += [
                 *kept,

@@ -1,0 +1,87 @@
+"""DPO on a file of preferences: what it prefers, by how much, and what replies cost, before and after.
+
+    python experiments/benchmarks/preferences.py instructions_with_preference.json
+
+A base is trained on the standard library (or on `--text`, given as to `--data.source`); `instructions.yaml` of
+`experiments/finetune` tunes it to the file's `output`, and `dpo.yaml` of `experiments/align` goes on with its pairs.
+The pairs of the test are none that the instructions were tuned to. Pairs whose replies are the same are left out.
+
+`accuracy` is the share of held-out pairs in which the preferred reply has the larger reward, which is
+`beta * log(policy / start)`, and `margin` by how much; before the training both rewards are 0. `likelier` is the share
+in which it has the larger log-probability, which needs no start to compare with, and `reply loss` is that of the
+preferred replies, in nats a token.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import tempfile
+import warnings
+from pathlib import Path
+
+import lightning as L
+from spam import EXPERIMENTS, fit
+
+from lit_gpt_scratch.data import Preferences
+from lit_gpt_scratch.tasks import DPO
+
+ALIGN = EXPERIMENTS.parent / "align"
+SHARES = {"validation_share": 0.05, "test_share": 0.1}
+
+
+def measured(init_from: Path, data: Preferences, **how: bool) -> dict[str, float]:
+    """Of the test's pairs, without any training."""
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    (found,) = trainer.test(DPO(init_from=str(init_from), compile=False, **how), data, verbose=False)
+    return dict(found)
+
+
+def main() -> None:
+    """Take all stages, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source")
+    parser.add_argument("--text", help="for the base; by default the standard library")
+    given = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")
+    threads = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Path(folder)
+        text = [f"--data.source={given.text}"] if given.text else []
+        base, began = fit(runs, "base", threads, f"--config={EXPERIMENTS / 'base.yaml'}", *text)
+        # The test of both stages: pairs that are left in their file's order, split by the same numbers.
+        pairs = Path(folder, "pairs.jsonl")
+        rows = [row for row in json.loads(Path(given.source).read_text("utf-8")) if row["chosen"] != row["rejected"]]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        shares = [f"--data.{name}={share}" for name, share in SHARES.items()]
+        source = [f"--data.source={pairs}", *shares, "--data.block_size=512"]
+        tuning = [f"--config={EXPERIMENTS / 'instructions.yaml'}", f"--model.init_from={base}", "--data.batch_size=2"]
+        start, tuned = fit(runs, "start", threads, *tuning, *source)
+        aligning = [f"--config={ALIGN / 'dpo.yaml'}", f"--model.init_from={start}"]
+        run, after = fit(runs, "dpo", threads, *aligning, *source)
+        data = Preferences(source=str(pairs), init_from=str(start), block_size=512, batch_size=16, **SHARES)
+        before = measured(start, data)
+        print(
+            f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores\n"
+            f"base: {began['parameters']:,} parameters, {began['tokens']:,} tokens, {began['wall']:.0f} s; "
+            f"start: test/loss {tuned['test/loss']:.3f}, {tuned['wall']:.0f} s; DPO: {after['step']} steps, "
+            f"{after['wall']:.0f} s\n"
+            f"test: {len(data.places['test'])} pairs of {len(data.records)}, {data.copies['test']} also in training\n\n"
+            f"{'':8}{'accuracy':>10}{'margin':>10}{'likelier':>10}{'reply loss':>12}"
+        )
+        for name, found, place in (("before", before, start), ("after", after, run)):
+            likelier = measured(place, data, reference_free=True)["test/accuracy"]
+            accuracy = f"{found['test/accuracy']:.1%}" if name == "after" else "-"
+            print(
+                f"{name:8}{accuracy:>10}{found['test/margin']:10.3f}{likelier:10.1%}{found['test/reply_loss']:12.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
