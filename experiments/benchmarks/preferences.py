@@ -46,12 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--text", help="for the base; by default the standard library")
+    parser.add_argument("--runs", type=Path, help="keep the runs there; those that are there are not made again")
     given = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
-        runs = Path(folder)
+        runs = given.runs or Path(folder)
         text = [f"--data.source={given.text}"] if given.text else []
         base, began = fit(runs, "base", threads, f"--config={EXPERIMENTS / 'base.yaml'}", *text)
         # The test of both stages: pairs that are left in their file's order, split by the same numbers.
