@@ -22,6 +22,7 @@ def generate(
     end_of_text: int,
     done: Callable[[int, int], bool] | None = None,
     compile: bool = False,
+    logprobs: Sequence[list[float]] | None = None,
 ) -> Iterator[tuple[int, int | None]]:
     """Continue prompts side by side, until each document ends.
 
@@ -38,6 +39,8 @@ def generate(
         end_of_text: A row ends when this token is chosen; it is not given.
         done: Whether a prompt's row ends with this token, which is given all the same.
         compile: Compile the step from token to token: many seconds at first. A single row is then written faster.
+        logprobs: A list a prompt, to which the log-probability of each of its tokens is added, in nats, the end's too:
+            at the sampling's temperature, before anything is left out (1 where the temperature is 0).
 
     Returns:
         The number of a prompt, and its next token; None when it has ended.
@@ -55,7 +58,8 @@ def generate(
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
     if not prompts or max_new_tokens == 0:
         return ((row, None) for row in range(len(prompts)))
-    return _generate(model, [list(p) for p in prompts], max_new_tokens, sampling, seeds, end_of_text, done, compile)
+    texts = [list(prompt) for prompt in prompts]
+    return _generate(model, texts, max_new_tokens, sampling, seeds, end_of_text, done, compile, logprobs)
 
 
 @torch.inference_mode()
@@ -68,6 +72,7 @@ def _generate(
     end_of_text: int,
     done: Callable[[int, int], bool] | None,
     compile: bool,
+    logprobs: Sequence[list[float]] | None,
 ) -> Iterator[tuple[int, int | None]]:
     rows = list(range(len(texts)))  # the prompt of each row of the batch
     dice = [random.Random(seed) for seed in seeds]
@@ -81,6 +86,11 @@ def _generate(
     ended: set[int] = set()
     for n in range(1, max_new_tokens + 1):
         tokens = sampling.choose(logits, [dice[row].random() for row in rows], seen)  # (B,)
+        if logprobs is not None:
+            sharp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
+            for row, chance in zip(rows, sharp.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
+                if row not in ended:
+                    logprobs[row].append(chance)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in ended:
                 continue

@@ -112,3 +112,23 @@ def test_what_cannot_be_generated_is_refused() -> None:
         generate(model, [[1], [1] * 25], 1, Sampling(), [0, 0], 0)
     with pytest.raises(UserError, match="max_new_tokens is -1"):
         generate(model, [[1]], -1, Sampling(), [0], 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
+def test_the_chances_of_what_was_chosen_are_those_of_a_whole_pass(config: GPTConfig, temperature: float) -> None:
+    """Within 1e-5, of rows that end early, too, whose last number is the end's; and nothing else changes."""
+    model, sampling = randomised(config), Sampling(temperature=temperature, top_k=None)
+    prompts = [[3, 1, 4], [1] * 9, [2]]
+    with torch.no_grad():
+        model.head.weight *= 0.1  # chances of all sizes
+    end = texts(model, prompts, 12, sampling)[1][5]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    found = texts(model, prompts, 12, sampling, end_of_text=end, logprobs=logprobs)
+    assert found == texts(model, prompts, 12, sampling, end_of_text=end)
+    assert len(logprobs[1]) == len(found[1]) + 1 <= 6
+    for prompt, text, chances in zip(prompts, found, logprobs, strict=True):
+        whole = [*prompt, *text, end][: len(prompt) + len(chances)]
+        logits = model(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :] / (temperature or 1.0)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(whole[len(prompt) :])[:, None]).flatten()
+        torch.testing.assert_close(torch.tensor(chances), expected, rtol=0, atol=1e-5)
