@@ -53,6 +53,25 @@ class PairBatch(TypedDict):
     """(2 B,) int64, tokens of each row; 0 of a pair that only fills the batch up"""
 
 
+class NumberedBatch(TypedDict):
+    """``B`` rows by their numbers alone; what is in them, the task asks the data module for, or makes it."""
+
+    numbers: Tensor
+    """(B,) int64"""
+
+
+class Phase(NamedTuple):
+    """How long one policy writes, and how often what it wrote is learned from.
+
+    Attributes:
+        steps: Optimizer steps that it takes to see every row once.
+        passes: How often each row is seen.
+    """
+
+    steps: int
+    passes: int
+
+
 class Layout(NamedTuple):
     """How the windows of an optimizer step are dealt out.
 

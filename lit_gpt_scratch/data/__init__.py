@@ -4,5 +4,6 @@ from lit_gpt_scratch.data.conversations import Conversations
 from lit_gpt_scratch.data.labelled import LabelledText
 from lit_gpt_scratch.data.packed_text import PackedText
 from lit_gpt_scratch.data.preferences import Preferences
+from lit_gpt_scratch.data.prompts import Prompts
 
-__all__ = ["Conversations", "LabelledText", "PackedText", "Preferences"]
+__all__ = ["Conversations", "LabelledText", "PackedText", "Preferences", "Prompts"]

@@ -6,6 +6,7 @@ stage               ``record``, of a row          ``sequences``, of a record    
 ``LabelledText``    a text and its label          its ids, and its class          rows, filled up
 ``Conversations``   messages                      the template's; replies learned packed windows
 ``Preferences``     a prompt and two replies      the template's, with each       pairs, filled up
+``Prompts``         messages to reply to          the template's; none learned    numbers of rows
 =================== ============================= =============================== ======================
 """
 
@@ -198,6 +199,11 @@ class RecordData(OrderedData, ABC, Generic[R]):
         kind = self.tokenizer_given or "bpe"
         return trained_once(texts, kind, self.vocab_size_asked, self.special_tokens, self.cache, self.origin)
 
+    @property
+    def room(self) -> int:
+        """The most tokens of a record."""
+        return self.block_size
+
     @cached_property
     def examples(self) -> dict[Side, list[Example]]:
         """Of each side, its records in tokens."""
@@ -205,7 +211,7 @@ class RecordData(OrderedData, ABC, Generic[R]):
         for side in (side for side in SIDES if side in self.places):
             records = (self.records[place] for place in self.places[side])
             examples = (Example(where, self.sequences(record)) for where, record in records)
-            found[side] = fitted(examples, self.block_size, self.too_long, side)
+            found[side] = fitted(examples, self.room, self.too_long, side)
         return found
 
     @property

@@ -2,15 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-PARTS = ("data", "forward", "backward", "optimizer", "rest")
-"""Of a step: waiting for the batch, the three stages of its computation, and whatever else happens."""
-
+PARTS = ("data", "generation", "forward", "backward", "optimizer", "rest")
+"""Of a step: waiting for the batch, writing what is in it, the three stages of its computation, and all else."""
 
 MANY = 32
 """Marks that are read at once: one by one, each between two cold caches, they would take twice as long."""
@@ -68,29 +67,29 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.running = False
         self._event = EVENTS.get(device.type)
-        self._marks: deque[tuple[str | None, float, Event]] = deque()
+        self._marks: deque[tuple[str | None, Mapping[str, float], Event]] = deque()
         self._last: Event | None = None
         self._seconds = dict.fromkeys(PARTS, 0.0)
 
     def start(self) -> None:
         """Count from now on."""
         self.running = True
-        self._record(None, 0.0)
+        self._record(None, {})
 
     def stop(self) -> None:
         """Count nothing from the last mark on."""
         self.running = False
 
-    def mark(self, part: str, waited: float = 0.0) -> None:
+    def mark(self, part: str, apart: Mapping[str, float] | None = None) -> None:
         """What came since the last mark was ``part``; while stopped, this is nothing.
 
         Args:
             part: One of ``PARTS``.
-            waited: Seconds of it in which the host waited for data. An accelerator that had still work to do has
-                not waited as long: of a part no more than all counts as ``data``.
+            apart: Seconds of it that count as other parts, as those in which the host waited for data. An accelerator
+                that had still work to do has not waited as long: together they are no more than all.
         """
         if self.running:
-            self._record(part, waited)
+            self._record(part, apart or {})
 
     def take(self) -> dict[str, float]:
         """Seconds by part since the last time, as far as the device has come."""
@@ -105,21 +104,23 @@ class StepClock:
             self._marks[-1][2].synchronize()
         return self.take()
 
-    def _record(self, part: str | None, waited: float) -> None:
+    def _record(self, part: str | None, apart: Mapping[str, float]) -> None:
         if self._event is None:
             return
         event = self._event()
         event.record()
-        self._marks.append((part, waited, event))
+        self._marks.append((part, apart, event))
         if len(self._marks) > MANY:  # so that a run without log points does not heap them up
             self._collect()
 
     def _collect(self) -> None:
         while self._marks and self._marks[0][2].query():
-            part, waited, event = self._marks.popleft()
+            part, apart, event = self._marks.popleft()
             if part is not None and self._last is not None:
                 seconds = self._last.elapsed_time(event) / 1000
-                data = min(waited, seconds)
-                self._seconds["data"] += data
-                self._seconds[part] += seconds - data
+                for other, its in apart.items():
+                    taken = min(its, seconds)
+                    self._seconds[other] += taken
+                    seconds -= taken
+                self._seconds[part] += seconds
             self._last = event

@@ -22,7 +22,7 @@ from lit_gpt_scratch.hardware import step_clock
 from lit_gpt_scratch.hardware.step_clock import PARTS, HostEvent
 from lit_gpt_scratch.tasks import LanguageModel
 
-MILLISECONDS = {"data": 20, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
+MILLISECONDS = {"data": 20, "generation": 0, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
 """Of a micro-batch; the optimizer's of a step."""
 
 
@@ -130,7 +130,7 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     timed = range(accumulate, batches)  # the first step is not
     # What comes before a batch counts, but where the clock starts: after the first step and after validations.
     gaps = [batch for batch in timed if batch != accumulate and batch % between_validations]
-    times = {"data": len(gaps), "rest": len(gaps), "forward": len(timed), "backward": len(timed)}
+    times = {"data": len(gaps), "generation": 0, "rest": len(gaps), "forward": len(timed), "backward": len(timed)}
     times["optimizer"] = len(timed) // accumulate
     seconds = {part: times[part] * MILLISECONDS[part] / 1000 for part in PARTS}
     expected = {part: seconds[part] / sum(seconds.values()) for part in PARTS}

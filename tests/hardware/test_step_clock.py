@@ -52,7 +52,7 @@ def train(device: Device, clock: StepClock, steps: int, loading: float, after: f
     for step in range(steps):
         if step:
             device.host += loading + after
-            clock.mark("rest", loading)
+            clock.mark("rest", {"data": loading})
         for part, seconds in (("forward", 1.0), ("backward", 2.0), ("optimizer", 1.0)):
             device.host += 0.01
             device.ask(seconds)
@@ -116,8 +116,8 @@ def test_nothing_counts_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     clock.stop()
     clock.mark("backward")
     clock.start()
-    clock.mark("rest", waited=5.0)
-    assert clock.take() == dict.fromkeys(PARTS, 0.0) | {"forward": 2.0, "data": 5.0, "rest": 2.0}
+    clock.mark("rest", {"data": 3.0, "generation": 2.0})
+    assert clock.take() == dict.fromkeys(PARTS, 0.0) | {"forward": 2.0, "data": 3.0, "generation": 2.0, "rest": 2.0}
 
 
 def test_a_device_without_such_events_is_left_alone() -> None:

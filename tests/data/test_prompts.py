@@ -1,0 +1,69 @@
+"""Prompts: what a policy replies to, in which order, and what leaves no room for a reply."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+
+from lit_gpt_scratch.data import Prompts
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.checkable import prompts as generated
+
+
+@pytest.fixture
+def prompts(cache: Path) -> Callable[..., Prompts]:
+    def build(**changes: Any) -> Prompts:
+        data = Prompts(**({"cache": str(cache), "vocab_size": 300, "block_size": 96, "reply_tokens": 8} | changes))
+        data.prepare_data()
+        data.setup("test")
+        return data
+
+    return build
+
+
+def test_a_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts]) -> None:
+    data = prompts()
+    asked = {"\n".join(message["content"] for message in row.fields["prompt"]) for row in generated()}
+    for side in ("train", "validation", "test"):
+        numbers = range(data.n_prompts(side))
+        ids, texts = data.asked(side, numbers)
+        assert ids == data.prompt_ids(side)
+        assert set(texts) <= asked
+        for row, text in zip(ids, texts, strict=True):
+            said = data.tokenizer.decode(row)
+            assert said.endswith("<|assistant|>")
+            assert all(line in said for line in text.splitlines())
+    assert data.scoring(None).name == "full_stop"
+    assert data.scoring(None).function(["", ""], ["Yes.", "No"]) == [1.0, 0.0]
+
+
+def test_each_prompt_comes_once_before_any_comes_again(prompts: Callable[..., Prompts]) -> None:
+    data = prompts(seed=3)
+    n = data.n_prompts("train")
+    drawn = data.drawn(range(3 * n))
+    for first in range(0, 3 * n, n):
+        assert sorted(drawn[first : first + n]) == list(range(n))
+    assert drawn[:n] != drawn[n : 2 * n]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"block_size": 24, "reply_tokens": 8}, "has room for: 16; raise --data.block_size"),
+        ({"too_long": "cut"}, "data.too_long is cut"),
+        ({"reply_tokens": 96}, "leaves nothing of a data.block_size of 96"),
+    ],
+)
+def test_what_leaves_no_room_is_refused(prompts: Callable[..., Prompts], changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        prompts(**changes)
+
+
+def test_prompts_alone_teach_a_language_model_nothing(
+    prompts: Callable[..., Prompts], trainer: Callable[..., L.Trainer]
+) -> None:
+    with pytest.raises(UserError, match="LanguageModel learns nothing from prompts alone; --model PPO or GRPO"):
+        trainer(limit_val_batches=0).fit(LanguageModel(compile=False), prompts())
