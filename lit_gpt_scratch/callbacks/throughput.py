@@ -18,6 +18,7 @@ from lit_gpt_scratch.hardware.peak import peak_flops
 from lit_gpt_scratch.hardware.ranks import Agreement
 from lit_gpt_scratch.hardware.step_clock import PARTS, StepClock
 from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.tasks.phases import PhasedPolicy
 
 SHARES = tuple(f"throughput/{part}" for part in PARTS)
 """The shares' names in TensorBoard."""
@@ -28,9 +29,10 @@ class Throughput(Callback):
 
     - ``tokens``: seen in training so far, over all ranks.
     - ``tokens_per_second``: since the last log point.
-    - ``throughput/data``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: shares of a step's time on the first
-      rank, together 1. ``data`` is waiting for the next batch. ``optimizer`` is from the last backward pass to the
-      end of the step: clipping, the update, the schedule. ``rest`` is what callbacks and loggers do between steps.
+    - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: shares of a step's
+      time on the first rank, together 1. ``data`` is waiting for the next batch, ``generation`` writing and scoring
+      replies, where a policy learns from its own. ``optimizer`` is from the last backward pass to the end of the step:
+      clipping, the update, the schedule. ``rest`` is what callbacks and loggers do between steps.
       On a GPU they are shares of its own time: waiting for data that it was not kept from work by does not count.
       On other accelerators there are none, because their clocks cannot be read without waiting for them.
     - ``throughput/model_flops_utilisation``: of what the devices could do at best. A token costs ``6N + 12LdT``
@@ -82,9 +84,11 @@ class Throughput(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Start the clock where validation or the start of the run stopped it."""
-        waited = self._waiting.take()
+        apart = {"data": self._waiting.take()}
+        if isinstance(pl_module, PhasedPolicy):
+            apart["generation"] = pl_module.writing.take()
         if self._clock.running:
-            self._clock.mark("rest", waited)
+            self._clock.mark("rest", apart)
         elif self._warm:
             self._began = time.perf_counter()
             self._clock.start()

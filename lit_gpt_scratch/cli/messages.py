@@ -28,6 +28,10 @@ def quieten() -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
     # How many messages it takes to put a tensor together that is cut twice, and that gloo has no better one.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
+    # A start that a policy is held to drops nothing.
+    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training.*")
+    # Which is where a policy writes; the data module has no such hook.
+    warnings.filterwarnings("ignore", message="You have overridden .on_after_batch_transfer. in .LightningModule.*")
     # Lightning 2.6 under torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 

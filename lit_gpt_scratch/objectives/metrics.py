@@ -1,6 +1,7 @@
 """Metrics that add up right over batches and processes."""
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import torch
@@ -150,3 +151,27 @@ class PairMetric(Metric):
         """Begin anew."""
         super().reset()
         self.calibration.reset()
+
+
+class Sums(Metric):
+    """Sums by name, over batches and processes; what is made of them is the caller's to know.
+
+    Args:
+        names: Of the sums.
+    """
+
+    full_state_update = False
+    sums: Tensor
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__()
+        self.names = tuple(names)
+        self.add_state("sums", torch.zeros(len(names)), dist_reduce_fx="sum")
+
+    def update(self, more: Mapping[str, Tensor]) -> None:
+        """Add a scalar of each name."""
+        self.sums += torch.stack([more[name] for name in self.names])
+
+    def compute(self) -> dict[str, Tensor]:
+        """By name: float32 scalars."""
+        return dict(zip(self.names, self.sums, strict=True))

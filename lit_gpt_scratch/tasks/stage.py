@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
@@ -49,6 +49,18 @@ class Stage(Task):
         """How many labels there could be: as many in every micro-batch of a step, and on every rank."""
         return int(batch["labels"].numel())
 
+    @property
+    def learned(self) -> nn.Module:
+        """What the optimizer updates."""
+        return self.net
+
+    @property
+    def at_log_point(self) -> bool:
+        """Whether the step that is being made is logged."""
+        step = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
+        return bool(every) and (step == 0 or (step + 1) % every == 0)
+
     def build_metrics(self) -> Metric | MetricCollection:
         """What validation and test measure; its ``compute`` gives figures by name."""
         raise NotImplementedError
@@ -82,14 +94,14 @@ class Stage(Task):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer, with the schedule stepped after every update."""
-        optimizer = self.optimizer.build(self.net)
+        optimizer = self.optimizer.build(self.learned)
         self.average.follow(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _use_own_hyperparameters(self) -> None:
         """What the flags say of the optimizer, not what a checkpoint says; only its memory of gradients stays."""
-        fresh = self.optimizer.build(self.net)
+        fresh = self.optimizer.build(self.learned)
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
@@ -117,14 +129,11 @@ class Stage(Task):
             settle_gradients(self.net, self.device_mesh)
         if self.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
             self._weigh_gradient()
-        step = self.trainer.global_step
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        is_log_point = every and (step == 0 or (step + 1) % every == 0)
-        if is_log_point or self.judge is not None:
+        if self.at_log_point or self.judge is not None:
             sums = torch.stack((self._lost, self._counted.to(self._lost.dtype)))
             lost, counted = self.trainer.strategy.reduce(sums, reduce_op="sum")
             self.step_loss = lost / torch.where(counted > 0, counted, 1.0)
-        if is_log_point and self.step_loss is not None:
+        if self.at_log_point and self.step_loss is not None:
             self.log("train/loss", self.step_loss)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
             self.log("train/gradient_norm", total_norm(gradients(self)))

@@ -1,0 +1,159 @@
+"""A policy: a GPT that replies to prompts, and is told how good its replies are."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from typing_extensions import override
+
+from lit_gpt_scratch.batch import IGNORED, NumberedBatch
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.objectives.likelihood import token_logprobs
+from lit_gpt_scratch.objectives.metrics import Sums
+from lit_gpt_scratch.objectives.policy import kl_k1, token_entropy
+from lit_gpt_scratch.tasks.gpt_task import GPTTask
+from lit_gpt_scratch.tasks.reference import Reference
+from lit_gpt_scratch.tasks.rollouts import seeds, trimmed
+from lit_gpt_scratch.tasks.scoring import FunctionScore, ModelScore, is_run
+from lit_gpt_scratch.tasks.writing import PromptData, Writer
+
+LEARNED, MEASURED = 0, 1
+"""Purposes of a reply's seed. What is measured is drawn alike in every run."""
+
+
+class Policy(GPTTask):
+    """A GPT that replies to prompts, what it began with, and what says how good a reply is.
+
+    Validation and test let it reply to each prompt once: the mean ``reward``, the ``kl`` of a whole reply from the
+    start, the ``entropy`` of a token, the share of replies that are ``ended``; ``loss`` is what is maximised, negated:
+    ``kl_coefficient * kl - reward``.
+
+    Args:
+        reward: What says how good a reply is: the run of a reward model, a function of prompts and replies such as
+            ``my_file.my_reward``, or the name of a preference that can be checked; by default that of the data.
+        unended_score: The score of a reply that does not come to its end; by default it is scored as it is, and a
+            checkable preference gives it 0.
+        kl_coefficient: What a nat of KL from the start costs.
+        temperature: At which replies are written and their tokens' probabilities are taken.
+        rows_at_once: Replies that are written side by side.
+        kwargs: As for ``GPTTask``.
+
+    Raises:
+        UserError: A number is out of its range.
+    """
+
+    metrics: Sums
+
+    def __init__(
+        self,
+        reward: str | None = None,
+        unended_score: float | None = None,
+        kl_coefficient: float = 0.05,
+        temperature: float = 1.0,
+        rows_at_once: int = 256,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        refuse_out_of_range(1, rows_at_once=rows_at_once)
+        refuse_out_of_range(0, kl_coefficient=kl_coefficient)
+        refuse_not_positive(temperature=temperature)
+        self.reward = reward
+        self.unended_score = unended_score
+        self.kl_coefficient = kl_coefficient
+        self.temperature = temperature
+        self.rows_at_once = rows_at_once
+
+    @property
+    def prompted(self) -> PromptData:
+        """The data module, as one of prompts.
+
+        Raises:
+            UserError: It is none.
+        """
+        if not hasattr(self.data, "drawn"):
+            raise UserError(f"data: {type(self.data).__name__} has no prompts; {type(self).__name__} needs Prompts")
+        return cast(PromptData, self.data)
+
+    @override
+    def build_beside(self) -> Sequence[GPT]:
+        """The start, and what says how good a reply is."""
+        if self.device_mesh is not None:
+            raise UserError(f"{type(self).__name__} writes on each process by itself; --trainer.strategy ddp does, too")
+        self.reference = Reference(self.net, self.lora is not None)
+        data, unended = self.prompted, self.unended_score
+        score: ModelScore | FunctionScore
+        if is_run(self.reward):
+            score = ModelScore(str(self.reward), data.tokenizer_json, self.rows_at_once)
+            score.net.to(self.trainer.strategy.root_device)
+        else:
+            scoring = data.scoring(self.reward)
+            score = FunctionScore(scoring)
+            unended = scoring.unended if unended is None else unended
+        self.writer = Writer(self.net, data, score, unended, self.temperature, self.rows_at_once)
+        return ()
+
+    @override
+    def build_metrics(self) -> Sums:
+        return Sums(("reward", "kl", "ended", "entropy", "tokens", "replies"))
+
+    def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probability of each label, logits, and the stream: (B, T), (B, T, vocab_size), (B, T, n_embd)."""
+        stream = self.net.hidden(input_ids)
+        logits = self.net.read(stream) / self.temperature
+        return token_logprobs(logits, labels), logits, stream
+
+    def of_start(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Log-probability of each label, as the start has it: (B, T)."""
+        with self.reference.network() as start:
+            return token_logprobs(start(input_ids) / self.temperature, labels)
+
+    @override
+    def measure(self, batch: NumberedBatch) -> None:
+        side = "test" if self.trainer.testing else "validation"
+        there = self.prompted.n_prompts(side)
+        numbers = [number for number in batch["numbers"].tolist() if number < there]  # others fill the batch up
+        if not numbers:
+            return
+        rows = trimmed(self.writer.replies(side, numbers, seeds(0, MEASURED, numbers=numbers)))
+        logprobs, logits, _ = self(rows["input_ids"], rows["labels"])
+        within = rows["labels"] != IGNORED
+        sums = {
+            "reward": rows["scores"].sum(),
+            "kl": kl_k1(logprobs, self.of_start(rows["input_ids"], rows["labels"]))[within].sum(),
+            "ended": rows["ended"].sum(),
+            "entropy": token_entropy(logits)[within].sum(),
+            "tokens": within.sum(),
+            "replies": within.any(1).sum(),
+        }
+        self.metrics.update(sums)
+
+    @override
+    def figures(self) -> dict[str, Tensor]:
+        sums = self.metrics.compute()
+        tokens, replies = sums.pop("tokens"), sums.pop("replies")
+        entropy = sums.pop("entropy") / tokens
+        each = {name: value / replies for name, value in sums.items()}
+        return {"loss": self.kl_coefficient * each["kl"] - each["reward"], **each, "entropy": entropy}
+
+
+def refuse_out_of_range(least: float, **given: float) -> None:
+    """Refuse what is below; the command line knows types alone.
+
+    Raises:
+        UserError: One is.
+    """
+    for name, value in given.items():
+        if not value >= least:
+            raise UserError(f"model.{name} is {value}; it must be {least} or more")
+
+
+def refuse_not_positive(**given: float | None) -> None:
+    """Refuse 0 and less.
+
+    Raises:
+        UserError: One is.
+    """
+    for name, value in given.items():
+        if value is not None and not value > 0:
+            raise UserError(f"model.{name} is {value}; it must be positive")

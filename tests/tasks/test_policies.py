@@ -1,0 +1,296 @@
+"""Policies that learn from their own replies: what is kept of a phase, against the decoder and loops."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.data import Conversations, Preferences, Prompts
+from lit_gpt_scratch.decoding.generation import generate
+from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.objectives.policy import group_advantages
+from lit_gpt_scratch.optim import AdamW
+from lit_gpt_scratch.tasks import GRPO, PPO, Reward
+from lit_gpt_scratch.tasks.phases import PhasedPolicy
+from lit_gpt_scratch.tasks.rollouts import Rollouts, seeds
+
+Build = Callable[..., L.Trainer]
+SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
+POLICIES: dict[str, tuple[type[PhasedPolicy], dict[str, Any]]] = {
+    "PPO": (PPO, {}),
+    "PPO, adapters": (PPO, {"lora": LoRA(2)}),
+    "GRPO": (GRPO, {"group": 4}),
+}
+
+
+@pytest.fixture
+def data(cache: Path) -> Callable[..., Prompts]:
+    def build(**changes: Any) -> Prompts:
+        settings = {"cache": str(cache), "vocab_size": 300, "block_size": 96, "reply_tokens": 8, "batch_size": 4}
+        return Prompts(**(settings | {"validation_share": 0.04, "test_share": 0.04} | changes))
+
+    return build
+
+
+def policy(name: str, **changes: Any) -> PhasedPolicy:
+    kind, more = POLICIES[name]
+    settings = {"reward": "tests.own_reward.even_tokens", "optimizer": AdamW(1e-3), "compile": False}
+    return kind(gpt=SHAPE, **(settings | more | changes))
+
+
+class Seen(L.Callback):
+    """The batches of a training, and what the policy says of each before it is learned from."""
+
+    def __init__(self) -> None:
+        self.batches: list[dict[str, Tensor]] = []
+        self.logprobs: list[Tensor] = []
+        self.rollouts: list[Rollouts] = []
+        self.weights: list[dict[str, Tensor]] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.batches.append(batch)
+        with torch.no_grad():
+            self.logprobs.append(pl_module(batch["input_ids"], batch["labels"])[0])
+        if not self.rollouts or self.rollouts[-1] is not pl_module._rollouts:
+            self.rollouts.append(pl_module._rollouts)
+            self.weights.append({name: each.clone() for name, each in pl_module.net.state_dict().items()})
+
+
+@pytest.fixture
+def run(trainer: Build, data: Callable[..., Prompts]) -> Callable[..., tuple[PhasedPolicy, Seen]]:
+    def fitted(name: str, steps: int = 4, accumulate: int = 1, more: Any = None, **changes: Any) -> Any:
+        L.seed_everything(0)
+        seen, task = Seen(), policy(name, **({"steps_per_phase": 2, "passes": 2} | changes))
+        made = trainer(max_steps=steps, limit_val_batches=0, callbacks=[seen], accumulate_grad_batches=accumulate)
+        made.fit(task, data(**(more or {})))
+        return task, seen
+
+    return fitted
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", POLICIES)
+def test_before_an_update_the_ratio_is_exactly_one_and_the_kl_exactly_zero(
+    run: Callable[..., Any], name: str, accumulate: int
+) -> None:
+    """Bit for bit, rows of any lengths, at the first step of each phase; the KL in the first phase."""
+    _, seen = run(name, 8, accumulate)
+    assert len(seen.rollouts) == 2
+    steps = range(0, len(seen.batches), accumulate)
+    for number, first in enumerate(steps):
+        for batch, now in list(zip(seen.batches, seen.logprobs, strict=True))[first : first + accumulate]:
+            assert torch.equal(batch["logprobs"], now) == (number % 4 == 0)
+            if number < 4:
+                assert torch.equal(batch["logprobs"], batch["reference"])
+    assert seen.rollouts[0].figures["kl"] == 0.0
+    assert seen.rollouts[1].figures["kl"] != 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[..., Any], temperature: float) -> None:
+    """A reply depends on weights, prompt, seed and its number; its log-probabilities agree within 1e-5."""
+    task, seen = run("GRPO", 8, temperature=temperature, rows_at_once=3)
+    assert len(seen.rollouts) == 2
+    for rollouts, weights in zip(seen.rollouts, seen.weights, strict=True):
+        task.net.load_state_dict(weights)
+        rows, end = rollouts.rows, task.data.tokenizer.end_of_text
+        n = len(rows["labels"])
+        for row in range(n):
+            number = rollouts.phase * n + row
+            [place] = task.prompted.drawn([number // 4])
+            [prompt], [asked] = task.prompted.asked("train", [place])
+            logprobs: list[list[float]] = [[]]
+            sampling = Sampling(temperature=temperature, top_k=None)
+            [seed] = seeds(0, 0, numbers=[number])
+            reply = [
+                token for _, token in generate(task.net.eval(), [prompt], 8, sampling, [seed], end, logprobs=logprobs)
+            ]
+            written = [token for token in reply if token is not None]
+            ended = len(written) < 8
+            within = rows["labels"][row] != IGNORED
+            assert rows["labels"][row][within].tolist() == [*written, *([end] if ended else [])]
+            assert rows["input_ids"][row, : len(prompt)].tolist() == prompt
+            assert within.nonzero()[0].item() == len(prompt) - 1
+            torch.testing.assert_close(rows["logprobs"][row][within], torch.tensor(logprobs[0]), rtol=0, atol=1e-5)
+            said = task.data.tokenizer.decode(written)
+            assert rows["scores"][row] == sum(ord(character) % 2 == 0 for character in said)
+            assert rows["ended"][row] == ended
+            assert asked.splitlines()[-1] in task.data.tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+def test_what_fills_rows_up_counts_for_nothing(run: Callable[..., Any], name: str) -> None:
+    """Other tokens behind the replies, other numbers at prompts and behind: the loss and its gradient are the same."""
+    task, seen = run(name, 2, entropy_coefficient=0.1)
+    batch = seen.batches[-1]
+    labels = batch["labels"]
+    within = labels != IGNORED
+    behind = within.flip(1).cumsum(1).flip(1) == 0
+    dirty = {each: value.clone() for each, value in batch.items()}
+    dirty["input_ids"][behind] = 7
+    for each in {"logprobs", "reference", "values", "returns", "advantages"} & dirty.keys():
+        if dirty[each].ndim > 1:
+            dirty[each][~within] = 5.0
+
+    def learned(given: dict[str, Tensor]) -> list[Tensor]:
+        task.zero_grad()
+        lost, counted = task.losses(given)
+        (lost / counted).backward()
+        return [lost.detach(), *(p.grad for p in task.parameters() if p.grad is not None)]
+
+    task.trainer.training = True
+    for clean, other in zip(learned(batch), learned(dirty), strict=True):
+        torch.testing.assert_close(clean, other, rtol=1e-4, atol=1e-6)
+
+
+def test_replies_to_a_prompt_stand_together_and_are_compared(run: Callable[..., Any]) -> None:
+    _, seen = run("GRPO", 4, steps_per_phase=4, group=8)
+    rows = seen.rollouts[0].rows
+    assert len(rows["scores"]) == 16
+    torch.testing.assert_close(rows["advantages"], group_advantages(rows["scores"], 8))
+    prompt = [
+        row[: (labels != IGNORED).nonzero()[0] + 1].tolist()
+        for row, labels in zip(rows["input_ids"], rows["labels"], strict=True)
+    ]
+    assert prompt[:8] == [prompt[0]] * 8
+    assert prompt[8:] == [prompt[8]] * 8
+    assert prompt[0] != prompt[8]
+
+
+@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+def test_the_coefficient_follows_its_target(run: Callable[..., Any], name: str) -> None:
+    """The first KL is 0, which is a fifth too little and more: less by 2 % in the next phase. And it is what counts."""
+    _, seen = run(name, 9, kl_target=1.0, kl_coefficient=0.5)
+    assert [rollouts.coefficient for rollouts in seen.rollouts] == pytest.approx([0.5, 0.5 * 0.98, 0.5 * 0.98**2])
+    _, fixed = run(name, 9, kl_coefficient=0.5)
+    assert [rollouts.coefficient for rollouts in fixed.rollouts] == [0.5] * 3
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
+    trainer: Build, data: Callable[..., Prompts], name: str
+) -> None:
+    """What is written by chance has letters for half of its characters."""
+    L.seed_everything(0)
+    seen = Seen()
+    settings = {"reward": "tests.own_reward.letters", "optimizer": AdamW(0.02, weight_decay=0.0), "kl_coefficient": 0.0}
+    task = policy(name, **settings, steps_per_phase=1, passes=2)
+    trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=32, reply_tokens=2))
+    rewards = [rollouts.figures["reward"] for rollouts in seen.rollouts]
+    assert sum(rewards[:2]) / 2 < 0.6
+    assert sum(rewards[-2:]) / 2 > 0.85
+    with task.reference.network() as start:
+        if start is not task.net:
+            for before, after in zip(seen.weights[0].values(), start.state_dict().values(), strict=True):
+                assert torch.equal(before, after)
+
+
+def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
+    """All replies are worth the same: a critic knows it, and nothing is left to be surprised of."""
+    seen = Seen()
+    task = policy("PPO", reward="python_expression", unended_score=0.5, gae_lambda=1.0, kl_coefficient=0.0,
+                  value_clip=None, value_coefficient=1.0, whitening=False, optimizer=AdamW(3e-3))  # fmt: skip
+    trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=8, reply_tokens=2))
+    rows = seen.rollouts[-1].rows
+    ends = (rows["labels"] != IGNORED) & (rows["ended"] == 0)[:, None]
+    assert seen.rollouts[0].rows["values"].abs().max() == 0
+    torch.testing.assert_close(rows["values"][ends], torch.full_like(rows["values"][ends], 0.5), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("reward", "said"),
+    [
+        ("tests.own_reward.not_a_number", "tests.own_reward.not_a_number gave nan for the reply"),
+        ("tests.own_reward.too_few", r"gave a shape of \(1,\) for 8 replies; it must give one number for each"),
+        ("tests.own_reward.words", "gave list, no numbers"),
+        ("tests.own_reward.NUMBER", "which is int, not a function"),
+        ("tests.own_reward.nothing", "cannot be imported"),
+        ("no_file.reward", "No module named"),
+        ("polite", "there is none; name a run, a function such as my_file.my_reward, or one of full_stop"),
+        ("runs/nowhere", "model.reward: no checkpoint"),
+    ],
+)
+def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str, said: str) -> None:
+    with pytest.raises(UserError, match=said) as raised:
+        run("PPO", reward=reward)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "said"),
+    [
+        ("GRPO", {"group": 3}, "model.group is 3, but a phase has 8 replies"),
+        ("GRPO", {"group": 1}, "model.group is 1; it must be 2 or more"),
+        ("PPO", {"passes": 0}, "model.passes is 0"),
+        ("PPO", {"steps_per_phase": 0}, "model.steps_per_phase is 0"),
+        ("PPO", {"clip": 0.0}, "model.clip is 0.0; it must be positive"),
+        ("PPO", {"temperature": 0.0}, "model.temperature is 0.0; it must be positive"),
+        ("PPO", {"kl_target": -1.0}, "model.kl_target is -1.0"),
+        ("PPO", {"kl_coefficient": -1.0}, "model.kl_coefficient is -1.0"),
+        ("PPO", {"gamma": 1.5}, "model.gamma is 1.5; it must be between 0 and 1"),
+        ("PPO", {"value_clip": 0.0}, "model.value_clip is 0.0"),
+        ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
+    ],
+)
+def test_impossible_policies_are_refused(
+    run: Callable[..., Any], name: str, changes: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        run(name, **changes)
+
+
+def test_a_policy_needs_prompts_and_something_that_judges(
+    run: Callable[..., Any], trainer: Build, tmp_path: Path, cache: Path
+) -> None:
+    with pytest.raises(UserError, match="Conversations has no prompts; PPO needs Prompts"):
+        trainer().fit(policy("PPO"), Conversations(cache=str(cache), vocab_size=300))
+    (tmp_path / "asked.jsonl").write_text("\n".join(f'{{"prompt": "Count to {n}."}}' for n in range(60)))
+    with pytest.raises(UserError, match="nothing says how good a reply is"):
+        run("PPO", reward=None, more={"source": str(tmp_path / "asked.jsonl"), "vocab_size": None})
+
+
+@pytest.fixture
+def judge(trainer: Build, cache: Path, tmp_path: Path) -> Callable[..., tuple[Reward, str]]:
+    """A reward model and its checkpoint."""
+
+    def trained(**changes: Any) -> tuple[Reward, str]:
+        settings = {"cache": str(cache), "vocab_size": 300, "block_size": 96, "batch_size": 4}
+        task, made = Reward(SHAPE, compile=False), trainer(max_steps=2, limit_val_batches=0)
+        made.fit(task, Preferences(**(settings | changes)))
+        made.save_checkpoint(tmp_path / "judge.ckpt")
+        return task, str(tmp_path / "judge.ckpt")
+
+    return trained
+
+
+def test_a_reward_model_is_asked_as_it_was_trained(
+    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]], data: Callable[..., Prompts], tmp_path: Path
+) -> None:
+    tokens = data()
+    tokens.prepare_data()
+    tokens.tokenizer.save(tmp_path / "tokenizer.json")
+    same = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": None}
+    model, path = judge(**same)
+    _, seen = run("PPO", reward=path, more=same)
+    rows = seen.rollouts[0].rows
+    for ids, labels, score in zip(rows["input_ids"], rows["labels"], rows["scores"], strict=True):
+        last = int((labels != IGNORED).nonzero()[-1])
+        whole = torch.cat((ids[: last + 1], labels[last : last + 1]))
+        expected = model.eval()(whole[None], torch.tensor([len(whole)]))[0]
+        torch.testing.assert_close(score, expected.detach(), rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_with_another_tokenizer_is_refused(
+    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]]
+) -> None:
+    _, path = judge(vocab_size=280)
+    with pytest.raises(UserError, match=r"model.reward: the reward model .* was trained with another tokenizer"):
+        run("PPO", reward=path)
