@@ -67,6 +67,10 @@ class PhasedPolicy(Policy):
         """How much better each token was than expected, as ``advantages``, and whatever else is learned: (N, T)."""
         raise NotImplementedError
 
+    @override
+    def positions(self, batch: dict[str, Tensor]) -> int:
+        return len(batch["labels"]) * self.data.block_size  # each micro-batch is as wide as its longest row
+
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Give the rows of a training batch what is known of them; at the first of a phase, write them."""
         if not self.trainer.training:

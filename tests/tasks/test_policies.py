@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
+from lit_gpt_scratch.data.phases import own_rows
 from lit_gpt_scratch.decoding.generation import generate
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.errors import UserError
@@ -18,9 +19,10 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.objectives.policy import group_advantages
 from lit_gpt_scratch.optim import AdamW
+from lit_gpt_scratch.optim.parts import gradients, total_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
 from lit_gpt_scratch.tasks.phases import PhasedPolicy
-from lit_gpt_scratch.tasks.rollouts import Rollouts, seeds
+from lit_gpt_scratch.tasks.rollouts import Rollouts, gathered, seeds
 
 Build = Callable[..., L.Trainer]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
@@ -54,6 +56,15 @@ class Seen(L.Callback):
         self.logprobs: list[Tensor] = []
         self.rollouts: list[Rollouts] = []
         self.weights: list[dict[str, Tensor]] = []
+        self.norms: list[float] = []
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
+        """Before the gradient is weighed; its norm is looked at when it was."""
+        self._due = True
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+        if self.__dict__.pop("_due", False):
+            self.norms.append(total_norm(gradients(pl_module)).item())
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
@@ -124,6 +135,26 @@ def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[...
             assert rows["scores"][row] == sum(ord(character) % 2 == 0 for character in said)
             assert rows["ended"][row] == ended
             assert asked.splitlines()[-1] in task.data.tokenizer.decode(prompt)
+
+
+@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+def test_a_step_is_the_same_however_it_is_dealt_out(run: Callable[..., Any], name: str) -> None:
+    """In micro-batches of other widths, with other numbers of tokens."""
+    found = []
+    for accumulate, batch_size in ((1, 12), (3, 4)):
+        _, seen = run(name, 4, accumulate, more={"batch_size": batch_size}, temperature=3.0)
+        found.append((seen.norms, seen.rollouts[0]))
+    (one, rollouts), (three, others) = found
+    assert len({batch["labels"].size(1) for batch in seen.batches}) > 1
+    assert torch.equal(rollouts.rows["input_ids"], others.rows["input_ids"])
+    assert three == pytest.approx(one, rel=1e-4)
+
+
+def test_rows_of_ranks_are_put_in_the_order_of_the_phase() -> None:
+    """Two ranks with three micro-batches of two rows, numbered as they are dealt out."""
+    ranks = torch.stack([torch.from_numpy(own_rows(2, rank, 2, 12)) for rank in range(2)])
+    assert gathered(ranks[0], ranks, 2).tolist() == list(range(12))
+    assert gathered(ranks[0][:, None], ranks[..., None], 2).squeeze(1).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
