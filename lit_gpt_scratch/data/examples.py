@@ -1,10 +1,10 @@
-"""Records in tokens, and what becomes of those that are too long."""
+"""Records, their tokens, and what becomes of those that are too long."""
 
 import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple, get_args
+from typing import Final, Literal, NamedTuple, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,14 @@ log = logging.getLogger(__name__)
 
 TooLong = Literal["refuse", "cut", "drop"]
 TOO_LONG: Final[tuple[TooLong, ...]] = get_args(TooLong)
+
+
+class Record(Protocol):
+    """What a row says."""
+
+    @property
+    def texts(self) -> Sequence[str]:
+        """Its texts: what a tokenizer learns from, and what copies agree in."""
 
 
 @dataclass(frozen=True)

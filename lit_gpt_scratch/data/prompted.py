@@ -6,9 +6,10 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
+from lit_gpt_scratch.data.examples import Record
 from lit_gpt_scratch.data.ordered import refuse_not_positive, refuse_null
 from lit_gpt_scratch.data.record_split import Side
-from lit_gpt_scratch.data.records import Record, RecordData
+from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template
 from lit_gpt_scratch.text.checkable import checkable as named
 

@@ -16,12 +16,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Protocol, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.starting import start_tokenizer
-from lit_gpt_scratch.data.examples import TOO_LONG, Count, Encoded, Example, TooLong, digest, fitted
+from lit_gpt_scratch.data.examples import TOO_LONG, Count, Encoded, Example, Record, TooLong, digest, fitted
 from lit_gpt_scratch.data.ordered import Arrangement, OrderedData, refuse_not_positive, refuse_null
 from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide, held_out
 from lit_gpt_scratch.data.record_tokenizer import one_of_both, trained_once
@@ -33,14 +33,6 @@ from lit_gpt_scratch.text.sources import Source
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-
-
-class Record(Protocol):
-    """What a row says."""
-
-    @property
-    def texts(self) -> Sequence[str]:
-        """Its texts: what a tokenizer learns from, and what copies agree in."""
 
 
 R = TypeVar("R", bound=Record)
