@@ -26,7 +26,7 @@ from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
 log = logging.getLogger(__name__)
 
-READ: Final = 500_000
+READ: Final = 250_000
 """Tokens of the training text that are searched for passages that come again, in a tenth of a second."""
 FILE: Final = "doctor.json"
 

@@ -48,7 +48,7 @@ def beginning(e: Evidence) -> float:
     """The loss that a run begins with: that of who knows nothing, or of what it begins with."""
     chance = e.fact("run/chance_loss")
     first = e["train/loss"].values[0]
-    return first if e.fact("run/begins_trained") or not math.isfinite(chance) else chance
+    return first if e.fact("run/begins_trained") == 1 or not math.isfinite(chance) else chance
 
 
 def _steps_at_peak(rate: Curve, step: int) -> int:
@@ -73,7 +73,7 @@ def not_falling(e: Evidence) -> Finding | None:
     whose = "what it began with" if trained else "that of a model that knows nothing"
     evidence = f"{now:.2f} after {loss.step + 1:,} steps, and {began:.2f} is {whose}"
     if now > (ABOVE_TRAINED if trained else ABOVE) * began and min(loss.values) > (1 - FALLEN) * began:
-        return Finding(evidence, *_too_high(e, peak))
+        return Finding(evidence, *too_high(e))
     long_enough = _steps_at_peak(rate, loss.step) >= (SHORT if e.over else LONG)
     if trained or not long_enough:
         return None  # what is trained may know all that there is to learn
@@ -83,15 +83,17 @@ def not_falling(e: Evidence) -> Finding | None:
     bits, counting = e.fact("val/bits_per_byte"), e.fact("baselines/unigram")
     if bits > NO_BETTER * counting:
         evidence = f"{bits:.2f} bits per byte of the validation text; counting its tokens alone takes {counting:.2f}"
-        return Finding(evidence, *_too_high(e, peak))
+        return Finding(evidence, *too_high(e))
     return None
 
 
-def _too_high(e: Evidence, peak: float) -> tuple[str, str]:
+def too_high(e: Evidence) -> tuple[str, str]:
+    """Cause and flag, where steps go too far."""
+    peak = max(e["train/learning_rate"].values, default=math.nan)
     if not math.isfinite(peak):
         return "the learning rate is too high", f"a tenth of it: --model.optimizer.lr; {SWEEP}"
     if e.fact("run/warmup_steps") == 0:
-        behind = ": norms behind the addition need a warm-up" if e.fact("run/post_norm") else ""
+        behind = ": norms behind the addition need a warm-up" if e.fact("run/post_norm") == 1 else ""
         steps = max(20, int(e.fact("run/steps") / 5)) if math.isfinite(e.fact("run/steps")) else 200
         return (
             f"the learning rate, {peak:.2g}, is too high for the first steps{behind} (https://arxiv.org/abs/2002.04745)",
@@ -105,9 +107,8 @@ def too_large(e: Evidence) -> Finding | None:
     stream = e[STREAM]
     if len(stream) < 2 or not stream.last > GROWN * max(stream.values[0], 1.0):
         return None
-    peak = max(e["train/learning_rate"].values, default=math.nan)
     evidence = f"the stream behind the first block is of size {stream.last:.2g}, and began at {stream.values[0]:.2g}"
-    return Finding(evidence, *_too_high(e, peak))
+    return Finding(evidence, *too_high(e))
 
 
 def too_small(e: Evidence) -> Finding | None:
@@ -117,7 +118,7 @@ def too_small(e: Evidence) -> Finding | None:
     warm = e.step >= e.fact("run/warmup_steps") and rate.last >= AT_PEAK * peak
     moved = [(e[name].last, name.rpartition("/")[2]) for name in UPDATES if len(e[name]) and e[name].step == e.step]
     ratio, part = min(moved, default=(math.nan, ""))
-    if not (ratio < SMALL and warm) or e.fact("run/begins_trained"):
+    if not (ratio < SMALL and warm) or e.fact("run/begins_trained") == 1:
         return None
     flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
     evidence = f"step {e.step} moved {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is usual"
@@ -133,8 +134,7 @@ def divergence(e: Evidence) -> Finding | None:
     now = loss.median(FEW)
     if not (best < (1 - FALLEN) * beginning(e) and now > (1 + RISEN) * best + LITTLE):
         return None
-    peak = max(e["train/learning_rate"].values, default=math.nan)
-    return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *_too_high(e, peak))
+    return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *too_high(e))
 
 
 def overfitting(e: Evidence) -> Finding | None:

@@ -60,7 +60,7 @@ def budget(e: Evidence) -> Finding | None:
     each = tokens / e.fact("run/parameters") if e.fact("run/parameters") else CHINCHILLA
     epochs = tokens / e.fact("run/train_tokens") if e.fact("run/train_tokens") else 0.0
     far = each < CHINCHILLA / FAR or each > CHINCHILLA * FAR
-    if not far or e.fact("run/begins_trained") or epochs > MANY_EPOCHS:
+    if not far or e.fact("run/begins_trained") == 1 or epochs > MANY_EPOCHS:
         return None
     steps = max(1, round(CHINCHILLA * e.fact("run/parameters") / e.fact("run/tokens_per_step")))
     size, length = ("large", "short") if each < CHINCHILLA else ("small", "long")

@@ -5,8 +5,8 @@ from typing import Final
 
 from lit_gpt_scratch.diagnosis.evidence import Evidence
 from lit_gpt_scratch.diagnosis.examination import Finding
-from lit_gpt_scratch.diagnosis.losses import has_learned
-from lit_gpt_scratch.diagnosis.spikes import RATIO, WIDTH, Watch
+from lit_gpt_scratch.diagnosis.losses import has_learned, too_high
+from lit_gpt_scratch.diagnosis.spikes import DEVIATIONS, RATIO, WIDTH, Watch
 
 OFF: Final = 0.0
 """The guard's first mode, as ``run/guard`` has it."""
@@ -16,6 +16,8 @@ FEW: Final = 3
 """Points whose median is what a curve is at now."""
 WAITS: Final = 0.25
 """Share of a step. In healthy runs it is 0.01 to 0.04."""
+EARLY: Final = 0.25
+"""Of the run. Without a warm-up, what stands out so early is its doing."""
 SAID: Final = 4
 """Lines of what the guard says of a step: numbers, where, and the hardest window."""
 LOOKED_AT: Final = ("train/loss", "train/gradient_norm", "val/loss")
@@ -52,11 +54,13 @@ def spike(e: Evidence) -> Finding | None:
         return None
     act = e.fact("run/guard") == ACTS
     cause = "a batch unlike the others; look at its documents, or clean them"
+    early = e.fact("run/warmup_steps") == 0 and e.step < EARLY * e.fact("run/steps")
     guarded = e["guard/spike"]
     if len(guarded) and guarded.step == e.step:
         said = _where(e, "guard/spike/where")
         flag = "--data.cleaning+=lit_gpt_scratch.text.quality.GopherQuality" if act else "--guard act"
-        return Finding(f"{guarded.last:.1f} deviations above the median loss; {said}", cause, flag)
+        above = f"{guarded.last:.1f} deviations above the median; " if guarded.last > DEVIATIONS else ""
+        return Finding(above + said, *(too_high(e) if early else (cause, flag)))
     loss = e["train/loss"]
     if e.fact("run/guard") > OFF or loss.step != e.step or not math.isfinite(loss.last):
         return None
@@ -65,7 +69,8 @@ def spike(e: Evidence) -> Finding | None:
     watch.norms.append(1.0)
     if watch.judge(loss.last, 1.0) is None:
         return None
-    return Finding(f"loss {loss.last:.3f}, {watch.deviations:.1f} deviations above the median", cause, "--guard act")
+    evidence = f"{watch.deviations:.1f} deviations above the median; loss {loss.last:.4g}"
+    return Finding(evidence, *(too_high(e) if early else (cause, "--guard act")))
 
 
 def exploding(e: Evidence) -> Finding | None:

@@ -176,6 +176,7 @@ SHAPES = [
 ]  # fmt: skip
 
 
+@pytest.mark.timeout(3600)
 def test_twenty_healthy_runs_raise_one_false_alarm_at_most(examine: Any) -> None:
     alarms = []
     for number in range(20):
