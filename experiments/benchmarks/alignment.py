@@ -1,0 +1,72 @@
+"""PPO and GRPO on a preference that can be checked: what share of replies is as it should be, before and after.
+
+    python experiments/benchmarks/alignment.py [--seeds 5] [--runs DIR] [--reward model]
+
+A base is trained on the standard library (or on `--text`, given as to `--data.source`), tuned to reply (`start.yaml`),
+and then aligned by `ppo.yaml` and `grpo.yaml`, once for each seed. What rewards is the preference itself, a full stop
+at the end, or with `--reward model` a model that was trained on pairs of replies (`reward.yaml`).
+
+`true reward` is that of replies to the test's prompts, drawn as the model's probabilities are, and `KL` how far a reply
+is from the start, in nats, on average. A seed counts if it reaches `GOAL` within `BUDGET`. The base, the start and the
+reward model are made once.
+"""
+
+import argparse
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Final
+
+from spam import EXPERIMENTS, fit
+
+ALIGN = EXPERIMENTS.parent / "align"
+GOAL: Final = 0.9
+BUDGET: Final = 10.0
+"""Nats of a reply."""
+
+
+def main() -> None:
+    """Take all stages, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--text", help="for the base; by default the standard library")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, help="what is there already is not made again")
+    parser.add_argument("--reward", choices=["checkable", "model"], default="checkable")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        runs = given.runs or Path(folder)
+        text = [f"--data.source={given.text}"] if given.text else []
+        root, began = fit(runs, "root", given.threads, f"--config={EXPERIMENTS / 'base.yaml'}", *text)
+        start, tuned = fit(
+            runs, "start", given.threads, f"--config={ALIGN / 'start.yaml'}", f"--model.init_from={root}"
+        )
+        from_start, reward = [f"--model.init_from={start}"], ["--model.reward=full_stop"]
+        print(
+            f"{platform.system()} {platform.machine()}, {given.threads} threads\n"
+            f"base: {began['parameters']:,} parameters, {began['tokens']:,} tokens, {began['wall']:.0f} s; "
+            f"start: test/loss {tuned['test/loss']:.3f}, {tuned['wall']:.0f} s"
+        )
+        if given.reward == "model":
+            path, learned = fit(runs, "reward", given.threads, f"--config={ALIGN / 'reward.yaml'}", *from_start)
+            reward = [f"--model.reward={path}"]
+            print(f"reward model: accuracy {learned['test/accuracy']:.1%} on held-out pairs, {learned['wall']:.0f} s")
+        print(f"\n{'':6}{'seed':>5}{'start':>8}{'true reward':>13}{'KL':>7}{'tokens':>8}{'writing':>9}{'seconds':>9}")
+        for task in ("ppo", "grpo"):
+            reached = 0
+            for seed in range(given.seeds):
+                name, flags = f"{task}_{given.reward}_{seed}", [*from_start, *reward, f"--seed_everything={seed}"]
+                _, after = fit(runs, name, given.threads, f"--config={ALIGN / task}.yaml", *flags)
+                reached += after["test/true_reward"] >= GOAL and after["test/kl"] <= BUDGET
+                print(
+                    f"{task:6}{seed:5}{after['baselines']['true_reward']:8.1%}{after['test/true_reward']:13.1%}"
+                    f"{after['test/kl']:7.2f}{after['test/reply_tokens']:8.1f}{after['throughput']['generation']:9.0%}"
+                    f"{after['wall']:9.0f}",
+                    flush=True,
+                )
+            print(f"{task}: {reached} of {given.seeds} seeds reach {GOAL:.0%} within {BUDGET:.0f} nats")
+
+
+if __name__ == "__main__":
+    main()
