@@ -18,7 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-from spam import EXPERIMENTS, fit
+from fitting import EXPERIMENTS, fit
 
 ALIGN = EXPERIMENTS.parent / "align"
 GOAL: Final = 0.9

@@ -19,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
-from spam import EXPERIMENTS, fit
+from fitting import EXPERIMENTS, fit
 
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint

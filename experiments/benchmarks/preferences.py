@@ -22,7 +22,7 @@ import warnings
 from pathlib import Path
 
 import lightning as L
-from spam import EXPERIMENTS, fit
+from fitting import EXPERIMENTS, fit
 
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.tasks import DPO

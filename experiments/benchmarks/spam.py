@@ -15,46 +15,20 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
+from fitting import EXPERIMENTS, fit
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
 from lit_gpt_scratch.data import LabelledText
 
-EXPERIMENTS = Path(__file__).parents[1] / "finetune"
 COLUMNS = {"text_column": "message", "label_column": "labels"}
 STAGES = {"all parameters": "spam.yaml", "LoRA": "spam_lora.yaml"}
-
-
-def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, dict[str, Any]]:
-    """Run `fit`, if that was not done before: the folder that it leaves, and its summary, with ``wall``.
-
-    Those are the seconds of the whole process, from its start to its end.
-    """
-    for done in (runs / experiment).glob("*/wall.json"):
-        return done.parent, json.loads(done.read_text(encoding="utf-8"))
-    began = time.perf_counter()
-    outcome = subprocess.run(
-        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={runs}", f"--experiment={experiment}"],
-        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-        capture_output=True,
-        text=True,
-    )
-    if outcome.returncode:
-        sys.exit(f"{' '.join(flags)} failed:\n{outcome.stderr[-2000:]}")
-    path = max((runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | {"wall": time.perf_counter() - began}
-    path.with_name("wall.json").write_text(json.dumps(summary), encoding="utf-8")
-    return path.parent, summary
 
 
 def key(text: str) -> str:

@@ -30,7 +30,7 @@ COMMANDS = [
     for part in line.split("#")[0].split("&&")
     if part.strip()
 ]
-[OWN, BY_HAND] = [block for language, block in BLOCKS if language == "python"]
+[OWN, REWARD, BY_HAND] = [block for language, block in BLOCKS if language == "python"]
 assert OWN.startswith("# my_attention.py\n")
 [DIFF] = [block for language, block in BLOCKS if language == "diff"]
 DOOR_COMMANDS = [command for command in COMMANDS if "lit_gpt_scratch." in command]
@@ -57,7 +57,8 @@ def newcomers_folder(trained: Trained, small: list[str], tmp_path: Path, monkeyp
         (tmp_path / "my_texts" / f"{seed}.txt").write_text(sentences(seed), encoding="utf-8")
     for name, prose in sorted(topics.items())[:12]:  # what the interpreter's help() shows: English that a filter keeps
         (tmp_path / "my_texts" / f"{name}.txt").write_text(prose, encoding="utf-8")
-    (tmp_path / "my_attention.py").write_text(OWN, encoding="utf-8")
+    for name, own in (("attention", OWN), ("reward", REWARD)):
+        (tmp_path / f"my_{name}.py").write_text(own, encoding="utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
     rows = "".join(f"x\t{sentences(seed, 3)!r}\n" for seed in range(40))
     (tmp_path / "my_table.tsv").write_text(f"label\tmessage\n{rows}", encoding="utf-8")
@@ -136,11 +137,14 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
                 flags += [f"--data.source={newcomers_folder / 'my_texts'}"]
             if "experiments/align" in line and "start.yaml" not in line:
                 flags += ["--data.reply_tokens=4"]
+            writes = "ppo.yaml" in line or "grpo.yaml" in line
+            if "grpo.yaml" in line:
+                flags += ["--model.group=4"]
             kept = [f for f in SHORT if not any(name in f for name in ("n_embd", "tokens_per_step", *tuned))]
             flags += [
                 *kept,
                 f"--data.cache={cache}",
-                *(["--data.too_long=cut"] if tuned else ["--data.validation_share=0.3"]),
+                *([f"--data.too_long={'drop' if writes else 'cut'}"] if tuned else ["--data.validation_share=0.3"]),
             ]
         elif "--ckpt_path" not in flags:
             named = {"--data.source", "--data.mixture"} & set(flags)

@@ -1,0 +1,33 @@
+"""Runs of ``fit`` for benchmarks of several stages, each in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+EXPERIMENTS = Path(__file__).parents[1] / "finetune"
+
+
+def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, dict[str, Any]]:
+    """Run `fit`, if that was not done before: the folder that it leaves, and its summary, with ``wall``.
+
+    Those are the seconds of the whole process, from its start to its end.
+    """
+    for done in (runs / experiment).glob("*/wall.json"):
+        return done.parent, json.loads(done.read_text(encoding="utf-8"))
+    began = time.perf_counter()
+    outcome = subprocess.run(
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={runs}", f"--experiment={experiment}"],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+    )
+    if outcome.returncode:
+        sys.exit(f"{' '.join(flags)} failed:\n{outcome.stderr[-2000:]}")
+    path = max((runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | {"wall": time.perf_counter() - began}
+    path.with_name("wall.json").write_text(json.dumps(summary), encoding="utf-8")
+    return path.parent, summary
