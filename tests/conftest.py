@@ -12,6 +12,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -19,6 +20,9 @@ from lit_gpt_scratch.tasks import LanguageModel
 from lit_gpt_scratch.text.shards import Shard, Stream
 
 pytest_plugins = ["tests.lacking"]
+# A busy machine is no fault of what is tested.
+settings.register_profile("without a clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("without a clock")
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 

@@ -41,7 +41,7 @@ def progress(batches: int, total: int) -> dict[str, Any]:
 
 
 @given(data=st.data(), windows_per_step=st.integers(1, 12), left_over=st.integers(0, 11), seed=st.integers(0, 3))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_any_sessions_see_the_windows_of_one(
     data: st.DataObject, windows_per_step: int, left_over: int, seed: int
 ) -> None:

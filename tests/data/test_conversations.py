@@ -32,7 +32,7 @@ RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text
     block_size=st.integers(14, 30),
     policy=st.sampled_from(["best_fit", "one_document"]),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_windows_hold_every_record_whole_and_once(
     records: list[list[int]], block_size: int, policy: PlannedPolicy
 ) -> None:

@@ -22,7 +22,7 @@ FILL = 99
     block_size=st.sampled_from([21, 24, 64]),
     data=st.data(),
 )
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
     rows = LabelledRows([Encoded(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL)
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))

@@ -43,7 +43,7 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1))))
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_best_fit_is_its_definition(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
     fill = np.bincount(best_fit(np.array(lengths), capacity), weights=lengths)
@@ -98,7 +98,7 @@ LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 @given(
     shards=st.lists(LENGTHS, min_size=1, max_size=3), block_size=st.integers(1, 20), policy=st.sampled_from(POLICIES)
 )
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], block_size: int, policy: Policy
 ) -> None:
@@ -149,7 +149,7 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
 
 
 @given(shards=st.lists(LENGTHS, min_size=1, max_size=3), data=st.data())
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_borders_are_the_first_tokens_of_documents(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], data: st.DataObject
 ) -> None:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.data.record_split import copies, divide, held_out
@@ -12,7 +12,6 @@ KEYS = st.lists(st.text("abc", max_size=2), min_size=20, max_size=80)
 
 
 @given(keys=KEYS, validation=st.floats(0.1, 0.4), test=st.floats(0.1, 0.4), seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_every_record_is_on_one_side_and_sides_have_their_shares(
     keys: list[str], validation: float, test: float, seed: int
 ) -> None:
@@ -29,7 +28,6 @@ def test_every_record_is_on_one_side_and_sides_have_their_shares(
 
 
 @given(keys=KEYS, seed=st.integers(0, 9))
-@settings(deadline=None)
 def test_copies_can_be_kept_together(keys: list[str], seed: int) -> None:
     keys = [*keys, *map(str, range(60))]
     sides = divide(keys, held_out(0.2, 0.2), seed, together=True)

@@ -7,7 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -78,7 +78,6 @@ def test_seeds_epochs_and_neighbours_are_uncorrelated() -> None:
     seed=st.integers(0, 5),
     epoch=st.integers(0, 5),
 )
-@settings(deadline=None)
 def test_the_global_order_does_not_depend_on_the_number_of_ranks(
     sizes: list[int], batch: int, world: int, seed: int, epoch: int
 ) -> None:
@@ -147,7 +146,6 @@ def test_a_mixture_has_its_shares_all_along() -> None:
     weights=st.lists(st.floats(0, 10), min_size=4, max_size=4),
     block=st.integers(1, 50),
 )
-@settings(deadline=None)
 def test_no_window_of_a_store_comes_again_before_all_have_come(
     sizes: list[int], weights: list[float], block: int
 ) -> None:

@@ -37,7 +37,7 @@ def test_temperature_and_top_k_shape_the_distribution(temperature: float) -> Non
     min_p=st.none() | st.floats(0.01, 1.0),
     penalty=st.sampled_from([1.0, 0.7, 1.3]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_distribution_is_that_of_transformers(
     seed: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
 ) -> None:

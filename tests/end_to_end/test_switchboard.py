@@ -148,7 +148,7 @@ def proven(config: GPTConfig) -> None:
 
 
 @given(configs())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_configuration(config: GPTConfig) -> None:
     proven(config)
 
@@ -156,6 +156,6 @@ def test_any_configuration(config: GPTConfig) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @given(configs())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_three_hundred_configurations(config: GPTConfig) -> None:
     proven(config)

@@ -8,7 +8,7 @@ from typing import get_args
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch import IGNORED
@@ -91,7 +91,6 @@ def test_a_packed_document_has_the_logits_of_one_alone(tmp_path: Path, policy: P
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=10, max_size=10), min_size=1, max_size=3))
-@settings(deadline=None)
 def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
     ids = torch.tensor([sorted(row) for row in rows])
     config = GPTConfig()

@@ -173,7 +173,7 @@ def test_stretched_queries_are_those_of_a_llama(changes: dict[str, Any], rope: d
 
 
 @given(factor=st.floats(1.0, 64.0), base=st.floats(100.0, 1e6), half=st.integers(2, 64))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all(
     factor: float, base: float, half: int
 ) -> None:

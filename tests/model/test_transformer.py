@@ -41,7 +41,7 @@ def test_an_untrained_model_knows_nothing(vocab_size: int, position: str) -> Non
 
 
 @given(config=configs, t=st.integers(0, 10), seed=st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_logit_depends_on_a_later_token(config: GPTConfig, t: int, seed: int) -> None:
     model = randomised(config, vocab_size=17, block_size=12)
     ids = torch.randint(17, (1, 12), generator=torch.Generator().manual_seed(seed))

@@ -72,7 +72,7 @@ TALKS = st.builds(
 
 
 @given(messages=TALKS, spelling=st.sampled_from(list(SPELLINGS)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_what_is_learned_is_the_replies_and_their_ends(messages: list[Message], spelling: str) -> None:
     tokenizer = SPELLINGS[spelling]
     ids, learned = Template(tokenizer).render(messages)
@@ -90,7 +90,7 @@ def test_what_is_learned_is_the_replies_and_their_ends(messages: list[Message], 
 
 
 @given(messages=TALKS, spelling=st.sampled_from(list(SPELLINGS)))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_prompt_is_how_training_begins(messages: list[Message], spelling: str) -> None:
     """At every reply, not the last alone."""
     template = Template(SPELLINGS[spelling])

@@ -67,7 +67,7 @@ PURE = [UnicodeNormalization(), ControlCharacters(), Whitespace(), Whitespace(0,
 
 @pytest.mark.parametrize("step", PURE, ids=repr)
 @given(text=st.text(max_size=80))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_to_clean_twice_is_to_clean_once(step: LoneStep, text: str) -> None:
     once = after(step, text)
     assert once is not None
@@ -75,7 +75,7 @@ def test_to_clean_twice_is_to_clean_once(step: LoneStep, text: str) -> None:
 
 
 @given(text=st.text(max_size=200))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_only_what_no_one_sees_is_dropped(text: str) -> None:
     kept = after(ControlCharacters(), text)
     seen = [c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cn") or c in "\t\n\r\x0c\x85"]
@@ -128,7 +128,7 @@ def test_gophers_rules_of_repetition_by_hand() -> None:
 
 
 @given(words=st.lists(st.sampled_from("abcd"), min_size=0, max_size=40), n=st.integers(2, 6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_repeated_ngrams_cover_what_brute_force_finds(words: list[str], n: int) -> None:
     from lit_gpt_scratch.text.quality import _duplicated
 

@@ -87,7 +87,7 @@ EVERYTHING = (
 
 
 @given(data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_an_account_adds_up_whatever_the_steps(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.sampled_from([sentences(n, n) for n in range(1, 12)] + [" ", "\n", "x"]), min_size=4))
     steps = data.draw(st.lists(st.sampled_from(EVERYTHING[:-1]), max_size=5))

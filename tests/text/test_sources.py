@@ -189,7 +189,7 @@ def test_rows_whose_other_columns_change_are_read(tmp_path: Path) -> None:
 @given(
     rows=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), min_size=1, max_size=20)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_bytes(FORMATS["jsonl"](rows))

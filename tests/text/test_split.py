@@ -48,7 +48,7 @@ def test_about_the_share_is_held_out(folder: Path) -> None:
 
 
 @given(order=st.permutations(range(12)), drop=st.integers(0, 11))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_documents_side_depends_on_nothing_else(folder: Path, order: list[int], drop: int) -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefgh", k=300)) for _ in range(12)]
@@ -90,7 +90,7 @@ def test_edited_copies_stay_with_their_original(folder: Path) -> None:
 
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 40), at_once=st.integers(1, 50))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int, n: int, at_once: int) -> None:
     """All pairs that agree in a band and at half of their places, linked one by one."""
     rng = np.random.default_rng(seed)
@@ -121,7 +121,7 @@ def test_some_document_is_always_held_out(folder: Path) -> None:
 
 
 @given(n=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.01, 0.99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_several_documents_are_never_cut(folder: Path, n: int, seed: int, share: float) -> None:
     texts = [" ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99)) for i in range(n)]
     parts = split_of(texts, share, folder)
