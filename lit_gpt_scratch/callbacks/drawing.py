@@ -80,8 +80,9 @@ def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[s
         left = room + number * width
         pen.text((left, MARGIN / 2), title, INK, font)
         image.paste(upright, (left, top - room - 2))
-        shades = np.array([[shade(w**GAMMA) for w in row] for row in maps[number].clip(0, 1).tolist()], dtype=np.uint8)
-        square = Image.fromarray(shades).resize((side, side), Image.Resampling.NEAREST)
+        share = maps[number][..., None].clip(0, 1) ** GAMMA  # (T, T, 1)
+        shades = np.where(np.isnan(share), RULE, PAPER + (np.array(BLUE) - PAPER) * share)
+        square = Image.fromarray(shades.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
         image.paste(square, (left, top))
         pen.rectangle((left, top, left + side - 1, top + side - 1), outline=RULE)
     return np.asarray(image)

@@ -33,8 +33,8 @@ class Samples(Callback):
     def __init__(
         self,
         prompts: Sequence[str] | None = None,
-        tokens: int = 160,
-        greedy_tokens: int = 40,
+        tokens: int = 120,
+        greedy_tokens: int = 24,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     ) -> None:
         self.prompts = prompts

@@ -142,7 +142,7 @@ def code(text: str) -> str:
 def histogram(board: SummaryWriter, name: str, tensors: Sequence[Tensor], step: int) -> None:
     """A histogram in equal bins, which takes a fraction of the time of TensorBoard's own; of finite values alone."""
     parts = [tensor.detach().float().flatten() for tensor in tensors]
-    parts = [part[part.isfinite()] for part in parts]
+    parts = [part if part.isfinite().all() else part[part.isfinite()] for part in parts]
     parts = [part for part in parts if len(part)]
     if not parts:
         return

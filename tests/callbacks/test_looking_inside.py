@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.callbacks.dynamics import PARTS, Dynamics, part_of
-from lit_gpt_scratch.callbacks.inspection import Inspection, Layer, figures
+from lit_gpt_scratch.callbacks.inspection import TOKENS, Inspection, Layer, figures
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.token_losses import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
 from lit_gpt_scratch.data import PackedText
@@ -148,7 +148,7 @@ def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Task
     assert found["dynamics/dead_units/layer_1"] == 0
     assert found["dynamics/dead_units/layer_2"] == pytest.approx(5 / 20)
     assert found["dynamics/dead_units"] == pytest.approx(5 / 40)
-    ids = data.validation_windows.__getitems__(range(min(32, len(data.validation_windows))))["input_ids"]
+    ids = data.validation_windows.__getitems__(range(min(TOKENS // 32, len(data.validation_windows))))["input_ids"]
     with torch.no_grad():
         assert found["dynamics/logit_norm"] == pytest.approx(float(model.net(ids).norm(dim=-1).mean()), rel=1e-5)
         layers = observe(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
