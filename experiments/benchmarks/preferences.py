@@ -69,9 +69,9 @@ def main() -> None:
         before = measured(start, data)
         print(
             f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores\n"
-            f"base: {began['parameters']:,} parameters, {began['tokens']:,} tokens, {began['wall']:.0f} s; "
-            f"start: test/loss {tuned['test/loss']:.3f}, {tuned['wall']:.0f} s; DPO: {after['step']} steps, "
-            f"{after['wall']:.0f} s\n"
+            f"base: {began['parameters']:,} parameters, {began['tokens']:,} tokens, {began['seconds']:.0f} s; "
+            f"start: test/loss {tuned['test/loss']:.3f}, {tuned['seconds']:.0f} s; DPO: {after['step']} steps, "
+            f"{after['seconds']:.0f} s\n"
             f"test: {len(data.places['test'])} pairs of {len(data.records)}, {data.copies['test']} also in training\n\n"
             f"{'':8}{'accuracy':>10}{'margin':>10}{'likelier':>10}{'reply loss':>12}"
         )
