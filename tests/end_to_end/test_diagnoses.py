@@ -159,16 +159,18 @@ def test_poisoned_documents_are_named(examine: Any, sources: Path, tmp_path: Pat
     folder = tmp_path / "poisoned"
     shutil.copytree(sources, folder)
     rng = random.Random(3)
-    for number in range(6):
-        noise = "".join(chr(rng.randrange(0x4E00, 0x9FFF)) for _ in range(200))
+    for number, first in enumerate((0x4E00, 0xAC00, 0x0900, 0x1F300)):  # scripts
+        noise = "".join(chr(first + rng.randrange(80)) for _ in range(300))
         (folder / f"noise_{number}.py").write_text(noise, encoding="utf-8")
-    found = examine("--data.batch_size=4", "--trainer.max_steps=300", "--seed_everything=53", source=folder)
+    found = examine(
+        "--data.batch_size=1", "--data.block_size=96", "--trainer.max_steps=600", "--seed_everything=53", source=folder
+    )
     assert names(found) == {"loss spike"}, found
     assert all("document" in diagnosis["symptom"] for diagnosis in found)
 
 
 SHAPES = [
-    [], ["--model.optimizer=AdamW"], ["--model.gpt.n_layer=3", "--model.gpt.n_embd=48"],
+    [], ["--model.optimizer=AdamW"], ["--model.gpt.n_layer=3", "--model.gpt.n_embd=48", "--trainer.max_steps=300"],
     ["--model.gpt.feed_forward=relu2", "--model.gpt.position=alibi"], ["--data.packing=best_fit"],
     ["--model.gpt.norm_placement=sandwich", "--model.gpt.norm=layernorm"], ["--trainer.accumulate_grad_batches=2"],
     ["--model.gpt.dropout=0.1", "--model.ema_decay=0.99"], ["--data.block_size=96", "--data.batch_size=3"],
