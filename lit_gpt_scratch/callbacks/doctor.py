@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 READ: Final = 250_000
 """Tokens of the training text that are searched for passages that come again, in a tenth of a second."""
 FILE: Final = "doctor.json"
+OF_FIRST_BATCH: Final = "run/labels_next", "run/labels_own"
+"""Facts of the first batch that was seen."""
 
 
 class Doctor(InRunFolder):
@@ -113,6 +115,8 @@ class Doctor(InRunFolder):
         """Those that are not known yet, or not any more: a run that goes on may be longer than it was to be."""
         known = self.examination.evidence
         facts = {name: value for name, value in _facts(trainer, task, batch).items() if known.fact(name) != value}
+        if math.isfinite(known.fact(OF_FIRST_BATCH[0])):  # another batch says as much
+            facts = {name: value for name, value in facts.items() if name not in OF_FIRST_BATCH}
         if facts:
             for logger in trainer.loggers:
                 logger.log_metrics(facts, max(trainer.global_step - 1, 0))
@@ -169,4 +173,4 @@ def _labels(ids: Tensor, labels: Tensor) -> dict[str, float]:
     if not scored.any():
         return {}
     shares = [(inner == ids[:, shift : shift + inner.size(1)])[scored].float().mean().item() for shift in (1, 0)]
-    return {"run/labels_next": shares[0], "run/labels_own": shares[1]}
+    return dict(zip(OF_FIRST_BATCH, shares, strict=True))
