@@ -226,6 +226,7 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
 
 def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
     """All replies are worth the same: a critic knows it, and nothing is left to be surprised of."""
+    L.seed_everything(0)
     seen = Seen()
     task = policy("PPO", reward="python_expression", unended_score=0.5, gae_lambda=1.0, kl_coefficient=0.0,
                   value_clip=None, value_coefficient=1.0, whitening=False, optimizer=AdamW(3e-3))  # fmt: skip
