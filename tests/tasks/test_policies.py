@@ -237,6 +237,37 @@ def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> Non
     torch.testing.assert_close(rows["values"][ends], torch.full_like(rows["values"][ends], 0.5), rtol=0, atol=0.1)
 
 
+@pytest.mark.parametrize("name", ["PPO", "GRPO"])
+def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Prompts], name: str) -> None:
+    """In batches, of which the last is filled up; against all prompts at once."""
+    prompts, task = data(), policy(name, kl_coefficient=0.3)
+    made = trainer(max_steps=3, limit_val_batches=0)
+    made.fit(task, prompts)
+    made.test(task, prompts, verbose=False)
+    n = prompts.n_prompts("test")
+    assert n % 4
+    task.eval()
+    rows = task.writer.replies("test", range(n), seeds(0, 1, numbers=range(n)))
+    within = rows["labels"] != IGNORED
+    with torch.no_grad():
+        logprobs, logits, _ = task(rows["input_ids"], rows["labels"])
+        kl = (logprobs - task.of_start(rows["input_ids"], rows["labels"]))[within].sum() / n
+        chances = logits.softmax(-1)
+        entropy = -(chances * chances.log()).sum(-1)[within].mean()
+    reward = rows["scores"].mean()
+    expected = {"reward": reward, "kl": kl, "entropy": entropy, "ended": rows["ended"].mean()}
+    expected["loss"] = 0.3 * kl - reward
+    for figure, value in expected.items():
+        torch.testing.assert_close(made.callback_metrics[f"test/{figure}"], value, rtol=1e-4, atol=1e-5)
+
+
+def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process writes by itself, as many tokens as it happens to need."""
+    monkeypatch.setattr(PPO, "device_mesh", object())
+    with pytest.raises(UserError, match=r"PPO writes on each process by itself; --trainer\.strategy ddp"):
+        policy("PPO").build_beside()
+
+
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
