@@ -76,6 +76,7 @@ class Guard(InRunFolder):
         if isinstance(pl_module, Task) and pl_module.judge == self._judge:
             self._read()
             pl_module.judge = None
+        self._drop_outdated(trainer)
         self._batches.clear()
 
     def on_train_batch_start(
@@ -97,9 +98,7 @@ class Guard(InRunFolder):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Rewind, when the step is over; and read at log points what is not read at once."""
-        if self._outdated is not None:
-            trainer.strategy.remove_checkpoint(self._outdated)
-            self._outdated = None
+        self._drop_outdated(trainer)
         if self._rewind_due:
             self._rewind_due = False
             self._rewind(trainer, pl_module)
@@ -168,6 +167,11 @@ class Guard(InRunFolder):
         trainer.save_checkpoint(self._path(step))
         # ``last.ckpt`` still names the one before. It is written next, in the same moment, and then names this one.
         self._outdated = None if before is None else self._path(before)
+
+    def _drop_outdated(self, trainer: L.Trainer) -> None:
+        if self._outdated is not None:
+            trainer.strategy.remove_checkpoint(self._outdated)
+            self._outdated = None
 
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = None if self.good is None else self._path(self.good)
