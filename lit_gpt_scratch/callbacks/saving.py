@@ -101,6 +101,11 @@ class Checkpoints(InRunFolder, Checkpoint):
         trainer.training = True
         trainer.should_stop = trainer.should_stop or self._stops
         loop.epoch_progress.current.completed += epoch_over
+        # As they are behind a validation: a test that comes next is numbered by them.
+        loop.epoch_loop._batches_that_stepped = trainer.global_step
+        if 0 < loop.epoch_loop.max_steps <= trainer.global_step and not epoch_over:
+            loop.epoch_progress.increment_processed()
+            loop.epoch_progress.increment_completed()
         self._validation_due = False  # also where there is no validation any more
 
     def on_train_batch_start(

@@ -15,6 +15,7 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.cli.resuming import Resumed
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end.conftest import STAGES, Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
@@ -239,6 +240,29 @@ def test_a_failed_validation_is_not_asked_for_where_there_is_none(
     save(saved, last)
     assert command("fit", "--ckpt_path=last", "--trainer.limit_val_batches=0", "--trainer.max_steps=16").code == 0
     assert not load_checkpoint(last)["callbacks"]["Checkpoints"]["validation_due"]
+
+
+def test_a_run_that_died_in_its_last_validation_is_tested_as_any(
+    command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the same numbers of step and epoch."""
+    flags = [*staged("classes"), "--trainer.max_steps=8"]
+    assert command("fit", *flags, "--experiment=whole").code == 0
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Classification, "validation_step", die)
+        assert command("fit", *flags, "--experiment=again").code != 0
+    assert load_checkpoint(Path("runs/again/version_0/checkpoints/last.ckpt"))["global_step"] == 8
+    ended = command("fit", "--ckpt_path=last", "--experiment=again")
+    assert ended.code == 0, ended.err
+    whole, again = (curves(Path(f"runs/{name}/version_0")) for name in ("whole", "again"))
+    assert "test/accuracy" in whole
+    for name in (name for name in whole if name.startswith(("val/", "test/"))):
+        assert again[name] == whole[name]
+    assert again["epoch"][-1] == whole["epoch"][-1]
 
 
 def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Command, small: list[str]) -> None:
