@@ -11,6 +11,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps import figures
 from lit_gpt_scratch.sweeps.arm import Arm, best, finished, worded
 from lit_gpt_scratch.sweeps.command import shown
+from lit_gpt_scratch.sweeps.diagnoses import diagnoses
 from lit_gpt_scratch.sweeps.document import Code, Figure, Heading, Part, Table, Text, markdown, page
 from lit_gpt_scratch.sweeps.statistics import Estimate, holm, paired, verdict
 
@@ -88,6 +89,7 @@ class Report:
         if self.question:
             yield Text(self.question)
         yield from self._findings()
+        yield from diagnoses(self.arms)
         yield Heading("What was done")
         yield Table(["", ""], [*self.setting.items()])
         yield Code(self.command)

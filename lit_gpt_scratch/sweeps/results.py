@@ -36,6 +36,7 @@ class Run:
         metrics: The numbers of ``summary.json``; of a run that did not finish, the last ones known.
         curve: The sweep's metric at each validation.
         folder: Where it lies.
+        diagnoses: What its doctor said.
         session: Versions, hardware and code of its last session.
     """
 
@@ -45,6 +46,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     curve: list[Point] = field(default_factory=list)
     folder: str = ""
+    diagnoses: list[dict[str, str]] = field(default_factory=list)
     session: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -82,6 +84,7 @@ def read_run(folder: Path, seed: int, metric: str, state: str = "finished", reas
         metrics=metrics,
         curve=points[:: -every or 1][::-1],  # the last one stays
         folder=str(folder),
+        diagnoses=_diagnoses(folder),
         session=_last_session(folder),
     )
 
@@ -115,6 +118,14 @@ def run_in(experiment: Path) -> Path | None:
     """The newest run folder of an experiment."""
     found = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
     return max(found, key=lambda path: int(path.name.removeprefix("version_")), default=None)
+
+
+def _diagnoses(folder: Path) -> list[dict[str, str]]:
+    try:
+        said = json.loads((folder / "doctor.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    return [{part: each[part] for part in ("symptom", "cause", "flag")} for each in said]
 
 
 def _last_session(folder: Path) -> dict[str, Any]:

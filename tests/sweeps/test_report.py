@@ -82,6 +82,32 @@ def test_it_says_plainly_what_is_noise() -> None:
     assert re.search(r"\| learned .* better \|", other)
 
 
+def test_it_says_what_the_doctor_said_choice_by_choice() -> None:
+    def said(symptom: str) -> dict[str, str]:
+        return {"symptom": symptom, "cause": "a rate too high", "flag": "--model.optimizer.lr 1e-4"}
+
+    arms = [arm(number, label, [1.5, 1.6]) for number, label in enumerate(("pre", "post", "late"))]
+    for each in arms:
+        for run in each.runs:
+            run.diagnoses.append(said(f"far from compute-optimal: {run.seed} tokens a parameter"))
+    assert "Of every run: far from compute-optimal.\n\nNothing else of pre; post; late." in _words(arms)
+    for nth in (0, 1):
+        arms[2].runs[nth].diagnoses.extend([said(f"loss not falling: 5.{nth}"), said("loss not falling: again")])
+    arms[1].runs[1].diagnoses.append(said("spikes: of one"))
+    words = _words(arms)
+    assert "| post | 1 of 2 | spikes: of one | a rate too high | --model.optimizer.lr 1e-4 |" in words
+    assert "| late | 2 of 2 | loss not falling: 5.0 | a rate too high | --model.optimizer.lr 1e-4 |" in words
+    assert "Nothing else of pre." in words
+    for each in arms:
+        for run in each.runs:
+            run.diagnoses.clear()
+    assert "doctor" not in _words(arms)
+
+
+def _words(arms: list[Arm]) -> str:
+    return markdown("x", list(report(*arms).parts()))
+
+
 def test_it_holds_what_it_must(tmp_path: Path) -> None:
     report(*ARMS).write(tmp_path)
     for name in ("report.html", "report.md"):

@@ -1,5 +1,6 @@
 """Reading runs from their folders, and what TensorBoard shows of them."""
 
+import json
 import time
 from pathlib import Path
 
@@ -46,6 +47,15 @@ def test_a_run_that_diverged_has_failed(tmp_path: Path) -> None:
     run = read_run(tmp_path, 1, METRIC)
     assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end")
     assert Run.of(run.plain()) == run
+
+
+def test_what_the_doctor_said_comes_with_a_run(tmp_path: Path) -> None:
+    said = {"symptom": "spike: 3 deviations", "cause": "a batch", "flag": "--guard act"}
+    (tmp_path / "doctor.json").write_text(json.dumps([said | {"step": 7}]))
+    run = read_run(tmp_path, 1, METRIC)
+    assert run.diagnoses == [said]
+    assert Run.of(run.plain()) == run
+    assert Run.of({name: value for name, value in run.plain().items() if name != "diagnoses"}).diagnoses == []
 
 
 def test_the_newest_folder_is_the_run(tmp_path: Path) -> None:
