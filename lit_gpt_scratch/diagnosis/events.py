@@ -12,6 +12,8 @@ from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
 """What PyTorch's writer adds to the name of a text."""
+AFTERWARDS: Final = "test/"
+"""Begins the names of what is measured when a training is over, of which the doctor of the live run heard nothing."""
 
 
 def replay(run: Path, examination: Examination) -> None:
@@ -34,6 +36,8 @@ def replay(run: Path, examination: Examination) -> None:
                     examination.forget(event.step)
                 continue
             for value in event.summary.value:
+                if value.tag.startswith(AFTERWARDS):
+                    continue
                 kind = value.metadata.plugin_data.plugin_name
                 if kind == "scalars":
                     examination.see(event.step, {value.tag: make_ndarray(value.tensor).item()})

@@ -93,8 +93,10 @@ def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
             writer.add_scalar(name, value, 0)
         for step, value in CASES["divergence"]["train/loss"]:
             writer.add_scalar("train/loss", value, step)
+        writer.add_scalar("test/loss", 4.5, 300)
     from_events = Examination(SYMPTOMS)
     replay(tmp_path, from_events)
+    assert from_events.evidence.step == live.evidence.step
     from_events.end()
     assert [(d.name, d.step) for d in from_events.found] == [(d.name, d.step) for d in live.found]
 
