@@ -45,7 +45,13 @@ TOO_GOOD: Final = 0.2
 
 
 def beginning(e: Evidence) -> float:
-    """The loss that a run begins with: that of who knows nothing, or of what it begins with."""
+    """The loss that a run begins with: that of who knows nothing, or of what it begins with.
+
+    NaN, with which no comparison holds, of a policy: its loss is how much better than expected its last replies were,
+    which is no measure of what it has learned. What speaks of that is in ``policies.py``.
+    """
+    if len(e["train/kl"]):
+        return math.nan
     chance = e.fact("run/chance_loss")
     first = e["train/loss"].values[0]
     return first if e.fact("run/begins_trained") == 1 or not math.isfinite(chance) else chance
@@ -140,7 +146,7 @@ def divergence(e: Evidence) -> Finding | None:
 def overfitting(e: Evidence) -> Finding | None:
     """The validation loss rises while that of the training falls."""
     val, train = e["val/loss"], e["train/loss"]
-    if len(val) < 3 or len(train) < 2 * FEW:
+    if len(val) < 3 or len(train) < 2 * FEW or math.isnan(beginning(e)):
         return None
     best = min(val.values)
     since = val.steps[val.values.index(best)]
