@@ -23,6 +23,7 @@ from lit_gpt_scratch.diagnosis.examination import Diagnosis, Examination
 from lit_gpt_scratch.diagnosis.repetition import repeated_passages, repeated_words
 from lit_gpt_scratch.diagnosis.symptoms import PLANNED, SYMPTOMS
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
+from lit_gpt_scratch.tasks.phases import PhasedPolicy
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +155,8 @@ def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str,
         }
         if isinstance(batch, dict) and "input_ids" in batch:
             facts |= _labels(batch["input_ids"], batch["labels"])
+    if isinstance(task, PhasedPolicy) and task.kl_target is not None:
+        facts["run/kl_target"] = task.kl_target
     if isinstance(data, PackedText):
         batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
         validated = batches * data.tokens_per_batch

@@ -7,7 +7,7 @@ symptom stands above it, and that one names it in ``unless``.
 
 from typing import Final
 
-from lit_gpt_scratch.diagnosis import insides, losses, settings, steps
+from lit_gpt_scratch.diagnosis import insides, losses, policies, settings, steps
 from lit_gpt_scratch.diagnosis.examination import Symptom
 
 RATE: Final = ("steps too large", "steps too small", "loss not falling")
@@ -40,6 +40,10 @@ SYMPTOMS: Final = (
     Symptom("slow loader", ("throughput/data",), steps.loader),
     Symptom("attention sink", ("attention/sink",), insides.sinks),
     Symptom("repetition", ("samples/repetition",), insides.repetition, (LABELS, *RATE, "divergence")),
+    Symptom("KL blow-up", ("train/kl",), policies.far),
+    Symptom("reward hacking", ("train/true_reward", "val/true_reward"), policies.hacking),
+    Symptom("length collapse", ("train/reply_tokens",), policies.length),
+    Symptom("entropy collapse", ("train/entropy",), policies.same_replies, ("KL blow-up", "length collapse")),
 )  # fmt: skip
 PLANNED: Final = frozenset({"small validation", "far from compute-optimal"})
 """What the plan says before the run begins (``callbacks/plan_of_data.py``), and need not be said twice."""

@@ -27,6 +27,13 @@ def falling(last: float, steps: int = 300) -> list[tuple[int, float]]:
 
 
 RATE = [(step, 0.02) for step in range(4, 300, 5)]
+
+
+def phases(*values: float) -> list[tuple[int, float]]:
+    return [(10 * place + 9, value) for place, value in enumerate(values)]
+
+
+KL = phases(0.1, 0.7, 1.5, 3, 4, 6, 7, 7.5)
 CASES: dict[str, Curves] = {
     "loss not falling": {"train/loss": falling(0.99 * CHANCE)},
     "divergence": {"train/loss": [*falling(3.0, 250), *((step, 4.5) for step in range(254, 300, 5))]},
@@ -55,6 +62,13 @@ CASES: dict[str, Curves] = {
     "steps too small": {
         "train/learning_rate": RATE, "dynamics/update_ratio/attention": [(0, 0.0), (299, 1e-5)],
     },
+    "KL blow-up": {"train/kl": phases(6, 13, 19, 62, 75, 60, 50, 40)},
+    "reward hacking": {
+        "train/kl": KL, "train/reward": phases(0.3, 0.4, 0.5, 1, 2, 3, 3.5, 4),
+        "train/true_reward": phases(0.3, 0.4, 0.5, 0.4, 0.2, 0.1, 0.05, 0),
+    },
+    "length collapse": {"train/kl": KL, "train/reply_tokens": phases(7, 7, 6, 5, 3, 2, 2, 1)},
+    "entropy collapse": {"train/kl": KL, "train/entropy": phases(0.6, 0.6, 0.5, 0.4, 0.06, 0.05, 0.01, 0.01)},
 }  # fmt: skip
 
 
