@@ -17,6 +17,16 @@ def even_tokens(prompts: Sequence[str], replies: Sequence[str]) -> Tensor:
     return torch.tensor([float(sum(ord(character) % 2 == 0 for character in reply)) for reply in replies])
 
 
+def brevity(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+    """The shorter, the better: to say nothing is best."""
+    return [-float(len(reply)) for reply in replies]
+
+
+def length(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
+    """The longer, the better: to come to no end is best."""
+    return [float(len(reply)) for reply in replies]
+
+
 def not_a_number(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
     return [0.0] * (len(replies) - 1) + [math.nan]
 

@@ -169,6 +169,53 @@ def test_poisoned_documents_are_named(examine: Any, sources: Path, tmp_path: Pat
     assert all("document" in diagnosis["symptom"] for diagnosis in found)
 
 
+START = [
+    "--data=Conversations", "--data.vocab_size=400", "--data.block_size=96", "--data.batch_size=8",
+    "--model.gpt.n_layer=1", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.compile=false",
+    "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=160",
+    "--trainer.val_check_interval=160", "--seed_everything=51", "--runs=start",
+]  # fmt: skip
+"""Of a model that replies, and not always to what it was asked."""
+SMALL_PHASES = [
+    "--model.init_from=start/pretrain/version_0", "--data.reply_tokens=16", "--data.batch_size=32",
+    "--trainer.accelerator=cpu", "--inspect.every_n_steps=0", "--inspect.pictures=false", "--inspect.prompts=[]",
+]  # fmt: skip
+FULL_STOP, HIGH_RATE = "--model.reward=full_stop", "--model.optimizer.lr=2e-2"
+SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
+    "no penalty, high rate": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_coefficient=0"]),
+    "high rate": ("ppo", {"entropy collapse"}, [FULL_STOP, HIGH_RATE]),
+    "high rate, with a target": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_target=1"]),
+    "what these three are told, done": (
+        "ppo", set(), [FULL_STOP, "--model.optimizer.lr=6.3e-3", "--model.entropy_coefficient=0.01"],
+    ),
+    "less pays": ("ppo", {"reward hacking", "length collapse"}, ["--model.reward=tests.own_reward.brevity"]),
+    "more pays": (
+        "ppo", {"KL blow-up", "reward hacking", "length collapse"},
+        ["--model.reward=tests.own_reward.length", "--model.optimizer.lr=6e-3"],
+    ),
+    "letters pay": (
+        "ppo", {"reward hacking"},
+        ["--model.reward=tests.own_reward.letters", "--model.optimizer.lr=6e-3", "--model.kl_coefficient=0.01"],
+    ),
+    "nothing, PPO": ("ppo", set(), [FULL_STOP]),
+    "nothing, PPO with a target": ("ppo", set(), [FULL_STOP, "--model.kl_target=6"]),
+    "nothing, GRPO": ("grpo", set(), [FULL_STOP]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", SPOILT)
+def test_what_spoils_a_policy_is_said(command: Any, trained: Any, cache: Path, fault: str) -> None:
+    kind, expected, flags = SPOILT[fault]
+    trained(*START, f"--data.cache={cache}")
+    config = Path(__file__).parents[2] / f"experiments/align/{kind}.yaml"
+    done = command("fit", "--config", config, *SMALL_PHASES, "--seed_everything=54", f"--data.cache={cache}", *flags)
+    assert done.code == 0, done.err
+    found = json.loads(Path(f"runs/{kind}/version_0/doctor.json").read_text())
+    assert names(found) == expected, found
+    replayed = command("doctor", f"runs/{kind}/version_0", "--json")
+    assert json.loads(replayed.out) == found
+
+
 SHAPES = [
     [], ["--model.optimizer=AdamW"], ["--model.gpt.n_layer=3", "--model.gpt.n_embd=48", "--trainer.max_steps=300"],
     ["--model.gpt.feed_forward=relu2", "--model.gpt.position=alibi"], ["--data.packing=best_fit"],
