@@ -4,13 +4,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from lit_gpt_scratch.sweeps.arm import Arm
-from lit_gpt_scratch.sweeps.document import Heading, Part, Table, Text
+from lit_gpt_scratch.sweeps.document import Heading, Part, Text
 
 
 def diagnoses(arms: Sequence[Arm]) -> Iterator[Part]:
     """A section of the report; nothing, where no run has a diagnosis.
 
-    What every run was told says nothing about the choices, and is one sentence. Of the rest there is a row for each
+    What every run was told says nothing about the choices, and is one sentence. Of the rest there is one for each
     choice and symptom, with the words that the first of its runs was told: numbers differ from run to run.
     """
     told: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
@@ -25,14 +25,11 @@ def diagnoses(arms: Sequence[Arm]) -> Iterator[Part]:
     alike = [name for name in names if all(len(told.get((arm.number, name), ())) == len(arm.runs) for arm in arms)]
     if alike:
         yield Text(f"Of every run: {'; '.join(alike)}.")
-    rows = [
-        [arm.label, f"{len(said)} of {len(arm.runs)}", said[0]["symptom"], said[0]["cause"], said[0]["flag"]]
-        for arm in arms
-        for name in names
-        if name not in alike and (said := told.get((arm.number, name)))
-    ]
-    if rows:
-        yield Table(["", "runs", "symptom", "likely cause", "to try"], rows)
+    for arm in arms:
+        for name in names:
+            if name not in alike and (said := told.get((arm.number, name))):
+                words = "{symptom}. Likely: {cause}. Try: {flag}".format(**said[0])
+                yield Text(f"{arm.label}, {len(said)} of {len(arm.runs)} runs: {words}.")
     silent = [arm.label for arm in arms if not any((arm.number, name) in told for name in names if name not in alike)]
     if silent:
         yield Text(f"Nothing {'else ' if alike else ''}of {'; '.join(silent)}.")

@@ -95,8 +95,8 @@ def test_it_says_what_the_doctor_said_choice_by_choice() -> None:
         arms[2].runs[nth].diagnoses.extend([said(f"loss not falling: 5.{nth}"), said("loss not falling: again")])
     arms[1].runs[1].diagnoses.append(said("spikes: of one"))
     words = _words(arms)
-    assert "| post | 1 of 2 | spikes: of one | a rate too high | --model.optimizer.lr 1e-4 |" in words
-    assert "| late | 2 of 2 | loss not falling: 5.0 | a rate too high | --model.optimizer.lr 1e-4 |" in words
+    assert "\npost, 1 of 2 runs: spikes: of one. Likely: a rate too high. Try: --model.optimizer.lr 1e-4.\n" in words
+    assert "late, 2 of 2 runs: loss not falling: 5.0. Likely: a rate too high. Try" in words
     assert "Nothing else of pre." in words
     for each in arms:
         for run in each.runs:
