@@ -1,6 +1,7 @@
 """What the run is measured against."""
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
@@ -64,12 +65,14 @@ def _start(trainer: L.Trainer) -> float | None:
 def _of_text(data: PackedText) -> dict[str, float]:
     validation = data.store.validation
     ids = validation.read(0, validation.n_tokens)
-    figures = token_baselines(data.some_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes)
+    counted = data.some_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes
     if len(ids) > LONGEST_FOR_XZ:
         log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
-        return figures
+        return token_baselines(*counted)
     text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
-    return {**figures, "xz": xz_bits_per_byte(text)}
+    with ThreadPoolExecutor(1) as beside:
+        xz = beside.submit(xz_bits_per_byte, text)
+        return {**token_baselines(*counted), "xz": xz.result()}
 
 
 def _commonest(data: LabelledText) -> float:

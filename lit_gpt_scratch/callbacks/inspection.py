@@ -16,7 +16,7 @@ from lit_gpt_scratch.hardware.parallel import every_head
 from lit_gpt_scratch.model.inspection import Looks, Observation, Seen, answers, dead, looks, observe
 from lit_gpt_scratch.tasks.gpt_task import GPTTask
 
-TOKENS = 512
+TOKENS = 256
 """Tokens of the fixed text, at most: attention weights grow with the square of a window."""
 SHOWN = 24
 """Tokens whose weights are drawn."""
