@@ -72,7 +72,7 @@ def row(name: str, values: list[float], note: str = "") -> str:
     """A line of the table."""
     figures = "  ".join(f"{100 * value:5.1f}" for value in values)
     spread = 100 * stdev(values) if len(values) > 1 else 0.0
-    return f"{name:28}{figures}   {100 * mean(values):5.2f} ± {spread:.2f}   {note}"
+    return f"{name:34}{figures}   {100 * mean(values):5.2f} ± {spread:.2f}   {note}"
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def main() -> None:
     print(f"test messages that are also in training: {copies}")
     tuning = sum(one["wall"] for summaries in found.values() for one in summaries) / 2
     print(f"seconds: base {summary['wall']:.0f}, all others, two side by side, {tuning:.0f}")
-    print(f"\n{'test accuracy, %':28}" + "  ".join(f"{seed:5}" for seed in seeds) + "    mean ± sd")
+    print(f"\n{'test accuracy, %':34}" + "  ".join(f"{seed:5}" for seed in seeds) + "    mean ± sd")
     for name, accuracies in ngrams.items():
         print(row(name, accuracies, "TF-IDF, logistic regression"))
     for stage, summaries in found.items():
