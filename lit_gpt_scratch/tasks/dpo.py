@@ -65,7 +65,7 @@ class DPO(PairTask):
     def build_beside(self) -> Sequence[GPT]:
         if self.reference_free:
             return ()
-        self.reference = Reference(self.net, adapters=self.lora is not None)
+        self.reference = Reference(self.net, self.only_adapters)
         return self.reference.networks
 
     @override

@@ -176,6 +176,11 @@ class GPTTask(Stage):
             for module in (*trained, self.net.norm, *([] if tied and not self._new_head else [self.net.head])):
                 module.requires_grad_(True)
 
+    @property
+    def only_adapters(self) -> bool:
+        """Whether nothing but adapters is trained, so that the network without them is as it began."""
+        return self.lora is not None and not self._new_head
+
     def on_fit_start(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay the same.
 

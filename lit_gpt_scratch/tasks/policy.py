@@ -80,7 +80,7 @@ class Policy(GPTTask):
         """The start, and what says how good a reply is."""
         if self.device_mesh is not None:
             raise UserError(f"{type(self).__name__} writes on each process by itself; --trainer.strategy ddp does, too")
-        self.reference = Reference(self.net, self.lora is not None)
+        self.reference = Reference(self.net, self.only_adapters)
         data, unended = self.prompted, self.unended_score
         score: ModelScore | FunctionScore
         if is_run(self.reward):

@@ -20,7 +20,8 @@ class Reference(nn.Module):
 
     Args:
         policy: What is trained; as yet it is the start.
-        adapters: Whether nothing but adapters of it is trained.
+        adapters: Whether nothing but adapters of it is trained. A head that is trained beside them is no such case: it
+            would move under the reference.
     """
 
     frozen: GPT | None
