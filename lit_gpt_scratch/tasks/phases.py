@@ -63,6 +63,15 @@ class PhasedPolicy(Policy):
         self._rollouts: Rollouts | None = None
         self._noted: dict[str, Tensor] = {}
 
+    @override
+    def setup(self, stage: str) -> None:
+        """Begin a run with no replies of an earlier one; those of a checkpoint are loaded after this."""
+        super().setup(stage)
+        if stage == "fit":
+            self._rollouts = None
+            self._noted.clear()
+            self.writing = Stopwatch()
+
     def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
         """How much better each token was than expected, as ``advantages``, and whatever else is learned: (N, T)."""
         raise NotImplementedError

@@ -76,6 +76,13 @@ class Policy(GPTTask):
         return cast(PromptData, self.data)
 
     @override
+    def setup(self, stage: str) -> None:
+        """Write to the prompts of this run, be the network that of an earlier one."""
+        super().setup(stage)
+        if hasattr(self, "writer"):
+            self.writer.data = self.prompted
+
+    @override
     def build_beside(self) -> Sequence[GPT]:
         """The start, and what says how good a reply is."""
         if self.device_mesh is not None:

@@ -21,7 +21,7 @@ from lit_gpt_scratch.objectives.policy import group_advantages
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.optim.parts import gradients, total_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
-from lit_gpt_scratch.tasks.phases import PhasedPolicy
+from lit_gpt_scratch.tasks.phases import ROLLOUTS, PhasedPolicy
 from lit_gpt_scratch.tasks.rollouts import Rollouts, gathered, seeds
 
 Build = Callable[..., L.Trainer]
@@ -224,6 +224,28 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
     with torch.no_grad():
         assert torch.equal(task.of_start(first["input_ids"], first["labels"]), seen.of_start[0])
         assert not torch.equal(task(first["input_ids"], first["labels"])[0], seen.logprobs[0])
+
+
+def test_a_second_run_of_a_task_learns_from_replies_of_its_own(
+    trainer: Build, data: Callable[..., Prompts], tmp_path: Path
+) -> None:
+    """Its first phase is written by the network as it then is, to its own prompts; a checkpoint's is gone on with."""
+    task, again, resumed = policy("PPO", kl_target=1.0, steps_per_phase=2), Seen(), Seen()
+    made = trainer(max_steps=3, limit_val_batches=0)
+    made.fit(task, data())
+    made.save_checkpoint(tmp_path / "first.ckpt")
+    other = data(split_seed=1)
+    trainer(max_steps=2, limit_val_batches=0, callbacks=[again]).fit(task, other)
+    assert torch.equal(again.logprobs[0], again.batches[0]["logprobs"])
+    assert again.rollouts[0].coefficient == task.kl_coefficient
+    [prompt], _ = other.asked("train", other.drawn([0]))
+    assert again.batches[0]["input_ids"][0, : len(prompt)].tolist() == prompt
+    going_on = trainer(max_steps=4, limit_val_batches=0, callbacks=[resumed])
+    going_on.fit(task, data(), ckpt_path=str(tmp_path / "first.ckpt"))
+    assert not torch.equal(resumed.logprobs[0], resumed.batches[0]["logprobs"])
+    kept = torch.load(tmp_path / "first.ckpt", weights_only=True)[ROLLOUTS]["rows"]
+    assert kept.keys() == resumed.rollouts[0].rows.keys()
+    assert all(torch.equal(rows, kept[name]) for name, rows in resumed.rollouts[0].rows.items())
 
 
 def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
