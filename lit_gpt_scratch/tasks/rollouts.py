@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -38,7 +38,8 @@ class Rollouts:
 
     def state(self) -> dict[str, Any]:
         """Plain data and tensors on the CPU."""
-        return {**asdict(self), "rows": {name: row.cpu() for name, row in self.rows.items()}}
+        rows = {name: row.cpu() for name, row in self.rows.items()}
+        return {"phase": self.phase, "coefficient": self.coefficient, "figures": dict(self.figures), "rows": rows}
 
     @classmethod
     def of(cls, state: dict[str, Any], device: torch.device) -> "Rollouts":
