@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def begin_with_shape(parser: ArgumentParser, config: Namespace) -> bool:
     contents = start_contents(place)
     # Whose code runs is for flags and configs to say, not for a checkpoint.
     gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
+    module, _, name = config.model.class_path.rpartition(".")
+    if not getattr(getattr(import_module(module), name), "drops", True):
+        gpt["dropout"] = 0.0
     _set_default(parser, "model", config.model.class_path, gpt=gpt)
     if "block_size" in data:
         _set_default(parser, "data", config.data.class_path, block_size=contents.block_size)

@@ -31,11 +31,13 @@ class DPO(PairTask):
         per_token: Compare means over the tokens of replies instead of sums, so that long replies do not count for more;
             IPO's authors did.
         reference_free: Do without a reference: what is held to is a policy that finds all replies equally likely.
-        kwargs: As for ``GPTTask``.
+        kwargs: As for ``GPTTask``, without dropout: at the start policy and reference agree.
 
     Raises:
         UserError: There is no such loss, or a number is out of its range.
     """
+
+    drops = False
 
     def __init__(
         self,

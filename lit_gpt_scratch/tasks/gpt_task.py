@@ -1,9 +1,9 @@
 """What every stage does with its GPT: build it or begin with a trained one, compile it, step it, and save it."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 from lit_gpt_scratch.checkpoint.adapters import fingerprint
 from lit_gpt_scratch.checkpoint.contents import KEY, Contents, refuse_other_model, refuse_other_tokenizer
@@ -67,6 +67,10 @@ class GPTTask(Stage):
             other.
     """
 
+    drops: ClassVar[bool] = True
+    """Whether there is dropout in training. A stage whose loss compares probabilities with those of before has none:
+    what is dropped would look like what is learned. The start's is switched off, one that is asked for refused."""
+
     def __init__(
         self,
         gpt: GPTConfig | None = None,
@@ -84,6 +88,13 @@ class GPTTask(Stage):
             raise UserError("model.lora and model.train_layers both say what is trained; give one of them")
         if train_layers is not None and train_layers < 0:
             raise UserError(f"model.train_layers is {train_layers}; it must be 0 or more")
+        asked = {"gpt": gpt and gpt.dropout, "lora": lora and lora.dropout}
+        for part, share in asked.items():
+            if share and not self.drops:
+                raise UserError(
+                    f"model.{part}.dropout is {share}, but {type(self).__name__} compares probabilities with those of "
+                    "before, and drops nothing: leave it out"
+                )
         if gpt is not None:
             attention_class(gpt.attention)
         self._gpt = gpt
@@ -118,7 +129,8 @@ class GPTTask(Stage):
         """The architecture."""
         if self._gpt is not None:
             return self._gpt
-        return GPTConfig() if self.init_from is None else GPTConfig(**start_contents(self.init_from).gpt)
+        found = GPTConfig() if self.init_from is None else GPTConfig(**start_contents(self.init_from).gpt)
+        return found if self.drops else replace(found, dropout=0.0)
 
     def configure_model(self) -> None:
         """Build the network for the data's vocabulary and window; a second call changes nothing.

@@ -33,7 +33,7 @@ class PhasedPolicy(Policy):
         clip: How far from 1 the ratio of probabilities is rewarded.
         kl_target: Nats of KL of a reply that the coefficient is adapted to reach; by default it stays as it is.
         entropy_coefficient: What a nat of entropy of a token is worth.
-        kwargs: As for ``Policy``. Dropout would make the ratio another than 1 before anything is learned.
+        kwargs: As for ``Policy``.
 
     Raises:
         UserError: A number is out of its range.
@@ -55,6 +55,11 @@ class PhasedPolicy(Policy):
         refuse_out_of_range(1, steps_per_phase=steps_per_phase, passes=passes)
         refuse_out_of_range(0, entropy_coefficient=entropy_coefficient)
         refuse_not_positive(clip=clip, kl_target=kl_target)
+        if kl_target is not None and self.kl_coefficient == 0:
+            raise UserError(
+                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0, and whatever is multiplied by that "
+                "stays 0; give it a value to begin with"
+            )
         self.phase = Phase(steps_per_phase, passes)
         self.clip = clip
         self.kl_target = kl_target

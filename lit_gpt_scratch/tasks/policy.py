@@ -1,5 +1,6 @@
 """A policy: a GPT that replies to prompts, and is told how good its replies are."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -37,12 +38,13 @@ class Policy(GPTTask):
         kl_coefficient: What a nat of KL from the start costs.
         temperature: At which replies are written and their tokens' probabilities are taken.
         rows_at_once: Replies that are written side by side.
-        kwargs: As for ``GPTTask``.
+        kwargs: As for ``GPTTask``, without dropout: before an update the policy is the one that wrote the replies.
 
     Raises:
         UserError: A number is out of its range.
     """
 
+    drops = False
     metrics: Sums
 
     def __init__(
@@ -58,6 +60,8 @@ class Policy(GPTTask):
         refuse_out_of_range(1, rows_at_once=rows_at_once)
         refuse_out_of_range(0, kl_coefficient=kl_coefficient)
         refuse_not_positive(temperature=temperature)
+        if unended_score is not None and not math.isfinite(unended_score):
+            raise UserError(f"model.unended_score is {unended_score}; it must be finite")
         self.reward = reward
         self.unended_score = unended_score
         self.kl_coefficient = kl_coefficient
@@ -145,22 +149,22 @@ class Policy(GPTTask):
 
 
 def refuse_out_of_range(least: float, **given: float) -> None:
-    """Refuse what is below; the command line knows types alone.
+    """Refuse what is below, or infinite; the command line knows types alone.
 
     Raises:
         UserError: One is.
     """
     for name, value in given.items():
-        if not value >= least:
-            raise UserError(f"model.{name} is {value}; it must be {least} or more")
+        if not least <= value < math.inf:
+            raise UserError(f"model.{name} is {value}; it must be {least} or more, and finite")
 
 
 def refuse_not_positive(**given: float | None) -> None:
-    """Refuse 0 and less.
+    """Refuse 0 and less, and what is infinite.
 
     Raises:
         UserError: One is.
     """
     for name, value in given.items():
-        if value is not None and not value > 0:
-            raise UserError(f"model.{name} is {value}; it must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"model.{name} is {value}; it must be positive and finite")

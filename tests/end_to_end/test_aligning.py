@@ -1,13 +1,29 @@
 """The lineage of the README, as it is: what a reward model and DPO make of a preference that can be checked."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.conftest import Command
+from tests.end_to_end.conftest import Command, Trained
 
 ALIGN = Path(__file__).parents[2] / "experiments/align"
+
+
+def test_the_dropout_of_a_start_is_left_to_it(
+    command: Command, trained: Trained, staged: Callable[[str], list[str]]
+) -> None:
+    """It comes with the start, whoever aligns it need not know of it; one that is asked for is refused."""
+    trained(*staged("instructions"), "--model.gpt.dropout=0.1", "--trainer.max_steps=2")
+    flags = ["--model=GRPO", "--data=Prompts", "--data.reply_tokens=4", "--data.block_size=96", "--model.group=4"]
+    flags += ["--model.init_from=runs/pretrain/version_0", "--model.compile=false", "--trainer.accelerator=cpu"]
+    done = command("fit", *flags, "--trainer.fast_dev_run=1")
+    assert done.code == 0, done.err
+    refused = command("fit", *flags, "--trainer.fast_dev_run=1", "--model.gpt.dropout=0.1")
+    assert refused.code == 2
+    assert refused.err.count("\n") == 1
+    assert "model.gpt.dropout is 0.1, but GRPO" in refused.err
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.batch import IGNORED, PairBatch
 from lit_gpt_scratch.callbacks.true_reward import TrueReward
+from lit_gpt_scratch.checkpoint.contents import KEY
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.rewarding import reward_model
 from lit_gpt_scratch.data import Conversations, Preferences
@@ -97,7 +98,9 @@ def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
 
 
 @pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
-def test_a_policy_is_no_distance_from_itself(trainer: Build, start: Path, cache: Path, how: dict[str, Any]) -> None:
+def test_a_policy_is_no_distance_from_itself(
+    trainer: Build, start: Path, cache: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
     """At the start its log-probabilities are those of the reference, bit for bit, and what is lost is log 2 a pair."""
 
     class First(L.Callback):
@@ -110,8 +113,11 @@ def test_a_policy_is_no_distance_from_itself(trainer: Build, start: Path, cache:
             self.loss = (task.losses(batch)[0] / len(nats) * 2).item()
 
     first = First()
+    contents = torch.load(start, weights_only=True)
+    contents[KEY]["gpt"]["dropout"] = 0.5  # of a start that was trained with some
+    torch.save(contents, tmp_path / "dropping.ckpt")
     data = Preferences(init_from=str(start), cache=str(cache), block_size=96)
-    task = DPO(init_from=str(start), compile=False, **how)
+    task = DPO(init_from=str(tmp_path / "dropping.ckpt"), compile=False, **how)
     trainer(max_steps=1, limit_val_batches=0, callbacks=[first]).fit(task, data)
     assert first.loss == pytest.approx(0.6931472)
 
@@ -231,6 +237,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
+        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* drops nothing: leave it out"),
     ],
 )
 def test_impossible_settings_are_refused(how: dict[str, Any], said: str) -> None:

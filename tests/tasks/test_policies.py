@@ -1,6 +1,8 @@
 """Policies that learn from their own replies: what is kept of a phase, against the decoder and loops."""
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +46,8 @@ def data(cache: Path) -> Callable[..., Prompts]:
 
 def policy(name: str, **changes: Any) -> PhasedPolicy:
     kind, more = POLICIES[name]
-    settings = {"reward": "tests.own_reward.even_tokens", "optimizer": AdamW(1e-3), "compile": False}
-    return kind(gpt=SHAPE, **(settings | more | changes))
+    settings = {"gpt": SHAPE, "reward": "tests.own_reward.even_tokens", "optimizer": AdamW(1e-3), "compile": False}
+    return kind(**(settings | more | changes))
 
 
 class Seen(L.Callback):
@@ -322,6 +324,13 @@ def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str,
         ("PPO", {"temperature": 0.0}, "model.temperature is 0.0; it must be positive"),
         ("PPO", {"kl_target": -1.0}, "model.kl_target is -1.0"),
         ("PPO", {"kl_coefficient": -1.0}, "model.kl_coefficient is -1.0"),
+        ("PPO", {"kl_coefficient": math.inf}, "model.kl_coefficient is inf; it must be 0 or more, and finite"),
+        ("PPO", {"kl_coefficient": math.nan}, "model.kl_coefficient is nan"),
+        ("GRPO", {"unended_score": math.nan}, "model.unended_score is nan; it must be finite"),
+        ("PPO", {"unended_score": -math.inf}, "model.unended_score is -inf"),
+        ("GRPO", {"kl_target": 3.0, "kl_coefficient": 0.0}, r"model.kl_target is 3.0, but model.kl_coefficient is 0"),
+        ("GRPO", {"gpt": replace(SHAPE, dropout=0.1)}, "model.gpt.dropout is 0.1, but GRPO .* drops nothing"),
+        ("PPO", {"lora": LoRA(2, dropout=0.2)}, "model.lora.dropout is 0.2, but PPO .* drops nothing"),
         ("PPO", {"gamma": 1.5}, "model.gamma is 1.5; it must be between 0 and 1"),
         ("PPO", {"value_clip": 0.0}, "model.value_clip is 0.0"),
         ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
@@ -330,8 +339,9 @@ def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str,
 def test_impossible_policies_are_refused(
     run: Callable[..., Any], name: str, changes: dict[str, Any], said: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=said) as raised:
         run(name, **changes)
+    assert "\n" not in str(raised.value)
 
 
 def test_a_policy_needs_prompts_and_something_that_judges(
