@@ -121,6 +121,8 @@ class PhasedPolicy(Policy):
         if self.trainer.world_size > 1:
             gather = self.trainer.strategy.all_gather
             rows = {name: gathered(own, gather(own), self._layout.batch_size) for name, own in rows.items()}
+        if self.unended_is_least:
+            rows["scores"] = torch.where(rows["ended"] > 0, rows["scores"], rows["scores"].min())
         found = Rollouts(phase, self._coefficient(), means(rows), rows)
         rows |= self.advantages(found)
         return found

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor
+from torchmetrics import MetricCollection, MinMetric
 from typing_extensions import override
 
 from lit_gpt_scratch.batch import IGNORED, NumberedBatch
@@ -33,8 +34,10 @@ class Policy(GPTTask):
     Args:
         reward: What says how good a reply is: the run of a reward model, a function of prompts and replies such as
             ``my_file.my_reward``, or the name of a preference that can be checked; by default that of the data.
-        unended_score: The score of a reply that does not come to its end; by default it is scored as it is, and a
-            checkable preference gives it 0.
+        unended_score: The score of a reply that does not come to its end. By default a function is asked as of any
+            other, and a checkable preference gives it 0. A reward model reads where a reply ends, and knows nothing of
+            one that does not: it counts as the least that the model gives any reply of the phase, or of all that are
+            measured, so that nothing is won by going on.
         kl_coefficient: What a nat of KL from the start costs.
         temperature: At which replies are written and their tokens' probabilities are taken.
         rows_at_once: Replies that are written side by side.
@@ -45,7 +48,7 @@ class Policy(GPTTask):
     """
 
     drops = False
-    metrics: Sums
+    metrics: MetricCollection
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Policy(GPTTask):
             raise UserError(f"model.unended_score is {unended_score}; it must be finite")
         self.reward = reward
         self.unended_score = unended_score
+        self.unended_is_least = unended_score is None and is_run(reward)
         self.kl_coefficient = kl_coefficient
         self.temperature = temperature
         self.rows_at_once = rows_at_once
@@ -95,7 +99,8 @@ class Policy(GPTTask):
         data, unended = self.prompted, self.unended_score
         score: ModelScore | FunctionScore
         if is_run(self.reward):
-            score = ModelScore(str(self.reward), data.tokenizer_json, self.rows_at_once)
+            given = data.tokenizer_json, data.block_size, self.rows_at_once, self.gpt.attention
+            score = ModelScore(str(self.reward), *given)
             score.net.to(self.trainer.strategy.root_device)
         else:
             scoring = data.scoring(self.reward)
@@ -105,8 +110,9 @@ class Policy(GPTTask):
         return ()
 
     @override
-    def build_metrics(self) -> Sums:
-        return Sums(("reward", "kl", "ended", "entropy", "tokens", "replies"))
+    def build_metrics(self) -> MetricCollection:
+        sums = Sums(("reward", "of_ended", "kl", "ended", "entropy", "tokens", "replies"))
+        return MetricCollection({"sums": sums, "least": MinMetric()})
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each label, logits, and the stream: (B, T), (B, T, vocab_size), (B, T, n_embd)."""
@@ -131,18 +137,23 @@ class Policy(GPTTask):
         within = rows["labels"] != IGNORED
         sums = {
             "reward": rows["scores"].sum(),
+            "of_ended": (rows["scores"] * rows["ended"]).sum(),
             "kl": kl_k1(logprobs, self.of_start(rows["input_ids"], rows["labels"]))[within].sum(),
             "ended": rows["ended"].sum(),
             "entropy": token_entropy(logits)[within].sum(),
             "tokens": within.sum(),
             "replies": within.any(1).sum(),
         }
-        self.metrics.update(sums)
+        self.metrics["sums"].update(sums)
+        self.metrics["least"].update(rows["scores"])
 
     @override
     def figures(self) -> dict[str, Tensor]:
         sums = self.metrics.compute()
         tokens, replies = sums.pop("tokens"), sums.pop("replies")
+        least, of_ended = sums.pop("least"), sums.pop("of_ended")
+        if self.unended_is_least:
+            sums["reward"] = of_ended + least * (replies - sums["ended"])
         entropy = sums.pop("entropy") / tokens
         each = {name: value / replies for name, value in sums.items()}
         return {"loss": self.kl_coefficient * each["kl"] - each["reward"], **each, "entropy": entropy}

@@ -4,12 +4,15 @@ from dataclasses import replace
 from functools import cached_property
 
 from torch import Tensor
+from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lit_gpt_scratch.batch import PairBatch
 from lit_gpt_scratch.checkpoint.contents import Contents
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.heads import Scalar, rewards
+from lit_gpt_scratch.objectives.metrics import PairMetric
 from lit_gpt_scratch.objectives.preference import bradley_terry
 from lit_gpt_scratch.tasks.pairs import Compared, PairTask, halves
 
@@ -35,6 +38,12 @@ class Reward(PairTask):
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rewards: (B, T) int64 ids, filled up behind each conversation's (B,) tokens -> (B,) float32."""
         return rewards(self.net, input_ids, lengths)
+
+    @override
+    def build_metrics(self) -> PairMetric | MetricCollection:
+        if getattr(self.data, "too_long", None) == "cut":
+            raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
+        return super().build_metrics()
 
     @override
     def compare(self, batch: PairBatch) -> Compared:

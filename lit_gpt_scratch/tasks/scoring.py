@@ -47,17 +47,25 @@ class ModelScore:
     Args:
         place: Its run, or a checkpoint.
         tokenizer_json: That of the ids which it will be given.
+        longest: The most ids of a text.
         at_once: Texts that it reads side by side.
+        trusted: The attention class of somebody's own that it may name: to build it is to run that code.
 
     Raises:
-        UserError: There is none, it gives no reward, or it was trained with another tokenizer.
+        UserError: There is none, it gives no reward, it was trained with another tokenizer, its context is too short,
+            or it names a class that is not trusted.
     """
 
-    def __init__(self, place: str, tokenizer_json: str, at_once: int) -> None:
+    def __init__(self, place: str, tokenizer_json: str, longest: int, at_once: int, trusted: str | None) -> None:
         try:
-            self.net = reward_model(place, tokenizer_json)
+            self.net = reward_model(place, tokenizer_json, trusted)
         except UserError as error:
-            raise UserError(f"model.reward: {error}") from error
+            raise UserError(f"model.reward: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
+        if self.net.block_size < longest:
+            raise UserError(
+                f"model.reward: the reward model {place} has a context of {self.net.block_size} tokens, but "
+                f"data.block_size is {longest}: lower that, or train the reward model with --data.block_size {longest}"
+            )
         self.place = place
         self.at_once = at_once
 
@@ -66,7 +74,7 @@ class ModelScore:
         """(N,) float32, on the CPU.
 
         Raises:
-            UserError: A text does not fit into its context, or its reward is no number.
+            UserError: A reward is no number.
         """
         texts, scores = replies.whole, []
         for first in range(0, len(texts), self.at_once):

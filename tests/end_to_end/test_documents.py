@@ -137,14 +137,14 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
                 flags += [f"--data.source={newcomers_folder / 'my_texts'}"]
             if "experiments/align" in line and "start.yaml" not in line:
                 flags += ["--data.reply_tokens=4"]
-            writes = "ppo.yaml" in line or "grpo.yaml" in line
+            whole = any(f"{name}.yaml" in line for name in ("reward", "ppo", "grpo"))
             if "grpo.yaml" in line:
                 flags += ["--model.group=4"]
             kept = [f for f in SHORT if not any(name in f for name in ("n_embd", "tokens_per_step", *tuned))]
             flags += [
                 *kept,
                 f"--data.cache={cache}",
-                *([f"--data.too_long={'drop' if writes else 'cut'}"] if tuned else ["--data.validation_share=0.3"]),
+                *([f"--data.too_long={'drop' if whole else 'cut'}"] if tuned else ["--data.validation_share=0.3"]),
             ]
         elif "--ckpt_path" not in flags:
             named = {"--data.source", "--data.mixture"} & set(flags)

@@ -249,3 +249,10 @@ def test_data_without_pairs_is_refused(trainer: Build, start: Path, cache: Path)
     data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
     with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO needs Preferences"):
         trainer().fit(DPO(init_from=str(start), compile=False), data)
+
+
+def test_a_reward_is_not_learned_of_replies_without_an_end(trainer: Build, start: Path, cache: Path) -> None:
+    """One of a pair that was cut would end and the other not, by which they could be told apart."""
+    data = Preferences(init_from=str(start), cache=str(cache), block_size=96, too_long="cut")
+    with pytest.raises(UserError, match=r"data\.too_long is cut, but a reward is read where a reply ends"):
+        trainer().fit(Reward(init_from=str(start), compile=False), data)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.checkpoint.contents import KEY
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
 from lit_gpt_scratch.data.phases import own_rows
 from lit_gpt_scratch.decoding.generation import generate
@@ -368,26 +369,72 @@ def judge(trainer: Build, cache: Path, tmp_path: Path) -> Callable[..., tuple[Re
     return trained
 
 
-def test_a_reward_model_is_asked_as_it_was_trained(
-    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]], data: Callable[..., Prompts], tmp_path: Path
-) -> None:
+@pytest.fixture
+def same(data: Callable[..., Prompts], tmp_path: Path) -> dict[str, Any]:
+    """Settings of data with one tokenizer."""
     tokens = data()
     tokens.prepare_data()
     tokens.tokenizer.save(tmp_path / "tokenizer.json")
-    same = {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": None}
-    model, path = judge(**same)
-    _, seen = run("PPO", reward=path, more=same)
-    rows = seen.rollouts[0].rows
-    for ids, labels, score in zip(rows["input_ids"], rows["labels"], rows["scores"], strict=True):
+    return {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": None}
+
+
+def asked_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
+    """What a reward model says of each row's text, without its neighbours."""
+    found = []
+    for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
         last = int((labels != IGNORED).nonzero()[-1])
         whole = torch.cat((ids[: last + 1], labels[last : last + 1]))
-        expected = model.eval()(whole[None], torch.tensor([len(whole)]))[0]
-        torch.testing.assert_close(score, expected.detach(), rtol=0, atol=1e-5)
+        found.append(model.eval()(whole[None], torch.tensor([len(whole)]))[0].detach())
+    return torch.stack(found)
 
 
-def test_a_reward_model_with_another_tokenizer_is_refused(
+@pytest.mark.parametrize("unended", [None, -7.0])
+def test_a_reward_model_is_asked_as_it_was_trained(
+    run: Callable[..., Any],
+    judge: Callable[..., tuple[Reward, str]],
+    same: dict[str, Any],
+    unended: float | None,
+) -> None:
+    """Where a reply ends. One that does not counts as the least of its phase, or what it was given."""
+    model, path = judge(**same)
+    task, seen = run("PPO", reward=path, unended_score=unended, more=same)
+    rows = seen.rollouts[0].rows
+    said, ended = asked_alone(model, rows), rows["ended"] > 0
+    assert 0 < ended.sum() < len(ended)
+    expected = torch.where(ended, said, said.min() if unended is None else unended)
+    torch.testing.assert_close(rows["scores"], expected, rtol=0, atol=1e-5)
+    assert seen.rollouts[0].figures["reward"] == pytest.approx(expected.mean().item(), abs=1e-5)
+
+    made, prompts = task.trainer, task.trainer.datamodule
+    made.test(task, prompts, verbose=False)
+    n = prompts.n_prompts("test")
+    task.eval()
+    rows = task.writer.replies("test", range(n), seeds(0, 1, numbers=range(n)))
+    said, ended = asked_alone(model, rows), rows["ended"] > 0
+    mean = torch.where(ended, said, said.min() if unended is None else unended).mean()
+    torch.testing.assert_close(made.callback_metrics["test/reward"], mean, rtol=0, atol=1e-5)
+
+
+def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_refused(
     run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]]
 ) -> None:
     _, path = judge(vocab_size=280)
     with pytest.raises(UserError, match=r"model.reward: the reward model .* was trained with another tokenizer"):
         run("PPO", reward=path)
+    contents = torch.load(path, weights_only=True)
+    contents[KEY]["gpt"]["attention"] = own = "tests.own_attention.Loud"
+    torch.save(contents, path)
+    with pytest.raises(UserError, match=f"model.reward: .* let it run: --model.gpt.attention {own}"):
+        run("PPO", reward=path)
+    with pytest.raises(UserError, match="another tokenizer"):  # to be trusted with the code is not enough
+        run("PPO", reward=path, gpt=replace(SHAPE, attention=own))
+
+
+def test_a_reward_model_that_could_not_read_a_reply_is_refused_before_one_is_written(
+    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]], same: dict[str, Any]
+) -> None:
+    _, path = judge(**same, block_size=88)
+    said = "has a context of 88 tokens, but data.block_size is 96: lower that, or train .* --data.block_size 96"
+    with pytest.raises(UserError, match=said):
+        run("PPO", 0, reward=path, more=same)
+    run("PPO", 1, reward=path, more=same | {"block_size": 88})
