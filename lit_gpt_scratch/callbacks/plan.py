@@ -169,7 +169,7 @@ class Plan(InRunFolder):
 
 def _groups(task: GPTTask) -> Iterator[str]:
     """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
-    optimizer = task.optimizer.build(task.net)  # the trainer's own has a checkpoint's numbers until the first step
+    optimizer = task.optimizer.build(task.learned)  # the trainer's own has a checkpoint's numbers until the first step
     for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
         rule = group.get("rule", type(optimizer).__name__)
         what = f"{count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"

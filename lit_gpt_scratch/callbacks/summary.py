@@ -20,6 +20,7 @@ from lit_gpt_scratch.data import Conversations, LabelledText
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.data.prompted import PromptedData
 from lit_gpt_scratch.tasks import Reward
+from lit_gpt_scratch.tasks.stage import Stage
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)
@@ -58,6 +59,7 @@ class Summary(InRunFolder):
         if not trainer.is_global_zero or self.folder is None or trainer.global_step == self._first_step:
             return
         throughput, baselines = _one(trainer, Throughput), _one(trainer, Baselines)
+        learned = pl_module.learned if isinstance(pl_module, Stage) else pl_module  # without what it is held to
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
@@ -67,7 +69,7 @@ class Summary(InRunFolder):
             "seconds": self._seconds(),
             "tokens_per_second": throughput and throughput.mean,
             "throughput": throughput and throughput.figures,
-            "parameters": sum(p.numel() for p in pl_module.parameters()),
+            "parameters": sum(p.numel() for p in learned.parameters()),
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }
         self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")

@@ -1,6 +1,9 @@
 """Policies that learn from their own replies: what is kept of a phase, against the decoder and loops."""
 
+import json
+import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +15,10 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.callbacks.plan import Plan
+from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.checkpoint.contents import KEY
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
 from lit_gpt_scratch.data.phases import own_rows
 from lit_gpt_scratch.decoding.generation import generate
@@ -262,6 +268,25 @@ def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> Non
     ends = (rows["labels"] != IGNORED) & (rows["ended"] == 0)[:, None]
     assert seen.rollouts[0].rows["values"].abs().max() == 0
     torch.testing.assert_close(rows["values"][ends], torch.full_like(rows["values"][ends], 0.5), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_start_is_none_of_a_policys_parameters(
+    trainer: Build, data: Callable[..., Prompts], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A critic is, in the plan as in the summary."""
+    summary, task = Summary(), policy(name, steps_per_phase=2)
+    summary.folder = RunFolder.claim(tmp_path, "run")
+    with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
+        trainer(max_steps=1, limit_val_batches=0, callbacks=[summary, Plan()]).fit(task, data())
+    said = json.loads((summary.folder.path / "summary.json").read_text(encoding="utf-8"))
+    network, critic = sum(p.numel() for p in task.net.parameters()), SHAPE.n_embd if name.startswith("PPO") else 0
+    assert said["parameters"] == network + critic
+    frozen = sum(p.numel() for p in task.net.parameters() if not p.requires_grad)
+    assert said["trained_parameters"] == network + critic - frozen
+    [groups] = [text for record in caplog.records if (text := record.getMessage()).startswith("optimizer")]
+    tensors = [int(n) for n in re.findall(r" in (\d+) ", groups)]
+    assert sum(tensors) == sum(p.requires_grad for p in task.net.parameters()) + bool(critic)
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
