@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 SMALL = 1e-8
-"""So that nothing is divided by zero: far below any spread that means something."""
+"""So that nothing is divided by zero."""
+ROUNDING = 1e-5
+"""Of their size, numbers that differ by less are alike: the same sums in another order, in float32, come to that. To
+divide by such a spread would make a whole deviation of it."""
 
 
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
@@ -93,21 +96,26 @@ def group_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
             2025, https://arxiv.org/abs/2503.20783).
 
     Returns:
-        (N * group,), each group with mean 0; 0 of a group whose scores are all the same.
+        (N * group,), each group with mean 0; 0 of a group whose scores are all the same, but for rounding.
     """
     grouped = scores.view(-1, group)  # (N, group)
     beyond = grouped - grouped.mean(1, keepdim=True)
     if scale:
         beyond = beyond / (grouped.std(1, correction=0, keepdim=True) + SMALL)
-    alike = (grouped == grouped[:, :1]).all(1, keepdim=True)  # of which rounding leaves more than nothing
+    spread = grouped.amax(1, keepdim=True) - grouped.amin(1, keepdim=True)
+    alike = spread <= ROUNDING * grouped.abs().amax(1, keepdim=True)
     return torch.where(alike, 0.0, beyond).flatten()
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Give what the mask leaves mean 0 and variance 1, and make the rest 0: (B, T) -> (B, T)."""
+    """Give what the mask leaves mean 0 and variance 1, or 0 if it is all the same; and make the rest 0.
+
+    (B, T) -> (B, T).
+    """
     kept = x[mask]
     mean, deviation = kept.mean(), kept.std(correction=0)
-    return torch.where(mask, (x - mean) / (deviation + SMALL), 0.0)
+    alike = deviation <= ROUNDING * mean.abs()
+    return torch.where(mask & ~alike, (x - mean) / (deviation + SMALL), 0.0)
 
 
 def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:

@@ -113,6 +113,21 @@ def test_a_group_is_compared_with_itself() -> None:
     assert torch.equal(group_advantages(torch.full((3,), 0.1), 3), torch.zeros(3))
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, -1e4])
+def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
+    """A few units in the last place teach nothing; what differs by a thousandth of its size does."""
+    noise = 1 + 2e-7 * torch.tensor([[0.0, 1.0, 3.0, 1.0], [2.0, 0.0, 1.0, 0.0]])
+    scores = size * noise
+    assert len(scores.unique()) > 1
+    assert not group_advantages(scores.flatten(), 4).any()
+    assert not group_advantages(scores.flatten(), 4, scale=False).any()
+    assert not whiten(scores, torch.ones(2, 4, dtype=torch.bool)).any()
+    scores = size * (1 + 1e-3 * torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]]))
+    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, -1.0]]) * (1 if size > 0 else -1)
+    torch.testing.assert_close(group_advantages(scores.flatten(), 4), expected.flatten(), rtol=0, atol=0.05)
+    torch.testing.assert_close(whiten(scores, torch.ones(2, 4, dtype=torch.bool)), expected, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize(
     ("ratio", "advantage", "loss", "held"),
     [
