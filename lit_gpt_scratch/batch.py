@@ -7,6 +7,8 @@ from typing_extensions import NotRequired, TypedDict
 
 IGNORED: Final = -100
 """Label of a position that is not scored, PyTorch's own convention."""
+MULTIPLE: Final = 8
+"""Of positions, as which rows of uneven lengths are filled up: tensor cores like it, and it leaves few widths."""
 
 
 class Batch(TypedDict):

@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-MULTIPLE: Final = 8
-"""Widths are multiples of it, which tensor cores like, and which leaves few widths."""
+from lit_gpt_scratch.batch import MULTIPLE
+
 NOTHING: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 """A row that is all filling."""
 

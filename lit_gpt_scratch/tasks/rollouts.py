@@ -4,20 +4,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch import IGNORED, MULTIPLE
 from lit_gpt_scratch.decoding.generation import generate
 from lit_gpt_scratch.decoding.sampling import Sampling
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.objectives.policy import kl_k1
-
-MULTIPLE: Final = 8
-"""Of positions in a row: tensor cores like it, and it leaves few widths."""
 
 
 @dataclass
