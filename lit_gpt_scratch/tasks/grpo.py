@@ -16,7 +16,9 @@ from lit_gpt_scratch.tasks.rollouts import Rollouts
 class GRPO(PhasedPolicy):
     """A policy that compares several replies to a prompt with each other, and so needs no critic.
 
-    Every token of a reply has the same advantage; the KL from the start is a part of the loss.
+    Every token of a reply has the same advantage. The KL from the start is a part of the loss: the coefficient times
+    the mean over a reply's tokens of ``k3``, beside advantages that have no unit. It is no price in reward, and a long
+    reply may go as far from the start with each of its tokens as a short one.
 
     Args:
         group: Replies to a prompt.

@@ -31,7 +31,8 @@ class PhasedPolicy(Policy):
         steps_per_phase: Optimizer steps that it takes to see every reply of a phase once.
         passes: How often each is seen.
         clip: How far from 1 the ratio of probabilities is rewarded.
-        kl_target: Nats of KL of a reply that the coefficient is adapted to reach; by default it stays as it is.
+        kl_target: Nats of KL of a whole reply that the coefficient is adapted to reach, from phase to phase, beginning
+            with ``kl_coefficient``; by default it stays as it is.
         entropy_coefficient: What a nat of entropy of a token is worth.
         kwargs: As for ``Policy``.
 

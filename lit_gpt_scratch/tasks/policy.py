@@ -28,8 +28,9 @@ class Policy(GPTTask):
     """A GPT that replies to prompts, what it began with, and what says how good a reply is.
 
     Validation and test let it reply to each prompt once: the mean ``reward``, the ``kl`` of a whole reply from the
-    start, the ``entropy`` of a token, the share of replies that are ``ended``; ``loss`` is what is maximised, negated:
-    ``kl_coefficient * kl - reward``.
+    start, the ``entropy`` of a token, the share of replies that are ``ended``. Their ``loss`` is
+    ``kl_coefficient * kl - reward``, with the coefficient that the run was given: what PPO lessens, as long as it keeps
+    that coefficient. GRPO weighs the KL of tokens, not of replies; by this figure runs of both compare.
 
     Args:
         reward: What says how good a reply is: the run of a reward model, a function of prompts and replies such as
@@ -38,7 +39,7 @@ class Policy(GPTTask):
             other, and a checkable preference gives it 0. A reward model reads where a reply ends, and knows nothing of
             one that does not: it counts as the least that the model gives any reply of the phase, or of all that are
             measured, so that nothing is won by going on.
-        kl_coefficient: What a nat of KL from the start costs.
+        kl_coefficient: What the KL from the start costs; PPO and GRPO say which KL that is.
         temperature: At which replies are written and their tokens' probabilities are taken.
         rows_at_once: Replies that are written side by side.
         kwargs: As for ``GPTTask``, without dropout: before an update the policy is the one that wrote the replies.

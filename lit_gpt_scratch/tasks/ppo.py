@@ -26,7 +26,8 @@ from lit_gpt_scratch.tasks.rollouts import Rollouts
 class PPO(PhasedPolicy):
     """A policy with a critic: a second head on the same stream learns what is still to come.
 
-    Each token is paid its KL from the start, negated, and the last of a reply its reward as well; generalised advantage
+    Each token is paid its KL from the start (``k1``), negated and times the coefficient, and the last of a reply its
+    reward as well: so a nat of KL of a whole reply costs as much reward as the coefficient says. Generalised advantage
     estimation shares that out among the tokens.
 
     Args:
