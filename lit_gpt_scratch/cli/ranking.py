@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.decoding.sampling import Sampling
-from lit_gpt_scratch.decoding.writing import write
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.replies import replies
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat import Message, Template, refuse_messages
 from lit_gpt_scratch.text.document import blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 DRAWS: Final = 4
-"""Times that two replies are drawn until they differ."""
+"""Times that two replies are drawn until there is something to choose between."""
 ASKED: Final = "Which is better? 1, 2, skip or quit"
 
 
@@ -33,6 +33,8 @@ def rank(
 ) -> Iterator[str]:
     """Reply twice to each question, ask which reply is better, and add the answer to the file.
 
+    Replies that do not come to their end, are the same or say nothing are drawn again.
+
     Each answer is on the disk before the next question is asked: whatever ends this, nothing that was said is lost.
 
     Args:
@@ -44,7 +46,8 @@ def rank(
         path: The file, in lines of JSON: ``prompt``, ``chosen``, ``rejected``.
         max_new_tokens: The longest reply.
         sampling: How to choose tokens.
-        seed: Of the first reply; each next one has the next.
+        seed: Of the first reply into an empty file; each next one has the next. Where there are lines it begins behind
+            all that were drawn for them, so that the same command again asks about other pairs.
 
     Returns:
         What to show, line by line.
@@ -52,22 +55,24 @@ def rank(
     Raises:
         UserError: A question is too long, or the file cannot be written.
     """
-    template, told, seeds = Template(tokenizer), [] if system is None else [Message("system", system)], count(seed)
+    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
     append(path, "")  # what cannot be written is better known before there is an answer
+    seeds = count(seed + 2 * DRAWS * _lines(path))
     for question in (each.strip() for each in questions if not blank(each)):
         messages = [*told, Message("user", question)]
         refuse_messages(messages)
+        prompt = template.prompt(messages)
         for _ in range(DRAWS):
-            replies = ["", ""]
-            given = [template.prompt(messages)] * 2
-            for row, piece in write(model, tokenizer, given, max_new_tokens, sampling, list(islice(seeds, 2))):
-                replies[row] += piece
-            if replies[0] != replies[1] and not any(map(blank, replies)):
+            one, two = replies(model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2)))
+            pair = one.text, two.text
+            whole = one.ended and two.ended  # who learns from one that was cut off learns to stop amid a sentence
+            if whole and one.text != two.text and not any(map(blank, pair)):
                 break
         else:
-            yield f"{question}\nThe model has nothing to choose between here; a higher --temperature may help.\n"
+            why = "a higher --temperature" if whole else "more --max_new_tokens, in which they come to their end,"
+            yield f"{question}\nThe model has no two replies to choose between here; {why} may help.\n"
             continue
-        yield f"{question}\n\n[1] {replies[0]}\n\n[2] {replies[1]}\n"
+        yield f"{question}\n\n[1] {one.text}\n\n[2] {two.text}\n"
         yield ASKED
         answer = _understood(answers)
         while answer is None:
@@ -78,9 +83,9 @@ def rank(
         if answer == "s":
             continue
         better = int(answer) - 1
-        prompt: Any = question if system is None else [vars(message) for message in messages]
-        pair = {"prompt": prompt, "chosen": replies[better], "rejected": replies[1 - better]}
-        append(path, json.dumps(pair, ensure_ascii=False) + "\n")
+        asked: Any = question if system is None else [vars(message) for message in messages]
+        row = {"prompt": asked, "chosen": pair[better], "rejected": pair[1 - better]}
+        append(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def append(path: Path, line: str) -> None:
@@ -100,6 +105,11 @@ def append(path: Path, line: str) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"argument --rank: {path} cannot be written: {error.strerror}") from error
+
+
+def _lines(path: Path) -> int:
+    with path.open("rb") as file:
+        return sum(1 for line in file if line.strip())
 
 
 def _understood(answers: Iterator[str]) -> str | None:

@@ -40,8 +40,9 @@ def replies(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
+    seeds: Sequence[int] | None = None,
 ) -> list[Reply]:
-    """The reply to each prompt; the same at every call, each drawn with the number of its prompt as a seed.
+    """The reply to each prompt; the same at every call.
 
     Args:
         model: In evaluation mode.
@@ -49,6 +50,7 @@ def replies(
         prompts: Ids up to the marker of the reply, as ``Template.prompt`` gives them.
         max_new_tokens: The most tokens of a reply, its end among them.
         sampling: How to choose tokens; by default always the likeliest.
+        seeds: One a prompt; by default its number.
 
     Raises:
         UserError: A prompt is longer than the context.
@@ -58,7 +60,8 @@ def replies(
     for start in range(0, len(order), ROWS_AT_ONCE):
         places = order[start : start + ROWS_AT_ONCE]
         given = [prompts[place] for place in places]
-        tokens = generate(model, given, max_new_tokens, sampling, places, tokenizer.end_of_text)
+        drawn = places if seeds is None else [seeds[place] for place in places]
+        tokens = generate(model, given, max_new_tokens, sampling, drawn, tokenizer.end_of_text)
         for row, token in tokens:
             if token is not None:
                 written[places[row]].append(token)

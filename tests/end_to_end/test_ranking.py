@@ -4,11 +4,14 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lit_gpt_scratch.cli import ranking
 from lit_gpt_scratch.cli.ranking import ASKED
 from lit_gpt_scratch.data import Preferences
+from lit_gpt_scratch.evaluation.replies import Reply, replies
 from tests.end_to_end.conftest import Command
 
 FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
@@ -18,7 +21,8 @@ FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
 def said(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
-    """A model that replies somehow, and somebody who types."""
+    """A model that replies somehow, to its end for all that anybody knows, and somebody who types."""
+    monkeypatch.setattr(ranking, "replies", lambda *given: [each._replace(ended=True) for each in replies(*given)])
     assert command("fit", *staged("instructions"), "--trainer.max_steps=2").code == 0
 
     def types(text: str) -> None:
@@ -96,5 +100,36 @@ def test_replies_that_are_the_same_are_not_asked_about(command: Command, said: C
     said("1\n")
     outcome = command("generate", *FLAGS, "--temperature=0", "--prompt=Say so.")
     assert outcome.code == 0
-    assert "nothing to choose between" in outcome.out
+    assert "no two replies to choose between here; a higher --temperature may help" in outcome.out
     assert ranked() == []
+
+
+def test_the_same_command_again_asks_about_other_pairs(command: Command, said: Callable[[str], None]) -> None:
+    for _ in range(2):
+        said("1\n2\n")
+        assert command("generate", *FLAGS, "--prompt=Say so.", "--prompt=And so.").code == 0
+    texts = [row[side] for row in ranked() for side in ("chosen", "rejected")]
+    assert len(texts) == len(set(texts)) == 8
+
+
+def test_replies_that_were_cut_off_are_drawn_again(
+    command: Command, said: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of all that are drawn here; if all are, there is no question."""
+    said("1\n")
+    drawn: list[list[Reply]] = []
+
+    def some(*given: Any) -> list[Reply]:
+        ends = len(drawn) % 2 == 1
+        drawn.append([each._replace(ended=ends or row == 0) for row, each in enumerate(replies(*given))])
+        return drawn[-1]
+
+    monkeypatch.setattr(ranking, "replies", some)
+    assert command("generate", *FLAGS, "--prompt=Say so.").code == 0
+    assert len(drawn) == 2
+    assert [ranked()[0][side] for side in ("chosen", "rejected")] == [each.text for each in drawn[1]]
+    monkeypatch.setattr(ranking, "replies", lambda *given: [Reply("So", False, 6), Reply("No", True, 3)])
+    outcome = command("generate", *FLAGS, "--prompt=Say so.")
+    assert outcome.code == 0
+    assert "more --max_new_tokens, in which they come to their end, may help" in outcome.out
+    assert len(ranked()) == 1
