@@ -35,7 +35,8 @@ class PromptedData(RecordData[P], ABC):
 
     Args:
         checkable: A preference that can be checked, by its name in ``text.checkable``: replies to prompts that are
-            held out are judged by it. Of records that are generated it is ``full_stop`` by default, of others none.
+            held out are judged by it. By default it is the one that rewards a policy, if one does; else ``full_stop``
+            of records that are generated, and none of others.
         reply_tokens: The most tokens of a reply that is written, its end among them.
         **others: See ``RecordData``.
 
@@ -51,9 +52,21 @@ class PromptedData(RecordData[P], ABC):
         refuse_null({"reply_tokens": reply_tokens})
         refuse_not_positive({"reply_tokens": reply_tokens})
         self.reply_tokens = reply_tokens
-        self.checkable = OF_GENERATED if checkable is None and self.source is None else checkable
-        self.judge: Callable[[str], bool] | None = None if self.checkable is None else named(self.checkable).holds
+        if checkable is not None:
+            named(checkable)
+        self.checkable_asked = checkable
+        self.rewarding: str | None = None
+        """The name of the checkable preference that rewards the policy which learns from this data, if one does."""
+
+    @property
+    def checkable(self) -> str | None:
+        """The name of the preference that replies are judged by."""
+        return self.checkable_asked or self.rewarding or (OF_GENERATED if self.source is None else None)
+
+    @property
+    def judge(self) -> Callable[[str], bool] | None:
         """Whether a reply is as it should be; None where only a person could say."""
+        return None if self.checkable is None else named(self.checkable).holds
 
     @cached_property
     def template(self) -> Template:

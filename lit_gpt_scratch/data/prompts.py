@@ -132,9 +132,12 @@ class Prompts(PromptedData[Prompt]):
     def scoring(self, name: str | None) -> Scoring:
         """What says how good a reply is; by default the checkable preference that replies are judged by.
 
+        If it is such a preference, replies are judged by it as well, unless another was asked for.
+
         Raises:
             UserError: There is none of that name, or nothing to be judged by.
         """
+        self.rewarding = name if name in checkable.CHECKABLES else None
         if (name := name or self.checkable) is None:
             raise UserError("nothing says how good a reply is; name it: --model.reward, or --data.checkable")
         return scoring(name)

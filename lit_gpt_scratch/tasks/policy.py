@@ -89,7 +89,9 @@ class Policy(GPTTask):
         """Write to the prompts of this run, be the network that of an earlier one."""
         super().setup(stage)
         if hasattr(self, "writer"):
-            self.writer.data = self.prompted
+            self.writer.data = data = self.prompted
+            if not is_run(self.reward):
+                data.scoring(self.reward)  # which lets it know what rewards
 
     @override
     def build_beside(self) -> Sequence[GPT]:

@@ -25,7 +25,10 @@ class PromptData(TokenData, Protocol):
 
     tokenizer: Decoder
     reply_tokens: int
-    judge: Callable[[str], bool] | None
+
+    @property
+    def judge(self) -> Callable[[str], bool] | None:
+        """Whether a reply is as it should be; None where only a person could say."""
 
     @property
     def own_rows(self) -> list[int]:

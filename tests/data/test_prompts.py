@@ -10,6 +10,7 @@ import pytest
 from lit_gpt_scratch.data import Prompts
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.checkable import full_stop, no_digit, shorter
 from lit_gpt_scratch.text.checkable import prompts as generated
 
 
@@ -38,6 +39,28 @@ def test_a_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts
             assert all(line in said for line in text.splitlines())
     assert data.scoring(None).name == "full_stop"
     assert data.scoring(None).function(["", ""], ["Yes.", "No"]) == [1.0, 0.0]
+
+
+def test_replies_are_judged_by_what_rewards_unless_something_else_is_asked_for() -> None:
+    """A preference that can be checked tells as much of the user's own prompts; a function or a model is no judge."""
+    cases: list[tuple[dict[str, Any], str | None, Any, Any]] = [
+        ({}, None, full_stop, full_stop),
+        ({}, "shorter", full_stop, shorter),
+        ({}, "tests.own_reward.letters", full_stop, full_stop),
+        ({"checkable": "no_digit"}, "shorter", no_digit, no_digit),
+        ({"source": "mine.jsonl"}, "full_stop", None, full_stop),
+        ({"source": "mine.jsonl"}, "tests.own_reward.letters", None, None),
+        ({"source": "mine.jsonl", "checkable": "shorter"}, None, shorter, shorter),
+    ]
+    for settings, reward, before, then in cases:
+        data = Prompts(**settings)
+        assert data.judge is before
+        assert data.scoring(reward).name == (reward or data.checkable)
+        assert data.judge is then
+    data = Prompts()
+    data.scoring("shorter")
+    data.scoring("tests.own_reward.letters")  # of another run
+    assert data.judge is full_stop
 
 
 def test_each_prompt_comes_once_before_any_comes_again(prompts: Callable[..., Prompts]) -> None:

@@ -32,6 +32,7 @@ from lit_gpt_scratch.optim.parts import gradients, total_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
 from lit_gpt_scratch.tasks.phases import ROLLOUTS, PhasedPolicy
 from lit_gpt_scratch.tasks.rollouts import Rollouts, gathered, seeds
+from lit_gpt_scratch.text.checkable import no_digit
 
 Build = Callable[..., L.Trainer]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
@@ -255,6 +256,22 @@ def test_a_second_run_of_a_task_learns_from_replies_of_its_own(
     kept = torch.load(tmp_path / "first.ckpt", weights_only=True)[ROLLOUTS]["rows"]
     assert kept.keys() == resumed.rollouts[0].rows.keys()
     assert all(torch.equal(rows, kept[name]) for name, rows in resumed.rollouts[0].rows.items())
+
+
+def test_what_rewards_is_what_judges(trainer: Build, data: Callable[..., Prompts], tmp_path: Path) -> None:
+    """In the run, when it goes on, and in a test on other data."""
+    task, seen, made = policy("GRPO", reward="no_digit"), Seen(), trainer(max_steps=1, limit_val_batches=0)
+    made.callbacks.append(seen)
+    made.fit(task, data(batch_size=16))
+    made.save_checkpoint(tmp_path / "run.ckpt")
+    rows = seen.rollouts[0].rows
+    assert 0 < rows["true_reward"].sum() < len(rows["true_reward"])
+    assert torch.equal(rows["true_reward"], rows["scores"])
+    made.test(task, other := data(split_seed=1), verbose=False)
+    assert other.judge is no_digit
+    again = trainer(max_steps=2, limit_val_batches=0)
+    again.fit(policy("GRPO", reward="no_digit"), going_on := data(batch_size=16), ckpt_path=str(tmp_path / "run.ckpt"))
+    assert going_on.judge is no_digit
 
 
 def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
