@@ -113,7 +113,7 @@ class PhasedPolicy(Policy):
         asked = self.prompted.drawn([number // self.group for number in numbers])
         with evaluating(self.net):
             rows = self.writer.replies("train", asked, seeds(_run_seed(), LEARNED, numbers=numbers))
-            # In the micro-batches of the first pass: the same numbers come out as will then, to the last bit.
+            # In the micro-batches of the first pass: the same numbers come out, uncompiled to the last bit.
             parts = [
                 self.known({name: values[first : first + self._layout.batch_size] for name, values in rows.items()})
                 for first in range(0, len(numbers), self._layout.batch_size)

@@ -1,4 +1,4 @@
-"""The lineage of the README, as it is: what a reward model and DPO make of a preference that can be checked."""
+"""The lineage of the README, as it is: what each way of alignment makes of a preference that can be checked."""
 
 import json
 import shutil
