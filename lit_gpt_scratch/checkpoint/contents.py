@@ -45,7 +45,7 @@ class Contents:
     def head(self) -> Head:
         """What the network's head reads."""
         if self.classes is not None:
-            return Classes(len(self.classes))
+            return Classes(len(self.classes), tuple(self.classes))
         return Scalar() if self.rewards else Tokens()
 
     @property

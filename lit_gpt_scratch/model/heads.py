@@ -48,9 +48,11 @@ class Classes:
 
     Attributes:
         n: How many classes there are.
+        names: Of each, where they are known: a row that was learned for one class means nothing of another.
     """
 
     n: int
+    names: tuple[str, ...] = ()
 
     def width(self, config: "GPTConfig", vocab_size: int) -> int:
         """One row a class."""

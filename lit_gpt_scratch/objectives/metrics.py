@@ -24,6 +24,21 @@ def rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
     }
 
 
+def mean_auroc(each: Tensor, texts: Tensor) -> Tensor:
+    """The mean area under the ROC curve, over the classes that have one.
+
+    A curve is of a class's texts against the others', so it takes both.
+
+    Args:
+        each: The area of each class, (n,) float, anything where there is no curve.
+        texts: How many there are of each class, (n,).
+
+    Returns:
+        A scalar; NaN if there is no curve.
+    """
+    return each[(texts > 0) & (texts < texts.sum())].mean()
+
+
 class LikelihoodMetric(Metric):
     """Loss, perplexity and bits per byte from summed nats, tokens and bytes.
 

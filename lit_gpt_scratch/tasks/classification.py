@@ -21,7 +21,7 @@ from lit_gpt_scratch.checkpoint.contents import Contents
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.heads import POOLINGS, Classes
-from lit_gpt_scratch.objectives.metrics import MeanLoss
+from lit_gpt_scratch.objectives.metrics import MeanLoss, mean_auroc
 from lit_gpt_scratch.tasks.gpt_task import GPTTask, TokenData
 
 
@@ -36,7 +36,7 @@ class Classification(GPTTask):
     """A GPT that learns which class a text is of.
 
     Validation and test measure the loss and the accuracy; and as means over classes F1 and the area under the ROC
-    curve, the latter of the classes that have texts.
+    curve, the latter of the classes that some texts are of, and others are not; of none it is NaN.
 
     Args:
         pooling: What the head reads of a text: the stream at its ``last`` token, or the ``mean`` over all.
@@ -82,7 +82,8 @@ class Classification(GPTTask):
     @property
     @override
     def reads(self) -> Classes:
-        return Classes(len(self.labelled.class_names))
+        names = self.labelled.class_names
+        return Classes(len(names), tuple(names))
 
     @cached_property
     @override
@@ -139,8 +140,7 @@ class Classification(GPTTask):
     def figures(self) -> dict[str, Tensor]:
         found = super().figures()
         self.confusion, each = found.pop("confusion"), found.pop("auroc")
-        there = self.confusion.sum(1) > 0  # of a class without texts there is no curve
-        return {**found, "auroc": each[there].mean()}
+        return {**found, "auroc": mean_auroc(each, self.confusion.sum(1))}
 
     @override
     def contents(self) -> Contents:

@@ -15,12 +15,14 @@ from torch.nn import functional as F
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.starting import begin_with
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.heads import POOLINGS
+from lit_gpt_scratch.model.heads import POOLINGS, Classes
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.objectives.metrics import mean_auroc
 from lit_gpt_scratch.optim import Schedule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
@@ -192,10 +194,53 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
     for row in range(len(names)):
         for column in range(len(names)):
             assert task.confusion[row, column] == ((true == row) & (found.argmax(-1) == column)).sum()
+    f1, auroc = [], []
+    for name in range(len(names)):
+        given, is_ = found.argmax(-1) == name, true == name
+        f1.append(2 * (given & is_).sum().item() / (given.sum() + is_.sum()).item())
+        chance = found.softmax(-1)[:, name]
+        above = chance[is_][:, None] - chance[~is_]  # how often one of the class is found likelier than another's
+        auroc.append(((above > 0).float() + (above == 0) / 2).mean().item())
+    assert measured["test/f1"].item() == pytest.approx(sum(f1) / len(names))
+    assert measured["test/auroc"].item() == pytest.approx(sum(auroc) / len(names), abs=1e-5)
     contents = build(load_checkpoint(path), path).contents
     assert (contents.classes, contents.pooling) == (names, "last")
     with pytest.raises(UserError, match="writes nothing"):
         load_model(path)
+
+
+def test_there_is_no_curve_of_a_class_without_others() -> None:
+    each = torch.tensor([0.0, 0.25, 0.75])
+    assert mean_auroc(each, torch.tensor([7, 0, 0])).isnan()
+    assert mean_auroc(each, torch.tensor([0, 1, 3])) == 0.5
+    assert mean_auroc(each, torch.tensor([2, 0, 1])) == 0.375
+
+
+@pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}], ids=["all", "adapters"])
+def test_a_head_for_other_classes_is_new(
+    trainer: Build, base: Path, cache: Path, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    """As many classes are not the same classes."""
+
+    def fit(start: Path, *classes: str) -> tuple[Classification, Path]:
+        table = tmp_path / "rows.tsv"
+        table.write_text("text\tlabel\n" + "".join(f"text {n}\t{classes[n % 2]}\n" for n in range(40)))
+        data = LabelledText(source=str(table), init_from=str(start), cache=str(cache), block_size=128, batch_size=4)
+        task = Classification(init_from=str(start), compile=False, **how)
+        made = trainer(max_steps=2, limit_val_batches=0)
+        made.fit(task, data)
+        made.save_checkpoint(path := tmp_path / f"{classes[0]}.ckpt")
+        return task, path
+
+    _, path = fit(base, "ham", "spam")
+    trained = build(load_checkpoint(path), path)
+    for classes, kept in ((("spam", "ham"), True), (("bad", "good"), False)):
+        net = GPT(
+            trained.net.config, trained.net.vocab_size, trained.net.block_size, Classes(2, tuple(sorted(classes)))
+        )
+        assert begin_with(trained, net) is kept
+        assert torch.equal(net.head.weight, trained.net.head.weight) is kept
+    assert fit(path, "bad", "good")[0].net.head.weight.requires_grad
 
 
 def test_a_gradient_does_not_depend_on_the_unit_of_the_weights(trainer: Build, base: Path, cache: Path) -> None:
