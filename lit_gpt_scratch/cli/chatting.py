@@ -55,15 +55,15 @@ def talk(
     said: list[Message] = []
     room = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
-        said.append(Message("user", question))
+        asked = Message("user", question)
+        if (alone := len(template.prompt([*told, asked]))) > model.block_size:  # however much is forgotten
+            log.warning("%d tokens are more than the context holds: %d; say it shorter", alone, model.block_size)
+            continue
+        said.append(asked)
         while len(said) > 1 and len(template.prompt([*told, *said])) + room > model.block_size:
             log.warning("the context is full; the first question and its reply are forgotten")
             said = said[2:]
         prompt = template.prompt([*told, *said])
-        if len(prompt) > model.block_size:
-            log.warning("%d tokens are more than the context holds: %d; say it shorter", len(prompt), model.block_size)
-            said.pop()
-            continue
         reply = ""
         for _, piece in write(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
             reply += piece
