@@ -142,7 +142,7 @@ def reply(fields: Mapping[str, Any], column: str) -> str:
 
 
 def refuse_messages(messages: Sequence[Message]) -> None:
-    """Refuse what is no conversation: first the system, if at all, then turn about.
+    """Refuse what is no conversation: first the system, if at all, then the user, then turn about.
 
     Raises:
         UserError: A message is empty, or not in its place.
@@ -158,6 +158,8 @@ def refuse_messages(messages: Sequence[Message]) -> None:
             raise UserError(f"messages {number - 1} and {number} are both the {before}'s; join them")
         if message.role == "system" and before is not None:
             raise UserError(f"message {number} is the system's, which can only be the first")
+        if message.role == REPLIES and before != "user":
+            raise UserError(f"message {number} is the {REPLIES}'s, but nobody has asked; the user begins")
 
 
 def _instruction(fields: Mapping[str, Any]) -> Message:

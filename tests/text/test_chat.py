@@ -150,6 +150,8 @@ def said(*turns: tuple[object, object]) -> dict[str, Any]:
         (said(("user", "a")), "the last message is the user's; there is no reply to learn after it"),
         (said(("user", "a"), ("user", "b"), ("assistant", "c")), "messages 1 and 2 are both the user's; join them"),
         (said(("user", "a"), ("system", "b"), ("assistant", "c")), "message 2 is the system's, which can only be"),
+        (said(("assistant", "a"), ("user", "b"), ("assistant", "c")), "message 1 is the assistant's, but nobody has"),
+        (said(("system", "a"), ("assistant", "b")), "message 2 is the assistant's, but nobody has asked"),
     ],
 )
 def test_what_is_no_conversation_is_named(fields: dict[str, Any], why: str) -> None:
