@@ -92,7 +92,8 @@ def measure(
             f"repetition_{REPEATED}": float(repeated[places].mean()),
         }
 
-    return Measured.of_rows(len(exercises), figures, frozenset({"exact_match"}))
+    limits = dict.fromkeys((*(f"distinct_{n}" for n in DISTINCT), f"repetition_{REPEATED}"), (0.0, 1.0))
+    return Measured.of_rows(len(exercises), figures, frozenset({"exact_match"}), limits=limits)
 
 
 def continuations(

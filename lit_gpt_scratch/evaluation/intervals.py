@@ -1,8 +1,8 @@
 """What is known of a model's scores when so many rows were asked: figures, each with a 95% confidence interval."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
@@ -29,6 +29,7 @@ class Measured:
         figures: Of the parts with these numbers, (m,) intp.
         shares: Names of those figures that are a share of rows, as an accuracy is.
         facts: What has no interval: counts, chance.
+        limits: Between what those figures are that cannot have every value, by their names.
     """
 
     row: Places
@@ -36,6 +37,7 @@ class Measured:
     figures: Callable[[Places], Figures]
     shares: frozenset[str] = frozenset()
     facts: Callable[[Places], dict[str, Any]] = lambda places: {}
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def of_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measured":
@@ -50,7 +52,9 @@ class Scores:
     Attributes:
         rows: How many rows they are of.
         figures: By name.
-        intervals: Lower and upper end of each figure's 95% confidence interval, or None of a single row's.
+        intervals: Lower and upper end of each figure's 95% confidence interval, or None where nothing is known of it:
+            of a single row, or where the figure is the same whatever rows are left out, as one is of which all are
+            right. That says that the truth is near, and not how near.
         facts: As they were measured.
         of_parts: Whether the intervals are from the spread among parts of rows, as rows were too few.
     """
@@ -63,7 +67,7 @@ class Scores:
 
 
 def scores(measured: Measured, rows: NDArray[np.bool_] | None = None) -> Scores:
-    """Figures of rows with their intervals: Wilson's of a share, the jackknife's of all others.
+    """Figures of rows with their intervals: Wilson's of a share, the jackknife's with Student's t of all others.
 
     Rows are what varies: another benchmark of the kind would have others. Where there are fewer than ``ENOUGH``, and
     they have parts, the parts are taken for it; those of a document are alike, so the interval is then too narrow.
@@ -76,15 +80,19 @@ def scores(measured: Measured, rows: NDArray[np.bool_] | None = None) -> Scores:
     places = np.flatnonzero(kept[measured.row])
     figures, n = measured.figures(places), int(kept.sum())
     of_parts = n < ENOUGH and len(places) > n
-    spread = jackknife(measured.figures, places, np.arange(len(measured.row)) if of_parts else measured.row)
-    intervals = {
-        name: wilson(value, n)
-        if name in measured.shares
-        else None
-        if spread is None
-        else (value - Z * spread[name], value + Z * spread[name])
-        for name, value in figures.items()
-    }
+    unit = np.arange(len(measured.row)) if of_parts else measured.row
+    spread, groups = jackknife(measured.figures, places, unit), min(len(np.unique(unit[places])), GROUPS)
+
+    def interval(name: str, value: float) -> tuple[float, float] | None:
+        if name in measured.shares:
+            return wilson(value, n)
+        if spread is None or not spread[name] > 0:  # NaN is not, either
+            return None
+        low, high = measured.limits.get(name, (-math.inf, math.inf))
+        half = student(groups - 1) * spread[name]
+        return max(low, value - half), min(high, value + half)
+
+    intervals = {name: interval(name, value) for name, value in figures.items()}
     return Scores(n, figures, intervals, measured.facts(places), of_parts)
 
 
@@ -96,6 +104,26 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     middle = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * math.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def student(freedom: int) -> float:
+    """How many standard errors about a mean hold 95% of Student's t with so many degrees of freedom, at least 1.
+
+    Exact of one and two; of more, the expansion in their inverse (Abramowitz and Stegun 1964, 26.7.5), which is then
+    right to 0.13%.
+    """
+    if freedom == 1:
+        return math.tan(0.475 * math.pi)
+    if freedom == 2:
+        return 0.95 * math.sqrt(2 / (1 - 0.95**2))
+    z, v = Z, freedom
+    return (
+        z
+        + (z**3 + z) / (4 * v)
+        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+        + (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / (92160 * v**4)
+    )
 
 
 def jackknife(figures: Callable[[Places], Figures], places: Places, unit: Places) -> Figures | None:

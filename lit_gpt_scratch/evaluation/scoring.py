@@ -1,5 +1,6 @@
 """How well a model predicts a text."""
 
+import math
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
@@ -100,7 +101,8 @@ def measure(
     def facts(places: Places) -> dict[str, int]:
         return {"tokens": round(columns[1, places].sum()), "bytes": round(columns[2, places].sum())}
 
-    return Measured(np.array(row, dtype=np.intp), 1 + max(row, default=-1), figures, facts=facts)
+    limits = {"loss": (0.0, math.inf), "perplexity": (1.0, math.inf), "bits_per_byte": (0.0, math.inf)}
+    return Measured(np.array(row, dtype=np.intp), 1 + max(row, default=-1), figures, facts=facts, limits=limits)
 
 
 def score(

@@ -77,8 +77,11 @@ def test_every_kind_is_printed_and_kept(
     asked = [f"--task={task}", f"--data.source={source}.jsonl", *flags]
     found = figures(command("evaluate", run, *asked, "--json"))
     for name in names:
-        low, high = found["intervals"][name]
-        assert low <= found[name] <= high
+        ends = found["intervals"][name]
+        if task == "generation" and name != "exact_match":  # so short a text repeats nothing, whichever is left out
+            assert ends is None
+        else:
+            assert ends[0] <= found[name] <= ends[1]
     shown = command("evaluate", run, *asked)
     assert all(f"{found[name]:,.4f}" in shown.out for name in names)
     [path] = (run / "evaluations").glob("*.json")  # the same question: one answer
