@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_gpt_scratch.text.leakage import codes_of, runs_of, words_of
+from lit_gpt_scratch.text.leakage import Leakage, codes_of, runs_of, words_of
 from lit_gpt_scratch.text.sources import documents
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
     """Which texts have a run of words in common with a document that was trained on.
 
     As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation;
-    of a shorter text all of it. A run is known by 8 bytes: with 10**10 of them in training and 10**6 in the benchmark,
+    of a shorter text all of it. One of fewer than 8 is as likely a common phrase: it counts only where it is a whole
+    document, as in ``Leakage``. A run is known by 8 bytes: with 10**10 of them in training and 10**6 in the benchmark,
     two different ones are taken for the same with a chance of one in 2,000.
 
     Args:
@@ -54,9 +55,13 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
         (N,) bool. A text without a word is in nothing.
     """
     known: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
+    short: dict[tuple[str, ...], list[int]] = {}
     for number, text in enumerate(texts):
-        codes = codes_of(words_of(text))
-        if length := min(len(codes), words):
+        said = words_of(text)
+        codes, length = codes_of(said), min(len(said), words)
+        if 0 < length < min(Leakage.least, words):
+            short.setdefault(tuple(said), []).append(number)
+        elif length:
             runs, owners = known.setdefault(length, ([], []))
             runs.append(np.unique(runs_of(codes, length)))
             owners += [number] * len(runs[-1])
@@ -64,7 +69,9 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
     found = np.zeros(len(texts), dtype=bool)
     with tqdm(training, desc="searching what was trained on", unit="", delay=2, leave=False, disable=None) as bar:
         for document in bar:
-            codes = codes_of(words_of(document))
+            said = words_of(document)
+            codes = codes_of(said)
+            found[short.get(tuple(said), [])] = True
             for length, (sorted_runs, owner) in tables.items():
                 there = np.unique(runs_of(codes, length))
                 first, last = (np.searchsorted(sorted_runs, there, side) for side in ("left", "right"))

@@ -114,8 +114,8 @@ def test_a_lone_checkpoint_is_only_answered(command: Command, run: Path) -> None
 
 def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -> None:
     lines = [json.loads(line)["sentence_good"] for line in Path("pairs.jsonl").read_text().splitlines()]
-    Path("seen.txt").write_text("So it is. " + lines[0].upper() + "\n" + lines[4], encoding="utf-8")
-    asked = ["--task=minimal_pairs", "--data.source=pairs.jsonl", "--against=seen.txt"]
+    rows("seen", [{"text": lines[0].upper()}, {"text": lines[4]}])  # so short a line must be a whole document
+    asked = ["--task=minimal_pairs", "--data.source=pairs.jsonl", "--against=seen.jsonl"]
     found = figures(command("evaluate", run, *asked, "--json"))
     seen = sum(line in (lines[0], lines[4]) for line in lines)
     assert found["contamination"]["rows"] == seen
@@ -125,7 +125,7 @@ def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -
     alone = figures(command("evaluate", run, "--task=minimal_pairs", "--data.source=clean.jsonl", "--json"))
     assert found["contamination"]["clean"]["accuracy"] == alone["accuracy"]
     assert f"{seen} of 30 rows" in command("evaluate", run, *asked).out
-    everything = figures(command("evaluate", run, "--data.source=seen.txt", "--against=seen.txt", "--json"))
+    everything = figures(command("evaluate", run, "--data.source=seen.jsonl", "--against=seen.jsonl", "--json"))
     assert everything["contamination"]["clean"] is None
 
 

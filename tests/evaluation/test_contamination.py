@@ -10,6 +10,7 @@ def test_what_is_found_is_what_brute_force_finds() -> None:
     for n in (3, 5):
         texts = [" ".join(rng.choices(["one", "Two,", "three", "four"], k=rng.randrange(0, 9))) for _ in range(60)]
         training = [" ".join(rng.choices(["One", "two", "three!", "four"], k=rng.randrange(0, 40))) for _ in range(9)]
+        training += ["TWO", texts[-1].title()]
 
         def words(text: str) -> list[str]:
             return text.lower().replace(",", "").replace("!", "").split()
@@ -18,8 +19,9 @@ def test_what_is_found_is_what_brute_force_finds() -> None:
             return {tuple(words(text)[start : start + n]) for start in range(len(words(text)) - n + 1)}
 
         def found(text: str, n: int = n, training: list[str] = training) -> bool:
-            n = min(n, len(words(text)))
-            return bool(n) and any(runs(text, n) & runs(document, n) for document in training)
+            if len(words(text)) < n:  # fewer than 8, which are looked for as a whole document
+                return bool(words(text)) and words(text) in map(words, training)
+            return any(runs(text, n) & runs(document, n) for document in training)
 
         expected = [found(text) for text in texts]
         assert any(expected)
@@ -30,6 +32,14 @@ def test_what_is_found_is_what_brute_force_finds() -> None:
 def test_gpt_3s_rule_by_example() -> None:
     alphabet = " ".join("abcdefghijklmnopqrstuvwxyz")
     assert WORDS == 13
-    texts = [alphabet[:25], alphabet[:23] + " z z", "a b", "b a", "A, b. C!", ""]
-    assert contaminated(texts, ["x " + alphabet]).tolist() == [True, False, True, False, True, False]
+    texts = [alphabet[:25], alphabet[:23] + " z z", alphabet[:15].title(), alphabet[:13], "A, b. C!", ""]
+    assert contaminated(texts, ["x " + alphabet]).tolist() == [True, False, True, False, False, False]
     assert contaminated(texts, []).sum() == 0
+
+
+def test_a_common_phrase_is_found_where_it_is_all_that_is_said() -> None:
+    """Of GPT-3's rows the shortest had 8 words for a run; whoever asks for shorter runs gets them."""
+    texts = ["Ok", "I am", "a b c d e f g"]
+    assert not contaminated(texts, ["he said ok then", "I am the walrus", "a b c d e f g h"]).any()
+    assert contaminated(texts, ["OK!", "i am.", "a, b, c, d, e, f, g"]).all()
+    assert contaminated(texts, ["he said ok then", "I am the walrus"], words=1).tolist() == [True, True, False]
