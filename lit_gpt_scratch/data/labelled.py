@@ -17,7 +17,7 @@ from lit_gpt_scratch.data.record_split import shuffled
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import generated
-from lit_gpt_scratch.text.document import Row, blank, text_of
+from lit_gpt_scratch.text.document import Row, blank, label_of, text_of
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class LabelledText(RecordData[Labelled]):
 
     Args:
         text_column: The column with the text.
-        label_column: The column with the label, a text or a number.
+        label_column: The column with the label, a text or a whole number; a dataset that names its
+            classes says their names.
         balance: Take as many records of each class as the smallest has; ``split_seed`` chooses which.
         **others: See ``RecordData``.
     """
@@ -60,14 +61,10 @@ class LabelledText(RecordData[Labelled]):
 
     def record(self, fields: dict[str, Any]) -> Labelled:
         """A text with its label."""
-        text, label = text_of(fields, self.text_column), fields.get(self.label_column)
+        text = text_of(fields, self.text_column)
         if blank(text):
             raise UserError(f"'{self.text_column}' is empty")
-        if label is None or blank(str(label)):
-            raise UserError(f"'{self.label_column}' is empty: a label is missing")
-        if not isinstance(label, str | int | float):
-            raise UserError(f"'{self.label_column}' is {type(label).__name__}, not a label")
-        return Labelled(text, str(label).strip())
+        return Labelled(text, label_of(fields, self.label_column))
 
     def chosen(self, records: list[tuple[str, Labelled]]) -> list[tuple[str, Labelled]]:
         """All, or as many of each class as the smallest has."""

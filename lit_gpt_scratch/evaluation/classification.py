@@ -18,7 +18,7 @@ from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
 from lit_gpt_scratch.evaluation.sequences import TOKENS_AT_ONCE, together
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.heads import POOLINGS
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import Row, label_of
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -45,10 +45,10 @@ class Labelled:
         Raises:
             UserError: One is missing, or the label is not among the classes.
         """
-        found = row.fields.get(label_column)
-        label = "" if found is None else str(found).strip()
-        if not label:
-            raise UserError(f"{row.where}: no label in '{label_column}'; its columns are {', '.join(row.fields)}")
+        try:
+            label = label_of(row.fields, label_column)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
         if label not in classes:
             raise UserError(f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}")
         return cls(row.where, rows.text(row, text_column), classes.index(label))

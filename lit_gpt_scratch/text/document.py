@@ -1,6 +1,6 @@
 """What a corpus is made of, and what it is read from."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -57,3 +57,35 @@ def text_of(fields: Mapping[str, Any], column: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"'{column}' is {type(value).__name__}, not text")
     return value or ""
+
+
+class ClassNumber(int):
+    """The number of a class, as a dataset keeps it that knows the names of its classes."""
+
+    name: str | None
+    """None of -1, which the Hub has where a label is not told."""
+
+    @classmethod
+    def of(cls, number: int, names: Sequence[str]) -> "ClassNumber":
+        """With its name, of all in order."""
+        found = cls(number)
+        found.name = names[number] if number >= 0 else None
+        return found
+
+
+def label_of(fields: Mapping[str, Any], column: str) -> str:
+    """The label in a column: a text, a whole number, or the name of the class that a dataset has a number for.
+
+    Raises:
+        UserError: It is missing, or something else; without its place, which the caller knows.
+    """
+    value = fields.get(column)
+    if isinstance(value, ClassNumber):
+        value = value.name
+    if value is None or value != value or blank(str(value)):  # only NaN is not itself: pandas has it where nothing is
+        raise UserError(f"'{column}' is empty: a label is missing")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of numbers with gaps is one of floats
+    if isinstance(value, bool | float) or not isinstance(value, str | int):
+        raise UserError(f"'{column}' is {value!s:.40} ({type(value).__name__}), not a label: a text or whole number")
+    return str(value).strip()

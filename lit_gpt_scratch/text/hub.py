@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.lines import Columns, require
-from lit_gpt_scratch.text.tables import ROWS_AT_ONCE, fields_of, quiet
+from lit_gpt_scratch.text.tables import fields_of, quiet
 
 NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """``owner/name``, and a revision where one is to be held on to."""
@@ -29,7 +29,7 @@ def rows(name: str, columns: Columns | None, config: str | None, split: str, str
         if columns is not None and found.column_names is not None:  # others need not be fetched, nor understood
             require(columns, found.column_names, name)
             found = found.select_columns(list(columns.values()))
-        for number, fields in enumerate(fields_of(found.iter(ROWS_AT_ONCE), columns, name), 1):
+        for number, fields in enumerate(fields_of(found, columns, name), 1):
             yield Row(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 

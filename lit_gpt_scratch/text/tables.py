@@ -7,7 +7,7 @@ CSV, ``datasets`` and ``pandas`` below it lose text without a word, wherever a r
 
 import glob
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.compressed import COMPRESSED, opened
-from lit_gpt_scratch.text.document import LONGEST, Document, Row, text_of
+from lit_gpt_scratch.text.document import LONGEST, ClassNumber, Document, Row, text_of
 from lit_gpt_scratch.text.lines import READERS, Columns, Fields, first_line, require
 
 FORMATS: Final = {
@@ -73,14 +73,20 @@ def _suffix(path: Path) -> str:
     return inner.suffix.lower()
 
 
-def fields_of(batches: Iterable[dict[str, list[Any]]], columns: Columns | None, where: str) -> Iterator[Fields]:
-    """Batches of columns as rows.
+def fields_of(found: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
+    """A dataset of ``datasets`` as rows; numbers of classes know their names.
 
     Raises:
         UserError: There is no such column.
     """
-    for batch in batches:
+    from datasets import ClassLabel
+
+    classes = {name: kind.names for name, kind in (found.features or {}).items() if isinstance(kind, ClassLabel)}
+    for batch in found.iter(ROWS_AT_ONCE):
         require(columns, batch, where)
+        for name in classes.keys() & batch.keys():
+            numbers = batch[name]
+            batch[name] = [None if each is None else ClassNumber.of(each, classes[name]) for each in numbers]
         names = list(batch if columns is None else columns.values())
         for values in zip(*(batch[name] for name in names), strict=True):
             yield dict(zip(names, values, strict=True))
@@ -105,7 +111,7 @@ def _by_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
     with quiet():
         files = glob.escape(str(path))
         found = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
-        for fields in fields_of(found.iter(ROWS_AT_ONCE), columns, str(path)):
+        for fields in fields_of(found, columns, str(path)):
             if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
                 raise TypeError("a text was taken for a date, or there is none")
             yield fields

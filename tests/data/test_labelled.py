@@ -1,8 +1,11 @@
 """Labelled texts: padded batches by brute force, classes, balance."""
 
+import math
+import re
 from collections import Counter
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,6 +16,9 @@ from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.examples import Encoded
 from lit_gpt_scratch.data.labelled import LabelledRows
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.document import ClassNumber, label_of
+from lit_gpt_scratch.text.sources import Source
 
 FILL = 99
 
@@ -63,6 +69,52 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
     assert sum(data.class_counts) == data.sides["train"].labels == round(0.7 * sum(expected.values()))
     texts = {record.text for _, record in data.records}
     assert (texts == {record.text for _, record in build(1).records}) is not balance
+
+
+@pytest.mark.parametrize(
+    ("label", "said"),
+    [
+        (math.nan, "'label' is empty: a label is missing"),
+        (None, "'label' is empty: a label is missing"),
+        (" ", "'label' is empty: a label is missing"),
+        (ClassNumber.of(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
+        (True, "'label' is True (bool), not a label: a text or whole number"),
+        (0.5, "'label' is 0.5 (float), not a label"),
+        (math.inf, "'label' is inf (float), not a label"),
+        (["a"], "'label' is ['a'] (list), not a label"),
+    ],
+)
+def test_what_is_no_label_is_refused(label: object, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        label_of({"label": label}, "label")
+
+
+def test_a_label_is_one_class_however_it_is_written() -> None:
+    found = ["1", " 1", 1, 1.0, ClassNumber.of(0, ["1"])]
+    assert {label_of({"label": label}, "label") for label in found} == {"1"}
+
+
+def test_a_label_that_is_no_number_is_refused_by_its_row(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "y", "label": NaN}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2: 'label' is empty: a label is missing"):
+        _ = LabelledText(source=str(tmp_path / "a.jsonl"), tokenizer="byte", cache=str(tmp_path)).records
+
+
+def test_classes_that_a_dataset_names_keep_their_names(tmp_path: Path) -> None:
+    """And their numbers, for who asks for these."""
+    labels = [n % 2 for n in range(40)]
+    kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
+
+    def kept(labels: list[int]) -> str:
+        made = datasets.Dataset.from_dict({"text": [f"t{n}" for n in range(40)], "label": labels}, features=kinds)
+        made.to_parquet(str(tmp_path / "a.parquet"))
+        return str(tmp_path / "a.parquet")
+
+    data = LabelledText(source=kept(labels), tokenizer="byte", cache=str(tmp_path))
+    assert [record.label for _, record in data.records] == [["pos", "neg"][label] for label in labels]
+    assert [row.fields["label"] for row in Source(kept(labels)).rows()] == labels
+    with pytest.raises(UserError, match=r"row 40: 'label' is empty: a label is missing"):
+        _ = LabelledText(source=kept([*labels[:39], -1]), tokenizer="byte", cache=str(tmp_path)).records
 
 
 def test_a_text_is_encoded_as_in_training(tmp_path: Path) -> None:

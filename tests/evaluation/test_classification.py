@@ -60,8 +60,8 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": "x"}, "no label in 'label'; its columns are text"),
-        ({"text": "x", "label": " "}, "no label in 'label'"),
+        ({"text": "x"}, "'label' is empty: a label is missing; its columns are text"),
+        ({"text": "x", "label": " "}, "'label' is empty: a label is missing"),
         ({"text": "x", "label": "ugly"}, "the label 'ugly' is not one of the model's classes, good, neutral, bad"),
         ({"text": "", "label": "good"}, "no text in 'text'"),
         ({"text": 3, "label": "good"}, "'text' is int, not text"),
