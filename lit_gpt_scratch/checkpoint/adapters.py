@@ -11,15 +11,15 @@ from lit_gpt_scratch.checkpoint.sharing import digest, load_shared, share
 from lit_gpt_scratch.checkpoint.starting import begin_with
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
+from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state, merge_lora, remove_lora
 
 HEAD = "head.weight"
 PARTS = (".lora_a", ".lora_b")
 
 
-def fingerprint(net: nn.Module) -> str:
-    """A hash of a network's weights but for the head, which is an adapter's own where it reads something else."""
-    return digest("", {name: weight for name, weight in net.state_dict().items() if name != HEAD})
+def fingerprint(net: nn.Module, new_head: bool) -> str:
+    """A hash of the weights that adapters rely on: all, but for the head where they come with one of their own."""
+    return digest("", {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD)})
 
 
 def save_adapter(checkpoint: Path, path: Path) -> None:
@@ -54,19 +54,20 @@ def adapted(base: Trained, adapter: Path) -> Trained:
         adapter: What ``save_adapter`` wrote.
 
     Raises:
-        UserError: The file holds something else, or an adapter for another base.
+        UserError: The file holds something else, or less, or an adapter for another base.
     """
     loaded = load_shared(adapter, "")
     contents = Contents.of(loaded)
     if contents.lora is None or contents.tokenizer:
         raise UserError(f"{adapter} holds no adapters, but a model of its own")
-    if contents.base != fingerprint(base.net):
+    if contents.base != fingerprint(base.net, contents.new_head):
         raise UserError(f"{adapter} is for another base: its adapters were trained beside other weights than these")
     net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, contents.block_size, contents.head)
     begin_with(base, net)
     add_lora(net, LoRA(**contents.lora))
-    _, unexpected = net.load_state_dict(loaded["state_dict"], strict=False)
-    assert not unexpected
+    if wrong := loaded["state_dict"].keys() ^ {*lora_state(net), *([HEAD] if contents.new_head else [])}:
+        raise UserError(f"{adapter} is not whole, or has what is no adapter: {min(wrong)}; write it again")
+    net.load_state_dict(loaded["state_dict"], strict=False)
     merge_lora(net)
     remove_lora(net)
     own = replace(contents, tokenizer=base.contents.tokenizer, lora=None, base=None)

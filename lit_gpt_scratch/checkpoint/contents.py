@@ -22,7 +22,7 @@ class Contents:
         tokenizer: The text of a ``tokenizer.json``.
         start_of_text: The token before every document, where it is not the end of text.
         lora: The fields of a ``LoRA``, if there are adapters beside the weights.
-        base: A hash of the weights that they are for, without the head.
+        base: A hash of the weights that they are for, without the head if that is new.
         new_head: Whether the head was trained beside the adapters.
         classes: The names of the classes that the head tells apart; None for a head that reads tokens.
         pooling: Where a classifier reads a text, a name in ``model.heads.POOLINGS``.

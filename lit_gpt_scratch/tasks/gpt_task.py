@@ -152,7 +152,7 @@ class GPTTask(Stage):
         # A run that goes on begins with its own checkpoint: what was new to it still is.
         self._new_head = trained is None or not begin_with(trained, self.net) or trained.contents.new_head
         if trained is not None:
-            self._base = fingerprint(self.net) if self.lora else None
+            self._base = fingerprint(self.net, self._new_head) if self.lora else None
             let_go()
         self._freeze()
         beside = self.build_beside()

@@ -2,25 +2,29 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
+from lit_gpt_scratch.checkpoint.contents import KEY, Contents
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.checkpoint.sharing import load_shared, share
 from lit_gpt_scratch.checkpoint.starting import begin_with
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.heads import POOLINGS, Classes
-from lit_gpt_scratch.model.lora import LoRA, add_lora
+from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.objectives.metrics import mean_auroc
 from lit_gpt_scratch.optim import Schedule
@@ -127,12 +131,56 @@ def test_adapters_are_kept_alone_and_merge_into_their_base_only(
         save_adapter(base, file)
 
 
-def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2() -> None:
+def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
+    """The file, in bytes, beside the base's weights in float32; nothing in it but adapters."""
     with torch.device("meta"):
         net = GPT(PRESETS["gpt2_124m"], 50257, 1024)
-    whole = sum(parameter.numel() for parameter in net.parameters())
+    whole = 4 * sum(parameter.numel() for parameter in net.parameters())
     add_lora(net, LoRA(8))
-    assert sum(p.numel() for p in net.parameters() if p.requires_grad) <= 0.02 * whole
+    shapes = {name: weight.shape for name, weight in net.state_dict().items()}
+    lora = lora_state(net).keys()
+    # Of the base's own weights a single number each is kept, or the test would write half a gigabyte.
+    state = {f"net.{name}": torch.zeros(shape if name in lora else 1) for name, shape in shapes.items()}
+    contents = Contents(asdict(PRESETS["gpt2_124m"]), 50257, 1024, "{}", lora=asdict(LoRA(8)), base="its hash")
+    save({KEY: asdict(contents), "state_dict": state}, tmp_path / "run.ckpt")
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(tmp_path / "run.ckpt", file)
+    assert load_file(file).keys() == lora
+    assert 0.005 * whole < file.stat().st_size <= 0.02 * whole
+
+
+def test_an_adapter_beside_the_bases_head_is_for_that_head(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
+) -> None:
+    """Bases that differ in the head alone are two, unless the adapter comes with a head of its own."""
+    for task, data, relies in ((LanguageModel, Conversations, True), (Classification, LabelledText, False)):
+        _, path = tuned(task(init_from=str(base), lora=LoRA(2), compile=False), data, steps=1)
+        file = tmp_path / "adapter.safetensors"
+        save_adapter(path, file)
+        other = build(load_checkpoint(base), base)
+        adapted(other, file)
+        with torch.no_grad():
+            other.net.head.weight += 1
+        if relies:
+            with pytest.raises(UserError, match="is for another base"):
+                adapted(other, file)
+        else:
+            adapted(other, file)
+
+
+@pytest.mark.parametrize("left_out", [".lora_a", "head.weight"])
+def test_an_adapter_that_is_not_whole_is_refused(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path, left_out: str
+) -> None:
+    _, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=1)
+    file = tmp_path / "adapter.safetensors"
+    save_adapter(path, file)
+    part = load_shared(file, "")
+    lost = next(name for name in part["state_dict"] if name.endswith(left_out))
+    del part["state_dict"][lost]
+    share(part, "", file)
+    with pytest.raises(UserError, match=f"is not whole, or has what is no adapter: {re.escape(lost)}"):
+        adapted(build(load_checkpoint(base), base), file)
 
 
 @pytest.mark.parametrize(
