@@ -1,5 +1,6 @@
 """What every stage does with its GPT: build it or begin with a trained one, compile it, step it, and save it."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from lit_gpt_scratch.model.layout import refuse_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
 from lit_gpt_scratch.tasks.stage import Stage
+
+log = logging.getLogger(__name__)
 
 
 class AnyTokenizer(Protocol):
@@ -151,6 +154,8 @@ class GPTTask(Stage):
         self.net = GPT(self.gpt, vocab_size, block_size, self.reads)
         # A run that goes on begins with its own checkpoint: what was new to it still is.
         self._new_head = trained is None or not begin_with(trained, self.net) or trained.contents.new_head
+        if trained is None and (self.lora or self.train_layers is not None):
+            log.warning("without model.init_from, what is not trained stays as it was drawn; name a trained model")
         if trained is not None:
             self._base = fingerprint(self.net, self._new_head) if self.lora else None
             let_go()

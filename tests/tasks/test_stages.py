@@ -351,6 +351,14 @@ def test_a_new_head_goes_on_being_trained(
     assert halves.contents().new_head
 
 
+@pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
+def test_a_part_beside_random_weights_is_warned_of(
+    trainer: Build, packed_text: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer(max_steps=1, limit_val_batches=0).fit(LanguageModel(SHAPE, compile=False, **how), packed_text())
+    assert ("stays as it was drawn; name a trained model" in caplog.text) == bool(how)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_embedding_is_no_part_of_a_head(trainer: Build, packed_text: Any, tmp_path: Path, tied: bool) -> None:
     """It is neither trained as one, nor changed by way of an adapter, nor taken from one."""
