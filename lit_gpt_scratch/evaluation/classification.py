@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.utils.rnn import pad_sequence
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_f1_score
+from torchmetrics.functional.classification import multiclass_auroc, multiclass_confusion_matrix, multiclass_f1_score
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
@@ -18,6 +18,7 @@ from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
 from lit_gpt_scratch.evaluation.sequences import TOKENS_AT_ONCE, together
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.heads import POOLINGS
+from lit_gpt_scratch.objectives.metrics import mean_auroc
 from lit_gpt_scratch.text.document import Row, label_of
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -91,18 +92,22 @@ def measure(
     """Take the likeliest class of each text.
 
     Returns:
-        ``accuracy`` and ``macro_f1``, the mean over classes of their F1, those that neither occur nor are given left
-        out; and ``confusion``, by true class how many are given which.
+        ``accuracy``; ``f1``, the mean over classes of their F1, those that neither occur nor are given left out;
+        ``auroc``, the mean over classes of the area under the ROC curve, those left out that no text is of, or every
+        one, and NaN if none is left; and ``confusion``, by true class how many are given which.
     """
-    given = torch.tensor(classify(model, tokenizer, [each.text for each in labelled], pooling)).argmax(-1)  # (N,)
+    chances = torch.tensor(classify(model, tokenizer, [each.text for each in labelled], pooling))  # (N, n)
+    given = chances.argmax(-1)  # (N,)
     true = torch.tensor([each.label for each in labelled])  # (N,)
     n = len(classes)
 
     def figures(places: Places) -> Figures:
         here = torch.from_numpy(places)
+        texts = true[here].bincount(minlength=n)  # (n,)
         return {
             "accuracy": (given[here] == true[here]).double().mean().item(),
-            "macro_f1": multiclass_f1_score(given[here], true[here], n, average="macro").item(),
+            "f1": multiclass_f1_score(given[here], true[here], n, average="macro").item(),
+            "auroc": mean_auroc(multiclass_auroc(chances[here], true[here], n, average=None), texts).item(),
         }
 
     def facts(places: Places) -> dict[str, Any]:
@@ -111,4 +116,6 @@ def measure(
         named = (dict(zip(classes, row, strict=True)) for row in counts)
         return {"confusion": dict(zip(classes, named, strict=True))}
 
-    return Measured.of_rows(len(labelled), figures, frozenset({"accuracy"}), facts, {"macro_f1": (0.0, 1.0)})
+    return Measured.of_rows(
+        len(labelled), figures, frozenset({"accuracy"}), facts, {"f1": (0.0, 1.0), "auroc": (0.0, 1.0)}
+    )

@@ -1,5 +1,6 @@
 """Kinds of evaluation: a row each, from a source to figures."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
@@ -178,7 +179,7 @@ def plain(found: Scores) -> dict[str, Any]:
     """As JSON has it."""
     return {
         "rows": found.rows,
-        **found.figures,
+        **{name: None if math.isnan(value) else value for name, value in found.figures.items()},
         **found.facts,
         "intervals_of": "parts" if found.of_parts else "rows",
         "intervals": {name: ends and list(ends) for name, ends in found.intervals.items()},

@@ -76,7 +76,9 @@ def _scalars(folder: Path, name: str, answer: Mapping[str, Any], step: int) -> N
                 writer.add_scalar(f"eval/{name}/{figure}", value, step)
 
 
-def _number(value: float) -> str:
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
 
 

@@ -7,6 +7,8 @@ import torch
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.classification import Labelled, classify, measure
 from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.evaluation.kinds import plain
+from lit_gpt_scratch.evaluation.report import table
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.heads import Classes
 from lit_gpt_scratch.text.document import Row
@@ -50,11 +52,26 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
         both, said, is_ = pairs.count((label, label)), given.count(label), true.count(label)
         f1.append(2 * both / (said + is_))
     assert found.figures["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / 40)
-    assert found.figures["macro_f1"] == pytest.approx(sum(f1) / 3)
+    assert found.figures["f1"] == pytest.approx(sum(f1) / 3)
+    auroc = []
+    chances = classify(classifier, tokenizer, texts)
+    for label in range(3):
+        is_ = np.array(true) == label
+        above = chances[is_, label][:, None] - chances[~is_, label]  # of the class against the others
+        auroc.append(((above > 0) + (above == 0) / 2).mean())
+    assert found.figures["auroc"] == pytest.approx(np.mean(auroc))
     confusion = found.facts["confusion"]
     assert {(a, b): confusion[NAMES[a]][NAMES[b]] for a in range(3) for b in range(3)} == {
         (a, b): pairs.count((a, b)) for a in range(3) for b in range(3)
     }
+
+
+def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tokenizer) -> None:
+    labelled = [Labelled("", text, 1) for text in sentences(3, 5).splitlines()]
+    found = plain(scores(measure(classifier, tokenizer, labelled, NAMES)))
+    assert found["auroc"] is None
+    assert found["intervals"]["auroc"] is None
+    assert "auroc" not in table(found)
 
 
 @pytest.mark.parametrize(
