@@ -3,8 +3,9 @@
 import logging
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lit_gpt_scratch.cli.door import Flags
 from lit_gpt_scratch.errors import UserError
@@ -26,7 +27,7 @@ def main(args: Sequence[str] | None = None) -> None:
         "to-safetensors",
         help="one file",
         description="Write the weights of a checkpoint, its shape and its tokenizer as one .safetensors file, which "
-        "generate and evaluate read as they read a checkpoint, and in which nothing can run.",
+        "generate and evaluate read as they read a checkpoint, and in which nothing can run; adapters are merged.",
     )
     many = forms.add_parser(
         "to-hf",
@@ -80,7 +81,8 @@ def _to_safetensors(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.sharing import share
 
     _refuse_name(given.file)
-    share(load_checkpoint(find_checkpoint(given.checkpoint, Path(), None)), NETWORK, given.file)
+    path = find_checkpoint(given.checkpoint, Path(), None)
+    share(_merged(load_checkpoint(path), path), NETWORK, given.file)
 
 
 def _to_hf(given: Namespace) -> None:
@@ -111,13 +113,13 @@ def _from_hf(given: Namespace) -> None:
 def _open(path: Path) -> "Model":
     """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
     from lit_gpt_scratch.checkpoint.contents import Contents
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, build, load_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
     from lit_gpt_scratch.interop.family import Shape
     from lit_gpt_scratch.interop.folder import Model
     from lit_gpt_scratch.model import GPTConfig
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-    checkpoint = load_checkpoint(path)
+    checkpoint = _merged(load_checkpoint(path), path)
     contents, state = Contents.of(checkpoint), checkpoint["state_dict"]
     try:
         gpt = GPTConfig(**contents.gpt)
@@ -126,7 +128,18 @@ def _open(path: Path) -> "Model":
     if contents.otherwise is not None:
         raise UserError(f"{path} {contents.otherwise}; only language models can be converted")
     weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
-    if contents.lora is not None:  # merged
-        weights = build(checkpoint, path, contents.gpt.get("attention")).net.state_dict()
     shape = Shape(gpt, contents.vocab_size, contents.block_size)
     return Model(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
+
+
+def _merged(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A checkpoint with its adapters in its weights: a model like any other, that no longer has a base."""
+    from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+    from lit_gpt_scratch.checkpoint.loading import NETWORK, build
+
+    contents = Contents.of(checkpoint)
+    if contents.lora is None:
+        return checkpoint
+    net = build(checkpoint, path, contents.gpt.get("attention")).net
+    own = replace(contents, lora=None, base=None, new_head=False)
+    return {KEY: asdict(own), "state_dict": {NETWORK + name: weight for name, weight in net.state_dict().items()}}

@@ -20,6 +20,7 @@ from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_mode
 from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.checkpoint.sharing import load_shared, share
 from lit_gpt_scratch.checkpoint.starting import begin_with
+from lit_gpt_scratch.cli import convert
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -129,6 +130,19 @@ def test_adapters_are_kept_alone_and_merge_into_their_base_only(
         load_model(file)
     with pytest.raises(UserError, match="has no adapters"):
         save_adapter(base, file)
+
+
+def test_adapters_are_merged_in_a_file_for_others(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
+) -> None:
+    task, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=8)
+    file = tmp_path / "model.safetensors"
+    convert.main(["to-safetensors", str(path), str(file)])
+    assert load_file(file).keys() == GPT(task.gpt, task.net.vocab_size, 144, task.reads).state_dict().keys()
+    own, shared = build(load_checkpoint(path), path), build(load_checkpoint(file), file)
+    for name, weight in own.net.state_dict().items():
+        assert torch.equal(weight, shared.net.state_dict()[name]), name
+    assert shared.contents == replace(own.contents, lora=None, base=None, new_head=False)
 
 
 def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
