@@ -17,7 +17,7 @@ def quieten() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     # A class that what is validated on has no text of; the figure is that of the others.
-    warnings.filterwarnings("ignore", message="No (positive|negative) samples found", module="torchmetrics")
+    warnings.filterwarnings("ignore", message="No (positive|negative) samples (found|in) ", module="torchmetrics")
     # The policy that an alignment begins with, which nothing trains.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
     # A memory map needs no loader processes.

@@ -66,6 +66,7 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
     }
 
 
+@pytest.mark.filterwarnings("error")
 def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tokenizer) -> None:
     labelled = [Labelled("", text, 1) for text in sentences(3, 5).splitlines()]
     found = plain(scores(measure(classifier, tokenizer, labelled, NAMES)))
