@@ -31,8 +31,10 @@ def kill_and_compare(
     small: list[str], folder: Path, more: list[str], kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    aligned = any(f"--model={name}" in small for name in ("DPO", "PPO", "GRPO"))  # they drop nothing
     flags = [
-        *small, "--model.gpt.dropout=0.1", "--trainer.max_steps=60", "--trainer.log_every_n_steps=2",
+        *small, f"--model.gpt.dropout={0.0 if aligned else 0.1}", "--trainer.max_steps=60",
+        "--trainer.log_every_n_steps=2",
         "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", "--inspect.every_n_steps=3", *more,
     ]  # fmt: skip
     report = KillTest(flags, folder, seed=kills).run(kills)
