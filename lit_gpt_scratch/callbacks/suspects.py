@@ -1,14 +1,14 @@
 """What in a step made its loss or its gradient what it is."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_gpt_scratch.data.ordered import OrderedData
+from lit_gpt_scratch.model.inspection import undisturbed
 from lit_gpt_scratch.tasks.stage import Stage
 
 EXCERPT = 160
@@ -47,7 +47,7 @@ def _first_part(trainer: L.Trainer, task: Stage, batch: Any) -> str | None:
         if not found and isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
             found.append(name)
 
-    with _uncompiled(task.net), torch.no_grad(), trainer.precision_plugin.train_step_context():
+    with undisturbed(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
         hooks = [
             part.register_forward_hook(lambda _, __, output, name=name: look(name, output))
             for name, part in task.net.named_modules()
@@ -62,25 +62,12 @@ def _first_part(trainer: L.Trainer, task: Stage, batch: Any) -> str | None:
     return found[0] if found else None
 
 
-@contextmanager
-def _uncompiled(net: nn.Module) -> Iterator[None]:
-    """Let every part be called by itself; in a compiled one nobody can look at what is between."""
-    compiled = {part: part._compiled_call_impl for part in net.modules() if part._compiled_call_impl is not None}
-    for part in compiled:
-        part._compiled_call_impl = None
-    try:
-        yield
-    finally:
-        for part, call in compiled.items():
-            part._compiled_call_impl = call
-
-
 def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
-    """The windows of a step that the model finds hardest, the documents they are of, and how they begin.
+    """The windows, texts or pairs of a step that the model finds hardest, whence they are, and how they begin.
 
     Args:
         trainer: Of the run.
-        task: Asked for the loss of each window alone.
+        task: Asked for the loss of each alone, as ``Stage.apart`` gives them.
         batches: This rank's, by their number in the epoch.
 
     Returns:
@@ -91,16 +78,17 @@ def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mappin
     if not (isinstance(task, Stage) and isinstance(data, OrderedData) and knows_rows):
         return ""
     windows = []
-    with torch.no_grad(), trainer.precision_plugin.train_step_context():
+    with undisturbed(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
         for number, batch in batches.items():
-            for row in range(len(batch["input_ids"])):
-                one = {name: value[row : row + 1] for name, value in batch.items()}
+            for place, one in enumerate(task.apart(batch)):
                 lost, counted = task.losses(one)
-                windows.append(((lost / counted.clamp(min=1)).item(), number, row, one["input_ids"][0]))
+                if counted > 0:  # others only fill a batch up
+                    windows.append(((lost / counted).item(), number, place, one))
     # Of NaN none is greater: what is not finite comes first.
     windows.sort(key=lambda window: -window[0] if window[0] == window[0] else float("-inf"))
     lines = []
-    for loss, number, row, ids in windows[:PLACES]:
+    for loss, number, place, one in windows[:PLACES]:
+        ids = one["input_ids"][0][: int(one["lengths"][0]) if "lengths" in one else None]
         text = " ".join(data.tokenizer.decode(ids.tolist()).split())
-        lines.append(f"- loss {loss:.2f}, {data.whence(trainer.current_epoch, number, row)}: `{text[:EXCERPT]}`")
+        lines.append(f"- loss {loss:.2f}, {data.whence(trainer.current_epoch, number, place)}: `{text[:EXCERPT]}`")
     return "\n".join(lines)

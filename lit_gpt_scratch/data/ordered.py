@@ -135,9 +135,9 @@ class OrderedData(L.LightningDataModule):
         batch_size, replicas, accumulate = self.layout
         return WindowOrder(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
 
-    def whence(self, epoch: int, batch: int, row: int) -> str:
-        """What a row of this process's training batch is made of, in words: documents or records, counted from 0."""
-        window = int(self.order.batches(epoch, np.array([batch]))[0, row])
+    def whence(self, epoch: int, batch: int, place: int) -> str:
+        """What was dealt out at a place of this process's batch, in words: documents or a record, counted from 0."""
+        window = int(self.order.batches(epoch, np.array([batch]))[0, place])
         windows = self.train_windows
         return windows.documents_of(window) if isinstance(windows, Windows) else f"record {window:,}"
 

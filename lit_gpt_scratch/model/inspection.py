@@ -61,7 +61,7 @@ def observe(
     layers: list[Kept] = []
     start: list[Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(net))
+        stack.enter_context(undisturbed(net))
         first = net.blocks[0].register_forward_pre_hook(lambda _, given: start.append(given[0]))
         stack.callback(first.remove)
         for block in net.blocks:
@@ -92,8 +92,11 @@ def _watched(block: Block, tell: Callable[[Seen], None]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing compiled: compiled code calls no hooks, and would be compiled again for them."""
+def undisturbed(net: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and nothing compiled: compiled code calls no hooks, and would be compiled again for them.
+
+    Afterwards all is as it was.
+    """
     training = [module for module in net.modules() if module.training]
     compiled = [(module, module._compiled_call_impl) for module in net.modules() if module._compiled_call_impl]
     for module in training:

@@ -1,6 +1,6 @@
 """What reward models and DPO have in common: pairs of replies, and how well rewards tell them apart."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -49,6 +49,12 @@ class PairTask(GPTTask):
     @override
     def positions(self, batch: PairBatch) -> int:
         return len(batch["lengths"]) // 2
+
+    @override
+    def apart(self, batch: PairBatch) -> list[PairBatch]:
+        n = self.positions(batch)  # of 2 n rows each n-th: a reply and the other
+        pairs = ({name: cast(Tensor, rows)[place::n] for name, rows in batch.items()} for place in range(n))
+        return [cast(PairBatch, pair) for pair in pairs]
 
     @override
     def losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:

@@ -83,6 +83,10 @@ class PhasedPolicy(Policy):
         raise NotImplementedError
 
     @override
+    def apart(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+        return []  # the data module has prompts, and not what was replied
+
+    @override
     def positions(self, batch: dict[str, Tensor]) -> int:
         return len(batch["labels"]) * self.data.block_size  # each micro-batch is as wide as its longest row
 
@@ -147,8 +151,8 @@ class PhasedPolicy(Policy):
         return {}
 
     def note(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Add what is to be logged of a step, at log points alone: sums over tokens."""
-        if not self.at_log_point:
+        """Add what is to be logged of a step, at log points alone: sums over tokens. Looking is no step."""
+        if not (self.at_log_point and torch.is_grad_enabled()):
             return
         with torch.no_grad():
             within = labels != IGNORED

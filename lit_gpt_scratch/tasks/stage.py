@@ -49,6 +49,11 @@ class Stage(Task):
         """How many labels there could be: as many in every micro-batch of a step, and on every rank."""
         return int(batch["labels"].numel())
 
+    def apart(self, batch: Any) -> list[Any]:
+        """What the data module dealt out in a batch, each as a batch of its own; nothing of what it does not have."""
+        n = len(batch["labels"])
+        return [{name: rows[place : place + 1] for name, rows in batch.items()} for place in range(n)]
+
     @property
     def learned(self) -> nn.Module:
         """What the optimizer updates."""
