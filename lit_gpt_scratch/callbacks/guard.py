@@ -31,9 +31,10 @@ class Guard(InRunFolder):
 
     ``warn`` says which steps are not finite or stand out (``diagnosis/spikes.py``), where, and with which documents,
     and changes nothing. ``act`` leaves such a step out: it counts, but weights, averages and the optimizer stay as they
-    were, and the next batch comes. When ``PATIENCE`` steps in a row stand out by their loss, it is no batch's doing,
-    and the run goes back to weights and optimizer of the last good checkpoint, and on with the next batch. All ranks
-    decide alike. ``off`` does not look.
+    were, and the next batch comes. When ``PATIENCE`` steps in a row stand out, it is no batch's doing, and the run goes
+    back to weights and optimizer of the last good checkpoint, and on with the next batch. Where that does not help
+    either, a level is accepted that is finite, and ``HOPELESS`` steps that are not end the run. All ranks decide alike.
+    ``off`` does not look.
 
     A good checkpoint, ``good-N.ckpt``, is written beside ``last.ckpt``, at the intervals of steps and validations
     alone, not when time or a signal wants one, so that a run that was killed rewinds to where it would have.
@@ -128,23 +129,24 @@ class Guard(InRunFolder):
         return kind is None or self.mode != "act"
 
     def _stands_out(self, kind: str, step: int, loss: float, norm: float) -> None:
-        acts = self.mode == "act"
+        acts, row = self.mode == "act", self.watch.in_a_row
         self.refused += acts
-        if self.watch.in_a_row <= PATIENCE:  # of a run that has gone wrong for good enough is said
+        values = {"guard/refused": float(self.refused)} if acts else {}
+        if row <= PATIENCE:  # of a run that has gone wrong for good enough is said
             what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
             if kind == "spike":
                 what += f", usually {self.watch.median:.4g} and {self.watch.usual_norm:.4g}"
             self._tell(kind, step, f"{what}; {'left out' if acts else 'done'}")
-            values = {f"guard/{kind}": loss if kind == "non_finite" else self.watch.deviations}
-            values |= {"guard/refused": float(self.refused)} if acts else {}
-            for logger in self._trainer.loggers:
-                logger.log_metrics(values, step)
-        if kind == "spike" and self.watch.in_a_row >= PATIENCE:
-            if acts and self.good is not None and self._rewinds < REWINDS:
-                self._rewind_due = True
-            else:
-                self.watch.forget()
-        elif self.watch.in_a_row >= HOPELESS and acts:
+            values[f"guard/{kind}"] = loss if kind == "non_finite" else self.watch.deviations
+        for logger in self._trainer.loggers if values else ():
+            logger.log_metrics(values, step)
+        if row >= PATIENCE and acts and self.good is not None and self._rewinds < REWINDS:
+            self._rewind_due = True
+        elif row >= PATIENCE and kind == "spike":
+            self.watch.forget()
+        elif row >= HOPELESS and acts:
+            tried = f" after {self._rewinds} rewinds" if self._rewinds else ""
+            log.warning("guard: %d steps in a row were left out%s: nothing is learned, and the run ends", row, tried)
             self._trainer.should_stop = True
 
     def _tell(self, kind: str, step: int, what: str) -> None:
@@ -154,7 +156,12 @@ class Guard(InRunFolder):
             batches = list(self._batches.values())
             if kind == "non_finite":
                 lines.append(where_not_finite(self._trainer, self._task, batches))
-            if found := hardest_windows(self._trainer, self._task, self._batches):
+            try:
+                found = hardest_windows(self._trainer, self._task, self._batches)
+            except Exception:  # a task of one's own may not be asked for less than a batch, and looking ends no run
+                log.warning("the hardest windows of step %d cannot be told apart", step, exc_info=True)
+                found = ""
+            if found:
                 lines.append(f"hardest windows:\n\n{found}")
         note(self._trainer, f"guard/{kind}/where", "\n\n".join(lines), step)
 
@@ -190,6 +197,7 @@ class Guard(InRunFolder):
         connector._ckpt_path = began_with
         pl_module.on_train_start()  # as a run begins that goes on from there, at the rate of the step that comes next
         step = trainer.global_step - 1
+        log.warning("guard: step %d: %d in a row stood out; back to the weights of step %d", step, PATIENCE, self.good)
         for logger in trainer.loggers:
             logger.log_metrics({"guard/rewound_to": float(self.good or 0)}, step)
 

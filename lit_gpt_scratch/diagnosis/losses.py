@@ -34,6 +34,8 @@ at a thousandth of their rate 0.00001 to 0.00002."""
 NO_BETTER: Final = 0.95
 """Of the bits that counting tokens needs. A network whose layers were spoilt learns their frequencies and no more; a
 healthy one is at 0.8 after a hundred steps."""
+FLAT: Final = 0.02
+"""Of the median of ``FEW`` points, less than which it has fallen since that of as many points ``2 * FEW`` before."""
 RISEN: Final = 0.25
 """Of the lowest loss there was."""
 LITTLE: Final = 0.1
@@ -84,11 +86,17 @@ def not_falling(e: Evidence) -> Finding | None:
     if trained or not long_enough:
         return None  # what is trained may know all that there is to learn
     if now > (1 - FALLEN) * began:
+        if min(median for _, median in loss.medians(FEW)) <= (1 - FALLEN) * began:
+            return None  # it had fallen: no rate that is too low brings it back up
         flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP}"
         return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
-    bits, counting = e.fact("val/bits_per_byte"), e.fact("baselines/unigram")
-    if bits > NO_BETTER * counting:
-        evidence = f"{bits:.2f} bits per byte of the validation text; counting its tokens alone takes {counting:.2f}"
+    bits, counting = e["val/bits_per_byte"], e.fact("baselines/unigram")
+    # A rate that is too low leads past there as well, but does not stay.
+    flat = now > (1 - FLAT) * loss.median(FEW, before=2 * FEW)
+    if bits.step >= loss.steps[-FEW] and bits.last > NO_BETTER * counting and flat:
+        evidence = (
+            f"{bits.last:.2f} bits per byte of the validation text; counting its tokens alone takes {counting:.2f}"
+        )
         return Finding(evidence, *too_high(e))
     return None
 

@@ -34,7 +34,8 @@ class Watch:
     """Judges one step after the other. Its state is plain numbers.
 
     Attributes:
-        in_a_row: How many steps stood out without one between that did not.
+        in_a_row: How many steps stood out without one between that did not, or since the run went back.
+        stood_out: Whether the last step did.
         deviations: How far the last loss lay above the median, in deviations; 0 as long as too little is known.
     """
 
@@ -42,6 +43,7 @@ class Watch:
         self.losses: deque[float] = deque(maxlen=WIDTH)
         self.norms: deque[float] = deque(maxlen=WIDTH)
         self.in_a_row = 0
+        self.stood_out = False
         self.deviations = 0.0
 
     def judge(self, loss: float, norm: float) -> Kind | None:
@@ -52,6 +54,7 @@ class Watch:
             norm: Of the gradient before it is clipped.
         """
         kind = self._kind(loss, norm)
+        self.stood_out = kind is not None
         self.in_a_row = self.in_a_row + 1 if kind else 0
         if kind is None:
             self.losses.append(loss)
@@ -71,7 +74,7 @@ class Watch:
     @property
     def calm(self) -> bool:
         """Whether enough is known, and the last step did not stand out."""
-        return len(self.losses) >= ENOUGH and not self.in_a_row
+        return len(self.losses) >= ENOUGH and not self.stood_out
 
     def forget(self) -> None:
         """Begin anew, at another level."""
@@ -93,10 +96,11 @@ class Watch:
 
     def state_dict(self) -> dict[str, Any]:
         """All that it knows."""
-        return {"losses": list(self.losses), "norms": list(self.norms), "in_a_row": self.in_a_row}
+        known = {"losses": list(self.losses), "norms": list(self.norms)}
+        return {**known, "in_a_row": self.in_a_row, "stood_out": self.stood_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
         self.losses = deque(state["losses"], WIDTH)
         self.norms = deque(state["norms"], WIDTH)
-        self.in_a_row = state["in_a_row"]
+        self.in_a_row, self.stood_out = state["in_a_row"], state["stood_out"]

@@ -6,7 +6,7 @@ from typing import Final
 from lit_gpt_scratch.diagnosis.evidence import Evidence
 from lit_gpt_scratch.diagnosis.examination import Finding
 from lit_gpt_scratch.diagnosis.losses import has_learned, too_high
-from lit_gpt_scratch.diagnosis.spikes import DEVIATIONS, RATIO, WIDTH, Watch
+from lit_gpt_scratch.diagnosis.spikes import DEVIATIONS, PATIENCE, RATIO, WIDTH, Watch
 
 OFF: Final = 0.0
 """The guard's first mode, as ``run/guard`` has it."""
@@ -71,6 +71,20 @@ def spike(e: Evidence) -> Finding | None:
         return None
     evidence = f"{watch.deviations:.1f} deviations above the median; loss {loss.last:.4g}"
     return Finding(evidence, *(too_high(e) if early else (cause, "--guard act")))
+
+
+def rewound(e: Evidence) -> Finding | None:
+    """The guard has gone back, because leaving steps out did not help."""
+    back = e["guard/rewound_to"]
+    if not len(back) or back.step != e.step:
+        return None
+    rate = max(e["train/learning_rate"].values, default=math.nan)
+    lower = f" {rate / 3:.2g}" if math.isfinite(rate) else ""
+    return Finding(
+        f"{PATIENCE} steps in a row were left out; back to the weights of step {back.last:.0f}",
+        "no single batch's doing: a rate or a precision that the network no longer bears, or a stretch of other text",
+        f"--model.optimizer.lr{lower}",
+    )
 
 
 def exploding(e: Evidence) -> Finding | None:

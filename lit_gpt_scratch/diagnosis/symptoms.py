@@ -20,14 +20,15 @@ SYMPTOMS: Final = (
     Symptom("far from compute-optimal", ("run/steps",), settings.budget),
     Symptom("not finite", ("guard/non_finite", *steps.LOOKED_AT), steps.not_finite, again=True),
     Symptom("loss spike", ("guard/spike", "train/loss"), steps.spike, (LABELS, *RATE), again=True),
+    Symptom("rewound", ("guard/rewound_to",), steps.rewound, again=True),
     Symptom("dead units", ("dynamics/dead_units",), insides.dead_units, RATE),
     Symptom("steps too large", (losses.STREAM,), losses.too_large, (*RATE, "not finite")),
     Symptom("steps too small", losses.UPDATES, losses.too_small, (*RATE, "dead units")),
+    Symptom("divergence", ("train/loss",), losses.divergence, (LABELS, *RATE, "not finite")),
     Symptom(
         "loss not falling", ("train/loss", "val/bits_per_byte"), losses.not_falling,
-        (LABELS, *RATE, "dead units", "not finite"),
+        (LABELS, *RATE, "dead units", "not finite", "divergence"),
     ),
-    Symptom("divergence", ("train/loss",), losses.divergence, (LABELS, *RATE, "not finite")),
     Symptom(
         "exploding gradients", ("train/gradient_norm",), steps.exploding,
         (LABELS, *RATE, "not finite", "divergence"),

@@ -11,12 +11,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from lit_gpt_scratch.callbacks import guard as guard_module
 from lit_gpt_scratch.callbacks.doctor import Doctor
 from lit_gpt_scratch.callbacks.guard import Guard
 from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.data import LabelledText, Preferences, Prompts
 from lit_gpt_scratch.diagnosis.spikes import PATIENCE
+from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW, Schedule
-from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.tasks import DPO, GRPO, PPO, Classification, LanguageModel, Reward
 
 STEPS = 40
 Build = Callable[..., Any]
@@ -139,6 +142,23 @@ def test_when_leaving_out_does_not_help_the_run_goes_back(run: Build, tmp_path: 
     assert all(p.isfinite().all() for p in model.parameters())
 
 
+def test_what_is_never_finite_is_rewound_and_then_stopped_and_said(
+    run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(guard_module, "HOPELESS", 12)
+    faults = dict.fromkeys(range(34, 100), math.nan)
+    own, model, guard, weights, doctor = run("act", faults, max_steps=100)
+    assert alike(weights.after[34 + PATIENCE - 1], weights.after[29])
+    assert own.global_step == 34 + guard_module.REWINDS * PATIENCE + 12
+    assert all(p.isfinite().all() for p in model.parameters())
+    rewound = [d.step for d in doctor.examination.found if d.name == "rewound"]
+    assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.REWINDS + 1)]
+    refused = doctor.examination.evidence["guard/refused"]
+    assert (refused.step, refused.last) == (own.global_step - 1, guard.refused)
+    assert caplog.text.count("stood out; back to the weights of step 30") == guard_module.REWINDS
+    assert "12 steps in a row were left out after 3 rewinds: nothing is learned" in caplog.text
+
+
 def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) -> None:
     faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0) | {12: math.nan, 47: 30.0}
     whole = run("act", faults, folder="whole", max_steps=50, ema_decay=0.9)[3]
@@ -153,6 +173,53 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) 
         )[3]  # fmt: skip
         assert alike(rest.after[-1], kept.after[-1]), stop
     assert not alike(whole.after[-1], kept.after[-1])
+
+
+REPLIES = {"reward": "tests.own_reward.even_tokens", "steps_per_phase": 2}
+KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
+    "language model": (LanguageModel, {}, None),
+    "classes": (Classification, {}, LabelledText),
+    "reward": (Reward, {}, Preferences),
+    "DPO": (DPO, {}, Preferences),
+    "PPO": (PPO, REPLIES, Prompts),
+    "GRPO": (GRPO, {**REPLIES, "group": 4}, Prompts),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
+    kind: str, packed_text: Build, trainer: Build, cache: Path
+) -> None:
+    """A batch may be windows, texts with a class, pairs of rows, or replies that no data module has."""
+    base, settings, data_class = KINDS[kind]
+
+    def losses(self: Any, batch: Any) -> Any:
+        lost, counted = base.losses(self, batch)
+        return lost * (math.nan if torch.is_grad_enabled() and self.trainer.global_step == 2 else 1.0), counted
+
+    L.seed_everything(1, verbose=False)
+    faulty = type("Faulty", (base,), {"losses": losses})
+    model = faulty(gpt=GPTConfig(n_layer=1, n_head=2, n_embd=32), compile=False, **settings)
+    shape = {"cache": str(cache), "vocab_size": 300, "batch_size": 4}
+    reply = {"reply_tokens": 8, "block_size": 96} if data_class in (Preferences, Prompts) else {"block_size": 128}
+    data = packed_text() if data_class is None else data_class(**shape, **reply)
+    doctor, noted, modes = Doctor(), [], []
+
+    class After(Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            noted.append(dict(getattr(model, "_noted", {})))
+            modes.append({module.training for module in model.net.modules()})
+
+    own = trainer(max_steps=4, limit_val_batches=0, log_every_n_steps=1, callbacks=[Guard("act"), After(), doctor])
+    own.fit(model, data)
+    assert own.global_step == 4
+    said = doctor.examination.evidence.text("guard/non_finite/where", 2)
+    assert "whole gradient" in said
+    assert (said.count("- loss"), "record" in said) == {
+        "language model": (3, False), "classes": (3, True), "reward": (3, True), "DPO": (3, True),
+    }.get(kind, (0, False))  # fmt: skip
+    assert not any(noted)  # looking is no step that is logged
+    assert modes == [{True}] * 4
 
 
 @pytest.mark.slow

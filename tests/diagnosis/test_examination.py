@@ -49,6 +49,7 @@ CASES: dict[str, Curves] = {
     },
     "suspiciously low loss": {"val/bits_per_byte": [(99, 0.1)], "baselines/xz": [(99, 1.9)]},
     "slow loader": {"throughput/data": [(9, 0.5), (19, 0.6), (29, 0.5)]},
+    "rewound": {"guard/rewound_to": [(300, 250.0)]},
     "dead units": {"dynamics/dead_units": [(0, 0.8), (99, 0.8)]},
     "attention sink": {"attention/sink": [(0, 0.8), (99, 0.8)]},
     "repetition": {"samples/repetition": [(99, 0.8), (199, 0.9)]},
@@ -98,6 +99,31 @@ def test_of_nothing_nothing_is_said() -> None:
 def test_a_curve_that_falls_is_healthy() -> None:
     norms = [(step, 1.0) for step, _ in falling(2.0)]
     assert examined({"train/loss": falling(2.0), "train/gradient_norm": norms}).found == []
+
+
+def at_unigrams(loss: float, slope: float, steps: int = 400) -> Curves:
+    """A run that is no better than counting tokens, from the middle on."""
+    level = [(s, max(loss, CHANCE - s / 50) - slope * max(0, s - 150)) for s in range(4, steps, 5)]
+    facts = {"baselines/unigram": [(0, 3.26)], "run/warmup_steps": [(0, 0.0)], "run/post_norm": [(0, 1.0)]}
+    return {"train/loss": level, "train/learning_rate": [(s, 0.006) for s, _ in level], **facts}
+
+
+def test_a_loss_that_stays_where_counting_tokens_leads_is_told_from_one_that_passes_there() -> None:
+    bits = {"val/bits_per_byte": [(s, 3.28) for s in (99, 199, 299, 399)]}
+    [found] = examined(at_unigrams(4.5, 0.0) | bits).found
+    assert found.name == "loss not falling"
+    assert "too high for the first steps: norms behind the addition" in found.cause
+    assert examined(at_unigrams(4.5, 0.003) | bits).found == []
+    # What was measured long before says nothing of now.
+    assert examined(at_unigrams(4.5, 0.0) | {"val/bits_per_byte": [(99, 3.28)]}).found == []
+
+
+@pytest.mark.parametrize("back_at", [0.97, 1.02])
+def test_a_loss_that_fell_and_jumped_back_has_no_rate_that_is_too_low(back_at: float) -> None:
+    fell = [(s, v if s < 250 else back_at * CHANCE) for s, v in falling(3.0, 500)]
+    found = examined({"train/loss": fell, "train/learning_rate": [(s, 0.02) for s, _ in fell]}).found
+    assert [diagnosis.name for diagnosis in found] == ["divergence"]
+    assert "too high" in found[0].cause
 
 
 def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
