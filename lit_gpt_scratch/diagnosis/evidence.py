@@ -45,15 +45,21 @@ class Curve:
         return self.steps[-1] if self.steps else -1
 
     def median(self, newest: int, before: int = 0) -> float:
-        """Median of the newest points but for the last ``before``; NaN of none."""
+        """Median of the newest points but for the last ``before``, of those that are finite; NaN of none."""
         stop = len(self) - before
-        found = self.values[max(0, stop - newest) : max(0, stop)]
-        return statistics.median(found) if found else math.nan
+        return _median(self.values[max(0, stop - newest) : max(0, stop)])
 
     def medians(self, width: int) -> Iterator[tuple[int, float]]:
-        """The median of each ``width`` neighbours, with the step of the last of them."""
+        """The median of each ``width`` neighbours, with the step of the last of them, where some are finite."""
         for end in range(width, len(self) + 1):
-            yield self.steps[end - 1], statistics.median(self.values[end - width : end])
+            median = _median(self.values[end - width : end])
+            if math.isfinite(median):
+                yield self.steps[end - 1], median
+
+
+def _median(values: list[float]) -> float:
+    known = [value for value in values if math.isfinite(value)]
+    return statistics.median(known) if known else math.nan
 
 
 class Evidence:

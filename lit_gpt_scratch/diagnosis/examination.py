@@ -33,6 +33,7 @@ class Symptom:
         reads: Names of curves; the row is asked when one of them has a new point, and all are asked when a run is over.
         find: What it says of the evidence, or None.
         unless: Symptoms that explain this one: when one of them is known, it is not looked for.
+        harmless: Whether it explains nothing else, by the same evidence, because it left no trace in the run.
         again: Whether each point of its curves may be a case of its own; the others are said once.
     """
 
@@ -41,6 +42,7 @@ class Symptom:
     find: Callable[[Evidence], Finding | None]
     unless: tuple[str, ...] = ()
     again: bool = False
+    harmless: Callable[[Evidence], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
@@ -110,9 +112,10 @@ class Examination:
 
     def _ask(self, rows: Iterable[Symptom]) -> None:
         step = self.evidence.step
+        harmless = {row.name for row in self.table if row.harmless(self.evidence)}
         for row in rows:
             steps = [diagnosis.step for diagnosis in self.found if diagnosis.name == row.name]
-            known = {diagnosis.name for diagnosis in self.found}
+            known = {diagnosis.name for diagnosis in self.found} - harmless
             done = len(steps) >= MOST or step in steps if row.again else bool(steps)
             if not done and known.isdisjoint(row.unless) and (finding := row.find(self.evidence)) is not None:
                 self.found.append(Diagnosis(f"{row.name}: {finding.evidence}", finding.cause, finding.flag, step))

@@ -5,6 +5,7 @@ from typing import Final
 
 from lit_gpt_scratch.diagnosis.evidence import Curve, Evidence
 from lit_gpt_scratch.diagnosis.examination import Finding
+from lit_gpt_scratch.diagnosis.settings import FEW_VALIDATION_TOKENS
 
 SWEEP: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
 FEW: Final = 5
@@ -42,6 +43,8 @@ LITTLE: Final = 0.1
 """Nats. What is next to nothing may double."""
 GAP: Final = 0.03
 """Of the lowest validation loss, which it has risen by. Ups and downs of healthy runs are within 0.01."""
+GAP_OF_FEW: Final = 0.1
+"""The same where little is validated on, and a few percent mean nothing."""
 TOO_GOOD: Final = 0.2
 """Of the bits that compression or counting needs. The best language models need a third of those of ``xz``."""
 
@@ -130,7 +133,8 @@ def too_small(e: Evidence) -> Finding | None:
     rate = e["train/learning_rate"]
     peak = max(rate.values, default=math.nan)
     warm = e.step >= e.fact("run/warmup_steps") and rate.last >= AT_PEAK * peak
-    moved = [(e[name].last, name.rpartition("/")[2]) for name in UPDATES if len(e[name]) and e[name].step == e.step]
+    # A step that was left out moves nothing at all, and is none.
+    moved = [(e[name].last, name.rpartition("/")[2]) for name in UPDATES if e[name].last > 0 and e[name].step == e.step]
     ratio, part = min(moved, default=(math.nan, ""))
     if not (ratio < SMALL and warm) or e.fact("run/begins_trained") == 1:
         return None
@@ -160,14 +164,15 @@ def overfitting(e: Evidence) -> Finding | None:
     since = val.steps[val.values.index(best)]
     then = [median for at, median in train.medians(FEW) if at <= since]
     now = train.median(FEW)
-    rising = min(val.values[-2:]) > (1 + GAP) * best
+    gap = GAP_OF_FEW if e.fact("run/validation_tokens") < FEW_VALIDATION_TOKENS else GAP
+    rising = min(val.values[-2:]) > (1 + gap) * best
     if not (rising and then and now < then[-1] and now < val.last):
         return None
     epochs = (val.step + 1) * e.fact("run/tokens_per_step") / e.fact("run/train_tokens")
     read = f", {epochs:.3g} epochs read" if math.isfinite(epochs) else ""
-    gap = f"training {now:.3f}, a gap of {val.last - now:.2f}"
+    apart = f"training {now:.3f}, a gap of {val.last - now:.2f}"
     return Finding(
-        f"validation {val.last:.3f}, {best:.3f} at step {since}; {gap}{read}",
+        f"validation {val.last:.3f}, {best:.3f} at step {since}; {apart}{read}",
         "the model learns the text by heart; name more of it, or learn from it for less long",
         f"--trainer.max_steps {since + 1}" if since else "--model.gpt.dropout 0.1",
     )

@@ -48,6 +48,11 @@ def not_finite(e: Evidence) -> Finding | None:
     return None
 
 
+def left_out(e: Evidence) -> bool:
+    """Whether what is not finite never reaches the weights."""
+    return e.fact("run/guard") == ACTS
+
+
 def spike(e: Evidence) -> Finding | None:
     """By the guard; without it, by the losses that are logged."""
     if not has_learned(e):

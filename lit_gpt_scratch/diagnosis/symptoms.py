@@ -18,7 +18,9 @@ SYMPTOMS: Final = (
     Symptom("duplicated text", ("run/repeated_passages",), settings.duplicates),
     Symptom("small validation", ("run/validation_tokens",), settings.validation),
     Symptom("far from compute-optimal", ("run/steps",), settings.budget),
-    Symptom("not finite", ("guard/non_finite", *steps.LOOKED_AT), steps.not_finite, again=True),
+    Symptom(
+        "not finite", ("guard/non_finite", *steps.LOOKED_AT), steps.not_finite, again=True, harmless=steps.left_out,
+    ),
     Symptom("loss spike", ("guard/spike", "train/loss"), steps.spike, (LABELS, *RATE), again=True),
     Symptom("rewound", ("guard/rewound_to",), steps.rewound, again=True),
     Symptom("dead units", ("dynamics/dead_units",), insides.dead_units, RATE),
@@ -35,7 +37,7 @@ SYMPTOMS: Final = (
     ),
     Symptom(
         "overfitting", ("val/loss",), losses.overfitting,
-        (LABELS, "duplicated text", "divergence", "small validation"),
+        (LABELS, "duplicated text", "divergence"),
     ),
     Symptom("suspiciously low loss", ("val/bits_per_byte",), losses.too_good, (LABELS,)),
     Symptom("slow loader", ("throughput/data",), steps.loader),

@@ -13,6 +13,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from lit_gpt_scratch.diagnosis.events import replay
 from lit_gpt_scratch.diagnosis.evidence import LONGEST, Curve, Evidence
 from lit_gpt_scratch.diagnosis.examination import Examination, Finding, Symptom
+from lit_gpt_scratch.diagnosis.losses import UPDATES
 from lit_gpt_scratch.diagnosis.repetition import PASSAGE, repeated_passages, repeated_words
 from lit_gpt_scratch.diagnosis.spikes import ENOUGH, Watch
 from lit_gpt_scratch.diagnosis.symptoms import SYMPTOMS
@@ -124,6 +125,25 @@ def test_a_loss_that_fell_and_jumped_back_has_no_rate_that_is_too_low(back_at: f
     found = examined({"train/loss": fell, "train/learning_rate": [(s, 0.02) for s, _ in fell]}).found
     assert [diagnosis.name for diagnosis in found] == ["divergence"]
     assert "too high" in found[0].cause
+
+
+@pytest.mark.parametrize(("guard", "said"), [(2.0, {"not finite", "divergence"}), (1.0, {"not finite"})])
+def test_a_batch_that_was_left_out_explains_nothing_that_comes_later(guard: float, said: set[str]) -> None:
+    curves = CASES["divergence"] | {"guard/non_finite": [(104, math.nan)], "run/guard": [(0, guard)]}
+    curves["train/loss"] = [(s, math.nan if s == 104 else v) for s, v in curves["train/loss"]]
+    assert {diagnosis.name for diagnosis in examined(curves).found} == said
+
+
+@pytest.mark.parametrize(("risen", "said"), [(1.05, False), (1.2, True)])
+def test_where_little_is_validated_on_only_much_overfitting_is_seen(risen: float, said: bool) -> None:
+    few = {"run/validation_tokens": [(0, 1000.0)], "train/loss": falling(1.0)}
+    curves = few | {"val/loss": [(99, 3.5), (149, 3.0), (199, 3.0 * risen), (249, 3.0 * risen), (299, 3.0 * risen)]}
+    assert ("overfitting" in {diagnosis.name for diagnosis in examined(curves).found}) == said
+
+
+def test_a_step_that_was_left_out_is_no_small_one() -> None:
+    ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATES}
+    assert examined({"train/learning_rate": RATE, **ratios}).found == []
 
 
 def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
