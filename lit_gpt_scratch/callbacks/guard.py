@@ -1,6 +1,7 @@
 """Keeping out of the weights what would spoil them."""
 
 import logging
+import math
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -71,6 +72,8 @@ class Guard(InRunFolder):
         # A scaler looks for the largest factor that 16 bits bear, by stepping over it; that is its business.
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         pl_module.judge = self._judge
+        if self.mode == "act" and self.folder is not None:
+            self._tidy(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave it, and say what is not said yet."""
@@ -121,7 +124,8 @@ class Guard(InRunFolder):
             steps, figures = zip(*self._unread, strict=True)
             self._unread = []
             for step, (loss, norm) in zip(steps, torch.stack(figures).tolist(), strict=True):
-                kind = self.watch.judge(loss, 1.0 if self._scales else norm)
+                scaled = self._scales and not math.isfinite(norm)
+                kind = self.watch.judge(loss, 1.0 if scaled else norm)
                 if self._reads_at_once:
                     kind = VERDICTS[self._ranks.greatest(VERDICTS.index(kind))]
                 if kind is not None:
@@ -174,6 +178,17 @@ class Guard(InRunFolder):
         trainer.save_checkpoint(self._path(step))
         # ``last.ckpt`` still names the one before. It is written next, in the same moment, and then names this one.
         self._outdated = None if before is None else self._path(before)
+
+    def _tidy(self, trainer: L.Trainer) -> None:
+        """Know no good checkpoint that is gone, and drop those that nothing names: a kill can leave one."""
+        own = None if self.good is None else self._path(self.good)
+        if self._ranks.greatest(own is not None and not own.is_file()):
+            log.warning("guard: %s is gone; the run can rewind once the next one is written", own)
+            own = self.good = None
+        assert self.folder is not None
+        for path in sorted(self.folder.checkpoints.glob("good-*.ckpt")):
+            if path != own:
+                trainer.strategy.remove_checkpoint(path)
 
     def _drop_outdated(self, trainer: L.Trainer) -> None:
         if self._outdated is not None:

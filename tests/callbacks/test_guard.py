@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -220,6 +221,29 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
     }.get(kind, (0, False))  # fmt: skip
     assert not any(noted)  # looking is no step that is logged
     assert modes == [{True}] * 4
+
+
+def test_a_scaler_may_overflow_and_a_gradient_that_is_large_is_still_seen() -> None:
+    guard = Guard("warn")
+    guard._scales, guard._reads_at_once = True, False
+    guard._trainer = SimpleNamespace(loggers=[])
+    for norm, row in [(1.0, 0)] * 30 + [(math.inf, 0), (math.nan, 0), (100.0, 1), (1.0, 0)]:
+        guard._unread.append((0, torch.tensor([4.0, norm])))
+        guard._read()
+        assert guard.watch.in_a_row == row
+
+
+def test_a_good_checkpoint_that_is_gone_is_known_to_be_and_none_is_left_behind(run: Build, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "version_0" / "checkpoints"
+    guard = run("act", {}, max_steps=31)[2]
+    assert guard.good == 30
+    own = folder / "good-30.ckpt"
+    own.rename(folder / "good-37.ckpt")  # as if it had been written, and the run killed before last.ckpt was
+    faults = dict.fromkeys(range(31, 31 + PATIENCE), 40.0)
+    guard = run("act", faults, max_steps=39, ckpt_path=folder / "last.ckpt")[2]
+    assert guard.good is None
+    assert guard.refused == PATIENCE
+    assert not list(folder.glob("good-*"))
 
 
 @pytest.mark.slow
