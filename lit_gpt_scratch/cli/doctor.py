@@ -30,6 +30,9 @@ COMPARED = (
 )  # fmt: skip
 """A small model, all of whose weights have a gradient from the first step on, unless the user's flags say otherwise."""
 
+OF_RESUME, OF_PARITY = ("kills", "seed"), ("kinds", "layouts")
+"""Flags of the one and of the other."""
+
 
 def main(args: Sequence[str] | None = None) -> None:
     """Examine a run that there is, this machine, or the run that the flags of ``fit`` describe."""
@@ -58,11 +61,16 @@ def main(args: Sequence[str] | None = None) -> None:
     if not (given.resume or given.parity):
         if of_fit:
             raise UserError(f"unrecognized arguments: {' '.join(of_fit)} (flags of fit go with --resume or --parity)")
+        if given.json and given.run is None:
+            raise UserError("argument --json is of a run; name its folder")
+        for name in (*OF_RESUME, *OF_PARITY):
+            if getattr(given, name) != flags.get_default(name):
+                raise UserError(f"argument --{name} is of {'--resume' if name in OF_RESUME else '--parity'}")
         healthy = _machine() if given.run is None else _run(given.run, given.json)
         if not healthy:
             sys.exit(1)
         return
-    for name in ("kinds", "layouts") if given.resume else ("kills", "seed"):
+    for name in OF_PARITY if given.resume else OF_RESUME:
         if getattr(given, name) != flags.get_default(name):
             raise UserError(f"argument --{name} is of {'--parity' if given.resume else '--resume'}")
     if given.kills < 1:
@@ -80,6 +88,8 @@ def _run(run: Path, as_json: bool) -> bool:
     """What is wrong with a run; True whatever that is: it has been said."""
     examination = Examination(SYMPTOMS)
     replay(run, examination)
+    if not any(len(examination.evidence[name]) for row in SYMPTOMS for name in row.reads):
+        raise UserError(f"{run} has none of the curves that the doctor reads, such as train/loss; nothing can be said")
     examination.end()
     if as_json:
         print(json.dumps([diagnosis.plain() for diagnosis in examination.found], indent=2))

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.tensorboard.writer import SummaryWriter
 
+from lit_gpt_scratch.cli.doctor import main
 from lit_gpt_scratch.diagnosis.events import replay
 from lit_gpt_scratch.diagnosis.evidence import LONGEST, Curve, Evidence
 from lit_gpt_scratch.diagnosis.examination import Examination, Finding, Symptom
@@ -17,6 +18,7 @@ from lit_gpt_scratch.diagnosis.losses import UPDATES
 from lit_gpt_scratch.diagnosis.repetition import PASSAGE, repeated_passages, repeated_words
 from lit_gpt_scratch.diagnosis.spikes import ENOUGH, Watch
 from lit_gpt_scratch.diagnosis.symptoms import SYMPTOMS
+from lit_gpt_scratch.errors import UserError
 
 CHANCE = math.log(300)
 FACTS = {"run/chance_loss": CHANCE, "run/begins_trained": 0.0, "run/warmup_steps": 20.0, "run/guard": 0.0}
@@ -159,6 +161,13 @@ def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
     assert from_events.evidence.step == live.evidence.step
     from_events.end()
     assert [(d.name, d.step) for d in from_events.found] == [(d.name, d.step) for d in live.found]
+
+
+def test_of_somebody_elses_curves_nothing_is_said(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("theirs/loss", 1.0, 0)
+    with pytest.raises(UserError, match="none of the curves that the doctor reads"):
+        main([str(tmp_path)])
 
 
 def test_what_a_resumed_session_does_again_is_forgotten(tmp_path: Path) -> None:
