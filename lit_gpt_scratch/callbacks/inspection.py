@@ -53,8 +53,8 @@ class Inspection(Callback):
     Args:
         every_n_steps: Optimizer steps from one look to the next, for all that ``inspect`` measures; the first step is
             looked at, too. 0 for never, and then nothing is drawn either.
-        pictures: Draw after each validation: attention, the logit lens, losses by place and by frequency, the hardest
-            passages, histograms; and at the end the embedding for TensorBoard's projector.
+        pictures: Draw after each validation: attention, the logit lens, losses by place, the hardest passages,
+            histograms; and at the end the embedding for TensorBoard's projector.
         prompts: Texts that a language model continues after each validation; by default an empty one, which begins a
             document, and the beginnings of two that it is validated on, or conversations. An empty list for none.
 
@@ -96,7 +96,8 @@ class Inspection(Callback):
             return
         self._step = trainer.global_step
         if self._batch and isinstance(pl_module, GPTTask) and due(self.every_n_steps, self._step):
-            record(trainer, figures(self._look(trainer, pl_module, False)), self._step - 1)
+            seen = self._look(trainer, pl_module, False)
+            record(trainer, figures(seen, self._batch.get("lengths")), self._step - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look, and draw."""
@@ -117,7 +118,7 @@ class Inspection(Callback):
             hidden = every_head(seen.hidden, 2, mesh)
             weights = None if seen.weights is None else every_head(seen.weights, 1, mesh)
             found = None if weights is None else looks(weights, documents, lengths)
-            layer = Layer(found, answers(hidden, lengths), seen.stream.float().square().mean().sqrt())
+            layer = Layer(found, answers(hidden, lengths), mean(seen.stream.float().square(), lengths).sqrt())
             if whole:
                 drawn = None if weights is None else weights[0, :, : self._shown, : self._shown].float()
                 layer = layer._replace(map=drawn, stream=seen.stream, hidden=hidden)
@@ -127,11 +128,19 @@ class Inspection(Callback):
             return observe(task.net, self._batch["input_ids"], documents, keep)
 
 
-def figures(seen: Observation[Layer]) -> dict[str, float]:
-    """What was seen, by name; see ``measured``."""
+def mean(values: Tensor, lengths: Tensor | None) -> Tensor:
+    """Mean of (B, T, n) over each row's (B,) tokens, and not over those that fill it up; a scalar."""
+    if lengths is None:
+        return values.mean()
+    there = torch.arange(values.size(1), device=values.device) < lengths[:, None]  # (B, T)
+    return values[there].mean()
+
+
+def figures(seen: Observation[Layer], lengths: Tensor | None = None) -> dict[str, float]:
+    """What was seen, by name, of rows of these many tokens, (B,); see ``measured``."""
     found: dict[str, Tensor] = {}
     if seen.read.ndim == 3:  # a number at every token is no logit
-        found["dynamics/logit_norm"] = seen.read.float().norm(dim=-1).mean()
+        found["dynamics/logit_norm"] = mean(seen.read.float().norm(dim=-1, keepdim=True), lengths)
     shares = torch.stack([dead(layer.answers).float().mean() for layer in seen.layers])
     found["dynamics/dead_units"] = shares.mean()
     for number, (layer, share) in enumerate(zip(seen.layers, shares, strict=True), 1):

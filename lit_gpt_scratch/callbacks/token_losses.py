@@ -32,10 +32,12 @@ class TokenLosses(Callback):
 
     Args:
         enabled: Whether to do anything.
+        pictures: Whether to draw the losses by place, and to write the hardest passages, beside the figures.
     """
 
-    def __init__(self, enabled: bool) -> None:
+    def __init__(self, enabled: bool, pictures: bool = True) -> None:
         self.enabled = enabled
+        self.pictures = pictures
         self._bands: Tensor | None = None
         self._names: list[str] = []
 
@@ -74,7 +76,8 @@ class TokenLosses(Callback):
         for band in range(len(self._names)):
             inside = (bands == band) * counted
             self._frequencies[:, band] += torch.stack(((lost * inside).sum(), inside.sum()))
-        self._keep_hardest(batch["input_ids"], labels, lost, counted)
+        if self.pictures:
+            self._keep_hardest(batch["input_ids"], labels, lost, counted)
 
     def _keep_hardest(self, ids: Tensor, labels: Tensor, lost: Tensor, counted: Tensor) -> None:
         B, T = labels.shape
@@ -106,6 +109,8 @@ class TokenLosses(Callback):
             if number:
                 figures[f"loss_by_frequency/{name}"] = float(lost / number)
         record(trainer, figures, step)
+        if not self.pictures:
+            return
         passages = self._gathered()
         for board in boards(trainer):
             with np.errstate(invalid="ignore", divide="ignore"):

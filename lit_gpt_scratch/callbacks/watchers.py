@@ -42,7 +42,8 @@ def watchers(
         guard: What to do about steps that would spoil the weights.
     """
     guarding = Guard(guard, saving.every_n_steps if saving else None)
-    inside = [Dynamics(inspection.every_n_steps), inspection, TokenLosses(inspection.pictures)]
+    losses = TokenLosses(inspection.every_n_steps > 0, inspection.pictures)
+    inside = [Dynamics(inspection.every_n_steps), inspection, losses]
     measures = [
         guarding,
         Throughput(),

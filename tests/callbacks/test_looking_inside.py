@@ -17,14 +17,16 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch import IGNORED
 from lit_gpt_scratch.callbacks.dynamics import PARTS, Dynamics, part_of
-from lit_gpt_scratch.callbacks.inspection import TOKENS, Inspection, Layer, figures
+from lit_gpt_scratch.callbacks.inspection import TOKENS, Inspection, Layer, figures, mean
 from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.stopping import Stopping
 from lit_gpt_scratch.callbacks.token_losses import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
+from lit_gpt_scratch.callbacks.watchers import watchers
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.heads import Scalar
-from lit_gpt_scratch.model.inspection import observe
+from lit_gpt_scratch.model.inspection import Observation, observe
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -215,6 +217,34 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
     spans, full = (x[:, :n].reshape(-1, SPAN) for x in (lost, counted))
     expected = spans[full.all(-1)].mean(-1).sort(descending=True).values[:HARDEST].tolist()
     assert told == pytest.approx(expected, abs=0.006)
+
+
+def test_without_pictures_there_are_the_same_curves(
+    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
+) -> None:
+    tags = []
+    for pictures in (True, False):
+        inspection = Inspection(2, pictures, prompts=[])
+        watch = [each for each in watchers([], inspection, Stopping(None), None, False, "off")
+                 if isinstance(each, Dynamics | Inspection | TokenLosses)]  # fmt: skip
+        logger = TensorBoardLogger(tmp_path, "x", str(pictures))
+        trainer(callbacks=watch, logger=logger, max_steps=2, val_check_interval=2).fit(task(), packed_text())
+        tags.append(EventAccumulator(logger.log_dir).Reload().Tags())
+    assert tags[0]["scalars"] == tags[1]["scalars"]
+    assert any(name.startswith("loss_by_frequency/") for name in tags[1]["scalars"])
+    assert tags[0]["images"]
+    assert not any(tags[1][kind] for kind in ("images", "tensors", "histograms"))
+
+
+def test_what_fills_a_batch_up_is_in_no_mean() -> None:
+    torch.manual_seed(0)
+    values, lengths = torch.randn(3, 7, 4), torch.tensor([7, 2, 0])
+    expected = torch.cat([values[0], values[1, :2]]).mean()
+    assert mean(values, lengths) == pytest.approx(float(expected))
+    layer = Layer(None, ONE[None], mean(values.square(), lengths).sqrt())
+    norms = [values[row, place].norm() for row in range(3) for place in range(int(lengths[row]))]
+    found = figures(Observation(values, [layer], values), lengths)
+    assert found["dynamics/logit_norm"] == pytest.approx(float(sum(norms)) / 9)
 
 
 def test_bands_hold_every_place_and_every_token(packed_text: Texts) -> None:
