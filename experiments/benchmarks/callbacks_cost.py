@@ -28,6 +28,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from lit_gpt_scratch.callbacks.listening import Listener
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 4, 8, 24
@@ -55,12 +56,23 @@ class Switch(L.Callback):
         self._turn: Counter[str] = Counter()
         self._now: tuple[str, bool] | None = None
         self._began = 0.0
+        self._judge: Any = None
+        self._loggers: list[Any] = []
         self.ready = 0.0
         """When all is compiled, and steps are counted."""
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+    def _set(self, trainer: L.Trainer, task: L.LightningModule, with_them: bool) -> None:
+        """Callbacks, and what they have put elsewhere: the guard judges each step, the doctor hears the loggers."""
+        # In place: the trainer is going through the list, and this is its first.
+        trainer.callbacks[:] = [self, *self.others] if with_them else [self]
+        task.judge = self._judge if with_them else None
+        trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, Listener)]
+
+    def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         """A step lasts from here to the next time here, a validation behind it included."""
         came = clock()
+        if not self._loggers:
+            self._judge, self._loggers = task.judge, list(trainer.loggers)
         if self._now is not None:
             self.seconds[self._now].append(came - self._began)
         step = trainer.global_step + 1
@@ -72,12 +84,12 @@ class Switch(L.Callback):
         if step == WARM + 1:
             self.ready = came
         self._now = (kind, with_them) if step > WARM else None
-        trainer.callbacks = [self, *self.others] if with_them or step <= WARM else [self]
+        self._set(trainer, task, with_them or step <= WARM)
         self._began = clock()
 
-    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """The last step ends nowhere; those who say something in the end are here."""
-        trainer.callbacks = [self, *self.others]
+        self._set(trainer, task, True)
 
 
 def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ...]) -> None:
