@@ -103,4 +103,5 @@ class Watch:
         """Go on from there."""
         self.losses = deque(state["losses"], WIDTH)
         self.norms = deque(state["norms"], WIDTH)
-        self.in_a_row, self.stood_out = state["in_a_row"], state["stood_out"]
+        self.in_a_row = state["in_a_row"]
+        self.stood_out = state.get("stood_out", self.in_a_row > 0)  # older checkpoints do not say
