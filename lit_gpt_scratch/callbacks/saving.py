@@ -53,6 +53,9 @@ class Checkpoints(InRunFolder, Checkpoint):
         self.background = background
         self.best: dict[str, float] = {}
         """Validation loss of each kept model, by file name, best first."""
+        self.untested = False
+        """Whether nothing but its test is missing of the run that goes on; who goes on with it says so."""
+        self._tests = False
         self._validation_due = False
         self._saved: int | None = None
         self._saved_at = 0.0
@@ -60,10 +63,10 @@ class Checkpoints(InRunFolder, Checkpoint):
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the trainer begin a run of which only the last validation is missing; it would do nothing."""
+        """Let the trainer begin a run of which only the last validation, or the test, is missing; it would not."""
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
-        if checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
+        if self.untested or checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
             if 0 < loop.epoch_loop.max_steps <= checkpoint["global_step"]:
                 loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
             epochs = epochs_done(checkpoint["loops"]["fit_loop"])
@@ -72,13 +75,14 @@ class Checkpoints(InRunFolder, Checkpoint):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin such a run, too, if its time is up; callbacks that save come after the timer."""
-        self._stops = trainer.should_stop
-        if self._validation_due:
+        self._stops = trainer.should_stop or self.untested
+        if self._validation_due or self.untested:
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear away what a kill left half-written, and do the validation that it prevented."""
         self._agreement = Agreement()
+        self._tests = bool(getattr(trainer.datamodule, "test_windows", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
         self._saved_at = time.monotonic()
         if self.folder:
@@ -86,24 +90,29 @@ class Checkpoints(InRunFolder, Checkpoint):
             self.best = trainer.strategy.broadcast(kept)  # a checkpoint from elsewhere speaks of files that are there
             if trainer.is_global_zero:
                 self.folder.remove_unfinished()
-        if self._validation_due:
-            self._validate(trainer)
+        if self._validation_due or self.untested:
+            self._make_up(trainer)
+            self.untested = False
 
-    def _validate(self, trainer: L.Trainer) -> None:
-        """The validation of the step before, with the numbers of step and epoch that it would have had."""
+    def _make_up(self, trainer: L.Trainer) -> None:
+        """Do the validation of the step before with the numbers of step and epoch that it would have had.
+
+        A test that comes next finds those that it would have found.
+        """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
         loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
         epoch_over = not loop.epoch_loop.batch_progress.current.ready
         loop.epoch_progress.current.completed -= epoch_over
-        trainer.validating = True
-        loop.epoch_loop.val_loop.run()
-        trainer.training = True
+        if self._validation_due:
+            trainer.validating = True
+            loop.epoch_loop.val_loop.run()
+            trainer.training = True
         trainer.should_stop = trainer.should_stop or self._stops
         loop.epoch_progress.current.completed += epoch_over
-        # As they are behind a validation: a test that comes next is numbered by them.
         loop.epoch_loop._batches_that_stepped = trainer.global_step
-        if 0 < loop.epoch_loop.max_steps <= trainer.global_step and not epoch_over:
+        ends = trainer.should_stop or 0 < loop.epoch_loop.max_steps <= trainer.global_step
+        if ends and not epoch_over:
             loop.epoch_progress.increment_processed()
             loop.epoch_progress.increment_completed()
         self._validation_due = False  # also where there is no validation any more
@@ -187,8 +196,9 @@ class Checkpoints(InRunFolder, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, whether the validation of this step is still to be done, and if a callback ended the run."""
-        return {"best": dict(self.best), "validation_due": self._validation_due, "stopped": self._stopped}
+        """The best so far, what is still to be done, this step's validation or a test, and if a callback ended it."""
+        due = {"validation_due": self._validation_due, "tests": self._tests}
+        return {"best": dict(self.best), **due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on comparing with the best so far."""

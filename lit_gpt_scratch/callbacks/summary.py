@@ -55,8 +55,10 @@ class Summary(InRunFolder):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the summary and say it, unless nothing was done."""
-        if not trainer.is_global_zero or self.folder is None or trainer.global_step == self._first_step:
+        """Write the summary and say it, unless there is one and nothing was done."""
+        if not trainer.is_global_zero or self.folder is None:
+            return
+        if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
             return
         throughput, baselines = _one(trainer, Throughput), _one(trainer, Baselines)
         learned = pl_module.learned if isinstance(pl_module, Stage) else pl_module  # without what it is held to

@@ -1,5 +1,6 @@
 """Going on with a run: whether there is something left to do, and what is not as it was."""
 
+import json
 import logging
 import os
 import re
@@ -111,9 +112,21 @@ class Resumed:
             more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
         elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpoints.__qualname__)):
             more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
-        if more:
+        saving = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
+        if more and self._untested(checkpoint):
+            for callback in saving:
+                callback.untested = True
+        elif more:
             raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
         return step
+
+    def _untested(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether there is a test that the run did not come to the end of."""
+        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpoints.__qualname__)):
+            return False
+        summary = self.folder.path / "summary.json"
+        measured = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+        return not any(name.startswith("test/") for name in measured)
 
     def compare(
         self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool

@@ -242,18 +242,30 @@ def test_a_failed_validation_is_not_asked_for_where_there_is_none(
     assert not load_checkpoint(last)["callbacks"]["Checkpoints"]["validation_due"]
 
 
-def test_a_run_that_died_in_its_last_validation_is_tested_as_any(
-    command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+ENDS = {
+    "steps": ["--trainer.max_steps=8"],
+    "epochs": ["--trainer.max_steps=-1", "--trainer.max_epochs=2", "--trainer.limit_train_batches=4"],
+    "a callback": [
+        "--trainer.max_steps=80", "--trainer.val_check_interval=4", "--trainer.callbacks=EarlyStopping",
+        "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.min_delta=100", "--trainer.callbacks.patience=1",
+    ],
+}  # fmt: skip
+"""What ends a run after eight steps."""
+
+
+@pytest.mark.parametrize(("step", "end"), [("validation_step", "steps"), *(("test_step", end) for end in ENDS)])
+def test_a_run_that_died_in_its_last_validation_or_its_test_is_tested_as_any(
+    command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, step: str, end: str
 ) -> None:
-    """Under the same numbers of step and epoch."""
-    flags = [*staged("classes"), "--trainer.max_steps=8"]
+    """Under the same numbers of step and epoch, and once."""
+    flags = [*staged("classes"), *ENDS[end]]
     assert command("fit", *flags, "--experiment=whole").code == 0
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Classification, "validation_step", die)
+        patch.setattr(Classification, step, die)
         assert command("fit", *flags, "--experiment=again").code != 0
     assert load_checkpoint(Path("runs/again/version_0/checkpoints/last.ckpt"))["global_step"] == 8
     ended = command("fit", "--ckpt_path=last", "--experiment=again")
@@ -263,6 +275,14 @@ def test_a_run_that_died_in_its_last_validation_is_tested_as_any(
     for name in (name for name in whole if name.startswith(("val/", "test/"))):
         assert again[name] == whole[name]
     assert again["epoch"][-1] == whole["epoch"][-1]
+    path = Path("runs/again/version_0")
+    summaries = [json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("whole", "again")]
+    known = [{name for name in summary if not name.startswith("train/")} for summary in summaries]
+    assert known[0] == known[1]
+    assert not compare_checkpoints(
+        *(load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("whole", "again"))
+    )
+    assert command("fit", f"--ckpt_path={path}").code == 2
 
 
 def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Command, small: list[str]) -> None:
