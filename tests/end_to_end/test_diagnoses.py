@@ -183,7 +183,7 @@ SMALL_PHASES = [
 FULL_STOP, HIGH_RATE = "--model.reward=full_stop", "--model.optimizer.lr=2e-2"
 SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
     "no penalty, high rate": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_coefficient=0"]),
-    "high rate": ("ppo", {"entropy collapse"}, [FULL_STOP, HIGH_RATE]),
+    "high rate": ("ppo", {"KL blow-up", "entropy collapse"}, [FULL_STOP, HIGH_RATE]),
     "high rate, with a target": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_target=1"]),
     "what these three are told, done": (
         "ppo", set(), [FULL_STOP, "--model.optimizer.lr=6.3e-3", "--model.entropy_coefficient=0.01"],
