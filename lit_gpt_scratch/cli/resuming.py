@@ -112,10 +112,10 @@ class Resumed:
             more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
         elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpoints.__qualname__)):
             more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
-        saving = [callback for callback in trainer.callbacks if isinstance(callback, Checkpoints)]  # type: ignore[attr-defined]
         if more and self._untested(checkpoint):
-            for callback in saving:
-                callback.untested = True
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+                if isinstance(callback, Checkpoints):
+                    callback.untested = True
         elif more:
             raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
         return step
