@@ -15,7 +15,7 @@ from lit_gpt_scratch.checkpoint.progress import settle
 
 CLOCKS: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """What two runs never share."""
-REPEATED: Final = r"(val|baselines|samples?|views|weights|activations|loss_by_\w+)/.*|epoch|custom_scalars.*"
+REPEATED: Final = r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 """Where a point may stand twice, alike: a kill can come when a validation is written and not yet known to be done.
 
 And every session lays out its charts.
