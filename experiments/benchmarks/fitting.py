@@ -1,10 +1,12 @@
 """Runs of ``fit`` for benchmarks of several stages, each in a process of its own."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,26 @@ def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, d
     for done in (runs / experiment).glob("*/wall.json"):
         return done.parent, json.loads(done.read_text(encoding="utf-8"))
     began = time.perf_counter()
+    launch(threads, *flags, f"--runs={runs}", f"--experiment={experiment}")
+    path = max((runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | {"wall": time.perf_counter() - began}
+    path.with_name("wall.json").write_text(json.dumps(summary), encoding="utf-8")
+    return path.parent, summary
+
+
+def launch(threads: int, *flags: str) -> None:
+    """Run `fit` with these flags; end with its message if it fails."""
     outcome = subprocess.run(
-        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags, f"--runs={runs}", f"--experiment={experiment}"],
+        [sys.executable, "-m", "lit_gpt_scratch.fit", *flags],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
         capture_output=True,
         text=True,
     )
     if outcome.returncode:
         sys.exit(f"{' '.join(flags)} failed:\n{outcome.stderr[-2000:]}")
-    path = max((runs / experiment).glob("*/summary.json"), key=lambda path: path.stat().st_mtime)
-    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) | {"wall": time.perf_counter() - began}
-    path.with_name("wall.json").write_text(json.dumps(summary), encoding="utf-8")
-    return path.parent, summary
+
+
+def quiet() -> None:
+    """Let Lightning say nothing between the lines of a table."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="lightning")

@@ -10,16 +10,14 @@ test.
 """
 
 import argparse
-import logging
 import os
 import platform
 import tempfile
 import time
-import warnings
 from pathlib import Path
 
 import lightning as L
-from fitting import EXPERIMENTS, fit
+from fitting import EXPERIMENTS, fit, quiet
 
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
@@ -56,8 +54,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--text", required=True, help="for the base")
     given = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    quiet()
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         runs = Path(folder)

@@ -14,15 +14,13 @@ preferred replies, in nats a token.
 
 import argparse
 import json
-import logging
 import os
 import platform
 import tempfile
-import warnings
 from pathlib import Path
 
 import lightning as L
-from fitting import EXPERIMENTS, fit
+from fitting import EXPERIMENTS, fit, quiet
 
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.tasks import DPO
@@ -48,8 +46,7 @@ def main() -> None:
     parser.add_argument("--text", help="for the base; by default the standard library")
     parser.add_argument("--runs", type=Path, help="keep the runs there; those that are there are not made again")
     given = parser.parse_args()
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="lightning")
+    quiet()
     threads = os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
         runs = given.runs or Path(folder)

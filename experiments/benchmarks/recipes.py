@@ -11,13 +11,13 @@ import argparse
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from fitting import launch
 
 SEEDS = range(3)
 DEFAULT = "the default"
@@ -39,17 +39,10 @@ CHANGES: dict[str, list[str]] = {
 def run(flags: list[str], seed: int, steps: int, threads: int) -> dict[str, Any]:
     """One run's summary."""
     with tempfile.TemporaryDirectory() as runs:
-        outcome = subprocess.run(
-            [
-                sys.executable, "-m", "lit_gpt_scratch.fit", f"--runs={runs}", f"--seed_everything={seed}",
-                f"--trainer.max_steps={steps}", "--trainer.val_check_interval=1000000", *flags,
-            ],
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            capture_output=True,
-            text=True,
+        launch(
+            threads, f"--runs={runs}", f"--seed_everything={seed}", f"--trainer.max_steps={steps}",
+            "--trainer.val_check_interval=1000000", *flags,
         )  # fmt: skip
-        if outcome.returncode:
-            sys.exit(f"{' '.join(flags)} failed:\n{outcome.stderr[-2000:]}")
         summary: dict[str, Any] = json.loads(next(Path(runs).rglob("summary.json")).read_text(encoding="utf-8"))
     print(f"{summary['val/bits_per_byte']:.4f}  {' '.join(flags) or 'the default'} (seed {seed})", flush=True)
     return summary

@@ -1,17 +1,53 @@
 """Rows of uneven lengths as one tensor."""
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import MULTIPLE
 
 NOTHING: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 """A row that is all filling."""
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+class FilledRows(Dataset[Made], Generic[Item, Made]):
+    """Records of a row each, filled up at their right.
+
+    A subclass says what batch some of them make (``__getitems__``).
+
+    Args:
+        items: The ids of each, and what is to be learned of them.
+        block_size: The most tokens in a row.
+        fill: The token to fill up with; no text sees it, as it stands behind.
+    """
+
+    def __init__(self, items: Sequence[Item], block_size: int, fill: int) -> None:
+        self.items = items
+        self.block_size = block_size
+        self.fill = fill
+
+    @property
+    def sizes(self) -> list[int]:
+        """All in one part."""
+        return [len(self)]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Made:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: Sequence[int]) -> Made:
+        """A whole batch; an index of ``len(self)`` is a row of nothing."""
+        raise NotImplementedError
 
 
 def filled(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:

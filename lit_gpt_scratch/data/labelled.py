@@ -8,11 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, LabelledBatch
 from lit_gpt_scratch.data.examples import Encoded, Example
-from lit_gpt_scratch.data.filling import NOTHING, filled
+from lit_gpt_scratch.data.filling import NOTHING, FilledRows, filled
 from lit_gpt_scratch.data.record_split import shuffled
 from lit_gpt_scratch.data.records import RecordData
 from lit_gpt_scratch.errors import UserError
@@ -128,34 +127,12 @@ class LabelledText(RecordData[Labelled]):
         return LabelledRows([example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text)
 
 
-class LabelledRows(Dataset[LabelledBatch]):
-    """Texts, filled up at their right.
-
-    Args:
-        sequences: Ids and class of each text.
-        block_size: The most tokens in a row.
-        fill: The token to fill up with; no text sees it, as it stands behind.
-    """
-
-    def __init__(self, sequences: Sequence[Encoded], block_size: int, fill: int) -> None:
-        self.sequences = sequences
-        self.block_size = block_size
-        self.fill = fill
-
-    @property
-    def sizes(self) -> list[int]:
-        """All in one part."""
-        return [len(self)]
-
-    def __len__(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, index: int) -> LabelledBatch:
-        return self.__getitems__([index])
+class LabelledRows(FilledRows[Encoded, LabelledBatch]):
+    """Texts, filled up at their right; of each its ids and its class."""
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """A whole batch; an index of ``len(self)`` is a row of no text."""
-        rows = [self.sequences[index] if index < len(self) else None for index in indices]
+        rows = [self.items[index] if index < len(self) else None for index in indices]
         lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
         input_ids = filled([row.ids if row else NOTHING for row in rows], self.fill, self.block_size)
         labels = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])

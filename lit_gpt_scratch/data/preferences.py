@@ -6,11 +6,10 @@ from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch import IGNORED, PairBatch
 from lit_gpt_scratch.data.examples import Encoded, Example
-from lit_gpt_scratch.data.filling import NOTHING, filled
+from lit_gpt_scratch.data.filling import NOTHING, FilledRows, filled
 from lit_gpt_scratch.data.prompted import OF_GENERATED, PromptedData
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat, checkable
@@ -85,35 +84,13 @@ class Preferences(PromptedData[Preference]):
         return PairRows([example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text)
 
 
-class PairRows(Dataset[PairBatch]):
-    """Pairs, filled up at their right.
-
-    Args:
-        pairs: Of each the preferred sequence, and the other.
-        block_size: The most tokens in a row.
-        fill: The token to fill up with.
-    """
-
-    def __init__(self, pairs: Sequence[tuple[Encoded, ...]], block_size: int, fill: int) -> None:
-        self.pairs = pairs
-        self.block_size = block_size
-        self.fill = fill
-
-    @property
-    def sizes(self) -> list[int]:
-        """All in one part."""
-        return [len(self)]
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> PairBatch:
-        return self.__getitems__([index])
+class PairRows(FilledRows[tuple[Encoded, ...], PairBatch]):
+    """Pairs, filled up at their right; of each the preferred sequence, and the other."""
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
         """A whole batch; an index of ``len(self)`` is a pair of no text."""
         nothing = (Encoded(NOTHING, NOTHING),) * 2
-        pairs = [self.pairs[index] if index < len(self) else nothing for index in indices]
+        pairs = [self.items[index] if index < len(self) else nothing for index in indices]
         rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the others
         return PairBatch(
             input_ids=filled([row.ids for row in rows], self.fill, self.block_size),
