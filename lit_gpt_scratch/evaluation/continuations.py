@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lit_gpt_scratch.decoding.sampling import Sampling
@@ -75,9 +76,22 @@ def measure(
         if (length := 1 + len(tokenizer.encode(exercise.prompt))) > model.block_size:
             raise UserError(f"{exercise.where}: its prompt has {length} tokens, the context holds {model.block_size}")
     written = continuations(model, tokenizer, [exercise.prompt for exercise in exercises], max_new_tokens, stop)
-    matches = np.array(
-        [text.strip() == exercise.reference.strip() for text, exercise in zip(written, exercises, strict=True)]
-    )
+    return beside(written, [exercise.reference for exercise in exercises])
+
+
+def beside(written: Sequence[str], references: Sequence[str], **more: NDArray[np.bool_]) -> Measured:
+    """What is said of texts that were written, beside those that should have been.
+
+    Args:
+        written: What was.
+        references: What should have been.
+        **more: More that is true of a text or not, (n,) each, by its name.
+
+    Returns:
+        What ``measure`` returns, and the share of which each of ``more`` is true.
+    """
+    matches = np.array([text.strip() == wanted.strip() for text, wanted in zip(written, references, strict=True)])
+    true = {"exact_match": matches, **more}
     runs = {n: [_runs(text.split(), n) for text in written] for n in (*DISTINCT, REPEATED)}
     repeated = np.array([1 - len(has) / max(1, has.total()) if has else 0.0 for has in runs[REPEATED]])
 
@@ -87,13 +101,13 @@ def measure(
             of = [runs[n][place] for place in places]
             distinct[f"distinct_{n}"] = len(set().union(*of)) / max(1, sum(has.total() for has in of))
         return {
-            "exact_match": float(matches[places].mean()),
+            **{name: float(of[places].mean()) for name, of in true.items()},
             **distinct,
             f"repetition_{REPEATED}": float(repeated[places].mean()),
         }
 
     limits = dict.fromkeys((*(f"distinct_{n}" for n in DISTINCT), f"repetition_{REPEATED}"), (0.0, 1.0))
-    return Measured.of_rows(len(exercises), figures, frozenset({"exact_match"}), limits=limits)
+    return Measured.of_rows(len(written), figures, frozenset(true), limits=limits)
 
 
 def continuations(

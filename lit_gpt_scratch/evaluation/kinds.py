@@ -9,12 +9,13 @@ from typing import Any, Final
 import numpy as np
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation import choices, classification, continuations, rows, scoring
+from lit_gpt_scratch.evaluation import choices, classification, continuations, replies, rows, scoring
 from lit_gpt_scratch.evaluation.choices import Question
 from lit_gpt_scratch.evaluation.classification import Labelled
 from lit_gpt_scratch.evaluation.contamination import contaminated, corpus
 from lit_gpt_scratch.evaluation.continuations import Exercise
 from lit_gpt_scratch.evaluation.intervals import Measured, Scores, scores, wilson
+from lit_gpt_scratch.evaluation.replies import Conversation
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -105,6 +106,13 @@ KINDS: Final = {
             model, tokenizer, found, asked.max_new_tokens, asked.stop
         ),
         ("max_new_tokens", "stop"),
+    ),
+    "replies": Kind(
+        "what is replied in the chat template: messages, or instruction, input, output",
+        lambda asked: map(Conversation.of, rows.read(asked.source)),
+        lambda found: str(found.text),
+        lambda model, tokenizer, found, asked: replies.measure(model, tokenizer, found, asked.max_new_tokens),
+        ("max_new_tokens",),
     ),
     "classification": Kind(
         "which class a text is given: text, label",

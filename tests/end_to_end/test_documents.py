@@ -65,7 +65,9 @@ def newcomers_folder(trained: Trained, small: list[str], tmp_path: Path, monkeyp
     questions = [{"question": "a dog sees", "choices": ["the cat.", "x."], "answer": n % 2} for n in range(5)]
     pairs = [{"sentence_good": "a dog sees the cat.", "sentence_bad": f"dog a {n}."} for n in range(3)]
     prompts = [{"prompt": "a dog sees", "reference": f" the cat {n}."} for n in range(3)]
-    for name, found in (("questions", questions), ("pairs", pairs), ("prompts", prompts)):
+    said = [{"instruction": f"Say {n}.", "input": "", "output": f"{n}."} for n in range(3)]
+    written = {"questions": questions, "pairs": pairs, "prompts": prompts, "conversations": said}
+    for name, found in written.items():
         (tmp_path / f"my_{name}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in found), encoding="utf-8")
     ranked = [{"prompt": f"Say {n}.", "chosen": f"{n}.", "rejected": f"{n}"} for n in range(30)]
     (tmp_path / "my_preferences.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in ranked), encoding="utf-8")

@@ -44,6 +44,7 @@ def run(command: Command, model: GPT, tokenizer: Tokenizer) -> Path:
     rows("questions", [{"question": line, "choices": rng.sample(lines, 3), "answer": 1} for line in lines[:20]])
     rows("pairs", [{"sentence_good": line, "sentence_bad": line[::-1]} for line in lines])
     rows("prompts", [{"prompt": line[:8], "reference": "x"} for line in lines[:4]])
+    rows("asked", [{"instruction": line[:8], "input": "", "output": "x"} for line in lines[:4]])
     return RUN
 
 
@@ -69,6 +70,7 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         ),
         ("minimal_pairs", "pairs", ["--limit=20"], ["accuracy"]),
         ("generation", "prompts", ["--max_new_tokens=5", "--stop=q"], ["exact_match", "distinct_1", "repetition_4"]),
+        ("replies", "asked", ["--max_new_tokens=5"], ["exact_match", "in_form", "distinct_1"]),
     ],
 )
 def test_every_kind_is_printed_and_kept(
@@ -78,7 +80,7 @@ def test_every_kind_is_printed_and_kept(
     found = figures(command("evaluate", run, *asked, "--json"))
     for name in names:
         ends = found["intervals"][name]
-        if task == "generation" and name != "exact_match":  # so short a text repeats nothing, whichever is left out
+        if name.startswith(("distinct", "repetition")):  # so short a text repeats nothing, whichever is left out
             assert ends is None
         else:
             assert ends[0] <= found[name] <= ends[1]

@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import replies as module
-from lit_gpt_scratch.evaluation.replies import Reply, replies
+from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.evaluation.replies import Conversation, Reply, measure, replies
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat import Message, Template
+from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
@@ -43,3 +46,36 @@ def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
     with torch.no_grad():  # the first prompt's first token becomes the end of text
         model.head.weight[tokenizer.end_of_text] = 3 * model.head.weight[first]
     assert replies(model, tokenizer, prompts[:1], 5) == [Reply("", ended=True, n_tokens=1)]
+
+
+ALPACA = {"instruction": "ab", "input": "c", "output": "d"}
+MESSAGES = {"messages": [{"role": "user", "content": "ab\n\nc"}, {"role": "assistant", "content": "d"}]}
+
+
+def test_replies_are_asked_for_in_the_template_and_scored(
+    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = [Conversation.of(Row("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
+    assert asked[0] == asked[1]
+    assert asked[0].text == "ab\n\nc\n\nd"
+    given = []
+
+    def written(_: GPT, __: Tokenizer, prompts: list[list[int]], most: int) -> list[Reply]:
+        given.append((prompts, most))
+        return [Reply("d", ended=True, n_tokens=2), Reply("d", ended=False, n_tokens=most)]
+
+    monkeypatch.setattr(module, "replies", written)
+    found = scores(measure(model, tokenizer, asked, 7))
+    assert given == [([Template(tokenizer).prompt([Message("user", "ab\n\nc")])] * 2, 7)]
+    assert (found.figures["exact_match"], found.figures["in_form"]) == (1.0, 0.5)
+    assert found.intervals["in_form"] is not None
+
+
+def test_a_record_without_a_reply_and_a_long_one_are_named(model: GPT, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="r: line 3: a record has 'messages', or 'instruction'"):
+        Conversation.of(Row("r:3", "r: line 3", {"text": "x"}))
+    with pytest.raises(UserError, match="r: line 3: the last message is the user's"):
+        Conversation.of(Row("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
+    long = Conversation.of(Row("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
+    with pytest.raises(UserError, match=r"r: line 3: up to its reply it has \d{3} tokens, the context holds 64"):
+        measure(model, tokenizer, [long])
