@@ -2,16 +2,13 @@
 
     python experiments/benchmarks/callbacks_cost.py
 
-In one run half of the steps have no callback at all, so that whatever else the machine does falls on both alike. Steps
-are of kinds: ordinary ones, log points, those after which the network is looked into, and those that a validation
-follows; of each kind half have callbacks. They come more often here than in a run without flags, so that there
-are enough of them; the medians of each kind are then added up as often as they come there. What callbacks do before
-the first step and behind the last one is timed as it is. Nothing is cached when it begins, so that what a run does
-before its steps, text, tokenizer and compiling, takes as long as in a first run; imports are not counted.
-
-Where other programs use the machine, too, `--clock processor` counts this process's processor seconds, all threads
-together. Callbacks mostly keep one thread busy and steps all of them: of the time that passes on n threads, their share
-is up to n times as much.
+In one run half of the steps have no callback at all, so that whatever else the machine does falls on both alike.
+Steps are of kinds: ordinary ones, log points, those after which the network is looked into, and those that a
+validation follows; of each kind half have callbacks. They come more often here than in a run without flags, so that
+there are enough of them; each kind's difference between a step with and its neighbour without is then added up as
+often as it comes there. What callbacks do before the first step, in the first three and behind the last one is timed
+as it is. Nothing is cached when it begins, so that what a run does before its steps, imports, text, tokenizer and
+compiling, takes as long as in a first run.
 """
 
 import argparse
@@ -19,32 +16,29 @@ import logging
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lit_gpt_scratch.callbacks.listening import Listener
+from lit_gpt_scratch.callbacks.watchers import HOOKS_OF_A_BATCH
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
-LOG, LOOK, VALIDATE = 4, 8, 24
+LOG, LOOK, VALIDATE = 5, 10, 60
 """Steps between two of a kind; each kind comes with what the more frequent ones do, as in a run without flags."""
-KINDS = {"ordinary": None, "log point": 10, "look inside": 50, "validation": 300}
+KINDS = {"ordinary": None, "log point": 10, "look inside": 100, "validation": 300}
 """Every how many steps they come in a run without flags."""
 WARM = 3
-CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "processor": time.process_time}
-
-
-def clock() -> float:
-    """Seconds, of the clock that was asked for."""
-    return CLOCKS[chosen[0]]()
-
-
-chosen = ["wall"]
+RESAMPLED = 2000
 
 
 class Switch(L.Callback):
@@ -58,6 +52,8 @@ class Switch(L.Callback):
         self._began = 0.0
         self._judge: Any = None
         self._loggers: list[Any] = []
+        self.first_steps = ExitStack()
+        """To be closed behind them."""
         self.ready = 0.0
         """When all is compiled, and steps are counted."""
 
@@ -70,7 +66,7 @@ class Switch(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         """A step lasts from here to the next time here, a validation behind it included."""
-        came = clock()
+        came = time.perf_counter()
         if not self._loggers:
             self._judge, self._loggers = task.judge, list(trainer.loggers)
         if self._now is not None:
@@ -83,45 +79,52 @@ class Switch(L.Callback):
         self._turn[kind] += 1
         if step == WARM + 1:
             self.ready = came
+            self.first_steps.close()
         self._now = (kind, with_them) if step > WARM else None
         self._set(trainer, task, with_them or step <= WARM)
-        self._began = clock()
+        self._began = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         """The last step ends nowhere; those who say something in the end are here."""
         self._set(trainer, task, True)
 
 
-def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ...]) -> None:
-    """Add up the seconds of these hooks."""
+def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ...]) -> ExitStack:
+    """Add up the seconds of these hooks, until the stack is closed."""
+    before = ExitStack()
 
     def wrap(name: str, hook: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
-            began = clock()
+            began = time.perf_counter()
             try:
                 return hook(*args, **kwargs)
             finally:
-                spent[name] += clock() - began
+                spent[name] += time.perf_counter() - began
 
         return call
 
     for callback in callbacks:
         for hook in hooks:
-            setattr(callback, hook, wrap(f"{type(callback).__name__}.{hook}", getattr(callback, hook)))
+            if (known := getattr(callback, hook)) is not None:
+                setattr(callback, hook, wrap(f"{type(callback).__name__}.{hook}", known))
+                before.callback(setattr, callback, hook, known)
+    return before
 
 
 def main() -> None:
     """Measure, and print a table."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--validations", type=int, default=10, help="half of them have callbacks")
-    asked.add_argument("--clock", choices=CLOCKS, default="wall")
     given = asked.parse_args()
-    chosen[0], steps = given.clock, VALIDATE * given.validations + 1
+    steps = VALIDATE * given.validations + 1
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import lit_gpt_scratch.cli.fit"], check=True)
+    imports = time.perf_counter() - began
     ends: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as runs:
         os.environ |= {name: f"{runs}/{name}" for name in ("XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR")}
-        launched = clock()
+        launched = time.perf_counter()
         cli = FitCLI(
             [
                 f"--runs={runs}", f"--trainer.max_steps={steps}", f"--trainer.log_every_n_steps={LOG}",
@@ -134,35 +137,47 @@ def main() -> None:
         inside: Counter[str] = Counter()
         timed(callbacks, inside, ("on_validation_start", "on_validation_batch_end", "on_validation_end"))
         switch = Switch(callbacks)
+        switch.first_steps = timed(callbacks, ends, HOOKS_OF_A_BATCH)
         cli.trainer.callbacks.insert(0, switch)
         cli.fit()
-    before = switch.ready - launched
+    before = imports + switch.ready - launched
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    print(f"{platform.machine()}, {threads}, torch {torch.__version__}, {given.clock} seconds")
-    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians of with + without)")
+    print(f"{platform.machine()}, {threads}, torch {torch.__version__}, wall seconds")
+    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians; cost: of neighbours)")
     whole = cost = 0.0
+    doubt = np.zeros(RESAMPLED)
     left, coarser = MAX_STEPS, 0
     for kind, often in reversed(KINDS.items()):
         on, off = switch.seconds[kind, True], switch.seconds[kind, False]
-        with_them, without = statistics.median(on), statistics.median(off)
+        # Neighbours of a kind, one with and one without: what the machine does meanwhile falls on both.
+        pairs = [its - own for its, own in zip(on, off, strict=False)]
+        with_them, without, more = (statistics.median(found) for found in (on, off, pairs))
         n = left if often is None else MAX_STEPS // often - coarser
         coarser += n
         left -= n
-        cost += n * (with_them - without)
+        cost += n * more
         whole += n * without
+        doubt += n * medians(pairs)
         print(
-            f"{kind:14} {1000 * with_them:9.1f} {1000 * without:9.1f} {1000 * (with_them - without):8.1f} "
-            f"{with_them / without:7.3f}   ({len(on)} + {len(off)}; {n} in a run without flags)"
+            f"{kind:14} {1000 * with_them:9.1f} {1000 * without:9.1f} {1000 * more:8.2f} "
+            f"{1 + more / without:7.3f}   ({len(pairs)} pairs; {n} in a run without flags)"
         )
-    print(f"before the first step and behind the last: {sum(ends.values()):.2f} s: {_most(ends)}")
+    print(f"before the steps, in the first {WARM} and behind the last: {sum(ends.values()):.2f} s: {_most(ends)}")
     half = max(len(switch.seconds["validation", True]), 1)
     print(f"at a validation, in milliseconds: {_most(Counter({k: v * 1000 / half for k, v in inside.items()}))}")
     every = cost + sum(ends.values())
     first = whole + before - sum(ends.values())
+    low, high = ((quantile + sum(ends.values())) / first for quantile in np.quantile(doubt, (0.025, 0.975)))
     print(
         f"of {whole:.1f} s of steps and validations: {cost:.2f} s, {cost / whole:.2%}; of {first:.1f} s of a first run "
-        f"without any, all in all {every:.2f} s, {every / first:.2%}"
+        f"without any, all in all {every:.2f} s, {every / first:.2%} (95% interval {low:.2%} to {high:.2%})"
     )
+
+
+def medians(seconds: list[float]) -> NDArray[np.float64]:
+    """The median as it would be in other samples: of ``RESAMPLED`` ones drawn from this one (the bootstrap)."""
+    drawn = np.random.default_rng(len(seconds)).choice(seconds, (RESAMPLED, len(seconds)))
+    return np.asarray(np.median(drawn, axis=1))
 
 
 def _most(spent: Counter[str]) -> str:

@@ -56,7 +56,7 @@ def table(
     return np.asarray(image)
 
 
-def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[str], cell: int = 13) -> Pixels:
+def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[str], cell: int = 11) -> Pixels:
     """Who looks at whom, a square for each head side by side; a row is a token that looks.
 
     Args:

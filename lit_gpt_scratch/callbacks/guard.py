@@ -112,9 +112,8 @@ class Guard(InRunFolder):
 
     def _judge(self, loss: Tensor | None, norm: Tensor) -> bool:
         """What the task asks before each step."""
-        device, missing = norm.device, torch.zeros((), device=norm.device)
-        figures = torch.stack([(missing if loss is None else loss.detach()).float(), norm.detach().float().to(device)])
-        self._unread.append((self._trainer.global_step, figures))
+        known = norm.new_zeros(()) if loss is None else loss.to(norm.device)
+        self._unread.append((self._trainer.global_step, torch.stack((known.float(), norm.float())).detach()))
         return self._read() if self._reads_at_once else True
 
     def _read(self) -> bool:

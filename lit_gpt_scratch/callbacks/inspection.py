@@ -62,7 +62,7 @@ class Inspection(Callback):
         UserError: A number is out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 50, pictures: bool = True, prompts: list[str] | None = None) -> None:
+    def __init__(self, every_n_steps: int = 100, pictures: bool = True, prompts: list[str] | None = None) -> None:
         if every_n_steps < 0:
             raise UserError(f"inspect.every_n_steps is {every_n_steps}; it must be 0 or more")
         self.every_n_steps = every_n_steps

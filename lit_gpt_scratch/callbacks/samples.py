@@ -33,8 +33,8 @@ class Samples(Callback):
     def __init__(
         self,
         prompts: Sequence[str] | None = None,
-        tokens: int = 48,
-        greedy_tokens: int = 12,
+        tokens: int = 32,
+        greedy_tokens: int = 10,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
     ) -> None:
         self.prompts = prompts

@@ -121,16 +121,15 @@ class Throughput(Callback):
             self._log(trainer, pl_module)
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        pl_module.log("tokens", float(self.tokens))
         parts = self._clock.take()
-        figures = shares(parts)
+        counts, figures = {"tokens": float(self.tokens)}, shares(parts)
         if self._close_window(parts):
-            pl_module.log("tokens_per_second", self.tokens_per_second)
+            counts["tokens_per_second"] = self.tokens_per_second
             utilisation = list(self.utilisation(self.tokens_per_second).values())
             figures |= {"model_flops_utilisation": utilisation[0]} if utilisation else {}
         memory = self._peak_gigabytes(pl_module.device)
         figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
-        record(trainer, {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
+        record(trainer, counts | {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
 
     @property
     def mean(self) -> float | None:

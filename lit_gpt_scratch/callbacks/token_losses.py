@@ -72,10 +72,10 @@ class TokenLosses(Callback):
         lost, labels = outputs["lost"].float(), batch["labels"]  # (B, T)
         counted = (labels != IGNORED).float()
         self._places += torch.stack((lost.sum(0), counted.sum(0)))
-        bands = self._bands[labels.clamp(min=0)]
-        for band in range(len(self._names)):
-            inside = (bands == band) * counted
-            self._frequencies[:, band] += torch.stack(((lost * inside).sum(), inside.sum()))
+        bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)
+        inside = torch.arange(len(self._names), device=bands.device)[:, None] == bands  # (bands, B * T)
+        # No product of matrices: on some devices those round to fewer bits.
+        self._frequencies += (torch.stack((lost * counted, counted)).flatten(1)[:, None] * inside).sum(-1)
         if self.pictures:
             self._keep_hardest(batch["input_ids"], labels, lost, counted)
 

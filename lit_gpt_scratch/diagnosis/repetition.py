@@ -33,7 +33,8 @@ def repeated_passages(ids: NDArray[Any]) -> float:
     inverse = np.cumprod(np.full(n, pow(BASE, -1, 2**64), np.uint64))
     sums = np.cumsum(drawn[np.asarray(ids, np.int64)] * powers)
     hashes = (sums[PASSAGE - 1 :] - np.concatenate([np.zeros(1, np.uint64), sums[: n - 1]])) * inverse
-    return 1 - len(np.unique(hashes)) / n
+    hashes.sort()  # several times as fast as what finds the different ones by a table
+    return float(np.count_nonzero(hashes[1:] == hashes[:-1])) / n
 
 
 def repeated_words(text: str) -> float:

@@ -78,7 +78,7 @@ def _unigram(train: Ids, vocab_size: int) -> NDArray[np.float64]:
     return share
 
 
-def _pairs(ids: Ids, vocab_size: int) -> NDArray[np.int64]:
-    """Every pair of neighbours as one number: first * vocab_size + second, (n - 1,)."""
-    wide = np.asarray(ids, dtype=np.int64)
+def _pairs(ids: Ids, vocab_size: int) -> Ids:
+    """Every pair of neighbours as one number: first * vocab_size + second, (n - 1,); sorting is faster in 32 bits."""
+    wide: Ids = ids.astype(np.uint32 if vocab_size <= 2**16 else np.uint64)
     return wide[:-1] * vocab_size + wide[1:]

@@ -115,6 +115,9 @@ STAGES = {
         "--model=Classification", "--data=LabelledText", "--model.train_layers=1", "--model.pooling=mean",
         "--model.class_weights=balanced",
     ],
+    "classes, adapters": [
+        "--model=Classification", "--data=LabelledText", "--model.lora.rank=2", "--model.gpt.initialisation=gpt2",
+    ],
     "rewards": ["--model=Reward", "--data=Preferences", "--data.block_size=96"],
     "preferences": ["--model=DPO", "--data=Preferences", "--data.block_size=96", *FEW_REPLIES],
     "preferences, adapters": [
