@@ -106,7 +106,11 @@ class Plan(InRunFolder):
 
         if task.init_from is not None:
             trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-            yield "begins with", f"{task.init_from}; {count(trained)} parameters are trained, {trained / total:.1%}"
+            head = "; its head begins anew" if task.new_head else ""
+            yield (
+                "begins with",
+                f"{task.init_from}{head}; {count(trained)} parameters are trained, {trained / total:.1%}",
+            )
         yield "optimizer", "; ".join(_groups(task))
 
         yield from data_lines(data)

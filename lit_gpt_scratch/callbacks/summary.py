@@ -111,16 +111,19 @@ class Summary(InRunFolder):
             log.info("\n%s: this model %.3f%s", baselines.what, value, beside)
         if sample:
             log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.splitlines()))
+        further = f"max_steps {2 * summary['step']}"
+        if trainer.max_steps == -1 and trainer.max_epochs and trainer.max_epochs > 0:
+            further = f"max_epochs {2 * trainer.max_epochs}"
         log.info(
             "\n%.0f s. Everything is in %s\n\nNext:\n"
             "  python -m lit_gpt_scratch.%s\n"
-            "  python -m lit_gpt_scratch.fit --ckpt_path %s --trainer.max_steps %d\n"
+            "  python -m lit_gpt_scratch.fit --ckpt_path %s --trainer.%s\n"
             "  tensorboard --logdir %s",
             summary["seconds"],
             folder.path,
             next_door.format(folder.path),
             folder.path,
-            2 * summary["step"],
+            further,
             folder.path.parent.parent,
         )
 

@@ -76,7 +76,7 @@ def _refuse(given: Namespace, what: str, takes: Sequence[str]) -> None:
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
             raise UserError(f"argument {flag}: it means nothing to {what}")
-    for name, least in (("limit", 1), ("few_shot", 0)):
+    for name, least in (("limit", 1), ("few_shot", 0), ("max_new_tokens", 1)):
         if name in given and getattr(given, name) < least:
             raise UserError(f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}")
 
@@ -89,7 +89,8 @@ def _evaluate(given: Namespace, task: str) -> None:
     model, tokenizer, classes, pooling = _open(given)
     if kind.of_classes != isinstance(model.reads, Classes):
         has = f"tells {len(classes)} classes apart" if isinstance(model.reads, Classes) else "predicts tokens"
-        raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}")
+        suits = ", ".join(name for name, other in KINDS.items() if other.of_classes == isinstance(model.reads, Classes))
+        raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}; ask for {suits}")
     answer = evaluate(task, model, tokenizer, Asked(**vars(asked) | {"classes": classes, "pooling": pooling})).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
     _say(given, bare, answer)

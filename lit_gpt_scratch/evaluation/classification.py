@@ -47,6 +47,11 @@ class Labelled:
         Raises:
             UserError: One is missing, or the label is not among the classes.
         """
+        if label_column not in row.fields:
+            there = ", ".join(row.fields)
+            raise UserError(
+                f"{row.where}: no label: no column '{label_column}' but {there}; name one: --data.label_column"
+            )
         try:
             label = label_of(row.fields, label_column)
         except UserError as error:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 WORDS: Final = 13
 
 
-def corpus(source: str) -> Iterator[str]:
+def corpus(source: str, text_column: str = "text") -> Iterator[str]:
     """The documents of a source; of a folder that ``prepare --data.store`` made, those for training.
 
     Raises:
@@ -26,7 +26,7 @@ def corpus(source: str) -> Iterator[str]:
     from lit_gpt_scratch.data.token_store import MANIFEST, TokenStore  # with data comes Lightning, which takes seconds
 
     if not Path(source, MANIFEST).is_file():
-        return (document.text for document in documents(source))
+        return (document.text for document in documents(source, text_column))
     return _decoded(TokenStore.open(Path(source)))
 
 

@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 Z: Final = 1.959963984540054
 """Of a normal distribution, 95% lie within so many standard deviations."""
 GROUPS: Final = 100
+ROUNDED: Final = 1e-12
+"""Spreads up to this part of a figure come of adding in another order."""
 ENOUGH: Final = 30
 """Rows from which on the spread among them says enough; of fewer, their parts are asked, where they have any."""
 
@@ -86,7 +88,7 @@ def scores(measured: Measured, rows: NDArray[np.bool_] | None = None) -> Scores:
     def interval(name: str, value: float) -> tuple[float, float] | None:
         if name in measured.shares:
             return wilson(value, n)
-        if spread is None or not spread[name] > 0:  # NaN is not, either
+        if spread is None or not spread[name] > ROUNDED * max(1.0, abs(value)):  # NaN is not, either
             return None
         low, high = measured.limits.get(name, (-math.inf, math.inf))
         half = student(groups - 1) * spread[name]

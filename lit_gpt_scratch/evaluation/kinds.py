@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Final
 
@@ -179,8 +179,25 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, asked: Asked) -> Answe
     if asked.against is None:
         return Answer(scores(measured))
     texts = [kind.text(each) for each in kept][-measured.n_rows :]  # the first may be examples
-    dirty = contaminated(texts, corpus(asked.against))
+    dirty = contaminated(texts, _trained_on(name, asked, asked.against))
     return Answer(scores(measured), int(np.sum(dirty)), None if dirty.all() else scores(measured, ~dirty))
+
+
+def _trained_on(name: str, asked: Asked, source: str) -> Iterable[str]:
+    """The texts of what was trained on: rows such as are asked about, or documents.
+
+    Raises:
+        UserError: It is missing, or neither.
+    """
+    kind, same = KINDS[name], replace(asked, source=source)
+    if "text_column" in kind.flags:
+        return corpus(source, asked.text_column)
+    try:
+        for _ in kind.read(same):
+            break
+    except UserError:  # rows of another kind, or none
+        return corpus(source)
+    return map(kind.text, kind.read(same))
 
 
 def plain(found: Scores) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def clip_norm(gradients: Sequence[Tensor], most: float) -> Tensor:
     """
     norm = total_norm(gradients)
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_([own_part(gradient) for gradient in gradients], factor)
+    if factor.device.type != "cpu" or not factor >= 1:  # to ask an accelerator would be to wait for it
+        torch._foreach_mul_([own_part(gradient) for gradient in gradients], factor)
     return norm
 
 

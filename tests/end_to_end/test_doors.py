@@ -174,7 +174,9 @@ def test_a_finished_run_says_how_to_go_on(command: Command, small: list[str], tr
 
 def test_finished_epochs_say_so_and_keep_their_summary(command: Command, small: list[str]) -> None:
     flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
-    assert command("fit", *flags).code == 0
+    ended = command("fit", *flags)
+    assert ended.code == 0
+    assert "--trainer.max_epochs 2\n" in ended.err  # what to do next
     before = (RUN / "summary.json").read_text()
     outcome = command("fit", "--ckpt_path=last")
     assert outcome.code == 2

@@ -127,6 +127,14 @@ def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -
     alone = figures(command("evaluate", run, "--task=minimal_pairs", "--data.source=clean.jsonl", "--json"))
     assert found["contamination"]["clean"]["accuracy"] == alone["accuracy"]
     assert f"{seen} of 30 rows" in command("evaluate", run, *asked).out
+    rows(
+        "replied",
+        [{"instruction": "a", "input": "", "output": "x"}, json.loads(Path("asked.jsonl").read_text().splitlines()[2])],
+    )
+    replied = command(
+        "evaluate", run, "--task=replies", "--data.source=asked.jsonl", "--against=replied.jsonl", "--json"
+    )
+    assert figures(replied)["contamination"]["rows"] == 1  # rows of the kind are read as such
     everything = figures(command("evaluate", run, "--data.source=seen.jsonl", "--against=seen.jsonl", "--json"))
     assert everything["contamination"]["clean"] is None
 
@@ -156,9 +164,14 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
             "--few_shot: it means nothing to",
         ),
         (["--task=generation", "--data.source=prompts.jsonl", "--limit=0"], "--limit: 0 is below 1"),
+        (["--task=replies", "--data.source=asked.jsonl", "--max_new_tokens=0"], "--max_new_tokens: 0 is below 1"),
+        (["--task=replies", "--data.source=pairs.jsonl"], "line 1: a record has 'messages', or 'instruction'"),
         (["--data.source=text.txt", "--window=65"], "--window: 65 is not between 1 and the model's context, 64"),
         (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column: it means nothing to --task text"),
-        (["--task=classification", "--data.source=pairs.jsonl"], "classification cannot be asked of"),
+        (
+            ["--task=classification", "--data.source=pairs.jsonl"],
+            "predicts tokens; ask for text, multiple_choice, minimal_pairs, generation, replies",
+        ),
         (["--text=hello"], "predicts tokens"),
         (["--text=hello", "--task=text"], "--task: it means nothing to --text"),
         (["--text=hello", "--data.source=text.txt"], "not allowed with"),

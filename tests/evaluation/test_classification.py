@@ -78,7 +78,7 @@ def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tok
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"text": "x"}, "'label' is empty: a label is missing; its columns are text"),
+        ({"text": "x"}, "no label: no column 'label' but text; name one: --data.label_column"),
         ({"text": "x", "label": " "}, "'label' is empty: a label is missing"),
         ({"text": "x", "label": "ugly"}, "the label 'ugly' is not one of the model's classes, good, neutral, bad"),
         ({"text": "", "label": "good"}, "no text in 'text'"),
