@@ -106,7 +106,7 @@ class Plan(InRunFolder):
 
         if task.init_from is not None:
             trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-            head = "; its head begins anew" if task.new_head else ""
+            head = "; its head begins anew" if task.forgets_head else ""
             yield (
                 "begins with",
                 f"{task.init_from}{head}; {count(trained)} parameters are trained, {trained / total:.1%}",

@@ -106,6 +106,8 @@ class GPTTask(Stage):
         self.train_layers = train_layers
         self.compile_network = compile
         self.activation_checkpointing = activation_checkpointing
+        self.forgets_head = False
+        """Whether the head of what it begins with reads something else, so that its own is drawn anew."""
         self._base: str | None = None
 
     @property
@@ -153,11 +155,13 @@ class GPTTask(Stage):
         refuse_too_large(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.reads)
         # A run that goes on begins with its own checkpoint: what was new to it still is.
-        self.new_head = trained is None or not begin_with(trained, self.net) or trained.contents.new_head
+        kept = trained is not None and begin_with(trained, self.net)
+        self.forgets_head = trained is not None and not kept
+        self._new_head = trained is None or self.forgets_head or trained.contents.new_head
         if trained is None and (self.lora or self.train_layers is not None):
             log.warning("without model.init_from, what is not trained stays as it was drawn; name a trained model")
         if trained is not None:
-            self._base = fingerprint(self.net, self.new_head) if self.lora else None
+            self._base = fingerprint(self.net, self._new_head) if self.lora else None
             let_go()
         self._freeze()
         beside = self.build_beside()
@@ -185,18 +189,18 @@ class GPTTask(Stage):
                     f"model.lora.pattern is {self.lora.pattern}, which matches the head, but its matrix is the "
                     f"embedding's: leave it out, as in (^|\\.)blocks\\."
                 )
-            if self.new_head:
+            if self._new_head:
                 self.net.head.requires_grad_(True)
         elif self.train_layers is not None:
             self.net.requires_grad_(False)
             trained = self.net.blocks[max(0, len(self.net.blocks) - self.train_layers) :]
-            for module in (*trained, self.net.norm, *([] if tied and not self.new_head else [self.net.head])):
+            for module in (*trained, self.net.norm, *([] if tied and not self._new_head else [self.net.head])):
                 module.requires_grad_(True)
 
     @property
     def only_adapters(self) -> bool:
         """Whether nothing but adapters is trained, so that the network without them is as it began."""
-        return self.lora is not None and not self.new_head
+        return self.lora is not None and not self._new_head
 
     def on_fit_start(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay the same.
@@ -224,7 +228,7 @@ class GPTTask(Stage):
         own_start = tokenizer.start_of_text if tokenizer.start_of_text != tokenizer.end_of_text else None
         lora = None if self.lora is None else asdict(self.lora)
         sizes = self.net.vocab_size, self.net.block_size
-        head = self.new_head and lora is not None
+        head = self._new_head and lora is not None
         return Contents(asdict(self.gpt), *sizes, self.data.tokenizer_json, own_start, lora, self._base, head)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -363,6 +363,7 @@ def test_a_new_head_goes_on_being_trained(
         assert torch.equal(weight, halves.net.state_dict()[name]), name
     assert halves.contents().base == whole.contents().base
     assert halves.contents().new_head
+    assert (whole.forgets_head, halves.forgets_head) == (True, False)
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
