@@ -79,7 +79,8 @@ def measured_flops(device: torch.device, dtype: torch.dtype, float32_precision: 
         row, column = torch.randn(2, n, device=device, generator=generator)
         factor = torch.outer(row, column).to(dtype)  # a fraction of the time of n * n random numbers
         product = torch.empty_like(factor)
-        seconds = min(_seconds(factor, product) for _ in range(2 if device.type == "cpu" else 4))
+        tries = 2 if device.type == "cpu" else 4  # where products take long, and where the first ones warm up
+        seconds = min(_seconds(factor, product) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)
     return best
 
