@@ -6,6 +6,8 @@ from functools import cache
 
 import torch
 
+from lit_gpt_scratch.model.linear import linear
+
 SIXTEEN_BITS = {
     "B200": 2250,
     "H200 NVL": 835,
@@ -78,16 +80,15 @@ def measured_flops(device: torch.device, dtype: torch.dtype, float32_precision: 
         n *= 2
         row, column = torch.randn(2, n, device=device, generator=generator)
         factor = torch.outer(row, column).to(dtype)  # a fraction of the time of n * n random numbers
-        product = torch.empty_like(factor)
-        tries = 2 if device.type == "cpu" else 4  # where products take long, and where the first ones warm up
-        seconds = min(_seconds(factor, product) for _ in range(tries))
+        tries = 3 if device.type == "cpu" else 4  # where products take long, and where the first ones warm up
+        seconds = min(_seconds(factor) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)
     return best
 
 
-def _seconds(factor: torch.Tensor, product: torch.Tensor) -> float:
+def _seconds(factor: torch.Tensor) -> float:
     began = time.perf_counter()
-    torch.mm(factor, factor, out=product)
+    linear(factor, factor)
     if factor.device.type != "cpu":
         torch.accelerator.synchronize(factor.device)
     return time.perf_counter() - began

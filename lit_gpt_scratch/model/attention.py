@@ -9,6 +9,7 @@ from lit_gpt_scratch.model.causal_attention import causal_attention, manual_atte
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.layout import Layout
+from lit_gpt_scratch.model.linear import Linear
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import Position
 
@@ -34,10 +35,10 @@ class Attention(nn.Module):
         self.n_head = config.n_head
         self.n_kv_head = config.kv_heads
         self.head_dim = config.head_width
-        self.query = nn.Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
-        self.key = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.value = nn.Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
-        self.output = nn.Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
+        self.query = Linear(config.n_embd, self.n_head * self.head_dim, bias=config.bias)
+        self.key = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        self.value = Linear(config.n_embd, self.n_kv_head * self.head_dim, bias=config.bias)
+        self.output = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.weights: list[Tensor] | None = None

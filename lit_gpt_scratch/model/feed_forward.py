@@ -6,6 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
+from lit_gpt_scratch.model.linear import Linear
+
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
@@ -21,8 +23,8 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__()
-        self.input = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
-        self.output = nn.Linear(config.ffn_width, config.n_embd, bias=config.bias)
+        self.input = Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.output = Linear(config.ffn_width, config.n_embd, bias=config.bias)
 
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
         """x: (B, T, n_embd), hidden: (B, T, ffn_dim) -> (B, T, ffn_dim)."""
@@ -73,7 +75,7 @@ class Gated(FeedForward):
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__(config)
-        self.gate = nn.Linear(config.n_embd, config.ffn_width, bias=config.bias)
+        self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
 
 
 class SwiGLU(Gated):

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.linear import LINEAR, linear
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class LoRALinear(nn.Linear):
     def __init__(self, base: nn.Linear, settings: LoRA) -> None:
         # The layer's own weight would be drawn and thrown away; on this device it is not.
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
+        self.kind = type(base)
         self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)
         self.register_parameter("unmerged", None)
@@ -90,11 +91,11 @@ class LoRALinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input: (..., in_features) -> (..., out_features)."""
         if self.unmerged is not None:
-            return F.linear(input, self.weight if self.enabled else self.unmerged, self.bias)
-        out = F.linear(input, self.weight, self.bias)
+            return linear(input, self.weight if self.enabled else self.unmerged, self.bias)
+        out = linear(input, self.weight, self.bias)
         if self.enabled:
             read = self.dropout(input.to(self.lora_a.dtype))  # (..., in_features)
-            added = F.linear(F.linear(read, self.lora_a), self.lora_b)  # (..., out_features)
+            added = linear(linear(read, self.lora_a), self.lora_b)  # (..., out_features)
             out = (out + added * self.scaling).type_as(out)
         return out
 
@@ -118,10 +119,10 @@ class LoRALinear(nn.Linear):
             self.weight, self.unmerged = self.unmerged, None
 
     def plain(self) -> nn.Linear:
-        """A linear layer with the weight and bias that this one has now, and no adapter."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
-        linear.weight, linear.bias = self.weight, self.bias
-        return linear
+        """A layer like the one it stands in for, with the weight and bias that this one has now."""
+        plain = self.kind(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
+        plain.weight, plain.bias = self.weight, self.bias
+        return plain
 
     @override
     def extra_repr(self) -> str:
@@ -143,7 +144,7 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     """Give adapters to the layers that the pattern matches, and freeze all else.
 
     Args:
-        net: Any network; it is changed. What inherits from ``nn.Linear`` is left alone: it may be used otherwise.
+        net: Any network; it is changed. What else inherits from ``nn.Linear`` is left alone: it may be used otherwise.
         settings: Which layers, and how.
 
     Returns:
@@ -154,16 +155,16 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     """
     if any(True for _ in _adapted(net)):
         raise UserError("the network has LoRA adapters already; remove them first")
-    linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) is nn.Linear and name]
-    chosen = [(name, linear) for name, linear in linears if re.search(settings.pattern, name)]
+    linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR and name]
+    chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
     if not chosen:
         alike = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # one block speaks for all
         there = f"there are, for example, {', '.join(list(alike)[:10])}" if alike else "there is none at all"
         raise UserError(f"lora.pattern is {settings.pattern}, which matches no linear layer; {there}")
     net.requires_grad_(False)
-    made = {linear: LoRALinear(linear, settings) for linear in dict.fromkeys(linear for _, linear in chosen)}
-    for name, linear in chosen:
-        net.set_submodule(name, made[linear])
+    made = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
+    for name, layer in chosen:
+        net.set_submodule(name, made[layer])
     return [name for name, _ in chosen]
 
 

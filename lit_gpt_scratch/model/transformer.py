@@ -13,6 +13,7 @@ from lit_gpt_scratch.model.heads import Head, Tokens, padded
 from lit_gpt_scratch.model.initialisation import initialise
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.layout import Layout, layout
+from lit_gpt_scratch.model.linear import Linear
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.positions import POSITIONS
 from lit_gpt_scratch.model.token_before import Bigrams, Smear
@@ -51,7 +52,7 @@ class GPT(nn.Module):
             for _ in range(config.n_layer if config.value_embeddings else 0)
         )
         self.norm = nn.Identity() if config.norm_placement == "post" else build_norm(config)
-        self.head = nn.Linear(config.n_embd, reads.width(config, vocab_size), bias=False)
+        self.head = Linear(config.n_embd, reads.width(config, vocab_size), bias=False)
         initialise(self)
         if config.tied_embeddings:
             if not isinstance(reads, Tokens):

@@ -48,7 +48,7 @@ def test_a_data_sheet_belongs_to_one_precision() -> None:
 def test_measuring_finds_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, tera: float) -> None:
     sizes = []
 
-    def seconds(factor: torch.Tensor, product: torch.Tensor) -> float:
+    def seconds(factor: torch.Tensor) -> float:
         sizes.append(len(factor))
         return 1e-5 + 2 * len(factor) ** 3 / (tera * 1e12)  # ten microseconds to start it
 

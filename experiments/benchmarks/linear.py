@@ -1,0 +1,53 @@
+"""Linear layers in float32 on a CPU: PyTorch's, which calls MKL on x86, against oneDNN as in `model.linear`.
+
+    python experiments/benchmarks/linear.py
+
+Milliseconds of a forward and a backward pass, the lowest of many that take turns. oneDNN is called at every size here,
+and on every processor; the last column says whether a model calls it.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from lit_gpt_scratch.model.linear import FEWEST, ONEDNN, _Linear
+
+CALLS = 60
+SHAPES = [
+    (32, 128, 128), (128, 128, 128), (256, 128, 128), (768, 128, 128), (768, 128, 512), (768, 512, 128),
+    (768, 128, 4096), (1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384), (1024, 384, 4096), (1024, 768, 3072),
+]  # fmt: skip
+"""(B * T, in_features, out_features)."""
+
+
+def timed(layer: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> float:
+    """Milliseconds of both passes."""
+    began = time.perf_counter()
+    torch.autograd.grad(layer(*inputs), inputs, grad)
+    return 1000 * (time.perf_counter() - began)
+
+
+def main() -> None:
+    """Measure every shape."""
+    name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
+    print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    print(f"{'(B * T, in, out)':20} {'torch':>8} {'oneDNN':>8} {'times as fast':>14}  called")
+    for rows, width, out in SHAPES:
+        inputs = [torch.randn(*shape, requires_grad=True) for shape in ((rows, width), (out, width), (out,))]
+        grad = torch.randn(rows, out)
+        theirs, ours = [], []
+        for _ in range(CALLS):
+            theirs.append(timed(F.linear, inputs, grad))
+            ours.append(timed(_Linear.apply, inputs, grad))
+        called = "yes" if ONEDNN and rows * width * out >= FEWEST else "no"
+        ratio = min(theirs) / min(ours)
+        print(f"{(rows, width, out)!s:20} {min(theirs):8.3f} {min(ours):8.3f} {ratio:14.2f}  {called}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""Linear layers by oneDNN, against PyTorch's own."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model import linear as module
+from lit_gpt_scratch.model.linear import linear, onednn_is_faster
+from lit_gpt_scratch.model.lora import LoRA, add_lora
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@pytest.fixture(autouse=True)
+def always() -> Iterator[None]:
+    """Call oneDNN on any processor, at any size."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "ONEDNN", True)
+        patch.setattr(module, "FEWEST", 0)
+        yield
+
+
+def products(call: Callable[[], object]) -> dict[str, int]:
+    """Multiplications and additions of matrix products, by operator."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return {str(operator): n for operator, n in counter.get_flop_counts()["Global"].items()}
+
+
+OURS = "lit_gpt_scratch.product"
+
+
+@given(
+    rows=st.sampled_from([(1,), (7,), (2, 5), (3, 1, 4)]), width=st.integers(1, 40), out=st.integers(1, 40),
+    bias=st.booleans(), strided=st.booleans(), frozen=st.sets(st.integers(0, 2)), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_values_gradients_and_their_gradients_are_right(
+    rows: tuple[int, ...], width: int, out: int, bias: bool, strided: bool, frozen: set[int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    x = torch.randn(*rows, width) if not strided else torch.randn(width, *rows).movedim(0, -1)
+    given = [x, torch.randn(out, width), *([torch.randn(out)] if bias else [])]
+
+    def derived(layer: Layer, dtype: torch.dtype) -> list[Tensor]:
+        leaves = [value.to(dtype).requires_grad_(number not in frozen) for number, value in enumerate(given)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        y = layer(*leaves) if bias else layer(*leaves, None)
+        if not wanted:
+            return [y]
+        first = torch.autograd.grad(y.sin().sum(), wanted, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), wanted)  # type: ignore[arg-type]
+        return [y, *first, *second]
+
+    for a, b in zip(derived(linear, torch.float32), derived(F.linear, torch.float64), strict=True):
+        assert a.shape == b.shape
+        assert (a.double() - b).norm() <= 1e-4 * b.norm() + 1e-5
+
+
+def test_gradients_may_come_from_a_sum() -> None:
+    """That is a tensor whose numbers are one in memory."""
+    x, weight = torch.randn(4, 6, 8), torch.randn(5, 8, requires_grad=True)
+    linear(x, weight).sum().backward()
+    assert weight.grad is not None
+    torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(5, 8))
+
+
+def test_a_whole_network_goes_by_it_forwards_and_backwards() -> None:
+    net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, bias=True), vocab_size=97, block_size=16)
+    ids = torch.randint(97, (3, 16))
+
+    def step() -> None:
+        net(ids).sum().backward()
+
+    counted = products(step)
+    assert counted[OURS] == 6 * ids.numel() * sum(
+        layer.weight.numel() for layer in net.modules() if isinstance(layer, nn.Linear)
+    )
+    assert not {"aten.mm", "aten.addmm"} & counted.keys()
+    add_lora(net, LoRA(pattern="."))
+    assert not {"aten.mm", "aten.addmm"} & products(step).keys()
+
+
+class Share(Tensor):
+    """A tensor that brings its own arithmetic, as a process's share of one does."""
+
+
+@pytest.mark.parametrize(
+    "why",
+    ["float64", "bfloat16", "autocast", "small", "one vector", "subclass", "torch.func", "processor"],
+)
+def test_what_it_is_not_for_is_left_to_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    if why in ("float64", "bfloat16"):
+        x, weight = (t.to(getattr(torch, why)) for t in (x, weight))
+    if why == "small":
+        monkeypatch.setattr(module, "FEWEST", 4 * 8 * 5 + 1)
+    if why == "processor":
+        monkeypatch.setattr(module, "ONEDNN", False)
+    if why == "one vector":
+        x = x[0]
+    if why == "subclass":
+        weight = weight.as_subclass(Share)
+
+    def result(layer: Layer) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+            if why == "torch.func":
+                return torch.func.vmap(torch.func.grad(lambda row: layer(row[None], weight, None).sum()))(x)
+            return layer(x, weight, None)
+
+    assert OURS not in products(lambda: result(linear))
+    ours, torchs = result(linear), result(F.linear)
+    assert (ours.dtype, type(ours)) == (torchs.dtype, type(torchs))
+    assert torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "faster"),
+    [
+        ("AMD EPYC 9654 96-Core Processor", "AVX512", True), ("AMD Ryzen 7 3700X", "AVX2", False),
+        ("Intel(R) Xeon(R) Platinum 8480+", "AVX512", False), (None, "AVX512", False),
+    ],
+)  # fmt: skip
+def test_processors_are_those_that_it_was_measured_on(
+    name: str | None, capability: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._C, "has_mkl", True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    if name is None:  # an older torch
+        monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    else:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+    assert onednn_is_faster() is faster
+
+
+def test_a_build_without_mkl_has_nothing_to_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch._C, "has_mkl", False)
+    assert not onednn_is_faster()
+
+
+@pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("x", "weight")])
+def test_no_more_is_kept_for_the_backward_pass(frozen: tuple[str, ...]) -> None:
+    def kept(layer: Layer) -> int:
+        saved: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        x = torch.randn(4, 8, requires_grad="x" not in frozen)
+        weight = torch.randn(5, 8, requires_grad="weight" not in frozen)
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            layer(x, weight, torch.zeros(5, requires_grad=True))
+        return sum(saved.values())
+
+    assert kept(linear) <= kept(F.linear)
+
+
+def test_compiled_it_is_the_same() -> None:
+    torch.manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 6, 8), (5, 8), (5,)))
+
+    def loss(x: Tensor) -> Tensor:
+        return linear(x, weight, bias).sin().sum()
+
+    eager = torch.autograd.grad(loss(x), (x, weight, bias))
+    compiled = torch.autograd.grad(torch.compile(loss, fullgraph=True)(x), (x, weight, bias))
+    torch.testing.assert_close(compiled, eager)
