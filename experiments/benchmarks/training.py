@@ -10,15 +10,17 @@ AdamW. nanoGPT and litgpt choose PyTorch's fused AdamW on GPUs only; here everyb
 CPUs too. litgpt has no learned positions and takes Pythia's rotary ones. Ours compiles block by block, as it does by
 default; the others compile the whole network.
 
-All go in one process and take turns: after every ten steps of `fit`, one logging interval, each of the others takes
-ten. The first turn compiles and the second warms up; neither counts. Medians of all turns are printed, and the median
-and the quartiles of the ratios to the best of the others, within a round.
+Each has a process of its own, as its users have, because in one they would ask for memory in each other's place. They
+take turns: after every ten steps of `fit`, one logging interval, each of the others takes ten. The first turn compiles
+and the second warms up; neither counts. Medians of all turns are printed, and the median and the quartiles of the
+ratios to the best of the others, within a round.
 """
 
 import argparse
 import contextlib
 import importlib
 import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -27,7 +29,8 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,11 +73,10 @@ SHAPES = [
 
 
 class Turns(L.Callback):
-    """After every turn of the trainer let the others have theirs; to be called first, so that it sees all."""
+    """Let a trainer take its steps in turns; to be called first, so that it sees all."""
 
-    def __init__(self, others: dict[str, Take], batches: Iterator[tuple[Tensor, Tensor]]) -> None:
-        self.others, self.batches = others, batches
-        self.seconds: dict[str, list[float]] = {name: [] for name in ["ours", *others]}
+    def __init__(self, parent: Connection) -> None:
+        self.parent = parent
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
@@ -82,13 +84,8 @@ class Turns(L.Callback):
         if trainer.global_step % STEPS:
             return
         if trainer.global_step:
-            self.seconds["ours"].append(time.perf_counter() - self._began)
-            turn = [next(self.batches) for _ in range(STEPS)]
-            for name, take in self.others.items():
-                began = time.perf_counter()
-                for inputs, labels in turn:
-                    take(inputs, labels)
-                self.seconds[name].append(time.perf_counter() - began)
+            self.parent.send(time.perf_counter() - self._began)
+        self.parent.recv()  # behind the last turn too: what follows must not be beside the others' last
         self._began = time.perf_counter()
 
 
@@ -179,32 +176,57 @@ def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
     return net, take
 
 
-def ours(shape: Shape, compiled: bool, text: Path, steps: int) -> FitCLI:
+def ours(shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
     """`fit` with flags that a user would give."""
-    flags = {
-        "runs": text.parent / "runs", "preset": "gpt2_124m",
-        "data.source": text, "data.cache": text.parent / "cache", "data.tokenizer": "char",
-        "data.vocab_size": shape.vocab_size, "data.block_size": shape.block_size, "data.batch_size": shape.batch_size,
-        "model.gpt.n_layer": shape.n_layer, "model.gpt.n_head": shape.n_head, "model.gpt.n_embd": shape.n_embd,
-        "model.gpt.feed_forward": "gelu_exact", "model.optimizer": "AdamW", "model.optimizer.lr": 6e-4,
-        "model.compile": compiled, "trainer.accelerator": "cpu",
-        "trainer.precision": "bf16-mixed" if compiled else "32-true",
-        "trainer.max_steps": steps, "trainer.limit_val_batches": 0,
-    }  # fmt: skip
-    cli = FitCLI([f"--{name}={value}" for name, value in flags.items()])
-    cli.datamodule.prepare_data()
-    cli.datamodule.setup("fit")
-    assert cli.datamodule.vocab_size == shape.vocab_size
-    return cli
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder, "text.txt")
+        write_text(text, shape.vocab_size - 1)  # one token is the end of text
+        flags = {
+            "runs": Path(folder, "runs"), "preset": "gpt2_124m",
+            "data.source": text, "data.cache": Path(folder, "cache"), "data.tokenizer": "char",
+            "data.vocab_size": shape.vocab_size, "data.block_size": shape.block_size,
+            "data.batch_size": shape.batch_size,
+            "model.gpt.n_layer": shape.n_layer, "model.gpt.n_head": shape.n_head, "model.gpt.n_embd": shape.n_embd,
+            "model.gpt.feed_forward": "gelu_exact", "model.optimizer": "AdamW", "model.optimizer.lr": 6e-4,
+            "model.compile": compiled, "trainer.accelerator": "cpu",
+            "trainer.precision": "bf16-mixed" if compiled else "32-true",
+            "trainer.max_steps": STEPS * count + 1, "trainer.limit_val_batches": 0,
+        }  # fmt: skip
+        cli = FitCLI([f"--{name}={value}" for name, value in flags.items()])
+        cli.trainer.callbacks.insert(0, Turns(parent))
+        cli.fit()
+        assert cli.datamodule.vocab_size == shape.vocab_size
+        parent.send(sum(p.numel() for p in cli.model.net.parameters()))
 
 
-def batches(cli: FitCLI) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of a run."""
-    data = cli.datamodule
-    while True:
-        for first in range(0, len(data.train_windows) - data.batch_size, data.batch_size):
-            batch = data.train_windows.__getitems__(list(range(first, first + data.batch_size)))
-            yield batch["input_ids"], batch["labels"]
+def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
+    """A bare loop over batches that are made."""
+    if checkout is None:
+        net, take = huggingface(shape, compiled)
+    else:
+        net, take = {"nanoGPT": nanogpt, "litgpt": litgpt}[name](checkout, shape, compiled)
+    ids = torch.randint(shape.vocab_size, (count, STEPS, shape.batch_size, shape.block_size + 1))
+    for turn in zip(ids[..., :-1].contiguous(), ids[..., 1:].contiguous(), strict=True):
+        parent.recv()
+        began = time.perf_counter()
+        for inputs, labels in zip(*turn, strict=True):
+            take(inputs, labels)
+        parent.send(time.perf_counter() - began)
+    parent.recv()
+    without = shape.block_size * shape.n_embd if name == "litgpt" else 0
+    parent.send(sum(p.numel() for p in net.parameters()) + without)
+
+
+def process(name: str, checkout: Path | None, *given: Any) -> None:
+    """What a process does, from one "your turn" to the next."""
+    use_allowed_cores()
+    quieten()
+    logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore")
+    if name == "ours":
+        ours(*given)
+    else:
+        another(name, checkout, *given)
 
 
 def write_text(path: Path, kinds: int) -> None:
@@ -217,22 +239,26 @@ def write_text(path: Path, kinds: int) -> None:
 
 def measure(shape: Shape, compiled: bool, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
     """Seconds of every turn, by who took it."""
-    torch.compiler.reset()
-    with tempfile.TemporaryDirectory() as folder:
-        text = Path(folder, "text.txt")
-        write_text(text, shape.vocab_size - 1)  # one token is the end of text
-        cli = ours(shape, compiled, text, STEPS * (rounds + UNCOUNTED) + 1)
-        makers = {"nanoGPT": nanogpt, "litgpt": litgpt}
-        made = {name: makers[name](checkout, shape, compiled) for name, checkout in checkouts.items() if checkout}
-        made["transformers"] = huggingface(shape, compiled)
-        turns = Turns({name: take for name, (_, take) in made.items()}, batches(cli))
-        cli.trainer.callbacks.insert(0, turns)
-        cli.fit()
-    size = sum(p.numel() for p in cli.model.net.parameters())
-    for name, (net, _) in made.items():
-        without = shape.block_size * shape.n_embd if name == "litgpt" else 0
-        assert sum(p.numel() for p in net.parameters()) == size - without, name
-    return {name: seconds[UNCOUNTED:] for name, seconds in turns.seconds.items()}
+    context = multiprocessing.get_context("spawn")
+    count = rounds + UNCOUNTED
+    mine: dict[str, Connection] = {}
+    for name, checkout in {"ours": None, **checkouts, "transformers": None}.items():
+        if checkout is None and name in checkouts:
+            continue
+        mine[name], theirs = context.Pipe()
+        context.Process(target=process, args=(name, checkout, shape, compiled, theirs, count), daemon=True).start()
+        theirs.close()
+    seconds: dict[str, list[float]] = {name: [] for name in mine}
+    for _ in range(count):
+        for name, connection in mine.items():
+            connection.send("your turn")
+            seconds[name].append(connection.recv())
+    sizes = {}
+    for name, connection in mine.items():
+        connection.send("done")
+        sizes[name] = connection.recv()
+    assert len(set(sizes.values())) == 1, sizes
+    return {name: of[UNCOUNTED:] for name, of in seconds.items()}
 
 
 def main() -> None:
@@ -245,9 +271,6 @@ def main() -> None:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     given = parser.parse_args()
     use_allowed_cores()
-    quieten()
-    logging.disable(logging.WARNING)
-    warnings.filterwarnings("ignore")
     versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
     print(f"{'shape, vocabulary':37} {'mode':18}  {'who':12} {'tokens/s':>9}   of the best peer (quartiles)")
