@@ -27,7 +27,7 @@ import transformers
 
 from lit_gpt_scratch.decoding.generation import generate
 from lit_gpt_scratch.decoding.sampling import Sampling
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.hardware.defaults import prepare_process
 from lit_gpt_scratch.interop import folder
 from lit_gpt_scratch.interop.family import Shape
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     given = parser.parse_args()
-    use_allowed_cores()
+    prepare_process()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

@@ -32,7 +32,7 @@ from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.evaluation import lm_eval_adapter
 from lit_gpt_scratch.evaluation.kinds import Asked, evaluate
 from lit_gpt_scratch.evaluation.scoring import score
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.hardware.defaults import prepare_process
 from lit_gpt_scratch.interop import folder
 from lit_gpt_scratch.interop.family import Shape
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -123,7 +123,7 @@ def main() -> None:
     flags.add_argument("--checkpoint", type=Path)
     flags.add_argument("--rows", type=int, default=300)
     given = flags.parse_args()
-    use_allowed_cores()
+    prepare_process()
     every = [document.text for document in documents("stdlib")]
     random.Random(0).shuffle(every)
     model, tokenizer = load_model(given.checkpoint) if given.checkpoint else trained(every[100:140])

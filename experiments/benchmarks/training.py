@@ -11,9 +11,9 @@ CPUs too. litgpt has no learned positions and takes Pythia's rotary ones. Ours c
 default; the others compile the whole network.
 
 Each has a process of its own, as its users have, because in one they would ask for memory in each other's place. They
-take turns: after every ten steps of `fit`, one logging interval, each of the others takes ten. The first turn compiles
-and the second warms up; neither counts. Medians of all turns are printed, and the median and the quartiles of the
-ratios to the best of the others, within a round.
+take turns of ten steps, one logging interval of `fit`, another one first in every round. The first turn compiles and
+the second warms up; neither counts. Medians of all turns are printed, and the median and the quartiles of the ratios to
+the best of the others, within a round.
 """
 
 import argparse
@@ -42,13 +42,15 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.messages import quieten
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.hardware.defaults import prepare_process
 
 STEPS = 10
 """Steps of a turn: what `fit` takes from one log point to the next."""
 UNCOUNTED = 2
 """Turns."""
-MODES = ["float32", "bfloat16, compiled"]
+MODES = ["float32", "float32, medium", "bfloat16, compiled"]
+"""Medium is PyTorch's flag that lets the others multiply in bfloat16 as well: on a processor without such products they
+get float32 by oneDNN. Ours does not need it."""
 Take = Callable[[Tensor, Tensor], None]
 
 
@@ -217,16 +219,18 @@ def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, pare
     parent.send(sum(p.numel() for p in net.parameters()) + without)
 
 
-def process(name: str, checkout: Path | None, *given: Any) -> None:
+def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: Connection, count: int) -> None:
     """What a process does, from one "your turn" to the next."""
-    use_allowed_cores()
+    prepare_process()
     quieten()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+    compiled = mode == "bfloat16, compiled"
     if name == "ours":
-        ours(*given)
+        ours(shape, compiled, parent, count)
     else:
-        another(name, checkout, *given)
+        torch.set_float32_matmul_precision("medium" if mode == "float32, medium" else "highest")
+        another(name, checkout, shape, compiled, parent, count)
 
 
 def write_text(path: Path, kinds: int) -> None:
@@ -237,7 +241,7 @@ def write_text(path: Path, kinds: int) -> None:
     path.write_text("".join(alphabet) * 2 + "".join(map("".join, lines)), encoding="utf-8")
 
 
-def measure(shape: Shape, compiled: bool, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
+def measure(shape: Shape, mode: str, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
     """Seconds of every turn, by who took it."""
     context = multiprocessing.get_context("spawn")
     count = rounds + UNCOUNTED
@@ -246,13 +250,14 @@ def measure(shape: Shape, compiled: bool, checkouts: dict[str, Path | None], rou
         if checkout is None and name in checkouts:
             continue
         mine[name], theirs = context.Pipe()
-        context.Process(target=process, args=(name, checkout, shape, compiled, theirs, count), daemon=True).start()
+        context.Process(target=process, args=(name, checkout, shape, mode, theirs, count), daemon=True).start()
         theirs.close()
     seconds: dict[str, list[float]] = {name: [] for name in mine}
-    for _ in range(count):
-        for name, connection in mine.items():
-            connection.send("your turn")
-            seconds[name].append(connection.recv())
+    names = list(mine)
+    for number in range(count):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            mine[name].send("your turn")
+            seconds[name].append(mine[name].recv())
     sizes = {}
     for name, connection in mine.items():
         connection.send("done")
@@ -270,7 +275,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="by number, from 0")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     given = parser.parse_args()
-    use_allowed_cores()
+    prepare_process()
     versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
     print(f"{'shape, vocabulary':37} {'mode':18}  {'who':12} {'tokens/s':>9}   of the best peer (quartiles)")
@@ -278,7 +283,7 @@ def main() -> None:
         shape = SHAPES[number]
         for mode in given.modes:
             checkouts = {"nanoGPT": given.nanogpt, "litgpt": given.litgpt}
-            seconds = measure(shape, mode != "float32", checkouts, given.rounds)
+            seconds = measure(shape, mode, checkouts, given.rounds)
             medians = {name: statistics.median(of) for name, of in seconds.items()}
             best = min((name for name in medians if name != "ours"), key=lambda name: medians[name])
             for name, median in medians.items():

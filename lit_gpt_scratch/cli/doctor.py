@@ -17,7 +17,7 @@ from lit_gpt_scratch.diagnosis.events import replay
 from lit_gpt_scratch.diagnosis.examination import Examination
 from lit_gpt_scratch.diagnosis.symptoms import SYMPTOMS
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.hardware.defaults import prepare_process
 from lit_gpt_scratch.hardware.machine import BANDS, about, compare
 from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
 
@@ -103,7 +103,7 @@ def _run(run: Path, as_json: bool) -> bool:
 
 def _machine() -> bool:
     """What it has; whether everything on it computes alike."""
-    use_allowed_cores()
+    prepare_process()
     for name, text in about({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
         print(f"{name:14} {text}")
     healthy = True

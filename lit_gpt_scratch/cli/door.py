@@ -110,9 +110,9 @@ def find_trained(given: argparse.Namespace) -> "Trained":
     from lit_gpt_scratch.checkpoint.adapters import adapted
     from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+    from lit_gpt_scratch.hardware.defaults import prepare_process
 
-    use_allowed_cores()
+    prepare_process()
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     trained = build(load_checkpoint(path), path, given.trust)
     if given.adapter is not None:

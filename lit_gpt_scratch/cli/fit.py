@@ -33,7 +33,7 @@ from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
 from lit_gpt_scratch.data.ordered import OrderedData
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores
+from lit_gpt_scratch.hardware.defaults import default_precision, prepare_process
 from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
 from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
 from lit_gpt_scratch.hardware.strategies import named, tensor_parallel_size
@@ -246,5 +246,5 @@ def main(args: ArgsType = None) -> None:
     quieten()
     with ending_at_once():
         cli = FitCLI(args)
-        use_allowed_cores(processes=cli.trainer.num_devices)
+        prepare_process(processes=cli.trainer.num_devices)
         cli.fit()

@@ -1,32 +1,36 @@
 """x W^T + b, by the library that multiplies fastest on the processor.
 
-On x86 processors PyTorch multiplies float32 matrices by Intel's MKL, which leaves half of an AMD processor idle where
-that has AVX-512. oneDNN, which PyTorch brings along for bfloat16, does not (``experiments/benchmarks/linear.py``).
+On x86 PyTorch multiplies float32 matrices by Intel's MKL, which on AMD's Zen 5 reaches half of what oneDNN does, the
+library that PyTorch brings along for bfloat16 (``experiments/benchmarks/linear.py``). PyTorch's own way to it is
+``torch.set_float32_matmul_precision("medium")``, which also allows products in bfloat16 where a processor has them, and
+is slow in small networks.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 from typing_extensions import override
 
 
 def onednn_is_faster() -> bool:
-    """Whether this processor is of those for which that was measured: AMD's with AVX-512."""
-    if not (torch._C.has_mkl and torch._C._has_mkldnn):
+    """Whether this processor is of the kind on which that was measured: AMD's Zen 5."""
+    if not (torch._C.has_mkl and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have none
-    return str(known.get("cpu_name", "")).startswith("AMD") and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    zen_5 = str(known.get("cpu_name", "")).startswith("AMD") and known.get("avx512_vp2intersect", False)
+    return bool(zen_5) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 ONEDNN = onednn_is_faster()
-"""Whether products go to oneDNN, from this size on:"""
-FEWEST = 2**22
-"""Multiplications of a product from which a call of oneDNN, which takes longer to begin, pays."""
-PLAIN = Tensor, nn.Parameter
-"""Types of tensors. Subclasses, such as a tensor-parallel process's share, say themselves how they are multiplied."""
+"""Whether large products go to oneDNN."""
+LARGE = 2**22
+"""Multiplications of a product from which it pays to call oneDNN, which takes longer to begin."""
+PLAIN_TENSORS = Tensor, nn.Parameter
+"""Subclasses, such as a tensor-parallel process's share, say themselves how they are multiplied."""
 
 
 class Linear(nn.Linear):
@@ -53,20 +57,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
-    if not (
-        ONEDNN
-        and x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and x.numel() * weight.size(0) >= FEWEST
-        and x.ndim > 1
-        and type(x) in PLAIN
-        and type(weight) in PLAIN
-        and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()  # they know no rule for it
-    ):
+    if not _suits_onednn(x, weight, bias):
         return F.linear(x, weight, bias)
-    out: Tensor = _Linear.apply(x.contiguous(), weight, bias)  # type: ignore[no-untyped-call]  # torch's own
+    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]  # torch's own
     return out
+
+
+def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    given = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        ONEDNN
+        and not torch.compiler.is_exporting()  # to be run elsewhere
+        and x.numel() * weight.size(0) >= LARGE
+        and not torch.is_autocast_enabled("cpu")
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN_TENSORS for t in given)
+        # What does not fit together torch refuses in its own words.
+        and (x.ndim > 1 and weight.shape == (weight.size(0), x.size(-1)))
+        and (bias is None or bias.shape == weight.shape[:1])
+        # torch.backends.mkldnn.flags(enabled=False); the compiler cannot ask for it.
+        and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
+        # For derivatives in other directions than backwards torch has rules of its own.
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 # An operator, so that the compiler takes it as a whole and tools know it by its name.
@@ -76,8 +89,14 @@ torch.library.define("lit_gpt_scratch::product", "(Tensor a, Tensor b, Tensor? b
 @torch.library.impl("lit_gpt_scratch::product", "cpu")
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "")
+    bias = None if bias is None else bias.contiguous()  # whose strides it takes no heed of
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, _in_order(b), bias, "none", [], "")
     return out
+
+
+def _in_order(b: Tensor) -> Tensor:
+    """With rows or columns one after the other: with another second factor oneDNN is a thousand times as slow."""
+    return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
 
 
 @torch.library.register_fake("lit_gpt_scratch::product")  # type: ignore[untyped-decorator]  # torch's own
@@ -102,14 +121,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        flat = grad.flatten(0, -2)  # (B * T, N)
+        flat = grad.reshape(-1, grad.size(-1))  # (B * T, N)
         d_x = d_weight = d_bias = None
         if ctx.needs_input_grad[0]:
             d_x = _multiply(grad, weight.t())
         if ctx.needs_input_grad[1]:
-            # oneDNN lays its second factor out anew, in which it is good: the larger one is that.
-            read = x.flatten(0, -2)  # (B * T, K)
+            read = x.reshape(-1, x.size(-1))  # (B * T, K)
+            # oneDNN puts its second factor into another order first, and is faster where that is the larger one.
             wide = flat.size(1) > read.size(1)
             d_weight = _multiply(read.t(), flat.t()).t() if wide else _multiply(flat.t(), read.t())
         if ctx.needs_input_grad[2]:
@@ -118,8 +136,10 @@ class _Linear(torch.autograd.Function):
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``product``, remembered where gradients of gradients are wanted."""
-    if torch.is_grad_enabled():
+    """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
+    if torch._C._are_functorch_transforms_active():  # many gradients at once
+        return F.linear(a, b, bias)
+    if torch.is_grad_enabled():  # gradients of gradients are wanted
         out: Tensor = _Linear.apply(a, b, bias)  # type: ignore[no-untyped-call]  # torch's own
         return out
     return torch.ops.lit_gpt_scratch.product(a, b, bias)  # type: ignore[no-any-return]

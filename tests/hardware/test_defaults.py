@@ -1,13 +1,14 @@
 """Defaults on machines that are not this one."""
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from lit_gpt_scratch.hardware.defaults import default_precision, use_allowed_cores, why_not_compile
+from lit_gpt_scratch.hardware.defaults import PRODUCTS, default_precision, use_allowed_cores, why_not_compile
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,25 @@ def test_a_compiler_that_inductor_would_not_find_is_none(monkeypatch: pytest.Mon
     assert "no compiler (g++) is installed" in (why_not_compile(torch.device("cpu")) or "")
     (tmp_path / "g++").touch(0o755)
     assert "compiler" not in (why_not_compile(torch.device("cpu")) or "")
+
+
+MULTIPLY = """
+import torch
+from lit_gpt_scratch.hardware.defaults import PRODUCTS, prepare_process
+{prepare}
+for _ in range(2):
+    for rows in range(1, PRODUCTS + 11):
+        torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 8), torch.ones(8, 8), None, "none", [], "")
+"""
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize(("prepare", "times"), [("", 1), ("prepare_process()", 2)])
+def test_onednn_forgets_the_products_before_the_last_ones(prepare: str, times: int) -> None:
+    """The variables are read at its first product, after torch is imported, and say what they are meant to say."""
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    done = subprocess.run(
+        [sys.executable, "-c", MULTIPLY.format(prepare=prepare)],
+        env=environment | {"ONEDNN_VERBOSE": "profile_create"}, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.count("create:cache_miss") == times * (PRODUCTS + 10)

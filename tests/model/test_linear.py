@@ -1,5 +1,6 @@
 """Linear layers by oneDNN, against PyTorch's own."""
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +27,7 @@ def always() -> Iterator[None]:
     """Call oneDNN on any processor, at any size."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "ONEDNN", True)
-        patch.setattr(module, "FEWEST", 0)
+        patch.setattr(module, "LARGE", 0)
         yield
 
 
@@ -95,50 +97,112 @@ class Share(Tensor):
 
 @pytest.mark.parametrize(
     "why",
-    ["float64", "bfloat16", "autocast", "small", "one vector", "subclass", "torch.func", "processor"],
+    [
+        *("float64", "bfloat16", "autocast", "small", "one vector", "subclass", "subclass of x", "meta", "bias of one"),
+        *("torch.func", "forward derivative", "oneDNN is off", "processor"),
+    ],
 )
 def test_what_it_is_not_for_is_left_to_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    x, weight, bias = torch.randn(4, 8), torch.randn(5, 8), None
     if why in ("float64", "bfloat16"):
         x, weight = (t.to(getattr(torch, why)) for t in (x, weight))
     if why == "small":
-        monkeypatch.setattr(module, "FEWEST", 4 * 8 * 5 + 1)
+        monkeypatch.setattr(module, "LARGE", 4 * 8 * 5 + 1)
     if why == "processor":
         monkeypatch.setattr(module, "ONEDNN", False)
     if why == "one vector":
         x = x[0]
     if why == "subclass":
         weight = weight.as_subclass(Share)
+    if why == "subclass of x":
+        x = x.as_subclass(Share)
+    if why == "meta":
+        x, weight = x.to("meta"), weight.to("meta")
+    if why == "bias of one":
+        bias = torch.randn(1)
 
     def result(layer: Layer) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"):
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=why == "autocast"),
+            torch.backends.mkldnn.flags(enabled=why != "oneDNN is off"),
+        ):
             if why == "torch.func":
                 return torch.func.vmap(torch.func.grad(lambda row: layer(row[None], weight, None).sum()))(x)
-            return layer(x, weight, None)
+            if why == "forward derivative":
+                with forward_ad.dual_level():
+                    return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x + 1), weight, None)).tangent
+            return layer(x, weight, bias)
 
     assert OURS not in products(lambda: result(linear))
     ours, torchs = result(linear), result(F.linear)
     assert (ours.dtype, type(ours)) == (torchs.dtype, type(torchs))
-    assert torch.equal(ours, torchs)
+    assert why == "meta" or torch.equal(ours, torchs)
+
+
+@pytest.mark.parametrize("shapes", [((4, 8), (5, 7)), ((4, 8), (5, 8), (4,)), ((4, 8), (2, 5, 8))])
+def test_what_does_not_fit_is_refused_in_torchs_words(shapes: tuple[tuple[int, ...], ...]) -> None:
+    given = [torch.randn(shape) for shape in shapes]
+    with pytest.raises(RuntimeError) as torchs:
+        F.linear(*given)
+    with pytest.raises(RuntimeError, match=re.escape(str(torchs.value))):
+        linear(*given)
+
+
+@pytest.mark.parametrize("bias", [torch.randn(10)[::2], torch.randn(1).expand(5), torch.randn(5, 3)[:, 1]])
+def test_a_bias_may_lie_in_memory_as_it_likes(bias: Tensor) -> None:
+    x, weight = torch.randn(4, 8), torch.randn(5, 8)
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "faster"),
+    ("b", "copied"),
     [
-        ("AMD EPYC 9654 96-Core Processor", "AVX512", True), ("AMD Ryzen 7 3700X", "AVX2", False),
-        ("Intel(R) Xeon(R) Platinum 8480+", "AVX512", False), (None, "AVX512", False),
+        (torch.randn(6, 4), False), (torch.randn(4, 6).t(), False), (torch.randn(1, 1).expand(6, 4), True),
+        (torch.randn(1, 4).expand(6, 4), True), (torch.randn(6, 8)[:, ::2], True),
     ],
 )  # fmt: skip
-def test_processors_are_those_that_it_was_measured_on(
-    name: str | None, capability: str, faster: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_second_factor_is_put_in_order(b: Tensor, copied: bool) -> None:
+    """oneDNN would give the right answer, a thousand times as slowly."""
+    found = module._in_order(b)
+    assert torch.equal(found, b)
+    assert found.is_contiguous() or found.t().is_contiguous()
+    assert (found.data_ptr() != b.data_ptr()) == copied
+
+
+def test_many_gradients_may_be_asked_for_at_once() -> None:
+    x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    directions = torch.randn(3, 4, 5)
+    found = torch.autograd.grad(linear(x, weight), (x, weight), directions, is_grads_batched=True)
+    torch.testing.assert_close(found, (directions @ weight, directions.mT @ x))
+
+
+def test_an_exported_network_runs_elsewhere() -> None:
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(module.Linear(8, 5), (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
+    assert "aten.linear" in exported.graph_module.code
+    assert OURS not in exported.graph_module.code
+
+
+@pytest.mark.parametrize(
+    ("known", "capability", "faster"),
+    [
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, "AVX512", True),
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, "AVX2", False),  # as a variable of torch's asks for
+        ({"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_vp2intersect": False}, "AVX512", False),  # Zen 4
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "avx512_vp2intersect": True}, "AVX512", False),
+        (None, "AVX512", False),  # an older torch
+    ],
+)
+def test_processors_on_which_nobody_measured_are_left_to_torch(
+    known: dict[str, object] | None, capability: str, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._C, "has_mkl", True)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    if name is None:  # an older torch
+    if known is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name}, raising=False)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)
     assert onednn_is_faster() is faster
 
 

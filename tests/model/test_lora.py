@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.linear import LINEAR
 from lit_gpt_scratch.model.lora import (
     LoRA,
     LoRALinear,
@@ -339,14 +340,15 @@ def test_compiled_blocks_follow_every_switch(first: str) -> None:
             close(mine.grad, its.grad)
 
 
-def test_a_layer_in_two_places_has_one_adapter() -> None:
-    shared = nn.Linear(4, 4)
-    net = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, nn.Linear(4, 4))})
+@pytest.mark.parametrize("kind", LINEAR)
+def test_a_layer_in_two_places_has_one_adapter(kind: type[nn.Linear]) -> None:
+    shared = kind(4, 4)
+    net = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, kind(4, 4))})
     assert add_lora(net, LoRA(pattern="one|two.0")) == ["one", "two.0"]
     assert net["one"] is net["two"][0]
     merge_lora(net)
     remove_lora(net)
-    assert type(net["one"]) is nn.Linear
+    assert type(net["one"]) is kind
     assert net["one"] is net["two"][0]
 
 
