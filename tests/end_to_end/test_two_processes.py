@@ -1,7 +1,6 @@
 """Several processes on one machine train what one does."""
 
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -99,7 +98,7 @@ def test_one_two_and_four_processes_in_turn_see_what_one_sees(
         return [float(value.strip("[]")) for _, value in sorted(curves(run)["train/loss"])]
 
     (tmp_path / "witness.py").write_text(WITNESS)
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(tmp_path)
     flags = [
         *small, "--data.batch_size=24", "--data.tokens_per_step=3072", "--trainer.limit_val_batches=0",
         "--model.optimizer=AdamW", "--model.schedule.decay=constant", "--trainer.log_every_n_steps=1",
