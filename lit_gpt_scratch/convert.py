@@ -1,8 +1,8 @@
 """``python -m lit_gpt_scratch.convert``: a checkpoint into a form for others."""
 
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 
 if __name__ == "__main__":
     from lit_gpt_scratch.cli.convert import main
 
-    door.run(main)
+    entrypoint.run(main)

@@ -1,8 +1,8 @@
 """``python -m lit_gpt_scratch.evaluate [CKPT] --data.source PATH``: score a text with a trained model."""
 
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 
 if __name__ == "__main__":
     from lit_gpt_scratch.cli.evaluate import main
 
-    door.run(main)
+    entrypoint.run(main)

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
-from lit_gpt_scratch.text.shards import Shard, Stream
+from lit_gpt_scratch.text.token_shards import Shard, Stream
 
 pytest_plugins = ["tests.lacking"]
 # A busy machine is no fault of what is tested.

@@ -21,7 +21,7 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_gpt_scratch.checkpoint.comparing import curves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import curves
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.tasks import LanguageModel
 

@@ -1,4 +1,4 @@
-"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.model.causal_attention`.
+"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.model.attention`.
 
     python experiments/benchmarks/attention.py
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.model.causal_attention import _attend, _attend_backward
+from lit_gpt_scratch.model.attention import _attend, _attend_backward
 
 CALLS = 30
 SHAPES = [(32, 4, 64, 32), (16, 3, 128, 64), (8, 3, 256, 64), (8, 6, 256, 64), (4, 3, 512, 64), (2, 3, 1024, 64)]

@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.callbacks.listening import Listener
-from lit_gpt_scratch.callbacks.watchers import HOOKS_OF_A_BATCH
+from lit_gpt_scratch.callbacks.default_callbacks import HOOKS_OF_A_BATCH
+from lit_gpt_scratch.callbacks.metric_names import Listener
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 import transformers
 
-from lit_gpt_scratch.decoding.generation import generate
-from lit_gpt_scratch.decoding.sampling import Sampling
-from lit_gpt_scratch.hardware.defaults import prepare_process
-from lit_gpt_scratch.interop import folder
-from lit_gpt_scratch.interop.family import Shape
+from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+from lit_gpt_scratch.generation.decode_loop import generate
+from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.interop import hf_checkpoint
+from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -92,7 +92,9 @@ def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], W
     found: dict[tuple[str, str, int], Write] = {}
     with tempfile.TemporaryDirectory() as place:
         exported = Path(place, "exported")
-        folder.write(folder.Model(Shape(config, vocabulary, context), model.state_dict(), tokenizer), exported)
+        hf_checkpoint.write(
+            hf_checkpoint.Model(Shape(config, vocabulary, context), model.state_dict(), tokenizer), exported
+        )
         for dtype in (torch.float32, torch.bfloat16):
             kind = str(dtype)[6:]
             mine = GPT(config, vocabulary, context).to(dtype).eval()

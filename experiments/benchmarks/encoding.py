@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lit_gpt_scratch.text import bulk, training
+from lit_gpt_scratch.text import fast_encoder, tokenizer_training
 from lit_gpt_scratch.text.sources import documents
 
 ROUNDS = 5
@@ -29,15 +29,15 @@ def measure(source: str, vocab_size: int) -> None:
     """Print megabytes a second of each way on the cores that this process may use."""
     texts = [document.text for document in documents(source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    backend = training.train("bpe", texts, vocab_size)
+    backend = tokenizer_training.train("bpe", texts, vocab_size)
     backend.encode_special_tokens = True
     began = time.perf_counter()
-    proven = bulk.fast(backend)
+    proven = fast_encoder.fast(backend)
     proof = time.perf_counter() - began
     assert proven is not None
     ways: dict[str, Callable[[], list[np.ndarray]]] = {
-        "ours": lambda: list(bulk.encode(backend, proven, texts)),
-        "encode_batch_fast": lambda: list(bulk.encode(backend, None, texts)),
+        "ours": lambda: list(fast_encoder.encode(backend, proven, texts)),
+        "encode_batch_fast": lambda: list(fast_encoder.encode(backend, None, texts)),
     }
     ways["datasets.map"] = lambda: by_datasets(backend, texts)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
@@ -60,7 +60,7 @@ def measure(source: str, vocab_size: int) -> None:
     )
 
 
-def by_datasets(backend: "training.Backend", texts: list[str]) -> list[np.ndarray]:
+def by_datasets(backend: "tokenizer_training.Backend", texts: list[str]) -> list[np.ndarray]:
     """As a guide would: a map over batches, one process a core, nothing cached."""
     import datasets
 

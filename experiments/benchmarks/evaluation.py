@@ -29,12 +29,12 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from lit_gpt_scratch.checkpoint.loading import load_model
+from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
 from lit_gpt_scratch.evaluation import lm_eval_adapter
-from lit_gpt_scratch.evaluation.kinds import Asked, evaluate
-from lit_gpt_scratch.evaluation.scoring import score
-from lit_gpt_scratch.hardware.defaults import prepare_process
-from lit_gpt_scratch.interop import folder
-from lit_gpt_scratch.interop.family import Shape
+from lit_gpt_scratch.evaluation.perplexity import score
+from lit_gpt_scratch.evaluation.registry import Asked, evaluate
+from lit_gpt_scratch.interop import hf_checkpoint
+from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def main() -> None:
         content = rows(every[:60], given.rows)
         tasks(place, content)
         shape = Shape(model.config, model.vocab_size, model.block_size)
-        folder.write(folder.Model(shape, model.state_dict(), tokenizer), place / "hf")
+        hf_checkpoint.write(hf_checkpoint.Model(shape, model.state_dict(), tokenizer), place / "hf")
         compare(model, tokenizer, place)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf").eval()
     texts = [row["text"][:500] for row in content["texts"][:2]]

@@ -22,7 +22,7 @@ from fitting import EXPERIMENTS, fit, quiet
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.data import Conversations
-from lit_gpt_scratch.evaluation.replies import Reply, replies
+from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from lit_gpt_scratch.tasks import LanguageModel
 
 LONGEST = 120

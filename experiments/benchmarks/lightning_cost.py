@@ -25,10 +25,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch import Batch
+from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.cli.fit import FitCLI
+from lit_gpt_scratch.losses.cross_entropy import token_nats
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.objectives.likelihood import token_nats
 
 SHAPES = {
     "6 x 384, 8 windows of 256": (

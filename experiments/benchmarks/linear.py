@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.model.linear import LARGE, ONEDNN, _Linear
+from lit_gpt_scratch.kernels.onednn_linear import LARGE, ONEDNN, _Linear
 
 CALLS = 60
 SHAPES = [

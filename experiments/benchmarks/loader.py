@@ -29,7 +29,7 @@ from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES
 from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
 from lit_gpt_scratch.data.token_store import TokenStore
-from lit_gpt_scratch.text.shards import Shard
+from lit_gpt_scratch.text.token_shards import Shard
 
 ROUNDS = 7
 SHARDS, SHARD_TOKENS = 1024, 50_000_000

@@ -108,7 +108,7 @@ def run_ours(config: Path, text: Path, flags: list[str]) -> None:
     """`fit` with the config, and the clock as one more callback."""
     import lightning as L
 
-    from lit_gpt_scratch.cli.door import run
+    from lit_gpt_scratch.cli.entrypoint import run
     from lit_gpt_scratch.cli.fit import FitCLI
 
     class Timing(L.Callback):

@@ -18,10 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.bin_packing import best_fit
-from lit_gpt_scratch.data.packing import POLICIES, cost
-from lit_gpt_scratch.data.packing_cost import Cost
-from lit_gpt_scratch.text.audit import drawn
+from lit_gpt_scratch.data.packing import POLICIES, Cost, best_fit, cost
+from lit_gpt_scratch.text.cleaning_report import drawn
 
 DRAWN = 10_000_000
 

@@ -16,9 +16,9 @@ from typing import Final
 
 import torch
 
-from lit_gpt_scratch.decoding.generation import generate
-from lit_gpt_scratch.decoding.sampling import Sampling
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
+from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
+from lit_gpt_scratch.generation.decode_loop import generate
+from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT, GPTConfig
 
 SHAPES: Final = {

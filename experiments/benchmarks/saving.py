@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning as L
 
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 from lit_gpt_scratch.cli.fit import main
 
 spent: list[float] = []
@@ -29,6 +29,6 @@ if __name__ == "__main__":
     L.Trainer.save_checkpoint = timed
     with tempfile.TemporaryDirectory() as runs:
         began = time.perf_counter()
-        door.run(lambda: main([*sys.argv[1:], f"--runs={runs}"]))
+        entrypoint.run(lambda: main([*sys.argv[1:], f"--runs={runs}"]))
         whole = time.perf_counter() - began
     print(f"{platform.machine()}: {len(spent)} saves, {sum(spent):.3f} s of {whole:.1f} s, {sum(spent) / whole:.2%}")

@@ -16,10 +16,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 from lit_gpt_scratch.cli.sweep import main
-from lit_gpt_scratch.sweeps import conducting
-from lit_gpt_scratch.sweeps.process import RunProcess
+from lit_gpt_scratch.sweeps import runner
+from lit_gpt_scratch.sweeps.run_process import RunProcess
 
 FLAGS = {
     "trainer.max_steps": 4, "trainer.accelerator": "cpu", "data.max_bytes": 300000, "data.block_size": 32,
@@ -59,17 +59,19 @@ def measure() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="of the sweep")
     runs = parser.parse_args().runs
-    conducting.RunProcess = Timed  # type: ignore[misc]  # to look inside
+    runner.RunProcess = Timed  # type: ignore[misc]  # to look inside
     fixed = ", ".join(f"{name}: {value}" for name, value in FLAGS.items())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cost.yaml")
         path.write_text(f"fixed: {{{fixed}}}\nvary: {{model.gpt.position: [rotary]}}\nseeds: {list(range(runs))}\n")
         at = time.perf_counter()
-        door.run(lambda: main([str(path), "--runs", folder]))
+        entrypoint.run(lambda: main([str(path), "--runs", folder]))
         whole = time.perf_counter() - at
     alive = [end - begin for begin, end in zip(began, ended, strict=True)]
     between = (began[-1] - began[0] - sum(alive[:-1])) / (runs - 1)
-    plain, watched = (median(start(*how, "this") for _ in range(10)) for how in ([], ["lit_gpt_scratch.sweeps.child"]))
+    plain, watched = (
+        median(start(*how, "this") for _ in range(10)) for how in ([], ["lit_gpt_scratch.sweeps.run_process"])
+    )
     print(
         f"{platform.machine()}: {runs} runs of fit of {median(alive):.1f} s; from the end of one to the begin of the "
         f"next {between:.3f} s, and {watched - plain:.3f} s in its process; once a sweep {whole - sum(alive):.1f} s"

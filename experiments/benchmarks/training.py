@@ -40,9 +40,9 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
+from lit_gpt_scratch.cli.error_formatting import quieten
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.cli.messages import quieten
-from lit_gpt_scratch.hardware.defaults import prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
 
 STEPS = 10
 """Steps of a turn: what `fit` takes from one log point to the next."""

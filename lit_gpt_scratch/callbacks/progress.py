@@ -9,9 +9,9 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
+from lit_gpt_scratch.callbacks.formatting import figures
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.callbacks.wording import figures
-from lit_gpt_scratch.tasks.gpt_task import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTTask
 
 log = logging.getLogger(__name__)
 

@@ -10,17 +10,17 @@ from typing import Any, TypeVar
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.baselines import Baselines
-from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
+from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
+from lit_gpt_scratch.callbacks.formatting import figures
+from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.callbacks.wording import figures
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, LabelledText
-from lit_gpt_scratch.data.ordered import OrderedData
-from lit_gpt_scratch.data.prompted import PromptedData
+from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.prompt_base import PromptedData
 from lit_gpt_scratch.tasks import Reward
-from lit_gpt_scratch.tasks.stage import Stage
+from lit_gpt_scratch.tasks.gpt_module import Stage
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)

@@ -6,19 +6,18 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
-from lit_gpt_scratch.batch import Batch
-from lit_gpt_scratch.callbacks.measured import record
-from lit_gpt_scratch.callbacks.waiting import WaitingForData
-from lit_gpt_scratch.hardware.accounting import training_flops_per_token
-from lit_gpt_scratch.hardware.memory import peak_memory
-from lit_gpt_scratch.hardware.peak import peak_flops
-from lit_gpt_scratch.hardware.ranks import Agreement
-from lit_gpt_scratch.hardware.step_clock import PARTS, StepClock
+from lit_gpt_scratch.batch_types import Batch
+from lit_gpt_scratch.callbacks.metric_names import record
+from lit_gpt_scratch.distributed.collectives import Agreement
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.tasks.phases import PhasedPolicy
+from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
+from lit_gpt_scratch.profiling.peak_flops import peak_flops
+from lit_gpt_scratch.profiling.peak_memory import peak_memory
+from lit_gpt_scratch.profiling.step_timer import PARTS, StepClock
+from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy
 
 SHARES = tuple(f"throughput/{part}" for part in PARTS)
 """The shares' names in TensorBoard."""
@@ -200,3 +199,36 @@ def product_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dty
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype
+
+
+FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+"""Lightning's name for fetching a training batch. It tells no callback when that begins, only the profiler."""
+
+
+class WaitingForData:
+    """A profiler that adds up the seconds of fetching batches; all else is for the profiler that the user chose."""
+
+    def __init__(self, chosen: Profiler) -> None:
+        self.chosen = chosen
+        self.profile = chosen.profile  # asked for around every hook of every callback, so not by __getattr__
+        self._began = self._seconds = 0.0
+
+    def start(self, action_name: str) -> None:
+        """Start the clock."""
+        self.chosen.start(action_name)
+        if action_name == FETCH:
+            self._began = time.perf_counter()
+
+    def stop(self, action_name: str) -> None:
+        """Stop it."""
+        if action_name == FETCH:
+            self._seconds += time.perf_counter() - self._began
+        self.chosen.stop(action_name)
+
+    def take(self) -> float:
+        """Seconds since the last time."""
+        taken, self._seconds = self._seconds, 0.0
+        return taken
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.chosen, name)

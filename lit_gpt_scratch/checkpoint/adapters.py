@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.init_from import begin_with
 from lit_gpt_scratch.checkpoint.loading import NETWORK, Trained, load_checkpoint
-from lit_gpt_scratch.checkpoint.sharing import digest, load_shared, share
-from lit_gpt_scratch.checkpoint.starting import begin_with
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+from lit_gpt_scratch.checkpoint.safetensors_export import digest, load_shared, share
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state, merge_lora, remove_lora

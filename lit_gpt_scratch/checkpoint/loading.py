@@ -7,11 +7,12 @@ from typing import Any, Final, NamedTuple
 
 import torch
 
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
-from lit_gpt_scratch.checkpoint.sealed import refuse_altered
-from lit_gpt_scratch.checkpoint.sharing import SUFFIX, load_shared
+from lit_gpt_scratch.checkpoint.checkpoint_io import refuse_altered
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
+from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX, load_shared
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop import folder
+from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, add_lora, merge_lora, remove_lora
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is missing, was altered, or is something else.
     """
-    if (path / folder.CONFIG).is_file():
+    if (path / hf_checkpoint.CONFIG).is_file():
         return load_folder(path)
     if path.suffix == SUFFIX:
         return load_shared(path, NETWORK)
@@ -75,7 +76,7 @@ def load_folder(path: Path) -> dict[str, Any]:
     Raises:
         UserError: It is missing, or holds no model that this package can compute.
     """
-    (gpt, vocab_size, block_size), weights, tokenizer = folder.read(path)
+    (gpt, vocab_size, block_size), weights, tokenizer = hf_checkpoint.read(path)
     contents = Contents(asdict(gpt), vocab_size, block_size, tokenizer.to_json(), tokenizer.start_of_text)
     return {KEY: asdict(contents), "state_dict": {NETWORK + name: weights[name] for name in weights}}
 
@@ -127,3 +128,27 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
             or it reads something else than tokens.
     """
     return build(load_checkpoint(path), path, trusted).as_language_model()
+
+
+def reward_model(place: str, tokenizer_json: str, trusted: str | None = None) -> GPT:
+    """A network whose head is a ``Scalar``, in evaluation mode and frozen; ``model.heads.rewards`` asks it.
+
+    Args:
+        place: A run folder, a checkpoint or a ``.safetensors`` file.
+        tokenizer_json: The policy's tokenizer.
+        trusted: The attention class of somebody's own that it may name: to build it is to run that code.
+
+    Raises:
+        UserError: There is none, or it is no reward model, or its tokens are not those of the policy.
+    """
+    path = find_checkpoint(place, Path(), None)
+    trained = build(load_checkpoint(path), path, trusted)
+    if not trained.contents.rewards:
+        what = trained.contents.otherwise or "predicts tokens"
+        raise UserError(f"{path} is no reward model: it {what}; fit --model Reward trains one")
+    if trained.contents.tokenizer != tokenizer_json:
+        raise UserError(
+            f"the reward model {path} was trained with another tokenizer than the policy has: begin both with the same "
+            "model (--model.init_from)"
+        )
+    return trained.net.requires_grad_(False)

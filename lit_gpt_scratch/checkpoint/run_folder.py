@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_gpt_scratch.checkpoint.sealed import UNFINISHED, refuse_altered
+from lit_gpt_scratch.checkpoint.checkpoint_io import UNFINISHED, refuse_altered
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)

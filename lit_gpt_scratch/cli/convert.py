@@ -7,11 +7,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt_scratch.cli.door import Flags
+from lit_gpt_scratch.cli.entrypoint import Flags
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.interop.folder import Model
+    from lit_gpt_scratch.interop.hf_checkpoint import Model
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +69,7 @@ def _to_adapter(given: Namespace) -> None:
 
 
 def _refuse_name(file: Path) -> None:
-    from lit_gpt_scratch.checkpoint.sharing import SUFFIX
+    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX
 
     if file.suffix != SUFFIX:
         raise UserError(f"argument FILE: {file} does not end with {SUFFIX}")
@@ -78,7 +78,7 @@ def _refuse_name(file: Path) -> None:
 def _to_safetensors(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.checkpoint.sharing import share
+    from lit_gpt_scratch.checkpoint.safetensors_export import share
 
     _refuse_name(given.file)
     path = find_checkpoint(given.checkpoint, Path(), None)
@@ -87,8 +87,8 @@ def _to_safetensors(given: Namespace) -> None:
 
 def _to_hf(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.checkpoint.sharing import SUFFIX
-    from lit_gpt_scratch.interop.folder import write
+    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX
+    from lit_gpt_scratch.interop.hf_checkpoint import write
 
     if given.folder.suffix == SUFFIX:
         raise UserError(f"argument FOLDER: to-hf writes a folder; for the file {given.folder} it is to-safetensors")
@@ -97,9 +97,9 @@ def _to_hf(given: Namespace) -> None:
 
 
 def _from_hf(given: Namespace) -> None:
+    from lit_gpt_scratch.checkpoint.checkpoint_io import save
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_folder
-    from lit_gpt_scratch.checkpoint.sealed import save
-    from lit_gpt_scratch.checkpoint.sharing import SUFFIX, share
+    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX, share
 
     if given.checkpoint.exists():
         raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
@@ -112,10 +112,10 @@ def _from_hf(given: Namespace) -> None:
 
 def _open(path: Path) -> "Model":
     """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
-    from lit_gpt_scratch.checkpoint.contents import Contents
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
-    from lit_gpt_scratch.interop.family import Shape
-    from lit_gpt_scratch.interop.folder import Model
+    from lit_gpt_scratch.checkpoint.metadata import Contents
+    from lit_gpt_scratch.interop.hf_checkpoint import Model
+    from lit_gpt_scratch.interop.model_family import Shape
     from lit_gpt_scratch.model import GPTConfig
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -134,8 +134,8 @@ def _open(path: Path) -> "Model":
 
 def _merged(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint with its adapters in its weights: a model like any other, that no longer has a base."""
-    from lit_gpt_scratch.checkpoint.contents import KEY, Contents
     from lit_gpt_scratch.checkpoint.loading import NETWORK, build
+    from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 
     contents = Contents.of(checkpoint)
     if contents.lora is None:

@@ -10,16 +10,16 @@ from pathlib import Path
 from platformdirs import user_cache_path
 from tqdm import tqdm
 
-from lit_gpt_scratch.callbacks.stopping import ending_at_once
-from lit_gpt_scratch.checkpoint.kills import KillTest
-from lit_gpt_scratch.cli.door import Flags
-from lit_gpt_scratch.diagnosis.events import replay
-from lit_gpt_scratch.diagnosis.examination import Examination
-from lit_gpt_scratch.diagnosis.symptoms import SYMPTOMS
+from lit_gpt_scratch.callbacks.signal_handling import ending_at_once
+from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
+from lit_gpt_scratch.cli.entrypoint import Flags
+from lit_gpt_scratch.diagnostics.rule_engine import Examination
+from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import prepare_process
-from lit_gpt_scratch.hardware.machine import BANDS, about, compare
-from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
+from lit_gpt_scratch.profiling.device_check import BANDS, about, compare
 
 KILLED = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
 """A run that is short and saves often, unless the user's own flags say otherwise."""

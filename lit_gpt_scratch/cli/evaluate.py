@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.cli.door import Flags, find_trained, refuse_not_text
+from lit_gpt_scratch.cli.entrypoint import Flags, find_trained, refuse_not_text
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.classification import classify
-from lit_gpt_scratch.evaluation.kinds import KINDS, Asked, evaluate, plain
-from lit_gpt_scratch.evaluation.report import keep, table
+from lit_gpt_scratch.evaluation.classification_eval import classify
+from lit_gpt_scratch.evaluation.registry import KINDS, Asked, evaluate, plain
+from lit_gpt_scratch.evaluation.results_table import keep, table
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.heads import Classes
-from lit_gpt_scratch.text.audit import drawn
+from lit_gpt_scratch.model.output_heads import Classes
+from lit_gpt_scratch.text.cleaning_report import drawn
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

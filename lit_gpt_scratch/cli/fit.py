@@ -16,29 +16,29 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lit_gpt_scratch.callbacks.baselines import Baselines
-from lit_gpt_scratch.callbacks.in_run_folder import InRunFolder
-from lit_gpt_scratch.callbacks.inspection import Inspection
-from lit_gpt_scratch.callbacks.plan import Plan
-from lit_gpt_scratch.callbacks.provenance import Provenance
-from lit_gpt_scratch.callbacks.saving import Checkpoints
-from lit_gpt_scratch.callbacks.stopping import Stopping, ending_at_once
-from lit_gpt_scratch.callbacks.watchers import watchers
+from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
+from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
+from lit_gpt_scratch.callbacks.default_callbacks import watchers
+from lit_gpt_scratch.callbacks.introspection import Inspection
+from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_metadata import Provenance
+from lit_gpt_scratch.callbacks.run_plan import Plan
+from lit_gpt_scratch.callbacks.signal_handling import Stopping, ending_at_once
+from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
-from lit_gpt_scratch.cli.messages import quieten, user_errors
+from lit_gpt_scratch.cli.error_formatting import quieten, user_errors
 from lit_gpt_scratch.cli.preset import begin_with_preset, begin_with_shape, named_preset
-from lit_gpt_scratch.cli.resuming import Resumed
+from lit_gpt_scratch.cli.resume import Resumed
 from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
-from lit_gpt_scratch.data.ordered import OrderedData
+from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.distributed.hardware_defaults import default_precision, prepare_process
+from lit_gpt_scratch.distributed.parallelize import refuse_tensor_parallel
+from lit_gpt_scratch.distributed.strategies import named, tensor_parallel_size
+from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import default_precision, prepare_process
-from lit_gpt_scratch.hardware.parallel import refuse_tensor_parallel
-from lit_gpt_scratch.hardware.refusals import memory_errors, refuse_hardware
-from lit_gpt_scratch.hardware.strategies import named, tensor_parallel_size
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.tasks.gpt_task import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTTask
 
 MAX_STEPS = 900
 """Length of a run for which no steps, epochs or time were asked."""

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lit_gpt_scratch.cli.chatting import prompts as chat_prompts
-from lit_gpt_scratch.cli.chatting import talk, typed
-from lit_gpt_scratch.cli.door import Flags, find_model, refuse_not_text
-from lit_gpt_scratch.cli.ranking import rank
-from lit_gpt_scratch.decoding.sampling import Sampling
-from lit_gpt_scratch.decoding.writing import write
+from lit_gpt_scratch.cli.chat import prompts as chat_prompts
+from lit_gpt_scratch.cli.chat import talk, typed
+from lit_gpt_scratch.cli.collect_preferences import rank
+from lit_gpt_scratch.cli.entrypoint import Flags, find_model, refuse_not_text
+from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import why_not_compile
+from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.generation.streaming import write
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -9,19 +9,18 @@ from typing import Final
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
+from lit_gpt_scratch.cli.error_formatting import quieten
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.cli.messages import quieten
-from lit_gpt_scratch.cli.showing import show, shows_colours
+from lit_gpt_scratch.cli.show_packing import show, shows_colours
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, cost
-from lit_gpt_scratch.data.packing_cost import Cost
-from lit_gpt_scratch.data.recipe import VOCABULARY
+from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
+from lit_gpt_scratch.data.prepare_tokens import VOCABULARY
 from lit_gpt_scratch.data.token_store import TokenStore
+from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.hardware.defaults import use_allowed_cores
-from lit_gpt_scratch.text.audit import drawn, table
-from lit_gpt_scratch.text.comparing import compare
-from lit_gpt_scratch.text.training import KINDS
+from lit_gpt_scratch.text.cleaning_report import drawn, table
+from lit_gpt_scratch.text.tokenizer_comparison import compare
+from lit_gpt_scratch.text.tokenizer_training import KINDS
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_gpt_scratch.checkpoint.starting import start_contents
+from lit_gpt_scratch.checkpoint.init_from import start_contents
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS

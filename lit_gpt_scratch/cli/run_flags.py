@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from lit_gpt_scratch.callbacks.guard import Mode
+from lit_gpt_scratch.callbacks.spike_guard import Mode
 from lit_gpt_scratch.model.presets import PRESETS
 
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lit_gpt_scratch.cli.door import Flags
+from lit_gpt_scratch.cli.entrypoint import Flags
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.processes import end, spawned
+from lit_gpt_scratch.text.process_pool import end, spawned
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.sweeps.command import Known
-    from lit_gpt_scratch.sweeps.sweep_file import Sweep
+    from lit_gpt_scratch.sweeps.build_command import Known
+    from lit_gpt_scratch.sweeps.sweep_config import Sweep
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,12 @@ def _flags() -> Flags:
 
 
 def _sweep(given: argparse.Namespace, module: str | None) -> None:
-    from lit_gpt_scratch.sweeps.command import FIT, Known
-    from lit_gpt_scratch.sweeps.conducting import Conductor
-    from lit_gpt_scratch.sweeps.reporting import report_of
+    from lit_gpt_scratch.sweeps.build_command import FIT, Known
+    from lit_gpt_scratch.sweeps.build_report import report_of
+    from lit_gpt_scratch.sweeps.runner import Conductor
     from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage, storage_errors
     from lit_gpt_scratch.sweeps.study import Study
-    from lit_gpt_scratch.sweeps.sweep_file import load
+    from lit_gpt_scratch.sweeps.sweep_config import load
 
     sweep = load(given.file)
     folder: Path = given.runs / sweep.name
@@ -118,13 +118,13 @@ def _checked(sweep: "Sweep") -> "Known":
 
 
 def _check(sweep: "Sweep") -> "Known":
-    from lit_gpt_scratch.cli.checking import check
+    from lit_gpt_scratch.cli.sweep_precheck import check
 
     return check(sweep)
 
 
 def _compare(given: argparse.Namespace) -> None:
-    from lit_gpt_scratch.sweeps.comparing import compare
+    from lit_gpt_scratch.sweeps.compare_runs import compare
 
     report = compare(given.compare, given.metric, given.direction)
     log.info("%s", report.write(given.runs / "comparison"))

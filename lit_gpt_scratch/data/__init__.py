@@ -1,7 +1,7 @@
 """Token ids to batches."""
 
 from lit_gpt_scratch.data.conversations import Conversations
-from lit_gpt_scratch.data.labelled import LabelledText
+from lit_gpt_scratch.data.labelled_text import LabelledText
 from lit_gpt_scratch.data.packed_text import PackedText
 from lit_gpt_scratch.data.preferences import Preferences
 from lit_gpt_scratch.data.prompts import Prompts

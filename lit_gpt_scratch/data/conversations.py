@@ -8,14 +8,14 @@ from typing import Any, Final
 
 import numpy as np
 
-from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.data.examples import Encoded, Example
-from lit_gpt_scratch.data.plans import Laid
-from lit_gpt_scratch.data.records import RecordData
-from lit_gpt_scratch.data.tokens import RecordTokens
-from lit_gpt_scratch.data.windows import Windows
-from lit_gpt_scratch.text import generated
-from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template, conversation
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packing import Laid
+from lit_gpt_scratch.data.record_datamodule import RecordData
+from lit_gpt_scratch.data.token_stream import RecordTokens
+from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
+from lit_gpt_scratch.text import synthetic_data
+from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template, conversation
 from lit_gpt_scratch.text.document import Row
 
 SAMPLES: Final = 3
@@ -46,7 +46,7 @@ class Conversations(RecordData[Conversation]):
 
     def generated(self) -> Iterator[Row]:
         """Small tasks about words."""
-        return generated.conversations()
+        return synthetic_data.conversations()
 
     def record(self, fields: dict[str, Any]) -> Conversation:
         """Its messages, in whichever form."""

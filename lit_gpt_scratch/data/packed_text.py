@@ -1,33 +1,33 @@
 """Text as packed windows of tokens: the data of pretraining."""
 
+import inspect
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.starting import start_tokenizer
-from lit_gpt_scratch.data.mixture import refuse_mixture, refuse_of_text
-from lit_gpt_scratch.data.ordered import OrderedData, refuse_not_positive, refuse_null
+from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
+from lit_gpt_scratch.data.base_datamodule import OrderedData, refuse_not_positive, refuse_null
+from lit_gpt_scratch.data.packed_dataset import Windows
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Packing, Policy, packed
-from lit_gpt_scratch.data.recipe import Recipe
+from lit_gpt_scratch.data.prepare_tokens import Recipe
 from lit_gpt_scratch.data.token_store import TokenStore, joined
-from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import Step
 from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # a config may name it
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
-from lit_gpt_scratch.text.leakage import Leakage as Leakage  # a config may name it
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
 from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
-from lit_gpt_scratch.text.shards import Ids
 from lit_gpt_scratch.text.sources import STDLIB, Source
+from lit_gpt_scratch.text.token_shards import Ids
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BEGUN, BEGINNING, FIRST = 2, 12, 1_000_000
@@ -248,3 +248,42 @@ class PackedText(OrderedData):
     def _windows(self, parts: Sequence[Packing]) -> Windows:
         end_of_text = self.tokenizer.end_of_text
         return Windows(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
+
+
+ONLY_OF_TEXT: Final = (
+    "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
+    "vocab_size", "special_tokens", "store",
+)  # fmt: skip
+"""Arguments that mean nothing to tokens that are made already."""
+
+
+def refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
+    """Refuse what cannot be mixed.
+
+    Raises:
+        UserError: There is no store, or a weight is out of range.
+    """
+    if not folders:
+        raise UserError("data.mixture has no store in it; name one")
+    for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
+        if not 0.0 <= weight < math.inf:
+            raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
+    if weights is not None and not 0 < sum(weights) < math.inf:
+        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; give at least one store a weight")
+
+
+def refuse_of_text(kind: type, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments that say how tokens are made.
+
+    Args:
+        kind: The data module, whose signature has the defaults.
+        arguments: What it was given.
+
+    Raises:
+        UserError: One of them is not its default.
+    """
+    for name in ONLY_OF_TEXT:
+        default = inspect.signature(kind).parameters[name].default
+        given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
+        if given != default:
+            raise UserError(f"data.mixture is of tokens that are made already; leave out data.{name}")

@@ -11,17 +11,234 @@ is no label of it. Which pieces, and at what cost, is the policy's to say:
 ``one_document``  the same pieces, each in a window of its own
 """
 
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Final, Literal, Protocol, get_args
 
 import numpy as np
 
-from lit_gpt_scratch.data.packing_cost import Cost
-from lit_gpt_scratch.data.plans import PLAN, Planned, laid
 from lit_gpt_scratch.data.token_store import fingerprint
-from lit_gpt_scratch.data.tokens import Tokens
-from lit_gpt_scratch.text.shards import Stream
+from lit_gpt_scratch.data.token_stream import Integers, Tokens
+from lit_gpt_scratch.text.atomic_files import whole_folder
+from lit_gpt_scratch.text.token_shards import Mapped, Stream
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a policy does to documents; costs can be added.
+
+    Attributes:
+        windows: How many there are.
+        positions: Tokens that they have room for.
+        documents: Documents.
+        padding: Positions without a token.
+        discarded: Tokens that are in no window.
+        cut: Documents that are not in one window alone.
+        cut_needlessly: Those of them that would fit into one.
+        crossing: Windows with tokens of more than one document.
+    """
+
+    windows: int = 0
+    positions: int = 0
+    documents: int = 0
+    padding: int = 0
+    discarded: int = 0
+    cut: int = 0
+    cut_needlessly: int = 0
+    crossing: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    @property
+    def used(self) -> float:
+        """The share of the positions that have a token."""
+        return 1 - self.padding / max(self.positions, 1)
+
+    HEAD: ClassVar = (
+        "windows",
+        "positions used",
+        "tokens discarded",
+        "documents cut",
+        "needlessly",
+        "windows crossing",
+    )
+
+    @property
+    def row(self) -> list[str]:
+        """For a table under ``HEAD``."""
+        documents, windows = max(self.documents, 1), max(self.windows, 1)
+        shares = self.cut / documents, self.cut_needlessly / documents, self.crossing / windows
+        return [f"{self.windows:,}", f"{self.used:.2%}", f"{self.discarded:,}", *(f"{share:.1%}" for share in shares)]
+
+
+def best_fit(lengths: Integers, capacity: int) -> Integers:
+    """Best-fit decreasing: which bin each item goes into.
+
+    Bins with the same room are alike, and so are items of the same length, so both are dealt with together: as long as
+    an item fits into what it has left of a bin, that bin has the least room that fits, and takes the next one, too.
+
+    Args:
+        lengths: (n,), each 1 to ``capacity``.
+        capacity: Of a bin.
+
+    Returns:
+        (n,), the number of its bin, from 0.
+    """
+    bins = np.empty(len(lengths), dtype=np.int64)
+    longest_first = np.argsort(-lengths, kind="stable")
+    open_bins: dict[int, list[int]] = {}  # by the room they have left
+    has_open = np.zeros(capacity + 1, dtype=bool)
+    n_bins = done = 0
+    for length, count in zip(*(found[::-1] for found in np.unique(lengths, return_counts=True)), strict=True):
+        items = longest_first[done : done + count]
+        done += count
+        while len(items):
+            room = int(length + np.argmax(has_open[length:]))
+            if not has_open[room]:
+                room = capacity
+            each = room // int(length)
+            wanted = -(-len(items) // each)
+            if room < capacity:
+                chosen = open_bins[room][-wanted:]
+                del open_bins[room][-wanted:]
+                has_open[room] = bool(open_bins[room])
+            else:
+                chosen = list(range(n_bins, n_bins + wanted))
+                n_bins += wanted
+            now, items = items[: len(chosen) * each], items[len(chosen) * each :]
+            bins[now] = np.repeat(chosen, each)[: len(now)]
+            full = len(now) // each
+            for taken, some in ((each, chosen[:full]), (len(now) % each, chosen[full:])):
+                if some and (left := room - taken * int(length)):
+                    open_bins.setdefault(left, []).extend(some)
+                    has_open[left] = True
+    return bins
+
+
+PLAN: Final = 1
+"""Number of the form in which plans are kept."""
+
+PlannedPolicy = Literal["best_fit", "one_document"]
+
+
+class _Plan(ABC):
+    """Two arrays: the pieces, in the order of the windows, and where those of each window begin."""
+
+    crosses: ClassVar[bool] = False
+
+    @cached_property
+    @abstractmethod
+    def _pieces(self) -> Integers:
+        """(n_pieces, 2) int64, the first token of each and its length."""
+
+    @cached_property
+    @abstractmethod
+    def _windows(self) -> Integers:
+        """(n_windows + 1,) int64, the first piece of each."""
+
+    def __len__(self) -> int:
+        return len(self._windows) - 1
+
+    def pieces(self, window: int) -> list[tuple[int, int]]:
+        """In the order of the stream; none behind the last window."""
+        first, behind = self._windows[window : window + 2] if window < len(self) else (0, 0)
+        return [(int(start), int(length)) for start, length in self._pieces[first:behind]]
+
+
+class Laid(_Plan):
+    """A plan in memory.
+
+    Args:
+        stream: The tokens.
+        block_size: Tokens in a window.
+        policy: How documents are laid.
+    """
+
+    def __init__(self, stream: Tokens, block_size: int, policy: PlannedPolicy) -> None:
+        self.stream = stream
+        self._parts = list(laid(stream, block_size, policy))
+
+    @cached_property
+    def cost(self) -> Cost:
+        """What it took."""
+        return sum((found for _, _, found in self._parts), Cost())
+
+    @cached_property
+    def _pieces(self) -> Integers:
+        return np.concatenate([pieces for pieces, _, _ in self._parts])
+
+    @cached_property
+    def _windows(self) -> Integers:
+        return np.cumsum(np.concatenate([[0], *(in_each for _, in_each, _ in self._parts)]))
+
+
+class Planned(_Plan, Mapped):
+    """A plan that is made once and mapped into memory from two files, ``pieces`` and ``windows``.
+
+    Args:
+        stream: The tokens.
+        block_size: Tokens in a window.
+        policy: How documents are laid.
+        folder: Where the plan is, or will be.
+    """
+
+    def __init__(self, stream: Tokens, block_size: int, policy: PlannedPolicy, folder: Path) -> None:
+        self.stream = stream
+        self.folder = folder
+        whole_folder(folder, lambda place: _plan(stream, block_size, policy, place), "--data.cache")
+
+    @cached_property
+    def cost(self) -> Cost:
+        """As it was found when the plan was made."""
+        return Cost(**json.loads((self.folder / "cost.json").read_text(encoding="utf-8")))
+
+    @cached_property
+    def _pieces(self) -> Integers:
+        return np.asarray(np.memmap(self.folder / "pieces", np.int64, "r")).reshape(-1, 2)
+
+    @cached_property
+    def _windows(self) -> Integers:
+        return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
+
+
+def _plan(stream: Tokens, block_size: int, policy: PlannedPolicy, folder: Path) -> None:
+    """Shard by shard, so that it takes memory for the documents of one."""
+    n_pieces, total = 0, Cost()
+    with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
+        np.zeros(1, np.int64).tofile(windows_file)
+        for pieces, in_each, found in laid(stream, block_size, policy):
+            pieces.tofile(pieces_file)
+            (n_pieces + np.cumsum(in_each)).tofile(windows_file)
+            n_pieces += len(pieces)
+            total += found
+    (folder / "cost.json").write_text(json.dumps(asdict(total)), encoding="utf-8")
+
+
+def laid(stream: Tokens, block_size: int, policy: PlannedPolicy) -> Iterator[tuple[Integers, Integers, Cost]]:
+    """Of each shard its pieces in the order of the windows, how many pieces each window has, and the cost."""
+    for starts, lengths in stream.documents():
+        pieces = _cut(starts, lengths, block_size)
+        windows = best_fit(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
+        in_each = np.bincount(windows)
+        positions = len(in_each) * block_size
+        padding, cut, crossing = positions - int(lengths.sum()), (lengths > block_size).sum(), (in_each > 1).sum()
+        found = Cost(len(in_each), positions, len(starts), padding, cut=int(cut), crossing=int(crossing))
+        yield pieces[np.argsort(windows, kind="stable")], in_each, found
+
+
+def _cut(starts: Integers, lengths: Integers, block_size: int) -> Integers:
+    """Documents as pieces of ``block_size`` tokens and a rest: (n_pieces, 2), first token and length."""
+    n_pieces = -(-lengths // block_size)
+    document = np.repeat(np.arange(len(starts)), n_pieces)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # of its document
+    first = starts[document] + nth * block_size
+    return np.stack([first, np.minimum(block_size, lengths[document] - nth * block_size)], axis=1)
+
 
 Policy = Literal["concatenate", "best_fit", "one_document"]
 POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)

@@ -7,13 +7,13 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import torch
 
-from lit_gpt_scratch.batch import IGNORED, PairBatch
-from lit_gpt_scratch.data.examples import Encoded, Example
-from lit_gpt_scratch.data.filling import NOTHING, FilledRows, filled
-from lit_gpt_scratch.data.prompted import OF_GENERATED, PromptedData
+from lit_gpt_scratch.batch_types import IGNORED, PairBatch
+from lit_gpt_scratch.data.padding import NOTHING, FilledRows, filled
+from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedData
+from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import chat, checkable
-from lit_gpt_scratch.text.chat import REPLIES, Message
+from lit_gpt_scratch.text import chat_template, verifiable_rewards
+from lit_gpt_scratch.text.chat_template import REPLIES, Message
 from lit_gpt_scratch.text.document import Row
 
 Ties = Literal["refuse", "drop"]
@@ -52,11 +52,13 @@ class Preferences(PromptedData[Preference]):
 
     def generated(self) -> Iterator[Row]:
         """Replies to small tasks about words, as the checkable preference has them and as it has not."""
-        return checkable.preferences(self.checkable or OF_GENERATED)
+        return verifiable_rewards.preferences(self.checkable or OF_GENERATED)
 
     def record(self, fields: dict[str, Any]) -> Preference:
         """A prompt and two replies."""
-        found = Preference(chat.prompt(fields), chat.reply(fields, "chosen"), chat.reply(fields, "rejected"))
+        found = Preference(
+            chat_template.prompt(fields), chat_template.reply(fields, "chosen"), chat_template.reply(fields, "rejected")
+        )
         if found.chosen == found.rejected and self.ties == "refuse":
             raise UserError(
                 "'chosen' and 'rejected' are the same: nothing is preferred; leave out such pairs: --data.ties drop"

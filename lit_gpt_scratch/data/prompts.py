@@ -8,17 +8,17 @@ from typing import Any, cast
 
 import numpy as np
 
-from lit_gpt_scratch.batch import IGNORED, Phase
-from lit_gpt_scratch.data.examples import Encoded, Example
-from lit_gpt_scratch.data.phases import Numbers, PhaseOrder, own_rows
-from lit_gpt_scratch.data.prompted import PromptedData
+from lit_gpt_scratch.batch_types import IGNORED, Phase
+from lit_gpt_scratch.data.prompt_base import PromptedData
 from lit_gpt_scratch.data.record_split import Side
+from lit_gpt_scratch.data.rollout_sampler import Numbers, PhaseOrder, own_rows
 from lit_gpt_scratch.data.sampler import Shuffle
+from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import chat, checkable
-from lit_gpt_scratch.text.chat import Message
+from lit_gpt_scratch.text import chat_template, verifiable_rewards
+from lit_gpt_scratch.text.chat_template import Message
 from lit_gpt_scratch.text.document import Row
-from lit_gpt_scratch.text.scoring import Scoring, scoring
+from lit_gpt_scratch.text.reward_lookup import Scoring, scoring
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ class Prompts(PromptedData[Prompt]):
 
     def generated(self) -> Iterator[Row]:
         """Small tasks about words."""
-        return checkable.prompts()
+        return verifiable_rewards.prompts()
 
     def record(self, fields: dict[str, Any]) -> Prompt:
         """Its messages."""
-        return Prompt(chat.prompt(fields))
+        return Prompt(chat_template.prompt(fields))
 
     def sequences(self, record: Prompt) -> tuple[Encoded, ...]:
         """Up to where the reply begins; there is nothing to be learned of it."""
@@ -137,7 +137,7 @@ class Prompts(PromptedData[Prompt]):
         Raises:
             UserError: There is none of that name, or nothing to be judged by.
         """
-        self.rewarding = name if name in checkable.CHECKABLES else None
+        self.rewarding = name if name in verifiable_rewards.CHECKABLES else None
         if (name := name or self.checkable) is None:
             raise UserError("nothing says how good a reply is; name it: --model.reward, or --data.checkable")
         return scoring(name)

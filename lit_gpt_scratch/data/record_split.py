@@ -6,7 +6,7 @@ from typing import Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.data.permutation import Permutations
+from lit_gpt_scratch.data.sampler import Permutations
 from lit_gpt_scratch.errors import UserError
 
 Side = Literal["train", "validation", "test"]

@@ -14,11 +14,11 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.atomic_files import whole_file
 from lit_gpt_scratch.text.corpus import SIDES
-from lit_gpt_scratch.text.shards import PARTS, Part, Shard, Stream, digest
+from lit_gpt_scratch.text.token_shards import PARTS, Part, Shard, Stream, digest
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.whole import whole_file
 
 FORMAT: Final = 3
 MANIFEST: Final = "store.json"

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_gpt_scratch.text.leakage import Leakage, codes_of, runs_of, words_of
+from lit_gpt_scratch.text.decontamination import Leakage, codes_of, runs_of, words_of
 from lit_gpt_scratch.text.sources import documents
 
 if TYPE_CHECKING:

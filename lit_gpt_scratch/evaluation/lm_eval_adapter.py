@@ -20,9 +20,9 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.continuations import continuations
+from lit_gpt_scratch.evaluation.generation_eval import continuations
 from lit_gpt_scratch.evaluation.intervals import Measured, Scores, Z, scores
-from lit_gpt_scratch.evaluation.sequences import Tail, behind, likelihoods
+from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 

@@ -5,8 +5,8 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.family import EMBEDDING, NORM, Family, Piece, Shape, layered
-from lit_gpt_scratch.interop.fields import Fields
+from lit_gpt_scratch.interop.hf_config import Fields
+from lit_gpt_scratch.interop.model_family import EMBEDDING, NORM, Family, Piece, Shape, layered
 from lit_gpt_scratch.model import GPTConfig
 
 DROPOUTS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")

@@ -5,9 +5,9 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.family import EMBEDDING, NORM, Family, Piece, Shape, layered
-from lit_gpt_scratch.interop.fields import Fields
-from lit_gpt_scratch.interop.rope import read_rope, write_rope
+from lit_gpt_scratch.interop.hf_config import Fields
+from lit_gpt_scratch.interop.hf_rope import read_rope, write_rope
+from lit_gpt_scratch.interop.model_family import EMBEDDING, NORM, Family, Piece, Shape, layered
 from lit_gpt_scratch.model import GPTConfig
 
 LINEAR = {

@@ -4,9 +4,9 @@ from typing import Any
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.family import Shape
-from lit_gpt_scratch.interop.fields import Fields
+from lit_gpt_scratch.interop.hf_config import Fields
 from lit_gpt_scratch.interop.llama import LlamaShape
+from lit_gpt_scratch.interop.model_family import Shape
 
 
 class Qwen3(LlamaShape):

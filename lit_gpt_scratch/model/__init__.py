@@ -1,6 +1,6 @@
 """The hand-written transformer: plain torch, knows neither Lightning nor devices."""
 
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.transformer import GPT
+from lit_gpt_scratch.model.gpt import GPT
 
 __all__ = ["GPT", "GPTConfig"]

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
-from lit_gpt_scratch.model.initialisation import INITIALISATIONS
+from lit_gpt_scratch.model.init import INITIALISATIONS
 from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS
-from lit_gpt_scratch.model.positions import POSITIONS
-from lit_gpt_scratch.model.rotary_scaling import SCALINGS
+from lit_gpt_scratch.model.positions import POSITIONS, SCALINGS
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
 if TYPE_CHECKING:  # what there is to choose from is said where it is written, and --help reads it there

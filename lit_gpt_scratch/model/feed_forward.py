@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from lit_gpt_scratch.model.linear import Linear
+from lit_gpt_scratch.kernels.onednn_linear import Linear
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.linear import LINEAR, linear
+from lit_gpt_scratch.kernels.onednn_linear import LINEAR, linear
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Optimizers, their parameter groups, and learning-rate schedules."""
 
-from lit_gpt_scratch.optim.recipes import AdamW, Muon, OptimizerRecipe
-from lit_gpt_scratch.optim.schedule import Schedule
+from lit_gpt_scratch.optim.lr_schedule import Schedule
+from lit_gpt_scratch.optim.optimizers import AdamW, Muon, OptimizerRecipe
 
 __all__ = ["AdamW", "Muon", "OptimizerRecipe", "Schedule"]

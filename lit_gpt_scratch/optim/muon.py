@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from lit_gpt_scratch.optim.parts import Matrices, cut, own_part
+from lit_gpt_scratch.optim.gradient_clipping import Matrices, cut, own_part
 
 # Keller Jordan's quintic: five rounds bring any singular value into about [0.7, 1.2], which trains as well
 # as exactly 1 and needs no decomposition.

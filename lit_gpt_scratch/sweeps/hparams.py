@@ -9,8 +9,8 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lit_gpt_scratch.sweeps.results import HPARAMS, Run
-from lit_gpt_scratch.sweeps.sweep_file import Assignment
+from lit_gpt_scratch.sweeps.run_results import HPARAMS, Run
+from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
 
 def write(run: Run, assignment: Assignment, group: str) -> None:

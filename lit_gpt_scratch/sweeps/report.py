@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps import figures
-from lit_gpt_scratch.sweeps.arm import Arm, best, finished, worded
-from lit_gpt_scratch.sweeps.command import shown
-from lit_gpt_scratch.sweeps.diagnoses import diagnoses
-from lit_gpt_scratch.sweeps.document import Code, Figure, Heading, Part, Table, Text, markdown, page
+from lit_gpt_scratch.sweeps import plots
+from lit_gpt_scratch.sweeps.build_command import shown
+from lit_gpt_scratch.sweeps.diagnostics_summary import diagnoses
+from lit_gpt_scratch.sweeps.html_report import Code, Figure, Heading, Part, Table, Text, markdown, page
 from lit_gpt_scratch.sweeps.statistics import Estimate, holm, paired, verdict
+from lit_gpt_scratch.sweeps.trial import Arm, best, finished, worded
 
 BEYOND: Final = ("better", "worse")
 """Verdicts on a difference that is not noise."""
@@ -156,16 +156,16 @@ class Report:
             return
         yield Heading("Figures")
         dimensions = list(arms[0].assignment)
-        if len(arms) > 2 and len(dimensions) == 1 and figures.number(arms, dimensions[0]):
-            yield figures.over_numbers(arms, self.metric, dimensions[0])
+        if len(arms) > 2 and len(dimensions) == 1 and plots.number(arms, dimensions[0]):
+            yield plots.over_numbers(arms, self.metric, dimensions[0])
         else:
-            yield figures.values(arms, self.metric, self.baseline)
+            yield plots.values(arms, self.metric, self.baseline)
         pruned = [arm for arm in self.arms if arm.state == "pruned"]
         for over in ("tokens", "seconds"):
-            if drawn := figures.curves([*arms, *pruned], self.metric, over):
+            if drawn := plots.curves([*arms, *pruned], self.metric, over):
                 yield drawn
         if self.importance:
-            yield figures.importance(self.importance)
+            yield plots.importance(self.importance)
             yield Table(["dimension", "importance"], [[n, f"{share:.2f}"] for n, share in self.importance.items()])
 
     def _winner(self) -> Iterator[Part]:

@@ -13,7 +13,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of a public argument
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.claims import Claims, FileClaims, PostgresClaims, reason
+from lit_gpt_scratch.sweeps.locks import Claims, FileClaims, PostgresClaims, reason
 
 JOURNAL = "study.journal"
 POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")

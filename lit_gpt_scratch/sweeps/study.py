@@ -14,10 +14,10 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from lit_gpt_scratch.sweeps.claims import Claims
-from lit_gpt_scratch.sweeps.command import Known
-from lit_gpt_scratch.sweeps.results import Run
-from lit_gpt_scratch.sweeps.sweep_file import Assignment, Sweep
+from lit_gpt_scratch.sweeps.build_command import Known
+from lit_gpt_scratch.sweeps.locks import Claims
+from lit_gpt_scratch.sweeps.run_results import Run
+from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep
 
 KNOWN: Final = "known"
 """Attribute of the study: what ``fit`` says of its baseline."""

@@ -16,13 +16,13 @@ from torchmetrics.classification import (
 )
 from typing_extensions import override
 
-from lit_gpt_scratch.batch import IGNORED, LabelledBatch
-from lit_gpt_scratch.checkpoint.contents import Contents
+from lit_gpt_scratch.batch_types import IGNORED, LabelledBatch
+from lit_gpt_scratch.checkpoint.metadata import Contents
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.metrics import MeanLoss, mean_auroc
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.heads import POOLINGS, Classes
-from lit_gpt_scratch.objectives.metrics import MeanLoss, mean_auroc
-from lit_gpt_scratch.tasks.gpt_task import GPTTask, TokenData
+from lit_gpt_scratch.model.output_heads import POOLINGS, Classes
+from lit_gpt_scratch.tasks.gpt_module import GPTTask, TokenData
 
 
 class LabelledData(TokenData, Protocol):

@@ -7,14 +7,14 @@ from torch import Tensor
 from torchmetrics import MetricCollection
 from typing_extensions import override
 
-from lit_gpt_scratch.batch import PairBatch
+from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
+from lit_gpt_scratch.losses.metrics import ReplyLoss
+from lit_gpt_scratch.losses.preference import LOSSES
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.objectives.likelihood import sequence_logprobs
-from lit_gpt_scratch.objectives.metrics import ReplyLoss
-from lit_gpt_scratch.objectives.preference import LOSSES
-from lit_gpt_scratch.tasks.pairs import Compared, PairTask, halves
-from lit_gpt_scratch.tasks.reference import Reference
+from lit_gpt_scratch.tasks.pairwise import Compared, PairTask, halves
+from lit_gpt_scratch.tasks.reference_model import Reference
 
 
 class DPO(PairTask):

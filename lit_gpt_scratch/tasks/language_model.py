@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lit_gpt_scratch.batch import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.losses.cross_entropy import token_logprobs, token_nats
+from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.objectives.likelihood import token_logprobs, token_nats
-from lit_gpt_scratch.objectives.metrics import LikelihoodMetric
-from lit_gpt_scratch.tasks.gpt_task import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTTask
 
 
 class LanguageModel(GPTTask):

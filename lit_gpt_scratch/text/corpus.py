@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import audit as account
-from lit_gpt_scratch.text import hub, pipeline
-from lit_gpt_scratch.text.audit import Audit
+from lit_gpt_scratch.text import cleaning_pipeline, hub
+from lit_gpt_scratch.text import cleaning_report as account
+from lit_gpt_scratch.text.atomic_files import whole_folder
 from lit_gpt_scratch.text.cleaning import HeldOutStep, Step, check
+from lit_gpt_scratch.text.cleaning_pipeline import Passage
+from lit_gpt_scratch.text.cleaning_report import Audit
 from lit_gpt_scratch.text.document import Document, Rejected, blank
+from lit_gpt_scratch.text.document_index import Ledger, known
 from lit_gpt_scratch.text.duplicates import digest
-from lit_gpt_scratch.text.ledger import Ledger, known
-from lit_gpt_scratch.text.pipeline import Passage
-from lit_gpt_scratch.text.shelf import Shelf, shelved
+from lit_gpt_scratch.text.parquet_io import Shelf, shelved
 from lit_gpt_scratch.text.sources import Source, no_text
 from lit_gpt_scratch.text.split import Split
-from lit_gpt_scratch.text.whole import whole_folder
 
 Side = Literal["train", "validation"]
 SIDES: Final[tuple[Side, ...]] = ("train", "validation")
@@ -161,7 +161,7 @@ class Selection:
         """Everything before the split: kept documents on a shelf, in their order, and what is known of each."""
         bar = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
         with bar, Shelf(scratch / CLEANED) as shelf:
-            for passage in pipeline.run(self._read(audit), steps, known, scratch, self.processes):
+            for passage in cleaning_pipeline.run(self._read(audit), steps, known, scratch, self.processes):
                 audit.add(passage)
                 if passage.reason is None:
                     shelf.add(passage.document, passage.sizes[-1])

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Row
-from lit_gpt_scratch.text.lines import Columns, require
+from lit_gpt_scratch.text.row_readers import Columns, require
 from lit_gpt_scratch.text.tables import fields_of, quiet
 
 NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"

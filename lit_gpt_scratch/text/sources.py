@@ -12,9 +12,9 @@ from typing import Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, tables
-from lit_gpt_scratch.text.compressed import DAMAGE, opened
+from lit_gpt_scratch.text.decompress import DAMAGE, opened
 from lit_gpt_scratch.text.document import LONGEST, Document, Rejected, Row, blank
-from lit_gpt_scratch.text.lines import Columns
+from lit_gpt_scratch.text.row_readers import Columns
 
 STDLIB: Final = "stdlib"
 """The default source: the Python standard library's own sources, real text that is always there."""

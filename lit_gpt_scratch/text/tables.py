@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.compressed import COMPRESSED, opened
+from lit_gpt_scratch.text.decompress import COMPRESSED, opened
 from lit_gpt_scratch.text.document import LONGEST, ClassNumber, Document, Row, text_of
-from lit_gpt_scratch.text.lines import READERS, Columns, Fields, first_line, require
+from lit_gpt_scratch.text.row_readers import READERS, Columns, Fields, first_line, require
 
 FORMATS: Final = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",

@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import bulk, training
-from lit_gpt_scratch.text.training import END_OF_TEXT
-from lit_gpt_scratch.text.whole import whole_file
+from lit_gpt_scratch.text import fast_encoder, tokenizer_training
+from lit_gpt_scratch.text.atomic_files import whole_file
+from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT
 
 ENDS: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """What families of tokenizers call the token between two documents."""
@@ -58,8 +58,8 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
     ) -> "Tokenizer":
-        """Learn one from texts; see ``training.train``."""
-        return cls(training.train(kind, texts, vocab_size, special))
+        """Learn one from texts; see ``tokenizer_training.train``."""
+        return cls(tokenizer_training.train(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -125,11 +125,11 @@ class Tokenizer:
             fast: Take a second to see whether the same ids can be had several times as fast.
             threads: Of the faster way; by default as many as there are cores.
         """
-        return bulk.encode(self._backend, self._proven if fast else None, texts, threads)
+        return fast_encoder.encode(self._backend, self._proven if fast else None, texts, threads)
 
     @cached_property
     def _proven(self) -> tiktoken.Encoding | None:
-        return bulk.fast(self._backend)
+        return fast_encoder.fast(self._backend)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids; bytes that form no UTF-8 show as U+FFFD, an end of text as itself."""

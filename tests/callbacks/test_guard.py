@@ -12,12 +12,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks import guard as guard_module
-from lit_gpt_scratch.callbacks.doctor import Doctor
-from lit_gpt_scratch.callbacks.guard import Guard
-from lit_gpt_scratch.callbacks.saving import Checkpoints
+from lit_gpt_scratch.callbacks import spike_guard as guard_module
+from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
+from lit_gpt_scratch.callbacks.diagnostics import Doctor
+from lit_gpt_scratch.callbacks.spike_guard import Guard
 from lit_gpt_scratch.data import LabelledText, Preferences, Prompts
-from lit_gpt_scratch.diagnosis.spikes import PATIENCE
+from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW, Schedule
 from lit_gpt_scratch.tasks import DPO, GRPO, PPO, Classification, LanguageModel, Reward

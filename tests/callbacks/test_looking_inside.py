@@ -15,19 +15,18 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.callbacks.dynamics import PARTS, Dynamics, part_of
-from lit_gpt_scratch.callbacks.inspection import TOKENS, Inspection, Layer, figures, mean
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.callbacks.default_callbacks import watchers
+from lit_gpt_scratch.callbacks.introspection import PARTS, TOKENS, Dynamics, Inspection, Layer, figures, mean, part_of
+from lit_gpt_scratch.callbacks.loss_breakdown import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
 from lit_gpt_scratch.callbacks.samples import Samples
-from lit_gpt_scratch.callbacks.stopping import Stopping
-from lit_gpt_scratch.callbacks.token_losses import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
-from lit_gpt_scratch.callbacks.watchers import watchers
+from lit_gpt_scratch.callbacks.signal_handling import Stopping
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.heads import Scalar
-from lit_gpt_scratch.model.inspection import Observation, observe
+from lit_gpt_scratch.model.activation_hooks import Observation, observe
 from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.model.output_heads import Scalar
 from lit_gpt_scratch.tasks import LanguageModel
 
 Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_gpt_scratch.callbacks.baselines import Baselines
-from lit_gpt_scratch.callbacks.plan import TIMED_STEPS, Plan
-from lit_gpt_scratch.callbacks.wording import clock, count, size
+from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
+from lit_gpt_scratch.callbacks.formatting import clock, count, size
+from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, Plan
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel

@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_gpt_scratch.callbacks import throughput
-from lit_gpt_scratch.callbacks.throughput import SHARES, Throughput
-from lit_gpt_scratch.callbacks.waiting import FETCH
+from lit_gpt_scratch.callbacks.throughput import FETCH, SHARES, Throughput
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.hardware import step_clock
-from lit_gpt_scratch.hardware.step_clock import PARTS, HostEvent
+from lit_gpt_scratch.profiling import step_timer
+from lit_gpt_scratch.profiling.step_timer import PARTS, HostEvent
 from lit_gpt_scratch.tasks import LanguageModel
 
 MILLISECONDS = {"data": 20, "generation": 0, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
@@ -210,7 +209,7 @@ def test_no_one_waits_for_the_device_before_the_end(
         def query(self) -> bool:
             return bool(waits)  # it is behind by the whole run
 
-    monkeypatch.setitem(step_clock.EVENTS, "cpu", Device)
+    monkeypatch.setitem(step_timer.EVENTS, "cpu", Device)
     watch, notes = Throughput(), Notes()
     run = trainer(callbacks=[watch], logger=notes, log_every_n_steps=1, limit_val_batches=0)
     run.fit(task(), packed_text())

@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.profilers import Profiler
 
-from lit_gpt_scratch.callbacks.watchers import HOOKS_OF_A_BATCH, drop_idle_hooks
+from lit_gpt_scratch.callbacks.default_callbacks import HOOKS_OF_A_BATCH, drop_idle_hooks
 
 Build = Callable[..., Any]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.contents import Contents, refuse_other_model, refuse_other_tokenizer
+from lit_gpt_scratch.checkpoint.checkpoint_io import save
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.metadata import Contents, refuse_other_model, refuse_other_tokenizer
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.checkpoint.sealed import save
 from lit_gpt_scratch.errors import UserError
 
 

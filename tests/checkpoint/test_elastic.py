@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import Layout
-from lit_gpt_scratch.checkpoint.progress import deal_out
+from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.checkpoint.loop_state import deal_out
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
 from lit_gpt_scratch.optim import AdamW

@@ -9,8 +9,8 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
-from lit_gpt_scratch.checkpoint.progress import epochs_done, settle
+from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
+from lit_gpt_scratch.checkpoint.loop_state import epochs_done, settle
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel

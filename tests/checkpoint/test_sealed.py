@@ -12,12 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint import sealed
-from lit_gpt_scratch.checkpoint.contents import KEY
+from lit_gpt_scratch.checkpoint import checkpoint_io
+from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO, refuse_altered, save
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-from lit_gpt_scratch.checkpoint.sealed import refuse_altered, save
-from lit_gpt_scratch.checkpoint.trainer_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.errors import UserError
 
 
@@ -79,7 +78,7 @@ def test_what_was_altered_is_refused_by_name(path: Path) -> None:
 
 def test_every_bit_of_the_seal_counts(path: Path) -> None:
     whole = path.read_bytes()
-    for place in range(len(whole) - sealed.SEAL_BYTES - 24, len(whole)):
+    for place in range(len(whole) - checkpoint_io.SEAL_BYTES - 24, len(whole)):
         for bit in range(8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
             with pytest.raises(UserError):
@@ -89,7 +88,8 @@ def test_every_bit_of_the_seal_counts(path: Path) -> None:
 def test_a_seal_of_another_file_does_not_do(path: Path, tmp_path: Path) -> None:
     save(checkpoint(1.0), tmp_path / "other.ckpt")
     path.write_bytes(
-        path.read_bytes()[: -sealed.SEAL_BYTES] + (tmp_path / "other.ckpt").read_bytes()[-sealed.SEAL_BYTES :]
+        path.read_bytes()[: -checkpoint_io.SEAL_BYTES]
+        + (tmp_path / "other.ckpt").read_bytes()[-checkpoint_io.SEAL_BYTES :]
     )
     with pytest.raises(UserError, match="not what was saved"):
         refuse_altered(path)
@@ -109,12 +109,12 @@ def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_disk_that_fills_up_while_torch_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(self: sealed._Hashing, data: bytes) -> int:
+    def write(self: checkpoint_io._Hashing, data: bytes) -> int:
         if self.file.tell() > 500:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
 
-    monkeypatch.setattr(sealed._Hashing, "write", write)
+    monkeypatch.setattr(checkpoint_io._Hashing, "write", write)
     with pytest.raises(UserError, match="cannot save"):
         save(checkpoint(1.0), path)
     assert load_checkpoint(path)["state_dict"]["weight"].sum() == 0
@@ -141,7 +141,7 @@ HUNDRED_KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from lit_gpt_scratch.checkpoint.sealed import UNFINISHED, refuse_altered, save
+from lit_gpt_scratch.checkpoint.checkpoint_io import UNFINISHED, refuse_altered, save
 
 path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
 save({"step": 0, "weights": torch.full((300_000,), 0)}, path)
@@ -184,7 +184,7 @@ def test_a_hundred_kills_amid_saving_leave_the_last_that_was_saved(tmp_path: Pat
 SAVE_ONCE = """
 import os, resource, signal, sys, torch
 from pathlib import Path
-from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.checkpoint.checkpoint_io import save
 from lit_gpt_scratch.errors import UserError
 path, how = Path(sys.argv[1]), sys.argv[2]
 if how == "full":
@@ -217,7 +217,7 @@ def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None
 SAVE_TWICE = """
 import subprocess, sys, torch
 from pathlib import Path
-from lit_gpt_scratch.checkpoint.sealed import refuse_altered, save
+from lit_gpt_scratch.checkpoint.checkpoint_io import refuse_altered, save
 from lit_gpt_scratch.errors import UserError
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)

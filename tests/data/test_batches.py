@@ -9,13 +9,13 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch_types import IGNORED
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.packed_dataset import Windows
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy
 from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
-from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.shards import Stream
+from lit_gpt_scratch.text.token_shards import Stream
 from tests.conftest import token_stream
 
 END = 60_000

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORED, Batch
 from lit_gpt_scratch.data import Conversations
-from lit_gpt_scratch.data.plans import Laid, PlannedPolicy
-from lit_gpt_scratch.data.tokens import RecordTokens
-from lit_gpt_scratch.data.windows import Windows
-from lit_gpt_scratch.text.chat import Message
+from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packing import Laid, PlannedPolicy
+from lit_gpt_scratch.data.token_stream import RecordTokens
+from lit_gpt_scratch.text.chat_template import Message
 
 END = 0
 

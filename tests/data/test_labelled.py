@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch_types import IGNORED
 from lit_gpt_scratch.data import LabelledText
-from lit_gpt_scratch.data.examples import Encoded
-from lit_gpt_scratch.data.labelled import LabelledRows
+from lit_gpt_scratch.data.labelled_text import LabelledRows
+from lit_gpt_scratch.data.tokenized_examples import Encoded
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import ClassNumber, label_of
 from lit_gpt_scratch.text.sources import Source

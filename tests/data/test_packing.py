@@ -8,12 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.data import plans as module
-from lit_gpt_scratch.data.bin_packing import best_fit
-from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, cost, packed
-from lit_gpt_scratch.data.windows import Windows
-from lit_gpt_scratch.text.shards import Shard, Stream
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.data import packing as module
+from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, best_fit, cost, packed
+from lit_gpt_scratch.text.token_shards import Shard, Stream
 from tests.conftest import token_stream
 
 END = 0

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import Phase
-from lit_gpt_scratch.data.phases import PhaseOrder, own_rows
+from lit_gpt_scratch.batch_types import Phase
+from lit_gpt_scratch.data.rollout_sampler import PhaseOrder, own_rows
 from lit_gpt_scratch.data.sampler import Shuffle
 
 

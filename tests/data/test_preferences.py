@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch_types import IGNORED
 from lit_gpt_scratch.data import Preferences
-from lit_gpt_scratch.data.examples import Encoded
 from lit_gpt_scratch.data.preferences import PairRows, Preference
+from lit_gpt_scratch.data.tokenized_examples import Encoded
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.chat import Message
-from lit_gpt_scratch.text.checkable import full_stop, no_digit
+from lit_gpt_scratch.text.chat_template import Message
+from lit_gpt_scratch.text.verifiable_rewards import full_stop, no_digit
 
 FILL = 99
 IDS = st.lists(st.integers(0, 98), min_size=1, max_size=13)

@@ -12,13 +12,13 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
-from lit_gpt_scratch.data.ordered import OrderedData
-from lit_gpt_scratch.data.records import RecordData
+from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import generated
+from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 STAGES: list[type[RecordData[Any]]] = [LabelledText, Conversations, Preferences]
@@ -102,7 +102,7 @@ def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., Or
 @pytest.mark.parametrize("stage", STAGES)
 def test_what_is_common_to_data(ready: Callable[..., OrderedData], stage: type) -> None:
     data = ready(stage)
-    assert data.origin == generated.NAME
+    assert data.origin == synthetic_data.NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
     assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
     assert sum(count.records for count in data.sides.values()) == (288 if stage is LabelledText else 576)
@@ -280,7 +280,7 @@ def test_a_missing_file() -> None:
 
 
 def test_generated_records_are_always_the_same() -> None:
-    for rows, n in ((generated.labelled, 288), (generated.conversations, 576)):
+    for rows, n in ((synthetic_data.labelled, 288), (synthetic_data.conversations, 576)):
         found = [row.fields for row in rows()]
         assert found == [row.fields for row in rows()]
         assert len({json.dumps(fields) for fields in found}) == len(found) == n

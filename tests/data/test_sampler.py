@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data import sampler as module
-from lit_gpt_scratch.data.permutation import Permutations
-from lit_gpt_scratch.data.sampler import AT_ONCE, EveryWindow, Shuffle, WindowOrder
+from lit_gpt_scratch.data.sampler import AT_ONCE, EveryWindow, Permutations, Shuffle, WindowOrder
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 

@@ -17,7 +17,7 @@ import pytest
 
 from lit_gpt_scratch.data.token_store import FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import encoding, shelf
+from lit_gpt_scratch.text import parquet_io, tokenize_corpus
 from tests.data.test_token_store import recipe, texts_of
 
 SMALL = 2_000
@@ -25,19 +25,19 @@ SMALL = 2_000
 SEVERAL = """
 import sys
 from pathlib import Path
-from lit_gpt_scratch.text import encoding
-from lit_gpt_scratch.text import shelf
+from lit_gpt_scratch.text import tokenize_corpus
+from lit_gpt_scratch.text import parquet_io
 from tests.data.test_token_store import recipe
 
-encoding.SHARD, shelf.GROUP = 2_000, 1_000
+tokenize_corpus.SHARD, parquet_io.GROUP = 2_000, 1_000
 recipe(sys.argv[1], vocab_size=None, processes=2).prepare(Path(sys.argv[2]), Path(sys.argv[2], "store"))
 """
 
 
 @pytest.fixture
 def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "SHARD", SMALL)
-    monkeypatch.setattr(shelf, "GROUP", SMALL // 2)
+    monkeypatch.setattr(tokenize_corpus, "SHARD", SMALL)
+    monkeypatch.setattr(parquet_io, "GROUP", SMALL // 2)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def test_processes_and_shards_change_no_token(corpus: Path, tmp_path: Path, monk
     several, alone = (recipe(corpus, processes=n).prepare(tmp_path, tmp_path / f"{n}") for n in (2, 1))
     assert len(several.train.shards) > 10
     assert contents(several.folder) == contents(alone.folder)
-    monkeypatch.setattr(encoding, "SHARD", 2**26)
+    monkeypatch.setattr(tokenize_corpus, "SHARD", 2**26)
     whole = recipe(corpus).prepare(tmp_path, tmp_path / "whole")
     assert len(whole.train.shards) == 1
     for side in ("train", "validation"):

@@ -17,16 +17,16 @@ import tiktoken
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from lit_gpt_scratch.data import recipe as recipe_module
-from lit_gpt_scratch.data.recipe import Recipe
+from lit_gpt_scratch.data import prepare_tokens as recipe_module
+from lit_gpt_scratch.data.prepare_tokens import Recipe
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import bulk
-from lit_gpt_scratch.text import encoding as encoding_module
-from lit_gpt_scratch.text.bulk import encode
+from lit_gpt_scratch.text import fast_encoder
+from lit_gpt_scratch.text import tokenize_corpus as encoding_module
 from lit_gpt_scratch.text.cleaning import Length
 from lit_gpt_scratch.text.corpus import Selection
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
+from lit_gpt_scratch.text.fast_encoder import encode
 from lit_gpt_scratch.text.sources import Source, documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -137,7 +137,7 @@ def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypat
         ways.append(proven)
         return encode(backend, proven, texts, threads)
 
-    monkeypatch.setattr(bulk, "encode", noted)
+    monkeypatch.setattr(fast_encoder, "encode", noted)
     again = recipe(corpus).prepare(tmp_path / "b")
     assert sum(way is not None for way in ways) == 2  # both sides; the audit counts its few texts as it likes
     for side in ("train", "validation"):

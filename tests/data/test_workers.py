@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from lit_gpt_scratch.data.workers import STOP_SIGNALS
+from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
 
 LOADER = """
 import os, signal, sys
 from torch.utils.data import DataLoader
-from lit_gpt_scratch.data.workers import leave_stopping_to_the_trainer
+from lit_gpt_scratch.data.base_datamodule import leave_stopping_to_the_trainer
 batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_stopping_to_the_trainer))
 next(batches), next(batches)  # both workers are at work
 """

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.callbacks import watchers
+from lit_gpt_scratch.callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.samples import Samples
-from lit_gpt_scratch.cli import convert, doctor, door, evaluate, fit, generate, prepare, sweep
+from lit_gpt_scratch.cli import convert, doctor, entrypoint, evaluate, fit, generate, prepare, sweep
 
 
 @dataclass
@@ -45,7 +45,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
-    monkeypatch.setattr(watchers, "Samples", SHORT_SAMPLES)
+    monkeypatch.setattr(default_callbacks, "Samples", SHORT_SAMPLES)
     doors = {
         "fit": fit,
         "generate": generate,
@@ -59,7 +59,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     def run(name: str, *args: str | Path) -> Outcome:
         code = 0
         try:
-            door.run(lambda: doors[name].main([str(arg) for arg in args]))
+            entrypoint.run(lambda: doors[name].main([str(arg) for arg in args]))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
         said = capsys.readouterr()

@@ -52,14 +52,14 @@ def fit(runs: Path, *flags: str) -> Outcome:
 def _run(flags: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
     import torch
 
-    from lit_gpt_scratch.callbacks import watchers
-    from lit_gpt_scratch.cli import door
+    from lit_gpt_scratch.callbacks import default_callbacks
+    from lit_gpt_scratch.cli import entrypoint
     from lit_gpt_scratch.cli import fit as door_fit
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    watchers.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # which makes one, too
+    default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # which makes one, too
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    door.run(lambda: door_fit.main(flags))
+    entrypoint.run(lambda: door_fit.main(flags))

@@ -123,8 +123,8 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
         del flags[place : place + 2]
     if door == "sweep" and "--compare" not in flags:  # its runs take minutes; that every one starts is tested elsewhere
         pytest.importorskip("optuna")
-        from lit_gpt_scratch.cli.checking import check
-        from lit_gpt_scratch.sweeps.sweep_file import load
+        from lit_gpt_scratch.cli.sweep_precheck import check
+        from lit_gpt_scratch.sweeps.sweep_config import load
 
         assert check(load(Path(flags[0])))
         return
@@ -228,12 +228,12 @@ def test_a_part_of_ones_own_touches_one_file(newcomers_folder: Path, small: list
 
 DOORS_IN_TURN = """
 import importlib, json, sys
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 ends = []
 for name, *flags in json.loads(sys.argv[1]):
     ends.append(0)
     try:
-        door.run(lambda: importlib.import_module(f"lit_gpt_scratch.cli.{name}").main(flags))
+        entrypoint.run(lambda: importlib.import_module(f"lit_gpt_scratch.cli.{name}").main(flags))
     except SystemExit as error:
         ends[-1] = error.code
 print(*(f"\\nended with {end}" for end in ends), sep="")
@@ -285,8 +285,8 @@ def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -
 
 def test_the_readmes_sweep_can_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    from lit_gpt_scratch.cli.checking import check
-    from lit_gpt_scratch.sweeps.sweep_file import load
+    from lit_gpt_scratch.cli.sweep_precheck import check
+    from lit_gpt_scratch.sweeps.sweep_config import load
 
     monkeypatch.chdir(ROOT)
     [text] = [block for language, block in BLOCKS if language == "yaml"]

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tqdm import tqdm
 
 from lit_gpt_scratch.checkpoint.loading import load_model
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
@@ -85,7 +85,7 @@ def test_what_is_said_goes_above_the_progress_bar(capsys: pytest.CaptureFixture[
             bar.update()
             logging.getLogger("lit_gpt_scratch").info("a line")
 
-    door.run(say)
+    entrypoint.run(say)
     assert "\ra line\n" in capsys.readouterr().err
 
 

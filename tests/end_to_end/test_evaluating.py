@@ -10,11 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.checkpoint_io import save
 from lit_gpt_scratch.checkpoint.loading import NETWORK
-from lit_gpt_scratch.checkpoint.sealed import save
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.evaluation.contamination import corpus
-from lit_gpt_scratch.evaluation.scoring import score
+from lit_gpt_scratch.evaluation.perplexity import score
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised, sentences

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.checkpoint.kills import KillTest
+from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
 from tests.end_to_end.conftest import STAGES
 
 CONFIGURATIONS = {

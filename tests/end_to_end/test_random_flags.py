@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.tasks import gpt_task
+from lit_gpt_scratch.tasks import gpt_module
 from tests.end_to_end.conftest import Command
 
 NUMBERS = [
@@ -57,7 +57,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
             GPT(*sizes)
         raise BuiltError
 
-    monkeypatch.setattr(gpt_task, "GPT", build)
+    monkeypatch.setattr(gpt_module, "GPT", build)
     monkeypatch.setattr(_SubprocessScriptLauncher, "launch", only)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lit_gpt_scratch.cli import ranking
-from lit_gpt_scratch.cli.ranking import ASKED
+from lit_gpt_scratch.cli import collect_preferences
+from lit_gpt_scratch.cli.collect_preferences import ASKED
 from lit_gpt_scratch.data import Preferences
-from lit_gpt_scratch.evaluation.replies import Reply, replies
+from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from tests.end_to_end.conftest import Command
 
 FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
@@ -22,7 +22,9 @@ def said(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
     """A model that replies somehow, to its end for all that anybody knows, and somebody who types."""
-    monkeypatch.setattr(ranking, "replies", lambda *given: [each._replace(ended=True) for each in replies(*given)])
+    monkeypatch.setattr(
+        collect_preferences, "replies", lambda *given: [each._replace(ended=True) for each in replies(*given)]
+    )
     assert command("fit", *staged("instructions"), "--trainer.max_steps=2").code == 0
 
     def types(text: str) -> None:
@@ -124,11 +126,11 @@ def test_replies_that_were_cut_off_are_drawn_again(
         drawn.append([each._replace(ended=ends or row == 0) for row, each in enumerate(replies(*given))])
         return drawn[-1]
 
-    monkeypatch.setattr(ranking, "replies", some)
+    monkeypatch.setattr(collect_preferences, "replies", some)
     assert command("generate", *FLAGS, "--prompt=Say so.").code == 0
     assert len(drawn) == 2
     assert [ranked()[0][side] for side in ("chosen", "rejected")] == [each.text for each in drawn[1]]
-    monkeypatch.setattr(ranking, "replies", lambda *given: [Reply("So", False, 6), Reply("No", True, 3)])
+    monkeypatch.setattr(collect_preferences, "replies", lambda *given: [Reply("So", False, 6), Reply("No", True, 3)])
     outcome = command("generate", *FLAGS, "--prompt=Say so.")
     assert outcome.code == 0
     assert "more --max_new_tokens, in which they come to their end, may help" in outcome.out

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.comparing import compare_checkpoints, curves
-from lit_gpt_scratch.checkpoint.differences import differences, flat
+from lit_gpt_scratch.checkpoint.checkpoint_io import save
+from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, curves
+from lit_gpt_scratch.checkpoint.config_diff import differences, flat
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.checkpoint.sealed import save
-from lit_gpt_scratch.cli.resuming import Resumed
+from lit_gpt_scratch.cli.resume import Resumed
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end.conftest import STAGES, Command, Trained

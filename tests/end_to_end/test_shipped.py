@@ -8,11 +8,11 @@ import yaml
 
 pytest.importorskip("optuna")
 
-from lit_gpt_scratch.cli.checking import check
+from lit_gpt_scratch.cli.sweep_precheck import check
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.command import Known, arguments
-from lit_gpt_scratch.sweeps.dimension import label_of
-from lit_gpt_scratch.sweeps.sweep_file import Sweep, load
+from lit_gpt_scratch.sweeps.build_command import Known, arguments
+from lit_gpt_scratch.sweeps.search_space import label_of
+from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 from tests.end_to_end.conftest import Command
 
 ROOT = Path(__file__).parents[2]

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.kills import processes
+from lit_gpt_scratch.checkpoint.checkpoint_io import refuse_altered
+from lit_gpt_scratch.checkpoint.resume_stress_test import processes
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.checkpoint.sealed import refuse_altered
 from tests.end_to_end import forked
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")

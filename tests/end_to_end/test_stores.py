@@ -9,11 +9,11 @@ import lightning as L
 import numpy as np
 import pytest
 
-from lit_gpt_scratch.cli.messages import user_errors
+from lit_gpt_scratch.cli.error_formatting import user_errors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.shards import Shard
+from lit_gpt_scratch.text.token_shards import Shard
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_mistakes import one_line

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.comparing import curves, leaves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import curves, leaves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.hardware.parity import KINDS, LAYOUTS, Parity
+from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_mistakes import one_line

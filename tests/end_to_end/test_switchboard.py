@@ -10,14 +10,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.checkpoint import sealed
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint import checkpoint_io
 from lit_gpt_scratch.checkpoint.loading import NETWORK, load_model
-from lit_gpt_scratch.checkpoint.sharing import share
-from lit_gpt_scratch.decoding.generation import generate
-from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+from lit_gpt_scratch.checkpoint.safetensors_export import share
+from lit_gpt_scratch.generation.decode_loop import generate
+from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.losses.cross_entropy import token_nats
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import randomised
@@ -113,7 +113,7 @@ def survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path)
     contents = Contents(asdict(config), VOCAB, CONTEXT, tokenizer.to_json())
     weights = {NETWORK + name: weight for name, weight in model.state_dict().items()}
     checkpoint = {KEY: asdict(contents), "state_dict": weights}
-    sealed.save(checkpoint, folder / "a.ckpt")
+    checkpoint_io.save(checkpoint, folder / "a.ckpt")
     share(checkpoint, NETWORK, folder / "a.safetensors")
     ids = torch.arange(CONTEXT)[None]
     for name in ("a.ckpt", "a.safetensors"):

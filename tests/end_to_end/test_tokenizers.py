@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.training import KINDS
+from lit_gpt_scratch.text.tokenizer_training import KINDS
 from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")

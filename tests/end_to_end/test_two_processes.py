@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.checkpoint.comparing import curves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import STAGES

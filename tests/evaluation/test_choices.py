@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.choices import Question, measure, measure_pairs
 from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.sequences import Tail, behind, likelihoods
+from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
+from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measure_pairs
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.classification import Labelled, classify, measure
+from lit_gpt_scratch.evaluation.classification_eval import Labelled, classify, measure
 from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.kinds import plain
-from lit_gpt_scratch.evaluation.report import table
+from lit_gpt_scratch.evaluation.registry import plain
+from lit_gpt_scratch.evaluation.results_table import table
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.heads import Classes
+from lit_gpt_scratch.model.output_heads import Classes
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, sentences

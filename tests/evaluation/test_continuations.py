@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation import continuations as module
-from lit_gpt_scratch.evaluation.continuations import Exercise, continuations, measure
+from lit_gpt_scratch.evaluation import generation_eval as module
+from lit_gpt_scratch.evaluation.generation_eval import Exercise, continuations, measure
 from lit_gpt_scratch.evaluation.intervals import scores
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import Row

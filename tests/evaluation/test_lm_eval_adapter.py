@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.evaluation.choices import Question, measure, measure_pairs
 from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.interop import folder
-from lit_gpt_scratch.interop.family import Shape
+from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measure_pairs
+from lit_gpt_scratch.interop import hf_checkpoint
+from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -45,7 +45,7 @@ def theirs(adapter: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> It
     alone (0.4.13)."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
     shape = Shape(TINY, tokenizer.vocab_size, model.block_size)
-    folder.write(folder.Model(shape, model.state_dict(), tokenizer), tmp_path / "hf")
+    hf_checkpoint.write(hf_checkpoint.Model(shape, model.state_dict(), tokenizer), tmp_path / "hf")
     return lambda **settings: huggingface.HFLM(
         pretrained=str(tmp_path / "hf"), device="cpu", batch_size=4, logits_cache=False, **settings
     )

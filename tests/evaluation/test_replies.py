@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation import replies as module
+from lit_gpt_scratch.evaluation import chat_eval as module
+from lit_gpt_scratch.evaluation.chat_eval import Conversation, Reply, measure, replies
 from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.replies import Conversation, Reply, measure, replies
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat import Message, Template
+from lit_gpt_scratch.text.chat_template import Message, Template
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 

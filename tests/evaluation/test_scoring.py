@@ -8,7 +8,7 @@ import torch
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.intervals import ENOUGH, scores
-from lit_gpt_scratch.evaluation.scoring import measure, score
+from lit_gpt_scratch.evaluation.perplexity import measure, score
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised, sentences

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.interop.folder import Model
+from lit_gpt_scratch.interop.hf_checkpoint import Model
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.family import Shape
-from lit_gpt_scratch.interop.folder import Model, read, write
+from lit_gpt_scratch.interop.hf_checkpoint import Model, read, write
+from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
@@ -157,10 +157,10 @@ def test_what_no_family_can_say(
 
 def test_a_switch_that_is_new_is_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of every switch some value can be said, or it is named; none is passed over because nobody thought of it."""
-    from lit_gpt_scratch.interop import family
-    from lit_gpt_scratch.interop.folder import FAMILIES
+    from lit_gpt_scratch.interop import model_family
+    from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES
 
-    monkeypatch.setattr(family, "FREE", family.FREE - {"n_layer"})
+    monkeypatch.setattr(model_family, "FREE", model_family.FREE - {"n_layer"})
     assert all("n_layer is 1 (there 4)" in one.obstacles(GPTConfig(n_layer=1)) for one in FAMILIES.values())
 
 
@@ -186,12 +186,12 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, tokenizer: 
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lit_gpt_scratch.interop import folder
+    from lit_gpt_scratch.interop import hf_checkpoint
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder, "save_file", full)
+    monkeypatch.setattr(hf_checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"cannot write .*hf: No space left on device"):
         write(made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer), tmp_path / "hf")
     assert not any(tmp_path.iterdir())

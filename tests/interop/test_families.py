@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_gpt_scratch.interop.fields import Fields
-from lit_gpt_scratch.interop.folder import FAMILIES, read, write
+from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read, write
+from lit_gpt_scratch.interop.hf_config import Fields
 from tests.interop.conftest import CASES, LENGTH, LLAMA3, YARN, Published, change, ids, library, network
 
 EXACT = 1e-5

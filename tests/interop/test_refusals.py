@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.folder import read
+from lit_gpt_scratch.interop.hf_checkpoint import read
 from tests.interop.conftest import YARN, Published, change
 
 

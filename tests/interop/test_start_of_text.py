@@ -11,8 +11,8 @@ from tokenizers import processors
 
 from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.cli import convert
-from lit_gpt_scratch.evaluation.scoring import score
-from lit_gpt_scratch.interop.folder import read
+from lit_gpt_scratch.evaluation.perplexity import score
+from lit_gpt_scratch.interop.hf_checkpoint import read
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 from tests.interop.conftest import Published, library

@@ -11,11 +11,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model import causal_attention as module
-from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.causal_attention import causal_attention, manual_attention
+from lit_gpt_scratch.model import attention as module
+from lit_gpt_scratch.model.attention import Attention, Layout, causal_attention, layout, manual_attention
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.layout import Layout, layout
 from lit_gpt_scratch.model.positions import POSITIONS, Position
 from tests.conftest import randomised
 

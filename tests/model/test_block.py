@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.block import Block
+from lit_gpt_scratch.model.attention import Layout, layout
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
-from lit_gpt_scratch.model.layout import Layout, layout
+from lit_gpt_scratch.model.gpt import Block
 from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS, build_norm
 from lit_gpt_scratch.model.positions import Position
 

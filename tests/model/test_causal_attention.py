@@ -9,9 +9,8 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model import causal_attention as module
-from lit_gpt_scratch.model.causal_attention import causal_attention
-from lit_gpt_scratch.model.layout import layout
+from lit_gpt_scratch.model import attention as module
+from lit_gpt_scratch.model.attention import causal_attention, layout
 from lit_gpt_scratch.model.positions import Position
 
 

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.data.packed_dataset import Windows
 from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
-from lit_gpt_scratch.data.windows import Windows
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model import layout as layout_module
+from lit_gpt_scratch.model import attention as layout_module
+from lit_gpt_scratch.model.attention import layout
 from lit_gpt_scratch.model.config import PositionName
-from lit_gpt_scratch.model.layout import layout
 from lit_gpt_scratch.model.positions import Position
 from tests.conftest import randomised, token_stream
 

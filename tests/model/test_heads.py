@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.heads import Classes, Head, Scalar, Tokens, padded
+from lit_gpt_scratch.model.output_heads import Classes, Head, Scalar, Tokens, padded
 from tests.conftest import randomised
 
 VOCAB = 61

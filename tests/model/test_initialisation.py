@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.initialisation import INITIALISATIONS
+from lit_gpt_scratch.model.init import INITIALISATIONS
 from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS
 
 WIDTH, HIDDEN, LAYERS, VOCAB = 128, 512, 3, 1000

@@ -13,9 +13,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from lit_gpt_scratch.kernels import onednn_linear as module
+from lit_gpt_scratch.kernels.onednn_linear import linear, onednn_is_faster
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model import linear as module
-from lit_gpt_scratch.model.linear import linear, onednn_is_faster
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.kernels.onednn_linear import LINEAR
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.linear import LINEAR
 from lit_gpt_scratch.model.lora import (
     LoRA,
     LoRALinear,

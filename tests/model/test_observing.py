@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.heads import Classes
-from lit_gpt_scratch.model.inspection import Observation, Seen, answers, dead, looks, observe
+from lit_gpt_scratch.model.activation_hooks import Observation, Seen, answers, dead, looks, observe
+from lit_gpt_scratch.model.output_heads import Classes
 from tests.conftest import randomised
 
 MANUAL = GPTConfig(n_layer=3, n_head=4, n_embd=32, attention_backend="manual")

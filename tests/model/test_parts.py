@@ -7,11 +7,10 @@ import torch
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.layout import Layout, layout
+from lit_gpt_scratch.model.attention import Attention, Layout, layout
+from lit_gpt_scratch.model.bigram_embedding import Bigrams, Smear
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import Position
-from lit_gpt_scratch.model.token_before import Bigrams, Smear
 
 
 def plain(config: GPTConfig, tokens: int) -> tuple[Position, Layout]:

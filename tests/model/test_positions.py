@@ -12,11 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.attention import Attention
+from lit_gpt_scratch.model.attention import Attention, layout
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.layout import layout
-from lit_gpt_scratch.model.positions import POSITIONS, ALiBi, Learned, Rotary, Sinusoidal
-from lit_gpt_scratch.model.rotary_scaling import frequencies
+from lit_gpt_scratch.model.positions import POSITIONS, ALiBi, Learned, Rotary, Sinusoidal, frequencies
 
 DOCUMENTS = torch.tensor([[3, 3, 3, 7, 7, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
 PLACES = [[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8]]

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.positions import frequencies
 from lit_gpt_scratch.model.presets import PRESETS
-from lit_gpt_scratch.model.rotary_scaling import frequencies
 
 VOCABULARY = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
 PUBLISHED = {

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.cross_entropy import token_nats
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.objectives.likelihood import token_nats
 from tests.conftest import TINY, randomised
 
 configs = st.builds(

@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import Muon
-from lit_gpt_scratch.optim.average import STATE, MovingAverage, exchange, names
+from lit_gpt_scratch.optim.ema import STATE, MovingAverage, exchange, names
 
 TIED = GPTConfig(n_layer=1, n_head=2, n_embd=16, tied_embeddings=True)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {

@@ -12,7 +12,7 @@ from torch.optim import lr_scheduler
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim import Schedule
-from lit_gpt_scratch.optim.schedule import Decay
+from lit_gpt_scratch.optim.lr_schedule import Decay
 
 TOTAL = 100
 

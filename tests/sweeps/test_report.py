@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from lit_gpt_scratch.sweeps.arm import Arm
-from lit_gpt_scratch.sweeps.document import Code, Heading, Table, Text, markdown, page
+from lit_gpt_scratch.sweeps.html_report import Code, Heading, Table, Text, markdown, page
 from lit_gpt_scratch.sweeps.report import Report
-from lit_gpt_scratch.sweeps.results import Point, Run
+from lit_gpt_scratch.sweeps.run_results import Point, Run
+from lit_gpt_scratch.sweeps.trial import Arm
 
 METRIC = "val/bits_per_byte"
 SESSION = {"versions": {"torch": "2.13.0"}, "hardware": {"system": "Linux", "threads": 2}, "code": {"commit": "abc"}}

@@ -16,7 +16,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.sweeps import hparams
-from lit_gpt_scratch.sweeps.results import Point, Run, curve, read_run, run_in
+from lit_gpt_scratch.sweeps.run_results import Point, Run, curve, read_run, run_in
 
 METRIC = "val/bits_per_byte"
 

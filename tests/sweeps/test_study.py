@@ -11,11 +11,11 @@ pytest.importorskip("optuna")
 from optuna.trial import TrialState
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.command import Known
-from lit_gpt_scratch.sweeps.results import Run
+from lit_gpt_scratch.sweeps.build_command import Known
+from lit_gpt_scratch.sweeps.run_results import Run
 from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage
 from lit_gpt_scratch.sweeps.study import Claim, Study
-from lit_gpt_scratch.sweeps.sweep_file import Sweep, load
+from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 
 METRIC = "val/bits_per_byte"
 

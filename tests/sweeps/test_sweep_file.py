@@ -7,9 +7,9 @@ import pytest
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.command import Known, arguments, experiment, steps
-from lit_gpt_scratch.sweeps.dimension import Range
-from lit_gpt_scratch.sweeps.sweep_file import Sweep, load
+from lit_gpt_scratch.sweeps.build_command import Known, arguments, experiment, steps
+from lit_gpt_scratch.sweeps.search_space import Range
+from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 
 WHOLE = """
 # What does the position bring,

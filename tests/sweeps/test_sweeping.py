@@ -14,11 +14,11 @@ pytest.importorskip("optuna")
 
 from optuna.trial import TrialState
 
-from lit_gpt_scratch.cli import door
+from lit_gpt_scratch.cli import entrypoint
 from lit_gpt_scratch.cli.sweep import main
 from lit_gpt_scratch.sweeps.storage import open_storage
 from lit_gpt_scratch.sweeps.study import Study
-from lit_gpt_scratch.sweeps.sweep_file import load
+from lit_gpt_scratch.sweeps.sweep_config import load
 from tests.sweeps.conftest import STUB, rows, starts
 from tests.sweeps.stub_fit import METRIC, figure
 
@@ -35,7 +35,7 @@ def sweeping(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweeping:
     def run(text: str, *args: str) -> int:
         Path("s.yaml").write_text(text)
         try:
-            door.run(lambda: main(["s.yaml", *args], module=STUB))
+            entrypoint.run(lambda: main(["s.yaml", *args], module=STUB))
         except SystemExit as error:
             return int(error.code or 0)
         return 0

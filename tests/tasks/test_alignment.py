@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.batch import IGNORED, PairBatch
-from lit_gpt_scratch.callbacks.true_reward import TrueReward
-from lit_gpt_scratch.checkpoint.contents import KEY
-from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
-from lit_gpt_scratch.checkpoint.rewarding import reward_model
+from lit_gpt_scratch.batch_types import IGNORED, PairBatch
+from lit_gpt_scratch.callbacks.samples import TrueReward
+from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model, reward_model
+from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.data import Conversations, Preferences
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.replies import Reply
+from lit_gpt_scratch.evaluation.chat_eval import Reply
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.heads import rewards
 from lit_gpt_scratch.model.lora import LoRA
+from lit_gpt_scratch.model.output_heads import rewards
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.tasks import DPO, LanguageModel, Reward
 
@@ -211,7 +210,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         kinds = [Reply("Yes.", True, 3), Reply("Yes.", False, 8), Reply("Yes", True, 2), Reply("No.", True, 4)]
         return [kinds[place % 4] for place in range(len(prompts))]
 
-    monkeypatch.setattr("lit_gpt_scratch.callbacks.true_reward.replies", written)
+    monkeypatch.setattr("lit_gpt_scratch.callbacks.samples.replies", written)
     watching = TrueReward(prompts=8)
     task, _ = align(DPO(init_from=str(start), compile=False), callbacks=[watching])
     assert watching.start == 0.5

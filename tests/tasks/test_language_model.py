@@ -11,15 +11,15 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch import IGNORED, Batch
-from lit_gpt_scratch.callbacks.ending import ValidateAtEnd
+from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES, Policy
+from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.scoring import score
-from lit_gpt_scratch.hardware.defaults import why_not_compile
+from lit_gpt_scratch.evaluation.perplexity import score
+from lit_gpt_scratch.losses.cross_entropy import token_nats
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.objectives.likelihood import token_nats
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 from lit_gpt_scratch.tasks import LanguageModel
 

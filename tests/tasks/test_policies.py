@@ -14,25 +14,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.batch import IGNORED
-from lit_gpt_scratch.callbacks.plan import Plan
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.callbacks.run_plan import Plan
 from lit_gpt_scratch.callbacks.summary import Summary
-from lit_gpt_scratch.checkpoint.contents import KEY
+from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
-from lit_gpt_scratch.data.phases import own_rows
-from lit_gpt_scratch.decoding.generation import generate
-from lit_gpt_scratch.decoding.sampling import Sampling
+from lit_gpt_scratch.data.rollout_sampler import own_rows
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.generation.decode_loop import generate
+from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.losses.rl import group_advantages
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
-from lit_gpt_scratch.objectives.policy import group_advantages
 from lit_gpt_scratch.optim import AdamW
-from lit_gpt_scratch.optim.parts import gradients, total_norm
+from lit_gpt_scratch.optim.gradient_clipping import gradients, total_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
-from lit_gpt_scratch.tasks.phases import ROLLOUTS, PhasedPolicy
-from lit_gpt_scratch.tasks.rollouts import Rollouts, gathered, seeds
-from lit_gpt_scratch.text.checkable import no_digit
+from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS, PhasedPolicy
+from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, gathered, seeds
+from lit_gpt_scratch.text.verifiable_rewards import no_digit
 
 Build = Callable[..., L.Trainer]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")

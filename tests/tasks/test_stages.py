@@ -13,21 +13,21 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.batch import IGNORED
+from lit_gpt_scratch.batch_types import IGNORED
 from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
-from lit_gpt_scratch.checkpoint.contents import KEY, Contents
+from lit_gpt_scratch.checkpoint.checkpoint_io import save
+from lit_gpt_scratch.checkpoint.init_from import begin_with
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
-from lit_gpt_scratch.checkpoint.sealed import save
-from lit_gpt_scratch.checkpoint.sharing import load_shared, share
-from lit_gpt_scratch.checkpoint.starting import begin_with
+from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+from lit_gpt_scratch.checkpoint.safetensors_export import load_shared, share
 from lit_gpt_scratch.cli import convert
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.heads import POOLINGS, Classes
 from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state
+from lit_gpt_scratch.model.output_heads import POOLINGS, Classes
 from lit_gpt_scratch.model.presets import PRESETS
-from lit_gpt_scratch.objectives.metrics import mean_auroc
 from lit_gpt_scratch.optim import Schedule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.chat import ROLE_TOKENS, Message, Template, conversation
+from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template, conversation
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 SPELLINGS = {

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.checkable import CHECKABLES, checkable, preferences, prompts, says_something
+from lit_gpt_scratch.text.verifiable_rewards import CHECKABLES, checkable, preferences, prompts, says_something
 
 
 @pytest.mark.parametrize(

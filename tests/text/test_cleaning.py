@@ -20,9 +20,9 @@ from lit_gpt_scratch.text.cleaning import (
     UnicodeNormalization,
     Whitespace,
 )
+from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.document import Document
 from lit_gpt_scratch.text.duplicates import NearDuplicates
-from lit_gpt_scratch.text.leakage import Leakage
 from lit_gpt_scratch.text.quality import C4, DUPLICATED, TOP, GopherQuality, GopherRepetition
 
 

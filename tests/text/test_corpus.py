@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import audit as account
-from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text import cleaning_pipeline
+from lit_gpt_scratch.text import cleaning_report as account
 from lit_gpt_scratch.text.cleaning import (
     ControlCharacters,
     Length,
@@ -26,10 +26,10 @@ from lit_gpt_scratch.text.cleaning import (
     Whitespace,
 )
 from lit_gpt_scratch.text.corpus import Corpus, Selection
+from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
-from lit_gpt_scratch.text.leakage import Leakage
+from lit_gpt_scratch.text.parquet_io import shelved
 from lit_gpt_scratch.text.quality import GopherQuality
-from lit_gpt_scratch.text.shelf import shelved
 from lit_gpt_scratch.text.sources import Source
 from tests.conftest import sentences
 
@@ -194,15 +194,15 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
 CLEAN = """
 import sys
 from pathlib import Path
-from lit_gpt_scratch.text import pipeline
+from lit_gpt_scratch.text import cleaning_pipeline
 from lit_gpt_scratch.text.cleaning import ControlCharacters, Length, MaskContacts, Whitespace
 from lit_gpt_scratch.text.corpus import Selection
 from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
-from lit_gpt_scratch.text.leakage import Leakage
+from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.sources import Source
 
 if __name__ == "__main__":
-    pipeline.ALONE, pipeline.BATCH, pipeline.MOST = 1, 3000, 20
+    cleaning_pipeline.ALONE, cleaning_pipeline.BATCH, cleaning_pipeline.MOST = 1, 3000, 20
     steps = ControlCharacters(), ExactDuplicates(), Whitespace(), Length(30), MaskContacts(), NearDuplicates()
     for n in (1, 2, 3):
         folder = Path(sys.argv[2], str(n))
@@ -409,7 +409,7 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(400):
             read += 1
             most = max(most, read - done)
-            yield pipeline.Passage(document=None, origin=0, sizes=[pipeline.BATCH])  # type: ignore[arg-type]
+            yield cleaning_pipeline.Passage(document=None, origin=0, sizes=[cleaning_pipeline.BATCH])  # type: ignore[arg-type]
 
     class Now:
         def submit(self, work: object, batch: object) -> object:
@@ -421,8 +421,8 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return Done()
 
-    pool = pipeline.Pool(2)
+    pool = cleaning_pipeline.Pool(2)
     monkeypatch.setattr(pool, "_start", Now)
-    monkeypatch.setattr(pipeline, "ALONE", 0)
-    assert sum(len(batch) for batch in pool.each(lambda batch: batch, pipeline._batches(passages()))) == 400  # type: ignore[arg-type]
-    assert most <= 2 * pipeline.AHEAD + 3
+    monkeypatch.setattr(cleaning_pipeline, "ALONE", 0)
+    assert sum(len(batch) for batch in pool.each(lambda batch: batch, cleaning_pipeline._batches(passages()))) == 400  # type: ignore[arg-type]
+    assert most <= 2 * cleaning_pipeline.AHEAD + 3

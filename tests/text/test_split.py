@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.text import split as split_module
 from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.ledger import known
+from lit_gpt_scratch.text.document_index import known
 from lit_gpt_scratch.text.sources import documents
 from lit_gpt_scratch.text.split import NEAR_DUPLICATE, Families, Split, split
 from tests.conftest import sentences

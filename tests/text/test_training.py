@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.training import END_OF_TEXT, JOINED, KINDS
+from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, JOINED, KINDS
 from lit_gpt_scratch.text.wordpiece import learn
 from tests.conftest import sentences
 

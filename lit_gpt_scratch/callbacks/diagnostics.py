@@ -1,0 +1,179 @@
+"""Saying what is wrong with a run while it can still be helped."""
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.callbacks.metric_names import Listener, note
+from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
+from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.spike_guard import MODES, Guard
+from lit_gpt_scratch.data import LabelledText, PackedText
+from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.diagnostics.repetition import repeated_passages, repeated_words
+from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, Examination
+from lit_gpt_scratch.diagnostics.rules import PLANNED, SYMPTOMS
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy
+
+log = logging.getLogger(__name__)
+
+READ: Final = 250_000
+"""Tokens of the training text that are searched for passages that come again, in a tenth of a second."""
+FILE: Final = "doctor.json"
+OF_FIRST_BATCH: Final = "run/labels_next", "run/labels_own"
+"""Facts of the first batch that was seen."""
+
+
+class Doctor(InRunFolder):
+    """State, from what is measured, symptom, likely cause and the flag to try, each as soon as it is known.
+
+    What it says goes to the terminal, to TensorBoard's tab of texts, and into ``doctor.json``: a list of ``{symptom,
+    cause, flag, step}``, empty where nothing was found. It hears what the loggers are told, and puts beside it facts of
+    the run that no curve has, as points of step 0 named ``run/...``; so ``python -m lit_gpt_scratch.doctor RUN`` finds
+    the same in a run's events. Which evidence speaks for what is the table's (``diagnosis/symptoms.py``).
+    """
+
+    def __init__(self) -> None:
+        self.examination = Examination(SYMPTOMS)
+        self._told = 0
+        self._facts_due = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Listen."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.examination, self._told = Examination(SYMPTOMS), 0
+            trainer.loggers = [*trainer.loggers, Listener(self.examination)]
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Stop listening."""
+        trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, Listener)]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Learn what was before, or what the run begins with."""
+        if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
+            replay(self.folder.path, self.examination)
+            self.examination.forget(trainer.global_step)
+            self._told = len(self.examination.found)
+        self._facts_due = True
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Judge what the step before has measured."""
+        if self._facts_due:
+            self._facts_due = False
+            self._log_facts(trainer, pl_module, batch)
+        self.examination.examine()
+        self._tell(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure how much of what the model has just written repeats itself."""
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+        written = next((callback.latest for callback in callbacks if isinstance(callback, Samples)), "")
+        if written and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics({"samples/repetition": repeated_words(written)}, trainer.global_step - 1)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The last word."""
+        self.examination.end()
+        self._tell(trainer, last=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """What was found is worth most when the run fails."""
+        self.examination.examine()
+        self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer, last: bool = False) -> None:
+        found, told = self.examination.found, self._told
+        if len(found) == told and not last:
+            return
+        self._told = len(found)
+        if not trainer.is_global_zero:
+            return
+        known = {diagnosis.name for diagnosis in found[:told]}
+        for diagnosis in found[told:]:
+            if diagnosis.name not in known and diagnosis.name not in PLANNED:  # the plan has just said those
+                log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
+            known.add(diagnosis.name)
+        if found:
+            note(trainer, "doctor", as_table(found), found[-1].step)
+        if self.folder:
+            write_diagnoses(found, self.folder.path / FILE)
+
+    def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
+        """Those that are not known yet, or not any more: a run that goes on may be longer than it was to be."""
+        known = self.examination.evidence
+        facts = {name: value for name, value in _facts(trainer, task, batch).items() if known.fact(name) != value}
+        if math.isfinite(known.fact(OF_FIRST_BATCH[0])):  # another batch says as much
+            facts = {name: value for name, value in facts.items() if name not in OF_FIRST_BATCH}
+        if facts:
+            for logger in trainer.loggers:
+                logger.log_metrics(facts, max(trainer.global_step - 1, 0))
+
+
+def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
+    """A file like ``doctor.json``; one that is there is replaced when the new one is whole."""
+    unfinished = path.with_name(f".{path.name}.part")
+    unfinished.write_text(json.dumps([diagnosis.plain() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
+    unfinished.replace(path)
+
+
+def as_table(found: list[Diagnosis]) -> str:
+    """Markdown."""
+    rows = [f"| {d.step} | {d.symptom} | {d.cause} | `{d.flag}` |".replace("\n", " ") for d in found]
+    return "\n".join(["| step | symptom | likely cause | try |", "| --- | --- | --- | --- |", *rows])
+
+
+def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
+    """What the rows of the table want to know of a run beside its curves, as single-precision numbers."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    data = trainer.datamodule  # type: ignore[attr-defined]  # the same
+    guard = next((callback.mode for callback in callbacks if isinstance(callback, Guard)), "off")
+    facts: dict[str, float] = {"run/guard": MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
+    if isinstance(data, OrderedData) and isinstance(task, GPTTask):
+        facts |= {
+            "run/parameters": sum(p.numel() for p in task.net.parameters()),
+            "run/begins_trained": task.init_from is not None,
+            "run/post_norm": task.gpt.norm_placement == "post",
+            "run/warmup_steps": task.schedule.warmup_steps,
+            "run/tokens_per_step": tokens_per_step(trainer, data),
+            "run/train_tokens": len(data.train_windows) * data.block_size,
+            "run/loader_processes": data.num_workers,
+            "run/chance_loss": math.log(len(data.class_names) if isinstance(data, LabelledText) else data.vocab_size),
+        }
+        if isinstance(batch, dict) and "input_ids" in batch:
+            facts |= _labels(batch["input_ids"], batch["labels"])
+    if isinstance(task, PhasedPolicy) and task.kl_target is not None:
+        facts["run/kl_target"] = task.kl_target
+    if isinstance(data, PackedText):
+        batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
+        validated = batches * data.tokens_per_batch
+        facts |= {
+            "run/validation_tokens": min(data.store.validation.n_tokens, validated),
+            "run/repeated_passages": repeated_passages(data.some_tokens(READ)),
+        }
+    in_single = torch.tensor([float(value) for value in facts.values()], dtype=torch.float32).tolist()
+    return {name: value for name, value in zip(facts, in_single, strict=True) if math.isfinite(value)}
+
+
+def _labels(ids: Tensor, labels: Tensor) -> dict[str, float]:
+    """Of the labels that count, how many are the token that the next position reads, and how many that of their own."""
+    if ids.shape != labels.shape:
+        return {}
+    inner, scored = labels[:, :-1], labels[:, :-1] != IGNORED
+    if not scored.any():
+        return {}
+    shares = [(inner == ids[:, shift : shift + inner.size(1)])[scored].float().mean().item() for shift in (1, 0)]
+    return dict(zip(OF_FIRST_BATCH, shares, strict=True))

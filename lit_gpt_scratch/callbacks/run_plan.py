@@ -1,0 +1,290 @@
+"""What a run is going to do, before it does it."""
+
+import logging
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import torch
+
+from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
+from lit_gpt_scratch.callbacks.formatting import clock, count, many, size
+from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.record_datamodule import RecordData
+from lit_gpt_scratch.diagnostics.config_rules import CHINCHILLA, FAR, FEW_VALIDATION_TOKENS, MANY_EPOCHS
+from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
+from lit_gpt_scratch.profiling.flops_and_memory import (
+    activation_bytes,
+    parameters_by_part,
+    state_bytes,
+    training_flops_per_token,
+)
+from lit_gpt_scratch.tasks.gpt_module import GPTTask
+
+log = logging.getLogger(__name__)
+
+TIMED_STEPS = 8
+
+
+class Plan(InRunFolder):
+    """Say what is about to happen, and after the first steps how long it will take.
+
+    Args:
+        only: Stop when that is said; for a trainer without logger, checkpoints and validations.
+        validates: Whether the run that is planned validates.
+    """
+
+    def __init__(self, only: bool = False, validates: bool = True) -> None:
+        self.only = only
+        self.validates = validates
+        self.lines: list[tuple[str, str]] = []
+        """What was said, each line with its name; only on the first rank."""
+        self._times: list[float] = []
+        self._began: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the plan and the warnings."""
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        self._first_step = self._step = trainer.global_step
+        self._told = not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData))
+        if isinstance(pl_module, GPTTask) and isinstance(data, OrderedData) and trainer.is_global_zero:
+            self.lines = list(self._lines(trainer, pl_module, data))
+            for name, text in self.lines:
+                log.info("%-11s %s", name, text)
+            for warning in warnings(trainer, pl_module, data):
+                log.warning("%-11s %s", "careful", warning)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock of a step at its first micro-batch."""
+        if self._began is None and not self._told:
+            self._began = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop the clock; the first step compiles and does not count."""
+        if self._told or trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        if pl_module.device.type != "cpu":
+            torch.accelerator.synchronize(pl_module.device)  # it may be far behind; these few steps wait for it
+        self._times.append(time.perf_counter() - (self._began or 0.0))
+        self._began = None
+        if len(self._times) == 1 + TIMED_STEPS:
+            self._tell_time(trainer)
+            trainer.should_stop = trainer.should_stop or self.only
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A plan for fewer steps is told by those there were."""
+        if self.only and not self._told and len(self._times) > 1:
+            self._tell_time(trainer)
+
+    def _tell_time(self, trainer: L.Trainer) -> None:
+        self._told = True
+        if trainer.is_global_zero:
+            log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
+
+    def _lines(self, trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[tuple[str, str]]:
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        threads = f", {many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+        processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
+        default = default_precision(device.type)
+        why = default.why if trainer.precision == default.value else "as asked"
+        no_compiler = why_not_compile(device)
+        compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
+        yield "device", f"{processes}{name}{threads}; {trainer.precision}: {why}; {compiled}"
+
+        parts = parameters_by_part(task.net)
+        total = sum(parts.values())
+        yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
+
+        if task.init_from is not None:
+            trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
+            head = "; its head begins anew" if task.forgets_head else ""
+            yield (
+                "begins with",
+                f"{task.init_from}{head}; {count(trained)} parameters are trained, {trained / total:.1%}",
+            )
+        yield "optimizer", "; ".join(_groups(task))
+
+        yield from data_lines(data)
+        tokens = tokens_per_step(trainer, data)
+        steps = trainer.estimated_stepping_batches
+        length = "until it is stopped"
+        if math.isfinite(steps):
+            epochs = steps * tokens / (len(data.train_windows) * data.block_size)
+            done = f" ({self._first_step:,} done)" if self._first_step else ""
+            length = (
+                f"{many(steps, 'step')}{done} of {tokens:,} tokens: {count(steps * tokens)} tokens, "
+                f"{count(epochs)} epochs, {count(steps * tokens / total)} tokens a parameter"
+            )
+        yield "run", length
+
+        dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
+        sizes = task.net.vocab_size, data.block_size, data.batch_size
+        kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
+        held = state_bytes(trainer.optimizers[0], task.average.decay is not None)
+        per = " of each process" if trainer.world_size > 1 else ""
+        yield (
+            "cost",
+            f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
+            f"memory{per} {size(held)} for weights, gradients and optimizer, "
+            f"up to {size(kept)} for activations",
+        )
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if isinstance(callback, Baselines) and callback.figures:
+                bars = ", ".join(f"{name} {value:.3f}" for name, value in callback.figures.items())
+                yield "to beat", f"{bars} {callback.what}"
+        yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
+
+    def _time(self, trainer: L.Trainer, seconds: float) -> str:
+        data: OrderedData = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        tokens = tokens_per_step(trainer, data)
+        measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
+        steps = trainer.estimated_stepping_batches
+        if not math.isfinite(steps):
+            return measured
+        done = self._first_step if self.only else self._step
+        if steps == done:
+            return measured
+        # A forward pass is about a third of a training step.
+        validation = len(data.validation_windows) * data.block_size / tokens * seconds / 3
+        validations = self._validations(trainer, done, int(steps))
+        total = (steps - done) * seconds + validations * validation
+        return (
+            f"{measured}; about {clock(total)} for {many(steps - done, 'step')} and {many(validations, 'validation')}"
+        )
+
+    def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
+        """How many validations there will be after ``done`` of ``steps``: at the interval, and at the end."""
+        if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
+            return 0
+        if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
+            return 1
+        every = trainer.val_check_batch / trainer.accumulate_grad_batches  # Lightning counts micro-batches
+        return math.ceil(steps / every) - math.floor(done / every)
+
+
+def _groups(task: GPTTask) -> Iterator[str]:
+    """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
+    optimizer = task.optimizer.build(task.learned)  # the trainer's own has a checkpoint's numbers until the first step
+    for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
+        rule = group.get("rule", type(optimizer).__name__)
+        what = f"{count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
+        decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
+        yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
+    if task.average.decay is not None:
+        yield f"moving average {task.average.decay:g}"
+
+
+FEW_RECORDS = 100
+AS_GOOD_AS_NEW = 4
+"""Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
+
+
+def data_lines(data: OrderedData) -> Iterator[tuple[str, str]]:
+    """Lines of the plan, each with its name."""
+    if isinstance(data, PackedText):
+        yield "data", f"{data.origin}: {_documents(data)}"
+    if isinstance(data, RecordData):
+        yield "data", f"{data.origin}: {_records(data)}"
+    windows = data.train_windows
+    if isinstance(windows, Windows):
+        yield "windows", _windows(windows, data.block_size, data.packing if isinstance(data, PackedText) else "packed")
+
+
+def _documents(data: PackedText) -> str:
+    sides = [
+        f"{many(side.n_documents, 'document')} of {count(side.n_tokens)} tokens to {purpose}"
+        for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
+    ]
+    each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
+    return f"{', '.join(sides)}; {each:.2f} bytes a token"
+
+
+def _records(data: RecordData[Any]) -> str:
+    purposes = {"train": "learn from", "validation": "validate on", "test": "test on"}
+    return ", ".join(
+        f"{many(held.records, 'record')} of {count(held.tokens)} tokens to {purposes[side]}"
+        for side, held in data.sides.items()
+    )
+
+
+def _windows(windows: Windows, block_size: int, packing: str) -> str:
+    cost = [part.cost for part in windows.parts]
+    crossing = sum(part.crossing for part in cost) / len(windows)
+    return (
+        f"{count(len(windows))} of {block_size} tokens, {packing}: "
+        f"{min(part.used for part in cost):.1%} of their positions used, "
+        f"{many(sum(part.cut for part in cost), 'document')} cut, {crossing:.0%} with several documents"
+        f"{', which see nothing of each other' if windows.document_mask else ''}"
+    )
+
+
+def tokens_per_step(trainer: L.Trainer, data: OrderedData) -> int:
+    """Tokens of an optimizer step over all ranks."""
+    return data.tokens_per_batch * trainer.accumulate_grad_batches
+
+
+def warnings(trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[str]:
+    """What looks like a mistake, though it can be done."""
+    if isinstance(data, PackedText):
+        yield from _short_validation(data)
+    if isinstance(data, RecordData):
+        yield from _few_records(data)
+    steps = trainer.estimated_stepping_batches
+    if not math.isfinite(steps):
+        return
+    tokens = steps * tokens_per_step(trainer, data)
+    epochs = tokens / (len(data.train_windows) * data.block_size)
+    if epochs > MANY_EPOCHS:
+        what = "the text" if isinstance(data, PackedText) else "the records"
+        enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))
+        yield (
+            f"{count(epochs)} epochs: the model will learn {what} by heart; name more, or take fewer steps: "
+            f"--trainer.max_steps {enough}"
+        )
+        return  # of a text this short nothing else is worth saying
+    if task.init_from is not None:
+        return  # it has seen others before
+    each = tokens / sum(p.numel() for p in task.net.parameters())
+    if not CHINCHILLA / FAR <= each <= CHINCHILLA * FAR:
+        change = "a larger model or fewer steps"
+        if each < CHINCHILLA:
+            change = f"a smaller model or more {'text' if epochs > AS_GOOD_AS_NEW else 'steps'}"
+        yield (
+            f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
+            f"(https://arxiv.org/abs/2203.15556): take {change}"
+        )
+
+
+def _short_validation(data: PackedText) -> Iterator[str]:
+    held_out = data.store.validation.n_tokens
+    if held_out < data.block_size:
+        yield (
+            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its figures say "
+            f"little; name more text, or raise --data.validation_share"
+        )
+    elif held_out < FEW_VALIDATION_TOKENS:
+        yield (
+            f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
+            f"text, or raise --data.validation_share"
+        )
+
+
+def _few_records(data: RecordData[Any]) -> Iterator[str]:
+    held_out = data.sides["validation"].records
+    if held_out < FEW_RECORDS:
+        yield (
+            f"there are only {many(held_out, 'record')} to validate on: one more that is right changes a share by "
+            f"{1 / held_out:.1%}; name more, or raise --data.validation_share"
+        )

@@ -1,0 +1,78 @@
+"""How far a run has come, as a trainer writes it into a checkpoint."""
+
+from typing import Any, Final
+
+from lit_gpt_scratch.batch_types import Layout
+
+Counts = dict[str, int]
+
+LAYOUT: Final = "layout"
+"""What a checkpoint calls the ``Layout`` that its batches were counted in."""
+
+
+def settle(fit_loop: dict[str, Any]) -> None:
+    """Bring the counters of a saved training loop, in place, to what they are between two steps.
+
+    A checkpoint may have been written in a hook before a batch, after it, in a validation or at a run's end, and
+    Lightning 2.6 counts an event in four moments of it. Resumed from counters that are halfway through an event, it
+    repeats or drops a batch, a validation or the rest of an epoch, depending on the moment. Here only what is
+    entirely done counts, and an epoch whose last batch is done is done; so every moment is resumed alike.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a trainer's checkpoint.
+    """
+    batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
+    optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = optimization["step"]["total"]["completed"]
+    _forget(fit_loop["epoch_loop.val_loop.batch_progress"])
+    if not batches["current"]["ready"]:  # between two epochs
+        for scope in ("current", "total"):
+            epochs[scope]["completed"] = epochs[scope]["processed"]
+        return
+    epoch_done = batches["is_last_batch"] and batches["current"]["processed"] == batches["current"]["ready"]
+    for scope in ("current", "total"):
+        _all(batches[scope], batches[scope]["processed"])
+        begun = epochs[scope]["started"]
+        _all(epochs[scope], begun)
+        if not epoch_done:
+            epochs[scope] |= {"processed": begun - 1, "completed": begun - 1}
+    batches["is_last_batch"] = False
+    if epoch_done:
+        within_epoch = (batches, fit_loop["epoch_loop.scheduler_progress"], *optimization.values())
+        for progress in within_epoch:
+            _all(progress["current"], 0)
+
+
+def deal_out(fit_loop: dict[str, Any], before: Layout, now: Layout) -> None:
+    """Count the batches of a settled loop, in place, as if they had been dealt out otherwise from the beginning.
+
+    Everything else is counted in steps or epochs, which stay what they are. Where a step is of as many windows as
+    before, the next window is the one that would have come; where it is not, the next whole step's first, so that no
+    window comes twice in an epoch.
+
+    Args:
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``, settled.
+        before: How a step was dealt out when it was saved.
+        now: How it is from here on.
+    """
+    if before == now:
+        return
+    for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
+        windows = counts["processed"] * before.windows_per_batch
+        _all(counts, -(-windows // now.windows_per_step) * now.accumulate)
+
+
+def epochs_done(fit_loop: dict[str, Any]) -> int:
+    """Whole epochs in a saved training loop that is settled."""
+    done: int = fit_loop["epoch_progress"]["current"]["processed"]
+    return done
+
+
+def _all(counts: Counts, n: int) -> None:
+    counts.update(dict.fromkeys(counts, n))
+
+
+def _forget(progress: dict[str, Any]) -> None:
+    for scope in ("current", "total"):
+        _all(progress[scope], 0)
+    progress["is_last_batch"] = False

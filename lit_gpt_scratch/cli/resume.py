@@ -1,0 +1,228 @@
+"""Going on with a run: whether there is something left to do, and what is not as it was."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.pytorch import Trainer
+
+from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
+from lit_gpt_scratch.callbacks.run_metadata import Provenance
+from lit_gpt_scratch.checkpoint.config_diff import differences
+from lit_gpt_scratch.checkpoint.environment import surroundings
+from lit_gpt_scratch.checkpoint.loading import load_checkpoint
+from lit_gpt_scratch.checkpoint.loop_state import LAYOUT, epochs_done, settle
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
+from lit_gpt_scratch.errors import UserError
+
+log = logging.getLogger(__name__)
+
+Changes = dict[str, tuple[Any, Any]]
+
+NOT_THE_RUNS: Final = r"runs|experiment|ckpt_path|force|plan|config"
+"""Flags that say where and whether, not what is trained."""
+FREE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
+"""What may differ among model and data without a different result."""
+ANOTHER_MODEL: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
+"""What no force can change: the checkpoint's own contents refuse it, by name."""
+SAME_RUN: Final = (
+    r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
+    r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
+)
+"""What must be as it was for the run to be one run: the text, its order, and what a step computes."""
+DEALT: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
+"""What deals out the windows of a step; the step is the same as long as they are as many."""
+NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
+"""In which launchers say which of several machines this is: Lightning, torchrun, SLURM."""
+OPTIMIZER: Final = "model.init_args.optimizer.class_path"
+
+
+@dataclass
+class Resumed:
+    """A run that goes on from a checkpoint.
+
+    Attributes:
+        checkpoint: The file.
+        changed: By flat name, the value before and now of what is not as it was.
+        origin: Code, versions, hardware, seed and data, as the checkpoint has them.
+        layout: How a step was dealt out, if the checkpoint says.
+    """
+
+    checkpoint: Path
+    changed: Changes = field(default_factory=dict)
+    origin: dict[str, Any] = field(default_factory=dict)
+    layout: Layout | None = None
+
+    @classmethod
+    def find(cls, given: str, runs: Path, experiment: str) -> "Resumed | None":
+        """The run that ``--ckpt_path`` means; None for ``auto`` where there is none yet.
+
+        Raises:
+            UserError: There is no such checkpoint, or none that is whole.
+        """
+        if given == "auto" and not RunFolder.any_checkpoint(runs, experiment):
+            return None
+        try:
+            return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
+        except UserError as error:
+            if any(os.environ.get(name, "0") != "0" for name in NODE_RANKS):
+                raise UserError(f"{error}; on each machine: copy the run's folder there, or share --runs") from error
+            raise
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run folder that the checkpoint lies in."""
+        return RunFolder.of(self.checkpoint)
+
+    def steps_done(self, trainer: Trainer, force: bool = False) -> int:
+        """The step that the checkpoint has reached.
+
+        Args:
+            trainer: Knows how long the run is to be.
+            force: Go on though a callback ended the run.
+
+        Raises:
+            UserError: The file is no checkpoint, or its run is over and nothing more was asked for.
+        """
+        checkpoint = load_checkpoint(self.checkpoint)
+        if "loops" not in checkpoint:
+            raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
+        self.origin = next(iter(_states(checkpoint, Provenance.__qualname__)), {})
+        self.layout = Layout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
+        step: int = checkpoint["global_step"]
+        loop = checkpoint["loops"]["fit_loop"]
+        settle(loop)
+        if any(state.get("validation_due") for state in _states(checkpoint, Checkpoints.__qualname__)):
+            return step
+        epochs = epochs_done(loop)
+        seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
+        more = None
+        if 0 < trainer.max_steps <= step:
+            more = f"all {step} steps of its run", f"--trainer.max_steps {2 * step}"
+        elif 0 < (trainer.max_epochs or 0) <= epochs:
+            more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
+        elif _seconds(trainer) <= seconds:
+            more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
+        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpoints.__qualname__)):
+            more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
+        if more and self._untested(checkpoint):
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+                if isinstance(callback, Checkpoints):
+                    callback.untested = True
+        elif more:
+            raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
+        return step
+
+    def _untested(self, checkpoint: dict[str, Any]) -> bool:
+        """Whether there is a test that the run did not come to the end of."""
+        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpoints.__qualname__)):
+            return False
+        summary = self.folder.path / "summary.json"
+        measured = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
+        return not any(name.startswith("test/") for name in measured)
+
+    def compare(
+        self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
+    ) -> None:
+        """Say what changed since the run was begun, and refuse what would make it another run.
+
+        Args:
+            config_before: All flags of the run so far.
+            config: All flags now.
+            here: The number of processes, of those that read windows of their own, the seed, and the data's
+                fingerprint, now.
+            force: Go on all the same.
+
+        Raises:
+            UserError: Something that matters changed, and ``force`` is off; or the optimizer is of another kind.
+        """
+        sessions = self.folder.sessions() if self.folder else []
+        flags = differences(config_before, config)
+        self.changed = {name: values for name, values in flags.items() if not re.fullmatch(NOT_THE_RUNS, name)}
+        matters = [
+            n for n in self.changed if re.fullmatch(SAME_RUN, n) and not re.fullmatch(f"{FREE}|{ANOTHER_MODEL}", n)
+        ]
+        before = dict(self.origin or (sessions[-1] if sessions else {}))
+        if before:
+            now = surroundings()
+            for part in ("versions", "hardware", "code"):
+                known = {name: now[part].get(name) for name in before.get(part, {}) if name in now[part]}
+                old = {name: before[part][name] for name in known}
+                self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
+            before |= {"processes": before.get("hardware", {}).get("processes")}
+            another_model = any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed)
+            seed_said = "seed_everything" in self.changed
+            for name in ("processes", *(() if seed_said else ("seed",)), *(() if another_model else ("data",))):
+                if before.get(name) not in (None, here.get(name)):
+                    self.changed[name] = (before[name], here.get(name))
+                    matters.append(name)
+        if self.folder is None:
+            log.warning("%s lies in no run folder: its flags are not known", self.checkpoint)
+        if OPTIMIZER in self.changed:
+            raise UserError(
+                f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
+            )
+        keep = ""
+        if self.layout is not None and any(re.fullmatch(DEALT, n) for n in matters):
+            step = self.layout.windows_per_step, _windows_per_step(config, here["replicas"])
+            if step[0] != step[1]:
+                self.changed["windows of a step"] = step
+                matters.append("windows of a step")
+                tokens = step[0] * config["data"]["init_args"].get("block_size", 1)
+                keep = f"; to keep its step: --data.tokens_per_step {tokens}"
+            elif not _counts_batches(config):
+                matters = [n for n in matters if not re.fullmatch(DEALT, n)]
+        if matters and not force:
+            raise UserError(
+                f"{self.checkpoint} is of a run with {_said(self.changed, matters)}{keep}; "
+                "to go on all the same: --force"
+            )
+        if self.changed:
+            log.warning("changed since the run was begun: %s", _said(self.changed, list(self.changed)))
+
+
+def _windows_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
+    """Windows of an optimizer step over all processes; None for data of one's own, which may have none.
+
+    Replicas are the processes that read windows of their own.
+    """
+    data = config["data"]["init_args"]
+    if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
+        return None
+    if data["tokens_per_step"] is not None:
+        return int(data["tokens_per_step"] // data["block_size"])
+    return int(data["batch_size"] * replicas * config["trainer"]["accumulate_grad_batches"])
+
+
+def _counts_batches(config: Mapping[str, Any]) -> bool:
+    """Whether an epoch ends after so many micro-batches, and so elsewhere if they are of other sizes."""
+    limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
+    return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
+
+
+def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
+    return [state for key, state in checkpoint["callbacks"].items() if re.match(rf"{callback}\b", key)]
+
+
+def _seconds(trainer: Trainer) -> float:
+    """The time limit of a whole run."""
+    limits = (getattr(callback, "_duration", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # set late
+    return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
+
+
+def _said(changes: Changes, names: list[str]) -> str:
+    def short(value: Any) -> str:
+        text = str(value)
+        if re.fullmatch(r"\w+(\.\w+)+\.[A-Z]\w+", text):  # a class by its path
+            return text.rpartition(".")[2]
+        return text if len(text) <= 24 else f"{text[:12]}..."
+
+    each = (f"{n.replace('.init_args', '')} {short(changes[n][0])}, now {short(changes[n][1])}" for n in names)
+    return "; ".join(each)

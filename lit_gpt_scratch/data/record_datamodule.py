@@ -1,0 +1,247 @@
+"""Rows of a table as batches: read, split, encode, lay out. A stage of tuning is a subclass with three methods.
+
+=================== ============================= =============================== ======================
+stage               ``record``, of a row          ``sequences``, of a record      ``arrange``, of a side
+=================== ============================= =============================== ======================
+``LabelledText``    a text and its label          its ids, and its class          rows, filled up
+``Conversations``   messages                      the template's; replies learned packed windows
+``Preferences``     a prompt and two replies      the template's, with each       pairs, filled up
+``Prompts``         messages to reply to          the template's; none learned    numbers of rows
+=================== ============================= =============================== ======================
+"""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+from platformdirs import user_cache_path
+
+from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
+from lit_gpt_scratch.data.base_datamodule import Arrangement, OrderedData, refuse_not_positive, refuse_null
+from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide, held_out
+from lit_gpt_scratch.data.resolve_tokenizer import one_of_both, trained_once
+from lit_gpt_scratch.data.tokenized_examples import TOO_LONG, Count, Encoded, Example, Record, TooLong, digest, fitted
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text import hub, synthetic_data
+from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.row_readers import Columns
+from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+R = TypeVar("R", bound=Record)
+
+
+class RecordData(OrderedData, ABC, Generic[R]):
+    """Records of a table, split by chance, encoded and laid out.
+
+    Args:
+        source: A file of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not), a folder of such, or a
+            pattern with ``*``; ``owner/name`` of a dataset of the Hub. By default a few hundred that are generated.
+        config: The configuration of a dataset of the Hub.
+        split: The split of a dataset of the Hub.
+        streaming: Read a dataset of the Hub as it comes, without keeping a copy.
+        validation_share: Share of the records to validate on; by default the stage's own.
+        test_share: Share of the records to test on; 0 holds none out for it; by default the stage's own.
+        split_seed: Of the split, whatever the run's seed.
+        copies_together: Put records that say the same on one side of the split; by default they are only counted.
+        too_long: What becomes of a record that is longer than ``block_size``: ``refuse`` it by name, ``cut`` off its
+            end, or ``drop`` it.
+        tokenizer: The kind to train on the training records: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
+            ``byte``. Or one to use, as a file or a folder. By default that of ``init_from``, or else ``bpe``.
+        vocab_size: Tokens of the tokenizer that is trained, special ones included; by default 1,024, or as many as
+            the records give.
+        init_from: The model that is tuned, a checkpoint or a run's folder: its tokenizer is taken.
+        cache: Folder for tokenizers that are trained; by default one in the user's cache folder.
+        block_size: The most tokens in a row of a batch.
+        batch_size: Rows per data-parallel rank and micro-batch.
+        tokens_per_step: Tokens per optimizer step over all ranks, counted as if each row had ``block_size``; gradients
+            of several micro-batches are accumulated to reach it. By default a step is one micro-batch.
+        num_workers: Processes that load batches beside the training.
+        seed: Seed of the order of rows; by default that of ``seed_everything``.
+
+    Raises:
+        UserError: A number is out of range, or arguments contradict each other.
+    """
+
+    columns: Columns | None = None
+    """Columns to read; None for all."""
+    shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
+    """Of validation and test, by default."""
+    special_tokens: ClassVar[Sequence[str]] = ()
+    """Of a tokenizer that is trained here."""
+
+    def __init__(
+        self,
+        source: str | None = None,
+        config: str | None = None,
+        split: str = "train",
+        streaming: bool = False,
+        validation_share: float | None = None,
+        test_share: float | None = None,
+        split_seed: int = 0,
+        copies_together: bool = False,
+        too_long: TooLong = "refuse",
+        tokenizer: str | None = None,
+        vocab_size: int | None = None,
+        init_from: str | None = None,
+        cache: str | None = None,
+        block_size: int = 256,
+        batch_size: int = 8,
+        tokens_per_step: int | None = None,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
+        refuse_null({"split": split, "split_seed": split_seed})
+        refuse_not_positive({"vocab_size": vocab_size})
+        validation = self.shares[0] if validation_share is None else validation_share
+        test = self.shares[1] if test_share is None else test_share
+        if split_seed < 0:
+            raise UserError(f"data.split_seed is {split_seed}; it must be 0 or more")
+        if too_long not in TOO_LONG:
+            raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(TOO_LONG)}")
+        self.source = None if source is None else Source(source, config=config, split=split, streaming=streaming)
+        if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is none")
+        self.held_out = held_out(validation, test)
+        self.split_seed = split_seed
+        self.copies_together = copies_together
+        self.too_long = too_long
+        self.tokenizer_given = tokenizer
+        self.vocab_size_asked = vocab_size
+        self.init_from = init_from
+        self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
+
+    @abstractmethod
+    def record(self, fields: dict[str, Any]) -> R:
+        """What a row says.
+
+        Raises:
+            UserError: It says nothing that can be learned; without its place.
+        """
+
+    @abstractmethod
+    def sequences(self, record: R) -> tuple[Encoded, ...]:
+        """A record as tokens, however long."""
+
+    @abstractmethod
+    def arrange(self, examples: Sequence[Example]) -> Arrangement:
+        """Records of one side as rows of batches."""
+
+    @abstractmethod
+    def generated(self) -> Iterator[Row]:
+        """Rows for where no source is named."""
+
+    def chosen(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
+        """Which records to take, each with the place of its row; by default all."""
+        return records
+
+    @property
+    def origin(self) -> str:
+        """Where the records come from, as a user wrote it."""
+        return synthetic_data.NAME if self.source is None else self.source.name
+
+    @cached_property
+    def records(self) -> list[tuple[str, R]]:
+        """All that are taken, each with the place of its row."""
+        rows = self.generated() if self.source is None else self.source.rows(self.columns)
+        return self.chosen([(row.where, self._read(row)) for row in rows])
+
+    def _read(self, row: Row) -> R:
+        try:
+            return self.record(row.fields)
+        except UserError as error:
+            raise UserError(f"{row.where}: {error}") from error
+
+    @cached_property
+    def places(self) -> dict[Side, Places]:
+        """The records of each side, by their places."""
+        return divide(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
+
+    @cached_property
+    def copies(self) -> dict[Side, int]:
+        """How many held-out records say what one of the training says, too, but for case and space."""
+        found = copies(self._keys, self.places)
+        for side, n in found.items():
+            if n:
+                log.info("%s: %d of %d records have a copy in training", side, n, len(self.places[side]))
+        return found
+
+    @cached_property
+    def _keys(self) -> list[str]:
+        return ["\0".join(" ".join(text.split()).casefold() for text in record.texts) for _, record in self.records]
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of the model which is tuned, or the one that was given, or one trained on the training records."""
+        own = start_tokenizer(self.init_from) if self.init_from is not None else None
+        found = one_of_both(own, self.init_from, self.tokenizer_given)
+        if found is not None:
+            if self.vocab_size_asked is not None:
+                raise UserError("data.vocab_size is of a tokenizer that is trained here; leave it out")
+            return found
+        texts = [text for place in self.places["train"] for text in self.records[place][1].texts]
+        kind = self.tokenizer_given or "bpe"
+        return trained_once(texts, kind, self.vocab_size_asked, self.special_tokens, self.cache, self.origin)
+
+    @property
+    def room(self) -> int:
+        """The most tokens of a record."""
+        return self.block_size
+
+    @cached_property
+    def examples(self) -> dict[Side, list[Example]]:
+        """Of each side, its records in tokens."""
+        found: dict[Side, list[Example]] = {}
+        for side in (side for side in SIDES if side in self.places):
+            records = (self.records[place] for place in self.places[side])
+            examples = (Example(where, self.sequences(record)) for where, record in records)
+            found[side] = fitted(examples, self.room, self.too_long, side)
+        return found
+
+    @property
+    def sides(self) -> dict[Side, Count]:
+        """What is on each side."""
+        return {side: Count.of(examples) for side, examples in self.examples.items()}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a run learns from and is measured on: ids, labels and sides, and the room of a row."""
+        found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
+        for side, examples in self.examples.items():
+            found.update(side.encode() + digest(examples))
+        return found.hexdigest()
+
+    def prepare_data(self) -> None:
+        """Read, split and encode; training a tokenizer is done here, once."""
+        _ = self.examples, self.copies
+
+    def setup(self, stage: str) -> None:
+        """Lay the rows of batches, and settle how many micro-batches make a step.
+
+        Raises:
+            UserError: The records are too few, or ``tokens_per_step`` cannot be reached.
+        """
+        for side, examples in self.examples.items():
+            if not examples:
+                raise UserError(
+                    f"{self.origin}: no record of {side} fits into {self.block_size} tokens; raise --data.block_size"
+                )
+        self.train_windows = self.arrange(self.examples["train"])
+        self.validation_windows = self.arrange(self.examples["validation"])
+        self.test_windows = self.arrange(self.examples["test"]) if "test" in self.examples else None
+        batch = self.batch_size * self.shard["num_replicas"]
+        if stage == "fit" and len(self.train_windows) < batch:
+            raise UserError(
+                f"{self.origin} has {len(self.train_windows)} rows for training, fewer than one batch of {batch}; name "
+                "more records, or lower --data.batch_size"
+            )
+        if stage == "fit":
+            self.accumulate()

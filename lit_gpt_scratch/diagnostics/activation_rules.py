@@ -1,0 +1,49 @@
+"""Rows about what a network does inside, and what it writes."""
+
+from typing import Final
+
+from lit_gpt_scratch.diagnostics.metric_history import Evidence
+from lit_gpt_scratch.diagnostics.rule_engine import Finding
+
+DEAD: Final = 0.5
+"""Share of the feed-forward units."""
+SINK: Final = 0.7
+"""Share of the attention that goes to the first token, over all heads."""
+REPEATS: Final = 0.5
+"""Share of the phrases of a sample. In samples of healthy runs it is 0 to 0.2."""
+
+
+def dead_units(e: Evidence) -> Finding | None:
+    """Units that never answer."""
+    dead = e["dynamics/dead_units"]
+    if len(dead) < 2 or not min(dead.values[-2:]) > DEAD:
+        return None
+    return Finding(
+        f"{dead.last:.0%} of the feed-forward units answer to no token",
+        "steps so large that units fell where an activation and its slope are zero",
+        "--model.gpt.feed_forward swiglu",
+    )
+
+
+def sinks(e: Evidence) -> Finding | None:
+    """Attention goes to the first token, whatever it is."""
+    sink = e["attention/sink"]
+    if len(sink) < 2 or not min(sink.values[-2:]) > SINK:
+        return None
+    return Finding(
+        f"{sink.last:.0%} of the attention goes to the first token",
+        "heads that have nothing to say can only say it there; a gate lets them be silent (README, my_attention.py)",
+        "--model.gpt.attention my_attention.Gated",
+    )
+
+
+def repetition(e: Evidence) -> Finding | None:
+    """What the model writes says the same again and again."""
+    share = e["samples/repetition"]
+    if len(share) < 2 or not min(share.values[-2:]) > REPEATS:
+        return None
+    return Finding(
+        f"{share.last:.0%} of the phrases of a sample stood in it before",
+        "too little learned yet, text that repeats itself, or too low a temperature",
+        "generate --repetition_penalty 1.2",
+    )

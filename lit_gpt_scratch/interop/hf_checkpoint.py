@@ -1,0 +1,204 @@
+"""A published model's folder, as ``transformers`` reads and writes it, to a model of this package and back."""
+
+import json
+import logging
+from functools import reduce
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.gpt2 import GPT2
+from lit_gpt_scratch.interop.hf_config import Fields
+from lit_gpt_scratch.interop.llama import Llama
+from lit_gpt_scratch.interop.mistral import Mistral
+from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, Family, Shape
+from lit_gpt_scratch.interop.qwen3 import Qwen3
+from lit_gpt_scratch.interop.weight_mapping import FILE, empty_tensors, read_tensors, refuse_other_tensors
+from lit_gpt_scratch.model.init import SMALL
+from lit_gpt_scratch.model.output_heads import padded
+from lit_gpt_scratch.text.atomic_files import filled
+from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
+from lit_gpt_scratch.text.tokenizer import GPT2_FILES, Tokenizer
+
+log = logging.getLogger(__name__)
+
+FAMILIES: Final[dict[str, Family]] = {family.model_type: family for family in (Qwen3(), Llama(), Mistral(), GPT2())}
+"""By ``model_type``. Of those that can say a config, the first is written."""
+CONFIG: Final = "config.json"
+
+
+class Model(NamedTuple):
+    """A trained model.
+
+    Attributes:
+        shape: What the network is built from.
+        weights: The network's state dict.
+        tokenizer: What makes its ids.
+    """
+
+    shape: Shape
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer
+
+
+def read(folder: Path) -> Model:
+    """The model in a folder; its weights keep their type.
+
+    Raises:
+        UserError: A file is missing, or the model is none that this package can compute.
+    """
+    config = _read_config(folder)
+    family = FAMILIES.get(config.values["model_type"])
+    if family is None:
+        raise UserError(
+            f"{config.path}: model_type is {config.values['model_type']}; known are {', '.join(sorted(FAMILIES))}"
+        )
+    shape = family.read(config)
+    tokenizer = _read_tokenizer(folder, family)
+    if tokenizer.vocab_size > shape.vocab_size:
+        raise UserError(
+            f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer beside it has ids up to "
+            f"{tokenizer.vocab_size - 1}; the two belong to different models"
+        )
+    # What the tokenizer writes before a text, or else what the model was told.
+    start = next(iter(tokenizer.template), config.values.get("bos_token_id"))
+    if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
+        tokenizer.start_of_text = start
+    found = read_tensors(folder)
+    if not any(name.startswith(family.prefix) for name in found):  # saved without the head's class around it
+        found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
+    if shape.gpt.tied_embeddings:
+        _take_tied_head(found, next(family.pieces(shape.gpt)).theirs, folder)
+    refuse_other_tensors(found, family.to_theirs(shape.gpt, empty_tensors(shape)), str(folder))
+    return Model(shape, family.to_ours(shape.gpt, found), tokenizer)
+
+
+def write(model: Model, folder: Path) -> str:
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` load.
+
+    Args:
+        model: What to write. The rows of its embeddings beyond the vocabulary are left out.
+        folder: All of it is there or none.
+
+    Returns:
+        The class of ``transformers`` that it is written for.
+
+    Raises:
+        UserError: There is something in the folder, it cannot be written, or no family has words for the model.
+    """
+    shape, weights = model.shape, dict(model.weights)
+    try:
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise UserError(f"{folder} is there already and is not an empty folder; name another, or remove it")
+    except OSError as error:
+        raise UserError(f"cannot read {folder}: {error.strerror}") from error
+    family = _choose(shape)
+    refuse_other_tensors(weights, empty_tensors(shape), "the checkpoint")
+    if padded(shape.gpt, shape.vocab_size) != shape.vocab_size:
+        weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
+    theirs = family.to_theirs(shape.gpt, weights)
+    if shape.gpt.dropout and not family.drops:
+        log.warning("dropout is %s; %s has none, and would train on without", shape.gpt.dropout, family.model_type)
+
+    def fill(place: Path) -> None:
+        for name, content in _documents(family, model, theirs).items():
+            (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (place / TOKENIZER).write_text(model.tokenizer.to_json(), encoding="utf-8")
+        save_file(theirs, place / FILE, metadata={"format": "pt"})
+
+    try:
+        place = folder.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if place.is_dir():
+            place.rmdir()
+        filled(place, fill)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+    return family.architecture
+
+
+def _choose(shape: Shape) -> Family:
+    obstacles = {family: family.obstacles(shape.gpt) for family in FAMILIES.values()}
+    nearest = min(obstacles, key=lambda family: len(obstacles[family]))
+    if obstacles[nearest]:
+        raise UserError(
+            f"no family can say this model ({', '.join(sorted(FAMILIES))}); in the nearest, {nearest.model_type}, "
+            f"these of model.gpt stand in the way: {'; '.join(obstacles[nearest])}"
+        )
+    return nearest
+
+
+def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The files that are JSON, by name."""
+    shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
+    ends = {"bos_token_id": start, "eos_token_id": end}
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in theirs.values()))
+    named = Backend.from_str(model.tokenizer.to_json()).id_to_token
+    return {
+        CONFIG: {
+            "architectures": [family.architecture],
+            "model_type": family.model_type,
+            "dtype": str(dtype).removeprefix("torch."),
+            "vocab_size": shape.vocab_size,
+            "tie_word_embeddings": shape.gpt.tied_embeddings,
+            "initializer_range": SMALL,
+            "use_cache": True,
+            **ends,
+            **family.write(shape),
+        },
+        # For generation alone: a config's padding token would have no gradient in the embedding.
+        "generation_config.json": {**ends, "pad_token_id": end},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": named(start),
+            "eos_token": named(end),
+            "model_max_length": shape.block_size,
+            "clean_up_tokenization_spaces": False,
+        },
+    }
+
+
+def _take_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
+    """Some files hold a tied head a second time."""
+    head = found.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, found.get(embedding, head)):
+        raise UserError(
+            f"{folder / CONFIG}: tie_word_embeddings is true or absent, but lm_head.weight is not {embedding}; "
+            "set it to false"
+        )
+
+
+def _read_config(folder: Path) -> Fields:
+    path = folder / CONFIG
+    if not folder.is_dir():
+        raise UserError(
+            f"no folder at {folder}; a model of the Hub is downloaded first: hf download NAME --local-dir FOLDER"
+        )
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"no {CONFIG} in {folder}; FOLDER is one that save_pretrained wrote") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no JSON, or cannot be read ({error})") from error
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise UserError(f"{path} has no model_type; known are {', '.join(sorted(FAMILIES))}")
+    return Fields(path, values)
+
+
+def _read_tokenizer(folder: Path, family: Family) -> Tokenizer:
+    if (folder / TOKENIZER).is_file():
+        return Tokenizer.load(folder / TOKENIZER)
+    # The two files do not say how text is split into words; of GPT-2 it is known.
+    if not isinstance(family, GPT2) or not any(
+        all((folder / name).is_file() for name in names) for names in GPT2_FILES
+    ):
+        raise UserError(
+            f"no {TOKENIZER} in {folder}; write one there with save_pretrained of transformers' AutoTokenizer"
+        )
+    return Tokenizer.load(folder)

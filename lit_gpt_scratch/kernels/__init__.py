@@ -1,0 +1,1 @@
+"""Implementations faster than plain PyTorch on some hardware, each tested against the plain version."""

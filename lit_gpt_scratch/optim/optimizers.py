@@ -1,0 +1,135 @@
+"""Optimizers by name, with their hyperparameters: what ``--model.optimizer NAME`` chooses from.
+
+A recipe is plain numbers until a model is there to build the optimizer for. A default of ``None`` means
+"this recipe's own": a config that swaps the class keeps arguments of the same name, and a learning rate of
+Muon would ruin AdamW.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import nn
+from torch.optim.optimizer import Optimizer
+from typing_extensions import override
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.optim.muon import MuonAdamW
+from lit_gpt_scratch.optim.param_groups import parameter_groups
+
+
+class OptimizerRecipe(ABC):
+    """Settings that become an optimizer once the model exists."""
+
+    @abstractmethod
+    def build(self, model: nn.Module) -> Optimizer:
+        """The optimizer for the model's trainable parameters."""
+
+    def check(self) -> None:
+        """Refuse numbers that no optimizer can work with.
+
+        Raises:
+            UserError: A learning rate is not positive, or another setting is out of its range.
+        """
+        for name, value in vars(self).items():
+            if name.endswith("lr") and not value > 0:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be positive")
+            if name == "weight_decay" and value < 0:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be 0 or more")
+            if name in ("beta1", "beta2", "momentum", "row_beta") and value is not None and not 0 <= value < 1:
+                raise UserError(f"model.optimizer.{name} is {value}; it must be at least 0 and below 1")
+
+
+class AdamW(OptimizerRecipe):
+    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101) for all parameters.
+
+    Args:
+        lr: Peak learning rate; 3e-3 by default, which suits small models.
+        weight_decay: Pull towards zero, on matrices and tables; gains and biases are left alone.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of their squares.
+    """
+
+    def __init__(
+        self, lr: float | None = None, weight_decay: float | None = None, beta1: float = 0.9, beta2: float = 0.95
+    ) -> None:
+        self.lr = 3e-3 if lr is None else lr
+        self.weight_decay = 0.1 if weight_decay is None else weight_decay
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.check()
+
+    @override
+    def build(self, model: nn.Module) -> Optimizer:
+        # Not torch.optim.AdamW(fused=True): Lightning refuses to clip gradients for it under mixed precision.
+        groups = parameter_groups(model)
+        settings = _adamw(self.lr, self.beta1, self.beta2)
+        return _optimizer(
+            {
+                "name": "matrices and tables",
+                "params": groups.matrices + groups.tables,
+                **settings,
+                "weight_decay": self.weight_decay,
+            },
+            {"name": "vectors", "params": groups.vectors, **settings},
+        )
+
+
+class Muon(OptimizerRecipe):
+    """Muon for the matrices inside the blocks, AdamW for embeddings, head, gains and biases.
+
+    Args:
+        lr: Peak learning rate of Muon; 0.02 by default.
+        weight_decay: Decoupled weight decay of the matrices; 0 by default.
+        momentum: Muon's momentum.
+        row_beta: NorMuon: decay of the mean of squares by which the update of every neuron is evened out
+            (https://arxiv.org/abs/2510.05491); off by default.
+        adamw_lr: Peak learning rate of AdamW.
+        beta1: AdamW's decay of the mean of gradients.
+        beta2: AdamW's decay of the mean of their squares.
+    """
+
+    def __init__(
+        self,
+        lr: float | None = None,
+        weight_decay: float | None = None,
+        momentum: float = 0.9,
+        row_beta: float | None = None,
+        adamw_lr: float = 8e-3,
+        beta1: float = 0.9,
+        beta2: float = 0.95,
+    ) -> None:
+        self.lr = 0.02 if lr is None else lr
+        self.weight_decay = 0.0 if weight_decay is None else weight_decay
+        self.momentum = momentum
+        self.row_beta = row_beta
+        self.adamw_lr = adamw_lr
+        self.beta1 = beta1
+        self.beta2 = beta2
+        self.check()
+
+    @override
+    def build(self, model: nn.Module) -> Optimizer:
+        groups = parameter_groups(model)
+        rest = _adamw(self.adamw_lr, self.beta1, self.beta2)
+        return _optimizer(
+            {
+                "name": "matrices",
+                "rule": "muon",
+                "params": groups.matrices,
+                "lr": self.lr,
+                "momentum": self.momentum,
+                "row_beta": self.row_beta,
+                "weight_decay": self.weight_decay,
+            },
+            {"name": "tables", "params": groups.tables, **rest},
+            {"name": "vectors", "params": groups.vectors, **rest},
+        )
+
+
+def _optimizer(*groups: dict[str, Any]) -> MuonAdamW:
+    return MuonAdamW([group for group in groups if group["params"]])  # of adapters alone there are tables alone
+
+
+def _adamw(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
+    # `fused` also tells torch to load the step counters back onto the parameters' device.
+    return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0, "fused": True}

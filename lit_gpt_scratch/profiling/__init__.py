@@ -1,0 +1,1 @@
+"""FLOPs, memory, peak throughput and step timing."""

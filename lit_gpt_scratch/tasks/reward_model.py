@@ -1,0 +1,55 @@
+"""A model of what people prefer: a number for each reply, larger the better they would like it."""
+
+from dataclasses import replace
+from functools import cached_property
+
+from torch import Tensor
+from torchmetrics import MetricCollection
+from typing_extensions import override
+
+from lit_gpt_scratch.batch_types import PairBatch
+from lit_gpt_scratch.checkpoint.metadata import Contents
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.metrics import PairMetric
+from lit_gpt_scratch.losses.preference import bradley_terry
+from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.output_heads import Scalar, rewards
+from lit_gpt_scratch.tasks.pairwise import Compared, PairTask, halves
+
+
+class Reward(PairTask):
+    """A GPT that learns which of two replies is preferred, by Bradley and Terry's model.
+
+    The reward of a conversation is read at its last token, the end of text behind the last reply. Only differences of
+    rewards to the same prompt are learned; where zero lies is left to chance. The head is not tied to the embedding,
+    whatever ``gpt`` says.
+    """
+
+    @property
+    @override
+    def reads(self) -> Scalar:
+        return Scalar()
+
+    @cached_property
+    @override
+    def gpt(self) -> GPTConfig:
+        return replace(super().gpt, tied_embeddings=False)
+
+    def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Rewards: (B, T) int64 ids, filled up behind each conversation's (B,) tokens -> (B,) float32."""
+        return rewards(self.net, input_ids, lengths)
+
+    @override
+    def build_metrics(self) -> PairMetric | MetricCollection:
+        if getattr(self.data, "too_long", None) == "cut":
+            raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
+        return super().build_metrics()
+
+    @override
+    def compare(self, batch: PairBatch) -> Compared:
+        chosen, rejected = halves(self(batch["input_ids"], batch["lengths"]), batch["lengths"])
+        return Compared(bradley_terry(chosen, rejected), chosen, rejected)
+
+    @override
+    def contents(self) -> Contents:
+        return replace(super().contents(), rewards=True)

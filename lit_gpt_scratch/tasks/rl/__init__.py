@@ -1,0 +1,1 @@
+"""On-policy reinforcement learning: rollouts, rewards, PPO and GRPO."""

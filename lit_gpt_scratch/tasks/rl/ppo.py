@@ -1,0 +1,100 @@
+"""Proximal policy optimization of a language model (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2203.02155)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.rl import (
+    clipped_policy_loss,
+    clipped_value_loss,
+    generalised_advantages,
+    kl_k1,
+    penalised_rewards,
+    token_entropy,
+    whiten,
+)
+from lit_gpt_scratch.model.output_heads import Scalar
+from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy, refuse_not_positive, refuse_out_of_range
+from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
+
+
+class PPO(PhasedPolicy):
+    """A policy with a critic: a second head on the same stream learns what is still to come.
+
+    Each token is paid its KL from the start (``k1``), negated and times the coefficient, and the last of a reply its
+    reward as well: so a nat of KL of a whole reply costs as much reward as the coefficient says. Generalised advantage
+    estimation shares that out among the tokens.
+
+    Args:
+        gamma: Of what is to come, what counts now.
+        gae_lambda: 0 trusts the values, 1 what really came.
+        value_clip: The most that a value moves at a gain; null for no limit.
+        value_coefficient: What the loss of the values counts beside that of the policy.
+        whitening: Give the advantages of a phase mean 0 and variance 1.
+        kwargs: As for ``PhasedPolicy``.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        gae_lambda: float = 0.95,
+        value_clip: float | None = 0.2,
+        value_coefficient: float = 0.1,
+        whitening: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        refuse_out_of_range(0, value_coefficient=value_coefficient)
+        refuse_not_positive(value_clip=value_clip)
+        for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+            if not 0 <= share <= 1:
+                raise UserError(f"model.{name} is {share}; it must be between 0 and 1")
+        self.gamma = gamma
+        self.gae_lambda = gae_lambda
+        self.value_clip = value_clip
+        self.value_coefficient = value_coefficient
+        self.whitening = whitening
+
+    @override
+    def configure_model(self) -> None:
+        if not hasattr(self, "net"):
+            super().configure_model()
+            self.value_head = nn.Linear(self.gpt.n_embd, 1, bias=False)
+            nn.init.zeros_(self.value_head.weight)  # nothing is expected as yet
+
+    @property
+    @override
+    def learned(self) -> nn.Module:
+        return nn.ModuleDict({"net": self.net, "value_head": self.value_head})
+
+    @override
+    def values(self, stream: Tensor) -> dict[str, Tensor]:
+        raw = self.value_head(stream.to(self.value_head.weight.dtype))
+        return {"values": Scalar().read(raw.float(), self.gpt, self.net.vocab_size)}
+
+    @override
+    def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        rows, within = rollouts.rows, rollouts.rows["labels"] != IGNORED
+        kl = kl_k1(rows["logprobs"], rows["reference"])
+        rewards = penalised_rewards(rows["scores"], kl, within, rollouts.coefficient)
+        advantages, returns = generalised_advantages(rewards, rows["values"], within, self.gamma, self.gae_lambda)
+        return {"advantages": whiten(advantages, within) if self.whitening else advantages, "returns": returns}
+
+    @override
+    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean over tokens of policy's, values' and entropy's part."""
+        labels = batch["labels"]
+        within = labels != IGNORED
+        logprobs, logits, stream = self(batch["input_ids"], labels)
+        policy, held = clipped_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
+        values = self.values(stream)["values"]
+        value = clipped_value_loss(values, batch["values"], batch["returns"], self.value_clip)
+        self.note(labels, logits, clip_share=held[within].sum(), value_loss=value[within].sum())
+        lost = policy + self.value_coefficient * value
+        if self.entropy_coefficient:
+            lost = lost - self.entropy_coefficient * token_entropy(logits)
+        return torch.where(within, lost, 0.0).sum(), within.sum()

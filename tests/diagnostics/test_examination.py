@@ -1,0 +1,233 @@
+"""The table of symptoms, against curves that are drawn by hand."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.utils.tensorboard.writer import SummaryWriter
+
+from lit_gpt_scratch.cli.doctor import main
+from lit_gpt_scratch.diagnostics.loss_rules import UPDATES
+from lit_gpt_scratch.diagnostics.metric_history import LONGEST, Curve, Evidence
+from lit_gpt_scratch.diagnostics.repetition import PASSAGE, repeated_passages, repeated_words
+from lit_gpt_scratch.diagnostics.rule_engine import Examination, Finding, Symptom
+from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
+from lit_gpt_scratch.diagnostics.spike_detector import ENOUGH, Watch
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.errors import UserError
+
+CHANCE = math.log(300)
+FACTS = {"run/chance_loss": CHANCE, "run/begins_trained": 0.0, "run/warmup_steps": 20.0, "run/guard": 0.0}
+Curves = dict[str, list[tuple[int, float]]]
+
+
+def falling(last: float, steps: int = 300) -> list[tuple[int, float]]:
+    return [(step, CHANCE + (last - CHANCE) * min(1.0, step / 200)) for step in range(4, steps, 5)]
+
+
+RATE = [(step, 0.02) for step in range(4, 300, 5)]
+
+
+def phases(*values: float) -> list[tuple[int, float]]:
+    return [(10 * place + 9, value) for place, value in enumerate(values)]
+
+
+KL = phases(0.1, 0.7, 1.5, 3, 4, 6, 7, 7.5)
+CASES: dict[str, Curves] = {
+    "loss not falling": {"train/loss": falling(0.99 * CHANCE)},
+    "divergence": {"train/loss": [*falling(3.0, 250), *((step, 4.5) for step in range(254, 300, 5))]},
+    "exploding gradients": {
+        "train/loss": falling(3.0),
+        "train/gradient_norm": [(step, 1.0 if step < 200 else 99.0) for step in range(4, 300, 5)],
+    },
+    "loss spike": {"train/loss": [(s, (3.0 if s > 20 else CHANCE) + 5 * (s == 249)) for s, _ in falling(3.0)]},
+    "not finite": {"train/loss": [(s, math.nan if s > 200 else v) for s, v in falling(3.0)]},
+    "overfitting": {
+        "train/loss": falling(1.0),
+        "val/loss": [(99, 3.5), (149, 3.0), (199, 3.2), (249, 3.3), (299, 3.4)],
+    },
+    "suspiciously low loss": {"val/bits_per_byte": [(99, 0.1)], "baselines/xz": [(99, 1.9)]},
+    "slow loader": {"throughput/data": [(9, 0.5), (19, 0.6), (29, 0.5)]},
+    "rewound": {"guard/rewound_to": [(300, 250.0)]},
+    "dead units": {"dynamics/dead_units": [(0, 0.8), (99, 0.8)]},
+    "attention sink": {"attention/sink": [(0, 0.8), (99, 0.8)]},
+    "repetition": {"samples/repetition": [(99, 0.8), (199, 0.9)]},
+    "labels out of place": {"run/labels_next": [(0, 0.1)], "run/labels_own": [(0, 1.0)]},
+    "duplicated text": {"run/repeated_passages": [(0, 0.9)]},
+    "small validation": {"run/validation_tokens": [(0, 1000.0)]},
+    "far from compute-optimal": {
+        "run/steps": [(0, 100.0)], "run/tokens_per_step": [(0, 100.0)], "run/parameters": [(0, 1e6)],
+    },
+    "steps too large": {"dynamics/stream_norm/layer_1": [(0, 1.0), (99, 1e6)]},
+    "steps too small": {
+        "train/learning_rate": RATE, "dynamics/update_ratio/attention": [(0, 0.0), (299, 1e-5)],
+    },
+    "KL blow-up": {"train/kl": phases(6, 13, 19, 62, 75, 60, 50, 40)},
+    "reward hacking": {
+        "train/kl": KL, "train/reward": phases(0.3, 0.4, 0.5, 1, 2, 3, 3.5, 4),
+        "train/true_reward": phases(0.3, 0.4, 0.5, 0.4, 0.2, 0.1, 0.05, 0),
+    },
+    "length collapse": {"train/kl": KL, "train/reply_tokens": phases(7, 7, 6, 5, 3, 2, 2, 1)},
+    "entropy collapse": {"train/kl": KL, "train/entropy": phases(0.6, 0.6, 0.5, 0.4, 0.06, 0.05, 0.01, 0.01)},
+}  # fmt: skip
+
+
+def examined(curves: Curves) -> Examination:
+    examination = Examination(SYMPTOMS)
+    examination.see(0, FACTS)
+    for step in sorted({step for curve in curves.values() for step, _ in curve}):
+        examination.see(step, {name: value for name, curve in curves.items() for at, value in curve if at == step})
+    examination.end()
+    return examination
+
+
+@pytest.mark.parametrize("symptom", [row.name for row in SYMPTOMS])
+def test_each_row_speaks_for_its_own_evidence_alone(symptom: str) -> None:
+    found = examined(CASES[symptom]).found
+    assert {diagnosis.name for diagnosis in found} == {symptom}
+    assert all(diagnosis.cause and diagnosis.flag for diagnosis in found)
+
+
+def test_of_nothing_nothing_is_said() -> None:
+    examination = Examination(SYMPTOMS)
+    examination.end()
+    assert examination.found == []
+    assert all(row.find(Evidence()) is None for row in SYMPTOMS)
+
+
+def test_a_curve_that_falls_is_healthy() -> None:
+    norms = [(step, 1.0) for step, _ in falling(2.0)]
+    assert examined({"train/loss": falling(2.0), "train/gradient_norm": norms}).found == []
+
+
+def at_unigrams(loss: float, slope: float, steps: int = 400) -> Curves:
+    """A run that is no better than counting tokens, from the middle on."""
+    level = [(s, max(loss, CHANCE - s / 50) - slope * max(0, s - 150)) for s in range(4, steps, 5)]
+    facts = {"baselines/unigram": [(0, 3.26)], "run/warmup_steps": [(0, 0.0)], "run/post_norm": [(0, 1.0)]}
+    return {"train/loss": level, "train/learning_rate": [(s, 0.006) for s, _ in level], **facts}
+
+
+def test_a_loss_that_stays_where_counting_tokens_leads_is_told_from_one_that_passes_there() -> None:
+    bits = {"val/bits_per_byte": [(s, 3.28) for s in (99, 199, 299, 399)]}
+    [found] = examined(at_unigrams(4.5, 0.0) | bits).found
+    assert found.name == "loss not falling"
+    assert "too high for the first steps: norms behind the addition" in found.cause
+    assert examined(at_unigrams(4.5, 0.003) | bits).found == []
+    # What was measured long before says nothing of now.
+    assert examined(at_unigrams(4.5, 0.0) | {"val/bits_per_byte": [(99, 3.28)]}).found == []
+
+
+@pytest.mark.parametrize("back_at", [0.97, 1.02])
+def test_a_loss_that_fell_and_jumped_back_has_no_rate_that_is_too_low(back_at: float) -> None:
+    fell = [(s, v if s < 250 else back_at * CHANCE) for s, v in falling(3.0, 500)]
+    found = examined({"train/loss": fell, "train/learning_rate": [(s, 0.02) for s, _ in fell]}).found
+    assert [diagnosis.name for diagnosis in found] == ["divergence"]
+    assert "too high" in found[0].cause
+
+
+@pytest.mark.parametrize(("guard", "said"), [(2.0, {"not finite", "divergence"}), (1.0, {"not finite"})])
+def test_a_batch_that_was_left_out_explains_nothing_that_comes_later(guard: float, said: set[str]) -> None:
+    curves = CASES["divergence"] | {"guard/non_finite": [(104, math.nan)], "run/guard": [(0, guard)]}
+    curves["train/loss"] = [(s, math.nan if s == 104 else v) for s, v in curves["train/loss"]]
+    assert {diagnosis.name for diagnosis in examined(curves).found} == said
+
+
+@pytest.mark.parametrize(("risen", "said"), [(1.05, False), (1.2, True)])
+def test_where_little_is_validated_on_only_much_overfitting_is_seen(risen: float, said: bool) -> None:
+    few = {"run/validation_tokens": [(0, 1000.0)], "train/loss": falling(1.0)}
+    curves = few | {"val/loss": [(99, 3.5), (149, 3.0), (199, 3.0 * risen), (249, 3.0 * risen), (299, 3.0 * risen)]}
+    assert ("overfitting" in {diagnosis.name for diagnosis in examined(curves).found}) == said
+
+
+def test_a_step_that_was_left_out_is_no_small_one() -> None:
+    ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATES}
+    assert examined({"train/learning_rate": RATE, **ratios}).found == []
+
+
+def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
+    live = examined(CASES["divergence"])
+    with SummaryWriter(str(tmp_path)) as writer:
+        for name, value in FACTS.items():
+            writer.add_scalar(name, value, 0)
+        for step, value in CASES["divergence"]["train/loss"]:
+            writer.add_scalar("train/loss", value, step)
+        writer.add_scalar("test/loss", 4.5, 300)
+    from_events = Examination(SYMPTOMS)
+    replay(tmp_path, from_events)
+    assert from_events.evidence.step == live.evidence.step
+    from_events.end()
+    assert [(d.name, d.step) for d in from_events.found] == [(d.name, d.step) for d in live.found]
+
+
+def test_of_somebody_elses_curves_nothing_is_said(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path)) as writer:
+        writer.add_scalar("theirs/loss", 1.0, 0)
+    with pytest.raises(UserError, match="none of the curves that the doctor reads"):
+        main([str(tmp_path)])
+
+
+def test_what_a_resumed_session_does_again_is_forgotten(tmp_path: Path) -> None:
+    with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
+        for step in range(10):
+            writer.add_scalar("train/loss", float(step), step)
+    with SummaryWriter(str(tmp_path), purge_step=6, filename_suffix=".1") as writer:
+        writer.add_scalar("train/loss", 60.0, 6)
+    examination = Examination(())
+    replay(tmp_path, examination)
+    assert examination.evidence["train/loss"].steps == list(range(7))
+    assert examination.evidence["train/loss"].last == 60.0
+
+
+def test_a_row_is_asked_when_its_curve_has_news() -> None:
+    asked = []
+    row = Symptom("odd", ("a",), lambda e: asked.append(e.step) or (Finding("x", "y", "z") if e.step == 3 else None))
+    examination = Examination([row])
+    for step, name in enumerate("ababaa"):
+        examination.see(step, {name: 1.0})
+    examination.examine()
+    assert asked == [0, 2, 4, 5]
+    assert json.dumps([diagnosis.plain() for diagnosis in examination.found]) == "[]"
+
+
+def test_a_long_curve_keeps_its_ends() -> None:
+    curve = Curve()
+    for step in range(10 * LONGEST):
+        curve.add(step, float(step))
+    assert len(curve) <= LONGEST
+    assert (curve.steps[0], curve.steps[-1]) == (0, 10 * LONGEST - 1)
+    assert curve.steps == sorted(set(curve.steps))
+    assert curve.median(100) == 10 * LONGEST - 50.5
+
+
+@given(st.lists(st.integers(0, 3), min_size=0, max_size=200))
+def test_repeated_passages_are_those_that_a_set_finds(ids: list[int]) -> None:
+    passages = [tuple(ids[start : start + PASSAGE]) for start in range(len(ids) - PASSAGE + 1)]
+    expected = 1 - len(set(passages)) / len(passages) if len(passages) > 1 else 0.0
+    assert repeated_passages(np.array(ids, np.uint16)) == pytest.approx(expected)
+
+
+def test_a_text_that_says_the_same_repeats_itself() -> None:
+    assert repeated_words("a b c d e f g h i j k l") == 0.0
+    assert repeated_words("one two three four " * 20) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "kind"),
+    [(4.0, 1.0, None), (9.0, 1.0, "spike"), (4.0, 100.0, "spike"), (math.nan, 1.0, "non_finite"),
+     (4.0, math.inf, "non_finite"), (1.0, 1.0, None)],
+)  # fmt: skip
+def test_what_stands_out(loss: float, norm: float, kind: str | None) -> None:
+    watch = Watch()
+    rng = np.random.default_rng(0)
+    for value in rng.normal(4.0, 0.1, ENOUGH):
+        assert watch.judge(float(value), 1.0) is None
+    before = watch.state_dict()
+    other = Watch()
+    other.load_state_dict(before)
+    assert watch.judge(loss, norm) == kind == other.judge(loss, norm)
+    assert watch.state_dict() == other.state_dict()
+    assert (watch.state_dict()["losses"] == before["losses"]) == (kind is not None)

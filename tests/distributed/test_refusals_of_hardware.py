@@ -1,0 +1,117 @@
+"""What a machine has not is refused by the flag that asks for it, with a flag that works. None of them is this one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
+
+from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
+from lit_gpt_scratch.errors import UserError
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let torch find so many GPUs, with bfloat16 or without, or one of Apple's."""
+
+    def build(gpus: int = 0, bf16: bool = True, mps: bool = False) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+
+    return build
+
+
+def asked(**flags: object) -> dict[str, Any]:
+    return {"accelerator": "auto", "devices": "auto", "strategy": "auto", "precision": "32-true"} | flags
+
+
+@pytest.mark.parametrize(
+    ("here", "flags", "instead"),
+    [
+        ({}, {"accelerator": "gpu"}, "--trainer.accelerator cpu"),
+        ({}, {"accelerator": "cuda"}, "--trainer.accelerator cpu"),
+        ({"mps": True}, {"accelerator": "cuda"}, "--trainer.accelerator cpu"),
+        ({"gpus": 2}, {"accelerator": "mps"}, "--trainer.accelerator cpu"),
+        ({"gpus": 2}, {"devices": 8}, "--trainer.devices 2"),
+        ({"gpus": 2}, {"accelerator": "gpu", "devices": "3"}, "--trainer.devices 2"),
+        ({"mps": True}, {"devices": 2}, "--trainer.devices 1"),
+        ({}, {"strategy": "fsdp"}, "fsdp2"),
+        ({"gpus": 1}, {"accelerator": "cpu", "strategy": "fsdp"}, "fsdp2"),
+        ({"gpus": 8}, {"accelerator": "gpu", "devices": 8, "strategy": FSDPStrategy()}, "fsdp2"),
+        ({}, {"strategy": ModelParallelStrategy()}, "fsdp2, tp or fsdp2_tp"),
+        ({}, {"precision": "16-mixed"}, "--trainer.precision bf16-mixed"),
+        ({}, {"precision": "16-true"}, "--trainer.precision bf16-mixed"),
+        ({}, {"precision": 16}, "--trainer.precision bf16-mixed"),
+        ({}, {"precision": "transformer-engine"}, "--trainer.precision bf16-mixed"),
+        ({"gpus": 1}, {"precision": "transformer-engine-float16"}, "transformer_engine is not installed"),
+        ({"gpus": 1, "bf16": False}, {"precision": "bf16-mixed"}, "--trainer.precision 16-mixed"),
+        ({"mps": True}, {"precision": "64-true"}, "--trainer.precision 32-true"),
+    ],
+)
+def test_what_is_not_there(
+    machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any], instead: str
+) -> None:
+    machine(**here)
+    with pytest.raises(UserError) as refused:
+        refuse_hardware(asked(**flags))
+    assert instead in str(refused.value)
+    name, value = list(flags.items())[-1]
+    spoken = type(value).__name__ if isinstance(value, Strategy) else value
+    assert f"--trainer.{name} {spoken}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("here", "flags"),
+    [
+        ({}, {}),
+        ({}, {"accelerator": "cpu", "devices": 64, "strategy": "ddp", "precision": "bf16-mixed"}),
+        ({"gpus": 8}, {"accelerator": "gpu", "devices": 8, "strategy": "fsdp2", "precision": "bf16-mixed"}),
+        ({"gpus": 8}, {"devices": "0,3"}),
+        ({"gpus": 1, "bf16": False}, {"precision": "16-mixed"}),
+        ({"gpus": 1, "bf16": False}, {"accelerator": "cpu", "precision": "bf16-mixed"}),
+        ({"mps": True}, {"accelerator": "gpu", "devices": 1, "precision": "16-mixed"}),
+        ({"gpus": 1}, {"strategy": object(), "accelerator": object()}),
+    ],
+)
+def test_what_is_there(machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any]) -> None:
+    machine(**here)
+    refuse_hardware(asked(**flags))
+
+
+class Data:
+    """A data module, as far as it is asked."""
+
+    def __init__(self, layout: Layout, tokens_per_step: int | None = None) -> None:
+        self.layout, self.tokens_per_step, self.block_size = layout, tokens_per_step, 256
+
+
+CPU = "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes."
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 4 GiB")
+
+
+@pytest.mark.parametrize(
+    ("error", "data", "said"),
+    [
+        (CUDA, Data(Layout(8, 1, 1)), "for 2.50 GiB more; the same step in smaller parts: --data.batch_size 4 "),
+        (RuntimeError(CPU), Data(Layout(8, 2, 4)), "64 bytes more"),
+        (CUDA, Data(Layout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
+        (CUDA, Data(Layout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
+        (CUDA, Data(Layout(9, 1, 1)), "--data.batch_size 3 --data.tokens_per_step 2304"),
+        (CUDA, Data(Layout(12, 8, 5), 491520), "--data.batch_size 6 --data.tokens_per_step"),
+        (CUDA, Data(Layout(1, 1, 1)), "--data.block_size needs less"),
+        (MemoryError(), None, "a smaller model"),
+    ],
+)
+def test_memory_that_is_not_there_is_asked_for_in_smaller_parts(error: Exception, data: Data | None, said: str) -> None:
+    with pytest.raises(UserError, match=r"^out of memory") as refused, memory_errors(data):
+        raise error
+    assert said in str(refused.value)
+
+
+def test_another_error_is_left_alone() -> None:
+    with pytest.raises(RuntimeError, match="singular"), memory_errors(None):
+        raise RuntimeError("the matrix is singular")

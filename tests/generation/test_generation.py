@@ -1,0 +1,134 @@
+"""The loop with its cache, against a loop that reads everything anew for each token."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.generation.decode_loop import generate, prefill
+from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.model import GPT, GPTConfig
+from tests.conftest import TINY, randomised
+
+LOOKS_BACK = replace(TINY, smear=True, bigram_rows=50, value_embeddings=True, residual_scalars=True, n_kv_head=1)
+ALIBI = replace(TINY, position="alibi", sliding_window=7, attention_softcap=5.0)
+GREEDY = Sampling(temperature=0.0)
+
+
+def texts(model: GPT, prompts: list[list[int]], n: int, sampling: Sampling = GREEDY, **more: object) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    settings = {"seeds": list(range(len(prompts))), "end_of_text": -1} | more
+    for row, token in generate(model, prompts, n, sampling, **settings):  # type: ignore[arg-type]  # as given
+        if token is not None:
+            found[row].append(token)
+    return found
+
+
+@torch.no_grad()
+def anew(model: GPT, prompt: list[int], n: int) -> list[int]:
+    """Without a cache. A text that is full is gone on with from its last half."""
+    seen, found = list(prompt), []
+    for _ in range(n):
+        found.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
+        seen.append(found[-1])
+        if len(seen) > model.block_size:
+            seen = seen[-(model.block_size // 2) :]
+    return found
+
+
+@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
+def test_with_and_without_a_cache_the_text_is_the_same(config: GPTConfig) -> None:
+    """Prompts of uneven lengths, one that fills the context, and texts that outgrow it more than once."""
+    model = randomised(config).double()
+    prompts = [[3, 1, 4], [1] * 11, [2], list(range(24))]
+    assert texts(model, prompts, 60) == [anew(model, prompt, 60) for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    "config", [pytest.param(LOOKS_BACK, id="looks-back"), pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow)]
+)
+def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
+    """Rows that end early, too, whose places stay in the batch; and one program serves every step."""
+    model = randomised(config).double()
+    prompts = [[3, 1, 4], [1] * 11, [2]]
+    free = texts(model, prompts, 40)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert texts(model, prompts, 40, compile=True) == free
+        assert texts(model, [[1] * 12, [2], [5]], 38, compile=True) == texts(model, [[1] * 12, [2], [5]], 38)
+        assert texts(model, prompts, 40, compile=True, end_of_text=free[1][4]) == (
+            texts(model, prompts, 40, end_of_text=free[1][4])
+        )
+        # A row that ends at once, and whose neighbours outgrow the context.
+        assert texts(model, prompts, 40, compile=True, end_of_text=free[2][0]) == (
+            texts(model, prompts, 40, end_of_text=free[2][0])
+        )
+
+
+def test_a_row_does_not_depend_on_its_neighbours() -> None:
+    model, hot = randomised(TINY).double(), Sampling(temperature=2.0, top_k=None, repetition_penalty=1.2)
+    prompts = [[3, 1, 4], [1] * 11, [2], [5, 6]]
+    together = texts(model, prompts, 40, hot, seeds=[7, 8, 9, 7])
+    alone = [texts(model, [p], 40, hot, seeds=[s])[0] for p, s in zip(prompts, [7, 8, 9, 7], strict=True)]
+    assert together == alone
+    assert texts(model, [[2]], 40, hot, seeds=[1]) != texts(model, [[2]], 40, hot, seeds=[2])
+
+
+def test_rows_end_by_themselves() -> None:
+    model = randomised(TINY).double()
+    prompts = [[3, 1, 4], [1] * 11, [2]]
+    free = texts(model, prompts, 30)
+    ended = texts(model, prompts, 30, end_of_text=free[1][4])
+    for long, short in zip(free, ended, strict=True):
+        assert short == (long[: long.index(free[1][4])] if free[1][4] in long else long)
+    stopped = texts(model, prompts, 30, done=lambda row, token: row == 2 and token == free[2][3])
+    assert stopped == [free[0], free[1], free[2][: free[2].index(free[2][3]) + 1]]
+    ends = [row for row, token in generate(model, prompts, 5, GREEDY, [0, 0, 0], -1) if token is None]
+    assert sorted(ends) == [0, 1, 2]
+    assert list(generate(model, prompts, 0, GREEDY, [0, 0, 0], -1)) == [(0, None), (1, None), (2, None)]
+
+
+def test_the_cache_holds_keys_and_values_of_their_own_heads_and_no_more_than_is_needed() -> None:
+    model = randomised(replace(TINY, n_head=4, n_kv_head=2))
+    with torch.no_grad():
+        cache, logits = prefill(model, [[1, 2, 3], [4]], slots=9)
+    assert logits.shape == (2, 61)
+    assert [tuple(keys.shape) for keys in cache._keys] == [(2, 2, 9, 8)] * 2
+    assert cache.lengths == [3, 1]
+
+
+def test_the_global_random_state_is_left_alone() -> None:
+    model = randomised(TINY)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    texts(model, [[1]], 20, Sampling(temperature=2.0))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_cannot_be_generated_is_refused() -> None:
+    model = randomised(TINY)
+    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context holds 24"):
+        generate(model, [[1], [1] * 25], 1, Sampling(), [0, 0], 0)
+    with pytest.raises(UserError, match="max_new_tokens is -1"):
+        generate(model, [[1]], -1, Sampling(), [0], 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
+@pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
+def test_the_chances_of_what_was_chosen_are_those_of_a_whole_pass(config: GPTConfig, temperature: float) -> None:
+    """Within 1e-5, of rows that end early, too, whose last number is the end's; and nothing else changes."""
+    model, sampling = randomised(config), Sampling(temperature=temperature, top_k=None)
+    prompts = [[3, 1, 4], [1] * 9, [2]]
+    with torch.no_grad():
+        model.head.weight *= 0.1  # chances of all sizes
+    end = texts(model, prompts, 12, sampling)[1][5]
+    logprobs: list[list[float]] = [[] for _ in prompts]
+    found = texts(model, prompts, 12, sampling, end_of_text=end, logprobs=logprobs)
+    assert found == texts(model, prompts, 12, sampling, end_of_text=end)
+    assert len(logprobs[1]) == len(found[1]) + 1 <= 6
+    for prompt, text, chances in zip(prompts, found, logprobs, strict=True):
+        whole = [*prompt, *text, end][: len(prompt) + len(chances)]
+        logits = model(torch.tensor([whole[:-1]]))[0, len(prompt) - 1 :] / (temperature or 1.0)
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(whole[len(prompt) :])[:, None]).flatten()
+        torch.testing.assert_close(torch.tensor(chances), expected, rtol=0, atol=1e-5)

@@ -1,0 +1,175 @@
+"""PPO's and GRPO's equations, against the arithmetic by hand, sums over all that can happen, and plain loops."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_gpt_scratch.losses.rl import (
+    adapted_coefficient,
+    clipped_policy_loss,
+    clipped_value_loss,
+    generalised_advantages,
+    group_advantages,
+    kl_k1,
+    kl_k3,
+    last_of,
+    penalised_rewards,
+    token_entropy,
+    whiten,
+)
+
+MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])
+
+
+def test_a_policy_has_no_kl_with_itself() -> None:
+    logprobs = torch.randn(3, 5)
+    assert torch.equal(kl_k1(logprobs, logprobs), torch.zeros(3, 5))
+    assert torch.equal(kl_k3(logprobs, logprobs), torch.zeros(3, 5))
+
+
+def test_both_estimates_of_the_kl_are_right_on_average_and_the_third_never_negative() -> None:
+    """The mean over all tokens, each as often as the policy chooses it, is the divergence itself."""
+    torch.manual_seed(0)
+    policy, reference = torch.randn(2, 50, 7, dtype=torch.float64).log_softmax(-1)
+    exact = (policy.exp() * (policy - reference)).sum(-1)
+    for estimate in (kl_k1, kl_k3):
+        torch.testing.assert_close((policy.exp() * estimate(policy, reference)).sum(-1), exact)
+    assert (kl_k3(policy, reference) >= 0).all()
+    assert (kl_k1(policy, reference) < 0).any()
+
+
+def test_a_reply_is_paid_at_its_end_and_pays_at_each_token() -> None:
+    kl = torch.tensor([[9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 9.0, 9.0]])
+    found = penalised_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
+    torch.testing.assert_close(found, torch.tensor([[0.0, -0.5, -1.0, 8.5], [-2.0, 17.5, 0.0, 0.0]]))
+    assert last_of(MASK).nonzero().tolist() == [[0, 3], [1, 1]]
+    assert not last_of(torch.zeros(1, 3, dtype=torch.bool)).any()
+
+
+def test_advantages_by_hand() -> None:
+    """Two tokens: r = (1, 2), V = (3, 5), gamma = 1/2, lambda = 1/4."""
+    rewards, values = torch.tensor([[7.0, 1.0, 2.0]]), torch.tensor([[7.0, 3.0, 5.0]])
+    mask = torch.tensor([[False, True, True]])
+    advantages, returns = generalised_advantages(rewards, values, mask, gamma=0.5, gae_lambda=0.25)
+    last = 2.0 - 5.0
+    first = (1.0 + 0.5 * 5.0 - 3.0) + 0.5 * 0.25 * last
+    torch.testing.assert_close(advantages, torch.tensor([[0.0, first, last]]))
+    torch.testing.assert_close(returns, torch.tensor([[0.0, first + 3.0, last + 5.0]]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10_000), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
+def test_advantages_are_the_papers_mean_of_many_steps(seed: int, gamma: float, gae_lambda: float) -> None:
+    """Equation 16 as it is written: all discounted surprises, summed; rows with replies anywhere, or with none."""
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
+    first, length = torch.randint(0, 4, (2, 3), generator=generator)
+    place = torch.arange(6)
+    mask = (place >= first[:, None]) & (place < (first + length)[:, None])
+    found, returns = generalised_advantages(rewards, values, mask, gamma, gae_lambda)
+    for row in range(3):
+        reply = mask[row].nonzero().flatten().tolist()
+        for t in range(6):
+            behind = [s for s in reply if s >= t] if t in reply else []
+            surprise = {
+                s: rewards[row, s] + (gamma * values[row, s + 1] if s + 1 in reply else 0.0) - values[row, s]
+                for s in behind
+            }
+            expected = sum(((gamma * gae_lambda) ** (s - t) * d for s, d in surprise.items()), torch.tensor(0.0))
+            assert found[row, t].item() == pytest.approx(float(expected), abs=1e-12)
+    torch.testing.assert_close(returns, torch.where(mask, found + values, 0.0))
+
+
+def test_nothing_outside_of_replies_counts() -> None:
+    """Whatever stands there, be it no number."""
+    torch.manual_seed(0)
+    rewards, values, logprobs = torch.randn(3, 2, 4)
+
+    def all_of(noise: float) -> list[Tensor]:
+        dirty = [torch.where(MASK, x, noise) for x in (rewards, values, logprobs)]
+        paid = penalised_rewards(torch.ones(2), dirty[2], MASK, 0.1)
+        advantages, returns = generalised_advantages(torch.where(MASK, dirty[0], 0.0), dirty[1], MASK, 0.9, 0.9)
+        return [paid, advantages, returns, whiten(dirty[0], MASK)]
+
+    for clean, dirty in zip(all_of(0.0), all_of(math.nan), strict=True):
+        assert torch.equal(clean, dirty)
+        assert (dirty[~MASK] == 0).all()
+
+
+def test_whitened_numbers_have_mean_zero_and_variance_one() -> None:
+    found = whiten(torch.tensor([[100.0, 1.0, 2.0, 3.0], [4.0, 5.0, -100.0, 100.0]]), MASK)
+    torch.testing.assert_close(found[MASK], (torch.arange(1.0, 6.0) - 3.0) / math.sqrt(2.0))
+
+
+def test_a_group_is_compared_with_itself() -> None:
+    """1 and 3 lie one deviation from their mean; a group that agrees teaches nothing, however its mean is rounded."""
+    scores = torch.tensor([1.0, 3.0, 0.1, 0.1, 5.0, 1.0])
+    torch.testing.assert_close(group_advantages(scores, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, -1.0]))
+    torch.testing.assert_close(group_advantages(scores, 2, scale=False), torch.tensor([-1.0, 1.0, 0.0, 0.0, 2.0, -2.0]))
+    assert torch.equal(group_advantages(torch.full((3,), 0.1), 3), torch.zeros(3))
+
+
+@pytest.mark.parametrize("size", [1e-3, 1.0, -1e4])
+def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
+    """A few units in the last place teach nothing; what differs by a thousandth of its size does."""
+    noise = 1 + 2e-7 * torch.tensor([[0.0, 1.0, 3.0, 1.0], [2.0, 0.0, 1.0, 0.0]])
+    scores = size * noise
+    assert len(scores.unique()) > 1
+    assert not group_advantages(scores.flatten(), 4).any()
+    assert not group_advantages(scores.flatten(), 4, scale=False).any()
+    assert not whiten(scores, torch.ones(2, 4, dtype=torch.bool)).any()
+    scores = size * (1 + 1e-3 * torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]]))
+    expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, -1.0]]) * (1 if size > 0 else -1)
+    torch.testing.assert_close(group_advantages(scores.flatten(), 4), expected.flatten(), rtol=0, atol=0.05)
+    torch.testing.assert_close(whiten(scores, torch.ones(2, 4, dtype=torch.bool)), expected, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "held"),
+    [
+        (1.0, 2.0, -2.0, False),
+        (1.5, 2.0, -2.4, True),  # no more than 1.2 times is gained
+        (1.5, -2.0, 3.0, False),  # what became likelier and is bad is felt in full
+        (0.5, 2.0, -1.0, False),
+        (0.5, -2.0, 1.6, True),
+    ],
+)
+def test_the_policy_loss_by_hand(ratio: float, advantage: float, loss: float, held: bool) -> None:
+    logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
+    found, clipped = clipped_policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), clip=0.2)
+    assert found.item() == pytest.approx(loss)
+    assert clipped.item() == held
+    found.sum().backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.item() == pytest.approx(0.0 if held else -ratio * advantage)
+
+
+@pytest.mark.parametrize(
+    ("value", "loss"),
+    [
+        (1.1, 0.5 * 0.9**2),  # within the clip of 0.2 around 1: as it is
+        (1.9, 0.5 * 0.8**2),  # nearer to 2, but too far from 1: counted as if at 1.2
+        (0.0, 0.5 * 2.0**2),  # further from 2 than 0.8 is
+    ],
+)
+def test_the_value_loss_by_hand(value: float, loss: float) -> None:
+    values, old, returns = (torch.tensor([[x]]) for x in (value, 1.0, 2.0))
+    assert clipped_value_loss(values, old, returns, clip=0.2).item() == pytest.approx(loss)
+    assert clipped_value_loss(values, old, returns, clip=None).item() == pytest.approx(0.5 * (value - 2.0) ** 2)
+
+
+def test_entropy_of_equal_chances_and_of_certainty() -> None:
+    logits = torch.tensor([[[0.0] * 8, [1000.0] + [0.0] * 7]])
+    torch.testing.assert_close(token_entropy(logits), torch.tensor([[math.log(8), 0.0]]))
+
+
+def test_the_coefficient_follows_the_kl() -> None:
+    """A tenth of how far off it is, and no more than a tenth of a fifth."""
+    assert adapted_coefficient(0.2, kl=6.0, target=6.0) == 0.2
+    assert adapted_coefficient(0.2, kl=6.6, target=6.0) == pytest.approx(0.2 * 1.01)
+    assert adapted_coefficient(0.2, kl=600.0, target=6.0) == pytest.approx(0.2 * 1.02)
+    assert adapted_coefficient(0.2, kl=0.0, target=6.0) == pytest.approx(0.2 * 0.98)

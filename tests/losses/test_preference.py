@@ -1,0 +1,140 @@
+"""Losses of preferences: by the papers' equations, worked by hand, and beside trl's on the same log-probabilities."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
+from lit_gpt_scratch.losses.metrics import PairMetric, ReplyLoss
+from lit_gpt_scratch.losses.preference import LOSSES, bradley_terry, ipo, sigmoid
+
+POLICY = torch.tensor(
+    [
+        [-0.5, -1.25, -0.75, 0.0, 0.0], [-0.1, -0.2, -2.0, -0.4, -1.5], [-3.0, -0.25, 0.0, 0.0, 0.0],
+        [-1.0, -0.5, -0.5, -2.5, 0.0], [-0.125, 0.0, 0.0, 0.0, 0.0], [-2.0, -1.75, 0.0, 0.0, 0.0],
+    ]
+)  # fmt: skip
+REFERENCE = torch.tensor(
+    [
+        [-1.0, -1.0, -1.0, 0.0, 0.0], [-0.3, -0.1, -1.0, -0.6, -1.0], [-2.5, -0.75, 0.0, 0.0, 0.0],
+        [-0.5, -0.75, -0.25, -2.0, 0.0], [-0.5, 0.0, 0.0, 0.0, 0.0], [-1.5, -1.0, 0.0, 0.0, 0.0],
+    ]
+)  # fmt: skip
+LENGTHS = torch.tensor([3, 5, 2, 4, 1, 2])
+"""Log-probabilities of the tokens of six replies, the first three preferred to the others."""
+
+TRL = {
+    ("sigmoid", False, 0.1): 0.6761836409568787, ("sigmoid", False, 0.5): 0.6593548059463501,
+    ("ipo", True, 0.1): 23.891931533813477, ("ipo", True, 0.5): 1.0297092199325562,
+    ("sigmoid", True, 0.1): 0.6864287257194519, ("sigmoid", True, 0.5): 0.6673738360404968,
+}  # fmt: skip
+"""What ``DPOTrainer._compute_loss`` of trl 1.16.0 gives for these, with ``completion_mask`` by their lengths: by loss
+("sigmoid_norm" is what it calls the third), whether it compares means over tokens, and beta. Its rewards at 0.1:"""
+TRL_REWARDS = {"chosen_reward": -0.023333340883255005, "rejected_reward": -0.0625, "margin": 0.039166659116744995}
+TRL_ACCURACY = 2 / 3
+
+
+def ratios(per_token: bool = False) -> tuple[Tensor, Tensor]:
+    found = (POLICY - REFERENCE).sum(-1)
+    return (found / LENGTHS if per_token else found).chunk(2)
+
+
+@pytest.mark.parametrize(("loss", "per_token", "beta"), TRL)
+def test_losses_are_those_of_trl(loss: str, per_token: bool, beta: float) -> None:
+    chosen, rejected = ratios(per_token)
+    found = LOSSES[loss](chosen - rejected, beta, 0.0).mean()
+    assert found.item() == pytest.approx(TRL[loss, per_token, beta], rel=1e-6)
+
+
+def test_figures_are_those_of_trl() -> None:
+    chosen, rejected = ratios()
+    metric = PairMetric()
+    metric.update(sigmoid(chosen - rejected, 0.1), 0.1 * chosen, 0.1 * rejected)
+    figures = {name: value.item() for name, value in metric.compute().items()}
+    assert figures["loss"] == pytest.approx(TRL["sigmoid", False, 0.1], rel=1e-6)
+    assert {name: figures[name] for name in TRL_REWARDS} == pytest.approx(TRL_REWARDS, rel=1e-5)
+    assert figures["accuracy"] == pytest.approx(TRL_ACCURACY)
+
+
+def test_losses_by_hand() -> None:
+    """One pair: rewards 2 and 0.5; log-probabilities -3 and -4 under the policy, -5 and -4.5 under the reference."""
+    right = 1 / (1 + math.exp(-1.5))
+    assert bradley_terry(torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(-math.log(right))
+    margin = torch.tensor([(-3 + 5) - (-4 + 4.5)])  # 1.5
+    at_half = 1 / (1 + math.exp(-0.5 * 1.5))
+    assert sigmoid(margin, 0.5).item() == pytest.approx(-math.log(at_half))
+    both = -0.9 * math.log(at_half) - 0.1 * math.log(1 - at_half)
+    assert sigmoid(margin, 0.5, 0.1).item() == pytest.approx(both)
+    assert ipo(margin, 0.5).item() == pytest.approx((1.5 - 1.0) ** 2)
+    assert ipo(margin, 0.25, 0.1).item() == pytest.approx(0.9 * (1.5 - 2) ** 2 + 0.1 * (1.5 + 2) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "smoothing", "best"), [("ipo", 0.0, 5.0), ("ipo", 0.2, 3.0), ("sigmoid", 0.2, 10 * math.log(4))]
+)
+def test_where_a_loss_is_least(loss: str, smoothing: float, best: float) -> None:
+    """IPO: at 1 / (2 beta), or (1 - 2 e) of it; DPO with wrong labels: where sigmoid(beta m) is 1 - e."""
+    margin = torch.tensor([best], requires_grad=True)
+    LOSSES[loss](margin, 0.1, smoothing).sum().backward()
+    assert margin.grad is not None
+    assert margin.grad.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_gradient_of_dpo_is_the_papers() -> None:
+    """After equation 7: beta * sigmoid(rejected reward - chosen reward), up on the one and down on the other."""
+    chosen, rejected = torch.tensor([0.3], requires_grad=True), torch.tensor([0.8], requires_grad=True)
+    sigmoid(chosen - rejected, 0.2).sum().backward()
+    weight = 0.2 / (1 + math.exp(-0.2 * (0.8 - 0.3)))
+    assert chosen.grad is not None
+    assert rejected.grad is not None
+    assert (chosen.grad.item(), rejected.grad.item()) == pytest.approx((-weight, weight))
+
+
+@given(rewards=st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=1, max_size=30))
+@settings(deadline=None, max_examples=60)
+def test_figures_by_brute_force(rewards: list[tuple[int, int]]) -> None:
+    """Equal rewards are no right answer; the calibration by its definition, bin by bin."""
+    chosen, rejected = torch.tensor(rewards).float().T / 10
+    metric = PairMetric()
+    for start in range(0, len(rewards), 4):  # in batches, one of which may be empty
+        part = slice(start, start + 4)
+        metric.update(bradley_terry(chosen[part], rejected[part]), chosen[part], rejected[part])
+    metric.update(*torch.zeros(3, 0))
+    found = {name: value.item() for name, value in metric.compute().items()}
+    right = [float(a > b) for a, b in rewards]
+    sure = [1 / (1 + math.exp(-abs(a - b) / 10)) for a, b in rewards]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert found["margin"] == pytest.approx(sum(a - b for a, b in rewards) / 10 / len(rewards), abs=1e-5)
+    error = 0.0
+    for n in range(15):
+        inside = [place for place, share in enumerate(sure) if int(share * 15) == n or (share == 1 and n == 14)]
+        error += abs(sum(right[place] - sure[place] for place in inside)) / len(rewards)
+    assert found["calibration"] == pytest.approx(error, abs=1e-5)
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    metric = PairMetric()
+    metric.update(torch.tensor([math.nan]), torch.tensor([1.0]), torch.tensor([0.0]))
+    assert metric.compute()["loss"].isnan()
+
+
+@given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
+@settings(deadline=None, max_examples=30)
+def test_filling_never_counts(lengths: list[int]) -> None:
+    """A reply's log-probability by a loop over its own tokens, whatever stands behind and before."""
+    logits = torch.randn(len(lengths), 7, 11, generator=torch.Generator().manual_seed(0))
+    labels = torch.full((len(lengths), 7), IGNORED)
+    expected = []
+    for row, n in enumerate(lengths):
+        labels[row, 1 : 1 + n] = torch.arange(n)
+        expected.append(sum(logits[row, 1 + t].log_softmax(-1)[t].item() for t in range(n)))
+    nats, counted = sequence_logprobs(logits, labels)
+    assert nats.tolist() == pytest.approx(expected, rel=1e-5)
+    metric = ReplyLoss()
+    metric.update(-nats.sum(), counted.sum())
+    assert metric.compute()["reply_loss"].item() == pytest.approx(-sum(expected) / sum(lengths), rel=1e-5)

@@ -1,0 +1,83 @@
+"""Costs worked out ahead, against PyTorch's own counters."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
+from lit_gpt_scratch.optim.ema import MovingAverage
+from lit_gpt_scratch.profiling.flops_and_memory import (
+    activation_bytes,
+    parameters_by_part,
+    state_bytes,
+    training_flops_per_token,
+)
+
+SHAPES = [
+    GPTConfig(n_layer=2, n_head=2, n_embd=32),
+    GPTConfig(n_layer=1, n_head=4, n_embd=64, head_dim=24, feed_forward="relu2", position="learned"),
+    GPTConfig(
+        n_layer=3, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=100, smear=True, residual_scalars=True
+    ),
+    GPTConfig(n_layer=2, n_head=2, n_embd=32, bias=True, norm="layernorm", feed_forward="geglu", tied_embeddings=True),
+]
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_operations_are_those_that_torch_counts(config: GPTConfig) -> None:
+    net = GPT(config, vocab_size=97, block_size=40)
+    ids = torch.randint(97, (3, 40))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        net(ids).sum().backward()
+    assert counter.get_total_flops() == training_flops_per_token(net) * ids.numel()
+
+
+@pytest.mark.parametrize("config", SHAPES)
+def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
+    net = GPT(config, vocab_size=97, block_size=40)
+    parts = parameters_by_part(net)
+    assert sum(parts.values()) == sum(p.numel() for p in net.parameters())
+    assert parts.get("head", 0) == (0 if config.tied_embeddings else 97 * config.n_embd)
+    assert all(n > 0 for n in parts.values()), parts
+
+
+@pytest.mark.parametrize("ema_decay", [None, 0.9])
+@pytest.mark.parametrize("recipe", [AdamW(), Muon(), Muon(row_beta=0.95)])
+def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, ema_decay: float | None) -> None:
+    net = GPT(SHAPES[0], vocab_size=97, block_size=40)
+    optimizer = recipe.build(net)
+    MovingAverage(ema_decay).follow(optimizer, lambda: 0)
+    net(torch.randint(97, (1, 40))).sum().backward()
+    optimizer.step()
+    moments = sum(
+        tensor.nbytes for state in optimizer.state.values() for tensor in state.values() if tensor.numel() > 64
+    )  # step counters and NorMuon's one number a neuron are left out
+    weights = sum(p.nbytes for p in net.parameters())
+    gradients = sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
+    assert state_bytes(optimizer, ema_decay is not None) == pytest.approx(weights + gradients + moments, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "recompute"),
+    [
+        (torch.float32, False, False), (torch.float32, True, False), (torch.float64, False, False),
+        (torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, True),
+    ],
+)  # fmt: skip
+def test_activations_are_what_a_forward_pass_leaves_allocated(
+    dtype: torch.dtype, autocast: bool, recompute: bool
+) -> None:
+    config, shape = GPTConfig(n_layer=2, n_head=2, n_embd=64), (4, 128)
+    net = GPT(config, vocab_size=500, block_size=128).to(dtype)
+    net.recompute = recompute
+    ids = torch.randint(500, shape)
+    with profile(profile_memory=True) as profiled, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        kept = token_nats(net(ids), ids)
+    measured = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
+    del kept
+    expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)
+    assert expected == pytest.approx(measured, rel=0.03)
