@@ -235,8 +235,8 @@ def test_a_script_need_not_know_of_processes(tmp_path: Path, processes: str, sai
     """New processes import a script anew; one that is not made for that must not wait for itself."""
     (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(9000)), encoding="utf-8")
     (tmp_path / "script.py").write_text(
-        "from lit_gpt_scratch.text import pipeline\n"
-        "pipeline.ALONE = 1\n"
+        "from lit_gpt_scratch.text import cleaning_pipeline\n"
+        "cleaning_pipeline.ALONE = 1\n"
         "from lit_gpt_scratch.data import PackedText\n"
         f"PackedText('text.txt', cache='cache', tokenizer='byte', processes={processes}).prepare_data()\n"
         "print('done')",

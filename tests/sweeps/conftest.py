@@ -12,8 +12,8 @@ import pytest
 STUB = "tests.sweeps.stub_fit"
 ROOT = Path(__file__).parents[2]
 DOOR = (
-    "import sys; from lit_gpt_scratch.cli import door; from lit_gpt_scratch.cli.sweep import main; "
-    f"door.run(lambda: main(sys.argv[1:], module='{STUB}'))"
+    "import sys; from lit_gpt_scratch.cli import entrypoint; from lit_gpt_scratch.cli.sweep import main; "
+    f"entrypoint.run(lambda: main(sys.argv[1:], module='{STUB}'))"
 )
 Rows = list[dict[str, str]]
 
