@@ -1,6 +1,6 @@
 """``python -m lit_gpt_scratch``: the list of doors."""
 
-DOORS = {
+COMMANDS = {
     "fit": "train a GPT on real text",
     "prepare": "make text into tokens ahead of a run, or compare tokenizers",
     "generate": "let a trained model write",
@@ -12,6 +12,6 @@ DOORS = {
 
 if __name__ == "__main__":
     print("Usage: python -m lit_gpt_scratch.<door> [flags], where <door> is one of\n")
-    for door, purpose in DOORS.items():
+    for door, purpose in COMMANDS.items():
         print(f"  {door:<10} {purpose}")
     print("\nEach takes --help.")

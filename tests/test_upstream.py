@@ -2,7 +2,7 @@
 
 Facts that other tests hold already are not repeated: the order of ranks (``test_two_processes``), counters and hooks
 of a resumed run (``checkpoint/test_progress.py``), the copy that a background save works on
-(``checkpoint/test_sealed.py``), a swapped class that keeps arguments of the same name (``end_to_end/test_doors.py``).
+(``checkpoint/test_sealed.py``), a swapped class that keeps same-named arguments (``end_to_end/test_commands.py``).
 """
 
 import inspect

@@ -40,7 +40,7 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.cli.error_formatting import quieten
+from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
 
@@ -222,7 +222,7 @@ def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, pare
 def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: Connection, count: int) -> None:
     """What a process does, from one "your turn" to the next."""
     prepare_process()
-    quieten()
+    silence_libraries()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
     compiled = mode == "bfloat16, compiled"

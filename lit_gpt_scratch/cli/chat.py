@@ -14,7 +14,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-def prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) -> list[list[int]]:
+def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) -> list[list[int]]:
     """Ids of what replies to single questions are written after.
 
     Raises:
@@ -27,7 +27,7 @@ def prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) 
     return [template.prompt(messages) for messages in asked]
 
 
-def talk(
+def chat_session(
     model: GPT,
     tokenizer: Tokenizer,
     system: str | None,
@@ -73,7 +73,7 @@ def talk(
         said.append(Message(REPLIES, reply))
 
 
-def typed() -> Iterator[str]:
+def read_stdin_lines() -> Iterator[str]:
     """Lines as they are typed, until the end of the input; a mark shows whose turn it is, where somebody watches."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 are no reason to end

@@ -15,12 +15,12 @@ from lit_gpt_scratch.text.chat_template import Message, Template, refuse_message
 from lit_gpt_scratch.text.document import blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-DRAWS: Final = 4
+MAX_ATTEMPTS: Final = 4
 """Times that two replies are drawn until there is something to choose between."""
-ASKED: Final = "Which is better? 1, 2, skip or quit"
+QUESTION: Final = "Which is better? 1, 2, skip or quit"
 
 
-def rank(
+def collect_preferences(
     model: GPT,
     tokenizer: Tokenizer,
     system: str | None,
@@ -56,13 +56,13 @@ def rank(
         UserError: A question is too long, or the file cannot be written.
     """
     template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
-    append(path, "")  # what cannot be written is better known before there is an answer
-    seeds = count(seed + 2 * DRAWS * _lines(path))
+    append_line(path, "")  # what cannot be written is better known before there is an answer
+    seeds = count(seed + 2 * MAX_ATTEMPTS * _count_lines(path))
     for question in (each.strip() for each in questions if not blank(each)):
         messages = [*told, Message("user", question)]
         refuse_messages(messages)
         prompt = template.prompt(messages)
-        for _ in range(DRAWS):
+        for _ in range(MAX_ATTEMPTS):
             one, two = replies(model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2)))
             pair = one.text, two.text
             whole = one.ended and two.ended  # who learns from one that was cut off learns to stop amid a sentence
@@ -73,11 +73,11 @@ def rank(
             yield f"{question}\nThe model has no two replies to choose between here; {why} may help.\n"
             continue
         yield f"{question}\n\n[1] {one.text}\n\n[2] {two.text}\n"
-        yield ASKED
-        answer = _understood(answers)
+        yield QUESTION
+        answer = _parse_answer(answers)
         while answer is None:
-            yield ASKED
-            answer = _understood(answers)
+            yield QUESTION
+            answer = _parse_answer(answers)
         if answer == "q":
             return
         if answer == "s":
@@ -85,10 +85,10 @@ def rank(
         better = int(answer) - 1
         asked: Any = question if system is None else [vars(message) for message in messages]
         row = {"prompt": asked, "chosen": pair[better], "rejected": pair[1 - better]}
-        append(path, json.dumps(row, ensure_ascii=False) + "\n")
+        append_line(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def append(path: Path, line: str) -> None:
+def append_line(path: Path, line: str) -> None:
     """Add a line to a file, on the disk before this returns; one that ends amid a line is ended first.
 
     Raises:
@@ -107,12 +107,12 @@ def append(path: Path, line: str) -> None:
         raise UserError(f"argument --rank: {path} cannot be written: {error.strerror}") from error
 
 
-def _lines(path: Path) -> int:
+def _count_lines(path: Path) -> int:
     with path.open("rb") as file:
         return sum(1 for line in file if line.strip())
 
 
-def _understood(answers: Iterator[str]) -> str | None:
+def _parse_answer(answers: Iterator[str]) -> str | None:
     """``1``, ``2``, ``s`` or ``q``; the end of the input is a way to quit, and anything else is None."""
     said = next(answers, "quit").strip().casefold()
     return said[:1] if said in ("1", "2", "s", "skip", "q", "quit") else None

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lit_gpt_scratch.cli.entrypoint import Flags
+from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 def main(args: Sequence[str] | None = None) -> None:
     """Write the model of a checkpoint as one file or as a folder for ``transformers``, or read such a folder."""
-    flags = Flags(
+    flags = CommandParser(
         prog="python -m lit_gpt_scratch.convert",
         description="Turn a checkpoint into a form for others, or a published model into a checkpoint.",
     )
@@ -64,11 +64,11 @@ def _to_adapter(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.adapters import save_adapter
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 
-    _refuse_name(given.file)
+    _require_safetensors_suffix(given.file)
     save_adapter(find_checkpoint(given.checkpoint, Path(), None), given.file)
 
 
-def _refuse_name(file: Path) -> None:
+def _require_safetensors_suffix(file: Path) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX
 
     if file.suffix != SUFFIX:
@@ -80,9 +80,9 @@ def _to_safetensors(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
     from lit_gpt_scratch.checkpoint.safetensors_export import share
 
-    _refuse_name(given.file)
+    _require_safetensors_suffix(given.file)
     path = find_checkpoint(given.checkpoint, Path(), None)
-    share(_merged(load_checkpoint(path), path), NETWORK, given.file)
+    share(_merge_adapters(load_checkpoint(path), path), NETWORK, given.file)
 
 
 def _to_hf(given: Namespace) -> None:
@@ -92,7 +92,7 @@ def _to_hf(given: Namespace) -> None:
 
     if given.folder.suffix == SUFFIX:
         raise UserError(f"argument FOLDER: to-hf writes a folder; for the file {given.folder} it is to-safetensors")
-    architecture = write(_open(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
+    architecture = write(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
     log.info("%s holds a %s", given.folder, architecture)
 
 
@@ -110,7 +110,7 @@ def _from_hf(given: Namespace) -> None:
         save(checkpoint, given.checkpoint)
 
 
-def _open(path: Path) -> "Model":
+def _open_model(path: Path) -> "Model":
     """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
     from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import Contents
@@ -119,7 +119,7 @@ def _open(path: Path) -> "Model":
     from lit_gpt_scratch.model import GPTConfig
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-    checkpoint = _merged(load_checkpoint(path), path)
+    checkpoint = _merge_adapters(load_checkpoint(path), path)
     contents, state = Contents.of(checkpoint), checkpoint["state_dict"]
     try:
         gpt = GPTConfig(**contents.gpt)
@@ -132,7 +132,7 @@ def _open(path: Path) -> "Model":
     return Model(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
 
 
-def _merged(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
+def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint with its adapters in its weights: a model like any other, that no longer has a base."""
     from lit_gpt_scratch.checkpoint.loading import NETWORK, build
     from lit_gpt_scratch.checkpoint.metadata import KEY, Contents

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.signal_handling import ending_at_once
 from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
-from lit_gpt_scratch.cli.entrypoint import Flags
+from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.diagnostics.rule_engine import Examination
 from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
 from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
@@ -21,30 +21,30 @@ from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.profiling.device_check import BANDS, about, compare
 
-KILLED = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
+RESUME_DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
 """A run that is short and saves often, unless the user's own flags say otherwise."""
-COMPARED = (
+PARITY_DEFAULTS = (
     "--trainer.accelerator=cpu", "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64",
     "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2",
     "--model.compile=false",
 )  # fmt: skip
 """A small model, all of whose weights have a gradient from the first step on, unless the user's flags say otherwise."""
 
-OF_RESUME, OF_PARITY = ("kills", "seed"), ("kinds", "layouts")
+RESUME_FLAGS, PARITY_FLAGS = ("kills", "seed"), ("kinds", "layouts")
 """Flags of the one and of the other."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Examine a run that there is, this machine, or the run that the flags of ``fit`` describe."""
     args = sys.argv[1:] if args is None else list(args)
-    flags = Flags(
+    flags = CommandParser(
         prog="python -m lit_gpt_scratch.doctor",
         description="Without flags: what this machine has, and whether it computes what a CPU does in float32. RUN: "
         "what its curves say is wrong with it. --resume: kill a run at random moments with SIGKILL, resume it, and "
         "compare its last checkpoint and its curves, bit by bit, with those of a run that nothing disturbed. --parity: "
         "lay the same steps out over processes and micro-batches in every way, and compare losses and gradients.",
-        epilog=f"All other flags are those of fit. They go over {' '.join(KILLED)} for --resume, and over "
-        f"{' '.join(COMPARED)} for --parity.",
+        epilog=f"All other flags are those of fit. They go over {' '.join(RESUME_DEFAULTS)} for --resume, and over "
+        f"{' '.join(PARITY_DEFAULTS)} for --parity.",
     )
     examination = flags.add_mutually_exclusive_group()
     examination.add_argument("--resume", action="store_true", help="whether resuming is exact")
@@ -63,14 +63,14 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"unrecognized arguments: {' '.join(of_fit)} (flags of fit go with --resume or --parity)")
         if given.json and given.run is None:
             raise UserError("argument --json is of a run; name its folder")
-        for name in (*OF_RESUME, *OF_PARITY):
+        for name in (*RESUME_FLAGS, *PARITY_FLAGS):
             if getattr(given, name) != flags.get_default(name):
-                raise UserError(f"argument --{name} is of {'--resume' if name in OF_RESUME else '--parity'}")
-        healthy = _machine() if given.run is None else _run(given.run, given.json)
+                raise UserError(f"argument --{name} is of {'--resume' if name in RESUME_FLAGS else '--parity'}")
+        healthy = _check_machine() if given.run is None else _diagnose_run(given.run, given.json)
         if not healthy:
             sys.exit(1)
         return
-    for name in OF_PARITY if given.resume else OF_RESUME:
+    for name in PARITY_FLAGS if given.resume else RESUME_FLAGS:
         if getattr(given, name) != flags.get_default(name):
             raise UserError(f"argument --{name} is of {'--parity' if given.resume else '--resume'}")
     if given.kills < 1:
@@ -79,12 +79,12 @@ def main(args: Sequence[str] | None = None) -> None:
     if taken:
         raise UserError(f"{taken[0]} is the doctor's to choose: its runs are kept nowhere")
     with ending_at_once(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        examine = _parity if given.parity else _resume
+        examine = _test_parity if given.parity else _test_resume
         if not examine(given, of_fit, Path(folder)):
             sys.exit(1)
 
 
-def _run(run: Path, as_json: bool) -> bool:
+def _diagnose_run(run: Path, as_json: bool) -> bool:
     """What is wrong with a run; True whatever that is: it has been said."""
     examination = Examination(SYMPTOMS)
     replay(run, examination)
@@ -101,7 +101,7 @@ def _run(run: Path, as_json: bool) -> bool:
     return True
 
 
-def _machine() -> bool:
+def _check_machine() -> bool:
     """What it has; whether everything on it computes alike."""
     prepare_process()
     for name, text in about({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
@@ -116,16 +116,16 @@ def _machine() -> bool:
     return healthy
 
 
-def _resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
-    test = KillTest([*KILLED, *of_fit], folder, given.seed)
+def _test_resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
+    test = KillTest([*RESUME_DEFAULTS, *of_fit], folder, given.seed)
     with tqdm(total=given.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
         report = test.run(given.kills, lambda: bar.update())
     print(report)
     return not report.differences
 
 
-def _parity(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
-    parity = Parity([*COMPARED, *of_fit], folder, given.kinds, given.layouts)
+def _test_parity(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
+    parity = Parity([*PARITY_DEFAULTS, *of_fit], folder, given.kinds, given.layouts)
     with tqdm(total=parity.runs, unit="run", disable=not sys.stderr.isatty()) as bar:
         parity.run(lambda: bar.update())
     print(parity)

@@ -28,7 +28,7 @@ def run(door: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a redirected stream may know fewer characters than a model
             stream.reconfigure(encoding="utf-8", errors="replace")
-    handler = _AboveBars()
+    handler = TqdmLoggingHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lit_gpt_scratch")
     logger.handlers = [handler]
@@ -43,7 +43,7 @@ def run(door: Callable[[], None]) -> None:
         sys.exit(1)
 
 
-class _AboveBars(logging.Handler):
+class TqdmLoggingHandler(logging.Handler):
     """Write log lines to standard error, above a progress bar, where there is one, instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -51,7 +51,7 @@ class _AboveBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-class Flags(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """Flags of a door that needs no trainer: a mistake is a ``UserError`` like any other."""
 
     def __init__(self, **kwargs: Any) -> None:
@@ -77,7 +77,7 @@ class Flags(argparse.ArgumentParser):
         self.add_argument("--trust", metavar="CLASS", help="let a checkpoint run this attention class of your own")
 
 
-def refuse_not_text(given: argparse.Namespace, *names: str) -> None:
+def validate_utf8(given: argparse.Namespace, *names: str) -> None:
     """Refuse flags whose bytes were no UTF-8: no tokenizer reads them.
 
     Raises:
@@ -90,16 +90,16 @@ def refuse_not_text(given: argparse.Namespace, *names: str) -> None:
                 raise UserError(f"argument --{name}: it is not UTF-8 text")
 
 
-def find_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
+def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     """The language model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
 
     Raises:
         UserError: There is no such model, or no such device.
     """
-    return find_trained(given).as_language_model()
+    return load_trained_model(given).as_language_model()
 
 
-def find_trained(given: argparse.Namespace) -> "Trained":
+def load_trained_model(given: argparse.Namespace) -> "Trained":
     """Whatever model ``add_checkpoint``'s flags mean, on the device they name.
 
     Raises:

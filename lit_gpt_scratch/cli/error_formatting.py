@@ -12,7 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lit_gpt_scratch.errors import UserError
 
 
-def quieten() -> None:
+def silence_libraries() -> None:
     """Keep the console to what a user can act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

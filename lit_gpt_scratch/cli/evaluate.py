@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
-from lit_gpt_scratch.cli.entrypoint import Flags, find_trained, refuse_not_text
+from lit_gpt_scratch.cli.entrypoint import CommandParser, load_trained_model, validate_utf8
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.classification_eval import classify
 from lit_gpt_scratch.evaluation.registry import KINDS, Asked, evaluate, plain
@@ -45,7 +45,7 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
 def main(args: Sequence[str] | None = None) -> None:
     """The door ``evaluate``: figures on standard output, as a table or as one JSON object."""
     tasks = "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items())
-    flags = Flags(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
+    flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
     flags.add_checkpoint()
     asked = flags.add_mutually_exclusive_group()
     asked.add_argument("--data.source", dest="source", help="a text file, a folder, rows, or 'stdlib'")
@@ -56,22 +56,22 @@ def main(args: Sequence[str] | None = None) -> None:
         flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
     given = flags.parse_args(args)
-    refuse_not_text(given, "text", "stop")
+    validate_utf8(given, "text", "stop")
     if given.text is not None:
-        _refuse(given, "--text", ())
+        _validate_flags(given, "--text", ())
         _classify(given)
     elif given.benchmark is not None:
-        _refuse(given, "--benchmark", ("few_shot", "limit", "include_path"))
+        _validate_flags(given, "--benchmark", ("few_shot", "limit", "include_path"))
         _benchmark(given)
     elif given.source is not None:
         task = getattr(given, "task", "text")
-        _refuse(given, f"--task {task}", ("task", "limit", "against", *KINDS[task].flags))
+        _validate_flags(given, f"--task {task}", ("task", "limit", "against", *KINDS[task].flags))
         _evaluate(given, task)
     else:
         raise UserError("nothing to evaluate on: name a --data.source, a --benchmark or a --text (see --help)")
 
 
-def _refuse(given: Namespace, what: str, takes: Sequence[str]) -> None:
+def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
     """Flags that would do nothing, and numbers that cannot be."""
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
@@ -86,15 +86,15 @@ def _evaluate(given: Namespace, task: str) -> None:
     asked = Asked(given.source, **options | {"stop": tuple(options.get("stop", ()))})
     kind = KINDS[task]
     kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
-    model, tokenizer, classes, pooling = _open(given)
+    model, tokenizer, classes, pooling = _open_checkpoint(given)
     if kind.of_classes != isinstance(model.reads, Classes):
         has = f"tells {len(classes)} classes apart" if isinstance(model.reads, Classes) else "predicts tokens"
         suits = ", ".join(name for name, other in KINDS.items() if other.of_classes == isinstance(model.reads, Classes))
         raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}; ask for {suits}")
     answer = evaluate(task, model, tokenizer, Asked(**vars(asked) | {"classes": classes, "pooling": pooling})).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
-    _say(given, bare, answer)
-    _keep(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
+    _print_results(given, bare, answer)
+    _store_results(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
 
 
 def _benchmark(given: Namespace) -> None:
@@ -104,7 +104,7 @@ def _benchmark(given: Namespace) -> None:
         raise UserError(f"argument --benchmark: {error}; install it: pip install -e '.[eval]'") from error
     names = given.benchmark.split(",")
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
-    model, tokenizer, _, _ = _open(given)
+    model, tokenizer, _, _ = _open_checkpoint(given)
     if isinstance(model.reads, Classes):
         raise UserError(f"argument --benchmark: {given.checkpoint} tells classes apart, it does not predict tokens")
     found = lm_eval_adapter.run(model, tokenizer, names, **options)
@@ -114,11 +114,11 @@ def _benchmark(given: Namespace) -> None:
     for name, answer in answers.items():
         if not given.json:
             print(f"{name}\n{table(answer)}\n")
-        _keep(given, name, {"benchmark": name, **{key: str(value) for key, value in options.items()}}, answer)
+        _store_results(given, name, {"benchmark": name, **{key: str(value) for key, value in options.items()}}, answer)
 
 
 def _classify(given: Namespace) -> None:
-    model, tokenizer, classes, pooling = _open(given)
+    model, tokenizer, classes, pooling = _open_checkpoint(given)
     if not isinstance(model.reads, Classes):
         raise UserError(f"argument --text: {given.checkpoint} predicts tokens; a classifier's checkpoint has classes")
     for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
@@ -131,14 +131,14 @@ def _classify(given: Namespace) -> None:
             print(f"{text}\n{drawn(lines, '<>')}\n")
 
 
-def _open(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
+def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
     """The model and its tokenizer; names of its classes, if it tells any apart, and how tokens become a text's.
 
     From here on ``given.checkpoint`` is the path of the checkpoint that was found.
     """
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)
-    model, tokenizer, contents, given.step = find_trained(given)
+    model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
         raise UserError(f"{path} rewards replies; what it makes of pairs is measured by the fit that trains it")
     if tokenizer.loss:
@@ -146,11 +146,11 @@ def _open(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
     return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
 
 
-def _say(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:
+def _print_results(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:
     print(json.dumps(bare, ensure_ascii=False) if given.json else table(answer))
 
 
-def _keep(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:
+def _store_results(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:
     checkpoint = Path(given.checkpoint)
     if folder := RunFolder.of(checkpoint):
         used = {"adapter": str(given.adapter) if given.adapter else None, "precision": given.precision}

@@ -26,11 +26,11 @@ from lit_gpt_scratch.callbacks.run_plan import Plan
 from lit_gpt_scratch.callbacks.signal_handling import Stopping, ending_at_once
 from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.cli.error_formatting import quieten, user_errors
-from lit_gpt_scratch.cli.preset import begin_with_preset, begin_with_shape, named_preset
-from lit_gpt_scratch.cli.resume import Resumed
+from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
+from lit_gpt_scratch.cli.preset import apply_init_from, apply_preset, find_preset
+from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.cli.run_flags import add_run_flags
-from lit_gpt_scratch.cli.saved_config import SavedConfig, plain
+from lit_gpt_scratch.cli.saved_config import SaveConfig, config_to_dict
 from lit_gpt_scratch.data.base_datamodule import OrderedData
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, prepare_process
 from lit_gpt_scratch.distributed.parallelize import refuse_tensor_parallel
@@ -101,14 +101,14 @@ class FitCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
         flags = list(sys.argv[1:] if args is None else args)
-        begin_with_preset(parser, named_preset(flags))
+        apply_preset(parser, find_preset(flags))
         self.config = parser.parse_args(flags)
-        if self.config.ckpt_path is None and begin_with_shape(parser, self.config):
+        if self.config.ckpt_path is None and apply_init_from(parser, self.config):
             self.config = parser.parse_args(flags)
-        self.resumed: Resumed | None = None
+        self.resumed: ResumedRun | None = None
         self.config_before: Namespace | None = None
         if self.config.ckpt_path is not None:
-            self.resumed = Resumed.find(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
+            self.resumed = ResumedRun.find(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
             if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
                 before = ["--config", str(self.resumed.folder.config)]
                 self.config_before = parser.parse_args(before)
@@ -156,7 +156,7 @@ class FitCLI(LightningCLI):
         saves, shows_progress = (config[f"enable_{name}"] is not False for name in ("checkpointing", "progress_bar"))
         saving = self.config_init.checkpoint if saves else None
         self.stopping, self.provenance = Stopping(saving), Provenance()
-        written = [SavedConfig(self.parser, self.config), self.provenance]
+        written = [SaveConfig(self.parser, self.config), self.provenance]
         return watchers(
             written, self.config_init.inspect, self.stopping, saving, shows_progress, self.config_init.guard
         )
@@ -211,7 +211,7 @@ class FitCLI(LightningCLI):
             place = str(self.resumed.checkpoint) if self.resumed else place
             self.model.init_from = self.datamodule.init_from = place
 
-    def _compare(self, resumed: Resumed) -> None:
+    def _compare(self, resumed: ResumedRun) -> None:
         """Say, or refuse, what is not as it was."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
@@ -221,7 +221,8 @@ class FitCLI(LightningCLI):
         }
         if isinstance(self.datamodule, OrderedData):
             here["data"] = self.datamodule.fingerprint
-        resumed.compare(plain(self.parser, before), plain(self.parser, self.config), here, self.config.force)
+        old, new = (config_to_dict(self.parser, config) for config in (before, self.config))
+        resumed.compare(old, new, here, self.config.force)
         if not self.config.plan:
             self.provenance.changed = resumed.changed
 
@@ -243,7 +244,7 @@ class FitCLI(LightningCLI):
 
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
-    quieten()
+    silence_libraries()
     with ending_at_once():
         cli = FitCLI(args)
         prepare_process(processes=cli.trainer.num_devices)

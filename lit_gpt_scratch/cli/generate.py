@@ -5,10 +5,9 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from lit_gpt_scratch.cli.chat import prompts as chat_prompts
-from lit_gpt_scratch.cli.chat import talk, typed
-from lit_gpt_scratch.cli.collect_preferences import rank
-from lit_gpt_scratch.cli.entrypoint import Flags, find_model, refuse_not_text
+from lit_gpt_scratch.cli.chat import build_chat_prompts, chat_session, read_stdin_lines
+from lit_gpt_scratch.cli.collect_preferences import collect_preferences
+from lit_gpt_scratch.cli.entrypoint import CommandParser, load_language_model, validate_utf8
 from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.sampling import Sampling
@@ -17,7 +16,8 @@ from lit_gpt_scratch.generation.streaming import write
 
 def main(args: Sequence[str] | None = None) -> None:
     """The door ``generate``: prompts and what follows them, and nothing else, on standard output."""
-    flags = Flags(prog="python -m lit_gpt_scratch.generate", description="Let a trained model continue a prompt.")
+    description = "Let a trained model continue a prompt."
+    flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint()
     flags.add_argument(
         "--prompt", action="append", help="text to continue; empty begins a new document; may be given several times"
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"argument --samples: {given.samples} is not positive")
     if given.seed < 0:
         raise UserError(f"argument --seed: {given.seed} is negative")
-    refuse_not_text(given, "prompt", "stop", "system")
+    validate_utf8(given, "prompt", "stop", "system")
     if given.system is not None and not (given.chat or given.rank):
         raise UserError("argument --system: it is for --chat and --rank")
     if given.system is not None and not given.system.strip():
@@ -65,32 +65,34 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError("argument --rank: it takes no --chat, --json, --stop, --samples or --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
-    model, tokenizer = find_model(given)
+    model, tokenizer = load_language_model(given)
     if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
         raise UserError(f"argument --compile: {why_not}")
     if given.rank:
-        lines = typed()
+        lines = read_stdin_lines()
         settings = given.rank, given.max_new_tokens, sampling, given.seed
         try:
-            for line in rank(model, tokenizer, given.system, given.prompt or lines, lines, *settings):
+            for line in collect_preferences(model, tokenizer, given.system, given.prompt or lines, lines, *settings):
                 print(line, flush=True)
         except KeyboardInterrupt:  # a way to end it like any other
             raise SystemExit(130) from None
         return
     if talks:
-        for piece in talk(model, tokenizer, given.system, typed(), given.max_new_tokens, sampling, given.seed):
+        for piece in chat_session(
+            model, tokenizer, given.system, read_stdin_lines(), given.max_new_tokens, sampling, given.seed
+        ):
             sys.stdout.write(piece or "\n")
             sys.stdout.flush()
         return
-    asked = chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
+    asked = build_chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
     pieces = write(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
     if given.json:
-        for row, text in _whole(pieces, len(prompts)):
+        for row, text in _collect_texts(pieces, len(prompts)):
             print(
                 json.dumps({"prompt": prompts[row], "text": text, "seed": seeds[row]}, ensure_ascii=False), flush=True
             )
     elif len(prompts) > 1:
-        for row, text in _whole(pieces, len(prompts)):
+        for row, text in _collect_texts(pieces, len(prompts)):
             print("\n" * (row > 0) + ("" if given.chat else prompts[row]) + text, flush=True)
     else:
         sys.stdout.write("" if given.chat else prompts[0])
@@ -100,7 +102,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.stdout.write("\n")
 
 
-def _whole(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
+def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
     """Texts that are written side by side, one after the other, each when it and those before it are done."""
     texts, done, next_row = [""] * n, [False] * n, 0
     for row, piece in pieces:

@@ -9,9 +9,9 @@ from typing import Final
 from jsonargparse import Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
-from lit_gpt_scratch.cli.error_formatting import quieten
+from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.cli.show_packing import show, shows_colours
+from lit_gpt_scratch.cli.show_packing import render_windows, supports_colors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
 from lit_gpt_scratch.data.prepare_tokens import VOCABULARY
@@ -54,7 +54,7 @@ class PrepareCLI(FitCLI):
 
 def main(args: ArgsType = None) -> None:
     """The door ``prepare``: what was made of the text, or how tokenizers compare, on standard output."""
-    quieten()
+    silence_libraries()
     use_allowed_cores()
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
@@ -94,7 +94,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
     print(drawn(_policies(data), "<>>>>>>"))
     if n_shown:
         data.setup("show")
-        for paragraph in show(data, n_shown, shows_colours()):
+        for paragraph in render_windows(data, n_shown, supports_colors()):
             print(f"\n{paragraph}")
 
 

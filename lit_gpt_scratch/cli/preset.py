@@ -17,7 +17,7 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 
 
-def named_preset(flags: Sequence[str]) -> str | None:
+def find_preset(flags: Sequence[str]) -> str | None:
     """What the last ``--preset`` says, or else the last config with a ``preset`` in it.
 
     It has to be known before the parser reads the flags, because it is what they change.
@@ -37,7 +37,7 @@ def named_preset(flags: Sequence[str]) -> str | None:
     return None
 
 
-def begin_with_shape(parser: ArgumentParser, config: Namespace) -> bool:
+def apply_init_from(parser: ArgumentParser, config: Namespace) -> bool:
     """Make the shape of the trained model that a run is to begin with the parser's default, and its context.
 
     Args:
@@ -61,20 +61,20 @@ def begin_with_shape(parser: ArgumentParser, config: Namespace) -> bool:
     module, _, name = config.model.class_path.rpartition(".")
     if not getattr(getattr(import_module(module), name), "drops", True):
         gpt["dropout"] = 0.0
-    _set_default(parser, "model", config.model.class_path, gpt=gpt)
+    _set_default_arguments(parser, "model", config.model.class_path, gpt=gpt)
     if "block_size" in data:
-        _set_default(parser, "data", config.data.class_path, block_size=contents.block_size)
+        _set_default_arguments(parser, "data", config.data.class_path, block_size=contents.block_size)
     return True
 
 
-def _set_default(parser: ArgumentParser, part: str, class_path: str, **arguments: Any) -> None:
+def _set_default_arguments(parser: ArgumentParser, part: str, class_path: str, **arguments: Any) -> None:
     """Change some default arguments of a class, and leave the others as they are."""
     before = parser.get_default(part)
     others = before.get("init_args", {}) if before.get("class_path") == class_path else {}
     parser.set_defaults({part: {"class_path": class_path, "init_args": {**others, **arguments}}})
 
 
-def begin_with_preset(parser: ArgumentParser, name: str | None) -> None:
+def apply_preset(parser: ArgumentParser, name: str | None) -> None:
     """Make the shape the parser's default.
 
     Raises:

@@ -26,18 +26,18 @@ log = logging.getLogger(__name__)
 
 Changes = dict[str, tuple[Any, Any]]
 
-NOT_THE_RUNS: Final = r"runs|experiment|ckpt_path|force|plan|config"
+OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that say where and whether, not what is trained."""
-FREE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
+FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
 """What may differ among model and data without a different result."""
-ANOTHER_MODEL: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
+CHECKED_BY_CHECKPOINT: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
 """What no force can change: the checkpoint's own contents refuse it, by name."""
-SAME_RUN: Final = (
+MUST_MATCH: Final = (
     r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
     r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
 )
 """What must be as it was for the run to be one run: the text, its order, and what a step computes."""
-DEALT: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
+BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
 """What deals out the windows of a step; the step is the same as long as they are as many."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
 """In which launchers say which of several machines this is: Lightning, torchrun, SLURM."""
@@ -45,7 +45,7 @@ OPTIMIZER: Final = "model.init_args.optimizer.class_path"
 
 
 @dataclass
-class Resumed:
+class ResumedRun:
     """A run that goes on from a checkpoint.
 
     Attributes:
@@ -61,7 +61,7 @@ class Resumed:
     layout: Layout | None = None
 
     @classmethod
-    def find(cls, given: str, runs: Path, experiment: str) -> "Resumed | None":
+    def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
         """The run that ``--ckpt_path`` means; None for ``auto`` where there is none yet.
 
         Raises:
@@ -145,9 +145,11 @@ class Resumed:
         """
         sessions = self.folder.sessions() if self.folder else []
         flags = differences(config_before, config)
-        self.changed = {name: values for name, values in flags.items() if not re.fullmatch(NOT_THE_RUNS, name)}
+        self.changed = {name: values for name, values in flags.items() if not re.fullmatch(OUTPUT_FLAGS, name)}
         matters = [
-            n for n in self.changed if re.fullmatch(SAME_RUN, n) and not re.fullmatch(f"{FREE}|{ANOTHER_MODEL}", n)
+            n
+            for n in self.changed
+            if re.fullmatch(MUST_MATCH, n) and not re.fullmatch(f"{FREE_TO_CHANGE}|{CHECKED_BY_CHECKPOINT}", n)
         ]
         before = dict(self.origin or (sessions[-1] if sessions else {}))
         if before:
@@ -157,7 +159,7 @@ class Resumed:
                 old = {name: before[part][name] for name in known}
                 self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
             before |= {"processes": before.get("hardware", {}).get("processes")}
-            another_model = any(re.fullmatch(ANOTHER_MODEL, n) for n in self.changed)
+            another_model = any(re.fullmatch(CHECKED_BY_CHECKPOINT, n) for n in self.changed)
             seed_said = "seed_everything" in self.changed
             for name in ("processes", *(() if seed_said else ("seed",)), *(() if another_model else ("data",))):
                 if before.get(name) not in (None, here.get(name)):
@@ -167,28 +169,28 @@ class Resumed:
             log.warning("%s lies in no run folder: its flags are not known", self.checkpoint)
         if OPTIMIZER in self.changed:
             raise UserError(
-                f"{_said(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
+                f"{_describe_changes(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
             )
         keep = ""
-        if self.layout is not None and any(re.fullmatch(DEALT, n) for n in matters):
-            step = self.layout.windows_per_step, _windows_per_step(config, here["replicas"])
+        if self.layout is not None and any(re.fullmatch(BATCH_FLAGS, n) for n in matters):
+            step = self.layout.windows_per_step, _samples_per_step(config, here["replicas"])
             if step[0] != step[1]:
                 self.changed["windows of a step"] = step
                 matters.append("windows of a step")
                 tokens = step[0] * config["data"]["init_args"].get("block_size", 1)
                 keep = f"; to keep its step: --data.tokens_per_step {tokens}"
             elif not _counts_batches(config):
-                matters = [n for n in matters if not re.fullmatch(DEALT, n)]
+                matters = [n for n in matters if not re.fullmatch(BATCH_FLAGS, n)]
         if matters and not force:
             raise UserError(
-                f"{self.checkpoint} is of a run with {_said(self.changed, matters)}{keep}; "
+                f"{self.checkpoint} is of a run with {_describe_changes(self.changed, matters)}{keep}; "
                 "to go on all the same: --force"
             )
         if self.changed:
-            log.warning("changed since the run was begun: %s", _said(self.changed, list(self.changed)))
+            log.warning("changed since the run was begun: %s", _describe_changes(self.changed, list(self.changed)))
 
 
-def _windows_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
+def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
     """Windows of an optimizer step over all processes; None for data of one's own, which may have none.
 
     Replicas are the processes that read windows of their own.
@@ -217,7 +219,7 @@ def _seconds(trainer: Trainer) -> float:
     return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
 
 
-def _said(changes: Changes, names: list[str]) -> str:
+def _describe_changes(changes: Changes, names: list[str]) -> str:
     def short(value: Any) -> str:
         text = str(value)
         if re.fullmatch(r"\w+(\.\w+)+\.[A-Z]\w+", text):  # a class by its path

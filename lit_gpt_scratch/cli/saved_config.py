@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 
 
-class SavedConfig(InRunFolder):
+class SaveConfig(InRunFolder):
     """``config.yaml`` in the run's folder, written when nothing can be refused any more.
 
     Args:
@@ -29,7 +29,7 @@ class SavedConfig(InRunFolder):
             self.folder.write(self.folder.config.name, self.parser.dump(config, skip_unset=False))
 
 
-def plain(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
     """A config as nested plain data, as its file has it; the files of two runs are compared."""
     nested: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
     return nested

@@ -24,12 +24,12 @@ LEGEND: Final = (
 )
 
 
-def shows_colours() -> bool:
+def supports_colors() -> bool:
     """Whether standard output is a terminal that takes them, or is told to (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
 
 
-def show(data: PackedText, n: int, colours: bool) -> Iterator[str]:
+def render_windows(data: PackedText, n: int, colours: bool) -> Iterator[str]:
     """The first windows of the training, in their order, as paragraphs.
 
     Args:

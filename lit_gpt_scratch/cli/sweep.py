@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from lit_gpt_scratch.cli.entrypoint import Flags
+from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.process_pool import end, spawned
 
@@ -45,8 +45,8 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
         _sweep(given, module)
 
 
-def _flags() -> Flags:
-    flags = Flags(
+def _flags() -> CommandParser:
+    flags = CommandParser(
         prog="python -m lit_gpt_scratch.sweep",
         description="Run every trial of a sweep file, each run a process and a folder of its own, and report what they "
         "show. The same command goes on where a kill or Ctrl-C stopped it, repeats nothing, and may be given several "
@@ -118,9 +118,9 @@ def _checked(sweep: "Sweep") -> "Known":
 
 
 def _check(sweep: "Sweep") -> "Known":
-    from lit_gpt_scratch.cli.sweep_precheck import check
+    from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 
-    return check(sweep)
+    return check_sweep(sweep)
 
 
 def _compare(given: argparse.Namespace) -> None:

@@ -5,22 +5,22 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lit_gpt_scratch.checkpoint.config_diff import flat
-from lit_gpt_scratch.cli.error_formatting import quieten, user_errors
+from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.cli.saved_config import plain
+from lit_gpt_scratch.cli.saved_config import config_to_dict
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.build_command import Known, arguments, short
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep, nearest
 
 
-class _Parser(FitCLI):
+class _ParseOnlyCLI(FitCLI):
     """Reads flags, and builds nothing."""
 
     def instantiate_classes(self) -> None:
         """Not here."""
 
 
-def check(sweep: Sweep) -> Known:
+def check_sweep(sweep: Sweep) -> Known:
     """Let ``fit`` read every value that the sweep file names, and build the baseline.
 
     Settings that are wrong only beside each other are not found; such a trial fails, and says why.
@@ -28,13 +28,13 @@ def check(sweep: Sweep) -> Known:
     Raises:
         UserError: A flag is unknown, or a value cannot be.
     """
-    quieten()
-    parser = _Parser([f"--config={path}" for path in sweep.base])
-    names = [short(name) for name in flat(plain(parser.parser, parser.config))]
+    silence_libraries()
+    parser = _ParseOnlyCLI([f"--config={path}" for path in sweep.base])
+    names = [short(name) for name in flat(config_to_dict(parser.parser, parser.config))]
     for assignment in _each_setting(sweep):
         _parse(parser, sweep, assignment, names)
     built = FitCLI(_without_budget(sweep, sweep.first))
-    flags = {short(name): value for name, value in flat(plain(built.parser, built.config)).items()}
+    flags = {short(name): value for name, value in flat(config_to_dict(built.parser, built.config)).items()}
     known = Known(flags, built.trainer.world_size)
     arguments(sweep, sweep.first, known)
     return known

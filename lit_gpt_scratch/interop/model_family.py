@@ -60,7 +60,7 @@ class Family(ABC):
         tied: Whether embeddings are tied where ``config.json`` does not say.
         drops: Whether it drops out what this package does.
         fixed: Switches that it has only one value of; those neither here nor free stay as they are by default.
-        free: Switches that it can say, beside ``FREE``.
+        free: Switches that it can say, beside ``FREE_TO_CHANGE``.
     """
 
     model_type: ClassVar[str]

@@ -13,7 +13,7 @@ from pydoc_data.topics import topics
 import pytest
 import yaml
 
-from lit_gpt_scratch.__main__ import DOORS
+from lit_gpt_scratch.__main__ import COMMANDS
 from lit_gpt_scratch.text.sources import STDLIB
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command, Trained
@@ -21,7 +21,7 @@ from tests.end_to_end.conftest import Command, Trained
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
+README_COMMANDS = [
     part.strip()
     for language, block in BLOCKS
     if language == "bash"
@@ -33,7 +33,7 @@ COMMANDS = [
 [OWN, REWARD, BY_HAND] = [block for language, block in BLOCKS if language == "python"]
 assert OWN.startswith("# my_attention.py\n")
 [DIFF] = [block for language, block in BLOCKS if language == "diff"]
-DOOR_COMMANDS = [command for command in COMMANDS if "lit_gpt_scratch." in command]
+DOOR_COMMANDS = [command for command in README_COMMANDS if "lit_gpt_scratch." in command]
 SHORT = [
     "--trainer.max_steps=2", "--model.compile=false", "--model.gpt.n_embd=36", "--trainer.limit_val_batches=2",
     "--data.vocab_size=300", "--data.block_size=32", "--data.tokens_per_step=null", "--data.batch_size=4",
@@ -41,7 +41,7 @@ SHORT = [
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:
-    assert COMMANDS[:4] == [
+    assert README_COMMANDS[:4] == [
         "python -m pip install -e .",
         "python -m lit_gpt_scratch.fit",
         "python -m pip install -e '.[test]'",
@@ -117,16 +117,16 @@ def before(line: str) -> list[str]:
 
 def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> None:
     door, *flags = shlex.split(line.partition("lit_gpt_scratch.")[2])  # whatever launches it
-    assert door in DOORS
+    assert door in COMMANDS
     if "--data.vocab_size" in flags:  # more than a short text gives
         place = flags.index("--data.vocab_size")
         del flags[place : place + 2]
     if door == "sweep" and "--compare" not in flags:  # its runs take minutes; that every one starts is tested elsewhere
         pytest.importorskip("optuna")
-        from lit_gpt_scratch.cli.sweep_precheck import check
+        from lit_gpt_scratch.cli.sweep_precheck import check_sweep
         from lit_gpt_scratch.sweeps.sweep_config import load
 
-        assert check(load(Path(flags[0])))
+        assert check_sweep(load(Path(flags[0])))
         return
     # A subprocess launcher would start the test runner again; that strategies agree is tested elsewhere.
     if door == "fit" and ("--trainer.strategy" in flags or "experiments/hardware" in line):
@@ -285,13 +285,13 @@ def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -
 
 def test_the_readmes_sweep_can_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
-    from lit_gpt_scratch.cli.sweep_precheck import check
+    from lit_gpt_scratch.cli.sweep_precheck import check_sweep
     from lit_gpt_scratch.sweeps.sweep_config import load
 
     monkeypatch.chdir(ROOT)
     [text] = [block for language, block in BLOCKS if language == "yaml"]
     (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
-    assert check(load(tmp_path / "sweep.yaml"))
+    assert check_sweep(load(tmp_path / "sweep.yaml"))
 
 
 def test_every_module_can_be_held_in_the_head() -> None:
@@ -306,6 +306,6 @@ def test_every_room_is_on_the_map() -> None:
 
 
 def test_every_door_is_listed() -> None:
-    for door in DOORS:
+    for door in COMMANDS:
         assert (ROOT / "lit_gpt_scratch" / f"{door}.py").is_file()
         assert f"`{door}.py`" in README

@@ -16,7 +16,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.token_shards import Shard
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.test_mistakes import one_line
+from tests.end_to_end.test_user_errors import one_line
 
 
 @pytest.fixture

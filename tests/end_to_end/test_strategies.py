@@ -11,7 +11,7 @@ from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
-from tests.end_to_end.test_mistakes import one_line
+from tests.end_to_end.test_user_errors import one_line
 
 SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
 

@@ -13,7 +13,7 @@ from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, 
 from lit_gpt_scratch.checkpoint.config_diff import differences, flat
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.cli.resume import Resumed
+from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks import Classification
 from tests.end_to_end.conftest import STAGES, Command, Trained
@@ -219,14 +219,14 @@ def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
     command: Command, small: list[str], trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(*small)
-    read = Resumed.steps_done
+    read = ResumedRun.steps_done
 
     def steps_done(*args: object) -> int:
         with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).owned():
             pass
         return read(*args)  # type: ignore[arg-type]  # passed on as they are
 
-    monkeypatch.setattr(Resumed, "steps_done", steps_done)
+    monkeypatch.setattr(ResumedRun, "steps_done", steps_done)
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
 
 

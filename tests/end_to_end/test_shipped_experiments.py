@@ -8,7 +8,7 @@ import yaml
 
 pytest.importorskip("optuna")
 
-from lit_gpt_scratch.cli.sweep_precheck import check
+from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.build_command import Known, arguments
 from lit_gpt_scratch.sweeps.search_space import label_of
@@ -69,7 +69,7 @@ def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.Monk
     sweep = load(path)
     assert sweep.question
     assert len(sweep.seeds) >= 3
-    known = check(sweep)
+    known = check_sweep(sweep)
     for assignment in sweep.assignments:
         assert any(each.startswith("--config=") for each in arguments(sweep, assignment, known))
 
@@ -107,5 +107,5 @@ def test_flags_that_fit_does_not_take(tmp_path: Path, text: str, said: str) -> N
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        check(load(path))
+        check_sweep(load(path))
     assert said in str(caught.value)

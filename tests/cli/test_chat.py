@@ -24,7 +24,7 @@ def test_a_line_that_is_too_long_leaves_what_was_said(
 
     monkeypatch.setattr(chat, "write", write)
     lines = ["My name is Bo.", "x" * 200, "Who am I?"]
-    replies = list(chat.talk(model, tokenizer, None, lines, 20, Sampling(), 0))
+    replies = list(chat.chat_session(model, tokenizer, None, lines, 20, Sampling(), 0))
     assert replies == ["Yes.", ""] * 2
     assert "say it shorter" in caplog.text
     assert "forgotten" not in caplog.text

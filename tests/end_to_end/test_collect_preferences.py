@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from lit_gpt_scratch.cli import collect_preferences
-from lit_gpt_scratch.cli.collect_preferences import ASKED
+from lit_gpt_scratch.cli.collect_preferences import QUESTION
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from tests.end_to_end.conftest import Command
@@ -43,12 +43,12 @@ def test_answers_become_pairs_to_learn_from(command: Command, said: Callable[[st
     said("2\ns\nwhat?\n1\nq\n")
     outcome = command("generate", *FLAGS, *(f"--prompt=Say {n}." for n in range(5)))
     assert outcome.code == 0, outcome.err
-    assert outcome.out.count(ASKED) == 5
+    assert outcome.out.count(QUESTION) == 5
     before, second, first = ranked()
     assert before["prompt"] == "Before."
     blocks = outcome.out.split("[1] ")[1:]
     for row, block, n, better in ((second, blocks[0], 0, 2), (first, blocks[2], 2, 1)):
-        one, _, two = block.partition(ASKED)[0].rstrip("\n").partition("\n\n[2] ")
+        one, _, two = block.partition(QUESTION)[0].rstrip("\n").partition("\n\n[2] ")
         assert row["prompt"] == f"Say {n}."
         assert [row["chosen"], row["rejected"]] == ([two, one] if better == 2 else [one, two])
     assert len(Preferences(source="ranked.jsonl").records) == 3
