@@ -73,7 +73,7 @@ def test_what_was_said_is_kept_when_it_ends_amid_a_question(
         assert len(ranked()) == 1  # on the disk before the next is asked
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lit_gpt_scratch.cli.generate.typed", interrupted)
+    monkeypatch.setattr("lit_gpt_scratch.cli.generate.read_stdin_lines", interrupted)
     assert command("generate", *FLAGS, "--prompt=Say so.", "--prompt=And so.").code == 130
     assert len(ranked()) == 1
 
