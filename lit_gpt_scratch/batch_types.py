@@ -5,9 +5,9 @@ from typing import Final, NamedTuple
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-IGNORED: Final = -100
+IGNORE_INDEX: Final = -100
 """Label of a position that is not scored, PyTorch's own convention."""
-MULTIPLE: Final = 8
+PADDING_MULTIPLE: Final = 8
 """Of positions, as which rows of uneven lengths are filled up: tensor cores like it, and it leaves few widths."""
 
 
@@ -15,7 +15,7 @@ class Batch(TypedDict):
     """``B`` windows of ``T`` tokens.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: they are shifted once, where the
-    batch is made, and nowhere else. A label of ``IGNORED`` (-100) is not scored.
+    batch is made, and nowhere else. A label of ``IGNORE_INDEX`` (-100) is not scored.
 
     With ``document_ids`` a token attends only to tokens of its own document, and positions count from the first of
     them. The tokens of a document stand side by side.
@@ -37,7 +37,7 @@ class LabelledBatch(TypedDict):
     lengths: Tensor
     """(B,) int64, tokens of each text; 0 of a row that only fills the batch up"""
     labels: Tensor
-    """(B,) int64, the number of each text's class; ``IGNORED`` of a row that only fills the batch up"""
+    """(B,) int64, the number of each text's class; ``IGNORE_INDEX`` of a row that only fills the batch up"""
 
 
 class PairBatch(TypedDict):
@@ -50,19 +50,19 @@ class PairBatch(TypedDict):
     input_ids: Tensor
     """(2 B, T) int64"""
     labels: Tensor
-    """(2 B, T) int64, the token that follows where that is of the last reply or ends it, elsewhere ``IGNORED``"""
+    """(2 B, T) int64, the token that follows where that is of the last reply or ends it, elsewhere ``IGNORE_INDEX``"""
     lengths: Tensor
     """(2 B,) int64, tokens of each row; 0 of a pair that only fills the batch up"""
 
 
-class NumberedBatch(TypedDict):
+class PromptIndexBatch(TypedDict):
     """``B`` rows by their numbers alone; what is in them, the task asks the data module for, or makes it."""
 
     numbers: Tensor
     """(B,) int64"""
 
 
-class Phase(NamedTuple):
+class RolloutPhase(NamedTuple):
     """How long one policy writes, and how often what it wrote is learned from.
 
     Attributes:
@@ -74,7 +74,7 @@ class Phase(NamedTuple):
     passes: int
 
 
-class Layout(NamedTuple):
+class BatchLayout(NamedTuple):
     """How the windows of an optimizer step are dealt out.
 
     Attributes:
@@ -88,11 +88,11 @@ class Layout(NamedTuple):
     accumulate: int
 
     @property
-    def windows_per_batch(self) -> int:
+    def rows_per_batch(self) -> int:
         """Windows of a micro-batch over all ranks."""
         return self.batch_size * self.replicas
 
     @property
-    def windows_per_step(self) -> int:
+    def rows_per_step(self) -> int:
         """Windows of an optimizer step over all ranks."""
-        return self.windows_per_batch * self.accumulate
+        return self.rows_per_batch * self.accumulate

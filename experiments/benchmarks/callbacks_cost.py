@@ -61,14 +61,14 @@ class Switch(L.Callback):
         """Callbacks, and what they have put elsewhere: the guard judges each step, the doctor hears the loggers."""
         # In place: the trainer is going through the list, and this is its first.
         trainer.callbacks[:] = [self, *self.others] if with_them else [self]
-        task.judge = self._judge if with_them else None
+        task.step_filter = self._judge if with_them else None
         trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, Listener)]
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         """A step lasts from here to the next time here, a validation behind it included."""
         came = time.perf_counter()
         if not self._loggers:
-            self._judge, self._loggers = task.judge, list(trainer.loggers)
+            self._judge, self._loggers = task.step_filter, list(trainer.loggers)
         if self._now is not None:
             self.seconds[self._now].append(came - self._began)
         step = trainer.global_step + 1

@@ -68,7 +68,7 @@ def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
     data = cli.datamodule
     order = list(data.order)
     for first in range(0, steps * data.batch_size, data.batch_size):
-        yield data.train_windows.__getitems__(order[first : first + data.batch_size])
+        yield data.train_dataset.__getitems__(order[first : first + data.batch_size])
 
 
 def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:

@@ -27,7 +27,7 @@ import torch
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES
-from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
+from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.text.token_shards import Shard
 
@@ -85,11 +85,11 @@ def seeking() -> None:
     times = []
     for seed in range(200):
         began = time.perf_counter()
-        next(iter(WindowOrder(Shuffle([10**12], seed), 8, start=(3, 10**9))))
+        next(iter(ShuffledSampler(ShuffledOrder([10**12], seed), 8, start=(3, 10**9))))
         times.append(time.perf_counter() - began)
     print(f"seek to step 10^9 of 10^12 windows: {milliseconds(times)}")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in islice(iter(WindowOrder(Shuffle([10**12], 0), 8)), 1_000_000):
+    for _ in islice(iter(ShuffledSampler(ShuffledOrder([10**12], 0), 8)), 1_000_000):
         pass
     print(f"memory for a million places more: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before} kB")
 

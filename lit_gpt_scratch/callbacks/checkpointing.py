@@ -82,7 +82,7 @@ class Checkpoints(InRunFolder, Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear away what a kill left half-written, and do the validation that it prevented."""
         self._agreement = Agreement()
-        self._tests = bool(getattr(trainer.datamodule, "test_windows", None))  # type: ignore[attr-defined]  # set late
+        self._tests = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
         self._saved_at = time.monotonic()
         if self.folder:

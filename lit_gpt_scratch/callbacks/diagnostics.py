@@ -10,20 +10,20 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.metric_names import Listener, note
 from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.spike_guard import MODES, Guard
 from lit_gpt_scratch.data import LabelledText, PackedText
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.repetition import repeated_passages, repeated_words
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, Examination
 from lit_gpt_scratch.diagnostics.rules import PLANNED, SYMPTOMS
 from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
-from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
 log = logging.getLogger(__name__)
 
@@ -142,20 +142,20 @@ def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str,
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
     guard = next((callback.mode for callback in callbacks if isinstance(callback, Guard)), "off")
     facts: dict[str, float] = {"run/guard": MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
-    if isinstance(data, OrderedData) and isinstance(task, GPTTask):
+    if isinstance(data, BaseDataModule) and isinstance(task, GPTModule):
         facts |= {
             "run/parameters": sum(p.numel() for p in task.net.parameters()),
             "run/begins_trained": task.init_from is not None,
             "run/post_norm": task.gpt.norm_placement == "post",
             "run/warmup_steps": task.schedule.warmup_steps,
             "run/tokens_per_step": tokens_per_step(trainer, data),
-            "run/train_tokens": len(data.train_windows) * data.block_size,
+            "run/train_tokens": len(data.train_dataset) * data.block_size,
             "run/loader_processes": data.num_workers,
             "run/chance_loss": math.log(len(data.class_names) if isinstance(data, LabelledText) else data.vocab_size),
         }
         if isinstance(batch, dict) and "input_ids" in batch:
             facts |= _labels(batch["input_ids"], batch["labels"])
-    if isinstance(task, PhasedPolicy) and task.kl_target is not None:
+    if isinstance(task, OnPolicyModule) and task.kl_target is not None:
         facts["run/kl_target"] = task.kl_target
     if isinstance(data, PackedText):
         batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
@@ -172,7 +172,7 @@ def _labels(ids: Tensor, labels: Tensor) -> dict[str, float]:
     """Of the labels that count, how many are the token that the next position reads, and how many that of their own."""
     if ids.shape != labels.shape:
         return {}
-    inner, scored = labels[:, :-1], labels[:, :-1] != IGNORED
+    inner, scored = labels[:, :-1], labels[:, :-1] != IGNORE_INDEX
     if not scored.any():
         return {}
     shares = [(inner == ids[:, shift : shift + inner.size(1)])[scored].float().mean().item() for shift in (1, 0)]

@@ -16,14 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_names import boards, record
 from lit_gpt_scratch.data import LabelledText
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.parallelize import every_head
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.activation_hooks import Looks, Observation, Seen, answers, dead, looks, observe
 from lit_gpt_scratch.model.output_heads import Classes, Scalar
 from lit_gpt_scratch.optim.gradient_clipping import own_part, total_norm
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.text.cleaning_report import drawn
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -180,9 +180,9 @@ class Inspection(Callback):
         self._step = trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._batch, self._views = {}, None
-        if self.every_n_steps and isinstance(pl_module, GPTTask) and isinstance(data, OrderedData):
-            rows = max(1, min(TOKENS // data.block_size, len(data.validation_windows)))
-            batch = data.validation_windows.__getitems__(range(rows))
+        if self.every_n_steps and isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule):
+            rows = max(1, min(TOKENS // data.block_size, len(data.validation_dataset)))
+            batch = data.validation_dataset.__getitems__(range(rows))
             kept = {"input_ids", "document_ids", "lengths"} & batch.keys()
             if "input_ids" not in kept:  # what is learned from is written as it is learned
                 return
@@ -198,23 +198,23 @@ class Inspection(Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        if self._batch and isinstance(pl_module, GPTTask) and due(self.every_n_steps, self._step):
+        if self._batch and isinstance(pl_module, GPTModule) and due(self.every_n_steps, self._step):
             seen = self._look(trainer, pl_module, False)
             record(trainer, figures(seen, self._batch.get("lengths")), self._step - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Look, and draw."""
-        if self._views and isinstance(pl_module, GPTTask) and not trainer.sanity_checking:
+        if self._views and isinstance(pl_module, GPTModule) and not trainer.sanity_checking:
             seen = self._look(trainer, pl_module, True)
             with trainer.precision_plugin.val_step_context():
                 self._views.draw(trainer, pl_module, seen)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave the embedding as it is in the end."""
-        if self._views and isinstance(pl_module, GPTTask):
+        if self._views and isinstance(pl_module, GPTModule):
             self._views.project(trainer, pl_module)
 
-    def _look(self, trainer: L.Trainer, task: GPTTask, whole: bool) -> Observation[Layer]:
+    def _look(self, trainer: L.Trainer, task: GPTModule, whole: bool) -> Observation[Layer]:
         lengths, documents, mesh = self._batch.get("lengths"), self._batch.get("document_ids"), task.device_mesh
 
         def keep(seen: Seen) -> Layer:
@@ -285,11 +285,11 @@ class Views:
         ids: The first tokens of the fixed text, those whose attention is drawn.
     """
 
-    def __init__(self, data: OrderedData, ids: list[int]) -> None:
+    def __init__(self, data: BaseDataModule, ids: list[int]) -> None:
         self.data = data
         self.tokens = [spelled(data.tokenizer, id_) for id_ in ids]
 
-    def draw(self, trainer: L.Trainer, task: GPTTask, seen: "Observation[Layer]") -> None:
+    def draw(self, trainer: L.Trainer, task: GPTModule, seen: "Observation[Layer]") -> None:
         """All that is drawn after a validation; every rank has to ask."""
         lens = self._lens(task.net, seen)
         for board in boards(trainer):
@@ -351,7 +351,7 @@ class Views:
         return spelled(self.data.tokenizer, number)
 
     @torch.no_grad()
-    def project(self, trainer: L.Trainer, task: GPTTask) -> None:
+    def project(self, trainer: L.Trainer, task: GPTModule) -> None:
         """Leave the embedding for TensorBoard's projector; every rank has to ask."""
         weight = task.net.embedding.weight
         table = (weight.full_tensor() if isinstance(weight, DTensor) else weight)[: min(POINTS, task.net.vocab_size)]

@@ -10,10 +10,10 @@ from lightning.pytorch.callbacks import Callback
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_names import boards, record
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
 SPAN: Final = 32
@@ -45,7 +45,7 @@ class TokenLosses(Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        self._active = self.enabled and isinstance(pl_module, LanguageModel) and isinstance(data, OrderedData)
+        self._active = self.enabled and isinstance(pl_module, LanguageModel) and isinstance(data, BaseDataModule)
         if not self._active:
             return
         device, T = pl_module.device, data.block_size
@@ -70,8 +70,8 @@ class TokenLosses(Callback):
         if not self._active or outputs is None:
             return
         assert self._bands is not None
-        lost, labels = outputs["lost"].float(), batch["labels"]  # (B, T)
-        counted = (labels != IGNORED).float()
+        lost, labels = outputs["token_losses"].float(), batch["labels"]  # (B, T)
+        counted = (labels != IGNORE_INDEX).float()
         self._places += torch.stack((lost.sum(0), counted.sum(0)))
         bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)
         inside = torch.arange(len(self._names), device=bands.device)[:, None] == bands  # (bands, B * T)
@@ -130,7 +130,7 @@ class TokenLosses(Callback):
         there = {str(passage): (lost, passage) for part in everyone for lost, passage in part if lost > float("-inf")}
         return sorted(there.values(), reverse=True)[:HARDEST]
 
-    def _told(self, data: OrderedData, passages: list[tuple[float, list[list[int]]]]) -> str:
+    def _told(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
         parts = [f"The {SPAN} tokens in a row that were hardest to predict, behind what came before them."]
         for lost, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
@@ -148,17 +148,17 @@ def place_bands(block_size: int) -> list[tuple[int, int]]:
     return [(begin, min(end, block_size) - 1) for begin, end in zip(begins, ends, strict=True)]
 
 
-def frequency_bands(data: OrderedData) -> tuple[Tensor, list[str]]:
+def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     """Tokens in bands by how frequent they are as labels of the training: the ten most frequent, the next ninety, ...
 
     Returns:
         (vocab_size,) int64, the band of each token; and the bands' names. Tokens that were not counted are the rarest,
         in the order of their ids.
     """
-    n = min(len(data.train_windows), COUNTED)
-    spread = np.linspace(0, len(data.train_windows) - 1, n).astype(int).tolist()
-    labels = data.train_windows.__getitems__(spread)["labels"]
-    counts = torch.bincount(labels[labels != IGNORED], minlength=data.vocab_size)
+    n = min(len(data.train_dataset), COUNTED)
+    spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
+    labels = data.train_dataset.__getitems__(spread)["labels"]
+    counts = torch.bincount(labels[labels != IGNORE_INDEX], minlength=data.vocab_size)
     ranks = torch.empty(data.vocab_size, dtype=torch.int64)
     ranks[counts.argsort(descending=True, stable=True)] = torch.arange(data.vocab_size)
     ends = [10]

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.formatting import figures
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class Progress(ProgressBar):
         self._first_step = self._step = trainer.global_step
         self._shown_tenth = 10 * self._step // self._total if self._total else 0
         if self._enabled and not trainer.global_step:
-            compiles = isinstance(pl_module, GPTTask) and pl_module.compiled
+            compiles = isinstance(pl_module, GPTModule) and pl_module.compiled
             log.info("first step%s", " (compiling, this once)" if compiles else "")
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(

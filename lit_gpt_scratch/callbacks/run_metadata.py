@@ -8,7 +8,7 @@ import lightning as L
 
 from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 from lit_gpt_scratch.checkpoint.environment import surroundings
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.errors import UserError
 
 
@@ -37,7 +37,7 @@ class Provenance(InRunFolder):
         if first != own:
             raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        own = data.fingerprint if isinstance(data, OrderedData) else ""
+        own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
             raise UserError(f"{data.origin} is not the same on this machine as on the first; copy it from there")
 
@@ -48,7 +48,7 @@ class Provenance(InRunFolder):
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
         self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if isinstance(data, OrderedData):
+        if isinstance(data, BaseDataModule):
             self.origin["data"] = data.fingerprint
         if self.folder and trainer.is_global_zero:
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}

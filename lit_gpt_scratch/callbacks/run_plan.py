@@ -14,8 +14,8 @@ from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
 from lit_gpt_scratch.callbacks.formatting import clock, count, many, size
 from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.base_datamodule import OrderedData
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.diagnostics.config_rules import CHINCHILLA, FAR, FEW_VALIDATION_TOKENS, MANY_EPOCHS
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
@@ -25,7 +25,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import (
     state_bytes,
     training_flops_per_token,
 )
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +52,8 @@ class Plan(InRunFolder):
         """Print the plan and the warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._first_step = self._step = trainer.global_step
-        self._told = not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData))
-        if isinstance(pl_module, GPTTask) and isinstance(data, OrderedData) and trainer.is_global_zero:
+        self._told = not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule))
+        if isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule) and trainer.is_global_zero:
             self.lines = list(self._lines(trainer, pl_module, data))
             for name, text in self.lines:
                 log.info("%-11s %s", name, text)
@@ -92,7 +92,7 @@ class Plan(InRunFolder):
         if trainer.is_global_zero:
             log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
 
-    def _lines(self, trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[tuple[str, str]]:
+    def _lines(self, trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         threads = f", {many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
@@ -109,7 +109,7 @@ class Plan(InRunFolder):
 
         if task.init_from is not None:
             trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-            head = "; its head begins anew" if task.forgets_head else ""
+            head = "; its head begins anew" if task.head_is_new else ""
             yield (
                 "begins with",
                 f"{task.init_from}{head}; {count(trained)} parameters are trained, {trained / total:.1%}",
@@ -121,7 +121,7 @@ class Plan(InRunFolder):
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"
         if math.isfinite(steps):
-            epochs = steps * tokens / (len(data.train_windows) * data.block_size)
+            epochs = steps * tokens / (len(data.train_dataset) * data.block_size)
             done = f" ({self._first_step:,} done)" if self._first_step else ""
             length = (
                 f"{many(steps, 'step')}{done} of {tokens:,} tokens: {count(steps * tokens)} tokens, "
@@ -132,7 +132,7 @@ class Plan(InRunFolder):
         dtype, autocast = next(task.net.parameters()).dtype, "mixed" in str(trainer.precision)
         sizes = task.net.vocab_size, data.block_size, data.batch_size
         kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
-        held = state_bytes(trainer.optimizers[0], task.average.decay is not None)
+        held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
         per = " of each process" if trainer.world_size > 1 else ""
         yield (
             "cost",
@@ -147,7 +147,7 @@ class Plan(InRunFolder):
         yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
 
     def _time(self, trainer: L.Trainer, seconds: float) -> str:
-        data: OrderedData = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        data: BaseDataModule = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         tokens = tokens_per_step(trainer, data)
         measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
         steps = trainer.estimated_stepping_batches
@@ -157,7 +157,7 @@ class Plan(InRunFolder):
         if steps == done:
             return measured
         # A forward pass is about a third of a training step.
-        validation = len(data.validation_windows) * data.block_size / tokens * seconds / 3
+        validation = len(data.validation_dataset) * data.block_size / tokens * seconds / 3
         validations = self._validations(trainer, done, int(steps))
         total = (steps - done) * seconds + validations * validation
         return (
@@ -174,16 +174,16 @@ class Plan(InRunFolder):
         return math.ceil(steps / every) - math.floor(done / every)
 
 
-def _groups(task: GPTTask) -> Iterator[str]:
+def _groups(task: GPTModule) -> Iterator[str]:
     """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
-    optimizer = task.optimizer.build(task.learned)  # the trainer's own has a checkpoint's numbers until the first step
+    optimizer = task.optimizer.build(task.trained_module)  # the trainer's still has the checkpoint's numbers
     for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
         rule = group.get("rule", type(optimizer).__name__)
         what = f"{count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
         yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
-    if task.average.decay is not None:
-        yield f"moving average {task.average.decay:g}"
+    if task.ema.decay is not None:
+        yield f"moving average {task.ema.decay:g}"
 
 
 FEW_RECORDS = 100
@@ -191,14 +191,14 @@ AS_GOOD_AS_NEW = 4
 """Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
 
 
-def data_lines(data: OrderedData) -> Iterator[tuple[str, str]]:
+def data_lines(data: BaseDataModule) -> Iterator[tuple[str, str]]:
     """Lines of the plan, each with its name."""
     if isinstance(data, PackedText):
         yield "data", f"{data.origin}: {_documents(data)}"
     if isinstance(data, RecordData):
         yield "data", f"{data.origin}: {_records(data)}"
-    windows = data.train_windows
-    if isinstance(windows, Windows):
+    windows = data.train_dataset
+    if isinstance(windows, PackedDataset):
         yield "windows", _windows(windows, data.block_size, data.packing if isinstance(data, PackedText) else "packed")
 
 
@@ -219,7 +219,7 @@ def _records(data: RecordData[Any]) -> str:
     )
 
 
-def _windows(windows: Windows, block_size: int, packing: str) -> str:
+def _windows(windows: PackedDataset, block_size: int, packing: str) -> str:
     cost = [part.cost for part in windows.parts]
     crossing = sum(part.crossing for part in cost) / len(windows)
     return (
@@ -230,12 +230,12 @@ def _windows(windows: Windows, block_size: int, packing: str) -> str:
     )
 
 
-def tokens_per_step(trainer: L.Trainer, data: OrderedData) -> int:
+def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
     """Tokens of an optimizer step over all ranks."""
     return data.tokens_per_batch * trainer.accumulate_grad_batches
 
 
-def warnings(trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[str]:
+def warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
     """What looks like a mistake, though it can be done."""
     if isinstance(data, PackedText):
         yield from _short_validation(data)
@@ -245,7 +245,7 @@ def warnings(trainer: L.Trainer, task: GPTTask, data: OrderedData) -> Iterator[s
     if not math.isfinite(steps):
         return
     tokens = steps * tokens_per_step(trainer, data)
-    epochs = tokens / (len(data.train_windows) * data.block_size)
+    epochs = tokens / (len(data.train_dataset) * data.block_size)
     if epochs > MANY_EPOCHS:
         what = "the text" if isinstance(data, PackedText) else "the records"
         enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))

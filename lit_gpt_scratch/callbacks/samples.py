@@ -9,14 +9,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.metric_names import boards
-from lit_gpt_scratch.data.base_datamodule import OrderedData
-from lit_gpt_scratch.data.prompt_base import PromptedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import Side
 from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import write
 from lit_gpt_scratch.model.output_heads import Tokens
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class Samples(Callback):
@@ -50,9 +50,9 @@ class Samples(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write samples; the seeds are fixed, so that those of different steps can be compared."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if trainer.sanity_checking or not (isinstance(pl_module, GPTTask) and isinstance(data, OrderedData)):
+        if trainer.sanity_checking or not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule)):
             return
-        if not isinstance(pl_module.reads, Tokens):
+        if not isinstance(pl_module.output_head, Tokens):
             return  # it writes nothing
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
@@ -64,7 +64,7 @@ class Samples(Callback):
         # Blocks that are put together in 16 bits need products in 16 bits.
         cut = pl_module.device_mesh is not None
         with trainer.precision_plugin.val_step_context() if cut else nullcontext():
-            tokens = data.reply_tokens if isinstance(data, PromptedData) else self.tokens
+            tokens = data.reply_tokens if isinstance(data, PromptedDataModule) else self.tokens
             texts = _written(pl_module, data, prompts, tokens, self.sampling)
             surest = _written(pl_module, data, prompts, min(tokens, self.greedy_tokens), Sampling(temperature=0))
         self.latest = texts[0] if texts else ""
@@ -78,7 +78,7 @@ class Samples(Callback):
 
 
 def _written(
-    task: GPTTask, data: OrderedData, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
+    task: GPTModule, data: BaseDataModule, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
 ) -> list[str]:
     """The prompts, each with what the model writes behind it."""
     texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]
@@ -151,13 +151,13 @@ class TrueReward(Callback):
         return written
 
 
-def _judged(trainer: L.Trainer, task: L.LightningModule) -> PromptedData[Any] | None:
+def _judged(trainer: L.Trainer, task: L.LightningModule) -> PromptedDataModule[Any] | None:
     """The data, if the task writes replies that can be judged by it."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-    writes = isinstance(task, GPTTask) and isinstance(task.reads, Tokens)
-    return data if writes and isinstance(data, PromptedData) and data.judge is not None else None
+    writes = isinstance(task, GPTModule) and isinstance(task.output_head, Tokens)
+    return data if writes and isinstance(data, PromptedDataModule) and data.reply_check is not None else None
 
 
-def _share(data: PromptedData[Any], written: list[Reply]) -> float:
-    assert data.judge is not None
-    return sum(reply.ended and data.judge(reply.text) for reply in written) / max(len(written), 1)
+def _share(data: PromptedDataModule[Any], written: list[Reply]) -> float:
+    assert data.reply_check is not None
+    return sum(reply.ended and data.reply_check(reply.text) for reply in written) / max(len(written), 1)

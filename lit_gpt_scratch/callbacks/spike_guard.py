@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lit_gpt_scratch.callbacks.metric_names import note
 from lit_gpt_scratch.callbacks.run_dir import InRunFolder
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, Watch
 from lit_gpt_scratch.distributed.collectives import Agreement
 from lit_gpt_scratch.model.activation_hooks import undisturbed
-from lit_gpt_scratch.tasks.gpt_module import Stage, Task
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 
@@ -66,22 +66,22 @@ class Guard(InRunFolder):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the seat of the task's judge."""
-        if self.mode == "off" or not isinstance(pl_module, Task):
+        if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
         self._ranks = Agreement()
         self._reads_at_once = self.mode == "act" or pl_module.device.type == "cpu"
         # A scaler looks for the largest factor that 16 bits bear, by stepping over it; that is its business.
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        pl_module.judge = self._judge
+        pl_module.step_filter = self._judge
         if self.mode == "act" and self.folder is not None:
             self._tidy(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave it, and say what is not said yet."""
-        if isinstance(pl_module, Task) and pl_module.judge == self._judge:
+        if isinstance(pl_module, GPTModule) and pl_module.step_filter == self._judge:
             self._read()
-            pl_module.judge = None
+            pl_module.step_filter = None
         self._drop_outdated(trainer)
         self._batches.clear()
 
@@ -253,7 +253,7 @@ def where_not_finite(trainer: L.Trainer, task: L.LightningModule, batches: Seque
     weights = [name for name, p in named if not p.detach().isfinite().all()]
     if weights:
         return f"already in {len(weights)} of {len(named)} weights, {weights[0]} the first of them"
-    if isinstance(task, Stage):
+    if isinstance(task, GPTModule):
         for batch in batches:
             part = _first_part(trainer, task, batch)
             if part is not None:
@@ -266,7 +266,7 @@ def where_not_finite(trainer: L.Trainer, task: L.LightningModule, batches: Seque
     return f"backward, first at {gradients[-1]}, in {len(gradients)} of {len(named)} gradients"
 
 
-def _first_part(trainer: L.Trainer, task: Stage, batch: Any) -> str | None:
+def _first_part(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
     """The first part of a network whose output is not finite, or None."""
     found: list[str] = []
 
@@ -281,7 +281,7 @@ def _first_part(trainer: L.Trainer, task: Stage, batch: Any) -> str | None:
             if name
         ]
         try:
-            lost, _ = task.losses(batch)
+            lost, _ = task.loss_and_count(batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -294,7 +294,7 @@ def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mappin
 
     Args:
         trainer: Of the run.
-        task: Asked for the loss of each alone, as ``Stage.apart`` gives them.
+        task: Asked for the loss of each alone, as ``GPTModule.split_batch`` gives them.
         batches: This rank's, by their number in the epoch.
 
     Returns:
@@ -302,13 +302,13 @@ def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mappin
     """
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     knows_rows = all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches.values())
-    if not (isinstance(task, Stage) and isinstance(data, OrderedData) and knows_rows):
+    if not (isinstance(task, GPTModule) and isinstance(data, BaseDataModule) and knows_rows):
         return ""
     windows = []
     with undisturbed(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
         for number, batch in batches.items():
-            for place, one in enumerate(task.apart(batch)):
-                lost, counted = task.losses(one)
+            for place, one in enumerate(task.split_batch(batch)):
+                lost, counted = task.loss_and_count(one)
                 if counted > 0:  # others only fill a batch up
                     windows.append(((lost / counted).item(), number, place, one))
     # Of NaN none is greater: what is not finite comes first.
@@ -317,5 +317,7 @@ def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mappin
     for loss, number, place, one in windows[:PLACES]:
         ids = one["input_ids"][0][: int(one["lengths"][0]) if "lengths" in one else None]
         text = " ".join(data.tokenizer.decode(ids.tolist()).split())
-        lines.append(f"- loss {loss:.2f}, {data.whence(trainer.current_epoch, number, place)}: `{text[:EXCERPT]}`")
+        lines.append(
+            f"- loss {loss:.2f}, {data.describe_row(trainer.current_epoch, number, place)}: `{text[:EXCERPT]}`"
+        )
     return "\n".join(lines)

@@ -17,10 +17,10 @@ from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, LabelledText
-from lit_gpt_scratch.data.base_datamodule import OrderedData
-from lit_gpt_scratch.data.prompt_base import PromptedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
+from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.tasks import Reward
-from lit_gpt_scratch.tasks.gpt_module import Stage
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 Kind = TypeVar("Kind", bound=Callback)
@@ -30,7 +30,7 @@ NEXT: dict[type, str] = {
     Reward: "convert to-safetensors {} reward.safetensors",
     Conversations: "generate {} --chat",
     LabelledText: 'evaluate {} --text "..."',
-    PromptedData: "generate {} --chat",
+    PromptedDataModule: "generate {} --chat",
 }
 """What one does with a model, by what it is, or by the data that it has learned from."""
 
@@ -51,7 +51,7 @@ class Summary(InRunFolder):
         """Start the clock, and store the tokenizer."""
         self._began, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if trainer.is_global_zero and self.folder and isinstance(data, OrderedData):
+        if trainer.is_global_zero and self.folder and isinstance(data, BaseDataModule):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -61,7 +61,7 @@ class Summary(InRunFolder):
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
             return
         throughput, baselines = _one(trainer, Throughput), _one(trainer, Baselines)
-        learned = pl_module.learned if isinstance(pl_module, Stage) else pl_module  # without what it is held to
+        learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module  # without a reference
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},

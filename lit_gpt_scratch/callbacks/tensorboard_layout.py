@@ -12,7 +12,7 @@ from lit_gpt_scratch.callbacks.metric_names import boards
 from lit_gpt_scratch.callbacks.run_plan import Plan
 from lit_gpt_scratch.callbacks.throughput import SHARES
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.text.cleaning_report import drawn
 
 LONGEST: Final = 30
@@ -73,7 +73,7 @@ def _texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
         told = [audit.read_text(encoding="utf-8") for audit in audits if audit.is_file()]
         if told:
             yield "audit", "\n\n".join(told)
-    if isinstance(data, OrderedData):
+    if isinstance(data, BaseDataModule):
         sizes = data.token_bytes
         longest = sorted(range(len(sizes)), key=lambda id_: (-sizes[id_], id_))[:LONGEST]
         rows = [[str(sizes[id_]), code(spelled(data.tokenizer, id_))] for id_ in longest]

@@ -17,7 +17,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
 from lit_gpt_scratch.profiling.peak_flops import peak_flops
 from lit_gpt_scratch.profiling.peak_memory import peak_memory
 from lit_gpt_scratch.profiling.step_timer import PARTS, StepClock
-from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy
+from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
 SHARES = tuple(f"throughput/{part}" for part in PARTS)
 """The shares' names in TensorBoard."""
@@ -84,7 +84,7 @@ class Throughput(Callback):
     ) -> None:
         """Start the clock where validation or the start of the run stopped it."""
         apart = {"data": self._waiting.take()}
-        if isinstance(pl_module, PhasedPolicy):
+        if isinstance(pl_module, OnPolicyModule):
             apart["generation"] = pl_module.writing.take()
         if self._clock.running:
             self._clock.mark("rest", apart)

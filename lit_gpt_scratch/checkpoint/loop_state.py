@@ -2,12 +2,12 @@
 
 from typing import Any, Final
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 
 Counts = dict[str, int]
 
 LAYOUT: Final = "layout"
-"""What a checkpoint calls the ``Layout`` that its batches were counted in."""
+"""What a checkpoint calls the ``BatchLayout`` that its batches were counted in."""
 
 
 def settle(fit_loop: dict[str, Any]) -> None:
@@ -43,7 +43,7 @@ def settle(fit_loop: dict[str, Any]) -> None:
             _all(progress["current"], 0)
 
 
-def deal_out(fit_loop: dict[str, Any], before: Layout, now: Layout) -> None:
+def deal_out(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
     """Count the batches of a settled loop, in place, as if they had been dealt out otherwise from the beginning.
 
     Everything else is counted in steps or epochs, which stay what they are. Where a step is of as many windows as
@@ -58,8 +58,8 @@ def deal_out(fit_loop: dict[str, Any], before: Layout, now: Layout) -> None:
     if before == now:
         return
     for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
-        windows = counts["processed"] * before.windows_per_batch
-        _all(counts, -(-windows // now.windows_per_step) * now.accumulate)
+        windows = counts["processed"] * before.rows_per_batch
+        _all(counts, -(-windows // now.rows_per_step) * now.accumulate)
 
 
 def epochs_done(fit_loop: dict[str, Any]) -> int:

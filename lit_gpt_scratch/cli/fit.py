@@ -31,14 +31,14 @@ from lit_gpt_scratch.cli.preset import apply_init_from, apply_preset, find_prese
 from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SaveConfig, config_to_dict
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, prepare_process
 from lit_gpt_scratch.distributed.parallelize import refuse_tensor_parallel
 from lit_gpt_scratch.distributed.strategies import named, tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 MAX_STEPS = 900
 """Length of a run for which no steps, epochs or time were asked."""
@@ -143,7 +143,7 @@ class FitCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
-        if isinstance(self.model, GPTTask):  # here, where one process says it and not each
+        if isinstance(self.model, GPTModule):  # here, where one process says it and not each
             adapters = self.model.lora is not None
             size = tensor_parallel_size(trainer.strategy)
             refuse_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
@@ -193,7 +193,7 @@ class FitCLI(LightningCLI):
                     raise UserError(
                         "there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs"
                     )
-                if getattr(self.datamodule, "test_windows", None) and not leaves_nothing and not self.stopping.signum:
+                if getattr(self.datamodule, "test_dataset", None) and not leaves_nothing and not self.stopping.signum:
                     self.trainer.test(self.model, self.datamodule, verbose=False)
         except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
             if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
@@ -219,7 +219,7 @@ class FitCLI(LightningCLI):
             "replicas": self.trainer.world_size // tensor_parallel_size(self.trainer.strategy),
             "seed": self.config.seed_everything,
         }
-        if isinstance(self.datamodule, OrderedData):
+        if isinstance(self.datamodule, BaseDataModule):
             here["data"] = self.datamodule.fingerprint
         old, new = (config_to_dict(self.parser, config) for config in (before, self.config))
         resumed.compare(old, new, here, self.config.force)

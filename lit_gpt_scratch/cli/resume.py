@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from lightning.pytorch import Trainer
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
 from lit_gpt_scratch.callbacks.run_metadata import Provenance
 from lit_gpt_scratch.checkpoint.config_diff import differences
@@ -58,7 +58,7 @@ class ResumedRun:
     checkpoint: Path
     changed: Changes = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
-    layout: Layout | None = None
+    layout: BatchLayout | None = None
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
@@ -95,7 +95,7 @@ class ResumedRun:
         if "loops" not in checkpoint:
             raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
         self.origin = next(iter(_states(checkpoint, Provenance.__qualname__)), {})
-        self.layout = Layout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
+        self.layout = BatchLayout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         settle(loop)
@@ -173,7 +173,7 @@ class ResumedRun:
             )
         keep = ""
         if self.layout is not None and any(re.fullmatch(BATCH_FLAGS, n) for n in matters):
-            step = self.layout.windows_per_step, _samples_per_step(config, here["replicas"])
+            step = self.layout.rows_per_step, _samples_per_step(config, here["replicas"])
             if step[0] != step[1]:
                 self.changed["windows of a step"] = step
                 matters.append("windows of a step")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import PackedText
 
 COLOURS: Final = (36, 33, 35, 32, 34)
@@ -40,16 +40,16 @@ def render_windows(data: PackedText, n: int, colours: bool) -> Iterator[str]:
     yield LEGEND
     order = data.order.windows  # of windows: there may be too few for a batch
     for index in order.windows(0, np.arange(min(n, len(order)))).tolist():
-        window = data.train_windows[index]
+        window = data.train_dataset[index]
         # Without a mask attention tells no documents apart, but there are documents.
         ids = window["input_ids"][0]
         masked = "document_ids" in window
         documents = window["document_ids"][0] if masked else (ids == data.tokenizer.end_of_text).cumsum(0)
         seen = documents if masked else torch.zeros_like(ids)
-        filled = torch.arange(len(ids)) >= sum(length for _, length in data.train_windows.pieces(index)[1])
-        n_documents, n_labels = len(set(documents[~filled].tolist())), int((window["labels"] != IGNORED).sum())
+        filled = torch.arange(len(ids)) >= sum(length for _, length in data.train_dataset.pieces(index)[1])
+        n_documents, n_labels = len(set(documents[~filled].tolist())), int((window["labels"] != IGNORE_INDEX).sum())
         yield (
-            f"window {index:,} of {len(data.train_windows):,}: {n_documents} document{'s' * (n_documents != 1)}, "
+            f"window {index:,} of {len(data.train_dataset):,}: {n_documents} document{'s' * (n_documents != 1)}, "
             f"{n_labels} labels, {int(filled.sum())} positions filled up"
         )
         yield "".join(_text(data, window, documents, filled.tolist(), colours))
@@ -60,8 +60,8 @@ def _text(data: PackedText, window: Batch, documents: Tensor, filled: Sequence[b
     ids, labels = window["input_ids"][0].tolist(), window["labels"][0].tolist()
     begin = 0
     for place in range(1, len(ids) + 1):
-        alike = place < len(ids) and (documents[place], labels[place] == IGNORED, filled[place]) == (
-            documents[begin], labels[begin] == IGNORED, filled[begin]
+        alike = place < len(ids) and (documents[place], labels[place] == IGNORE_INDEX, filled[place]) == (
+            documents[begin], labels[begin] == IGNORE_INDEX, filled[begin]
         )  # fmt: skip
         if alike and data.tokenizer.end_of_text not in (ids[place], ids[place - 1]):
             continue
@@ -69,7 +69,7 @@ def _text(data: PackedText, window: Batch, documents: Tensor, filled: Sequence[b
         if filled[begin]:
             yield _styled("·", colours, DIM)
         else:
-            unlabelled = labels[begin] == IGNORED
+            unlabelled = labels[begin] == IGNORE_INDEX
             text = data.tokenizer.decode(stretch).replace("\n", "↵\n")
             style = [COLOURS[int(documents[begin]) % len(COLOURS)]]
             style += [INVERSE] * (stretch[0] == data.tokenizer.end_of_text) + [STRUCK] * unlabelled

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lit_gpt_scratch.batch_types import Layout
-from lit_gpt_scratch.data.packed_dataset import Windows
-from lit_gpt_scratch.data.sampler import EveryWindow, Shuffle, WindowOrder
+from lit_gpt_scratch.batch_types import BatchLayout
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
+from lit_gpt_scratch.data.sampler import EvaluationSampler, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -26,7 +26,7 @@ LARGEST: Final = 2**30
 """No size comes near it; some libraries end the process when asked for more than there can be."""
 
 
-class Arrangement(Protocol):
+class RowDataset(Protocol):
     """What a loader reads: windows, counted through; an index behind the last stands for one without labels."""
 
     @property
@@ -41,8 +41,8 @@ class Arrangement(Protocol):
         """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it."""
 
 
-class OrderedData(L.LightningDataModule):
-    """Windows, dealt out. Subclasses set ``train_windows`` and the like in ``setup``, and have a ``tokenizer``.
+class BaseDataModule(L.LightningDataModule):
+    """Windows, dealt out. Subclasses set ``train_dataset`` and the like in ``setup``, and have a ``tokenizer``.
 
     Args:
         block_size: Tokens in a window.
@@ -55,19 +55,19 @@ class OrderedData(L.LightningDataModule):
         UserError: A number is out of range.
     """
 
-    train_windows: Arrangement
-    validation_windows: Arrangement
-    test_windows: Arrangement | None = None
+    train_dataset: RowDataset
+    validation_dataset: RowDataset
+    test_dataset: RowDataset | None = None
     """None where nothing is held out for a test."""
     weights: Sequence[float] | None = None
-    """Of each part of ``train_windows``; None for as many windows as each has."""
+    """Of each part of ``train_dataset``; None for as many windows as each has."""
 
     def __init__(
         self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
     ) -> None:
         super().__init__()
-        refuse_null({"block_size": block_size, "batch_size": batch_size, "num_workers": num_workers})
-        refuse_not_positive({"block_size": block_size, "batch_size": batch_size, "tokens_per_step": tokens_per_step})
+        reject_null({"block_size": block_size, "batch_size": batch_size, "num_workers": num_workers})
+        require_positive_ints({"block_size": block_size, "batch_size": batch_size, "tokens_per_step": tokens_per_step})
         for name, value in (("num_workers", num_workers), ("seed", seed or 0)):
             if value < 0:
                 raise UserError(f"data.{name} is {value}; it must be 0 or more")
@@ -124,32 +124,32 @@ class OrderedData(L.LightningDataModule):
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> BatchLayout:
         """How a step is dealt out, once the trainer's accumulation is settled."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
-        return Layout(self.batch_size, self.shard["num_replicas"], accumulate)
+        return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
     @property
-    def order(self) -> WindowOrder:
+    def order(self) -> ShuffledSampler:
         """The training order of this process, from where the trainer stands."""
         seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shuffle = Shuffle(self.train_windows.sizes, seed, self.weights)
+        shuffle = ShuffledOrder(self.train_dataset.sizes, seed, self.weights)
         batch_size, replicas, accumulate = self.layout
-        return WindowOrder(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
+        return ShuffledSampler(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
 
-    def whence(self, epoch: int, batch: int, place: int) -> str:
+    def describe_row(self, epoch: int, batch: int, place: int) -> str:
         """What was dealt out at a place of this process's batch, in words: documents or a record, counted from 0."""
         window = int(self.order.batches(epoch, np.array([batch]))[0, place])
-        windows = self.train_windows
-        return windows.documents_of(window) if isinstance(windows, Windows) else f"record {window:,}"
+        windows = self.train_dataset
+        return windows.describe_documents(window) if isinstance(windows, PackedDataset) else f"record {window:,}"
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in their order."""
-        return self._loader(self.train_windows, self.order)
+        return self._loader(self.train_dataset, self.order)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Every validation window once."""
-        return self._every(self.validation_windows)
+        return self._every(self.validation_dataset)
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Every test window once.
@@ -157,9 +157,9 @@ class OrderedData(L.LightningDataModule):
         Raises:
             UserError: Nothing is held out for a test.
         """
-        if self.test_windows is None:
+        if self.test_dataset is None:
             raise UserError(f"{type(self).__name__} holds nothing out for a test")
-        return self._every(self.test_windows)
+        return self._every(self.test_dataset)
 
     def accumulate(self) -> None:
         """Settle how many micro-batches make a step.
@@ -199,12 +199,12 @@ class OrderedData(L.LightningDataModule):
         batches = loop.epoch_loop.batch_progress
         return (epochs.processed + 1, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
 
-    def _every(self, windows: Arrangement) -> DataLoader[Any]:
+    def _every(self, windows: RowDataset) -> DataLoader[Any]:
         shard = self.shard
-        order = EveryWindow(len(windows), self.batch_size, shard["rank"], shard["num_replicas"])
+        order = EvaluationSampler(len(windows), self.batch_size, shard["rank"], shard["num_replicas"])
         return self._loader(windows, order)
 
-    def _loader(self, windows: Arrangement, order: WindowOrder | EveryWindow) -> DataLoader[Any]:
+    def _loader(self, windows: RowDataset, order: ShuffledSampler | EvaluationSampler) -> DataLoader[Any]:
         return DataLoader(
             cast("Dataset[Any]", windows),
             batch_size=self.batch_size,
@@ -213,18 +213,18 @@ class OrderedData(L.LightningDataModule):
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=leave_stopping_to_the_trainer,
+            worker_init_fn=ignore_stop_signals,
         )
 
 
-def refuse_null(given: dict[str, Any]) -> None:
+def reject_null(given: dict[str, Any]) -> None:
     """The command line lets null pass as any type."""
     for name, value in given.items():
         if value is None:
             raise UserError(f"data.{name} is null; leave it out for its default")
 
 
-def refuse_not_positive(given: dict[str, int | None]) -> None:
+def require_positive_ints(given: dict[str, int | None]) -> None:
     """Numbers that must be, where they are given at all."""
     for name, value in given.items():
         if value is not None and not 1 <= value < LARGEST:
@@ -240,7 +240,7 @@ STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "
 """Ctrl-C, what a system sends before it kills, and what SLURM sends before a time limit (sbatch --signal=USR1@60)."""
 
 
-def leave_stopping_to_the_trainer(worker: int) -> None:
+def ignore_stop_signals(worker: int) -> None:
     """Ignore what asks a run to stop: a terminal and SLURM ask all its processes, and the step needs its batch.
 
     A worker ends when the trainer closes its loader, or is gone.

@@ -8,8 +8,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from lit_gpt_scratch.batch_types import IGNORED
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import Laid
 from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.data.token_stream import RecordTokens
@@ -60,7 +60,7 @@ class Conversations(RecordData[Conversation]):
     def sequences(self, record: Conversation) -> tuple[Encoded, ...]:
         """The tokens of the template, each with the one that follows it, where that is of a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
-        return (Encoded(ids[:-1], np.where(learned[1:], ids[1:], IGNORED)),)
+        return (Encoded(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def uneven(self) -> bool:
@@ -73,7 +73,7 @@ class Conversations(RecordData[Conversation]):
         prompts = (self.template.prompt(self.records[place][1].messages[:-1]) for place in self.places["validation"])
         return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), SAMPLES))
 
-    def arrange(self, examples: Sequence[Example]) -> Windows:
+    def arrange(self, examples: Sequence[Example]) -> PackedDataset:
         """Packed windows."""
         records = RecordTokens(
             [example.where for example in examples],
@@ -81,4 +81,6 @@ class Conversations(RecordData[Conversation]):
             [example.sequences[0].labels for example in examples],
         )
         packing = Laid(records, self.block_size, "best_fit")
-        return Windows([packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True)
+        return PackedDataset(
+            [packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True
+        )

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from lit_gpt_scratch.batch_types import IGNORED, LabelledBatch
-from lit_gpt_scratch.data.padding import NOTHING, FilledRows, filled
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
+from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.data.record_split import shuffled
 from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
@@ -127,13 +127,13 @@ class LabelledText(RecordData[Labelled]):
         return LabelledRows([example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text)
 
 
-class LabelledRows(FilledRows[Encoded, LabelledBatch]):
+class LabelledRows(PaddedDataset[Encoded, LabelledBatch]):
     """Texts, filled up at their right; of each its ids and its class."""
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
         """A whole batch; an index of ``len(self)`` is a row of no text."""
         rows = [self.items[index] if index < len(self) else None for index in indices]
         lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
-        input_ids = filled([row.ids if row else NOTHING for row in rows], self.fill, self.block_size)
-        labels = torch.tensor([int(row.labels[0]) if row else IGNORED for row in rows])
+        input_ids = pad_rows([row.ids if row else EMPTY_ROW for row in rows], self.fill, self.block_size)
+        labels = torch.tensor([int(row.labels[0]) if row else IGNORE_INDEX for row in rows])
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data.packing import Packing
 from lit_gpt_scratch.errors import UserError
 
 
-class Windows(Dataset[Batch]):
+class PackedDataset(Dataset[Batch]):
     """The windows of one store, or of several, counted through.
 
     Args:
@@ -52,7 +52,7 @@ class Windows(Dataset[Batch]):
         """
         shape = len(indices), self.block_size
         ids = np.full(shape, self.end_of_text, dtype=np.int64)
-        labels = np.full(shape, IGNORED, dtype=np.int64)
+        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
         begins = np.zeros(shape, dtype=bool)  # a document, or its part in this window
         for row, index in enumerate(indices):
             column = 0
@@ -79,7 +79,7 @@ class Windows(Dataset[Batch]):
         packing = self.parts[part]
         return packing, packing.pieces(index - self._ends[part] + len(packing))
 
-    def documents_of(self, index: int) -> str:
+    def describe_documents(self, index: int) -> str:
         """The documents that a window has tokens of, by their numbers in what it is laid from, in words."""
         packing, pieces = self.pieces(index)
         numbers: set[int] = set()

@@ -13,8 +13,8 @@ import torch
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
-from lit_gpt_scratch.data.base_datamodule import OrderedData, refuse_not_positive, refuse_null
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Packing, Policy, packed
 from lit_gpt_scratch.data.prepare_tokens import Recipe
 from lit_gpt_scratch.data.token_store import TokenStore, joined
@@ -34,7 +34,7 @@ BEGUN, BEGINNING, FIRST = 2, 12, 1_000_000
 """Documents whose beginnings a model is asked to go on with, tokens of a beginning, and in how many they are sought."""
 
 
-class PackedText(OrderedData):
+class PackedText(BaseDataModule):
     """Documents, split, tokenised and packed into windows.
 
     Args:
@@ -79,8 +79,8 @@ class PackedText(OrderedData):
         UserError: A number is out of range.
     """
 
-    train_windows: Windows
-    validation_windows: Windows
+    train_dataset: PackedDataset
+    validation_dataset: PackedDataset
 
     def __init__(
         self,
@@ -110,12 +110,12 @@ class PackedText(OrderedData):
     ) -> None:
         arguments: dict[str, Any] = dict(locals())
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
-        refuse_null({"text_column": text_column, "split": split, "cleaning": cleaning})
-        refuse_null({"special_tokens": special_tokens})
+        reject_null({"text_column": text_column, "split": split, "cleaning": cleaning})
+        reject_null({"special_tokens": special_tokens})
         # Defaults that are not those of other data are resolved here: --data keeps what both classes know.
         source = STDLIB if source is None else source
         validation_share = 0.05 if validation_share is None else validation_share
-        refuse_not_positive({"vocab_size": vocab_size, "processes": processes})
+        require_positive_ints({"vocab_size": vocab_size, "processes": processes})
         if packing not in POLICIES:
             raise UserError(f"data.packing is {packing}; it must be one of {', '.join(POLICIES)}")
         if max_bytes is not None and max_bytes < 1:
@@ -207,8 +207,8 @@ class PackedText(OrderedData):
             UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
         """
         train = [packed(store.train, self.block_size, self.packing, self.cache) for store in self.stores]
-        self.train_windows = self._windows(train)
-        self.validation_windows = self._windows(
+        self.train_dataset = self._windows(train)
+        self.validation_dataset = self._windows(
             [Concatenated(store.validation, self.block_size, whole=True) for store in self.stores]
         )
         for store, part in zip(self.stores, train, strict=True):
@@ -218,13 +218,13 @@ class PackedText(OrderedData):
                     f"fewer than one window of {self.block_size}; name more text, or lower --data.block_size"
                 )
         batch = self.batch_size * self.shard["num_replicas"]
-        if stage == "fit" and len(self.train_windows) < batch:
+        if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(
-                f"{self.origin} has {len(self.train_windows)} windows of {self.block_size} tokens for "
+                f"{self.origin} has {len(self.train_dataset)} windows of {self.block_size} tokens for "
                 f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
-                f"--data.block_size (to {max(1, self.block_size * len(self.train_windows) // (2 * batch))}, say)"
+                f"--data.block_size (to {max(1, self.block_size * len(self.train_dataset) // (2 * batch))}, say)"
             )
-        if not len(self.validation_windows):
+        if not len(self.validation_dataset):
             raise UserError(
                 f"{self.origin} leaves nothing to validate on; name more text, or raise --data.validation_share"
             )
@@ -245,9 +245,9 @@ class PackedText(OrderedData):
         """Whether some windows of the training have fewer labels than others."""
         return self.packing != "concatenate"
 
-    def _windows(self, parts: Sequence[Packing]) -> Windows:
+    def _windows(self, parts: Sequence[Packing]) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text
-        return Windows(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
+        return PackedDataset(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
 
 
 ONLY_OF_TEXT: Final = (

@@ -9,16 +9,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lit_gpt_scratch.batch_types import MULTIPLE
+from lit_gpt_scratch.batch_types import PADDING_MULTIPLE
 
-NOTHING: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
+EMPTY_ROW: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 """A row that is all filling."""
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-class FilledRows(Dataset[Made], Generic[Item, Made]):
+class PaddedDataset(Dataset[Made], Generic[Item, Made]):
     """Records of a row each, filled up at their right.
 
     A subclass says what batch some of them make (``__getitems__``).
@@ -50,7 +50,7 @@ class FilledRows(Dataset[Made], Generic[Item, Made]):
         raise NotImplementedError
 
 
-def filled(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
+def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     """Fill rows up at their right to the longest of them.
 
     Not to what there is room for: short messages in a context of a thousand tokens would cost many times as much.
@@ -58,13 +58,13 @@ def filled(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     Args:
         rows: (n,) integers each.
         fill: What to fill up with; as it stands behind, no token of a text sees it.
-        most: The width that is never exceeded, though it be no multiple of ``MULTIPLE``.
+        most: The width that is never exceeded, though it be no multiple of ``PADDING_MULTIPLE``.
 
     Returns:
         (len(rows), T) int64.
     """
     longest = max([1, *map(len, rows)])
-    width = min(-(-longest // MULTIPLE) * MULTIPLE, most)
+    width = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, most)
     found = torch.full((len(rows), width), fill)
     for place, row in enumerate(rows):
         found[place, : len(row)] = torch.from_numpy(row)

@@ -7,9 +7,9 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 import torch
 
-from lit_gpt_scratch.batch_types import IGNORED, PairBatch
-from lit_gpt_scratch.data.padding import NOTHING, FilledRows, filled
-from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedData
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
+from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
+from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedDataModule
 from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
@@ -34,12 +34,12 @@ class Preference:
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
-class Preferences(PromptedData[Preference]):
+class Preferences(PromptedDataModule[Preference]):
     """Rows of ``prompt``, ``chosen`` and ``rejected``, each a text or messages; or ``instruction`` for the prompt.
 
     Args:
         ties: What becomes of a pair whose replies are the same: ``refuse`` it by name, or ``drop`` it.
-        **others: See ``PromptedData`` and ``RecordData``.
+        **others: See ``PromptedDataModule`` and ``RecordData``.
     """
 
     pairs: Final = True
@@ -76,7 +76,7 @@ class Preferences(PromptedData[Preference]):
     def _whole(self, messages: Sequence[Message]) -> Encoded:
         """All tokens, and the labels of the last reply."""
         ids = np.array(self.template.render(messages).ids)
-        labels = np.full(len(ids), IGNORED)
+        labels = np.full(len(ids), IGNORE_INDEX)
         begin = len(self.template.prompt(messages[:-1]))
         labels[begin - 1 : -1] = ids[begin:]
         return Encoded(ids, labels)
@@ -86,16 +86,16 @@ class Preferences(PromptedData[Preference]):
         return PairRows([example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text)
 
 
-class PairRows(FilledRows[tuple[Encoded, ...], PairBatch]):
+class PairRows(PaddedDataset[tuple[Encoded, ...], PairBatch]):
     """Pairs, filled up at their right; of each the preferred sequence, and the other."""
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
         """A whole batch; an index of ``len(self)`` is a pair of no text."""
-        nothing = (Encoded(NOTHING, NOTHING),) * 2
+        nothing = (Encoded(EMPTY_ROW, EMPTY_ROW),) * 2
         pairs = [self.items[index] if index < len(self) else nothing for index in indices]
         rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the others
         return PairBatch(
-            input_ids=filled([row.ids for row in rows], self.fill, self.block_size),
-            labels=filled([row.labels for row in rows], IGNORED, self.block_size),
+            input_ids=pad_rows([row.ids for row in rows], self.fill, self.block_size),
+            labels=pad_rows([row.labels for row in rows], IGNORE_INDEX, self.block_size),
             lengths=torch.tensor([len(row.ids) for row in rows]),
         )

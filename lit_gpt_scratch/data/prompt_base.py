@@ -6,7 +6,7 @@ from functools import cached_property
 from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
-from lit_gpt_scratch.data.base_datamodule import refuse_not_positive, refuse_null
+from lit_gpt_scratch.data.base_datamodule import reject_null, require_positive_ints
 from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.data.record_split import Side
 from lit_gpt_scratch.data.tokenized_examples import Record
@@ -19,7 +19,7 @@ OF_GENERATED: Final = "full_stop"
 """What is preferred where the records are generated, and nothing else is asked for."""
 
 
-class Prompted(Record, Protocol):
+class PromptedRecord(Record, Protocol):
     """A record whose prompt is written replies to."""
 
     @property
@@ -27,10 +27,10 @@ class Prompted(Record, Protocol):
         """Messages, the last of them the user's."""
 
 
-P = TypeVar("P", bound=Prompted)
+P = TypeVar("P", bound=PromptedRecord)
 
 
-class PromptedData(RecordData[P], ABC):
+class PromptedDataModule(RecordData[P], ABC):
     """Prompts in the one template (``text.chat``), and by what replies to them are judged.
 
     Args:
@@ -49,8 +49,8 @@ class PromptedData(RecordData[P], ABC):
 
     def __init__(self, checkable: str | None = None, reply_tokens: int = 64, **others: Any) -> None:
         super().__init__(**others)
-        refuse_null({"reply_tokens": reply_tokens})
-        refuse_not_positive({"reply_tokens": reply_tokens})
+        reject_null({"reply_tokens": reply_tokens})
+        require_positive_ints({"reply_tokens": reply_tokens})
         self.reply_tokens = reply_tokens
         if checkable is not None:
             named(checkable)
@@ -64,7 +64,7 @@ class PromptedData(RecordData[P], ABC):
         return self.checkable_asked or self.rewarding or (OF_GENERATED if self.source is None else None)
 
     @property
-    def judge(self) -> Callable[[str], bool] | None:
+    def reply_check(self) -> Callable[[str], bool] | None:
         """Whether a reply is as it should be; None where only a person could say."""
         return None if self.checkable is None else named(self.checkable).holds
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import numpy as np
 
-from lit_gpt_scratch.batch_types import IGNORED, Phase
-from lit_gpt_scratch.data.prompt_base import PromptedData
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, RolloutPhase
+from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import Side
-from lit_gpt_scratch.data.rollout_sampler import Numbers, PhaseOrder, own_rows
-from lit_gpt_scratch.data.sampler import Shuffle
+from lit_gpt_scratch.data.rollout_sampler import PromptIndexDataset, RolloutSampler, rank_rows
+from lit_gpt_scratch.data.sampler import ShuffledOrder
 from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
@@ -33,14 +33,14 @@ class Prompt:
         return [message.content for message in self.prompt]
 
 
-class Prompts(PromptedData[Prompt]):
+class Prompts(PromptedDataModule[Prompt]):
     """Rows of a ``prompt``, a text or messages, or of an ``instruction``; what else they have is left unread.
 
     A row of a batch is a number: the task asks for its prompt and writes the reply. A prompt may have as many tokens as
     leave ``reply_tokens`` of ``block_size``.
 
     Args:
-        **others: See ``PromptedData`` and ``RecordData``; ``too_long`` cannot be ``cut``.
+        **others: See ``PromptedDataModule`` and ``RecordData``; ``too_long`` cannot be ``cut``.
 
     Raises:
         UserError: Also, no token is left for a prompt.
@@ -77,13 +77,13 @@ class Prompts(PromptedData[Prompt]):
     def sequences(self, record: Prompt) -> tuple[Encoded, ...]:
         """Up to where the reply begins; there is nothing to be learned of it."""
         ids = np.array(self.template.prompt(record.prompt))
-        return (Encoded(ids, np.full(len(ids), IGNORED)),)
+        return (Encoded(ids, np.full(len(ids), IGNORE_INDEX)),)
 
-    def arrange(self, examples: Sequence[Example]) -> Numbers:
+    def arrange(self, examples: Sequence[Example]) -> PromptIndexDataset:
         """Their numbers."""
-        return Numbers(len(examples))
+        return PromptIndexDataset(len(examples))
 
-    def n_prompts(self, side: Side) -> int:
+    def prompt_count(self, side: Side) -> int:
         """How many a side has."""
         return len(self.examples[side])
 
@@ -102,32 +102,32 @@ class Prompts(PromptedData[Prompt]):
         return cast("list[int]", self._shuffle.windows(0, np.asarray(numbers, dtype=np.int64)).tolist())
 
     @property
-    def _shuffle(self) -> Shuffle:
-        return Shuffle(self.train_windows.sizes, self._seed)
+    def _shuffle(self) -> ShuffledOrder:
+        return ShuffledOrder(self.train_dataset.sizes, self._seed)
 
     @property
     def _seed(self) -> int:
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @property
-    def order(self) -> PhaseOrder:
+    def order(self) -> RolloutSampler:
         """The rows of this process, in phases, from where the trainer stands.
 
         Raises:
             UserError: The task is no policy that learns in phases.
         """
         task = self.trainer.lightning_module if self.trainer is not None else None
-        if not isinstance(phase := getattr(task, "phase", None), Phase):
+        if not isinstance(phase := getattr(task, "phase", None), RolloutPhase):
             raise UserError(f"{type(task).__name__} learns nothing from prompts alone; --model PPO or GRPO does")
         batch_size, replicas, accumulate = self.layout
         place = self.shard["rank"], replicas, self._position(), accumulate
-        return PhaseOrder(self._shuffle, phase, self._seed, batch_size, *place)
+        return RolloutSampler(self._shuffle, phase, self._seed, batch_size, *place)
 
     @property
-    def own_rows(self) -> list[int]:
+    def rank_rows(self) -> list[int]:
         """Which rows of a phase this process writes: those that it sees first."""
         order = self.order
-        return cast("list[int]", own_rows(order.batch_size, order.rank, order.world_size, order.rows).tolist())
+        return cast("list[int]", rank_rows(order.batch_size, order.rank, order.world_size, order.rows).tolist())
 
     def scoring(self, name: str | None) -> Scoring:
         """What says how good a reply is; by default the checkable preference that replies are judged by.

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
-from lit_gpt_scratch.data.base_datamodule import Arrangement, OrderedData, refuse_not_positive, refuse_null
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, RowDataset, reject_null, require_positive_ints
 from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide, held_out
 from lit_gpt_scratch.data.resolve_tokenizer import one_of_both, trained_once
 from lit_gpt_scratch.data.tokenized_examples import TOO_LONG, Count, Encoded, Example, Record, TooLong, digest, fitted
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R", bound=Record)
 
 
-class RecordData(OrderedData, ABC, Generic[R]):
+class RecordData(BaseDataModule, ABC, Generic[R]):
     """Records of a table, split by chance, encoded and laid out.
 
     Args:
@@ -99,8 +99,8 @@ class RecordData(OrderedData, ABC, Generic[R]):
         seed: int | None = None,
     ) -> None:
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
-        refuse_null({"split": split, "split_seed": split_seed})
-        refuse_not_positive({"vocab_size": vocab_size})
+        reject_null({"split": split, "split_seed": split_seed})
+        require_positive_ints({"vocab_size": vocab_size})
         validation = self.shares[0] if validation_share is None else validation_share
         test = self.shares[1] if test_share is None else test_share
         if split_seed < 0:
@@ -132,7 +132,7 @@ class RecordData(OrderedData, ABC, Generic[R]):
         """A record as tokens, however long."""
 
     @abstractmethod
-    def arrange(self, examples: Sequence[Example]) -> Arrangement:
+    def arrange(self, examples: Sequence[Example]) -> RowDataset:
         """Records of one side as rows of batches."""
 
     @abstractmethod
@@ -234,13 +234,13 @@ class RecordData(OrderedData, ABC, Generic[R]):
                 raise UserError(
                     f"{self.origin}: no record of {side} fits into {self.block_size} tokens; raise --data.block_size"
                 )
-        self.train_windows = self.arrange(self.examples["train"])
-        self.validation_windows = self.arrange(self.examples["validation"])
-        self.test_windows = self.arrange(self.examples["test"]) if "test" in self.examples else None
+        self.train_dataset = self.arrange(self.examples["train"])
+        self.validation_dataset = self.arrange(self.examples["validation"])
+        self.test_dataset = self.arrange(self.examples["test"]) if "test" in self.examples else None
         batch = self.batch_size * self.shard["num_replicas"]
-        if stage == "fit" and len(self.train_windows) < batch:
+        if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(
-                f"{self.origin} has {len(self.train_windows)} rows for training, fewer than one batch of {batch}; name "
+                f"{self.origin} has {len(self.train_dataset)} rows for training, fewer than one batch of {batch}; name "
                 "more records, or lower --data.batch_size"
             )
         if stage == "fit":

@@ -7,22 +7,22 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
-from lit_gpt_scratch.batch_types import NumberedBatch, Phase
-from lit_gpt_scratch.data.sampler import Permutations, Shuffle, WindowOrder
+from lit_gpt_scratch.batch_types import PromptIndexBatch, RolloutPhase
+from lit_gpt_scratch.data.sampler import Permutations, ShuffledOrder, ShuffledSampler
 
 
-class PhaseOrder(WindowOrder):
+class RolloutSampler(ShuffledSampler):
     """The training order of one rank: rows are numbered through the run, and a phase of them comes several times.
 
-    The first pass of a phase takes its rows in their order, every later one in another. As in ``WindowOrder`` a step
-    sees the same rows however many ranks and micro-batches deal them out. An epoch is the whole phases that have as
-    many rows as there are prompts, at least one.
+    The first pass of a phase takes its rows in their order, every later one in another. As in ``ShuffledSampler`` a
+    step sees the same rows however many ranks and micro-batches deal them out. An epoch is the whole phases that have
+    as many rows as there are prompts, at least one.
 
     Args:
         prompts: The order of the prompts; its length is an epoch's.
         phase: How a phase is gone through.
         seed: Of the later passes.
-        batch_size: As for ``WindowOrder``, as are the others.
+        batch_size: As for ``ShuffledSampler``, as are the others.
         rank: This process.
         world_size: Number of data-parallel processes.
         start: The epoch and the micro-batch in it at which to begin.
@@ -31,8 +31,8 @@ class PhaseOrder(WindowOrder):
 
     def __init__(
         self,
-        prompts: Shuffle,
-        phase: Phase,
+        prompts: ShuffledOrder,
+        phase: RolloutPhase,
         seed: int,
         batch_size: int,
         rank: int = 0,
@@ -67,13 +67,13 @@ class PhaseOrder(WindowOrder):
             yield from (phase * self.rows + rows).tolist()
 
 
-def own_rows(batch_size: int, rank: int, world_size: int, rows: int) -> NDArray[np.int64]:
+def rank_rows(batch_size: int, rank: int, world_size: int, rows: int) -> NDArray[np.int64]:
     """The rows of a phase that a rank sees in the first pass, in that order: (n,)."""
     dealt = np.arange(rows).reshape(-1, world_size, batch_size)  # (micro-batches, ranks, B)
     return dealt[:, rank].ravel()
 
 
-class Numbers(Dataset[NumberedBatch]):
+class PromptIndexDataset(Dataset[PromptIndexBatch]):
     """Rows that are their numbers.
 
     Args:
@@ -91,9 +91,9 @@ class Numbers(Dataset[NumberedBatch]):
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> NumberedBatch:
+    def __getitem__(self, index: int) -> PromptIndexBatch:
         return self.__getitems__([index])
 
-    def __getitems__(self, indices: Sequence[int]) -> NumberedBatch:
+    def __getitems__(self, indices: Sequence[int]) -> PromptIndexBatch:
         """A whole batch."""
-        return NumberedBatch(numbers=torch.tensor(indices))
+        return PromptIndexBatch(numbers=torch.tensor(indices))

@@ -13,7 +13,7 @@ AT_ONCE: Final = 1024
 """Windows that are looked up together: what a call costs is shared, and seeking stays instant."""
 
 
-class Shuffle:
+class ShuffledOrder:
     """The order of all windows of one store, or of several that are mixed.
 
     An epoch has as many places as there are windows in all stores. Without weights it is every window of each store,
@@ -55,7 +55,7 @@ class Shuffle:
         return found
 
 
-class WindowOrder(DistributedSampler[int]):
+class ShuffledSampler(DistributedSampler[int]):
     """The training order of one rank.
 
     Micro-batch ``s`` of an epoch takes places ``s * B * W`` to ``(s + 1) * B * W`` of it for ``W`` ranks of ``B``
@@ -77,7 +77,7 @@ class WindowOrder(DistributedSampler[int]):
 
     def __init__(
         self,
-        shuffle: Shuffle,
+        shuffle: ShuffledOrder,
         batch_size: int,
         rank: int = 0,
         world_size: int = 1,
@@ -115,7 +115,7 @@ class WindowOrder(DistributedSampler[int]):
         return self.windows.windows(epoch, places.ravel()).reshape(places.shape)
 
 
-class EveryWindow(DistributedSampler[int]):
+class EvaluationSampler(DistributedSampler[int]):
     """Validation: all windows once, dealt out to the ranks in whole batches.
 
     What is missing to whole batches, the same number on every rank, is filled with the index behind the last

@@ -22,7 +22,7 @@ class Tokens(Protocol):
         """Documents."""
 
     def piece(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """So many tokens, and what is to be predicted at each, or ``IGNORED``; the last of all may have none."""
+        """So many tokens, and what is to be predicted at each, or ``IGNORE_INDEX``; the last of all may have none."""
 
     def documents(self) -> Iterator[tuple[Integers, Integers]]:
         """Part by part, the first token of its documents and how many tokens each has."""
@@ -40,7 +40,7 @@ class RecordTokens:
     Args:
         names: Of each record, for a message.
         inputs: Of each, (n,) int64, at least one.
-        labels: Of each, (n,) int64: what is to be predicted at each input, or ``IGNORED``.
+        labels: Of each, (n,) int64: what is to be predicted at each input, or ``IGNORE_INDEX``.
     """
 
     def __init__(self, names: Sequence[str], inputs: Sequence[Integers], labels: Sequence[Integers]) -> None:

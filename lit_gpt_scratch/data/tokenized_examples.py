@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple, Protocol, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Encoded:
 
     Attributes:
         ids: (n,) int64.
-        labels: (n,) int64, what is to be predicted at each, or ``IGNORED``; or (1,), what is to be said of all.
+        labels: (n,) int64, what is to be predicted at each, or ``IGNORE_INDEX``; or (1,), what is to be said of all.
     """
 
     ids: NDArray[np.int64]
@@ -45,7 +45,7 @@ class Encoded:
     @property
     def n_labels(self) -> int:
         """Labels that count."""
-        return int((self.labels != IGNORED).sum())
+        return int((self.labels != IGNORE_INDEX).sum())
 
 
 class Example(NamedTuple):

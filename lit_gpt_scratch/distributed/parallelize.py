@@ -114,7 +114,7 @@ def parallelise(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 
 
 @torch.no_grad()
-def settle_gradients(net: GPT, mesh: DeviceMesh) -> None:
+def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
     """Bring all gradients, in place, to what a single process would have of each parameter's part.
 
     What is applied to heads has, on each process, the gradient of its own heads alone; and PyTorch leaves that of a

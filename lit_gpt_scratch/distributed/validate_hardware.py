@@ -9,7 +9,7 @@ from typing import Any, Final
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision
 from lit_gpt_scratch.distributed.strategies import ModelParallel
 from lit_gpt_scratch.errors import UserError
@@ -111,11 +111,11 @@ def memory_errors(data: Any) -> Iterator[None]:
 def _instead(data: Any) -> str:
     """Flags by which the same optimizer step needs less memory."""
     layout = getattr(data, "layout", None)
-    if not isinstance(layout, Layout) or layout.batch_size == 1:
+    if not isinstance(layout, BatchLayout) or layout.batch_size == 1:
         return f"{CHECKPOINTING}, a smaller model or a smaller --data.block_size needs less"
     own = layout.batch_size * layout.accumulate  # windows of a rank
     fewer = next(n for n in range(layout.batch_size // 2, 0, -1) if own % n == 0)
-    step = f"--data.tokens_per_step {layout.windows_per_step * data.block_size}"
+    step = f"--data.tokens_per_step {layout.rows_per_step * data.block_size}"
     if data.tokens_per_step is None and layout.accumulate > 1:  # then the trainer was given its number
         step = f"--trainer.accumulate_grad_batches {own // fewer}"
     return f"the same step in smaller parts: --data.batch_size {fewer} {step}; or {CHECKPOINTING}"

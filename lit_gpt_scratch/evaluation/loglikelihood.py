@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
 from lit_gpt_scratch.model import GPT
@@ -114,14 +114,14 @@ def _batch(model: GPT, tails: Sequence[Tail]) -> Iterator[Likelihood]:
     device = next(model.parameters()).device
     # Filled up behind the last token: seen by none before it, and not scored.
     inputs = _filled([tail.ids[:-1] or [0] for tail in tails], 0).to(device)  # (B, T)
-    labels = _filled([tail.ids[len(tail.ids) - tail.scored :] for tail in tails], IGNORED).to(device)  # (B, S)
+    labels = _filled([tail.ids[len(tail.ids) - tail.scored :] for tail in tails], IGNORE_INDEX).to(device)  # (B, S)
     first = torch.tensor([len(tail.ids) - 1 - tail.scored for tail in tails], device=device)  # (B,)
     places = first[:, None] + torch.arange(labels.size(1), device=device)  # (B, S)
     x = model.hidden(inputs)  # (B, T, n_embd)
     scored = places.clamp(max=inputs.size(1) - 1)[..., None].expand(-1, -1, x.size(-1))
     logits = model.read(x.gather(1, scored))  # (B, S, vocab_size)
     nats, _ = sequence_logprobs(logits, labels)
-    greedy = ((logits.argmax(-1) == labels) | (labels == IGNORED)).all(-1)  # (B,)
+    greedy = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(-1)  # (B,)
     return (Likelihood(*said) for said in zip(nats.tolist(), greedy.tolist(), strict=True))
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 
 
 def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -12,7 +12,7 @@ def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (B, T, vocab_size) float; what has fewer bits than float32 is summed in float32.
-        labels: (B, T) int64; positions of ``IGNORED`` (-100) count for nothing.
+        labels: (B, T) int64; positions of ``IGNORE_INDEX`` (-100) count for nothing.
 
     Returns:
         The sum in nats (scalar, at least float32) and the number of counted labels (int64 scalar). Their ratio is
@@ -20,8 +20,8 @@ def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    nats = F.cross_entropy(flat, target, ignore_index=IGNORED, reduction="sum")
-    return nats, (target != IGNORED).sum()
+    nats = F.cross_entropy(flat, target, ignore_index=IGNORE_INDEX, reduction="sum")
+    return nats, (target != IGNORE_INDEX).sum()
 
 
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
@@ -32,11 +32,11 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
         labels: (B, T) int64.
 
     Returns:
-        (B, T) nats, at least float32; 0 where the label is ``IGNORED`` (-100).
+        (B, T) nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
-    return -F.cross_entropy(flat, target, ignore_index=IGNORED, reduction="none").view(labels.shape)
+    return -F.cross_entropy(flat, target, ignore_index=IGNORE_INDEX, reduction="none").view(labels.shape)
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,10 +44,10 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: (B, T, vocab_size), as for ``token_logprobs``.
-        labels: (B, T) int64; of a prompt, and behind the end of a row, ``IGNORED`` (-100).
+        labels: (B, T) int64; of a prompt, and behind the end of a row, ``IGNORE_INDEX`` (-100).
 
     Returns:
         Sums in nats, (B,), and how many labels each has, (B,) int64: their ratio is the mean a token. A row without
         labels has 0 of both.
     """
-    return token_logprobs(logits, labels).sum(-1), (labels != IGNORED).sum(-1)
+    return token_logprobs(logits, labels).sum(-1), (labels != IGNORE_INDEX).sum(-1)

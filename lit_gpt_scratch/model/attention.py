@@ -154,7 +154,7 @@ def causal_attention(
         k: (B, n_kv_head, S, head_dim); without a mask, S is T, or T is 1.
         v: (B, n_kv_head, S, head_dim).
         dropout: Probability of zeroing an attention weight.
-        mask: As in ``Layout``; by default all of the past. The blocks of FlexAttention drop nothing.
+        mask: As in ``BatchLayout``; by default all of the past. The blocks of FlexAttention drop nothing.
         softcap: Squash the scores by ``softcap * tanh(scores / softcap)``.
         bias: What blocks add to a score, by head and distance; a dense mask has it in it.
         backend: ``auto``, or the way to do it: ``sdpa``, ``manual`` or ``flex``.

@@ -16,13 +16,13 @@ from torchmetrics.classification import (
 )
 from typing_extensions import override
 
-from lit_gpt_scratch.batch_types import IGNORED, LabelledBatch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
 from lit_gpt_scratch.checkpoint.metadata import Contents
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import MeanLoss, mean_auroc
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.output_heads import POOLINGS, Classes
-from lit_gpt_scratch.tasks.gpt_module import GPTTask, TokenData
+from lit_gpt_scratch.tasks.gpt_module import GPTModule, TokenData
 
 
 class LabelledData(TokenData, Protocol):
@@ -32,7 +32,7 @@ class LabelledData(TokenData, Protocol):
     class_counts: list[int]
 
 
-class Classification(GPTTask):
+class Classification(GPTModule):
     """A GPT that learns which class a text is of.
 
     Validation and test measure the loss and the accuracy; and as means over classes F1 and the area under the ROC
@@ -42,7 +42,7 @@ class Classification(GPTTask):
         pooling: What the head reads of a text: the stream at its ``last`` token, or the ``mean`` over all.
         class_weights: What a label of each class counts in the loss, by the class's name; or ``balanced``, so that
             every class counts alike however rare it is. By default every label counts alike.
-        kwargs: As for ``GPTTask``. The head is not tied to the embedding, whatever ``gpt`` says.
+        kwargs: As for ``GPTModule``. The head is not tied to the embedding, whatever ``gpt`` says.
 
     Raises:
         UserError: There is no such pooling.
@@ -81,7 +81,7 @@ class Classification(GPTTask):
 
     @property
     @override
-    def reads(self) -> Classes:
+    def output_head(self) -> Classes:
         names = self.labelled.class_names
         return Classes(len(names), tuple(names))
 
@@ -104,10 +104,10 @@ class Classification(GPTTask):
                 raise UserError("model.class_weights: all are 0; nothing would be learned")
         self.register_buffer("weights", torch.tensor(weights), persistent=False)
         measures = {
-            "accuracy": MulticlassAccuracy(n, average="micro", ignore_index=IGNORED),
-            "f1": MulticlassF1Score(n, ignore_index=IGNORED),
-            "auroc": MulticlassAUROC(n, average=None, ignore_index=IGNORED),
-            "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORED),
+            "accuracy": MulticlassAccuracy(n, average="micro", ignore_index=IGNORE_INDEX),
+            "f1": MulticlassF1Score(n, ignore_index=IGNORE_INDEX),
+            "auroc": MulticlassAUROC(n, average=None, ignore_index=IGNORE_INDEX),
+            "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORE_INDEX),
         }
         return MetricCollection({"loss": MeanLoss(), **measures})
 
@@ -117,19 +117,19 @@ class Classification(GPTTask):
         return self.net.read(stream).squeeze(1)
 
     @override
-    def losses(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_count(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:
         return self._losses(self(batch["input_ids"], batch["lengths"]), batch["labels"])
 
     def _losses(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        lost = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="sum")
-        return lost, self.weights[labels[labels != IGNORED]].sum()
+        lost = F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="sum")
+        return lost, self.weights[labels[labels != IGNORE_INDEX]].sum()
 
     @override
-    def measure(self, batch: LabelledBatch) -> Tensor:
+    def update_metrics(self, batch: LabelledBatch) -> Tensor:
         logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
         lost, counted = self._losses(logits, labels)
         self.metrics.update(preds=logits.softmax(-1), target=labels, lost=lost, counted=counted)
-        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORED, reduction="none")
+        return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="none")
 
     @property
     @override
@@ -137,11 +137,11 @@ class Classification(GPTTask):
         return self.class_weights is not None or super().uneven
 
     @override
-    def figures(self) -> dict[str, Tensor]:
-        found = super().figures()
+    def compute_metrics(self) -> dict[str, Tensor]:
+        found = super().compute_metrics()
         self.confusion, each = found.pop("confusion"), found.pop("auroc")
         return {**found, "auroc": mean_auroc(each, self.confusion.sum(1))}
 
     @override
-    def contents(self) -> Contents:
-        return replace(super().contents(), classes=self.labelled.class_names, pooling=self.pooling)
+    def checkpoint_metadata(self) -> Contents:
+        return replace(super().checkpoint_metadata(), classes=self.labelled.class_names, pooling=self.pooling)

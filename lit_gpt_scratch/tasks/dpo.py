@@ -13,11 +13,11 @@ from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
 from lit_gpt_scratch.losses.metrics import ReplyLoss
 from lit_gpt_scratch.losses.preference import LOSSES
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.tasks.pairwise import Compared, PairTask, halves
-from lit_gpt_scratch.tasks.reference_model import Reference
+from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
+from lit_gpt_scratch.tasks.reference_model import ReferenceModel
 
 
-class DPO(PairTask):
+class DPO(PairwiseModule):
     """A GPT that learns to prefer replies that people prefer, and not to leave its start for anything else.
 
     Its reward of a reply is ``beta * log(policy / reference)``, the one for which it would be the best policy.
@@ -31,13 +31,13 @@ class DPO(PairTask):
         per_token: Compare means over the tokens of replies instead of sums, so that long replies do not count for more;
             IPO's authors did.
         reference_free: Do without a reference: what is held to is a policy that finds all replies equally likely.
-        kwargs: As for ``GPTTask``, without dropout: at the start policy and reference agree.
+        kwargs: As for ``GPTModule``, without dropout: at the start policy and reference agree.
 
     Raises:
         UserError: There is no such loss, or a number is out of its range.
     """
 
-    drops = False
+    allows_dropout = False
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class DPO(PairTask):
     metrics: MetricCollection
 
     @override
-    def build_beside(self) -> Sequence[GPT]:
+    def build_auxiliary_networks(self) -> Sequence[GPT]:
         if self.reference_free:
             return ()
-        self.reference = Reference(self.net, self.only_adapters)
+        self.reference = ReferenceModel(self.net, self.trains_only_adapters)
         return self.reference.networks
 
     @override
@@ -79,21 +79,21 @@ class DPO(PairTask):
         return sequence_logprobs(self.net(batch["input_ids"]), batch["labels"])
 
     @override
-    def compare(self, batch: PairBatch) -> Compared:
+    def compare(self, batch: PairBatch) -> PairComparison:
         return self._compare(batch, *self.logprobs(batch))
 
-    def _compare(self, batch: PairBatch, nats: Tensor, tokens: Tensor) -> Compared:
+    def _compare(self, batch: PairBatch, nats: Tensor, tokens: Tensor) -> PairComparison:
         ratios = nats  # (2 B,), log(policy / reference)
         if not self.reference_free:
             ratios = nats - self.reference(batch["input_ids"], batch["labels"]).sum(-1)
         if self.per_token:
             ratios = ratios / tokens.clamp(min=1)
-        chosen, rejected = halves(ratios, batch["lengths"])
+        chosen, rejected = split_pairs(ratios, batch["lengths"])
         losses = LOSSES[self.loss](chosen - rejected, self.beta, self.label_smoothing)
-        return Compared(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
+        return PairComparison(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
     @override
-    def measure(self, batch: PairBatch) -> None:
+    def update_metrics(self, batch: PairBatch) -> None:
         nats, tokens = self.logprobs(batch)
         chosen = slice(len(tokens) // 2)
         losses, liked, others = self._compare(batch, nats, tokens)

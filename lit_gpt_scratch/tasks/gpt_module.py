@@ -17,13 +17,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.checkpoint.adapters import fingerprint
 from lit_gpt_scratch.checkpoint.init_from import begin_with, context, let_go, start, start_contents
 from lit_gpt_scratch.checkpoint.loop_state import LAYOUT, deal_out, settle
 from lit_gpt_scratch.checkpoint.metadata import KEY, Contents, refuse_other_model, refuse_other_tokenizer
 from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
-from lit_gpt_scratch.distributed.parallelize import parallelise, settle_gradients
+from lit_gpt_scratch.distributed.parallelize import parallelise, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # its module names them for trainers
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -36,7 +36,7 @@ from lit_gpt_scratch.optim.gradient_clipping import clip_norm, clip_value, gradi
 from lit_gpt_scratch.profiling.flops_and_memory import refuse_too_large
 
 
-class Judge(Protocol):
+class StepFilter(Protocol):
     """Who says whether a step that is computed is done."""
 
     def __call__(self, loss: Tensor | None, norm: Tensor) -> bool:
@@ -46,292 +46,6 @@ class Judge(Protocol):
             loss: Of the step, a scalar; None of a task that does not know it.
             norm: Of its gradient before it was clipped, a scalar.
         """
-
-
-class Task(L.LightningModule):
-    """A LightningModule whose runs can be resumed bit for bit, from a checkpoint of any moment.
-
-    Lightning restores weights, optimizer, schedule and counters. Here is the rest: random numbers are a function of
-    the seed, the batch and the rank, with no state to lose, and the counters are settled before they are restored.
-    Which data comes next is the data module's to know. Where other processes go on, or with other micro-batches, the
-    windows are the same, and the random numbers are not.
-
-    Args:
-        ema_decay: Of a moving average of the weights, which validates, writes samples, is what a checkpoint's weights
-            are, and stays in place after the run; by default there is none.
-    """
-
-    def __init__(self, ema_decay: float | None = None) -> None:
-        super().__init__()
-        self.average = MovingAverage(ema_decay)
-        self.judge: Judge | None = None
-        """Without one every step is done. A step that is refused counts, but changes neither weights nor averages nor
-        what the optimizer remembers."""
-        self.step_loss: Tensor | None = None
-        """Of the step whose gradient is at hand, over all ranks, where a judge asks for it."""
-
-    @property
-    def layout(self) -> Layout | None:
-        """How the data module deals out a step; None if it does not say."""
-        return getattr(getattr(self.trainer, "datamodule", None), "layout", None)
-
-    def setup(self, stage: str) -> None:
-        """Begin with the weights as they are, whatever an earlier run left in them."""
-        if stage == "fit":
-            self.average.in_use = False
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say what the counts of batches mean, and save the average of the weights in their place.
-
-        Lightning asks for nothing after this.
-        """
-        if self.layout is not None:
-            checkpoint[LAYOUT] = self.layout._asdict()
-        self.average.save(checkpoint, self.trainer.optimizers, self)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Settle how far the run has come, in batches as they are here; the trainer restores it next."""
-        if "loops" in checkpoint:
-            settle(checkpoint["loops"]["fit_loop"])
-            if self.layout is not None and LAYOUT in checkpoint:
-                deal_out(checkpoint["loops"]["fit_loop"], Layout(**checkpoint[LAYOUT]), self.layout)
-        if self.trainer.state.fn == "fit":
-            self.average.load(checkpoint)
-
-    def on_train_start(self) -> None:
-        """Train the weights themselves; in a checkpoint their average was in their place."""
-        self._use_average(False)
-
-    def on_train_end(self) -> None:
-        """Leave the average in the weights' place."""
-        self._use_average(True)
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient.
-
-        This is the last moment before the step, and so the judge's.
-        """
-        found = gradients(self)
-        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        norm = total_norm(found) if self.judge is not None and not by_norm else None
-        if gradient_clip_val and by_norm:
-            norm = clip_norm(found, gradient_clip_val)
-        elif gradient_clip_val:
-            clip_value(found, gradient_clip_val)
-        if self.judge is not None and norm is not None and not self.judge(self.step_loss, norm):
-            optimizer.zero_grad(set_to_none=True)  # what has no gradient, no optimizer touches
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Draw this batch's random numbers from its place in the run."""
-        loop = self.trainer.fit_loop.epoch_loop
-        # Lightning numbers log points by a count of its own, which a resumed run begins one off.
-        loop._batches_that_stepped = self.trainer.global_step
-        self._seed(loop.total_batch_idx, "train")
-
-    def on_validation_start(self) -> None:
-        """The same for a validation, so that one that is done again after a kill gives the same."""
-        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, "validation")
-        self._use_average(True)
-
-    def on_validation_end(self) -> None:
-        """Go on with the weights themselves; callbacks have had their turn."""
-        self._use_average(False)
-
-    def _use_average(self, wanted: bool) -> None:
-        if self.trainer.state.fn == "fit":
-            self.average.use(wanted, self.trainer.optimizers, self)
-
-    def _seed(self, batch: int, purpose: str) -> None:
-        run = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shard = self.trainer.distributed_sampler_kwargs or {"rank": 0}  # ranks that share their data draw alike
-        key = (run, batch + 1, shard["rank"], len(purpose))
-        drawn = np.random.SeedSequence(key).generate_state(3)
-        if self.device.type == "cpu":  # the other formats a stack trace for each kind of device that is not there
-            torch.default_generator.manual_seed(int(drawn[0]))
-        else:
-            torch.manual_seed(int(drawn[0]))
-        random.seed(int(drawn[1]))
-        np.random.seed(int(drawn[2]))  # noqa: NPY002 - what a user's own part may draw from
-
-
-class Stage(Task):
-    """A task with a loss that is a sum over labels, an optimizer by recipe, and metrics.
-
-    Subclasses say what is lost on a batch (``losses``), what is measured (``build_metrics`` and ``measure``), and have
-    a network ``net``. A batch has ``labels``.
-
-    Args:
-        optimizer: Which optimizer, with its learning rate.
-        schedule: The learning rate over the run.
-        ema_decay: See ``Task``.
-
-    Attributes:
-        metrics: What validation and test measure.
-        total_steps: Optimizer steps of the run, infinite as long as that is not known.
-    """
-
-    net: GPT
-    metrics: Metric | MetricCollection
-
-    def __init__(self, optimizer: OptimizerRecipe, schedule: Schedule, ema_decay: float | None) -> None:
-        super().__init__(ema_decay)
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.total_steps = float("inf")
-
-    def losses(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The summed loss of a batch, and over how many labels it is summed, or how much they weigh: two scalars."""
-        raise NotImplementedError
-
-    def positions(self, batch: Any) -> int:
-        """How many labels there could be: as many in every micro-batch of a step, and on every rank."""
-        return int(batch["labels"].numel())
-
-    def apart(self, batch: Any) -> list[Any]:
-        """What the data module dealt out in a batch, each as a batch of its own; nothing of what it does not have."""
-        n = len(batch["labels"])
-        return [{name: rows[place : place + 1] for name, rows in batch.items()} for place in range(n)]
-
-    @property
-    def learned(self) -> nn.Module:
-        """What the optimizer updates."""
-        return self.net
-
-    @property
-    def at_log_point(self) -> bool:
-        """Whether the step that is being made is logged."""
-        step = self.trainer.global_step
-        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
-        return bool(every) and (step == 0 or (step + 1) % every == 0)
-
-    def build_metrics(self) -> Metric | MetricCollection:
-        """What validation and test measure; its ``compute`` gives figures by name."""
-        raise NotImplementedError
-
-    def measure(self, batch: Any) -> Tensor | None:
-        """Add a batch to ``metrics``.
-
-        Returns:
-            What was lost at each label, which callbacks get as the outputs of a validation step: (B, T), or (B,) where
-            a row has one label; 0 where there is none. None of a loss that is of no label.
-        """
-        raise NotImplementedError
-
-    @property
-    def uneven(self) -> bool:
-        """Whether some batches of the training have fewer labels than others."""
-        return bool(self.trainer.datamodule.uneven)  # type: ignore[attr-defined]  # the trainer sets it late
-
-    def on_train_start(self) -> None:
-        """Learn how long the run is.
-
-        Not earlier: asking for it loads the training data, and that has to wait until a resumed trainer
-        knows where it stands.
-        """
-        super().on_train_start()
-        self.total_steps = self.trainer.estimated_stepping_batches
-        self._use_own_hyperparameters()
-        self._lost = torch.zeros((), device=self.device)
-        self._counted = torch.zeros((), device=self.device, dtype=torch.int64)
-        self._micro_batches = 0
-
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The recipe's optimizer, with the schedule stepped after every update."""
-        optimizer = self.optimizer.build(self.learned)
-        self.average.follow(optimizer, lambda: self.trainer.global_step)
-        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _use_own_hyperparameters(self) -> None:
-        """What the flags say of the optimizer, not what a checkpoint says; only its memory of gradients stays."""
-        fresh = self.optimizer.build(self.learned)
-        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
-        factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
-        for group, own in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
-            group.update({name: value for name, value in own.items() if name != "params"})
-            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The summed loss by the positions that could have a label; all have one, but where batches are filled up."""
-        lost, counted = self.losses(batch)
-        self._lost = self._lost + lost.detach()
-        self._counted = self._counted + counted
-        self._micro_batches += 1
-        self._positions = self.positions(batch)
-        loss: Tensor = lost / self._positions
-        return loss
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Weigh the gradient, show it, and log the step's loss at log points alone: reading it costs a sync.
-
-        Callbacks see the gradient before this. Those that have a method ``on_gradient(trainer, task)`` see it here, as
-        that of the mean over the step's labels, and not clipped yet.
-        """
-        if self.device_mesh is not None:
-            settle_gradients(self.net, self.device_mesh)
-        if self.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
-            self._weigh_gradient()
-        if self.at_log_point or self.judge is not None:
-            sums = torch.stack((self._lost, self._counted.to(self._lost.dtype)))
-            lost, counted = self.trainer.strategy.reduce(sums, reduce_op="sum")
-            self.step_loss = lost / torch.where(counted > 0, counted, 1.0)
-        if self.at_log_point and self.step_loss is not None:
-            self.log("train/loss", self.step_loss)
-            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-            self.log("train/gradient_norm", total_norm(gradients(self)))
-        self._lost.zero_()
-        self._counted.zero_()
-        self._micro_batches = 0
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
-            if (shown := getattr(callback, "on_gradient", None)) is not None:
-                shown(self.trainer, self)
-
-    def _weigh_gradient(self) -> None:
-        """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
-
-        It is their sum, by the positions of ``accumulate_grad_batches`` micro-batches on each rank. There are fewer
-        labels where batches are filled up, and fewer micro-batches where an epoch ends.
-        """
-        own = self._counted.to(torch.float32, copy=True)  # what is given is summed in place
-        labels = self.trainer.strategy.reduce(own, reduce_op="sum")
-        positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
-        torch._foreach_mul_(
-            [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
-        )
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Measure the batch."""
-        lost = self.measure(batch)
-        return None if lost is None else {"lost": lost}
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Measure the batch."""
-        self.measure(batch)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log what was measured of all that is validated on."""
-        self.log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log what was measured of all that is tested on."""
-        self.log_metrics("test")
-
-    def figures(self) -> dict[str, Tensor]:
-        """What was measured, by name: scalars."""
-        found: dict[str, Tensor] = self.metrics.compute()
-        return found
-
-    def log_metrics(self, side: str) -> None:
-        """Log the figures as ``side/name``, and begin anew."""
-        for name, value in self.figures().items():
-            self.log(f"{side}/{name}", value, sync_dist=True)
-        self.metrics.reset()
 
 
 log = logging.getLogger(__name__)
@@ -355,10 +69,10 @@ class TokenData(Protocol):
     tokenizer_json: str
 
 
-class GPTTask(Stage):
-    """A stage of the lineage: a GPT, and something that it learns.
+class GPTModule(L.LightningModule):
+    """A GPT and its training objective.
 
-    Subclasses say what is lost on a batch (``losses``), and what their head reads (``reads``). Arguments are only
+    Subclasses compute the loss (``loss_and_count``) and choose the output head (``output_head``). Arguments are only
     stored here. The network is built in ``configure_model``, when the trainer knows its hardware and the data module
     its vocabulary.
 
@@ -371,7 +85,7 @@ class GPTTask(Stage):
         lora: Train low-rank adapters beside its weights, and a new head, instead of all; see ``model.lora``.
         train_layers: Train the last so many blocks, the norm and the head behind them, and keep the rest as it is; a
             trained head that shares the embedding's matrix, too.
-        ema_decay: Of a moving average of the weights, such as 0.999; see ``Task``.
+        ema_decay: Of a moving average of the weights, such as 0.999; see ``GPTModule``.
         compile: Compile the network with ``torch.compile``; by default its blocks, wherever that can work. If it is
             asked for, what else of a step can be compiled as well, which takes longer to begin.
         activation_checkpointing: Keep each block's input alone for the backward pass, and compute the rest again: less
@@ -382,7 +96,10 @@ class GPTTask(Stage):
             other.
     """
 
-    drops: ClassVar[bool] = True
+    net: GPT
+    metrics: Metric | MetricCollection
+    """What validation and test measure."""
+    allows_dropout: ClassVar[bool] = True
     """Whether there is dropout in training. A stage whose loss compares probabilities with those of before has none:
     what is dropped would look like what is learned. The start's is switched off, one that is asked for refused."""
 
@@ -398,14 +115,24 @@ class GPTTask(Stage):
         compile: bool | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
-        super().__init__(optimizer, schedule, ema_decay)
+        super().__init__()
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.total_steps = float("inf")
+        """Optimizer steps of the run, infinite as long as that is not known."""
+        self.ema = MovingAverage(ema_decay)
+        self.step_filter: StepFilter | None = None
+        """Without one every step is done. A step that is refused counts, but changes neither weights nor averages nor
+        what the optimizer remembers."""
+        self.step_loss: Tensor | None = None
+        """Of the step whose gradient is at hand, over all ranks, where a step filter asks for it."""
         if lora is not None and train_layers is not None:
             raise UserError("model.lora and model.train_layers both say what is trained; give one of them")
         if train_layers is not None and train_layers < 0:
             raise UserError(f"model.train_layers is {train_layers}; it must be 0 or more")
         asked = {"gpt": gpt and gpt.dropout, "lora": lora and lora.dropout}
         for part, share in asked.items():
-            if share and not self.drops:
+            if share and not self.allows_dropout:
                 raise UserError(
                     f"model.{part}.dropout is {share}, but {type(self).__name__} compares probabilities with those of "
                     "before, and drops nothing: leave it out"
@@ -418,12 +145,12 @@ class GPTTask(Stage):
         self.train_layers = train_layers
         self.compile_network = compile
         self.activation_checkpointing = activation_checkpointing
-        self.forgets_head = False
+        self.head_is_new = False
         """Whether the head of what it begins with reads something else, so that its own is drawn anew."""
         self._base: str | None = None
 
     @property
-    def reads(self) -> Head:
+    def output_head(self) -> Head:
         """What the head reads off the stream."""
         return Tokens()
 
@@ -447,7 +174,7 @@ class GPTTask(Stage):
         if self._gpt is not None:
             return self._gpt
         found = GPTConfig() if self.init_from is None else GPTConfig(**start_contents(self.init_from).gpt)
-        return found if self.drops else replace(found, dropout=0.0)
+        return found if self.allows_dropout else replace(found, dropout=0.0)
 
     def configure_model(self) -> None:
         """Build the network for the data's vocabulary and window; a second call changes nothing.
@@ -465,25 +192,25 @@ class GPTTask(Stage):
             vocab_size, block_size = trained.net.vocab_size, context(trained, self.gpt, block_size)
         refuse_backend(self.gpt, device)
         refuse_too_large(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
-        self.net = GPT(self.gpt, vocab_size, block_size, self.reads)
+        self.net = GPT(self.gpt, vocab_size, block_size, self.output_head)
         # A run that goes on begins with its own checkpoint: what was new to it still is.
         kept = trained is not None and begin_with(trained, self.net)
-        self.forgets_head = trained is not None and not kept
-        self._new_head = trained is None or self.forgets_head or trained.contents.new_head
+        self.head_is_new = trained is not None and not kept
+        self._new_head = trained is None or self.head_is_new or trained.contents.new_head
         if trained is None and (self.lora or self.train_layers is not None):
             log.warning("without model.init_from, what is not trained stays as it was drawn; name a trained model")
         if trained is not None:
             self._base = fingerprint(self.net, self._new_head) if self.lora else None
             let_go()
         self._freeze()
-        beside = self.build_beside()
+        beside = self.build_auxiliary_networks()
         self.net.recompute = self.activation_checkpointing
         if self.device_mesh is not None:
             for net in (self.net, *beside):
                 parallelise(net, self.device_mesh, str(self.trainer.precision))
         self.metrics = self.build_metrics()
 
-    def build_beside(self) -> Sequence[GPT]:
+    def build_auxiliary_networks(self) -> Sequence[GPT]:
         """Build what a stage needs beside its network, which is as it begins; networks among it, to be dealt out."""
         return ()
 
@@ -510,7 +237,7 @@ class GPTTask(Stage):
                 module.requires_grad_(True)
 
     @property
-    def only_adapters(self) -> bool:
+    def trains_only_adapters(self) -> bool:
         """Whether nothing but adapters is trained, so that the network without them is as it began."""
         return self.lora is not None and not self._new_head
 
@@ -534,7 +261,7 @@ class GPTTask(Stage):
         """Whether the network runs compiled."""
         return any(block._compiled_call_impl is not None for block in self.net.blocks)
 
-    def contents(self) -> Contents:
+    def checkpoint_metadata(self) -> Contents:
         """What a checkpoint says of its weights, so that they can be used without this run."""
         tokenizer = self.data.tokenizer
         own_start = tokenizer.start_of_text if tokenizer.start_of_text != tokenizer.end_of_text else None
@@ -545,13 +272,235 @@ class GPTTask(Stage):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store them with the weights, as plain data."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint[KEY] = asdict(self.contents())
+        if self.layout is not None:
+            checkpoint[LAYOUT] = self.layout._asdict()
+        self.ema.save(checkpoint, self.trainer.optimizers, self)
+        checkpoint[KEY] = asdict(self.checkpoint_metadata())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another shape or another tokenizer, by name."""
-        super().on_load_checkpoint(checkpoint)
-        there, here = Contents.of(checkpoint), self.contents()
+        if "loops" in checkpoint:
+            settle(checkpoint["loops"]["fit_loop"])
+            if self.layout is not None and LAYOUT in checkpoint:
+                deal_out(checkpoint["loops"]["fit_loop"], BatchLayout(**checkpoint[LAYOUT]), self.layout)
+        if self.trainer.state.fn == "fit":
+            self.ema.load(checkpoint)
+        there, here = Contents.of(checkpoint), self.checkpoint_metadata()
         refuse_other_model(there, here)
         self._base = there.base
         refuse_other_tokenizer(there, here.tokenizer)
+
+    def loss_and_count(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """The summed loss of a batch, and over how many labels it is summed, or how much they weigh: two scalars."""
+        raise NotImplementedError
+
+    def positions(self, batch: Any) -> int:
+        """How many labels there could be: as many in every micro-batch of a step, and on every rank."""
+        return int(batch["labels"].numel())
+
+    def split_batch(self, batch: Any) -> list[Any]:
+        """What the data module dealt out in a batch, each as a batch of its own; nothing of what it does not have."""
+        n = len(batch["labels"])
+        return [{name: rows[place : place + 1] for name, rows in batch.items()} for place in range(n)]
+
+    @property
+    def trained_module(self) -> nn.Module:
+        """What the optimizer updates."""
+        return self.net
+
+    @property
+    def is_log_step(self) -> bool:
+        """Whether the step that is being made is logged."""
+        step = self.trainer.global_step
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
+        return bool(every) and (step == 0 or (step + 1) % every == 0)
+
+    def build_metrics(self) -> Metric | MetricCollection:
+        """What validation and test measure; its ``compute`` gives figures by name."""
+        raise NotImplementedError
+
+    def update_metrics(self, batch: Any) -> Tensor | None:
+        """Add a batch to ``metrics``.
+
+        Returns:
+            What was lost at each label, which callbacks get as the outputs of a validation step: (B, T), or (B,) where
+            a row has one label; 0 where there is none. None of a loss that is of no label.
+        """
+        raise NotImplementedError
+
+    @property
+    def uneven(self) -> bool:
+        """Whether some batches of the training have fewer labels than others."""
+        return bool(self.trainer.datamodule.uneven)  # type: ignore[attr-defined]  # the trainer sets it late
+
+    def on_train_start(self) -> None:
+        """Learn how long the run is.
+
+        Not earlier: asking for it loads the training data, and that has to wait until a resumed trainer
+        knows where it stands.
+        """
+        self._use_average(False)  # in a checkpoint the average was in the weights' place
+        self.total_steps = self.trainer.estimated_stepping_batches
+        self._use_own_hyperparameters()
+        self._lost = torch.zeros((), device=self.device)
+        self._counted = torch.zeros((), device=self.device, dtype=torch.int64)
+        self._micro_batches = 0
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The recipe's optimizer, with the schedule stepped after every update."""
+        optimizer = self.optimizer.build(self.trained_module)
+        self.ema.follow(optimizer, lambda: self.trainer.global_step)
+        scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _use_own_hyperparameters(self) -> None:
+        """What the flags say of the optimizer, not what a checkpoint says; only its memory of gradients stays."""
+        fresh = self.optimizer.build(self.trained_module)
+        scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+        scheduler.base_lrs = [group["lr"] for group in fresh.param_groups]
+        factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
+        for group, own in zip(self.trainer.optimizers[0].param_groups, fresh.param_groups, strict=True):
+            group.update({name: value for name, value in own.items() if name != "params"})
+            group["initial_lr"], group["lr"] = own["lr"], own["lr"] * factor
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The summed loss by the positions that could have a label; all have one, but where batches are filled up."""
+        lost, counted = self.loss_and_count(batch)
+        self._lost = self._lost + lost.detach()
+        self._counted = self._counted + counted
+        self._micro_batches += 1
+        self._positions = self.positions(batch)
+        loss: Tensor = lost / self._positions
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Weigh the gradient, show it, and log the step's loss at log points alone: reading it costs a sync.
+
+        Callbacks see the gradient before this. Those that have a method ``on_gradient(trainer, task)`` see it here, as
+        that of the mean over the step's labels, and not clipped yet.
+        """
+        if self.device_mesh is not None:
+            reduce_tp_gradients(self.net, self.device_mesh)
+        if self.uneven or self._micro_batches != self.trainer.accumulate_grad_batches:
+            self._weigh_gradient()
+        if self.is_log_step or self.step_filter is not None:
+            sums = torch.stack((self._lost, self._counted.to(self._lost.dtype)))
+            lost, counted = self.trainer.strategy.reduce(sums, reduce_op="sum")
+            self.step_loss = lost / torch.where(counted > 0, counted, 1.0)
+        if self.is_log_step and self.step_loss is not None:
+            self.log("train/loss", self.step_loss)
+            self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
+            self.log("train/gradient_norm", total_norm(gradients(self)))
+        self._lost.zero_()
+        self._counted.zero_()
+        self._micro_batches = 0
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if (shown := getattr(callback, "on_gradient", None)) is not None:
+                shown(self.trainer, self)
+
+    def _weigh_gradient(self) -> None:
+        """Make it that of the mean over the step's labels, with whichever micro-batch and on whichever rank they came.
+
+        It is their sum, by the positions of ``accumulate_grad_batches`` micro-batches on each rank. There are fewer
+        labels where batches are filled up, and fewer micro-batches where an epoch ends.
+        """
+        own = self._counted.to(torch.float32, copy=True)  # what is given is summed in place
+        labels = self.trainer.strategy.reduce(own, reduce_op="sum")
+        positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        torch._foreach_mul_(
+            [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
+        )
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Measure the batch."""
+        lost = self.update_metrics(batch)
+        return None if lost is None else {"token_losses": lost}
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measure the batch."""
+        self.update_metrics(batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was measured of all that is validated on."""
+        self.log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was measured of all that is tested on."""
+        self.log_metrics("test")
+
+    def compute_metrics(self) -> dict[str, Tensor]:
+        """What was measured, by name: scalars."""
+        found: dict[str, Tensor] = self.metrics.compute()
+        return found
+
+    def log_metrics(self, side: str) -> None:
+        """Log the figures as ``side/name``, and begin anew."""
+        for name, value in self.compute_metrics().items():
+            self.log(f"{side}/{name}", value, sync_dist=True)
+        self.metrics.reset()
+
+    @property
+    def layout(self) -> BatchLayout | None:
+        """How the data module deals out a step; None if it does not say."""
+        return getattr(getattr(self.trainer, "datamodule", None), "layout", None)
+
+    def setup(self, stage: str) -> None:
+        """Begin with the weights as they are, whatever an earlier run left in them."""
+        if stage == "fit":
+            self.ema.in_use = False
+
+    def on_train_end(self) -> None:
+        """Leave the average in the weights' place."""
+        self._use_average(True)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip as the trainer's flags say, under every strategy: the norm is that of the whole gradient.
+
+        This is the last moment before the step, and so the judge's.
+        """
+        found = gradients(self)
+        by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
+        norm = total_norm(found) if self.step_filter is not None and not by_norm else None
+        if gradient_clip_val and by_norm:
+            norm = clip_norm(found, gradient_clip_val)
+        elif gradient_clip_val:
+            clip_value(found, gradient_clip_val)
+        if self.step_filter is not None and norm is not None and not self.step_filter(self.step_loss, norm):
+            optimizer.zero_grad(set_to_none=True)  # what has no gradient, no optimizer touches
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Draw this batch's random numbers from its place in the run."""
+        loop = self.trainer.fit_loop.epoch_loop
+        # Lightning numbers log points by a count of its own, which a resumed run begins one off.
+        loop._batches_that_stepped = self.trainer.global_step
+        self._seed(loop.total_batch_idx, "train")
+
+    def on_validation_start(self) -> None:
+        """The same for a validation, so that one that is done again after a kill gives the same."""
+        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, "validation")
+        self._use_average(True)
+
+    def on_validation_end(self) -> None:
+        """Go on with the weights themselves; callbacks have had their turn."""
+        self._use_average(False)
+
+    def _use_average(self, wanted: bool) -> None:
+        if self.trainer.state.fn == "fit":
+            self.ema.use(wanted, self.trainer.optimizers, self)
+
+    def _seed(self, batch: int, purpose: str) -> None:
+        run = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        shard = self.trainer.distributed_sampler_kwargs or {"rank": 0}  # ranks that share their data draw alike
+        key = (run, batch + 1, shard["rank"], len(purpose))
+        drawn = np.random.SeedSequence(key).generate_state(3)
+        if self.device.type == "cpu":  # the other formats a stack trace for each kind of device that is not there
+            torch.default_generator.manual_seed(int(drawn[0]))
+        else:
+            torch.manual_seed(int(drawn[0]))
+        random.seed(int(drawn[1]))
+        np.random.seed(int(drawn[2]))  # noqa: NPY002 - what a user's own part may draw from

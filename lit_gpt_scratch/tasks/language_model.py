@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.losses.cross_entropy import token_logprobs, token_nats
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
-class LanguageModel(GPTTask):
+class LanguageModel(GPTModule):
     """A GPT that learns to predict the next token, wherever it has a label.
 
     Validation and test measure loss, perplexity and bits per byte of the labelled tokens. If compiling is asked for,
@@ -36,7 +36,7 @@ class LanguageModel(GPTTask):
         return logits
 
     @override
-    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def loss_and_count(self, batch: Batch) -> tuple[Tensor, Tensor]:
         given = batch["input_ids"], batch.get("document_ids")
         if not self._reads_compiled:
             return token_nats(self(*given), batch["labels"])
@@ -44,13 +44,13 @@ class LanguageModel(GPTTask):
         return nats, tokens
 
     @override
-    def measure(self, batch: Batch) -> Tensor:
+    def update_metrics(self, batch: Batch) -> Tensor:
         given, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
         if self._reads_compiled:
             lost: Tensor = _compiled(_lost)(self.net, self.net.hidden(*given), labels)
         else:
             lost = -token_logprobs(self(*given), labels)
-        counted = labels != IGNORED
+        counted = labels != IGNORE_INDEX
         self.metrics.update(lost.sum(), counted.sum(), self.token_bytes[labels[counted]].sum())
         return lost
 

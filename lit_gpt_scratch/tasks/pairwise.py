@@ -10,10 +10,10 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import PairMetric
-from lit_gpt_scratch.tasks.gpt_module import GPTTask
+from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
-class Compared(NamedTuple):
+class PairComparison(NamedTuple):
     """Pairs that were compared: (n,) floats, and none of what only fills the batch up.
 
     Attributes:
@@ -27,7 +27,7 @@ class Compared(NamedTuple):
     rejected: Tensor
 
 
-class PairTask(GPTTask):
+class PairwiseModule(GPTModule):
     """A GPT that learns from pairs. Validation and test measure what ``PairMetric`` does.
 
     Subclasses say what they make of a batch (``compare``).
@@ -35,7 +35,7 @@ class PairTask(GPTTask):
 
     metrics: PairMetric | MetricCollection
 
-    def compare(self, batch: PairBatch) -> Compared:
+    def compare(self, batch: PairBatch) -> PairComparison:
         """Losses and rewards of the pairs of a batch."""
         raise NotImplementedError
 
@@ -51,22 +51,22 @@ class PairTask(GPTTask):
         return len(batch["lengths"]) // 2
 
     @override
-    def apart(self, batch: PairBatch) -> list[PairBatch]:
+    def split_batch(self, batch: PairBatch) -> list[PairBatch]:
         n = self.positions(batch)  # of 2 n rows each n-th: a reply and the other
         pairs = ({name: cast(Tensor, rows)[place::n] for name, rows in batch.items()} for place in range(n))
         return [cast(PairBatch, pair) for pair in pairs]
 
     @override
-    def losses(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
+    def loss_and_count(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
         losses = self.compare(batch).losses
         return losses.sum(), torch.tensor(len(losses), device=losses.device)
 
     @override
-    def measure(self, batch: PairBatch) -> None:
+    def update_metrics(self, batch: PairBatch) -> None:
         self.metrics.update(*self.compare(batch))
 
 
-def halves(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+def split_pairs(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Of the preferred and of the other replies: (2 B, ...) rows and their (2 B,) tokens -> (n, ...) twice."""
     chosen, rejected = rows.chunk(2)
     there = lengths.chunk(2)[0] > 0

@@ -12,7 +12,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.lora import without_lora
 
 
-class Reference(nn.Module):
+class ReferenceModel(nn.Module):
     """The start, as it stays: a frozen copy of it, or with adapters the same network while they are switched off.
 
     A copy is a part of the task: it moves to the task's device and lies in its checkpoints, apart from the weights of
@@ -32,7 +32,7 @@ class Reference(nn.Module):
         self._policy = (policy,)  # no part of this module
         self.train(False)
 
-    def train(self, mode: bool = True) -> "Reference":
+    def train(self, mode: bool = True) -> "ReferenceModel":
         """It always evaluates: nothing is dropped."""
         return super().train(False)
 
@@ -65,7 +65,7 @@ class Reference(nn.Module):
             labels: (B, T) int64.
 
         Returns:
-            (B, T) nats, at least float32; 0 where the label is ``IGNORED`` (-100).
+            (B, T) nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
         """
         with self.network() as net:
             return token_logprobs(net(input_ids), labels)

@@ -14,10 +14,10 @@ from lit_gpt_scratch.losses.metrics import PairMetric
 from lit_gpt_scratch.losses.preference import bradley_terry
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.output_heads import Scalar, rewards
-from lit_gpt_scratch.tasks.pairwise import Compared, PairTask, halves
+from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
 
 
-class Reward(PairTask):
+class Reward(PairwiseModule):
     """A GPT that learns which of two replies is preferred, by Bradley and Terry's model.
 
     The reward of a conversation is read at its last token, the end of text behind the last reply. Only differences of
@@ -27,7 +27,7 @@ class Reward(PairTask):
 
     @property
     @override
-    def reads(self) -> Scalar:
+    def output_head(self) -> Scalar:
         return Scalar()
 
     @cached_property
@@ -46,10 +46,10 @@ class Reward(PairTask):
         return super().build_metrics()
 
     @override
-    def compare(self, batch: PairBatch) -> Compared:
-        chosen, rejected = halves(self(batch["input_ids"], batch["lengths"]), batch["lengths"])
-        return Compared(bradley_terry(chosen, rejected), chosen, rejected)
+    def compare(self, batch: PairBatch) -> PairComparison:
+        chosen, rejected = split_pairs(self(batch["input_ids"], batch["lengths"]), batch["lengths"])
+        return PairComparison(bradley_terry(chosen, rejected), chosen, rejected)
 
     @override
-    def contents(self) -> Contents:
-        return replace(super().contents(), rewards=True)
+    def checkpoint_metadata(self) -> Contents:
+        return replace(super().checkpoint_metadata(), rewards=True)

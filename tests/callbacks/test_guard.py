@@ -32,8 +32,8 @@ class Faulty(LanguageModel):
     faults: dict[int, float] = {}  # noqa: RUF012 - each test sets its own
     seen: list[int]
 
-    def losses(self, batch: Any) -> Any:
-        lost, counted = super().losses(batch)
+    def loss_and_count(self, batch: Any) -> Any:
+        lost, counted = super().loss_and_count(batch)
         if self.training and torch.is_grad_enabled():
             lost = lost * self.faults.get(self.trainer.global_step, 1.0)
         return lost, counted
@@ -176,7 +176,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) 
     assert not alike(whole.after[-1], kept.after[-1])
 
 
-REPLIES = {"reward": "tests.own_reward.even_tokens", "steps_per_phase": 2}
+REPLIES = {"reward": "tests.custom_reward.even_tokens", "steps_per_phase": 2}
 KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "language model": (LanguageModel, {}, None),
     "classes": (Classification, {}, LabelledText),
@@ -194,12 +194,12 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
     """A batch may be windows, texts with a class, pairs of rows, or replies that no data module has."""
     base, settings, data_class = KINDS[kind]
 
-    def losses(self: Any, batch: Any) -> Any:
-        lost, counted = base.losses(self, batch)
+    def loss_and_count(self: Any, batch: Any) -> Any:
+        lost, counted = base.loss_and_count(self, batch)
         return lost * (math.nan if torch.is_grad_enabled() and self.trainer.global_step == 2 else 1.0), counted
 
     L.seed_everything(1, verbose=False)
-    faulty = type("Faulty", (base,), {"losses": losses})
+    faulty = type("Faulty", (base,), {"loss_and_count": loss_and_count})
     model = faulty(gpt=GPTConfig(n_layer=1, n_head=2, n_embd=32), compile=False, **settings)
     shape = {"cache": str(cache), "vocab_size": 300, "batch_size": 4}
     reply = {"reply_tokens": 8, "block_size": 96} if data_class in (Preferences, Prompts) else {"block_size": 128}

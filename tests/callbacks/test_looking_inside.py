@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.default_callbacks import watchers
 from lit_gpt_scratch.callbacks.introspection import PARTS, TOKENS, Dynamics, Inspection, Layer, figures, mean, part_of
 from lit_gpt_scratch.callbacks.loss_breakdown import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
@@ -149,7 +149,7 @@ def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Task
     assert found["dynamics/dead_units/layer_1"] == 0
     assert found["dynamics/dead_units/layer_2"] == pytest.approx(5 / 20)
     assert found["dynamics/dead_units"] == pytest.approx(5 / 40)
-    ids = data.validation_windows.__getitems__(range(min(TOKENS // 32, len(data.validation_windows))))["input_ids"]
+    ids = data.validation_dataset.__getitems__(range(min(TOKENS // 32, len(data.validation_dataset))))["input_ids"]
     with torch.no_grad():
         assert found["dynamics/logit_norm"] == pytest.approx(float(model.net(ids).norm(dim=-1).mean()), rel=1e-5)
         layers = observe(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
@@ -189,8 +189,8 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
     model = task()
     run = trainer(callbacks=[TokenLosses(True)], logger=logger, max_steps=6, val_check_interval=6)
     run.fit(model, data)
-    batch = data.validation_windows.__getitems__(range(len(data.validation_windows)))
-    labels, counted = batch["labels"], batch["labels"] != IGNORED
+    batch = data.validation_dataset.__getitems__(range(len(data.validation_dataset)))
+    labels, counted = batch["labels"], batch["labels"] != IGNORE_INDEX
     with torch.no_grad():
         chances = model.net(batch["input_ids"]).log_softmax(-1)
     lost = torch.where(counted, -chances.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), 0.0)
@@ -204,7 +204,7 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
         whole += found[f"loss_by_position/{begin}-{end}"] * int(here) / int(counted.sum())
     assert whole == pytest.approx(found["val/loss"], rel=1e-5)
 
-    train = torch.cat([data.train_windows[n]["labels"].flatten() for n in range(len(data.train_windows))]).tolist()
+    train = torch.cat([data.train_dataset[n]["labels"].flatten() for n in range(len(data.train_dataset))]).tolist()
     ranked = sorted(range(data.vocab_size), key=lambda id_: (-train.count(id_), id_))
     for name, tokens in (("1-10", ranked[:10]), ("11-100", ranked[10:100])):
         of_band = torch.isin(labels, torch.tensor(tokens))
@@ -294,7 +294,7 @@ def test_the_lens_ends_with_what_the_model_says(
     rows = [line.split("|")[1:-1] for line in table.tensor_proto.string_val[0].decode().splitlines() if "|" in line]
     assert [row[0].strip() for row in rows[2:]] == ["the embedding", "layer 1", "layer 2"]
     with torch.no_grad():
-        logits = model.net(data.validation_windows[0]["input_ids"])[0, 16:24]
+        logits = model.net(data.validation_dataset[0]["input_ids"])[0, 16:24]
     chances = [f"{chance:.0%}" for chance in logits.softmax(-1).amax(-1).tolist()]
     assert [cell.split()[-1] for cell in rows[-1][1:]] == chances
 

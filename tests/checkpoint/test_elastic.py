@@ -12,24 +12,24 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.checkpoint.loop_state import deal_out
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
+from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.optim import AdamW
 
 COUNTS = ("ready", "started", "processed", "completed")
 
 
-def layouts(windows_per_step: int) -> st.SearchStrategy[Layout]:
+def layouts(rows_per_step: int) -> st.SearchStrategy[BatchLayout]:
     """All ways to deal out a step of so many windows."""
-    divisors = [n for n in range(1, windows_per_step + 1) if windows_per_step % n == 0]
+    divisors = [n for n in range(1, rows_per_step + 1) if rows_per_step % n == 0]
     return st.sampled_from(
         [
-            Layout(batch_size, replicas, windows_per_step // batch_size // replicas)
+            BatchLayout(batch_size, replicas, rows_per_step // batch_size // replicas)
             for batch_size in divisors
             for replicas in divisors
-            if windows_per_step % (batch_size * replicas) == 0
+            if rows_per_step % (batch_size * replicas) == 0
         ]
     )
 
@@ -40,16 +40,16 @@ def progress(batches: int, total: int) -> dict[str, Any]:
     return {"epoch_loop.batch_progress": counts}
 
 
-@given(data=st.data(), windows_per_step=st.integers(1, 12), left_over=st.integers(0, 11), seed=st.integers(0, 3))
+@given(data=st.data(), rows_per_step=st.integers(1, 12), left_over=st.integers(0, 11), seed=st.integers(0, 3))
 @settings(max_examples=60)
 def test_any_sessions_see_the_windows_of_one(
-    data: st.DataObject, windows_per_step: int, left_over: int, seed: int
+    data: st.DataObject, rows_per_step: int, left_over: int, seed: int
 ) -> None:
-    """Against the order's places themselves: ``windows_per_step`` at a time, in each epoch as many as are whole."""
+    """Against the order's places themselves: ``rows_per_step`` at a time, in each epoch as many as are whole."""
     steps_of_epoch = data.draw(st.integers(1, 7))
-    n = windows_per_step * steps_of_epoch + left_over % windows_per_step
-    shuffle = Shuffle([n], seed)
-    sessions = data.draw(st.lists(st.tuples(layouts(windows_per_step), st.integers(0, 9)), min_size=1, max_size=4))
+    n = rows_per_step * steps_of_epoch + left_over % rows_per_step
+    shuffle = ShuffledOrder([n], seed)
+    sessions = data.draw(st.lists(st.tuples(layouts(rows_per_step), st.integers(0, 9)), min_size=1, max_size=4))
 
     seen: list[list[int]] = []
     epoch, loop, before = 0, progress(0, 0), sessions[0][0]
@@ -59,7 +59,9 @@ def test_any_sessions_see_the_windows_of_one(
         for _ in range(steps):
             ranks = [
                 iter(
-                    WindowOrder(shuffle, layout.batch_size, rank, layout.replicas, (epoch, current), layout.accumulate)
+                    ShuffledSampler(
+                        shuffle, layout.batch_size, rank, layout.replicas, (epoch, current), layout.accumulate
+                    )
                 )
                 for rank in range(layout.replicas)
             ]
@@ -73,33 +75,33 @@ def test_any_sessions_see_the_windows_of_one(
         loop, before = progress(current, total), layout
 
     expected = [
-        shuffle.windows(step // steps_of_epoch, np.arange(windows_per_step) + step % steps_of_epoch * windows_per_step)
+        shuffle.windows(step // steps_of_epoch, np.arange(rows_per_step) + step % steps_of_epoch * rows_per_step)
         for step in range(sum(steps for _, steps in sessions))
     ]
     assert seen == [windows.tolist() for windows in expected]
     assert loop == progress(current, sum(steps for _, steps in sessions) * before.accumulate)
 
 
-def ranks_micro_batches(shuffle: Shuffle, layout: Layout) -> int:
-    return WindowOrder(shuffle, layout.batch_size, 0, layout.replicas, accumulate=layout.accumulate).micro_batches
+def ranks_micro_batches(shuffle: ShuffledOrder, layout: BatchLayout) -> int:
+    return ShuffledSampler(shuffle, layout.batch_size, 0, layout.replicas, accumulate=layout.accumulate).micro_batches
 
 
 def test_a_step_of_another_size_begins_behind_the_windows_that_came() -> None:
     """7 steps of 4 windows are 28: the fourth step of 10 is the first that has none of them."""
     loop = progress(7, 107)
-    deal_out(loop, Layout(4, 1, 1), Layout(1, 2, 5))
+    deal_out(loop, BatchLayout(4, 1, 1), BatchLayout(1, 2, 5))
     assert loop == progress(3 * 5, 43 * 5)
 
 
 def test_the_same_layout_leaves_every_count() -> None:
     """Also those of an epoch that ended amid a step."""
     loop = progress(7, 107)
-    deal_out(loop, Layout(2, 1, 4), Layout(2, 1, 4))
+    deal_out(loop, BatchLayout(2, 1, 4), BatchLayout(2, 1, 4))
     assert loop == progress(7, 107)
 
 
 def test_fewer_windows_than_a_step_are_an_epoch_of_a_short_one() -> None:
-    order = WindowOrder(Shuffle([11], seed=0), batch_size=2, rank=0, world_size=1, accumulate=8)
+    order = ShuffledSampler(ShuffledOrder([11], seed=0), batch_size=2, rank=0, world_size=1, accumulate=8)
     assert order.micro_batches == 5
     assert len(set(order)) == len(list(order)) == 10
 
@@ -128,7 +130,7 @@ def run(
         data = packed_text(batch_size=batch_size, tokens_per_step=windows * 32)
         of_run.fit(task(optimizer=AdamW()), data, ckpt_path=checkpoint, weights_only=True)
         assert of_run.global_step == until
-        assert len(data.train_windows) == 401
+        assert len(data.train_dataset) == 401
         path = tmp_path / f"{until}-{batch_size}.ckpt"
         of_run.save_checkpoint(path)
         return seen, path, of_run

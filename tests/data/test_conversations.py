@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import Conversations
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import Laid, PlannedPolicy
 from lit_gpt_scratch.data.token_stream import RecordTokens
 from lit_gpt_scratch.text.chat_template import Message
@@ -37,15 +37,15 @@ def test_windows_hold_every_record_whole_and_once(
     records: list[list[int]], block_size: int, policy: PlannedPolicy
 ) -> None:
     arrays = [np.array(ids) for ids in records]
-    labels = [np.where(ids % 2 == 0, ids + 1, IGNORED) for ids in arrays]
+    labels = [np.where(ids % 2 == 0, ids + 1, IGNORE_INDEX) for ids in arrays]
     stream = RecordTokens([f"row {n}" for n in range(len(records))], arrays, labels)
-    windows = Windows([Laid(stream, block_size, policy)], block_size, 7, END, document_mask=True)
+    windows = PackedDataset([Laid(stream, block_size, policy)], block_size, 7, END, document_mask=True)
     batch = windows.__getitems__(range(len(windows) + 1))
     found = [document for row in range(len(windows)) for document in documents(batch, row)]
     expected = [(ids, known.tolist()) for ids, known in zip(records, labels, strict=True)]
     fill = batch["input_ids"][:-1].numel() - sum(map(len, records))
-    assert sorted(found) == sorted([*expected, *[([END], [IGNORED])] * fill])
-    assert (batch["labels"][-1] == IGNORED).all()
+    assert sorted(found) == sorted([*expected, *[([END], [IGNORE_INDEX])] * fill])
+    assert (batch["labels"][-1] == IGNORE_INDEX).all()
     assert windows.parts[0].cost.padding == fill
     assert [stream.where(token) for token in range(stream.n_tokens)] == [
         f"row {n}" for n, ids in enumerate(records) for _ in ids
@@ -67,11 +67,11 @@ def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Pat
     data.prepare_data()
     data.setup("fit")
     decode = data.tokenizer.decode
-    batch = data.train_windows.__getitems__(range(len(data.train_windows)))
+    batch = data.train_dataset.__getitems__(range(len(data.train_dataset)))
     seen, said = [], []
-    for row in range(len(data.train_windows)):
+    for row in range(len(data.train_dataset)):
         for ids, labels in documents(batch, row):
-            learned = [label for label in labels if label != IGNORED]
+            learned = [label for label in labels if label != IGNORE_INDEX]
             if learned:
                 seen.append(decode(ids))
                 said.append(decode(learned))
@@ -82,7 +82,7 @@ def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Pat
         for n in numbers
     )
     assert data.uneven
-    assert data.sides["train"].labels == int((batch["labels"] != IGNORED).sum())
+    assert data.sides["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def test_generation_is_asked_as_training_was(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.labelled_text import LabelledRows
 from lit_gpt_scratch.data.tokenized_examples import Encoded
@@ -37,7 +37,7 @@ def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, 
     chosen = [texts[index] if index < len(texts) else [] for index in indices]
     assert batch["input_ids"].tolist() == [ids + [FILL] * (width - len(ids)) for ids in chosen]
     assert batch["lengths"].tolist() == [len(ids) for ids in chosen]
-    assert batch["labels"].tolist() == [len(ids) % 3 if ids else IGNORED for ids in chosen]
+    assert batch["labels"].tolist() == [len(ids) % 3 if ids else IGNORE_INDEX for ids in chosen]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     longest = max(map(len, chosen))
     assert width == next(enough for enough in [*range(8, block_size, 8), block_size] if enough >= longest)

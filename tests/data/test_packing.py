@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import packing as module
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, best_fit, cost, packed
 from lit_gpt_scratch.text.token_shards import Shard, Stream
 from tests.conftest import token_stream
@@ -25,8 +25,8 @@ def stream(folder: Path, *shards: list[int]) -> Stream:
     return token_stream(folder, *([[END, *itertools.islice(numbers, n - 1)] for n in lengths] for lengths in shards))
 
 
-def windows(text: Stream, block_size: int, policy: Policy, cache: Path, mask: bool = True) -> Windows:
-    return Windows([packed(text, block_size, policy, cache)], block_size, VOCAB, END, mask)
+def windows(text: Stream, block_size: int, policy: Policy, cache: Path, mask: bool = True) -> PackedDataset:
+    return PackedDataset([packed(text, block_size, policy, cache)], block_size, VOCAB, END, mask)
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -63,7 +63,7 @@ def test_the_papers_example(tmp_path: Path) -> None:
     assert (best.cut, best.cut_needlessly, best.windows, best.padding) == (1, 0, 4, 1)
 
 
-def brute_force(text: Stream, batches: Windows) -> dict[str, int]:
+def brute_force(text: Stream, batches: PackedDataset) -> dict[str, int]:
     """The cost, counted in the batches."""
     where: dict[int, set[int]] = {}  # by token, the windows that it is in
     padding = crossing = 0
@@ -109,7 +109,7 @@ def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
     for index in range(len(batches)):
         batch = batches[index]
         for token, label in zip(batch["input_ids"][0].tolist(), batch["labels"][0].tolist(), strict=True):
-            if label != IGNORED:
+            if label != IGNORE_INDEX:
                 follows.append((token, label))
     pairs = list(itertools.pairwise(every))
     if policy == "concatenate":
@@ -143,7 +143,7 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
                 if ids[a] and ids[b]:
                     assert (number[ids[a]] == number[ids[b]]) == (found[a] == found[b])
         # What fills a window up is of no document: each such position is alone.
-        filled = [at for at in range(8) if ids[at] == END and batch["labels"][0][at] == IGNORED]
+        filled = [at for at in range(8) if ids[at] == END and batch["labels"][0][at] == IGNORE_INDEX]
         assert len({found[at] for at in filled}) == len(filled)
 
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import Preferences
 from lit_gpt_scratch.data.preferences import PairRows, Preference
 from lit_gpt_scratch.data.tokenized_examples import Encoded
@@ -33,7 +33,7 @@ def test_padded_batches_by_brute_force(texts: list[tuple[list[int], list[int]]],
     width = batch["input_ids"].shape[1]
     assert width == max(8, -(-max(map(len, rows)) // 8) * 8)
     assert batch["input_ids"].tolist() == [ids + [FILL] * (width - len(ids)) for ids in rows]
-    assert batch["labels"].tolist() == [[i + 1 for i in ids] + [IGNORED] * (width - len(ids)) for ids in rows]
+    assert batch["labels"].tolist() == [[i + 1 for i in ids] + [IGNORE_INDEX] * (width - len(ids)) for ids in rows]
     assert batch["lengths"].tolist() == [len(ids) for ids in rows]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
@@ -47,7 +47,7 @@ def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
         ids = data.template.prompt(prompt) + data.tokenizer.encode(reply) + [data.tokenizer.end_of_text]
         learned = len(data.tokenizer.encode(reply)) + 1
         assert sequence.ids.tolist() == ids
-        assert sequence.labels.tolist() == [IGNORED] * (len(ids) - learned - 1) + ids[-learned:] + [IGNORED]
+        assert sequence.labels.tolist() == [IGNORE_INDEX] * (len(ids) - learned - 1) + ids[-learned:] + [IGNORE_INDEX]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +112,9 @@ def test_what_is_cut_still_differs(tmp_path: Path, cache: Path) -> None:
 
 
 def test_who_judges(tmp_path: Path) -> None:
-    assert Preferences().judge is full_stop
-    assert Preferences(checkable="no_digit").judge is no_digit
-    assert Preferences(source="some.jsonl").judge is None
-    assert Preferences(source="some.jsonl", checkable="no_digit").judge is no_digit
+    assert Preferences().reply_check is full_stop
+    assert Preferences(checkable="no_digit").reply_check is no_digit
+    assert Preferences(source="some.jsonl").reply_check is None
+    assert Preferences(source="some.jsonl", checkable="no_digit").reply_check is no_digit
     with pytest.raises(UserError, match="there is no checkable preference politeness"):
         Preferences(checkable="politeness")

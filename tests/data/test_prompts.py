@@ -29,7 +29,7 @@ def test_a_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts
     data = prompts()
     asked = {"\n".join(message["content"] for message in row.fields["prompt"]) for row in generated()}
     for side in ("train", "validation", "test"):
-        numbers = range(data.n_prompts(side))
+        numbers = range(data.prompt_count(side))
         ids, texts = data.asked(side, numbers)
         assert ids == data.prompt_ids(side)
         assert set(texts) <= asked
@@ -46,26 +46,26 @@ def test_replies_are_judged_by_what_rewards_unless_something_else_is_asked_for()
     cases: list[tuple[dict[str, Any], str | None, Any, Any]] = [
         ({}, None, full_stop, full_stop),
         ({}, "shorter", full_stop, shorter),
-        ({}, "tests.own_reward.letters", full_stop, full_stop),
+        ({}, "tests.custom_reward.letters", full_stop, full_stop),
         ({"checkable": "no_digit"}, "shorter", no_digit, no_digit),
         ({"source": "mine.jsonl"}, "full_stop", None, full_stop),
-        ({"source": "mine.jsonl"}, "tests.own_reward.letters", None, None),
+        ({"source": "mine.jsonl"}, "tests.custom_reward.letters", None, None),
         ({"source": "mine.jsonl", "checkable": "shorter"}, None, shorter, shorter),
     ]
     for settings, reward, before, then in cases:
         data = Prompts(**settings)
-        assert data.judge is before
+        assert data.reply_check is before
         assert data.scoring(reward).name == (reward or data.checkable)
-        assert data.judge is then
+        assert data.reply_check is then
     data = Prompts()
     data.scoring("shorter")
-    data.scoring("tests.own_reward.letters")  # of another run
-    assert data.judge is full_stop
+    data.scoring("tests.custom_reward.letters")  # of another run
+    assert data.reply_check is full_stop
 
 
 def test_each_prompt_comes_once_before_any_comes_again(prompts: Callable[..., Prompts]) -> None:
     data = prompts(seed=3)
-    n = data.n_prompts("train")
+    n = data.prompt_count("train")
     drawn = data.drawn(range(3 * n))
     for first in range(0, 3 * n, n):
         assert sorted(drawn[first : first + n]) == list(range(n))

@@ -12,10 +12,10 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
-from lit_gpt_scratch.data.base_datamodule import OrderedData
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.record_datamodule import RecordData
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
@@ -34,10 +34,12 @@ def build(cache: Path) -> Callable[..., RecordData[Any]]:
 
 
 @pytest.fixture
-def ready(build: Callable[..., RecordData[Any]], packed_text: Callable[..., PackedText]) -> Callable[..., OrderedData]:
+def ready(
+    build: Callable[..., RecordData[Any]], packed_text: Callable[..., PackedText]
+) -> Callable[..., BaseDataModule]:
     """Any data module, set up."""
 
-    def made(stage: type[OrderedData], **changes: object) -> OrderedData:
+    def made(stage: type[BaseDataModule], **changes: object) -> BaseDataModule:
         data = packed_text(**changes) if stage is PackedText else build(stage, **changes)
         data.prepare_data()
         data.setup("fit")
@@ -63,14 +65,14 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
 
 @pytest.mark.parametrize("stage", [PackedText, *STAGES])
 def test_ranks_share_the_rows_of_one_process(
-    ready: Callable[..., OrderedData], stage: type[OrderedData], monkeypatch: pytest.MonkeyPatch
+    ready: Callable[..., BaseDataModule], stage: type[BaseDataModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training has the same rows in each step; validation and test have all, once."""
 
     def batches(loader: str, batch_size: int, rank: int, world: int) -> list[list[bytes]]:
-        monkeypatch.setattr(OrderedData, "shard", {"num_replicas": world, "rank": rank})
+        monkeypatch.setattr(BaseDataModule, "shard", {"num_replicas": world, "rank": rank})
         data = ready(stage, batch_size=batch_size, seed=3)
-        if loader == "test_dataloader" and data.test_windows is None:
+        if loader == "test_dataloader" and data.test_dataset is None:
             return []
         return [rows_of(batch) for batch in getattr(data, loader)()]
 
@@ -87,20 +89,20 @@ def test_ranks_share_the_rows_of_one_process(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., OrderedData], stage: type) -> None:
+def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
     batches = list(data.train_dataloader())
     order = data.order
     order.start = (0, 2)
-    later = list(data._loader(data.train_windows, order))
+    later = list(data._loader(data.train_dataset, order))
     assert len(later) == len(batches) - 2
     assert all(same(a, b) for a, b in zip(batches[2:], later, strict=True))
-    sent = pickle.loads(pickle.dumps(data.train_windows))
-    assert same(sent.__getitems__([0, 1]), data.train_windows.__getitems__([0, 1]))
+    sent = pickle.loads(pickle.dumps(data.train_dataset))
+    assert same(sent.__getitems__([0, 1]), data.train_dataset.__getitems__([0, 1]))
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_common_to_data(ready: Callable[..., OrderedData], stage: type) -> None:
+def test_what_is_common_to_data(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
     assert data.origin == synthetic_data.NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
@@ -109,8 +111,8 @@ def test_what_is_common_to_data(ready: Callable[..., OrderedData], stage: type) 
     assert list(data.sides) == ["train", "validation", "test"]
     for side, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
         labels = [batch["labels"] for batch in loader]
-        assert sum(int((some != IGNORED).sum()) for some in labels) == data.sides[side].labels
-    assert ready(stage, test_share=0).test_windows is None
+        assert sum(int((some != IGNORE_INDEX).sum()) for some in labels) == data.sides[side].labels
+    assert ready(stage, test_share=0).test_dataset is None
     with pytest.raises(UserError, match="holds nothing out for a test"):
         ready(stage, test_share=0).test_dataloader()
 
@@ -184,7 +186,7 @@ def test_the_tokenizer_of_the_model_to_tune(
 def test_another_class_takes_no_default_of_the_one_before(stage: type) -> None:
     """``--data`` keeps the arguments that both classes have: nobody asked for the standard library here."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(OrderedData, "data")
+    parser.add_subclass_arguments(BaseDataModule, "data")
     parser.set_defaults({"data": {"class_path": "lit_gpt_scratch.data.PackedText"}})
     given = parser.parse_args([f"--data={stage.__name__}", "--data.batch_size=2"]).data.init_args
     alone = parser.parse_args([f"--data=lit_gpt_scratch.data.{stage.__name__}"]).data.init_args

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data import sampler as module
-from lit_gpt_scratch.data.sampler import AT_ONCE, EveryWindow, Permutations, Shuffle, WindowOrder
+from lit_gpt_scratch.data.sampler import AT_ONCE, EvaluationSampler, Permutations, ShuffledOrder, ShuffledSampler
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
@@ -81,7 +81,7 @@ def test_the_global_order_does_not_depend_on_the_number_of_ranks(
     sizes: list[int], batch: int, world: int, seed: int, epoch: int
 ) -> None:
     def order(batch_size: int, rank: int, world_size: int) -> list[int]:
-        sampler = WindowOrder(Shuffle(sizes, seed), batch_size, rank, world_size)
+        sampler = ShuffledSampler(ShuffledOrder(sizes, seed), batch_size, rank, world_size)
         sampler.set_epoch(epoch)
         indices = list(sampler)
         assert len(indices) == len(sampler)
@@ -102,11 +102,11 @@ def test_the_global_order_does_not_depend_on_the_number_of_ranks(
 
 @pytest.mark.parametrize("n", [100, 3 * AT_ONCE + 7])
 def test_an_order_goes_on_from_any_step(n: int) -> None:
-    whole = WindowOrder(Shuffle([n], seed=3), 10)
+    whole = ShuffledSampler(ShuffledOrder([n], seed=3), 10)
     whole.set_epoch(2)
     everything = list(whole)
     for step in (0, 4, n // 20, n // 10 - 1, n // 10):
-        later = WindowOrder(Shuffle([n], seed=3), 10, start=(2, step))
+        later = ShuffledSampler(ShuffledOrder([n], seed=3), 10, start=(2, step))
         assert list(later) == everything[10 * step :]
         later.set_epoch(3)
         whole.set_epoch(3)
@@ -115,7 +115,7 @@ def test_an_order_goes_on_from_any_step(n: int) -> None:
 
 def test_seeking_and_going_on_need_no_memory_for_the_rest() -> None:
     tracemalloc.start()
-    order = iter(WindowOrder(Shuffle([10**12], seed=0), 8, start=(0, 10**9)))
+    order = iter(ShuffledSampler(ShuffledOrder([10**12], seed=0), 8, start=(0, 10**9)))
     some = list(itertools.islice(order, 10_000))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -133,7 +133,7 @@ def test_numbers_may_differ_by_place() -> None:
 
 def test_a_mixture_has_its_shares_all_along() -> None:
     """3 to 1 of stores of 10,000 and 90,000 windows: the small one is gone through 7 times and a half an epoch."""
-    shuffle = Shuffle([10_000, 90_000], seed=1, weights=[3, 1])
+    shuffle = ShuffledOrder([10_000, 90_000], seed=1, weights=[3, 1])
     for epoch in range(2):
         small = shuffle.windows(epoch, np.arange(100_000)) < 10_000
         for begin in range(0, 90_000, 10_000):
@@ -152,7 +152,7 @@ def test_no_window_of_a_store_comes_again_before_all_have_come(
     weights = [*weights[: len(sizes) - 1], 1.0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "BLOCK", block)
-        shuffle = Shuffle(sizes, 5, weights)
+        shuffle = ShuffledOrder(sizes, 5, weights)
     exact = [weight / sum(weights) * shuffle.block for weight in weights]
     assert sum(shuffle.quotas) == shuffle.block
     assert all(abs(quota - share) < 1 for quota, share in zip(shuffle.quotas, exact, strict=True))
@@ -169,7 +169,7 @@ def test_no_window_of_a_store_comes_again_before_all_have_come(
 
 def test_a_small_store_with_a_large_weight_costs_no_more() -> None:
     """Its passes are looked up together: as many calls of numpy for a thousand of them as for one."""
-    shuffle = Shuffle([100, 10**9], seed=0, weights=[1.0, 1.0])
+    shuffle = ShuffledOrder([100, 10**9], seed=0, weights=[1.0, 1.0])
     windows = shuffle.windows(5, np.arange(1024))
     counts = np.bincount(windows[windows < 100], minlength=100)
     assert 300 < counts.sum() < 700
@@ -178,7 +178,7 @@ def test_a_small_store_with_a_large_weight_costs_no_more() -> None:
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4))
 def test_validation_sees_every_window_once(n: int, batch: int, world: int) -> None:
-    ranks = [list(EveryWindow(n, batch, rank, world)) for rank in range(world)]
+    ranks = [list(EvaluationSampler(n, batch, rank, world)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
     assert len(ranks[0]) % batch == 0
     assert sorted(index for rank in ranks for index in rank if index < n) == list(range(n))

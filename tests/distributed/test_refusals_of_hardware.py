@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
-from lit_gpt_scratch.batch_types import Layout
+from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
 from lit_gpt_scratch.errors import UserError
 
@@ -85,7 +85,7 @@ def test_what_is_there(machine: Callable[..., None], here: dict[str, Any], flags
 class Data:
     """A data module, as far as it is asked."""
 
-    def __init__(self, layout: Layout, tokens_per_step: int | None = None) -> None:
+    def __init__(self, layout: BatchLayout, tokens_per_step: int | None = None) -> None:
         self.layout, self.tokens_per_step, self.block_size = layout, tokens_per_step, 256
 
 
@@ -96,13 +96,13 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
 @pytest.mark.parametrize(
     ("error", "data", "said"),
     [
-        (CUDA, Data(Layout(8, 1, 1)), "for 2.50 GiB more; the same step in smaller parts: --data.batch_size 4 "),
-        (RuntimeError(CPU), Data(Layout(8, 2, 4)), "64 bytes more"),
-        (CUDA, Data(Layout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
-        (CUDA, Data(Layout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
-        (CUDA, Data(Layout(9, 1, 1)), "--data.batch_size 3 --data.tokens_per_step 2304"),
-        (CUDA, Data(Layout(12, 8, 5), 491520), "--data.batch_size 6 --data.tokens_per_step"),
-        (CUDA, Data(Layout(1, 1, 1)), "--data.block_size needs less"),
+        (CUDA, Data(BatchLayout(8, 1, 1)), "for 2.50 GiB more; the same step in smaller parts: --data.batch_size 4 "),
+        (RuntimeError(CPU), Data(BatchLayout(8, 2, 4)), "64 bytes more"),
+        (CUDA, Data(BatchLayout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
+        (CUDA, Data(BatchLayout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
+        (CUDA, Data(BatchLayout(9, 1, 1)), "--data.batch_size 3 --data.tokens_per_step 2304"),
+        (CUDA, Data(BatchLayout(12, 8, 5), 491520), "--data.batch_size 6 --data.tokens_per_step"),
+        (CUDA, Data(BatchLayout(1, 1, 1)), "--data.block_size needs less"),
         (MemoryError(), None, "a smaller model"),
     ],
 )

@@ -126,11 +126,11 @@ STAGES = {
     ],
     "own replies": [
         "--model=PPO", "--data=Prompts", "--data.block_size=96", *FEW_REPLIES, "--model.kl_target=0.1",
-        "--model.reward=tests.own_reward.letters", "--model.steps_per_phase=2", "--model.gpt.initialisation=gpt2",
+        "--model.reward=tests.custom_reward.letters", "--model.steps_per_phase=2", "--model.gpt.initialisation=gpt2",
     ],
     "own replies, groups, adapters": [
         "--model=GRPO", "--data=Prompts", "--data.block_size=96", *FEW_REPLIES, "--model.group=4",
-        "--model.reward=tests.own_reward.letters", "--model.steps_per_phase=3", "--model.gpt.initialisation=gpt2",
+        "--model.reward=tests.custom_reward.letters", "--model.steps_per_phase=3", "--model.gpt.initialisation=gpt2",
         "--model.lora.rank=2",
     ],
 }  # fmt: skip

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -64,38 +64,38 @@ def names(found: list[dict[str, Any]]) -> set[str]:
 
 
 def nan_batch(patch: pytest.MonkeyPatch) -> None:
-    losses = LanguageModel.losses
+    loss_and_count = LanguageModel.loss_and_count
 
     def faulty(self: LanguageModel, batch: Any) -> Any:
-        lost, counted = losses(self, batch)
+        lost, counted = loss_and_count(self, batch)
         return (
             (lost * float("nan"), counted)
             if torch.is_grad_enabled() and self.trainer.global_step == 77
             else (lost, counted)
         )
 
-    patch.setattr(LanguageModel, "losses", faulty)
+    patch.setattr(LanguageModel, "loss_and_count", faulty)
 
 
 def slow_loader(patch: pytest.MonkeyPatch) -> None:
-    getitems = Windows.__getitems__
+    getitems = PackedDataset.__getitems__
 
-    def slow(self: Windows, indices: Any) -> Any:
+    def slow(self: PackedDataset, indices: Any) -> Any:
         time.sleep(0.3)
         return getitems(self, indices)
 
-    patch.setattr(Windows, "__getitems__", slow)
+    patch.setattr(PackedDataset, "__getitems__", slow)
 
 
 def shifted(by: int) -> Patch:
-    getitems = Windows.__getitems__
+    getitems = PackedDataset.__getitems__
 
-    def faulty(self: Windows, indices: Any) -> Any:
+    def faulty(self: PackedDataset, indices: Any) -> Any:
         batch = getitems(self, indices)
         batch["labels"] = batch["input_ids"] if by == 0 else batch["labels"].roll(-1, 1)
         return batch
 
-    return lambda patch: patch.setattr(Windows, "__getitems__", faulty)
+    return lambda patch: patch.setattr(PackedDataset, "__getitems__", faulty)
 
 
 def dead_relus(patch: pytest.MonkeyPatch) -> None:
@@ -188,14 +188,14 @@ SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
     "what these three are told, done": (
         "ppo", set(), [FULL_STOP, "--model.optimizer.lr=6.3e-3", "--model.entropy_coefficient=0.01"],
     ),
-    "less pays": ("ppo", {"reward hacking", "length collapse"}, ["--model.reward=tests.own_reward.brevity"]),
+    "less pays": ("ppo", {"reward hacking", "length collapse"}, ["--model.reward=tests.custom_reward.brevity"]),
     "more pays": (
         "ppo", {"KL blow-up", "reward hacking", "length collapse"},
-        ["--model.reward=tests.own_reward.length", "--model.optimizer.lr=6e-3"],
+        ["--model.reward=tests.custom_reward.length", "--model.optimizer.lr=6e-3"],
     ),
     "letters pay": (
         "ppo", {"reward hacking"},
-        ["--model.reward=tests.own_reward.letters", "--model.optimizer.lr=6e-3", "--model.kl_coefficient=0.01"],
+        ["--model.reward=tests.custom_reward.letters", "--model.optimizer.lr=6e-3", "--model.kl_coefficient=0.01"],
     ),
     "nothing, PPO": ("ppo", set(), [FULL_STOP]),
     "nothing, PPO with a target": ("ppo", set(), [FULL_STOP, "--model.kl_target=6"]),

@@ -5,19 +5,19 @@ import math
 import pytest
 import torch
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs, token_logprobs, token_nats
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 
 
 def test_token_nats_sums_over_counted_labels() -> None:
     logits, labels = torch.randn(3, 4, 7), torch.randint(7, (3, 4))
-    labels[0, 1] = labels[2, 3] = IGNORED
+    labels[0, 1] = labels[2, 3] = IGNORE_INDEX
     expected = sum(
         -math.log(math.exp(logits[b, t, labels[b, t]]) / sum(math.exp(x) for x in logits[b, t].tolist()))
         for b in range(3)
         for t in range(4)
-        if labels[b, t] != IGNORED
+        if labels[b, t] != IGNORE_INDEX
     )
     nats, tokens = token_nats(logits, labels)
     assert nats.item() == pytest.approx(expected, rel=1e-5)
@@ -25,7 +25,7 @@ def test_token_nats_sums_over_counted_labels() -> None:
 
 
 def test_nothing_to_count_is_zero_not_nan() -> None:
-    nats, tokens = token_nats(torch.randn(1, 2, 5), torch.full((1, 2), IGNORED))
+    nats, tokens = token_nats(torch.randn(1, 2, 5), torch.full((1, 2), IGNORE_INDEX))
     assert (nats.item(), tokens.item()) == (0.0, 0)
 
 
@@ -65,25 +65,25 @@ def test_metric_does_not_depend_on_the_order_of_batches() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_sequence_logprobs_are_products_of_chances(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(4, 5, 7, dtype=torch.float64).to(dtype), torch.randint(7, (4, 5))
-    labels[0, 1] = labels[2, 3] = IGNORED
-    labels[3] = IGNORED
+    labels[0, 1] = labels[2, 3] = IGNORE_INDEX
+    labels[3] = IGNORE_INDEX
     nats, counts = sequence_logprobs(logits, labels)
     chances = logits.double().softmax(-1)
     for b in range(4):
-        counted = [t for t in range(5) if labels[b, t] != IGNORED]
+        counted = [t for t in range(5) if labels[b, t] != IGNORE_INDEX]
         product = math.prod(chances[b, t, labels[b, t]].item() for t in counted)
         assert nats[b].item() == pytest.approx(math.log(product), rel=1e-5, abs=1e-12)
         assert counts[b].item() == len(counted)
     assert nats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert token_logprobs(logits, labels)[labels == IGNORED].tolist() == [0.0] * 7
+    assert token_logprobs(logits, labels)[labels == IGNORE_INDEX].tolist() == [0.0] * 7
     assert -nats.sum().item() == pytest.approx(token_nats(logits, labels)[0].item(), rel=1e-5)
 
 
 def test_the_gradient_of_a_sequence_is_that_of_its_logprobs() -> None:
     """Preferences are learned through it: d log p(y) / d logits = onehot(y) - p where there is a label, else 0."""
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    labels = torch.tensor([[1, IGNORED, 4], [0, 2, IGNORED]])
+    labels = torch.tensor([[1, IGNORE_INDEX, 4], [0, 2, IGNORE_INDEX]])
     sequence_logprobs(logits, labels)[0].sum().backward()
     expected = torch.nn.functional.one_hot(labels.clamp(min=0), 5) - logits.detach().softmax(-1)
-    expected[labels == IGNORED] = 0
+    expected[labels == IGNORE_INDEX] = 0
     assert torch.allclose(logits.grad, expected)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
 from lit_gpt_scratch.losses.metrics import PairMetric, ReplyLoss
 from lit_gpt_scratch.losses.preference import LOSSES, bradley_terry, ipo, sigmoid
@@ -128,7 +128,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 def test_filling_never_counts(lengths: list[int]) -> None:
     """A reply's log-probability by a loop over its own tokens, whatever stands behind and before."""
     logits = torch.randn(len(lengths), 7, 11, generator=torch.Generator().manual_seed(0))
-    labels = torch.full((len(lengths), 7), IGNORED)
+    labels = torch.full((len(lengths), 7), IGNORE_INDEX)
     expected = []
     for row, n in enumerate(lengths):
         labels[row, 1 : 1 + n] = torch.arange(n)

@@ -11,8 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import IGNORED
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as layout_module
@@ -27,8 +27,10 @@ LOOKS_BACK = {"smear": True, "bigram_rows": 50, "value_embeddings": True, "resid
 """All else that may know of the token before."""
 
 
-def windows(folder: Path, texts: list[list[int]], policy: Policy, mask: bool) -> Windows:
-    return Windows([packed(token_stream(folder, [[0, *text] for text in texts]), T, policy, folder)], T, VOCAB, 0, mask)
+def windows(folder: Path, texts: list[list[int]], policy: Policy, mask: bool) -> PackedDataset:
+    return PackedDataset(
+        [packed(token_stream(folder, [[0, *text] for text in texts]), T, policy, folder)], T, VOCAB, 0, mask
+    )
 
 
 def texts(seed: int) -> list[list[int]]:
@@ -57,7 +59,7 @@ def test_another_documents_tokens_change_no_logit(
 
     for mask in (True, False):
         a, before = read(tmp_path / f"{mask}", texts(0), mask)
-        padding = (a["input_ids"] == 0) & (a["labels"] == IGNORED)
+        padding = (a["input_ids"] == 0) & (a["labels"] == IGNORE_INDEX)
         for changed in range(12):
             other = texts(0)
             other[changed] = [1 + token % (VOCAB - 1) for token in other[changed]]

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch_types import IGNORED, Batch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import POLICIES, Policy
@@ -105,7 +105,7 @@ class Gradients(L.Callback):
             expected = torch.autograd.grad(loss, list(net.parameters()))
         for parameter, gradient in zip(net.parameters(), expected, strict=True):
             torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
-        self.labels.append([int((batch["labels"] != IGNORED).sum()) for batch in self.batches])
+        self.labels.append([int((batch["labels"] != IGNORE_INDEX).sum()) for batch in self.batches])
         self.batches = []
 
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses.rl import clipped_policy_loss, group_advantages, kl_k3, token_entropy
-from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy, refuse_out_of_range
+from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule, require_at_least
 from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
-class GRPO(PhasedPolicy):
+class GRPO(OnPolicyModule):
     """A policy that compares several replies to a prompt with each other, and so needs no critic.
 
     Every token of a reply has the same advantage. The KL from the start is a part of the loss: the coefficient times
@@ -22,12 +22,12 @@ class GRPO(PhasedPolicy):
     Args:
         group: Replies to a prompt.
         scale: Divide how far a reply is from its group's mean by the group's standard deviation.
-        kwargs: As for ``PhasedPolicy``.
+        kwargs: As for ``OnPolicyModule``.
     """
 
     def __init__(self, group: int = 8, scale: bool = True, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        refuse_out_of_range(2, group=group)
+        require_at_least(2, group=group)
         self.group = group
         self.scale = scale
 
@@ -36,10 +36,10 @@ class GRPO(PhasedPolicy):
         return {"advantages": group_advantages(rollouts.rows["scores"], self.group, self.scale)}
 
     @override
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over replies of the mean over their tokens (equation 3)."""
         labels = batch["labels"]
-        within = labels != IGNORED
+        within = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)
         policy, held = clipped_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], self.clip)
         self.note(labels, logits, clip_share=held[within].sum())

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.rl import (
     clipped_policy_loss,
@@ -18,11 +18,11 @@ from lit_gpt_scratch.losses.rl import (
     whiten,
 )
 from lit_gpt_scratch.model.output_heads import Scalar
-from lit_gpt_scratch.tasks.rl.on_policy import PhasedPolicy, refuse_not_positive, refuse_out_of_range
+from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule, require_at_least, require_positive
 from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
-class PPO(PhasedPolicy):
+class PPO(OnPolicyModule):
     """A policy with a critic: a second head on the same stream learns what is still to come.
 
     Each token is paid its KL from the start (``k1``), negated and times the coefficient, and the last of a reply its
@@ -35,7 +35,7 @@ class PPO(PhasedPolicy):
         value_clip: The most that a value moves at a gain; null for no limit.
         value_coefficient: What the loss of the values counts beside that of the policy.
         whitening: Give the advantages of a phase mean 0 and variance 1.
-        kwargs: As for ``PhasedPolicy``.
+        kwargs: As for ``OnPolicyModule``.
     """
 
     def __init__(
@@ -48,8 +48,8 @@ class PPO(PhasedPolicy):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        refuse_out_of_range(0, value_coefficient=value_coefficient)
-        refuse_not_positive(value_clip=value_clip)
+        require_at_least(0, value_coefficient=value_coefficient)
+        require_positive(value_clip=value_clip)
         for name, share in (("gamma", gamma), ("gae_lambda", gae_lambda)):
             if not 0 <= share <= 1:
                 raise UserError(f"model.{name} is {share}; it must be between 0 and 1")
@@ -68,7 +68,7 @@ class PPO(PhasedPolicy):
 
     @property
     @override
-    def learned(self) -> nn.Module:
+    def trained_module(self) -> nn.Module:
         return nn.ModuleDict({"net": self.net, "value_head": self.value_head})
 
     @override
@@ -78,17 +78,17 @@ class PPO(PhasedPolicy):
 
     @override
     def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        rows, within = rollouts.rows, rollouts.rows["labels"] != IGNORED
+        rows, within = rollouts.rows, rollouts.rows["labels"] != IGNORE_INDEX
         kl = kl_k1(rows["logprobs"], rows["reference"])
         rewards = penalised_rewards(rows["scores"], kl, within, rollouts.coefficient)
         advantages, returns = generalised_advantages(rewards, rows["values"], within, self.gamma, self.gae_lambda)
         return {"advantages": whiten(advantages, within) if self.whitening else advantages, "returns": returns}
 
     @override
-    def losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The mean over tokens of policy's, values' and entropy's part."""
         labels = batch["labels"]
-        within = labels != IGNORED
+        within = labels != IGNORE_INDEX
         logprobs, logits, stream = self(batch["input_ids"], labels)
         policy, held = clipped_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
         values = self.values(stream)["values"]

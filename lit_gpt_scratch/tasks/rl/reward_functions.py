@@ -13,7 +13,7 @@ from lit_gpt_scratch.model.output_heads import rewards
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
 
 
-class Score(Protocol):
+class RewardFunction(Protocol):
     """What gives replies their rewards."""
 
     def __call__(self, replies: Replies) -> Tensor:
@@ -36,12 +36,12 @@ class TextScoring(Protocol):
         """What a reply counts that does not come to its end; None for what the function says."""
 
 
-def is_run(name: str | None) -> bool:
+def is_checkpoint_path(name: str | None) -> bool:
     """Whether a reward names a trained model and no function: it is written as a path, or lies there."""
     return name is not None and ("/" in name or Path(name).exists())
 
 
-class ModelScore:
+class RewardModelScorer:
     """What a trained reward model gives whole texts, prompt and reply, at their last token.
 
     Args:
@@ -85,7 +85,7 @@ class ModelScore:
         return _finite(torch.cat(scores), self.place, replies.texts)
 
 
-class FunctionScore:
+class TextFunctionScorer:
     """What a function gives replies.
 
     Args:

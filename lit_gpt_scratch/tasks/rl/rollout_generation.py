@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.gpt_module import AnyTokenizer, TokenData
-from lit_gpt_scratch.tasks.rl.reward_functions import Score, TextScoring
-from lit_gpt_scratch.tasks.rl.rollouts import Replies, write
+from lit_gpt_scratch.tasks.rl.reward_functions import RewardFunction, TextScoring
+from lit_gpt_scratch.tasks.rl.rollouts import Replies, generate_replies
 
 
 class Decoder(AnyTokenizer, Protocol):
@@ -27,14 +27,14 @@ class PromptData(TokenData, Protocol):
     reply_tokens: int
 
     @property
-    def judge(self) -> Callable[[str], bool] | None:
+    def reply_check(self) -> Callable[[str], bool] | None:
         """Whether a reply is as it should be; None where only a person could say."""
 
     @property
-    def own_rows(self) -> list[int]:
+    def rank_rows(self) -> list[int]:
         """The rows of a phase that this process writes."""
 
-    def n_prompts(self, side: str) -> int:
+    def prompt_count(self, side: str) -> int:
         """How many a side has."""
 
     def asked(self, side: str, numbers: Sequence[int]) -> tuple[list[list[int]], list[str]]:
@@ -48,7 +48,7 @@ class PromptData(TokenData, Protocol):
 
 
 @dataclass
-class Writer:
+class RolloutGenerator:
     """Lets a network reply to prompts.
 
     Attributes:
@@ -62,7 +62,7 @@ class Writer:
 
     net: GPT
     data: PromptData
-    score: Score
+    score: RewardFunction
     unended: float | None
     temperature: float
     at_once: int
@@ -84,7 +84,7 @@ class Writer:
         """
         tokenizer, end = self.data.tokenizer, self.data.tokenizer.end_of_text
         prompts, asked = self.data.asked(side, numbers)
-        ids = write(self.net, prompts, self.data.reply_tokens, self.temperature, seeds, end, self.at_once)
+        ids = generate_replies(self.net, prompts, self.data.reply_tokens, self.temperature, seeds, end, self.at_once)
         ended = [reply[-1] == end for reply in ids]
         texts = [tokenizer.decode(reply[:-1] if last else reply) for reply, last in zip(ids, ended, strict=True)]
         replies = Replies(prompts, asked, ids, texts, ended)
@@ -92,7 +92,7 @@ class Writer:
         if self.unended is not None:
             scores = torch.where(torch.tensor(ended), scores, self.unended)
         rows = replies.rows(self.data.block_size, end) | {"scores": scores}
-        if (judge := self.data.judge) is not None:
+        if (judge := self.data.reply_check) is not None:
             true = [float(last and judge(text)) for last, text in zip(ended, texts, strict=True)]
             rows["true_reward"] = torch.tensor(true)
         device = self.net.embedding.weight.device

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lit_gpt_scratch.batch_types import IGNORED, MULTIPLE
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, PADDING_MULTIPLE
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.losses.rl import kl_k1
@@ -45,7 +45,7 @@ class Rollouts:
 
     def take(self, places: Tensor) -> dict[str, Tensor]:
         """Some of the rows, as wide as the longest of them: (B, T) and (B,)."""
-        return trimmed({name: values[places] for name, values in self.rows.items()})
+        return trim_padding({name: values[places] for name, values in self.rows.items()})
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Replies:
         Returns:
             ``input_ids`` and ``labels``, (N, width) int64, and ``ended``, (N,) float32.
         """
-        input_ids, labels = np.full((2, len(self.prompts), width), IGNORED)
+        input_ids, labels = np.full((2, len(self.prompts), width), IGNORE_INDEX)
         input_ids[:] = fill
         for row, (prompt, whole) in enumerate(zip(self.prompts, self.whole, strict=True)):
             input_ids[row, : len(whole) - 1] = whole[:-1]
@@ -87,7 +87,7 @@ class Replies:
 
 
 @contextmanager
-def evaluating(net: nn.Module) -> Iterator[None]:
+def eval_mode(net: nn.Module) -> Iterator[None]:
     """Drop nothing meanwhile."""
     before = net.training
     net.eval()
@@ -97,9 +97,9 @@ def evaluating(net: nn.Module) -> Iterator[None]:
         net.train(before)
 
 
-def means(rows: dict[str, Tensor]) -> dict[str, float]:
+def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
     """What is known of replies together: means over them."""
-    within = rows["labels"] != IGNORED
+    within = rows["labels"] != IGNORE_INDEX
     each = {
         "reward": rows["scores"],
         "kl": torch.where(within, kl_k1(rows["logprobs"], rows["reference"]), 0.0).sum(1),
@@ -110,15 +110,15 @@ def means(rows: dict[str, Tensor]) -> dict[str, float]:
     return {name: value.mean().item() for name, value in each.items()}
 
 
-def trimmed(rows: dict[str, Tensor]) -> dict[str, Tensor]:
+def trim_padding(rows: dict[str, Tensor]) -> dict[str, Tensor]:
     """Rows without what fills all of them up."""
-    labelled = (rows["labels"] != IGNORED).any(0).nonzero()
+    labelled = (rows["labels"] != IGNORE_INDEX).any(0).nonzero()
     longest = int(labelled[-1]) + 1 if len(labelled) else 1
-    width = -(-longest // MULTIPLE) * MULTIPLE
+    width = -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE
     return {name: values[:, :width] if values.ndim > 1 else values for name, values in rows.items()}
 
 
-def write(
+def generate_replies(
     net: GPT,
     prompts: Sequence[list[int]],
     tokens: int,
@@ -153,12 +153,12 @@ def _parts(n: int, size: int) -> Iterator[slice]:
     return (slice(first, first + size) for first in range(0, n, size))
 
 
-def seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
+def reply_seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
     """A seed for each number, which depends on nothing else but the keys."""
     return [int(np.random.SeedSequence((*keys, number)).generate_state(1, np.uint64)[0]) for number in numbers]
 
 
-def gathered(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
+def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
     """Rows of all ranks in the order of the phase.
 
     Args:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.batch_types import IGNORED, PairBatch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
 from lit_gpt_scratch.callbacks.samples import TrueReward
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model, reward_model
 from lit_gpt_scratch.checkpoint.metadata import KEY
@@ -67,7 +67,7 @@ def moved(task: L.LightningModule, scale: float = 0.05) -> None:
 def logprobs(net: Any, ids: Tensor, labels: Tensor) -> float:
     """Of one row, token by token."""
     chances = net(ids[None])[0].log_softmax(-1)
-    return sum(chances[t, label].item() for t, label in enumerate(labels.tolist()) if label != IGNORED)
+    return sum(chances[t, label].item() for t, label in enumerate(labels.tolist()) if label != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
@@ -79,13 +79,13 @@ def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
     moved(task)
     task.eval()
     reference, _ = load_model(start)
-    batch: PairBatch = task.data.train_windows.__getitems__([0, 1, 2, 10**9])  # the last is a pair of no text
+    batch: PairBatch = task.data.train_dataset.__getitems__([0, 1, 2, 10**9])  # the last is a pair of no text
     ratios = []
     for row, n in enumerate(batch["lengths"].tolist()):
         ids, labels = batch["input_ids"][row, :n], batch["labels"][row, :n]
         ratios.append(logprobs(task.net, ids, labels) - logprobs(reference, ids, labels) if n else 0.0)
     margins = torch.tensor([ratios[place] - ratios[4 + place] for place in range(3)])
-    lost, counted = task.losses(batch)
+    lost, counted = task.loss_and_count(batch)
     assert counted == 3
     assert lost.item() == pytest.approx(-F.logsigmoid(0.3 * margins).sum().item(), rel=1e-4)
     free = DPO(reference_free=True)
@@ -93,7 +93,7 @@ def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
     nats = [logprobs(task.net, *(batch[name][row, :n] for name in ("input_ids", "labels")))
             for row, n in enumerate(batch["lengths"].tolist()) if n]  # fmt: skip
     margins = torch.tensor([nats[place] - nats[3 + place] for place in range(3)])
-    assert free.losses(batch)[0].item() == pytest.approx(-F.logsigmoid(0.1 * margins).sum().item(), rel=1e-4)
+    assert free.loss_and_count(batch)[0].item() == pytest.approx(-F.logsigmoid(0.1 * margins).sum().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
@@ -109,7 +109,7 @@ def test_a_policy_is_no_distance_from_itself(
             task: Any = pl_module
             nats, _ = task.logprobs(batch)
             assert torch.equal(nats, task.reference(batch["input_ids"], batch["labels"]).sum(-1))
-            self.loss = (task.losses(batch)[0] / len(nats) * 2).item()
+            self.loss = (task.loss_and_count(batch)[0] / len(nats) * 2).item()
 
     first = First()
     contents = torch.load(start, weights_only=True)
@@ -179,7 +179,7 @@ def test_a_reward_is_read_at_the_end_and_learned(
     """Whatever a conversation is filled up with; and it can be asked of a checkpoint."""
     task, path = align(Reward(init_from=str(start), optimizer=AdamW(3e-3), compile=False), steps=60)
     task.eval()
-    batch: PairBatch = task.data.test_windows.__getitems__([0, 1, 2])
+    batch: PairBatch = task.data.test_dataset.__getitems__([0, 1, 2])
     with torch.no_grad():
         together = task(batch["input_ids"], batch["lengths"])
         alone = [task.net(batch["input_ids"][row : row + 1, :n])[0, -1] for row, n in enumerate(batch["lengths"])]

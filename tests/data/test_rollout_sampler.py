@@ -8,18 +8,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_gpt_scratch.batch_types import Phase
-from lit_gpt_scratch.data.rollout_sampler import PhaseOrder, own_rows
-from lit_gpt_scratch.data.sampler import Shuffle
+from lit_gpt_scratch.batch_types import RolloutPhase
+from lit_gpt_scratch.data.rollout_sampler import RolloutSampler, rank_rows
+from lit_gpt_scratch.data.sampler import ShuffledOrder
 
 
 def order(
-    prompts: int, phase: Phase, batch_size: int, rank: int, world: int, accumulate: int, start: int = 0
-) -> PhaseOrder:
-    return PhaseOrder(Shuffle([prompts], 5), phase, 7, batch_size, rank, world, (0, start), accumulate)
+    prompts: int, phase: RolloutPhase, batch_size: int, rank: int, world: int, accumulate: int, start: int = 0
+) -> RolloutSampler:
+    return RolloutSampler(ShuffledOrder([prompts], 5), phase, 7, batch_size, rank, world, (0, start), accumulate)
 
 
-def batches(found: PhaseOrder) -> Iterator[list[int]]:
+def batches(found: RolloutSampler) -> Iterator[list[int]]:
     rows = iter(found)
     for _ in range(len(found) // found.batch_size):
         yield [next(rows) for _ in range(found.batch_size)]
@@ -36,7 +36,7 @@ def joined(parts: Iterable[list[int]]) -> list[int]:
 def test_every_row_comes_once_in_each_pass_and_each_step_has_the_same_in_any_layout(
     prompts: int, steps: int, passes: int, batch_size: int, world: int, accumulate: int
 ) -> None:
-    phase, per_step = Phase(steps, passes), batch_size * world * accumulate
+    phase, per_step = RolloutPhase(steps, passes), batch_size * world * accumulate
     rows = steps * per_step
     ranks = [list(batches(order(prompts, phase, batch_size, rank, world, accumulate))) for rank in range(world)]
     micro_batches = [joined(parts) for parts in zip(*ranks, strict=True)]
@@ -53,22 +53,22 @@ def test_every_row_comes_once_in_each_pass_and_each_step_has_the_same_in_any_lay
         if number % passes == 0:
             assert within_pass == sorted(within_pass)
     for rank, found in enumerate(ranks):
-        assert own_rows(batch_size, rank, world, rows).tolist() == joined(found[: steps * accumulate])
+        assert rank_rows(batch_size, rank, world, rows).tolist() == joined(found[: steps * accumulate])
 
 
 def test_later_passes_go_another_way_each() -> None:
-    found = list(batches(order(64, Phase(1, 3), 64, 0, 1, 1)))
+    found = list(batches(order(64, RolloutPhase(1, 3), 64, 0, 1, 1)))
     assert len({tuple(rows) for rows in found}) == 3
 
 
 @pytest.mark.parametrize("start", [1, 7, 11])
 def test_it_begins_anywhere(start: int) -> None:
-    whole = list(order(30, Phase(3, 2), 4, 1, 2, 1))
-    assert list(order(30, Phase(3, 2), 4, 1, 2, 1, start)) == whole[start * 4 :]
+    whole = list(order(30, RolloutPhase(3, 2), 4, 1, 2, 1))
+    assert list(order(30, RolloutPhase(3, 2), 4, 1, 2, 1, start)) == whole[start * 4 :]
 
 
 def test_the_next_epoch_goes_on_with_new_rows() -> None:
-    found = order(30, Phase(3, 2), 2, 0, 1, 1)
+    found = order(30, RolloutPhase(3, 2), 2, 0, 1, 1)
     first = set(found)
     found.set_epoch(1)
     assert min(found) == max(first) + 1

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
 from lit_gpt_scratch.checkpoint.checkpoint_io import save
 from lit_gpt_scratch.checkpoint.init_from import begin_with
@@ -138,7 +138,7 @@ def test_adapters_are_merged_in_a_file_for_others(
     task, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=8)
     file = tmp_path / "model.safetensors"
     convert.main(["to-safetensors", str(path), str(file)])
-    assert load_file(file).keys() == GPT(task.gpt, task.net.vocab_size, 144, task.reads).state_dict().keys()
+    assert load_file(file).keys() == GPT(task.gpt, task.net.vocab_size, 144, task.output_head).state_dict().keys()
     own, shared = build(load_checkpoint(path), path), build(load_checkpoint(file), file)
     for name, weight in own.net.state_dict().items():
         assert torch.equal(weight, shared.net.state_dict()[name]), name
@@ -241,7 +241,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
         for batch in data.test_dataloader():
             logits.append(task(batch["input_ids"], batch["lengths"]))
             labels.append(batch["labels"])
-    counted = torch.cat(labels) != IGNORED
+    counted = torch.cat(labels) != IGNORE_INDEX
     found, true = torch.cat(logits)[counted], torch.cat(labels)[counted]
     task.trainer.test(task, data, verbose=False)
     measured = task.trainer.callback_metrics
@@ -361,9 +361,9 @@ def test_a_new_head_goes_on_being_trained(
     trainer(max_steps=8, limit_val_batches=1).fit(halves, data, ckpt_path=str(path))
     for name, weight in whole.net.state_dict().items():
         assert torch.equal(weight, halves.net.state_dict()[name]), name
-    assert halves.contents().base == whole.contents().base
-    assert halves.contents().new_head
-    assert (whole.forgets_head, halves.forgets_head) == (True, False)
+    assert halves.checkpoint_metadata().base == whole.checkpoint_metadata().base
+    assert halves.checkpoint_metadata().new_head
+    assert (whole.head_is_new, halves.head_is_new) == (True, False)
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])

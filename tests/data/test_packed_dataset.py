@@ -9,11 +9,11 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packed_dataset import Windows
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy
-from lit_gpt_scratch.data.sampler import Shuffle, WindowOrder
+from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.token_shards import Stream
 from tests.conftest import token_stream
@@ -27,8 +27,8 @@ def stream(folder: Path, *sizes: int) -> Stream:
     return token_stream(folder, *([list(itertools.islice(numbers, n))] for n in sizes))
 
 
-def concatenated(text: Stream, whole: bool = False) -> Windows:
-    return Windows([Concatenated(text, 8, whole)], 8, END + 1, END)
+def concatenated(text: Stream, whole: bool = False) -> PackedDataset:
+    return PackedDataset([Concatenated(text, 8, whole)], 8, END + 1, END)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (9,), (10,), (16,), (17,), (100,), (5, 1, 1, 40), (16, 16)])
@@ -36,7 +36,7 @@ def test_windows_score_every_token_but_the_first_once(tmp_path: Path, sizes: tup
     text, n = stream(tmp_path, *sizes), sum(sizes)
     whole = concatenated(text, whole=True)
     labels = [label for i in range(len(whole)) for label in whole[i]["labels"].ravel().tolist()]
-    assert [label for label in labels if label != IGNORED] == list(range(1, n))
+    assert [label for label in labels if label != IGNORE_INDEX] == list(range(1, n))
     assert len(concatenated(text)) == max(n - 1, 0) // 8
     for i in range(len(concatenated(text))):
         window = concatenated(text)[i]
@@ -49,12 +49,12 @@ def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
         windows = concatenated(stream(tmp_path / f"{n}", n), whole=True)
         batch = windows.__getitems__([0, len(windows)])
         assert batch["labels"].shape == (2, 8)
-        assert (batch["labels"][1] == IGNORED).all()
+        assert (batch["labels"][1] == IGNORE_INDEX).all()
 
 
 def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
     texts = [stream(tmp_path / "a", 20), stream(tmp_path / "b", 33)]
-    both = Windows([Concatenated(text, 8) for text in texts], 8, END + 1, END)
+    both = PackedDataset([Concatenated(text, 8) for text in texts], 8, END + 1, END)
     assert len(both) == 2 + 4
     found = both.__getitems__([1, 2, 5])["input_ids"]
     assert found.tolist() == [list(range(8, 16)), list(range(8)), list(range(24, 32))]
@@ -71,7 +71,7 @@ def test_a_worker_opens_the_file_and_is_not_sent_the_corpus(tmp_path: Path) -> N
 
 def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
     """On a GPU it would end in an assertion that names nothing."""
-    windows = Windows([Concatenated(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
+    windows = PackedDataset([Concatenated(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.__getitems__([0, 1, 2, 3, 4])
     with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
         windows.__getitems__([0, 6])
@@ -83,13 +83,13 @@ def test_the_loaders_batches(packed_text: Callable[..., PackedText], num_workers
     data.prepare_data()
     data.setup("fit")
     train = list(data.train_dataloader())
-    assert len(train) == len(data.train_windows) // 4
+    assert len(train) == len(data.train_dataset) // 4
     assert all(batch["input_ids"].shape == batch["labels"].shape == (4, 32) for batch in train)
     assert all(batch["input_ids"].dtype == torch.int64 for batch in train)
-    order = list(WindowOrder(Shuffle([len(data.train_windows)], seed=0), 4))
-    expected = data.train_windows.__getitems__(order[:4])
+    order = list(ShuffledSampler(ShuffledOrder([len(data.train_dataset)], seed=0), 4))
+    expected = data.train_dataset.__getitems__(order[:4])
     assert torch.equal(train[0]["input_ids"], expected["input_ids"])
-    scored = sum((batch["labels"] != IGNORED).sum().item() for batch in data.val_dataloader())
+    scored = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in data.val_dataloader())
     assert scored == data.store.validation.n_tokens - 1
 
 
@@ -103,7 +103,7 @@ def test_every_policy_trains(
     run = trainer(max_steps=30, val_check_interval=30, check_val_every_n_epoch=None)
     run.fit(task(), data)
     assert run.callback_metrics["val/loss"] < 4.5  # from ln 300 = 5.7
-    assert sum((batch["labels"] != IGNORED).sum().item() for batch in data.val_dataloader()) == (
+    assert sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in data.val_dataloader()) == (
         data.store.validation.n_tokens - 1
     )  # the same tokens are scored whatever the packing
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORED
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.run_plan import Plan
 from lit_gpt_scratch.callbacks.summary import Summary
 from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
-from lit_gpt_scratch.data.rollout_sampler import own_rows
+from lit_gpt_scratch.data.rollout_sampler import rank_rows
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
@@ -30,13 +30,13 @@ from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.optim.gradient_clipping import gradients, total_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
-from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS, PhasedPolicy
-from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, gathered, seeds
+from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS, OnPolicyModule
+from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, merge_ranks, reply_seeds
 from lit_gpt_scratch.text.verifiable_rewards import no_digit
 
 Build = Callable[..., L.Trainer]
 SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32, initialisation="gpt2")
-POLICIES: dict[str, tuple[type[PhasedPolicy], dict[str, Any]]] = {
+POLICIES: dict[str, tuple[type[OnPolicyModule], dict[str, Any]]] = {
     "PPO": (PPO, {}),
     "PPO, adapters": (PPO, {"lora": LoRA(2)}),
     "GRPO": (GRPO, {"group": 4}),
@@ -52,9 +52,9 @@ def data(cache: Path) -> Callable[..., Prompts]:
     return build
 
 
-def policy(name: str, **changes: Any) -> PhasedPolicy:
+def policy(name: str, **changes: Any) -> OnPolicyModule:
     kind, more = POLICIES[name]
-    settings = {"gpt": SHAPE, "reward": "tests.own_reward.even_tokens", "optimizer": AdamW(1e-3), "compile": False}
+    settings = {"gpt": SHAPE, "reward": "tests.custom_reward.even_tokens", "optimizer": AdamW(1e-3), "compile": False}
     return kind(**(settings | more | changes))
 
 
@@ -64,7 +64,7 @@ class Seen(L.Callback):
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
         self.logprobs: list[Tensor] = []
-        self.of_start: list[Tensor] = []
+        self.reference_logprobs: list[Tensor] = []
         self.rollouts: list[Rollouts] = []
         self.weights: list[dict[str, Tensor]] = []
         self.norms: list[float] = []
@@ -81,14 +81,14 @@ class Seen(L.Callback):
         self.batches.append(batch)
         with torch.no_grad():
             self.logprobs.append(pl_module(batch["input_ids"], batch["labels"])[0])
-            self.of_start.append(pl_module.of_start(batch["input_ids"], batch["labels"]))
+            self.reference_logprobs.append(pl_module.reference_logprobs(batch["input_ids"], batch["labels"]))
         if not self.rollouts or self.rollouts[-1] is not pl_module._rollouts:
             self.rollouts.append(pl_module._rollouts)
             self.weights.append({name: each.clone() for name, each in pl_module.net.state_dict().items()})
 
 
 @pytest.fixture
-def run(trainer: Build, data: Callable[..., Prompts]) -> Callable[..., tuple[PhasedPolicy, Seen]]:
+def run(trainer: Build, data: Callable[..., Prompts]) -> Callable[..., tuple[OnPolicyModule, Seen]]:
     def fitted(name: str, steps: int = 4, accumulate: int = 1, more: Any = None, **changes: Any) -> Any:
         L.seed_everything(0)
         seen, task = Seen(), policy(name, **({"steps_per_phase": 2, "passes": 2} | changes))
@@ -132,13 +132,13 @@ def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[...
             [prompt], [asked] = task.prompted.asked("train", [place])
             logprobs: list[list[float]] = [[]]
             sampling = Sampling(temperature=temperature, top_k=None)
-            [seed] = seeds(0, 0, numbers=[number])
+            [seed] = reply_seeds(0, 0, numbers=[number])
             reply = [
                 token for _, token in generate(task.net.eval(), [prompt], 8, sampling, [seed], end, logprobs=logprobs)
             ]
             written = [token for token in reply if token is not None]
             ended = len(written) < 8
-            within = rows["labels"][row] != IGNORED
+            within = rows["labels"][row] != IGNORE_INDEX
             assert rows["labels"][row][within].tolist() == [*written, *([end] if ended else [])]
             assert rows["input_ids"][row, : len(prompt)].tolist() == prompt
             assert within.nonzero()[0].item() == len(prompt) - 1
@@ -164,9 +164,9 @@ def test_a_step_is_the_same_however_it_is_dealt_out(run: Callable[..., Any], nam
 
 def test_rows_of_ranks_are_put_in_the_order_of_the_phase() -> None:
     """Two ranks with three micro-batches of two rows, numbered as they are dealt out."""
-    ranks = torch.stack([torch.from_numpy(own_rows(2, rank, 2, 12)) for rank in range(2)])
-    assert gathered(ranks[0], ranks, 2).tolist() == list(range(12))
-    assert gathered(ranks[0][:, None], ranks[..., None], 2).squeeze(1).tolist() == list(range(12))
+    ranks = torch.stack([torch.from_numpy(rank_rows(2, rank, 2, 12)) for rank in range(2)])
+    assert merge_ranks(ranks[0], ranks, 2).tolist() == list(range(12))
+    assert merge_ranks(ranks[0][:, None], ranks[..., None], 2).squeeze(1).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
@@ -175,7 +175,7 @@ def test_what_fills_rows_up_counts_for_nothing(run: Callable[..., Any], name: st
     task, seen = run(name, 2, entropy_coefficient=0.1)
     batch = seen.batches[-1]
     labels = batch["labels"]
-    within = labels != IGNORED
+    within = labels != IGNORE_INDEX
     behind = within.flip(1).cumsum(1).flip(1) == 0
     dirty = {each: value.clone() for each, value in batch.items()}
     dirty["input_ids"][behind] = 7
@@ -185,7 +185,7 @@ def test_what_fills_rows_up_counts_for_nothing(run: Callable[..., Any], name: st
 
     def learned(given: dict[str, Tensor]) -> list[Tensor]:
         task.zero_grad()
-        lost, counted = task.losses(given)
+        lost, counted = task.loss_and_count(given)
         (lost / counted).backward()
         return [lost.detach(), *(p.grad for p in task.parameters() if p.grad is not None)]
 
@@ -200,7 +200,7 @@ def test_replies_to_a_prompt_stand_together_and_are_compared(run: Callable[..., 
     assert len(rows["scores"]) == 16
     torch.testing.assert_close(rows["advantages"], group_advantages(rows["scores"], 8))
     prompt = [
-        row[: (labels != IGNORED).nonzero()[0] + 1].tolist()
+        row[: (labels != IGNORE_INDEX).nonzero()[0] + 1].tolist()
         for row, labels in zip(rows["input_ids"], rows["labels"], strict=True)
     ]
     assert prompt[:8] == [prompt[0]] * 8
@@ -224,7 +224,11 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
     """What is written by chance has letters for half of its characters. Nobody trained the head; adapters leave it."""
     L.seed_everything(0)
     seen = Seen()
-    settings = {"reward": "tests.own_reward.letters", "optimizer": AdamW(0.02, weight_decay=0.0), "kl_coefficient": 0.0}
+    settings = {
+        "reward": "tests.custom_reward.letters",
+        "optimizer": AdamW(0.02, weight_decay=0.0),
+        "kl_coefficient": 0.0,
+    }
     task = policy(name, **settings, steps_per_phase=1, passes=2)
     trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=32, reply_tokens=2))
     rewards = [rollouts.figures["reward"] for rollouts in seen.rollouts]
@@ -232,7 +236,7 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
     assert sum(rewards[-2:]) / 2 > 0.85
     first = seen.batches[0]
     with torch.no_grad():
-        assert torch.equal(task.of_start(first["input_ids"], first["labels"]), seen.of_start[0])
+        assert torch.equal(task.reference_logprobs(first["input_ids"], first["labels"]), seen.reference_logprobs[0])
         assert not torch.equal(task(first["input_ids"], first["labels"])[0], seen.logprobs[0])
 
 
@@ -268,10 +272,10 @@ def test_what_rewards_is_what_judges(trainer: Build, data: Callable[..., Prompts
     assert 0 < rows["true_reward"].sum() < len(rows["true_reward"])
     assert torch.equal(rows["true_reward"], rows["scores"])
     made.test(task, other := data(split_seed=1), verbose=False)
-    assert other.judge is no_digit
+    assert other.reply_check is no_digit
     again = trainer(max_steps=2, limit_val_batches=0)
     again.fit(policy("GRPO", reward="no_digit"), going_on := data(batch_size=16), ckpt_path=str(tmp_path / "run.ckpt"))
-    assert going_on.judge is no_digit
+    assert going_on.reply_check is no_digit
 
 
 def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
@@ -282,7 +286,7 @@ def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> Non
                   value_clip=None, value_coefficient=1.0, whitening=False, optimizer=AdamW(3e-3))  # fmt: skip
     trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=8, reply_tokens=2))
     rows = seen.rollouts[-1].rows
-    ends = (rows["labels"] != IGNORED) & (rows["ended"] == 0)[:, None]
+    ends = (rows["labels"] != IGNORE_INDEX) & (rows["ended"] == 0)[:, None]
     assert seen.rollouts[0].rows["values"].abs().max() == 0
     torch.testing.assert_close(rows["values"][ends], torch.full_like(rows["values"][ends], 0.5), rtol=0, atol=0.1)
 
@@ -313,14 +317,14 @@ def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Pro
     made = trainer(max_steps=3, limit_val_batches=0)
     made.fit(task, prompts)
     made.test(task, prompts, verbose=False)
-    n = prompts.n_prompts("test")
+    n = prompts.prompt_count("test")
     assert n % 4
     task.eval()
-    rows = task.writer.replies("test", range(n), seeds(0, 1, numbers=range(n)))
-    within = rows["labels"] != IGNORED
+    rows = task.writer.replies("test", range(n), reply_seeds(0, 1, numbers=range(n)))
+    within = rows["labels"] != IGNORE_INDEX
     with torch.no_grad():
         logprobs, logits, _ = task(rows["input_ids"], rows["labels"])
-        kl = (logprobs - task.of_start(rows["input_ids"], rows["labels"]))[within].sum() / n
+        kl = (logprobs - task.reference_logprobs(rows["input_ids"], rows["labels"]))[within].sum() / n
         chances = logits.softmax(-1)
         entropy = -(chances * chances.log()).sum(-1)[within].mean()
     reward = rows["scores"].mean()
@@ -334,17 +338,17 @@ def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) 
     """Each process writes by itself, as many tokens as it happens to need."""
     monkeypatch.setattr(PPO, "device_mesh", object())
     with pytest.raises(UserError, match=r"PPO writes on each process by itself; --trainer\.strategy ddp"):
-        policy("PPO").build_beside()
+        policy("PPO").build_auxiliary_networks()
 
 
 @pytest.mark.parametrize(
     ("reward", "said"),
     [
-        ("tests.own_reward.not_a_number", "tests.own_reward.not_a_number gave nan for the reply"),
-        ("tests.own_reward.too_few", r"gave a shape of \(1,\) for 8 replies; it must give one number for each"),
-        ("tests.own_reward.words", "gave list, no numbers"),
-        ("tests.own_reward.NUMBER", "which is int, not a function"),
-        ("tests.own_reward.nothing", "cannot be imported"),
+        ("tests.custom_reward.not_a_number", "tests.custom_reward.not_a_number gave nan for the reply"),
+        ("tests.custom_reward.too_few", r"gave a shape of \(1,\) for 8 replies; it must give one number for each"),
+        ("tests.custom_reward.words", "gave list, no numbers"),
+        ("tests.custom_reward.NUMBER", "which is int, not a function"),
+        ("tests.custom_reward.nothing", "cannot be imported"),
         ("no_file.reward", "No module named"),
         ("polite", "there is none; name a run, a function such as my_file.my_reward, or one of full_stop"),
         ("runs/nowhere", "model.reward: no checkpoint"),
@@ -424,7 +428,7 @@ def asked_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
     """What a reward model says of each row's text, without its neighbours."""
     found = []
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
-        last = int((labels != IGNORED).nonzero()[-1])
+        last = int((labels != IGNORE_INDEX).nonzero()[-1])
         whole = torch.cat((ids[: last + 1], labels[last : last + 1]))
         found.append(model.eval()(whole[None], torch.tensor([len(whole)]))[0].detach())
     return torch.stack(found)
@@ -449,9 +453,9 @@ def test_a_reward_model_is_asked_as_it_was_trained(
 
     made, prompts = task.trainer, task.trainer.datamodule
     made.test(task, prompts, verbose=False)
-    n = prompts.n_prompts("test")
+    n = prompts.prompt_count("test")
     task.eval()
-    rows = task.writer.replies("test", range(n), seeds(0, 1, numbers=range(n)))
+    rows = task.writer.replies("test", range(n), reply_seeds(0, 1, numbers=range(n)))
     said, ended = asked_alone(model, rows), rows["ended"] > 0
     mean = torch.where(ended, said, said.min() if unended is None else unended).mean()
     torch.testing.assert_close(made.callback_metrics["test/reward"], mean, rtol=0, atol=1e-5)
