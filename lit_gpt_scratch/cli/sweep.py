@@ -15,7 +15,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.process_pool import end, spawned
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.sweeps.build_command import Known
+    from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
     from lit_gpt_scratch.sweeps.sweep_config import Sweep
 
 log = logging.getLogger(__name__)
@@ -67,23 +67,23 @@ def _flags() -> CommandParser:
 
 
 def _sweep(given: argparse.Namespace, module: str | None) -> None:
-    from lit_gpt_scratch.sweeps.build_command import FIT, Known
-    from lit_gpt_scratch.sweeps.build_report import report_of
-    from lit_gpt_scratch.sweeps.runner import Conductor
+    from lit_gpt_scratch.sweeps.build_command import FIT, ResolvedBaseline
+    from lit_gpt_scratch.sweeps.build_report import build_study_report
+    from lit_gpt_scratch.sweeps.runner import SweepRunner
     from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage, storage_errors
     from lit_gpt_scratch.sweeps.study import Study
     from lit_gpt_scratch.sweeps.sweep_config import load
 
     sweep = load(given.file)
     folder: Path = given.runs / sweep.name
-    known = Known() if module else None
+    known = ResolvedBaseline() if module else None
     if known is None and given.storage is None and not (folder / JOURNAL).exists():
         known = _checked(sweep)  # before anything is written
     study = Study(sweep, *open_storage(given.storage, folder, f"{sweep.name}-{sweep.fingerprint}"))
     if study.known is None:
         study.begin(known or _checked(sweep))
     assert study.known is not None
-    conductor = Conductor(sweep, study, folder, study.known, given.workers, module or FIT)
+    conductor = SweepRunner(sweep, study, folder, study.known, given.workers, module or FIT)
     signalled: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
@@ -95,7 +95,7 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
         with storage_errors(given.storage):
             if not study.over:
                 conductor.run()
-            report = report_of(study, given.file)
+            report = build_study_report(study, given.file)
             ended = sum(trial.state.is_finished() for trial in study.trials())
     finally:
         for signum, handler in before.items():
@@ -106,7 +106,7 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
         sys.exit(128 + (signalled[0] if signalled else signal.SIGTERM))
 
 
-def _checked(sweep: "Sweep") -> "Known":
+def _checked(sweep: "Sweep") -> "ResolvedBaseline":
     """What ``fit`` says of the flags, in a process of its own: reading them takes torch, which a sweep does without."""
     pool = spawned(1)
     try:
@@ -117,7 +117,7 @@ def _checked(sweep: "Sweep") -> "Known":
         end(pool)
 
 
-def _check(sweep: "Sweep") -> "Known":
+def _check(sweep: "Sweep") -> "ResolvedBaseline":
     from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 
     return check_sweep(sweep)

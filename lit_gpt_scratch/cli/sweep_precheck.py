@@ -9,7 +9,7 @@ from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.saved_config import config_to_dict
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import Known, arguments, short
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, short
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep, nearest
 
 
@@ -20,7 +20,7 @@ class _ParseOnlyCLI(FitCLI):
         """Not here."""
 
 
-def check_sweep(sweep: Sweep) -> Known:
+def check_sweep(sweep: Sweep) -> ResolvedBaseline:
     """Let ``fit`` read every value that the sweep file names, and build the baseline.
 
     Settings that are wrong only beside each other are not found; such a trial fails, and says why.
@@ -35,7 +35,7 @@ def check_sweep(sweep: Sweep) -> Known:
         _parse(parser, sweep, assignment, names)
     built = FitCLI(_without_budget(sweep, sweep.first))
     flags = {short(name): value for name, value in flat(config_to_dict(built.parser, built.config)).items()}
-    known = Known(flags, built.trainer.world_size)
+    known = ResolvedBaseline(flags, built.trainer.world_size)
     arguments(sweep, sweep.first, known)
     return known
 
@@ -66,4 +66,4 @@ def _each_setting(sweep: Sweep) -> Iterator[Assignment]:
 def _without_budget(sweep: Sweep, assignment: Assignment) -> list[str]:
     """A budget of tokens is made into steps by what is learned here."""
     budget = {what: amount for what, amount in sweep.budget.items() if what != "tokens"}
-    return arguments(replace(sweep, budget=budget), assignment, Known())
+    return arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())

@@ -16,7 +16,7 @@ FIT = "lit_gpt_scratch.fit"
 
 
 @dataclass(frozen=True)
-class Known:
+class ResolvedBaseline:
     """What ``fit`` says of the baseline.
 
     Args:
@@ -28,7 +28,7 @@ class Known:
     replicas: int = 1
 
 
-def arguments(sweep: Sweep, assignment: Assignment, known: Known) -> list[str]:
+def arguments(sweep: Sweep, assignment: Assignment, known: ResolvedBaseline) -> list[str]:
     """The arguments of ``fit`` that make a trial, without seed and folder.
 
     Raises:
@@ -47,7 +47,7 @@ def arguments(sweep: Sweep, assignment: Assignment, known: Known) -> list[str]:
     return given
 
 
-def steps(tokens: float, flags: Flags, known: Known) -> int:
+def steps(tokens: float, flags: Flags, known: ResolvedBaseline) -> int:
     """Optimizer steps that see so many tokens, at least one.
 
     Args:

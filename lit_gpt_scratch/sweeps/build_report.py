@@ -8,27 +8,27 @@ import optuna
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
-from lit_gpt_scratch.sweeps.build_command import Known, arguments, text
-from lit_gpt_scratch.sweeps.report import Report
-from lit_gpt_scratch.sweeps.search_space import Alternatives, Dimension, Range
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, text
+from lit_gpt_scratch.sweeps.report import SweepReport
+from lit_gpt_scratch.sweeps.search_space import Choices, NumericRange, SearchDimension
 from lit_gpt_scratch.sweeps.study import Study, runs_of
 from lit_gpt_scratch.sweeps.sweep_config import Sweep
-from lit_gpt_scratch.sweeps.trial import Arm, worded
+from lit_gpt_scratch.sweeps.trial import TrialResult, format_setting
 
 FEWEST = 4
 """Trials from which the importance of two parameters can be told apart at all."""
 
 
-def report_of(study: Study, path: Path) -> Report:
+def build_study_report(study: Study, path: Path) -> SweepReport:
     """What a study has found so far.
 
     Args:
         study: With its sweep.
         path: Of the sweep file.
     """
-    sweep, known = study.sweep, study.known or Known()
+    sweep, known = study.sweep, study.known or ResolvedBaseline()
     arms = [_arm(trial, sweep, known) for trial in study.trials() if trial.params.keys() >= sweep.vary.keys()]
-    return Report(
+    return SweepReport(
         title=sweep.name.replace("_", " ").capitalize(),
         question=sweep.question,
         metric=sweep.metric,
@@ -41,10 +41,10 @@ def report_of(study: Study, path: Path) -> Report:
     )
 
 
-def _arm(trial: FrozenTrial, sweep: Sweep, known: Known) -> Arm:
+def _arm(trial: FrozenTrial, sweep: Sweep, known: ResolvedBaseline) -> TrialResult:
     assignment = {name: trial.params[name] for name in sweep.vary}
     runs = list(runs_of(trial).values())
-    return Arm(trial.number, assignment, runs, arguments(sweep, assignment, known), len(sweep.seeds))
+    return TrialResult(trial.number, assignment, runs, arguments(sweep, assignment, known), len(sweep.seeds))
 
 
 def _setting(sweep: Sweep) -> dict[str, str]:
@@ -56,12 +56,12 @@ def _setting(sweep: Sweep) -> dict[str, str]:
     return said | {"metric": f"{sweep.direction} {sweep.metric}"} | _pruning(sweep.pruning)
 
 
-def _options(each: Dimension) -> str:
-    if isinstance(each, Alternatives):
+def _options(each: SearchDimension) -> str:
+    if isinstance(each, Choices):
         return ", ".join(each.options)
-    assert isinstance(each, Range)
+    assert isinstance(each, NumericRange)
     how = " on a logarithmic scale" if each.log else f" in steps of {each.step:g}" if each.step else ""
-    return f"{worded(each.low)} to {worded(each.high)}{how}"
+    return f"{format_setting(each.low)} to {format_setting(each.high)}{how}"
 
 
 def _pruning(given: Mapping[str, object] | None) -> dict[str, str]:

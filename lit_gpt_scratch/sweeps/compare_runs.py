@@ -11,17 +11,17 @@ import yaml
 from lit_gpt_scratch.checkpoint.config_diff import flat
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.build_command import short, text
-from lit_gpt_scratch.sweeps.report import Report
-from lit_gpt_scratch.sweeps.run_results import Run, logged, read_run
-from lit_gpt_scratch.sweeps.search_space import label_of
+from lit_gpt_scratch.sweeps.report import SweepReport
+from lit_gpt_scratch.sweeps.run_results import RunResult, logged, read_run_result
+from lit_gpt_scratch.sweeps.search_space import format_label
 from lit_gpt_scratch.sweeps.sweep_config import nearest
-from lit_gpt_scratch.sweeps.trial import Arm
+from lit_gpt_scratch.sweeps.trial import TrialResult
 
 NO_CHOICE = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
 """Flags that are no part of what was tried."""
 
 
-def compare(paths: Sequence[Path], metric: str, direction: str) -> Report:
+def compare(paths: Sequence[Path], metric: str, direction: str) -> SweepReport:
     """A report of runs; those with equal flags but for the seed are one arm, and the first run's is the baseline.
 
     Args:
@@ -39,25 +39,25 @@ def compare(paths: Sequence[Path], metric: str, direction: str) -> Report:
         for name in dict.fromkeys(name for config in configs for name in config)
         if name not in NO_CHOICE and len({text(config.get(name)) for config in configs}) > 1
     ]
-    arms: dict[tuple[str, ...], Arm] = {}
+    arms: dict[tuple[str, ...], TrialResult] = {}
     for folder, config in zip(folders, configs, strict=True):
-        key = tuple(label_of(config.get(name)) for name in differ)
+        key = tuple(format_label(config.get(name)) for name in differ)
         flags = [f"--config={folder / 'config.yaml'}"]
-        arm = arms.setdefault(key, Arm(len(arms), dict(zip(map(short, differ), key, strict=True)), flags=flags))
+        arm = arms.setdefault(key, TrialResult(len(arms), dict(zip(map(short, differ), key, strict=True)), flags=flags))
         run = _run(folder, int(config["seed_everything"]), metric)
         same = next((other for other in arm.runs if other.seed == run.seed), None)
         if same is not None:
             raise UserError(f"{same.folder} and {folder} have the same flags and the same seed; name one of them")
         arm.runs.append(run)
     found = list(arms.values())
-    return Report(
+    return SweepReport(
         title="A comparison of runs",
         question="",
         metric=metric,
         direction=direction,
         arms=found,
         baseline=found[0],
-        setting={short(name): ", ".join(dict.fromkeys(label_of(c.get(name)) for c in configs)) for name in differ},
+        setting={short(name): ", ".join(dict.fromkeys(format_label(c.get(name)) for c in configs)) for name in differ},
         command=shlex.join(
             ["python", "-m", "lit_gpt_scratch.sweep", "--compare", *map(str, paths), f"--metric={metric}"]
             + ([] if direction == "minimize" else [f"--direction={direction}"])
@@ -79,9 +79,9 @@ def _config(folder: Path) -> Mapping[str, Any]:
         raise UserError(f"--compare: cannot read {folder / 'config.yaml'}") from error
 
 
-def _run(folder: Path, seed: int, metric: str) -> Run:
+def _run(folder: Path, seed: int, metric: str) -> RunResult:
     try:
-        run = read_run(folder, seed, metric)
+        run = read_run_result(folder, seed, metric)
         names = logged(folder)
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"--compare: cannot read {folder / 'summary.json'}") from error

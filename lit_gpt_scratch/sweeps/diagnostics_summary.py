@@ -4,10 +4,10 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from lit_gpt_scratch.sweeps.html_report import Heading, Part, Text
-from lit_gpt_scratch.sweeps.trial import Arm
+from lit_gpt_scratch.sweeps.trial import TrialResult
 
 
-def diagnoses(arms: Sequence[Arm]) -> Iterator[Part]:
+def diagnoses(arms: Sequence[TrialResult]) -> Iterator[Part]:
     """A section of the report; nothing, where no run has a diagnosis.
 
     What every run was told says nothing about the choices, and is one sentence. Of the rest there is one for each

@@ -9,11 +9,11 @@ from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
 from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from lit_gpt_scratch.sweeps.run_results import HPARAMS, Run
+from lit_gpt_scratch.sweeps.run_results import HPARAMS, RunResult
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
 
-def write(run: Run, assignment: Assignment, group: str) -> None:
+def write(run: RunResult, assignment: Assignment, group: str) -> None:
     """Put a run's settings into its folder, unless they are there.
 
     Runs of one group are the seeds of a trial; TensorBoard shows their mean.

@@ -11,7 +11,7 @@ import sqlalchemy
 from filelock import FileLock, Timeout
 
 
-class Claims(ABC):
+class StudyLocks(ABC):
     """Locks by name, each of one process at a time, and within the process of whoever took it."""
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Claims(ABC):
     def _leave(self) -> None: ...
 
 
-class FileClaims(Claims):
+class FileLocks(StudyLocks):
     """Locked files, for processes that share a disk.
 
     Args:
@@ -79,7 +79,7 @@ class FileClaims(Claims):
         self._study.release()
 
 
-class PostgresClaims(Claims):
+class PostgresLocks(StudyLocks):
     """Advisory locks of a PostgreSQL session, which the server frees when the connection ends.
 
     A machine that vanishes without closing it is noticed after about a minute.

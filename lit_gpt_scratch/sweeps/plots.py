@@ -8,8 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 
 from lit_gpt_scratch.sweeps.html_report import Figure
-from lit_gpt_scratch.sweeps.run_results import Point, Run
-from lit_gpt_scratch.sweeps.trial import Arm
+from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult
+from lit_gpt_scratch.sweeps.trial import TrialResult
 
 # Text stays text; the same figures make the same bytes.
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lit_gpt_scratch", "font.family": "sans-serif"})
@@ -18,7 +18,7 @@ MOST_CURVES = 10
 """Arms whose curves one chart can hold."""
 
 
-def values(arms: Sequence[Arm], metric: str, baseline: Arm | None) -> Figure:
+def values(arms: Sequence[TrialResult], metric: str, baseline: TrialResult | None) -> Figure:
     """Every run as a point, every arm's mean with its confidence interval."""
     canvas, axes = _canvas(height=1.2 + 0.36 * len(arms))
     for place, arm in enumerate(reversed(arms)):
@@ -32,7 +32,7 @@ def values(arms: Sequence[Arm], metric: str, baseline: Arm | None) -> Figure:
     return _figure(canvas, "values", "Grey: runs. Blue: means with 95% confidence intervals. Dashed: the baseline.")
 
 
-def over_numbers(arms: Sequence[Arm], metric: str, dimension: str) -> Figure:
+def over_numbers(arms: Sequence[TrialResult], metric: str, dimension: str) -> Figure:
     """The metric against the one number that varied; logarithmic if that spans an order of magnitude."""
     canvas, axes = _canvas()
     points = sorted((float(arm.assignment[dimension]), arm) for arm in arms)
@@ -49,9 +49,9 @@ def over_numbers(arms: Sequence[Arm], metric: str, dimension: str) -> Figure:
     return _figure(canvas, "over_numbers", f"{metric} against {dimension}: runs, means, 95% confidence intervals.")
 
 
-def curves(arms: Sequence[Arm], metric: str, over: str) -> Figure | None:
+def curves(arms: Sequence[TrialResult], metric: str, over: str) -> Figure | None:
     """The metric over a run, by ``tokens`` or ``seconds``; None where no run has two points."""
-    x_of: Mapping[str, Callable[[Run, Point], float]] = {
+    x_of: Mapping[str, Callable[[RunResult, CurvePoint], float]] = {
         "tokens": lambda run, point: point.step * (run.tokens_per_step or 1.0),
         "seconds": lambda run, point: point.seconds,
     }
@@ -82,7 +82,7 @@ def importance(shares: Mapping[str, float]) -> Figure:
     return _figure(canvas, "importance", "Share of the variance between trials (fANOVA).")
 
 
-def number(arms: Sequence[Arm], dimension: str) -> bool:
+def number(arms: Sequence[TrialResult], dimension: str) -> bool:
     """Whether all settings of a dimension are numbers."""
     try:
         return all(float(arm.assignment[dimension]) == float(arm.assignment[dimension]) for arm in arms)

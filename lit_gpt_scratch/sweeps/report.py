@@ -13,7 +13,7 @@ from lit_gpt_scratch.sweeps.build_command import shown
 from lit_gpt_scratch.sweeps.diagnostics_summary import diagnoses
 from lit_gpt_scratch.sweeps.html_report import Code, Figure, Heading, Part, Table, Text, markdown, page
 from lit_gpt_scratch.sweeps.statistics import Estimate, holm, paired, verdict
-from lit_gpt_scratch.sweeps.trial import Arm, best, finished, worded
+from lit_gpt_scratch.sweeps.trial import TrialResult, best, finished, format_setting
 
 BEYOND: Final = ("better", "worse")
 """Verdicts on a difference that is not noise."""
@@ -22,7 +22,7 @@ LEAST: Final = 0.0001
 
 
 @dataclass(frozen=True)
-class Report:
+class SweepReport:
     """All that is said of some arms.
 
     Args:
@@ -41,8 +41,8 @@ class Report:
     question: str
     metric: str
     direction: str
-    arms: list[Arm]
-    baseline: Arm | None
+    arms: list[TrialResult]
+    baseline: TrialResult | None
     setting: Mapping[str, str]
     command: str
     importance: Mapping[str, float] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class Report:
         head = [*arms[0].assignment, "runs", f"{self.metric}, mean ± 95% CI"]
         rows = []
         for arm in arms:
-            row = [*map(worded, arm.assignment.values()), str(len(arm.runs)), str(arm.estimate(self.metric))]
+            row = [*map(format_setting, arm.assignment.values()), str(len(arm.runs)), str(arm.estimate(self.metric))]
             if arm is self.baseline:
                 rows.append([*row, "", "", "the baseline"])
             else:
@@ -127,7 +127,7 @@ class Report:
             f"{self._several(corrected, verdicts)}"
         )
 
-    def _in_words(self, arms: Sequence[Arm], verdicts: Mapping[int, str]) -> str:
+    def _in_words(self, arms: Sequence[TrialResult], verdicts: Mapping[int, str]) -> str:
         first = arms[0]
         said = f"The best mean is that of {first.label}: {self.metric} {first.estimate(self.metric)}. "
         if self.baseline not in arms or self.baseline is None:
@@ -189,11 +189,11 @@ class Report:
         if to_come:
             yield Text(f"{to_come} trials are not at their end; the same command goes on with them.")
 
-    def _ranked(self) -> list[Arm]:
+    def _ranked(self) -> list[TrialResult]:
         sign = 1 if self.direction == "minimize" else -1
         return sorted(finished(self.arms, self.metric), key=lambda arm: sign * arm.estimate(self.metric).mean)
 
-    def _difference(self, arm: Arm) -> Estimate | None:
+    def _difference(self, arm: TrialResult) -> Estimate | None:
         if self.baseline is None:
             return None
         return paired(arm.values(self.metric), self.baseline.values(self.metric))
@@ -205,7 +205,7 @@ def _probability(p: float | None) -> str:
     return f"{p:.2g}" if p >= LEAST else f"< {LEAST}"
 
 
-def _sessions(arms: Sequence[Arm]) -> Iterator[list[str]]:
+def _sessions(arms: Sequence[TrialResult]) -> Iterator[list[str]]:
     """Each fact of the runs' surroundings, with all values that it had."""
     facts: dict[str, dict[str, None]] = {}
     for arm in arms:

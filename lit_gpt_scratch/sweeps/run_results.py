@@ -15,7 +15,7 @@ LONGEST: Final = 200
 """Points of a curve that are kept."""
 
 
-class Point(NamedTuple):
+class CurvePoint(NamedTuple):
     """A metric at one moment of a run."""
 
     step: int
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResult:
     """One run of ``fit``.
 
     Args:
@@ -44,7 +44,7 @@ class Run:
     state: str = "finished"
     reason: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
-    curve: list[Point] = field(default_factory=list)
+    curve: list[CurvePoint] = field(default_factory=list)
     folder: str = ""
     diagnoses: list[dict[str, str]] = field(default_factory=list)
     session: dict[str, Any] = field(default_factory=dict)
@@ -60,12 +60,12 @@ class Run:
         return asdict(self)
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "Run":
+    def of(cls, plain: Mapping[str, Any]) -> "RunResult":
         """From JSON."""
-        return cls(**{**plain, "curve": [Point(*each) for each in plain["curve"]]})
+        return cls(**{**plain, "curve": [CurvePoint(*each) for each in plain["curve"]]})
 
 
-def read_run(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> Run:
+def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> RunResult:
     """A run from its folder."""
     metrics = {}
     if (folder / "summary.json").is_file():
@@ -77,7 +77,7 @@ def read_run(folder: Path, seed: int, metric: str, state: str = "finished", reas
     if not metrics and points:
         metrics = {metric: points[-1].value, "step": points[-1].step}
     every = math.ceil(len(points) / LONGEST)
-    return Run(
+    return RunResult(
         seed=seed,
         state=state,
         reason=reason,
@@ -89,9 +89,9 @@ def read_run(folder: Path, seed: int, metric: str, state: str = "finished", reas
     )
 
 
-def curve(folder: Path, metric: str) -> Iterator[Point]:
+def curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
     """The metric over a run, from its events; a session of a resumed run takes the place of what it did again."""
-    points: dict[int, Point] = {}
+    points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
         if path.name.endswith(HPARAMS):
             continue
@@ -104,7 +104,7 @@ def curve(folder: Path, metric: str) -> Iterator[Point]:
         before = max((point.seconds for point in points.values()), default=0.0)
         for event in found:  # Lightning numbers a validation by the step that was just done, from 0
             if math.isfinite(event.value):
-                points[event.step + 1] = Point(event.step + 1, before + event.wall_time - began, event.value)
+                points[event.step + 1] = CurvePoint(event.step + 1, before + event.wall_time - began, event.value)
     yield from points.values()
 
 
@@ -114,7 +114,7 @@ def logged(folder: Path) -> list[str]:
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
-def run_in(experiment: Path) -> Path | None:
+def latest_run_folder(experiment: Path) -> Path | None:
     """The newest run folder of an experiment."""
     found = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
     return max(found, key=lambda path: int(path.name.removeprefix("version_")), default=None)

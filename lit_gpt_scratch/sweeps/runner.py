@@ -13,10 +13,10 @@ from filelock import FileLock, Timeout
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps import hparams
-from lit_gpt_scratch.sweeps.build_command import FIT, Known, arguments, experiment
+from lit_gpt_scratch.sweeps.build_command import FIT, ResolvedBaseline, arguments, experiment
 from lit_gpt_scratch.sweeps.run_process import RunProcess
-from lit_gpt_scratch.sweeps.run_results import Run, curve, logged, read_run, run_in
-from lit_gpt_scratch.sweeps.study import Claim, Study
+from lit_gpt_scratch.sweeps.run_results import RunResult, curve, latest_run_folder, logged, read_run_result
+from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
 from lit_gpt_scratch.sweeps.sweep_config import Sweep, nearest
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ LOOK = 1.0
 """Seconds between looks at the events of a run that may be pruned."""
 
 
-class Conductor:
+class SweepRunner:
     """Takes one run after the other until there are none, in as many threads as runs may go side by side.
 
     Args:
@@ -42,7 +42,7 @@ class Conductor:
     """
 
     def __init__(
-        self, sweep: Sweep, study: Study, folder: Path, known: Known, workers: int = 1, module: str = FIT
+        self, sweep: Sweep, study: Study, folder: Path, known: ResolvedBaseline, workers: int = 1, module: str = FIT
     ) -> None:
         self.sweep = sweep
         self.study = study
@@ -82,7 +82,7 @@ class Conductor:
             self.study.record(claim, run)
             self._tell(claim, run)
 
-    def _run(self, claim: Claim) -> Run | None:
+    def _run(self, claim: ClaimedRun) -> RunResult | None:
         """Do a run, or go on with it, or find that it is done; None if the sweep is to stop."""
         given = arguments(self.sweep, claim.assignment, self.known)
         name = experiment(self.sweep, claim.assignment, given, claim.seed)
@@ -94,13 +94,13 @@ class Conductor:
                 return self._alone(claim, given, name, logs / f"{name}.txt")
         return None
 
-    def _alone(self, claim: Claim, given: list[str], name: str, said: Path) -> Run | None:
+    def _alone(self, claim: ClaimedRun, given: list[str], name: str, said: Path) -> RunResult | None:
         runs = self.folder / name
         metric = self.sweep.metric
         where = [f"--seed_everything={claim.seed}", f"--runs={self.folder}", f"--experiment={name}"]
         state, reason = "finished", ""
         for attempt in ("go on", "anew"):
-            folder = run_in(runs)
+            folder = latest_run_folder(runs)
             if folder and (folder / "summary.json").is_file():
                 break
             resumes = folder is not None and any(folder.glob("checkpoints/*.ckpt"))
@@ -125,18 +125,18 @@ class Conductor:
             if not resumes:
                 break
             state, reason = "finished", ""
-        folder = run_in(runs)
+        folder = latest_run_folder(runs)
         if folder is None:
-            run = Run(claim.seed, state, reason, folder=str(runs))
+            run = RunResult(claim.seed, state, reason, folder=str(runs))
         else:
-            run = read_run(folder, claim.seed, metric, state, reason)
+            run = read_run_result(folder, claim.seed, metric, state, reason)
             if run.state == "finished" and metric not in run.metrics:
                 names = logged(folder)
                 raise UserError(f"metric: a run has no {metric}{nearest(metric, names)}; there are {', '.join(names)}")
         hparams.write(run, claim.assignment, f"trial {claim.number}")
         return run
 
-    def _watch(self, process: RunProcess, claim: Claim, runs: Path) -> str:
+    def _watch(self, process: RunProcess, claim: ClaimedRun, runs: Path) -> str:
         """Wait for a run's end, and end it early if it is to be; why it was pruned, if it was."""
         try:
             reported, looked = 0, time.monotonic()
@@ -144,7 +144,7 @@ class Conductor:
                 if self.stopping.is_set():
                     process.stop()
                 elif claim.trial is not None and time.monotonic() - looked > LOOK:
-                    folder, looked = run_in(runs), time.monotonic()
+                    folder, looked = latest_run_folder(runs), time.monotonic()
                     for step, _, value in curve(folder, self.sweep.metric) if folder else ():
                         if step > reported:
                             reported = step
@@ -156,7 +156,7 @@ class Conductor:
                 process.stop()
         return ""
 
-    def _tell(self, claim: Claim, run: Run) -> None:
+    def _tell(self, claim: ClaimedRun, run: RunResult) -> None:
         value = run.metrics.get(self.sweep.metric)
         figure = "" if value is None else f"{self.sweep.metric} {value:.4f}, "
         why = f": {run.reason}" if run.reason else ""

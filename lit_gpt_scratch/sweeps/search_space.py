@@ -18,7 +18,7 @@ Setting = str | float
 """What a dimension is set to: the label of an alternative, or a number of a range."""
 
 
-class Dimension(ABC):
+class SearchDimension(ABC):
     """What a trial chooses one of."""
 
     @property
@@ -49,7 +49,7 @@ class Dimension(ABC):
 
 
 @dataclass(frozen=True)
-class Alternatives(Dimension):
+class Choices(SearchDimension):
     """A list in the file: each value of one flag, or each name with flags of its own.
 
     Args:
@@ -86,7 +86,7 @@ class Alternatives(Dimension):
 
 
 @dataclass(frozen=True)
-class Range(Dimension):
+class NumericRange(SearchDimension):
     """Numbers between two others, both included.
 
     Args:
@@ -149,7 +149,7 @@ class Range(Dimension):
         return number if self.whole else float(f"{number:.12g}")  # 0.1 + 2 * 0.1 is not what one would write
 
 
-def dimension(name: str, given: Any) -> Dimension:
+def dimension(name: str, given: Any) -> SearchDimension:
     """What the file says under ``vary``: a list, ``{low, high, log, step}``, or flags by names of one's own.
 
     Raises:
@@ -162,13 +162,13 @@ def dimension(name: str, given: Any) -> Dimension:
         for label, flags in given.items():
             if not isinstance(flags, Mapping):
                 raise UserError(f"{where}: {label} is {flags}; write the flags that it stands for, as a mapping")
-        return _alternatives(where, [(label_of(label), dict(flags)) for label, flags in given.items()])
+        return _alternatives(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
-        return _alternatives(where, [(label_of(value), {name: value}) for value in given])
+        return _alternatives(where, [(format_label(value), {name: value}) for value in given])
     raise UserError(f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or flags by name")
 
 
-def product(dimensions: Mapping[str, Dimension]) -> list[dict[str, Setting]]:
+def product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Setting]]:
     """Every combination; the last dimension changes fastest.
 
     Raises:
@@ -181,10 +181,10 @@ def product(dimensions: Mapping[str, Dimension]) -> list[dict[str, Setting]]:
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
 
-def label_of(value: Any) -> str:
+def format_label(value: Any) -> str:
     """A value in few words: of a class its name."""
     if isinstance(value, Mapping) and "class_path" in value:
-        arguments = ", ".join(f"{name} {label_of(each)}" for name, each in (value.get("init_args") or {}).items())
+        arguments = ", ".join(f"{name} {format_label(each)}" for name, each in (value.get("init_args") or {}).items())
         name = str(value["class_path"]).rpartition(".")[2]
         return f"{name} ({arguments})" if arguments else name
     if value is None or isinstance(value, bool):
@@ -192,17 +192,17 @@ def label_of(value: Any) -> str:
     return str(value)
 
 
-def _alternatives(where: str, options: list[tuple[str, Flags]]) -> Alternatives:
+def _alternatives(where: str, options: list[tuple[str, Flags]]) -> Choices:
     if not options:
         raise UserError(f"{where} has nothing to choose from: the grid is empty")
     labels = [label for label, _ in options]
     for label in labels:
         if labels.count(label) > 1:
             raise UserError(f"{where} has {label} twice")
-    return Alternatives(dict(options))
+    return Choices(dict(options))
 
 
-def _range(name: str, given: Mapping[str, Any]) -> Range:
+def _range(name: str, given: Mapping[str, Any]) -> NumericRange:
     where = f"vary: {name}"
     unknown = given.keys() - {"low", "high", "log", "step"}
     if unknown or not {"low", "high"} <= given.keys():
@@ -218,7 +218,7 @@ def _range(name: str, given: Mapping[str, Any]) -> Range:
         raise UserError(f"{where}: low is {low}; it must be positive where log is true")
     if step is not None and (log or not 0 < step <= high - low):
         raise UserError(f"{where}: step is {step}; it must be positive, fit between low and high, and not go with log")
-    return Range(name, low, high, log, step)
+    return NumericRange(name, low, high, log, step)
 
 
 def number(where: str, given: Any) -> float:

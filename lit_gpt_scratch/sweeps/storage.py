@@ -13,13 +13,13 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of a public argument
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.locks import Claims, FileClaims, PostgresClaims, reason
+from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks, reason
 
 JOURNAL = "study.journal"
 POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
 
 
-def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStorage, Claims]:
+def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
     """The storage that a user means, and the locks that go with it.
 
     Args:
@@ -35,7 +35,7 @@ def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStora
     with storage_errors(given):
         if not separator:
             path = _made_room(Path(kind).expanduser())
-            mend(path)
+            repair_journal(path)
             return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path))), _beside(path)
         if kind == "sqlite":
             claims = _beside(_made_room(Path(rest.removeprefix("/"))))
@@ -43,7 +43,7 @@ def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStora
                 return RDBStorage(f"sqlite://{rest}", engine_kwargs={"connect_args": {"timeout": 60}}), claims
         if kind in POSTGRES:
             url = f"postgresql+psycopg://{rest}"
-            database = PostgresClaims(url, study)
+            database = PostgresLocks(url, study)
             with database.alone():
                 options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
                 return RDBStorage(url, engine_kwargs=options), database
@@ -64,7 +64,7 @@ def storage_errors(given: str | None) -> Iterator[None]:
         raise UserError(f"--storage: cannot reach {_without_password(given or '')}: {reason(inner)}") from error
 
 
-def mend(journal: Path) -> None:
+def repair_journal(journal: Path) -> None:
     """Cut off a line that a crash of the machine left half-written; what comes after it could not be read."""
     with suppress(FileNotFoundError), _Lock(journal).lock, journal.open("rb+") as file:
         content = file.read()
@@ -85,8 +85,8 @@ def _made_room(path: Path) -> Path:
     return path
 
 
-def _beside(path: Path) -> FileClaims:
-    return FileClaims(path.with_name(f"{path.name}.claims"))
+def _beside(path: Path) -> FileLocks:
+    return FileLocks(path.with_name(f"{path.name}.claims"))
 
 
 def _without_password(url: str) -> str:

@@ -14,9 +14,9 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from lit_gpt_scratch.sweeps.build_command import Known
-from lit_gpt_scratch.sweeps.locks import Claims
-from lit_gpt_scratch.sweeps.run_results import Run
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
+from lit_gpt_scratch.sweeps.locks import StudyLocks
+from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep
 
 KNOWN: Final = "known"
@@ -24,7 +24,7 @@ KNOWN: Final = "known"
 
 
 @dataclass
-class Claim:
+class ClaimedRun:
     """A run that is this process' to do.
 
     Args:
@@ -57,7 +57,7 @@ class Study:
         claims: The locks that go with it.
     """
 
-    def __init__(self, sweep: Sweep, storage: BaseStorage, claims: Claims) -> None:
+    def __init__(self, sweep: Sweep, storage: BaseStorage, claims: StudyLocks) -> None:
         self.sweep = sweep
         self.name = f"{sweep.name}-{sweep.fingerprint}"
         self._storage = storage
@@ -67,12 +67,12 @@ class Study:
             self._study = optuna.load_study(study_name=self.name, storage=storage, pruner=sweep.pruner())
 
     @property
-    def known(self) -> Known | None:
+    def known(self) -> ResolvedBaseline | None:
         """What ``fit`` said of the baseline, or None if it has not been asked."""
         plain = self._study.user_attrs.get(KNOWN) if self._study else None
-        return Known(**plain) if plain else None
+        return ResolvedBaseline(**plain) if plain else None
 
-    def begin(self, known: Known) -> None:
+    def begin(self, known: ResolvedBaseline) -> None:
         """Make it, unless somebody has meanwhile."""
         with self._claims.alone():
             try:
@@ -102,7 +102,7 @@ class Study:
         trials = self.trials()
         return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
 
-    def claim(self) -> Claim | None:
+    def claim(self) -> ClaimedRun | None:
         """The next run that nobody does; None if there is none, though others may still be at theirs."""
         with self._claims.alone():
             for trial in self.trials():
@@ -115,7 +115,7 @@ class Study:
             number = self.optuna.ask().number
             return self._claim_of(self.trials()[number])
 
-    def record(self, claim: Claim, run: Run) -> None:
+    def record(self, claim: ClaimedRun, run: RunResult) -> None:
         """Store what became of a run, and end its trial if it was the last."""
         with self._claims.alone():
             trial = self.trials()[claim.number]
@@ -123,11 +123,11 @@ class Study:
             self._claims.release(claim.name)
             self._settle(self.trials()[claim.number])
 
-    def give_back(self, claim: Claim) -> None:
+    def give_back(self, claim: ClaimedRun) -> None:
         """Leave a run to whoever comes next."""
         self._claims.release(claim.name)
 
-    def should_prune(self, claim: Claim, step: int, value: float) -> bool:
+    def should_prune(self, claim: ClaimedRun, step: int, value: float) -> bool:
         """Report a value of the run that pruning goes by, and ask."""
         if claim.trial is None:
             return False
@@ -135,7 +135,7 @@ class Study:
             claim.trial.report(value, step)
         return claim.trial.should_prune()
 
-    def _claim_of(self, trial: FrozenTrial) -> Claim | None:
+    def _claim_of(self, trial: FrozenTrial) -> ClaimedRun | None:
         """A run of a trial that has not ended."""
         if self._settle(trial):
             return None
@@ -146,7 +146,7 @@ class Study:
         first = self.sweep.seeds[0]
         judged = bool(self.sweep.pruning) and first in missing
         for seed in [first] if judged else missing:
-            claim = Claim(trial.number, {}, seed, None)
+            claim = ClaimedRun(trial.number, {}, seed, None)
             if self._claims.take(claim.name):
                 mine = Trial(self.optuna, trial._trial_id)
                 claim.assignment = {name: self._suggest(mine, name) for name in self.sweep.vary}
@@ -199,8 +199,8 @@ class Study:
             return PartialFixedSampler(ahead[number], sampler) if number < len(ahead) else sampler
 
 
-def runs_of(trial: FrozenTrial) -> dict[int, Run]:
+def runs_of(trial: FrozenTrial) -> dict[int, RunResult]:
     """What is recorded of a trial, by seed."""
     stored: Mapping[str, Any] = trial.user_attrs
-    runs = [Run.of(plain) for name, plain in stored.items() if name.startswith("run_")]
+    runs = [RunResult.of(plain) for name, plain in stored.items() if name.startswith("run_")]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}

@@ -14,7 +14,16 @@ import optuna
 import yaml
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.search_space import Dimension, Flags, Range, Setting, dimension, label_of, number, product
+from lit_gpt_scratch.sweeps.search_space import (
+    Flags,
+    NumericRange,
+    SearchDimension,
+    Setting,
+    dimension,
+    format_label,
+    number,
+    product,
+)
 
 METHODS: Final = ("grid", "random", "tpe")
 DIRECTIONS: Final = ("minimize", "maximize")
@@ -54,7 +63,7 @@ class Sweep:
 
     name: str
     question: str
-    vary: Mapping[str, Dimension]
+    vary: Mapping[str, SearchDimension]
     base: tuple[Path, ...] = ()
     fixed: Flags = field(default_factory=dict)
     method: str = "grid"
@@ -217,7 +226,9 @@ def _sweep(name: str, question: str, given: Any) -> Sweep:
     read["budget"] = _budget(read.get("budget", {}))
     read["vary"] = {name: dimension(name, each) for name, each in (given["vary"] or {}).items()}
     read["baseline"] = {
-        name: number(f"baseline: {name}", value) if isinstance(read["vary"].get(name), Range) else label_of(value)
+        name: number(f"baseline: {name}", value)
+        if isinstance(read["vary"].get(name), NumericRange)
+        else format_label(value)
         for name, value in read.get("baseline", {}).items()
     }
     return Sweep(name=name, question=question, **read)

@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from lit_gpt_scratch.sweeps.run_results import Run
+from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.statistics import Estimate, estimate
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrialResult:
     """One assignment and its runs.
 
     Args:
@@ -21,14 +21,14 @@ class Arm:
 
     number: int
     assignment: Assignment
-    runs: list[Run] = field(default_factory=list)
+    runs: list[RunResult] = field(default_factory=list)
     flags: list[str] = field(default_factory=list)
     wanted: int = 1
 
     @property
     def label(self) -> str:
         """The settings in few words."""
-        return ", ".join(worded(setting) for setting in self.assignment.values()) or "the runs"
+        return ", ".join(format_setting(setting) for setting in self.assignment.values()) or "the runs"
 
     @property
     def state(self) -> str:
@@ -47,17 +47,17 @@ class Arm:
         return estimate(list(self.values(metric).values()))
 
 
-def worded(setting: str | float) -> str:
+def format_setting(setting: str | float) -> str:
     """A setting as a table has it."""
     return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
 
 
-def finished(arms: list[Arm], metric: str) -> list[Arm]:
+def finished(arms: list[TrialResult], metric: str) -> list[TrialResult]:
     """Those whose runs all came to their end with a value."""
     return [arm for arm in arms if arm.state == "finished" and arm.values(metric)]
 
 
-def best(arms: list[Arm], metric: str, direction: str) -> Arm | None:
+def best(arms: list[TrialResult], metric: str, direction: str) -> TrialResult | None:
     """The arm with the best mean."""
     sign = 1 if direction == "minimize" else -1
     return min(finished(arms, metric), key=lambda arm: sign * arm.estimate(metric).mean, default=None)

@@ -10,8 +10,8 @@ pytest.importorskip("optuna")
 
 from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import Known, arguments
-from lit_gpt_scratch.sweeps.search_space import label_of
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments
+from lit_gpt_scratch.sweeps.search_space import format_label
 from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 from tests.end_to_end.conftest import Command
 
@@ -85,10 +85,10 @@ def test_every_arm_of_a_sweep_starts(
     ends = [f"{name}={setting}" for name, each in sweep.vary.items() for setting in each.samples()]
     for name, each in sweep.vary.items():
         for setting in each.samples():
-            flags = arguments(sweep, sweep.first | {name: setting}, Known({"data.tokens_per_step": 1}))
+            flags = arguments(sweep, sweep.first | {name: setting}, ResolvedBaseline({"data.tokens_per_step": 1}))
             experiment = f"--experiment=arm_{ends.index(f'{name}={setting}')}"
             outcome = command("fit", *absolute(flags), *two_steps, *source, experiment)
-            assert outcome.code == 0, (label_of(setting), outcome.err)
+            assert outcome.code == 0, (format_label(setting), outcome.err)
     assert len(list(Path("runs").glob("*/*/summary.json"))) == len(ends)
 
 

@@ -12,31 +12,33 @@ import pytest
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.sweeps.html_report import Code, Heading, Table, Text, markdown, page
-from lit_gpt_scratch.sweeps.report import Report
-from lit_gpt_scratch.sweeps.run_results import Point, Run
-from lit_gpt_scratch.sweeps.trial import Arm
+from lit_gpt_scratch.sweeps.report import SweepReport
+from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult
+from lit_gpt_scratch.sweeps.trial import TrialResult
 
 METRIC = "val/bits_per_byte"
 SESSION = {"versions": {"torch": "2.13.0"}, "hardware": {"system": "Linux", "threads": 2}, "code": {"commit": "abc"}}
 
 
-def arm(number: int, label: str, values: list[float], **changes: str) -> Arm:
+def arm(number: int, label: str, values: list[float], **changes: str) -> TrialResult:
     runs = [
-        Run(
+        RunResult(
             seed=seed,
             metrics={METRIC: value, "tokens": 1000.0, "step": 10.0, "seconds": 5.0},
-            curve=[Point(5, 2.0, value + 1), Point(10, 4.0, value)],
+            curve=[CurvePoint(5, 2.0, value + 1), CurvePoint(10, 4.0, value)],
             folder=f"runs/{label}_{seed}",
             session=SESSION,
             **changes,
         )
         for seed, value in enumerate(values, 1)
     ]
-    return Arm(number, {"position": label}, runs, ["--config=base.yaml", f"--model.gpt.position={label}"], len(values))
+    return TrialResult(
+        number, {"position": label}, runs, ["--config=base.yaml", f"--model.gpt.position={label}"], len(values)
+    )
 
 
-def report(*arms: Arm, direction: str = "minimize") -> Report:
-    return Report(
+def report(*arms: TrialResult, direction: str = "minimize") -> SweepReport:
+    return SweepReport(
         title="Positions",
         question="Which <position> is best?",
         metric=METRIC,
@@ -104,7 +106,7 @@ def test_it_says_what_the_doctor_said_choice_by_choice() -> None:
     assert "doctor" not in _words(arms)
 
 
-def _words(arms: list[Arm]) -> str:
+def _words(arms: list[TrialResult]) -> str:
     return markdown("x", list(report(*arms).parts()))
 
 

@@ -11,10 +11,10 @@ pytest.importorskip("optuna")
 from optuna.trial import TrialState
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import Known
-from lit_gpt_scratch.sweeps.run_results import Run
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
+from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage
-from lit_gpt_scratch.sweeps.study import Claim, Study
+from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
 from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 
 METRIC = "val/bits_per_byte"
@@ -29,12 +29,12 @@ def sweep_of(folder: Path, text: str) -> Sweep:
 def opened(folder: Path, sweep: Sweep, storage: str | None = None) -> Study:
     """As another process would open it."""
     study = Study(sweep, *open_storage(storage, folder, sweep.name))
-    study.begin(Known())
+    study.begin(ResolvedBaseline())
     return study
 
 
-def done(claim: Claim, value: float = 1.0, **changes: str) -> Run:
-    return Run(claim.seed, metrics={METRIC: value}, **changes)  # type: ignore[arg-type]  # texts
+def done(claim: ClaimedRun, value: float = 1.0, **changes: str) -> RunResult:
+    return RunResult(claim.seed, metrics={METRIC: value}, **changes)  # type: ignore[arg-type]  # texts
 
 
 @pytest.mark.parametrize("storage", [None, "sqlite"])

@@ -16,7 +16,7 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.sweeps import hparams
-from lit_gpt_scratch.sweeps.run_results import Point, Run, curve, read_run, run_in
+from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, curve, latest_run_folder, read_run_result
 
 METRIC = "val/bits_per_byte"
 
@@ -37,32 +37,32 @@ def test_a_curve_goes_on_over_sessions(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(time, "time", lambda: 5000.0)
     events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a save at step 25, and resumed an hour later
     assert list(curve(tmp_path, METRIC)) == [
-        Point(10, 1.0, 4.0), Point(20, 2.0, 3.0), Point(30, 3.0, 2.0), Point(40, 4.0, 1.0),
+        CurvePoint(10, 1.0, 4.0), CurvePoint(20, 2.0, 3.0), CurvePoint(30, 3.0, 2.0), CurvePoint(40, 4.0, 1.0),
     ]  # fmt: skip
     assert list(curve(tmp_path, "val/other")) == []
 
 
 def test_a_run_that_diverged_has_failed(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(f'{{"{METRIC}": null, "step": 3}}')
-    run = read_run(tmp_path, 1, METRIC)
+    run = read_run_result(tmp_path, 1, METRIC)
     assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end")
-    assert Run.of(run.plain()) == run
+    assert RunResult.of(run.plain()) == run
 
 
 def test_what_the_doctor_said_comes_with_a_run(tmp_path: Path) -> None:
     said = {"symptom": "spike: 3 deviations", "cause": "a batch", "flag": "--guard act"}
     (tmp_path / "doctor.json").write_text(json.dumps([said | {"step": 7}]))
-    run = read_run(tmp_path, 1, METRIC)
+    run = read_run_result(tmp_path, 1, METRIC)
     assert run.diagnoses == [said]
-    assert Run.of(run.plain()) == run
-    assert Run.of({name: value for name, value in run.plain().items() if name != "diagnoses"}).diagnoses == []
+    assert RunResult.of(run.plain()) == run
+    assert RunResult.of({name: value for name, value in run.plain().items() if name != "diagnoses"}).diagnoses == []
 
 
 def test_the_newest_folder_is_the_run(tmp_path: Path) -> None:
     for name in ("version_2", "version_10", "version_x"):
         (tmp_path / name).mkdir()
-    assert run_in(tmp_path) == tmp_path / "version_10"
-    assert run_in(tmp_path / "none") is None
+    assert latest_run_folder(tmp_path) == tmp_path / "version_10"
+    assert latest_run_folder(tmp_path / "none") is None
 
 
 def test_tensorboard_shows_every_trial_in_hparams(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_tensorboard_shows_every_trial_in_hparams(tmp_path: Path) -> None:
         folder = tmp_path / f"{setting}_{seed}" / "version_0"
         folder.mkdir(parents=True)
         events(folder, {9: 3.0, 19: value}, time.time())
-        run = Run(seed, "finished" if value < 1.6 else "pruned", folder=str(folder))
+        run = RunResult(seed, "finished" if value < 1.6 else "pruned", folder=str(folder))
         for _ in range(2):  # the second time it is there
             hparams.write(run, {"what": setting, "lr": 0.5}, f"trial {setting}")
         assert len(list(folder.iterdir())) == 2

@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import Known, arguments, experiment, steps
-from lit_gpt_scratch.sweeps.search_space import Range
+from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, experiment, steps
+from lit_gpt_scratch.sweeps.search_space import NumericRange
 from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
 
 WHOLE = """
@@ -43,10 +43,10 @@ def read(path: Path, text: str) -> Sweep:
 def test_the_example(written: Path) -> None:
     sweep = read(written, WHOLE)
     assert sweep.question == "What does the position bring, and at which rate?"
-    assert sweep.vary["model.optimizer.lr"] == Range("model.optimizer.lr", 1e-4, 1e-2, log=True)
+    assert sweep.vary["model.optimizer.lr"] == NumericRange("model.optimizer.lr", 1e-4, 1e-2, log=True)
     assert sweep.n_trials == 8
     assert sweep.first == {"model.gpt.position": "learned", "model.optimizer.lr": pytest.approx(1e-3)}
-    given = arguments(sweep, {"model.gpt.position": "rotary", "model.optimizer.lr": 0.002}, Known())
+    given = arguments(sweep, {"model.gpt.position": "rotary", "model.optimizer.lr": 0.002}, ResolvedBaseline())
     assert given == [
         "--config=base.yaml", "--trainer.max_steps=200", "--trainer.accelerator=cpu", "--model.gpt.position=rotary",
         "--model.optimizer.lr=0.002",
@@ -70,11 +70,13 @@ def test_alternatives_of_several_flags_and_whole_classes(written: Path) -> None:
     )
     [*_, last] = sweep.assignments
     assert last == {"norm": "post", "model.optimizer": "Muon (lr 0.02)", "model.gpt.attention": "mine.Own"}
-    assert arguments(sweep, last, Known()) == [
+    assert arguments(sweep, last, ResolvedBaseline()) == [
         "--model.gpt.norm_placement=post", "--model.schedule.warmup_steps=0",
         '--model.optimizer={"class_path": "Muon", "init_args": {"lr": 0.02}}', "--model.gpt.attention=mine.Own",
     ]  # fmt: skip
-    assert arguments(sweep, sweep.first, Known()) == ["--model.optimizer=AdamW"]  # null leaves a flag as it is
+    assert arguments(sweep, sweep.first, ResolvedBaseline()) == [
+        "--model.optimizer=AdamW"
+    ]  # null leaves a flag as it is
 
 
 @pytest.mark.parametrize(
@@ -88,7 +90,7 @@ def test_alternatives_of_several_flags_and_whole_classes(written: Path) -> None:
     ],
 )
 def test_ranges(space: dict[str, float], grid: list[float], middle: float) -> None:
-    each = Range("x", **space)  # type: ignore[arg-type]  # as the file gives them
+    each = NumericRange("x", **space)  # type: ignore[arg-type]  # as the file gives them
     assert each.grid() == grid
     assert each.baseline == pytest.approx(middle)
     assert not grid or each.baseline in grid
@@ -105,16 +107,16 @@ def test_ranges(space: dict[str, float], grid: list[float], middle: float) -> No
     ],
 )
 def test_tokens_are_steps(budget: float, flags: dict[str, int], replicas: int, expected: int) -> None:
-    assert steps(budget, flags, Known(replicas=replicas)) == expected
+    assert steps(budget, flags, ResolvedBaseline(replicas=replicas)) == expected
 
 
 def test_a_budget_of_tokens_follows_the_size_of_the_batch(written: Path) -> None:
     sweep = read(written, "vary: {data.batch_size: [4, 16]}\nbudget: {tokens: 64000}\n")
-    known = Known({"data.batch_size": 8, "data.block_size": 100, "trainer.accumulate_grad_batches": 1})
+    known = ResolvedBaseline({"data.batch_size": 8, "data.block_size": 100, "trainer.accumulate_grad_batches": 1})
     found = [arguments(sweep, each, known)[-1] for each in sweep.assignments]
     assert found == ["--trainer.max_steps=160", "--trainer.max_steps=40"]
     minutes = read(written, "vary: {a: [1]}\nbudget: {minutes: 90.5}\n")
-    assert arguments(minutes, minutes.first, Known())[-1] == "--trainer.max_time=00:01:30:30"
+    assert arguments(minutes, minutes.first, ResolvedBaseline())[-1] == "--trainer.max_time=00:01:30:30"
 
 
 def test_what_makes_a_sweep_another_one(written: Path) -> None:
@@ -122,7 +124,7 @@ def test_what_makes_a_sweep_another_one(written: Path) -> None:
     assert read(written, "# Why not?\n" + WHOLE.replace("trials: 8", "trials: 9")).fingerprint == sweep.fingerprint
     for changed in (WHOLE.replace("val/loss", "val/x"), WHOLE.replace("learned, ", ""), WHOLE.replace("200", "201")):
         assert read(written, changed).fingerprint != sweep.fingerprint
-    first = arguments(sweep, sweep.first, Known())
+    first = arguments(sweep, sweep.first, ResolvedBaseline())
     name = experiment(sweep, sweep.first, first, 1)
     assert name.startswith("learned_0.001_seed_1_")
     assert name != experiment(sweep, sweep.first, first, 2)
