@@ -43,7 +43,7 @@ def said(run: Path, data: Conversations) -> list[Reply]:
     """The replies to the test's prompts."""
     path = find_checkpoint(str(run), Path(), None)
     trained = build(load_checkpoint(path), path)
-    records = [data.records[place][1] for place in data.places["test"]]
+    records = [data.records[place][1] for place in data.split_indices["test"]]
     prompts = [data.template.prompt(record.messages[:-1]) for record in records]
     return replies(trained.as_language_model()[0], trained.tokenizer, prompts, LONGEST)
 
@@ -62,12 +62,12 @@ def main() -> None:
         base, summary = fit(runs, "base", threads, *flags)
         data = Conversations(source=given.source, init_from=str(base))
         before = loss(base, data)
-        n = len(data.places["test"])
+        n = len(data.split_indices["test"])
         print(
             f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores\n"
             f"base: {summary['parameters']:,} parameters, {summary['tokens']:,} tokens in {summary['step']} steps, "
             f"{summary['wall']:.0f} s, val/bits_per_byte {summary['val/bits_per_byte']:.3f}\n"
-            f"test: {n} records, {data.copies['test']} of them in training, too\n\n"
+            f"test: {n} records, {data.training_copies['test']} of them in training, too\n\n"
             f"{'':28}{'loss on replies':>16}{'in form':>10}{'parameters trained':>20}{'seconds':>9}"
         )
         report("before", before, said(base, data), 0.0, 0.0)

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES
+from lit_gpt_scratch.data.packing import PACKING_POLICIES
 from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.text.token_shards import Shard
@@ -53,7 +53,7 @@ def milliseconds(values: list[float]) -> str:
 def loading() -> None:
     """Tokens a second out of the loader, nothing else going on."""
     with tempfile.TemporaryDirectory() as folder:
-        for policy in POLICIES:
+        for policy in PACKING_POLICIES:
             for batch_size, block_size in ((8, 256), (32, 1024)):
                 data = PackedText(packing=policy, block_size=block_size, batch_size=batch_size, cache=folder)
                 data.setup("fit")
@@ -99,7 +99,7 @@ def opening() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = PackedText(cache=name).store
-        about = TokenStore.manifest(small.folder)
+        about = TokenStore.read_manifest(small.folder)
         first = Shard.write(folder, "train-00000", np.ones(1, np.uint16), np.array([[0, 1]], np.uint64))
         header = first.path("tokens").read_bytes()[: -first.tokens.nbytes]
         shards = []

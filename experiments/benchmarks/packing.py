@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, Cost, best_fit, cost
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, best_fit_decreasing, compute_packing_cost
 from lit_gpt_scratch.text.cleaning_report import drawn
 
 DRAWN = 10_000_000
@@ -33,9 +33,9 @@ def rows(source: str, block_sizes: list[int], folder: Path) -> list[list[str]]:
         f"{Path(name).name}, {stream.n_documents:,} documents of {stream.n_tokens / stream.n_documents:,.0f} tokens"
     )
     return [
-        [corpus, f"{block_size:,}", policy, *cost(stream, block_size, policy).row]
+        [corpus, f"{block_size:,}", policy, *compute_packing_cost(stream, block_size, policy).table_row]
         for block_size in block_sizes
-        for policy in POLICIES
+        for policy in PACKING_POLICIES
     ]
 
 
@@ -45,7 +45,7 @@ def at_scale(block_size: int) -> None:
     rests = lengths % block_size
     pieces = rests[rests > 0]  # windows that a document fills alone need no place
     began = time.perf_counter()
-    windows = int(best_fit(pieces, block_size).max()) + 1 + int((lengths // block_size).sum())
+    windows = int(best_fit_decreasing(pieces, block_size).max()) + 1 + int((lengths // block_size).sum())
     seconds = time.perf_counter() - began
     fewest = -(-int(lengths.sum()) // block_size)
     print(
@@ -63,7 +63,7 @@ def main() -> None:
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         table = [
-            ["corpus", "windows of", "packing", *Cost.HEAD],
+            ["corpus", "windows of", "packing", *PackingCost.TABLE_HEADER],
             *(row for source in given.source for row in rows(source, given.windows, Path(folder))),
         ]
     print(drawn(table, "<><>>>>>>"))

@@ -69,7 +69,8 @@ def main() -> None:
             f"base: {began['parameters']:,} parameters, {began['tokens']:,} tokens, {began['seconds']:.0f} s; "
             f"start: test/loss {tuned['test/loss']:.3f}, {tuned['seconds']:.0f} s; DPO: {after['step']} steps, "
             f"{after['seconds']:.0f} s\n"
-            f"test: {len(data.places['test'])} pairs of {len(data.records)}, {data.copies['test']} also in training\n\n"
+            f"test: {len(data.split_indices['test'])} pairs of {len(data.records)}, "
+            f"{data.training_copies['test']} also in training\n\n"
             f"{'':8}{'accuracy':>10}{'margin':>10}{'likelier':>10}{'reply loss':>12}"
         )
         for name, found, place in (("before", before, start), ("after", after, run)):

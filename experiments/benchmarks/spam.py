@@ -49,7 +49,7 @@ def base_text(source: str, splits: list[LabelledText], path: Path) -> int:
         key(data.records[place][1].text)
         for data in splits
         for side in ("validation", "test")
-        for place in data.places[side]
+        for place in data.split_indices[side]
     }
     every = LabelledText(source=source, **COLUMNS).records
     texts = [record.text for _, record in every if key(record.text) not in held_out]
@@ -61,7 +61,7 @@ def baseline(data: LabelledText, **of: Any) -> float:
     """Test accuracy of n-grams."""
 
     def side(name: str) -> tuple[list[str], list[str]]:
-        records = [data.records[place][1] for place in data.places[name]]
+        records = [data.records[place][1] for place in data.split_indices[name]]
         return [record.text for record in records], [record.label for record in records]
 
     model = make_pipeline(TfidfVectorizer(**of), LogisticRegression(max_iter=1000))
@@ -112,7 +112,7 @@ def main() -> None:
         }  # fmt: skip
         found = {stage: [future.result()[1] for future in futures] for stage, futures in running.items()}
     ngrams = {name: [baseline(data, **of) for data in splits] for name, of in BASELINES.items()}
-    copies = ", ".join(f"{data.copies['test']} of {len(data.places['test'])}" for data in splits)
+    copies = ", ".join(f"{data.training_copies['test']} of {len(data.split_indices['test'])}" for data in splits)
     print(f"test messages that are also in training: {copies}")
     tuning = sum(one["wall"] for summaries in found.values() for one in summaries) / 2
     print(f"seconds: base {summary['wall']:.0f}, all others, two side by side, {tuning:.0f}")

@@ -65,7 +65,7 @@ def _start(trainer: L.Trainer) -> float | None:
 def _of_text(data: PackedText) -> dict[str, float]:
     validation = data.store.validation
     ids = validation.read(0, validation.n_tokens)
-    counted = data.some_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes
+    counted = data.sample_train_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes
     if len(ids) > LONGEST_FOR_XZ:
         log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
         return token_baselines(*counted)

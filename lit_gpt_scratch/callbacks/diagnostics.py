@@ -162,7 +162,7 @@ def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str,
         validated = batches * data.tokens_per_batch
         facts |= {
             "run/validation_tokens": min(data.store.validation.n_tokens, validated),
-            "run/repeated_passages": repeated_passages(data.some_tokens(READ)),
+            "run/repeated_passages": repeated_passages(data.sample_train_tokens(READ)),
         }
     in_single = torch.tensor([float(value) for value in facts.values()], dtype=torch.float32).tolist()
     return {name: value for name, value in zip(facts, in_single, strict=True) if math.isfinite(value)}

@@ -16,7 +16,7 @@ from lit_gpt_scratch.callbacks.run_dir import InRunFolder
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.record_datamodule import RecordData
+from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.diagnostics.config_rules import CHINCHILLA, FAR, FEW_VALIDATION_TOKENS, MANY_EPOCHS
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
 from lit_gpt_scratch.profiling.flops_and_memory import (
@@ -195,7 +195,7 @@ def data_lines(data: BaseDataModule) -> Iterator[tuple[str, str]]:
     """Lines of the plan, each with its name."""
     if isinstance(data, PackedText):
         yield "data", f"{data.origin}: {_documents(data)}"
-    if isinstance(data, RecordData):
+    if isinstance(data, RecordDataModule):
         yield "data", f"{data.origin}: {_records(data)}"
     windows = data.train_dataset
     if isinstance(windows, PackedDataset):
@@ -211,11 +211,11 @@ def _documents(data: PackedText) -> str:
     return f"{', '.join(sides)}; {each:.2f} bytes a token"
 
 
-def _records(data: RecordData[Any]) -> str:
+def _records(data: RecordDataModule[Any]) -> str:
     purposes = {"train": "learn from", "validation": "validate on", "test": "test on"}
     return ", ".join(
         f"{many(held.records, 'record')} of {count(held.tokens)} tokens to {purposes[side]}"
-        for side, held in data.sides.items()
+        for side, held in data.split_counts.items()
     )
 
 
@@ -225,7 +225,7 @@ def _windows(windows: PackedDataset, block_size: int, packing: str) -> str:
     return (
         f"{count(len(windows))} of {block_size} tokens, {packing}: "
         f"{min(part.used for part in cost):.1%} of their positions used, "
-        f"{many(sum(part.cut for part in cost), 'document')} cut, {crossing:.0%} with several documents"
+        f"{many(sum(part.split for part in cost), 'document')} cut, {crossing:.0%} with several documents"
         f"{', which see nothing of each other' if windows.document_mask else ''}"
     )
 
@@ -239,7 +239,7 @@ def warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Itera
     """What looks like a mistake, though it can be done."""
     if isinstance(data, PackedText):
         yield from _short_validation(data)
-    if isinstance(data, RecordData):
+    if isinstance(data, RecordDataModule):
         yield from _few_records(data)
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
@@ -281,8 +281,8 @@ def _short_validation(data: PackedText) -> Iterator[str]:
         )
 
 
-def _few_records(data: RecordData[Any]) -> Iterator[str]:
-    held_out = data.sides["validation"].records
+def _few_records(data: RecordDataModule[Any]) -> Iterator[str]:
+    held_out = data.split_counts["validation"].records
     if held_out < FEW_RECORDS:
         yield (
             f"there are only {many(held_out, 'record')} to validate on: one more that is right changes a share by "

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_gpt_scratch.callbacks.metric_names import boards
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
-from lit_gpt_scratch.data.record_split import Side
+from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import write
@@ -112,7 +112,7 @@ class TrueReward(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the start, unless this run has done so before."""
         if self.start is None and (data := _judged(trainer, pl_module)):
-            written = self._replies(trainer, pl_module, "test" if "test" in data.places else "validation")
+            written = self._replies(trainer, pl_module, "test" if "test" in data.split_indices else "validation")
             self.start = _share(data, written)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -132,7 +132,7 @@ class TrueReward(Callback):
         """Take it over."""
         self.start = state_dict["start"]
 
-    def _measure(self, trainer: L.Trainer, task: L.LightningModule, side: Side, name: str) -> None:
+    def _measure(self, trainer: L.Trainer, task: L.LightningModule, side: RecordSplit, name: str) -> None:
         if (data := _judged(trainer, task)) is None:
             return
         written = self._replies(trainer, task, side)
@@ -140,7 +140,7 @@ class TrueReward(Callback):
             task.log(f"{name}/true_reward", _share(data, written), sync_dist=True)
             task.log(f"{name}/reply_tokens", sum(reply.n_tokens for reply in written) / len(written), sync_dist=True)
 
-    def _replies(self, trainer: L.Trainer, task: Any, side: Side) -> list[Reply]:
+    def _replies(self, trainer: L.Trainer, task: Any, side: RecordSplit) -> list[Reply]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         prompts = data.prompt_ids(side)[: self.prompts]
         training = task.net.training

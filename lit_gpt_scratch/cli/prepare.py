@@ -13,8 +13,8 @@ from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.show_packing import render_windows, supports_colors
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, Cost, cost
-from lit_gpt_scratch.data.prepare_tokens import VOCABULARY
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, compute_packing_cost
+from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
 from lit_gpt_scratch.errors import UserError
@@ -88,7 +88,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
                 f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes each"
             )
-        kind = "" if data.mixed else f"{data.recipe.tokenizer}, "
+        kind = "" if data.mixture_folders else f"{data.preparation.tokenizer}, "
         print(f"tokenizer   {kind}{data.vocab_size:,} tokens")
         print(f"kept in     {store.folder}{', with audit.json and audit.md' if account.exists() else ''}\n")
     print(drawn(_policies(data), "<>>>>>>"))
@@ -100,17 +100,19 @@ def _prepare(data: PackedText, n_shown: int) -> None:
 
 def _policies(data: PackedText) -> list[list[str]]:
     """What each way of packing costs, the chosen one marked."""
-    rows = [[f"in windows of {data.block_size}", *Cost.HEAD]]
-    for policy in POLICIES:
-        total = sum((cost(store.train, data.block_size, policy) for store in data.stores), Cost())
-        rows.append([f"{'*' if policy == data.packing else ' '} {policy}", *total.row])
+    rows = [[f"in windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
+    for policy in PACKING_POLICIES:
+        total = sum(
+            (compute_packing_cost(store.train, data.block_size, policy) for store in data.stores), PackingCost()
+        )
+        rows.append([f"{'*' if policy == data.packing else ' '} {policy}", *total.table_row])
     return rows
 
 
 def _verify(data: PackedText) -> None:
     # What was kept is looked at as it is, whatever it would be made of now.
-    for store in [TokenStore.open(data.kept_in)] if data.kept_in else data.stores:
-        store.check(everything=True)
+    for store in [TokenStore.open(data.store_folder)] if data.store_folder else data.stores:
+        store.verify(all_files=True)
         tokens = store.train.n_tokens + store.validation.n_tokens
         print(f"{store.folder}: {len(store.shards)} shards, {tokens:,} tokens, all as they were made")
 
@@ -119,15 +121,17 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f"argument --compare: there is no kind '{unknown[0]}'; there are {', '.join(KINDS)}")
-    if data.kept_in is not None:
+    if data.store_folder is not None:
         raise UserError("argument --compare: no tokens are kept, so that --data.store means nothing; leave it out")
-    recipe = data.recipe
+    recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
-    learned_from = list(corpus.texts("train", recipe.learned_from(corpus)))
+    tokenizer_training_share = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))
     share = min(1.0, COMPARED_ON / max(corpus.audit["split"]["validation"]["bytes"], 1))
     held_out = list(corpus.texts("validation", share))
     names: list[str] = []
-    for row in compare(kinds, learned_from, held_out, recipe.vocab_size or VOCABULARY, recipe.special):
+    for row in compare(
+        kinds, tokenizer_training_share, held_out, recipe.vocab_size or DEFAULT_VOCAB_SIZE, recipe.special
+    ):
         names = names or _head(row)
         print("  ".join(f"{row[name]:>{len(name)}}" for name in names), flush=True)
 

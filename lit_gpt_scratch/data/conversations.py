@@ -10,20 +10,20 @@ import numpy as np
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import Laid
-from lit_gpt_scratch.data.record_datamodule import RecordData
-from lit_gpt_scratch.data.token_stream import RecordTokens
-from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
+from lit_gpt_scratch.data.packing import InMemoryPlan
+from lit_gpt_scratch.data.record_datamodule import RecordDataModule
+from lit_gpt_scratch.data.token_stream import RecordTokenStream
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template, conversation
 from lit_gpt_scratch.text.document import Row
 
-SAMPLES: Final = 3
+N_SAMPLE_CONVERSATIONS: Final = 3
 """Conversations that a model's replies are shown of."""
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ConversationExample:
     """Messages that end with a reply."""
 
     messages: Sequence[Message]
@@ -34,33 +34,33 @@ class Conversation:
         return [message.content for message in self.messages]
 
 
-class Conversations(RecordData[Conversation]):
+class Conversations(RecordDataModule[ConversationExample]):
     """Instructions and messages with replies, in the one template (``text.chat``); only replies are learned.
 
     Records are packed by best fit into windows of ``block_size`` tokens, in which they see nothing of each other. For
-    the arguments see ``RecordData``.
+    the arguments see ``RecordDataModule``.
     """
 
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
 
-    def generated(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[Row]:
         """Small tasks about words."""
         return synthetic_data.conversations()
 
-    def record(self, fields: dict[str, Any]) -> Conversation:
+    def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
         """Its messages, in whichever form."""
-        return Conversation(conversation(fields))
+        return ConversationExample(conversation(fields))
 
     @cached_property
     def template(self) -> Template:
         """In the tokens of this data."""
         return Template(self.tokenizer)
 
-    def sequences(self, record: Conversation) -> tuple[Encoded, ...]:
+    def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
         """The tokens of the template, each with the one that follows it, where that is of a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
-        return (Encoded(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
+        return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def uneven(self) -> bool:
@@ -70,17 +70,19 @@ class Conversations(RecordData[Conversation]):
     @property
     def prompts(self) -> list[list[int]]:
         """Of the first conversations that are validated on and have room, up to their last reply."""
-        prompts = (self.template.prompt(self.records[place][1].messages[:-1]) for place in self.places["validation"])
-        return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), SAMPLES))
+        prompts = (
+            self.template.prompt(self.records[place][1].messages[:-1]) for place in self.split_indices["validation"]
+        )
+        return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), N_SAMPLE_CONVERSATIONS))
 
-    def arrange(self, examples: Sequence[Example]) -> PackedDataset:
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> PackedDataset:
         """Packed windows."""
-        records = RecordTokens(
+        records = RecordTokenStream(
             [example.where for example in examples],
             [example.sequences[0].ids for example in examples],
             [example.sequences[0].labels for example in examples],
         )
-        packing = Laid(records, self.block_size, "best_fit")
+        packing = InMemoryPlan(records, self.block_size, "best_fit")
         return PackedDataset(
             [packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True
         )

@@ -11,16 +11,16 @@ import torch
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
-from lit_gpt_scratch.data.record_datamodule import RecordData
-from lit_gpt_scratch.data.record_split import shuffled
-from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
+from lit_gpt_scratch.data.record_datamodule import RecordDataModule
+from lit_gpt_scratch.data.record_split import shuffled_indices
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.document import Row, blank, label_of, text_of
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelledExample:
     """A text and its label."""
 
     text: str
@@ -32,7 +32,7 @@ class Labelled:
         return (self.text,)
 
 
-class LabelledText(RecordData[Labelled]):
+class LabelledText(RecordDataModule[LabelledExample]):
     """Texts of classes. The classes are the labels that there are, in the order of the alphabet.
 
     Args:
@@ -40,7 +40,7 @@ class LabelledText(RecordData[Labelled]):
         label_column: The column with the label, a text or a whole number; a dataset that names its
             classes says their names.
         balance: Take as many records of each class as the smallest has; ``split_seed`` chooses which.
-        **others: See ``RecordData``.
+        **others: See ``RecordDataModule``.
     """
 
     shares = (0.1, 0.2)
@@ -54,18 +54,18 @@ class LabelledText(RecordData[Labelled]):
         self.columns = {"text_column": text_column, "label_column": label_column}
         self.balance = balance
 
-    def generated(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[Row]:
         """Sentences about things."""
         return synthetic_data.labelled()
 
-    def record(self, fields: dict[str, Any]) -> Labelled:
+    def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
         """A text with its label."""
         text = text_of(fields, self.text_column)
         if blank(text):
             raise UserError(f"'{self.text_column}' is empty")
-        return Labelled(text, label_of(fields, self.label_column))
+        return LabelledExample(text, label_of(fields, self.label_column))
 
-    def chosen(self, records: list[tuple[str, Labelled]]) -> list[tuple[str, Labelled]]:
+    def select_records(self, records: list[tuple[str, LabelledExample]]) -> list[tuple[str, LabelledExample]]:
         """All, or as many of each class as the smallest has."""
         counts = Counter(record.label for _, record in records)
         if len(counts) < 2:
@@ -75,7 +75,7 @@ class LabelledText(RecordData[Labelled]):
             return records
         left = dict.fromkeys(counts, min(counts.values()))
         taken = []
-        for place in shuffled(len(records), self.split_seed, purpose=1):
+        for place in shuffled_indices(len(records), self.split_seed, purpose=1):
             label = records[place][1].label
             if left[label]:
                 left[label] -= 1
@@ -117,17 +117,19 @@ class LabelledText(RecordData[Labelled]):
         """A text as the model reads it: the start of text, and its ids."""
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
-    def sequences(self, record: Labelled) -> tuple[Encoded, ...]:
+    def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
         """The text's ids, and the class."""
         label = np.array([self.class_names.index(record.label)])
-        return (Encoded(np.array(self.encode(record.text)), label),)
+        return (EncodedSequence(np.array(self.encode(record.text)), label),)
 
-    def arrange(self, examples: Sequence[Example]) -> "LabelledRows":
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> "LabelledTextDataset":
         """One record a row."""
-        return LabelledRows([example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text)
+        return LabelledTextDataset(
+            [example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text
+        )
 
 
-class LabelledRows(PaddedDataset[Encoded, LabelledBatch]):
+class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
     """Texts, filled up at their right; of each its ids and its class."""
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
-from lit_gpt_scratch.data.packing import Packing
+from lit_gpt_scratch.data.packing import PackingPlan
 from lit_gpt_scratch.errors import UserError
 
 
@@ -25,7 +25,12 @@ class PackedDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, parts: Sequence[Packing], block_size: int, vocab_size: int, end_of_text: int, document_mask: bool = False
+        self,
+        parts: Sequence[PackingPlan],
+        block_size: int,
+        vocab_size: int,
+        end_of_text: int,
+        document_mask: bool = False,
     ) -> None:
         self.parts = parts
         self.block_size = block_size
@@ -58,12 +63,12 @@ class PackedDataset(Dataset[Batch]):
             column = 0
             packing, pieces = self.pieces(index)
             for start, length in pieces:
-                inputs, following = packing.stream.piece(start, length)
+                inputs, following = packing.stream.read_with_labels(start, length)
                 ids[row, column : column + length] = inputs
                 labels[row, column : column + len(following)] = following
                 begins[row, column] = True
                 if self.document_mask and packing.crosses:
-                    begins[row, column - start + packing.stream.borders(start, start + length)] = True
+                    begins[row, column - start + packing.stream.document_starts(start, start + length)] = True
                 column += length
             begins[row, column:] = True  # what fills the window up is of no document, and each place alone
         if max(ids.max(), labels.max()) >= self.vocab_size:
@@ -73,7 +78,7 @@ class PackedDataset(Dataset[Batch]):
             batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
         return batch
 
-    def pieces(self, index: int) -> tuple[Packing, list[tuple[int, int]]]:
+    def pieces(self, index: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
         """The part that a window is of, and its stretches of that one's stream; see ``Packing.pieces``."""
         part = min(bisect_right(self._ends, index), len(self.parts) - 1)
         packing = self.parts[part]
@@ -84,7 +89,7 @@ class PackedDataset(Dataset[Batch]):
         packing, pieces = self.pieces(index)
         numbers: set[int] = set()
         before = 0
-        for starts, _ in packing.stream.documents():
+        for starts, _ in packing.stream.document_spans():
             for first, length in pieces:
                 a, b = np.searchsorted(starts, (first, first + length - 1), side="right") - 1
                 numbers.update(range(before + max(int(a), 0), before + int(b) + 1))
@@ -96,11 +101,11 @@ class PackedDataset(Dataset[Batch]):
         """Which shard has a token that there is not; on a GPU nothing would tell."""
         for packing, pieces in map(self.pieces, indices):
             for start, length in pieces:
-                for shift, tokens in enumerate(packing.stream.piece(start, length)):
+                for shift, tokens in enumerate(packing.stream.read_with_labels(start, length)):
                     beyond = np.flatnonzero(tokens >= self.vocab_size)
                     if not len(beyond):
                         continue
-                    where = packing.stream.where(start + shift + int(beyond[0]))
+                    where = packing.stream.describe_position(start + shift + int(beyond[0]))
                     return UserError(
                         f"{where} has token {tokens[beyond[0]]}, but its tokenizer only {self.vocab_size} tokens; "
                         "delete the folder and prepare it again"

@@ -15,9 +15,9 @@ from platformdirs import user_cache_path
 from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Packing, Policy, packed
-from lit_gpt_scratch.data.prepare_tokens import Recipe
-from lit_gpt_scratch.data.token_store import TokenStore, joined
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPlan, PackingPolicy, plan_packing
+from lit_gpt_scratch.data.prepare_tokens import TokenPreparation
+from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import Step
 from lit_gpt_scratch.text.corpus import Selection
@@ -30,7 +30,7 @@ from lit_gpt_scratch.text.sources import STDLIB, Source
 from lit_gpt_scratch.text.token_shards import Ids
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-BEGUN, BEGINNING, FIRST = 2, 12, 1_000_000
+N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
 """Documents whose beginnings a model is asked to go on with, tokens of a beginning, and in how many they are sought."""
 
 
@@ -100,7 +100,7 @@ class PackedText(BaseDataModule):
         cache: str | None = None,
         init_from: str | None = None,
         mixture: str | Sequence[str] | dict[str, float] | None = None,
-        packing: Policy = "concatenate",
+        packing: PackingPolicy = "concatenate",
         document_mask: bool = False,
         block_size: int = 256,
         batch_size: int = 8,
@@ -116,8 +116,8 @@ class PackedText(BaseDataModule):
         source = STDLIB if source is None else source
         validation_share = 0.05 if validation_share is None else validation_share
         require_positive_ints({"vocab_size": vocab_size, "processes": processes})
-        if packing not in POLICIES:
-            raise UserError(f"data.packing is {packing}; it must be one of {', '.join(POLICIES)}")
+        if packing not in PACKING_POLICIES:
+            raise UserError(f"data.packing is {packing}; it must be one of {', '.join(PACKING_POLICIES)}")
         if max_bytes is not None and max_bytes < 1:
             raise UserError(f"data.max_bytes is {max_bytes}; it must be positive")
         if not 0.0 < validation_share < 1.0:
@@ -136,42 +136,42 @@ class PackedText(BaseDataModule):
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
-        self.recipe = Recipe(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
+        self.preparation = TokenPreparation(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
         self.init_from = init_from
         self._asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
-        self.packing: Policy = packing
+        self.packing: PackingPolicy = packing
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
-        self.kept_in = Path(store).expanduser().resolve() if store else None
+        self.store_folder = Path(store).expanduser().resolve() if store else None
         folders = [mixture] if isinstance(mixture, str) else mixture or ()
-        self.mixed = [Path(folder).expanduser() for folder in folders]
+        self.mixture_folders = [Path(folder).expanduser() for folder in folders]
         if mixture is not None:
             self.weights = list(mixture.values()) if isinstance(mixture, dict) else None
-            refuse_mixture(self.mixed, self.weights)
-            refuse_of_text(PackedText, arguments)
+            validate_mixture(self.mixture_folders, self.weights)
+            reject_text_arguments(PackedText, arguments)
 
     @property
     def origin(self) -> str:
         """What the tokens are made of, as a user wrote it."""
-        return ", ".join(map(str, self.mixed)) or self.recipe.selection.name
+        return ", ".join(map(str, self.mixture_folders)) or self.preparation.selection.name
 
     @cached_property
     def stores(self) -> list[TokenStore]:
         """What the tokens come from: the prepared corpus, made on first use; or those that are mixed."""
-        if self.mixed:
-            return [TokenStore.open(folder) for folder in self.mixed]
+        if self.mixture_folders:
+            return [TokenStore.open(folder) for folder in self.mixture_folders]
         given = None
         if self.init_from is not None:
             for name, asked in self._asked.items():
                 if asked is not None:
                     raise UserError(f"model.init_from brings a tokenizer of its own; leave out data.{name}")
             given = start_tokenizer(self.init_from)
-        return [self.recipe.prepare(self.cache, self.kept_in, given)]
+        return [self.preparation.prepare(self.cache, self.store_folder, given)]
 
     @cached_property
     def store(self) -> TokenStore:
         """All of them as one."""
-        return joined(self.stores)
+        return concatenate_stores(self.stores)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -192,8 +192,11 @@ class PackedText(BaseDataModule):
     def prompts(self) -> list[list[int]]:
         """The beginning of a document, and the first tokens of some that are validated on."""
         stream, start = self.store.validation, self.tokenizer.start_of_text
-        length = min(BEGINNING, self.block_size // 2)
-        found = [stream.read(at, at + length) for at in stream.borders(0, FIRST)[:BEGUN].tolist()]
+        length = min(SAMPLE_PROMPT_TOKENS, self.block_size // 2)
+        found = [
+            stream.read(at, at + length)
+            for at in stream.document_starts(0, SAMPLE_SEARCH_TOKENS)[:N_SAMPLE_PROMPTS].tolist()
+        ]
         return [[start], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
     def prepare_data(self) -> None:
@@ -206,15 +209,16 @@ class PackedText(BaseDataModule):
         Raises:
             UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
         """
-        train = [packed(store.train, self.block_size, self.packing, self.cache) for store in self.stores]
+        train = [plan_packing(store.train, self.block_size, self.packing, self.cache) for store in self.stores]
         self.train_dataset = self._windows(train)
         self.validation_dataset = self._windows(
-            [Concatenated(store.validation, self.block_size, whole=True) for store in self.stores]
+            [ConcatenatedPlan(store.validation, self.block_size, keep_last=True) for store in self.stores]
         )
         for store, part in zip(self.stores, train, strict=True):
             if not len(part):
                 raise UserError(
-                    f"{store.folder if self.mixed else self.origin} has {store.train.n_tokens} tokens for training, "
+                    f"{store.folder if self.mixture_folders else self.origin} has {store.train.n_tokens} tokens "
+                    "for training, "
                     f"fewer than one window of {self.block_size}; name more text, or lower --data.block_size"
                 )
         batch = self.batch_size * self.shard["num_replicas"]
@@ -231,7 +235,7 @@ class PackedText(BaseDataModule):
         if stage == "fit":
             self.accumulate()
 
-    def some_tokens(self, n: int) -> Ids:
+    def sample_train_tokens(self, n: int) -> Ids:
         """About the first so many tokens of the training, of each store its share."""
         whole = [float(store.train.n_tokens) for store in self.stores]
         weights = self.weights or whole
@@ -245,19 +249,19 @@ class PackedText(BaseDataModule):
         """Whether some windows of the training have fewer labels than others."""
         return self.packing != "concatenate"
 
-    def _windows(self, parts: Sequence[Packing]) -> PackedDataset:
+    def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text
         return PackedDataset(parts, self.block_size, self.vocab_size, end_of_text, self.document_mask)
 
 
-ONLY_OF_TEXT: Final = (
+TEXT_ARGUMENTS: Final = (
     "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
     "vocab_size", "special_tokens", "store",
 )  # fmt: skip
 """Arguments that mean nothing to tokens that are made already."""
 
 
-def refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
+def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
     """Refuse what cannot be mixed.
 
     Raises:
@@ -272,7 +276,7 @@ def refuse_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> 
         raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; give at least one store a weight")
 
 
-def refuse_of_text(kind: type, arguments: Mapping[str, Any]) -> None:
+def reject_text_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
     """Refuse arguments that say how tokens are made.
 
     Args:
@@ -282,7 +286,7 @@ def refuse_of_text(kind: type, arguments: Mapping[str, Any]) -> None:
     Raises:
         UserError: One of them is not its default.
     """
-    for name in ONLY_OF_TEXT:
+    for name in TEXT_ARGUMENTS:
         default = inspect.signature(kind).parameters[name].default
         given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
         if given != default:

@@ -21,14 +21,14 @@ from typing import ClassVar, Final, Literal, Protocol, get_args
 
 import numpy as np
 
-from lit_gpt_scratch.data.token_store import fingerprint
-from lit_gpt_scratch.data.token_stream import Integers, Tokens
+from lit_gpt_scratch.data.token_store import hash_json
+from lit_gpt_scratch.data.token_stream import Integers, TokenStream
 from lit_gpt_scratch.text.atomic_files import whole_folder
 from lit_gpt_scratch.text.token_shards import Mapped, Stream
 
 
 @dataclass(frozen=True)
-class Cost:
+class PackingCost:
     """What a policy does to documents; costs can be added.
 
     Attributes:
@@ -38,7 +38,7 @@ class Cost:
         padding: Positions without a token.
         discarded: Tokens that are in no window.
         cut: Documents that are not in one window alone.
-        cut_needlessly: Those of them that would fit into one.
+        split_needlessly: Those of them that would fit into one.
         crossing: Windows with tokens of more than one document.
     """
 
@@ -47,19 +47,19 @@ class Cost:
     documents: int = 0
     padding: int = 0
     discarded: int = 0
-    cut: int = 0
-    cut_needlessly: int = 0
+    split: int = 0
+    split_needlessly: int = 0
     crossing: int = 0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+    def __add__(self, other: "PackingCost") -> "PackingCost":
+        return PackingCost(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     @property
     def used(self) -> float:
         """The share of the positions that have a token."""
         return 1 - self.padding / max(self.positions, 1)
 
-    HEAD: ClassVar = (
+    TABLE_HEADER: ClassVar = (
         "windows",
         "positions used",
         "tokens discarded",
@@ -69,14 +69,14 @@ class Cost:
     )
 
     @property
-    def row(self) -> list[str]:
-        """For a table under ``HEAD``."""
+    def table_row(self) -> list[str]:
+        """For a table under ``TABLE_HEADER``."""
         documents, windows = max(self.documents, 1), max(self.windows, 1)
-        shares = self.cut / documents, self.cut_needlessly / documents, self.crossing / windows
+        shares = self.split / documents, self.split_needlessly / documents, self.crossing / windows
         return [f"{self.windows:,}", f"{self.used:.2%}", f"{self.discarded:,}", *(f"{share:.1%}" for share in shares)]
 
 
-def best_fit(lengths: Integers, capacity: int) -> Integers:
+def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
     """Best-fit decreasing: which bin each item goes into.
 
     Bins with the same room are alike, and so are items of the same length, so both are dealt with together: as long as
@@ -120,13 +120,13 @@ def best_fit(lengths: Integers, capacity: int) -> Integers:
     return bins
 
 
-PLAN: Final = 1
+PLAN_FORMAT: Final = 1
 """Number of the form in which plans are kept."""
 
-PlannedPolicy = Literal["best_fit", "one_document"]
+BinPackingPolicy = Literal["best_fit", "one_document"]
 
 
-class _Plan(ABC):
+class _ArrayPlan(ABC):
     """Two arrays: the pieces, in the order of the windows, and where those of each window begin."""
 
     crosses: ClassVar[bool] = False
@@ -150,7 +150,7 @@ class _Plan(ABC):
         return [(int(start), int(length)) for start, length in self._pieces[first:behind]]
 
 
-class Laid(_Plan):
+class InMemoryPlan(_ArrayPlan):
     """A plan in memory.
 
     Args:
@@ -159,14 +159,14 @@ class Laid(_Plan):
         policy: How documents are laid.
     """
 
-    def __init__(self, stream: Tokens, block_size: int, policy: PlannedPolicy) -> None:
+    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy) -> None:
         self.stream = stream
-        self._parts = list(laid(stream, block_size, policy))
+        self._parts = list(pack_shards(stream, block_size, policy))
 
     @cached_property
-    def cost(self) -> Cost:
+    def cost(self) -> PackingCost:
         """What it took."""
-        return sum((found for _, _, found in self._parts), Cost())
+        return sum((found for _, _, found in self._parts), PackingCost())
 
     @cached_property
     def _pieces(self) -> Integers:
@@ -177,7 +177,7 @@ class Laid(_Plan):
         return np.cumsum(np.concatenate([[0], *(in_each for _, in_each, _ in self._parts)]))
 
 
-class Planned(_Plan, Mapped):
+class CachedPlan(_ArrayPlan, Mapped):
     """A plan that is made once and mapped into memory from two files, ``pieces`` and ``windows``.
 
     Args:
@@ -187,15 +187,15 @@ class Planned(_Plan, Mapped):
         folder: Where the plan is, or will be.
     """
 
-    def __init__(self, stream: Tokens, block_size: int, policy: PlannedPolicy, folder: Path) -> None:
+    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
         self.stream = stream
         self.folder = folder
-        whole_folder(folder, lambda place: _plan(stream, block_size, policy, place), "--data.cache")
+        whole_folder(folder, lambda place: _write_plan(stream, block_size, policy, place), "--data.cache")
 
     @cached_property
-    def cost(self) -> Cost:
+    def cost(self) -> PackingCost:
         """As it was found when the plan was made."""
-        return Cost(**json.loads((self.folder / "cost.json").read_text(encoding="utf-8")))
+        return PackingCost(**json.loads((self.folder / "cost.json").read_text(encoding="utf-8")))
 
     @cached_property
     def _pieces(self) -> Integers:
@@ -206,12 +206,12 @@ class Planned(_Plan, Mapped):
         return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
 
 
-def _plan(stream: Tokens, block_size: int, policy: PlannedPolicy, folder: Path) -> None:
+def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
     """Shard by shard, so that it takes memory for the documents of one."""
-    n_pieces, total = 0, Cost()
+    n_pieces, total = 0, PackingCost()
     with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
         np.zeros(1, np.int64).tofile(windows_file)
-        for pieces, in_each, found in laid(stream, block_size, policy):
+        for pieces, in_each, found in pack_shards(stream, block_size, policy):
             pieces.tofile(pieces_file)
             (n_pieces + np.cumsum(in_each)).tofile(windows_file)
             n_pieces += len(pieces)
@@ -219,19 +219,21 @@ def _plan(stream: Tokens, block_size: int, policy: PlannedPolicy, folder: Path) 
     (folder / "cost.json").write_text(json.dumps(asdict(total)), encoding="utf-8")
 
 
-def laid(stream: Tokens, block_size: int, policy: PlannedPolicy) -> Iterator[tuple[Integers, Integers, Cost]]:
+def pack_shards(
+    stream: TokenStream, block_size: int, policy: BinPackingPolicy
+) -> Iterator[tuple[Integers, Integers, PackingCost]]:
     """Of each shard its pieces in the order of the windows, how many pieces each window has, and the cost."""
-    for starts, lengths in stream.documents():
-        pieces = _cut(starts, lengths, block_size)
-        windows = best_fit(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
+    for starts, lengths in stream.document_spans():
+        pieces = _split_documents(starts, lengths, block_size)
+        windows = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
         in_each = np.bincount(windows)
         positions = len(in_each) * block_size
         padding, cut, crossing = positions - int(lengths.sum()), (lengths > block_size).sum(), (in_each > 1).sum()
-        found = Cost(len(in_each), positions, len(starts), padding, cut=int(cut), crossing=int(crossing))
+        found = PackingCost(len(in_each), positions, len(starts), padding, split=int(cut), crossing=int(crossing))
         yield pieces[np.argsort(windows, kind="stable")], in_each, found
 
 
-def _cut(starts: Integers, lengths: Integers, block_size: int) -> Integers:
+def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> Integers:
     """Documents as pieces of ``block_size`` tokens and a rest: (n_pieces, 2), first token and length."""
     n_pieces = -(-lengths // block_size)
     document = np.repeat(np.arange(len(starts)), n_pieces)
@@ -240,11 +242,11 @@ def _cut(starts: Integers, lengths: Integers, block_size: int) -> Integers:
     return np.stack([first, np.minimum(block_size, lengths[document] - nth * block_size)], axis=1)
 
 
-Policy = Literal["concatenate", "best_fit", "one_document"]
-POLICIES: Final[tuple[Policy, ...]] = get_args(Policy)
+PackingPolicy = Literal["concatenate", "best_fit", "one_document"]
+PACKING_POLICIES: Final[tuple[PackingPolicy, ...]] = get_args(PackingPolicy)
 
 
-class Packing(Protocol):
+class PackingPlan(Protocol):
     """A stream laid into windows.
 
     Attributes:
@@ -254,11 +256,11 @@ class Packing(Protocol):
     crosses: ClassVar[bool]
 
     @property
-    def stream(self) -> Tokens:
+    def stream(self) -> TokenStream:
         """The tokens."""
 
     @property
-    def cost(self) -> Cost:
+    def cost(self) -> PackingCost:
         """What it took."""
 
     def __len__(self) -> int: ...
@@ -267,23 +269,23 @@ class Packing(Protocol):
         """The stretches of the stream that make up a window: the first token of each, and how many."""
 
 
-class Concatenated:
+class ConcatenatedPlan:
     """The stream cut every ``block_size`` tokens. Every token but the very first is a label exactly once.
 
     Args:
         stream: The tokens.
         block_size: Tokens in a window.
-        whole: Keep the shorter last window, so that every token is scored (validation); else it is dropped (training,
+        keep_last: Keep the shorter last window, so that every token is scored (validation); else drop it (training,
             where all windows count alike).
     """
 
     crosses: ClassVar[bool] = True
 
-    def __init__(self, stream: Tokens, block_size: int, whole: bool = False) -> None:
+    def __init__(self, stream: TokenStream, block_size: int, keep_last: bool = False) -> None:
         self.stream = stream
         self.block_size = block_size
         scored = max(stream.n_tokens - 1, 0)
-        self.n_windows = -(-scored // block_size) if whole else scored // block_size
+        self.n_windows = -(-scored // block_size) if keep_last else scored // block_size
 
     def __len__(self) -> int:
         return self.n_windows
@@ -295,12 +297,12 @@ class Concatenated:
         return [(start, length)] if window < self.n_windows else []
 
     @cached_property
-    def cost(self) -> Cost:
+    def cost(self) -> PackingCost:
         """Found by walking over the documents."""
         T, end = self.block_size, self.n_windows * self.block_size
         cut = needlessly = crossing = 0
         last = -1  # the window last counted as crossing
-        for starts, lengths in self.stream.documents():
+        for starts, lengths in self.stream.document_spans():
             parted = (starts // T != (starts + lengths - 1) // T) & (starts < end)
             cut += int(parted.sum())
             needlessly += int((parted & (lengths <= T)).sum())
@@ -308,20 +310,20 @@ class Concatenated:
             crossing += len(begun) - int(len(begun) > 0 and begun[0] == last)
             last = int(begun[-1]) if len(begun) else last
         padding, discarded = max(end - self.stream.n_tokens, 0), max(self.stream.n_tokens - 1 - end, 0)
-        return Cost(len(self), end, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
+        return PackingCost(len(self), end, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
 
 
-def packed(stream: Stream, block_size: int, policy: Policy, cache: Path) -> Packing:
+def plan_packing(stream: Stream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
     """A stream laid into windows for training; a plan is kept in the cache, under what it is made for."""
     if policy == "concatenate":
-        return Concatenated(stream, block_size)
+        return ConcatenatedPlan(stream, block_size)
     shards = [(shard.sha256["documents"], shard.n_tokens) for shard in stream.shards]
-    key = fingerprint([PLAN, policy, block_size, shards])
-    return Planned(stream, block_size, policy, cache / "packing" / key[:16])
+    key = hash_json([PLAN_FORMAT, policy, block_size, shards])
+    return CachedPlan(stream, block_size, policy, cache / "packing" / key[:16])
 
 
-def cost(stream: Tokens, block_size: int, policy: Policy) -> Cost:
+def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPolicy) -> PackingCost:
     """What a policy would cost, without a plan to keep."""
     if policy == "concatenate":
-        return Concatenated(stream, block_size).cost
-    return sum((found for _, _, found in laid(stream, block_size, policy)), Cost())
+        return ConcatenatedPlan(stream, block_size).cost
+    return sum((found for _, _, found in pack_shards(stream, block_size, policy)), PackingCost())

@@ -10,18 +10,18 @@ import torch
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedDataModule
-from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
 from lit_gpt_scratch.text.chat_template import REPLIES, Message
 from lit_gpt_scratch.text.document import Row
 
-Ties = Literal["refuse", "drop"]
-TIES: Final[tuple[Ties, ...]] = get_args(Ties)
+TiePolicy = Literal["refuse", "drop"]
+TIE_POLICIES: Final[tuple[TiePolicy, ...]] = get_args(TiePolicy)
 
 
 @dataclass(frozen=True)
-class Preference:
+class PreferencePair:
     """Messages, the reply that is preferred, and another."""
 
     prompt: Sequence[Message]
@@ -34,29 +34,29 @@ class Preference:
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
-class Preferences(PromptedDataModule[Preference]):
+class Preferences(PromptedDataModule[PreferencePair]):
     """Rows of ``prompt``, ``chosen`` and ``rejected``, each a text or messages; or ``instruction`` for the prompt.
 
     Args:
         ties: What becomes of a pair whose replies are the same: ``refuse`` it by name, or ``drop`` it.
-        **others: See ``PromptedDataModule`` and ``RecordData``.
+        **others: See ``PromptedDataModule`` and ``RecordDataModule``.
     """
 
     pairs: Final = True
 
-    def __init__(self, ties: Ties = "refuse", **others: Any) -> None:
+    def __init__(self, ties: TiePolicy = "refuse", **others: Any) -> None:
         super().__init__(**others)
-        if ties not in TIES:
-            raise UserError(f"data.ties is {ties}; it must be one of {', '.join(TIES)}")
+        if ties not in TIE_POLICIES:
+            raise UserError(f"data.ties is {ties}; it must be one of {', '.join(TIE_POLICIES)}")
         self.ties = ties
 
-    def generated(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[Row]:
         """Replies to small tasks about words, as the checkable preference has them and as it has not."""
         return verifiable_rewards.preferences(self.checkable or OF_GENERATED)
 
-    def record(self, fields: dict[str, Any]) -> Preference:
+    def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
         """A prompt and two replies."""
-        found = Preference(
+        found = PreferencePair(
             chat_template.prompt(fields), chat_template.reply(fields, "chosen"), chat_template.reply(fields, "rejected")
         )
         if found.chosen == found.rejected and self.ties == "refuse":
@@ -65,33 +65,35 @@ class Preferences(PromptedDataModule[Preference]):
             )
         return found
 
-    def chosen(self, records: list[tuple[str, Preference]]) -> list[tuple[str, Preference]]:
+    def select_records(self, records: list[tuple[str, PreferencePair]]) -> list[tuple[str, PreferencePair]]:
         """All but ties."""
         return [(where, record) for where, record in records if record.chosen != record.rejected]
 
-    def sequences(self, record: Preference) -> tuple[Encoded, ...]:
+    def encode_record(self, record: PreferencePair) -> tuple[EncodedSequence, ...]:
         """The conversation with each of the replies, the preferred one first."""
         return tuple(self._whole([*record.prompt, Message(REPLIES, each)]) for each in (record.chosen, record.rejected))
 
-    def _whole(self, messages: Sequence[Message]) -> Encoded:
+    def _whole(self, messages: Sequence[Message]) -> EncodedSequence:
         """All tokens, and the labels of the last reply."""
         ids = np.array(self.template.render(messages).ids)
         labels = np.full(len(ids), IGNORE_INDEX)
         begin = len(self.template.prompt(messages[:-1]))
         labels[begin - 1 : -1] = ids[begin:]
-        return Encoded(ids, labels)
+        return EncodedSequence(ids, labels)
 
-    def arrange(self, examples: Sequence[Example]) -> "PairRows":
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> "PreferencePairDataset":
         """One pair a row."""
-        return PairRows([example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text)
+        return PreferencePairDataset(
+            [example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text
+        )
 
 
-class PairRows(PaddedDataset[tuple[Encoded, ...], PairBatch]):
+class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch]):
     """Pairs, filled up at their right; of each the preferred sequence, and the other."""
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
         """A whole batch; an index of ``len(self)`` is a pair of no text."""
-        nothing = (Encoded(EMPTY_ROW, EMPTY_ROW),) * 2
+        nothing = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
         pairs = [self.items[index] if index < len(self) else nothing for index in indices]
         rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the others
         return PairBatch(

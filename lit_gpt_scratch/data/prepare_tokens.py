@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from tqdm import tqdm
 
-from lit_gpt_scratch.data.token_store import FORMAT, MANIFEST, TokenStore, fingerprint
+from lit_gpt_scratch.data.token_store import MANIFEST_FILE, STORE_FORMAT, TokenStore, hash_json
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import filled, whole_folder
 from lit_gpt_scratch.text.cleaning_report import markdown, with_tokens
@@ -23,14 +23,14 @@ from lit_gpt_scratch.text.tokenizer_training import KINDS, OF_ANY_SIZE
 
 log = logging.getLogger(__name__)
 
-LEARN_FROM: Final = 2**28
+TOKENIZER_TRAINING_BYTES: Final = 2**28
 """Bytes of text that a tokenizer is trained on, of a longer corpus; more changes hardly a merge."""
-VOCABULARY: Final = 1024
+DEFAULT_VOCAB_SIZE: Final = 1024
 """Tokens of a tokenizer of which nobody said how large it is to be."""
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TokenPreparation:
     """All that decides which ids a corpus becomes.
 
     Args:
@@ -61,20 +61,20 @@ class Recipe:
         if store is not None:
             self._refuse_place(store)
             if not store.exists() or not any(store.iterdir()):
-                purpose = json.dumps([FORMAT, self._settings(given), self.selection.stamps])
+                purpose = json.dumps([STORE_FORMAT, self._settings(given), self.selection.stamps])
                 whole_folder(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
             self._compare(store, given)
             return self._opened(store)
         corpus = self.selection.prepare(cache / "corpora")
         # Two cleanings may leave the same texts; the audit is of one of them.
-        name = fingerprint([self._fingerprint(corpus, given), corpus.folder.name])
+        name = hash_json([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
         whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
         return self._opened(folder)
 
-    def learned_from(self, corpus: Corpus) -> float:
+    def tokenizer_training_share(self, corpus: Corpus) -> float:
         """The share of a corpus that a tokenizer learns from."""
-        return min(1.0, LEARN_FROM / max(corpus.n_bytes, 1))
+        return min(1.0, TOKENIZER_TRAINING_BYTES / max(corpus.n_bytes, 1))
 
     def _settings(self, given: Tokenizer | None) -> dict[str, Any]:
         return {
@@ -85,17 +85,17 @@ class Recipe:
         }
 
     def _fingerprint(self, corpus: Corpus, given: Tokenizer | None) -> str:
-        trained = [self.tokenizer, self.vocab_size or VOCABULARY, *self.special]
+        trained = [self.tokenizer, self.vocab_size or DEFAULT_VOCAB_SIZE, *self.special]
         facts = {
-            "format": FORMAT,
+            "format": STORE_FORMAT,
             "corpus": corpus.fingerprint,
             "tokenizer": given.to_json() if given else trained,
         }
-        return fingerprint(facts)
+        return hash_json(facts)
 
     def _refuse_place(self, store: Path) -> None:
         """Tokens do not go where something else is, nor among the texts they are made of."""
-        if store.exists() and not (store / MANIFEST).exists() and (not store.is_dir() or any(store.iterdir())):
+        if store.exists() and not (store / MANIFEST_FILE).exists() and (not store.is_dir() or any(store.iterdir())):
             raise UserError(f"{store} has something else in it; name another folder as --data.store")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
@@ -110,7 +110,7 @@ class Recipe:
 
     def _compare(self, store: Path, given: Tokenizer | None) -> None:
         """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
-        about = TokenStore.manifest(store)
+        about = TokenStore.read_manifest(store)
         before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         for name in now:
             if before.get(name) != now[name]:
@@ -132,7 +132,7 @@ class Recipe:
 
     def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
         """Make what is not there yet: an interrupted call is gone on with."""
-        if not (folder / MANIFEST).exists():
+        if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._kept(folder) or given or self._train(corpus)
             if tokenizer.loss:
                 log.warning("the tokenizer loses something: %s", tokenizer.loss)
@@ -143,8 +143,8 @@ class Recipe:
             about: dict[str, Any] = {
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
-                    "source": fingerprint(self.selection.stamps),
-                    "cleaning": fingerprint(self.selection.settings["cleaning"]),
+                    "source": hash_json(self.selection.stamps),
+                    "cleaning": hash_json(self.selection.settings["cleaning"]),
                     "text": corpus.fingerprint,
                     "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
                 },
@@ -154,7 +154,7 @@ class Recipe:
                 **{side: [shard.about for shard in shards[side]] for side in SIDES},
             }
             TokenStore.write_manifest(folder, about)
-        clear_notes(TokenStore.unchecked(folder).shards)
+        clear_notes(TokenStore.read_unverified(folder).shards)
 
     def _kept(self, folder: Path) -> Tokenizer | None:
         """The tokenizer that an interrupted call has made."""
@@ -176,23 +176,23 @@ class Recipe:
         (folder / "audit.md").write_text(markdown(audit), encoding="utf-8")
 
     def _train(self, corpus: Corpus) -> Tokenizer:
-        share = self.learned_from(corpus)
+        share = self.tokenizer_training_share(corpus)
         some = "the" if share == 1 else f"{share:.1%} of the"
         log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
         with progress_bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
-            texts = _sliced(_noted(corpus.texts("train", share), progress))
-            tokenizer = Tokenizer.train(texts, self.vocab_size or VOCABULARY, self.tokenizer, self.special)
-        refuse_too_few(tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
+            texts = _split_long_texts(_report_progress(corpus.texts("train", share), progress))
+            tokenizer = Tokenizer.train(texts, self.vocab_size or DEFAULT_VOCAB_SIZE, self.tokenizer, self.special)
+        validate_vocab_size(tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return tokenizer
 
     def _opened(self, folder: Path) -> TokenStore:
         store = TokenStore.open(folder)
         # It may have been made for somebody who did not ask for a number.
-        refuse_too_few(store.tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
+        validate_vocab_size(store.tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return store
 
 
-def refuse_too_few(tokenizer: Tokenizer, kind: str, asked: int | None, name: str) -> None:
+def validate_vocab_size(tokenizer: Tokenizer, kind: str, asked: int | None, name: str) -> None:
     """Refuse a smaller vocabulary than was asked for.
 
     Raises:
@@ -205,13 +205,13 @@ def refuse_too_few(tokenizer: Tokenizer, kind: str, asked: int | None, name: str
         )
 
 
-def _noted(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:
+def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[str]:
     for text in texts:
         yield text
         progress.update(len(text.encode()))
 
 
-def _sliced(texts: Iterable[str]) -> Iterator[str]:
+def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
     """Long texts in pieces, whole lines if they have any: a trainer takes many times the memory of what it is given."""
     for text in texts:
         start = 0

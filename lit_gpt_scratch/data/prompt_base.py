@@ -7,9 +7,9 @@ from itertools import islice
 from typing import Any, Final, Protocol, TypeVar
 
 from lit_gpt_scratch.data.base_datamodule import reject_null, require_positive_ints
-from lit_gpt_scratch.data.record_datamodule import RecordData
-from lit_gpt_scratch.data.record_split import Side
-from lit_gpt_scratch.data.tokenized_examples import Record
+from lit_gpt_scratch.data.record_datamodule import RecordDataModule
+from lit_gpt_scratch.data.record_split import RecordSplit
+from lit_gpt_scratch.data.tokenized_examples import TextRecord
 from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template
 from lit_gpt_scratch.text.verifiable_rewards import checkable as named
 
@@ -19,7 +19,7 @@ OF_GENERATED: Final = "full_stop"
 """What is preferred where the records are generated, and nothing else is asked for."""
 
 
-class PromptedRecord(Record, Protocol):
+class PromptedRecord(TextRecord, Protocol):
     """A record whose prompt is written replies to."""
 
     @property
@@ -30,7 +30,7 @@ class PromptedRecord(Record, Protocol):
 P = TypeVar("P", bound=PromptedRecord)
 
 
-class PromptedDataModule(RecordData[P], ABC):
+class PromptedDataModule(RecordDataModule[P], ABC):
     """Prompts in the one template (``text.chat``), and by what replies to them are judged.
 
     Args:
@@ -38,7 +38,7 @@ class PromptedDataModule(RecordData[P], ABC):
             held out are judged by it. By default it is the one that rewards a policy, if one does; else ``full_stop``
             of records that are generated, and none of others.
         reply_tokens: The most tokens of a reply that is written, its end among them.
-        **others: See ``RecordData``.
+        **others: See ``RecordDataModule``.
 
     Raises:
         UserError: There is no such preference, or a number is out of range.
@@ -78,9 +78,9 @@ class PromptedDataModule(RecordData[P], ABC):
         """Every record of the training counts once."""
         return False
 
-    def prompt_ids(self, side: Side) -> list[list[int]]:
+    def prompt_ids(self, side: RecordSplit) -> list[list[int]]:
         """What replies are written after, of the records of a side; those that leave no room for one are left out."""
-        prompts = (self.template.prompt(self.records[place][1].prompt) for place in self.places.get(side, ()))
+        prompts = (self.template.prompt(self.records[place][1].prompt) for place in self.split_indices.get(side, ()))
         return [prompt for prompt in prompts if len(prompt) < self.block_size]
 
     @property

@@ -10,10 +10,10 @@ import numpy as np
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, RolloutPhase
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
-from lit_gpt_scratch.data.record_split import Side
+from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.data.rollout_sampler import PromptIndexDataset, RolloutSampler, rank_rows
 from lit_gpt_scratch.data.sampler import ShuffledOrder
-from lit_gpt_scratch.data.tokenized_examples import Encoded, Example
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
 from lit_gpt_scratch.text.chat_template import Message
@@ -40,7 +40,7 @@ class Prompts(PromptedDataModule[Prompt]):
     leave ``reply_tokens`` of ``block_size``.
 
     Args:
-        **others: See ``PromptedDataModule`` and ``RecordData``; ``too_long`` cannot be ``cut``.
+        **others: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` cannot be ``cut``.
 
     Raises:
         UserError: Also, no token is left for a prompt.
@@ -50,14 +50,14 @@ class Prompts(PromptedDataModule[Prompt]):
         super().__init__(**others)
         if self.too_long == "cut":
             raise UserError("data.too_long is cut, but a reply answers the end of its prompt; refuse or drop")
-        if self.room < 1:
+        if self.max_record_tokens < 1:
             raise UserError(
                 f"data.reply_tokens is {self.reply_tokens}, which leaves nothing of a data.block_size of "
                 f"{self.block_size} to prompts"
             )
 
     @property
-    def room(self) -> int:
+    def max_record_tokens(self) -> int:
         """The most tokens of a prompt."""
         return self.block_size - self.reply_tokens
 
@@ -66,28 +66,28 @@ class Prompts(PromptedDataModule[Prompt]):
         """Replies are as long as they are."""
         return True
 
-    def generated(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[Row]:
         """Small tasks about words."""
         return verifiable_rewards.prompts()
 
-    def record(self, fields: dict[str, Any]) -> Prompt:
+    def parse_row(self, fields: dict[str, Any]) -> Prompt:
         """Its messages."""
         return Prompt(chat_template.prompt(fields))
 
-    def sequences(self, record: Prompt) -> tuple[Encoded, ...]:
+    def encode_record(self, record: Prompt) -> tuple[EncodedSequence, ...]:
         """Up to where the reply begins; there is nothing to be learned of it."""
         ids = np.array(self.template.prompt(record.prompt))
-        return (Encoded(ids, np.full(len(ids), IGNORE_INDEX)),)
+        return (EncodedSequence(ids, np.full(len(ids), IGNORE_INDEX)),)
 
-    def arrange(self, examples: Sequence[Example]) -> PromptIndexDataset:
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> PromptIndexDataset:
         """Their numbers."""
         return PromptIndexDataset(len(examples))
 
-    def prompt_count(self, side: Side) -> int:
+    def prompt_count(self, side: RecordSplit) -> int:
         """How many a side has."""
         return len(self.examples[side])
 
-    def asked(self, side: Side, numbers: Sequence[int]) -> tuple[list[list[int]], list[str]]:
+    def asked(self, side: RecordSplit, numbers: Sequence[int]) -> tuple[list[list[int]], list[str]]:
         """Prompts of a side, by their numbers: ids, and what the messages say, each on a line of its own."""
         examples = [self.examples[side][number] for number in numbers]
         ids = [example.sequences[0].ids.tolist() for example in examples]

@@ -22,9 +22,25 @@ from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, RowDataset, reject_null, require_positive_ints
-from lit_gpt_scratch.data.record_split import SIDES, Places, Side, copies, divide, held_out
-from lit_gpt_scratch.data.resolve_tokenizer import one_of_both, trained_once
-from lit_gpt_scratch.data.tokenized_examples import TOO_LONG, Count, Encoded, Example, Record, TooLong, digest, fitted
+from lit_gpt_scratch.data.record_split import (
+    RECORD_SPLITS,
+    RecordIndices,
+    RecordSplit,
+    count_training_copies,
+    split_records,
+    validate_shares,
+)
+from lit_gpt_scratch.data.resolve_tokenizer import resolve_tokenizer, train_or_load_tokenizer
+from lit_gpt_scratch.data.tokenized_examples import (
+    LENGTH_POLICIES,
+    EncodedSequence,
+    ExampleCounts,
+    LengthPolicy,
+    TextRecord,
+    TokenizedExample,
+    hash_examples,
+    limit_length,
+)
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, synthetic_data
 from lit_gpt_scratch.text.document import Row
@@ -35,10 +51,10 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 
-R = TypeVar("R", bound=Record)
+R = TypeVar("R", bound=TextRecord)
 
 
-class RecordData(BaseDataModule, ABC, Generic[R]):
+class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     """Records of a table, split by chance, encoded and laid out.
 
     Args:
@@ -87,7 +103,7 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
         test_share: float | None = None,
         split_seed: int = 0,
         copies_together: bool = False,
-        too_long: TooLong = "refuse",
+        too_long: LengthPolicy = "refuse",
         tokenizer: str | None = None,
         vocab_size: int | None = None,
         init_from: str | None = None,
@@ -105,22 +121,22 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
         test = self.shares[1] if test_share is None else test_share
         if split_seed < 0:
             raise UserError(f"data.split_seed is {split_seed}; it must be 0 or more")
-        if too_long not in TOO_LONG:
-            raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(TOO_LONG)}")
+        if too_long not in LENGTH_POLICIES:
+            raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(LENGTH_POLICIES)}")
         self.source = None if source is None else Source(source, config=config, split=split, streaming=streaming)
         if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is none")
-        self.held_out = held_out(validation, test)
+        self.held_out = validate_shares(validation, test)
         self.split_seed = split_seed
         self.copies_together = copies_together
         self.too_long = too_long
-        self.tokenizer_given = tokenizer
-        self.vocab_size_asked = vocab_size
+        self.tokenizer_spec = tokenizer
+        self.requested_vocab_size = vocab_size
         self.init_from = init_from
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
 
     @abstractmethod
-    def record(self, fields: dict[str, Any]) -> R:
+    def parse_row(self, fields: dict[str, Any]) -> R:
         """What a row says.
 
         Raises:
@@ -128,18 +144,18 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
         """
 
     @abstractmethod
-    def sequences(self, record: R) -> tuple[Encoded, ...]:
+    def encode_record(self, record: R) -> tuple[EncodedSequence, ...]:
         """A record as tokens, however long."""
 
     @abstractmethod
-    def arrange(self, examples: Sequence[Example]) -> RowDataset:
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> RowDataset:
         """Records of one side as rows of batches."""
 
     @abstractmethod
-    def generated(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[Row]:
         """Rows for where no source is named."""
 
-    def chosen(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
+    def select_records(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
         """Which records to take, each with the place of its row; by default all."""
         return records
 
@@ -151,27 +167,27 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
     @cached_property
     def records(self) -> list[tuple[str, R]]:
         """All that are taken, each with the place of its row."""
-        rows = self.generated() if self.source is None else self.source.rows(self.columns)
-        return self.chosen([(row.where, self._read(row)) for row in rows])
+        rows = self.default_rows() if self.source is None else self.source.rows(self.columns)
+        return self.select_records([(row.where, self._read(row)) for row in rows])
 
     def _read(self, row: Row) -> R:
         try:
-            return self.record(row.fields)
+            return self.parse_row(row.fields)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
 
     @cached_property
-    def places(self) -> dict[Side, Places]:
+    def split_indices(self) -> dict[RecordSplit, RecordIndices]:
         """The records of each side, by their places."""
-        return divide(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
+        return split_records(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
 
     @cached_property
-    def copies(self) -> dict[Side, int]:
+    def training_copies(self) -> dict[RecordSplit, int]:
         """How many held-out records say what one of the training says, too, but for case and space."""
-        found = copies(self._keys, self.places)
+        found = count_training_copies(self._keys, self.split_indices)
         for side, n in found.items():
             if n:
-                log.info("%s: %d of %d records have a copy in training", side, n, len(self.places[side]))
+                log.info("%s: %d of %d records have a copy in training", side, n, len(self.split_indices[side]))
         return found
 
     @cached_property
@@ -182,46 +198,48 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
     def tokenizer(self) -> Tokenizer:
         """That of the model which is tuned, or the one that was given, or one trained on the training records."""
         own = start_tokenizer(self.init_from) if self.init_from is not None else None
-        found = one_of_both(own, self.init_from, self.tokenizer_given)
+        found = resolve_tokenizer(own, self.init_from, self.tokenizer_spec)
         if found is not None:
-            if self.vocab_size_asked is not None:
+            if self.requested_vocab_size is not None:
                 raise UserError("data.vocab_size is of a tokenizer that is trained here; leave it out")
             return found
-        texts = [text for place in self.places["train"] for text in self.records[place][1].texts]
-        kind = self.tokenizer_given or "bpe"
-        return trained_once(texts, kind, self.vocab_size_asked, self.special_tokens, self.cache, self.origin)
+        texts = [text for place in self.split_indices["train"] for text in self.records[place][1].texts]
+        kind = self.tokenizer_spec or "bpe"
+        return train_or_load_tokenizer(
+            texts, kind, self.requested_vocab_size, self.special_tokens, self.cache, self.origin
+        )
 
     @property
-    def room(self) -> int:
+    def max_record_tokens(self) -> int:
         """The most tokens of a record."""
         return self.block_size
 
     @cached_property
-    def examples(self) -> dict[Side, list[Example]]:
+    def examples(self) -> dict[RecordSplit, list[TokenizedExample]]:
         """Of each side, its records in tokens."""
-        found: dict[Side, list[Example]] = {}
-        for side in (side for side in SIDES if side in self.places):
-            records = (self.records[place] for place in self.places[side])
-            examples = (Example(where, self.sequences(record)) for where, record in records)
-            found[side] = fitted(examples, self.room, self.too_long, side)
+        found: dict[RecordSplit, list[TokenizedExample]] = {}
+        for side in (side for side in RECORD_SPLITS if side in self.split_indices):
+            records = (self.records[place] for place in self.split_indices[side])
+            examples = (TokenizedExample(where, self.encode_record(record)) for where, record in records)
+            found[side] = limit_length(examples, self.max_record_tokens, self.too_long, side)
         return found
 
     @property
-    def sides(self) -> dict[Side, Count]:
+    def split_counts(self) -> dict[RecordSplit, ExampleCounts]:
         """What is on each side."""
-        return {side: Count.of(examples) for side, examples in self.examples.items()}
+        return {side: ExampleCounts.of(examples) for side, examples in self.examples.items()}
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of what a run learns from and is measured on: ids, labels and sides, and the room of a row."""
         found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
         for side, examples in self.examples.items():
-            found.update(side.encode() + digest(examples))
+            found.update(side.encode() + hash_examples(examples))
         return found.hexdigest()
 
     def prepare_data(self) -> None:
         """Read, split and encode; training a tokenizer is done here, once."""
-        _ = self.examples, self.copies
+        _ = self.examples, self.training_copies
 
     def setup(self, stage: str) -> None:
         """Lay the rows of batches, and settle how many micro-batches make a step.
@@ -234,9 +252,9 @@ class RecordData(BaseDataModule, ABC, Generic[R]):
                 raise UserError(
                     f"{self.origin}: no record of {side} fits into {self.block_size} tokens; raise --data.block_size"
                 )
-        self.train_dataset = self.arrange(self.examples["train"])
-        self.validation_dataset = self.arrange(self.examples["validation"])
-        self.test_dataset = self.arrange(self.examples["test"]) if "test" in self.examples else None
+        self.train_dataset = self.build_dataset(self.examples["train"])
+        self.validation_dataset = self.build_dataset(self.examples["validation"])
+        self.test_dataset = self.build_dataset(self.examples["test"]) if "test" in self.examples else None
         batch = self.batch_size * self.shard["num_replicas"]
         if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(

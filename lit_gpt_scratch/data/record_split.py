@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 from lit_gpt_scratch.data.sampler import Permutations
 from lit_gpt_scratch.errors import UserError
 
-Side = Literal["train", "validation", "test"]
-SIDES: Final[tuple[Side, ...]] = get_args(Side)
+RecordSplit = Literal["train", "validation", "test"]
+RECORD_SPLITS: Final[tuple[RecordSplit, ...]] = get_args(RecordSplit)
 
-Places = NDArray[np.int64]
+RecordIndices = NDArray[np.int64]
 
 
-def shuffled(n: int, seed: int, purpose: int = 0) -> Places:
+def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
     """The numbers below ``n`` in an order that follows from the seed, whatever version of whatever library is here."""
     return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
 
 
-def held_out(validation: float, test: float) -> dict[Side, float]:
+def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
     """The shares of the sides that are held out; there need be no test.
 
     Raises:
@@ -34,9 +34,9 @@ def held_out(validation: float, test: float) -> dict[Side, float]:
     return {"validation": validation, "test": test} if test else {"validation": validation}
 
 
-def divide(
-    keys: Sequence[str], shares: dict[Side, float], seed: int, together: bool = False, name: str = "this"
-) -> dict[Side, Places]:
+def split_records(
+    keys: Sequence[str], shares: dict[RecordSplit, float], seed: int, together: bool = False, name: str = "this"
+) -> dict[RecordSplit, RecordIndices]:
     """Deal records out to the sides.
 
     Args:
@@ -56,8 +56,8 @@ def divide(
     for place, key in enumerate(keys):
         groups.setdefault(key if together else place, []).append(place)
     members = list(groups.values())
-    left = [members[group] for group in shuffled(len(members), seed)]
-    sides: dict[Side, Places] = {}
+    left = [members[group] for group in shuffled_indices(len(members), seed)]
+    sides: dict[RecordSplit, RecordIndices] = {}
     for side, share in shares.items():
         wanted, taken = round(share * len(keys)), list[int]()
         while left and len(taken) < wanted:
@@ -73,7 +73,7 @@ def divide(
     return sides
 
 
-def copies(keys: Sequence[str], sides: dict[Side, Places]) -> dict[Side, int]:
+def count_training_copies(keys: Sequence[str], sides: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
     """How many records of each side that is held out say what one of the training says, too."""
     learned = {keys[place] for place in sides["train"]}
     return {side: sum(keys[place] in learned for place in sides[side]) for side in sides if side != "train"}

@@ -5,8 +5,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_gpt_scratch.data.prepare_tokens import VOCABULARY, refuse_too_few
-from lit_gpt_scratch.data.token_store import fingerprint
+from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE, validate_vocab_size
+from lit_gpt_scratch.data.token_store import hash_json
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import whole_folder
 from lit_gpt_scratch.text.tokenizer import FILE, Tokenizer
@@ -15,7 +15,7 @@ from lit_gpt_scratch.text.tokenizer_training import KINDS
 log = logging.getLogger(__name__)
 
 
-def one_of_both(own: Tokenizer | None, init_from: str | None, given: str | None) -> Tokenizer | None:
+def resolve_tokenizer(own: Tokenizer | None, init_from: str | None, given: str | None) -> Tokenizer | None:
     """The tokenizer of a model, or the one that was given by its path; None where neither is there.
 
     Args:
@@ -33,7 +33,7 @@ def one_of_both(own: Tokenizer | None, init_from: str | None, given: str | None)
     return own or found
 
 
-def trained_once(
+def train_or_load_tokenizer(
     texts: Sequence[str], kind: str, vocab_size: int | None, special: Sequence[str], cache: Path, name: str
 ) -> Tokenizer:
     """Train a tokenizer, or find it in the cache: all processes of a run have the same, and so has a resumed one.
@@ -50,13 +50,13 @@ def trained_once(
         UserError: The texts give fewer tokens than were asked for.
     """
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    folder = cache / "tokenizers" / fingerprint([kind, vocab_size, *special, content])[:16]
+    folder = cache / "tokenizers" / hash_json([kind, vocab_size, *special, content])[:16]
 
     def fill(place: Path) -> None:
         log.info("training a %s tokenizer on the training records of %s", kind, name)
-        Tokenizer.train(texts, vocab_size or VOCABULARY, kind, special).save(place / FILE)
+        Tokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE, kind, special).save(place / FILE)
 
     whole_folder(folder, fill, "--data.cache")
     tokenizer = Tokenizer.load(folder / FILE)
-    refuse_too_few(tokenizer, kind, vocab_size, name)
+    validate_vocab_size(tokenizer, kind, vocab_size, name)
     return tokenizer

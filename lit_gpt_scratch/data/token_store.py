@@ -20,11 +20,11 @@ from lit_gpt_scratch.text.token_shards import PARTS, Part, Shard, Stream, digest
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-FORMAT: Final = 3
-MANIFEST: Final = "store.json"
-CHECKED: Final = "checked.json"
+STORE_FORMAT: Final = 3
+MANIFEST_FILE: Final = "store.json"
+VERIFIED_FILE: Final = "checked.json"
 """By file name, what the system said of it when its content was last compared with its SHA-256."""
-AFRESH: Final = "delete the folder and prepare it again"
+REBUILD_HINT: Final = "delete the folder and prepare it again"
 
 
 @dataclass(frozen=True)
@@ -57,57 +57,59 @@ class TokenStore:
         Raises:
             UserError: It is no such folder, or a file in it is not as it was made.
         """
-        store = cls.unchecked(folder)
+        store = cls.read_unverified(folder)
         try:
             here = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
         except OSError as error:
-            raise UserError(f"{folder / TOKENIZER} is missing ({error.strerror}); {AFRESH}") from error
+            raise UserError(f"{folder / TOKENIZER} is missing ({error.strerror}); {REBUILD_HINT}") from error
         if here != store.tokenizer_sha256:
-            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER}; {AFRESH}")
-        store.check()
+            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER}; {REBUILD_HINT}")
+        store.verify()
         return store
 
     @classmethod
-    def unchecked(cls, folder: Path) -> "TokenStore":
+    def read_unverified(cls, folder: Path) -> "TokenStore":
         """A store as its folder tells of it, without looking whether that is so."""
-        about = cls.manifest(folder)
+        about = cls.read_manifest(folder)
         try:
             sides = [Stream(tuple(Shard(folder=str(folder), **shard) for shard in about[side])) for side in SIDES]
             tokenizer = about["fingerprints"]["tokenizer"]
             return cls(folder, about["fingerprint"], tokenizer, about["vocab_size"], *sides)
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder / MANIFEST} is damaged ({error}); {AFRESH}") from error
+            raise UserError(f"{folder / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
 
     @staticmethod
-    def manifest(folder: Path) -> dict[str, Any]:
+    def read_manifest(folder: Path) -> dict[str, Any]:
         """What a folder says of its tokens.
 
         Raises:
             UserError: It says nothing, or says it in another format.
         """
-        if not (folder / MANIFEST).exists():  # it may be something else, which nobody should be told to delete
+        if not (folder / MANIFEST_FILE).exists():  # it may be something else, which nobody should be told to delete
             raise UserError(f"there is no token store {folder}; name a folder that prepare --data.store has made")
         try:
-            found: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            found: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
             made_in, sealed = int(found["format"]), found.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder} is no token store ({error}); {AFRESH}") from error
-        if made_in > FORMAT:
-            raise UserError(f"{folder} is a store of format {made_in}, newer than {FORMAT}; update lit_gpt_scratch")
-        if made_in < FORMAT:
-            raise UserError(f"{folder} is a store of format {made_in}, older than {FORMAT}; {AFRESH}")
-        if sealed != fingerprint(found):
-            raise UserError(f"{folder / MANIFEST} is not what was written; {AFRESH}")
+            raise UserError(f"{folder} is no token store ({error}); {REBUILD_HINT}") from error
+        if made_in > STORE_FORMAT:
+            raise UserError(
+                f"{folder} is a store of format {made_in}, newer than {STORE_FORMAT}; update lit_gpt_scratch"
+            )
+        if made_in < STORE_FORMAT:
+            raise UserError(f"{folder} is a store of format {made_in}, older than {STORE_FORMAT}; {REBUILD_HINT}")
+        if sealed != hash_json(found):
+            raise UserError(f"{folder / MANIFEST_FILE} is not what was written; {REBUILD_HINT}")
         return found
 
     @staticmethod
     def write_manifest(folder: Path, about: dict[str, Any]) -> None:
         """Write what ``manifest`` reads, when all shards are there."""
-        about = {"format": FORMAT, **about}
-        with whole_file(folder / MANIFEST) as file:
-            file.write(json.dumps(about | {"sha256": fingerprint(about)}, indent=2).encode())
-        store = TokenStore.unchecked(folder)
-        store._note(store._signatures())
+        about = {"format": STORE_FORMAT, **about}
+        with whole_file(folder / MANIFEST_FILE) as file:
+            file.write(json.dumps(about | {"sha256": hash_json(about)}, indent=2).encode())
+        store = TokenStore.read_unverified(folder)
+        store._save_verified(store._signatures())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -119,37 +121,37 @@ class TokenStore:
         """Of both sides."""
         return self.train.shards + self.validation.shards
 
-    def check(self, everything: bool = False) -> None:
+    def verify(self, all_files: bool = False) -> None:
         """Compare shards with what was made.
 
         Args:
-            everything: Read all files, and not only those that look altered since they were last checked.
+            all_files: Read all files, and not only those that look altered since they were last checked.
 
         Raises:
             UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
         """
         now = self._signatures()
-        before = {} if everything else _checked(self.folder)
+        before = {} if all_files else _read_verified(self.folder)
         files = ((shard, part) for shard in self.shards for part in PARTS)
         doubtful = [(shard, part) for shard, part in files if now[name := shard.file(part)] != before.get(name)]
         if doubtful:
-            _compare(doubtful)
-            self._note(now)
+            _compare_hashes(doubtful)
+            self._save_verified(now)
         for shard in self.shards:
-            largest = max(shard.largest, int(shard.tokens.max())) if everything else shard.largest
+            largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
             if largest >= self.vocab_size:
-                raise _refused(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
+                raise _shard_error(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
 
-    def _note(self, signatures: dict[str, list[int]]) -> None:
+    def _save_verified(self, signatures: dict[str, list[int]]) -> None:
         """Remember that all files are as they were made, with these signatures."""
-        with suppress(OSError), whole_file(self.folder / CHECKED) as file:  # a folder may be for reading only
+        with suppress(OSError), whole_file(self.folder / VERIFIED_FILE) as file:  # a folder may be for reading only
             file.write(json.dumps(signatures).encode())
 
     def _signatures(self) -> dict[str, list[int]]:
-        return {shard.file(part): _signature(shard, part) for shard in self.shards for part in PARTS}
+        return {shard.file(part): _file_signature(shard, part) for shard in self.shards for part in PARTS}
 
 
-def joined(stores: Sequence[TokenStore]) -> TokenStore:
+def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     """Several stores as one, their streams one behind the other.
 
     Raises:
@@ -170,12 +172,12 @@ def joined(stores: Sequence[TokenStore]) -> TokenStore:
     return replace(first, fingerprint=fingerprint, train=train, validation=validation)
 
 
-def fingerprint(facts: object) -> str:
+def hash_json(facts: object) -> str:
     """SHA-256 of plain data."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _signature(shard: Shard, part: Part) -> list[int]:
+def _file_signature(shard: Shard, part: Part) -> list[int]:
     """Size, and times of the last writing and change: what the system says of a file for next to nothing.
 
     Writing to it changes the last, even where the other is set back; but on Windows, where it is that of the creation.
@@ -184,21 +186,21 @@ def _signature(shard: Shard, part: Part) -> list[int]:
     try:
         found = os.stat(f"{shard.folder}/{name}")  # noqa: PTH116 - of thousands of files, where a Path costs as much
     except OSError as error:
-        raise _refused(shard, f"is not there ({name}: {error.strerror})") from error
+        raise _shard_error(shard, f"is not there ({name}: {error.strerror})") from error
     if found.st_size != shard.sizes[part]:
-        raise _refused(shard, f"has {found.st_size:,} bytes instead of {shard.sizes[part]:,} ({name})")
+        raise _shard_error(shard, f"has {found.st_size:,} bytes instead of {shard.sizes[part]:,} ({name})")
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
-def _checked(folder: Path) -> dict[str, list[int]]:
+def _read_verified(folder: Path) -> dict[str, list[int]]:
     try:
-        found: dict[str, list[int]] = json.loads((folder / CHECKED).read_text(encoding="utf-8"))
+        found: dict[str, list[int]] = json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
         return found
     except (OSError, ValueError):
         return {}
 
 
-def _compare(files: Sequence[tuple[Shard, Part]]) -> None:
+def _compare_hashes(files: Sequence[tuple[Shard, Part]]) -> None:
     """Read files, several at once, and compare them with their SHA-256."""
     total = sum(shard.sizes[part] for shard, part in files)
     with (
@@ -209,12 +211,12 @@ def _compare(files: Sequence[tuple[Shard, Part]]) -> None:
         try:
             for (shard, part), sha256 in zip(files, found, strict=True):
                 if sha256 != shard.sha256[part]:
-                    raise _refused(shard, f"is not what was written ({shard.file(part)}: its SHA-256 differs)")
+                    raise _shard_error(shard, f"is not what was written ({shard.file(part)}: its SHA-256 differs)")
                 progress.update(shard.sizes[part])
         except BaseException:  # Ctrl-C, too: the others need not be read any more
             threads.shutdown(cancel_futures=True)
             raise
 
 
-def _refused(shard: Shard, why: str) -> UserError:
-    return UserError(f"shard {shard.name} of {shard.folder} {why}; {AFRESH}")
+def _shard_error(shard: Shard, why: str) -> UserError:
+    return UserError(f"shard {shard.name} of {shard.folder} {why}; {REBUILD_HINT}")

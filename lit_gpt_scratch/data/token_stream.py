@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 Integers = NDArray[np.int64]
 
 
-class Tokens(Protocol):
+class TokenStream(Protocol):
     """Documents, one behind the other: the shards of a store (``text.shards.Stream``), or records in memory."""
 
     @property
@@ -21,20 +21,20 @@ class Tokens(Protocol):
     def n_documents(self) -> int:
         """Documents."""
 
-    def piece(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """So many tokens, and what is to be predicted at each, or ``IGNORE_INDEX``; the last of all may have none."""
 
-    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+    def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """Part by part, the first token of its documents and how many tokens each has."""
 
-    def borders(self, start: int, stop: int) -> Integers:
+    def document_starts(self, start: int, stop: int) -> Integers:
         """Which of the tokens ``start`` to ``stop`` are the first of a document."""
 
-    def where(self, token: int) -> str:
+    def describe_position(self, token: int) -> str:
         """What holds a token, for a message."""
 
 
-class RecordTokens:
+class RecordTokenStream:
     """Records in memory, each a document.
 
     Args:
@@ -60,18 +60,18 @@ class RecordTokens:
         """Records."""
         return len(self.names)
 
-    def piece(self, start: int, length: int) -> tuple[Integers, Integers]:
+    def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
         """So many inputs, and what is to be predicted at each."""
         return self._inputs[start : start + length], self._labels[start : start + length]
 
-    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+    def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """All records at once."""
         yield self._starts, self._lengths
 
-    def borders(self, start: int, stop: int) -> Integers:
+    def document_starts(self, start: int, stop: int) -> Integers:
         """Which of the inputs are the first of a record."""
         return self._starts[slice(*np.searchsorted(self._starts, (start, stop)))]
 
-    def where(self, token: int) -> str:
+    def describe_position(self, token: int) -> str:
         """The record that holds an input."""
         return self.names[bisect_right(self._starts, token) - 1]

@@ -14,11 +14,11 @@ from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
 
-TooLong = Literal["refuse", "cut", "drop"]
-TOO_LONG: Final[tuple[TooLong, ...]] = get_args(TooLong)
+LengthPolicy = Literal["refuse", "cut", "drop"]
+LENGTH_POLICIES: Final[tuple[LengthPolicy, ...]] = get_args(LengthPolicy)
 
 
-class Record(Protocol):
+class TextRecord(Protocol):
     """What a row says."""
 
     @property
@@ -27,7 +27,7 @@ class Record(Protocol):
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedSequence:
     """Tokens that a model reads at once.
 
     Attributes:
@@ -38,9 +38,9 @@ class Encoded:
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
-    def cut(self, n: int) -> "Encoded":
+    def truncate(self, n: int) -> "EncodedSequence":
         """The first so many tokens."""
-        return Encoded(self.ids[:n], self.labels[:n])
+        return EncodedSequence(self.ids[:n], self.labels[:n])
 
     @property
     def n_labels(self) -> int:
@@ -48,7 +48,7 @@ class Encoded:
         return int((self.labels != IGNORE_INDEX).sum())
 
 
-class Example(NamedTuple):
+class TokenizedExample(NamedTuple):
     """A record as tokens: one sequence, or several that are learned from together.
 
     Attributes:
@@ -57,7 +57,7 @@ class Example(NamedTuple):
     """
 
     where: str
-    sequences: tuple[Encoded, ...]
+    sequences: tuple[EncodedSequence, ...]
 
     @property
     def n_tokens(self) -> int:
@@ -69,18 +69,18 @@ class Example(NamedTuple):
         """Labels that count."""
         return sum(sequence.n_labels for sequence in self.sequences)
 
-    def cut(self, n: int) -> "Example | None":
+    def truncate(self, n: int) -> "TokenizedExample | None":
         """With no sequence longer than so many tokens; None if one loses all its labels, or what tells it from another.
 
         The label of a whole sequence is never lost.
         """
-        cut = [sequence.cut(n) for sequence in self.sequences]
+        cut = [sequence.truncate(n) for sequence in self.sequences]
         lost = any(whole.n_labels and not part.n_labels for whole, part in zip(self.sequences, cut, strict=True))
         same = len({part.ids.tobytes() for part in cut}) < len(cut)
-        return None if lost or same else Example(self.where, tuple(cut))
+        return None if lost or same else TokenizedExample(self.where, tuple(cut))
 
 
-class Count(NamedTuple):
+class ExampleCounts(NamedTuple):
     """What is on a side: records, the tokens that a model reads of them, and the labels that count."""
 
     records: int
@@ -88,13 +88,13 @@ class Count(NamedTuple):
     labels: int
 
     @classmethod
-    def of(cls, examples: Sequence[Example]) -> "Count":
+    def of(cls, examples: Sequence[TokenizedExample]) -> "ExampleCounts":
         """Count them."""
         tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
         return cls(len(examples), tokens, sum(example.n_labels for example in examples))
 
 
-def digest(examples: Sequence[Example]) -> bytes:
+def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
     """SHA-256 of ids and labels, in their order."""
     found = hashlib.sha256()
     for sequence in (sequence for example in examples for sequence in example.sequences):
@@ -103,7 +103,9 @@ def digest(examples: Sequence[Example]) -> bytes:
     return found.digest()
 
 
-def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side: str) -> list[Example]:
+def limit_length(
+    examples: Iterable[TokenizedExample], block_size: int, too_long: LengthPolicy, side: str
+) -> list[TokenizedExample]:
     """Examples of at most ``block_size`` tokens.
 
     What is cut so that nothing is left to learn from it is dropped.
@@ -111,7 +113,7 @@ def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side
     Raises:
         UserError: One is longer, and is to be refused.
     """
-    found: list[Example] = []
+    found: list[TokenizedExample] = []
     n_cut = n_dropped = 0
     for example in examples:
         n_tokens = example.n_tokens
@@ -123,7 +125,7 @@ def fitted(examples: Iterable[Example], block_size: int, too_long: TooLong, side
                 f"{example.where} has {n_tokens:,} tokens, more than a row has room for: {block_size:,}; raise "
                 "--data.block_size, or cut or drop such records: --data.too_long cut"
             )
-        if too_long == "cut" and (cut := example.cut(block_size)):
+        if too_long == "cut" and (cut := example.truncate(block_size)):
             found.append(cut)
             n_cut += 1
         else:

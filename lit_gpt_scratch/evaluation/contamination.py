@@ -23,9 +23,12 @@ def corpus(source: str, text_column: str = "text") -> Iterator[str]:
     Raises:
         UserError: It is missing or cannot be read.
     """
-    from lit_gpt_scratch.data.token_store import MANIFEST, TokenStore  # with data comes Lightning, which takes seconds
+    from lit_gpt_scratch.data.token_store import (  # with data comes Lightning, which takes seconds
+        MANIFEST_FILE,
+        TokenStore,
+    )
 
-    if not Path(source, MANIFEST).is_file():
+    if not Path(source, MANIFEST_FILE).is_file():
         return (document.text for document in documents(source, text_column))
     return _decoded(TokenStore.open(Path(source)))
 

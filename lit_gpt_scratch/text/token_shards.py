@@ -125,18 +125,18 @@ class Stream:
         place = bisect_right(self.ends, token)
         return self.shards[place], self.ends[place] - self.shards[place].n_tokens
 
-    def where(self, token: int) -> str:
+    def describe_position(self, token: int) -> str:
         """The shard that holds a token, for a message."""
         shard, _ = self.shard_of(token)
         return f"shard {shard.name} of {shard.folder}"
 
-    def documents(self) -> Iterator[tuple[Integers, Integers]]:
+    def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """Of each shard, the first token of its documents, counted through the stream, and how many each has."""
         for shard, end in zip(self.shards, self.ends, strict=True):
             starts = shard.documents[:, 0].astype(np.int64)
             yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
 
-    def borders(self, start: int, stop: int) -> Integers:
+    def document_starts(self, start: int, stop: int) -> Integers:
         """Which tokens from ``start`` to ``stop`` are the first of a document."""
         found: list[Integers] = []
         stop = min(stop, self.n_tokens)
@@ -150,7 +150,7 @@ class Stream:
             start = end
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
-    def piece(self, start: int, length: int) -> tuple[Ids, Ids]:
+    def read_with_labels(self, start: int, length: int) -> tuple[Ids, Ids]:
         """So many tokens, and what follows each; the stream's last has nothing that does."""
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]

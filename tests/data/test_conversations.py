@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import Conversations
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import Laid, PlannedPolicy
-from lit_gpt_scratch.data.token_stream import RecordTokens
+from lit_gpt_scratch.data.packing import BinPackingPolicy, InMemoryPlan
+from lit_gpt_scratch.data.token_stream import RecordTokenStream
 from lit_gpt_scratch.text.chat_template import Message
 
 END = 0
@@ -34,12 +34,12 @@ RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text
 )
 @settings(max_examples=100)
 def test_windows_hold_every_record_whole_and_once(
-    records: list[list[int]], block_size: int, policy: PlannedPolicy
+    records: list[list[int]], block_size: int, policy: BinPackingPolicy
 ) -> None:
     arrays = [np.array(ids) for ids in records]
     labels = [np.where(ids % 2 == 0, ids + 1, IGNORE_INDEX) for ids in arrays]
-    stream = RecordTokens([f"row {n}" for n in range(len(records))], arrays, labels)
-    windows = PackedDataset([Laid(stream, block_size, policy)], block_size, 7, END, document_mask=True)
+    stream = RecordTokenStream([f"row {n}" for n in range(len(records))], arrays, labels)
+    windows = PackedDataset([InMemoryPlan(stream, block_size, policy)], block_size, 7, END, document_mask=True)
     batch = windows.__getitems__(range(len(windows) + 1))
     found = [document for row in range(len(windows)) for document in documents(batch, row)]
     expected = [(ids, known.tolist()) for ids, known in zip(records, labels, strict=True)]
@@ -47,7 +47,7 @@ def test_windows_hold_every_record_whole_and_once(
     assert sorted(found) == sorted([*expected, *[([END], [IGNORE_INDEX])] * fill])
     assert (batch["labels"][-1] == IGNORE_INDEX).all()
     assert windows.parts[0].cost.padding == fill
-    assert [stream.where(token) for token in range(stream.n_tokens)] == [
+    assert [stream.describe_position(token) for token in range(stream.n_tokens)] == [
         f"row {n}" for n, ids in enumerate(records) for _ in ids
     ]
 
@@ -75,19 +75,19 @@ def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Pat
             if learned:
                 seen.append(decode(ids))
                 said.append(decode(learned))
-    numbers = [json.loads(data.records[place][1].messages[1].content[6:-1]) for place in data.places["train"]]
+    numbers = [json.loads(data.records[place][1].messages[1].content[6:-1]) for place in data.split_indices["train"]]
     assert sorted(said) == sorted(f"It is {n}.<|endoftext|>{n} {n}<|endoftext|>" for n in numbers)
     assert sorted(seen) == sorted(
         f"<|endoftext|><|user|>Name {n}.\n<|assistant|>It is {n}.<|endoftext|><|user|>Twice!\n<|assistant|>{n} {n}"
         for n in numbers
     )
     assert data.uneven
-    assert data.sides["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
+    assert data.split_counts["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
 def test_generation_is_asked_as_training_was(tmp_path: Path) -> None:
     data = Conversations(cache=str(tmp_path))
-    place = int(data.places["test"][0])
+    place = int(data.split_indices["test"][0])
     messages = data.records[place][1].messages
     [sequence] = data.examples["test"][0].sequences
     prompt = data.template.prompt([*messages[:-1]])

@@ -12,7 +12,7 @@ import torch
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPolicy
 from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.token_shards import Stream
@@ -28,7 +28,7 @@ def stream(folder: Path, *sizes: int) -> Stream:
 
 
 def concatenated(text: Stream, whole: bool = False) -> PackedDataset:
-    return PackedDataset([Concatenated(text, 8, whole)], 8, END + 1, END)
+    return PackedDataset([ConcatenatedPlan(text, 8, whole)], 8, END + 1, END)
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (9,), (10,), (16,), (17,), (100,), (5, 1, 1, 40), (16, 16)])
@@ -54,7 +54,7 @@ def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
 
 def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
     texts = [stream(tmp_path / "a", 20), stream(tmp_path / "b", 33)]
-    both = PackedDataset([Concatenated(text, 8) for text in texts], 8, END + 1, END)
+    both = PackedDataset([ConcatenatedPlan(text, 8) for text in texts], 8, END + 1, END)
     assert len(both) == 2 + 4
     found = both.__getitems__([1, 2, 5])["input_ids"]
     assert found.tolist() == [list(range(8, 16)), list(range(8)), list(range(24, 32))]
@@ -71,7 +71,7 @@ def test_a_worker_opens_the_file_and_is_not_sent_the_corpus(tmp_path: Path) -> N
 
 def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
     """On a GPU it would end in an assertion that names nothing."""
-    windows = PackedDataset([Concatenated(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
+    windows = PackedDataset([ConcatenatedPlan(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.__getitems__([0, 1, 2, 3, 4])
     with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
         windows.__getitems__([0, 6])
@@ -94,10 +94,10 @@ def test_the_loaders_batches(packed_text: Callable[..., PackedText], num_workers
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
 def test_every_policy_trains(
     packed_text: Callable[..., PackedText], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule],
-    policy: Policy, num_workers: int,
+    policy: PackingPolicy, num_workers: int,
 ) -> None:  # fmt: skip
     data = packed_text(packing=policy, document_mask=True, num_workers=num_workers)
     run = trainer(max_steps=30, val_check_interval=30, check_val_every_n_epoch=None)

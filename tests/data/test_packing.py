@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import packing as module
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import POLICIES, Concatenated, Policy, best_fit, cost, packed
+from lit_gpt_scratch.data.packing import (
+    PACKING_POLICIES,
+    ConcatenatedPlan,
+    PackingPolicy,
+    best_fit_decreasing,
+    compute_packing_cost,
+    plan_packing,
+)
 from lit_gpt_scratch.text.token_shards import Shard, Stream
 from tests.conftest import token_stream
 
@@ -25,8 +32,8 @@ def stream(folder: Path, *shards: list[int]) -> Stream:
     return token_stream(folder, *([[END, *itertools.islice(numbers, n - 1)] for n in lengths] for lengths in shards))
 
 
-def windows(text: Stream, block_size: int, policy: Policy, cache: Path, mask: bool = True) -> PackedDataset:
-    return PackedDataset([packed(text, block_size, policy, cache)], block_size, VOCAB, END, mask)
+def windows(text: Stream, block_size: int, policy: PackingPolicy, cache: Path, mask: bool = True) -> PackedDataset:
+    return PackedDataset([plan_packing(text, block_size, policy, cache)], block_size, VOCAB, END, mask)
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -45,7 +52,7 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 @settings(max_examples=300)
 def test_best_fit_is_its_definition(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
-    fill = np.bincount(best_fit(np.array(lengths), capacity), weights=lengths)
+    fill = np.bincount(best_fit_decreasing(np.array(lengths), capacity), weights=lengths)
     assert (fill > 0).all()
     assert sorted((capacity - fill).astype(int).tolist()) == naive_best_fit(lengths, capacity)
 
@@ -57,10 +64,10 @@ def test_the_papers_example(tmp_path: Path) -> None:
     """
     text = stream(tmp_path, [14, 7, 5, 2, 3])
     # The paper pads the last window of 31 tokens; here it would be scored in validation alone.
-    concatenated = Concatenated(text, 8, whole=True).cost
-    assert (concatenated.cut, concatenated.cut_needlessly, concatenated.windows) == (3, 2, 4)
-    best = packed(text, 8, "best_fit", tmp_path).cost
-    assert (best.cut, best.cut_needlessly, best.windows, best.padding) == (1, 0, 4, 1)
+    concatenated = ConcatenatedPlan(text, 8, keep_last=True).cost
+    assert (concatenated.split, concatenated.split_needlessly, concatenated.windows) == (3, 2, 4)
+    best = plan_packing(text, 8, "best_fit", tmp_path).cost
+    assert (best.split, best.split_needlessly, best.windows, best.padding) == (1, 0, 4, 1)
 
 
 def brute_force(text: Stream, batches: PackedDataset) -> dict[str, int]:
@@ -85,8 +92,8 @@ def brute_force(text: Stream, batches: PackedDataset) -> dict[str, int]:
     lengths = np.diff(begins)
     cut = [len(document) > 1 for document in documents]
     return {
-        "padding": padding, "crossing": crossing, "cut": sum(cut),
-        "cut_needlessly": sum(parted and n <= batches.block_size for parted, n in zip(cut, lengths, strict=True)),
+        "padding": padding, "crossing": crossing, "split": sum(cut),
+        "split_needlessly": sum(parted and n <= batches.block_size for parted, n in zip(cut, lengths, strict=True)),
         "discarded": max(len(every) - 1 - len(where), 0),
     }  # fmt: skip
 
@@ -95,11 +102,13 @@ LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=12)
 
 
 @given(
-    shards=st.lists(LENGTHS, min_size=1, max_size=3), block_size=st.integers(1, 20), policy=st.sampled_from(POLICIES)
+    shards=st.lists(LENGTHS, min_size=1, max_size=3),
+    block_size=st.integers(1, 20),
+    policy=st.sampled_from(PACKING_POLICIES),
 )
 @settings(max_examples=200)
 def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
-    tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], block_size: int, policy: Policy
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], block_size: int, policy: PackingPolicy
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
     text = stream(folder, *shards)
@@ -122,12 +131,12 @@ def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
         assert brute_force(text, batches).items() <= vars(found).items()
         assert (found.windows, found.positions) == (len(batches), len(batches) * block_size)
         assert found.used == pytest.approx(1 - found.padding / found.positions)
-        assert cost(text, block_size, policy) == found
+        assert compute_packing_cost(text, block_size, policy) == found
         assert (found + found).used == pytest.approx(found.used)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-def test_document_ids_are_the_documents(tmp_path: Path, policy: Policy) -> None:
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
+def test_document_ids_are_the_documents(tmp_path: Path, policy: PackingPolicy) -> None:
     text = stream(tmp_path, [14, 7, 5, 2, 3], [9, 20])
     batches = windows(text, 8, policy, tmp_path)
     document_of = np.cumsum(text.read(0, text.n_tokens) == END)
@@ -155,7 +164,9 @@ def test_borders_are_the_first_tokens_of_documents(
     text = stream(tmp_path_factory.mktemp("store"), *shards)
     start = data.draw(st.integers(0, text.n_tokens))
     stop = data.draw(st.integers(start, text.n_tokens + 3))
-    assert text.borders(start, stop).tolist() == (start + np.flatnonzero(text.read(start, stop) == END)).tolist()
+    assert (
+        text.document_starts(start, stop).tolist() == (start + np.flatnonzero(text.read(start, stop) == END)).tolist()
+    )
 
 
 def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
@@ -164,12 +175,14 @@ def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
     for name, length in (("a", 300), ("b", 100)):
         (tmp_path / name).mkdir()
         text = Stream((Shard.write(tmp_path / name, "train-00000", np.zeros(length, "<u2"), about),))
-        assert len(packed(text, 10, "best_fit", tmp_path)) == length // 10
+        assert len(plan_packing(text, 10, "best_fit", tmp_path)) == length // 10
 
 
 def test_a_plan_is_made_once_and_packs_shard_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = stream(tmp_path, [5, 5], [3, 3])
-    first = packed(text, 8, "best_fit", tmp_path)
+    first = plan_packing(text, 8, "best_fit", tmp_path)
     assert len(first) == 3  # over both shards it would be two windows
-    monkeypatch.setattr(module, "_plan", lambda *_: pytest.fail("planned again"))
-    assert [packed(text, 8, "best_fit", tmp_path).pieces(i) for i in range(3)] == [first.pieces(i) for i in range(3)]
+    monkeypatch.setattr(module, "_write_plan", lambda *_: pytest.fail("planned again"))
+    assert [plan_packing(text, 8, "best_fit", tmp_path).pieces(i) for i in range(3)] == [
+        first.pieces(i) for i in range(3)
+    ]

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import Preferences
-from lit_gpt_scratch.data.preferences import PairRows, Preference
-from lit_gpt_scratch.data.tokenized_examples import Encoded
+from lit_gpt_scratch.data.preferences import PreferencePair, PreferencePairDataset
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.chat_template import Message
 from lit_gpt_scratch.text.verifiable_rewards import full_stop, no_digit
@@ -25,9 +25,9 @@ IDS = st.lists(st.integers(0, 98), min_size=1, max_size=13)
 @given(texts=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6), data=st.data())
 @settings(deadline=None, max_examples=60)
 def test_padded_batches_by_brute_force(texts: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
-    pairs = [tuple(Encoded(np.array(ids), np.array(ids) + 1) for ids in pair) for pair in texts]
+    pairs = [tuple(EncodedSequence(np.array(ids), np.array(ids) + 1) for ids in pair) for pair in texts]
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=8))
-    batch = PairRows(pairs, 64, FILL).__getitems__(indices)
+    batch = PreferencePairDataset(pairs, 64, FILL).__getitems__(indices)
     taken = [texts[index] if index < len(texts) else ([], []) for index in indices]
     rows = [pair[0] for pair in taken] + [pair[1] for pair in taken]
     width = batch["input_ids"].shape[1]
@@ -42,7 +42,7 @@ def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
     """What is learned is the last reply and its end, though others come before; all of it is read."""
     data = Preferences(cache=str(cache))
     prompt = [Message("user", "Repeat it."), Message("assistant", "apple"), Message("user", "And twice?")]
-    chosen, rejected = data.sequences(Preference(prompt, "apple apple.", "no"))
+    chosen, rejected = data.encode_record(PreferencePair(prompt, "apple apple.", "no"))
     for sequence, reply in ((chosen, "apple apple."), (rejected, "no")):
         ids = data.template.prompt(prompt) + data.tokenizer.encode(reply) + [data.tokenizer.end_of_text]
         learned = len(data.tokenizer.encode(reply)) + 1
@@ -60,7 +60,7 @@ def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
     ],
 )
 def test_the_forms_of_a_row(row: dict[str, Any]) -> None:
-    assert Preferences().record(row) == Preference([Message("user", "Say so.")], "So.", "No.")
+    assert Preferences().parse_row(row) == PreferencePair([Message("user", "Say so.")], "So.", "No.")
 
 
 @pytest.mark.parametrize(

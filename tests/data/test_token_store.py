@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
 from lit_gpt_scratch.data import prepare_tokens as recipe_module
-from lit_gpt_scratch.data.prepare_tokens import Recipe
+from lit_gpt_scratch.data.prepare_tokens import TokenPreparation
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
@@ -31,10 +31,12 @@ from lit_gpt_scratch.text.sources import Source, documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
-def recipe(source: Path | str, **changes: object) -> Recipe:
+def recipe(source: Path | str, **changes: object) -> TokenPreparation:
     share, processes = changes.pop("validation_share", 0.1), changes.pop("processes", 1)
     selection = Selection(((Source(str(source)), 1.0),), (ExactDuplicates(),), share, processes=processes)
-    return Recipe(**({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes))
+    return TokenPreparation(
+        **({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes)
+    )
 
 
 def tokens_of(store: TokenStore) -> Path:
@@ -155,7 +157,7 @@ def test_a_tokenizer_learns_from_a_part_of_a_large_corpus(
     everything, some = (list(kept.texts("train", share)) for share in (1.0, 0.5))
     assert set(some) < set(everything)
     assert 0.2 < len(some) / len(everything) < 0.8
-    monkeypatch.setattr(recipe_module, "LEARN_FROM", kept.n_bytes // 2)
+    monkeypatch.setattr(recipe_module, "TOKENIZER_TRAINING_BYTES", kept.n_bytes // 2)
     caplog.set_level("INFO")
     of_recipe.prepare(tmp_path)
     assert "training a bpe tokenizer on 50.0% of the training documents" in caplog.text
@@ -224,7 +226,7 @@ def test_each_cleaning_has_its_own_audit(corpus: Path, tmp_path: Path) -> None:
 
 def test_long_texts_are_learned_in_whole_lines() -> None:
     texts = ["short", "line\n" * 2_000_000, "x" * 9_000_000]
-    sliced = list(recipe_module._sliced(texts))
+    sliced = list(recipe_module._split_long_texts(texts))
     assert "".join(sliced) == "".join(texts)
     assert max(map(len, sliced)) <= recipe_module.ENCODED_AT_ONCE
     assert all(piece.endswith("line\n") for piece in sliced[1:3])

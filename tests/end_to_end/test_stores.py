@@ -125,7 +125,7 @@ def test_a_token_that_there_is_not_ends_a_run_in_one_line(
     stores: list[Path], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule], num_workers: int
 ) -> None:
     """A store by somebody's script that did not look; in a loader's process, too."""
-    about = TokenStore.manifest(stores[0])
+    about = TokenStore.read_manifest(stores[0])
     shard = TokenStore.open(stores[0]).train.shards[0]
     tokens = np.array(shard.tokens)
     tokens[len(tokens) // 2 :] = 5000
@@ -138,4 +138,4 @@ def test_a_token_that_there_is_not_ends_a_run_in_one_line(
     assert "has token 5000, but its tokenizer only 300 tokens" in str(error.value)
     assert "Traceback" not in str(error.value)
     with pytest.raises(UserError, match="has token 5000"):
-        data.store.check(everything=True)
+        data.store.verify(all_files=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import POLICIES, Policy, packed
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy, plan_packing
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as layout_module
 from lit_gpt_scratch.model.attention import layout
@@ -27,9 +27,9 @@ LOOKS_BACK = {"smear": True, "bigram_rows": 50, "value_embeddings": True, "resid
 """All else that may know of the token before."""
 
 
-def windows(folder: Path, texts: list[list[int]], policy: Policy, mask: bool) -> PackedDataset:
+def windows(folder: Path, texts: list[list[int]], policy: PackingPolicy, mask: bool) -> PackedDataset:
     return PackedDataset(
-        [packed(token_stream(folder, [[0, *text] for text in texts]), T, policy, folder)], T, VOCAB, 0, mask
+        [plan_packing(token_stream(folder, [[0, *text] for text in texts]), T, policy, folder)], T, VOCAB, 0, mask
     )
 
 
@@ -40,9 +40,9 @@ def texts(seed: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("extras", [{}, LOOKS_BACK], ids=["plain", "looks-back"])
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
 def test_another_documents_tokens_change_no_logit(
-    tmp_path: Path, policy: Policy, position: PositionName, extras: dict[str, object]
+    tmp_path: Path, policy: PackingPolicy, position: PositionName, extras: dict[str, object]
 ) -> None:
     """Every document is changed in turn; bit for bit, nothing else moves. Without the mask, something does."""
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **extras)
@@ -71,8 +71,10 @@ def test_another_documents_tokens_change_no_logit(
 
 
 @pytest.mark.parametrize("position", POSITIONS)
-@pytest.mark.parametrize("policy", POLICIES)
-def test_a_packed_document_has_the_logits_of_one_alone(tmp_path: Path, policy: Policy, position: PositionName) -> None:
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
+def test_a_packed_document_has_the_logits_of_one_alone(
+    tmp_path: Path, policy: PackingPolicy, position: PositionName
+) -> None:
     """Whatever stands before it, and however long that is."""
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **LOOKS_BACK)
     model = randomised(config, VOCAB, T)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
-from lit_gpt_scratch.data.packing import POLICIES, Policy
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy
 from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.perplexity import score
@@ -40,7 +40,7 @@ def test_one_batch_is_learned_by_heart(
 ) -> None:
     settings = packed_text()
     data = OneBatch(
-        settings.recipe.selection.name, vocab_size=300, block_size=32, batch_size=4, cache=str(settings.cache)
+        settings.preparation.selection.name, vocab_size=300, block_size=32, batch_size=4, cache=str(settings.cache)
     )
     gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
@@ -109,9 +109,9 @@ class Gradients(L.Callback):
         self.batches = []
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
 def test_a_gradient_is_that_of_the_mean_over_the_steps_labels(
-    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], policy: Policy
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], policy: PackingPolicy
 ) -> None:
     """Windows that are filled up have fewer labels, and the last step of an epoch fewer micro-batches."""
     gradients = Gradients()

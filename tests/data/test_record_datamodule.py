@@ -16,17 +16,17 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.data.record_datamodule import RecordData
+from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-STAGES: list[type[RecordData[Any]]] = [LabelledText, Conversations, Preferences]
+STAGES: list[type[RecordDataModule[Any]]] = [LabelledText, Conversations, Preferences]
 
 
 @pytest.fixture
-def build(cache: Path) -> Callable[..., RecordData[Any]]:
-    def built(stage: type[RecordData[Any]], **changes: object) -> RecordData[Any]:
+def build(cache: Path) -> Callable[..., RecordDataModule[Any]]:
+    def built(stage: type[RecordDataModule[Any]], **changes: object) -> RecordDataModule[Any]:
         settings: dict[str, Any] = {"cache": str(cache), "block_size": 64, "batch_size": 4}
         return stage(**(settings | changes))
 
@@ -35,7 +35,7 @@ def build(cache: Path) -> Callable[..., RecordData[Any]]:
 
 @pytest.fixture
 def ready(
-    build: Callable[..., RecordData[Any]], packed_text: Callable[..., PackedText]
+    build: Callable[..., RecordDataModule[Any]], packed_text: Callable[..., PackedText]
 ) -> Callable[..., BaseDataModule]:
     """Any data module, set up."""
 
@@ -107,18 +107,18 @@ def test_what_is_common_to_data(ready: Callable[..., BaseDataModule], stage: typ
     assert data.origin == synthetic_data.NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
     assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
-    assert sum(count.records for count in data.sides.values()) == (288 if stage is LabelledText else 576)
-    assert list(data.sides) == ["train", "validation", "test"]
+    assert sum(count.records for count in data.split_counts.values()) == (288 if stage is LabelledText else 576)
+    assert list(data.split_counts) == ["train", "validation", "test"]
     for side, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
         labels = [batch["labels"] for batch in loader]
-        assert sum(int((some != IGNORE_INDEX).sum()) for some in labels) == data.sides[side].labels
+        assert sum(int((some != IGNORE_INDEX).sum()) for some in labels) == data.split_counts[side].labels
     assert ready(stage, test_share=0).test_dataset is None
     with pytest.raises(UserError, match="holds nothing out for a test"):
         ready(stage, test_share=0).test_dataloader()
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fingerprint_is_of_rows_split_and_encoding(build: Callable[..., RecordData[Any]], stage: type) -> None:
+def test_a_fingerprint_is_of_rows_split_and_encoding(build: Callable[..., RecordDataModule[Any]], stage: type) -> None:
     same_again = {build(stage, **changes).fingerprint for changes in ({}, {"batch_size": 2}, {"seed": 4})}
     others: list[dict[str, Any]] = [{"split_seed": 1}, {"test_share": 0.3}, {"vocab_size": 300}, {"block_size": 63}]
     found = [build(stage, **changes).fingerprint for changes in others]
@@ -136,14 +136,14 @@ def talks(n: int, words: int = 1) -> list[dict[str, str]]:
 
 
 def test_a_tokenizer_learns_from_the_training_records_alone(
-    build: Callable[..., RecordData[Any]], tmp_path: Path
+    build: Callable[..., RecordDataModule[Any]], tmp_path: Path
 ) -> None:
     marks = "ⴰⴱⴳⴷⴹⴻⴼⴽⵀⵃ"
     source = write(tmp_path / "a.json", [{"instruction": f"Say {mark}", "output": mark * 9} for mark in marks * 3])
     data = build(Conversations, source=source, tokenizer="char", copies_together=True, test_share=0.2)
     sides = {
         side: {message.content[-1] for place in places for message in data.records[place][1].messages}
-        for side, places in data.places.items()
+        for side, places in data.split_indices.items()
     }
     learned = set(data.tokenizer.tokens())
     assert sides["train"] <= learned
@@ -163,7 +163,7 @@ def checkpoint(tmp_path: Path) -> str:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_tokenizer_of_the_model_to_tune(
-    build: Callable[..., RecordData[Any]], checkpoint: str, tmp_path: Path, stage: type
+    build: Callable[..., RecordDataModule[Any]], checkpoint: str, tmp_path: Path, stage: type
 ) -> None:
     data = build(stage, init_from=checkpoint, block_size=200)
     own, path = data.tokenizer, tmp_path / "tokenizer.json"
@@ -195,7 +195,7 @@ def test_another_class_takes_no_default_of_the_one_before(stage: type) -> None:
 
 
 def test_records_that_are_too_long_are_refused_cut_or_dropped(
-    build: Callable[..., RecordData[Any]], tmp_path: Path
+    build: Callable[..., RecordDataModule[Any]], tmp_path: Path
 ) -> None:
     records = talks(40)
     records[7] = {"instruction": "Say 7", "output": "7" * 99}  # its first tokens are learned, its last are cut off
@@ -216,17 +216,17 @@ def test_records_that_are_too_long_are_refused_cut_or_dropped(
 
 
 def test_copies_are_counted_but_for_case_and_space(
-    build: Callable[..., RecordData[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    build: Callable[..., RecordDataModule[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [text for n in range(20) for text in (f"text {n}", f" Text  {n}\n")]
     source = write(tmp_path / "a.json", [{"text": text, "label": n % 2} for n, text in enumerate(texts)])
     data = build(LabelledText, source=source)
     with caplog.at_level("INFO", logger="lit_gpt_scratch"):
         data.prepare_data()
-    twin = [set(data.places["train"].tolist()) & {place ^ 1} for place in data.places["test"].tolist()]
-    assert data.copies["test"] == sum(map(bool, twin)) > 0
-    assert f"test: {data.copies['test']} of 8 records have a copy in training" in caplog.text
-    assert not any(build(LabelledText, source=source, copies_together=True).copies.values())
+    twin = [set(data.split_indices["train"].tolist()) & {place ^ 1} for place in data.split_indices["test"].tolist()]
+    assert data.training_copies["test"] == sum(map(bool, twin)) > 0
+    assert f"test: {data.training_copies['test']} of 8 records have a copy in training" in caplog.text
+    assert not any(build(LabelledText, source=source, copies_together=True).training_copies.values())
 
 
 LABELLED = "text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(40))
@@ -268,7 +268,7 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_one_line_with_file_and_row(
-    build: Callable[..., RecordData[Any]], tmp_path: Path, fault: str
+    build: Callable[..., RecordDataModule[Any]], tmp_path: Path, fault: str
 ) -> None:
     stage, name, content, changes, said = FAULTS[fault]
     with pytest.raises(UserError, match=said) as error:
@@ -289,7 +289,9 @@ def test_generated_records_are_always_the_same() -> None:
 
 
 def test_replies_are_learned(
-    build: Callable[..., RecordData[Any]], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule]
+    build: Callable[..., RecordDataModule[Any]],
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., L.LightningModule],
 ) -> None:
     run = trainer(max_steps=60, val_check_interval=60, check_val_every_n_epoch=None, accumulate_grad_batches=2)
     run.fit(task(), build(Conversations, vocab_size=300, tokens_per_step=512))

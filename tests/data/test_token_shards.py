@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lit_gpt_scratch.data.token_store import FORMAT, TokenStore
+from lit_gpt_scratch.data.token_store import STORE_FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import parquet_io, tokenize_corpus
 from tests.data.test_token_store import recipe, texts_of
@@ -230,12 +230,12 @@ def test_a_file_is_read_again_only_when_it_looks_altered(
     TokenStore.open(folder)
     TokenStore.open(folder)
     assert read == ["train-00000.tokens.npy"]
-    TokenStore.open(folder).check(everything=True)
+    TokenStore.open(folder).verify(all_files=True)
     assert len(read) == 5
 
 
 @pytest.mark.parametrize(
-    ("other", "said"), [(FORMAT + 1, "newer than .*; update"), (FORMAT - 1, "older than .*; delete")]
+    ("other", "said"), [(STORE_FORMAT + 1, "newer than .*; update"), (STORE_FORMAT - 1, "older than .*; delete")]
 )
 def test_another_format_is_refused(corpus: Path, tmp_path: Path, other: int, said: str) -> None:
     folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
@@ -248,7 +248,7 @@ def test_another_format_is_refused(corpus: Path, tmp_path: Path, other: int, sai
 def test_an_id_beyond_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
     """As somebody might write a store by a script of their own."""
     folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
-    about = TokenStore.manifest(folder)
+    about = TokenStore.read_manifest(folder)
     largest = about["validation"][0]["largest"]
     TokenStore.write_manifest(folder, about | {"vocab_size": largest})
     with pytest.raises(UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer only {largest}"):

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import LabelledText
-from lit_gpt_scratch.data.labelled_text import LabelledRows
-from lit_gpt_scratch.data.tokenized_examples import Encoded
+from lit_gpt_scratch.data.labelled_text import LabelledTextDataset
+from lit_gpt_scratch.data.tokenized_examples import EncodedSequence
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import ClassNumber, label_of
 from lit_gpt_scratch.text.sources import Source
@@ -30,7 +30,9 @@ FILL = 99
 )
 @settings(max_examples=100)
 def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
-    rows = LabelledRows([Encoded(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL)
+    rows = LabelledTextDataset(
+        [EncodedSequence(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL
+    )
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))
     batch = rows.__getitems__(indices)
     width = batch["input_ids"].shape[1]
@@ -64,9 +66,9 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
     assert data.class_names == ["1", "2", "3"]
     expected = {"1": 20, "2": 20, "3": 20} if balance else {"1": 20, "2": 40, "3": 60}
     assert Counter(record.label for _, record in data.records) == expected
-    in_training = Counter(data.records[place][1].label for place in data.places["train"])
+    in_training = Counter(data.records[place][1].label for place in data.split_indices["train"])
     assert data.class_counts == [in_training[name] for name in data.class_names]
-    assert sum(data.class_counts) == data.sides["train"].labels == round(0.7 * sum(expected.values()))
+    assert sum(data.class_counts) == data.split_counts["train"].labels == round(0.7 * sum(expected.values()))
     texts = {record.text for _, record in data.records}
     assert (texts == {record.text for _, record in build(1).records}) is not balance
 
@@ -120,7 +122,7 @@ def test_classes_that_a_dataset_names_keep_their_names(tmp_path: Path) -> None:
 def test_a_text_is_encoded_as_in_training(tmp_path: Path) -> None:
     data = LabelledText(cache=str(tmp_path))
     data.setup("fit")
-    place = int(data.places["train"][0])
+    place = int(data.split_indices["train"][0])
     _, record = data.records[place]
     [sequence] = data.examples["train"][0].sequences
     assert sequence.ids.tolist() == data.encode(record.text)
