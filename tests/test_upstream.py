@@ -84,7 +84,7 @@ def test_a_task_draws_its_random_numbers_from_their_place(
 def test_lightning_puts_its_handlers_before_training_and_the_former_back(
     trainer: Build, task: Build, packed_text: Build
 ) -> None:
-    """By a method that ``Stopping`` puts another in the place of, and what was before comes back."""
+    """By a method that ``SignalHandling`` puts another in the place of, and what was before comes back."""
     hooks, before = Hooks(), signal.getsignal(signal.SIGTERM)
     trainer(max_steps=1, callbacks=[hooks]).fit(task(), packed_text())
     assert hooks.seen[0][1] != before

@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.callbacks.default_callbacks import HOOKS_OF_A_BATCH
-from lit_gpt_scratch.callbacks.metric_names import Listener
+from lit_gpt_scratch.callbacks.metric_names import MetricTap
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60
@@ -62,7 +62,7 @@ class Switch(L.Callback):
         # In place: the trainer is going through the list, and this is its first.
         trainer.callbacks[:] = [self, *self.others] if with_them else [self]
         task.step_filter = self._judge if with_them else None
-        trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, Listener)]
+        trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, MetricTap)]
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
         """A step lasts from here to the next time here, a validation behind it included."""

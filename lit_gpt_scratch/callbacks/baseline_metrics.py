@@ -6,17 +6,17 @@ from concurrent.futures import ThreadPoolExecutor
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.samples import TrueReward
+from lit_gpt_scratch.callbacks.samples import RewardEval
 from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
 
 log = logging.getLogger(__name__)
 
-LONGEST_FOR_XZ = 4_000_000
+MAX_XZ_TOKENS = 4_000_000
 """Tokens of validation text beyond which ``xz`` would keep the user waiting for more than some ten seconds."""
 
 
-class Baselines(Callback):
+class BaselineMetrics(Callback):
     """Score what is measured without the training: text by counts of tokens and ``xz -9``, classes by the commonest.
 
     Replies are scored by the model that an alignment begins with.
@@ -40,11 +40,11 @@ class Baselines(Callback):
             return
         if isinstance(data, PackedText):
             self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
-            self.figures = _of_text(data)
+            self.figures = _text_baselines(data)
         elif isinstance(data, LabelledText):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
-            self.figures = {"commonest class": _commonest(data)}
-        elif (start := _start(trainer)) is not None:
+            self.figures = {"commonest class": _majority_class_accuracy(data)}
+        elif (start := _initial_true_reward(trainer)) is not None:
             self.metric, self.what = "val/true_reward", "share of replies as they should be"
             self.figures = {"true_reward": start}
 
@@ -56,17 +56,17 @@ class Baselines(Callback):
                 logger.log_metrics(figures, trainer.global_step - 1)  # as Lightning numbers a validation
 
 
-def _start(trainer: L.Trainer) -> float | None:
-    """What ``TrueReward`` measured of the model before its training."""
+def _initial_true_reward(trainer: L.Trainer) -> float | None:
+    """What ``RewardEval`` measured of the model before its training."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
-    return next((callback.start for callback in callbacks if isinstance(callback, TrueReward)), None)
+    return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
 
-def _of_text(data: PackedText) -> dict[str, float]:
+def _text_baselines(data: PackedText) -> dict[str, float]:
     validation = data.store.validation
     ids = validation.read(0, validation.n_tokens)
     counted = data.sample_train_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes
-    if len(ids) > LONGEST_FOR_XZ:
+    if len(ids) > MAX_XZ_TOKENS:
         log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
         return token_baselines(*counted)
     text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
@@ -75,7 +75,7 @@ def _of_text(data: PackedText) -> dict[str, float]:
         return {**token_baselines(*counted), "xz": xz.result()}
 
 
-def _commonest(data: LabelledText) -> float:
+def _majority_class_accuracy(data: LabelledText) -> float:
     """The accuracy of whoever always says the class that is commonest in training."""
     commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
     labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]

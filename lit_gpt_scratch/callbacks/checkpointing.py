@@ -2,13 +2,13 @@
 
 import math
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.callbacks.validate_at_end import limit_reached, time_is_up
 from lit_gpt_scratch.checkpoint.loop_state import epochs_done
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -16,7 +16,7 @@ from lit_gpt_scratch.distributed.collectives import Agreement
 from lit_gpt_scratch.errors import UserError
 
 
-class Checkpoints(InRunFolder, Checkpoint):
+class Checkpointing(RunDirCallback, Checkpoint):
     """Keep ``last.ckpt`` to go on from, and the best models by validation loss.
 
     ``last.ckpt`` is written between two optimizer steps: when the one before is done and logged, and never amid the
@@ -33,6 +33,8 @@ class Checkpoints(InRunFolder, Checkpoint):
     Raises:
         UserError: A number is out of its range.
     """
+
+    STATE_KEY: ClassVar = "Checkpoints"
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class Checkpoints(InRunFolder, Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save all that was trained: a validation can be long, and can fail."""
-        if _between_steps(trainer) and self._saved != trainer.global_step:
+        if _is_validation_between_steps(trainer) and self._saved != trainer.global_step:
             self._validation_due = True
             self.save_last(trainer)
 
@@ -149,7 +151,7 @@ class Checkpoints(InRunFolder, Checkpoint):
         loss = trainer.callback_metrics.get("val/loss")
         if self.folder and self.keep_best and loss is not None and math.isfinite(loss):
             self._save_best(trainer, self.folder, loss.item())
-        if _between_steps(trainer):
+        if _is_validation_between_steps(trainer):
             self.save_last(trainer)
         else:
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
@@ -195,6 +197,11 @@ class Checkpoints(InRunFolder, Checkpoint):
         for old in dropped:  # only now: until the new one is whole, the old one is the best there is
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
+
     def state_dict(self) -> dict[str, Any]:
         """The best so far, what is still to be done, this step's validation or a test, and if a callback ended it."""
         due = {"validation_due": self._validation_due, "tests": self._tests}
@@ -206,6 +213,6 @@ class Checkpoints(InRunFolder, Checkpoint):
         self._validation_due = state_dict.get("validation_due", False)
 
 
-def _between_steps(trainer: L.Trainer) -> bool:
+def _is_validation_between_steps(trainer: L.Trainer) -> bool:
     """Whether a validation of a training run comes between two optimizer steps."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()

@@ -5,18 +5,18 @@ from typing import Final
 
 from lightning.pytorch import Callback
 
-from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
-from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
-from lit_gpt_scratch.callbacks.diagnostics import Doctor
-from lit_gpt_scratch.callbacks.introspection import Dynamics, Inspection
-from lit_gpt_scratch.callbacks.loss_breakdown import Confusion, TokenLosses
-from lit_gpt_scratch.callbacks.progress import Progress
-from lit_gpt_scratch.callbacks.run_plan import Plan
-from lit_gpt_scratch.callbacks.samples import Samples, TrueReward
-from lit_gpt_scratch.callbacks.signal_handling import Stopping
-from lit_gpt_scratch.callbacks.spike_guard import Guard, Mode
-from lit_gpt_scratch.callbacks.summary import Summary
-from lit_gpt_scratch.callbacks.tensorboard_layout import Description
+from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.diagnostics import DiagnosticsCallback
+from lit_gpt_scratch.callbacks.introspection import ActivationStats, GradientStats
+from lit_gpt_scratch.callbacks.loss_breakdown import ConfusionMatrixPlot, LossBreakdown
+from lit_gpt_scratch.callbacks.progress import RunProgressBar
+from lit_gpt_scratch.callbacks.run_plan import RunPlan
+from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling
+from lit_gpt_scratch.callbacks.spike_guard import GuardMode, SpikeGuard
+from lit_gpt_scratch.callbacks.summary import RunSummary
+from lit_gpt_scratch.callbacks.tensorboard_layout import TensorBoardLayout
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 
@@ -26,13 +26,13 @@ HOOKS_OF_A_BATCH: Final = (
 )  # fmt: skip
 
 
-def watchers(
+def default_callbacks(
     written: Sequence[Callback],
-    inspection: Inspection,
-    stopping: Stopping,
-    saving: Checkpoints | None,
+    inspection: ActivationStats,
+    stopping: SignalHandling,
+    saving: Checkpointing | None,
     shows_progress: bool,
-    guard: Mode,
+    guard: GuardMode,
 ) -> list[Callback]:
     """Those that suit the task do something; the others know that they have nothing to say.
 
@@ -44,21 +44,21 @@ def watchers(
         shows_progress: Whether there is a bar.
         guard: What to do about steps that would spoil the weights.
     """
-    guarding = Guard(guard, saving.every_n_steps if saving else None)
-    losses = TokenLosses(inspection.every_n_steps > 0, inspection.pictures)
-    inside = [Dynamics(inspection.every_n_steps), inspection, losses]
+    guarding = SpikeGuard(guard, saving.every_n_steps if saving else None)
+    losses = LossBreakdown(inspection.every_n_steps > 0, inspection.pictures)
+    inside = [GradientStats(inspection.every_n_steps), inspection, losses]
     measures = [
         guarding,
         Throughput(),
         *inside,
         Samples(inspection.prompts),
-        Confusion(),
-        TrueReward(),
+        ConfusionMatrixPlot(),
+        RewardEval(),
         ValidateAtEnd(),
     ]
-    progress = [Progress()] if shows_progress else []
+    progress = [RunProgressBar()] if shows_progress else []
     # The plan names the baselines, and the description has the plan; doctor and summary speak when the bar is closed.
-    said = [*written, Baselines(), Plan(), Description(), *progress, Doctor(), Summary()]
+    said = [*written, BaselineMetrics(), RunPlan(), TensorBoardLayout(), *progress, DiagnosticsCallback(), RunSummary()]
     all_of_them = [*measures, *said, stopping, *([saving] if saving else [])]
     for callback in all_of_them:
         drop_idle_hooks(callback)

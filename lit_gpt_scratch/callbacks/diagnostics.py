@@ -11,30 +11,30 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.callbacks.metric_names import Listener, note
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.metric_names import MetricTap, log_text
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
-from lit_gpt_scratch.callbacks.spike_guard import MODES, Guard
+from lit_gpt_scratch.callbacks.spike_guard import GUARD_MODES, SpikeGuard
 from lit_gpt_scratch.data import LabelledText, PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.diagnostics.repetition import repeated_passages, repeated_words
-from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, Examination
-from lit_gpt_scratch.diagnostics.rules import PLANNED, SYMPTOMS
-from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.diagnostics.repetition import repeated_passage_share, repeated_phrase_share
+from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
+from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
 log = logging.getLogger(__name__)
 
-READ: Final = 250_000
+MAX_SEARCHED_TOKENS: Final = 250_000
 """Tokens of the training text that are searched for passages that come again, in a tenth of a second."""
-FILE: Final = "doctor.json"
-OF_FIRST_BATCH: Final = "run/labels_next", "run/labels_own"
+FILE_NAME: Final = "doctor.json"
+FIRST_BATCH_FACTS: Final = "run/labels_next", "run/labels_own"
 """Facts of the first batch that was seen."""
 
 
-class Doctor(InRunFolder):
+class DiagnosticsCallback(RunDirCallback):
     """State, from what is measured, symptom, likely cause and the flag to try, each as soon as it is known.
 
     What it says goes to the terminal, to TensorBoard's tab of texts, and into ``doctor.json``: a list of ``{symptom,
@@ -44,7 +44,7 @@ class Doctor(InRunFolder):
     """
 
     def __init__(self) -> None:
-        self.examination = Examination(SYMPTOMS)
+        self.examination = RuleEngine(RULES)
         self._told = 0
         self._facts_due = False
 
@@ -52,17 +52,17 @@ class Doctor(InRunFolder):
         """Listen."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.examination, self._told = Examination(SYMPTOMS), 0
-            trainer.loggers = [*trainer.loggers, Listener(self.examination)]
+            self.examination, self._told = RuleEngine(RULES), 0
+            trainer.loggers = [*trainer.loggers, MetricTap(self.examination)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop listening."""
-        trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, Listener)]
+        trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricTap)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn what was before, or what the run begins with."""
         if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
-            replay(self.folder.path, self.examination)
+            replay_events(self.folder.path, self.examination)
             self.examination.forget(trainer.global_step)
             self._told = len(self.examination.found)
         self._facts_due = True
@@ -83,7 +83,7 @@ class Doctor(InRunFolder):
         written = next((callback.latest for callback in callbacks if isinstance(callback, Samples)), "")
         if written and not trainer.sanity_checking:
             for logger in trainer.loggers:
-                logger.log_metrics({"samples/repetition": repeated_words(written)}, trainer.global_step - 1)
+                logger.log_metrics({"samples/repetition": repeated_phrase_share(written)}, trainer.global_step - 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last word."""
@@ -104,20 +104,20 @@ class Doctor(InRunFolder):
             return
         known = {diagnosis.name for diagnosis in found[:told]}
         for diagnosis in found[told:]:
-            if diagnosis.name not in known and diagnosis.name not in PLANNED:  # the plan has just said those
+            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # the plan has just said those
                 log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
             known.add(diagnosis.name)
         if found:
-            note(trainer, "doctor", as_table(found), found[-1].step)
+            log_text(trainer, "doctor", format_table(found), found[-1].step)
         if self.folder:
-            write_diagnoses(found, self.folder.path / FILE)
+            write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
         """Those that are not known yet, or not any more: a run that goes on may be longer than it was to be."""
         known = self.examination.evidence
-        facts = {name: value for name, value in _facts(trainer, task, batch).items() if known.fact(name) != value}
-        if math.isfinite(known.fact(OF_FIRST_BATCH[0])):  # another batch says as much
-            facts = {name: value for name, value in facts.items() if name not in OF_FIRST_BATCH}
+        facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.fact(name) != value}
+        if math.isfinite(known.fact(FIRST_BATCH_FACTS[0])):  # another batch says as much
+            facts = {name: value for name, value in facts.items() if name not in FIRST_BATCH_FACTS}
         if facts:
             for logger in trainer.loggers:
                 logger.log_metrics(facts, max(trainer.global_step - 1, 0))
@@ -130,18 +130,18 @@ def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
     unfinished.replace(path)
 
 
-def as_table(found: list[Diagnosis]) -> str:
+def format_table(found: list[Diagnosis]) -> str:
     """Markdown."""
     rows = [f"| {d.step} | {d.symptom} | {d.cause} | `{d.flag}` |".replace("\n", " ") for d in found]
     return "\n".join(["| step | symptom | likely cause | try |", "| --- | --- | --- | --- |", *rows])
 
 
-def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
+def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
     """What the rows of the table want to know of a run beside its curves, as single-precision numbers."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
-    guard = next((callback.mode for callback in callbacks if isinstance(callback, Guard)), "off")
-    facts: dict[str, float] = {"run/guard": MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
+    guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
+    facts: dict[str, float] = {"run/guard": GUARD_MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
     if isinstance(data, BaseDataModule) and isinstance(task, GPTModule):
         facts |= {
             "run/parameters": sum(p.numel() for p in task.net.parameters()),
@@ -154,7 +154,7 @@ def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str,
             "run/chance_loss": math.log(len(data.class_names) if isinstance(data, LabelledText) else data.vocab_size),
         }
         if isinstance(batch, dict) and "input_ids" in batch:
-            facts |= _labels(batch["input_ids"], batch["labels"])
+            facts |= _label_facts(batch["input_ids"], batch["labels"])
     if isinstance(task, OnPolicyModule) and task.kl_target is not None:
         facts["run/kl_target"] = task.kl_target
     if isinstance(data, PackedText):
@@ -162,13 +162,13 @@ def _facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str,
         validated = batches * data.tokens_per_batch
         facts |= {
             "run/validation_tokens": min(data.store.validation.n_tokens, validated),
-            "run/repeated_passages": repeated_passages(data.sample_train_tokens(READ)),
+            "run/repeated_passages": repeated_passage_share(data.sample_train_tokens(MAX_SEARCHED_TOKENS)),
         }
     in_single = torch.tensor([float(value) for value in facts.values()], dtype=torch.float32).tolist()
     return {name: value for name, value in zip(facts, in_single, strict=True) if math.isfinite(value)}
 
 
-def _labels(ids: Tensor, labels: Tensor) -> dict[str, float]:
+def _label_facts(ids: Tensor, labels: Tensor) -> dict[str, float]:
     """Of the labels that count, how many are the token that the next position reads, and how many that of their own."""
     if ids.shape != labels.shape:
         return {}
@@ -176,4 +176,4 @@ def _labels(ids: Tensor, labels: Tensor) -> dict[str, float]:
     if not scored.any():
         return {}
     shares = [(inner == ids[:, shift : shift + inner.size(1)])[scored].float().mean().item() for shift in (1, 0)]
-    return dict(zip(OF_FIRST_BATCH, shares, strict=True))
+    return dict(zip(FIRST_BATCH_FACTS, shares, strict=True))

@@ -12,23 +12,24 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
-from lit_gpt_scratch.callbacks.metric_names import boards, record
+from lit_gpt_scratch.callbacks.metric_names import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
-SPAN: Final = 32
+PASSAGE_LENGTH: Final = 32
 """Labels of a passage."""
-HARDEST: Final = 8
+N_PASSAGES: Final = 8
 """Passages that are shown."""
-COUNTED: Final = 2048
+MAX_COUNTED_WINDOWS: Final = 2048
 """Training windows in which tokens are counted, at most."""
 
 
-class TokenLosses(Callback):
+class LossBreakdown(Callback):
     """Tell apart what the validation loss is the mean of, for language models.
 
     By place in the window, as figures and as a picture: a model that uses its context is better at late places. By how
-    frequent a token is in training, in decades of ranks. And the passages of ``SPAN`` labels that are hardest, as text.
+    frequent a token is in training, in decades of ranks. And, as text, the
+    hardest passages of ``PASSAGE_LENGTH`` labels.
     All comes from the losses that were measured anyway, and all ranks' count. For the names see ``measured``.
 
     Args:
@@ -54,8 +55,10 @@ class TokenLosses(Callback):
             self._bands = bands.to(device)
         self._places = torch.zeros(2, T, device=device)  # sums of losses, and how many
         self._frequencies = torch.zeros(2, len(self._names), device=device)
-        self._hardest = torch.full((HARDEST,), float("-inf"), device=device)
-        self._passages = torch.zeros(HARDEST, 2, SPAN, dtype=torch.int64, device=device)  # what came before, and it
+        self._hardest = torch.full((N_PASSAGES,), float("-inf"), device=device)
+        self._passages = torch.zeros(
+            N_PASSAGES, 2, PASSAGE_LENGTH, dtype=torch.int64, device=device
+        )  # what came before, and it
 
     def on_validation_batch_end(
         self,
@@ -82,17 +85,21 @@ class TokenLosses(Callback):
 
     def _keep_hardest(self, ids: Tensor, labels: Tensor, lost: Tensor, counted: Tensor) -> None:
         B, T = labels.shape
-        n = T // SPAN
+        n = T // PASSAGE_LENGTH
         if not n:
             return
-        each, full = (x[:, : n * SPAN].reshape(B * n, SPAN).sum(-1) for x in (lost, counted))
-        hard = torch.where(full == SPAN, each / SPAN, float("-inf"))  # only passages that are labelled throughout
+        each, full = (x[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH).sum(-1) for x in (lost, counted))
+        hard = torch.where(
+            full == PASSAGE_LENGTH, each / PASSAGE_LENGTH, float("-inf")
+        )  # only passages that are labelled throughout
         found = torch.cat((self._hardest, hard))
-        nothing = torch.full_like(ids[:, : SPAN - 1], -1)  # the last of what came before a label is its own input
-        before = torch.cat((nothing, ids), 1)[:, : n * SPAN].reshape(B * n, SPAN)
-        after = labels[:, : n * SPAN].reshape(B * n, SPAN)
+        nothing = torch.full_like(
+            ids[:, : PASSAGE_LENGTH - 1], -1
+        )  # the last of what came before a label is its own input
+        before = torch.cat((nothing, ids), 1)[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH)
+        after = labels[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH)
         passages = torch.cat((self._passages, torch.stack((before, after), 1)))
-        self._hardest, best = found.topk(HARDEST)
+        self._hardest, best = found.topk(N_PASSAGES)
         self._passages = passages[best]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -103,17 +110,17 @@ class TokenLosses(Callback):
         sums = [trainer.strategy.reduce(x, reduce_op="sum") for x in (self._places, self._frequencies)]
         (places, n_places), (frequencies, n_frequencies) = (x.cpu().double().numpy() for x in sums)
         figures = {}
-        for begin, end in place_bands(data.block_size):
+        for begin, end in position_bands(data.block_size):
             if number := n_places[begin : end + 1].sum():
                 figures[f"loss_by_position/{begin}-{end}"] = float(places[begin : end + 1].sum() / number)
         for name, lost, number in zip(self._names, frequencies, n_frequencies, strict=True):
             if number:
                 figures[f"loss_by_frequency/{name}"] = float(lost / number)
-        record(trainer, figures, step)
+        log_metrics(trainer, figures, step)
         if not self.pictures:
             return
         passages = self._gathered()
-        for board in boards(trainer):
+        for board in tensorboard_writers(trainer):
             with np.errstate(invalid="ignore", divide="ignore"):
                 curve = places / n_places
             picture = plotting.line(curve, "loss, mean over windows", "place in the window")
@@ -128,10 +135,10 @@ class TokenLosses(Callback):
             everyone = [own] * dist.get_world_size()
             dist.all_gather_object(everyone, own)
         there = {str(passage): (lost, passage) for part in everyone for lost, passage in part if lost > float("-inf")}
-        return sorted(there.values(), reverse=True)[:HARDEST]
+        return sorted(there.values(), reverse=True)[:N_PASSAGES]
 
     def _told(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
-        parts = [f"The {SPAN} tokens in a row that were hardest to predict, behind what came before them."]
+        parts = [f"The {PASSAGE_LENGTH} tokens in a row that were hardest to predict, behind what came before them."]
         for lost, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
             lines = f"{read}⟦{data.tokenizer.decode(after)}⟧".splitlines()
@@ -139,7 +146,7 @@ class TokenLosses(Callback):
         return "\n\n".join(parts)
 
 
-def place_bands(block_size: int) -> list[tuple[int, int]]:
+def position_bands(block_size: int) -> list[tuple[int, int]]:
     """Places of a window in bands that grow by four: first and last place of each."""
     ends = [1]
     while ends[-1] < block_size:
@@ -155,7 +162,7 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
         (vocab_size,) int64, the band of each token; and the bands' names. Tokens that were not counted are the rarest,
         in the order of their ids.
     """
-    n = min(len(data.train_dataset), COUNTED)
+    n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
     labels = data.train_dataset.__getitems__(spread)["labels"]
     counts = torch.bincount(labels[labels != IGNORE_INDEX], minlength=data.vocab_size)
@@ -169,7 +176,7 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     return bands, [f"{begin}-{min(end, data.vocab_size)}" for begin, end in zip(begins, ends, strict=True)]
 
 
-class Confusion(Callback):
+class ConfusionMatrixPlot(Callback):
     """The confusion matrix after each validation, and of the test, into TensorBoard's tab of images.
 
     A row is a class, a column what its texts were taken for; a cell says how many, and is as dark as its share of the
@@ -188,12 +195,12 @@ class Confusion(Callback):
     def _show(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, Classification):
             return
-        picture = draw(pl_module.confusion.cpu().numpy(), pl_module.labelled.class_names)
-        for board in boards(trainer):  # the step as Lightning numbers a validation
+        picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.labelled.class_names)
+        for board in tensorboard_writers(trainer):  # the step as Lightning numbers a validation
             board.add_image(f"{side}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 
-def draw(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
+def plot_confusion_matrix(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
     """The picture of a confusion matrix.
 
     Args:

@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 
 
-class Trace(InRunFolder):
+class LossTrace(RunDirCallback):
     """Write ``trace.pt``: the loss of every step, and the whole gradient of the first, as it went into the optimizer.
 
     For ``--trainer.log_every_n_steps 1``: TensorBoard keeps float32, which is too coarse to compare two runs by.
@@ -34,7 +34,7 @@ class Trace(InRunFolder):
         self._step = trainer.global_step
         self.losses.append(trainer.callback_metrics["train/loss"].item())
         if not self.gradients:
-            self.gradients = {n: _whole(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}
+            self.gradients = {n: _full_tensor(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}
 
     @override
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -43,5 +43,5 @@ class Trace(InRunFolder):
             torch.save({"losses": losses, "gradients": self.gradients}, self.folder.path / "trace.pt")
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()

@@ -35,10 +35,10 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 from typing_extensions import override
 
-from lit_gpt_scratch.diagnostics.rule_engine import Examination
+from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 
 
-def record(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
+def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
     """Make measurements known, on all ranks alike.
 
     Not by ``LightningModule.log``, which cannot be called after a validation and takes several times as long, to reduce
@@ -54,16 +54,16 @@ def record(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
         logger.log_metrics(dict(values), step)
 
 
-def boards(trainer: L.Trainer) -> list[SummaryWriter]:
+def tensorboard_writers(trainer: L.Trainer) -> list[SummaryWriter]:
     """Where texts and pictures go: TensorBoard's writers, on the first rank."""
     kept = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment for logger in kept] if trainer.is_global_zero else []
 
 
-class Listener(Logger):
+class MetricTap(Logger):
     """A logger that lets an examination see each number, whoever measured it, and keeps nothing on disk."""
 
-    def __init__(self, examination: Examination) -> None:
+    def __init__(self, examination: RuleEngine) -> None:
         super().__init__()
         self.examination = examination
 
@@ -86,10 +86,10 @@ class Listener(Logger):
         return ""
 
 
-def note(trainer: L.Trainer, name: str, text: str, step: int) -> None:
+def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
     """Put a text into TensorBoard, and let those who listen know of it."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             logger.experiment.add_text(name, text, step)
-        elif isinstance(logger, Listener):
+        elif isinstance(logger, MetricTap):
             logger.examination.note(step, name, text)

@@ -9,17 +9,17 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm import tqdm
 
-from lit_gpt_scratch.callbacks.formatting import figures
+from lit_gpt_scratch.callbacks.formatting import format_metrics
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 
-LINE_EVERY = 100
+LOG_EVERY_N_STEPS = 100
 """Steps between two lines where neither a terminal nor the length of the run is known."""
 
 
-class Progress(ProgressBar):
+class RunProgressBar(ProgressBar):
     """One bar over the whole run with loss, tokens per second and time left; validations as lines above it.
 
     Where standard error is no terminal (a log file, CI), a line at every tenth of the run instead.
@@ -75,7 +75,7 @@ class Progress(ProgressBar):
                 self._bar.set_postfix_str(self._figures(trainer), refresh=False)
             self._bar.update(step - self._bar.n)
         elif self._total is None:
-            if step % LINE_EVERY == 0:
+            if step % LOG_EVERY_N_STEPS == 0:
                 log.info("step %d, %s", step, self._figures(trainer))
         elif (tenth := 10 * step // self._total) > self._shown_tenth:
             self._shown_tenth = tenth
@@ -87,7 +87,7 @@ class Progress(ProgressBar):
         """A line with the validation's figures."""
         metrics = trainer.callback_metrics
         if self._enabled and not trainer.sanity_checking and "val/loss" in metrics:
-            line = f"step {trainer.global_step}: {figures(metrics, 'val')}"
+            line = f"step {trainer.global_step}: {format_metrics(metrics, 'val')}"
             if self._bar is None:
                 log.info(line)
             else:
@@ -114,7 +114,7 @@ class Progress(ProgressBar):
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         loss = trainer.callback_metrics.get("train/loss")
-        figures = [] if loss is None else [f"loss {loss:.3f}"]
+        parts = [] if loss is None else [f"loss {loss:.3f}"]
         if speed:  # known from the first log point on
-            figures.append(f"{speed:,.0f} tokens/s")
-        return ", ".join(figures)
+            parts.append(f"{speed:,.0f} tokens/s")
+        return ", ".join(parts)

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 
 
-class InRunFolder(Callback):
+class RunDirCallback(Callback):
     """Knows the run's folder on every rank; ``None`` in a ``fast_dev_run``, which leaves nothing behind.
 
     ``fit`` sets ``folder`` on the first rank. By hand nobody does, and the logger's folder is the run's.

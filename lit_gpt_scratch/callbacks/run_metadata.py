@@ -2,17 +2,17 @@
 
 import json
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.checkpoint.environment import surroundings
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.errors import UserError
 
 
-class Provenance(InRunFolder):
+class RunMetadata(RunDirCallback):
     """Add this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
 
     What could change a result is in each checkpoint, too.
@@ -20,6 +20,8 @@ class Provenance(InRunFolder):
     Args:
         changed: What a resumed run changed: the value before and now, by name.
     """
+
+    STATE_KEY: ClassVar = "Provenance"
 
     def __init__(self, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         self.changed = changed or {}
@@ -54,6 +56,11 @@ class Provenance(InRunFolder):
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
             sessions = [*self.folder.sessions(), session]
             self.folder.write("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
         """What a run that goes on from the checkpoint alone compares itself with."""

@@ -10,14 +10,19 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
-from lit_gpt_scratch.callbacks.formatting import clock, count, many, size
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
+from lit_gpt_scratch.callbacks.formatting import format_bytes, format_count, format_duration, pluralize
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
-from lit_gpt_scratch.diagnostics.config_rules import CHINCHILLA, FAR, FEW_VALIDATION_TOKENS, MANY_EPOCHS
+from lit_gpt_scratch.diagnostics.config_rules import (
+    CHINCHILLA_RATIO,
+    MANY_EPOCHS,
+    MAX_BUDGET_FACTOR,
+    MIN_VALIDATION_TOKENS,
+)
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
@@ -32,7 +37,7 @@ log = logging.getLogger(__name__)
 TIMED_STEPS = 8
 
 
-class Plan(InRunFolder):
+class RunPlan(RunDirCallback):
     """Say what is about to happen, and after the first steps how long it will take.
 
     Args:
@@ -57,7 +62,7 @@ class Plan(InRunFolder):
             self.lines = list(self._lines(trainer, pl_module, data))
             for name, text in self.lines:
                 log.info("%-11s %s", name, text)
-            for warning in warnings(trainer, pl_module, data):
+            for warning in plan_warnings(trainer, pl_module, data):
                 log.warning("%-11s %s", "careful", warning)
 
     def on_train_batch_start(
@@ -95,7 +100,7 @@ class Plan(InRunFolder):
     def _lines(self, trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        threads = f", {many(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
+        threads = f", {pluralize(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
         processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         default = default_precision(device.type)
         why = default.why if trainer.precision == default.value else "as asked"
@@ -105,18 +110,21 @@ class Plan(InRunFolder):
 
         parts = parameters_by_part(task.net)
         total = sum(parts.values())
-        yield "model", f"{count(total)} parameters: {', '.join(f'{part} {count(n)}' for part, n in parts.items())}"
+        yield (
+            "model",
+            f"{format_count(total)} parameters: {', '.join(f'{part} {format_count(n)}' for part, n in parts.items())}",
+        )
 
         if task.init_from is not None:
             trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
             head = "; its head begins anew" if task.head_is_new else ""
             yield (
                 "begins with",
-                f"{task.init_from}{head}; {count(trained)} parameters are trained, {trained / total:.1%}",
+                f"{task.init_from}{head}; {format_count(trained)} parameters are trained, {trained / total:.1%}",
             )
-        yield "optimizer", "; ".join(_groups(task))
+        yield "optimizer", "; ".join(_describe_optimizer(task))
 
-        yield from data_lines(data)
+        yield from describe_data(data)
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
         length = "until it is stopped"
@@ -124,8 +132,8 @@ class Plan(InRunFolder):
             epochs = steps * tokens / (len(data.train_dataset) * data.block_size)
             done = f" ({self._first_step:,} done)" if self._first_step else ""
             length = (
-                f"{many(steps, 'step')}{done} of {tokens:,} tokens: {count(steps * tokens)} tokens, "
-                f"{count(epochs)} epochs, {count(steps * tokens / total)} tokens a parameter"
+                f"{pluralize(steps, 'step')}{done} of {tokens:,} tokens: {format_count(steps * tokens)} tokens, "
+                f"{format_count(epochs)} epochs, {format_count(steps * tokens / total)} tokens a parameter"
             )
         yield "run", length
 
@@ -136,12 +144,12 @@ class Plan(InRunFolder):
         per = " of each process" if trainer.world_size > 1 else ""
         yield (
             "cost",
-            f"{count(training_flops_per_token(task.net))} floating-point operations a token; "
-            f"memory{per} {size(held)} for weights, gradients and optimizer, "
-            f"up to {size(kept)} for activations",
+            f"{format_count(training_flops_per_token(task.net))} floating-point operations a token; "
+            f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, "
+            f"up to {format_bytes(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
-            if isinstance(callback, Baselines) and callback.figures:
+            if isinstance(callback, BaselineMetrics) and callback.figures:
                 bars = ", ".join(f"{name} {value:.3f}" for name, value in callback.figures.items())
                 yield "to beat", f"{bars} {callback.what}"
         yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
@@ -160,8 +168,8 @@ class Plan(InRunFolder):
         validation = len(data.validation_dataset) * data.block_size / tokens * seconds / 3
         validations = self._validations(trainer, done, int(steps))
         total = (steps - done) * seconds + validations * validation
-        return (
-            f"{measured}; about {clock(total)} for {many(steps - done, 'step')} and {many(validations, 'validation')}"
+        return f"{measured}; about {format_duration(total)} for {pluralize(steps - done, 'step')} and " + pluralize(
+            validations, "validation"
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
@@ -174,58 +182,61 @@ class Plan(InRunFolder):
         return math.ceil(steps / every) - math.floor(done / every)
 
 
-def _groups(task: GPTModule) -> Iterator[str]:
+def _describe_optimizer(task: GPTModule) -> Iterator[str]:
     """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
     optimizer = task.optimizer.build(task.trained_module)  # the trainer's still has the checkpoint's numbers
     for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
         rule = group.get("rule", type(optimizer).__name__)
-        what = f"{count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
+        what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
         yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
     if task.ema.decay is not None:
         yield f"moving average {task.ema.decay:g}"
 
 
-FEW_RECORDS = 100
-AS_GOOD_AS_NEW = 4
+MIN_VALIDATION_RECORDS = 100
+MAX_USEFUL_EPOCHS = 4
 """Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
 
 
-def data_lines(data: BaseDataModule) -> Iterator[tuple[str, str]]:
+def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
     """Lines of the plan, each with its name."""
     if isinstance(data, PackedText):
-        yield "data", f"{data.origin}: {_documents(data)}"
+        yield "data", f"{data.origin}: {_describe_documents(data)}"
     if isinstance(data, RecordDataModule):
-        yield "data", f"{data.origin}: {_records(data)}"
+        yield "data", f"{data.origin}: {_describe_records(data)}"
     windows = data.train_dataset
     if isinstance(windows, PackedDataset):
-        yield "windows", _windows(windows, data.block_size, data.packing if isinstance(data, PackedText) else "packed")
+        yield (
+            "windows",
+            _describe_windows(windows, data.block_size, data.packing if isinstance(data, PackedText) else "packed"),
+        )
 
 
-def _documents(data: PackedText) -> str:
+def _describe_documents(data: PackedText) -> str:
     sides = [
-        f"{many(side.n_documents, 'document')} of {count(side.n_tokens)} tokens to {purpose}"
+        f"{pluralize(side.n_documents, 'document')} of {format_count(side.n_tokens)} tokens to {purpose}"
         for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
     ]
     each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
     return f"{', '.join(sides)}; {each:.2f} bytes a token"
 
 
-def _records(data: RecordDataModule[Any]) -> str:
+def _describe_records(data: RecordDataModule[Any]) -> str:
     purposes = {"train": "learn from", "validation": "validate on", "test": "test on"}
     return ", ".join(
-        f"{many(held.records, 'record')} of {count(held.tokens)} tokens to {purposes[side]}"
+        f"{pluralize(held.records, 'record')} of {format_count(held.tokens)} tokens to {purposes[side]}"
         for side, held in data.split_counts.items()
     )
 
 
-def _windows(windows: PackedDataset, block_size: int, packing: str) -> str:
+def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> str:
     cost = [part.cost for part in windows.parts]
     crossing = sum(part.crossing for part in cost) / len(windows)
     return (
-        f"{count(len(windows))} of {block_size} tokens, {packing}: "
+        f"{format_count(len(windows))} of {block_size} tokens, {packing}: "
         f"{min(part.used for part in cost):.1%} of their positions used, "
-        f"{many(sum(part.split for part in cost), 'document')} cut, {crossing:.0%} with several documents"
+        f"{pluralize(sum(part.split for part in cost), 'document')} cut, {crossing:.0%} with several documents"
         f"{', which see nothing of each other' if windows.document_mask else ''}"
     )
 
@@ -235,12 +246,12 @@ def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
     return data.tokens_per_batch * trainer.accumulate_grad_batches
 
 
-def warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
+def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
     """What looks like a mistake, though it can be done."""
     if isinstance(data, PackedText):
-        yield from _short_validation(data)
+        yield from _warn_small_validation(data)
     if isinstance(data, RecordDataModule):
-        yield from _few_records(data)
+        yield from _warn_few_records(data)
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         return
@@ -250,41 +261,41 @@ def warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Itera
         what = "the text" if isinstance(data, PackedText) else "the records"
         enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))
         yield (
-            f"{count(epochs)} epochs: the model will learn {what} by heart; name more, or take fewer steps: "
+            f"{format_count(epochs)} epochs: the model will learn {what} by heart; name more, or take fewer steps: "
             f"--trainer.max_steps {enough}"
         )
         return  # of a text this short nothing else is worth saying
     if task.init_from is not None:
         return  # it has seen others before
     each = tokens / sum(p.numel() for p in task.net.parameters())
-    if not CHINCHILLA / FAR <= each <= CHINCHILLA * FAR:
+    if not CHINCHILLA_RATIO / MAX_BUDGET_FACTOR <= each <= CHINCHILLA_RATIO * MAX_BUDGET_FACTOR:
         change = "a larger model or fewer steps"
-        if each < CHINCHILLA:
-            change = f"a smaller model or more {'text' if epochs > AS_GOOD_AS_NEW else 'steps'}"
+        if each < CHINCHILLA_RATIO:
+            change = f"a smaller model or more {'text' if epochs > MAX_USEFUL_EPOCHS else 'steps'}"
         yield (
-            f"{count(each)} tokens a parameter; about {CHINCHILLA} make the most of the computation "
+            f"{format_count(each)} tokens a parameter; about {CHINCHILLA_RATIO} make the most of the computation "
             f"(https://arxiv.org/abs/2203.15556): take {change}"
         )
 
 
-def _short_validation(data: PackedText) -> Iterator[str]:
+def _warn_small_validation(data: PackedText) -> Iterator[str]:
     held_out = data.store.validation.n_tokens
     if held_out < data.block_size:
         yield (
             f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its figures say "
             f"little; name more text, or raise --data.validation_share"
         )
-    elif held_out < FEW_VALIDATION_TOKENS:
+    elif held_out < MIN_VALIDATION_TOKENS:
         yield (
             f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
             f"text, or raise --data.validation_share"
         )
 
 
-def _few_records(data: RecordDataModule[Any]) -> Iterator[str]:
+def _warn_few_records(data: RecordDataModule[Any]) -> Iterator[str]:
     held_out = data.split_counts["validation"].records
-    if held_out < FEW_RECORDS:
+    if held_out < MIN_VALIDATION_RECORDS:
         yield (
-            f"there are only {many(held_out, 'record')} to validate on: one more that is right changes a share by "
+            f"there are only {pluralize(held_out, 'record')} to validate on: one more that is right changes a share by "
             f"{1 / held_out:.1%}; name more, or raise --data.validation_share"
         )

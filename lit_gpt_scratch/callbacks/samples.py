@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.metric_names import boards
+from lit_gpt_scratch.callbacks.metric_names import tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
@@ -65,19 +65,19 @@ class Samples(Callback):
         cut = pl_module.device_mesh is not None
         with trainer.precision_plugin.val_step_context() if cut else nullcontext():
             tokens = data.reply_tokens if isinstance(data, PromptedDataModule) else self.tokens
-            texts = _written(pl_module, data, prompts, tokens, self.sampling)
-            surest = _written(pl_module, data, prompts, min(tokens, self.greedy_tokens), Sampling(temperature=0))
+            texts = _generate_texts(pl_module, data, prompts, tokens, self.sampling)
+            surest = _generate_texts(pl_module, data, prompts, min(tokens, self.greedy_tokens), Sampling(temperature=0))
         self.latest = texts[0] if texts else ""
         chance = f"temperature {self.sampling.temperature:g}, top_k {self.sampling.top_k}"
-        for board in boards(trainer):
+        for board in tensorboard_writers(trainer):
             for row, pair in enumerate(zip(texts, surest, strict=True)):
                 both = zip((chance, "the likeliest"), pair, strict=True)
-                told = "\n\n".join(f"**{how}**\n\n{_kept(text)}" for how, text in both)
+                told = "\n\n".join(f"**{how}**\n\n{_as_code_block(text)}" for how, text in both)
                 name = "sample" if len(texts) == 1 else f"sample/{row + 1}"
                 board.add_text(name, told, trainer.global_step - 1)  # the step is the last one's, as for metrics
 
 
-def _written(
+def _generate_texts(
     task: GPTModule, data: BaseDataModule, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
 ) -> list[str]:
     """The prompts, each with what the model writes behind it."""
@@ -87,12 +87,12 @@ def _written(
     return texts
 
 
-def _kept(text: str) -> str:
+def _as_code_block(text: str) -> str:
     """As Markdown that keeps it as it is: behind four spaces."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
-class TrueReward(Callback):
+class RewardEval(Callback):
     """Let the model reply to prompts that are held out, and judge the replies, at each validation and in the test.
 
     ``true_reward`` is the share of replies that are as they should be; one that the model did not end is not. The
@@ -103,6 +103,8 @@ class TrueReward(Callback):
         prompts: The most prompts of a side that are replied to, the first of them.
     """
 
+    STATE_KEY: ClassVar = "TrueReward"
+
     def __init__(self, prompts: int = 256) -> None:
         self.prompts = prompts
         self.sampling = Sampling(temperature=1.0, top_k=None)
@@ -111,9 +113,9 @@ class TrueReward(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the start, unless this run has done so before."""
-        if self.start is None and (data := _judged(trainer, pl_module)):
+        if self.start is None and (data := _data_with_reward_check(trainer, pl_module)):
             written = self._replies(trainer, pl_module, "test" if "test" in data.split_indices else "validation")
-            self.start = _share(data, written)
+            self.start = _true_reward(data, written)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Of the prompts that are validated on."""
@@ -124,6 +126,11 @@ class TrueReward(Callback):
         """Of those of the test."""
         self._measure(trainer, pl_module, "test", "test")
 
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
+
     def state_dict(self) -> dict[str, float | None]:
         """What the run began with; when it goes on, it can no longer be measured."""
         return {"start": self.start}
@@ -133,11 +140,11 @@ class TrueReward(Callback):
         self.start = state_dict["start"]
 
     def _measure(self, trainer: L.Trainer, task: L.LightningModule, side: RecordSplit, name: str) -> None:
-        if (data := _judged(trainer, task)) is None:
+        if (data := _data_with_reward_check(trainer, task)) is None:
             return
         written = self._replies(trainer, task, side)
         if written:
-            task.log(f"{name}/true_reward", _share(data, written), sync_dist=True)
+            task.log(f"{name}/true_reward", _true_reward(data, written), sync_dist=True)
             task.log(f"{name}/reply_tokens", sum(reply.n_tokens for reply in written) / len(written), sync_dist=True)
 
     def _replies(self, trainer: L.Trainer, task: Any, side: RecordSplit) -> list[Reply]:
@@ -151,13 +158,13 @@ class TrueReward(Callback):
         return written
 
 
-def _judged(trainer: L.Trainer, task: L.LightningModule) -> PromptedDataModule[Any] | None:
+def _data_with_reward_check(trainer: L.Trainer, task: L.LightningModule) -> PromptedDataModule[Any] | None:
     """The data, if the task writes replies that can be judged by it."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     writes = isinstance(task, GPTModule) and isinstance(task.output_head, Tokens)
     return data if writes and isinstance(data, PromptedDataModule) and data.reply_check is not None else None
 
 
-def _share(data: PromptedDataModule[Any], written: list[Reply]) -> float:
+def _true_reward(data: PromptedDataModule[Any], written: list[Reply]) -> float:
     assert data.reply_check is not None
     return sum(reply.ended and data.reply_check(reply.text) for reply in written) / max(len(written), 1)

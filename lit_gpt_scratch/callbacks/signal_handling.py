@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
 from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
 from lit_gpt_scratch.distributed.collectives import Agreement
 
@@ -19,11 +19,11 @@ log = logging.getLogger(__name__)
 
 
 @contextmanager
-def ending_at_once() -> Iterator[None]:
+def exit_on_signal() -> Iterator[None]:
     """End the program with the conventional exit code when a signal comes, cleaning up behind it."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
-        before = {signum: signal.signal(signum, _end) for signum in STOP_SIGNALS}
+        before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -31,11 +31,11 @@ def ending_at_once() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _end(signum: int, frame: FrameType | None = None) -> None:
+def _exit(signum: int, frame: FrameType | None = None) -> None:
     raise SystemExit(128 + signum)
 
 
-class Stopping(Callback):
+class SignalHandling(Callback):
     """On a signal finish the step, save once, say how to go on, and exit with 128 + the signal's number.
 
     One rank that is signalled stops all of them, after the same step. A second signal changes nothing. Before the
@@ -45,7 +45,7 @@ class Stopping(Callback):
         checkpoints: What saves; None if the run saves nothing.
     """
 
-    def __init__(self, checkpoints: Checkpoints | None) -> None:
+    def __init__(self, checkpoints: Checkpointing | None) -> None:
         self.checkpoints = checkpoints
         self.signum = 0
         """The signal that came, or 0."""
@@ -59,7 +59,7 @@ class Stopping(Callback):
         self._trainer, self._first_step = trainer, -1
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            trainer._signal_connector.register_signal_handlers = _leave_signals  # type: ignore[method-assign]  # no option
+            trainer._signal_connector.register_signal_handlers = _register_nothing  # type: ignore[method-assign]  # no option
             self._before = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -73,7 +73,7 @@ class Stopping(Callback):
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
-            _end(signum)
+            _exit(signum)
         self.signum = self.signum or signum
 
     def on_train_batch_start(
@@ -99,7 +99,7 @@ class Stopping(Callback):
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
         """End this process with the exit code that the signal stands for."""
-        if trainer.world_size > 1 and trainer.local_rank and not _launched_from_outside(trainer):
+        if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
             raise SystemExit(0)  # Lightning's launcher kills the first rank when a process that it started fails
         raise SystemExit(128 + self.signum)
 
@@ -118,9 +118,9 @@ class Stopping(Callback):
         self.leave(trainer)
 
 
-def _leave_signals() -> None:
+def _register_nothing() -> None:
     """Register nothing."""
 
 
-def _launched_from_outside(trainer: L.Trainer) -> bool:
+def _is_launched_externally(trainer: L.Trainer) -> bool:
     return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of several

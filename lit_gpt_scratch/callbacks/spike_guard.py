@@ -4,39 +4,40 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final, Literal, get_args
+from typing import Any, ClassVar, Final, Literal, get_args
 
 import lightning as L
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.callbacks.metric_names import note
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.metric_names import log_text
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, Watch
+from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
 from lit_gpt_scratch.distributed.collectives import Agreement
 from lit_gpt_scratch.model.activation_hooks import undisturbed
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
 
-Mode = Literal["off", "warn", "act"]
-MODES: Final[tuple[Mode, ...]] = get_args(Mode)
-REWINDS: Final = 3
+GuardMode = Literal["off", "warn", "act"]
+GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
+MAX_REWINDS: Final = 3
 """Times to rewind without a calm stretch between, after which the new level is accepted."""
-HOPELESS: Final = 200
+MAX_SKIPPED_IN_A_ROW: Final = 200
 """Steps in a row without a finite gradient, after which the run is stopped: nothing is learned any more."""
-VERDICTS: Final = (None, "spike", "non_finite")
+STEP_KINDS: Final = (None, "spike", "non_finite")
 
 
-class Guard(InRunFolder):
+class SpikeGuard(RunDirCallback):
     """Look at the loss and the gradient of every step before it is done.
 
     ``warn`` says which steps are not finite or stand out (``diagnosis/spikes.py``), where, and with which documents,
     and changes nothing. ``act`` leaves such a step out: it counts, but weights, averages and the optimizer stay as they
     were, and the next batch comes. When ``PATIENCE`` steps in a row stand out, it is no batch's doing, and the run goes
     back to weights and optimizer of the last good checkpoint, and on with the next batch. Where that does not help
-    either, a level is accepted that is finite, and ``HOPELESS`` steps that are not end the run. All ranks decide alike.
+    either, a level is accepted that is finite, and ``MAX_SKIPPED_IN_A_ROW`` steps that are not end the run. All
+    ranks decide alike.
     ``off`` does not look.
 
     A good checkpoint, ``good-N.ckpt``, is written beside ``last.ckpt``, at the intervals of steps and validations
@@ -50,10 +51,12 @@ class Guard(InRunFolder):
         every_n_steps: Optimizer steps between good checkpoints; None writes them at validations alone.
     """
 
-    def __init__(self, mode: Mode = "warn", every_n_steps: int | None = None) -> None:
+    STATE_KEY: ClassVar = "Guard"
+
+    def __init__(self, mode: GuardMode = "warn", every_n_steps: int | None = None) -> None:
         self.mode = mode
         self.every_n_steps = every_n_steps
-        self.watch = Watch()
+        self.watch = SpikeDetector()
         self.refused = 0
         """Steps that were left out, in the whole run."""
         self.good: int | None = None
@@ -128,7 +131,7 @@ class Guard(InRunFolder):
                 scaled = self._scales and not math.isfinite(norm)
                 kind = self.watch.judge(loss, 1.0 if scaled else norm)
                 if self._reads_at_once:
-                    kind = VERDICTS[self._ranks.greatest(VERDICTS.index(kind))]
+                    kind = STEP_KINDS[self._ranks.greatest(STEP_KINDS.index(kind))]
                 if kind is not None:
                     self._stands_out(kind, step, loss, norm)
         return kind is None or self.mode != "act"
@@ -145,11 +148,11 @@ class Guard(InRunFolder):
             values[f"guard/{kind}"] = loss if kind == "non_finite" else self.watch.deviations
         for logger in self._trainer.loggers if values else ():
             logger.log_metrics(values, step)
-        if row >= PATIENCE and acts and self.good is not None and self._rewinds < REWINDS:
+        if row >= PATIENCE and acts and self.good is not None and self._rewinds < MAX_REWINDS:
             self._rewind_due = True
         elif row >= PATIENCE and kind == "spike":
             self.watch.forget()
-        elif row >= HOPELESS and acts:
+        elif row >= MAX_SKIPPED_IN_A_ROW and acts:
             tried = f" after {self._rewinds} rewinds" if self._rewinds else ""
             log.warning("guard: %d steps in a row were left out%s: nothing is learned, and the run ends", row, tried)
             self._trainer.should_stop = True
@@ -160,15 +163,15 @@ class Guard(InRunFolder):
         if self._reads_at_once:
             batches = list(self._batches.values())
             if kind == "non_finite":
-                lines.append(where_not_finite(self._trainer, self._task, batches))
+                lines.append(locate_non_finite(self._trainer, self._task, batches))
             try:
-                found = hardest_windows(self._trainer, self._task, self._batches)
+                found = describe_hardest_rows(self._trainer, self._task, self._batches)
             except Exception:  # a task of one's own may not be asked for less than a batch, and looking ends no run
                 log.warning("the hardest windows of step %d cannot be told apart", step, exc_info=True)
                 found = ""
             if found:
                 lines.append(f"hardest windows:\n\n{found}")
-        note(self._trainer, f"guard/{kind}/where", "\n\n".join(lines), step)
+        log_text(self._trainer, f"guard/{kind}/where", "\n\n".join(lines), step)
 
     def _keep_good(self, trainer: L.Trainer) -> None:
         """Write one, if what the weights are is known to be good, and drop the one before."""
@@ -221,6 +224,11 @@ class Guard(InRunFolder):
         assert self.folder is not None
         return self.folder.checkpoints / f"good-{step}.ckpt"
 
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
+
     def state_dict(self) -> dict[str, Any]:
         """What later steps are judged by, and where to rewind to."""
         self._read()
@@ -238,13 +246,13 @@ class Guard(InRunFolder):
         self._rewinds = state_dict["rewinds"]
 
 
-EXCERPT = 160
+EXCERPT_LENGTH = 160
 """Characters of a text that is shown."""
-PLACES = 3
+N_HARDEST_ROWS = 3
 """Windows of a step that are shown."""
 
 
-def where_not_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:
+def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:
     """Where a step's numbers stopped being finite: forward again through its batches, then by its gradient.
 
     Every rank has to ask, because weights may be cut among them. A step that was done has left it in the weights.
@@ -255,7 +263,7 @@ def where_not_finite(trainer: L.Trainer, task: L.LightningModule, batches: Seque
         return f"already in {len(weights)} of {len(named)} weights, {weights[0]} the first of them"
     if isinstance(task, GPTModule):
         for batch in batches:
-            part = _first_part(trainer, task, batch)
+            part = _first_non_finite_module(trainer, task, batch)
             if part is not None:
                 return f"forward, first out of {part}"
     gradients = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
@@ -266,7 +274,7 @@ def where_not_finite(trainer: L.Trainer, task: L.LightningModule, batches: Seque
     return f"backward, first at {gradients[-1]}, in {len(gradients)} of {len(named)} gradients"
 
 
-def _first_part(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
+def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
     """The first part of a network whose output is not finite, or None."""
     found: list[str] = []
 
@@ -289,7 +297,7 @@ def _first_part(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
     return found[0] if found else None
 
 
-def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
+def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
     """The windows, texts or pairs of a step that the model finds hardest, whence they are, and how they begin.
 
     Args:
@@ -314,10 +322,10 @@ def hardest_windows(trainer: L.Trainer, task: L.LightningModule, batches: Mappin
     # Of NaN none is greater: what is not finite comes first.
     windows.sort(key=lambda window: -window[0] if window[0] == window[0] else float("-inf"))
     lines = []
-    for loss, number, place, one in windows[:PLACES]:
+    for loss, number, place, one in windows[:N_HARDEST_ROWS]:
         ids = one["input_ids"][0][: int(one["lengths"][0]) if "lengths" in one else None]
         text = " ".join(data.tokenizer.decode(ids.tolist()).split())
         lines.append(
-            f"- loss {loss:.2f}, {data.describe_row(trainer.current_epoch, number, place)}: `{text[:EXCERPT]}`"
+            f"- loss {loss:.2f}, {data.describe_row(trainer.current_epoch, number, place)}: `{text[:EXCERPT_LENGTH]}`"
         )
     return "\n".join(lines)

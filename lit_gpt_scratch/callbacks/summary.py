@@ -5,14 +5,14 @@ import logging
 import math
 import time
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
-from lit_gpt_scratch.callbacks.formatting import figures
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
+from lit_gpt_scratch.callbacks.formatting import format_metrics
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -23,10 +23,10 @@ from lit_gpt_scratch.tasks import Reward
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
-Kind = TypeVar("Kind", bound=Callback)
+CallbackT = TypeVar("CallbackT", bound=Callback)
 
-WRITE = 'generate {} --prompt "def "'
-NEXT: dict[type, str] = {
+GENERATE_COMMAND = 'generate {} --prompt "def "'
+NEXT_COMMANDS: dict[type, str] = {
     Reward: "convert to-safetensors {} reward.safetensors",
     Conversations: "generate {} --chat",
     LabelledText: 'evaluate {} --text "..."',
@@ -35,11 +35,13 @@ NEXT: dict[type, str] = {
 """What one does with a model, by what it is, or by the data that it has learned from."""
 
 
-class Summary(InRunFolder):
+class RunSummary(RunDirCallback):
     """Write ``summary.json`` at the end: final metrics, baselines, tokens, seconds, tokens per second, and why.
 
     Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
     """
+
+    STATE_KEY: ClassVar = "Summary"
 
     def __init__(self) -> None:
         self.seconds_before = 0.0
@@ -60,7 +62,7 @@ class Summary(InRunFolder):
             return
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
             return
-        throughput, baselines = _one(trainer, Throughput), _one(trainer, Baselines)
+        throughput, baselines = _find_callback(trainer, Throughput), _find_callback(trainer, BaselineMetrics)
         learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module  # without a reference
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
@@ -75,7 +77,7 @@ class Summary(InRunFolder):
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }
         self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
-        samples = _one(trainer, Samples)
+        samples = _find_callback(trainer, Samples)
         self._say(summary, samples.latest if samples else "", self.folder, trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +89,12 @@ class Summary(InRunFolder):
         path = self.folder.path / "summary.json"
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
         self.folder.write("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
-        log.info("\n%s", figures(trainer.callback_metrics, "test"))
+        log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, float]:
         """Time so far, so that a resumed run counts on."""
@@ -103,9 +110,9 @@ class Summary(InRunFolder):
     def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         both = data, trainer.lightning_module
-        doors = (door for kind, door in NEXT.items() if any(isinstance(each, kind) for each in both))
-        next_door = next(doors, WRITE)
-        baselines = _one(trainer, Baselines)
+        doors = (door for kind, door in NEXT_COMMANDS.items() if any(isinstance(each, kind) for each in both))
+        next_door = next(doors, GENERATE_COMMAND)
+        baselines = _find_callback(trainer, BaselineMetrics)
         if baselines and isinstance(value := summary.get(baselines.metric), float):
             beside = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
             log.info("\n%s: this model %.3f%s", baselines.what, value, beside)
@@ -128,6 +135,6 @@ class Summary(InRunFolder):
         )
 
 
-def _one(trainer: L.Trainer, kind: type[Kind]) -> Kind | None:
+def _find_callback(trainer: L.Trainer, kind: type[CallbackT]) -> CallbackT | None:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)

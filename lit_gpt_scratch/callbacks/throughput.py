@@ -10,7 +10,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import Batch
-from lit_gpt_scratch.callbacks.metric_names import record
+from lit_gpt_scratch.callbacks.metric_names import log_metrics
 from lit_gpt_scratch.distributed.collectives import Agreement
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
@@ -19,7 +19,7 @@ from lit_gpt_scratch.profiling.peak_memory import peak_memory
 from lit_gpt_scratch.profiling.step_timer import PARTS, StepClock
 from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
-SHARES = tuple(f"throughput/{part}" for part in PARTS)
+TIME_SHARE_TAGS = tuple(f"throughput/{part}" for part in PARTS)
 """The shares' names in TensorBoard."""
 
 
@@ -57,7 +57,7 @@ class Throughput(Callback):
         self._memory: float | None = None
         self._flops_per_token = 0
         self._clock = StepClock(torch.device("cpu"))
-        self._waiting = WaitingForData(PassThroughProfiler())
+        self._waiting = DataLoaderTimer(PassThroughProfiler())
         self._began = 0.0
         self._warm = False
         self._step = 0
@@ -69,12 +69,12 @@ class Throughput(Callback):
         self._warm, self._step = False, trainer.global_step
         self._clock = StepClock(pl_module.device)
         self._ranks = Agreement()
-        self._waiting = WaitingForData(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
+        self._waiting = DataLoaderTimer(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
         trainer.profiler = self._waiting  # type: ignore[attr-defined]  # the same
         net = getattr(pl_module, "net", None)
         if isinstance(net, GPT):
             self._flops_per_token = training_flops_per_token(net)
-            peaks = peak_flops(pl_module.device, product_dtype(trainer, pl_module))
+            peaks = peak_flops(pl_module.device, matmul_dtype(trainer, pl_module))
             self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)  # the products were not the run's
@@ -121,14 +121,14 @@ class Throughput(Callback):
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         parts = self._clock.take()
-        counts, figures = {"tokens": float(self.tokens)}, shares(parts)
+        counts, figures = {"tokens": float(self.tokens)}, time_shares(parts)
         if self._close_window(parts):
             counts["tokens_per_second"] = self.tokens_per_second
             utilisation = list(self.utilisation(self.tokens_per_second).values())
             figures |= {"model_flops_utilisation": utilisation[0]} if utilisation else {}
         memory = self._peak_gigabytes(pl_module.device)
         figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
-        record(trainer, counts | {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
+        log_metrics(trainer, counts | {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
 
     @property
     def mean(self) -> float | None:
@@ -143,7 +143,7 @@ class Throughput(Callback):
     def figures(self) -> dict[str, Any]:
         """This session's means: shares, utilisation of each peak, the peaks in TFLOP/s, and the peak of memory."""
         return {
-            **shares(self._parts),
+            **time_shares(self._parts),
             "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
             "peak_teraflops": {kind: peak / 1e12 for kind, peak in self.peaks.items()},
             "peak_memory_gigabytes": self._memory,
@@ -188,24 +188,24 @@ class Throughput(Callback):
         self.tokens = state_dict["tokens"]
 
 
-def shares(seconds: dict[str, float]) -> dict[str, float]:
+def time_shares(seconds: dict[str, float]) -> dict[str, float]:
     """Each part of the whole; nothing of nothing."""
     whole = sum(seconds.values())
     return {part: its / whole for part, its in seconds.items()} if whole else {}
 
 
-def product_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
+def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
     """In what the run's precision multiplies its weights."""
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype
 
 
-FETCH = "[_TrainingEpochLoop].train_dataloader_next"
+FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
 """Lightning's name for fetching a training batch. It tells no callback when that begins, only the profiler."""
 
 
-class WaitingForData:
+class DataLoaderTimer:
     """A profiler that adds up the seconds of fetching batches; all else is for the profiler that the user chose."""
 
     def __init__(self, chosen: Profiler) -> None:
@@ -216,12 +216,12 @@ class WaitingForData:
     def start(self, action_name: str) -> None:
         """Start the clock."""
         self.chosen.start(action_name)
-        if action_name == FETCH:
+        if action_name == FETCH_ACTION:
             self._began = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
         """Stop it."""
-        if action_name == FETCH:
+        if action_name == FETCH_ACTION:
             self._seconds += time.perf_counter() - self._began
         self.chosen.stop(action_name)
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from platformdirs import user_cache_path
 from tqdm import tqdm
 
-from lit_gpt_scratch.callbacks.signal_handling import ending_at_once
+from lit_gpt_scratch.callbacks.signal_handling import exit_on_signal
 from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
 from lit_gpt_scratch.cli.entrypoint import CommandParser
-from lit_gpt_scratch.diagnostics.rule_engine import Examination
-from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
-from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
+from lit_gpt_scratch.diagnostics.rules import RULES
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
 from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
 from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
 from lit_gpt_scratch.errors import UserError
@@ -78,7 +78,7 @@ def main(args: Sequence[str] | None = None) -> None:
     taken = [flag for flag in of_fit if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
         raise UserError(f"{taken[0]} is the doctor's to choose: its runs are kept nowhere")
-    with ending_at_once(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
+    with exit_on_signal(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         examine = _test_parity if given.parity else _test_resume
         if not examine(given, of_fit, Path(folder)):
             sys.exit(1)
@@ -86,9 +86,9 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:
     """What is wrong with a run; True whatever that is: it has been said."""
-    examination = Examination(SYMPTOMS)
-    replay(run, examination)
-    if not any(len(examination.evidence[name]) for row in SYMPTOMS for name in row.reads):
+    examination = RuleEngine(RULES)
+    replay_events(run, examination)
+    if not any(len(examination.evidence[name]) for row in RULES for name in row.reads):
         raise UserError(f"{run} has none of the curves that the doctor reads, such as train/loss; nothing can be said")
     examination.end()
     if as_json:

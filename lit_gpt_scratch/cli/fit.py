@@ -16,14 +16,14 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
-from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
-from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
-from lit_gpt_scratch.callbacks.default_callbacks import watchers
-from lit_gpt_scratch.callbacks.introspection import Inspection
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
-from lit_gpt_scratch.callbacks.run_metadata import Provenance
-from lit_gpt_scratch.callbacks.run_plan import Plan
-from lit_gpt_scratch.callbacks.signal_handling import Stopping, ending_at_once
+from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
+from lit_gpt_scratch.callbacks.introspection import ActivationStats
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
+from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
+from lit_gpt_scratch.callbacks.run_plan import RunPlan
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
 from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
@@ -86,8 +86,8 @@ class FitCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what is not the trainer's, the model's or the data's."""
         add_run_flags(parser)
-        parser.add_lightning_class_args(Checkpoints, "checkpoint")
-        parser.add_lightning_class_args(Inspection, "inspect")
+        parser.add_lightning_class_args(Checkpointing, "checkpoint")
+        parser.add_lightning_class_args(ActivationStats, "inspect")
         parser.set_defaults(
             {
                 "model": {
@@ -133,8 +133,8 @@ class FitCLI(LightningCLI):
             config["callbacks"] = [config["callbacks"]]
         if self.config_init.plan:
             config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-            plan = Plan(only=True, validates=config["limit_val_batches"] != 0)
-            config |= {"limit_val_batches": 0, "callbacks": [*(config["callbacks"] or []), Baselines(), plan]}
+            plan = RunPlan(only=True, validates=config["limit_val_batches"] != 0)
+            config |= {"limit_val_batches": 0, "callbacks": [*(config["callbacks"] or []), BaselineMetrics(), plan]}
         else:
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
@@ -155,9 +155,9 @@ class FitCLI(LightningCLI):
     def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         saves, shows_progress = (config[f"enable_{name}"] is not False for name in ("checkpointing", "progress_bar"))
         saving = self.config_init.checkpoint if saves else None
-        self.stopping, self.provenance = Stopping(saving), Provenance()
+        self.stopping, self.provenance = SignalHandling(saving), RunMetadata()
         written = [SaveConfig(self.parser, self.config), self.provenance]
-        return watchers(
+        return default_callbacks(
             written, self.config_init.inspect, self.stopping, saving, shows_progress, self.config_init.guard
         )
 
@@ -229,7 +229,7 @@ class FitCLI(LightningCLI):
     def _settle_in(self, folder: RunFolder | None, first_step: int) -> None:
         """Send all that the run writes into its folder; None on ranks that write nothing and ask the first."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
-            if isinstance(callback, InRunFolder):
+            if isinstance(callback, RunDirCallback):
                 callback.folder = folder
         if self.config.trainer.logger in (None, True) and not (self.config.plan or self.config.trainer.fast_dev_run):
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
@@ -245,7 +245,7 @@ class FitCLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """The door ``fit``."""
     silence_libraries()
-    with ending_at_once():
+    with exit_on_signal():
         cli = FitCLI(args)
         prepare_process(processes=cli.trainer.num_devices)
         cli.fit()

@@ -13,8 +13,8 @@ from typing import Any, Final
 from lightning.pytorch import Trainer
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
-from lit_gpt_scratch.callbacks.run_metadata import Provenance
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
 from lit_gpt_scratch.checkpoint.config_diff import differences
 from lit_gpt_scratch.checkpoint.environment import surroundings
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
@@ -94,12 +94,12 @@ class ResumedRun:
         checkpoint = load_checkpoint(self.checkpoint)
         if "loops" not in checkpoint:
             raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
-        self.origin = next(iter(_states(checkpoint, Provenance.__qualname__)), {})
+        self.origin = next(iter(_states(checkpoint, RunMetadata.STATE_KEY)), {})
         self.layout = BatchLayout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         settle(loop)
-        if any(state.get("validation_due") for state in _states(checkpoint, Checkpoints.__qualname__)):
+        if any(state.get("validation_due") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
             return step
         epochs = epochs_done(loop)
         seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
@@ -110,11 +110,11 @@ class ResumedRun:
             more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
         elif _seconds(trainer) <= seconds:
             more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
-        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpoints.__qualname__)):
+        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
             more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
         if more and self._untested(checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
-                if isinstance(callback, Checkpoints):
+                if isinstance(callback, Checkpointing):
                     callback.untested = True
         elif more:
             raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
@@ -122,7 +122,7 @@ class ResumedRun:
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
         """Whether there is a test that the run did not come to the end of."""
-        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpoints.__qualname__)):
+        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.STATE_KEY)):
             return False
         summary = self.folder.path / "summary.json"
         measured = json.loads(summary.read_text("utf-8")) if summary.exists() else {}

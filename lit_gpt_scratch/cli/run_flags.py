@@ -2,7 +2,7 @@
 
 from jsonargparse import ArgumentParser
 
-from lit_gpt_scratch.callbacks.spike_guard import Mode
+from lit_gpt_scratch.callbacks.spike_guard import GuardMode
 from lit_gpt_scratch.model.presets import PRESETS
 
 
@@ -32,7 +32,7 @@ def add_run_flags(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--guard",
-        type=Mode,
+        type=GuardMode,
         default="warn",
         help="Look at each step before it is done, and say if it is not finite or stands out; 'act' also leaves it "
         "out, and rewinds to the last good checkpoint where leaving out does not help.",

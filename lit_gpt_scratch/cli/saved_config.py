@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_gpt_scratch.callbacks.run_dir import InRunFolder
+from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 
 
-class SaveConfig(InRunFolder):
+class SaveConfig(RunDirCallback):
     """``config.yaml`` in the run's folder, written when nothing can be refused any more.
 
     Args:

@@ -2,21 +2,21 @@
 
 from typing import Final
 
-from lit_gpt_scratch.diagnostics.metric_history import Evidence
+from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
-DEAD: Final = 0.5
+MAX_DEAD_UNITS: Final = 0.5
 """Share of the feed-forward units."""
-SINK: Final = 0.7
+MAX_SINK: Final = 0.7
 """Share of the attention that goes to the first token, over all heads."""
-REPEATS: Final = 0.5
+MAX_REPETITION: Final = 0.5
 """Share of the phrases of a sample. In samples of healthy runs it is 0 to 0.2."""
 
 
-def dead_units(e: Evidence) -> Finding | None:
+def dead_units(e: MetricHistory) -> Finding | None:
     """Units that never answer."""
     dead = e["dynamics/dead_units"]
-    if len(dead) < 2 or not min(dead.values[-2:]) > DEAD:
+    if len(dead) < 2 or not min(dead.values[-2:]) > MAX_DEAD_UNITS:
         return None
     return Finding(
         f"{dead.last:.0%} of the feed-forward units answer to no token",
@@ -25,10 +25,10 @@ def dead_units(e: Evidence) -> Finding | None:
     )
 
 
-def sinks(e: Evidence) -> Finding | None:
+def attention_sink(e: MetricHistory) -> Finding | None:
     """Attention goes to the first token, whatever it is."""
     sink = e["attention/sink"]
-    if len(sink) < 2 or not min(sink.values[-2:]) > SINK:
+    if len(sink) < 2 or not min(sink.values[-2:]) > MAX_SINK:
         return None
     return Finding(
         f"{sink.last:.0%} of the attention goes to the first token",
@@ -37,10 +37,10 @@ def sinks(e: Evidence) -> Finding | None:
     )
 
 
-def repetition(e: Evidence) -> Finding | None:
+def repetition(e: MetricHistory) -> Finding | None:
     """What the model writes says the same again and again."""
     share = e["samples/repetition"]
-    if len(share) < 2 or not min(share.values[-2:]) > REPEATS:
+    if len(share) < 2 or not min(share.values[-2:]) > MAX_REPETITION:
         return None
     return Finding(
         f"{share.last:.0%} of the phrases of a sample stood in it before",

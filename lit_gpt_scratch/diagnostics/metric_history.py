@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterator, Mapping
 from typing import Final
 
-LONGEST: Final = 2000
+MAX_POINTS: Final = 2000
 """Points of a curve that are kept; of a longer one every other of its older half goes."""
 
 
@@ -26,8 +26,8 @@ class Curve:
             return
         self.steps.append(step)
         self.values.append(value)
-        if len(self) > LONGEST:
-            del self.steps[1 : LONGEST // 2 : 2], self.values[1 : LONGEST // 2 : 2]
+        if len(self) > MAX_POINTS:
+            del self.steps[1 : MAX_POINTS // 2 : 2], self.values[1 : MAX_POINTS // 2 : 2]
 
     def forget(self, step: int) -> None:
         """Drop the points from a step on."""
@@ -62,7 +62,7 @@ def _median(values: list[float]) -> float:
     return statistics.median(known) if known else math.nan
 
 
-class Evidence:
+class MetricHistory:
     """Curves and notes of a run, and whether it is over.
 
     Attributes:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Final, NamedTuple
 
-from lit_gpt_scratch.diagnostics.metric_history import Evidence
+from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 
-MOST: Final = 100
+MAX_REPEATED_DIAGNOSES: Final = 100
 """Diagnoses of one symptom that are kept, of those that come again."""
 
 
@@ -25,7 +25,7 @@ class Finding(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Symptom:
+class Rule:
     """A row of the table.
 
     Args:
@@ -39,10 +39,10 @@ class Symptom:
 
     name: str
     reads: tuple[str, ...]
-    find: Callable[[Evidence], Finding | None]
+    find: Callable[[MetricHistory], Finding | None]
     unless: tuple[str, ...] = ()
     again: bool = False
-    harmless: Callable[[Evidence], bool] = lambda _: False
+    harmless: Callable[[MetricHistory], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ class Diagnosis:
         return f"{self.symptom}. Likely: {self.cause}. Try: {self.flag}"
 
 
-class Examination:
+class RuleEngine:
     """A run, examined step by step: while it trains, or from its events, which comes to the same.
 
     Args:
         table: The rows, in the order in which they are asked.
     """
 
-    def __init__(self, table: Sequence[Symptom]) -> None:
+    def __init__(self, table: Sequence[Rule]) -> None:
         self.table = table
-        self.evidence = Evidence()
+        self.evidence = MetricHistory()
         self.found: list[Diagnosis] = []
         self._news: set[str] = set()
 
@@ -110,12 +110,12 @@ class Examination:
         self.evidence.forget(step)
         self.found = [diagnosis for diagnosis in self.found if diagnosis.step < step]
 
-    def _ask(self, rows: Iterable[Symptom]) -> None:
+    def _ask(self, rows: Iterable[Rule]) -> None:
         step = self.evidence.step
         harmless = {row.name for row in self.table if row.harmless(self.evidence)}
         for row in rows:
             steps = [diagnosis.step for diagnosis in self.found if diagnosis.name == row.name]
             known = {diagnosis.name for diagnosis in self.found} - harmless
-            done = len(steps) >= MOST or step in steps if row.again else bool(steps)
+            done = len(steps) >= MAX_REPEATED_DIAGNOSES or step in steps if row.again else bool(steps)
             if not done and known.isdisjoint(row.unless) and (finding := row.find(self.evidence)) is not None:
                 self.found.append(Diagnosis(f"{row.name}: {finding.evidence}", finding.cause, finding.flag, step))

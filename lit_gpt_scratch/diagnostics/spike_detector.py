@@ -11,26 +11,26 @@ import statistics
 from collections import deque
 from typing import Any, Final, Literal
 
-Kind = Literal["non_finite", "spike"]
+StepKind = Literal["non_finite", "spike"]
 
-WIDTH: Final = 64
+WINDOW: Final = 64
 """Steps that a new one is compared with."""
-ENOUGH: Final = 20
+MIN_STEPS: Final = 20
 """Steps before the first of which anything can stand out."""
-DEVIATIONS: Final = 12.0
+MAX_DEVIATIONS: Final = 12.0
 """Of the loss. Healthy runs reach 4: the largest of 20 runs of ten shapes, 300 steps each. In batches of six short
 windows a table of Unicode's among the sources has reached 9."""
-LEAST: Final = 0.02
+MIN_DEVIATION: Final = 0.02
 """What a deviation is at least, of the median and in nats, where the losses before were all but alike."""
-RATIO: Final = 30.0
+MAX_NORM_RATIO: Final = 30.0
 """Of the norm to the median. The same runs reach 7."""
 PATIENCE: Final = 8
 """Steps in a row that stand out, after which it is no matter of a batch: the level is another one."""
-OF_NORMAL: Final = 1.4826
+MAD_TO_STD: Final = 1.4826
 """Standard deviation of a normal distribution, by the median of its absolute deviations."""
 
 
-class Watch:
+class SpikeDetector:
     """Judges one step after the other. Its state is plain numbers.
 
     Attributes:
@@ -40,13 +40,13 @@ class Watch:
     """
 
     def __init__(self) -> None:
-        self.losses: deque[float] = deque(maxlen=WIDTH)
-        self.norms: deque[float] = deque(maxlen=WIDTH)
+        self.losses: deque[float] = deque(maxlen=WINDOW)
+        self.norms: deque[float] = deque(maxlen=WINDOW)
         self.in_a_row = 0
         self.stood_out = False
         self.deviations = 0.0
 
-    def judge(self, loss: float, norm: float) -> Kind | None:
+    def judge(self, loss: float, norm: float) -> StepKind | None:
         """Whether a step stands out, and how; one that does not is what later ones are compared with.
 
         Args:
@@ -74,7 +74,7 @@ class Watch:
     @property
     def calm(self) -> bool:
         """Whether enough is known, and the last step did not stand out."""
-        return len(self.losses) >= ENOUGH and not self.stood_out
+        return len(self.losses) >= MIN_STEPS and not self.stood_out
 
     def forget(self) -> None:
         """Begin anew, at another level."""
@@ -82,17 +82,17 @@ class Watch:
         self.norms.clear()
         self.in_a_row = 0
 
-    def _kind(self, loss: float, norm: float) -> Kind | None:
+    def _kind(self, loss: float, norm: float) -> StepKind | None:
         self.deviations = 0.0
         if not (math.isfinite(loss) and math.isfinite(norm)):
             return "non_finite"
-        if len(self.losses) < ENOUGH:
+        if len(self.losses) < MIN_STEPS:
             return None
         median = self.median
         if loss > median:  # half of all steps are done with here
-            spread = OF_NORMAL * statistics.median(abs(other - median) for other in self.losses)
-            self.deviations = (loss - median) / max(spread, LEAST * abs(median), LEAST)
-        return "spike" if self.deviations > DEVIATIONS or norm > RATIO * self.usual_norm > 0 else None
+            spread = MAD_TO_STD * statistics.median(abs(other - median) for other in self.losses)
+            self.deviations = (loss - median) / max(spread, MIN_DEVIATION * abs(median), MIN_DEVIATION)
+        return "spike" if self.deviations > MAX_DEVIATIONS or norm > MAX_NORM_RATIO * self.usual_norm > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """All that it knows."""
@@ -101,7 +101,7 @@ class Watch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from there."""
-        self.losses = deque(state["losses"], WIDTH)
-        self.norms = deque(state["norms"], WIDTH)
+        self.losses = deque(state["losses"], WINDOW)
+        self.norms = deque(state["norms"], WINDOW)
         self.in_a_row = state["in_a_row"]
         self.stood_out = state.get("stood_out", self.in_a_row > 0)  # older checkpoints do not say

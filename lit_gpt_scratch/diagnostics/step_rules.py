@@ -3,39 +3,39 @@
 import math
 from typing import Final
 
-from lit_gpt_scratch.diagnostics.loss_rules import has_learned, too_high
-from lit_gpt_scratch.diagnostics.metric_history import Evidence
+from lit_gpt_scratch.diagnostics.loss_rules import has_learned, lower_rate_advice
+from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
-from lit_gpt_scratch.diagnostics.spike_detector import DEVIATIONS, PATIENCE, RATIO, WIDTH, Watch
+from lit_gpt_scratch.diagnostics.spike_detector import MAX_DEVIATIONS, MAX_NORM_RATIO, PATIENCE, WINDOW, SpikeDetector
 
-OFF: Final = 0.0
+GUARD_OFF: Final = 0.0
 """The guard's first mode, as ``run/guard`` has it."""
-ACTS: Final = 2.0
+GUARD_ACTS: Final = 2.0
 """Its last."""
-FEW: Final = 3
+N_RECENT: Final = 3
 """Points whose median is what a curve is at now."""
-WAITS: Final = 0.25
+MAX_DATA_SHARE: Final = 0.25
 """Share of a step. In healthy runs it is 0.01 to 0.04."""
-EARLY: Final = 0.25
+EARLY_SHARE: Final = 0.25
 """Of the run. Without a warm-up, what stands out so early is its doing."""
-SAID: Final = 4
+MAX_GUARD_LINES: Final = 4
 """Lines of what the guard says of a step: numbers, where, and the hardest window."""
-LOOKED_AT: Final = ("train/loss", "train/gradient_norm", "val/loss")
+CHECKED_METRICS: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
-def not_finite(e: Evidence) -> Finding | None:
+def not_finite(e: MetricHistory) -> Finding | None:
     """By the guard, or by what is logged, where that was finite before."""
     guarded = e["guard/non_finite"]
     if len(guarded) and guarded.step == e.step:
-        where = _where(e, "guard/non_finite/where")
+        where = _guard_report(e, "guard/non_finite/where")
         return Finding(
             where or "the loss or the gradient of the step",
             "a batch, an operation or a precision that cannot hold its numbers; the part that is named came first",
-            "--trainer.detect_anomaly true" if e.fact("run/guard") == ACTS else "--guard act",
+            "--trainer.detect_anomaly true" if e.fact("run/guard") == GUARD_ACTS else "--guard act",
         )
-    if e.fact("run/guard") > OFF and not math.isfinite(e.fact("train/loss")):
+    if e.fact("run/guard") > GUARD_OFF and not math.isfinite(e.fact("train/loss")):
         return None  # the guard has said it of the step
-    for name in LOOKED_AT:
+    for name in CHECKED_METRICS:
         values = e[name].values
         if e[name].step == e.step and values and not math.isfinite(values[-1]):
             if len(values) > 1 and not math.isfinite(values[-2]):
@@ -48,37 +48,37 @@ def not_finite(e: Evidence) -> Finding | None:
     return None
 
 
-def left_out(e: Evidence) -> bool:
+def steps_are_skipped(e: MetricHistory) -> bool:
     """Whether what is not finite never reaches the weights."""
-    return e.fact("run/guard") == ACTS
+    return e.fact("run/guard") == GUARD_ACTS
 
 
-def spike(e: Evidence) -> Finding | None:
+def loss_spike(e: MetricHistory) -> Finding | None:
     """By the guard; without it, by the losses that are logged."""
     if not has_learned(e):
         return None
-    act = e.fact("run/guard") == ACTS
+    act = e.fact("run/guard") == GUARD_ACTS
     cause = "a batch unlike the others; look at its documents, or clean them"
-    early = e.fact("run/warmup_steps") == 0 and e.step < EARLY * e.fact("run/steps")
+    early = e.fact("run/warmup_steps") == 0 and e.step < EARLY_SHARE * e.fact("run/steps")
     guarded = e["guard/spike"]
     if len(guarded) and guarded.step == e.step:
-        said = _where(e, "guard/spike/where")
+        said = _guard_report(e, "guard/spike/where")
         flag = "--data.cleaning+=lit_gpt_scratch.text.quality.GopherQuality" if act else "--guard act"
-        above = f"{guarded.last:.1f} deviations above the median; " if guarded.last > DEVIATIONS else ""
-        return Finding(above + said, *(too_high(e) if early else (cause, flag)))
+        above = f"{guarded.last:.1f} deviations above the median; " if guarded.last > MAX_DEVIATIONS else ""
+        return Finding(above + said, *(lower_rate_advice(e) if early else (cause, flag)))
     loss = e["train/loss"]
-    if e.fact("run/guard") > OFF or loss.step != e.step or not math.isfinite(loss.last):
+    if e.fact("run/guard") > GUARD_OFF or loss.step != e.step or not math.isfinite(loss.last):
         return None
-    watch = Watch()
-    watch.losses.extend(value for value in loss.values[-WIDTH - 1 : -1] if math.isfinite(value))
+    watch = SpikeDetector()
+    watch.losses.extend(value for value in loss.values[-WINDOW - 1 : -1] if math.isfinite(value))
     watch.norms.append(1.0)
     if watch.judge(loss.last, 1.0) is None:
         return None
     evidence = f"{watch.deviations:.1f} deviations above the median; loss {loss.last:.4g}"
-    return Finding(evidence, *(too_high(e) if early else (cause, "--guard act")))
+    return Finding(evidence, *(lower_rate_advice(e) if early else (cause, "--guard act")))
 
 
-def rewound(e: Evidence) -> Finding | None:
+def rewound(e: MetricHistory) -> Finding | None:
     """The guard has gone back, because leaving steps out did not help."""
     back = e["guard/rewound_to"]
     if not len(back) or back.step != e.step:
@@ -92,13 +92,13 @@ def rewound(e: Evidence) -> Finding | None:
     )
 
 
-def exploding(e: Evidence) -> Finding | None:
+def exploding_gradients(e: MetricHistory) -> Finding | None:
     """The gradient stays far larger than it was."""
     norm = e["train/gradient_norm"]
-    if len(norm) < 10 + FEW or not has_learned(e):
+    if len(norm) < 10 + N_RECENT or not has_learned(e):
         return None
-    now, before = norm.median(FEW), norm.median(WIDTH, before=FEW)
-    if not now > RATIO * before:
+    now, before = norm.median(N_RECENT), norm.median(WINDOW, before=N_RECENT)
+    if not now > MAX_NORM_RATIO * before:
         return None
     rate = max(e["train/learning_rate"].values, default=math.nan)
     return Finding(
@@ -108,20 +108,20 @@ def exploding(e: Evidence) -> Finding | None:
     )
 
 
-def loader(e: Evidence) -> Finding | None:
+def slow_loader(e: MetricHistory) -> Finding | None:
     """Steps wait for their batches."""
     share = e["throughput/data"]
-    if len(share) < FEW or not share.median(FEW) > WAITS:
+    if len(share) < N_RECENT or not share.median(N_RECENT) > MAX_DATA_SHARE:
         return None
     processes = e.fact("run/loader_processes")
     return Finding(
-        f"{share.median(FEW):.0%} of a step's time goes to waiting for its batch",
+        f"{share.median(N_RECENT):.0%} of a step's time goes to waiting for its batch",
         "batches are made more slowly than they are learned from",
         f"--data.num_workers {(int(processes) if math.isfinite(processes) else 0) + 2}",
     )
 
 
-def _where(e: Evidence, name: str) -> str:
+def _guard_report(e: MetricHistory, name: str) -> str:
     """What the guard says of the step, in one line."""
     lines = [line for line in e.text(name, e.step).replace("\n- ", "\n").splitlines() if line]
-    return "; ".join(lines[:SAID])
+    return "; ".join(lines[:MAX_GUARD_LINES])

@@ -7,16 +7,16 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 from tensorboard.compat.proto.event_pb2 import SessionLog
 from tensorboard.util.tensor_util import make_ndarray
 
-from lit_gpt_scratch.diagnostics.rule_engine import Examination
+from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
 """What PyTorch's writer adds to the name of a text."""
-AFTERWARDS: Final = "test/"
+TEST_PREFIX: Final = "test/"
 """Begins the names of what is measured when a training is over, of which the doctor of the live run heard nothing."""
 
 
-def replay(run: Path, examination: Examination) -> None:
+def replay_events(run: Path, examination: RuleEngine) -> None:
     """Let an examination see a run from its folder; that the run is over is not said.
 
     Args:
@@ -36,7 +36,7 @@ def replay(run: Path, examination: Examination) -> None:
                     examination.forget(event.step)
                 continue
             for value in event.summary.value:
-                if value.tag.startswith(AFTERWARDS):
+                if value.tag.startswith(TEST_PREFIX):
                     continue
                 kind = value.metadata.plugin_data.plugin_name
                 if kind == "scalars":

@@ -154,7 +154,7 @@ class Parity:
             [
                 *(sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags),
                 *(f"--runs={runs}", "--experiment=parity", "--trainer.log_every_n_steps=1"),
-                "--trainer.callbacks=lit_gpt_scratch.callbacks.loss_trace.Trace",
+                "--trainer.callbacks=lit_gpt_scratch.callbacks.loss_trace.LossTrace",
                 *KINDS[kind].flags,
                 *LAYOUTS[layout].all_flags(),
             ],

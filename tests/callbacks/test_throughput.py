@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_gpt_scratch.callbacks import throughput
-from lit_gpt_scratch.callbacks.throughput import FETCH, SHARES, Throughput
+from lit_gpt_scratch.callbacks.throughput import FETCH_ACTION, TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.profiling import step_timer
 from lit_gpt_scratch.profiling.step_timer import PARTS, HostEvent
@@ -135,8 +135,8 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     expected = {part: seconds[part] / sum(seconds.values()) for part in PARTS}
     assert {part: watch.figures[part] for part in PARTS} == pytest.approx(expected)
     assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)
-    for step in notes.said[SHARES[0]]:
-        assert sum(notes.said[share][step] for share in SHARES) == pytest.approx(1)
+    for step in notes.said[TIME_SHARE_TAGS[0]]:
+        assert sum(notes.said[share][step] for share in TIME_SHARE_TAGS) == pytest.approx(1)
     assert watch.mean is not None
     assert watch.mean == pytest.approx(16 * len(timed) / sum(seconds.values()))
     assert watch.tokens == 16 * batches
@@ -144,7 +144,7 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     assert watch.figures["model_flops_utilisation"] == {}  # of a task that is no language model nothing is known
     assert "throughput/model_flops_utilisation" not in notes.said
     assert run.profiler is profiler
-    assert len(profiler.recorded_durations[FETCH]) >= batches
+    assert len(profiler.recorded_durations[FETCH_ACTION]) >= batches
 
 
 def test_utilisation_is_the_paper_formula_of_the_speed(
@@ -215,5 +215,5 @@ def test_no_one_waits_for_the_device_before_the_end(
     run.fit(task(), packed_text())
     assert waits == [8]
     assert len(notes.said["tokens_per_second"]) == 7
-    assert not notes.said.keys() & set(SHARES)  # at no log point was anything known
+    assert not notes.said.keys() & set(TIME_SHARE_TAGS)  # at no log point was anything known
     assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)

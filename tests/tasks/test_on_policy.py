@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.callbacks.run_plan import Plan
-from lit_gpt_scratch.callbacks.summary import Summary
+from lit_gpt_scratch.callbacks.run_plan import RunPlan
+from lit_gpt_scratch.callbacks.summary import RunSummary
 from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
@@ -296,10 +296,10 @@ def test_the_start_is_none_of_a_policys_parameters(
     trainer: Build, data: Callable[..., Prompts], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     """A critic is, in the plan as in the summary."""
-    summary, task = Summary(), policy(name, steps_per_phase=2)
+    summary, task = RunSummary(), policy(name, steps_per_phase=2)
     summary.folder = RunFolder.claim(tmp_path, "run")
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-        trainer(max_steps=1, limit_val_batches=0, callbacks=[summary, Plan()]).fit(task, data())
+        trainer(max_steps=1, limit_val_batches=0, callbacks=[summary, RunPlan()]).fit(task, data())
     said = json.loads((summary.folder.path / "summary.json").read_text(encoding="utf-8"))
     network, critic = sum(p.numel() for p in task.net.parameters()), SHAPE.n_embd if name.startswith("PPO") else 0
     assert said["parameters"] == network + critic

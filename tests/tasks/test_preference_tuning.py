@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
-from lit_gpt_scratch.callbacks.samples import TrueReward
+from lit_gpt_scratch.callbacks.samples import RewardEval
 from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model, reward_model
 from lit_gpt_scratch.checkpoint.metadata import KEY
 from lit_gpt_scratch.data import Conversations, Preferences
@@ -211,7 +211,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         return [kinds[place % 4] for place in range(len(prompts))]
 
     monkeypatch.setattr("lit_gpt_scratch.callbacks.samples.replies", written)
-    watching = TrueReward(prompts=8)
+    watching = RewardEval(prompts=8)
     task, _ = align(DPO(init_from=str(start), compile=False), callbacks=[watching])
     assert watching.start == 0.5
     assert asked == [(task.data.prompt_ids("test")[:8], 8, False)]
@@ -220,13 +220,13 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
     measured = task.trainer.callback_metrics
     assert (measured["test/true_reward"], measured["test/reply_tokens"]) == (0.5, 4.25)
     assert asked[1][0] == task.data.prompt_ids("validation")[:8]
-    again = TrueReward(prompts=8)
+    again = RewardEval(prompts=8)
     again.load_state_dict(watching.state_dict())
     n = len(asked)
     align(DPO(init_from=str(start), compile=False), callbacks=[again])
     assert again.start == 0.5
     assert len(asked) == n
-    align(Reward(init_from=str(start), compile=False), callbacks=[silent := TrueReward()])
+    align(Reward(init_from=str(start), compile=False), callbacks=[silent := RewardEval()])
     assert silent.start is None
 
 

@@ -16,11 +16,26 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.callbacks.default_callbacks import watchers
-from lit_gpt_scratch.callbacks.introspection import PARTS, TOKENS, Dynamics, Inspection, Layer, figures, mean, part_of
-from lit_gpt_scratch.callbacks.loss_breakdown import HARDEST, SPAN, TokenLosses, frequency_bands, place_bands
+from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
+from lit_gpt_scratch.callbacks.introspection import (
+    MAX_INSPECTED_TOKENS,
+    PARAMETER_PARTS,
+    ActivationStats,
+    GradientStats,
+    LayerStats,
+    activation_metrics,
+    masked_mean,
+    part_name,
+)
+from lit_gpt_scratch.callbacks.loss_breakdown import (
+    N_PASSAGES,
+    PASSAGE_LENGTH,
+    LossBreakdown,
+    frequency_bands,
+    position_bands,
+)
 from lit_gpt_scratch.callbacks.samples import Samples
-from lit_gpt_scratch.callbacks.signal_handling import Stopping
+from lit_gpt_scratch.callbacks.signal_handling import SignalHandling
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -72,7 +87,7 @@ CHANGES = {
 def test_gradients_and_updates_by_part(trainer: Trainers, task: Tasks, packed_text: Texts, change: str) -> None:
     witness = Witness()
     run = trainer(
-        callbacks=[Dynamics(1), witness], log_every_n_steps=1, limit_val_batches=0, gradient_clip_val=0.01,
+        callbacks=[GradientStats(1), witness], log_every_n_steps=1, limit_val_batches=0, gradient_clip_val=0.01,
         accumulate_grad_batches=2, max_steps=3,
     )  # fmt: skip
     model = task(**({"gpt": SHAPE} | CHANGES[change]))
@@ -81,7 +96,7 @@ def test_gradients_and_updates_by_part(trainer: Trainers, task: Tasks, packed_te
         found = witness.measured[2 * step + 1]
         by_part: dict[str, list[str]] = {}
         for name in witness.gradients[step]:
-            by_part.setdefault(part_of(name), []).append(name)
+            by_part.setdefault(part_name(name), []).append(name)
         assert {n.rpartition("/")[2] for n in found if "update_ratio" in n} == by_part.keys()
         for part, names in by_part.items():
             gradient = norm([witness.gradients[step][name] for name in names])
@@ -105,8 +120,8 @@ def test_every_parameter_is_of_a_part() -> None:
         n_layer=1, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=9, smear=True, residual_scalars=True,
         position="learned", norm_placement="sandwich", bias=True, norm="layernorm",
     )  # fmt: skip
-    parts = {name: part_of(name) for name, _ in GPT(shape, 50, 16).named_parameters()}
-    assert set(parts.values()) == set(PARTS)
+    parts = {name: part_name(name) for name, _ in GPT(shape, 50, 16).named_parameters()}
+    assert set(parts.values()) == set(PARAMETER_PARTS)
     assert parts["blocks.0.attention.query_norm.weight"] == "attention"
     assert {name for name, part in parts.items() if part == "head"} == {"head.weight"}
     assert {name.split(".")[0] for name, part in parts.items() if part == "embedding"} == {
@@ -116,7 +131,7 @@ def test_every_parameter_is_of_a_part() -> None:
 
 def test_what_has_no_weight_yet_has_no_ratio(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
     witness = Witness()  # in this shape the head begins at zero
-    trainer(callbacks=[Dynamics(1), witness], limit_val_batches=0, max_steps=2).fit(task(), packed_text())
+    trainer(callbacks=[GradientStats(1), witness], limit_val_batches=0, max_steps=2).fit(task(), packed_text())
     assert "dynamics/update_ratio/head" not in witness.measured[0]
     assert 0 < witness.measured[1]["dynamics/update_ratio/head"] < 10
 
@@ -125,7 +140,9 @@ def test_measurements_come_at_the_first_step_and_at_each_so_many(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger = TensorBoardLogger(tmp_path, "x", "y")
-    run = trainer(callbacks=[Dynamics(3), Inspection(3, False)], logger=logger, max_steps=7, val_check_interval=5)
+    run = trainer(
+        callbacks=[GradientStats(3), ActivationStats(3, False)], logger=logger, max_steps=7, val_check_interval=5
+    )
     run.fit(task(), packed_text())
     events = EventAccumulator(logger.log_dir).Reload()
     for name in ("dynamics/gradient_norm/attention", "dynamics/dead_units", "attention/sink/most"):
@@ -144,12 +161,14 @@ def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Task
     witness = Witness()
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, feed_forward="relu", bias=True, initialisation="gpt2", ffn_dim=20)
     model, data = task(gpt=shape), packed_text()
-    trainer(callbacks=[Killer(), Inspection(1), witness], max_steps=1, limit_val_batches=0).fit(model, data)
+    trainer(callbacks=[Killer(), ActivationStats(1), witness], max_steps=1, limit_val_batches=0).fit(model, data)
     found = witness.measured[0]
     assert found["dynamics/dead_units/layer_1"] == 0
     assert found["dynamics/dead_units/layer_2"] == pytest.approx(5 / 20)
     assert found["dynamics/dead_units"] == pytest.approx(5 / 40)
-    ids = data.validation_dataset.__getitems__(range(min(TOKENS // 32, len(data.validation_dataset))))["input_ids"]
+    ids = data.validation_dataset.__getitems__(range(min(MAX_INSPECTED_TOKENS // 32, len(data.validation_dataset))))[
+        "input_ids"
+    ]
     with torch.no_grad():
         assert found["dynamics/logit_norm"] == pytest.approx(float(model.net(ids).norm(dim=-1).mean()), rel=1e-5)
         layers = observe(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
@@ -167,7 +186,7 @@ def test_the_training_is_the_same_bit_for_bit(
     weights, losses = [], []
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=0.2)
     for watching in (False, True):
-        watch = [Dynamics(1), Inspection(1), TokenLosses(True), Samples(tokens=5)] if watching else []
+        watch = [GradientStats(1), ActivationStats(1), LossBreakdown(True), Samples(tokens=5)] if watching else []
         logger = TensorBoardLogger(tmp_path, "x", "y") if watching else False
         L.seed_everything(3)
         model = task(gpt=shape, **more)
@@ -187,7 +206,7 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
     logger = TensorBoardLogger(tmp_path, "x", "y")
     data = packed_text(block_size=block_size, batch_size=2)
     model = task()
-    run = trainer(callbacks=[TokenLosses(True)], logger=logger, max_steps=6, val_check_interval=6)
+    run = trainer(callbacks=[LossBreakdown(True)], logger=logger, max_steps=6, val_check_interval=6)
     run.fit(model, data)
     batch = data.validation_dataset.__getitems__(range(len(data.validation_dataset)))
     labels, counted = batch["labels"], batch["labels"] != IGNORE_INDEX
@@ -197,7 +216,7 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
     found = {name: float(value) for name, value in run.logged_metrics.items()}
 
     whole = 0.0
-    for begin, end in place_bands(block_size):
+    for begin, end in position_bands(block_size):
         here = counted[:, begin : end + 1].sum()
         mean = lost[:, begin : end + 1].sum() / here
         assert found[f"loss_by_position/{begin}-{end}"] == pytest.approx(float(mean), rel=1e-5)
@@ -212,9 +231,9 @@ def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
 
     text = EventAccumulator(logger.log_dir).Reload().Tensors("views/hardest_passages/text_summary")[-1]
     told = [float(number) for number in re.findall(r"\*\*([\d.]+) nats", text.tensor_proto.string_val[0].decode())]
-    n = block_size // SPAN * SPAN
-    spans, full = (x[:, :n].reshape(-1, SPAN) for x in (lost, counted))
-    expected = spans[full.all(-1)].mean(-1).sort(descending=True).values[:HARDEST].tolist()
+    n = block_size // PASSAGE_LENGTH * PASSAGE_LENGTH
+    spans, full = (x[:, :n].reshape(-1, PASSAGE_LENGTH) for x in (lost, counted))
+    expected = spans[full.all(-1)].mean(-1).sort(descending=True).values[:N_PASSAGES].tolist()
     assert told == pytest.approx(expected, abs=0.006)
 
 
@@ -223,9 +242,9 @@ def test_without_pictures_there_are_the_same_curves(
 ) -> None:
     tags = []
     for pictures in (True, False):
-        inspection = Inspection(2, pictures, prompts=[])
-        watch = [each for each in watchers([], inspection, Stopping(None), None, False, "off")
-                 if isinstance(each, Dynamics | Inspection | TokenLosses)]  # fmt: skip
+        inspection = ActivationStats(2, pictures, prompts=[])
+        watch = [each for each in default_callbacks([], inspection, SignalHandling(None), None, False, "off")
+                 if isinstance(each, GradientStats | ActivationStats | LossBreakdown)]  # fmt: skip
         logger = TensorBoardLogger(tmp_path, "x", str(pictures))
         trainer(callbacks=watch, logger=logger, max_steps=2, val_check_interval=2).fit(task(), packed_text())
         tags.append(EventAccumulator(logger.log_dir).Reload().Tags())
@@ -239,16 +258,16 @@ def test_what_fills_a_batch_up_is_in_no_mean() -> None:
     torch.manual_seed(0)
     values, lengths = torch.randn(3, 7, 4), torch.tensor([7, 2, 0])
     expected = torch.cat([values[0], values[1, :2]]).mean()
-    assert mean(values, lengths) == pytest.approx(float(expected))
-    layer = Layer(None, ONE[None], mean(values.square(), lengths).sqrt())
+    assert masked_mean(values, lengths) == pytest.approx(float(expected))
+    layer = LayerStats(None, ONE[None], masked_mean(values.square(), lengths).sqrt())
     norms = [values[row, place].norm() for row in range(3) for place in range(int(lengths[row]))]
-    found = figures(Observation(values, [layer], values), lengths)
+    found = activation_metrics(Observation(values, [layer], values), lengths)
     assert found["dynamics/logit_norm"] == pytest.approx(float(sum(norms)) / 9)
 
 
 def test_bands_hold_every_place_and_every_token(packed_text: Texts) -> None:
     for size in (1, 2, 5, 64, 100):
-        places = [place for begin, end in place_bands(size) for place in range(begin, end + 1)]
+        places = [place for begin, end in position_bands(size) for place in range(begin, end + 1)]
         assert places == list(range(size))
     data = packed_text()
     data.setup("fit")
@@ -262,7 +281,7 @@ def test_pictures_and_texts_are_there_and_the_projector_has_the_embedding(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task()
-    watch = [Inspection(4), TokenLosses(True), Samples(["the cat", "a dog"], tokens=5, greedy_tokens=3)]
+    watch = [ActivationStats(4), LossBreakdown(True), Samples(["the cat", "a dog"], tokens=5, greedy_tokens=3)]
     trainer(callbacks=watch, logger=logger, max_steps=4, val_check_interval=2).fit(model, data)
     events = EventAccumulator(logger.log_dir).Reload()
     tags = events.Tags()
@@ -270,7 +289,7 @@ def test_pictures_and_texts_are_there_and_the_projector_has_the_embedding(
         "views/attention_entropy", "views/attention_distance", "views/attention_sink", "views/attention/layer_1",
         "views/attention/layer_2", "views/loss_by_position",
     }  # fmt: skip
-    assert {f"weights/{part}" for part in PARTS} < set(tags["histograms"])
+    assert {f"weights/{part}" for part in PARAMETER_PARTS} < set(tags["histograms"])
     assert {f"activations/{name}/layer_2" for name in ("stream", "feed_forward")} < set(tags["histograms"])
     for name in tags["images"]:
         assert [image.step for image in events.Images(name)] == [1, 3]
@@ -289,7 +308,7 @@ def test_the_lens_ends_with_what_the_model_says(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task(gpt=SHAPE)
-    trainer(callbacks=[Inspection(4)], logger=logger, max_steps=4, val_check_interval=4).fit(model, data)
+    trainer(callbacks=[ActivationStats(4)], logger=logger, max_steps=4, val_check_interval=4).fit(model, data)
     [table] = EventAccumulator(logger.log_dir).Reload().Tensors("views/logit_lens/text_summary")
     rows = [line.split("|")[1:-1] for line in table.tensor_proto.string_val[0].decode().splitlines() if "|" in line]
     assert [row[0].strip() for row in rows[2:]] == ["the embedding", "layer 1", "layer 2"]
@@ -301,8 +320,8 @@ def test_the_lens_ends_with_what_the_model_says(
 
 def test_a_number_at_every_token_is_no_logit() -> None:
     net = GPT(SHAPE, 50, 16, Scalar())
-    seen = observe(net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: Layer(None, torch.ones(3), ONE))
-    assert figures(seen).keys() == {
+    seen = observe(net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: LayerStats(None, torch.ones(3), ONE))
+    assert activation_metrics(seen).keys() == {
         "dynamics/dead_units", "dynamics/dead_units/layer_1", "dynamics/dead_units/layer_2",
         "dynamics/stream_norm/layer_1", "dynamics/stream_norm/layer_2",
     }  # fmt: skip
@@ -310,7 +329,7 @@ def test_a_number_at_every_token_is_no_logit() -> None:
 
 def test_a_negative_interval_is_refused() -> None:
     with pytest.raises(UserError, match=r"inspect\.every_n_steps is -1"):
-        Inspection(-1)
+        ActivationStats(-1)
 
 
 def test_a_diverged_model_is_drawn_without_a_word(
@@ -322,7 +341,7 @@ def test_a_diverged_model_is_drawn_without_a_word(
                 model.net.blocks[0].attention.query.weight.fill_(math.nan)
 
     logger = TensorBoardLogger(tmp_path, "x", "y")
-    watch = [Poison(), Dynamics(1), Inspection(1), TokenLosses(True), Samples()]
+    watch = [Poison(), GradientStats(1), ActivationStats(1), LossBreakdown(True), Samples()]
     trainer(callbacks=watch, logger=logger, max_steps=2, val_check_interval=2).fit(task(), packed_text())
     [*_, last] = EventAccumulator(logger.log_dir).Reload().Scalars("attention/entropy")
     assert math.isnan(last.value)

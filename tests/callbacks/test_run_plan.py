@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_gpt_scratch.callbacks.baseline_metrics import Baselines
-from lit_gpt_scratch.callbacks.formatting import clock, count, size
-from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, Plan
+from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
+from lit_gpt_scratch.callbacks.formatting import format_bytes, format_count, format_duration
+from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, RunPlan
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel
@@ -23,12 +23,12 @@ from tests.conftest import sentences
     [(0, "0"), (7, "7"), (999, "999"), (2240, "2.24 k"), (2_164_928, "2.16 M"), (3e9, "3 G"), (1.5e13, "15 T")],
 )
 def test_numbers_are_short(number: float, said: str) -> None:
-    assert count(number) == said
+    assert format_count(number) == said
 
 
 def test_bytes_and_times_are_short() -> None:
-    assert [size(12), size(27_600_000)] == ["12 B", "27.6 MB"]
-    assert [clock(5), clock(84.4), clock(3 * 3600 + 61)] == ["0:05", "1:24", "3:01:01"]
+    assert [format_bytes(12), format_bytes(27_600_000)] == ["12 B", "27.6 MB"]
+    assert [format_duration(5), format_duration(84.4), format_duration(3 * 3600 + 61)] == ["0:05", "1:24", "3:01:01"]
 
 
 def said(
@@ -39,7 +39,7 @@ def said(
     **flags: object,
 ) -> dict[str, list[str]]:
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-        trainer(callbacks=[Baselines(), Plan()], **flags).fit(task, data)
+        trainer(callbacks=[BaselineMetrics(), RunPlan()], **flags).fit(task, data)
     lines: dict[str, list[str]] = {}
     for record in caplog.records:
         lines.setdefault(record.getMessage()[:11].strip(), []).append(record.getMessage()[12:])
@@ -56,7 +56,7 @@ def test_the_plan_says_what_will_happen(
     lines = said(caplog, trainer, model, data, max_steps=TIMED_STEPS + 1, accumulate_grad_batches=1)
     assert "1 thread; 32-true" in lines["device"][0]
     assert "not compiled" in lines["device"][0]
-    assert count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
+    assert format_count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
     assert f"{data.store.train.n_documents} documents" in lines["data"][0]
     # Two micro-batches of 4 windows of 32 tokens.
     assert f"{TIMED_STEPS + 1} steps of 256 tokens: 2.3 k tokens" in lines["run"][0]
@@ -101,7 +101,7 @@ def test_the_plan_names_the_groups_of_the_optimizer(
     [line] = said(caplog, trainer, model, packed_text(), max_steps=1, limit_val_batches=0)["optimizer"]
     sizes = {ndim: sum(p.numel() for p in model.net.parameters() if p.ndim == ndim) for ndim in (1, 2)}
     numbers = {"decayed": sizes[2], "vectors": sizes[1], "all": sum(sizes.values())}
-    assert line == expected.format(**{name: count(n) for name, n in numbers.items()})
+    assert line == expected.format(**{name: format_count(n) for name, n in numbers.items()})
 
 
 class AfterOneStep(L.Callback):
@@ -131,7 +131,7 @@ def test_nonsense_is_warned_of(
     warning: str,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-        trainer(callbacks=[Plan(), AfterOneStep()], limit_val_batches=0, **flags).fit(task(), packed_text(**changes))
+        trainer(callbacks=[RunPlan(), AfterOneStep()], limit_val_batches=0, **flags).fit(task(), packed_text(**changes))
     warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
     assert any(warning in line for line in warnings), warnings
 
@@ -146,6 +146,6 @@ def test_a_healthy_run_is_not_warned_of(
     for seed in range(100):
         (tmp_path / f"{seed}.txt").write_text(sentences(seed, 300), encoding="utf-8")
     with caplog.at_level(logging.WARNING, logger="lit_gpt_scratch"):
-        runner = trainer(callbacks=[Plan(), AfterOneStep()], limit_val_batches=0, max_steps=2000)
+        runner = trainer(callbacks=[RunPlan(), AfterOneStep()], limit_val_batches=0, max_steps=2000)
         runner.fit(task(), packed_text(source=str(tmp_path)))
     assert not caplog.records

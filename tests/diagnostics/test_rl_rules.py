@@ -5,8 +5,8 @@ from typing import Final
 
 import pytest
 
-from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, Examination
-from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
+from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
+from lit_gpt_scratch.diagnostics.rules import RULES
 
 LEARNS: Final[dict[str, list[float]]] = {
     "train/kl": [0.1, 0.4, 1.7, 2.9, 3.8, 5.4, 6.7, 7.1, 6.8, 6.9],
@@ -28,7 +28,7 @@ HACKED: Final = {"train/reward": [0.3, 0.4, 0.6, 1, 2, 3, 4, 5, 6, 7]}
 
 def examined(changes: dict[str, list[float]], each: int = 1, facts: dict[str, float] | None = None) -> list[Diagnosis]:
     """Of a policy that learns, but for some curves, with so many log points in a phase."""
-    examination = Examination(SYMPTOMS)
+    examination = RuleEngine(RULES)
     examination.see(0, {"run/chance_loss": 7.6, "run/begins_trained": 1.0, "run/warmup_steps": 20.0} | (facts or {}))
     curves = LEARNS | changes
     for place, again in itertools.product(range(10), range(each)):

@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks import spike_guard as guard_module
-from lit_gpt_scratch.callbacks.checkpointing import Checkpoints
-from lit_gpt_scratch.callbacks.diagnostics import Doctor
-from lit_gpt_scratch.callbacks.spike_guard import Guard
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.diagnostics import DiagnosticsCallback
+from lit_gpt_scratch.callbacks.spike_guard import SpikeGuard
 from lit_gpt_scratch.data import LabelledText, Preferences, Prompts
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE
 from lit_gpt_scratch.model import GPTConfig
@@ -61,7 +61,7 @@ def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 @pytest.fixture
 def run(
     packed_text: Build, trainer: Build, task: Build, tmp_path: Path
-) -> Callable[..., tuple[L.Trainer, Faulty, Guard, Weights, Doctor]]:
+) -> Callable[..., tuple[L.Trainer, Faulty, SpikeGuard, Weights, DiagnosticsCallback]]:
     """A run with faults."""
 
     def build(mode: str, faults: dict[int, float], folder: str = "run", **changes: Any) -> Any:
@@ -71,7 +71,7 @@ def run(
         torch.manual_seed(0)
         model = Faulty(gpt=task()._gpt, compile=False, **task_changes)
         model.faults = faults
-        guard, weights, doctor = Guard(mode, 10), Weights(), Doctor()
+        guard, weights, doctor = SpikeGuard(mode, 10), Weights(), DiagnosticsCallback()
         logger = TensorBoardLogger(tmp_path, folder, "version_0", default_hp_metric=False)
         settings = {"max_steps": STEPS, "gradient_clip_val": 1.0, "log_every_n_steps": 5, "val_check_interval": 1000}
         own = trainer(
@@ -79,7 +79,7 @@ def run(
             check_val_every_n_epoch=None,
             enable_checkpointing=True,
             logger=logger,
-            callbacks=[guard, weights, doctor, Checkpoints(every_n_steps=10, keep_best=0)],
+            callbacks=[guard, weights, doctor, Checkpointing(every_n_steps=10, keep_best=0)],
         )
         own.fit(model, packed_text(**data), ckpt_path=checkpoint)
         return own, model, guard, weights, doctor
@@ -146,17 +146,17 @@ def test_when_leaving_out_does_not_help_the_run_goes_back(run: Build, tmp_path: 
 def test_what_is_never_finite_is_rewound_and_then_stopped_and_said(
     run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(guard_module, "HOPELESS", 12)
+    monkeypatch.setattr(guard_module, "MAX_SKIPPED_IN_A_ROW", 12)
     faults = dict.fromkeys(range(34, 100), math.nan)
     own, model, guard, weights, doctor = run("act", faults, max_steps=100)
     assert alike(weights.after[34 + PATIENCE - 1], weights.after[29])
-    assert own.global_step == 34 + guard_module.REWINDS * PATIENCE + 12
+    assert own.global_step == 34 + guard_module.MAX_REWINDS * PATIENCE + 12
     assert all(p.isfinite().all() for p in model.parameters())
     rewound = [d.step for d in doctor.examination.found if d.name == "rewound"]
-    assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.REWINDS + 1)]
+    assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.MAX_REWINDS + 1)]
     refused = doctor.examination.evidence["guard/refused"]
     assert (refused.step, refused.last) == (own.global_step - 1, guard.refused)
-    assert caplog.text.count("stood out; back to the weights of step 30") == guard_module.REWINDS
+    assert caplog.text.count("stood out; back to the weights of step 30") == guard_module.MAX_REWINDS
     assert "12 steps in a row were left out after 3 rewinds: nothing is learned" in caplog.text
 
 
@@ -204,14 +204,14 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
     shape = {"cache": str(cache), "vocab_size": 300, "batch_size": 4}
     reply = {"reply_tokens": 8, "block_size": 96} if data_class in (Preferences, Prompts) else {"block_size": 128}
     data = packed_text() if data_class is None else data_class(**shape, **reply)
-    doctor, noted, modes = Doctor(), [], []
+    doctor, noted, modes = DiagnosticsCallback(), [], []
 
     class After(Callback):
         def on_train_batch_end(self, *_: Any) -> None:
             noted.append(dict(getattr(model, "_noted", {})))
             modes.append({module.training for module in model.net.modules()})
 
-    own = trainer(max_steps=4, limit_val_batches=0, log_every_n_steps=1, callbacks=[Guard("act"), After(), doctor])
+    own = trainer(max_steps=4, limit_val_batches=0, log_every_n_steps=1, callbacks=[SpikeGuard("act"), After(), doctor])
     own.fit(model, data)
     assert own.global_step == 4
     said = doctor.examination.evidence.text("guard/non_finite/where", 2)
@@ -224,7 +224,7 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
 
 
 def test_a_scaler_may_overflow_and_a_gradient_that_is_large_is_still_seen() -> None:
-    guard = Guard("warn")
+    guard = SpikeGuard("warn")
     guard._scales, guard._reads_at_once = True, False
     guard._trainer = SimpleNamespace(loggers=[])
     for norm, row in [(1.0, 0)] * 30 + [(math.inf, 0), (math.nan, 0), (100.0, 1), (1.0, 0)]:

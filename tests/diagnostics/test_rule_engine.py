@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.utils.tensorboard.writer import SummaryWriter
 
 from lit_gpt_scratch.cli.doctor import main
-from lit_gpt_scratch.diagnostics.loss_rules import UPDATES
-from lit_gpt_scratch.diagnostics.metric_history import LONGEST, Curve, Evidence
-from lit_gpt_scratch.diagnostics.repetition import PASSAGE, repeated_passages, repeated_words
-from lit_gpt_scratch.diagnostics.rule_engine import Examination, Finding, Symptom
-from lit_gpt_scratch.diagnostics.rules import SYMPTOMS
-from lit_gpt_scratch.diagnostics.spike_detector import ENOUGH, Watch
-from lit_gpt_scratch.diagnostics.tensorboard_reader import replay
+from lit_gpt_scratch.diagnostics.loss_rules import UPDATE_RATIO_TAGS
+from lit_gpt_scratch.diagnostics.metric_history import MAX_POINTS, Curve, MetricHistory
+from lit_gpt_scratch.diagnostics.repetition import PASSAGE_LENGTH, repeated_passage_share, repeated_phrase_share
+from lit_gpt_scratch.diagnostics.rule_engine import Finding, Rule, RuleEngine
+from lit_gpt_scratch.diagnostics.rules import RULES
+from lit_gpt_scratch.diagnostics.spike_detector import MIN_STEPS, SpikeDetector
+from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
 from lit_gpt_scratch.errors import UserError
 
 CHANCE = math.log(300)
@@ -76,8 +76,8 @@ CASES: dict[str, Curves] = {
 }  # fmt: skip
 
 
-def examined(curves: Curves) -> Examination:
-    examination = Examination(SYMPTOMS)
+def examined(curves: Curves) -> RuleEngine:
+    examination = RuleEngine(RULES)
     examination.see(0, FACTS)
     for step in sorted({step for curve in curves.values() for step, _ in curve}):
         examination.see(step, {name: value for name, curve in curves.items() for at, value in curve if at == step})
@@ -85,7 +85,7 @@ def examined(curves: Curves) -> Examination:
     return examination
 
 
-@pytest.mark.parametrize("symptom", [row.name for row in SYMPTOMS])
+@pytest.mark.parametrize("symptom", [row.name for row in RULES])
 def test_each_row_speaks_for_its_own_evidence_alone(symptom: str) -> None:
     found = examined(CASES[symptom]).found
     assert {diagnosis.name for diagnosis in found} == {symptom}
@@ -93,10 +93,10 @@ def test_each_row_speaks_for_its_own_evidence_alone(symptom: str) -> None:
 
 
 def test_of_nothing_nothing_is_said() -> None:
-    examination = Examination(SYMPTOMS)
+    examination = RuleEngine(RULES)
     examination.end()
     assert examination.found == []
-    assert all(row.find(Evidence()) is None for row in SYMPTOMS)
+    assert all(row.find(MetricHistory()) is None for row in RULES)
 
 
 def test_a_curve_that_falls_is_healthy() -> None:
@@ -144,7 +144,7 @@ def test_where_little_is_validated_on_only_much_overfitting_is_seen(risen: float
 
 
 def test_a_step_that_was_left_out_is_no_small_one() -> None:
-    ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATES}
+    ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATE_RATIO_TAGS}
     assert examined({"train/learning_rate": RATE, **ratios}).found == []
 
 
@@ -156,8 +156,8 @@ def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
         for step, value in CASES["divergence"]["train/loss"]:
             writer.add_scalar("train/loss", value, step)
         writer.add_scalar("test/loss", 4.5, 300)
-    from_events = Examination(SYMPTOMS)
-    replay(tmp_path, from_events)
+    from_events = RuleEngine(RULES)
+    replay_events(tmp_path, from_events)
     assert from_events.evidence.step == live.evidence.step
     from_events.end()
     assert [(d.name, d.step) for d in from_events.found] == [(d.name, d.step) for d in live.found]
@@ -176,16 +176,16 @@ def test_what_a_resumed_session_does_again_is_forgotten(tmp_path: Path) -> None:
             writer.add_scalar("train/loss", float(step), step)
     with SummaryWriter(str(tmp_path), purge_step=6, filename_suffix=".1") as writer:
         writer.add_scalar("train/loss", 60.0, 6)
-    examination = Examination(())
-    replay(tmp_path, examination)
+    examination = RuleEngine(())
+    replay_events(tmp_path, examination)
     assert examination.evidence["train/loss"].steps == list(range(7))
     assert examination.evidence["train/loss"].last == 60.0
 
 
 def test_a_row_is_asked_when_its_curve_has_news() -> None:
     asked = []
-    row = Symptom("odd", ("a",), lambda e: asked.append(e.step) or (Finding("x", "y", "z") if e.step == 3 else None))
-    examination = Examination([row])
+    row = Rule("odd", ("a",), lambda e: asked.append(e.step) or (Finding("x", "y", "z") if e.step == 3 else None))
+    examination = RuleEngine([row])
     for step, name in enumerate("ababaa"):
         examination.see(step, {name: 1.0})
     examination.examine()
@@ -195,24 +195,24 @@ def test_a_row_is_asked_when_its_curve_has_news() -> None:
 
 def test_a_long_curve_keeps_its_ends() -> None:
     curve = Curve()
-    for step in range(10 * LONGEST):
+    for step in range(10 * MAX_POINTS):
         curve.add(step, float(step))
-    assert len(curve) <= LONGEST
-    assert (curve.steps[0], curve.steps[-1]) == (0, 10 * LONGEST - 1)
+    assert len(curve) <= MAX_POINTS
+    assert (curve.steps[0], curve.steps[-1]) == (0, 10 * MAX_POINTS - 1)
     assert curve.steps == sorted(set(curve.steps))
-    assert curve.median(100) == 10 * LONGEST - 50.5
+    assert curve.median(100) == 10 * MAX_POINTS - 50.5
 
 
 @given(st.lists(st.integers(0, 3), min_size=0, max_size=200))
 def test_repeated_passages_are_those_that_a_set_finds(ids: list[int]) -> None:
-    passages = [tuple(ids[start : start + PASSAGE]) for start in range(len(ids) - PASSAGE + 1)]
+    passages = [tuple(ids[start : start + PASSAGE_LENGTH]) for start in range(len(ids) - PASSAGE_LENGTH + 1)]
     expected = 1 - len(set(passages)) / len(passages) if len(passages) > 1 else 0.0
-    assert repeated_passages(np.array(ids, np.uint16)) == pytest.approx(expected)
+    assert repeated_passage_share(np.array(ids, np.uint16)) == pytest.approx(expected)
 
 
 def test_a_text_that_says_the_same_repeats_itself() -> None:
-    assert repeated_words("a b c d e f g h i j k l") == 0.0
-    assert repeated_words("one two three four " * 20) > 0.9
+    assert repeated_phrase_share("a b c d e f g h i j k l") == 0.0
+    assert repeated_phrase_share("one two three four " * 20) > 0.9
 
 
 @pytest.mark.parametrize(
@@ -221,12 +221,12 @@ def test_a_text_that_says_the_same_repeats_itself() -> None:
      (4.0, math.inf, "non_finite"), (1.0, 1.0, None)],
 )  # fmt: skip
 def test_what_stands_out(loss: float, norm: float, kind: str | None) -> None:
-    watch = Watch()
+    watch = SpikeDetector()
     rng = np.random.default_rng(0)
-    for value in rng.normal(4.0, 0.1, ENOUGH):
+    for value in rng.normal(4.0, 0.1, MIN_STEPS):
         assert watch.judge(float(value), 1.0) is None
     before = watch.state_dict()
-    other = Watch()
+    other = SpikeDetector()
     other.load_state_dict(before)
     assert watch.judge(loss, norm) == kind == other.judge(loss, norm)
     assert watch.state_dict() == other.state_dict()
