@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT
 
 SHAPES = {
@@ -76,7 +76,7 @@ def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
     net, optimizer, scheduler = build(cli, steps)
     for batch in batches(cli, steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=cli.config.trainer.precision == "bf16-mixed"):
-            nats, tokens = token_nats(net(batch["input_ids"]), batch["labels"])
+            nats, tokens = token_cross_entropy(net(batch["input_ids"]), batch["labels"])
         optimizer.zero_grad()
         (nats / tokens).backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
@@ -105,7 +105,7 @@ class Plain(L.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Mean loss of the batch."""
-        nats, tokens = token_nats(self.net(batch["input_ids"]), batch["labels"])
+        nats, tokens = token_cross_entropy(self.net(batch["input_ids"]), batch["labels"])
         return nats / tokens
 
     def configure_optimizers(self) -> Any:

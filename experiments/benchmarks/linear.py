@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.kernels.onednn_linear import LARGE, ONEDNN, _Linear
+from lit_gpt_scratch.kernels.onednn_linear import MIN_MULTIPLICATIONS, USE_ONEDNN, _Linear
 
 CALLS = 60
 SHAPES = [
@@ -46,7 +46,7 @@ def main() -> None:
         for _ in range(CALLS):
             theirs.append(timed(F.linear, inputs, grad))
             ours.append(timed(_Linear.apply, inputs, grad))
-        called = "yes" if ONEDNN and rows * width * out >= LARGE else "no"
+        called = "yes" if USE_ONEDNN and rows * width * out >= MIN_MULTIPLICATIONS else "no"
         ratio = min(theirs) / min(ours)
         print(f"{(rows, width, out)!s:20} {min(theirs):8.3f} {min(ours):8.3f} {ratio:14.2f}  {called}", flush=True)
 

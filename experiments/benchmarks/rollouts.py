@@ -44,7 +44,7 @@ def anew(model: GPT, prompts: Texts) -> Texts:
     """Everything is read again for each token, all rows at once."""
     ids = torch.tensor(prompts)
     for _ in range(NEW):
-        chosen = model.read(model.hidden(ids)[:, -1:])[:, -1].argmax(-1, keepdim=True)
+        chosen = model.apply_head(model.hidden_states(ids)[:, -1:])[:, -1].argmax(-1, keepdim=True)
         ids = torch.cat((ids, chosen), 1)
     found: Texts = ids.tolist()
     return found

@@ -17,12 +17,20 @@ from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_names import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.distributed.parallelize import every_head
+from lit_gpt_scratch.distributed.parallelize import gather_heads
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.activation_hooks import Looks, Observation, Seen, answers, dead, looks, observe
-from lit_gpt_scratch.model.output_heads import Classes, Scalar
-from lit_gpt_scratch.optim.gradient_clipping import own_part, total_norm
+from lit_gpt_scratch.model.activation_hooks import (
+    AttentionStats,
+    BlockActivations,
+    CapturedActivations,
+    attention_stats,
+    capture_activations,
+    dead_units,
+    max_unit_activations,
+)
+from lit_gpt_scratch.model.output_heads import ClassificationHead, ScalarHead
+from lit_gpt_scratch.optim.gradient_clipping import to_local, total_grad_norm
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.text.cleaning_report import drawn
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -64,7 +72,7 @@ class GradientStats(Callback):
         for name, parameters in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
-                self._norms[f"dynamics/gradient_norm/{name}"] = total_norm(gradients)
+                self._norms[f"dynamics/gradient_norm/{name}"] = total_grad_norm(gradients)
             if name in PARAMETER_PARTS:
                 self._before[name] = [p.detach().clone() for p in parameters]
 
@@ -80,8 +88,8 @@ class GradientStats(Callback):
         n_gradients = len(self._norms)
         for name, before in self._before.items():
             moved = [p.detach() - old for p, old in zip(self._groups[name], before, strict=True)]
-            self._norms[f"dynamics/update_ratio/{name}"] = total_norm(moved)
-            self._norms[f"before {name}"] = total_norm(before)
+            self._norms[f"dynamics/update_ratio/{name}"] = total_grad_norm(moved)
+            self._norms[f"before {name}"] = total_grad_norm(before)
         norms = torch.stack([norm.float() for norm in self._norms.values()]).tolist()  # waits for the device once
         figures = dict(zip(self._norms, norms, strict=True))
         values = dict(list(figures.items())[:n_gradients])
@@ -137,7 +145,7 @@ class LayerStats(NamedTuple):
         hidden: (B, T, ffn_dim), the same.
     """
 
-    looks: Looks | None
+    looks: AttentionStats | None
     answers: Tensor
     norm: Tensor
     map: Tensor | None = None
@@ -216,15 +224,15 @@ class ActivationStats(Callback):
         if self._views and isinstance(pl_module, GPTModule):
             self._views.project(trainer, pl_module)
 
-    def _look(self, trainer: L.Trainer, task: GPTModule, whole: bool) -> Observation[LayerStats]:
+    def _look(self, trainer: L.Trainer, task: GPTModule, whole: bool) -> CapturedActivations[LayerStats]:
         lengths, documents, mesh = self._batch.get("lengths"), self._batch.get("document_ids"), task.device_mesh
 
-        def keep(seen: Seen) -> LayerStats:
-            hidden = every_head(seen.hidden, 2, mesh)
-            weights = None if seen.weights is None else every_head(seen.weights, 1, mesh)
-            found = None if weights is None else looks(weights, documents, lengths)
+        def keep(seen: BlockActivations) -> LayerStats:
+            hidden = gather_heads(seen.hidden, 2, mesh)
+            weights = None if seen.weights is None else gather_heads(seen.weights, 1, mesh)
+            found = None if weights is None else attention_stats(weights, documents, lengths)
             layer = LayerStats(
-                found, answers(hidden, lengths), masked_mean(seen.stream.float().square(), lengths).sqrt()
+                found, max_unit_activations(hidden, lengths), masked_mean(seen.stream.float().square(), lengths).sqrt()
             )
             if whole:
                 drawn = None if weights is None else weights[0, :, : self._shown, : self._shown].float()
@@ -232,7 +240,7 @@ class ActivationStats(Callback):
             return layer
 
         with trainer.precision_plugin.val_step_context():
-            return observe(task.net, self._batch["input_ids"], documents, keep)
+            return capture_activations(task.net, self._batch["input_ids"], documents, keep)
 
 
 def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
@@ -243,18 +251,18 @@ def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
     return values[there].mean()
 
 
-def activation_metrics(seen: Observation[LayerStats], lengths: Tensor | None = None) -> dict[str, float]:
+def activation_metrics(seen: CapturedActivations[LayerStats], lengths: Tensor | None = None) -> dict[str, float]:
     """What was seen, by name, of rows of these many tokens, (B,); see ``measured``."""
     found: dict[str, Tensor] = {}
     if seen.read.ndim == 3:  # a number at every token is no logit
         found["dynamics/logit_norm"] = masked_mean(seen.read.float().norm(dim=-1, keepdim=True), lengths)
-    shares = torch.stack([dead(layer.answers).float().mean() for layer in seen.layers])
+    shares = torch.stack([dead_units(layer.answers).float().mean() for layer in seen.layers])
     found["dynamics/dead_units"] = shares.mean()
     for number, (layer, share) in enumerate(zip(seen.layers, shares, strict=True), 1):
         found[f"dynamics/dead_units/layer_{number}"] = share
         found[f"dynamics/stream_norm/layer_{number}"] = layer.norm
     told = [(number, layer.looks) for number, layer in enumerate(seen.layers, 1) if layer.looks is not None]
-    for name in Looks._fields if told else ():
+    for name in AttentionStats._fields if told else ():
         heads = torch.stack([getattr(look, name) for _, look in told])  # (n_layer, n_head)
         found[f"attention/{name}"] = heads.mean()
         for (number, _), of_layer in zip(told, heads, strict=True):
@@ -293,7 +301,7 @@ class ActivationPlots:
         self.data = data
         self.tokens = [printable_token(data.tokenizer, id_) for id_ in ids]
 
-    def draw(self, trainer: L.Trainer, task: GPTModule, seen: "Observation[LayerStats]") -> None:
+    def draw(self, trainer: L.Trainer, task: GPTModule, seen: "CapturedActivations[LayerStats]") -> None:
         """All that is drawn after a validation; every rank has to ask."""
         lens = self._lens(task.net, seen)
         for board in tensorboard_writers(trainer):
@@ -303,7 +311,7 @@ class ActivationPlots:
                 board.add_text("views/logit_lens", lens, step)
             for name, parameters in group_parameters(task.net).items():
                 if name in PARAMETER_PARTS:  # of a network that is cut, this process's part
-                    add_histogram(board, f"weights/{name}", [own_part(p) for p in parameters], step)
+                    add_histogram(board, f"weights/{name}", [to_local(p) for p in parameters], step)
             for number in select_layers(len(seen.layers)):
                 layer = seen.layers[number]
                 for name, values in (("stream", layer.stream), ("feed_forward", layer.hidden)):
@@ -312,7 +320,7 @@ class ActivationPlots:
 
     def _attention(self, board: SummaryWriter, layers: "Sequence[LayerStats]", step: int) -> None:
         told = [(number, layer.looks) for number, layer in enumerate(layers, 1) if layer.looks is not None]
-        for name in Looks._fields if told else ():
+        for name in AttentionStats._fields if told else ():
             heads = np.stack([getattr(look, name).cpu().numpy() for _, look in told])  # (n_layer, n_head)
             known = heads[np.isfinite(heads)]
             most = 1.0 if name == "sink" else float(known.max(initial=0.0)) or 1.0
@@ -333,16 +341,16 @@ class ActivationPlots:
                 board.add_image(f"views/attention/layer_{number + 1}", picture, step, dataformats="HWC")
 
     @torch.no_grad()
-    def _lens(self, net: GPT, seen: "Observation[LayerStats]") -> str | None:
+    def _lens(self, net: GPT, seen: "CapturedActivations[LayerStats]") -> str | None:
         """What the head would read behind each layer, as a table."""
-        if isinstance(net.reads, Scalar):
+        if isinstance(net.output_head, ScalarHead):
             return None
         end = len(self.tokens)
         places = slice(max(0, end - LENS_POSITIONS), end)
         rows = [["behind", *(markdown_code(token) for token in self.tokens[places])]]
         streams = [seen.start, *(layer.stream for layer in seen.layers if layer.stream is not None)]
         for depth, stream in enumerate(streams):
-            chances, likeliest = net.lens(stream[:1, places]).softmax(-1).max(-1)  # (1, places)
+            chances, likeliest = net.logit_lens(stream[:1, places]).softmax(-1).max(-1)  # (1, places)
             names = (self._name(net, id_) for id_ in likeliest[0].tolist())
             told = zip(names, chances[0].tolist(), strict=True)
             cells = [
@@ -354,7 +362,7 @@ class ActivationPlots:
 
     def _name(self, net: GPT, number: int) -> str:
         """Of what the head reads: a token, or a class."""
-        if isinstance(net.reads, Classes) and isinstance(self.data, LabelledText):
+        if isinstance(net.output_head, ClassificationHead) and isinstance(self.data, LabelledText):
             return self.data.class_names[number]
         return printable_token(self.data.tokenizer, number)
 

@@ -26,7 +26,7 @@ from lit_gpt_scratch.diagnostics.config_rules import (
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
-    parameters_by_part,
+    count_parameters_by_part,
     state_bytes,
     training_flops_per_token,
 )
@@ -108,7 +108,7 @@ class RunPlan(RunDirCallback):
         compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
         yield "device", f"{processes}{name}{threads}; {trainer.precision}: {why}; {compiled}"
 
-        parts = parameters_by_part(task.net)
+        parts = count_parameters_by_part(task.net)
         total = sum(parts.values())
         yield (
             "model",

@@ -15,7 +15,7 @@ from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import write
-from lit_gpt_scratch.model.output_heads import Tokens
+from lit_gpt_scratch.model.output_heads import TokenHead
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
@@ -52,7 +52,7 @@ class Samples(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.sanity_checking or not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule)):
             return
-        if not isinstance(pl_module.output_head, Tokens):
+        if not isinstance(pl_module.output_head, TokenHead):
             return  # it writes nothing
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has nothing to say
@@ -161,7 +161,7 @@ class RewardEval(Callback):
 def _data_with_reward_check(trainer: L.Trainer, task: L.LightningModule) -> PromptedDataModule[Any] | None:
     """The data, if the task writes replies that can be judged by it."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-    writes = isinstance(task, GPTModule) and isinstance(task.output_head, Tokens)
+    writes = isinstance(task, GPTModule) and isinstance(task.output_head, TokenHead)
     return data if writes and isinstance(data, PromptedDataModule) and data.reply_check is not None else None
 
 

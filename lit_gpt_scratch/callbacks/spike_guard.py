@@ -15,7 +15,7 @@ from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
 from lit_gpt_scratch.distributed.collectives import Agreement
-from lit_gpt_scratch.model.activation_hooks import undisturbed
+from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) ->
         if not found and isinstance(output, Tensor) and output.is_floating_point() and not output.isfinite().all():
             found.append(name)
 
-    with undisturbed(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
+    with eager_eval_mode(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
         hooks = [
             part.register_forward_hook(lambda _, __, output, name=name: look(name, output))
             for name, part in task.net.named_modules()
@@ -313,7 +313,7 @@ def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: 
     if not (isinstance(task, GPTModule) and isinstance(data, BaseDataModule) and knows_rows):
         return ""
     windows = []
-    with undisturbed(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
+    with eager_eval_mode(task), torch.no_grad(), trainer.precision_plugin.train_step_context():
         for number, batch in batches.items():
             for place, one in enumerate(task.split_batch(batch)):
                 lost, counted = task.loss_and_count(one)

@@ -11,7 +11,7 @@ from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.checkpoint.safetensors_export import digest, load_shared, share
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state, merge_lora, remove_lora
+from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state_dict, merge_lora, remove_lora
 
 HEAD = "head.weight"
 PARTS = (".lora_a", ".lora_b")
@@ -65,7 +65,7 @@ def adapted(base: Trained, adapter: Path) -> Trained:
     net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, contents.block_size, contents.head)
     begin_with(base, net)
     add_lora(net, LoRA(**contents.lora))
-    if wrong := loaded["state_dict"].keys() ^ {*lora_state(net), *([HEAD] if contents.new_head else [])}:
+    if wrong := loaded["state_dict"].keys() ^ {*lora_state_dict(net), *([HEAD] if contents.new_head else [])}:
         raise UserError(f"{adapter} is not whole, or has what is no adapter: {min(wrong)}; write it again")
     net.load_state_dict(loaded["state_dict"], strict=False)
     merge_lora(net)

@@ -131,7 +131,7 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
 
 
 def reward_model(place: str, tokenizer_json: str, trusted: str | None = None) -> GPT:
-    """A network whose head is a ``Scalar``, in evaluation mode and frozen; ``model.heads.rewards`` asks it.
+    """A network whose head is a ``ScalarHead``, in evaluation mode and frozen; ``model.heads.rewards`` asks it.
 
     Args:
         place: A run folder, a checkpoint or a ``.safetensors`` file.

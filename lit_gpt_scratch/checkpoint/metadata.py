@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.output_heads import Classes, Head, Scalar, Tokens
+from lit_gpt_scratch.model.output_heads import ClassificationHead, OutputHead, ScalarHead, TokenHead
 
 KEY: Final = "lit_gpt_scratch"
 
@@ -42,11 +42,11 @@ class Contents:
     rewards: bool = False
 
     @property
-    def head(self) -> Head:
+    def head(self) -> OutputHead:
         """What the network's head reads."""
         if self.classes is not None:
-            return Classes(len(self.classes), tuple(self.classes))
-        return Scalar() if self.rewards else Tokens()
+            return ClassificationHead(len(self.classes), tuple(self.classes))
+        return ScalarHead() if self.rewards else TokenHead()
 
     @property
     def otherwise(self) -> str | None:

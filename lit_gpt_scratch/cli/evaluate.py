@@ -16,7 +16,7 @@ from lit_gpt_scratch.evaluation.classification_eval import classify
 from lit_gpt_scratch.evaluation.registry import KINDS, Asked, evaluate, plain
 from lit_gpt_scratch.evaluation.results_table import keep, table
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.output_heads import Classes
+from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.cleaning_report import drawn
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -87,9 +87,10 @@ def _evaluate(given: Namespace, task: str) -> None:
     kind = KINDS[task]
     kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
     model, tokenizer, classes, pooling = _open_checkpoint(given)
-    if kind.of_classes != isinstance(model.reads, Classes):
-        has = f"tells {len(classes)} classes apart" if isinstance(model.reads, Classes) else "predicts tokens"
-        suits = ", ".join(name for name, other in KINDS.items() if other.of_classes == isinstance(model.reads, Classes))
+    classifies = isinstance(model.output_head, ClassificationHead)
+    if kind.of_classes != classifies:
+        has = f"tells {len(classes)} classes apart" if classifies else "predicts tokens"
+        suits = ", ".join(name for name, other in KINDS.items() if other.of_classes == classifies)
         raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}; ask for {suits}")
     answer = evaluate(task, model, tokenizer, Asked(**vars(asked) | {"classes": classes, "pooling": pooling})).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
@@ -105,7 +106,7 @@ def _benchmark(given: Namespace) -> None:
     names = given.benchmark.split(",")
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     model, tokenizer, _, _ = _open_checkpoint(given)
-    if isinstance(model.reads, Classes):
+    if isinstance(model.output_head, ClassificationHead):
         raise UserError(f"argument --benchmark: {given.checkpoint} tells classes apart, it does not predict tokens")
     found = lm_eval_adapter.run(model, tokenizer, names, **options)
     answers = {name: plain(scores) for name, scores in found.items()}
@@ -119,7 +120,7 @@ def _benchmark(given: Namespace) -> None:
 
 def _classify(given: Namespace) -> None:
     model, tokenizer, classes, pooling = _open_checkpoint(given)
-    if not isinstance(model.reads, Classes):
+    if not isinstance(model.output_head, ClassificationHead):
         raise UserError(f"argument --text: {given.checkpoint} predicts tokens; a classifier's checkpoint has classes")
     for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
         chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))

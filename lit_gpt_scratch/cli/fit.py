@@ -33,7 +33,7 @@ from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SaveConfig, config_to_dict
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, prepare_process
-from lit_gpt_scratch.distributed.parallelize import refuse_tensor_parallel
+from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.strategies import named, tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
 from lit_gpt_scratch.errors import UserError
@@ -146,7 +146,7 @@ class FitCLI(LightningCLI):
         if isinstance(self.model, GPTModule):  # here, where one process says it and not each
             adapters = self.model.lora is not None
             size = tensor_parallel_size(trainer.strategy)
-            refuse_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
+            validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()

@@ -24,9 +24,9 @@ from torch.distributed.tensor.parallel import (
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.optim.gradient_clipping import own_part
+from lit_gpt_scratch.optim.gradient_clipping import to_local
 
-DATA, TENSOR = "data_parallel", "tensor_parallel"
+DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
 """Dimensions of the mesh, by Lightning's names."""
 IN_BLOCKS: Final[dict[str, type[ParallelStyle]]] = {
     "attention.query": ColwiseParallel,
@@ -42,7 +42,7 @@ OF_EACH_HEAD: Final = ("attention.query_norm", "attention.key_norm")
 """What every process has whole, and applies to its own heads alone."""
 
 
-def refuse_tensor_parallel(config: GPTConfig, size: int, precision: str, adapters: bool = False) -> None:
+def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapters: bool = False) -> None:
     """Refuse to cut what cannot be cut.
 
     Args:
@@ -84,7 +84,7 @@ def refuse_tensor_parallel(config: GPTConfig, size: int, precision: str, adapter
         )
 
 
-def parallelise(net: GPT, mesh: DeviceMesh, precision: str) -> None:
+def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     """Cut a network, in place; all processes have the same weights before.
 
     In ``bf16-mixed`` FSDP2 sends the weights of blocks in bfloat16, which is half as much; their gains and biases, too,
@@ -99,17 +99,17 @@ def parallelise(net: GPT, mesh: DeviceMesh, precision: str) -> None:
     Raises:
         UserError: The heads cannot be dealt out.
     """
-    if mesh[TENSOR].size() > 1:
-        refuse_tensor_parallel(net.config, mesh[TENSOR].size(), precision)
-        _cut_heads(net, mesh[TENSOR])
-    if mesh[DATA].size() > 1:
+    if mesh[TENSOR_PARALLEL].size() > 1:
+        validate_tensor_parallel(net.config, mesh[TENSOR_PARALLEL].size(), precision)
+        _apply_tensor_parallel(net, mesh[TENSOR_PARALLEL])
+    if mesh[DATA_PARALLEL].size() > 1:
         policy = MixedPrecisionPolicy()
         if precision == "bf16-mixed":
             policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for block in net.blocks:
-            fully_shard(block, mesh=mesh[DATA], mp_policy=policy)
-        fully_shard(net, mesh=mesh[DATA])
-        for way_in in ("hidden", "read", "lens"):  # who writes or looks goes through these
+            fully_shard(block, mesh=mesh[DATA_PARALLEL], mp_policy=policy)
+        fully_shard(net, mesh=mesh[DATA_PARALLEL])
+        for way_in in ("hidden_states", "apply_head", "logit_lens"):  # who writes or looks goes through these
             register_fsdp_forward_method(net, way_in)
 
 
@@ -123,32 +123,32 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
     for p in net.parameters():
         if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
             p.grad = p.grad.redistribute(placements=p.placements)
-    if mesh[TENSOR].size() == 1:
+    if mesh[TENSOR_PARALLEL].size() == 1:
         return
     of_heads = [p for block in net.blocks for name in OF_EACH_HEAD for p in block.get_submodule(name).parameters()]
-    parts = [own_part(p.grad) for p in of_heads if p.grad is not None]
+    parts = [to_local(p.grad) for p in of_heads if p.grad is not None]
     if parts:
         together = torch.cat(parts)  # one message instead of many
-        dist.all_reduce(together, group=mesh[TENSOR].get_group())
+        dist.all_reduce(together, group=mesh[TENSOR_PARALLEL].get_group())
         torch._foreach_copy_(parts, torch.split(together, [len(part) for part in parts]))
 
 
-def every_head(own: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
+def gather_heads(own: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
     """Put together what each tensor-parallel process has of its own heads or units; all of them have to ask.
 
     Args:
         own: This process's, of any shape.
         dimension: That of heads or units.
-        mesh: As for ``parallelise``; None if nothing is cut.
+        mesh: As for ``parallelize``; None if nothing is cut.
     """
-    if mesh is None or mesh[TENSOR].size() == 1:
+    if mesh is None or mesh[TENSOR_PARALLEL].size() == 1:
         return own
-    parts = [torch.empty_like(own) for _ in range(mesh[TENSOR].size())]
-    dist.all_gather(parts, own.contiguous(), group=mesh[TENSOR].get_group())
+    parts = [torch.empty_like(own) for _ in range(mesh[TENSOR_PARALLEL].size())]
+    dist.all_gather(parts, own.contiguous(), group=mesh[TENSOR_PARALLEL].get_group())
     return torch.cat(parts, dimension)
 
 
-def _cut_heads(net: GPT, mesh: DeviceMesh) -> None:
+def _apply_tensor_parallel(net: GPT, mesh: DeviceMesh) -> None:
     for block in net.blocks:
         own = {name for name, _ in block.named_modules()}
         plan: dict[str, ParallelStyle] = {name: style() for name, style in IN_BLOCKS.items() if name in own}

@@ -85,7 +85,7 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
             batch = [torch.tensor(ids[place]) for place in places]
             inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
             counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
-            logits = model.read(POOLINGS[pooling](model.hidden(inputs), counts)).squeeze(1)  # (B, n)
+            logits = model.apply_head(POOLINGS[pooling](model.hidden_states(inputs), counts)).squeeze(1)  # (B, n)
             for place, row in zip(places, logits.softmax(-1).tolist(), strict=True):
                 found[place] = row
             bar.update(len(places))

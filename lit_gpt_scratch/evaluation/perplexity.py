@@ -10,7 +10,7 @@ from tqdm import tqdm
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
 from lit_gpt_scratch.evaluation.loglikelihood import Tail, likelihoods
-from lit_gpt_scratch.losses.metrics import rates
+from lit_gpt_scratch.losses.metrics import likelihood_rates
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -96,7 +96,7 @@ def measure(
 
     def figures(places: Places) -> Figures:
         sums = columns[:, places].sum(1)
-        return rates(*map(float, sums))
+        return likelihood_rates(*map(float, sums))
 
     def facts(places: Places) -> dict[str, int]:
         return {"tokens": round(columns[1, places].sum()), "bytes": round(columns[2, places].sum())}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.attention import layout
+from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
 
 Step = Callable[[Tensor, KVCache], Tensor]
@@ -29,15 +29,15 @@ def compiled_step(model: GPT, rows: int) -> Step:
     """
 
     def read(ids: Tensor, order: Any, cache: KVCache) -> Tensor:
-        return model.read(model.stream(ids, order, cache))[:, -1]
+        return model.apply_head(model.forward_blocks(ids, order, cache))[:, -1]
 
     on_cpu = model.embedding.weight.device.type == "cpu"
     program = torch.compile(read, dynamic=False, backend=_one_row if rows == 1 and on_cpu else "inductor")
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
-        cache.begin(1)
-        logits: Tensor = program(ids, layout(model.config, model.position, ids, None, cache), cache)
-        cache.end()
+        cache.begin_forward(1)
+        logits: Tensor = program(ids, build_attention_layout(model.config, model.position, ids, None, cache), cache)
+        cache.end_forward()
         return logits
 
     return step

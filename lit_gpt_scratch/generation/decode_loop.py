@@ -105,11 +105,11 @@ def _generate(
         if ended.intersection(rows) and not compile:  # compiled, the batch keeps its shape
             going_on = [place for place, row in enumerate(rows) if row not in ended]
             rows, tokens = [rows[place] for place in going_on], tokens[going_on]
-            cache.keep(going_on)
+            cache.select_rows(going_on)
             seen = seen[going_on] if seen is not None else None
         if seen is not None:
             seen.scatter_(1, tokens[:, None], value=True)
-        if cache.longest == model.block_size:
+        if cache.max_length == model.block_size:
             _make_room(model, [[] if row in ended else texts[row] for row in rows], cache)
         logits = step(tokens[:, None], cache)
 
@@ -133,9 +133,9 @@ def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = Fa
     ids = torch.tensor(filled, device=weight.device)  # (B, T)
     cache = KVCache(len(texts), slots, weight.device, weight.dtype, fixed)
     with torch.compiler.set_stance("force_eager"):  # prompts of ever new lengths would be compiled anew each
-        x = model.hidden(ids, cache=cache, counts=counts)  # (B, T, n_embd)
+        x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
-        return cache, model.read(last)[:, -1]
+        return cache, model.apply_head(last)[:, -1]
 
 
 def _eager_step(model: GPT) -> Step:
@@ -143,7 +143,7 @@ def _eager_step(model: GPT) -> Step:
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
-            return model.read(model.hidden(ids, cache=cache))[:, -1]
+            return model.apply_head(model.hidden_states(ids, cache=cache))[:, -1]
 
     return step
 
@@ -153,9 +153,9 @@ def _make_room(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:
-            cache.clear(row)
+            cache.clear_row(row)
             if kept := text[-half:-1]:
-                cache.replace(row, prefill(model, [kept], cache.slots)[0])
+                cache.replace_row(row, prefill(model, [kept], cache.capacity)[0])
 
 
 def _marked(texts: Sequence[list[int]], logits: Tensor) -> Tensor:

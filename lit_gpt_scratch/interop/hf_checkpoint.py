@@ -20,8 +20,8 @@ from lit_gpt_scratch.interop.mistral import Mistral
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, Family, Shape
 from lit_gpt_scratch.interop.qwen3 import Qwen3
 from lit_gpt_scratch.interop.weight_mapping import FILE, empty_tensors, read_tensors, refuse_other_tensors
-from lit_gpt_scratch.model.init import SMALL
-from lit_gpt_scratch.model.output_heads import padded
+from lit_gpt_scratch.model.init import INIT_STD
+from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.text.atomic_files import filled
 from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
 from lit_gpt_scratch.text.tokenizer import GPT2_FILES, Tokenizer
@@ -100,7 +100,7 @@ def write(model: Model, folder: Path) -> str:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
     family = _choose(shape)
     refuse_other_tensors(weights, empty_tensors(shape), "the checkpoint")
-    if padded(shape.gpt, shape.vocab_size) != shape.vocab_size:
+    if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
         weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
     theirs = family.to_theirs(shape.gpt, weights)
     if shape.gpt.dropout and not family.drops:
@@ -147,7 +147,7 @@ def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[
             "dtype": str(dtype).removeprefix("torch."),
             "vocab_size": shape.vocab_size,
             "tie_word_embeddings": shape.gpt.tied_embeddings,
-            "initializer_range": SMALL,
+            "initializer_range": INIT_STD,
             "use_cache": True,
             **ends,
             **family.write(shape),

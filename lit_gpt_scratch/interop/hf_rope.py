@@ -5,7 +5,7 @@ from typing import Any, Final
 
 from lit_gpt_scratch.interop.hf_config import Fields
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.positions import FAST, SLOW
+from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, DEFAULT_ROTARY_SLOW
 
 BASE: Final = 10_000.0
 """Where the file names none."""
@@ -50,7 +50,7 @@ def read_rope(fields: Fields) -> dict[str, Any]:
     switches["rotary_trained_context"] = outer.size(
         "original_max_position_embeddings", *[fields.size("max_position_embeddings")] * 2
     )
-    defaults = (SLOW, FAST["yarn"]) if kind == "yarn" else (None, None)
+    defaults = (DEFAULT_ROTARY_SLOW, DEFAULT_ROTARY_FAST["yarn"]) if kind == "yarn" else (None, None)
     slow, fast = (rope.number(name, absent) for name, absent in zip(FIELDS[kind], defaults, strict=True))
     if slow >= fast:
         rope.refuse(FIELDS[kind][1], f"more than {FIELDS[kind][0]}, which is {slow}")
@@ -89,5 +89,5 @@ def write_rope(gpt: GPTConfig) -> dict[str, Any]:
     if kind in FIELDS:
         slow, fast = FIELDS[kind]
         rope["original_max_position_embeddings"] = gpt.rotary_trained_context
-        rope |= {slow: gpt.rotary_slow or SLOW, fast: gpt.rotary_fast or FAST[kind]}
+        rope |= {slow: gpt.rotary_slow or DEFAULT_ROTARY_SLOW, fast: gpt.rotary_fast or DEFAULT_ROTARY_FAST[kind]}
     return rope

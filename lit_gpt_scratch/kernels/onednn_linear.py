@@ -25,9 +25,9 @@ def onednn_is_faster() -> bool:
     return bool(zen_5) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
-ONEDNN = onednn_is_faster()
+USE_ONEDNN = onednn_is_faster()
 """Whether large products go to oneDNN."""
-LARGE = 2**22
+MIN_MULTIPLICATIONS = 2**22
 """Multiplications of a product from which it pays to call oneDNN, which takes longer to begin."""
 PLAIN_TENSORS = Tensor, nn.Parameter
 """Subclasses, such as a tensor-parallel process's share, say themselves how they are multiplied."""
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-LINEAR = nn.Linear, Linear
+LINEAR_CLASSES = nn.Linear, Linear
 """Layers that do nothing else."""
 
 
@@ -66,9 +66,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
-        ONEDNN
+        USE_ONEDNN
         and not torch.compiler.is_exporting()  # to be run elsewhere
-        and x.numel() * weight.size(0) >= LARGE
+        and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN_TENSORS for t in given)
         # What does not fit together torch refuses in its own words.

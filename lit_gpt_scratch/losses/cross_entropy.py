@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 
 
-def token_nats(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Summed negative log-likelihood of the labels, and how many there were.
 
     Args:

@@ -12,7 +12,7 @@ from torchmetrics.classification import BinaryCalibrationError
 UNITS_PER_NAT: Final = 2**20
 
 
-def rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
+def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
     """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``; NaN of nothing."""
     loss = nats / tokens if tokens else math.nan
     return {
@@ -73,11 +73,11 @@ class LikelihoodMetric(Metric):
         nats, tokens, n_bytes = self.nat_units.item() / UNITS_PER_NAT, self.tokens.item(), self.bytes.item()
         if self.not_finite:
             nats = math.nan
-        values = rates(nats, tokens, n_bytes)
+        values = likelihood_rates(nats, tokens, n_bytes)
         return {name: torch.tensor(value, dtype=torch.float32, device=self.device) for name, value in values.items()}
 
 
-class MeanLoss(Metric):
+class WeightedMeanLoss(Metric):
     """The mean of a loss over labels, each with its weight.
 
     Not ``torchmetrics.MeanMetric``, which either leaves out what is not a number or forgets the weights.
@@ -124,7 +124,7 @@ class ReplyLoss(Metric):
         return {"reply_loss": self.lost / self.counted}
 
 
-class PairMetric(Metric):
+class PreferenceMetrics(Metric):
     """How well rewards tell which of two replies is preferred.
 
     ``loss`` is a mean over pairs, ``accuracy`` the share of pairs in which the preferred reply has the larger reward,
@@ -168,7 +168,7 @@ class PairMetric(Metric):
         self.calibration.reset()
 
 
-class Sums(Metric):
+class NamedSums(Metric):
     """Sums by name, over batches and processes; what is made of them is the caller's to know.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
+def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
     """How surprising it is that the chosen one is preferred, if rewards are what decides.
 
     Bradley and Terry's model of comparisons (1952), as reward models learn by it: ``-log sigmoid(r_w - r_l)``
@@ -27,7 +27,7 @@ def bradley_terry(chosen: Tensor, rejected: Tensor) -> Tensor:
     return -F.logsigmoid(chosen - rejected)
 
 
-def sigmoid(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7).
 
     It is Bradley-Terry with ``beta * log(policy / reference)`` as the reward. With ``label_smoothing`` it is
@@ -46,14 +46,14 @@ def sigmoid(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor
     return (1 - label_smoothing) * right + label_smoothing * wrong
 
 
-def ipo(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """IPO, which does not go on for ever where all labels agree (Azar et al. 2023, https://arxiv.org/abs/2310.12036).
 
     The margin is drawn to ``1 / (2 beta)`` (equation 17), and not beyond. A label that is the wrong way round would
     draw it to the negative of that, so with ``label_smoothing`` both are weighed.
 
     Args:
-        margin: (B,) as for ``sigmoid``.
+        margin: (B,) as for ``dpo_loss``.
         beta: The paper's tau.
         label_smoothing: At least 0 and below 0.5.
 
@@ -64,5 +64,5 @@ def ipo(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     return (1 - label_smoothing) * (margin - goal) ** 2 + label_smoothing * (margin + goal) ** 2
 
 
-LOSSES: Final[dict[str, Callable[[Tensor, float, float], Tensor]]] = {"sigmoid": sigmoid, "ipo": ipo}
+PREFERENCE_LOSSES: Final[dict[str, Callable[[Tensor, float, float], Tensor]]] = {"sigmoid": dpo_loss, "ipo": ipo_loss}
 """By name, what is lost by a policy at a margin."""

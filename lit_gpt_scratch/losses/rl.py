@@ -8,9 +8,9 @@ what fills rows up count for nothing, whatever stands there.
 import torch
 from torch import Tensor
 
-SMALL = 1e-8
+EPS = 1e-8
 """So that nothing is divided by zero."""
-ROUNDING = 1e-5
+RELATIVE_TOLERANCE = 1e-5
 """Of their size, numbers that differ by less are alike: the same sums in another order, in float32, come to that. To
 divide by such a spread would make a whole deviation of it."""
 
@@ -32,14 +32,14 @@ def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     return log_ratio.expm1() - log_ratio
 
 
-def last_of(mask: Tensor) -> Tensor:
+def last_token_mask(mask: Tensor) -> Tensor:
     """Where each reply has its last token: (B, T) bool; nowhere in a row without a reply."""
     after = torch.zeros_like(mask)
     after[:, :-1] = mask[:, 1:]
     return mask & ~after
 
 
-def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
+def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
     """Rewards of single tokens: a penalty at each, and at the last of a reply its score as well.
 
     That is ``r(x, y) - beta log(p(y | x) / q(y | x))``, the second part given where it arises (Ziegler et al. 2019,
@@ -54,12 +54,10 @@ def penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: flo
     Returns:
         (B, T), 0 outside of replies.
     """
-    return torch.where(mask, -coefficient * kl, 0.0) + torch.where(last_of(mask), scores[:, None], 0.0)
+    return torch.where(mask, -coefficient * kl, 0.0) + torch.where(last_token_mask(mask), scores[:, None], 0.0)
 
 
-def generalised_advantages(
-    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float
-) -> tuple[Tensor, Tensor]:
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equations 11 and 16).
 
     With ``d_t = r_t + gamma V_{t+1} - V_t`` it is ``A_t = d_t + gamma lambda A_{t+1}``; behind a reply there is nothing
@@ -86,7 +84,7 @@ def generalised_advantages(
     return advantages, advantages + values
 
 
-def group_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
+def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
     """How much better each reply is than the others to its prompt (Shao et al. 2024, section 4.1.2).
 
     Args:
@@ -101,9 +99,9 @@ def group_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
     grouped = scores.view(-1, group)  # (N, group)
     beyond = grouped - grouped.mean(1, keepdim=True)
     if scale:
-        beyond = beyond / (grouped.std(1, correction=0, keepdim=True) + SMALL)
+        beyond = beyond / (grouped.std(1, correction=0, keepdim=True) + EPS)
     spread = grouped.amax(1, keepdim=True) - grouped.amin(1, keepdim=True)
-    alike = spread <= ROUNDING * grouped.abs().amax(1, keepdim=True)
+    alike = spread <= RELATIVE_TOLERANCE * grouped.abs().amax(1, keepdim=True)
     return torch.where(alike, 0.0, beyond).flatten()
 
 
@@ -114,11 +112,11 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """
     kept = x[mask]
     mean, deviation = kept.mean(), kept.std(correction=0)
-    alike = deviation <= ROUNDING * mean.abs()
-    return torch.where(mask & ~alike, (x - mean) / (deviation + SMALL), 0.0)
+    alike = deviation <= RELATIVE_TOLERANCE * mean.abs()
+    return torch.where(mask & ~alike, (x - mean) / (deviation + EPS), 0.0)
 
 
-def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """PPO's objective, negated (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7).
 
     With ``ratio = p / p_old`` it is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``: nothing is gained by going further.
@@ -137,7 +135,7 @@ def clipped_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip:
     return -torch.minimum(free, held), held < free
 
 
-def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Half the squared error, of the value or of it kept near what it was, whichever is worse.
 
     That is how OpenAI's implementation of PPO clips values, too (https://github.com/openai/baselines, ppo2).
@@ -163,7 +161,7 @@ def token_entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
-def adapted_coefficient(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
     """The coefficient of the penalty that is to bring the KL to a target (Ziegler et al. 2019, section 2.2).
 
     It is multiplied by ``1 + rate * e``, ``e`` being how far off the KL is, of the target, at most a fifth.

@@ -7,13 +7,13 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lit_gpt_scratch.model.attention import in_documents
+from lit_gpt_scratch.model.attention import document_positions
 from lit_gpt_scratch.model.gpt import GPT, Block
 
 Kept = TypeVar("Kept")
 
 
-class Seen(NamedTuple):
+class BlockActivations(NamedTuple):
     """What a block did; of a process that has some of the heads and units, its own.
 
     Attributes:
@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     weights: Tensor | None
 
 
-class Observation(NamedTuple, Generic[Kept]):
+class CapturedActivations(NamedTuple, Generic[Kept]):
     """What was seen of a network.
 
     Attributes:
@@ -42,9 +42,9 @@ class Observation(NamedTuple, Generic[Kept]):
 
 
 @torch.no_grad()
-def observe(
-    net: GPT, input_ids: Tensor, document_ids: Tensor | None, keep: Callable[[Seen], Kept]
-) -> Observation[Kept]:
+def capture_activations(
+    net: GPT, input_ids: Tensor, document_ids: Tensor | None, keep: Callable[[BlockActivations], Kept]
+) -> CapturedActivations[Kept]:
     """Let a network read, in evaluation mode and uncompiled, and look at each block as it comes.
 
     The network is left as it was: its weights, its modes, and what was compiled of it. Under FSDP2 and tensor
@@ -60,24 +60,24 @@ def observe(
     layers: list[Kept] = []
     start: list[Tensor] = []
     with ExitStack() as stack:
-        stack.enter_context(undisturbed(net))
+        stack.enter_context(eager_eval_mode(net))
         first = net.blocks[0].register_forward_pre_hook(lambda _, given: start.append(given[0]))
         stack.callback(first.remove)
         for block in net.blocks:
             assert isinstance(block, Block)
             stack.enter_context(_watched(block, lambda seen: layers.append(keep(seen))))
         read = net(input_ids, document_ids)
-    return Observation(start[0], layers, read)
+    return CapturedActivations(start[0], layers, read)
 
 
 @contextmanager
-def _watched(block: Block, tell: Callable[[Seen], None]) -> Iterator[None]:
+def _watched(block: Block, tell: Callable[[BlockActivations], None]) -> Iterator[None]:
     """Have told what a block does, whenever it is called."""
     hidden: list[Tensor] = []
     weights = block.attention.weights = []
 
     def done(_: nn.Module, given: object, stream: Tensor) -> None:
-        tell(Seen(stream, hidden.pop(), weights.pop() if weights else None))
+        tell(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
 
     # Before others: a tensor-parallel matrix makes something else of its own part.
     before = block.feed_forward.output.register_forward_pre_hook(lambda _, given: hidden.append(given[0]), prepend=True)
@@ -91,7 +91,7 @@ def _watched(block: Block, tell: Callable[[Seen], None]) -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(net: nn.Module) -> Iterator[None]:
+def eager_eval_mode(net: nn.Module) -> Iterator[None]:
     """Evaluation mode, and nothing compiled: compiled code calls no hooks, and would be compiled again for them.
 
     Afterwards all is as it was.
@@ -111,7 +111,7 @@ def undisturbed(net: nn.Module) -> Iterator[None]:
             module._compiled_call_impl = code
 
 
-class Looks(NamedTuple):
+class AttentionStats(NamedTuple):
     """How each head of a layer looks back, as means over tokens: (n_head,) each.
 
     Attributes:
@@ -126,7 +126,9 @@ class Looks(NamedTuple):
     sink: Tensor
 
 
-def looks(weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor | None = None) -> Looks:
+def attention_stats(
+    weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor | None = None
+) -> AttentionStats:
     """Sum up attention weights. The first token of a window or document has no choice, and does not count.
 
     Args:
@@ -139,7 +141,7 @@ def looks(weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor |
     """
     B, _, T, _ = weights.shape
     place = torch.arange(T, device=weights.device)
-    positions = place.expand(B, T) if document_ids is None else in_documents(document_ids, place)  # (B, T)
+    positions = place.expand(B, T) if document_ids is None else document_positions(document_ids, place)  # (B, T)
     counted = positions > 0
     if lengths is not None:
         counted = counted & (place < lengths[:, None])
@@ -150,10 +152,10 @@ def looks(weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor |
         weights.gather(-1, begin).squeeze(-1),
     )
     n = counted.sum()
-    return Looks(*((x * counted[:, None]).sum((0, 2)).float() / n for x in each))
+    return AttentionStats(*((x * counted[:, None]).sum((0, 2)).float() / n for x in each))
 
 
-def answers(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
+def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
     """The largest magnitude of each feed-forward unit over all tokens.
 
     Args:
@@ -170,14 +172,14 @@ def answers(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
     return size.amax((0, 1)).float()
 
 
-DEAD = 1e-6
+DEAD_UNIT_THRESHOLD = 1e-6
 """Of the largest answer in its layer: a unit that never gives more says nothing."""
 
 
-def dead(answers: Tensor) -> Tensor:
+def dead_units(answers: Tensor) -> Tensor:
     """Which units are dead, by the answers of all units of a layer: (ffn_dim,) -> (ffn_dim,) bool.
 
     A ReLU that is never reached is exactly 0 everywhere. Smooth activations and gates come close to it alone, so that
     a share of what others say stands for nothing.
     """
-    return answers <= DEAD * answers.max()
+    return answers <= DEAD_UNIT_THRESHOLD * answers.max()

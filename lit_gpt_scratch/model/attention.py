@@ -16,17 +16,17 @@ from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.norms import RMSNorm
-from lit_gpt_scratch.model.positions import Position
+from lit_gpt_scratch.model.positions import PositionEncoding
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
     from lit_gpt_scratch.model.kv_cache import KVCache
 
-NARROWEST: Final = 16
+FLEX_MIN_HEAD_DIM: Final = 16
 """Channels of a head that FlexAttention's kernels need."""
 
 
-class Layout(NamedTuple):
+class AttentionLayout(NamedTuple):
     """What the parts of the model need to know of the order of the tokens.
 
     Attributes:
@@ -41,27 +41,31 @@ class Layout(NamedTuple):
     mask: Tensor | BlockMask | None
 
 
-def can_use_blocks(config: "GPTConfig", device: torch.device) -> bool:
+def can_use_flex_attention(config: "GPTConfig", device: torch.device) -> bool:
     """Whether FlexAttention can train there: it drops no weights, has no backward on a CPU, and needs Triton."""
-    return device.type == "cuda" and config.head_width >= NARROWEST and not config.dropout and has_triton()
+    return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
 
-def refuse_backend(config: "GPTConfig", device: torch.device) -> None:
+def validate_attention_backend(config: "GPTConfig", device: torch.device) -> None:
     """Refuse attention that cannot be trained on a device.
 
     Raises:
         UserError: It was asked for, and cannot.
     """
-    if config.attention_backend == "flex" and not can_use_blocks(config, device):
+    if config.attention_backend == "flex" and not can_use_flex_attention(config, device):
         raise UserError(
             f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with heads of "
-            f"{config.head_width} channels (it needs a GPU, and {NARROWEST}); choose auto, sdpa or manual"
+            f"{config.head_width} channels (it needs a GPU, and {FLEX_MIN_HEAD_DIM}); choose auto, sdpa or manual"
         )
 
 
-def layout(
-    config: "GPTConfig", position: Position, input_ids: Tensor, document_ids: Tensor | None, cache: "KVCache | None"
-) -> Layout:
+def build_attention_layout(
+    config: "GPTConfig",
+    position: PositionEncoding,
+    input_ids: Tensor,
+    document_ids: Tensor | None,
+    cache: "KVCache | None",
+) -> AttentionLayout:
     """Work it out.
 
     Args:
@@ -74,21 +78,21 @@ def layout(
     T, device = input_ids.size(1), input_ids.device
     place = torch.arange(T, device=device)
     if cache is not None:
-        positions, needs_mask, S = cache.places, cache.masked, cache.stop
+        positions, needs_mask, S = cache.positions, cache.needs_mask, cache.visible_length
     else:
-        positions = place if document_ids is None else in_documents(document_ids, place)
+        positions = place if document_ids is None else document_positions(document_ids, place)
         needs_mask, S = document_ids is not None, T
-    rotation = position.rotation(positions)
+    rotation = position.cos_sin(positions)
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
     blocks = config.attention_backend == "flex" or (
         config.attention_backend == "auto"
-        and can_use_blocks(config, device)
-        and (needs_mask or window is not None or config.attention_softcap is not None or position.biased)
+        and can_use_flex_attention(config, device)
+        and (needs_mask or window is not None or config.attention_softcap is not None or position.has_score_bias)
     )
     if blocks and cache is None:
-        return Layout(positions, rotation, _blocks(input_ids, document_ids, window))
-    if not (needs_mask or window is not None or position.biased):
-        return Layout(positions, rotation, None)
+        return AttentionLayout(positions, rotation, _build_block_mask(input_ids, document_ids, window))
+    if not (needs_mask or window is not None or position.has_score_bias):
+        return AttentionLayout(positions, rotation, None)
     query = positions if cache is not None else place  # (T,) or (B, T)
     distance = query[..., None] - torch.arange(S, device=device)  # (T, S) or (B, T, S)
     distance = distance.view(-1, 1, T, S)  # (1 or B, 1, T, S)
@@ -97,21 +101,21 @@ def layout(
         visible = visible & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
     if window is not None:
         visible = visible & (distance < window)
-    if not position.biased:
-        return Layout(positions, rotation, visible)
+    if not position.has_score_bias:
+        return AttentionLayout(positions, rotation, visible)
     heads = torch.arange(config.n_head, device=device).view(1, -1, 1, 1)
-    bias = position.bias(heads, distance)  # (1 or B, n_head, T, S)
-    return Layout(positions, rotation, bias.masked_fill(~visible, float("-inf")))
+    bias = position.score_bias(heads, distance)  # (1 or B, n_head, T, S)
+    return AttentionLayout(positions, rotation, bias.masked_fill(~visible, float("-inf")))
 
 
-def in_documents(document_ids: Tensor, place: Tensor) -> Tensor:
+def document_positions(document_ids: Tensor, place: Tensor) -> Tensor:
     """How far each token stands from the first of its document: (B, T)."""
     begins = torch.ones_like(document_ids, dtype=torch.bool)
     begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return place - torch.where(begins, place, 0).cummax(dim=1).values
 
 
-def _blocks(input_ids: Tensor, document_ids: Tensor | None, window: int | None) -> BlockMask:
+def _build_block_mask(input_ids: Tensor, document_ids: Tensor | None, window: int | None) -> BlockMask:
     B, T = input_ids.shape
 
     def visible(b: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -126,7 +130,7 @@ def _blocks(input_ids: Tensor, document_ids: Tensor | None, window: int | None) 
     return create_block_mask(visible, rows, None, T, T, device=input_ids.device, _compile=input_ids.is_cuda)
 
 
-LONGEST_BY_HAND = 512
+MAX_LENGTH = 512
 """Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: three times and more at 64
 and 128 tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
 
@@ -171,7 +175,7 @@ def causal_attention(
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
     T, S, group = q.size(2), k.size(2), q.size(1) // k.size(1)
-    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= LONGEST_BY_HAND and not dropout
+    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= MAX_LENGTH and not dropout
     if by_hand and T == S and torch.is_grad_enabled():
         if group > 1:
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, n_head, T, head_dim)
@@ -345,8 +349,8 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        position: Position,
-        layout: Layout,
+        position: PositionEncoding,
+        layout: AttentionLayout,
         value_embedding: Tensor | None = None,
         remember: tuple[KVCache, int] | None = None,
     ) -> Tensor:
@@ -368,10 +372,10 @@ class Attention(nn.Module):
         out: Tensor = self.output(y)  # (B, T, n_embd)
         return out
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: Position, layout: Layout) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, position: PositionEncoding, layout: AttentionLayout) -> Tensor:
         """q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
         dropout = self.config.dropout if self.training else 0.0
-        bias = position.bias if position.biased else None
+        bias = position.score_bias if position.has_score_bias else None
         given = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias
         if self.weights is not None:
             y, weights = manual_attention(*given)
@@ -380,7 +384,7 @@ class Attention(nn.Module):
         return causal_attention(*given, self.config.attention_backend)
 
 
-def attention_class(path: str | None) -> type[Attention]:
+def resolve_attention_class(path: str | None) -> type[Attention]:
     """The class that ``model.gpt.attention`` names. Importing it runs the file that it is in.
 
     Raises:

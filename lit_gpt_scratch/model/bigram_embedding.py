@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Bigrams(nn.Module):
+class BigramEmbedding(nn.Module):
     """A learned vector for every pair of a token and the one before it (modded-nanogpt).
 
     Attention in the first block would have to learn to look one token back before it could tell pairs apart;

@@ -5,10 +5,10 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.init import INITIALISATIONS
-from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS
-from lit_gpt_scratch.model.positions import POSITIONS, SCALINGS
+from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
+from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
 if TYPE_CHECKING:  # what there is to choose from is said where it is written, and --help reads it there
@@ -19,11 +19,11 @@ if TYPE_CHECKING:  # what there is to choose from is said where it is written, a
     PositionName: TypeAlias = str
     ScalingName: TypeAlias = str
 else:
-    FeedForwardName = Literal[tuple(FEED_FORWARD)]
+    FeedForwardName = Literal[tuple(FEED_FORWARDS)]
     InitialisationName = Literal[tuple(INITIALISATIONS)]
-    NormName, PlacementName = Literal[NORMS], Literal[PLACEMENTS]
-    PositionName = Literal[tuple(POSITIONS)]
-    ScalingName = Literal[SCALINGS]
+    NormName, PlacementName = Literal[NORMS], Literal[NORM_PLACEMENTS]
+    PositionName = Literal[tuple(POSITION_ENCODINGS)]
+    ScalingName = Literal[ROTARY_SCALINGS]
 
 MAY_BE_ZERO = ("dropout",)
 
@@ -160,7 +160,7 @@ class GPTConfig:
                 f"model.gpt.attention_backend is flex, but model.gpt.dropout is {self.dropout}; FlexAttention drops "
                 f"nothing: choose auto, sdpa or manual"
             )
-        POSITIONS[self.position].check(self)
+        POSITION_ENCODINGS[self.position].validate(self)
 
     @property
     def kv_heads(self) -> int:
@@ -180,4 +180,4 @@ class GPTConfig:
     @property
     def ffn_width(self) -> int:
         """Hidden channels of the feed-forward part, resolved."""
-        return self.ffn_dim or max(32, round(FEED_FORWARD[self.feed_forward].ratio * self.n_embd / 32) * 32)
+        return self.ffn_dim or max(32, round(FEED_FORWARDS[self.feed_forward].ratio * self.n_embd / 32) * 32)

@@ -36,7 +36,7 @@ class FeedForward(nn.Module):
         return out
 
 
-class ReLU(FeedForward):
+class ReLUFeedForward(FeedForward):
     """The original Transformer's (https://arxiv.org/abs/1706.03762)."""
 
     @override
@@ -44,7 +44,7 @@ class ReLU(FeedForward):
         return F.relu(hidden)
 
 
-class ReLU2(FeedForward):
+class SquaredReLUFeedForward(FeedForward):
     """Squared ReLU (https://arxiv.org/abs/2109.08668)."""
 
     @override
@@ -52,7 +52,7 @@ class ReLU2(FeedForward):
         return F.relu(hidden).square()
 
 
-class GELU(FeedForward):
+class GELUFeedForward(FeedForward):
     """GPT-2's: the Gaussian error linear unit in its tanh form (https://arxiv.org/abs/1606.08415)."""
 
     @override
@@ -60,7 +60,7 @@ class GELU(FeedForward):
         return F.gelu(hidden, approximate="tanh")
 
 
-class ExactGELU(FeedForward):
+class ExactGELUFeedForward(FeedForward):
     """The same by the error function, as in BERT and GPT-NeoX; PyTorch's kernels for CPUs are faster at it."""
 
     @override
@@ -68,7 +68,7 @@ class ExactGELU(FeedForward):
         return F.gelu(hidden)
 
 
-class Gated(FeedForward):
+class GatedFeedForward(FeedForward):
     """A third matrix makes a gate for each hidden channel (https://arxiv.org/abs/2002.05202)."""
 
     ratio = 8 / 3  # as many parameters as four times with two matrices
@@ -78,7 +78,7 @@ class Gated(FeedForward):
         self.gate = Linear(config.n_embd, config.ffn_width, bias=config.bias)
 
 
-class SwiGLU(Gated):
+class SwiGLUFeedForward(GatedFeedForward):
     """Llama's and Qwen's: the gate is bent by x * sigmoid(x)."""
 
     @override
@@ -86,7 +86,7 @@ class SwiGLU(Gated):
         return F.silu(self.gate(x)) * hidden
 
 
-class GeGLU(Gated):
+class GeGLUFeedForward(GatedFeedForward):
     """Gemma's: the gate is bent by the GELU in its tanh form."""
 
     @override
@@ -94,6 +94,11 @@ class GeGLU(Gated):
         return F.gelu(self.gate(x), approximate="tanh") * hidden
 
 
-FEED_FORWARD: dict[str, type[FeedForward]] = {
-    "relu": ReLU, "relu2": ReLU2, "gelu": GELU, "gelu_exact": ExactGELU, "swiglu": SwiGLU, "geglu": GeGLU,
-}  # fmt: skip
+FEED_FORWARDS: dict[str, type[FeedForward]] = {
+    "relu": ReLUFeedForward,
+    "relu2": SquaredReLUFeedForward,
+    "gelu": GELUFeedForward,
+    "gelu_exact": ExactGELUFeedForward,
+    "swiglu": SwiGLUFeedForward,
+    "geglu": GeGLUFeedForward,
+}

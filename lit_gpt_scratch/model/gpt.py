@@ -8,15 +8,15 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import Linear
-from lit_gpt_scratch.model.attention import Layout, attention_class, layout
-from lit_gpt_scratch.model.bigram_embedding import Bigrams, Smear
+from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout, resolve_attention_class
+from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
-from lit_gpt_scratch.model.init import initialise
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
+from lit_gpt_scratch.model.init import initialise_weights
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.norms import build_norm
-from lit_gpt_scratch.model.output_heads import Head, Tokens, padded
-from lit_gpt_scratch.model.positions import POSITIONS, Position
+from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead, padded_vocab_size
+from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 
 
 class GPT(nn.Module):
@@ -26,25 +26,31 @@ class GPT(nn.Module):
         config: The architecture.
         vocab_size: Number of token ids.
         block_size: The longest window, in tokens.
-        reads: What the head reads off the stream; logits of the next token by default.
+        output_head: What the head returns off the stream; logits of the next token by default.
 
     Raises:
         UserError: The embeddings are tied to a head that does not read tokens.
     """
 
-    def __init__(self, config: GPTConfig, vocab_size: int, block_size: int, reads: Head = Tokens()) -> None:  # noqa: B008 - frozen
+    def __init__(
+        self,
+        config: GPTConfig,
+        vocab_size: int,
+        block_size: int,
+        output_head: OutputHead = TokenHead(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__()
         self.config = config
         self.vocab_size = vocab_size
         self.block_size = block_size
-        self.reads = reads
+        self.output_head = output_head
         self.recompute = False
         """Whether to keep of each block its input alone, in training, and to compute the rest again for the backward
         pass (https://arxiv.org/abs/1604.06174): less memory for a third more computation."""
-        self.embedding = nn.Embedding(padded(config, vocab_size), config.n_embd)
-        self.bigrams = Bigrams(config.bigram_rows, config.n_embd) if config.bigram_rows else None
+        self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
+        self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
-        self.position = POSITIONS[config.position](config, block_size)
+        self.position = POSITION_ENCODINGS[config.position](config, block_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.value_tables = nn.ModuleList(
@@ -52,15 +58,17 @@ class GPT(nn.Module):
             for _ in range(config.n_layer if config.value_embeddings else 0)
         )
         self.norm = nn.Identity() if config.norm_placement == "post" else build_norm(config)
-        self.head = Linear(config.n_embd, reads.width(config, vocab_size), bias=False)
-        initialise(self)
+        self.head = Linear(config.n_embd, output_head.out_features(config, vocab_size), bias=False)
+        initialise_weights(self)
         if config.tied_embeddings:
-            if not isinstance(reads, Tokens):
-                raise UserError(f"model.gpt.tied_embeddings is true, but the head reads {type(reads).__name__}")
+            if not isinstance(output_head, TokenHead):
+                raise UserError(
+                    f"model.gpt.tied_embeddings is true, but the output head is {type(output_head).__name__}"
+                )
             self.head.weight = self.embedding.weight
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """What the head reads at each position: by default the logits of the token after it.
+        """What the head returns at each position: by default the logits of the token after it.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
@@ -73,14 +81,16 @@ class GPT(nn.Module):
         Raises:
             UserError: The window is longer than the model's context.
         """
-        return self.read(self.hidden(input_ids, document_ids))
+        return self.apply_head(self.hidden_states(input_ids, document_ids))
 
-    def read(self, x: Tensor) -> Tensor:
-        """(B, T, n_embd), as ``hidden`` gives it -> what the head reads."""
+    def apply_head(self, x: Tensor) -> Tensor:
+        """(B, T, n_embd), as ``hidden`` gives it -> what the head returns."""
         raw = self.head(x)
-        return self.reads.read(raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size)
+        return self.output_head.finalize(
+            raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size
+        )
 
-    def lens(self, stream: Tensor) -> Tensor:
+    def logit_lens(self, stream: Tensor) -> Tensor:
         """What the head would read if the network ended here; behind the last block, what it does read.
 
         The logit lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): what the model thinks on its way.
@@ -91,9 +101,9 @@ class GPT(nn.Module):
         Returns:
             As ``read``.
         """
-        return self.read(self.norm(stream))
+        return self.apply_head(self.norm(stream))
 
-    def hidden(
+    def hidden_states(
         self,
         input_ids: Tensor,
         document_ids: Tensor | None = None,
@@ -116,17 +126,19 @@ class GPT(nn.Module):
         """
         T, most = input_ids.size(1), self.block_size
         if cache is not None:
-            T, most = T + cache.longest, min(cache.slots, most)
+            T, most = T + cache.max_length, min(cache.capacity, most)
         if most < T:
             raise UserError(f"{T} tokens do not fit into a context of {most}")
         if cache is not None:
-            cache.begin(input_ids.size(1), counts)
-        x = self.stream(input_ids, layout(self.config, self.position, input_ids, document_ids, cache), cache)
+            cache.begin_forward(input_ids.size(1), counts)
+        x = self.forward_blocks(
+            input_ids, build_attention_layout(self.config, self.position, input_ids, document_ids, cache), cache
+        )
         if cache is not None:
-            cache.end()
+            cache.end_forward()
         return x
 
-    def stream(self, input_ids: Tensor, order: Layout, cache: KVCache | None = None) -> Tensor:
+    def forward_blocks(self, input_ids: Tensor, order: AttentionLayout, cache: KVCache | None = None) -> Tensor:
         """``hidden``, when it is known where the tokens stand: no more than tensors and what is done with them."""
         x = self.position.embed(self.embedding(input_ids), order.positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
@@ -143,10 +155,10 @@ class GPT(nn.Module):
     def _look_back(self, x: Tensor, input_ids: Tensor, first: Tensor, cache: KVCache | None) -> Tensor:
         """Let embeddings know of the token before, except the first of a document; first: (T,) or (B, T) bool."""
         if self.bigrams is not None:
-            before = _before(input_ids) if cache is None else cache.before("ids", input_ids)
+            before = _before(input_ids) if cache is None else cache.shift_right("ids", input_ids)
             x = x + self.bigrams(input_ids, before, first)
         if self.smear is not None:
-            before = _before(x) if cache is None else cache.before("embedding", x)
+            before = _before(x) if cache is None else cache.shift_right("embedding", x)
             x = self.smear(x, before.masked_fill(first[..., None], 0.0))
         return x
 
@@ -170,10 +182,10 @@ class Block(nn.Module):
         self.post = config.norm_placement == "post"
         sandwich = config.norm_placement == "sandwich"
         self.attention_norm = build_norm(config)
-        self.attention = attention_class(config.attention)(config)
+        self.attention = resolve_attention_class(config.attention)(config)
         self.attention_end = build_norm(config) if sandwich else nn.Identity()
         self.feed_forward_norm = build_norm(config)
-        self.feed_forward = FEED_FORWARD[config.feed_forward](config)
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
         self.feed_forward_end = build_norm(config) if sandwich else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
         self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
@@ -182,8 +194,8 @@ class Block(nn.Module):
         self,
         x: Tensor,
         start: Tensor,
-        position: Position,
-        layout: Layout,
+        position: PositionEncoding,
+        layout: AttentionLayout,
         value_embedding: Tensor | None = None,
         remember: tuple[KVCache, int] | None = None,
     ) -> Tensor:

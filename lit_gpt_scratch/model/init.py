@@ -10,7 +10,7 @@ from torch import nn
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.gpt import GPT, Block
 
-SMALL = 0.02
+INIT_STD = 0.02
 """Standard deviation that GPT-2, Llama and Qwen draw their matrices and tables with."""
 
 
@@ -22,7 +22,7 @@ def zero(net: "GPT") -> None:
     Token embeddings have unit variance, so that what the blocks learn to add does not soon drown them.
     """
     tied = net.config.tied_embeddings
-    nn.init.normal_(net.embedding.weight, std=SMALL if tied else 1.0)  # a tied table is also the head's
+    nn.init.normal_(net.embedding.weight, std=INIT_STD if tied else 1.0)  # a tied table is also the head's
     for linear in _linears(net):
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     for block in _blocks(net):
@@ -35,9 +35,9 @@ def zero(net: "GPT") -> None:
 
 def normal(net: "GPT") -> None:
     """Every matrix and table from one normal distribution (Llama, Qwen)."""
-    nn.init.normal_(net.embedding.weight, std=SMALL)
+    nn.init.normal_(net.embedding.weight, std=INIT_STD)
     for linear in _linears(net):
-        nn.init.normal_(linear.weight, std=SMALL)
+        nn.init.normal_(linear.weight, std=INIT_STD)
 
 
 def gpt2(net: "GPT") -> None:
@@ -45,7 +45,7 @@ def gpt2(net: "GPT") -> None:
     normal(net)
     for block in _blocks(net):
         for part in (block.attention, block.feed_forward):
-            nn.init.normal_(part.output.weight, std=SMALL / math.sqrt(2 * net.config.n_layer))
+            nn.init.normal_(part.output.weight, std=INIT_STD / math.sqrt(2 * net.config.n_layer))
 
 
 def xavier(net: "GPT") -> None:
@@ -62,14 +62,14 @@ INITIALISATIONS: dict[str, Callable[["GPT"], None]] = {"zero": zero, "gpt2": gpt
 
 
 @torch.no_grad()
-def initialise(net: "GPT") -> None:
+def initialise_weights(net: "GPT") -> None:
     """Draw all weights as ``config.initialisation`` says; what a switch adds to the stream begins at zero."""
     for linear in _linears(net):
         if linear.bias is not None:
             nn.init.zeros_(linear.bias)
     for table in net.position.modules():
         if isinstance(table, nn.Embedding):
-            nn.init.normal_(table.weight, std=SMALL)  # GPT-2's
+            nn.init.normal_(table.weight, std=INIT_STD)  # GPT-2's
     for values in net.value_tables.parameters():
         nn.init.zeros_(values)
     INITIALISATIONS[net.config.initialisation](net)

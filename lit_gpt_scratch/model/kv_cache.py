@@ -35,15 +35,15 @@ class KVCache:
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
         self.lengths = [0] * rows
-        self.slots = slots
-        self.begin(0)
+        self.capacity = slots
+        self.begin_forward(0)
 
     @property
-    def longest(self) -> int:
+    def max_length(self) -> int:
         """Tokens of the longest row."""
         return max(self.lengths)
 
-    def begin(self, tokens: int, counts: list[int] | None = None) -> None:
+    def begin_forward(self, tokens: int, counts: list[int] | None = None) -> None:
         """Make ready for tokens that come next.
 
         Args:
@@ -51,16 +51,16 @@ class KVCache:
             counts: How many of them are each row's own; the others fill it up. All, by default.
         """
         self._tokens, self._counts = tokens, counts
-        self._start, self.stop = self.longest, self.longest + tokens
+        self._start, self.visible_length = self.max_length, self.max_length + tokens
         device = self._rows.device
-        self.masked = self._start > 0 and (tokens > 1 or len(set(self.lengths)) > 1)
-        self.scattered = len(set(self.lengths)) > 1
+        self.needs_mask = self._start > 0 and (tokens > 1 or len(set(self.lengths)) > 1)
+        self.ragged = len(set(self.lengths)) > 1
         if self._fixed and tokens == 1 and self._start > 0:
-            self.masked = self.scattered = True
-            self.stop = self.slots
+            self.needs_mask = self.ragged = True
+            self.visible_length = self.capacity
         offset = torch.arange(tokens, device=device)
-        first = torch.tensor(self.lengths, device=device)[:, None] if self.scattered else self._start
-        self.places = offset + first
+        first = torch.tensor(self.lengths, device=device)[:, None] if self.ragged else self._start
+        self.positions = offset + first
         self._own = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,20 +77,20 @@ class KVCache:
         if layer == len(self._keys):
             B, heads, _, width = k.shape
             for kept in (self._keys, self._values):
-                kept.append(torch.zeros(B, heads, self.slots, width, device=k.device, dtype=self._dtype))
+                kept.append(torch.zeros(B, heads, self.capacity, width, device=k.device, dtype=self._dtype))
         keys, values = self._keys[layer], self._values[layer]
-        if self.scattered and len(self.lengths) == 1:  # the same, and faster
-            keys.index_copy_(2, self.places[0], k.type_as(keys))
-            values.index_copy_(2, self.places[0], v.type_as(values))
-        elif self.scattered:
-            keys[self._rows, :, self.places] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
-            values[self._rows, :, self.places] = v.transpose(1, 2).type_as(values)
+        if self.ragged and len(self.lengths) == 1:  # the same, and faster
+            keys.index_copy_(2, self.positions[0], k.type_as(keys))
+            values.index_copy_(2, self.positions[0], v.type_as(values))
+        elif self.ragged:
+            keys[self._rows, :, self.positions] = k.transpose(1, 2).type_as(keys)  # (B, T, n_kv_head, head_dim)
+            values[self._rows, :, self.positions] = v.transpose(1, 2).type_as(values)
         else:
-            keys[:, :, self._start : self.stop] = k
-            values[:, :, self._start : self.stop] = v
-        return keys[:, :, : self.stop], values[:, :, : self.stop]
+            keys[:, :, self._start : self.visible_length] = k
+            values[:, :, self._start : self.visible_length] = v
+        return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
-    def before(self, name: str, x: Tensor) -> Tensor:
+    def shift_right(self, name: str, x: Tensor) -> Tensor:
         """Of each token, the one before it: (B, T, ...) -> (B, T, ...), zeros before the first of a row.
 
         Args:
@@ -102,12 +102,12 @@ class KVCache:
         self._before[name] = x[:, -1:] if self._own is None else x[self._rows, self._own]
         return shifted
 
-    def end(self) -> None:
+    def end_forward(self) -> None:
         """All blocks have added their part."""
         counts = self._counts or [self._tokens] * len(self.lengths)
         self.lengths = [n + more for n, more in zip(self.lengths, counts, strict=True)]
 
-    def keep(self, rows: list[int]) -> None:
+    def select_rows(self, rows: list[int]) -> None:
         """Forget all other rows."""
         index = torch.tensor(rows, device=self._rows.device)
         self._keys = [keys[index] for keys in self._keys]
@@ -116,11 +116,11 @@ class KVCache:
         self._rows = self._rows[: len(rows)]
         self.lengths = [self.lengths[row] for row in rows]
 
-    def clear(self, row: int) -> None:
+    def clear_row(self, row: int) -> None:
         """Begin a row anew."""
         self.lengths[row] = 0
 
-    def replace(self, row: int, other: "KVCache") -> None:
+    def replace_row(self, row: int, other: "KVCache") -> None:
         """Put the only row of another cache in the place of one of this one."""
         for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
             mine[row] = its[0]

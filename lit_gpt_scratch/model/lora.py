@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.kernels.onednn_linear import LINEAR, linear
+from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
     Raises:
         UserError: The pattern matches no linear layer, or the network has adapters already.
     """
-    if any(True for _ in _adapted(net)):
+    if any(True for _ in _lora_layers(net)):
         raise UserError("the network has LoRA adapters already; remove them first")
-    linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR and name]
+    linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
     chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
     if not chosen:
         alike = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # one block speaks for all
@@ -169,12 +169,12 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
 
 
 @contextmanager
-def without_lora(net: nn.Module) -> Iterator[None]:
+def disable_lora(net: nn.Module) -> Iterator[None]:
     """Switch all adapters off meanwhile, merged or not: the network is then its base, bit for bit.
 
     So one network in memory is both the policy that is trained and the reference that it is held to.
     """
-    before = [(layer, layer.enabled) for _, layer in _adapted(net)]
+    before = [(layer, layer.enabled) for _, layer in _lora_layers(net)]
     try:
         for layer, _ in before:
             layer.enabled = False
@@ -190,13 +190,13 @@ def merge_lora(net: nn.Module) -> None:
     It takes the memory of the adapted weights once more until ``unmerge_lora`` or ``remove_lora``, and merged adapters
     cannot be trained. A head that shares the embedding's matrix has one of its own meanwhile, and the embedding its.
     """
-    for _, layer in _adapted(net):
+    for _, layer in _lora_layers(net):
         layer.merge()
 
 
 def unmerge_lora(net: nn.Module) -> None:
     """Take all adapters out of the weights again, exactly."""
-    for _, layer in _adapted(net):
+    for _, layer in _lora_layers(net):
         layer.unmerge()
 
 
@@ -210,7 +210,7 @@ def remove_lora(net: nn.Module) -> None:
             the network would hold two matrices where its config says one.
     """
     made = {}
-    for name, layer in _adapted(net):
+    for name, layer in _lora_layers(net):
         for other, module in net.named_modules():
             if module is not layer and any(mine is layer.unmerged for mine in module.parameters(recurse=False)):
                 raise UserError(
@@ -223,19 +223,19 @@ def remove_lora(net: nn.Module) -> None:
             net.set_submodule(name, made[module])
 
 
-def lora_state(net: nn.Module) -> dict[str, Tensor]:
+def lora_state_dict(net: nn.Module) -> dict[str, Tensor]:
     """The adapters' part of the network's state dict."""
-    parts = {f"{name}.{part}" for name, _ in _adapted(net) for part in ("lora_a", "lora_b")}
+    parts = {f"{name}.{part}" for name, _ in _lora_layers(net) for part in ("lora_a", "lora_b")}
     return {name: value for name, value in net.state_dict().items() if name in parts}
 
 
-def load_lora(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what ``lora_state`` gave; merged adapters are taken out of the weights first.
+def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
+    """Load what ``lora_state_dict`` gave; merged adapters are taken out of the weights first.
 
     Raises:
         UserError: The network's adapters are in other layers or of other sizes.
     """
-    mine = lora_state(net)
+    mine = lora_state_dict(net)
     for name in sorted(mine.keys() | state.keys()):
         here, there = (tuple(part[name].shape) if name in part else "missing" for part in (mine, state))
         if here != there:
@@ -244,7 +244,7 @@ def load_lora(net: nn.Module, state: dict[str, Tensor]) -> None:
     net.load_state_dict(state, strict=False)
 
 
-def _adapted(net: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def _lora_layers(net: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     for name, module in net.named_modules():
         if isinstance(module, LoRALinear):
             yield name, module

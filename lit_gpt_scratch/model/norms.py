@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
 NORMS: Final = ("rmsnorm", "layernorm")
-PLACEMENTS: Final = ("pre", "post", "sandwich")
+NORM_PLACEMENTS: Final = ("pre", "post", "sandwich")
 
 
 class RMSNorm(nn.Module):

@@ -12,30 +12,30 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.model.gpt import GPT
 
 
-class Head(Protocol):
+class OutputHead(Protocol):
     """A linear map from the stream, and how its outputs are read."""
 
-    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+    def out_features(self, config: "GPTConfig", vocab_size: int) -> int:
         """Rows of the matrix."""
 
-    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+    def finalize(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
         """x: (B, T, width), what the matrix gives, in at least float32 -> what the model gives."""
 
 
-def padded(config: "GPTConfig", vocab_size: int) -> int:
+def padded_vocab_size(config: "GPTConfig", vocab_size: int) -> int:
     """Rows of embedding and head: the vocabulary's, rounded up."""
     return -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenHead:
     """Logits of the next token: (B, T, vocab_size)."""
 
-    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+    def out_features(self, config: "GPTConfig", vocab_size: int) -> int:
         """As many as the embedding has."""
-        return padded(config, vocab_size)
+        return padded_vocab_size(config, vocab_size)
 
-    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+    def finalize(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
         """Without the rows beyond the vocabulary, and squashed if the config says so."""
         logits = x[..., :vocab_size]
         cap = config.logit_softcap
@@ -43,7 +43,7 @@ class Tokens:
 
 
 @dataclass(frozen=True)
-class Classes:
+class ClassificationHead:
     """Logits of classes, at every token: (B, T, n).
 
     Attributes:
@@ -54,45 +54,45 @@ class Classes:
     n: int
     names: tuple[str, ...] = ()
 
-    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+    def out_features(self, config: "GPTConfig", vocab_size: int) -> int:
         """One row a class."""
         return self.n
 
-    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+    def finalize(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
         """As they are."""
         return x
 
 
 @dataclass(frozen=True)
-class Scalar:
+class ScalarHead:
     """One number at every token, as a reward or a value: (B, T)."""
 
-    def width(self, config: "GPTConfig", vocab_size: int) -> int:
+    def out_features(self, config: "GPTConfig", vocab_size: int) -> int:
         """One row."""
         return 1
 
-    def read(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
+    def finalize(self, x: Tensor, config: "GPTConfig", vocab_size: int) -> Tensor:
         """Without the dimension that it comes in."""
         return x.squeeze(-1)
 
 
-def last(x: Tensor, lengths: Tensor) -> Tensor:
+def pool_last(x: Tensor, lengths: Tensor) -> Tensor:
     """The stream at the last token of each text, which has seen all of it: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
     return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1].unsqueeze(1)
 
 
-def mean(x: Tensor, lengths: Tensor) -> Tensor:
+def pool_mean(x: Tensor, lengths: Tensor) -> Tensor:
     """The mean of the stream over each text: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
     within = torch.arange(x.size(1), device=x.device) < lengths[:, None]  # (B, T)
     return (x * within[..., None]).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
 
 
-POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": last, "mean": mean}
+POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": pool_last, "mean": pool_mean}
 """How a text's stream becomes one vector; ``lengths`` are its tokens, and the others fill the window up."""
 
 
-def rewards(net: "GPT", input_ids: Tensor, lengths: Tensor) -> Tensor:
-    """What a ``Scalar`` head reads at the last token of each text.
+def compute_rewards(net: "GPT", input_ids: Tensor, lengths: Tensor) -> Tensor:
+    """What a ``ScalarHead`` head reads at the last token of each text.
 
     Args:
         net: With such a head.
@@ -102,5 +102,5 @@ def rewards(net: "GPT", input_ids: Tensor, lengths: Tensor) -> Tensor:
     Returns:
         (B,), at least float32.
     """
-    read: Tensor = net.read(last(net.hidden(input_ids), lengths))  # (B, 1)
+    read: Tensor = net.apply_head(pool_last(net.hidden_states(input_ids), lengths))  # (B, 1)
     return read.squeeze(1)

@@ -14,21 +14,21 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
 
-class Position(nn.Module):
+class PositionEncoding(nn.Module):
     """No positions at all, and the interface of the others (causal attention alone still leaks some order).
 
     A scheme may add to the embeddings, turn queries and keys, or add to attention's scores. ``positions`` are int64:
     (T,) where all windows of a batch count alike, else (B, T).
     """
 
-    biased: bool = False
+    has_score_bias: bool = False
     """Whether ``bias`` adds anything."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__()
 
     @staticmethod
-    def check(config: "GPTConfig") -> None:
+    def validate(config: "GPTConfig") -> None:
         """Refuse a config that the scheme cannot work with.
 
         Raises:
@@ -45,7 +45,7 @@ class Position(nn.Module):
         """Add positions to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
         return x
 
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
         """What ``rotate`` needs to know of the positions, worked out once for all blocks."""
         return None
 
@@ -53,12 +53,12 @@ class Position(nn.Module):
         """Turn queries or keys by their position. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
         return x
 
-    def bias(self, head: Tensor, distance: Tensor) -> Tensor:
+    def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
         """What is added to a score, by the number of the head and how far back the key stands, int64; elementwise."""
         raise NotImplementedError
 
 
-class Learned(Position):
+class LearnedPositions(PositionEncoding):
     """One learned vector a position, added to the embedding (GPT-2)."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
@@ -71,7 +71,7 @@ class Learned(Position):
         return out
 
 
-class Sinusoidal(Position):
+class SinusoidalPositions(PositionEncoding):
     """Fixed sines and cosines, added to the embedding (https://arxiv.org/abs/1706.03762, section 3.5).
 
     Channel 2i is the sine and channel 2i + 1 the cosine of ``position / 10000 ** (2i / n_embd)``.
@@ -89,8 +89,8 @@ class Sinusoidal(Position):
 
     @staticmethod
     @override
-    def check(config: "GPTConfig") -> None:
-        Position.check(config)
+    def validate(config: "GPTConfig") -> None:
+        PositionEncoding.validate(config)
         if config.n_embd % 2:
             raise UserError(
                 f"model.gpt.position sinusoidal needs pairs of channels, but model.gpt.n_embd is {config.n_embd}"
@@ -101,7 +101,7 @@ class Sinusoidal(Position):
         return x + self.table[positions].type_as(x)
 
 
-class Rotary(Position):
+class RotaryPositions(PositionEncoding):
     """Rotary positions (https://arxiv.org/abs/2104.09864), in the half-split layout of Llama and Qwen.
 
     Channel ``i`` of the first half and of the second half form a pair; at position ``t`` the pair is turned
@@ -115,7 +115,7 @@ class Rotary(Position):
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__(config, block_size)
         self.width = config.rotary_width
-        frequency, factor = frequencies(config, self.width)
+        frequency, factor = rotary_frequencies(config, self.width)
         angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
         cos, sin = factor * angle.cos(), factor * angle.sin()
         # Tables, not parameters: made anew on every construction, never stored in a checkpoint.
@@ -124,16 +124,16 @@ class Rotary(Position):
 
     @staticmethod
     @override
-    def check(config: "GPTConfig") -> None:
+    def validate(config: "GPTConfig") -> None:
         if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
             raise UserError(
                 f"model.gpt.position rotary turns pairs of channels, but of a head's {config.head_width} it would be "
                 f"{config.rotary_width}; choose another model.gpt.head_dim, rotary_share or position"
             )
-        check_scaling(config)
+        validate_rotary_scaling(config)
 
     @override
-    def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1, T, width) or (B, 1, T, width)
 
     @override
@@ -147,14 +147,14 @@ class Rotary(Position):
         return turned if self.width == x.size(-1) else torch.cat((turned, x[..., self.width :]), dim=-1)
 
 
-class ALiBi(Position):
+class ALiBi(PositionEncoding):
     """Scores fall linearly with the distance, steeper in some heads than in others (https://arxiv.org/abs/2108.12409).
 
     The slopes are ``2 ** (-8 / n * (h + 1))`` for n heads where n is a power of two; else those of the power below,
     and then every other one of the power above, as the authors' code has it.
     """
 
-    biased = True
+    has_score_bias = True
     slopes: Tensor
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
@@ -165,26 +165,26 @@ class ALiBi(Position):
         self.register_buffer("slopes", torch.tensor(slopes), persistent=False)
 
     @override
-    def bias(self, head: Tensor, distance: Tensor) -> Tensor:
+    def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
         return -self.slopes[head] * distance
 
 
-POSITIONS: dict[str, type[Position]] = {
-    "rotary": Rotary, "learned": Learned, "sinusoidal": Sinusoidal,
-    "alibi": ALiBi, "none": Position,
+POSITION_ENCODINGS: dict[str, type[PositionEncoding]] = {
+    "rotary": RotaryPositions, "learned": LearnedPositions, "sinusoidal": SinusoidalPositions,
+    "alibi": ALiBi, "none": PositionEncoding,
 }  # fmt: skip
 
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
-SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
-SLOW: Final = 1.0
-FAST: Final = {"llama3": 4.0, "yarn": 32.0}
+ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
+DEFAULT_ROTARY_SLOW: Final = 1.0
+DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
 """Turns within the trained context above which a pair of channels is left alone, where the config names none."""
 
 
-def check_scaling(config: "GPTConfig") -> None:
+def validate_rotary_scaling(config: "GPTConfig") -> None:
     """Refuse settings that contradict each other.
 
     Raises:
@@ -196,19 +196,20 @@ def check_scaling(config: "GPTConfig") -> None:
     if kind is None and config.rotary_factor != 1:
         raise UserError(
             f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
-            f"choose one of {', '.join(SCALINGS)}"
+            f"choose one of {', '.join(ROTARY_SCALINGS)}"
         )
-    if (kind in FAST) != (trained is not None):
+    if (kind in DEFAULT_ROTARY_FAST) != (trained is not None):
         raise UserError(
             f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
-            f"{' and '.join(FAST)} need it, and nothing else does"
+            f"{' and '.join(DEFAULT_ROTARY_FAST)} need it, and nothing else does"
         )
-    if kind not in FAST and (turns := config.rotary_slow or config.rotary_fast):
+    if kind not in DEFAULT_ROTARY_FAST and (turns := config.rotary_slow or config.rotary_fast):
         name = "slow" if config.rotary_slow else "fast"
         raise UserError(
-            f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; it needs {' or '.join(FAST)}"
+            f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
+            f"it needs {' or '.join(DEFAULT_ROTARY_FAST)}"
         )
-    if kind in FAST and not operator.lt(*_turns(config)):
+    if kind in DEFAULT_ROTARY_FAST and not operator.lt(*_turns(config)):
         slow, fast = _turns(config)
         raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; it must be below it")
     if kind == "ntk" and config.rotary_width < 4:
@@ -219,10 +220,12 @@ def check_scaling(config: "GPTConfig") -> None:
 
 def _turns(config: "GPTConfig") -> tuple[float, float]:
     """Below how many turns within the trained context a pair is slowed in full, and above how many not at all."""
-    return config.rotary_slow or SLOW, config.rotary_fast or FAST[str(config.rotary_scaling)]
+    return config.rotary_slow or DEFAULT_ROTARY_SLOW, config.rotary_fast or DEFAULT_ROTARY_FAST[
+        str(config.rotary_scaling)
+    ]
 
 
-def frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
+def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
     """The angle by which each pair of channels turns from one token to the next.
 
     - ``linear``: all slower by the factor (https://arxiv.org/abs/2306.15595).

@@ -14,15 +14,15 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.optim.gradient_clipping import own_part
+from lit_gpt_scratch.optim.gradient_clipping import to_local
 
-STATE: Final = "average"
+EMA_STATE_KEY: Final = "average"
 """What the optimizer's state of a parameter calls it."""
-MARK: Final = "averaged"
+EMA_CHECKPOINT_KEY: Final = "averaged"
 """In a checkpoint: that weights are averages, and the optimizer's state holds what was trained."""
 
 
-class MovingAverage:
+class ExponentialMovingAverage:
     """After every step, ``average += (1 - decay) * (weight - average)`` (https://arxiv.org/abs/2307.13813).
 
     In the first steps the decay is less, ``(1 + step) / (10 + step)``, as in TensorFlow's ``ExponentialMovingAverage``:
@@ -40,10 +40,10 @@ class MovingAverage:
         if decay is not None and not 0.0 <= decay < 1.0:
             raise UserError(f"model.ema_decay is {decay}; it must be at least 0 and below 1")
         self.decay = decay
-        self.in_use = False
+        self.active = False
         """Whether the averages are in the weights' places."""
 
-    def follow(self, optimizer: Optimizer, steps_done: Callable[[], int]) -> None:
+    def attach(self, optimizer: Optimizer, steps_done: Callable[[], int]) -> None:
         """Average what the optimizer updates, from its next step on.
 
         Args:
@@ -70,17 +70,17 @@ class MovingAverage:
         if all(p.grad is None for p in updated):
             return  # a step that was refused is none
         for p in updated:
-            if STATE in optimizer.state.get(p, {}):
-                averages.append(own_part(optimizer.state[p][STATE]))
-                weights.append(own_part(p))
+            if EMA_STATE_KEY in optimizer.state.get(p, {}):
+                averages.append(to_local(optimizer.state[p][EMA_STATE_KEY]))
+                weights.append(to_local(p))
             elif p.grad is not None:  # a parameter that was never updated is its own average
-                optimizer.state[p][STATE] = p.detach().clone()
+                optimizer.state[p][EMA_STATE_KEY] = p.detach().clone()
         if averages:
             decay = min(self.decay or 0.0, (1 + step) / (10 + step))
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @torch.no_grad()
-    def use(self, wanted: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
+    def set_active(self, wanted: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
         """Put the averages into the weights' places, or the weights back; what is so already stays.
 
         Args:
@@ -88,13 +88,13 @@ class MovingAverage:
             optimizers: Hold the averages.
             module: Holds the weights.
         """
-        if self.in_use == wanted:
+        if self.active == wanted:
             return
-        self.in_use = wanted
+        self.active = wanted
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
-                if STATE in state:
-                    weight, average = own_part(p), own_part(state[STATE])
+                if EMA_STATE_KEY in state:
+                    weight, average = to_local(p), to_local(state[EMA_STATE_KEY])
                     before = weight.clone()
                     weight.copy_(average)
                     average.copy_(before)
@@ -112,12 +112,14 @@ class MovingAverage:
             module: That of ``state_dict``.
         """
         saved = checkpoint.get("optimizer_states", [])
-        if self.decay is None or not any(STATE in state for part in saved for state in part.get("state", {}).values()):
+        if self.decay is None or not any(
+            EMA_STATE_KEY in state for part in saved for state in part.get("state", {}).values()
+        ):
             return
-        checkpoint[MARK] = True
-        if not self.in_use:
+        checkpoint[EMA_CHECKPOINT_KEY] = True
+        if not self.active:
             for part, optimizer in zip(saved, optimizers, strict=True):
-                exchange(checkpoint["state_dict"], part, names(optimizer, module))
+                swap_saved_weights(checkpoint["state_dict"], part, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
         """Know that what is loaded from a marked checkpoint has changed places.
@@ -125,15 +127,15 @@ class MovingAverage:
         Raises:
             UserError: It holds averages, and none are kept here.
         """
-        self.in_use = checkpoint.get(MARK, False)
-        if self.in_use and self.decay is None:
+        self.active = checkpoint.get(EMA_CHECKPOINT_KEY, False)
+        if self.active and self.decay is None:
             raise UserError(
                 "the weights of the checkpoint are averages, and to go on is to go on averaging: --model.ema_decay; "
                 "with 0 the average is the weights themselves"
             )
 
 
-def exchange(weights: dict[str, Tensor], saved: dict[str, Any], of: list[list[str]]) -> None:
+def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], of: list[list[str]]) -> None:
     """Let saved weights and their averages change places, in these dicts alone; twice puts them back.
 
     Args:
@@ -142,13 +144,13 @@ def exchange(weights: dict[str, Tensor], saved: dict[str, Any], of: list[list[st
         of: For each key of its ``state``, a number, the names of the parameter; see ``names``.
     """
     for key, state in saved["state"].items():
-        if STATE in state:
+        if EMA_STATE_KEY in state:
             before = weights[of[key][0]]
-            weights.update(dict.fromkeys(of[key], state[STATE]))
-            saved["state"][key] = {**state, STATE: before}  # a new one: the old one is the optimizer's own
+            weights.update(dict.fromkeys(of[key], state[EMA_STATE_KEY]))
+            saved["state"][key] = {**state, EMA_STATE_KEY: before}  # a new one: the old one is the optimizer's own
 
 
-def names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
+def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
     """For each parameter, in the order of the optimizer's groups, its names in the module; a tied one has several."""
     of: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

@@ -15,17 +15,17 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 
-def own_part(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, in the same memory; all of it where it is not cut."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def cut(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
+def sharding_of(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
     """Among whom it is cut, and how; None, and no way, where it is not."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
-def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+def total_grad_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Euclidean norm of tensors that may be cut, over all their parts; all processes get the same.
 
     Args:
@@ -36,7 +36,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     alike: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        alike[cut(tensor)].append(own_part(tensor))
+        alike[sharding_of(tensor)].append(to_local(tensor))
     norms = []
     for (mesh, placements), parts in alike.items():
         norm = torch.nn.utils.get_total_norm(parts)
@@ -49,32 +49,32 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
 
 
-def gradients(module: nn.Module) -> list[Tensor]:
+def gradients_of(module: nn.Module) -> list[Tensor]:
     """Those that there are, of a module's parameters."""
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
-def clip_norm(gradients: Sequence[Tensor], most: float) -> Tensor:
+def clip_grad_norm(gradients: Sequence[Tensor], most: float) -> Tensor:
     """Scale gradients, in place, to a norm of at most so much, all together (https://arxiv.org/abs/1211.5063).
 
     Returns:
         The norm that they had.
     """
-    norm = total_norm(gradients)
+    norm = total_grad_norm(gradients)
     factor = (most / (norm + 1e-6)).clamp(max=1.0)
     if factor.device.type != "cpu" or not factor >= 1:  # to ask an accelerator would be to wait for it
-        torch._foreach_mul_([own_part(gradient) for gradient in gradients], factor)
+        torch._foreach_mul_([to_local(gradient) for gradient in gradients], factor)
     return norm
 
 
-def clip_value(gradients: Sequence[Tensor], most: float) -> None:
+def clip_grad_value(gradients: Sequence[Tensor], most: float) -> None:
     """Bring every number of the gradients, in place, to between ``-most`` and ``most``."""
-    parts = [own_part(gradient) for gradient in gradients]
+    parts = [to_local(gradient) for gradient in gradients]
     torch._foreach_clamp_min_(parts, -most)
     torch._foreach_clamp_max_(parts, most)
 
 
-class Matrices:
+class BatchedMatrices:
     """N matrices of one shape that are cut alike, and the processes that have their parts.
 
     Args:
@@ -87,7 +87,7 @@ class Matrices:
         self.mesh = like.device_mesh if isinstance(like, DTensor) else None
         if isinstance(like, DTensor):
             self._shape = torch.Size((count, *like.shape))
-            self._cut = _behind_one(like.placements)
+            self._cut = _shift_placements(like.placements)
             self._dealt = [Replicate() if everywhere else Shard(0)] * like.device_mesh.ndim
 
     def whole(self, parts: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ class Matrices:
         return moved.redistribute(placements=target).to_local()
 
 
-def _behind_one(placements: Sequence[Placement]) -> list[Placement]:
+def _shift_placements(placements: Sequence[Placement]) -> list[Placement]:
     """The same cuts, of tensors with one more dimension before the others."""
     moved: list[Placement] = []
     for placement in placements:

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from lit_gpt_scratch.optim.gradient_clipping import Matrices, cut, own_part
+from lit_gpt_scratch.optim.gradient_clipping import BatchedMatrices, sharding_of, to_local
 
 # Keller Jordan's quintic: five rounds bring any singular value into about [0.7, 1.2], which trains as well
 # as exactly 1 and needs no decomposition.
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ROUNDS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalise(matrices: Tensor, rounds: int = ROUNDS) -> Tensor:
+def orthogonalise(matrices: Tensor, rounds: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration.
 
     Singular vectors are kept and singular values brought near 1: a step that moves every direction alike.
@@ -33,7 +33,7 @@ def orthogonalise(matrices: Tensor, rounds: int = ROUNDS) -> Tensor:
     Returns:
         (N, rows, columns) bfloat16; the iteration is stable in it (https://kellerjordan.github.io/posts/muon).
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:  # the products below are rows x rows: keep them small
@@ -81,15 +81,15 @@ class MuonAdamW(Optimizer):
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
-            kinds[p.shape, cut(p)].append(p)
+            kinds[p.shape, sharding_of(p)].append(p)
         for (shape, _), alike in kinds.items():
-            own = [own_part(p) for p in alike]
-            gradients = [own_part(p.grad) for p in alike if p.grad is not None]
-            momenta = [own_part(self._state(p, "momentum")["momentum"]) for p in alike]
+            own = [to_local(p) for p in alike]
+            gradients = [to_local(p.grad) for p in alike if p.grad is not None]
+            momenta = [to_local(self._state(p, "momentum")["momentum"]) for p in alike]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
             ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
             row_beta = group.get("row_beta")
-            matrices = Matrices(alike[0], len(alike), everywhere=row_beta is not None)
+            matrices = BatchedMatrices(alike[0], len(alike), everywhere=row_beta is not None)
             updates = orthogonalise(matrices.whole(torch.stack(ahead).bfloat16()))  # (n, rows, columns)
             if row_beta is not None:
                 updates = updates.to(own[0].dtype)
@@ -118,10 +118,10 @@ class MuonAdamW(Optimizer):
             if "step" not in state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         adamw(
-            [own_part(p) for p in parameters],
-            [own_part(p.grad) for p in parameters if p.grad is not None],
-            [own_part(state["exp_avg"]) for state in states],
-            [own_part(state["exp_avg_sq"]) for state in states],
+            [to_local(p) for p in parameters],
+            [to_local(p.grad) for p in parameters if p.grad is not None],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             fused=group["fused"],

@@ -24,7 +24,7 @@ class OptimizerRecipe(ABC):
     def build(self, model: nn.Module) -> Optimizer:
         """The optimizer for the model's trainable parameters."""
 
-    def check(self) -> None:
+    def validate(self) -> None:
         """Refuse numbers that no optimizer can work with.
 
         Raises:
@@ -56,7 +56,7 @@ class AdamW(OptimizerRecipe):
         self.weight_decay = 0.1 if weight_decay is None else weight_decay
         self.beta1 = beta1
         self.beta2 = beta2
-        self.check()
+        self.validate()
 
     @override
     def build(self, model: nn.Module) -> Optimizer:
@@ -105,7 +105,7 @@ class Muon(OptimizerRecipe):
         self.adamw_lr = adamw_lr
         self.beta1 = beta1
         self.beta2 = beta2
-        self.check()
+        self.validate()
 
     @override
     def build(self, model: nn.Module) -> Optimizer:

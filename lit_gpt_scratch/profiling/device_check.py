@@ -10,8 +10,8 @@ from typing import Final, NamedTuple
 import torch
 
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
-from lit_gpt_scratch.kernels.onednn_linear import ONEDNN
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.kernels.onednn_linear import USE_ONEDNN
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 
 LIBRARIES: Final = ("torch", "lightning", "tokenizers", "tensorboard", "transformers", "optuna", "lm-eval")
@@ -63,7 +63,7 @@ def about(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
     """
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield "versions", ", ".join(f"{name} {version}" for name in LIBRARIES if (version := _version(name)))
-    products = "; float32 is multiplied by oneDNN, which is faster here than MKL" if ONEDNN else ""
+    products = "; float32 is multiplied by oneDNN, which is faster here than MKL" if USE_ONEDNN else ""
     yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads for torch{products}"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
@@ -102,7 +102,7 @@ def _step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor
         ids = torch.randint(VOCAB_SIZE, (BATCH, BLOCK_SIZE + 1))
     net, ids = net.to(device), ids.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        lost, counted = token_nats(net(ids[:, :-1]), ids[:, 1:].contiguous())
+        lost, counted = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
     (lost / counted).backward()  # type: ignore[no-untyped-call]  # torch's own
     gradient = torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
     return (lost / counted).item(), gradient

@@ -12,17 +12,17 @@ from torch.func import functional_call
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import Attention
 from lit_gpt_scratch.model.feed_forward import FeedForward
-from lit_gpt_scratch.optim.gradient_clipping import own_part
+from lit_gpt_scratch.optim.gradient_clipping import to_local
 
-MOMENTS = {"muon": 1, "adamw": 2}
+OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
 """Tensors of a parameter's size that an update rule remembers."""
 
 
-def parameters_by_part(net: GPT) -> dict[str, int]:
+def count_parameters_by_part(net: GPT) -> dict[str, int]:
     """Number of parameters of embeddings, attention and feed-forward, of the head if it is not tied, and the rest."""
     parts: Counter[str] = Counter()
     for module in net.modules():
@@ -36,7 +36,9 @@ def parameters_by_part(net: GPT) -> dict[str, int]:
     return {part: n for part, n in parts.items() if n}
 
 
-def refuse_too_large(config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int) -> None:
+def require_model_fits_memory(
+    config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
+) -> None:
     """Count the parameters of a model that is not built, against the memory of the machine or the accelerator.
 
     Raises:
@@ -78,7 +80,7 @@ def training_flops_per_token(net: GPT) -> int:
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
     """Bytes, on this process, of weights, gradients, the optimizer's moments and an average of the weights."""
     return sum(
-        own_part(p).numel() * p.element_size() * (2 + averaged + MOMENTS.get(group.get("rule", "adamw"), 2))
+        to_local(p).numel() * p.element_size() * (2 + averaged + OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2))
         for group in optimizer.param_groups
         for p in group["params"]
         if p.requires_grad
@@ -128,5 +130,5 @@ def activation_bytes(
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         ):
-            nats, _ = token_nats(functional_call(net, weights, (ids,)), ids)
+            nats, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
         return sum(size for storage, size in kept.items() if storage not in own) + nats.element_size()

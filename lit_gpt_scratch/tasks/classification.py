@@ -19,9 +19,9 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
 from lit_gpt_scratch.checkpoint.metadata import Contents
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.metrics import MeanLoss, mean_auroc
+from lit_gpt_scratch.losses.metrics import WeightedMeanLoss, mean_auroc
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.output_heads import POOLINGS, Classes
+from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead
 from lit_gpt_scratch.tasks.gpt_module import GPTModule, TokenData
 
 
@@ -81,9 +81,9 @@ class Classification(GPTModule):
 
     @property
     @override
-    def output_head(self) -> Classes:
+    def output_head(self) -> ClassificationHead:
         names = self.labelled.class_names
-        return Classes(len(names), tuple(names))
+        return ClassificationHead(len(names), tuple(names))
 
     @cached_property
     @override
@@ -109,12 +109,12 @@ class Classification(GPTModule):
             "auroc": MulticlassAUROC(n, average=None, ignore_index=IGNORE_INDEX),
             "confusion": MulticlassConfusionMatrix(n, ignore_index=IGNORE_INDEX),
         }
-        return MetricCollection({"loss": MeanLoss(), **measures})
+        return MetricCollection({"loss": WeightedMeanLoss(), **measures})
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits of the classes: (B, T) int64 ids, filled up behind each text's (B,) tokens -> (B, n) float32."""
-        stream = POOLINGS[self.pooling](self.net.hidden(input_ids), lengths)  # (B, 1, n_embd)
-        return self.net.read(stream).squeeze(1)
+        stream = POOLINGS[self.pooling](self.net.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
+        return self.net.apply_head(stream).squeeze(1)
 
     @override
     def loss_and_count(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:

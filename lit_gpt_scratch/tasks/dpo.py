@@ -11,7 +11,7 @@ from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
 from lit_gpt_scratch.losses.metrics import ReplyLoss
-from lit_gpt_scratch.losses.preference import LOSSES
+from lit_gpt_scratch.losses.preference import PREFERENCE_LOSSES
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
 from lit_gpt_scratch.tasks.reference_model import ReferenceModel
@@ -25,7 +25,7 @@ class DPO(PairwiseModule):
     preferred replies, which tells whether the model still speaks as it did.
 
     Args:
-        loss: ``sigmoid``, or ``ipo``; see ``objectives.preference``.
+        loss: ``dpo_loss``, or ``ipo_loss``; see ``objectives.preference``.
         beta: How dear it is to leave the reference.
         label_smoothing: The probability that a label is the wrong way round.
         per_token: Compare means over the tokens of replies instead of sums, so that long replies do not count for more;
@@ -49,8 +49,8 @@ class DPO(PairwiseModule):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if loss not in LOSSES:
-            raise UserError(f"model.loss is {loss}; it must be one of {', '.join(LOSSES)}")
+        if loss not in PREFERENCE_LOSSES:
+            raise UserError(f"model.loss is {loss}; it must be one of {', '.join(PREFERENCE_LOSSES)}")
         if not 0.0 < beta < float("inf"):
             raise UserError(f"model.beta is {beta}; it must be positive")
         if not 0.0 <= label_smoothing < 0.5:
@@ -89,7 +89,7 @@ class DPO(PairwiseModule):
         if self.per_token:
             ratios = ratios / tokens.clamp(min=1)
         chosen, rejected = split_pairs(ratios, batch["lengths"])
-        losses = LOSSES[self.loss](chosen - rejected, self.beta, self.label_smoothing)
+        losses = PREFERENCE_LOSSES[self.loss](chosen - rejected, self.beta, self.label_smoothing)
         return PairComparison(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
     @override

@@ -23,17 +23,23 @@ from lit_gpt_scratch.checkpoint.init_from import begin_with, context, let_go, st
 from lit_gpt_scratch.checkpoint.loop_state import LAYOUT, deal_out, settle
 from lit_gpt_scratch.checkpoint.metadata import KEY, Contents, refuse_other_model, refuse_other_tokenizer
 from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
-from lit_gpt_scratch.distributed.parallelize import parallelise, reduce_tp_gradients
+from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # its module names them for trainers
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.attention import attention_class, refuse_backend
+from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
-from lit_gpt_scratch.model.output_heads import Head, Tokens
+from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
-from lit_gpt_scratch.optim.ema import MovingAverage
-from lit_gpt_scratch.optim.gradient_clipping import clip_norm, clip_value, gradients, own_part, total_norm
-from lit_gpt_scratch.profiling.flops_and_memory import refuse_too_large
+from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
+from lit_gpt_scratch.optim.gradient_clipping import (
+    clip_grad_norm,
+    clip_grad_value,
+    gradients_of,
+    to_local,
+    total_grad_norm,
+)
+from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 
 
 class StepFilter(Protocol):
@@ -120,7 +126,7 @@ class GPTModule(L.LightningModule):
         self.schedule = schedule
         self.total_steps = float("inf")
         """Optimizer steps of the run, infinite as long as that is not known."""
-        self.ema = MovingAverage(ema_decay)
+        self.ema = ExponentialMovingAverage(ema_decay)
         self.step_filter: StepFilter | None = None
         """Without one every step is done. A step that is refused counts, but changes neither weights nor averages nor
         what the optimizer remembers."""
@@ -138,7 +144,7 @@ class GPTModule(L.LightningModule):
                     "before, and drops nothing: leave it out"
                 )
         if gpt is not None:
-            attention_class(gpt.attention)
+            resolve_attention_class(gpt.attention)
         self._gpt = gpt
         self.init_from = init_from
         self.lora = lora
@@ -150,9 +156,9 @@ class GPTModule(L.LightningModule):
         self._base: str | None = None
 
     @property
-    def output_head(self) -> Head:
+    def output_head(self) -> OutputHead:
         """What the head reads off the stream."""
-        return Tokens()
+        return TokenHead()
 
     @property
     def data(self) -> TokenData:
@@ -190,8 +196,8 @@ class GPTModule(L.LightningModule):
         if trained is not None:
             refuse_other_tokenizer(trained.contents, self.data.tokenizer_json)
             vocab_size, block_size = trained.net.vocab_size, context(trained, self.gpt, block_size)
-        refuse_backend(self.gpt, device)
-        refuse_too_large(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
+        validate_attention_backend(self.gpt, device)
+        require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.output_head)
         # A run that goes on begins with its own checkpoint: what was new to it still is.
         kept = trained is not None and begin_with(trained, self.net)
@@ -207,7 +213,7 @@ class GPTModule(L.LightningModule):
         self.net.recompute = self.activation_checkpointing
         if self.device_mesh is not None:
             for net in (self.net, *beside):
-                parallelise(net, self.device_mesh, str(self.trainer.precision))
+                parallelize(net, self.device_mesh, str(self.trainer.precision))
         self.metrics = self.build_metrics()
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
@@ -349,7 +355,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer, with the schedule stepped after every update."""
         optimizer = self.optimizer.build(self.trained_module)
-        self.ema.follow(optimizer, lambda: self.trainer.global_step)
+        self.ema.attach(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -390,7 +396,7 @@ class GPTModule(L.LightningModule):
         if self.is_log_step and self.step_loss is not None:
             self.log("train/loss", self.step_loss)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
-            self.log("train/gradient_norm", total_norm(gradients(self)))
+            self.log("train/gradient_norm", total_grad_norm(gradients_of(self)))
         self._lost.zero_()
         self._counted.zero_()
         self._micro_batches = 0
@@ -408,7 +414,7 @@ class GPTModule(L.LightningModule):
         labels = self.trainer.strategy.reduce(own, reduce_op="sum")
         positions = self._positions * self.trainer.accumulate_grad_batches * self.trainer.world_size
         torch._foreach_mul_(
-            [own_part(gradient) for gradient in gradients(self)], positions / torch.where(labels > 0, labels, 1.0)
+            [to_local(gradient) for gradient in gradients_of(self)], positions / torch.where(labels > 0, labels, 1.0)
         )
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
@@ -447,7 +453,7 @@ class GPTModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Begin with the weights as they are, whatever an earlier run left in them."""
         if stage == "fit":
-            self.ema.in_use = False
+            self.ema.active = False
 
     def on_train_end(self) -> None:
         """Leave the average in the weights' place."""
@@ -463,13 +469,13 @@ class GPTModule(L.LightningModule):
 
         This is the last moment before the step, and so the judge's.
         """
-        found = gradients(self)
+        found = gradients_of(self)
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
-        norm = total_norm(found) if self.step_filter is not None and not by_norm else None
+        norm = total_grad_norm(found) if self.step_filter is not None and not by_norm else None
         if gradient_clip_val and by_norm:
-            norm = clip_norm(found, gradient_clip_val)
+            norm = clip_grad_norm(found, gradient_clip_val)
         elif gradient_clip_val:
-            clip_value(found, gradient_clip_val)
+            clip_grad_value(found, gradient_clip_val)
         if self.step_filter is not None and norm is not None and not self.step_filter(self.step_loss, norm):
             optimizer.zero_grad(set_to_none=True)  # what has no gradient, no optimizer touches
 
@@ -491,7 +497,7 @@ class GPTModule(L.LightningModule):
 
     def _use_average(self, wanted: bool) -> None:
         if self.trainer.state.fn == "fit":
-            self.ema.use(wanted, self.trainer.optimizers, self)
+            self.ema.set_active(wanted, self.trainer.optimizers, self)
 
     def _seed(self, batch: int, purpose: str) -> None:
         run = int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
-from lit_gpt_scratch.losses.cross_entropy import token_logprobs, token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy, token_logprobs
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -39,15 +39,15 @@ class LanguageModel(GPTModule):
     def loss_and_count(self, batch: Batch) -> tuple[Tensor, Tensor]:
         given = batch["input_ids"], batch.get("document_ids")
         if not self._reads_compiled:
-            return token_nats(self(*given), batch["labels"])
-        nats, tokens = _compiled(_nats)(self.net, self.net.hidden(*given), batch["labels"])
+            return token_cross_entropy(self(*given), batch["labels"])
+        nats, tokens = _compiled(_nats)(self.net, self.net.hidden_states(*given), batch["labels"])
         return nats, tokens
 
     @override
     def update_metrics(self, batch: Batch) -> Tensor:
         given, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
         if self._reads_compiled:
-            lost: Tensor = _compiled(_lost)(self.net, self.net.hidden(*given), labels)
+            lost: Tensor = _compiled(_lost)(self.net, self.net.hidden_states(*given), labels)
         else:
             lost = -token_logprobs(self(*given), labels)
         counted = labels != IGNORE_INDEX
@@ -61,11 +61,11 @@ class LanguageModel(GPTModule):
 
 
 def _nats(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return token_nats(net.read(x), labels)
+    return token_cross_entropy(net.apply_head(x), labels)
 
 
 def _lost(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
-    return -token_logprobs(net.read(x), labels)
+    return -token_logprobs(net.apply_head(x), labels)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.metrics import PairMetric
+from lit_gpt_scratch.losses.metrics import PreferenceMetrics
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
@@ -28,23 +28,23 @@ class PairComparison(NamedTuple):
 
 
 class PairwiseModule(GPTModule):
-    """A GPT that learns from pairs. Validation and test measure what ``PairMetric`` does.
+    """A GPT that learns from pairs. Validation and test measure what ``PreferenceMetrics`` does.
 
     Subclasses say what they make of a batch (``compare``).
     """
 
-    metrics: PairMetric | MetricCollection
+    metrics: PreferenceMetrics | MetricCollection
 
     def compare(self, batch: PairBatch) -> PairComparison:
         """Losses and rewards of the pairs of a batch."""
         raise NotImplementedError
 
     @override
-    def build_metrics(self) -> PairMetric | MetricCollection:
+    def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if not hasattr(self.data, "pairs"):
             name = type(self.data).__name__
             raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} needs Preferences")
-        return PairMetric()
+        return PreferenceMetrics()
 
     @override
     def positions(self, batch: PairBatch) -> int:

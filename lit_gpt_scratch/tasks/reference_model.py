@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lit_gpt_scratch.losses.cross_entropy import token_logprobs
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.lora import without_lora
+from lit_gpt_scratch.model.lora import disable_lora
 
 
 class ReferenceModel(nn.Module):
@@ -51,7 +51,7 @@ class ReferenceModel(nn.Module):
         training = policy.training
         policy.eval()
         try:
-            with without_lora(policy):
+            with disable_lora(policy):
                 yield policy
         finally:
             policy.train(training)

@@ -10,10 +10,10 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.checkpoint.metadata import Contents
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.metrics import PairMetric
-from lit_gpt_scratch.losses.preference import bradley_terry
+from lit_gpt_scratch.losses.metrics import PreferenceMetrics
+from lit_gpt_scratch.losses.preference import bradley_terry_loss
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.output_heads import Scalar, rewards
+from lit_gpt_scratch.model.output_heads import ScalarHead, compute_rewards
 from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
 
 
@@ -27,8 +27,8 @@ class Reward(PairwiseModule):
 
     @property
     @override
-    def output_head(self) -> Scalar:
-        return Scalar()
+    def output_head(self) -> ScalarHead:
+        return ScalarHead()
 
     @cached_property
     @override
@@ -37,10 +37,10 @@ class Reward(PairwiseModule):
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rewards: (B, T) int64 ids, filled up behind each conversation's (B,) tokens -> (B,) float32."""
-        return rewards(self.net, input_ids, lengths)
+        return compute_rewards(self.net, input_ids, lengths)
 
     @override
-    def build_metrics(self) -> PairMetric | MetricCollection:
+    def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if getattr(self.data, "too_long", None) == "cut":
             raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
         return super().build_metrics()
@@ -48,7 +48,7 @@ class Reward(PairwiseModule):
     @override
     def compare(self, batch: PairBatch) -> PairComparison:
         chosen, rejected = split_pairs(self(batch["input_ids"], batch["lengths"]), batch["lengths"])
-        return PairComparison(bradley_terry(chosen, rejected), chosen, rejected)
+        return PairComparison(bradley_terry_loss(chosen, rejected), chosen, rejected)
 
     @override
     def checkpoint_metadata(self) -> Contents:

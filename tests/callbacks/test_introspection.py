@@ -39,9 +39,9 @@ from lit_gpt_scratch.callbacks.signal_handling import SignalHandling
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.activation_hooks import Observation, observe
+from lit_gpt_scratch.model.activation_hooks import CapturedActivations, capture_activations
 from lit_gpt_scratch.model.lora import LoRA
-from lit_gpt_scratch.model.output_heads import Scalar
+from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks import LanguageModel
 
 Trainers, Tasks, Texts = Callable[..., L.Trainer], Callable[..., LanguageModel], Callable[..., PackedText]
@@ -171,7 +171,7 @@ def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Task
     ]
     with torch.no_grad():
         assert found["dynamics/logit_norm"] == pytest.approx(float(model.net(ids).norm(dim=-1).mean()), rel=1e-5)
-        layers = observe(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
+        layers = capture_activations(model.net, ids, None, lambda seen: (seen.stream, seen.weights)).layers
     for number, (stream, weights) in enumerate(layers, 1):
         assert found[f"dynamics/stream_norm/layer_{number}"] == pytest.approx(float(stream.square().mean().sqrt()))
         assert weights is not None
@@ -261,7 +261,7 @@ def test_what_fills_a_batch_up_is_in_no_mean() -> None:
     assert masked_mean(values, lengths) == pytest.approx(float(expected))
     layer = LayerStats(None, ONE[None], masked_mean(values.square(), lengths).sqrt())
     norms = [values[row, place].norm() for row in range(3) for place in range(int(lengths[row]))]
-    found = activation_metrics(Observation(values, [layer], values), lengths)
+    found = activation_metrics(CapturedActivations(values, [layer], values), lengths)
     assert found["dynamics/logit_norm"] == pytest.approx(float(sum(norms)) / 9)
 
 
@@ -319,8 +319,10 @@ def test_the_lens_ends_with_what_the_model_says(
 
 
 def test_a_number_at_every_token_is_no_logit() -> None:
-    net = GPT(SHAPE, 50, 16, Scalar())
-    seen = observe(net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: LayerStats(None, torch.ones(3), ONE))
+    net = GPT(SHAPE, 50, 16, ScalarHead())
+    seen = capture_activations(
+        net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: LayerStats(None, torch.ones(3), ONE)
+    )
     assert activation_metrics(seen).keys() == {
         "dynamics/dead_units", "dynamics/dead_units/layer_1", "dynamics/dead_units/layer_2",
         "dynamics/stream_norm/layer_1", "dynamics/stream_norm/layer_2",

@@ -11,7 +11,7 @@ from lit_gpt_scratch.cli.preset import find_preset
 from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
-OWN = "tests.own_attention.Loud"
+OWN = "tests.custom_attention.DoubledAttention"
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
 from lit_gpt_scratch.checkpoint.safetensors_export import share
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from tests.conftest import randomised
 
 VOCAB, CONTEXT = 257, 12
 HINTS = get_type_hints(GPTConfig)
-OWN = "tests.own_attention.Loud"
+OWN = "tests.custom_attention.DoubledAttention"
 
 
 def choices(name: str) -> list[str]:
@@ -99,7 +99,7 @@ def trains(config: GPTConfig) -> None:
     for recipe in (Muon(), AdamW()):
         optimizer, losses = recipe.build(model), []
         for _ in range(2):
-            nats, tokens = token_nats(model(ids[:, :-1], documents), ids[:, 1:])
+            nats, tokens = token_cross_entropy(model(ids[:, :-1], documents), ids[:, 1:])
             (nats / tokens).backward()
             losses.append((nats / tokens).item())
             optimizer.step()

@@ -10,7 +10,7 @@ from lit_gpt_scratch.evaluation.intervals import scores
 from lit_gpt_scratch.evaluation.registry import plain
 from lit_gpt_scratch.evaluation.results_table import table
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.output_heads import Classes
+from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.document import Row
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, sentences
@@ -21,7 +21,7 @@ NAMES = ("good", "neutral", "bad")
 @pytest.fixture
 def classifier(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(0)
-    model = GPT(TINY, tokenizer.vocab_size, 64, reads=Classes(3)).eval()
+    model = GPT(TINY, tokenizer.vocab_size, 64, reads=ClassificationHead(3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))

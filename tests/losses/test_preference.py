@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
-from lit_gpt_scratch.losses.metrics import PairMetric, ReplyLoss
-from lit_gpt_scratch.losses.preference import LOSSES, bradley_terry, ipo, sigmoid
+from lit_gpt_scratch.losses.metrics import PreferenceMetrics, ReplyLoss
+from lit_gpt_scratch.losses.preference import PREFERENCE_LOSSES, bradley_terry_loss, dpo_loss, ipo_loss
 
 POLICY = torch.tensor(
     [
@@ -47,14 +47,14 @@ def ratios(per_token: bool = False) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(("loss", "per_token", "beta"), TRL)
 def test_losses_are_those_of_trl(loss: str, per_token: bool, beta: float) -> None:
     chosen, rejected = ratios(per_token)
-    found = LOSSES[loss](chosen - rejected, beta, 0.0).mean()
+    found = PREFERENCE_LOSSES[loss](chosen - rejected, beta, 0.0).mean()
     assert found.item() == pytest.approx(TRL[loss, per_token, beta], rel=1e-6)
 
 
 def test_figures_are_those_of_trl() -> None:
     chosen, rejected = ratios()
-    metric = PairMetric()
-    metric.update(sigmoid(chosen - rejected, 0.1), 0.1 * chosen, 0.1 * rejected)
+    metric = PreferenceMetrics()
+    metric.update(dpo_loss(chosen - rejected, 0.1), 0.1 * chosen, 0.1 * rejected)
     figures = {name: value.item() for name, value in metric.compute().items()}
     assert figures["loss"] == pytest.approx(TRL["sigmoid", False, 0.1], rel=1e-6)
     assert {name: figures[name] for name in TRL_REWARDS} == pytest.approx(TRL_REWARDS, rel=1e-5)
@@ -64,14 +64,14 @@ def test_figures_are_those_of_trl() -> None:
 def test_losses_by_hand() -> None:
     """One pair: rewards 2 and 0.5; log-probabilities -3 and -4 under the policy, -5 and -4.5 under the reference."""
     right = 1 / (1 + math.exp(-1.5))
-    assert bradley_terry(torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(-math.log(right))
+    assert bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(-math.log(right))
     margin = torch.tensor([(-3 + 5) - (-4 + 4.5)])  # 1.5
     at_half = 1 / (1 + math.exp(-0.5 * 1.5))
-    assert sigmoid(margin, 0.5).item() == pytest.approx(-math.log(at_half))
+    assert dpo_loss(margin, 0.5).item() == pytest.approx(-math.log(at_half))
     both = -0.9 * math.log(at_half) - 0.1 * math.log(1 - at_half)
-    assert sigmoid(margin, 0.5, 0.1).item() == pytest.approx(both)
-    assert ipo(margin, 0.5).item() == pytest.approx((1.5 - 1.0) ** 2)
-    assert ipo(margin, 0.25, 0.1).item() == pytest.approx(0.9 * (1.5 - 2) ** 2 + 0.1 * (1.5 + 2) ** 2)
+    assert dpo_loss(margin, 0.5, 0.1).item() == pytest.approx(both)
+    assert ipo_loss(margin, 0.5).item() == pytest.approx((1.5 - 1.0) ** 2)
+    assert ipo_loss(margin, 0.25, 0.1).item() == pytest.approx(0.9 * (1.5 - 2) ** 2 + 0.1 * (1.5 + 2) ** 2)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_losses_by_hand() -> None:
 def test_where_a_loss_is_least(loss: str, smoothing: float, best: float) -> None:
     """IPO: at 1 / (2 beta), or (1 - 2 e) of it; DPO with wrong labels: where sigmoid(beta m) is 1 - e."""
     margin = torch.tensor([best], requires_grad=True)
-    LOSSES[loss](margin, 0.1, smoothing).sum().backward()
+    PREFERENCE_LOSSES[loss](margin, 0.1, smoothing).sum().backward()
     assert margin.grad is not None
     assert margin.grad.item() == pytest.approx(0.0, abs=1e-6)
 
@@ -88,7 +88,7 @@ def test_where_a_loss_is_least(loss: str, smoothing: float, best: float) -> None
 def test_a_gradient_of_dpo_is_the_papers() -> None:
     """After equation 7: beta * sigmoid(rejected reward - chosen reward), up on the one and down on the other."""
     chosen, rejected = torch.tensor([0.3], requires_grad=True), torch.tensor([0.8], requires_grad=True)
-    sigmoid(chosen - rejected, 0.2).sum().backward()
+    dpo_loss(chosen - rejected, 0.2).sum().backward()
     weight = 0.2 / (1 + math.exp(-0.2 * (0.8 - 0.3)))
     assert chosen.grad is not None
     assert rejected.grad is not None
@@ -100,10 +100,10 @@ def test_a_gradient_of_dpo_is_the_papers() -> None:
 def test_figures_by_brute_force(rewards: list[tuple[int, int]]) -> None:
     """Equal rewards are no right answer; the calibration by its definition, bin by bin."""
     chosen, rejected = torch.tensor(rewards).float().T / 10
-    metric = PairMetric()
+    metric = PreferenceMetrics()
     for start in range(0, len(rewards), 4):  # in batches, one of which may be empty
         part = slice(start, start + 4)
-        metric.update(bradley_terry(chosen[part], rejected[part]), chosen[part], rejected[part])
+        metric.update(bradley_terry_loss(chosen[part], rejected[part]), chosen[part], rejected[part])
     metric.update(*torch.zeros(3, 0))
     found = {name: value.item() for name, value in metric.compute().items()}
     right = [float(a > b) for a, b in rewards]
@@ -118,7 +118,7 @@ def test_figures_by_brute_force(rewards: list[tuple[int, int]]) -> None:
 
 
 def test_what_is_not_a_number_is_not_hidden() -> None:
-    metric = PairMetric()
+    metric = PreferenceMetrics()
     metric.update(torch.tensor([math.nan]), torch.tensor([1.0]), torch.tensor([0.0]))
     assert metric.compute()["loss"].isnan()
 

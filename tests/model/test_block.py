@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.attention import Layout, layout
-from lit_gpt_scratch.model.feed_forward import FEED_FORWARD
+from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_layout
+from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
 from lit_gpt_scratch.model.gpt import Block
-from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS, build_norm
-from lit_gpt_scratch.model.positions import Position
+from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS, build_norm
+from lit_gpt_scratch.model.positions import PositionEncoding
 
 T, WIDTH = 6, 16
 
@@ -30,9 +30,9 @@ def drawn(module: nn.Module) -> nn.Module:
     return module
 
 
-def order(config: GPTConfig) -> tuple[Position, Layout]:
-    position = Position(config, T)
-    return position, layout(config, position, torch.zeros(2, T, dtype=torch.int64), None, None)
+def order(config: GPTConfig) -> tuple[PositionEncoding, AttentionLayout]:
+    position = PositionEncoding(config, T)
+    return position, build_attention_layout(config, position, torch.zeros(2, T, dtype=torch.int64), None, None)
 
 
 def normed(config: GPTConfig, norm: nn.Module, x: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ def test_a_norm_is_its_equation(norm: str, bias: bool, eps: float) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_a_block_is_its_equations(placement: str, norm: str, bias: bool) -> None:
     config = shape(norm=norm, norm_placement=placement, bias=bias)
     block = drawn(Block(config))
@@ -139,9 +139,9 @@ EQUATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", FEED_FORWARD)
+@pytest.mark.parametrize("kind", FEED_FORWARDS)
 def test_feed_forward_is_its_equation(kind: str, bias: bool) -> None:
-    module = drawn(FEED_FORWARD[kind](shape(feed_forward=kind, ffn_dim=24, bias=bias)))
+    module = drawn(FEED_FORWARDS[kind](shape(feed_forward=kind, ffn_dim=24, bias=bias)))
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
 
     def linear(name: str, x: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def test_feed_forward_is_its_equation(kind: str, bias: bool) -> None:
 
 def test_feed_forward_kinds_have_as_many_parameters() -> None:
     sizes = {
-        kind: sum(p.numel() for p in FEED_FORWARD[kind](shape(n_embd=192, feed_forward=kind)).parameters())
-        for kind in FEED_FORWARD
+        kind: sum(p.numel() for p in FEED_FORWARDS[kind](shape(n_embd=192, feed_forward=kind)).parameters())
+        for kind in FEED_FORWARDS
     }
     assert max(sizes.values()) / min(sizes.values()) < 1.02, sizes

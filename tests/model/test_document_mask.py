@@ -16,9 +16,9 @@ from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy, plan_packing
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as layout_module
-from lit_gpt_scratch.model.attention import layout
+from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.config import PositionName
-from lit_gpt_scratch.model.positions import Position
+from lit_gpt_scratch.model.positions import PositionEncoding
 from tests.conftest import randomised, token_stream
 
 VOCAB, T = 61, 24
@@ -98,7 +98,7 @@ def test_a_packed_document_has_the_logits_of_one_alone(
 def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
     ids = torch.tensor([sorted(row) for row in rows])
     config = GPTConfig()
-    found = layout(config, Position(config, 10), torch.zeros_like(ids), ids, None)
+    found = build_attention_layout(config, PositionEncoding(config, 10), torch.zeros_like(ids), ids, None)
     for b, t in itertools.product(range(len(rows)), range(10)):
         mine = [place for place in range(10) if ids[b, place] == ids[b, t]]
         assert found.positions[b, t] == mine.index(t)
@@ -112,7 +112,7 @@ def test_compiled_blocks_take_flexattentions_mask(monkeypatch: pytest.MonkeyPatc
     input_ids, document_ids = torch.randint(1, VOCAB, (2, T)), torch.randint(0, 4, (2, T)).sort(dim=1).values
     with torch.no_grad():
         expected = model(input_ids, document_ids)
-        monkeypatch.setattr(layout_module, "can_use_blocks", lambda *_: True)
+        monkeypatch.setattr(layout_module, "can_use_flex_attention", lambda *_: True)
         for block in model.blocks:
             block.compile()
         torch.testing.assert_close(model(input_ids, document_ids), expected, atol=1e-4, rtol=1e-4)

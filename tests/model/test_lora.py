@@ -11,18 +11,18 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.kernels.onednn_linear import LINEAR
+from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import (
     LoRA,
     LoRALinear,
     add_lora,
-    load_lora,
-    lora_state,
+    disable_lora,
+    load_lora_state_dict,
+    lora_state_dict,
     merge_lora,
     remove_lora,
     unmerge_lora,
-    without_lora,
 )
 from tests.conftest import randomised
 
@@ -60,7 +60,7 @@ def in_peft(net: GPT, base: GPT, settings: LoRA) -> nn.Module:
     theirs = peft.inject_adapter_in_model(config, base)
     weights = {
         re.sub(r"lora_([ab])$", lambda found: f"lora_{found[1].upper()}.default.weight", name): value
-        for name, value in lora_state(net).items()
+        for name, value in lora_state_dict(net).items()
     }
     there = {name for name in theirs.state_dict() if "lora_" in name}
     assert there == weights.keys()  # the pattern chose the same layers
@@ -83,7 +83,7 @@ def test_outputs_gradients_and_merged_weights_are_pefts(pattern: str) -> None:
     close(net(IDS), theirs(IDS))
     gradients = {name: parameter.grad for name, parameter in theirs.named_parameters() if parameter.requires_grad}
     mine = {name: parameter.grad for name, parameter in net.named_parameters() if parameter.requires_grad}
-    assert len(mine) == len(gradients) == len(lora_state(net))
+    assert len(mine) == len(gradients) == len(lora_state_dict(net))
     for name, gradient in mine.items():
         assert gradient is not None
         close(gradient, gradients[f"{name[:-1]}{name[-1].upper()}.default.weight"])
@@ -121,7 +121,7 @@ def test_adapters_begin_as_pefts_do() -> None:
         bound = 1 / layer.in_features**0.5  # of the uniform distribution that a = sqrt(5) comes down to
         assert 0.95 * bound < a.abs().max() <= bound
         assert a.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
-    assert all(not value.any() for name, value in lora_state(net).items() if name.endswith("lora_b"))
+    assert all(not value.any() for name, value in lora_state_dict(net).items() if name.endswith("lora_b"))
 
 
 def test_in_bfloat16_it_is_peft_with_adapters_in_float32() -> None:
@@ -130,10 +130,10 @@ def test_in_bfloat16_it_is_peft_with_adapters_in_float32() -> None:
     theirs = in_peft(net, randomised(CONFIG).bfloat16(), config)
     for name, parameter in theirs.named_parameters():
         if "lora_" in name:  # what get_peft_model does by default
-            parameter.data = lora_state(net)[
+            parameter.data = lora_state_dict(net)[
                 re.sub(r"lora_([AB])\.default\.weight", lambda f: f"lora_{f[1].lower()}", name)
             ]
-    assert {value.dtype for value in lora_state(net).values()} == {torch.float32}
+    assert {value.dtype for value in lora_state_dict(net).values()} == {torch.float32}
     assert net.blocks[0].attention.query(torch.randn(1, 16, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert torch.equal(net(IDS), theirs(IDS))
 
@@ -154,14 +154,14 @@ def test_switched_off_it_is_the_base_bit_for_bit(dtype: torch.dtype, merged: boo
     if merged:
         merge_lora(net)
     on = net(IDS)
-    with without_lora(net):
+    with disable_lora(net):
         assert torch.equal(net(IDS), base(IDS))
-        with without_lora(net):
+        with disable_lora(net):
             pass
         assert torch.equal(net(IDS), base(IDS))  # still off
     assert torch.equal(net(IDS), on)
     assert not torch.equal(on, base(IDS))
-    with pytest.raises(ZeroDivisionError), without_lora(net):
+    with pytest.raises(ZeroDivisionError), disable_lora(net):
         _ = 1 / 0
     assert torch.equal(net(IDS), on)
 
@@ -189,7 +189,7 @@ def test_any_rank_and_pattern_leave_the_base_as_it_was(rank: int, alpha: float, 
     linears = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)}
     assert names == list(linears)
     trainable = {name: p for name, p in net.named_parameters() if p.requires_grad}
-    assert trainable.keys() == lora_state(net).keys()
+    assert trainable.keys() == lora_state_dict(net).keys()
     assert sum(p.numel() for p in trainable.values()) == sum(
         rank * (m.in_features + m.out_features) for m in linears.values()
     )
@@ -215,13 +215,13 @@ def test_a_base_checkpoint_keeps_its_names() -> None:
     base, net = randomised(CONFIG), adapted()
     found = net.load_state_dict(base.state_dict(), strict=False)
     assert not found.unexpected_keys
-    assert set(found.missing_keys) == lora_state(net).keys()
-    assert net.state_dict().keys() == base.state_dict().keys() | lora_state(net).keys()
+    assert set(found.missing_keys) == lora_state_dict(net).keys()
+    assert net.state_dict().keys() == base.state_dict().keys() | lora_state_dict(net).keys()
 
 
 def test_training_moves_the_adapters_alone() -> None:
     net, base = adapted(dropout=0.1).train(), randomised(CONFIG)
-    before = copy.deepcopy(lora_state(net))
+    before = copy.deepcopy(lora_state_dict(net))
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
     net(IDS).square().mean().backward()
     optimizer.step()
@@ -259,7 +259,7 @@ def test_adapters_can_be_loaded_into_another_copy_of_the_base() -> None:
     net, other = adapted(), randomised(CONFIG)
     add_lora(other, LoRA())
     merge_lora(other)
-    load_lora(other, lora_state(net))
+    load_lora_state_dict(other, lora_state_dict(net))
     assert torch.equal(other(IDS), net(IDS))
 
 
@@ -275,17 +275,17 @@ def test_adapters_that_do_not_fit_are_refused_by_name(settings: LoRA, said: str)
     other = randomised(CONFIG)
     add_lora(other, settings)
     with pytest.raises(UserError, match=re.escape(said)):
-        load_lora(other, lora_state(adapted()))
+        load_lora_state_dict(other, lora_state_dict(adapted()))
 
 
 def test_a_tied_heads_adapter_does_not_touch_the_embedding() -> None:
     net, base = adapted(TIED, pattern="^head$"), randomised(TIED)
     assert net.head.weight is net.embedding.weight
-    hidden, outputs = net.hidden(IDS), net(IDS)
+    hidden, outputs = net.hidden_states(IDS), net(IDS)
     assert not torch.equal(outputs, base(IDS))
-    assert torch.equal(hidden, base.hidden(IDS))
+    assert torch.equal(hidden, base.hidden_states(IDS))
     merge_lora(net)
-    assert torch.equal(net.hidden(IDS), hidden)
+    assert torch.equal(net.hidden_states(IDS), hidden)
     close(net(IDS), outputs)
     with pytest.raises(UserError, match=r"adapter of head is merged, but the matrix is also that of embedding"):
         remove_lora(net)
@@ -322,7 +322,7 @@ def test_compiled_blocks_follow_every_switch(first: str) -> None:
         compiled(net)
         net(IDS)
     add_lora(net, LoRA())
-    load_lora(net, lora_state(expected))
+    load_lora_state_dict(net, lora_state_dict(expected))
     if first == "add":
         compiled(net)
     steps: list[Callable[[GPT], None]] = [lambda _: None, merge_lora, unmerge_lora]
@@ -330,7 +330,7 @@ def test_compiled_blocks_follow_every_switch(first: str) -> None:
         step(expected)
         step(net)
         close(net(IDS), expected(IDS))
-        with without_lora(net), without_lora(expected):
+        with disable_lora(net), disable_lora(expected):
             close(net(IDS), expected(IDS))
     for model in (net, expected):
         model(IDS).square().sum().backward()
@@ -340,7 +340,7 @@ def test_compiled_blocks_follow_every_switch(first: str) -> None:
             close(mine.grad, its.grad)
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", LINEAR_CLASSES)
 def test_a_layer_in_two_places_has_one_adapter(kind: type[nn.Linear]) -> None:
     shared = kind(4, 4)
     net = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, kind(4, 4))})
@@ -362,7 +362,7 @@ def test_a_network_without_memory_can_be_adapted() -> None:
     with torch.device("meta"):
         net = GPT(CONFIG, 61, 24)
     add_lora(net, LoRA())
-    assert {value.device.type for value in lora_state(net).values()} == {"meta"}
+    assert {value.device.type for value in lora_state_dict(net).values()} == {"meta"}
 
 
 def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:

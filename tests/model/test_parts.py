@@ -7,16 +7,16 @@ import torch
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.attention import Attention, Layout, layout
-from lit_gpt_scratch.model.bigram_embedding import Bigrams, Smear
+from lit_gpt_scratch.model.attention import Attention, AttentionLayout, build_attention_layout
+from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.norms import RMSNorm
-from lit_gpt_scratch.model.positions import Position
+from lit_gpt_scratch.model.positions import PositionEncoding
 
 
-def plain(config: GPTConfig, tokens: int) -> tuple[Position, Layout]:
+def plain(config: GPTConfig, tokens: int) -> tuple[PositionEncoding, AttentionLayout]:
     """No positions, and all of the past to see."""
-    position = Position(config, tokens)
-    return position, layout(config, position, torch.zeros(1, tokens, dtype=torch.int64), None, None)
+    position = PositionEncoding(config, tokens)
+    return position, build_attention_layout(config, position, torch.zeros(1, tokens, dtype=torch.int64), None, None)
 
 
 def test_rmsnorm_is_torchs() -> None:
@@ -71,12 +71,12 @@ def test_an_impossible_shape_is_refused_by_name(changes: dict[str, float], said:
     assert said in str(error.value)
 
 
-def in_windows(bigrams: Bigrams, ids: torch.Tensor) -> torch.Tensor:
+def in_windows(bigrams: BigramEmbedding, ids: torch.Tensor) -> torch.Tensor:
     return bigrams(ids, ids.roll(1, dims=1), torch.arange(ids.size(1)) == 0)
 
 
 def test_bigrams_are_a_row_for_each_pair() -> None:
-    bigrams = Bigrams(rows=1000, width=4)
+    bigrams = BigramEmbedding(rows=1000, width=4)
     torch.nn.init.normal_(bigrams.table.weight)
     vectors = in_windows(bigrams, torch.tensor([[5, 7, 5, 7], [9, 7, 5, 2]]))  # (2, 4, 4)
     torch.testing.assert_close(vectors[:, 0], bigrams.table.weight[[0, 0]])  # nothing before it
@@ -88,7 +88,7 @@ def test_bigrams_are_a_row_for_each_pair() -> None:
 
 def test_bigrams_spread_pairs_over_the_rows() -> None:
     pairs = torch.cartesian_prod(torch.arange(300), torch.arange(300))  # 90,000 pairs
-    bigrams = Bigrams(rows=9000, width=1)
+    bigrams = BigramEmbedding(rows=9000, width=1)
     with torch.no_grad():
         bigrams.table.weight.copy_(torch.arange(9001.0)[:, None])
         rows = in_windows(bigrams, pairs)[:, 1, 0].long()

@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.attention import Attention, layout
+from lit_gpt_scratch.model.attention import Attention, build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.positions import POSITIONS, ALiBi, Learned, Rotary, Sinusoidal, frequencies
+from lit_gpt_scratch.model.positions import (
+    POSITION_ENCODINGS,
+    ALiBi,
+    LearnedPositions,
+    RotaryPositions,
+    SinusoidalPositions,
+    rotary_frequencies,
+)
 
 DOCUMENTS = torch.tensor([[3, 3, 3, 7, 7, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5, 5]])
 PLACES = [[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
@@ -23,7 +30,7 @@ PLACES = [[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
 def test_sinusoidal_is_the_papers_equation() -> None:
     config = GPTConfig(n_head=1, n_embd=12, position="sinusoidal")
     x = torch.randn(2, 40, 12, dtype=torch.float64)
-    found = Sinusoidal(config, 50).embed(x, torch.arange(7, 47)) - x
+    found = SinusoidalPositions(config, 50).embed(x, torch.arange(7, 47)) - x
     for place, i in itertools.product(range(40), range(6)):
         angle = (place + 7) / 10_000 ** (2 * i / 12)
         assert found[0, place, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-5)
@@ -31,7 +38,7 @@ def test_sinusoidal_is_the_papers_equation() -> None:
 
 
 def test_learned_positions_are_rows_of_a_table() -> None:
-    learned = Learned(GPTConfig(n_head=1, n_embd=8, position="learned"), 9)
+    learned = LearnedPositions(GPTConfig(n_head=1, n_embd=8, position="learned"), 9)
     x = torch.randn(2, 9, 8)
     found = learned.embed(x, torch.tensor(PLACES))
     for row, place in itertools.product(range(2), range(9)):
@@ -63,7 +70,9 @@ def test_alibi_is_subtracted_from_the_scores_of_the_textbook(backend: str) -> No
     config = GPTConfig(n_head=6, n_kv_head=3, n_embd=24, qk_norm=False, position="alibi", attention_backend=backend)
     attention, position = Attention(config).double(), ALiBi(config, 9)
     x = torch.randn(1, 9, 24, dtype=torch.float64)
-    found = attention(x, position, layout(config, position, torch.zeros(1, 9, dtype=torch.int64), None, None))
+    found = attention(
+        x, position, build_attention_layout(config, position, torch.zeros(1, 9, dtype=torch.int64), None, None)
+    )
     q, k, v = attention.query(x)[0], attention.key(x)[0], attention.value(x)[0]
     expected = torch.zeros(9, 24, dtype=torch.float64)
     for t, head in itertools.product(range(9), range(6)):
@@ -78,8 +87,8 @@ def test_alibi_is_subtracted_from_the_scores_of_the_textbook(backend: str) -> No
 def test_rotary_turns_pairs_by_the_papers_angles() -> None:
     config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
-    rotary = Rotary(config, 5)
-    turned = rotary.rotate(x.float(), rotary.rotation(torch.arange(5)))
+    rotary = RotaryPositions(config, 5)
+    turned = rotary.rotate(x.float(), rotary.cos_sin(torch.arange(5)))
     for t in range(5):
         for i in range(4):
             pair = complex(x[0, 0, t, i], x[0, 0, t, i + 4]) * complex(
@@ -90,9 +99,9 @@ def test_rotary_turns_pairs_by_the_papers_angles() -> None:
 
 
 def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
-    rotary = Rotary(GPTConfig(n_head=1, n_embd=16), 40)
+    rotary = RotaryPositions(GPTConfig(n_head=1, n_embd=16), 40)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
-    rotation = rotary.rotation(torch.arange(40))
+    rotation = rotary.cos_sin(torch.arange(40))
     scores = (rotary.rotate(q, rotation) @ rotary.rotate(k, rotation).mT)[0, 0]
     for distance in range(-5, 6):
         along = scores.diagonal(distance)
@@ -149,7 +158,7 @@ def test_stretched_frequencies_are_those_of_transformers(
     config = replace(GPTConfig(n_head=2, n_embd=256, rotary_share=share), **changes)
     theirs = llamas(config, partial_rotary_factor=share, **rope)
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"))
-    found, ours = frequencies(config, config.rotary_width)
+    found, ours = rotary_frequencies(config, config.rotary_width)
     torch.testing.assert_close(found, expected, rtol=2e-6, atol=0)
     assert ours == pytest.approx(factor)
 
@@ -164,8 +173,8 @@ def test_stretched_queries_are_those_of_a_llama(changes: dict[str, Any], rope: d
     q, k = torch.randn(2, 2, 2, 24, 32)
     places = torch.arange(24)[None]
     cos, sin = modeling_llama.LlamaRotaryEmbedding(llamas(config, **rope))(q, places)
-    rotary = Rotary(config, 24)
-    rotation = rotary.rotation(places[0])
+    rotary = RotaryPositions(config, 24)
+    rotation = rotary.cos_sin(places[0])
     for ours, theirs in zip((q, k), modeling_llama.apply_rotary_pos_emb(q, k, cos, sin), strict=True):
         torch.testing.assert_close(rotary.rotate(ours, rotation), theirs, atol=1e-5, rtol=1e-5)
 
@@ -179,7 +188,7 @@ def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all(
     config = GPTConfig(
         n_head=1, n_embd=width, rotary_base=base, rotary_scaling="ntk", rotary_factor=factor
     )  # fmt: skip
-    found, sharper = frequencies(config, width)
+    found, sharper = rotary_frequencies(config, width)
     for i, frequency in enumerate(found.tolist()):  # b' = b s ** (d / (d - 2)), angles b' ** (-2i / d)
         assert frequency == pytest.approx((base * factor ** (width / (width - 2))) ** (-2 * i / width), rel=1e-4)
     assert found[0].item() == 1.0
@@ -196,7 +205,7 @@ def test_ntk_is_transformers_dynamic_scaling_at_the_length_where_that_stretches_
     config = GPTConfig(n_head=1, n_embd=64, rotary_scaling="ntk", rotary_factor=factor)
     theirs = llamas(config, rope_type="dynamic", factor=factor - 1)
     expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](theirs, torch.device("cpu"), seq_len=2 * 64)
-    torch.testing.assert_close(frequencies(config, 64)[0], expected, rtol=2e-6, atol=0)
+    torch.testing.assert_close(rotary_frequencies(config, 64)[0], expected, rtol=2e-6, atol=0)
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
@@ -213,8 +222,8 @@ def test_a_share_of_the_channels_is_turned_as_in_gpt_neox(share: float) -> None:
     q, k = torch.randn(2, 2, 2, 24, 32)
     places = torch.arange(24)[None]
     cos, sin = modeling_gpt_neox.GPTNeoXRotaryEmbedding(theirs)(q, places)
-    rotary = Rotary(config, 24)
-    turned = rotary.rotate(q, rotary.rotation(places[0]))
+    rotary = RotaryPositions(config, 24)
+    turned = rotary.rotate(q, rotary.cos_sin(places[0]))
     torch.testing.assert_close(turned, modeling_gpt_neox.apply_rotary_pos_emb(q, k, cos, sin)[0], atol=1e-5, rtol=1e-5)
     kept = round(32 * share)
     assert torch.equal(turned[..., kept:], q[..., kept:])
@@ -222,11 +231,13 @@ def test_a_share_of_the_channels_is_turned_as_in_gpt_neox(share: float) -> None:
 
 
 def placed(config: GPTConfig, document_ids: Tensor | None, cache: KVCache | None = None) -> tuple[Tensor, Any]:
-    found = layout(config, POSITIONS[config.position](config, 16), torch.zeros_like(DOCUMENTS), document_ids, cache)
+    found = build_attention_layout(
+        config, POSITION_ENCODINGS[config.position](config, 16), torch.zeros_like(DOCUMENTS), document_ids, cache
+    )
     return found.positions, found.rotation
 
 
-@pytest.mark.parametrize("position", POSITIONS)
+@pytest.mark.parametrize("position", POSITION_ENCODINGS)
 def test_positions_begin_again_with_each_document(position: str) -> None:
     config = GPTConfig(n_head=2, n_embd=16, position=position)
     assert placed(config, DOCUMENTS)[0].tolist() == PLACES
@@ -235,13 +246,13 @@ def test_positions_begin_again_with_each_document(position: str) -> None:
 
 def test_rotations_begin_again_with_each_document() -> None:
     config = GPTConfig(n_head=2, n_embd=16)
-    rotary = Rotary(config, 16)
+    rotary = RotaryPositions(config, 16)
     for of_documents, whole in zip(placed(config, DOCUMENTS)[1], placed(config, None)[1], strict=True):
         for row, place in itertools.product(range(2), range(9)):
             assert torch.equal(of_documents[row, 0, place], whole[0, PLACES[row][place]])
     x = torch.randn(2, 2, 9, 8)
     turned = rotary.rotate(x, placed(config, DOCUMENTS)[1])
-    alone = rotary.rotate(x[:1, :, 3:5], rotary.rotation(torch.arange(2)))
+    alone = rotary.rotate(x[:1, :, 3:5], rotary.cos_sin(torch.arange(2)))
     torch.testing.assert_close(turned[:1, :, 3:5], alone)
 
 
@@ -252,5 +263,5 @@ def test_positions_go_on_where_a_cache_ends(lengths: list[int], expected: list[A
     config = GPTConfig(n_head=2, n_embd=16)
     cache = KVCache(2, 16, torch.device("cpu"), torch.float32)
     cache.lengths = lengths
-    cache.begin(9)
+    cache.begin_forward(9)
     assert placed(config, None, cache)[0].tolist() == expected

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.positions import frequencies
+from lit_gpt_scratch.model.positions import rotary_frequencies
 from lit_gpt_scratch.model.presets import PRESETS
 
 VOCABULARY = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
@@ -104,7 +104,7 @@ def test_a_preset_is_transformers_model_of_the_published_config(name: str) -> No
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
     rotary = type(theirs.model.rotary_emb)(config)  # not on meta: these are numbers
     expected, factor = rotary.inv_freq, rotary.attention_scaling
-    found, ours_factor = frequencies(ours, ours.rotary_width)
+    found, ours_factor = rotary_frequencies(ours, ours.rotary_width)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
     assert ours_factor == factor == 1.0
 

@@ -25,8 +25,8 @@ from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state
-from lit_gpt_scratch.model.output_heads import POOLINGS, Classes
+from lit_gpt_scratch.model.lora import LoRA, add_lora, lora_state_dict
+from lit_gpt_scratch.model.output_heads import POOLINGS, ClassificationHead
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
@@ -152,7 +152,7 @@ def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
     whole = 4 * sum(parameter.numel() for parameter in net.parameters())
     add_lora(net, LoRA(8))
     shapes = {name: weight.shape for name, weight in net.state_dict().items()}
-    lora = lora_state(net).keys()
+    lora = lora_state_dict(net).keys()
     # Of the base's own weights a single number each is kept, or the test would write half a gigabyte.
     state = {f"net.{name}": torch.zeros(shape if name in lora else 1) for name, shape in shapes.items()}
     contents = Contents(asdict(PRESETS["gpt2_124m"]), 50257, 1024, "{}", lora=asdict(LoRA(8)), base="its hash")
@@ -298,7 +298,10 @@ def test_a_head_for_other_classes_is_new(
     trained = build(load_checkpoint(path), path)
     for classes, kept in ((("spam", "ham"), True), (("bad", "good"), False)):
         net = GPT(
-            trained.net.config, trained.net.vocab_size, trained.net.block_size, Classes(2, tuple(sorted(classes)))
+            trained.net.config,
+            trained.net.vocab_size,
+            trained.net.block_size,
+            ClassificationHead(2, tuple(sorted(classes))),
         )
         assert begin_with(trained, net) is kept
         assert torch.equal(net.head.weight, trained.net.head.weight) is kept
@@ -338,9 +341,9 @@ def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
     batch = next(iter(task.data.test_dataloader()))
     with torch.no_grad():
         expected = task.eval()(batch["input_ids"], batch["lengths"])
-        stream = POOLINGS["last"](merged.net.hidden(batch["input_ids"]), batch["lengths"])
+        stream = POOLINGS["last"](merged.net.hidden_states(batch["input_ids"]), batch["lengths"])
     assert expected.abs().max() > 0.01
-    torch.testing.assert_close(merged.net.read(stream).squeeze(1), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(merged.net.apply_head(stream).squeeze(1), expected, rtol=0, atol=1e-4)
     assert merged.contents.classes == task.data.class_names
 
 

@@ -18,7 +18,7 @@ from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy
 from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.perplexity import score
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 from lit_gpt_scratch.tasks import LanguageModel
@@ -45,7 +45,7 @@ def test_one_batch_is_learned_by_heart(
     gpt = GPTConfig(n_layer=2, n_head=2, n_embd=64)
     model = LanguageModel(gpt, optimizer, Schedule(warmup_steps=5), compile=False)
     trainer(max_steps=300, limit_val_batches=0, gradient_clip_val=1.0).fit(model, data)
-    nats, tokens = token_nats(model.net.eval()(data.batch["input_ids"]), data.batch["labels"])
+    nats, tokens = token_cross_entropy(model.net.eval()(data.batch["input_ids"]), data.batch["labels"])
     assert (nats / tokens).item() < 0.05
 
 

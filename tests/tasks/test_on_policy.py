@@ -24,11 +24,11 @@ from lit_gpt_scratch.data.rollout_sampler import rank_rows
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.losses.rl import group_advantages
+from lit_gpt_scratch.losses.rl import grpo_advantages
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.optim import AdamW
-from lit_gpt_scratch.optim.gradient_clipping import gradients, total_norm
+from lit_gpt_scratch.optim.gradient_clipping import gradients_of, total_grad_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
 from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS, OnPolicyModule
 from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, merge_ranks, reply_seeds
@@ -75,7 +75,7 @@ class Seen(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
         if self.__dict__.pop("_due", False):
-            self.norms.append(total_norm(gradients(pl_module)).item())
+            self.norms.append(total_grad_norm(gradients_of(pl_module)).item())
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self.batches.append(batch)
@@ -198,7 +198,7 @@ def test_replies_to_a_prompt_stand_together_and_are_compared(run: Callable[..., 
     _, seen = run("GRPO", 4, steps_per_phase=4, group=8)
     rows = seen.rollouts[0].rows
     assert len(rows["scores"]) == 16
-    torch.testing.assert_close(rows["advantages"], group_advantages(rows["scores"], 8))
+    torch.testing.assert_close(rows["advantages"], grpo_advantages(rows["scores"], 8))
     prompt = [
         row[: (labels != IGNORE_INDEX).nonzero()[0] + 1].tolist()
         for row, labels in zip(rows["input_ids"], rows["labels"], strict=True)
@@ -468,7 +468,7 @@ def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_re
     with pytest.raises(UserError, match=r"model.reward: the reward model .* was trained with another tokenizer"):
         run("PPO", reward=path)
     contents = torch.load(path, weights_only=True)
-    contents[KEY]["gpt"]["attention"] = own = "tests.own_attention.Loud"
+    contents[KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"
     torch.save(contents, path)
     with pytest.raises(UserError, match=f"model.reward: .* let it run: --model.gpt.attention {own}"):
         run("PPO", reward=path)

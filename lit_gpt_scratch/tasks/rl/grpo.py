@@ -7,7 +7,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.losses.rl import clipped_policy_loss, group_advantages, kl_k3, token_entropy
+from lit_gpt_scratch.losses.rl import grpo_advantages, kl_k3, ppo_policy_loss, token_entropy
 from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule, require_at_least
 from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
@@ -33,7 +33,7 @@ class GRPO(OnPolicyModule):
 
     @override
     def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        return {"advantages": group_advantages(rollouts.rows["scores"], self.group, self.scale)}
+        return {"advantages": grpo_advantages(rollouts.rows["scores"], self.group, self.scale)}
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ class GRPO(OnPolicyModule):
         labels = batch["labels"]
         within = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)
-        policy, held = clipped_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], self.clip)
+        policy, held = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], self.clip)
         self.note(labels, logits, clip_share=held[within].sum())
         assert self._rollouts is not None
         lost = policy + self._rollouts.coefficient * kl_k3(logprobs, batch["reference"])

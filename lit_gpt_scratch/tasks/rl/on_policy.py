@@ -15,8 +15,8 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, BatchLayout, PromptIndexBatch, RolloutPhase
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_logprobs
-from lit_gpt_scratch.losses.metrics import Sums
-from lit_gpt_scratch.losses.rl import adapted_coefficient, kl_k1, token_entropy
+from lit_gpt_scratch.losses.metrics import NamedSums
+from lit_gpt_scratch.losses.rl import adapted_kl_coefficient, kl_k1, token_entropy
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 from lit_gpt_scratch.tasks.reference_model import ReferenceModel
@@ -167,13 +167,13 @@ class OnPolicyModule(GPTModule):
 
     @override
     def build_metrics(self) -> MetricCollection:
-        sums = Sums(("reward", "of_ended", "kl", "ended", "entropy", "tokens", "replies"))
+        sums = NamedSums(("reward", "of_ended", "kl", "ended", "entropy", "tokens", "replies"))
         return MetricCollection({"sums": sums, "least": MinMetric()})
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability of each label, logits, and the stream: (B, T), (B, T, vocab_size), (B, T, n_embd)."""
-        stream = self.net.hidden(input_ids)
-        logits = self.net.read(stream) / self.temperature
+        stream = self.net.hidden_states(input_ids)
+        logits = self.net.apply_head(stream) / self.temperature
         return token_logprobs(logits, labels), logits, stream
 
     def reference_logprobs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ class OnPolicyModule(GPTModule):
         before = self._rollouts
         if self.kl_target is None or before is None:
             return self.kl_coefficient
-        return adapted_coefficient(before.coefficient, before.figures["kl"], self.kl_target)
+        return adapted_kl_coefficient(before.coefficient, before.figures["kl"], self.kl_target)
 
     def known(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """What the policy and its start say of replies, in rows of their full width: (B, T) by name."""

@@ -9,15 +9,15 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.rl import (
-    clipped_policy_loss,
-    clipped_value_loss,
-    generalised_advantages,
+    gae,
     kl_k1,
-    penalised_rewards,
+    kl_penalised_rewards,
+    ppo_policy_loss,
+    ppo_value_loss,
     token_entropy,
     whiten,
 )
-from lit_gpt_scratch.model.output_heads import Scalar
+from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule, require_at_least, require_positive
 from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
@@ -74,14 +74,14 @@ class PPO(OnPolicyModule):
     @override
     def values(self, stream: Tensor) -> dict[str, Tensor]:
         raw = self.value_head(stream.to(self.value_head.weight.dtype))
-        return {"values": Scalar().read(raw.float(), self.gpt, self.net.vocab_size)}
+        return {"values": ScalarHead().finalize(raw.float(), self.gpt, self.net.vocab_size)}
 
     @override
     def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
         rows, within = rollouts.rows, rollouts.rows["labels"] != IGNORE_INDEX
         kl = kl_k1(rows["logprobs"], rows["reference"])
-        rewards = penalised_rewards(rows["scores"], kl, within, rollouts.coefficient)
-        advantages, returns = generalised_advantages(rewards, rows["values"], within, self.gamma, self.gae_lambda)
+        rewards = kl_penalised_rewards(rows["scores"], kl, within, rollouts.coefficient)
+        advantages, returns = gae(rewards, rows["values"], within, self.gamma, self.gae_lambda)
         return {"advantages": whiten(advantages, within) if self.whitening else advantages, "returns": returns}
 
     @override
@@ -90,9 +90,9 @@ class PPO(OnPolicyModule):
         labels = batch["labels"]
         within = labels != IGNORE_INDEX
         logprobs, logits, stream = self(batch["input_ids"], labels)
-        policy, held = clipped_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
+        policy, held = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
         values = self.values(stream)["values"]
-        value = clipped_value_loss(values, batch["values"], batch["returns"], self.value_clip)
+        value = ppo_value_loss(values, batch["values"], batch["returns"], self.value_clip)
         self.note(labels, logits, clip_share=held[within].sum(), value_loss=value[within].sum())
         lost = policy + self.value_coefficient * value
         if self.entropy_coefficient:

@@ -12,9 +12,15 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as module
-from lit_gpt_scratch.model.attention import Attention, Layout, causal_attention, layout, manual_attention
+from lit_gpt_scratch.model.attention import (
+    Attention,
+    AttentionLayout,
+    build_attention_layout,
+    causal_attention,
+    manual_attention,
+)
 from lit_gpt_scratch.model.kv_cache import KVCache
-from lit_gpt_scratch.model.positions import POSITIONS, Position
+from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 from tests.conftest import randomised
 
 T, HEADS, WIDTH = 14, 6, 16
@@ -26,15 +32,17 @@ def shape(**changes: Any) -> GPTConfig:
     return GPTConfig(**({"n_head": HEADS, "n_embd": HEADS * WIDTH, "qk_norm": False, "position": "none"} | changes))
 
 
-def order(config: GPTConfig, documents: bool = False, before: list[int] | None = None) -> tuple[Position, Layout]:
+def order(
+    config: GPTConfig, documents: bool = False, before: list[int] | None = None
+) -> tuple[PositionEncoding, AttentionLayout]:
     """Who sees whom: of ``T`` tokens in two rows, which may be packed, or come after others."""
-    position = POSITIONS[config.position](config, 64)
+    position = POSITION_ENCODINGS[config.position](config, 64)
     ids, cache = torch.zeros(2, T, dtype=torch.int64), None
     if before is not None:
         cache = KVCache(2, 64, torch.device("cpu"), torch.float32)
         cache.lengths = list(before)
-        cache.begin(T)
-    return position, layout(config, position, ids, DOCUMENTS if documents else None, cache)
+        cache.begin_forward(T)
+    return position, build_attention_layout(config, position, ids, DOCUMENTS if documents else None, cache)
 
 
 def drawn(dtype: torch.dtype, n_kv_head: int, keys: int = T) -> list[Tensor]:
@@ -88,7 +96,7 @@ def test_a_cache_gives_the_logits_of_the_whole_in_every_backend(
     cache = KVCache(2, 24, torch.device("cpu"), torch.float64, fixed)
     with torch.no_grad():
         expected = exact(ids)
-        pieces = [net.read(net.hidden(piece, cache=cache)) for piece in ids.split([7, 1, 1, 5, 6], dim=1)]
+        pieces = [net.apply_head(net.hidden_states(piece, cache=cache)) for piece in ids.split([7, 1, 1, 5, 6], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -153,7 +161,7 @@ def test_flexattention_is_the_same_as_by_hand(
     dense = order(replace(config, attention_backend="manual"), documents)[1].mask
     assert isinstance(blocks.mask, BlockMask)
     given, cap = drawn(torch.float32, n_kv_head), config.attention_softcap
-    bias = position.bias if position.biased else None
+    bias = position.score_bias if position.has_score_bias else None
     with torch.no_grad():
         found = causal_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, backend="flex")
         expected, weights = manual_attention(*given, mask=dense, softcap=cap)

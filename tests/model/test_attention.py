@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as module
-from lit_gpt_scratch.model.attention import causal_attention, layout
-from lit_gpt_scratch.model.positions import Position
+from lit_gpt_scratch.model.attention import build_attention_layout, causal_attention
+from lit_gpt_scratch.model.positions import PositionEncoding
 
 
 def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, sharpness: float = 1.0) -> list[Tensor]:
@@ -76,7 +76,7 @@ def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: boo
     borders = [0, 5, 200, 256]
     ids = torch.bucketize(torch.arange(256), torch.tensor(borders), right=True).expand(2, 256)
     config = GPTConfig()
-    mask = layout(config, Position(config, 256), ids, ids, None).mask
+    mask = build_attention_layout(config, PositionEncoding(config, 256), ids, ids, None).mask
     attend = torch.compile(causal_attention) if compiled else causal_attention
     ours = gradients(lambda q, k, v: attend(q, k, v, mask=mask), torch.bfloat16, n_kv_head, 256)
 
@@ -98,7 +98,7 @@ def test_blocks_of_flexattention_are_the_same_mask() -> None:
     q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
     ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
     blocks, dense = (
-        layout(config, Position(config, 40), ids, ids, None)
+        build_attention_layout(config, PositionEncoding(config, 40), ids, ids, None)
         for config in (GPTConfig(attention_backend="flex"), GPTConfig())
     )
     assert isinstance(blocks.mask, BlockMask)

@@ -8,14 +8,14 @@ from torch import Tensor
 from lit_gpt_scratch.model.attention import Attention
 
 
-class Loud(Attention):
+class DoubledAttention(Attention):
     """Every head twice as loud."""
 
     def attend(self, *args: Any) -> Tensor:
         return 2 * super().attend(*args)
 
 
-class Silent(Attention):
+class AveragingAttention(Attention):
     """Its mean over all before, and no weights to tell of."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs, token_logprobs, token_nats
+from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs, token_cross_entropy, token_logprobs
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 
 
@@ -19,13 +19,13 @@ def test_token_nats_sums_over_counted_labels() -> None:
         for t in range(4)
         if labels[b, t] != IGNORE_INDEX
     )
-    nats, tokens = token_nats(logits, labels)
+    nats, tokens = token_cross_entropy(logits, labels)
     assert nats.item() == pytest.approx(expected, rel=1e-5)
     assert tokens.item() == 10
 
 
 def test_nothing_to_count_is_zero_not_nan() -> None:
-    nats, tokens = token_nats(torch.randn(1, 2, 5), torch.full((1, 2), IGNORE_INDEX))
+    nats, tokens = token_cross_entropy(torch.randn(1, 2, 5), torch.full((1, 2), IGNORE_INDEX))
     assert (nats.item(), tokens.item()) == (0.0, 0)
 
 
@@ -76,7 +76,7 @@ def test_sequence_logprobs_are_products_of_chances(dtype: torch.dtype) -> None:
         assert counts[b].item() == len(counted)
     assert nats.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert token_logprobs(logits, labels)[labels == IGNORE_INDEX].tolist() == [0.0] * 7
-    assert -nats.sum().item() == pytest.approx(token_nats(logits, labels)[0].item(), rel=1e-5)
+    assert -nats.sum().item() == pytest.approx(token_cross_entropy(logits, labels)[0].item(), rel=1e-5)
 
 
 def test_the_gradient_of_a_sequence_is_that_of_its_logprobs() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.init import INITIALISATIONS
-from lit_gpt_scratch.model.norms import NORMS, PLACEMENTS
+from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 
 WIDTH, HIDDEN, LAYERS, VOCAB = 128, 512, 3, 1000
 SWITCHES = {"value_embeddings": True, "bigram_rows": 50, "smear": True, "residual_scalars": True}
@@ -101,11 +101,11 @@ def test_what_a_switch_adds_begins_at_nothing(scheme: str) -> None:
     assert {name.split(".")[0] for name in found.missing_keys} == {"blocks", "value_tables", "bigrams", "smear"}
     ids = torch.randint(VOCAB, (2, 20))
     assert torch.equal(more(ids), plain(ids))
-    assert torch.equal(more.hidden(ids), plain.hidden(ids))
+    assert torch.equal(more.hidden_states(ids), plain.hidden_states(ids))
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_zero_begins_with_blocks_that_do_nothing_and_a_loss_of_ln_vocab(placement: str, norm: str) -> None:
     net = network(norm_placement=placement, norm=norm, **SWITCHES)
     stream: list[Tensor] = []
@@ -139,7 +139,7 @@ def test_before_a_norm_zero_is_the_norms_gain_and_not_the_matrix(norm: str) -> N
 
 
 @pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_zero_leaves_every_part_a_way_to_learn(placement: str, norm: str) -> None:
     """Four steps of plain descent, and everything has moved: what is zero has a gradient, or gets one."""
     net = network(norm_placement=placement, norm=norm)

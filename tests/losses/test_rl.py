@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lit_gpt_scratch.losses.rl import (
-    adapted_coefficient,
-    clipped_policy_loss,
-    clipped_value_loss,
-    generalised_advantages,
-    group_advantages,
+    adapted_kl_coefficient,
+    gae,
+    grpo_advantages,
     kl_k1,
     kl_k3,
-    last_of,
-    penalised_rewards,
+    kl_penalised_rewards,
+    last_token_mask,
+    ppo_policy_loss,
+    ppo_value_loss,
     token_entropy,
     whiten,
 )
@@ -44,17 +44,17 @@ def test_both_estimates_of_the_kl_are_right_on_average_and_the_third_never_negat
 
 def test_a_reply_is_paid_at_its_end_and_pays_at_each_token() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 9.0, 9.0]])
-    found = penalised_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
+    found = kl_penalised_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
     torch.testing.assert_close(found, torch.tensor([[0.0, -0.5, -1.0, 8.5], [-2.0, 17.5, 0.0, 0.0]]))
-    assert last_of(MASK).nonzero().tolist() == [[0, 3], [1, 1]]
-    assert not last_of(torch.zeros(1, 3, dtype=torch.bool)).any()
+    assert last_token_mask(MASK).nonzero().tolist() == [[0, 3], [1, 1]]
+    assert not last_token_mask(torch.zeros(1, 3, dtype=torch.bool)).any()
 
 
 def test_advantages_by_hand() -> None:
     """Two tokens: r = (1, 2), V = (3, 5), gamma = 1/2, lambda = 1/4."""
     rewards, values = torch.tensor([[7.0, 1.0, 2.0]]), torch.tensor([[7.0, 3.0, 5.0]])
     mask = torch.tensor([[False, True, True]])
-    advantages, returns = generalised_advantages(rewards, values, mask, gamma=0.5, gae_lambda=0.25)
+    advantages, returns = gae(rewards, values, mask, gamma=0.5, gae_lambda=0.25)
     last = 2.0 - 5.0
     first = (1.0 + 0.5 * 5.0 - 3.0) + 0.5 * 0.25 * last
     torch.testing.assert_close(advantages, torch.tensor([[0.0, first, last]]))
@@ -70,7 +70,7 @@ def test_advantages_are_the_papers_mean_of_many_steps(seed: int, gamma: float, g
     first, length = torch.randint(0, 4, (2, 3), generator=generator)
     place = torch.arange(6)
     mask = (place >= first[:, None]) & (place < (first + length)[:, None])
-    found, returns = generalised_advantages(rewards, values, mask, gamma, gae_lambda)
+    found, returns = gae(rewards, values, mask, gamma, gae_lambda)
     for row in range(3):
         reply = mask[row].nonzero().flatten().tolist()
         for t in range(6):
@@ -91,8 +91,8 @@ def test_nothing_outside_of_replies_counts() -> None:
 
     def all_of(noise: float) -> list[Tensor]:
         dirty = [torch.where(MASK, x, noise) for x in (rewards, values, logprobs)]
-        paid = penalised_rewards(torch.ones(2), dirty[2], MASK, 0.1)
-        advantages, returns = generalised_advantages(torch.where(MASK, dirty[0], 0.0), dirty[1], MASK, 0.9, 0.9)
+        paid = kl_penalised_rewards(torch.ones(2), dirty[2], MASK, 0.1)
+        advantages, returns = gae(torch.where(MASK, dirty[0], 0.0), dirty[1], MASK, 0.9, 0.9)
         return [paid, advantages, returns, whiten(dirty[0], MASK)]
 
     for clean, dirty in zip(all_of(0.0), all_of(math.nan), strict=True):
@@ -108,9 +108,9 @@ def test_whitened_numbers_have_mean_zero_and_variance_one() -> None:
 def test_a_group_is_compared_with_itself() -> None:
     """1 and 3 lie one deviation from their mean; a group that agrees teaches nothing, however its mean is rounded."""
     scores = torch.tensor([1.0, 3.0, 0.1, 0.1, 5.0, 1.0])
-    torch.testing.assert_close(group_advantages(scores, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, -1.0]))
-    torch.testing.assert_close(group_advantages(scores, 2, scale=False), torch.tensor([-1.0, 1.0, 0.0, 0.0, 2.0, -2.0]))
-    assert torch.equal(group_advantages(torch.full((3,), 0.1), 3), torch.zeros(3))
+    torch.testing.assert_close(grpo_advantages(scores, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, -1.0]))
+    torch.testing.assert_close(grpo_advantages(scores, 2, scale=False), torch.tensor([-1.0, 1.0, 0.0, 0.0, 2.0, -2.0]))
+    assert torch.equal(grpo_advantages(torch.full((3,), 0.1), 3), torch.zeros(3))
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, -1e4])
@@ -119,12 +119,12 @@ def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
     noise = 1 + 2e-7 * torch.tensor([[0.0, 1.0, 3.0, 1.0], [2.0, 0.0, 1.0, 0.0]])
     scores = size * noise
     assert len(scores.unique()) > 1
-    assert not group_advantages(scores.flatten(), 4).any()
-    assert not group_advantages(scores.flatten(), 4, scale=False).any()
+    assert not grpo_advantages(scores.flatten(), 4).any()
+    assert not grpo_advantages(scores.flatten(), 4, scale=False).any()
     assert not whiten(scores, torch.ones(2, 4, dtype=torch.bool)).any()
     scores = size * (1 + 1e-3 * torch.tensor([[0.0, 1.0, 0.0, 1.0], [1.0, 0.0, 1.0, 0.0]]))
     expected = torch.tensor([[-1.0, 1.0, -1.0, 1.0], [1.0, -1.0, 1.0, -1.0]]) * (1 if size > 0 else -1)
-    torch.testing.assert_close(group_advantages(scores.flatten(), 4), expected.flatten(), rtol=0, atol=0.05)
+    torch.testing.assert_close(grpo_advantages(scores.flatten(), 4), expected.flatten(), rtol=0, atol=0.05)
     torch.testing.assert_close(whiten(scores, torch.ones(2, 4, dtype=torch.bool)), expected, rtol=0, atol=0.05)
 
 
@@ -140,7 +140,7 @@ def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
 )
 def test_the_policy_loss_by_hand(ratio: float, advantage: float, loss: float, held: bool) -> None:
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
-    found, clipped = clipped_policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), clip=0.2)
+    found, clipped = ppo_policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), clip=0.2)
     assert found.item() == pytest.approx(loss)
     assert clipped.item() == held
     found.sum().backward()
@@ -158,8 +158,8 @@ def test_the_policy_loss_by_hand(ratio: float, advantage: float, loss: float, he
 )
 def test_the_value_loss_by_hand(value: float, loss: float) -> None:
     values, old, returns = (torch.tensor([[x]]) for x in (value, 1.0, 2.0))
-    assert clipped_value_loss(values, old, returns, clip=0.2).item() == pytest.approx(loss)
-    assert clipped_value_loss(values, old, returns, clip=None).item() == pytest.approx(0.5 * (value - 2.0) ** 2)
+    assert ppo_value_loss(values, old, returns, clip=0.2).item() == pytest.approx(loss)
+    assert ppo_value_loss(values, old, returns, clip=None).item() == pytest.approx(0.5 * (value - 2.0) ** 2)
 
 
 def test_entropy_of_equal_chances_and_of_certainty() -> None:
@@ -169,7 +169,7 @@ def test_entropy_of_equal_chances_and_of_certainty() -> None:
 
 def test_the_coefficient_follows_the_kl() -> None:
     """A tenth of how far off it is, and no more than a tenth of a fifth."""
-    assert adapted_coefficient(0.2, kl=6.0, target=6.0) == 0.2
-    assert adapted_coefficient(0.2, kl=6.6, target=6.0) == pytest.approx(0.2 * 1.01)
-    assert adapted_coefficient(0.2, kl=600.0, target=6.0) == pytest.approx(0.2 * 1.02)
-    assert adapted_coefficient(0.2, kl=0.0, target=6.0) == pytest.approx(0.2 * 0.98)
+    assert adapted_kl_coefficient(0.2, kl=6.0, target=6.0) == 0.2
+    assert adapted_kl_coefficient(0.2, kl=6.6, target=6.0) == pytest.approx(0.2 * 1.01)
+    assert adapted_kl_coefficient(0.2, kl=600.0, target=6.0) == pytest.approx(0.2 * 1.02)
+    assert adapted_kl_coefficient(0.2, kl=0.0, target=6.0) == pytest.approx(0.2 * 0.98)

@@ -6,13 +6,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, OptimizerRecipe
-from lit_gpt_scratch.optim.ema import MovingAverage
+from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
-    parameters_by_part,
+    count_parameters_by_part,
     state_bytes,
     training_flops_per_token,
 )
@@ -39,7 +39,7 @@ def test_operations_are_those_that_torch_counts(config: GPTConfig) -> None:
 @pytest.mark.parametrize("config", SHAPES)
 def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
     net = GPT(config, vocab_size=97, block_size=40)
-    parts = parameters_by_part(net)
+    parts = count_parameters_by_part(net)
     assert sum(parts.values()) == sum(p.numel() for p in net.parameters())
     assert parts.get("head", 0) == (0 if config.tied_embeddings else 97 * config.n_embd)
     assert all(n > 0 for n in parts.values()), parts
@@ -50,7 +50,7 @@ def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
 def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, ema_decay: float | None) -> None:
     net = GPT(SHAPES[0], vocab_size=97, block_size=40)
     optimizer = recipe.build(net)
-    MovingAverage(ema_decay).follow(optimizer, lambda: 0)
+    ExponentialMovingAverage(ema_decay).attach(optimizer, lambda: 0)
     net(torch.randint(97, (1, 40))).sum().backward()
     optimizer.step()
     moments = sum(
@@ -76,7 +76,7 @@ def test_activations_are_what_a_forward_pass_leaves_allocated(
     net.recompute = recompute
     ids = torch.randint(500, shape)
     with profile(profile_memory=True) as profiled, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        kept = token_nats(net(ids), ids)
+        kept = token_cross_entropy(net(ids), ids)
     measured = sum(event.self_cpu_memory_usage for event in profiled.key_averages())
     del kept
     expected = activation_bytes(config, 500, 128, 4, torch.device("cpu"), dtype, autocast, recompute)

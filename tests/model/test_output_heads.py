@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.output_heads import Classes, Head, Scalar, Tokens, padded
+from lit_gpt_scratch.model.output_heads import ClassificationHead, OutputHead, ScalarHead, TokenHead, padded_vocab_size
 from tests.conftest import randomised
 
 VOCAB = 61
@@ -18,7 +18,7 @@ def shape(**changes: object) -> GPTConfig:
     return GPTConfig(**({"n_layer": 1, "n_head": 2, "n_embd": 16} | changes))  # type: ignore[arg-type]  # any field's
 
 
-def with_head(reads: Head, **changes: object) -> GPT:
+def with_head(reads: OutputHead, **changes: object) -> GPT:
     torch.manual_seed(0)
     net = GPT(shape(initialisation="normal", **changes), VOCAB, 24, reads)
     torch.nn.init.normal_(net.head.weight)
@@ -29,8 +29,8 @@ def with_head(reads: Head, **changes: object) -> GPT:
     ("vocab_size", "multiple", "rows"), [(61, 1, 61), (61, 64, 64), (64, 64, 64), (65, 64, 128), (50_257, 128, 50_304)]
 )
 def test_rows_are_the_least_multiple_that_holds_the_vocabulary(vocab_size: int, multiple: int, rows: int) -> None:
-    assert padded(shape(vocab_multiple=multiple), vocab_size) == rows
-    assert Tokens().width(shape(vocab_multiple=multiple), vocab_size) == rows
+    assert padded_vocab_size(shape(vocab_multiple=multiple), vocab_size) == rows
+    assert TokenHead().out_features(shape(vocab_multiple=multiple), vocab_size) == rows
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -93,8 +93,8 @@ def test_a_state_dict_of_tied_embeddings_stays_tied_when_loaded(tied: bool) -> N
 
 
 def test_logits_of_tokens_are_products_with_the_rows() -> None:
-    net = with_head(Tokens())
-    hidden, logits = net.hidden(IDS), net(IDS)
+    net = with_head(TokenHead())
+    hidden, logits = net.hidden_states(IDS), net(IDS)
     for token in range(VOCAB):
         torch.testing.assert_close(logits[..., token], (hidden * net.head.weight[token]).sum(-1), atol=1e-5, rtol=1e-5)
 
@@ -102,8 +102,8 @@ def test_logits_of_tokens_are_products_with_the_rows() -> None:
 @pytest.mark.parametrize("softcap", [None, 0.1])
 def test_classes_are_products_with_a_row_each(softcap: float | None) -> None:
     """The cap is for logits of tokens."""
-    net = with_head(Classes(5), logit_softcap=softcap, vocab_multiple=64)
-    hidden, found = net.hidden(IDS), net(IDS)
+    net = with_head(ClassificationHead(5), logit_softcap=softcap, vocab_multiple=64)
+    hidden, found = net.hidden_states(IDS), net(IDS)
     assert net.head.weight.shape == (5, 16)
     assert found.shape == (2, 20, 5)
     for number in range(5):
@@ -111,21 +111,21 @@ def test_classes_are_products_with_a_row_each(softcap: float | None) -> None:
 
 
 def test_a_scalar_is_one_number_a_token() -> None:
-    net = with_head(Scalar())
+    net = with_head(ScalarHead())
     found = net(IDS)
     assert net.head.weight.shape == (1, 16)
     assert found.shape == (2, 20)
-    torch.testing.assert_close(found, (net.hidden(IDS) * net.head.weight[0]).sum(-1))
-    assert with_head(Scalar())(IDS[:1, :1]).shape == (1, 1)  # no dimension more is lost
+    torch.testing.assert_close(found, (net.hidden_states(IDS) * net.head.weight[0]).sum(-1))
+    assert with_head(ScalarHead())(IDS[:1, :1]).shape == (1, 1)  # no dimension more is lost
 
 
-@pytest.mark.parametrize("reads", [Tokens(), Classes(3), Scalar()])
+@pytest.mark.parametrize("reads", [TokenHead(), ClassificationHead(3), ScalarHead()])
 @pytest.mark.parametrize(("weights", "read"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
-def test_what_is_read_has_at_least_32_bits(reads: Head, weights: str, read: str) -> None:
+def test_what_is_read_has_at_least_32_bits(reads: OutputHead, weights: str, read: str) -> None:
     assert with_head(reads).to(getattr(torch, weights))(IDS).dtype == getattr(torch, read)
 
 
-@pytest.mark.parametrize("reads", [Classes(VOCAB), Scalar()])
-def test_tying_a_head_that_reads_no_tokens_is_refused(reads: Head) -> None:
+@pytest.mark.parametrize("reads", [ClassificationHead(VOCAB), ScalarHead()])
+def test_tying_a_head_that_reads_no_tokens_is_refused(reads: OutputHead) -> None:
     with pytest.raises(UserError, match=f"tied_embeddings is true, but the head reads {type(reads).__name__}"):
         GPT(shape(tied_embeddings=True), VOCAB, 24, reads)

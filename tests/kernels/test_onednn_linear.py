@@ -26,8 +26,8 @@ Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 def always() -> Iterator[None]:
     """Call oneDNN on any processor, at any size."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ONEDNN", True)
-        patch.setattr(module, "LARGE", 0)
+        patch.setattr(module, "USE_ONEDNN", True)
+        patch.setattr(module, "MIN_MULTIPLICATIONS", 0)
         yield
 
 
@@ -108,9 +108,9 @@ def test_what_it_is_not_for_is_left_to_torch(why: str, monkeypatch: pytest.Monke
     if why in ("float64", "bfloat16"):
         x, weight = (t.to(getattr(torch, why)) for t in (x, weight))
     if why == "small":
-        monkeypatch.setattr(module, "LARGE", 4 * 8 * 5 + 1)
+        monkeypatch.setattr(module, "MIN_MULTIPLICATIONS", 4 * 8 * 5 + 1)
     if why == "processor":
-        monkeypatch.setattr(module, "ONEDNN", False)
+        monkeypatch.setattr(module, "USE_ONEDNN", False)
     if why == "one vector":
         x = x[0]
     if why == "subclass":

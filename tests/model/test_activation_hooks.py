@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.activation_hooks import Observation, Seen, answers, dead, looks, observe
-from lit_gpt_scratch.model.output_heads import Classes
+from lit_gpt_scratch.model.activation_hooks import (
+    BlockActivations,
+    CapturedActivations,
+    attention_stats,
+    capture_activations,
+    dead_units,
+    max_unit_activations,
+)
+from lit_gpt_scratch.model.output_heads import ClassificationHead
 from tests.conftest import randomised
 
 MANUAL = GPTConfig(n_layer=3, n_head=4, n_embd=32, attention_backend="manual")
@@ -26,8 +33,8 @@ IDS = torch.arange(2 * 24).view(2, 24) * 7 % 61
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
 
 
-def seen(net: GPT, documents: Tensor | None = None) -> Observation[Seen]:
-    return observe(net, IDS, documents, lambda layer: layer)
+def seen(net: GPT, documents: Tensor | None = None) -> CapturedActivations[BlockActivations]:
+    return capture_activations(net, IDS, documents, lambda layer: layer)
 
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "two documents"])
@@ -39,8 +46,8 @@ def test_what_is_read_is_what_the_network_reads(shape: str, documents: Tensor | 
         assert torch.equal(found.read, net(IDS, documents))
         # The logit lens behind the last block is the model's own answer, and so it is read before the first.
         last = found.layers[-1].stream
-        assert torch.equal(net.lens(last), found.read)
-        assert not torch.equal(net.lens(found.start), found.read)
+        assert torch.equal(net.logit_lens(last), found.read)
+        assert not torch.equal(net.logit_lens(found.start), found.read)
     for layer in found.layers:
         assert layer.weights is not None
         assert layer.weights.shape == (2, 4, 24, 24)
@@ -85,14 +92,14 @@ def test_the_network_is_left_as_it_was() -> None:
 def test_a_network_whose_reading_fails_is_left_as_it_was_too() -> None:
     net = randomised(MANUAL).train()
     with pytest.raises(ZeroDivisionError):
-        observe(net, IDS, None, lambda layer: 1 / 0)
+        capture_activations(net, IDS, None, lambda layer: 1 / 0)
     assert net.training
     assert all(block.attention.weights is None for block in net.blocks)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
 def test_attention_that_does_not_tell_is_none() -> None:
-    net = randomised(replace(MANUAL, attention="tests.own_attention.Silent"))
+    net = randomised(replace(MANUAL, attention="tests.custom_attention.AveragingAttention"))
     assert all(layer.weights is None for layer in seen(net).layers)
 
 
@@ -101,7 +108,7 @@ def test_attention_that_does_not_tell_is_none() -> None:
 def test_looks_are_means_over_tokens_that_have_a_choice(documents: Tensor | None, lengths: list[int] | None) -> None:
     weights = seen(randomised(MANUAL), documents).layers[1].weights
     assert weights is not None
-    found = looks(weights, documents, None if lengths is None else torch.tensor(lengths))
+    found = attention_stats(weights, documents, None if lengths is None else torch.tensor(lengths))
     for head in range(4):
         entropies, distances, sinks = [], [], []
         for row in range(2):
@@ -125,7 +132,7 @@ def test_looks_of_known_weights() -> None:
     even = even / even.sum(-1, keepdim=True)
     first = torch.zeros(T, T)
     first[:, 0] = 1
-    found = looks(torch.stack((even, first))[None])
+    found = attention_stats(torch.stack((even, first))[None])
     assert found.entropy.tolist() == pytest.approx([sum(math.log(n) for n in (2, 3, 4, 5)) / 4, 0])
     assert found.distance.tolist() == pytest.approx([(0.5 + 1 + 1.5 + 2) / 4, (1 + 2 + 3 + 4) / 4])
     assert found.sink.tolist() == pytest.approx([(1 / 2 + 1 / 3 + 1 / 4 + 1 / 5) / 4, 1])
@@ -141,7 +148,7 @@ def test_dead_units_are_those_that_were_killed(kind: str) -> None:
         gate.weight[killed], gate.bias[killed] = 0.0, -1e4
     for number, layer in enumerate(seen(net).layers):
         silent = [unit for unit in range(layer.hidden.size(-1)) if not layer.hidden[..., unit].any()]
-        assert dead(answers(layer.hidden)).nonzero().flatten().tolist() == silent
+        assert dead_units(max_unit_activations(layer.hidden)).nonzero().flatten().tolist() == silent
         if number == 1:
             assert set(killed) <= set(silent)
         if not kind.startswith("relu"):  # of 48 tokens some reach no ReLU by chance
@@ -151,13 +158,13 @@ def test_dead_units_are_those_that_were_killed(kind: str) -> None:
 def test_what_fills_a_row_up_wakes_no_unit() -> None:
     hidden = torch.zeros(2, 4, 3)
     hidden[0, 1, 0], hidden[1, 3, 2] = -2.0, 5.0
-    assert answers(hidden).tolist() == [2, 0, 5]
-    assert answers(hidden, torch.tensor([4, 2])).tolist() == [2, 0, 0]
-    assert dead(torch.zeros(3)).tolist() == [True] * 3
+    assert max_unit_activations(hidden).tolist() == [2, 0, 5]
+    assert max_unit_activations(hidden, torch.tensor([4, 2])).tolist() == [2, 0, 0]
+    assert dead_units(torch.zeros(3)).tolist() == [True] * 3
 
 
 def test_a_head_for_classes_reads_at_every_depth() -> None:
     torch.manual_seed(0)
-    net = GPT(MANUAL, 61, 24, Classes(3)).eval()
+    net = GPT(MANUAL, 61, 24, ClassificationHead(3)).eval()
     found = seen(net)
-    assert net.lens(found.layers[0].stream).shape == (2, 24, 3)
+    assert net.logit_lens(found.layers[0].stream).shape == (2, 24, 3)

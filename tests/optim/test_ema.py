@@ -11,7 +11,7 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim import Muon
-from lit_gpt_scratch.optim.ema import STATE, MovingAverage, exchange, names
+from lit_gpt_scratch.optim.ema import EMA_STATE_KEY, ExponentialMovingAverage, parameter_names, swap_saved_weights
 
 TIED = GPTConfig(n_layer=1, n_head=2, n_embd=16, tied_embeddings=True)
 OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
@@ -31,11 +31,13 @@ def weights(net: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in net.parameters()]
 
 
-def averaged(net: nn.Module, optimizer: Optimizer, decay: float, steps: int) -> tuple[MovingAverage, list[Tensor]]:
+def averaged(
+    net: nn.Module, optimizer: Optimizer, decay: float, steps: int
+) -> tuple[ExponentialMovingAverage, list[Tensor]]:
     """The average after so many steps, and what it has to be, in float64."""
-    average = MovingAverage(decay)
+    average = ExponentialMovingAverage(decay)
     done = 0
-    average.follow(optimizer, lambda: done)
+    average.attach(optimizer, lambda: done)
     expected: list[Tensor] = []
     for done in range(steps):
         step(optimizer, net)
@@ -58,20 +60,20 @@ def test_the_average_is_its_recursion_and_changes_nothing_else(optimizer: str, d
         step(alone, plain)
     assert all(torch.equal(a, b) for a, b in zip(weights(net), weights(plain), strict=True))
     for p, a in zip(net.parameters(), expected, strict=True):
-        torch.testing.assert_close(followed.state[p][STATE].double(), a, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(followed.state[p][EMA_STATE_KEY].double(), a, atol=1e-5, rtol=1e-5)
 
 
 def test_a_parameter_that_is_never_updated_needs_no_average() -> None:
     """An optimizer that finds something in its state would miss its own moments."""
     used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([used, unused])
-    average = MovingAverage(0.9)
-    average.follow(optimizer, lambda: 0)
+    average = ExponentialMovingAverage(0.9)
+    average.attach(optimizer, lambda: 0)
     used.grad = torch.ones(2)
     optimizer.step()
     unused.grad = torch.ones(2)
     optimizer.step()
-    assert set(optimizer.state[unused]) == {"step", "exp_avg", "exp_avg_sq", STATE}
+    assert set(optimizer.state[unused]) == {"step", "exp_avg", "exp_avg_sq", EMA_STATE_KEY}
 
 
 def test_weights_and_averages_change_places_and_back() -> None:
@@ -80,11 +82,11 @@ def test_weights_and_averages_change_places_and_back() -> None:
     average, expected = averaged(net, optimizer, 0.7, 5)
     trained = weights(net)
     for _ in range(2):  # what is so already stays
-        average.use(True, [optimizer], net)
+        average.set_active(True, [optimizer], net)
         for found, a in zip(weights(net), expected, strict=True):
             torch.testing.assert_close(found.double(), a, atol=1e-5, rtol=1e-5)
     for _ in range(2):
-        average.use(False, [optimizer], net)
+        average.set_active(False, [optimizer], net)
         assert all(torch.equal(a, b) for a, b in zip(weights(net), trained, strict=True))
 
 
@@ -95,16 +97,16 @@ def test_saved_weights_and_averages_change_places_by_name() -> None:
     averaged(net, optimizer, 0.7, 5)
     own = {p: name for name, p in net.named_parameters()}
     saved = optimizer.state_dict()
-    expected = {name: optimizer.state[p][STATE] for p, name in own.items()}
+    expected = {name: optimizer.state[p][EMA_STATE_KEY] for p, name in own.items()}
     trained = {name: p.detach() for p, name in own.items()}
     state = net.state_dict()
-    of = names(optimizer, net)
-    exchange(state, saved, of)
+    of = parameter_names(optimizer, net)
+    swap_saved_weights(state, saved, of)
     assert all(torch.equal(state[name], average) for name, average in expected.items())
     assert state["head.weight"] is state["embedding.weight"]
     assert all(torch.equal(net.get_parameter(name), weight) for name, weight in trained.items())
-    assert all(optimizer.state[p][STATE] is expected[name] for p, name in own.items())
-    exchange(state, saved, of)
+    assert all(optimizer.state[p][EMA_STATE_KEY] is expected[name] for p, name in own.items())
+    swap_saved_weights(state, saved, of)
     assert all(torch.equal(state[name], weight) for name, weight in trained.items())
 
 
@@ -122,10 +124,10 @@ def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> Non
     plain.load_state_dict(net.state_dict())
     fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
     optimizers = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(plain.parameters(), lr=0.1)
-    averages = MovingAverage(0.5), MovingAverage(0.5)
+    averages = ExponentialMovingAverage(0.5), ExponentialMovingAverage(0.5)
     x = torch.randn(2, 4)
     for average, optimizer in zip(averages, optimizers, strict=True):
-        average.follow(optimizer, lambda: 100)
+        average.attach(optimizer, lambda: 100)
     for _ in range(3):
         for module, optimizer in zip((net, plain), optimizers, strict=True):
             module(x).square().sum().backward()
@@ -133,7 +135,7 @@ def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> Non
             optimizer.zero_grad()
     for wanted in (True, False):
         for average, optimizer, module in zip(averages, optimizers, (net, plain), strict=True):
-            average.use(wanted, [optimizer], module)
+            average.set_active(wanted, [optimizer], module)
         with torch.no_grad():
             assert torch.equal(net(x), plain(x))
 
@@ -141,7 +143,7 @@ def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> Non
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
 def test_a_decay_that_cannot_be_is_refused_by_name(decay: float) -> None:
     with pytest.raises(UserError, match=r"model.ema_decay is .*; it must be at least 0 and below 1"):
-        MovingAverage(decay)
+        ExponentialMovingAverage(decay)
 
 
 def test_weights_in_16_bits_are_refused() -> None:
@@ -150,4 +152,4 @@ def test_weights_in_16_bits_are_refused() -> None:
     assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)
     net = nn.Linear(2, 2, dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"weights in torch.bfloat16 are too coarse"):
-        MovingAverage(0.999).follow(torch.optim.SGD(net.parameters()), lambda: 0)
+        ExponentialMovingAverage(0.999).attach(torch.optim.SGD(net.parameters()), lambda: 0)

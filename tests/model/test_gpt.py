@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.losses.cross_entropy import token_nats
+from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
 from tests.conftest import TINY, randomised
 
@@ -36,7 +36,7 @@ configs = st.builds(
 def test_an_untrained_model_knows_nothing(vocab_size: int, position: str) -> None:
     model = GPT(GPTConfig(position=position), vocab_size, 64)
     ids = torch.randint(vocab_size, (4, 65))
-    nats, tokens = token_nats(model(ids[:, :-1]), ids[:, 1:])
+    nats, tokens = token_cross_entropy(model(ids[:, :-1]), ids[:, 1:])
     assert (nats / tokens).item() == pytest.approx(math.log(vocab_size), rel=0.01)
 
 
