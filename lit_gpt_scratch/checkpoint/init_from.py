@@ -92,7 +92,7 @@ def begin_with(trained: Trained, net: GPT) -> bool:
         UserError: The two networks are not alike.
     """
     own = Contents(asdict(net.config), net.vocab_size, net.block_size, "")
-    same_head = net.reads == trained.net.reads and trained.net.head.weight.shape == net.head.weight.shape
+    same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape
     free = FREE if same_head else (*FREE, "tied_embeddings")
     refuse_other_model(replace(trained.contents, lora=None), own, free)
     weights = trained.net.state_dict()

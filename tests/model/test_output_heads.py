@@ -127,5 +127,5 @@ def test_what_is_read_has_at_least_32_bits(reads: OutputHead, weights: str, read
 
 @pytest.mark.parametrize("reads", [ClassificationHead(VOCAB), ScalarHead()])
 def test_tying_a_head_that_reads_no_tokens_is_refused(reads: OutputHead) -> None:
-    with pytest.raises(UserError, match=f"tied_embeddings is true, but the head reads {type(reads).__name__}"):
+    with pytest.raises(UserError, match=f"tied_embeddings is true, but the output head is {type(reads).__name__}"):
         GPT(shape(tied_embeddings=True), VOCAB, 24, reads)
