@@ -11,8 +11,8 @@ from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
 LOADER = """
 import os, signal, sys
 from torch.utils.data import DataLoader
-from lit_gpt_scratch.data.base_datamodule import leave_stopping_to_the_trainer
-batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=leave_stopping_to_the_trainer))
+from lit_gpt_scratch.data.base_datamodule import ignore_stop_signals
+batches = iter(DataLoader(range(100), num_workers=2, worker_init_fn=ignore_stop_signals))
 next(batches), next(batches)  # both workers are at work
 """
 
@@ -27,7 +27,7 @@ def test_workers_end_with_the_program(end: str, code: int) -> None:
     done = run(end)
     assert done.returncode == code
     assert ("Traceback" in done.stderr) == (code == 1)
-    assert "worker" not in done.stderr.replace("leave_stopping_to_the_trainer", "")
+    assert "worker" not in done.stderr.replace("ignore_stop_signals", "")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
