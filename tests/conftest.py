@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
-from lit_gpt_scratch.text.token_shards import Shard, Stream
+from lit_gpt_scratch.text.token_shards import ShardedTokenStream, TokenShard
 
 pytest_plugins = ["tests.lacking"]
 # A busy machine is no fault of what is tested.
@@ -104,15 +104,15 @@ def task() -> Callable[..., LanguageModel]:
     return build
 
 
-def token_stream(folder: Path, *shards: list[list[int]]) -> Stream:
+def token_stream(folder: Path, *shards: list[list[int]]) -> ShardedTokenStream:
     """Documents of these ids, in shards of these documents; a token stands for a byte."""
     folder.mkdir(exist_ok=True)
     made = []
     for place, documents in enumerate(shards):
         sizes = np.array([len(ids) for ids in documents])
         about = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8")
-        made.append(Shard.write(folder, f"train-{place:05}", np.concatenate(documents).astype("<u2"), about))
-    return Stream(tuple(made))
+        made.append(TokenShard.write(folder, f"train-{place:05}", np.concatenate(documents).astype("<u2"), about))
+    return ShardedTokenStream(tuple(made))
 
 
 def randomised(config: GPTConfig, vocab_size: int = 61, block_size: int = 24) -> GPT:

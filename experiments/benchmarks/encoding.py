@@ -20,19 +20,19 @@ from collections.abc import Callable
 import numpy as np
 
 from lit_gpt_scratch.text import fast_encoder, tokenizer_training
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.sources import read_documents
 
 ROUNDS = 5
 
 
 def measure(source: str, vocab_size: int) -> None:
     """Print megabytes a second of each way on the cores that this process may use."""
-    texts = [document.text for document in documents(source)]
+    texts = [document.text for document in read_documents(source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    backend = tokenizer_training.train("bpe", texts, vocab_size)
+    backend = tokenizer_training.train_tokenizer("bpe", texts, vocab_size)
     backend.encode_special_tokens = True
     began = time.perf_counter()
-    proven = fast_encoder.fast(backend)
+    proven = fast_encoder.build_tiktoken_encoding(backend)
     proof = time.perf_counter() - began
     assert proven is not None
     ways: dict[str, Callable[[], list[np.ndarray]]] = {

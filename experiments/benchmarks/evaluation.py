@@ -36,7 +36,7 @@ from lit_gpt_scratch.evaluation.registry import Asked, evaluate
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.sources import read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 CONTEXT = 256
@@ -124,7 +124,7 @@ def main() -> None:
     flags.add_argument("--rows", type=int, default=300)
     given = flags.parse_args()
     prepare_process()
-    every = [document.text for document in documents("stdlib")]
+    every = [document.text for document in read_documents("stdlib")]
     random.Random(0).shuffle(every)
     model, tokenizer = load_model(given.checkpoint) if given.checkpoint else trained(every[100:140])
     with tempfile.TemporaryDirectory() as temporary:

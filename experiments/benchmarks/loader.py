@@ -29,7 +29,7 @@ from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES
 from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.data.token_store import TokenStore
-from lit_gpt_scratch.text.token_shards import Shard
+from lit_gpt_scratch.text.token_shards import TokenShard
 
 ROUNDS = 7
 SHARDS, SHARD_TOKENS = 1024, 50_000_000
@@ -100,7 +100,7 @@ def opening() -> None:
         folder = Path(name)
         small = PackedText(cache=name).store
         about = TokenStore.read_manifest(small.folder)
-        first = Shard.write(folder, "train-00000", np.ones(1, np.uint16), np.array([[0, 1]], np.uint64))
+        first = TokenShard.write(folder, "train-00000", np.ones(1, np.uint16), np.array([[0, 1]], np.uint64))
         header = first.path("tokens").read_bytes()[: -first.tokens.nbytes]
         shards = []
         for n in range(SHARDS):

@@ -19,7 +19,7 @@ import numpy as np
 
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, best_fit_decreasing, compute_packing_cost
-from lit_gpt_scratch.text.cleaning_report import drawn
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table
 
 DRAWN = 10_000_000
 
@@ -66,7 +66,7 @@ def main() -> None:
             ["corpus", "windows of", "packing", *PackingCost.TABLE_HEADER],
             *(row for source in given.source for row in rows(source, given.windows, Path(folder))),
         ]
-    print(drawn(table, "<><>>>>>>"))
+    print(format_markdown_table(table, "<><>>>>>>"))
     at_scale(2048)
     print("Ding et al. 2024, 2,048: RefinedWeb 0.0024%, the Stack 0.0028% more; 10,816 s for a billion documents")
 

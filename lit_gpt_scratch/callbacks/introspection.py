@@ -32,7 +32,7 @@ from lit_gpt_scratch.model.activation_hooks import (
 from lit_gpt_scratch.model.output_heads import ClassificationHead, ScalarHead
 from lit_gpt_scratch.optim.gradient_clipping import to_local, total_grad_norm
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.text.cleaning_report import drawn
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 PARAMETER_PARTS: Final = ("embedding", "attention", "feed_forward", "norms", "head")
@@ -357,7 +357,7 @@ class ActivationPlots:
                 f"{markdown_code(name)} {chance:.0%}" if chance == chance else "not a number" for name, chance in told
             ]
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
-        table = drawn(rows, "<" * len(rows[0]))
+        table = format_markdown_table(rows, "<" * len(rows[0]))
         return f"Its likeliest reading behind each token, if the network ended there.\n\n{table}"
 
     def _name(self, net: GPT, number: int) -> str:

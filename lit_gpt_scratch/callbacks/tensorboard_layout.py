@@ -13,7 +13,7 @@ from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.text.cleaning_report import drawn
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table
 
 N_LONGEST_TOKENS: Final = 30
 """Tokens that are shown for being the longest; rubbish in a text shows there first."""
@@ -67,7 +67,7 @@ def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, RunPlan) and callback.lines:
             rows = [[name, text.replace("|", "¦")] for name, text in callback.lines if name != "folder"]
-            yield "plan", drawn([["what", "how"], *rows], "<<")
+            yield "plan", format_markdown_table([["what", "how"], *rows], "<<")
     if isinstance(data, PackedText):
         audits = [store.folder / "audit.md" for store in data.stores]
         told = [audit.read_text(encoding="utf-8") for audit in audits if audit.is_file()]
@@ -77,4 +77,4 @@ def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
         sizes = data.token_bytes
         longest = sorted(range(len(sizes)), key=lambda id_: (-sizes[id_], id_))[:N_LONGEST_TOKENS]
         rows = [[str(sizes[id_]), markdown_code(printable_token(data.tokenizer, id_))] for id_ in longest]
-        yield "longest_tokens", drawn([["bytes", "token"], *rows], "><")
+        yield "longest_tokens", format_markdown_table([["bytes", "token"], *rows], "><")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import write
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import REPLIES, Message, Template, refuse_messages
+from lit_gpt_scratch.text.chat_template import ASSISTANT, ChatTemplate, Message, validate_messages
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -20,10 +20,10 @@ def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iter
     Raises:
         UserError: A question is empty.
     """
-    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
+    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     asked = [[*told, Message("user", question)] for question in questions]
     for messages in asked:
-        refuse_messages(messages)
+        validate_messages(messages)
     return [template.prompt(messages) for messages in asked]
 
 
@@ -51,7 +51,7 @@ def chat_session(
         The replies in pieces, as they are written, an empty one after each. The oldest turns are forgotten when the
         context has little room, and a question that does not fit gets no reply; the log says so.
     """
-    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
+    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     said: list[Message] = []
     room = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
@@ -70,7 +70,7 @@ def chat_session(
             if piece:
                 yield piece
         yield ""
-        said.append(Message(REPLIES, reply))
+        said.append(Message(ASSISTANT, reply))
 
 
 def read_stdin_lines() -> Iterator[str]:

@@ -11,8 +11,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.chat_eval import replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import Message, Template, refuse_messages
-from lit_gpt_scratch.text.document import blank
+from lit_gpt_scratch.text.chat_template import ChatTemplate, Message, validate_messages
+from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
@@ -55,18 +55,18 @@ def collect_preferences(
     Raises:
         UserError: A question is too long, or the file cannot be written.
     """
-    template, told = Template(tokenizer), [] if system is None else [Message("system", system)]
+    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     append_line(path, "")  # what cannot be written is better known before there is an answer
     seeds = count(seed + 2 * MAX_ATTEMPTS * _count_lines(path))
-    for question in (each.strip() for each in questions if not blank(each)):
+    for question in (each.strip() for each in questions if not is_blank(each)):
         messages = [*told, Message("user", question)]
-        refuse_messages(messages)
+        validate_messages(messages)
         prompt = template.prompt(messages)
         for _ in range(MAX_ATTEMPTS):
             one, two = replies(model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2)))
             pair = one.text, two.text
             whole = one.ended and two.ended  # who learns from one that was cut off learns to stop amid a sentence
-            if whole and one.text != two.text and not any(map(blank, pair)):
+            if whole and one.text != two.text and not any(map(is_blank, pair)):
                 break
         else:
             why = "a higher --temperature" if whole else "more --max_new_tokens, in which they come to their end,"

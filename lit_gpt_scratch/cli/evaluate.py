@@ -17,7 +17,7 @@ from lit_gpt_scratch.evaluation.registry import KINDS, Asked, evaluate, plain
 from lit_gpt_scratch.evaluation.results_table import keep, table
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
-from lit_gpt_scratch.text.cleaning_report import drawn
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def _classify(given: Namespace) -> None:
             print(json.dumps(said, ensure_ascii=False))
         else:
             lines = [["class", "probability"], *([name, f"{chance:.4f}"] for name, chance in chances.items())]
-            print(f"{text}\n{drawn(lines, '<>')}\n")
+            print(f"{text}\n{format_markdown_table(lines, '<>')}\n")
 
 
 def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:

@@ -18,9 +18,9 @@ from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning_report import drawn, table
-from lit_gpt_scratch.text.tokenizer_comparison import compare
-from lit_gpt_scratch.text.tokenizer_training import KINDS
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table, format_step_table
+from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
+from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,10 @@ class PrepareCLI(FitCLI):
         """Add what fit has not."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
-            "--compare", metavar="KINDS", type=str | None, help=f"Tokenizers to compare, as in {','.join(KINDS)}."
+            "--compare",
+            metavar="KINDS",
+            type=str | None,
+            help=f"Tokenizers to compare, as in {','.join(TOKENIZER_KINDS)}.",
         )
         parser.add_argument("--verify", action="store_true", help="Read all tokens, and say whether they are as made.")
         parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first windows of a training.")
@@ -82,7 +85,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
         account = store.folder / "audit.json"
         if account.exists():  # a copy may do without
             audit = json.loads(account.read_text(encoding="utf-8"))
-            print(f"{table(audit)}\n\ntokens      {audit['tokens']}")
+            print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
         for side, stream in (("training", store.train), ("validation", store.validation)):
             print(
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
@@ -91,7 +94,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
         kind = "" if data.mixture_folders else f"{data.preparation.tokenizer}, "
         print(f"tokenizer   {kind}{data.vocab_size:,} tokens")
         print(f"kept in     {store.folder}{', with audit.json and audit.md' if account.exists() else ''}\n")
-    print(drawn(_policies(data), "<>>>>>>"))
+    print(format_markdown_table(_policies(data), "<>>>>>>"))
     if n_shown:
         data.setup("show")
         for paragraph in render_windows(data, n_shown, supports_colors()):
@@ -118,9 +121,9 @@ def _verify(data: PackedText) -> None:
 
 
 def _compare(data: PackedText, kinds: list[str]) -> None:
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in kinds if kind not in TOKENIZER_KINDS]
     if unknown:
-        raise UserError(f"argument --compare: there is no kind '{unknown[0]}'; there are {', '.join(KINDS)}")
+        raise UserError(f"argument --compare: there is no kind '{unknown[0]}'; there are {', '.join(TOKENIZER_KINDS)}")
     if data.store_folder is not None:
         raise UserError("argument --compare: no tokens are kept, so that --data.store means nothing; leave it out")
     recipe = data.preparation
@@ -129,7 +132,7 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     share = min(1.0, COMPARED_ON / max(corpus.audit["split"]["validation"]["bytes"], 1))
     held_out = list(corpus.texts("validation", share))
     names: list[str] = []
-    for row in compare(
+    for row in compare_tokenizers(
         kinds, tokenizer_training_share, held_out, recipe.vocab_size or DEFAULT_VOCAB_SIZE, recipe.special
     ):
         names = names or _head(row)

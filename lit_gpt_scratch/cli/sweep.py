@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.process_pool import end, spawned
+from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
@@ -108,13 +108,13 @@ def _sweep(given: argparse.Namespace, module: str | None) -> None:
 
 def _checked(sweep: "Sweep") -> "ResolvedBaseline":
     """What ``fit`` says of the flags, in a process of its own: reading them takes torch, which a sweep does without."""
-    pool = spawned(1)
+    pool = start_process_pool(1)
     try:
         return pool.submit(_check, sweep).result()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
-        end(pool)
+        shutdown_process_pool(pool)
 
 
 def _check(sweep: "Sweep") -> "ResolvedBaseline":

@@ -15,8 +15,8 @@ from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.token_stream import RecordTokenStream
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template, conversation
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message, parse_conversation
+from lit_gpt_scratch.text.document import TableRow
 
 N_SAMPLE_CONVERSATIONS: Final = 3
 """Conversations that a model's replies are shown of."""
@@ -44,18 +44,18 @@ class Conversations(RecordDataModule[ConversationExample]):
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
 
-    def default_rows(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[TableRow]:
         """Small tasks about words."""
         return synthetic_data.conversations()
 
     def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
         """Its messages, in whichever form."""
-        return ConversationExample(conversation(fields))
+        return ConversationExample(parse_conversation(fields))
 
     @cached_property
-    def template(self) -> Template:
+    def template(self) -> ChatTemplate:
         """In the tokens of this data."""
-        return Template(self.tokenizer)
+        return ChatTemplate(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
         """The tokens of the template, each with the one that follows it, where that is of a reply."""

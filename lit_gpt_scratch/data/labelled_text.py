@@ -16,7 +16,7 @@ from lit_gpt_scratch.data.record_split import shuffled_indices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.document import Row, blank, label_of, text_of
+from lit_gpt_scratch.text.document import TableRow, get_label, get_text, is_blank
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,16 @@ class LabelledText(RecordDataModule[LabelledExample]):
         self.columns = {"text_column": text_column, "label_column": label_column}
         self.balance = balance
 
-    def default_rows(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[TableRow]:
         """Sentences about things."""
-        return synthetic_data.labelled()
+        return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
         """A text with its label."""
-        text = text_of(fields, self.text_column)
-        if blank(text):
+        text = get_text(fields, self.text_column)
+        if is_blank(text):
             raise UserError(f"'{self.text_column}' is empty")
-        return LabelledExample(text, label_of(fields, self.label_column))
+        return LabelledExample(text, get_label(fields, self.label_column))
 
     def select_records(self, records: list[tuple[str, LabelledExample]]) -> list[tuple[str, LabelledExample]]:
         """All, or as many of each class as the smallest has."""

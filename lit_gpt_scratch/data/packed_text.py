@@ -19,15 +19,15 @@ from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, Pac
 from lit_gpt_scratch.data.prepare_tokens import TokenPreparation
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning import Step
-from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.cleaning import CleaningStep
+from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.decontamination import Leakage as Leakage  # a config may name it
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.quality import C4 as C4
 from lit_gpt_scratch.text.quality import GopherQuality as GopherQuality
 from lit_gpt_scratch.text.quality import GopherRepetition as GopherRepetition
-from lit_gpt_scratch.text.sources import STDLIB, Source
-from lit_gpt_scratch.text.token_shards import Ids
+from lit_gpt_scratch.text.sources import STDLIB, DocumentSource
+from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
@@ -90,7 +90,7 @@ class PackedText(BaseDataModule):
         split: str = "train",
         streaming: bool = False,
         max_bytes: int | None = None,
-        cleaning: Sequence[Step] = (ExactDuplicates(),),
+        cleaning: Sequence[CleaningStep] = (ExactDuplicates(),),
         processes: int | None = None,
         validation_share: float | None = None,
         tokenizer: str | None = None,
@@ -129,13 +129,13 @@ class PackedText(BaseDataModule):
         if not weights:
             raise UserError("data.source has no source in it; name one")
         sources = tuple(
-            (Source(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
+            (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
         # Torch's threads are what this machine, or this process' share of it, has cores for. A new process imports the
         # main module: a door, run by its module's name, is made for that; a script may not be.
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
-        selection = Selection(sources, tuple(cleaning), validation_share, max_bytes, cores)
+        selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
         self.preparation = TokenPreparation(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
         self.init_from = init_from
         self._asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
@@ -235,7 +235,7 @@ class PackedText(BaseDataModule):
         if stage == "fit":
             self.accumulate()
 
-    def sample_train_tokens(self, n: int) -> Ids:
+    def sample_train_tokens(self, n: int) -> TokenIds:
         """About the first so many tokens of the training, of each store its share."""
         whole = [float(store.train.n_tokens) for store in self.stores]
         weights = self.weights or whole

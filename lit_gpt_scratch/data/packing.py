@@ -23,8 +23,8 @@ import numpy as np
 
 from lit_gpt_scratch.data.token_store import hash_json
 from lit_gpt_scratch.data.token_stream import Integers, TokenStream
-from lit_gpt_scratch.text.atomic_files import whole_folder
-from lit_gpt_scratch.text.token_shards import Mapped, Stream
+from lit_gpt_scratch.text.atomic_files import create_folder_atomically
+from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ class InMemoryPlan(_ArrayPlan):
         return np.cumsum(np.concatenate([[0], *(in_each for _, in_each, _ in self._parts)]))
 
 
-class CachedPlan(_ArrayPlan, Mapped):
+class CachedPlan(_ArrayPlan, PicklableMemmaps):
     """A plan that is made once and mapped into memory from two files, ``pieces`` and ``windows``.
 
     Args:
@@ -190,7 +190,7 @@ class CachedPlan(_ArrayPlan, Mapped):
     def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
         self.stream = stream
         self.folder = folder
-        whole_folder(folder, lambda place: _write_plan(stream, block_size, policy, place), "--data.cache")
+        create_folder_atomically(folder, lambda place: _write_plan(stream, block_size, policy, place), "--data.cache")
 
     @cached_property
     def cost(self) -> PackingCost:
@@ -313,7 +313,7 @@ class ConcatenatedPlan:
         return PackingCost(len(self), end, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
 
 
-def plan_packing(stream: Stream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
+def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
     """A stream laid into windows for training; a plan is kept in the cache, under what it is made for."""
     if policy == "concatenate":
         return ConcatenatedPlan(stream, block_size)

@@ -13,8 +13,8 @@ from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedDataModule
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
-from lit_gpt_scratch.text.chat_template import REPLIES, Message
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.chat_template import ASSISTANT, Message
+from lit_gpt_scratch.text.document import TableRow
 
 TiePolicy = Literal["refuse", "drop"]
 TIE_POLICIES: Final[tuple[TiePolicy, ...]] = get_args(TiePolicy)
@@ -50,7 +50,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
             raise UserError(f"data.ties is {ties}; it must be one of {', '.join(TIE_POLICIES)}")
         self.ties = ties
 
-    def default_rows(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[TableRow]:
         """Replies to small tasks about words, as the checkable preference has them and as it has not."""
         return verifiable_rewards.preferences(self.checkable or OF_GENERATED)
 
@@ -71,7 +71,9 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     def encode_record(self, record: PreferencePair) -> tuple[EncodedSequence, ...]:
         """The conversation with each of the replies, the preferred one first."""
-        return tuple(self._whole([*record.prompt, Message(REPLIES, each)]) for each in (record.chosen, record.rejected))
+        return tuple(
+            self._whole([*record.prompt, Message(ASSISTANT, each)]) for each in (record.chosen, record.rejected)
+        )
 
     def _whole(self, messages: Sequence[Message]) -> EncodedSequence:
         """All tokens, and the labels of the last reply."""

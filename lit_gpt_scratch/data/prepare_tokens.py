@@ -12,14 +12,13 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.data.token_store import MANIFEST_FILE, STORE_FORMAT, TokenStore, hash_json
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.atomic_files import filled, whole_folder
-from lit_gpt_scratch.text.cleaning_report import markdown, with_tokens
-from lit_gpt_scratch.text.corpus import SIDES, Corpus, Selection, Side
-from lit_gpt_scratch.text.token_shards import Stream
-from lit_gpt_scratch.text.tokenize_corpus import ENCODED_AT_ONCE, clear_notes, encode, progress_bar
-from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
-from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.tokenizer_training import KINDS, OF_ANY_SIZE
+from lit_gpt_scratch.text.atomic_files import create_folder_atomically, fill_folder_atomically
+from lit_gpt_scratch.text.cleaning_report import add_token_counts, format_report
+from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, CorpusSpec, SplitName
+from lit_gpt_scratch.text.token_shards import ShardedTokenStream
+from lit_gpt_scratch.text.tokenize_corpus import BATCH_CHARACTERS, progress_bar, remove_shard_notes, tokenize_corpus
+from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KINDS
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +39,7 @@ class TokenPreparation:
         special: Its special tokens, beside the end of text.
     """
 
-    selection: Selection
+    selection: CorpusSpec
     vocab_size: int | None
     tokenizer: str
     special: tuple[str, ...]
@@ -56,23 +55,23 @@ class TokenPreparation:
         Raises:
             UserError: A source, the tokenizer or a folder is unusable, or ``store`` holds other tokens.
         """
-        if given is None and self.tokenizer not in KINDS:
+        if given is None and self.tokenizer not in TOKENIZER_KINDS:
             given = Tokenizer.load(Path(self.tokenizer).expanduser())
         if store is not None:
             self._refuse_place(store)
             if not store.exists() or not any(store.iterdir()):
                 purpose = json.dumps([STORE_FORMAT, self._settings(given), self.selection.stamps])
-                whole_folder(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
+                create_folder_atomically(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
             self._compare(store, given)
             return self._opened(store)
         corpus = self.selection.prepare(cache / "corpora")
         # Two cleanings may leave the same texts; the audit is of one of them.
         name = hash_json([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
-        whole_folder(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
+        create_folder_atomically(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
         return self._opened(folder)
 
-    def tokenizer_training_share(self, corpus: Corpus) -> float:
+    def tokenizer_training_share(self, corpus: CleanedCorpus) -> float:
         """The share of a corpus that a tokenizer learns from."""
         return min(1.0, TOKENIZER_TRAINING_BYTES / max(corpus.n_bytes, 1))
 
@@ -84,7 +83,7 @@ class TokenPreparation:
             **self.selection.settings,
         }
 
-    def _fingerprint(self, corpus: Corpus, given: Tokenizer | None) -> str:
+    def _fingerprint(self, corpus: CleanedCorpus, given: Tokenizer | None) -> str:
         trained = [self.tokenizer, self.vocab_size or DEFAULT_VOCAB_SIZE, *self.special]
         facts = {
             "format": STORE_FORMAT,
@@ -104,8 +103,8 @@ class TokenPreparation:
     def _fill(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
         if not text.exists():
-            filled(text, self.selection.write)
-        self._write(folder, Corpus.open(text), given)
+            fill_folder_atomically(text, self.selection.write)
+        self._write(folder, CleanedCorpus.open(text), given)
         (text / "sample.json").unlink(missing_ok=True)  # texts as they were before they were cleaned
 
     def _compare(self, store: Path, given: Tokenizer | None) -> None:
@@ -130,16 +129,16 @@ class TokenPreparation:
                 store,
             )
 
-    def _write(self, folder: Path, corpus: Corpus, given: Tokenizer | None) -> None:
+    def _write(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
         """Make what is not there yet: an interrupted call is gone on with."""
         if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._kept(folder) or given or self._train(corpus)
             if tokenizer.loss:
                 log.warning("the tokenizer loses something: %s", tokenizer.loss)
-            tokenizer.save(folder / TOKENIZER)
+            tokenizer.save(folder / TOKENIZER_FILE)
             log.info("encoding %s", self.selection.name)
-            shards = encode(corpus, folder, self.selection.processes)
-            self._account(folder, corpus, tokenizer, {side: Stream(tuple(shards[side])) for side in SIDES})
+            shards = tokenize_corpus(corpus, folder, self.selection.processes)
+            self._account(folder, corpus, tokenizer, {side: ShardedTokenStream(tuple(shards[side])) for side in SPLITS})
             about: dict[str, Any] = {
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
@@ -151,31 +150,33 @@ class TokenPreparation:
                 "vocab_size": tokenizer.vocab_size,
                 "recipe": self._settings(given),
                 "stamps": self.selection.stamps,
-                **{side: [shard.about for shard in shards[side]] for side in SIDES},
+                **{side: [shard.about for shard in shards[side]] for side in SPLITS},
             }
             TokenStore.write_manifest(folder, about)
-        clear_notes(TokenStore.read_unverified(folder).shards)
+        remove_shard_notes(TokenStore.read_unverified(folder).shards)
 
     def _kept(self, folder: Path) -> Tokenizer | None:
         """The tokenizer that an interrupted call has made."""
         try:
-            return Tokenizer.load(folder / TOKENIZER)
+            return Tokenizer.load(folder / TOKENIZER_FILE)
         except UserError:
             return None
 
-    def _account(self, folder: Path, corpus: Corpus, tokenizer: Tokenizer, streams: dict[Side, Stream]) -> None:
+    def _account(
+        self, folder: Path, corpus: CleanedCorpus, tokenizer: Tokenizer, streams: dict[SplitName, ShardedTokenStream]
+    ) -> None:
         kept = {side: stream.n_tokens - stream.n_documents for side, stream in streams.items()}
 
         def count(texts: Sequence[str]) -> list[int]:
             return [len(ids) for ids in tokenizer.encode_many(texts)]
 
-        audit = with_tokens(corpus.audit, corpus.sample, count, sum(kept.values()))
-        for side in SIDES:
+        audit = add_token_counts(corpus.audit, corpus.sample, count, sum(kept.values()))
+        for side in SPLITS:
             audit["split"][side]["tokens"] = kept[side]
         (folder / "audit.json").write_text(json.dumps(audit, indent=2), encoding="utf-8")
-        (folder / "audit.md").write_text(markdown(audit), encoding="utf-8")
+        (folder / "audit.md").write_text(format_report(audit), encoding="utf-8")
 
-    def _train(self, corpus: Corpus) -> Tokenizer:
+    def _train(self, corpus: CleanedCorpus) -> Tokenizer:
         share = self.tokenizer_training_share(corpus)
         some = "the" if share == 1 else f"{share:.1%} of the"
         log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
@@ -198,7 +199,7 @@ def validate_vocab_size(tokenizer: Tokenizer, kind: str, asked: int | None, name
     Raises:
         UserError: The text gives no more.
     """
-    if kind in OF_ANY_SIZE and tokenizer.vocab_size < (asked or 0):
+    if kind in TRAINED_KINDS and tokenizer.vocab_size < (asked or 0):
         raise UserError(
             f"data.vocab_size is {asked:,}, but {name} gives a tokenizer of kind {kind} only "
             f"{tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
@@ -217,7 +218,7 @@ def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
         start = 0
         while start < len(text):
             end = len(text)
-            if end - start > ENCODED_AT_ONCE:
-                end = text.rfind("\n", start, start + ENCODED_AT_ONCE) + 1 or start + ENCODED_AT_ONCE
+            if end - start > BATCH_CHARACTERS:
+                end = text.rfind("\n", start, start + BATCH_CHARACTERS) + 1 or start + BATCH_CHARACTERS
             yield text[start:end]
             start = end

@@ -10,8 +10,8 @@ from lit_gpt_scratch.data.base_datamodule import reject_null, require_positive_i
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
 from lit_gpt_scratch.data.tokenized_examples import TextRecord
-from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, Message, Template
-from lit_gpt_scratch.text.verifiable_rewards import checkable as named
+from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message
+from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
 
 SAMPLES: Final = 3
 """Prompts that a model's replies are shown of."""
@@ -34,7 +34,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     """Prompts in the one template (``text.chat``), and by what replies to them are judged.
 
     Args:
-        checkable: A preference that can be checked, by its name in ``text.checkable``: replies to prompts that are
+        checkable: A preference in ``text.verifiable_rewards``: replies to prompts that are
             held out are judged by it. By default it is the one that rewards a policy, if one does; else ``full_stop``
             of records that are generated, and none of others.
         reply_tokens: The most tokens of a reply that is written, its end among them.
@@ -53,7 +53,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
         require_positive_ints({"reply_tokens": reply_tokens})
         self.reply_tokens = reply_tokens
         if checkable is not None:
-            named(checkable)
+            get_verifiable_preference(checkable)
         self.checkable_asked = checkable
         self.rewarding: str | None = None
         """The name of the checkable preference that rewards the policy which learns from this data, if one does."""
@@ -66,12 +66,12 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
         """Whether a reply is as it should be; None where only a person could say."""
-        return None if self.checkable is None else named(self.checkable).holds
+        return None if self.checkable is None else get_verifiable_preference(self.checkable).holds
 
     @cached_property
-    def template(self) -> Template:
+    def template(self) -> ChatTemplate:
         """In the tokens of this data."""
-        return Template(self.tokenizer)
+        return ChatTemplate(self.tokenizer)
 
     @property
     def uneven(self) -> bool:

@@ -17,8 +17,8 @@ from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedEx
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, verifiable_rewards
 from lit_gpt_scratch.text.chat_template import Message
-from lit_gpt_scratch.text.document import Row
-from lit_gpt_scratch.text.reward_lookup import Scoring, scoring
+from lit_gpt_scratch.text.document import TableRow
+from lit_gpt_scratch.text.reward_lookup import TextReward, load_text_reward
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Prompts(PromptedDataModule[Prompt]):
         """Replies are as long as they are."""
         return True
 
-    def default_rows(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[TableRow]:
         """Small tasks about words."""
         return verifiable_rewards.prompts()
 
@@ -129,7 +129,7 @@ class Prompts(PromptedDataModule[Prompt]):
         order = self.order
         return cast("list[int]", rank_rows(order.batch_size, order.rank, order.world_size, order.rows).tolist())
 
-    def scoring(self, name: str | None) -> Scoring:
+    def scoring(self, name: str | None) -> TextReward:
         """What says how good a reply is; by default the checkable preference that replies are judged by.
 
         If it is such a preference, replies are judged by it as well, unless another was asked for.
@@ -137,7 +137,7 @@ class Prompts(PromptedDataModule[Prompt]):
         Raises:
             UserError: There is none of that name, or nothing to be judged by.
         """
-        self.rewarding = name if name in verifiable_rewards.CHECKABLES else None
+        self.rewarding = name if name in verifiable_rewards.VERIFIABLE_PREFERENCES else None
         if (name := name or self.checkable) is None:
             raise UserError("nothing says how good a reply is; name it: --model.reward, or --data.checkable")
-        return scoring(name)
+        return load_text_reward(name)

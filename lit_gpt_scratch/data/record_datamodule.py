@@ -43,9 +43,9 @@ from lit_gpt_scratch.data.tokenized_examples import (
 )
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, synthetic_data
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.row_readers import Columns
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.sources import DocumentSource
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,9 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             raise UserError(f"data.split_seed is {split_seed}; it must be 0 or more")
         if too_long not in LENGTH_POLICIES:
             raise UserError(f"data.too_long is {too_long}; it must be one of {', '.join(LENGTH_POLICIES)}")
-        self.source = None if source is None else Source(source, config=config, split=split, streaming=streaming)
+        self.source = (
+            None if source is None else DocumentSource(source, config=config, split=split, streaming=streaming)
+        )
         if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is none")
         self.held_out = validate_shares(validation, test)
@@ -152,7 +154,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         """Records of one side as rows of batches."""
 
     @abstractmethod
-    def default_rows(self) -> Iterator[Row]:
+    def default_rows(self) -> Iterator[TableRow]:
         """Rows for where no source is named."""
 
     def select_records(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
@@ -162,7 +164,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     @property
     def origin(self) -> str:
         """Where the records come from, as a user wrote it."""
-        return synthetic_data.NAME if self.source is None else self.source.name
+        return synthetic_data.SOURCE_NAME if self.source is None else self.source.name
 
     @cached_property
     def records(self) -> list[tuple[str, R]]:
@@ -170,7 +172,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         rows = self.default_rows() if self.source is None else self.source.rows(self.columns)
         return self.select_records([(row.where, self._read(row)) for row in rows])
 
-    def _read(self, row: Row) -> R:
+    def _read(self, row: TableRow) -> R:
         try:
             return self.parse_row(row.fields)
         except UserError as error:

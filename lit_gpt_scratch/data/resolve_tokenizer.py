@@ -8,9 +8,9 @@ from pathlib import Path
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE, validate_vocab_size
 from lit_gpt_scratch.data.token_store import hash_json
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.atomic_files import whole_folder
-from lit_gpt_scratch.text.tokenizer import FILE, Tokenizer
-from lit_gpt_scratch.text.tokenizer_training import KINDS
+from lit_gpt_scratch.text.atomic_files import create_folder_atomically
+from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
+from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +26,7 @@ def resolve_tokenizer(own: Tokenizer | None, init_from: str | None, given: str |
     Raises:
         UserError: Both are there and differ: a model of one vocabulary makes gibberish of another's ids.
     """
-    path = None if given is None or given in KINDS else Path(given).expanduser()
+    path = None if given is None or given in TOKENIZER_KINDS else Path(given).expanduser()
     found = None if path is None else Tokenizer.load(path)
     if own is not None and given and (found is None or found.to_json() != own.to_json()):
         raise UserError(f"data.tokenizer is another one than that of the model in {init_from}; leave it out")
@@ -54,9 +54,9 @@ def train_or_load_tokenizer(
 
     def fill(place: Path) -> None:
         log.info("training a %s tokenizer on the training records of %s", kind, name)
-        Tokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE, kind, special).save(place / FILE)
+        Tokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE, kind, special).save(place / TOKENIZER_FILE)
 
-    whole_folder(folder, fill, "--data.cache")
-    tokenizer = Tokenizer.load(folder / FILE)
+    create_folder_atomically(folder, fill, "--data.cache")
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     validate_vocab_size(tokenizer, kind, vocab_size, name)
     return tokenizer

@@ -14,11 +14,10 @@ from typing import Any, Final
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.atomic_files import whole_file
-from lit_gpt_scratch.text.corpus import SIDES
-from lit_gpt_scratch.text.token_shards import PARTS, Part, Shard, Stream, digest
-from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
-from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.corpus import SPLITS
+from lit_gpt_scratch.text.token_shards import SHARD_PARTS, ShardedTokenStream, ShardPart, TokenShard, sha256_file
+from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 STORE_FORMAT: Final = 3
 MANIFEST_FILE: Final = "store.json"
@@ -44,8 +43,8 @@ class TokenStore:
     fingerprint: str
     tokenizer_sha256: str
     vocab_size: int
-    train: Stream
-    validation: Stream
+    train: ShardedTokenStream
+    validation: ShardedTokenStream
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
@@ -59,11 +58,11 @@ class TokenStore:
         """
         store = cls.read_unverified(folder)
         try:
-            here = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
+            here = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
         except OSError as error:
-            raise UserError(f"{folder / TOKENIZER} is missing ({error.strerror}); {REBUILD_HINT}") from error
+            raise UserError(f"{folder / TOKENIZER_FILE} is missing ({error.strerror}); {REBUILD_HINT}") from error
         if here != store.tokenizer_sha256:
-            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER}; {REBUILD_HINT}")
+            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER_FILE}; {REBUILD_HINT}")
         store.verify()
         return store
 
@@ -72,7 +71,10 @@ class TokenStore:
         """A store as its folder tells of it, without looking whether that is so."""
         about = cls.read_manifest(folder)
         try:
-            sides = [Stream(tuple(Shard(folder=str(folder), **shard) for shard in about[side])) for side in SIDES]
+            sides = [
+                ShardedTokenStream(tuple(TokenShard(folder=str(folder), **shard) for shard in about[side]))
+                for side in SPLITS
+            ]
             tokenizer = about["fingerprints"]["tokenizer"]
             return cls(folder, about["fingerprint"], tokenizer, about["vocab_size"], *sides)
         except (KeyError, TypeError) as error:
@@ -106,7 +108,7 @@ class TokenStore:
     def write_manifest(folder: Path, about: dict[str, Any]) -> None:
         """Write what ``manifest`` reads, when all shards are there."""
         about = {"format": STORE_FORMAT, **about}
-        with whole_file(folder / MANIFEST_FILE) as file:
+        with atomic_file(folder / MANIFEST_FILE) as file:
             file.write(json.dumps(about | {"sha256": hash_json(about)}, indent=2).encode())
         store = TokenStore.read_unverified(folder)
         store._save_verified(store._signatures())
@@ -114,10 +116,10 @@ class TokenStore:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """What made the tokens."""
-        return Tokenizer.load(self.folder / TOKENIZER)
+        return Tokenizer.load(self.folder / TOKENIZER_FILE)
 
     @property
-    def shards(self) -> tuple[Shard, ...]:
+    def shards(self) -> tuple[TokenShard, ...]:
         """Of both sides."""
         return self.train.shards + self.validation.shards
 
@@ -132,7 +134,7 @@ class TokenStore:
         """
         now = self._signatures()
         before = {} if all_files else _read_verified(self.folder)
-        files = ((shard, part) for shard in self.shards for part in PARTS)
+        files = ((shard, part) for shard in self.shards for part in SHARD_PARTS)
         doubtful = [(shard, part) for shard, part in files if now[name := shard.file(part)] != before.get(name)]
         if doubtful:
             _compare_hashes(doubtful)
@@ -144,11 +146,11 @@ class TokenStore:
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
         """Remember that all files are as they were made, with these signatures."""
-        with suppress(OSError), whole_file(self.folder / VERIFIED_FILE) as file:  # a folder may be for reading only
+        with suppress(OSError), atomic_file(self.folder / VERIFIED_FILE) as file:  # a folder may be for reading only
             file.write(json.dumps(signatures).encode())
 
     def _signatures(self) -> dict[str, list[int]]:
-        return {shard.file(part): _file_signature(shard, part) for shard in self.shards for part in PARTS}
+        return {shard.file(part): _file_signature(shard, part) for shard in self.shards for part in SHARD_PARTS}
 
 
 def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
@@ -164,10 +166,10 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
         if store.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
                 f"{store.folder} was made with another tokenizer than {first.folder}; make both with one: "
-                f"--data.tokenizer {first.folder / TOKENIZER}"
+                f"--data.tokenizer {first.folder / TOKENIZER_FILE}"
             )
-    train = Stream(tuple(shard for store in stores for shard in store.train.shards))
-    validation = Stream(tuple(shard for store in stores for shard in store.validation.shards))
+    train = ShardedTokenStream(tuple(shard for store in stores for shard in store.train.shards))
+    validation = ShardedTokenStream(tuple(shard for store in stores for shard in store.validation.shards))
     fingerprint = hashlib.sha256(" ".join(store.fingerprint for store in stores).encode()).hexdigest()
     return replace(first, fingerprint=fingerprint, train=train, validation=validation)
 
@@ -177,7 +179,7 @@ def hash_json(facts: object) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _file_signature(shard: Shard, part: Part) -> list[int]:
+def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
     """Size, and times of the last writing and change: what the system says of a file for next to nothing.
 
     Writing to it changes the last, even where the other is set back; but on Windows, where it is that of the creation.
@@ -200,14 +202,14 @@ def _read_verified(folder: Path) -> dict[str, list[int]]:
         return {}
 
 
-def _compare_hashes(files: Sequence[tuple[Shard, Part]]) -> None:
+def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
     """Read files, several at once, and compare them with their SHA-256."""
     total = sum(shard.sizes[part] for shard, part in files)
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
         tqdm(desc="checking", total=total, unit="B", unit_scale=True, disable=None, leave=False) as progress,
     ):
-        found = threads.map(lambda file: digest(file[0].path(file[1])), files)
+        found = threads.map(lambda file: sha256_file(file[0].path(file[1])), files)
         try:
             for (shard, part), sha256 in zip(files, found, strict=True):
                 if sha256 != shard.sha256[part]:
@@ -218,5 +220,5 @@ def _compare_hashes(files: Sequence[tuple[Shard, Part]]) -> None:
             raise
 
 
-def _shard_error(shard: Shard, why: str) -> UserError:
+def _shard_error(shard: TokenShard, why: str) -> UserError:
     return UserError(f"shard {shard.name} of {shard.folder} {why}; {REBUILD_HINT}")

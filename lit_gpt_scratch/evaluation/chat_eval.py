@@ -12,8 +12,8 @@ from lit_gpt_scratch.evaluation.intervals import Measured
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import ROLES, Message, Template, conversation
-from lit_gpt_scratch.text.document import Row, blank
+from lit_gpt_scratch.text.chat_template import ROLES, ChatTemplate, Message, parse_conversation
+from lit_gpt_scratch.text.document import TableRow, is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MARKERS = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
@@ -35,14 +35,14 @@ class Conversation:
     reference: str
 
     @classmethod
-    def of(cls, row: Row) -> "Conversation":
+    def of(cls, row: TableRow) -> "Conversation":
         """Of a record of conversations; what is replied to is its last message but one.
 
         Raises:
             UserError: It is no conversation that ends in a reply.
         """
         try:
-            *before, last = conversation(row.fields)
+            *before, last = parse_conversation(row.fields)
         except UserError as error:
             raise UserError(f"{row.where}: {error}") from error
         return cls(row.where, tuple(before), last.content)
@@ -69,7 +69,7 @@ class Reply(NamedTuple):
     @property
     def well_formed(self) -> bool:
         """Whether it says something, ends, and leaves it to others to open the next turn."""
-        return self.ended and not blank(self.text) and not any(marker in self.text for marker in MARKERS)
+        return self.ended and not is_blank(self.text) and not any(marker in self.text for marker in MARKERS)
 
 
 def measure(model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], max_new_tokens: int = 200) -> Measured:
@@ -81,7 +81,7 @@ def measure(model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], max
     Raises:
         UserError: A conversation is longer than the context.
     """
-    template = Template(tokenizer)
+    template = ChatTemplate(tokenizer)
     prompts = [template.prompt(each.messages) for each in asked]
     for each, prompt in zip(asked, prompts, strict=True):
         if len(prompt) > model.block_size:

@@ -20,7 +20,7 @@ from lit_gpt_scratch.evaluation.loglikelihood import TOKENS_AT_ONCE, together
 from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import POOLINGS
-from lit_gpt_scratch.text.document import Row, label_of
+from lit_gpt_scratch.text.document import TableRow, get_label
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ class Labelled:
     label: int
 
     @classmethod
-    def of(cls, row: Row, text_column: str, label_column: str, classes: Sequence[str]) -> "Labelled":
+    def of(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "Labelled":
         """Of two columns; a label is the name of a class.
 
         Raises:
@@ -53,7 +53,7 @@ class Labelled:
                 f"{row.where}: no label: no column '{label_column}' but {there}; name one: --data.label_column"
             )
         try:
-            label = label_of(row.fields, label_column)
+            label = get_label(row.fields, label_column)
         except UserError as error:
             raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
         if label not in classes:

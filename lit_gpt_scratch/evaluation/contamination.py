@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from lit_gpt_scratch.text.decontamination import Leakage, codes_of, runs_of, words_of
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.decontamination import Leakage, hash_ngrams, hash_words, normalized_words
+from lit_gpt_scratch.text.sources import read_documents
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.data.token_store import TokenStore
@@ -29,7 +29,7 @@ def corpus(source: str, text_column: str = "text") -> Iterator[str]:
     )
 
     if not Path(source, MANIFEST_FILE).is_file():
-        return (document.text for document in documents(source, text_column))
+        return (document.text for document in read_documents(source, text_column))
     return _decoded(TokenStore.open(Path(source)))
 
 
@@ -60,23 +60,23 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
     known: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
     short: dict[tuple[str, ...], list[int]] = {}
     for number, text in enumerate(texts):
-        said = words_of(text)
-        codes, length = codes_of(said), min(len(said), words)
+        said = normalized_words(text)
+        codes, length = hash_words(said), min(len(said), words)
         if 0 < length < min(Leakage.least, words):
             short.setdefault(tuple(said), []).append(number)
         elif length:
             runs, owners = known.setdefault(length, ([], []))
-            runs.append(np.unique(runs_of(codes, length)))
+            runs.append(np.unique(hash_ngrams(codes, length)))
             owners += [number] * len(runs[-1])
     tables = {length: _sorted(np.concatenate(runs), np.array(owners)) for length, (runs, owners) in known.items()}
     found = np.zeros(len(texts), dtype=bool)
     with tqdm(training, desc="searching what was trained on", unit="", delay=2, leave=False, disable=None) as bar:
         for document in bar:
-            said = words_of(document)
-            codes = codes_of(said)
+            said = normalized_words(document)
+            codes = hash_words(said)
             found[short.get(tuple(said), [])] = True
             for length, (sorted_runs, owner) in tables.items():
-                there = np.unique(runs_of(codes, length))
+                there = np.unique(hash_ngrams(codes, length))
                 first, last = (np.searchsorted(sorted_runs, there, side) for side in ("left", "right"))
                 for begin, end in zip(first[first < last], last[first < last], strict=True):
                     found[owner[begin:end]] = True

@@ -15,7 +15,7 @@ from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import write
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 ROWS_AT_ONCE: Final = 32
@@ -39,7 +39,7 @@ class Exercise:
     reference: str
 
     @classmethod
-    def of(cls, row: Row) -> "Exercise":
+    def of(cls, row: TableRow) -> "Exercise":
         """Of the columns ``prompt`` and ``reference``.
 
         Raises:

@@ -3,22 +3,22 @@
 from collections.abc import Iterator, Sequence
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.document import Row
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.document import TableRow
+from lit_gpt_scratch.text.sources import DocumentSource
 
 
-def read(source: str) -> Iterator[Row]:
+def read(source: str) -> Iterator[TableRow]:
     """Every row of a source.
 
     Raises:
         UserError: It is missing, holds no rows, or one cannot be read.
     """
-    found = Source(source)
+    found = DocumentSource(source)
     found.stamp()  # a source that is not there is said to be missing at once
     return found.rows()
 
 
-def text(row: Row, *columns: str) -> str:
+def text(row: TableRow, *columns: str) -> str:
     """The text in the first of these columns that the row has something in.
 
     Raises:
@@ -34,7 +34,7 @@ def text(row: Row, *columns: str) -> str:
     return value
 
 
-def texts(row: Row, column: str) -> list[str]:
+def texts(row: TableRow, column: str) -> list[str]:
     """The list of texts in a column.
 
     Raises:
@@ -46,7 +46,7 @@ def texts(row: Row, column: str) -> list[str]:
     return found
 
 
-def one_of(row: Row, column: str, names: Sequence[str]) -> int:
+def one_of(row: TableRow, column: str, names: Sequence[str]) -> int:
     """Which of some names a column means: by its number from 0, or by the name itself.
 
     Raises:

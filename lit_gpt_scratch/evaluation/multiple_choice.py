@@ -12,7 +12,7 @@ from lit_gpt_scratch.evaluation import jsonl
 from lit_gpt_scratch.evaluation.intervals import Measured
 from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BETWEEN: Final = "\n\n"
@@ -38,7 +38,7 @@ class Question:
     answer: int
 
     @classmethod
-    def of(cls, row: Row) -> "Question":
+    def of(cls, row: TableRow) -> "Question":
         """Of the columns ``question``, ``context`` or both, ``choices``, and ``answer``, a choice or its number from 0.
 
         Raises:
@@ -52,7 +52,7 @@ class Question:
         return cls(row.where, context, tuple(f" {choice}" for choice in choices), answer)
 
     @classmethod
-    def of_pair(cls, row: Row) -> "Question":
+    def of_pair(cls, row: TableRow) -> "Question":
         """Of the columns ``sentence_good`` and ``sentence_bad``, as in BLiMP (https://arxiv.org/abs/1912.00582).
 
         Raises:

@@ -24,7 +24,7 @@ from lit_gpt_scratch.evaluation.generation_eval import Exercise
 from lit_gpt_scratch.evaluation.intervals import Measured, Scores, scores, wilson
 from lit_gpt_scratch.evaluation.multiple_choice import Question
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.sources import read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
@@ -85,7 +85,7 @@ class Kind:
 KINDS: Final = {
     "text": Kind(
         "how well a text is predicted",
-        lambda asked: documents(asked.source, asked.text_column),
+        lambda asked: read_documents(asked.source, asked.text_column),
         lambda document: str(document.text),
         lambda model, tokenizer, found, asked: perplexity.measure(
             model, tokenizer, (document.text for document in found), asked.window, asked.stride

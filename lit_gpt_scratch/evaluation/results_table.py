@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.text.atomic_files import whole_file
-from lit_gpt_scratch.text.cleaning_report import drawn
+from lit_gpt_scratch.text.atomic_files import atomic_file
+from lit_gpt_scratch.text.cleaning_report import format_markdown_table
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def table(answer: Mapping[str, Any]) -> str:
         if isinstance(value, int | float):
             cells = [name, _number(value), _interval(answer["intervals"].get(name))]
             lines.append(cells + ([_number(clean[name]), _interval(clean["intervals"].get(name))] if clean else []))
-    found = [drawn(lines, "<>>>>" if clean else "<>>")]
+    found = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
     if answer["intervals_of"] == "parts":
         found.append(
             "of so few documents, intervals are from the spread among windows; these are alike, so they are too narrow"
@@ -36,7 +36,7 @@ def table(answer: Mapping[str, Any]) -> str:
     if "confusion" in answer:
         names = list(answer["confusion"])
         counts = [[name, *map(_number, answer["confusion"][name].values())] for name in names]
-        found.append(drawn([["true \\ given", *names], *counts], "<" + ">" * len(names)))
+        found.append(format_markdown_table([["true \\ given", *names], *counts], "<" + ">" * len(names)))
     if contamination:
         share = f"{contamination['share']:.1%}, 95% interval {_interval(contamination['interval'])}"
         found.append(f"{contamination['rows']:,} of {answer['rows']:,} rows ({share}) stand in what was trained on")
@@ -58,7 +58,7 @@ def keep(folder: RunFolder, name: str, asked: Mapping[str, Any], answer: Mapping
     path = folder.path / FOLDER / f"{name}-{digest}.json"
     try:
         path.parent.mkdir(exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_file(path) as file:
             file.write(json.dumps({"asked": asked, **answer}, indent=2, ensure_ascii=False).encode())
         _scalars(path.parent, name, answer, asked["step"])
     except OSError as error:  # somebody else's run, say; the answer has been printed

@@ -22,9 +22,8 @@ from lit_gpt_scratch.interop.qwen3 import Qwen3
 from lit_gpt_scratch.interop.weight_mapping import FILE, empty_tensors, read_tensors, refuse_other_tensors
 from lit_gpt_scratch.model.init import INIT_STD
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
-from lit_gpt_scratch.text.atomic_files import filled
-from lit_gpt_scratch.text.tokenizer import FILE as TOKENIZER
-from lit_gpt_scratch.text.tokenizer import GPT2_FILES, Tokenizer
+from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
+from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,7 @@ def write(model: Model, folder: Path) -> str:
     def fill(place: Path) -> None:
         for name, content in _documents(family, model, theirs).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        (place / TOKENIZER).write_text(model.tokenizer.to_json(), encoding="utf-8")
+        (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
         save_file(theirs, place / FILE, metadata={"format": "pt"})
 
     try:
@@ -117,7 +116,7 @@ def write(model: Model, folder: Path) -> str:
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.is_dir():
             place.rmdir()
-        filled(place, fill)
+        fill_folder_atomically(place, fill)
     except (OSError, SafetensorError) as error:
         raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
     return family.architecture
@@ -192,13 +191,13 @@ def _read_config(folder: Path) -> Fields:
 
 
 def _read_tokenizer(folder: Path, family: Family) -> Tokenizer:
-    if (folder / TOKENIZER).is_file():
-        return Tokenizer.load(folder / TOKENIZER)
+    if (folder / TOKENIZER_FILE).is_file():
+        return Tokenizer.load(folder / TOKENIZER_FILE)
     # The two files do not say how text is split into words; of GPT-2 it is known.
     if not isinstance(family, GPT2) or not any(
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):
         raise UserError(
-            f"no {TOKENIZER} in {folder}; write one there with save_pretrained of transformers' AutoTokenizer"
+            f"no {TOKENIZER_FILE} in {folder}; write one there with save_pretrained of transformers' AutoTokenizer"
         )
     return Tokenizer.load(folder)

@@ -15,15 +15,15 @@ from filelock import FileLock
 
 from lit_gpt_scratch.errors import UserError
 
-BEGUN: Final = "begun"
+PURPOSE_FILE: Final = "begun"
 """A file in a folder that is being filled, with what it is filled for."""
-UNFINISHED: Final = ".{name}.{writer}.unfinished"
+TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[IO[bytes]]:
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Write a file beside its place, and put it there when all of it is on the disk."""
-    unfinished = path.with_name(UNFINISHED.format(name=path.name, writer=secrets.token_hex(4)))
+    unfinished = path.with_name(TEMPORARY_NAME.format(name=path.name, writer=secrets.token_hex(4)))
     try:
         with unfinished.open("wb") as file:
             yield file
@@ -34,7 +34,7 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
         unfinished.unlink(missing_ok=True)
 
 
-def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str, purpose: str | None = None) -> None:
+def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: str, purpose: str | None = None) -> None:
     """Make a folder unless it is there.
 
     It is filled beside its place and renamed when it is whole, so a kill leaves none or a good one; a lock, which a
@@ -59,7 +59,7 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str, purpose:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
             if not folder.exists():
-                filled(folder, fill, purpose)
+                fill_folder_atomically(folder, fill, purpose)
     except BrokenProcessPool as error:
         kept = "the same command goes on" if purpose is not None else "try again"
         raise UserError(
@@ -71,17 +71,17 @@ def whole_folder(folder: Path, fill: Callable[[Path], None], flag: str, purpose:
         raise UserError(f"cannot write to {folder.parent} ({said}); name another: {flag}") from error
 
 
-def filled(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
-    """``whole_folder`` for a folder that is not there and that no other process makes."""
+def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
+    """``create_folder_atomically`` for a folder that is not there and that no other process makes."""
     partial = folder.with_name(f"{folder.name}.partial")
-    begun = partial / BEGUN
+    begun = partial / PURPOSE_FILE
     if purpose is None or not begun.is_file() or begun.read_text(encoding="utf-8") != purpose:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         if purpose is not None:
-            with whole_file(begun) as note:
+            with atomic_file(begun) as note:
                 note.write(purpose.encode())
-    for left in partial.rglob(UNFINISHED.format(name="*", writer="*")):  # by a writer that was killed
+    for left in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # by a writer that was killed
         left.unlink(missing_ok=True)
     try:
         fill(partial)

@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple, get_args
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.document import blank, text_of
+from lit_gpt_scratch.text.document import get_text, is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 Role = Literal["system", "user", "assistant"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
-REPLIES: Final = "assistant"
+ASSISTANT: Final = "assistant"
 """The role whose turns are learned."""
 ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
 """Special tokens for a tokenizer that is made for conversations."""
-CLOSING: Final = "\n"
+TURN_END: Final = "\n"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Message:
     content: str
 
 
-class Rendered(NamedTuple):
+class RenderedConversation(NamedTuple):
     """A conversation in tokens.
 
     Attributes:
@@ -49,35 +49,35 @@ class Rendered(NamedTuple):
     learned: list[bool]
 
 
-class Template:
+class ChatTemplate:
     """The template in the tokens of one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._markers = {role: self._marker(role) for role in ROLES}
-        self._closing = tokenizer.encode(CLOSING)
+        self._closing = tokenizer.encode(TURN_END)
 
-    def render(self, messages: Sequence[Message]) -> Rendered:
+    def render(self, messages: Sequence[Message]) -> RenderedConversation:
         """A whole conversation, as it is learned."""
         ids, learned = [self._tokenizer.start_of_text], [False]
         for message in messages:
-            reply = message.role == REPLIES
+            reply = message.role == ASSISTANT
             said = self._tokenizer.encode(message.content)
             said += [self._tokenizer.end_of_text] if reply else self._closing
             ids += self._markers[message.role] + said
             learned += [False] * len(self._markers[message.role]) + [reply] * len(said)
-        return Rendered(ids, learned)
+        return RenderedConversation(ids, learned)
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """What a reply to these messages is written after: all up to the marker of the reply."""
-        return self.render(messages).ids + self._markers[REPLIES]
+        return self.render(messages).ids + self._markers[ASSISTANT]
 
     def _marker(self, role: Role) -> list[int]:
         special = self._tokenizer.special(f"<|{role}|>")
         return [special] if special is not None else self._tokenizer.encode(f"### {role.capitalize()}:\n")
 
 
-def conversation(fields: Mapping[str, Any]) -> list[Message]:
+def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
     """The messages of a record, whose kind its columns tell.
 
     Args:
@@ -90,12 +90,12 @@ def conversation(fields: Mapping[str, Any]) -> list[Message]:
     if fields.get("messages") is not None:
         messages = _listed(fields["messages"], "messages")
     elif fields.get("instruction") is not None:
-        messages = [_instruction(fields), Message(REPLIES, text_of(fields, "output"))]
+        messages = [_instruction(fields), Message(ASSISTANT, get_text(fields, "output"))]
     else:
         there = ", ".join(fields) or "nothing"
         raise UserError(f"a record has 'messages', or 'instruction' and 'output'; here is {there}")
-    refuse_messages(messages)
-    if messages[-1].role != REPLIES:
+    validate_messages(messages)
+    if messages[-1].role != ASSISTANT:
         raise UserError(f"the last message is the {messages[-1].role}'s; there is no reply to learn after it")
     return messages
 
@@ -104,7 +104,7 @@ def prompt(fields: Mapping[str, Any]) -> list[Message]:
     """The messages of a record to which replies are compared, or written.
 
     Args:
-        fields: ``prompt``, a text or a list of messages; or ``instruction`` and ``input``, as for ``conversation``.
+        fields: ``prompt``, a text or a list of messages; or ``instruction`` and ``input``, as in Alpaca.
 
     Raises:
         UserError: There is none, or nothing to reply to; without file and row, which the caller knows.
@@ -117,7 +117,7 @@ def prompt(fields: Mapping[str, Any]) -> list[Message]:
         messages = [_instruction(fields)]
     else:
         raise UserError(f"a record has 'prompt', or 'instruction'; here is {', '.join(fields) or 'nothing'}")
-    refuse_messages(messages)
+    validate_messages(messages)
     if messages[-1].role != "user":
         raise UserError(f"the last message of the prompt is the {messages[-1].role}'s; a reply follows the user's")
     return messages
@@ -131,17 +131,19 @@ def reply(fields: Mapping[str, Any], column: str) -> str:
     """
     if isinstance(fields.get(column), list):
         messages = _listed(fields[column], column)
-        if [message.role for message in messages] != [REPLIES]:
-            raise UserError(f"'{column}' is not one message of the {REPLIES}; what was said before belongs to 'prompt'")
+        if [message.role for message in messages] != [ASSISTANT]:
+            raise UserError(
+                f"'{column}' is not one message of the {ASSISTANT}; what was said before belongs to 'prompt'"
+            )
         text = messages[0].content
     else:
-        text = text_of(fields, column)
-    if blank(text):
+        text = get_text(fields, column)
+    if is_blank(text):
         raise UserError(f"'{column}' is empty")
     return text
 
 
-def refuse_messages(messages: Sequence[Message]) -> None:
+def validate_messages(messages: Sequence[Message]) -> None:
     """Refuse what is no conversation: first the system, if at all, then the user, then turn about.
 
     Raises:
@@ -151,20 +153,20 @@ def refuse_messages(messages: Sequence[Message]) -> None:
         raise UserError("there is no message")
     for number, message in enumerate(messages, 1):
         before = messages[number - 2].role if number > 1 else None
-        if blank(message.content):
-            what = "reply" if message.role == REPLIES else f"text of the {message.role}"
+        if is_blank(message.content):
+            what = "reply" if message.role == ASSISTANT else f"text of the {message.role}"
             raise UserError(f"message {number}: the {what} is empty")
         if message.role == before:
             raise UserError(f"messages {number - 1} and {number} are both the {before}'s; join them")
         if message.role == "system" and before is not None:
             raise UserError(f"message {number} is the system's, which can only be the first")
-        if message.role == REPLIES and before != "user":
-            raise UserError(f"message {number} is the {REPLIES}'s, but nobody has asked; the user begins")
+        if message.role == ASSISTANT and before != "user":
+            raise UserError(f"message {number} is the {ASSISTANT}'s, but nobody has asked; the user begins")
 
 
 def _instruction(fields: Mapping[str, Any]) -> Message:
-    asked = [text_of(fields, name) for name in ("instruction", "input")]
-    return Message("user", "\n\n".join(part for part in asked if not blank(part)))
+    asked = [get_text(fields, name) for name in ("instruction", "input")]
+    return Message("user", "\n\n".join(part for part in asked if not is_blank(part)))
 
 
 def _listed(given: Any, column: str) -> list[Message]:
@@ -182,6 +184,6 @@ def _listed(given: Any, column: str) -> list[Message]:
 
 def _content(entry: Mapping[str, Any], number: int) -> str:
     try:
-        return text_of(entry, "content")
+        return get_text(entry, "content")
     except UserError as error:
         raise UserError(f"message {number}: {error}") from error

@@ -19,11 +19,11 @@ from typing import Any, ClassVar, Final, Literal
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Document
 
-Reason = str
+RejectionReason = str
 """Why a document is rejected: a few words that are the same for all documents of that fault."""
 
 
-class Step:
+class CleaningStep:
     """A step of one of the three kinds below."""
 
     @property
@@ -45,15 +45,15 @@ class Step:
         return hashlib.sha256(repr(written).encode()).hexdigest()[:16]
 
 
-class LoneStep(Step, ABC):
+class PerDocumentStep(CleaningStep, ABC):
     """What is made of a document from that document alone."""
 
     @abstractmethod
-    def __call__(self, document: Document) -> Document | Reason:
+    def __call__(self, document: Document) -> Document | RejectionReason:
         """The document, the same or another text under its id; or why it is rejected."""
 
 
-class ComparingStep(Step, ABC):
+class DeduplicationStep(CleaningStep, ABC):
     """A step that judges a document by those before it.
 
     Documents are sketched side by side, in several processes, and judged one after the other, in their order.
@@ -67,20 +67,20 @@ class ComparingStep(Step, ABC):
         """What has to be known of a document to judge it."""
 
     @abstractmethod
-    def judge(self, folder: Path) -> AbstractContextManager[Callable[[Any], Reason | None]]:
+    def judge(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
         """A judge of sketches that remembers those that passed; ``folder`` takes what need not be in memory."""
 
 
-class HeldOutStep(Step, ABC):
+class DecontaminationStep(CleaningStep, ABC):
     """A step that judges training documents by those held out: it comes after the split, and so after all others."""
 
     @abstractmethod
-    def judge(self, held_out: Iterable[Document]) -> Callable[[Document], Reason | None]:
+    def judge(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
         """A judge of training documents."""
 
 
 @dataclass(frozen=True)
-class UnicodeNormalization(LoneStep):
+class UnicodeNormalization(PerDocumentStep):
     """One code for what looks the same: ``NFC`` composes, ``NFKC`` also makes ligatures and wide letters plain.
 
     Args:
@@ -94,11 +94,11 @@ class UnicodeNormalization(LoneStep):
         return replace(document, text=unicodedata.normalize(self.form, document.text))
 
 
-CONTROL: Final = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
+CONTROL_CHARACTERS: Final = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f\u200b\u2060\ufeff\ufffe\uffff]")
 
 
 @dataclass(frozen=True)
-class ControlCharacters(LoneStep):
+class ControlCharacters(PerDocumentStep):
     """Drop what no one sees: C0 and C1 controls but tab, line feeds, form feed and U+0085; zero-width marks, and BOMs.
 
     The joiners U+200C and U+200D stay: words and emoji are written with them.
@@ -106,11 +106,11 @@ class ControlCharacters(LoneStep):
 
     def __call__(self, document: Document) -> Document:
         """Drop them."""
-        return replace(document, text=CONTROL.sub("", document.text))
+        return replace(document, text=CONTROL_CHARACTERS.sub("", document.text))
 
 
 @dataclass(frozen=True)
-class Whitespace(LoneStep):
+class Whitespace(PerDocumentStep):
     """One kind of line end, no space at the end of a line, no more than ``blank_lines`` in a row.
 
     Spaces at the start of a line stay: they are Python's grammar and a poem's shape.
@@ -138,7 +138,7 @@ class Whitespace(LoneStep):
 
 
 @dataclass(frozen=True)
-class Length(LoneStep):
+class Length(PerDocumentStep):
     """Reject what is too short or too long.
 
     Args:
@@ -153,7 +153,7 @@ class Length(LoneStep):
         if self.at_most is not None and self.at_most < self.at_least:
             raise UserError(f"data.cleaning: Length.at_most ({self.at_most}) is below at_least ({self.at_least})")
 
-    def __call__(self, document: Document) -> Document | Reason:
+    def __call__(self, document: Document) -> Document | RejectionReason:
         """Measure."""
         if len(document.text) < self.at_least:
             return f"fewer than {self.at_least:,} characters"
@@ -171,7 +171,7 @@ IPV6: Final = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f
 
 
 @dataclass(frozen=True)
-class MaskContacts(LoneStep):
+class MaskContacts(PerDocumentStep):
     """Put words in place of e-mail and IP addresses (https://arxiv.org/abs/2406.17557, section 3.7).
 
     Args:
@@ -200,20 +200,20 @@ def _is_ipv6(found: str) -> bool:
     return len(groups) >= 3 or groups[:1] == ["fe80"]
 
 
-def check(steps: Sequence[Step]) -> None:
+def validate_steps(steps: Sequence[CleaningStep]) -> None:
     """Refuse steps that are none, miss a setting, or stand where they cannot.
 
     Raises:
         UserError: One of them does; it is named.
     """
     for step in steps:
-        if not isinstance(step, LoneStep | ComparingStep | HeldOutStep):
-            raise UserError(f"data.cleaning: {step.name} is no LoneStep, ComparingStep or HeldOutStep")
+        if not isinstance(step, PerDocumentStep | DeduplicationStep | DecontaminationStep):
+            raise UserError(f"data.cleaning: {step.name} is none of the three kinds of CleaningStep")
         settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
         for setting in settings:
             if getattr(step, setting.name) is None and setting.default is not None:
                 raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out for its default")
-    first = next((place for place, step in enumerate(steps) if isinstance(step, HeldOutStep)), None)
+    first = next((place for place, step in enumerate(steps) if isinstance(step, DecontaminationStep)), None)
     for step in steps[first:] if first is not None else ():
-        if not isinstance(step, HeldOutStep):
+        if not isinstance(step, DecontaminationStep):
             raise UserError(f"data.cleaning: put {step.name} before {steps[first or 0].name}")

@@ -12,21 +12,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.text.cleaning import ComparingStep, LoneStep, Reason, Step
-from lit_gpt_scratch.text.document import Document, blank
-from lit_gpt_scratch.text.process_pool import end, spawned
+from lit_gpt_scratch.text.cleaning import CleaningStep, DeduplicationStep, PerDocumentStep, RejectionReason
+from lit_gpt_scratch.text.document import Document, is_blank
+from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
-BATCH: Final = 2**20
-"""Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``MOST``."""
-MOST: Final = 256
-ALONE: Final = 2**25
+BATCH_BYTES: Final = 2**20
+"""Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``BATCH_DOCUMENTS``."""
+BATCH_DOCUMENTS: Final = 256
+SINGLE_PROCESS_BYTES: Final = 2**25
 """Bytes of text before which no process is started: it would take longer to start than it saves."""
-AHEAD: Final = 2
+QUEUED_BATCHES: Final = 2
 """Batches that wait for each process."""
 
 
 @dataclass(slots=True)
-class Passage:
+class PipelineItem:
     """What becomes of a document on its way through the steps.
 
     Attributes:
@@ -42,7 +42,7 @@ class Passage:
     origin: int
     sizes: list[int]
     texts: list[str] | None = None
-    reason: Reason | None = None
+    reason: RejectionReason | None = None
     sketch: Any = None
 
     def passed(self, document: Document) -> None:
@@ -54,13 +54,13 @@ class Passage:
         self.document = document
 
 
-Batch = list[Passage]
+ItemBatch = list[PipelineItem]
 Sketch = Callable[[Document], Any]
 
 
-def run(
-    passages: Iterable[Passage], steps: Sequence[Step], last: Sketch, folder: Path, processes: int
-) -> Iterator[Passage]:
+def run_pipeline(
+    passages: Iterable[PipelineItem], steps: Sequence[CleaningStep], last: Sketch, folder: Path, processes: int
+) -> Iterator[PipelineItem]:
     """Send documents through steps.
 
     Args:
@@ -71,42 +71,42 @@ def run(
         processes: To work in; with 1, in this one.
     """
     with ExitStack() as stack:
-        pool = Pool(processes)
+        pool = LazyProcessPool(processes)
         stack.callback(pool.close)
         batches = _batches(passages)
-        alone: list[LoneStep] = []
+        alone: list[PerDocumentStep] = []
         for step in steps:
-            if isinstance(step, ComparingStep):
+            if isinstance(step, DeduplicationStep):
                 work = partial(_work, tuple(alone), step.sketch)
                 batches = map(work, batches) if step.cheap and not alone else pool.each(work, batches)
                 batches = _judged(batches, stack.enter_context(step.judge(folder)))
                 alone = []
-            elif isinstance(step, LoneStep):
+            elif isinstance(step, PerDocumentStep):
                 alone.append(step)
         for batch in pool.each(partial(_work, tuple(alone), last), batches):
             yield from batch
 
 
-def _batches(passages: Iterable[Passage]) -> Iterator[Batch]:
-    batch: Batch = []
+def _batches(passages: Iterable[PipelineItem]) -> Iterator[ItemBatch]:
+    batch: ItemBatch = []
     size = 0
     for passage in passages:
         batch.append(passage)
         size += passage.sizes[0]
-        if size >= BATCH or len(batch) >= MOST:
+        if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def _work(steps: Sequence[LoneStep], sketch: Sketch, batch: Batch) -> Batch:
+def _work(steps: Sequence[PerDocumentStep], sketch: Sketch, batch: ItemBatch) -> ItemBatch:
     for passage in batch:
         for step in steps if passage.reason is None else ():
             result = step(passage.document)
             if isinstance(result, str):
                 passage.reason = result
                 break
-            if blank(result.text):
+            if is_blank(result.text):
                 passage.reason = "nothing left"
                 break
             passage.passed(result)
@@ -114,7 +114,7 @@ def _work(steps: Sequence[LoneStep], sketch: Sketch, batch: Batch) -> Batch:
     return batch
 
 
-def _judged(batches: Iterable[Batch], judge: Callable[[Any], Reason | None]) -> Iterator[Batch]:
+def _judged(batches: Iterable[ItemBatch], judge: Callable[[Any], RejectionReason | None]) -> Iterator[ItemBatch]:
     for batch in batches:
         for passage in batch:
             if passage.reason is None:
@@ -125,24 +125,24 @@ def _judged(batches: Iterable[Batch], judge: Callable[[Any], Reason | None]) -> 
         yield batch
 
 
-class Pool:
+class LazyProcessPool:
     """Processes that are started when the work turns out to be much, and results in the order of the work."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def each(self, work: Callable[[Batch], Batch], batches: Iterable[Batch]) -> Iterator[Batch]:
+    def each(self, work: Callable[[ItemBatch], ItemBatch], batches: Iterable[ItemBatch]) -> Iterator[ItemBatch]:
         """``work(batch)`` for each batch."""
         seen = 0
-        waiting: deque[Future[Batch]] = deque()
+        waiting: deque[Future[ItemBatch]] = deque()
         for batch in batches:
             seen += sum(passage.sizes[0] for passage in batch)
-            if self.processes == 1 or seen < ALONE:
+            if self.processes == 1 or seen < SINGLE_PROCESS_BYTES:
                 yield work(batch)
                 continue
             waiting.append(self._start().submit(work, batch))
-            if len(waiting) > AHEAD * self.processes:
+            if len(waiting) > QUEUED_BATCHES * self.processes:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
@@ -150,9 +150,9 @@ class Pool:
     def close(self) -> None:
         """End the processes; what still waits is not done."""
         if self._pool is not None:
-            end(self._pool)
+            shutdown_process_pool(self._pool)
 
     def _start(self) -> ProcessPoolExecutor:
         if self._pool is None:
-            self._pool = spawned(self.processes)
+            self._pool = start_process_pool(self.processes)
         return self._pool

@@ -7,18 +7,18 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Final
 
-from lit_gpt_scratch.text.cleaning_pipeline import Passage
-from lit_gpt_scratch.text.document import Rejected
+from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
+from lit_gpt_scratch.text.document import RejectedDocument
 
-EXAMPLES: Final = 3
-EXCERPT: Final = 160
+MAX_EXAMPLES: Final = 3
+EXCERPT_CHARACTERS: Final = 160
 """Characters of an example."""
-SAMPLE: Final = 2**22
+SAMPLE_BYTES: Final = 2**22
 """Bytes of text on which tokens are counted step by step; a corpus that is not larger is counted whole."""
 
 
 @dataclass
-class Row:
+class StepStatistics:
     """One step's account: ``documents_in`` is ``documents_out`` plus all that were rejected."""
 
     name: str
@@ -44,28 +44,28 @@ class Row:
         self.bytes_rejected += size
         self.rejected[reason] += 1
         shown = self.examples.setdefault(reason, [])
-        if len(shown) < EXAMPLES:
-            shown.append({"id": id_, "text": text[:EXCERPT]})
+        if len(shown) < MAX_EXAMPLES:
+            shown.append({"id": id_, "text": text[:EXCERPT_CHARACTERS]})
 
 
-class Audit:
+class CleaningReport:
     """The rows of all steps: reading first, then the steps that were chosen, then mixing and what follows the split."""
 
     def __init__(self, steps: Sequence[str], later: Sequence[str] = ()) -> None:
-        self.rows = [Row("reading"), *map(Row, [*steps, *later])]
+        self.rows = [StepStatistics("reading"), *map(StepStatistics, [*steps, *later])]
         self._later = 1 + len(steps)
         self._sample: dict[str, list[str]] = {}
         self._sampled, self._limit = 0, 2**64
 
     def sampled(self, id_: str, size: int = 0) -> bool:
         """Whether tokens are counted on a document: a choice by its name, that no order of documents changes."""
-        return size <= SAMPLE and _place(id_) < self._limit
+        return size <= SAMPLE_BYTES and _place(id_) < self._limit
 
-    def passed_over(self, rejected: Rejected) -> None:
+    def passed_over(self, rejected: RejectedDocument) -> None:
         """Something that the source has, and that is no document."""
         self.rows[0].reject(rejected.id, "", rejected.n_bytes, rejected.reason)
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: PipelineItem) -> None:
         """A document that was read, and has come to the end of its way or of the steps before the split."""
         sizes = passage.sizes
         self.rows[0].passed(sizes[0], sizes[0])
@@ -76,7 +76,7 @@ class Audit:
         if passage.texts is not None and self.sampled(passage.document.id):
             self._sample[passage.document.id] = passage.texts
             self._sampled += sizes[0]
-            while self._sampled > SAMPLE and len(self._sample) > 1:
+            while self._sampled > SAMPLE_BYTES and len(self._sample) > 1:
                 self._limit //= 2
                 self._sample = {id_: texts for id_, texts in self._sample.items() if self.sampled(id_)}
                 self._sampled = sum(len(texts[0].encode()) for texts in self._sample.values())
@@ -108,7 +108,7 @@ class Audit:
         return list(self._sample.values())
 
 
-def with_tokens(
+def add_token_counts(
     audit: dict[str, Any], sample: Sequence[Sequence[str]], count: Callable[[Sequence[str]], list[int]], kept: int
 ) -> dict[str, Any]:
     """An audit with ``tokens_in`` and ``tokens_out`` of every step.
@@ -148,7 +148,7 @@ def _place(id_: str) -> int:
     return int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
-def table(audit: dict[str, Any]) -> str:
+def format_step_table(audit: dict[str, Any]) -> str:
     """The account as a Markdown table that a terminal shows well, too."""
     head = ["step", "documents in", "out", "bytes in", "out", "tokens in", "out", "rejected"]
     rows = [head]
@@ -158,10 +158,10 @@ def table(audit: dict[str, Any]) -> str:
         sizes += [f"{step[f'bytes_{side}']:,}" for side in ("in", "out")]
         sizes += [f"{step[f'tokens_{side}']:,}" if f"tokens_{side}" in step else "" for side in ("in", "out")]
         rows.append([step["name"], *sizes, rejected])
-    return drawn(rows, "<>>>>>><")
+    return format_markdown_table(rows, "<>>>>>><")
 
 
-def drawn(rows: Sequence[Sequence[str]], aligned: str) -> str:
+def format_markdown_table(rows: Sequence[Sequence[str]], aligned: str) -> str:
     """A head and rows as a Markdown table that a terminal shows well, too; each column to the left or to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
@@ -172,7 +172,7 @@ def drawn(rows: Sequence[Sequence[str]], aligned: str) -> str:
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
-def markdown(audit: dict[str, Any]) -> str:
+def format_report(audit: dict[str, Any]) -> str:
     """The whole account, with examples of what was rejected."""
     lines = [
         "# Audit",
@@ -180,7 +180,7 @@ def markdown(audit: dict[str, Any]) -> str:
         f"{audit['documents_kept']:,} of {audit['documents_in']:,} documents kept, "
         f"{audit['bytes_kept']:,} of {audit['bytes_in']:,} bytes. Tokens: {audit.get('tokens', 'not counted')}.",
         "",
-        table(audit),
+        format_step_table(audit),
     ]
     for step in audit["steps"]:
         for reason, examples in step["examples"].items():

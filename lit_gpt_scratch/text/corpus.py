@@ -21,25 +21,25 @@ from tqdm import tqdm
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import cleaning_pipeline, hub
 from lit_gpt_scratch.text import cleaning_report as account
-from lit_gpt_scratch.text.atomic_files import whole_folder
-from lit_gpt_scratch.text.cleaning import HeldOutStep, Step, check
-from lit_gpt_scratch.text.cleaning_pipeline import Passage
-from lit_gpt_scratch.text.cleaning_report import Audit
-from lit_gpt_scratch.text.document import Document, Rejected, blank
-from lit_gpt_scratch.text.document_index import Ledger, known
-from lit_gpt_scratch.text.duplicates import digest
-from lit_gpt_scratch.text.parquet_io import Shelf, shelved
-from lit_gpt_scratch.text.sources import Source, no_text
-from lit_gpt_scratch.text.split import Split
+from lit_gpt_scratch.text.atomic_files import create_folder_atomically
+from lit_gpt_scratch.text.cleaning import CleaningStep, DecontaminationStep, validate_steps
+from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
+from lit_gpt_scratch.text.cleaning_report import CleaningReport
+from lit_gpt_scratch.text.document import Document, RejectedDocument, is_blank
+from lit_gpt_scratch.text.document_index import DocumentIndex, hash_document
+from lit_gpt_scratch.text.duplicates import sha256_text
+from lit_gpt_scratch.text.parquet_io import ParquetDocumentWriter, read_parquet_documents
+from lit_gpt_scratch.text.sources import DocumentSource, no_text_message
+from lit_gpt_scratch.text.split import TrainValidationSplit
 
-Side = Literal["train", "validation"]
-SIDES: Final[tuple[Side, ...]] = ("train", "validation")
-FORMAT: Final = 2
-CLEANED: Final = "cleaned.parquet"
+SplitName = Literal["train", "validation"]
+SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation")
+CORPUS_FORMAT: Final = 2
+CLEANED_FILE: Final = "cleaned.parquet"
 
 
 @dataclass(frozen=True)
-class Corpus:
+class CleanedCorpus:
     """A kept corpus.
 
     Attributes:
@@ -55,7 +55,7 @@ class Corpus:
     audit: dict[str, Any]
 
     @classmethod
-    def open(cls, folder: Path) -> "Corpus":
+    def open(cls, folder: Path) -> "CleanedCorpus":
         """Open a folder that ``Selection.prepare`` made.
 
         Raises:
@@ -68,10 +68,10 @@ class Corpus:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder} is no corpus ({error}); delete it and try again") from error
 
-    def texts(self, side: Side, share: float = 1.0) -> Iterator[str]:
+    def texts(self, side: SplitName, share: float = 1.0) -> Iterator[str]:
         """The texts of one side; or about a share of them, the same whatever their order."""
-        for document in shelved(self.folder / f"{side}.parquet"):
-            if share == 1 or int.from_bytes(digest(document.text)[:8], "big") / 2**64 < share:
+        for document in read_parquet_documents(self.folder / f"{side}.parquet"):
+            if share == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < share:
                 yield document.text
 
     @property
@@ -82,7 +82,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Selection:
+class CorpusSpec:
     """All that decides which texts a corpus has.
 
     Args:
@@ -93,8 +93,8 @@ class Selection:
         processes: To clean in; does not change the result.
     """
 
-    sources: tuple[tuple[Source, float], ...]
-    cleaning: tuple[Step, ...]
+    sources: tuple[tuple[DocumentSource, float], ...]
+    cleaning: tuple[CleaningStep, ...]
     validation_share: float
     max_bytes: int | None = None
     processes: int = 1
@@ -103,7 +103,7 @@ class Selection:
         for_hub = any(hub.asked(source.config, source.split, source.streaming) for source, _ in self.sources)
         if for_hub and not any(source.on_hub for source, _ in self.sources):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
-        check(self.cleaning)
+        validate_steps(self.cleaning)
 
     @property
     def name(self) -> str:
@@ -119,14 +119,15 @@ class Selection:
     def settings(self) -> dict[str, Any]:
         """What the corpus follows from beside what is in the sources."""
         return {
-            "format": FORMAT,
-            "source": [[repr(source), weight] for source, weight in self.sources],
+            "format": CORPUS_FORMAT,
+            # Compared with what a store has on disk, where the class has been called Source since 0.1.
+            "source": [[repr(source).removeprefix("Document"), weight] for source, weight in self.sources],
             "cleaning": [f"{step!r} {step.code}" for step in self.cleaning],
             "validation_share": self.validation_share,
             "max_bytes": self.max_bytes,
         }
 
-    def prepare(self, corpora: Path, flag: str = "--data.cache") -> Corpus:
+    def prepare(self, corpora: Path, flag: str = "--data.cache") -> CleanedCorpus:
         """Open the corpus of this selection in a folder of many, making it first if it is not there.
 
         Raises:
@@ -135,16 +136,16 @@ class Selection:
         here = [source.stamp(here=True) for source, _ in self.sources]
         key = hashlib.sha256(json.dumps([self.settings, here], sort_keys=True).encode()).hexdigest()
         folder = corpora / key[:16]
-        whole_folder(folder, self.write, flag)
-        return Corpus.open(folder)
+        create_folder_atomically(folder, self.write, flag)
+        return CleanedCorpus.open(folder)
 
     def write(self, folder: Path) -> None:
         """Make the corpus in an empty folder."""
-        before = [step for step in self.cleaning if not isinstance(step, HeldOutStep)]
-        after = [step for step in self.cleaning if isinstance(step, HeldOutStep)]
+        before = [step for step in self.cleaning if not isinstance(step, DecontaminationStep)]
+        after = [step for step in self.cleaning if isinstance(step, DecontaminationStep)]
         mixing = ["mixing"] if len(self.sources) > 1 else []
-        audit = Audit([step.name for step in before], [*mixing, *(step.name for step in after)])
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(Ledger(Path(scratch))) as ledger:
+        audit = CleaningReport([step.name for step in before], [*mixing, *(step.name for step in after)])
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(DocumentIndex(Path(scratch))) as ledger:
             self._clean(Path(scratch), before, audit, ledger)
             names, weights = zip(*((source.name, weight) for source, weight in self.sources), strict=True)
             wanted = ledger.mixed(names, weights)
@@ -155,13 +156,17 @@ class Selection:
         about = {"fingerprint": fingerprint, "n_bytes": sum(shelf.n_bytes for shelf in sides.values()), **self.settings}
         for name, content in (("audit", found), ("corpus", about), ("sample", audit.sample)):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        (folder / "audit.md").write_text(account.markdown(found), encoding="utf-8")
+        (folder / "audit.md").write_text(account.format_report(found), encoding="utf-8")
 
-    def _clean(self, scratch: Path, steps: Sequence[Step], audit: Audit, ledger: Ledger) -> None:
+    def _clean(
+        self, scratch: Path, steps: Sequence[CleaningStep], audit: CleaningReport, ledger: DocumentIndex
+    ) -> None:
         """Everything before the split: kept documents on a shelf, in their order, and what is known of each."""
         bar = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
-        with bar, Shelf(scratch / CLEANED) as shelf:
-            for passage in cleaning_pipeline.run(self._read(audit), steps, known, scratch, self.processes):
+        with bar, ParquetDocumentWriter(scratch / CLEANED_FILE) as shelf:
+            for passage in cleaning_pipeline.run_pipeline(
+                self._read(audit), steps, hash_document, scratch, self.processes
+            ):
                 audit.add(passage)
                 if passage.reason is None:
                     shelf.add(passage.document, passage.sizes[-1])
@@ -169,20 +174,20 @@ class Selection:
                 bar.update(passage.sizes[0])
         self._refuse_nothing(audit, ledger.n_documents)
 
-    def _read(self, audit: Audit) -> Iterator[Passage]:
+    def _read(self, audit: CleaningReport) -> Iterator[PipelineItem]:
         for origin, (source, _) in enumerate(self.sources):
             read = 0
             for found in source.read():
-                if isinstance(found, Rejected):
+                if isinstance(found, RejectedDocument):
                     audit.passed_over(found)
                     continue
                 size = len(found.text.encode())
-                if blank(found.text):
-                    audit.passed_over(Rejected(found.id, "no text", size))
+                if is_blank(found.text):
+                    audit.passed_over(RejectedDocument(found.id, "no text", size))
                     continue
                 document = found if len(self.sources) == 1 else replace(found, id=f"{source.name}:{found.id}")
                 texts = [document.text] if audit.sampled(document.id, size) else None
-                yield Passage(document, origin, [size], texts)
+                yield PipelineItem(document, origin, [size], texts)
                 read += size
                 if self.max_bytes is not None and read >= self.max_bytes:
                     break
@@ -191,19 +196,22 @@ class Selection:
         self,
         folder: Path,
         scratch: Path,
-        audit: Audit,
-        parts: Split,
+        audit: CleaningReport,
+        parts: TrainValidationSplit,
         wanted: NDArray[np.bool_],
-        after: Sequence[HeldOutStep],
-    ) -> tuple[str, dict[Side, Shelf]]:
+        after: Sequence[DecontaminationStep],
+    ) -> tuple[str, dict[SplitName, ParquetDocumentWriter]]:
         """Everything after the split: each document to its side, but for those that are in its way."""
-        cleaned = scratch / CLEANED
+        cleaned = scratch / CLEANED_FILE
         if after and parts.cut is not None:
             raise UserError(f"data.cleaning: {after[0].name} needs documents that are held out; this is one text")
         judges = [step.judge(_held_out(cleaned, parts)) for step in after]
         fingerprint = hashlib.sha256(f"cut {parts.cut}\n".encode())
-        with Shelf(folder / "train.parquet") as train, Shelf(folder / "validation.parquet") as validation:
-            for place, document in enumerate(shelved(cleaned)):
+        with (
+            ParquetDocumentWriter(folder / "train.parquet") as train,
+            ParquetDocumentWriter(folder / "validation.parquet") as validation,
+        ):
+            for place, document in enumerate(read_parquet_documents(cleaned)):
                 size = len(document.text.encode())
                 reason = None if wanted[place] else "more than its weight"
                 later = 0
@@ -221,15 +229,15 @@ class Selection:
                     if text:
                         shelf.add(replace(document, text=text), len(text.encode()))
                 side = "validation" if parts.validation[place] else "train"
-                fingerprint.update(f"{side} {document.id}\0".encode() + digest(document.text))
+                fingerprint.update(f"{side} {document.id}\0".encode() + sha256_text(document.text))
         self._refuse_nothing(audit, train.n_documents)
         return fingerprint.hexdigest(), {"train": train, "validation": validation}
 
-    def _refuse_nothing(self, audit: Audit, left: int) -> None:
+    def _refuse_nothing(self, audit: CleaningReport, left: int) -> None:
         if left:
             return
         if not audit.rows[0].documents_out:
-            raise UserError(no_text(self.name))
+            raise UserError(no_text_message(self.name))
         if not any(row.rejected for row in audit.rows):
             raise UserError(f"{self.name} is too short to hold out a part of it; name more text as data.source")
         eaten = [
@@ -243,5 +251,5 @@ class Selection:
         )
 
 
-def _held_out(cleaned: Path, parts: Split) -> Iterator[Document]:
-    return (document for place, document in enumerate(shelved(cleaned)) if parts.validation[place])
+def _held_out(cleaned: Path, parts: TrainValidationSplit) -> Iterator[Document]:
+    return (document for place, document in enumerate(read_parquet_documents(cleaned)) if parts.validation[place])

@@ -14,14 +14,16 @@ if sys.version_info >= (3, 14):
 else:
     from backports import zstd
 
-COMPRESSED: Final[dict[str, Callable[[Path], Any]]] = {
+DECOMPRESSORS: Final[dict[str, Callable[[Path], Any]]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open,
 }  # fmt: skip
-DAMAGE: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+READ_ERRORS: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
 """What reading a file can end in."""
 
 
-def opened(path: Path) -> IO[bytes]:
+def open_decompressed(path: Path) -> IO[bytes]:
     """A file's bytes, uncompressed if its name says so."""
-    file: IO[bytes] = COMPRESSED[path.suffix.lower()](path) if path.suffix.lower() in COMPRESSED else path.open("rb")
+    file: IO[bytes] = (
+        DECOMPRESSORS[path.suffix.lower()](path) if path.suffix.lower() in DECOMPRESSORS else path.open("rb")
+    )
     return file

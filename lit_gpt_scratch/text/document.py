@@ -6,11 +6,11 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 
-LONGEST: Final = 2**25
+MAX_DOCUMENT_BYTES: Final = 2**25
 """Bytes of a document, a record or a line; what is longer is no text that a person wrote."""
 
 
-def blank(text: str) -> bool:
+def is_blank(text: str) -> bool:
     """Whether there is nothing but space."""
     return not text or text.isspace()
 
@@ -24,7 +24,7 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejected:
+class RejectedDocument:
     """What a source has and does not give as a document, and why; ``n_bytes`` as they lie in the source."""
 
     id: str
@@ -33,7 +33,7 @@ class Rejected:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TableRow:
     """One row of a table.
 
     Attributes:
@@ -47,7 +47,7 @@ class Row:
     fields: dict[str, Any]
 
 
-def text_of(fields: Mapping[str, Any], column: str) -> str:
+def get_text(fields: Mapping[str, Any], column: str) -> str:
     """The text in a column; empty where there is nothing.
 
     Raises:
@@ -59,30 +59,32 @@ def text_of(fields: Mapping[str, Any], column: str) -> str:
     return value or ""
 
 
-class ClassNumber(int):
+class ClassIndex(int):
     """The number of a class, as a dataset keeps it that knows the names of its classes."""
 
     name: str | None
     """None of -1, which the Hub has where a label is not told."""
 
     @classmethod
-    def of(cls, number: int, names: Sequence[str]) -> "ClassNumber":
+    def of(cls, number: int, names: Sequence[str]) -> "ClassIndex":
         """With its name, of all in order."""
         found = cls(number)
         found.name = names[number] if number >= 0 else None
         return found
 
 
-def label_of(fields: Mapping[str, Any], column: str) -> str:
+def get_label(fields: Mapping[str, Any], column: str) -> str:
     """The label in a column: a text, a whole number, or the name of the class that a dataset has a number for.
 
     Raises:
         UserError: It is missing, or something else; without its place, which the caller knows.
     """
     value = fields.get(column)
-    if isinstance(value, ClassNumber):
+    if isinstance(value, ClassIndex):
         value = value.name
-    if value is None or value != value or blank(str(value)):  # only NaN is not itself: pandas has it where nothing is
+    if (
+        value is None or value != value or is_blank(str(value))
+    ):  # only NaN is not itself: pandas has it where nothing is
         raise UserError(f"'{column}' is empty: a label is missing")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # a column of numbers with gaps is one of floats

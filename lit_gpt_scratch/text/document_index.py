@@ -9,18 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning_pipeline import Passage
+from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
 from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.duplicates import digest, signature
-from lit_gpt_scratch.text.split import PERMUTATIONS, Families, Split, split
+from lit_gpt_scratch.text.duplicates import minhash_signature, sha256_text
+from lit_gpt_scratch.text.split import PERMUTATIONS, DuplicateClusters, TrainValidationSplit, split_by_cluster
 
 
-class Ledger:
+class DocumentIndex:
     """What is known of each cleaned document: 26 bytes of memory, and its signature on disk."""
 
     def __init__(self, scratch: Path) -> None:
         self._keys, self._picks, self._sizes, self._origins = array("Q"), array("Q"), array("L"), array("H")
-        self._families = Families(scratch)
+        self._families = DuplicateClusters(scratch)
 
     @property
     def n_documents(self) -> int:
@@ -31,7 +31,7 @@ class Ledger:
         """Let go of what lies on disk."""
         self._families.close()
 
-    def add(self, passage: Passage) -> None:
+    def add(self, passage: PipelineItem) -> None:
         """The next document."""
         content, minima = passage.sketch
         self._keys.append(int.from_bytes(content[:8], "big"))
@@ -68,15 +68,15 @@ class Ledger:
                 )
         return wanted
 
-    def split(self, wanted: NDArray[np.bool_], share: float) -> Split:
+    def split(self, wanted: NDArray[np.bool_], share: float) -> TrainValidationSplit:
         """The side of every document; of one that is not wanted it means nothing."""
-        parts = split(np.array(self._keys)[wanted], self._families.link()[wanted], share)
+        parts = split_by_cluster(np.array(self._keys)[wanted], self._families.link()[wanted], share)
         validation = np.zeros(self.n_documents, dtype=bool)
         validation[wanted] = parts.validation
         return replace(parts, validation=validation)
 
 
-def known(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
+def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
     """What the split has to know of a document that passed all steps: its digest and its signature.
 
     Raises:
@@ -87,4 +87,6 @@ def known(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
             f"{document.id} has a NUL byte, which is in no text: take it out, or add the step ControlCharacters to "
             "data.cleaning"
         )
-    return digest(document.text), np.array(signature(document.text, PERMUTATIONS).digest(), dtype=np.uint32)
+    return sha256_text(document.text), np.array(
+        minhash_signature(document.text, PERMUTATIONS).digest(), dtype=np.uint32
+    )

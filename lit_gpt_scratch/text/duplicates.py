@@ -13,49 +13,51 @@ from typing import ClassVar, Final
 from rensa import RMinHash, RMinHashLSH
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning import ComparingStep, Reason
+from lit_gpt_scratch.text.cleaning import DeduplicationStep, RejectionReason
 from lit_gpt_scratch.text.document import Document
 
 SHINGLE_WORDS: Final = 5
-AT_ONCE: Final = 2**16
+SHINGLES_PER_UPDATE: Final = 2**16
 """Shingles that are hashed at once."""
-FOUND: Final = 0.95
+MIN_RECALL: Final = 0.95
 """Share of pairs of the least similarity that locality-sensitive hashing has to find."""
-MOST: Final = 1024
+MAX_CANDIDATES: Final = 1024
 """Documents that one is compared with: thousands may share a band with it, all of them only some boilerplate."""
 
 
-def digest(text: str) -> bytes:
+def sha256_text(text: str) -> bytes:
     """SHA-256 of a text's UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
-def signature(text: str, permutations: int) -> RMinHash:
+def minhash_signature(text: str, permutations: int) -> RMinHash:
     """MinHash of the text's overlapping five-word shingles (Broder 1997).
 
     Two signatures agree at as large a share of their places, on average, as the sets of shingles overlap (Jaccard).
     """
     words = text.split()
     minhash = RMinHash(num_perm=permutations, seed=0)
-    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), AT_ONCE):  # a long text has more than fit in memory
-        some = words[start : start + AT_ONCE + SHINGLE_WORDS - 1]
+    for start in range(
+        0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE
+    ):  # a long text has more than fit in memory
+        some = words[start : start + SHINGLES_PER_UPDATE + SHINGLE_WORDS - 1]
         groups = zip(*(islice(some, i, None) for i in range(SHINGLE_WORDS)), strict=False)
         minhash.update(list({" ".join(group) for group in groups}) or [" ".join(some)])
     return minhash
 
 
 @dataclass(frozen=True)
-class ExactDuplicates(ComparingStep):
+class ExactDuplicates(DeduplicationStep):
     """Drop every document whose text stood there before, byte for byte. What is remembered lies on disk."""
 
     cheap: ClassVar[bool] = True
 
     def sketch(self, document: Document) -> bytes:
         """Half of a SHA-256: 10^12 documents have none in common but by a chance of 10^-15."""
-        return digest(document.text)[:16]
+        return sha256_text(document.text)[:16]
 
     @contextmanager
-    def judge(self, folder: Path) -> Iterator[Callable[[bytes], Reason | None]]:
+    def judge(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
         """Judge by digests in a table on disk, whose pages are in memory as far as they are in use."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
@@ -64,7 +66,7 @@ class ExactDuplicates(ComparingStep):
         )
         cursor = database.cursor()
 
-        def known(sketch: bytes) -> Reason | None:
+        def known(sketch: bytes) -> RejectionReason | None:
             new = cursor.execute("insert or ignore into seen values (?)", (sketch,)).rowcount
             return None if new else "exact duplicate"
 
@@ -73,7 +75,7 @@ class ExactDuplicates(ComparingStep):
 
 
 @dataclass(frozen=True)
-class NearDuplicates(ComparingStep):
+class NearDuplicates(DeduplicationStep):
     """Drop every document that is nearly the same as one before it.
 
     MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The estimate's
@@ -98,7 +100,7 @@ class NearDuplicates(ComparingStep):
                 f"({self.bands})"
             )
         found = 1 - (1 - self.similarity ** (self.permutations // self.bands)) ** self.bands
-        if found < FOUND:
+        if found < MIN_RECALL:
             raise UserError(
                 f"data.cleaning: NearDuplicates.similarity is {self.similarity}; with {self.bands} bands only "
                 f"{found:.0%} of such pairs would be compared; raise NearDuplicates.bands"
@@ -106,16 +108,16 @@ class NearDuplicates(ComparingStep):
 
     def sketch(self, document: Document) -> RMinHash:
         """The document's signature."""
-        return signature(document.text, self.permutations)
+        return minhash_signature(document.text, self.permutations)
 
     @contextmanager
-    def judge(self, folder: Path) -> Iterator[Callable[[RMinHash], Reason | None]]:
+    def judge(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
         """Judge by all signatures that share a band."""
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
         passed: list[RMinHash] = []
 
-        def known(sketch: RMinHash) -> Reason | None:
-            near = islice(index.query(sketch), MOST)
+        def known(sketch: RMinHash) -> RejectionReason | None:
+            near = islice(index.query(sketch), MAX_CANDIDATES)
             if any(sketch.jaccard(passed[place]) >= self.similarity for place in near):
                 return "near duplicate"
             index.insert(len(passed), sketch)

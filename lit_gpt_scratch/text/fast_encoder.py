@@ -25,21 +25,21 @@ from numpy.typing import NDArray
 from tokenizers import Regex, normalizers
 from tokenizers import Tokenizer as Backend
 
-WORDS: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+GPT2_PATTERN: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """The words of GPT-2, as ``tokenizers`` has them built in."""
-LONG: Final = 500
+LONG_WORD: Final = 500
 """Characters; ``tiktoken`` takes a time that grows with the square of a word's length, ``tokenizers`` does not."""
-ORDINARY: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def fast(backend: Backend) -> tiktoken.Encoding | None:
+def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
     """An encoding with the ids of ``backend``, or None where that is not proven."""
     about: dict[str, Any] = json.loads(backend.to_str())
     model, words = about["model"], about["pre_tokenizer"] or {}
     more = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
     if model["type"] != "BPE" or any(model.get(key) for key in more) or about["normalizer"]:
         return None
-    if any(words.get(key) != value for key, value in ORDINARY.items()) or not _same_characters():
+    if any(words.get(key) != value for key, value in BYTE_LEVEL.items()) or not _same_characters():
         return None
     if any(not token["special"] for token in about["added_tokens"]) or not backend.encode_special_tokens:
         return None
@@ -56,7 +56,7 @@ def fast(backend: Backend) -> tiktoken.Encoding | None:
     if any([piece.id for piece in backend.model.tokenize(token)] != [vocabulary[token]] for token in made):
         return None
     ranks = {bytes(bytes_of[letter] for letter in token): place for token, place in vocabulary.items()}
-    return tiktoken.Encoding("proven", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=special)
+    return tiktoken.Encoding("proven", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special)
 
 
 def encode(
@@ -78,8 +78,10 @@ def encode(
 
 
 def _may_have_long_words(text: str) -> bool:
-    """True for every text with a word, or a row of spaces, of twice ``LONG``: it fills a stretch of that length."""
-    return any(len(text[i : i + LONG].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG + 1, LONG))
+    """True for every text with a word, or a row of spaces, of 2 ``LONG_WORD``: it fills a stretch of that length."""
+    return any(
+        len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)
+    )
 
 
 def _bytes_of_letters() -> dict[str, int]:

@@ -5,17 +5,17 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.document import Row
-from lit_gpt_scratch.text.row_readers import Columns, require
-from lit_gpt_scratch.text.tables import fields_of, quiet
+from lit_gpt_scratch.text.document import TableRow
+from lit_gpt_scratch.text.row_readers import Columns, require_columns
+from lit_gpt_scratch.text.tables import iterate_dataset, quiet_datasets
 
-NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
+DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
 """``owner/name``, and a revision where one is to be held on to."""
-PATIENCE: Final = 10.0
+TIMEOUT_SECONDS: Final = 10.0
 """Seconds to wait for a first answer."""
 
 
-def rows(name: str, columns: Columns | None, config: str | None, split: str, streaming: bool) -> Iterator[Row]:
+def rows(name: str, columns: Columns | None, config: str | None, split: str, streaming: bool) -> Iterator[TableRow]:
     """The rows of a dataset; ``owner/name:3`` is the third.
 
     Raises:
@@ -24,13 +24,13 @@ def rows(name: str, columns: Columns | None, config: str | None, split: str, str
     import datasets
 
     path, revision = name.partition("@")[0], _revision(name)
-    with _said(name), quiet():
+    with _said(name), quiet_datasets():
         found = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
         if columns is not None and found.column_names is not None:  # others need not be fetched, nor understood
-            require(columns, found.column_names, name)
+            require_columns(columns, found.column_names, name)
             found = found.select_columns(list(columns.values()))
-        for number, fields in enumerate(fields_of(found, columns, name), 1):
-            yield Row(f"{path}:{number}", f"{name}: row {number:,}", fields)
+        for number, fields in enumerate(iterate_dataset(found, columns, name), 1):
+            yield TableRow(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 
 def asked(config: str | None, split: str, streaming: bool) -> bool:
@@ -44,7 +44,7 @@ def stamp(name: str, config: str | None) -> str:
 
     if revision := _revision(name):
         return revision
-    with _said(name), quiet():
+    with _said(name), quiet_datasets():
         builder: Any = datasets.load_dataset_builder(name.partition("@")[0], config)
         return str(builder.hash)
 
@@ -62,7 +62,7 @@ def _revision(name: str) -> str | None:
     if datasets.config.HF_HUB_OFFLINE:
         return revision or None
     try:
-        return HfApi().dataset_info(path, revision=revision or None, timeout=PATIENCE).sha
+        return HfApi().dataset_info(path, revision=revision or None, timeout=TIMEOUT_SECONDS).sha
     except GatedRepoError as error:
         raise UserError(f"{name} is gated: ask for access on its page, then `hf auth login`") from error
     except HfHubHTTPError as error:

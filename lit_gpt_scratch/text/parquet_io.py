@@ -6,11 +6,11 @@ from typing import Any, Final
 
 from lit_gpt_scratch.text.document import Document
 
-GROUP: Final = 2**22
+ROW_GROUP_CHARACTERS: Final = 2**22
 """Characters of text in a row group, which is what a reader holds in memory."""
 
 
-class Shelf:
+class ParquetDocumentWriter:
     """A Parquet file in the making, with columns ``id`` and ``text``. A context: it is a file when that ends."""
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +24,7 @@ class Shelf:
         self.n_documents = 0
         self.n_bytes = 0
 
-    def __enter__(self) -> "Shelf":
+    def __enter__(self) -> "ParquetDocumentWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -37,7 +37,7 @@ class Shelf:
         self._size += len(document.text)
         self.n_documents += 1
         self.n_bytes += n_bytes
-        if self._size >= GROUP:
+        if self._size >= ROW_GROUP_CHARACTERS:
             self._write()
 
     def _write(self) -> None:
@@ -49,16 +49,16 @@ class Shelf:
             self._pending, self._size = [], 0
 
 
-def groups(path: Path) -> list[int]:
-    """Bytes of each row group of a file that a ``Shelf`` made, about those of its text."""
+def row_group_sizes(path: Path) -> list[int]:
+    """Bytes of each row group of a file that a ``ParquetDocumentWriter`` made, about those of its text."""
     import pyarrow.parquet as pq
 
     about = pq.read_metadata(path)
     return [about.row_group(group).total_byte_size for group in range(about.num_row_groups)]
 
 
-def shelved(path: Path, some: range | None = None) -> Iterator[Document]:
-    """The documents of a file that a ``Shelf`` made, or of some of its row groups."""
+def read_parquet_documents(path: Path, some: range | None = None) -> Iterator[Document]:
+    """The documents of a file that a ``ParquetDocumentWriter`` made, or of some of its row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 
 
-def spawned(processes: int) -> ProcessPoolExecutor:
+def start_process_pool(processes: int) -> ProcessPoolExecutor:
     """Processes that end with this one, even if it is killed.
 
     They are spawned: a fork of a process with threads may hang.
@@ -16,7 +16,7 @@ def spawned(processes: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
 
 
-def end(pool: ProcessPoolExecutor) -> None:
+def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
     """End them; what still waits is not done.
 
     If one has died before it read its work, a thread of CPython 3.11's waits for ever to write that into a pipe, and

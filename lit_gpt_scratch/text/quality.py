@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
-from lit_gpt_scratch.text.cleaning import LoneStep, Reason
+from lit_gpt_scratch.text.cleaning import PerDocumentStep, RejectionReason
 from lit_gpt_scratch.text.document import Document
 
 STOP_WORDS: Final = frozenset({"the", "be", "to", "of", "and", "that", "have", "with"})
 
 
 @dataclass(frozen=True)
-class GopherQuality(LoneStep):
+class GopherQuality(PerDocumentStep):
     """Does it look like English prose? Gopher's quality rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
 
     Args:
@@ -36,7 +36,7 @@ class GopherQuality(LoneStep):
     alphabetic_words: float = 0.8
     stop_words: int = 2
 
-    def __call__(self, document: Document) -> Document | Reason:
+    def __call__(self, document: Document) -> Document | RejectionReason:
         """Apply one rule after the other; the first that is broken is the reason."""
         text, words = document.text, document.text.split()
         if not self.words_at_least <= len(words) <= self.words_at_most or not words:
@@ -65,7 +65,7 @@ DUPLICATED: Final = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 @dataclass(frozen=True)
-class GopherRepetition(LoneStep):
+class GopherRepetition(PerDocumentStep):
     """Does it say the same thing over and over? Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
 
     Args:
@@ -83,7 +83,7 @@ class GopherRepetition(LoneStep):
     paragraph_characters: float = 0.20
     ngrams: bool = True
 
-    def __call__(self, document: Document) -> Document | Reason:
+    def __call__(self, document: Document) -> Document | RejectionReason:
         """Apply one rule after the other; the first that is broken is the reason."""
         text = document.text
         for name, parts, share, in_them in (
@@ -137,7 +137,7 @@ def _duplicated(words: list[str], n: int) -> int:
 
 
 @dataclass(frozen=True)
-class C4(LoneStep):
+class C4(PerDocumentStep):
     """Keep sentences, drop pages: the rules of C4 (https://arxiv.org/abs/1910.10683, section 2.2).
 
     Lines without a full stop, exclamation mark, question mark or closing quote at their end, with fewer than
@@ -155,7 +155,7 @@ class C4(LoneStep):
     sentences: int = 3
     curly_brackets: bool = True
 
-    def __call__(self, document: Document) -> Document | Reason:
+    def __call__(self, document: Document) -> Document | RejectionReason:
         """Keep the sentences, or say what is wrong with the page."""
         lowered = document.text.lower()
         if "lorem ipsum" in lowered:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.verifiable_rewards import CHECKABLES
+from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_PREFERENCES
 
 
-class Scoring(NamedTuple):
+class TextReward(NamedTuple):
     """A function of replies.
 
     Attributes:
@@ -22,7 +22,7 @@ class Scoring(NamedTuple):
     unended: float | None = None
 
 
-def scoring(name: str) -> Scoring:
+def load_text_reward(name: str) -> TextReward:
     """The function of that name.
 
     Args:
@@ -32,11 +32,11 @@ def scoring(name: str) -> Scoring:
     Raises:
         UserError: There is none, or it cannot be called.
     """
-    if name in CHECKABLES:
-        holds = CHECKABLES[name].holds
-        return Scoring(name, lambda prompts, replies: [float(holds(reply)) for reply in replies], 0.0)
+    if name in VERIFIABLE_PREFERENCES:
+        holds = VERIFIABLE_PREFERENCES[name].holds
+        return TextReward(name, lambda prompts, replies: [float(holds(reply)) for reply in replies], 0.0)
     module, _, attribute = name.rpartition(".")
-    known = f"name a run, a function such as my_file.my_reward, or one of {', '.join(CHECKABLES)}"
+    known = f"name a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
     if not module:
         raise UserError(f"model.reward is {name}, and there is none; {known}")
     try:
@@ -45,4 +45,4 @@ def scoring(name: str) -> Scoring:
         raise UserError(f"model.reward is {name}, which cannot be imported: {error}; {known}") from error
     if not callable(found):
         raise UserError(f"model.reward is {name}, which is {type(found).__name__}, not a function; {known}")
-    return Scoring(name, found)
+    return TextReward(name, found)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.decompress import DAMAGE, opened
-from lit_gpt_scratch.text.document import LONGEST
+from lit_gpt_scratch.text.decompress import READ_ERRORS, open_decompressed
+from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES
 
 Columns = Mapping[str, str]
 """The columns that are wanted, by the argument that names each; None instead stands for all there are."""
@@ -17,7 +17,7 @@ Found = Iterator[tuple[str, Fields]]
 """The place of each row, and what is in its columns."""
 
 
-def require(columns: Columns | None, there: Iterable[str], where: str) -> None:
+def require_columns(columns: Columns | None, there: Iterable[str], where: str) -> None:
     """Refuse a column that is not there."""
     for argument, column in (columns or {}).items():
         if column not in there:
@@ -28,16 +28,16 @@ def require(columns: Columns | None, there: Iterable[str], where: str) -> None:
 def _lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        while line := file.readline(LONGEST + 1):
+        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
-            if len(line) > LONGEST:
-                raise UserError(f"{path}: line {number:,} is longer than {LONGEST >> 20} MB")
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB")
             yield number, line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
             f"{path}: line {number:,} is not UTF-8: it has the byte 0x{error.object[error.start]:02x}"
         ) from error
-    except DAMAGE as error:
+    except READ_ERRORS as error:
         raise UserError(f"{path} is cut off or damaged after line {number:,}: {first_line(error)}") from error
 
 
@@ -57,10 +57,10 @@ def _json(file: IO[bytes], path: Path, columns: Columns | None) -> Found:
 
 
 def _json_list(path: Path, columns: Columns | None) -> Found:
-    with opened(path) as file:
+    with open_decompressed(path) as file:
         try:
             found = json.load(file)
-        except (ValueError, RecursionError, *DAMAGE) as error:
+        except (ValueError, RecursionError, *READ_ERRORS) as error:
             raise UserError(f"{path} is not JSON: {first_line(error)}") from error
     for number, row in enumerate(found, 1):
         yield _object(row, columns, f"{path}: row {number:,}", first=number == 1)
@@ -70,7 +70,7 @@ def _object(row: Any, columns: Columns | None, where: str, first: bool) -> tuple
     if not isinstance(row, dict):
         raise UserError(f"{where} is {type(row).__name__}, not an object with named fields")
     if first:  # a later row may lack what has no value there
-        require(columns, row, where)
+        require_columns(columns, row, where)
     names = row if columns is None else columns.values()
     fields = {name: row.get(name) for name in names}
     for name, value in fields.items():
@@ -82,7 +82,7 @@ def _object(row: Any, columns: Columns | None, where: str, first: bool) -> tuple
 
 
 def _comma_separated(file: IO[bytes], path: Path, columns: Columns | None) -> Found:
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
     reader = csv.reader((line for _, line in _lines(file, path)), strict=True)
     begins = 1
 
@@ -109,7 +109,7 @@ def _tab_separated(file: IO[bytes], path: Path, columns: Columns | None) -> Foun
 def _named(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Columns | None) -> Found:
     """Rows of fields, of which the first row has the names."""
     names = [name.removeprefix("\ufeff") for name in next(rows, (1, []))[1]]
-    require(columns, names, str(path))
+    require_columns(columns, names, str(path))
     places = {name: names.index(name) for name in (names if columns is None else columns.values())}
     for number, row in rows:
         if row and len(row) != len(names):

@@ -12,8 +12,8 @@ from typing import Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, tables
-from lit_gpt_scratch.text.decompress import DAMAGE, opened
-from lit_gpt_scratch.text.document import LONGEST, Document, Rejected, Row, blank
+from lit_gpt_scratch.text.decompress import READ_ERRORS, open_decompressed
+from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, Document, RejectedDocument, TableRow, is_blank
 from lit_gpt_scratch.text.row_readers import Columns
 
 STDLIB: Final = "stdlib"
@@ -26,14 +26,14 @@ STDLIB_SKIPPED = {
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
-WHOLE: Final = 2**22
+MAX_WHOLE_FILE_BYTES: Final = 2**22
 """Bytes: a text file that is longer is read as many documents."""
-PIECE: Final = 2**18
+CHUNK_BYTES: Final = 2**18
 """Bytes of such a document, up to the next line's end."""
 
 
 @dataclass(frozen=True)
-class Source:
+class DocumentSource:
     """Documents by the name of their place, one after the other, in a stable order.
 
     Args:
@@ -55,7 +55,7 @@ class Source:
     split: str = "train"
     streaming: bool = False
 
-    def read(self) -> Iterator[Document | Rejected]:
+    def read(self) -> Iterator[Document | RejectedDocument]:
         """Every document, and what was passed over.
 
         Raises:
@@ -66,12 +66,12 @@ class Source:
             yield from (tables.document(row, self.column) for row in self.rows(columns))
             return
         for name, path in self._files():
-            if tables.has_rows(path, in_folder=self._of_folder):
+            if tables.is_table(path, in_folder=self._of_folder):
                 yield from (tables.document(row, self.column) for row in tables.rows(path, name, columns))
             else:
                 yield from self._text(name, path)
 
-    def rows(self, columns: Columns | None = None) -> Iterator[Row]:
+    def rows(self, columns: Columns | None = None) -> Iterator[TableRow]:
         """Every row, with these columns or all; a folder's files without rows are passed over.
 
         Raises:
@@ -81,9 +81,11 @@ class Source:
             yield from hub.rows(self.name, columns, self.config, self.split, self.streaming)
             return
         files = list(self._files())
-        tabular = [(name, path) for name, path in files if tables.has_rows(path, in_folder=False)]
+        tabular = [(name, path) for name, path in files if tables.is_table(path, in_folder=False)]
         if not tabular or (len(tabular) < len(files) and not self._of_folder):
-            raise UserError(f"{self.name} holds no rows; name a file of {', '.join(tables.FORMATS)}, or a dataset")
+            raise UserError(
+                f"{self.name} holds no rows; name a file of {', '.join(tables.TABLE_FORMATS)}, or a dataset"
+            )
         for name, path in tabular:
             yield from tables.rows(path, name, columns)
 
@@ -117,7 +119,7 @@ class Source:
     @property
     def on_hub(self) -> bool:
         """Whether the name is of a dataset of the Hub."""
-        return self.name != STDLIB and bool(re.fullmatch(hub.NAME, self.name)) and not self._path.exists()
+        return self.name != STDLIB and bool(re.fullmatch(hub.DATASET_NAME, self.name)) and not self._path.exists()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
         """Names and paths of the source's files."""
@@ -137,43 +139,43 @@ class Source:
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_name(path.relative_to(root)), path) for path in files)
 
-    def _text(self, name: str, path: Path) -> Iterator[Document | Rejected]:
+    def _text(self, name: str, path: Path) -> Iterator[Document | RejectedDocument]:
         try:
             for document in _documents_of(name, path):
                 if self._of_folder and "\0" in document.text:
-                    yield Rejected(document.id, "not text: NUL bytes", len(document.text.encode()))
+                    yield RejectedDocument(document.id, "not text: NUL bytes", len(document.text.encode()))
                 else:
                     yield document
         except NotTextError as error:
             if not self._of_folder:
                 raise
-            yield Rejected(name, "not text: not UTF-8, or not in lines", error.n_bytes)
-        except DAMAGE as error:
+            yield RejectedDocument(name, "not text: not UTF-8, or not in lines", error.n_bytes)
+        except READ_ERRORS as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def documents(name: str, column: str = "text") -> Iterator[Document]:
+def read_documents(name: str, column: str = "text") -> Iterator[Document]:
     """The documents of a source that need no more than its name and the column with the text.
 
     Raises:
         UserError: There is none, or one cannot be read.
     """
-    source = Source(name, column)
+    source = DocumentSource(name, column)
     source.stamp()  # a source that is not there is said to be missing at once
 
     def read() -> Iterator[Document]:
         found = False
         for document in source.read():
-            if isinstance(document, Document) and not blank(document.text):
+            if isinstance(document, Document) and not is_blank(document.text):
                 found = True
                 yield document
         if not found:
-            raise UserError(no_text(name))
+            raise UserError(no_text_message(name))
 
     return read()
 
 
-def no_text(name: str) -> str:
+def no_text_message(name: str) -> str:
     """What to say of a source without a document."""
     if name == STDLIB:
         return "this Python keeps no sources of its library; name another text: --data.source FILE_OR_FOLDER"
@@ -207,9 +209,9 @@ class NotTextError(UserError):
 
 def _documents_of(name: str, path: Path) -> Iterator[Document]:
     """A text file as one document with every byte kept (no newline translation), or as several if it is long."""
-    with opened(path) as file:
-        content = file.read(WHOLE + 1)
-        if len(content) <= WHOLE:
+    with open_decompressed(path) as file:
+        content = file.read(MAX_WHOLE_FILE_BYTES + 1)
+        if len(content) <= MAX_WHOLE_FILE_BYTES:
             yield Document(name, _decode(content, path, 0))
             return
     for _ in _pieces(path):  # all of it is text, before any of it is taken
@@ -220,12 +222,14 @@ def _documents_of(name: str, path: Path) -> Iterator[Document]:
 
 def _pieces(path: Path) -> Iterator[str]:
     lines = 0
-    with opened(path) as file:
-        while piece := file.read(PIECE):
-            piece += file.readline(LONGEST)
-            if len(piece) >= LONGEST:
+    with open_decompressed(path) as file:
+        while piece := file.read(CHUNK_BYTES):
+            piece += file.readline(MAX_DOCUMENT_BYTES)
+            if len(piece) >= MAX_DOCUMENT_BYTES:
                 line = lines + piece.count(b"\n") + 1
-                raise NotTextError(f"{path}: line {line:,} is longer than {LONGEST >> 20} MB; break it", _size(path))
+                raise NotTextError(
+                    f"{path}: line {line:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; break it", _size(path)
+                )
             yield _decode(piece, path, lines)
             lines += piece.count(b"\n")
 

@@ -13,13 +13,13 @@ NEAR_DUPLICATE: Final = 0.5
 PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
-AT_ONCE: Final = 4096
-MOST: Final = 1024
+CHUNK_DOCUMENTS: Final = 4096
+MAX_CANDIDATES: Final = 1024
 """Documents that one is compared with in a band: thousands may agree in one, all of them only some boilerplate."""
 
 
 @dataclass(frozen=True)
-class Split:
+class TrainValidationSplit:
     """The side of every document of a corpus, by its place.
 
     Attributes:
@@ -39,7 +39,7 @@ class Split:
         return ("", text) if self.validation[place] else (text, "")
 
 
-def split(keys: NDArray[np.uint64], families: NDArray[np.int64], share: float) -> Split:
+def split_by_cluster(keys: NDArray[np.uint64], families: NDArray[np.int64], share: float) -> TrainValidationSplit:
     """Hold out about ``share`` of the documents, whole families of near-duplicates together.
 
     A family goes to the side that a hash of its first content says, so the side of a document does not
@@ -54,16 +54,16 @@ def split(keys: NDArray[np.uint64], families: NDArray[np.int64], share: float) -
     """
     names, family = np.unique(families, return_inverse=True)
     if len(names) < 2:
-        return Split(np.zeros(len(keys), dtype=bool), share)
+        return TrainValidationSplit(np.zeros(len(keys), dtype=bool), share)
     least = np.full(len(names), np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(least, family, keys)
     held_out = least / 2.0**64 < share
     held_out[least.argmin()] = True
     held_out[least.argmax()] = False
-    return Split(held_out[family], None)
+    return TrainValidationSplit(held_out[family], None)
 
 
-class Families:
+class DuplicateClusters:
     """Chains of near-duplicates, found by MinHash and locality-sensitive hashing, with the signatures on disk.
 
     Args:
@@ -80,7 +80,7 @@ class Families:
         """The next document's signature, (PERMUTATIONS,)."""
         self._pending.append(signature)
         self.n_documents += 1
-        if len(self._pending) == AT_ONCE:
+        if len(self._pending) == CHUNK_DOCUMENTS:
             self._write()
 
     def link(self) -> NDArray[np.int64]:
@@ -113,7 +113,7 @@ class Families:
         """Groups of documents that agree in a band of their signatures, and are not all linked yet."""
         parts, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
-            n = min(AT_ONCE, self.n_documents - start)
+            n = min(CHUNK_DOCUMENTS, self.n_documents - start)
             self._bands.seek(8 * (BANDS * start + band * n))
             parts.append(np.fromfile(self._bands, dtype=np.uint64, count=n))
             start += n
@@ -131,7 +131,7 @@ class Families:
         heads = np.array([_head(first, member) for member in members])
         signatures = np.stack([self._signature(member) for member in members])  # (m, PERMUTATIONS)
         for place in range(len(members) - 1):
-            others = place + 1 + np.flatnonzero(heads[place + 1 : place + 1 + MOST] != heads[place])
+            others = place + 1 + np.flatnonzero(heads[place + 1 : place + 1 + MAX_CANDIDATES] != heads[place])
             near = others[(signatures[others] == signatures[place]).mean(axis=1) >= NEAR_DUPLICATE]
             if len(near):
                 joined = np.isin(heads, [*heads[near], heads[place]])

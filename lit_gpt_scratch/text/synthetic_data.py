@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Final
 
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 
-NAME: Final = "generated"
+SOURCE_NAME: Final = "generated"
 
 THINGS: Final = ("soup", "film", "hotel", "teacher", "garden", "phone", "train", "song")
 ADVERBS: Final = ("very", "rather", "to everybody who asked me")
@@ -24,7 +24,7 @@ WORDS: Final = (
 )  # fmt: skip
 
 
-def labelled() -> Iterator[Row]:
+def labelled_sentences() -> Iterator[TableRow]:
     """288 sentences: praise, complaints, and questions about both."""
     sentences = []
     for thing, adverb, (good, bad) in product(THINGS, ADVERBS, zip(GOOD, BAD, strict=True)):
@@ -37,7 +37,7 @@ def labelled() -> Iterator[Row]:
     return _rows(sentences)
 
 
-def conversations() -> Iterator[Row]:
+def conversations() -> Iterator[TableRow]:
     """576 instructions about words, with their replies; one of six has two turns."""
     tasks: list[dict[str, Any]] = []
     for word in WORDS:
@@ -54,5 +54,5 @@ def conversations() -> Iterator[Row]:
     return _rows(tasks)
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> Iterator[Row]:
-    return (Row(f"{NAME}:{n}", f"{NAME} row {n}", fields) for n, fields in enumerate(records, 1))
+def _rows(records: Sequence[dict[str, Any]]) -> Iterator[TableRow]:
+    return (TableRow(f"{SOURCE_NAME}:{n}", f"{SOURCE_NAME} row {n}", fields) for n, fields in enumerate(records, 1))

@@ -14,20 +14,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.decompress import COMPRESSED, opened
-from lit_gpt_scratch.text.document import LONGEST, ClassNumber, Document, Row, text_of
-from lit_gpt_scratch.text.row_readers import READERS, Columns, Fields, first_line, require
+from lit_gpt_scratch.text.decompress import DECOMPRESSORS, open_decompressed
+from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, ClassIndex, Document, TableRow, get_text
+from lit_gpt_scratch.text.row_readers import READERS, Columns, Fields, first_line, require_columns
 
-FORMATS: Final = {
+TABLE_FORMATS: Final = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
-NEVER_PROSE: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
+ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
 """Files with such names hold rows wherever they lie; the others may be somebody's text."""
-ROWS_AT_ONCE: Final = 256
+BATCH_ROWS: Final = 256
 
 
-def rows(path: Path, name: str, columns: Columns | None) -> Iterator[Row]:
+def rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableRow]:
     """The rows of a file; ``name:3`` is the third.
 
     Raises:
@@ -37,43 +37,43 @@ def rows(path: Path, name: str, columns: Columns | None) -> Iterator[Row]:
     try:
         for fields in _by_datasets(path, columns):
             read += 1
-            yield Row(f"{name}:{read}", f"{path}: row {read:,}", fields)
+            yield TableRow(f"{name}:{read}", f"{path}: row {read:,}", fields)
         return
     except UserError:
         raise
     except Exception as error:  # whatever the readers of five formats raise
         reason = error
     for number, (where, fields) in enumerate(_rest(path, columns, reason, skip=read), read + 1):
-        yield Row(f"{name}:{number}", where, fields)
+        yield TableRow(f"{name}:{number}", where, fields)
 
 
-def document(row: Row, column: str) -> Document:
+def document(row: TableRow, column: str) -> Document:
     """The text in a column of a row; without any it is an empty document.
 
     Raises:
         UserError: There is something else, or it is longer than any text.
     """
     try:
-        text = text_of(row.fields, column)
+        text = get_text(row.fields, column)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
-    if len(text) > LONGEST:
-        raise UserError(f"{row.where} has a text of {len(text) >> 20} MB; {LONGEST >> 20} is the most")
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{row.where} has a text of {len(text) >> 20} MB; {MAX_DOCUMENT_BYTES >> 20} is the most")
     return Document(row.id, text)
 
 
-def has_rows(path: Path, in_folder: bool) -> bool:
+def is_table(path: Path, in_folder: bool) -> bool:
     """Whether a file holds rows, by its name; in a folder, ``.json`` and ``.csv`` are texts."""
     suffix = _suffix(path)
-    return suffix in (NEVER_PROSE if in_folder else FORMATS)
+    return suffix in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
 
 def _suffix(path: Path) -> str:
-    inner = path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+    inner = path.with_suffix("") if path.suffix.lower() in DECOMPRESSORS else path
     return inner.suffix.lower()
 
 
-def fields_of(found: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
+def iterate_dataset(found: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
     """A dataset of ``datasets`` as rows; numbers of classes know their names.
 
     Raises:
@@ -82,11 +82,11 @@ def fields_of(found: Any, columns: Columns | None, where: str) -> Iterator[Field
     from datasets import ClassLabel
 
     classes = {name: kind.names for name, kind in (found.features or {}).items() if isinstance(kind, ClassLabel)}
-    for batch in found.iter(ROWS_AT_ONCE):
-        require(columns, batch, where)
+    for batch in found.iter(BATCH_ROWS):
+        require_columns(columns, batch, where)
         for name in classes.keys() & batch.keys():
             numbers = batch[name]
-            batch[name] = [None if each is None else ClassNumber.of(each, classes[name]) for each in numbers]
+            batch[name] = [None if each is None else ClassIndex.of(each, classes[name]) for each in numbers]
         names = list(batch if columns is None else columns.values())
         for values in zip(*(batch[name] for name in names), strict=True):
             yield dict(zip(names, values, strict=True))
@@ -96,7 +96,7 @@ def _by_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
     import datasets
     import pyarrow.parquet
 
-    format_ = FORMATS[_suffix(path)]
+    format_ = TABLE_FORMATS[_suffix(path)]
     whole = columns is None or len(columns) > 1
     if format_ in ("csv", "tsv") or (format_ == "json" and whole) or _suffix(path) == ".json" or "::" in str(path):
         # Of a list in which texts and numbers are mixed, datasets would quote the texts, and of lists of objects it may
@@ -106,19 +106,19 @@ def _by_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
     if format_ == "json":
         options = {"parse_agent_traces": False}
     if format_ == "parquet":
-        require(columns, pyarrow.parquet.read_schema(path).names, str(path))
-        options = {"columns": list(columns.values()) if columns else None, "batch_size": ROWS_AT_ONCE}
-    with quiet():
+        require_columns(columns, pyarrow.parquet.read_schema(path).names, str(path))
+        options = {"columns": list(columns.values()) if columns else None, "batch_size": BATCH_ROWS}
+    with quiet_datasets():
         files = glob.escape(str(path))
         found = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
-        for fields in fields_of(found, columns, str(path)):
+        for fields in iterate_dataset(found, columns, str(path)):
             if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
                 raise TypeError("a text was taken for a date, or there is none")
             yield fields
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_datasets() -> Iterator[None]:
     """Read without progress bars, without log lines, and without a word to a server about one's own files."""
     import datasets
 
@@ -137,11 +137,11 @@ def quiet() -> Iterator[None]:
 
 def _rest(path: Path, columns: Columns | None, reason: Exception, skip: int) -> Iterator[tuple[str, Fields]]:
     """The rows after the first ``skip``, one by one, each with its place in the file."""
-    format_ = FORMATS[_suffix(path)]
+    format_ = TABLE_FORMATS[_suffix(path)]
     if format_ not in READERS:
         raise UserError(f"{path} cannot be read as {format_}: {first_line(reason)}") from reason
     try:
-        file = opened(path)
+        file = open_decompressed(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     with file:

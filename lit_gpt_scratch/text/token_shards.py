@@ -18,15 +18,15 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.text.atomic_files import whole_file
+from lit_gpt_scratch.text.atomic_files import atomic_file
 
-Ids = NDArray[np.unsignedinteger[Any]]
-Integers = NDArray[np.int64]
-Part = Literal["tokens", "documents"]
-PARTS: Final[tuple[Part, ...]] = ("tokens", "documents")
+TokenIds = NDArray[np.unsignedinteger[Any]]
+Int64Array = NDArray[np.int64]
+ShardPart = Literal["tokens", "documents"]
+SHARD_PARTS: Final[tuple[ShardPart, ...]] = ("tokens", "documents")
 
 
-class Mapped:
+class PicklableMemmaps:
     """What maps files into memory when they are first read; sent to another process, it does so anew there."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -35,7 +35,7 @@ class Mapped:
 
 
 @dataclass(frozen=True)
-class Shard(Mapped):
+class TokenShard(PicklableMemmaps):
     """A part of a stream.
 
     Attributes:
@@ -55,26 +55,26 @@ class Shard(Mapped):
     n_bytes: int
     n_documents: int
     largest: int
-    sizes: dict[Part, int]
-    sha256: dict[Part, str]
+    sizes: dict[ShardPart, int]
+    sha256: dict[ShardPart, str]
 
     @classmethod
-    def write(cls, folder: Path, name: str, tokens: Ids, documents: NDArray[np.uint64]) -> "Shard":
+    def write(cls, folder: Path, name: str, tokens: TokenIds, documents: NDArray[np.uint64]) -> "TokenShard":
         """Write its files; a kill leaves each whole or not there."""
         n_bytes, largest = int(documents[:, 1].sum()), int(tokens.max())
         made = cls(str(folder), name, len(tokens), n_bytes, len(documents), largest, {}, {})
-        for part, array in zip(PARTS, (tokens, documents), strict=True):
+        for part, array in zip(SHARD_PARTS, (tokens, documents), strict=True):
             path = made.path(part)
-            with whole_file(path) as file:
+            with atomic_file(path) as file:
                 np.save(file, array)
-            made.sizes[part], made.sha256[part] = path.stat().st_size, digest(path)
+            made.sizes[part], made.sha256[part] = path.stat().st_size, sha256_file(path)
         return made
 
-    def file(self, part: Part) -> str:
+    def file(self, part: ShardPart) -> str:
         """The name of one of its files."""
         return f"{self.name}.{part}.npy"
 
-    def path(self, part: Part) -> Path:
+    def path(self, part: ShardPart) -> Path:
         """Where it is."""
         return Path(self.folder, self.file(part))
 
@@ -84,7 +84,7 @@ class Shard(Mapped):
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @cached_property
-    def tokens(self) -> Ids:
+    def tokens(self) -> TokenIds:
         """(n_tokens,), read-only."""
         return np.asarray(np.load(self.path("tokens"), mmap_mode="r"))
 
@@ -95,10 +95,10 @@ class Shard(Mapped):
 
 
 @dataclass(frozen=True)
-class Stream:
+class ShardedTokenStream:
     """Shards, one behind the other."""
 
-    shards: tuple[Shard, ...]
+    shards: tuple[TokenShard, ...]
 
     @cached_property
     def ends(self) -> list[int]:
@@ -120,7 +120,7 @@ class Stream:
         """Documents."""
         return sum(shard.n_documents for shard in self.shards)
 
-    def shard_of(self, token: int) -> tuple[Shard, int]:
+    def shard_of(self, token: int) -> tuple[TokenShard, int]:
         """The shard that holds a token, and its first token."""
         place = bisect_right(self.ends, token)
         return self.shards[place], self.ends[place] - self.shards[place].n_tokens
@@ -130,15 +130,15 @@ class Stream:
         shard, _ = self.shard_of(token)
         return f"shard {shard.name} of {shard.folder}"
 
-    def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
+    def document_spans(self) -> Iterator[tuple[Int64Array, Int64Array]]:
         """Of each shard, the first token of its documents, counted through the stream, and how many each has."""
         for shard, end in zip(self.shards, self.ends, strict=True):
             starts = shard.documents[:, 0].astype(np.int64)
             yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
 
-    def document_starts(self, start: int, stop: int) -> Integers:
+    def document_starts(self, start: int, stop: int) -> Int64Array:
         """Which tokens from ``start`` to ``stop`` are the first of a document."""
-        found: list[Integers] = []
+        found: list[Int64Array] = []
         stop = min(stop, self.n_tokens)
         while start < stop:
             shard, first = self.shard_of(start)
@@ -150,15 +150,15 @@ class Stream:
             start = end
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
-    def read_with_labels(self, start: int, length: int) -> tuple[Ids, Ids]:
+    def read_with_labels(self, start: int, length: int) -> tuple[TokenIds, TokenIds]:
         """So many tokens, and what follows each; the stream's last has nothing that does."""
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]
 
-    def read(self, start: int, stop: int) -> Ids:
+    def read(self, start: int, stop: int) -> TokenIds:
         """Tokens ``start`` to ``stop``, or to the end; within a shard nothing is copied."""
         stop = min(stop, self.n_tokens)
-        found: list[Ids] = []
+        found: list[TokenIds] = []
         while start < stop:
             shard, first = self.shard_of(start)
             found.append(shard.tokens[start - first : stop - first])
@@ -166,7 +166,7 @@ class Stream:
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.uint16)])
 
 
-def digest(path: Path) -> str:
+def sha256_file(path: Path) -> str:
     """SHA-256 of a file that is not empty."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()

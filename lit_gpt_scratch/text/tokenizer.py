@@ -15,15 +15,15 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder, tokenizer_training
-from lit_gpt_scratch.text.atomic_files import whole_file
+from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT
 
-ENDS: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
 """What families of tokenizers call the token between two documents."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """GPT-2's vocabulary and merges: as they were published, and as ``transformers`` calls them."""
-FILE: Final = "tokenizer.json"
-PROBE: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
+TOKENIZER_FILE: Final = "tokenizer.json"
+ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
 """Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
 
 
@@ -33,7 +33,7 @@ class Tokenizer:
     A thin hand on a ``tokenizers`` file, which is also what other tools read.
 
     Args:
-        backend: A tokenizer that knows a token for the end of text, by one of the names in ``ENDS``.
+        backend: A tokenizer that knows a token for the end of text, by one of the names in ``END_OF_TEXT_NAMES``.
         start_of_text: See below; by default the end of text.
 
     Attributes:
@@ -43,7 +43,7 @@ class Tokenizer:
     """
 
     def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
-        found = [place for name in ENDS if (place := backend.token_to_id(name)) is not None]
+        found = [place for name in END_OF_TEXT_NAMES if (place := backend.token_to_id(name)) is not None]
         if not found:
             raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
         # A document that happens to contain "<|endoftext|>" must not be able to end itself.
@@ -58,8 +58,8 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
     ) -> "Tokenizer":
-        """Learn one from texts; see ``tokenizer_training.train``."""
-        return cls(tokenizer_training.train(kind, texts, vocab_size, special))
+        """Learn one from texts; see ``tokenizer_training.train_tokenizer``."""
+        return cls(tokenizer_training.train_tokenizer(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -73,9 +73,9 @@ class Tokenizer:
         """
         try:
             for names in GPT2_FILES:
-                if path.is_dir() and not (path / FILE).exists() and (path / names[0]).exists():
+                if path.is_dir() and not (path / TOKENIZER_FILE).exists() and (path / names[0]).exists():
                     return cls(_gpt2(*(path / name for name in names)))
-            path = path / FILE if path.is_dir() else path
+            path = path / TOKENIZER_FILE if path.is_dir() else path
             content = path.read_bytes()
             seal = _seal(path)
             if seal.exists() and seal.read_bytes() != _checksum(content, path):
@@ -88,7 +88,7 @@ class Tokenizer:
         """Write a ``tokenizer.json``, and beside it a checksum that ``sha256sum -c`` knows, too."""
         content = self.to_json().encode()
         for place, written in ((path, content), (_seal(path), _checksum(content, path))):
-            with whole_file(place) as file:
+            with atomic_file(place) as file:
                 file.write(written)
 
     @classmethod
@@ -129,7 +129,7 @@ class Tokenizer:
 
     @cached_property
     def _proven(self) -> tiktoken.Encoding | None:
-        return fast_encoder.fast(self._backend)
+        return fast_encoder.build_tiktoken_encoding(self._backend)
 
     def decode(self, ids: list[int]) -> str:
         """The text of some ids; bytes that form no UTF-8 show as U+FFFD, an end of text as itself."""
@@ -150,10 +150,10 @@ class Tokenizer:
     @property
     def loss(self) -> str:
         """What text loses on its way to ids and back, as a sentence; empty where nothing is lost."""
-        back = self.decode(self.encode(PROBE))
-        if back == PROBE:
+        back = self.decode(self.encode(ROUND_TRIP_TEXT))
+        if back == ROUND_TRIP_TEXT:
             return ""
-        return f"text is not given back as it was: {PROBE!r} comes back as {back!r}"
+        return f"text is not given back as it was: {ROUND_TRIP_TEXT!r} comes back as {back!r}"
 
     @property
     def template(self) -> list[int]:

@@ -8,11 +8,11 @@ import numpy as np
 
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-LONGEST: Final = 5
+MAX_LONGEST_TOKENS: Final = 5
 """How many of the longest tokens to name."""
 
 
-def compare(
+def compare_tokenizers(
     kinds: Sequence[str], learned_from: Sequence[str], held_out: Sequence[str], vocab_size: int, special: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """Train a tokenizer of each kind, and measure it.
@@ -40,7 +40,9 @@ def compare(
         encoded = time.perf_counter() - began
         counts = np.bincount(ids, minlength=tokenizer.vocab_size)
         tokens = tokenizer.tokens()
-        longest = sorted(np.flatnonzero(counts), key=lambda token_id: -len(tokens[token_id].strip()))[:LONGEST]
+        longest = sorted(np.flatnonzero(counts), key=lambda token_id: -len(tokens[token_id].strip()))[
+            :MAX_LONGEST_TOKENS
+        ]
         unknown = tokenizer.unknown
         yield {
             "tokenizer": kind,

@@ -15,9 +15,9 @@ END_OF_TEXT: Final = "<|endoftext|>"
 UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
 """GPT-2's 256 printable characters, one for each byte: text of any kind is written in them without loss."""
-JOINED: Final = "\u203f"
+CONTINUATION: Final = "\u203f"
 """Marks a piece of WordPiece that goes on with a word. No byte is written so: "##" could stand in a text."""
-LONGEST_WORD: Final = 64
+MAX_WORD_BYTES: Final = 64
 """Bytes; WordPiece looks for the longest piece at every place of a word, and gives up on long words."""
 
 
@@ -32,21 +32,21 @@ def _bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 def _wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     """WordPiece: join the pair that makes the text most likely (Schuster and Nakajima 2012), over bytes."""
-    words = pre_tokenizers.Sequence([_words(), pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), "isolated")])
+    words = pre_tokenizers.Sequence([_words(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")])
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(word for word, _ in words.pre_tokenize_str(text))
-    pieces = [*special, *wordpiece.learn(counts, BYTES, size - len(special), prefix=JOINED)]
+    pieces = [*special, *wordpiece.learn_wordpieces(counts, BYTES, size - len(special), prefix=CONTINUATION)]
     vocabulary = {piece: place for place, piece in enumerate(pieces)}
     model = models.WordPiece(  # every byte is a piece, so that nothing is unknown
         vocabulary,
         unk_token=special[0],
-        max_input_chars_per_word=LONGEST_WORD,
-        continuing_subword_prefix=JOINED,
+        max_input_chars_per_word=MAX_WORD_BYTES,
+        continuing_subword_prefix=CONTINUATION,
     )
     backend = Backend(model)
     backend.pre_tokenizer = words
-    backend.decoder = decoders.Sequence([decoders.Replace(JOINED, ""), decoders.ByteLevel()])
+    backend.decoder = decoders.Sequence([decoders.Replace(CONTINUATION, ""), decoders.ByteLevel()])
     backend.add_special_tokens(special)
     return backend
 
@@ -87,23 +87,23 @@ def _words() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
-KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backend]]] = {
+TOKENIZER_KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backend]]] = {
     "bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char, "byte": _byte,
 }  # fmt: skip
 """Texts, size of the vocabulary and special tokens, which come first in it, to a tokenizer."""
-LEAST: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigram": len(BYTES), "char": 2, "byte": 0}
+MIN_VOCAB_SIZE: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigram": len(BYTES), "char": 2, "byte": 0}
 """Tokens that a kind needs beside the special ones."""
-OF_ANY_SIZE: Final = ("bpe", "wordpiece", "unigram")
+TRAINED_KINDS: Final = ("bpe", "wordpiece", "unigram")
 """Kinds that grow to what is asked for; the others have what they have."""
-LARGEST: Final = 2**24
+MAX_VOCAB_SIZE: Final = 2**24
 """Tokens in a vocabulary: the trainer sets memory aside for as many as are asked for, and ends the process."""
 
 
-def train(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
+def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
     """A tokenizer of one kind.
 
     Args:
-        kind: A key of ``KINDS``.
+        kind: A key of ``TOKENIZER_KINDS``.
         texts: What to learn from.
         size: Tokens in the vocabulary, special ones included; fewer if the texts give no more.
         special: Special tokens beside ``<|endoftext|>``.
@@ -114,9 +114,9 @@ def train(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = (
     tokens = [END_OF_TEXT, *special]
     if twice := [token for token in tokens if tokens.count(token) > 1 or not token]:
         raise UserError(f"data.special_tokens: '{twice[0]}' is empty or named twice ({END_OF_TEXT} is always there)")
-    if size > LARGEST:
-        raise UserError(f"data.vocab_size is {size}; no tokenizer has more than {LARGEST:,}")
-    if size < (least := LEAST[kind] + len(tokens)):
-        what = "bytes and special tokens" if LEAST[kind] >= len(BYTES) else "special tokens"
+    if size > MAX_VOCAB_SIZE:
+        raise UserError(f"data.vocab_size is {size}; no tokenizer has more than {MAX_VOCAB_SIZE:,}")
+    if size < (least := MIN_VOCAB_SIZE[kind] + len(tokens)):
+        what = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
         raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} has at least {least}: {what}")
-    return KINDS[kind](texts, size, tokens)
+    return TOKENIZER_KINDS[kind](texts, size, tokens)

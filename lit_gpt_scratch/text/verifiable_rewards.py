@@ -14,38 +14,38 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.chat_template import REPLIES, conversation
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.chat_template import ASSISTANT, parse_conversation
+from lit_gpt_scratch.text.document import TableRow
 
 SHORT: Final = 8
 """Characters of a reply that is short."""
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
-def says_something(reply: str) -> bool:
+def has_content(reply: str) -> bool:
     """Whether there is a letter or a digit."""
     return any(character.isalnum() for character in reply)
 
 
 def shorter(reply: str) -> bool:
     """Whether it has at most ``SHORT`` characters, space around it not counted."""
-    return says_something(reply) and len(reply.strip()) <= SHORT
+    return has_content(reply) and len(reply.strip()) <= SHORT
 
 
 def full_stop(reply: str) -> bool:
     """Whether it ends with a full stop, and no more than one."""
     text = reply.rstrip()
-    return says_something(reply) and text.endswith(".") and not text.endswith("..")
+    return has_content(reply) and text.endswith(".") and not text.endswith("..")
 
 
 def no_digit(reply: str) -> bool:
     """Whether there is no digit in it."""
-    return says_something(reply) and not any(character.isdigit() for character in reply)
+    return has_content(reply) and not any(character.isdigit() for character in reply)
 
 
 def python_expression(reply: str) -> bool:
     """Whether Python reads it as an expression."""
-    if not says_something(reply):
+    if not has_content(reply):
         return False
     try:
         with warnings.catch_warnings():
@@ -57,7 +57,7 @@ def python_expression(reply: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Checkable:
+class VerifiablePreference:
     """A preference.
 
     Attributes:
@@ -88,37 +88,37 @@ def _spelled_out(reply: str) -> str:
 def _cut(reply: str) -> str:
     """The end of what it says."""
     whole = reply.strip()
-    while not says_something(whole[-SHORT:]):
+    while not has_content(whole[-SHORT:]):
         whole = whole[:-1]
     return whole[-SHORT:].strip()
 
 
-CHECKABLES: Final[dict[str, Checkable]] = {
-    "full_stop": Checkable(full_stop, lambda reply: f"{_bare(reply)}.", _bare),
-    "shorter": Checkable(shorter, _cut, lambda reply: f"I would say: {reply}"),
-    "no_digit": Checkable(no_digit, _spelled_out, lambda reply: f"1. {reply}"),
-    "python_expression": Checkable(python_expression, repr, lambda reply: f"The answer is: {reply}"),
+VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
+    "full_stop": VerifiablePreference(full_stop, lambda reply: f"{_bare(reply)}.", _bare),
+    "shorter": VerifiablePreference(shorter, _cut, lambda reply: f"I would say: {reply}"),
+    "no_digit": VerifiablePreference(no_digit, _spelled_out, lambda reply: f"1. {reply}"),
+    "python_expression": VerifiablePreference(python_expression, repr, lambda reply: f"The answer is: {reply}"),
 }
 """By name."""
 
 
-def checkable(name: str) -> Checkable:
+def get_verifiable_preference(name: str) -> VerifiablePreference:
     """The preference of that name.
 
     Raises:
         UserError: There is none.
     """
-    if name not in CHECKABLES:
-        raise UserError(f"there is no checkable preference {name}; there are {', '.join(CHECKABLES)}")
-    return CHECKABLES[name]
+    if name not in VERIFIABLE_PREFERENCES:
+        raise UserError(f"there is no checkable preference {name}; there are {', '.join(VERIFIABLE_PREFERENCES)}")
+    return VERIFIABLE_PREFERENCES[name]
 
 
-def prompts() -> Iterator[Row]:
+def prompts() -> Iterator[TableRow]:
     """The generated conversations up to their last reply: rows with a ``prompt`` of messages."""
-    return (Row(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _turns())
+    return (TableRow(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _turns())
 
 
-def preferences(name: str) -> Iterator[Row]:
+def preferences(name: str) -> Iterator[TableRow]:
     """The same with two replies: rows with ``prompt``, ``chosen`` and ``rejected``.
 
     Args:
@@ -127,14 +127,14 @@ def preferences(name: str) -> Iterator[Row]:
     Raises:
         UserError: There is none.
     """
-    prefer = checkable(name)
+    prefer = get_verifiable_preference(name)
     for row, prompt, reply in _turns():
         chosen, rejected = prefer.pair(reply)
-        yield Row(row.id, row.where, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        yield TableRow(row.id, row.where, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
 
 
-def _turns() -> Iterator[tuple[Row, list[dict[str, Any]], str]]:
+def _turns() -> Iterator[tuple[TableRow, list[dict[str, Any]], str]]:
     for row in synthetic_data.conversations():
-        *before, reply = conversation(row.fields)
-        assert reply.role == REPLIES
+        *before, reply = parse_conversation(row.fields)
+        assert reply.role == ASSISTANT
         yield row, [{"role": message.role, "content": message.content} for message in before], reply.content

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 
-def learn(
+def learn_wordpieces(
     words: Mapping[str, int], alphabet: Iterable[str], size: int, min_count: int | None = None, prefix: str = "##"
 ) -> list[str]:
     """A vocabulary of pieces, in the order in which they were learned.

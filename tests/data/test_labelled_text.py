@@ -17,8 +17,8 @@ from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.labelled_text import LabelledTextDataset
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.document import ClassNumber, label_of
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.document import ClassIndex, get_label
+from lit_gpt_scratch.text.sources import DocumentSource
 
 FILL = 99
 
@@ -79,7 +79,7 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
         (math.nan, "'label' is empty: a label is missing"),
         (None, "'label' is empty: a label is missing"),
         (" ", "'label' is empty: a label is missing"),
-        (ClassNumber.of(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
+        (ClassIndex.of(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
         (True, "'label' is True (bool), not a label: a text or whole number"),
         (0.5, "'label' is 0.5 (float), not a label"),
         (math.inf, "'label' is inf (float), not a label"),
@@ -88,12 +88,12 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
 )
 def test_what_is_no_label_is_refused(label: object, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
-        label_of({"label": label}, "label")
+        get_label({"label": label}, "label")
 
 
 def test_a_label_is_one_class_however_it_is_written() -> None:
-    found = ["1", " 1", 1, 1.0, ClassNumber.of(0, ["1"])]
-    assert {label_of({"label": label}, "label") for label in found} == {"1"}
+    found = ["1", " 1", 1, 1.0, ClassIndex.of(0, ["1"])]
+    assert {get_label({"label": label}, "label") for label in found} == {"1"}
 
 
 def test_a_label_that_is_no_number_is_refused_by_its_row(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_classes_that_a_dataset_names_keep_their_names(tmp_path: Path) -> None:
 
     data = LabelledText(source=kept(labels), tokenizer="byte", cache=str(tmp_path))
     assert [record.label for _, record in data.records] == [["pos", "neg"][label] for label in labels]
-    assert [row.fields["label"] for row in Source(kept(labels)).rows()] == labels
+    assert [row.fields["label"] for row in DocumentSource(kept(labels)).rows()] == labels
     with pytest.raises(UserError, match=r"row 40: 'label' is empty: a label is missing"):
         _ = LabelledText(source=kept([*labels[:39], -1]), tokenizer="byte", cache=str(tmp_path)).records
 

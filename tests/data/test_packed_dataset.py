@@ -15,19 +15,19 @@ from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPolicy
 from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.token_shards import Stream
+from lit_gpt_scratch.text.token_shards import ShardedTokenStream
 from tests.conftest import token_stream
 
 END = 60_000
 
 
-def stream(folder: Path, *sizes: int) -> Stream:
+def stream(folder: Path, *sizes: int) -> ShardedTokenStream:
     """Shards of one document of so many tokens, which count from 0 through all of them."""
     numbers = itertools.count()
     return token_stream(folder, *([list(itertools.islice(numbers, n))] for n in sizes))
 
 
-def concatenated(text: Stream, whole: bool = False) -> PackedDataset:
+def concatenated(text: ShardedTokenStream, whole: bool = False) -> PackedDataset:
     return PackedDataset([ConcatenatedPlan(text, 8, whole)], 8, END + 1, END)
 
 

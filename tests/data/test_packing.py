@@ -19,20 +19,22 @@ from lit_gpt_scratch.data.packing import (
     compute_packing_cost,
     plan_packing,
 )
-from lit_gpt_scratch.text.token_shards import Shard, Stream
+from lit_gpt_scratch.text.token_shards import ShardedTokenStream, TokenShard
 from tests.conftest import token_stream
 
 END = 0
 VOCAB = 60_000
 
 
-def stream(folder: Path, *shards: list[int]) -> Stream:
+def stream(folder: Path, *shards: list[int]) -> ShardedTokenStream:
     """Documents of these lengths, their end of text counted; every other token is a number of its own."""
     numbers = itertools.count(1)
     return token_stream(folder, *([[END, *itertools.islice(numbers, n - 1)] for n in lengths] for lengths in shards))
 
 
-def windows(text: Stream, block_size: int, policy: PackingPolicy, cache: Path, mask: bool = True) -> PackedDataset:
+def windows(
+    text: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path, mask: bool = True
+) -> PackedDataset:
     return PackedDataset([plan_packing(text, block_size, policy, cache)], block_size, VOCAB, END, mask)
 
 
@@ -70,7 +72,7 @@ def test_the_papers_example(tmp_path: Path) -> None:
     assert (best.split, best.split_needlessly, best.windows, best.padding) == (1, 0, 4, 1)
 
 
-def brute_force(text: Stream, batches: PackedDataset) -> dict[str, int]:
+def brute_force(text: ShardedTokenStream, batches: PackedDataset) -> dict[str, int]:
     """The cost, counted in the batches."""
     where: dict[int, set[int]] = {}  # by token, the windows that it is in
     padding = crossing = 0
@@ -174,7 +176,7 @@ def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
     about = np.array([[0, 500]], dtype="<u8")
     for name, length in (("a", 300), ("b", 100)):
         (tmp_path / name).mkdir()
-        text = Stream((Shard.write(tmp_path / name, "train-00000", np.zeros(length, "<u2"), about),))
+        text = ShardedTokenStream((TokenShard.write(tmp_path / name, "train-00000", np.zeros(length, "<u2"), about),))
         assert len(plan_packing(text, 10, "best_fit", tmp_path)) == length // 10
 
 

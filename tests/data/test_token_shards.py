@@ -29,15 +29,15 @@ from lit_gpt_scratch.text import tokenize_corpus
 from lit_gpt_scratch.text import parquet_io
 from tests.data.test_token_store import recipe
 
-tokenize_corpus.SHARD, parquet_io.GROUP = 2_000, 1_000
+tokenize_corpus.SHARD_BYTES, parquet_io.ROW_GROUP_CHARACTERS = 2_000, 1_000
 recipe(sys.argv[1], vocab_size=None, processes=2).prepare(Path(sys.argv[2]), Path(sys.argv[2], "store"))
 """
 
 
 @pytest.fixture
 def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenize_corpus, "SHARD", SMALL)
-    monkeypatch.setattr(parquet_io, "GROUP", SMALL // 2)
+    monkeypatch.setattr(tokenize_corpus, "SHARD_BYTES", SMALL)
+    monkeypatch.setattr(parquet_io, "ROW_GROUP_CHARACTERS", SMALL // 2)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -51,7 +51,7 @@ def test_processes_and_shards_change_no_token(corpus: Path, tmp_path: Path, monk
     several, alone = (recipe(corpus, processes=n).prepare(tmp_path, tmp_path / f"{n}") for n in (2, 1))
     assert len(several.train.shards) > 10
     assert contents(several.folder) == contents(alone.folder)
-    monkeypatch.setattr(tokenize_corpus, "SHARD", 2**26)
+    monkeypatch.setattr(tokenize_corpus, "SHARD_BYTES", 2**26)
     whole = recipe(corpus).prepare(tmp_path, tmp_path / "whole")
     assert len(whole.train.shards) == 1
     for side in ("train", "validation"):
@@ -222,8 +222,8 @@ def test_a_file_is_read_again_only_when_it_looks_altered(
     from lit_gpt_scratch.data import token_store as module
 
     read: list[str] = []
-    digest = module.digest
-    monkeypatch.setattr(module, "digest", lambda path: read.append(path.name) or digest(path))
+    sha256_file = module.sha256_file
+    monkeypatch.setattr(module, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
     TokenStore.open(folder)
     assert read == []
     (folder / "train-00000.tokens.npy").touch()

@@ -24,16 +24,16 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text import tokenize_corpus as encoding_module
 from lit_gpt_scratch.text.cleaning import Length
-from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
 from lit_gpt_scratch.text.fast_encoder import encode
-from lit_gpt_scratch.text.sources import Source, documents
+from lit_gpt_scratch.text.sources import DocumentSource, read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
 def recipe(source: Path | str, **changes: object) -> TokenPreparation:
     share, processes = changes.pop("validation_share", 0.1), changes.pop("processes", 1)
-    selection = Selection(((Source(str(source)), 1.0),), (ExactDuplicates(),), share, processes=processes)
+    selection = CorpusSpec(((DocumentSource(str(source)), 1.0),), (ExactDuplicates(),), share, processes=processes)
     return TokenPreparation(
         **({"selection": selection, "vocab_size": 300, "tokenizer": "bpe", "special": ()} | changes)
     )
@@ -54,7 +54,7 @@ def texts_of(store: object, side: str) -> list[str]:
 def test_every_document_is_on_one_side_and_whole(corpus: Path, tmp_path: Path) -> None:
     store = recipe(corpus).prepare(tmp_path)
     sides = texts_of(store, "train") + texts_of(store, "validation")
-    assert sorted(sides) == sorted(document.text for document in documents(str(corpus)))
+    assert sorted(sides) == sorted(document.text for document in read_documents(str(corpus)))
     for side in ("train", "validation"):
         stream = getattr(store, side)
         assert stream.n_documents == len(texts_of(store, side)) > 0
@@ -67,7 +67,7 @@ def test_the_tokenizer_never_sees_validation_text(corpus: Path, tmp_path: Path) 
     """A word planted into a validation document, often enough to become a token if it were seen."""
     folder = tmp_path / "planted"
     folder.mkdir()
-    for document in documents(str(corpus)):
+    for document in read_documents(str(corpus)):
         (folder / document.id).write_text(document.text, encoding="utf-8")
     planted = " xylophonist" * 400
     # The side of a document is decided by the hash of its content: try numbers until it is held out.
@@ -96,7 +96,7 @@ def test_whatever_changes_the_ids_changes_the_fingerprint(corpus: Path, tmp_path
     tokenizer.write_text(Tokenizer.train(["other text"], 280).to_json(), encoding="utf-8")
     other = tmp_path / "other"
     other.mkdir()
-    for document in documents(str(corpus)):
+    for document in read_documents(str(corpus)):
         (other / document.id).write_text(document.text, encoding="utf-8")
     same = recipe(other).prepare(tmp_path / "c")
     (other / "00.txt").write_text("one more line\n" * 40, encoding="utf-8")
@@ -113,7 +113,7 @@ def test_whatever_changes_the_ids_changes_the_fingerprint(corpus: Path, tmp_path
 
 
 def test_large_vocabularies_take_four_bytes(corpus: Path, tmp_path: Path) -> None:
-    made = json.loads(Tokenizer.train([document.text for document in documents(str(corpus))], 400).to_json())
+    made = json.loads(Tokenizer.train([document.text for document in read_documents(str(corpus))], 400).to_json())
     made["model"]["vocab"] |= {f"unused{i}": i for i in range(len(made["model"]["vocab"]), 70_000)}
     (tmp_path / "tokenizer.json").write_text(json.dumps(made), encoding="utf-8")
     store = recipe(corpus, tokenizer=str(tmp_path / "tokenizer.json")).prepare(tmp_path)
@@ -130,7 +130,7 @@ def test_a_cache_that_cannot_be_written_is_named(corpus: Path, tmp_path: Path) -
 def test_a_large_corpus_has_the_same_ids(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Above a size it is encoded in another way."""
     store = recipe(corpus).prepare(tmp_path / "a")
-    monkeypatch.setattr(encoding_module, "FAST_FROM", 1)
+    monkeypatch.setattr(encoding_module, "FAST_ENCODER_MIN_BYTES", 1)
     ways = []
 
     def noted(
@@ -216,7 +216,7 @@ def test_each_cleaning_has_its_own_audit(corpus: Path, tmp_path: Path) -> None:
     """Though they leave the same texts, and so the same tokens."""
     names = []
     for steps in ((), (ExactDuplicates(),), (Length(at_least=3),)):
-        of = recipe(corpus, selection=Selection(((Source(str(corpus)), 1.0),), steps, 0.1))
+        of = recipe(corpus, selection=CorpusSpec(((DocumentSource(str(corpus)), 1.0),), steps, 0.1))
         store = of.prepare(tmp_path)
         audit = json.loads(tokens_of(store).with_name("audit.json").read_text(encoding="utf-8"))
         names.append((store.fingerprint, *(step["name"] for step in audit["steps"][1:])))
@@ -228,7 +228,7 @@ def test_long_texts_are_learned_in_whole_lines() -> None:
     texts = ["short", "line\n" * 2_000_000, "x" * 9_000_000]
     sliced = list(recipe_module._split_long_texts(texts))
     assert "".join(sliced) == "".join(texts)
-    assert max(map(len, sliced)) <= recipe_module.ENCODED_AT_ONCE
+    assert max(map(len, sliced)) <= recipe_module.BATCH_CHARACTERS
     assert all(piece.endswith("line\n") for piece in sliced[1:3])
 
 
@@ -238,7 +238,7 @@ def test_a_script_need_not_know_of_processes(tmp_path: Path, processes: str, sai
     (tmp_path / "text.txt").write_text("".join(f"line {n}\n" for n in range(9000)), encoding="utf-8")
     (tmp_path / "script.py").write_text(
         "from lit_gpt_scratch.text import cleaning_pipeline\n"
-        "cleaning_pipeline.ALONE = 1\n"
+        "cleaning_pipeline.SINGLE_PROCESS_BYTES = 1\n"
         "from lit_gpt_scratch.data import PackedText\n"
         f"PackedText('text.txt', cache='cache', tokenizer='byte', processes={processes}).prepare_data()\n"
         "print('done')",
@@ -299,6 +299,6 @@ def test_a_folder_that_is_made_anew_has_the_new_tokenizers_ids(corpus: Path, tmp
     for tokenizer in ("bpe", "byte"):
         store = recipe(corpus, tokenizer=tokenizer, vocab_size=None).prepare(tmp_path, folder)
         assert sorted(texts_of(store, "train") + texts_of(store, "validation")) == sorted(
-            document.text for document in documents(str(corpus))
+            document.text for document in read_documents(str(corpus))
         )
         shutil.rmtree(folder)

@@ -13,7 +13,7 @@ from lit_gpt_scratch.cli.error_formatting import user_errors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.token_shards import Shard
+from lit_gpt_scratch.text.token_shards import TokenShard
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_user_errors import one_line
@@ -129,7 +129,7 @@ def test_a_token_that_there_is_not_ends_a_run_in_one_line(
     shard = TokenStore.open(stores[0]).train.shards[0]
     tokens = np.array(shard.tokens)
     tokens[len(tokens) // 2 :] = 5000
-    written = Shard.write(stores[0], "train-00000", tokens, np.array(shard.documents))
+    written = TokenShard.write(stores[0], "train-00000", tokens, np.array(shard.documents))
     TokenStore.write_manifest(stores[0], about | {"train": [written.about | {"largest": 7}]})
     data = PackedText(mixture=str(stores[0]), block_size=32, batch_size=4, num_workers=num_workers)
     with pytest.raises(UserError) as error, user_errors():

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.tokenizer_training import KINDS
+from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_any_kind_trains_generates_and_evaluates(command: Command, small: list[str], corpus: Path, kind: str) -> None:
     special = "--data.special_tokens=['<|user|>']"
     as_many_as_there_are = [flag for flag in small if "vocab_size" not in flag]
@@ -45,11 +45,11 @@ def test_what_prepare_makes_is_what_fit_finds(command: Command, small: list[str]
 
 def test_tokenizers_are_compared_on_what_is_held_out(command: Command, small: list[str]) -> None:
     of_data = [flag for flag in small if flag.startswith("--data.") and "vocab_size" not in flag]
-    table = command("prepare", *of_data, "--data.vocab_size=600", f"--compare={','.join(KINDS)}")
+    table = command("prepare", *of_data, "--data.vocab_size=600", f"--compare={','.join(TOKENIZER_KINDS)}")
     assert table.code == 0, table.err
     head, *rows = table.out.splitlines()
     assert head.split()[0] == "tokenizer"
-    assert [row.split()[0] for row in rows] == list(KINDS)
+    assert [row.split()[0] for row in rows] == list(TOKENIZER_KINDS)
     per_token = {row.split()[0]: float(row.split()[2]) for row in rows}
     assert per_token["byte"] == 1.0 <= per_token["char"] < per_token["wordpiece"]
     assert per_token["bpe"] > 1.5

@@ -12,13 +12,13 @@ from lit_gpt_scratch.evaluation.intervals import scores
 from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
 from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measure_pairs
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 
 
-def row(**fields: Any) -> Row:
-    return Row("rows.jsonl:3", "rows.jsonl: line 3", fields)
+def row(**fields: Any) -> TableRow:
+    return TableRow("rows.jsonl:3", "rows.jsonl: line 3", fields)
 
 
 def questions(n: int, seed: int = 0) -> list[Question]:

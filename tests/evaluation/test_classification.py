@@ -11,7 +11,7 @@ from lit_gpt_scratch.evaluation.registry import plain
 from lit_gpt_scratch.evaluation.results_table import table
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, sentences
 
@@ -87,7 +87,7 @@ def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tok
 )
 def test_bad_rows_are_named(fields: dict[str, object], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        Labelled.of(Row("r:7", "r: line 7", fields), "text", "label", NAMES)
+        Labelled.of(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
     assert str(refused.value).startswith(f"r: line 7: {said}")
 
 
@@ -103,4 +103,4 @@ def test_of_a_long_text_the_context_is_read(classifier: GPT, tokenizer: Tokenize
 
 
 def test_a_label_may_be_a_number() -> None:
-    assert Labelled.of(Row("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1
+    assert Labelled.of(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1

@@ -8,7 +8,7 @@ from lit_gpt_scratch.evaluation import generation_eval as module
 from lit_gpt_scratch.evaluation.generation_eval import Exercise, continuations, measure
 from lit_gpt_scratch.evaluation.intervals import scores
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 
@@ -48,6 +48,6 @@ def test_counts_of_words_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: 
 
 def test_bad_rows_are_named(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="r: line 2: no text in 'reference'; its columns are prompt"):
-        Exercise.of(Row("r:2", "r: line 2", {"prompt": "x"}))
+        Exercise.of(TableRow("r:2", "r: line 2", {"prompt": "x"}))
     with pytest.raises(UserError, match=r"r: line 2: its prompt has \d{3} tokens, the context holds 64"):
         measure(model, tokenizer, [Exercise("r: line 2", "word " * 60, "x")])

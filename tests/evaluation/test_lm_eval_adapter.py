@@ -18,7 +18,7 @@ from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measur
 from lit_gpt_scratch.interop import hf_checkpoint
 from lit_gpt_scratch.interop.model_family import Shape
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, sentences
 from tests.evaluation.test_choices import questions
@@ -113,7 +113,7 @@ def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer
     good_and_bad = {"doc_to_choice": "{{[sentence_good, sentence_bad]}}", "doc_to_target": 0}
     task("own_pairs", tmp_path / "pairs.jsonl", doc_to_text="", target_delimiter="", **good_and_bad)
     theirs = run(model, tokenizer, ["own_questions", "own_few_shot", "own_pairs"], include_path=tmp_path)
-    rows = [Question.of(Row("", "", row)) for row in asked]
+    rows = [Question.of(TableRow("", "", row)) for row in asked]
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
     for name, shots in (("own_questions", 0), ("own_few_shot", 2)):
         ours = scores(measure(model, tokenizer, rows, shots))
@@ -121,7 +121,7 @@ def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer
         for their_name, own in names.items():
             assert theirs[name].figures[their_name] == pytest.approx(ours.figures[own])
             assert theirs[name].intervals[their_name] == pytest.approx(ours.intervals[own])
-    ours = scores(measure_pairs(model, tokenizer, [Question.of_pair(Row("", "", row)) for row in pairs]))
+    ours = scores(measure_pairs(model, tokenizer, [Question.of_pair(TableRow("", "", row)) for row in pairs]))
     assert theirs["own_pairs"].figures == {"acc": pytest.approx(ours.figures["accuracy"])}
 
 

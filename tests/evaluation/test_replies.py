@@ -8,8 +8,8 @@ from lit_gpt_scratch.evaluation import chat_eval as module
 from lit_gpt_scratch.evaluation.chat_eval import Conversation, Reply, measure, replies
 from lit_gpt_scratch.evaluation.intervals import scores
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.text.chat_template import Message, Template
-from lit_gpt_scratch.text.document import Row
+from lit_gpt_scratch.text.chat_template import ChatTemplate, Message
+from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
@@ -33,7 +33,7 @@ def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "ROWS_AT_ONCE", 2)
-    prompts = [Template(tokenizer).prompt([Message("user", "ab c"[:n])]) for n in (1, 2, 4)]
+    prompts = [ChatTemplate(tokenizer).prompt([Message("user", "ab c"[:n])]) for n in (1, 2, 4)]
     expected = []
     for prompt in prompts:
         new: list[int] = []
@@ -55,7 +55,7 @@ MESSAGES = {"messages": [{"role": "user", "content": "ab\n\nc"}, {"role": "assis
 def test_replies_are_asked_for_in_the_template_and_scored(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [Conversation.of(Row("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
+    asked = [Conversation.of(TableRow("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
     assert asked[0] == asked[1]
     assert asked[0].text == "ab\n\nc\n\nd"
     given = []
@@ -66,16 +66,16 @@ def test_replies_are_asked_for_in_the_template_and_scored(
 
     monkeypatch.setattr(module, "replies", written)
     found = scores(measure(model, tokenizer, asked, 7))
-    assert given == [([Template(tokenizer).prompt([Message("user", "ab\n\nc")])] * 2, 7)]
+    assert given == [([ChatTemplate(tokenizer).prompt([Message("user", "ab\n\nc")])] * 2, 7)]
     assert (found.figures["exact_match"], found.figures["in_form"]) == (1.0, 0.5)
     assert found.intervals["in_form"] is not None
 
 
 def test_a_record_without_a_reply_and_a_long_one_are_named(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="r: line 3: a record has 'messages', or 'instruction'"):
-        Conversation.of(Row("r:3", "r: line 3", {"text": "x"}))
+        Conversation.of(TableRow("r:3", "r: line 3", {"text": "x"}))
     with pytest.raises(UserError, match="r: line 3: the last message is the user's"):
-        Conversation.of(Row("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
-    long = Conversation.of(Row("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
+        Conversation.of(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
+    long = Conversation.of(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
     with pytest.raises(UserError, match=r"r: line 3: up to its reply it has \d{3} tokens, the context holds 64"):
         measure(model, tokenizer, [long])

@@ -15,8 +15,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import (
     ControlCharacters,
     Length,
-    LoneStep,
     MaskContacts,
+    PerDocumentStep,
     UnicodeNormalization,
     Whitespace,
 )
@@ -26,13 +26,13 @@ from lit_gpt_scratch.text.duplicates import NearDuplicates
 from lit_gpt_scratch.text.quality import C4, DUPLICATED, TOP, GopherQuality, GopherRepetition
 
 
-def after(step: LoneStep, text: str) -> str | None:
+def after(step: PerDocumentStep, text: str) -> str | None:
     """The text that a step leaves, or None if it rejects."""
     result = step(Document("id", text))
     return None if isinstance(result, str) else result.text
 
 
-def reason(step: LoneStep, text: str) -> str:
+def reason(step: PerDocumentStep, text: str) -> str:
     result = step(Document("id", text))
     return result if isinstance(result, str) else ""
 
@@ -58,7 +58,7 @@ def reason(step: LoneStep, text: str) -> str:
         (MaskContacts(ip="I"), "http://192.168.1.10:8080/ and 8.8.8.8.", "http://I:8080/ and I."),
     ],
 )  # fmt: skip
-def test_a_step_by_example(step: LoneStep, before: str, expected: str | None) -> None:
+def test_a_step_by_example(step: PerDocumentStep, before: str, expected: str | None) -> None:
     assert after(step, before) == expected
 
 
@@ -68,7 +68,7 @@ PURE = [UnicodeNormalization(), ControlCharacters(), Whitespace(), Whitespace(0,
 @pytest.mark.parametrize("step", PURE, ids=repr)
 @given(text=st.text(max_size=80))
 @settings(max_examples=60)
-def test_to_clean_twice_is_to_clean_once(step: LoneStep, text: str) -> None:
+def test_to_clean_twice_is_to_clean_once(step: PerDocumentStep, text: str) -> None:
     once = after(step, text)
     assert once is not None
     assert after(step, once) == once
@@ -213,9 +213,9 @@ def test_gophers_limits_are_the_papers() -> None:
 def test_a_step_of_a_notebook_has_its_code() -> None:
     codes = []
     for suffix in ("a", "b"):
-        scope: dict[str, Any] = {"__name__": "__main__", "LoneStep": LoneStep, "replace": replace}
+        scope: dict[str, Any] = {"__name__": "__main__", "PerDocumentStep": PerDocumentStep, "replace": replace}
         exec(
-            "class Mine(LoneStep):\n"
+            "class Mine(PerDocumentStep):\n"
             f"    def __call__(self, document): return replace(document, text=document.text + '{suffix}')",
             scope,
         )
@@ -224,7 +224,7 @@ def test_a_step_of_a_notebook_has_its_code() -> None:
     assert len(set(codes)) == 2
 
 
-def _code(step: type[LoneStep]) -> str:
+def _code(step: type[PerDocumentStep]) -> str:
     """As on a prompt: there is a module, and it has no file."""
     sys.modules["no_such_module"] = types.ModuleType("no_such_module")
     try:

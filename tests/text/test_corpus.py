@@ -18,44 +18,46 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import cleaning_pipeline
 from lit_gpt_scratch.text import cleaning_report as account
 from lit_gpt_scratch.text.cleaning import (
+    CleaningStep,
     ControlCharacters,
     Length,
     MaskContacts,
-    Step,
     UnicodeNormalization,
     Whitespace,
 )
-from lit_gpt_scratch.text.corpus import Corpus, Selection
+from lit_gpt_scratch.text.corpus import CleanedCorpus, CorpusSpec
 from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
-from lit_gpt_scratch.text.parquet_io import shelved
+from lit_gpt_scratch.text.parquet_io import read_parquet_documents
 from lit_gpt_scratch.text.quality import GopherQuality
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.sources import DocumentSource
 from tests.conftest import sentences
 
 
-def write(path: Path, texts: Sequence[str]) -> Source:
+def write(path: Path, texts: Sequence[str]) -> DocumentSource:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return Source(str(path))
+    return DocumentSource(str(path))
 
 
 def corpus_of(
     folder: Path,
     texts: Sequence[str],
-    *steps: Step,
+    *steps: CleaningStep,
     share: float = 0.1,
     processes: int = 1,
     max_bytes: int | None = None,
-) -> Corpus:
+) -> CleanedCorpus:
     """Clean some texts; ids are ``a.jsonl:1`` and so on."""
     source = write(folder / "a.jsonl", texts)
-    return Selection(((source, 1.0),), steps, share, max_bytes, processes).prepare(folder / "corpora")
+    return CorpusSpec(((source, 1.0),), steps, share, max_bytes, processes).prepare(folder / "corpora")
 
 
-def ids(corpus: Corpus) -> dict[str, set[int]]:
+def ids(corpus: CleanedCorpus) -> dict[str, set[int]]:
     """The rows that are on each side."""
     return {
-        side: {int(document.id.split(":")[1]) - 1 for document in shelved(corpus.folder / f"{side}.parquet")}
+        side: {
+            int(document.id.split(":")[1]) - 1 for document in read_parquet_documents(corpus.folder / f"{side}.parquet")
+        }
         for side in ("train", "validation")
     }
 
@@ -93,7 +95,7 @@ def test_an_account_adds_up_whatever_the_steps(tmp_path_factory: pytest.TempPath
     steps = data.draw(st.lists(st.sampled_from(EVERYTHING[:-1]), max_size=5))
     corpus = corpus_of(tmp_path_factory.mktemp("corpus"), [sentences(99), *texts], *steps)
     adds_up(corpus.audit)
-    kept = [document for side in ids(corpus) for document in shelved(corpus.folder / f"{side}.parquet")]
+    kept = [document for side in ids(corpus) for document in read_parquet_documents(corpus.folder / f"{side}.parquet")]
     assert corpus.n_bytes == sum(len(document.text.encode()) for document in kept)
     assert corpus.audit["bytes_kept"] == corpus.n_bytes
     assert corpus.audit["documents_kept"] == len({document.id for document in kept})  # one text is cut in two
@@ -196,18 +198,19 @@ import sys
 from pathlib import Path
 from lit_gpt_scratch.text import cleaning_pipeline
 from lit_gpt_scratch.text.cleaning import ControlCharacters, Length, MaskContacts, Whitespace
-from lit_gpt_scratch.text.corpus import Selection
+from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
 from lit_gpt_scratch.text.decontamination import Leakage
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.sources import DocumentSource
 
 if __name__ == "__main__":
-    cleaning_pipeline.ALONE, cleaning_pipeline.BATCH, cleaning_pipeline.MOST = 1, 3000, 20
+    pipeline = cleaning_pipeline
+    pipeline.SINGLE_PROCESS_BYTES, pipeline.BATCH_BYTES, pipeline.BATCH_DOCUMENTS = 1, 3000, 20
     steps = ControlCharacters(), ExactDuplicates(), Whitespace(), Length(30), MaskContacts(), NearDuplicates()
     for n in (1, 2, 3):
         folder = Path(sys.argv[2], str(n))
         folder.mkdir()
-        Selection(((Source(sys.argv[1]), 1.0),), (*steps, Leakage()), 0.1, None, n).write(folder)
+        CorpusSpec(((DocumentSource(sys.argv[1]), 1.0),), (*steps, Leakage()), 0.1, None, n).write(folder)
 """
 
 
@@ -238,8 +241,12 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     texts = {name: [" ".join([name, *words(rng, 100)]) for _ in range(400)] for name in ("a", "b", "c")}
     sources = [write(tmp_path / f"{name}.jsonl", lines) for name, lines in texts.items()]
     weighted = tuple(zip(sources, (2.0, 1.0, 0.5), strict=True))
-    corpus = Selection(weighted, (), 0.1).prepare(tmp_path / "corpora")
-    kept = [document for side in ("train", "validation") for document in shelved(corpus.folder / f"{side}.parquet")]
+    corpus = CorpusSpec(weighted, (), 0.1).prepare(tmp_path / "corpora")
+    kept = [
+        document
+        for side in ("train", "validation")
+        for document in read_parquet_documents(corpus.folder / f"{side}.parquet")
+    ]
     n_bytes = {name: sum(len(d.text) for d in kept if d.text.startswith(f"{name} ")) for name in texts}
     assert sum(document.text.startswith("a ") for document in kept) == 400  # the scarcest, all of it
     assert n_bytes["b"] / n_bytes["a"] == pytest.approx(1 / 2, rel=0.15)
@@ -247,18 +254,22 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     assert all(document.id.startswith(f"{tmp_path}/{document.text[0]}.jsonl:") for document in kept)
     adds_up(corpus.audit)
     assert [step["name"] for step in corpus.audit["steps"]] == ["reading", "mixing"]
-    reversed_ = Selection(weighted[::-1], (), 0.1).prepare(tmp_path / "corpora")
-    again = [document for side in ("train", "validation") for document in shelved(reversed_.folder / f"{side}.parquet")]
+    reversed_ = CorpusSpec(weighted[::-1], (), 0.1).prepare(tmp_path / "corpora")
+    again = [
+        document
+        for side in ("train", "validation")
+        for document in read_parquet_documents(reversed_.folder / f"{side}.parquet")
+    ]
     assert {document.id for document in again} == {document.id for document in kept}
 
 
 def test_a_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
     with pytest.raises(UserError, match=r"not one document of .*large\.jsonl is small enough for its weight"):
-        Selection(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
+        CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
     with pytest.raises(UserError, match=r"no document of .*empty\.jsonl is left to be mixed"):
-        Selection(((small, 1.0), (empty, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
+        CorpusSpec(((small, 1.0), (empty, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
 
 
 def test_what_a_step_empties_is_rejected(tmp_path: Path) -> None:
@@ -276,7 +287,7 @@ def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
         os.utime(source.name, ns=(1, 1))
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path / name)
-            corpus = Selection(((Source("text.jsonl"), 1.0),), (), 0.1).prepare(tmp_path / "corpora")
+            corpus = CorpusSpec(((DocumentSource("text.jsonl"), 1.0),), (), 0.1).prepare(tmp_path / "corpora")
         found.append(next(corpus.texts("train")).split()[0])
     assert found == ["fruit", "stone"]
 
@@ -284,16 +295,18 @@ def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
 def test_a_setting_that_is_null_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Length\.at_least is null"):
         corpus_of(tmp_path, ["a"], Length(at_least=None))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="Step is no LoneStep"):
-        corpus_of(tmp_path, ["a"], Step())
+    with pytest.raises(UserError, match="CleaningStep is none of the three kinds of CleaningStep"):
+        corpus_of(tmp_path, ["a"], CleaningStep())
 
 
 def test_what_is_for_the_hub_is_refused_where_all_are_files() -> None:
     """Beside a dataset of the Hub, a file just has no use for it."""
     for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
         with pytest.raises(UserError, match="for datasets of the Hub; stdlib is none"):
-            Selection(((Source("stdlib", **options), 1.0),), (), 0.1)
-        Selection(((Source("stdlib", **options), 1.0), (Source("owner/name", **options), 1.0)), (), 0.1)
+            CorpusSpec(((DocumentSource("stdlib", **options), 1.0),), (), 0.1)
+        CorpusSpec(
+            ((DocumentSource("stdlib", **options), 1.0), (DocumentSource("owner/name", **options), 1.0)), (), 0.1
+        )
 
 
 def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
@@ -335,13 +348,13 @@ def test_steps_after_the_split_come_last(tmp_path: Path) -> None:
 def test_what_follows_from_other_settings_is_another_corpus(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [sentences(n) for n in range(20)])
     folders = {
-        Selection(((source, 1.0),), steps, share, limit).prepare(tmp_path / "corpora").folder
+        CorpusSpec(((source, 1.0),), steps, share, limit).prepare(tmp_path / "corpora").folder
         for steps, share, limit in [
             ((), 0.1, None), ((Whitespace(),), 0.1, None), ((Whitespace(0),), 0.1, None), ((), 0.2, None), ((), 0.1, 99)
         ]
     }  # fmt: skip
     assert len(folders) == 5
-    same = Selection(((source, 1.0),), (), 0.1, processes=3).prepare(tmp_path / "corpora")
+    same = CorpusSpec(((source, 1.0),), (), 0.1, processes=3).prepare(tmp_path / "corpora")
     assert same.folder in folders
 
 
@@ -367,7 +380,7 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
         return [text.count(" ") for text in texts]
 
     corpus = corpus_of(tmp_path, texts, *steps)
-    exact = account.with_tokens(corpus.audit, corpus.sample, words_of, 0)
+    exact = account.add_token_counts(corpus.audit, corpus.sample, words_of, 0)
     assert exact["tokens"] == "counted"
     cleaned = [text.replace("  " * 9 + "\n\n\n\n", "\n\n") for text in texts]
     expected = [
@@ -376,12 +389,12 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
         *(sum(words_of(cleaned)), sum(words_of(list(set(cleaned))))),
     ]
     assert [step[f"tokens_{side}"] for step in exact["steps"] for side in ("in", "out")] == expected
-    monkeypatch.setattr(account, "SAMPLE", 30_000)
+    monkeypatch.setattr(account, "SAMPLE_BYTES", 30_000)
     folder = tmp_path / "sampled"
     folder.mkdir()
     sampled = corpus_of(folder, texts, *steps)
     assert 0 < len(sampled.sample) < 30
-    estimated = account.with_tokens(sampled.audit, sampled.sample, words_of, expected[-1])
+    estimated = account.add_token_counts(sampled.audit, sampled.sample, words_of, expected[-1])
     assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents, but for the last"
     assert estimated["steps"][-1]["tokens_out"] == expected[-1]
     found = [step[f"tokens_{side}"] for step in estimated["steps"] for side in ("in", "out")]
@@ -409,7 +422,7 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(400):
             read += 1
             most = max(most, read - done)
-            yield cleaning_pipeline.Passage(document=None, origin=0, sizes=[cleaning_pipeline.BATCH])  # type: ignore[arg-type]
+            yield cleaning_pipeline.PipelineItem(document=None, origin=0, sizes=[cleaning_pipeline.BATCH_BYTES])  # type: ignore[arg-type]
 
     class Now:
         def submit(self, work: object, batch: object) -> object:
@@ -421,8 +434,8 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
             return Done()
 
-    pool = cleaning_pipeline.Pool(2)
+    pool = cleaning_pipeline.LazyProcessPool(2)
     monkeypatch.setattr(pool, "_start", Now)
-    monkeypatch.setattr(cleaning_pipeline, "ALONE", 0)
+    monkeypatch.setattr(cleaning_pipeline, "SINGLE_PROCESS_BYTES", 0)
     assert sum(len(batch) for batch in pool.each(lambda batch: batch, cleaning_pipeline._batches(passages()))) == 400  # type: ignore[arg-type]
-    assert most <= 2 * cleaning_pipeline.AHEAD + 3
+    assert most <= 2 * cleaning_pipeline.QUEUED_BATCHES + 3

@@ -90,9 +90,9 @@ def hub() -> Iterator[str]:
 SCRIPT = """
 import json, sys
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.sources import DocumentSource
 for settings in json.loads(sys.argv[1]):
-    source = Source("owner/name", **settings) if "name" not in settings else Source(**settings)
+    source = DocumentSource("owner/name", **settings) if "name" not in settings else DocumentSource(**settings)
     try:
         found = [(document.id, document.text) for document in source.read()]
         print(json.dumps([source.stamp(), found]))

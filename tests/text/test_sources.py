@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import document, sources
-from lit_gpt_scratch.text.document import Document, Rejected
-from lit_gpt_scratch.text.sources import Source, documents
+from lit_gpt_scratch.text.document import Document, RejectedDocument
+from lit_gpt_scratch.text.sources import DocumentSource, read_documents
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -29,13 +29,13 @@ else:
 
 
 def texts(name: Path | str, **settings: str) -> list[str]:
-    found = list(Source(str(name), **settings).read())
+    found = list(DocumentSource(str(name), **settings).read())
     assert all(isinstance(document, Document) for document in found)
     return [document.text for document in found]
 
 
 def test_the_standard_library_without_tests_and_tables() -> None:
-    found = list(documents("stdlib"))
+    found = list(read_documents("stdlib"))
     root = Path(sysconfig.get_path("stdlib"))
     assert len(found) > 300
     assert all((root / document.id).suffix == ".py" for document in found)
@@ -51,7 +51,7 @@ def test_a_python_without_sources_says_how_to_name_another_text(
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     with pytest.raises(UserError, match=r"keeps no sources.*--data.source"):
-        list(documents("stdlib"))
+        list(read_documents("stdlib"))
 
 
 def test_a_file_keeps_every_byte(tmp_path: Path) -> None:
@@ -70,8 +70,8 @@ def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(data)
     ids = ["a.txt", "b.txt", "rows.jsonl:1", "rows.jsonl:2", "table.csv", "a/c.md"]
-    assert [document.id for document in documents(str(tmp_path))] == ids
-    passed_over = [found for found in Source(str(tmp_path)).read() if isinstance(found, Rejected)]
+    assert [document.id for document in read_documents(str(tmp_path))] == ids
+    passed_over = [found for found in DocumentSource(str(tmp_path)).read() if isinstance(found, RejectedDocument)]
     assert [(found.id, found.reason, found.n_bytes) for found in passed_over] == [
         ("binary", "not text: NUL bytes", 2),
         ("latin1", "not text: not UTF-8, or not in lines", 3),
@@ -82,8 +82,8 @@ def test_a_pattern_names_files_of_several_folders(tmp_path: Path) -> None:
     for name in ("x/1.txt", "x/y/2.txt", "x/y/3.md", "4.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
-    assert [found.id for found in documents(f"{tmp_path}/**/*.txt")] == ["4.txt", "x/1.txt", "x/y/2.txt"]
-    assert [found.id for found in documents(f"{tmp_path}/x/y/*")] == ["2.txt", "3.md"]
+    assert [found.id for found in read_documents(f"{tmp_path}/**/*.txt")] == ["4.txt", "x/1.txt", "x/y/2.txt"]
+    assert [found.id for found in read_documents(f"{tmp_path}/x/y/*")] == ["2.txt", "3.md"]
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_source_without_text_is_named(tmp_path: Path, make: object, said: str)
     path = tmp_path / "source"
     make(path)  # type: ignore[operator]
     with pytest.raises(UserError, match=said) as error:
-        list(documents(str(path)))
+        list(read_documents(str(path)))
     assert str(path) in str(error.value)
 
 
@@ -158,7 +158,9 @@ def test_rows_come_as_they_were_written(tmp_path: Path, format_: str, compressio
     path = tmp_path / f"rows.{format_}{compression}"
     path.write_bytes(COMPRESSIONS[compression](FORMATS[format_](TEXTS)))
     assert texts(path) == TEXTS
-    assert [found.id for found in Source(str(path)).read()] == [f"{path.name}:{n}" for n in range(1, len(TEXTS) + 1)]
+    assert [found.id for found in DocumentSource(str(path)).read()] == [
+        f"{path.name}:{n}" for n in range(1, len(TEXTS) + 1)
+    ]
 
 
 def test_a_name_is_no_pattern_where_there_is_such_a_file(tmp_path: Path) -> None:
@@ -231,10 +233,10 @@ def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.
     """What is too long is long only against a limit that this test has lowered."""
     data, said = FAULTS[name]
     if name[0] in "st":
-        monkeypatch.setattr("lit_gpt_scratch.text.tables.LONGEST", 1000)
-        monkeypatch.setattr(sources, "LONGEST", 1000)
-        monkeypatch.setattr(sources, "WHOLE", 1000)
-        monkeypatch.setattr(sources, "PIECE", 100)
+        monkeypatch.setattr("lit_gpt_scratch.text.tables.MAX_DOCUMENT_BYTES", 1000)
+        monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1000)
+        monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
+        monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=said):
         texts(tmp_path / name)
@@ -249,11 +251,11 @@ def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
 
 
 def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "WHOLE", 1000)
-    monkeypatch.setattr(sources, "PIECE", 100)
+    monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     content = "".join(f"línea {n}\r\n" for n in range(300))
     (tmp_path / "a.txt").write_bytes(content.encode())
-    found = list(documents(str(tmp_path / "a.txt")))
+    found = list(read_documents(str(tmp_path / "a.txt")))
     assert "".join(document.text for document in found) == content
     assert [document.id for document in found] == [f"a.txt:{n}" for n in range(1, len(found) + 1)]
     assert all(100 <= len(document.text.encode()) < 130 for document in found[:-1])
@@ -261,19 +263,19 @@ def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_long_file_of_a_folder_is_all_text_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "LONGEST", 2000)
-    monkeypatch.setattr(sources, "WHOLE", 1000)
-    monkeypatch.setattr(sources, "PIECE", 100)
+    monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2000)
+    monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     (tmp_path / "log").write_bytes(b"a line\n" * 900 + b"\xff\n")
     (tmp_path / "zeros").write_bytes(b"\0" * 5000)
     (tmp_path / "text").write_bytes(b"a text\n")
-    found = list(Source(str(tmp_path)).read())
-    assert {one.id: one.n_bytes for one in found if isinstance(one, Rejected)} == {"log": 6302, "zeros": 5000}
+    found = list(DocumentSource(str(tmp_path)).read())
+    assert {one.id: one.n_bytes for one in found if isinstance(one, RejectedDocument)} == {"log": 6302, "zeros": 5000}
     assert [one.id for one in found if isinstance(one, Document)] == ["text"]
 
 
 def test_the_longest_document_is_what_it_says() -> None:
-    assert document.LONGEST == sources.LONGEST == 32 * 2**20
+    assert document.MAX_DOCUMENT_BYTES == sources.MAX_DOCUMENT_BYTES == 32 * 2**20
 
 
 def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
@@ -281,12 +283,12 @@ def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
 
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    stamps = [Source(str(tmp_path)).stamp(), Source(str(tmp_path)).stamp()]
+    stamps = [DocumentSource(str(tmp_path)).stamp(), DocumentSource(str(tmp_path)).stamp()]
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    stamps.append(Source(str(tmp_path)).stamp())
+    stamps.append(DocumentSource(str(tmp_path)).stamp())
     (tmp_path / "b.txt").rename(tmp_path / "c.txt")
-    stamps.append(Source(str(tmp_path)).stamp())
+    stamps.append(DocumentSource(str(tmp_path)).stamp())
     (tmp_path / "c.txt").unlink()
-    stamps.append(Source(str(tmp_path)).stamp())
+    stamps.append(DocumentSource(str(tmp_path)).stamp())
     assert stamps[0] == stamps[1]
     assert len(set(stamps)) == 4

@@ -10,21 +10,21 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.text import split as split_module
 from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.document_index import known
-from lit_gpt_scratch.text.sources import documents
-from lit_gpt_scratch.text.split import NEAR_DUPLICATE, Families, Split, split
+from lit_gpt_scratch.text.document_index import hash_document
+from lit_gpt_scratch.text.sources import read_documents
+from lit_gpt_scratch.text.split import NEAR_DUPLICATE, DuplicateClusters, TrainValidationSplit, split_by_cluster
 from tests.conftest import sentences
 
 
-def split_of(texts: list[str], share: float, folder: Path) -> Split:
+def split_of(texts: list[str], share: float, folder: Path) -> TrainValidationSplit:
     """As a corpus is split, from its texts alone."""
     folder.mkdir(exist_ok=True, parents=True)
-    families, keys = Families(folder), []
+    families, keys = DuplicateClusters(folder), []
     for text in texts:
-        content, minima = known(Document("", text))
+        content, minima = hash_document(Document("", text))
         families.add(minima)
         keys.append(int.from_bytes(content[:8], "big"))
-    return split(np.array(keys, dtype=np.uint64), families.link(), share)
+    return split_by_cluster(np.array(keys, dtype=np.uint64), families.link(), share)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_a_documents_side_depends_on_nothing_else(folder: Path, order: list[int]
 
 def test_no_near_duplicate_stands_on_both_sides_of_the_default_corpus(folder: Path) -> None:
     """Brute force over all pairs that share anything, with exact sets instead of MinHash."""
-    found = list({document.text: document for document in documents("stdlib")}.values())
+    found = list({document.text: document for document in read_documents("stdlib")}.values())
     held_out = split_of([document.text for document in found], 0.05, folder).validation
     sets = [shingles(document.text) for document in found]
     assert held_out.sum() > 10
@@ -106,8 +106,8 @@ def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int,
                 family = [family[j] if member == family[i] else member for member in family]
     expected = [family.index(member) for member in family]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(split_module, "AT_ONCE", at_once)
-        families = Families(folder)
+        patch.setattr(split_module, "CHUNK_DOCUMENTS", at_once)
+        families = DuplicateClusters(folder)
         for row in signatures:
             families.add(row)
         assert families.link().tolist() == expected

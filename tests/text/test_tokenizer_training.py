@@ -14,18 +14,18 @@ from tokenizers import models, pre_tokenizers, trainers
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
-from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, JOINED, KINDS
-from lit_gpt_scratch.text.wordpiece import learn
+from lit_gpt_scratch.text.tokenizer_training import CONTINUATION, END_OF_TEXT, TOKENIZER_KINDS
+from lit_gpt_scratch.text.wordpiece import learn_wordpieces
 from tests.conftest import sentences
 
 TEXTS = [sentences(seed) for seed in range(20)]
 SIZES = {"bpe": 300, "wordpiece": 600, "unigram": 300, "char": 60, "byte": 258}
-LOSSLESS = [kind for kind in KINDS if kind != "char"]
+LOSSLESS = [kind for kind in TOKENIZER_KINDS if kind != "char"]
 
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Tokenizer]:
-    return {kind: Tokenizer.train(TEXTS, SIZES[kind], kind, ["<|user|>"]) for kind in KINDS}
+    return {kind: Tokenizer.train(TEXTS, SIZES[kind], kind, ["<|user|>"]) for kind in TOKENIZER_KINDS}
 
 
 @given(text=st.text())
@@ -40,7 +40,7 @@ def test_any_text_comes_back(trained: dict[str, Tokenizer], kind: str, text: str
     assert tokenizer.loss == ""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_every_kind_keeps_its_special_tokens_to_itself(
     trained: dict[str, Tokenizer], kind: str, tmp_path: Path
 ) -> None:
@@ -78,7 +78,7 @@ def test_wordpiece_by_hand() -> None:
     """
     words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
     alphabet = ["h", "##u", "##g", "p", "##n", "b", "##s"]
-    assert learn(words, [], len(alphabet) + 3, min_count=1) == [*alphabet, "##gs", "hu", "hugs"]
+    assert learn_wordpieces(words, [], len(alphabet) + 3, min_count=1) == [*alphabet, "##gs", "hu", "hugs"]
 
 
 def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
@@ -114,7 +114,7 @@ def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
 @given(words=st.dictionaries(st.text("abc", min_size=1, max_size=8), st.integers(1, 50), min_size=1, max_size=8))
 def test_wordpiece_takes_the_best_score(words: dict[str, int]) -> None:
     expected = by_brute_force(words, steps=8)
-    learned = learn(words, [], len(expected), min_count=1)
+    learned = learn_wordpieces(words, [], len(expected), min_count=1)
     for ours, theirs in zip(learned, expected, strict=False):
         assert ours in theirs.split("|")
 
@@ -128,7 +128,7 @@ def test_wordpiece_is_not_byte_pair_encoding() -> None:
         TEXTS, trainers.WordPieceTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     )
     ours = Tokenizer.train(TEXTS, 700, "wordpiece")._backend
-    vocabulary = {token.replace(JOINED, "##") for token in ours.get_vocab()}
+    vocabulary = {token.replace(CONTINUATION, "##") for token in ours.get_vocab()}
     assert len(vocabulary - theirs.get_vocab().keys()) > 20
 
 

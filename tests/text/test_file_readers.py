@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.sources import Source
+from lit_gpt_scratch.text.sources import DocumentSource
 
 ROWS: list[dict[str, Any]] = [{"text": f"text {n}", "label": "ab"[n % 2], "more": str(n)} for n in range(600)]
 COLUMNS = {"text_column": "text", "label_column": "label"}
@@ -50,31 +50,31 @@ FORMATS: dict[str, Callable[[], bytes]] = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_rows_of_every_format(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(FORMATS[name]())
-    found = list(Source(str(tmp_path / name)).rows())
+    found = list(DocumentSource(str(tmp_path / name)).rows())
     assert [row.fields for row in found] == ROWS
     assert [row.id for row in found] == [f"{name}:{n}" for n in range(1, 601)]
     places = {"a.csv": "line 4", "a.tsv": "line 4", "a.jsonl": "line 3", "a.jsonl.gz": "line 3"}
     assert found[2].where == f"{tmp_path / name}: {places.get(name, 'row 3')}"
-    some = list(Source(str(tmp_path / name)).rows(COLUMNS))
+    some = list(DocumentSource(str(tmp_path / name)).rows(COLUMNS))
     assert [row.fields for row in some] == [{"text": row["text"], "label": row["label"]} for row in ROWS]
     with pytest.raises(UserError, match=r"no column 'y'; there is text, label, more; name one: --data.label_column"):
-        list(Source(str(tmp_path / name)).rows({"text_column": "text", "label_column": "y"}))
+        list(DocumentSource(str(tmp_path / name)).rows({"text_column": "text", "label_column": "y"}))
 
 
 def test_rows_of_a_folder_are_those_of_its_tables(tmp_path: Path) -> None:
     for name in ("a.tsv", "b.jsonl"):
         (tmp_path / name).write_bytes(FORMATS[f"a.{name[2:]}"]())
     (tmp_path / "README.md").write_text("What this is.", encoding="utf-8")
-    assert [row.id for row in Source(str(tmp_path)).rows()][::599] == ["a.tsv:1", "a.tsv:600", "b.jsonl:599"]
+    assert [row.id for row in DocumentSource(str(tmp_path)).rows()][::599] == ["a.tsv:1", "a.tsv:600", "b.jsonl:599"]
     with pytest.raises(UserError, match=r"README.md holds no rows; name a file of \.jsonl"):
-        list(Source(str(tmp_path / "README.md")).rows())
+        list(DocumentSource(str(tmp_path / "README.md")).rows())
 
 
 def test_a_text_like_a_date_stays_text_and_nested_fields_are_read(tmp_path: Path) -> None:
     rows = [{"text": "2020-01-01T00:00:00", "messages": [{"role": "user", "content": f"{n}"}]} for n in range(3)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    assert [row.fields for row in Source(str(path)).rows()] == rows
+    assert [row.fields for row in DocumentSource(str(path)).rows()] == rows
     path.write_text(json.dumps({"messages": [{"content": "a\ud800"}]}), encoding="utf-8")
     with pytest.raises(UserError, match=r"a.jsonl: line 1: 'messages' has half a surrogate pair"):
-        list(Source(str(path)).rows())
+        list(DocumentSource(str(path)).rows())

@@ -8,19 +8,19 @@ import pytest
 from tokenizers import Tokenizer as Backend
 
 from lit_gpt_scratch.text import fast_encoder, tokenizer_training
-from lit_gpt_scratch.text.sources import documents
+from lit_gpt_scratch.text.sources import read_documents
 from tests.conftest import sentences
 
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
     """A tenth of the standard library."""
-    return [document.text for place, document in enumerate(documents("stdlib")) if place % 10 == 0]
+    return [document.text for place, document in enumerate(read_documents("stdlib")) if place % 10 == 0]
 
 
 @pytest.fixture(scope="module", params=[300, 4000])
 def backend(request: pytest.FixtureRequest, texts: list[str]) -> Backend:
-    backend = tokenizer_training.train("bpe", texts, request.param, ["<|user|>"])
+    backend = tokenizer_training.train_tokenizer("bpe", texts, request.param, ["<|user|>"])
     backend.encode_special_tokens = True
     return backend
 
@@ -32,7 +32,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def test_the_same_ids(backend: Backend, texts: list[str]) -> None:
-    proven, rng = fast_encoder.fast(backend), random.Random(0)
+    proven, rng = fast_encoder.build_tiktoken_encoding(backend), random.Random(0)
     assert proven is not None
     odd = ["", "a" * 3000, " " * 3000, "ab" * 700 + " c", "<|endoftext|> <|user|>", "\r\n \n\t", "don't 12,5 x"]
     corpus = [*texts, *(random_text(rng) for _ in range(10_000)), *odd]
@@ -42,7 +42,7 @@ def test_the_same_ids(backend: Backend, texts: list[str]) -> None:
 
 def altered(change: str) -> Backend:
     about: dict[str, Any] = json.loads(
-        tokenizer_training.train("bpe", [sentences(seed) for seed in range(20)], 290).to_str()
+        tokenizer_training.train_tokenizer("bpe", [sentences(seed) for seed in range(20)], 290).to_str()
     )
     model = about["model"]
     if change == "merges in another order":
@@ -67,7 +67,7 @@ def altered(change: str) -> Backend:
 
 
 def test_unaltered_is_proven() -> None:
-    assert fast_encoder.fast(altered("nothing")) is not None
+    assert fast_encoder.build_tiktoken_encoding(altered("nothing")) is not None
 
 
 @pytest.mark.parametrize(
@@ -77,10 +77,10 @@ def test_unaltered_is_proven() -> None:
 )  # fmt: skip
 def test_what_could_differ_is_left_to_the_library(change: str) -> None:
     backend = altered(change)
-    assert fast_encoder.fast(backend) is None
+    assert fast_encoder.build_tiktoken_encoding(backend) is None
     assert [ids.tolist() for ids in fast_encoder.encode(backend, None, ["a b"])] == [backend.encode("a b").ids]
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "char"])
 def test_other_kinds_are_left_to_the_library(kind: str) -> None:
-    assert fast_encoder.fast(tokenizer_training.train(kind, [sentences(1)], 600)) is None
+    assert fast_encoder.build_tiktoken_encoding(tokenizer_training.train_tokenizer(kind, [sentences(1)], 600)) is None
