@@ -1,8 +1,9 @@
 """What this package takes for granted of Lightning, torch and TensorBoard: a new version that changes it fails here.
 
-Facts that other tests hold already are not repeated: the order of ranks (``test_two_processes``), counters and hooks
-of a resumed run (``checkpoint/test_progress.py``), the copy that a background save works on
-(``checkpoint/test_sealed.py``), a swapped class that keeps same-named arguments (``end_to_end/test_commands.py``).
+Facts that other tests hold already are not repeated: the order of ranks (``test_multi_process``), counters and hooks
+of a resumed run (``checkpoint/test_loop_state.py``), the copy that a background save works on
+(``checkpoint/test_checkpoint_io.py``),
+a swapped class that keeps same-named arguments (``end_to_end/test_commands.py``).
 """
 
 import inspect
@@ -21,7 +22,7 @@ from lightning.fabric.strategies.launchers import subprocess_script
 from lightning.pytorch.callbacks import Checkpoint
 from torch.utils.tensorboard import SummaryWriter
 
-from lit_gpt_scratch.checkpoint.compare_checkpoints import curves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.tasks import LanguageModel
 
@@ -126,7 +127,7 @@ def test_tensorboard_purges_from_a_step_on(tmp_path: Path) -> None:
         with SummaryWriter(str(tmp_path), purge_step=purge, filename_suffix=f".{first}") as writer:
             for step in range(first, first + 5):
                 writer.add_scalar("x", first, step)
-    assert curves(tmp_path) == {"x": [(n, "0.0") for n in range(3)] + [(n, "3.0") for n in range(3, 8)]}
+    assert read_curves(tmp_path) == {"x": [(n, "0.0") for n in range(3)] + [(n, "3.0") for n in range(3, 8)]}
 
 
 def test_a_stopped_trainer_is_started_by_ckpt_path_last_with_nothing(

@@ -25,11 +25,11 @@ from typing import Any
 import torch
 import transformers
 
-from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.interop import hf_checkpoint
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -92,8 +92,9 @@ def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], W
     found: dict[tuple[str, str, int], Write] = {}
     with tempfile.TemporaryDirectory() as place:
         exported = Path(place, "exported")
-        hf_checkpoint.write(
-            hf_checkpoint.Model(Shape(config, vocabulary, context), model.state_dict(), tokenizer), exported
+        hf_checkpoint.write_hf_checkpoint(
+            hf_checkpoint.PortableModel(ModelShape(config, vocabulary, context), model.state_dict(), tokenizer),
+            exported,
         )
         for dtype in (torch.float32, torch.bfloat16):
             kind = str(dtype)[6:]
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES))
     given = parser.parse_args()
-    prepare_process()
+    configure_process()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"

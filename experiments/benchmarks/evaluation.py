@@ -29,12 +29,12 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 
 from lit_gpt_scratch.checkpoint.loading import load_model
-from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.evaluation import lm_eval_adapter
-from lit_gpt_scratch.evaluation.perplexity import score
-from lit_gpt_scratch.evaluation.registry import Asked, evaluate
+from lit_gpt_scratch.evaluation.perplexity import score_documents
+from lit_gpt_scratch.evaluation.registry import EvalRequest, evaluate
 from lit_gpt_scratch.interop import hf_checkpoint
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.sources import read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -123,7 +123,7 @@ def main() -> None:
     flags.add_argument("--checkpoint", type=Path)
     flags.add_argument("--rows", type=int, default=300)
     given = flags.parse_args()
-    prepare_process()
+    configure_process()
     every = [document.text for document in read_documents("stdlib")]
     random.Random(0).shuffle(every)
     model, tokenizer = load_model(given.checkpoint) if given.checkpoint else trained(every[100:140])
@@ -131,14 +131,16 @@ def main() -> None:
         place = Path(temporary)
         content = rows(every[:60], given.rows)
         tasks(place, content)
-        shape = Shape(model.config, model.vocab_size, model.block_size)
-        hf_checkpoint.write(hf_checkpoint.Model(shape, model.state_dict(), tokenizer), place / "hf")
+        shape = ModelShape(model.config, model.vocab_size, model.block_size)
+        hf_checkpoint.write_hf_checkpoint(
+            hf_checkpoint.PortableModel(shape, model.state_dict(), tokenizer), place / "hf"
+        )
         compare(model, tokenizer, place)
         theirs = transformers.AutoModelForCausalLM.from_pretrained(place / "hf").eval()
     texts = [row["text"][:500] for row in content["texts"][:2]]
     print(f"\n{'loss of two texts':<24}{'evaluate':>14}{'transformers':>14}{'relative':>12}")
     for window, stride in WINDOWS:
-        ours = float(score(model, tokenizer, texts, window, stride)["loss"])
+        ours = float(score_documents(model, tokenizer, texts, window, stride)["loss"])
         expected = by_transformers(theirs, tokenizer, texts, window, stride)
         print(
             f"{f'window {window}, stride {stride}':<24}{ours:>14.7f}{expected:>14.7f}{abs(ours / expected - 1):>12.1e}"
@@ -150,11 +152,11 @@ def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
     lm_eval_adapter.TaskManager = partial(lm_eval_adapter.TaskManager, include_defaults=False)
     manager = lm_eval_adapter.TaskManager(include_path=str(place))
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
-    kinds: dict[str, tuple[str, Asked, dict[str, str]]] = {
-        "own_questions": ("multiple_choice", Asked(str(place / "questions.jsonl")), names),
-        "own_few_shot": ("multiple_choice", Asked(str(place / "questions.jsonl"), few_shot=2), names),
-        "own_pairs": ("minimal_pairs", Asked(str(place / "pairs.jsonl")), {"acc": "accuracy"}),
-        "own_texts": ("text", Asked(str(place / "texts.jsonl")), {"bits_per_byte": "bits_per_byte"}),
+    kinds: dict[str, tuple[str, EvalRequest, dict[str, str]]] = {
+        "own_questions": ("multiple_choice", EvalRequest(str(place / "questions.jsonl")), names),
+        "own_few_shot": ("multiple_choice", EvalRequest(str(place / "questions.jsonl"), few_shot=2), names),
+        "own_pairs": ("minimal_pairs", EvalRequest(str(place / "pairs.jsonl")), {"acc": "accuracy"}),
+        "own_texts": ("text", EvalRequest(str(place / "texts.jsonl")), {"bits_per_byte": "bits_per_byte"}),
     }
     print(f"{'score':<56}{'evaluate':>10}{'adapter':>10}{'HFLM':>10}{'seconds':>10}")
     for task, (kind, asked, figures) in kinds.items():
@@ -164,7 +166,7 @@ def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
             ours = evaluate(kind, model, tokenizer, asked).scores
             seconds.append(time.perf_counter() - began)
             began = time.perf_counter()
-            adapted = lm_eval_adapter.run(model, tokenizer, [task], include_path=place)[task]
+            adapted = lm_eval_adapter.run_lm_eval(model, tokenizer, [task], include_path=place)[task]
             seconds.append(time.perf_counter() - began)
             own = {} if task == "own_texts" else {"add_bos_token": True}
             theirs = HFLM(pretrained=str(place / "hf"), device="cpu", batch_size=16, logits_cache=False, **own)
@@ -172,7 +174,7 @@ def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
             found = simple_evaluate(theirs, tasks=[task], task_manager=manager, bootstrap_iters=0)["results"][task]
             seconds.append(time.perf_counter() - began)
         for name, own_name in figures.items():
-            values = ours.figures[own_name], adapted.figures[name], found[f"{name},none"]
+            values = ours.metrics[own_name], adapted.metrics[name], found[f"{name},none"]
             label = f"{kind}, few_shot {asked.few_shot}: {own_name}"
             print(f"{label:<56}" + "".join(f"{value:>10.5f}" for value in values), end="")
             print("".join(f"{value:>10.1f}" for value in seconds), flush=True)

@@ -19,10 +19,10 @@ from pathlib import Path
 import lightning as L
 from fitting import EXPERIMENTS, fit, quiet
 
-from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
+from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.data import Conversations
-from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
+from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
 from lit_gpt_scratch.tasks import LanguageModel
 
 LONGEST = 120
@@ -39,13 +39,13 @@ def loss(init_from: Path, data: Conversations) -> float:
     return measured["test/loss"]
 
 
-def said(run: Path, data: Conversations) -> list[Reply]:
+def said(run: Path, data: Conversations) -> list[ChatReply]:
     """The replies to the test's prompts."""
     path = find_checkpoint(str(run), Path(), None)
-    trained = build(load_checkpoint(path), path)
+    trained = build_model(load_checkpoint(path), path)
     records = [data.records[place][1] for place in data.split_indices["test"]]
     prompts = [data.template.prompt(record.messages[:-1]) for record in records]
-    return replies(trained.as_language_model()[0], trained.tokenizer, prompts, LONGEST)
+    return generate_replies(trained.require_language_model()[0], trained.tokenizer, prompts, LONGEST)
 
 
 def main() -> None:
@@ -82,7 +82,7 @@ def main() -> None:
             print(f"  {len(spoken)} replies written in {seconds:.0f} s; the first: {spoken[0].text!r}")
 
 
-def report(name: str, loss: float, spoken: list[Reply], share: float, seconds: float) -> None:
+def report(name: str, loss: float, spoken: list[ChatReply], share: float, seconds: float) -> None:
     """A line of the table."""
     form = sum(reply.well_formed for reply in spoken) / len(spoken)
     print(f"{name:28}{loss:16.3f}{form:10.1%}{share:20.2%}{seconds:9.0f}", flush=True)

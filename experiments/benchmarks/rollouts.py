@@ -16,7 +16,7 @@ from typing import Final
 
 import torch
 
-from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
+from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT, GPTConfig
@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    use_allowed_cores(processes=1)
+    limit_threads(processes=1)
     ways: Sequence[tuple[str, Callable[[GPT, Texts], Texts]]] = (
         ("cached, side by side", cached),
         ("anew, side by side", anew),

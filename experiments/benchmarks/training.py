@@ -42,7 +42,7 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 
 STEPS = 10
 """Steps of a turn: what `fit` takes from one log point to the next."""
@@ -221,7 +221,7 @@ def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, pare
 
 def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: Connection, count: int) -> None:
     """What a process does, from one "your turn" to the next."""
-    prepare_process()
+    configure_process()
     silence_libraries()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
@@ -275,7 +275,7 @@ def main() -> None:
     parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="by number, from 0")
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     given = parser.parse_args()
-    prepare_process()
+    configure_process()
     versions = f"torch {torch.__version__}, lightning {L.__version__}, transformers {transformers.__version__}"
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {versions}")
     print(f"{'shape, vocabulary':37} {'mode':18}  {'who':12} {'tokens/s':>9}   of the best peer (quartiles)")

@@ -8,7 +8,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.samples import RewardEval
 from lit_gpt_scratch.data import LabelledText, PackedText
-from lit_gpt_scratch.evaluation.baselines import TOKENS_FOR_COUNTS, token_baselines, xz_bits_per_byte
+from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,14 @@ def _initial_true_reward(trainer: L.Trainer) -> float | None:
 def _text_baselines(data: PackedText) -> dict[str, float]:
     validation = data.store.validation
     ids = validation.read(0, validation.n_tokens)
-    counted = data.sample_train_tokens(TOKENS_FOR_COUNTS), ids, data.vocab_size, validation.n_bytes
+    counted = data.sample_train_tokens(MAX_TRAINING_TOKENS), ids, data.vocab_size, validation.n_bytes
     if len(ids) > MAX_XZ_TOKENS:
         log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
-        return token_baselines(*counted)
+        return compute_token_baselines(*counted)
     text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
     with ThreadPoolExecutor(1) as beside:
-        xz = beside.submit(xz_bits_per_byte, text)
-        return {**token_baselines(*counted), "xz": xz.result()}
+        xz = beside.submit(measure_xz_bits_per_byte, text)
+        return {**compute_token_baselines(*counted), "xz": xz.result()}
 
 
 def _majority_class_accuracy(data: LabelledText) -> float:

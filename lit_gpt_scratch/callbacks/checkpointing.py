@@ -10,9 +10,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.callbacks.validate_at_end import limit_reached, time_is_up
-from lit_gpt_scratch.checkpoint.loop_state import epochs_done
+from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.distributed.collectives import Agreement
+from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.errors import UserError
 
 
@@ -71,7 +71,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         if self.untested or checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
             if 0 < loop.epoch_loop.max_steps <= checkpoint["global_step"]:
                 loop.epoch_loop.max_steps = checkpoint["global_step"] + 1
-            epochs = epochs_done(checkpoint["loops"]["fit_loop"])
+            epochs = count_finished_epochs(checkpoint["loops"]["fit_loop"])
             if 0 < (loop.max_epochs or 0) <= epochs:
                 loop.max_epochs = epochs + 1
 
@@ -83,7 +83,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear away what a kill left half-written, and do the validation that it prevented."""
-        self._agreement = Agreement()
+        self._agreement = HostReducer()
         self._tests = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
         self._saved_at = time.monotonic()
@@ -163,7 +163,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         """
         if trainer.should_stop or limit_reached(trainer):
             news = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
-            if self._agreement.greatest(news):
+            if self._agreement.max(news):
                 self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
@@ -184,7 +184,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
     def _is_time(self) -> bool:
         if self.every_minutes is None:
             return False
-        return bool(self._agreement.greatest(time.monotonic() - self._saved_at >= 60 * self.every_minutes))
+        return bool(self._agreement.max(time.monotonic() - self._saved_at >= 60 * self.every_minutes))
 
     def _save_best(self, trainer: L.Trainer, folder: RunFolder, loss: float) -> None:
         name = f"step={trainer.global_step}.ckpt"

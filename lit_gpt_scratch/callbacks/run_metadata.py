@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import lightning as L
 
 from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
-from lit_gpt_scratch.checkpoint.environment import surroundings
+from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.errors import UserError
 
@@ -45,7 +45,7 @@ class RunMetadata(RunDirCallback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Write it when nothing can be refused any more."""
-        self.origin = surroundings()
+        self.origin = collect_environment()
         session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
         self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
@@ -54,8 +54,8 @@ class RunMetadata(RunDirCallback):
             self.origin["data"] = data.fingerprint
         if self.folder and trainer.is_global_zero:
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
-            sessions = [*self.folder.sessions(), session]
-            self.folder.write("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
+            sessions = [*self.folder.read_sessions(), session]
+            self.folder.write_text("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
 
     @property
     def state_key(self) -> str:

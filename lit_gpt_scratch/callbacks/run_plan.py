@@ -23,7 +23,7 @@ from lit_gpt_scratch.diagnostics.config_rules import (
     MAX_BUDGET_FACTOR,
     MIN_VALIDATION_TOKENS,
 )
-from lit_gpt_scratch.distributed.hardware_defaults import default_precision, why_not_compile
+from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.profiling.flops_and_memory import (
     activation_bytes,
     count_parameters_by_part,
@@ -103,8 +103,8 @@ class RunPlan(RunDirCallback):
         threads = f", {pluralize(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
         processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         default = default_precision(device.type)
-        why = default.why if trainer.precision == default.value else "as asked"
-        no_compiler = why_not_compile(device)
+        why = default.reason if trainer.precision == default.value else "as asked"
+        no_compiler = explain_no_compile(device)
         compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
         yield "device", f"{processes}{name}{threads}; {trainer.precision}: {why}; {compiled}"
 

@@ -12,9 +12,9 @@ from lit_gpt_scratch.callbacks.metric_names import tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
-from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
+from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.generation.streaming import write
+from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model.output_heads import TokenHead
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -82,7 +82,7 @@ def _generate_texts(
 ) -> list[str]:
     """The prompts, each with what the model writes behind it."""
     texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]
-    for row, piece in write(task.net, data.tokenizer, prompts, tokens, sampling, range(len(prompts))):
+    for row, piece in stream_text(task.net, data.tokenizer, prompts, tokens, sampling, range(len(prompts))):
         texts[row] += piece
     return texts
 
@@ -147,13 +147,13 @@ class RewardEval(Callback):
             task.log(f"{name}/true_reward", _true_reward(data, written), sync_dist=True)
             task.log(f"{name}/reply_tokens", sum(reply.n_tokens for reply in written) / len(written), sync_dist=True)
 
-    def _replies(self, trainer: L.Trainer, task: Any, side: RecordSplit) -> list[Reply]:
+    def _replies(self, trainer: L.Trainer, task: Any, side: RecordSplit) -> list[ChatReply]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         prompts = data.prompt_ids(side)[: self.prompts]
         training = task.net.training
         # Blocks that are put together in 16 bits need products in 16 bits.
         with trainer.precision_plugin.val_step_context() if task.device_mesh is not None else nullcontext():
-            written = replies(task.net.eval(), data.tokenizer, prompts, data.reply_tokens, self.sampling)
+            written = generate_replies(task.net.eval(), data.tokenizer, prompts, data.reply_tokens, self.sampling)
         task.net.train(training)
         return written
 
@@ -165,6 +165,6 @@ def _data_with_reward_check(trainer: L.Trainer, task: L.LightningModule) -> Prom
     return data if writes and isinstance(data, PromptedDataModule) and data.reply_check is not None else None
 
 
-def _true_reward(data: PromptedDataModule[Any], written: list[Reply]) -> float:
+def _true_reward(data: PromptedDataModule[Any], written: list[ChatReply]) -> float:
     assert data.reply_check is not None
     return sum(reply.ended and data.reply_check(reply.text) for reply in written) / max(len(written), 1)

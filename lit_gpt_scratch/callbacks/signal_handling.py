@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
 from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
-from lit_gpt_scratch.distributed.collectives import Agreement
+from lit_gpt_scratch.distributed.collectives import HostReducer
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class SignalHandling(Callback):
 
         In the place of Lightning's handlers, which broadcast from within, amid whatever the ranks were doing.
         """
-        self._agreement = Agreement()
+        self._agreement = HostReducer()
         self._trainer, self._first_step = trainer, -1
         self._before = {}
         if threading.current_thread() is threading.main_thread():
@@ -104,7 +104,7 @@ class SignalHandling(Callback):
         raise SystemExit(128 + self.signum)
 
     def _agreed(self) -> bool:
-        agreed = self._agreement.greatest(self.signum)
+        agreed = self._agreement.max(self.signum)
         self.signum = self.signum or agreed  # a signal that came while the ranks agreed counts the next time
         return bool(agreed)
 

@@ -14,7 +14,7 @@ from lit_gpt_scratch.callbacks.metric_names import log_text
 from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
-from lit_gpt_scratch.distributed.collectives import Agreement
+from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -72,7 +72,7 @@ class SpikeGuard(RunDirCallback):
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
-        self._ranks = Agreement()
+        self._ranks = HostReducer()
         self._reads_at_once = self.mode == "act" or pl_module.device.type == "cpu"
         # A scaler looks for the largest factor that 16 bits bear, by stepping over it; that is its business.
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
@@ -131,7 +131,7 @@ class SpikeGuard(RunDirCallback):
                 scaled = self._scales and not math.isfinite(norm)
                 kind = self.watch.judge(loss, 1.0 if scaled else norm)
                 if self._reads_at_once:
-                    kind = STEP_KINDS[self._ranks.greatest(STEP_KINDS.index(kind))]
+                    kind = STEP_KINDS[self._ranks.max(STEP_KINDS.index(kind))]
                 if kind is not None:
                     self._stands_out(kind, step, loss, norm)
         return kind is None or self.mode != "act"
@@ -186,7 +186,7 @@ class SpikeGuard(RunDirCallback):
     def _tidy(self, trainer: L.Trainer) -> None:
         """Know no good checkpoint that is gone, and drop those that nothing names: a kill can leave one."""
         own = None if self.good is None else self._path(self.good)
-        if self._ranks.greatest(own is not None and not own.is_file()):
+        if self._ranks.max(own is not None and not own.is_file()):
             log.warning("guard: %s is gone; the run can rewind once the next one is written", own)
             own = self.good = None
         assert self.folder is not None
@@ -201,7 +201,7 @@ class SpikeGuard(RunDirCallback):
 
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = None if self.good is None else self._path(self.good)
-        if path is None or self._ranks.greatest(not path.is_file()):
+        if path is None or self._ranks.max(not path.is_file()):
             log.warning("cannot rewind: %s is not there on every machine", path)
             self.watch.forget()
             return

@@ -76,7 +76,7 @@ class RunSummary(RunDirCallback):
             "parameters": sum(p.numel() for p in learned.parameters()),
             "trained_parameters": sum(p.numel() for p in pl_module.parameters() if p.requires_grad),
         }
-        self.folder.write("summary.json", json.dumps(summary, indent=2) + "\n")
+        self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         samples = _find_callback(trainer, Samples)
         self._say(summary, samples.latest if samples else "", self.folder, trainer)
 
@@ -88,7 +88,7 @@ class RunSummary(RunDirCallback):
         measured = {name: value if math.isfinite(value) else None for name, value in found.items()}
         path = self.folder.path / "summary.json"
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        self.folder.write("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
+        self.folder.write_text("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
 
     @property

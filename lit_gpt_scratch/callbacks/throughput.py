@@ -11,15 +11,15 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.callbacks.metric_names import log_metrics
-from lit_gpt_scratch.distributed.collectives import Agreement
+from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
 from lit_gpt_scratch.profiling.peak_flops import peak_flops
 from lit_gpt_scratch.profiling.peak_memory import peak_memory
-from lit_gpt_scratch.profiling.step_timer import PARTS, StepClock
+from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, StepTimer
 from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
-TIME_SHARE_TAGS = tuple(f"throughput/{part}" for part in PARTS)
+TIME_SHARE_TAGS = tuple(f"throughput/{part}" for part in STEP_PHASES)
 """The shares' names in TensorBoard."""
 
 
@@ -53,10 +53,10 @@ class Throughput(Callback):
         self.tokens_per_second = 0.0
         self.peaks: dict[str, float] = {}
         """Operations a second of all devices together: ``nominal``, if that is known, and ``measured``."""
-        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._parts = dict.fromkeys(STEP_PHASES, 0.0)
         self._memory: float | None = None
         self._flops_per_token = 0
-        self._clock = StepClock(torch.device("cpu"))
+        self._clock = StepTimer(torch.device("cpu"))
         self._waiting = DataLoaderTimer(PassThroughProfiler())
         self._began = 0.0
         self._warm = False
@@ -67,8 +67,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn what the devices can do; the first step of this process will compile, and is left out."""
         self._warm, self._step = False, trainer.global_step
-        self._clock = StepClock(pl_module.device)
-        self._ranks = Agreement()
+        self._clock = StepTimer(pl_module.device)
+        self._ranks = HostReducer()
         self._waiting = DataLoaderTimer(trainer.profiler)  # type: ignore[attr-defined]  # the trainer sets it late
         trainer.profiler = self._waiting  # type: ignore[attr-defined]  # the same
         net = getattr(pl_module, "net", None)
@@ -169,7 +169,7 @@ class Throughput(Callback):
 
     def _peak_gigabytes(self, device: torch.device) -> float | None:
         memory = peak_memory(device)
-        return None if memory is None else self._ranks.greatest(memory) / 1e9
+        return None if memory is None else self._ranks.max(memory) / 1e9
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop the clock."""

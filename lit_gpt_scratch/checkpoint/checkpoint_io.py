@@ -20,35 +20,36 @@ from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 
-MARK: Final = b"sha256:"
-SEAL_BYTES: Final = len(MARK) + 64
-LENGTH: Final = struct.pack("<H", SEAL_BYTES)
-END: Final = b"PK\5\6"
-END_BYTES: Final = 22
+CHECKSUM_PREFIX: Final = b"sha256:"
+COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
+COMMENT_LENGTH: Final = struct.pack("<H", COMMENT_BYTES)
+END_RECORD_SIGNATURE: Final = b"PK\5\6"
+END_RECORD_BYTES: Final = 22
 NO_COMMENT: Final = b"\0\0"
-"""A zip archive's last record begins with ``END`` and ends with the length of the comment."""
-CHUNK: Final = 1 << 20
-UNFINISHED: Final = ".part"
+"""A zip archive's last record begins with ``END_RECORD_SIGNATURE`` and ends with the length of the comment."""
+READ_BYTES: Final = 1 << 20
+PARTIAL_SUFFIX: Final = ".part"
 """Ending of a file that is being written."""
 
 
-def save(checkpoint: dict[str, Any], path: Path) -> None:
+def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint and its seal; a kill or a full disk at any moment leaves the file that was there before.
 
     Raises:
         UserError: It cannot be written, or could not be loaded again.
     """
-    unfinished = path.with_name(f".{path.name}{UNFINISHED}")  # in the same folder: on another disk a rename would copy
+    # In the same folder: across file systems a rename would copy.
+    unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with unfinished.open("wb") as file:
-            hashing = _Hashing(file)
+            hashing = _HashingWriter(file)
             torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes and flushes
             file.seek(-len(NO_COMMENT), os.SEEK_CUR)
-            file.write(LENGTH + MARK + hashing.digest.hexdigest().encode())
+            file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + hashing.digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        _refuse_code(unfinished, path)
+        _reject_unsafe_globals(unfinished, path)
         unfinished.replace(path)
     except UserError:
         unfinished.unlink()
@@ -68,7 +69,7 @@ def save(checkpoint: dict[str, Any], path: Path) -> None:
                 os.close(folder)
 
 
-def _refuse_code(unfinished: Path, path: Path) -> None:
+def _reject_unsafe_globals(unfinished: Path, path: Path) -> None:
     """Loading takes tensors and plain data alone; a callback of the user's own may have put something else in."""
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
         raise UserError(
@@ -77,7 +78,7 @@ def _refuse_code(unfinished: Path, path: Path) -> None:
         )
 
 
-def refuse_altered(path: Path) -> bool:
+def verify_checksum(path: Path) -> bool:
     """Compare a file with its seal. A checkpoint that was written without one, as by a plain trainer, passes.
 
     Returns:
@@ -89,12 +90,12 @@ def refuse_altered(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - END_BYTES))
+            file.seek(max(0, size - END_RECORD_BYTES))
             end = file.read()
-            if end[:4] == END and end.endswith(NO_COMMENT):
+            if end[:4] == END_RECORD_SIGNATURE and end.endswith(NO_COMMENT):
                 return False
-            file.seek(max(0, size - len(LENGTH) - SEAL_BYTES))
-            if file.read() != LENGTH + MARK + _digest(file, size).encode():
+            file.seek(max(0, size - len(COMMENT_LENGTH) - COMMENT_BYTES))
+            if file.read() != COMMENT_LENGTH + CHECKSUM_PREFIX + _compute_checksum(file, size).encode():
                 raise UserError(f"{path} is not a checkpoint, or is damaged: it is not what was saved")
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
@@ -103,20 +104,20 @@ def refuse_altered(path: Path) -> bool:
     return True
 
 
-def _digest(file: BinaryIO, size: int) -> str:
+def _compute_checksum(file: BinaryIO, size: int) -> str:
     """SHA-256 of the archive as it was before it got a comment."""
     digest = hashlib.sha256()
     file.seek(0)
-    left = size - SEAL_BYTES - len(LENGTH)
+    left = size - COMMENT_BYTES - len(COMMENT_LENGTH)
     while left > 0:
-        chunk = file.read(min(CHUNK, left))
+        chunk = file.read(min(READ_BYTES, left))
         digest.update(chunk)
         left -= len(chunk)
     digest.update(NO_COMMENT)
     return digest.hexdigest()
 
 
-class _Hashing:
+class _HashingWriter:
     """A file that learns the digest of what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -133,34 +134,34 @@ class _Hashing:
         self.file.flush()
 
 
-class SealedCheckpointIO(TorchCheckpointIO):
-    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[SealedCheckpointIO()])``.
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     Tensors and plain data alone are read, whatever the trainer asks for: a checkpoint runs no code.
     """
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        save(checkpoint, Path(path))
+        save_checkpoint(checkpoint, Path(path))
 
     @override
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
-        refuse_altered(Path(path))
+        verify_checksum(Path(path))
         loaded: dict[str, Any] = torch.load(path, map_location=map_location or "cpu", weights_only=True)
         return loaded
 
 
 class BackgroundCheckpointIO(AsyncCheckpointIO):
-    """``SealedCheckpointIO`` in a thread; what fails is raised by the next save or at the end.
+    """``AtomicCheckpointIO`` in a thread; what fails is raised by the next save or at the end.
 
     A save waits for the one before, so that there is one copy of the state at most, in the host's memory. A file is
     removed in its turn, when those before it are written, and only if they were.
     """
 
     def __init__(self) -> None:
-        super().__init__(SealedCheckpointIO())
+        super().__init__(AtomicCheckpointIO())
         self._last: Future[None] | None = None
 
     @override

@@ -11,26 +11,28 @@ import torch
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from lit_gpt_scratch.checkpoint.loop_state import settle
+from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 
-CLOCKS: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
+TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
 """What two runs never share."""
-REPEATED: Final = r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
+REPEATABLE_TAGS: Final = (
+    r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
+)
 """Where a point may stand twice, alike: a kill can come when a validation is written and not yet known to be done.
 
 And every session lays out its charts.
 """
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Every tensor and number of a checkpoint by its path, clocks left out."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            if not re.fullmatch(CLOCKS, str(key)):
-                yield from leaves(inner, f"{name}/{key}")
+            if not re.fullmatch(TIMING_NAMES, str(key)):
+                yield from iterate_leaves(inner, f"{name}/{key}")
     elif isinstance(value, list | tuple):
         for place, inner in enumerate(value):
-            yield from leaves(inner, f"{name}/{place}")
+            yield from iterate_leaves(inner, f"{name}/{place}")
     else:
         yield name, value
 
@@ -50,33 +52,36 @@ def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dic
 
     Counters are compared as a resumed run would read them.
     """
-    a, b = dict(leaves(_settled(one))), dict(leaves(_settled(other)))
+    a, b = dict(iterate_leaves(_normalize_counters(one))), dict(iterate_leaves(_normalize_counters(other)))
     bits = {name: count_differing_bits(a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())}
     return {name: n for name, n in bits.items() if n}
 
 
-def _settled(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     loops = deepcopy(checkpoint["loops"])
-    settle(loops["fit_loop"])
+    normalize_progress(loops["fit_loop"])
     return {**checkpoint, "loops": loops}
 
 
-def curves(run: Path) -> dict[str, list[tuple[int, str]]]:
+def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
     """Scalars and texts of a run as TensorBoard shows them, clocks left out: (step, value) by tag."""
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
         for tag in events.Tags()["tensors"]
-        if not re.fullmatch(CLOCKS, tag)
+        if not re.fullmatch(TIMING_NAMES, tag)
     }
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
     """By tag, in how many points two runs differ; what training logs may not be there twice."""
-    a, b = curves(one), curves(other)
-    points = {tag: (_points(tag, a.get(tag, [])), _points(tag, b.get(tag, []))) for tag in sorted(a.keys() | b.keys())}
+    a, b = read_curves(one), read_curves(other)
+    points = {
+        tag: (_count_points(tag, a.get(tag, [])), _count_points(tag, b.get(tag, [])))
+        for tag in sorted(a.keys() | b.keys())
+    }
     return {f"curve {tag}": ((x - y) + (y - x)).total() for tag, (x, y) in points.items() if x != y}
 
 
-def _points(tag: str, curve: list[tuple[int, str]]) -> "Counter[tuple[int, str]]":
-    return Counter(set(curve) if re.fullmatch(REPEATED, tag) else curve)
+def _count_points(tag: str, curve: list[tuple[int, str]]) -> "Counter[tuple[int, str]]":
+    return Counter(set(curve) if re.fullmatch(REPEATABLE_TAGS, tag) else curve)

@@ -4,20 +4,20 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def flat(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """One level of names like ``trainer.max_steps``."""
     found: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{name}.")
+            found |= flatten(value, f"{prefix}{name}.")
         else:
             found[f"{prefix}{name}"] = value
     return found
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def diff_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What two nested mappings do not share, by flat name: the value before, and now; None where there is none."""
-    old, new = flat(before), flat(now)
+    old, new = flatten(before), flatten(now)
     return {
         name: (old.get(name), new.get(name))
         for name in sorted(old.keys() | new.keys())

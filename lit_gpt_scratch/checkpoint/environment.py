@@ -15,12 +15,16 @@ PACKAGE: Final = Path(__file__).parent.parent
 LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics", "jsonargparse")
 
 
-def surroundings() -> dict[str, Any]:
+def collect_environment() -> dict[str, Any]:
     """Code, versions and hardware of this process, as plain data."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
-        "code": {"sources": _digest_of_sources(), "commit": _git("rev-parse", "HEAD"), "changed_since": _changed()},
+        "code": {
+            "sources": _hash_sources(),
+            "commit": _run_git("rev-parse", "HEAD"),
+            "changed_since": _has_uncommitted_changes(),
+        },
         "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in LIBRARIES},
         "hardware": {
             "system": platform.platform(),
@@ -31,7 +35,7 @@ def surroundings() -> dict[str, Any]:
     }
 
 
-def _digest_of_sources() -> str:
+def _hash_sources() -> str:
     """SHA-256 of the package's own modules: it needs no git, and sees changes that were not committed."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
@@ -39,12 +43,12 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()
 
 
-def _changed() -> bool | None:
-    status = _git("status", "--porcelain", "--", ".")
+def _has_uncommitted_changes() -> bool | None:
+    status = _run_git("status", "--porcelain", "--", ".")
     return None if status is None else bool(status)
 
 
-def _git(*command: str) -> str | None:
+def _run_git(*command: str) -> str | None:
     """What git says of the package's checkout, or None where it is not one."""
     try:
         done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True)

@@ -5,18 +5,18 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.checkpoint.loading import Trained, build, load_checkpoint
-from lit_gpt_scratch.checkpoint.metadata import Contents, refuse_other_model
+from lit_gpt_scratch.checkpoint.loading import LoadedModel, build_model, load_checkpoint
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-FREE: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
+MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
 """What a network may have otherwise than the one whose weights it begins with."""
 
 
-def start(place: str, trusted: str | None = None) -> Trained:
+def load_initial_model(place: str, trusted: str | None = None) -> LoadedModel:
     """The model that ``init_from`` names.
 
     Args:
@@ -28,19 +28,19 @@ def start(place: str, trusted: str | None = None) -> Trained:
     """
     path, checkpoint = _opened(place)
     try:
-        return build(checkpoint, path, trusted)
+        return build_model(checkpoint, path, trusted)
     except UserError as error:
         raise UserError(f"model.init_from: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
 
 
-def start_contents(place: str) -> Contents:
+def load_initial_metadata(place: str) -> CheckpointMetadata:
     """What it says of itself."""
-    return Contents.of(_opened(place)[1])
+    return CheckpointMetadata.from_checkpoint(_opened(place)[1])
 
 
-def start_tokenizer(place: str) -> Tokenizer:
+def load_initial_tokenizer(place: str) -> Tokenizer:
     """Its tokenizer."""
-    contents = start_contents(place)
+    contents = load_initial_metadata(place)
     return Tokenizer.from_json(contents.tokenizer, contents.start_of_text)
 
 
@@ -62,7 +62,7 @@ def _read(path: Path, written: int) -> dict[str, Any]:
     return load_checkpoint(path)
 
 
-def context(trained: Trained, gpt: GPTConfig, block_size: int) -> int:
+def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:
     """The longest window of a network that begins with it and is to see windows of ``block_size``.
 
     It keeps its own, if that is longer.
@@ -78,7 +78,7 @@ def context(trained: Trained, gpt: GPTConfig, block_size: int) -> int:
     return max(block_size, trained.net.block_size)
 
 
-def begin_with(trained: Trained, net: GPT) -> bool:
+def copy_weights(trained: LoadedModel, net: GPT) -> bool:
     """Copy the weights; a head that reads something else stays as it is.
 
     Args:
@@ -91,10 +91,10 @@ def begin_with(trained: Trained, net: GPT) -> bool:
     Raises:
         UserError: The two networks are not alike.
     """
-    own = Contents(asdict(net.config), net.vocab_size, net.block_size, "")
+    own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
     same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape
-    free = FREE if same_head else (*FREE, "tied_embeddings")
-    refuse_other_model(replace(trained.contents, lora=None), own, free)
+    free = MAY_DIFFER if same_head else (*MAY_DIFFER, "tied_embeddings")
+    require_same_model(replace(trained.metadata, lora=None), own, free)
     weights = trained.net.state_dict()
     if not same_head:
         weights.pop("head.weight")

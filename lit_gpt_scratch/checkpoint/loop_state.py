@@ -6,11 +6,11 @@ from lit_gpt_scratch.batch_types import BatchLayout
 
 Counts = dict[str, int]
 
-LAYOUT: Final = "layout"
+BATCH_LAYOUT_KEY: Final = "layout"
 """What a checkpoint calls the ``BatchLayout`` that its batches were counted in."""
 
 
-def settle(fit_loop: dict[str, Any]) -> None:
+def normalize_progress(fit_loop: dict[str, Any]) -> None:
     """Bring the counters of a saved training loop, in place, to what they are between two steps.
 
     A checkpoint may have been written in a hook before a batch, after it, in a validation or at a run's end, and
@@ -24,26 +24,26 @@ def settle(fit_loop: dict[str, Any]) -> None:
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
     fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = optimization["step"]["total"]["completed"]
-    _forget(fit_loop["epoch_loop.val_loop.batch_progress"])
+    _reset_progress(fit_loop["epoch_loop.val_loop.batch_progress"])
     if not batches["current"]["ready"]:  # between two epochs
         for scope in ("current", "total"):
             epochs[scope]["completed"] = epochs[scope]["processed"]
         return
     epoch_done = batches["is_last_batch"] and batches["current"]["processed"] == batches["current"]["ready"]
     for scope in ("current", "total"):
-        _all(batches[scope], batches[scope]["processed"])
+        _set_counts(batches[scope], batches[scope]["processed"])
         begun = epochs[scope]["started"]
-        _all(epochs[scope], begun)
+        _set_counts(epochs[scope], begun)
         if not epoch_done:
             epochs[scope] |= {"processed": begun - 1, "completed": begun - 1}
     batches["is_last_batch"] = False
     if epoch_done:
         within_epoch = (batches, fit_loop["epoch_loop.scheduler_progress"], *optimization.values())
         for progress in within_epoch:
-            _all(progress["current"], 0)
+            _set_counts(progress["current"], 0)
 
 
-def deal_out(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
+def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
     """Count the batches of a settled loop, in place, as if they had been dealt out otherwise from the beginning.
 
     Everything else is counted in steps or epochs, which stay what they are. Where a step is of as many windows as
@@ -59,20 +59,20 @@ def deal_out(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) ->
         return
     for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
         windows = counts["processed"] * before.rows_per_batch
-        _all(counts, -(-windows // now.rows_per_step) * now.accumulate)
+        _set_counts(counts, -(-windows // now.rows_per_step) * now.accumulate)
 
 
-def epochs_done(fit_loop: dict[str, Any]) -> int:
+def count_finished_epochs(fit_loop: dict[str, Any]) -> int:
     """Whole epochs in a saved training loop that is settled."""
     done: int = fit_loop["epoch_progress"]["current"]["processed"]
     return done
 
 
-def _all(counts: Counts, n: int) -> None:
+def _set_counts(counts: Counts, n: int) -> None:
     counts.update(dict.fromkeys(counts, n))
 
 
-def _forget(progress: dict[str, Any]) -> None:
+def _reset_progress(progress: dict[str, Any]) -> None:
     for scope in ("current", "total"):
-        _all(progress[scope], 0)
+        _set_counts(progress[scope], 0)
     progress["is_last_batch"] = False

@@ -8,11 +8,11 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.output_heads import ClassificationHead, OutputHead, ScalarHead, TokenHead
 
-KEY: Final = "lit_gpt_scratch"
+METADATA_KEY: Final = "lit_gpt_scratch"
 
 
 @dataclass(frozen=True)
-class Contents:
+class CheckpointMetadata:
     """Shape and tokenizer, as plain data: enough to use the weights anywhere.
 
     Attributes:
@@ -49,7 +49,7 @@ class Contents:
         return ScalarHead() if self.rewards else TokenHead()
 
     @property
-    def otherwise(self) -> str | None:
+    def non_lm_task(self) -> str | None:
         """What it does that is no language model, in words."""
         if self.classes is not None:
             return f"tells apart {', '.join(self.classes)}"
@@ -65,19 +65,19 @@ class Contents:
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **apart, **read}
 
     @classmethod
-    def of(cls, checkpoint: dict[str, Any]) -> "Contents":
+    def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "CheckpointMetadata":
         """The part of a loaded checkpoint that this package wrote.
 
         Raises:
             UserError: Something else wrote the checkpoint.
         """
         try:
-            return cls(**checkpoint[KEY])
+            return cls(**checkpoint[METADATA_KEY])
         except (KeyError, TypeError) as error:
             raise UserError("the checkpoint was not written by lit_gpt_scratch") from error
 
 
-def refuse_other_model(there: Contents, here: Contents, free: Collection[str] = ()) -> None:
+def require_same_model(there: CheckpointMetadata, here: CheckpointMetadata, free: Collection[str] = ()) -> None:
     """Compare all but the tokenizer, before weights are loaded.
 
     Args:
@@ -97,7 +97,7 @@ def refuse_other_model(there: Contents, here: Contents, free: Collection[str] = 
         raise UserError(f"the checkpoint holds another model: {'; '.join(different)}")
 
 
-def refuse_other_tokenizer(contents: Contents, tokenizer_json: str) -> None:
+def require_same_tokenizer(contents: CheckpointMetadata, tokenizer_json: str) -> None:
     """A model of one vocabulary makes gibberish of another's ids.
 
     Raises:

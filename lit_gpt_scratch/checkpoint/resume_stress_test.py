@@ -13,24 +13,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import UNFINISHED
-from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, compare_curves, leaves
+from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX
+from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, compare_curves, iterate_leaves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 
-AT_START: Final = 0.2
+STARTUP_KILL_SHARE: Final = 0.2
 """Share of the kills that may hit before the first step."""
-GRACE: Final = 8.0
+EXIT_GRACE_SECONDS: Final = 8.0
 """Seconds that the other processes of a run have to notice that one is gone."""
-POLL: Final = 0.002
-KILL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
-OVER: Final = "to go on, ask for more"
+POLL_SECONDS: Final = 0.002
+KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
+FINISHED_MESSAGE: Final = "to go on, ask for more"
 """What ``fit`` says of a run that has nothing left to do."""
 
 
 @dataclass
-class Report:
+class StressTestReport:
     """What the kills did.
 
     Attributes:
@@ -54,7 +54,7 @@ class Report:
         return f"not exact: {head}; {len(self.differences)} parts differ: {worst}"
 
 
-class KillTest:
+class ResumeStressTest:
     """Runs of ``fit`` with the same flags, one undisturbed, the others killed and resumed.
 
     Args:
@@ -67,10 +67,10 @@ class KillTest:
         self.flags = list(flags)
         self.folder = folder
         self.random = random.Random(seed)
-        self.report = Report()
+        self.report = StressTestReport()
         self.started: list[subprocess.Popen[str]] = []
 
-    def run(self, kills: int, tell: Callable[[], object] = lambda: None) -> Report:
+    def run(self, kills: int, tell: Callable[[], object] = lambda: None) -> StressTestReport:
         """Kill so many times, and compare every run that comes to its end.
 
         Args:
@@ -84,9 +84,9 @@ class KillTest:
             return self._run(kills, tell)
         finally:
             for process in self.started:
-                _end(process)
+                _kill_group(process)
 
-    def _run(self, kills: int, tell: Callable[[], object]) -> Report:
+    def _run(self, kills: int, tell: Callable[[], object]) -> StressTestReport:
         whole = RunFolder(self.folder / "whole" / "pretrain" / "version_0")
         began = time.monotonic()
         self._to_the_end(self._start(whole))
@@ -95,7 +95,7 @@ class KillTest:
         self.training = time.time() - whole.config.stat().st_mtime  # written when the training begins
         self.starting = max(time.monotonic() - began - self.training, 0.1)
         self.expected = load_checkpoint(whole.last)
-        self.report.bits = sum(8 * v.nbytes if hasattr(v, "nbytes") else 64 for _, v in leaves(self.expected))
+        self.report.bits = sum(8 * v.nbytes if hasattr(v, "nbytes") else 64 for _, v in iterate_leaves(self.expected))
         trial = 0
         while self.report.kills.total() < kills:
             run = RunFolder(self.folder / f"trial_{trial}" / "pretrain" / "version_0")
@@ -110,7 +110,7 @@ class KillTest:
                 self._to_the_end(self._start(run))
             self.report.runs += 1
             self.report.differences.update(compare_checkpoints(self.expected, load_checkpoint(run.last)))
-            self.report.differences.update(_compare_files(whole, run))
+            self.report.differences.update(_compare_checkpoint_files(whole, run))
             self.report.differences.update(compare_curves(whole.path, run.path))
         return self.report
 
@@ -120,7 +120,7 @@ class KillTest:
         if run.last.exists():
             go_on = [f"--ckpt_path={run.path}"]
         elif run.path.exists():
-            run.abandon()
+            run.delete()
         command = [sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags, f"--runs={run.path.parent.parent}"]
         process = subprocess.Popen(
             [*command, "--experiment=pretrain", *go_on],
@@ -134,36 +134,36 @@ class KillTest:
 
     def _to_the_end(self, process: "subprocess.Popen[str]") -> None:
         _, said = process.communicate()
-        if process.returncode and OVER not in said:  # a kill can hit a run that has saved its last step
+        if process.returncode and FINISHED_MESSAGE not in said:  # a kill can hit a run that has saved its last step
             lines = said.strip().splitlines() or ["nothing"]
             raise UserError(f"the run ended with exit code {process.returncode}, unkilled; it said: {lines[-1]}")
 
     def _kill(self, process: "subprocess.Popen[str]", run: RunFolder) -> str | None:
         """Kill a process of the run at a random moment; the phase that it was in, or None if it had ended."""
-        before = _time_of(run.config)
-        if self.random.random() < AT_START:
+        before = _modified_at(run.config)
+        if self.random.random() < STARTUP_KILL_SHARE:
             begun, wait = False, self.random.uniform(0.0, self.starting)
         else:
-            while _time_of(run.config) == before and process.poll() is None:
-                time.sleep(POLL)
+            while _modified_at(run.config) == before and process.poll() is None:
+                time.sleep(POLL_SECONDS)
             begun, wait = True, self.random.uniform(0.0, self.training)
         until = time.monotonic() + wait
         while time.monotonic() < until and process.poll() is None:
-            time.sleep(POLL)
+            time.sleep(POLL_SECONDS)
         if process.poll() is not None:
             self._to_the_end(process)
             return None
-        begun = begun or _time_of(run.config) != before
-        os.kill(self.random.choice(processes(process.pid)), KILL)  # any rank, or a loader's process
-        phase = _phase(run) if begun else "at the start"
+        begun = begun or _modified_at(run.config) != before
+        os.kill(self.random.choice(list_group_processes(process.pid)), KILL_SIGNAL)  # any rank, or a loader's process
+        phase = _describe_phase(run) if begun else "at the start"
         with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=GRACE)
-        _end(process)
+            process.communicate(timeout=EXIT_GRACE_SECONDS)
+        _kill_group(process)
         process.communicate()
         return phase
 
 
-def _compare_files(whole: RunFolder, run: RunFolder) -> dict[str, int]:
+def _compare_checkpoint_files(whole: RunFolder, run: RunFolder) -> dict[str, int]:
     """The best models, beside the last: bits that differ, by file and part; 1 for a file that one run lacks."""
     names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (whole, run)]
     found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
@@ -173,26 +173,26 @@ def _compare_files(whole: RunFolder, run: RunFolder) -> dict[str, int]:
     return found
 
 
-def _end(process: "subprocess.Popen[str]") -> None:
+def _kill_group(process: "subprocess.Popen[str]") -> None:
     """Kill all that is left of a run."""
-    for pid in processes(process.pid):
+    for pid in list_group_processes(process.pid):
         with suppress(ProcessLookupError):
-            os.kill(pid, KILL)
+            os.kill(pid, KILL_SIGNAL)
 
 
-def _phase(run: RunFolder) -> str:
-    if any(run.checkpoints.glob(f".*{UNFINISHED}")):
+def _describe_phase(run: RunFolder) -> str:
+    if any(run.checkpoints.glob(f".*{PARTIAL_SUFFIX}")):
         return "while saving"
     last: dict[str, Any] = load_checkpoint(run.last) if run.last.exists() else {"callbacks": {}}
     due = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())
     return "in a validation" if due else "between saves"
 
 
-def _time_of(path: Path) -> float:
+def _modified_at(path: Path) -> float:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def processes(leader: int) -> list[int]:
+def list_group_processes(leader: int) -> list[int]:
     """Processes of the leader's group that are alive; the leader alone where the system does not list them."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):

@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import UNFINISHED, refuse_altered
+from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_checksum
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -49,7 +49,7 @@ class RunFolder:
         return self.checkpoints / "last.ckpt"
 
     @classmethod
-    def claim(cls, runs: Path, experiment: str) -> "RunFolder":
+    def create(cls, runs: Path, experiment: str) -> "RunFolder":
         """Make the next free folder; of several processes each gets its own.
 
         Raises:
@@ -61,7 +61,7 @@ class RunFolder:
             if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would, and write elsewhere
                 raise UserError(f"{flag} is '{name}'; write the folder's name out")
         try:
-            version = max((run.version for run in _runs(runs / experiment)), default=-1) + 1
+            version = max((run.version for run in _list_runs(runs / experiment)), default=-1) + 1
         except OSError as error:  # a name that is too long, say
             raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs, --experiment)") from error
         while True:
@@ -76,7 +76,7 @@ class RunFolder:
             except OSError as error:
                 raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs)") from error
 
-    def abandon(self) -> None:
+    def delete(self) -> None:
         """Remove the folder, and those around it if nothing else is in them."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
@@ -84,7 +84,7 @@ class RunFolder:
             self.path.parent.parent.rmdir()
 
     @contextmanager
-    def owned(self) -> Iterator[None]:
+    def lock(self) -> Iterator[None]:
         """Keep other processes from training in the folder meanwhile; a killed process owns nothing any more.
 
         Raises:
@@ -102,20 +102,20 @@ class RunFolder:
         finally:
             lock.release()
 
-    def write(self, name: str, text: str) -> None:
+    def write_text(self, name: str, text: str) -> None:
         """Put a text file into the folder; a kill leaves the one that was there before.
 
         Raises:
             UserError: It cannot be written.
         """
-        unfinished = self.path / f".{name}{UNFINISHED}"
+        unfinished = self.path / f".{name}{PARTIAL_SUFFIX}"
         try:
             unfinished.write_text(text, encoding="utf-8")
             unfinished.replace(self.path / name)
         except OSError as error:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
 
-    def sessions(self) -> list[dict[str, Any]]:
+    def read_sessions(self) -> list[dict[str, Any]]:
         """What ``provenance.json`` says of each process that trained in the folder, the first one first."""
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
@@ -129,20 +129,20 @@ class RunFolder:
     def remove_unfinished(self) -> None:
         """Remove what a kill left half-written; for the owner of the folder."""
         for folder in (self.path, self.checkpoints):
-            for path in folder.glob(f".*{UNFINISHED}"):
+            for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
-    def newest_save(self) -> float:
+    def last_saved_at(self) -> float:
         """When the newest checkpoint was written, in seconds since 1970, whether it is whole or not; 0 for never."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
-    def any_checkpoint(cls, runs: Path, experiment: str) -> bool:
+    def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
         """Whether any run of an experiment has a checkpoint, whole or not."""
-        return any(run.newest_save() for run in _runs(runs / experiment))
+        return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod
-    def of(cls, checkpoint: Path) -> "RunFolder | None":
+    def containing(cls, checkpoint: Path) -> "RunFolder | None":
         """The run that a checkpoint lies in, or None if it lies elsewhere."""
         path = checkpoint.resolve().parent.parent
         return cls(path) if re.fullmatch(r"version_\d+", path.name) else None
@@ -165,7 +165,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         if (path / "config.json").is_file():  # a folder of Hugging Face's
             return path
         if path.is_dir():
-            return _newest_whole(path)
+            return _newest_intact_checkpoint(path)
         if not path.is_file():
             raise UserError(f"no checkpoint at {path}")
         return path
@@ -175,20 +175,20 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         experiments = []
     newest = [
         max(saved, key=lambda run: run.version)
-        for saved in ([run for run in _runs(path) if run.newest_save()] for path in experiments)
+        for saved in ([run for run in _list_runs(path) if run.last_saved_at()] for path in experiments)
         if saved
     ]
     if not newest:
         where = runs / experiment if experiment else runs
         raise UserError(f"no run with a checkpoint in {where}; train one with: python -m lit_gpt_scratch.fit")
-    chosen = max(newest, key=RunFolder.newest_save)
-    for run in _runs(chosen.path.parent):
+    chosen = max(newest, key=RunFolder.last_saved_at)
+    for run in _list_runs(chosen.path.parent):
         if run.version > chosen.version:
             log.warning("%s has no checkpoint; taking %s", run.path, chosen.path)
-    return _newest_whole(chosen.path)
+    return _newest_intact_checkpoint(chosen.path)
 
 
-def _newest_whole(folder: Path) -> Path:
+def _newest_intact_checkpoint(folder: Path) -> Path:
     """The newest checkpoint of a run that is what was saved, ``last.ckpt`` before the best; the others are named.
 
     Raises:
@@ -199,7 +199,7 @@ def _newest_whole(folder: Path) -> Path:
     others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
     for path in (*last, *others):
         try:
-            refuse_altered(path)
+            verify_checksum(path)
         except UserError as error:
             log.warning("%s", error)
         else:
@@ -208,7 +208,7 @@ def _newest_whole(folder: Path) -> Path:
     raise UserError(f"{folder} holds no checkpoint ({whole})")
 
 
-def _runs(experiment: Path) -> Iterator[RunFolder]:
+def _list_runs(experiment: Path) -> Iterator[RunFolder]:
     for path in experiment.glob("version_*"):
         if re.fullmatch(r"version_\d+", path.name):
             yield RunFolder(path)

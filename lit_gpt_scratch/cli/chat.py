@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable, Iterator
 
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.generation.streaming import write
+from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat_template import ASSISTANT, ChatTemplate, Message, validate_messages
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -65,7 +65,7 @@ def chat_session(
             said = said[2:]
         prompt = template.prompt([*told, *said])
         reply = ""
-        for _, piece in write(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
+        for _, piece in stream_text(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
             reply += piece
             if piece:
                 yield piece

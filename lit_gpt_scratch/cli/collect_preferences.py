@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.chat_eval import replies
+from lit_gpt_scratch.evaluation.chat_eval import generate_replies
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat_template import ChatTemplate, Message, validate_messages
@@ -63,7 +63,9 @@ def collect_preferences(
         validate_messages(messages)
         prompt = template.prompt(messages)
         for _ in range(MAX_ATTEMPTS):
-            one, two = replies(model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2)))
+            one, two = generate_replies(
+                model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2))
+            )
             pair = one.text, two.text
             whole = one.ended and two.ended  # who learns from one that was cut off learns to stop amid a sentence
             if whole and one.text != two.text and not any(map(is_blank, pair)):

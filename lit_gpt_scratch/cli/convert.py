@@ -11,7 +11,7 @@ from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.interop.hf_checkpoint import Model
+    from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
 
 log = logging.getLogger(__name__)
 
@@ -69,77 +69,80 @@ def _to_adapter(given: Namespace) -> None:
 
 
 def _require_safetensors_suffix(file: Path) -> None:
-    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX
+    from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
 
-    if file.suffix != SUFFIX:
-        raise UserError(f"argument FILE: {file} does not end with {SUFFIX}")
+    if file.suffix != SAFETENSORS_SUFFIX:
+        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}")
 
 
 def _to_safetensors(given: Namespace) -> None:
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.checkpoint.safetensors_export import share
+    from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors
 
     _require_safetensors_suffix(given.file)
     path = find_checkpoint(given.checkpoint, Path(), None)
-    share(_merge_adapters(load_checkpoint(path), path), NETWORK, given.file)
+    export_safetensors(_merge_adapters(load_checkpoint(path), path), STATE_PREFIX, given.file)
 
 
 def _to_hf(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX
-    from lit_gpt_scratch.interop.hf_checkpoint import write
+    from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
+    from lit_gpt_scratch.interop.hf_checkpoint import write_hf_checkpoint
 
-    if given.folder.suffix == SUFFIX:
+    if given.folder.suffix == SAFETENSORS_SUFFIX:
         raise UserError(f"argument FOLDER: to-hf writes a folder; for the file {given.folder} it is to-safetensors")
-    architecture = write(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
+    architecture = write_hf_checkpoint(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
     log.info("%s holds a %s", given.folder, architecture)
 
 
 def _from_hf(given: Namespace) -> None:
-    from lit_gpt_scratch.checkpoint.checkpoint_io import save
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_folder
-    from lit_gpt_scratch.checkpoint.safetensors_export import SUFFIX, share
+    from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_hf_checkpoint
+    from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, export_safetensors
 
     if given.checkpoint.exists():
         raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
-    checkpoint = load_folder(given.folder)
-    if given.checkpoint.suffix == SUFFIX:
-        share(checkpoint, NETWORK, given.checkpoint)
+    checkpoint = load_hf_checkpoint(given.folder)
+    if given.checkpoint.suffix == SAFETENSORS_SUFFIX:
+        export_safetensors(checkpoint, STATE_PREFIX, given.checkpoint)
     else:
-        save(checkpoint, given.checkpoint)
+        save_checkpoint(checkpoint, given.checkpoint)
 
 
-def _open_model(path: Path) -> "Model":
+def _open_model(path: Path) -> "PortableModel":
     """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, load_checkpoint
-    from lit_gpt_scratch.checkpoint.metadata import Contents
-    from lit_gpt_scratch.interop.hf_checkpoint import Model
-    from lit_gpt_scratch.interop.model_family import Shape
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
+    from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
+    from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
+    from lit_gpt_scratch.interop.model_family import ModelShape
     from lit_gpt_scratch.model import GPTConfig
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
     checkpoint = _merge_adapters(load_checkpoint(path), path)
-    contents, state = Contents.of(checkpoint), checkpoint["state_dict"]
+    contents, state = CheckpointMetadata.from_checkpoint(checkpoint), checkpoint["state_dict"]
     try:
         gpt = GPTConfig(**contents.gpt)
     except TypeError as error:
         raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
-    if contents.otherwise is not None:
-        raise UserError(f"{path} {contents.otherwise}; only language models can be converted")
-    weights = {name.removeprefix(NETWORK): state[name] for name in state if name.startswith(NETWORK)}
-    shape = Shape(gpt, contents.vocab_size, contents.block_size)
-    return Model(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
+    if contents.non_lm_task is not None:
+        raise UserError(f"{path} {contents.non_lm_task}; only language models can be converted")
+    weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
+    shape = ModelShape(gpt, contents.vocab_size, contents.block_size)
+    return PortableModel(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
 
 
 def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
     """A checkpoint with its adapters in its weights: a model like any other, that no longer has a base."""
-    from lit_gpt_scratch.checkpoint.loading import NETWORK, build
-    from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+    from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model
+    from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 
-    contents = Contents.of(checkpoint)
+    contents = CheckpointMetadata.from_checkpoint(checkpoint)
     if contents.lora is None:
         return checkpoint
-    net = build(checkpoint, path, contents.gpt.get("attention")).net
+    net = build_model(checkpoint, path, contents.gpt.get("attention")).net
     own = replace(contents, lora=None, base=None, new_head=False)
-    return {KEY: asdict(own), "state_dict": {NETWORK + name: weight for name, weight in net.state_dict().items()}}
+    return {
+        METADATA_KEY: asdict(own),
+        "state_dict": {STATE_PREFIX + name: weight for name, weight in net.state_dict().items()},
+    }

@@ -11,15 +11,15 @@ from platformdirs import user_cache_path
 from tqdm import tqdm
 
 from lit_gpt_scratch.callbacks.signal_handling import exit_on_signal
-from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
+from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
 from lit_gpt_scratch.cli.entrypoint import CommandParser
 from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.diagnostics.rules import RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
-from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
-from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process
+from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS, LayoutParity
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.profiling.device_check import BANDS, about, compare
+from lit_gpt_scratch.profiling.device_check import RELATIVE_TOLERANCES, compare_devices, describe_machine
 
 RESUME_DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
 """A run that is short and saves often, unless the user's own flags say otherwise."""
@@ -55,7 +55,13 @@ def main(args: Sequence[str] | None = None) -> None:
     resume, parity = flags.add_argument_group("of --resume"), flags.add_argument_group("of --parity")
     resume.add_argument("--kills", type=int, default=6, help="how often to kill")
     resume.add_argument("--seed", type=int, default=0, help="of the moments")
-    parity.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of arithmetic to compare in")
+    parity.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=ARITHMETIC_CASES,
+        default=list(ARITHMETIC_CASES),
+        help="of arithmetic to compare in",
+    )
     parity.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="to compare with single")
     given, of_fit = flags.parse_known_args(args)
     if not (given.resume or given.parity):
@@ -103,21 +109,22 @@ def _diagnose_run(run: Path, as_json: bool) -> bool:
 
 def _check_machine() -> bool:
     """What it has; whether everything on it computes alike."""
-    prepare_process()
-    for name, text in about({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
+    configure_process()
+    for name, text in describe_machine({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
         print(f"{name:14} {text}")
     healthy = True
-    for found in compare():
+    for found in compare_devices():
         what = f"loss {found.loss:.1e}, gradient {found.gradient:.1e} off a CPU in float32"
-        verdict = "as it should be" if found.alike else f"more than {BANDS[found.dtype]:.0e}: do not train in it here"
+        limit = RELATIVE_TOLERANCES[found.dtype]
+        verdict = "as it should be" if found.within_tolerance else f"more than {limit:.0e}: do not train in it here"
         dtype = str(found.dtype).removeprefix("torch.")
         print(f"{found.device + ', ' + dtype:14} {found.failed or f'{what}, {verdict}'}")
-        healthy = healthy and (found.alike or bool(found.failed))
+        healthy = healthy and (found.within_tolerance or bool(found.failed))
     return healthy
 
 
 def _test_resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
-    test = KillTest([*RESUME_DEFAULTS, *of_fit], folder, given.seed)
+    test = ResumeStressTest([*RESUME_DEFAULTS, *of_fit], folder, given.seed)
     with tqdm(total=given.kills, unit="kill", disable=not sys.stderr.isatty()) as bar:
         report = test.run(given.kills, lambda: bar.update())
     print(report)
@@ -125,10 +132,10 @@ def _test_resume(given: argparse.Namespace, of_fit: Sequence[str], folder: Path)
 
 
 def _test_parity(given: argparse.Namespace, of_fit: Sequence[str], folder: Path) -> bool:
-    parity = Parity([*PARITY_DEFAULTS, *of_fit], folder, given.kinds, given.layouts)
+    parity = LayoutParity([*PARITY_DEFAULTS, *of_fit], folder, given.kinds, given.layouts)
     with tqdm(total=parity.runs, unit="run", disable=not sys.stderr.isatty()) as bar:
         parity.run(lambda: bar.update())
     print(parity)
-    for what in parity.beyond:
+    for what in parity.violations:
         print(f"not the same: {what}")
-    return not parity.beyond
+    return not parity.violations

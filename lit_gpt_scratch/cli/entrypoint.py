@@ -14,7 +14,7 @@ from tqdm import tqdm
 from lit_gpt_scratch.errors import UserError
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.checkpoint.loading import Trained
+    from lit_gpt_scratch.checkpoint.loading import LoadedModel
     from lit_gpt_scratch.model import GPT
     from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -96,10 +96,10 @@ def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     Raises:
         UserError: There is no such model, or no such device.
     """
-    return load_trained_model(given).as_language_model()
+    return load_trained_model(given).require_language_model()
 
 
-def load_trained_model(given: argparse.Namespace) -> "Trained":
+def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
     """Whatever model ``add_checkpoint``'s flags mean, on the device they name.
 
     Raises:
@@ -107,16 +107,16 @@ def load_trained_model(given: argparse.Namespace) -> "Trained":
     """
     import torch
 
-    from lit_gpt_scratch.checkpoint.adapters import adapted
-    from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint
+    from lit_gpt_scratch.checkpoint.adapters import apply_adapter
+    from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint
     from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
-    from lit_gpt_scratch.distributed.hardware_defaults import prepare_process
+    from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 
-    prepare_process()
+    configure_process()
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
-    trained = build(load_checkpoint(path), path, given.trust)
+    trained = build_model(load_checkpoint(path), path, given.trust)
     if given.adapter is not None:
-        trained = adapted(trained, given.adapter)
+        trained = apply_adapter(trained, given.adapter)
     if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
         raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")
     try:

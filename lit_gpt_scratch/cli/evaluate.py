@@ -13,8 +13,8 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.cli.entrypoint import CommandParser, load_trained_model, validate_utf8
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.classification_eval import classify
-from lit_gpt_scratch.evaluation.registry import KINDS, Asked, evaluate, plain
-from lit_gpt_scratch.evaluation.results_table import keep, table
+from lit_gpt_scratch.evaluation.registry import EVAL_TASKS, EvalRequest, evaluate, summary_to_dict
+from lit_gpt_scratch.evaluation.results_table import format_results, save_results
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.cleaning_report import format_markdown_table
@@ -39,19 +39,19 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "stop": ("--stop", {"action": "append", "help": "end a text before this string; may be given several times"}),
     "include_path": ("--include_path", {"type": Path, "metavar": "DIR", "help": "with YAML files of more benchmarks"}),
 }
-"""By what the rest of the package calls them; which of them a kind of evaluation takes is in its row of ``KINDS``."""
+"""By name in the rest of the package; ``EVAL_TASKS`` lists which of them each evaluation takes."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """The door ``evaluate``: figures on standard output, as a table or as one JSON object."""
-    tasks = "; ".join(f"{name}: {kind.what}" for name, kind in KINDS.items())
+    tasks = "; ".join(f"{name}: {kind.description}" for name, kind in EVAL_TASKS.items())
     flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
     flags.add_checkpoint()
     asked = flags.add_mutually_exclusive_group()
     asked.add_argument("--data.source", dest="source", help="a text file, a folder, rows, or 'stdlib'")
     asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="of lm-eval, which the extra [eval] brings")
     asked.add_argument("--text", action="append", help="classify this; may be given several times")
-    flags.add_argument("--task", choices=KINDS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
+    flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():
         flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
     flags.add_argument("--json", action="store_true", help="print one JSON object")
@@ -65,7 +65,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _benchmark(given)
     elif given.source is not None:
         task = getattr(given, "task", "text")
-        _validate_flags(given, f"--task {task}", ("task", "limit", "against", *KINDS[task].flags))
+        _validate_flags(given, f"--task {task}", ("task", "limit", "against", *EVAL_TASKS[task].flags))
         _evaluate(given, task)
     else:
         raise UserError("nothing to evaluate on: name a --data.source, a --benchmark or a --text (see --help)")
@@ -83,16 +83,18 @@ def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
 
 def _evaluate(given: Namespace, task: str) -> None:
     options = {name: getattr(given, name) for name in OPTIONS if name in given}
-    asked = Asked(given.source, **options | {"stop": tuple(options.get("stop", ()))})
-    kind = KINDS[task]
+    asked = EvalRequest(given.source, **options | {"stop": tuple(options.get("stop", ()))})
+    kind = EVAL_TASKS[task]
     kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
     model, tokenizer, classes, pooling = _open_checkpoint(given)
     classifies = isinstance(model.output_head, ClassificationHead)
-    if kind.of_classes != classifies:
+    if kind.needs_classifier != classifies:
         has = f"tells {len(classes)} classes apart" if classifies else "predicts tokens"
-        suits = ", ".join(name for name, other in KINDS.items() if other.of_classes == classifies)
+        suits = ", ".join(name for name, other in EVAL_TASKS.items() if other.needs_classifier == classifies)
         raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}; ask for {suits}")
-    answer = evaluate(task, model, tokenizer, Asked(**vars(asked) | {"classes": classes, "pooling": pooling})).to_dict()
+    answer = evaluate(
+        task, model, tokenizer, EvalRequest(**vars(asked) | {"classes": classes, "pooling": pooling})
+    ).to_dict()
     bare = {name: answer[name] for name in CONTRACT} if not options and "task" not in given else answer
     _print_results(given, bare, answer)
     _store_results(given, f"{task}-{Path(given.source).stem}", {"task": task, **asdict(asked)}, answer)
@@ -108,13 +110,13 @@ def _benchmark(given: Namespace) -> None:
     model, tokenizer, _, _ = _open_checkpoint(given)
     if isinstance(model.output_head, ClassificationHead):
         raise UserError(f"argument --benchmark: {given.checkpoint} tells classes apart, it does not predict tokens")
-    found = lm_eval_adapter.run(model, tokenizer, names, **options)
-    answers = {name: plain(scores) for name, scores in found.items()}
+    found = lm_eval_adapter.run_lm_eval(model, tokenizer, names, **options)
+    answers = {name: summary_to_dict(scores) for name, scores in found.items()}
     if given.json:
         print(json.dumps(answers))
     for name, answer in answers.items():
         if not given.json:
-            print(f"{name}\n{table(answer)}\n")
+            print(f"{name}\n{format_results(answer)}\n")
         _store_results(given, name, {"benchmark": name, **{key: str(value) for key, value in options.items()}}, answer)
 
 
@@ -148,11 +150,11 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
 
 
 def _print_results(given: Namespace, bare: dict[str, Any], answer: dict[str, Any]) -> None:
-    print(json.dumps(bare, ensure_ascii=False) if given.json else table(answer))
+    print(json.dumps(bare, ensure_ascii=False) if given.json else format_results(answer))
 
 
 def _store_results(given: Namespace, name: str, asked: dict[str, Any], answer: dict[str, Any]) -> None:
     checkpoint = Path(given.checkpoint)
-    if folder := RunFolder.of(checkpoint):
+    if folder := RunFolder.containing(checkpoint):
         used = {"adapter": str(given.adapter) if given.adapter else None, "precision": given.precision}
-        keep(folder, name, {"checkpoint": checkpoint.name, "step": given.step, **used, **asked}, answer)
+        save_results(folder, name, {"checkpoint": checkpoint.name, "step": given.step, **used, **asked}, answer)

@@ -24,7 +24,7 @@ from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
-from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO
+from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.preset import apply_init_from, apply_preset, find_preset
@@ -32,10 +32,10 @@ from lit_gpt_scratch.cli.resume import ResumedRun
 from lit_gpt_scratch.cli.run_flags import add_run_flags
 from lit_gpt_scratch.cli.saved_config import SaveConfig, config_to_dict
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.distributed.hardware_defaults import default_precision, prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process, default_precision
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
-from lit_gpt_scratch.distributed.strategies import named, tensor_parallel_size
-from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
+from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
+from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
@@ -127,8 +127,8 @@ class FitCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer; its own complaints about flags are the user's to read."""
         config = {**self.config_init.trainer, **kwargs}
-        refuse_hardware(config)
-        config["strategy"] = named(config["strategy"], self.config_init.tensor_parallel)
+        validate_hardware(config)
+        config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
         if isinstance(config["callbacks"], Callback):
             config["callbacks"] = [config["callbacks"]]
         if self.config_init.plan:
@@ -145,11 +145,11 @@ class FitCLI(LightningCLI):
             raise UserError(f"{' '.join(asked)}: {error}") from error
         if isinstance(self.model, GPTModule):  # here, where one process says it and not each
             adapters = self.model.lora is not None
-            size = tensor_parallel_size(trainer.strategy)
+            size = resolve_tensor_parallel_size(trainer.strategy)
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
             background = self.config_init.checkpoint.background
-            trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else SealedCheckpointIO()
+            trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
         return trainer
 
     def _callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
@@ -173,9 +173,9 @@ class FitCLI(LightningCLI):
         folder = self.resumed.folder if self.resumed and not leaves_nothing else None
         claimed = None
         try:
-            with user_errors(), memory_errors(self.datamodule), ExitStack() as ownership:
+            with user_errors(), explain_out_of_memory(self.datamodule), ExitStack() as ownership:
                 if folder and self.trainer.is_global_zero:  # before its checkpoint is read: its owner may write a newer
-                    ownership.enter_context(folder.owned())
+                    ownership.enter_context(folder.lock())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
                 self._settle_start()
                 # Before there is a folder, so that unusable data leaves none behind.
@@ -184,8 +184,8 @@ class FitCLI(LightningCLI):
                 if self.resumed:
                     self._compare(self.resumed)
                 if folder is None and self.trainer.is_global_zero and not leaves_nothing:
-                    folder = claimed = RunFolder.claim(Path(self.config.runs), self.config.experiment)
-                    ownership.enter_context(folder.owned())
+                    folder = claimed = RunFolder.create(Path(self.config.runs), self.config.experiment)
+                    ownership.enter_context(folder.lock())
                 self._settle_in(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
@@ -201,7 +201,7 @@ class FitCLI(LightningCLI):
             raise
         finally:
             if claimed and not self.trainer.global_step:
-                claimed.abandon()
+                claimed.delete()
         if not self.config.plan and self.stopping.signum:  # it came when all was done
             self.stopping.leave(self.trainer)
 
@@ -216,7 +216,7 @@ class FitCLI(LightningCLI):
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,
-            "replicas": self.trainer.world_size // tensor_parallel_size(self.trainer.strategy),
+            "replicas": self.trainer.world_size // resolve_tensor_parallel_size(self.trainer.strategy),
             "seed": self.config.seed_everything,
         }
         if isinstance(self.datamodule, BaseDataModule):
@@ -247,5 +247,5 @@ def main(args: ArgsType = None) -> None:
     silence_libraries()
     with exit_on_signal():
         cli = FitCLI(args)
-        prepare_process(processes=cli.trainer.num_devices)
+        configure_process(processes=cli.trainer.num_devices)
         cli.fit()

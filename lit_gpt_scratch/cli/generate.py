@@ -8,10 +8,10 @@ from pathlib import Path
 from lit_gpt_scratch.cli.chat import build_chat_prompts, chat_session, read_stdin_lines
 from lit_gpt_scratch.cli.collect_preferences import collect_preferences
 from lit_gpt_scratch.cli.entrypoint import CommandParser, load_language_model, validate_utf8
-from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
+from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.generation.streaming import write
+from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -66,7 +66,7 @@ def main(args: Sequence[str] | None = None) -> None:
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = load_language_model(given)
-    if given.compile and (why_not := why_not_compile(model.embedding.weight.device, asked=True)):
+    if given.compile and (why_not := explain_no_compile(model.embedding.weight.device, requested=True)):
         raise UserError(f"argument --compile: {why_not}")
     if given.rank:
         lines = read_stdin_lines()
@@ -85,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.stdout.flush()
         return
     asked = build_chat_prompts(tokenizer, given.system, prompts) if given.chat else prompts
-    pieces = write(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
+    pieces = stream_text(model, tokenizer, asked, given.max_new_tokens, sampling, seeds, given.stop, given.compile)
     if given.json:
         for row, text in _collect_texts(pieces, len(prompts)):
             print(

@@ -16,7 +16,7 @@ from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, compute_packing_cost
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
-from lit_gpt_scratch.distributed.hardware_defaults import use_allowed_cores
+from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning_report import format_markdown_table, format_step_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
@@ -58,7 +58,7 @@ class PrepareCLI(FitCLI):
 def main(args: ArgsType = None) -> None:
     """The door ``prepare``: what was made of the text, or how tokenizers compare, on standard output."""
     silence_libraries()
-    use_allowed_cores()
+    limit_threads()
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
         raise UserError(f"--data: {type(cli.datamodule).__name__} has no tokens to prepare ahead; PackedText has")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_gpt_scratch.checkpoint.init_from import start_contents
+from lit_gpt_scratch.checkpoint.init_from import load_initial_metadata
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.presets import PRESETS
@@ -55,7 +55,7 @@ def apply_init_from(parser: ArgumentParser, config: Namespace) -> bool:
         return False
     if config.preset is not None:
         raise UserError("--preset names a shape, but model.init_from brings one; leave one of them out")
-    contents = start_contents(place)
+    contents = load_initial_metadata(place)
     # Whose code runs is for flags and configs to say, not for a checkpoint.
     gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
     module, _, name = config.model.class_path.rpartition(".")

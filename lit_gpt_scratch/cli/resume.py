@@ -15,10 +15,10 @@ from lightning.pytorch import Trainer
 from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
 from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
-from lit_gpt_scratch.checkpoint.config_diff import differences
-from lit_gpt_scratch.checkpoint.environment import surroundings
+from lit_gpt_scratch.checkpoint.config_diff import diff_configs
+from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.checkpoint.loop_state import LAYOUT, epochs_done, settle
+from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, count_finished_epochs, normalize_progress
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
 
@@ -67,7 +67,7 @@ class ResumedRun:
         Raises:
             UserError: There is no such checkpoint, or none that is whole.
         """
-        if given == "auto" and not RunFolder.any_checkpoint(runs, experiment):
+        if given == "auto" and not RunFolder.has_checkpoint(runs, experiment):
             return None
         try:
             return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
@@ -79,7 +79,7 @@ class ResumedRun:
     @property
     def folder(self) -> RunFolder | None:
         """The run folder that the checkpoint lies in."""
-        return RunFolder.of(self.checkpoint)
+        return RunFolder.containing(self.checkpoint)
 
     def steps_done(self, trainer: Trainer, force: bool = False) -> int:
         """The step that the checkpoint has reached.
@@ -95,13 +95,13 @@ class ResumedRun:
         if "loops" not in checkpoint:
             raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
         self.origin = next(iter(_states(checkpoint, RunMetadata.STATE_KEY)), {})
-        self.layout = BatchLayout(**checkpoint[LAYOUT]) if LAYOUT in checkpoint else None
+        self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
-        settle(loop)
+        normalize_progress(loop)
         if any(state.get("validation_due") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
             return step
-        epochs = epochs_done(loop)
+        epochs = count_finished_epochs(loop)
         seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
         more = None
         if 0 < trainer.max_steps <= step:
@@ -143,8 +143,8 @@ class ResumedRun:
         Raises:
             UserError: Something that matters changed, and ``force`` is off; or the optimizer is of another kind.
         """
-        sessions = self.folder.sessions() if self.folder else []
-        flags = differences(config_before, config)
+        sessions = self.folder.read_sessions() if self.folder else []
+        flags = diff_configs(config_before, config)
         self.changed = {name: values for name, values in flags.items() if not re.fullmatch(OUTPUT_FLAGS, name)}
         matters = [
             n
@@ -153,11 +153,11 @@ class ResumedRun:
         ]
         before = dict(self.origin or (sessions[-1] if sessions else {}))
         if before:
-            now = surroundings()
+            now = collect_environment()
             for part in ("versions", "hardware", "code"):
                 known = {name: now[part].get(name) for name in before.get(part, {}) if name in now[part]}
                 old = {name: before[part][name] for name in known}
-                self.changed |= {f"{part}.{name}": values for name, values in differences(old, known).items()}
+                self.changed |= {f"{part}.{name}": values for name, values in diff_configs(old, known).items()}
             before |= {"processes": before.get("hardware", {}).get("processes")}
             another_model = any(re.fullmatch(CHECKED_BY_CHECKPOINT, n) for n in self.changed)
             seed_said = "seed_everything" in self.changed

@@ -26,7 +26,7 @@ class SaveConfig(RunDirCallback):
         if self.folder and trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.force = None, False
-            self.folder.write(self.folder.config.name, self.parser.dump(config, skip_unset=False))
+            self.folder.write_text(self.folder.config.name, self.parser.dump(config, skip_unset=False))
 
 
 def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from lit_gpt_scratch.checkpoint.config_diff import flat
+from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.cli.saved_config import config_to_dict
@@ -30,11 +30,11 @@ def check_sweep(sweep: Sweep) -> ResolvedBaseline:
     """
     silence_libraries()
     parser = _ParseOnlyCLI([f"--config={path}" for path in sweep.base])
-    names = [short(name) for name in flat(config_to_dict(parser.parser, parser.config))]
+    names = [short(name) for name in flatten(config_to_dict(parser.parser, parser.config))]
     for assignment in _each_setting(sweep):
         _parse(parser, sweep, assignment, names)
     built = FitCLI(_without_budget(sweep, sweep.first))
-    flags = {short(name): value for name, value in flat(config_to_dict(built.parser, built.config)).items()}
+    flags = {short(name): value for name, value in flatten(config_to_dict(built.parser, built.config)).items()}
     known = ResolvedBaseline(flags, built.trainer.world_size)
     arguments(sweep, sweep.first, known)
     return known

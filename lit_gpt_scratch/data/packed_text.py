@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
+from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPlan, PackingPolicy, plan_packing
@@ -165,7 +165,7 @@ class PackedText(BaseDataModule):
             for name, asked in self._asked.items():
                 if asked is not None:
                     raise UserError(f"model.init_from brings a tokenizer of its own; leave out data.{name}")
-            given = start_tokenizer(self.init_from)
+            given = load_initial_tokenizer(self.init_from)
         return [self.preparation.prepare(self.cache, self.store_folder, given)]
 
     @cached_property

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.init_from import start_tokenizer
+from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, RowDataset, reject_null, require_positive_ints
 from lit_gpt_scratch.data.record_split import (
     RECORD_SPLITS,
@@ -199,7 +199,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """That of the model which is tuned, or the one that was given, or one trained on the training records."""
-        own = start_tokenizer(self.init_from) if self.init_from is not None else None
+        own = load_initial_tokenizer(self.init_from) if self.init_from is not None else None
         found = resolve_tokenizer(own, self.init_from, self.tokenizer_spec)
         if found is not None:
             if self.requested_vocab_size is not None:

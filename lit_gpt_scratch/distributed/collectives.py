@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 
 
-class Agreement:
+class HostReducer:
     """Small numbers that all ranks of a run settle between two steps, without waiting for an accelerator.
 
     To be built on all ranks at once, when their process group stands.
@@ -15,7 +15,7 @@ class Agreement:
         # NCCL would make the host wait for the device at every step.
         self._group = dist.new_group(backend="gloo") if several else None
 
-    def greatest(self, value: int) -> int:
+    def max(self, value: int) -> int:
         """The greatest of all ranks' values; every rank has to ask."""
         if self._group is None:
             return value

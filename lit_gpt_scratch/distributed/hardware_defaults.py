@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch.utils._triton import has_triton
 
-from lit_gpt_scratch.distributed.cpu_count import QUOTA, quota_cores
+from lit_gpt_scratch.distributed.cpu_count import CGROUP_CPU_MAX, read_cgroup_cpu_quota
 
-PRODUCTS = 64
+ONEDNN_CACHE_CAPACITY = 64
 """Matrix products whose code oneDNN keeps.
 
 It writes code for every shape that it meets, and would keep 1,024: 1.6 GB more than without where rows are filled up to
@@ -20,14 +20,14 @@ the longest of their batch. A training step has some 40 shapes, and writing code
 """
 
 
-class Choice(NamedTuple):
+class HardwareDefault(NamedTuple):
     """A default, and why it is that one."""
 
     value: str
-    why: str
+    reason: str
 
 
-def default_precision(accelerator: str) -> Choice:
+def default_precision(accelerator: str) -> HardwareDefault:
     """Lightning's ``precision`` for this machine: bfloat16 where the hardware multiplies in it.
 
     Emulated bfloat16 is several times slower than float32, so it is only chosen where it is native:
@@ -38,23 +38,23 @@ def default_precision(accelerator: str) -> Choice:
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return Choice("bf16-mixed", "this GPU multiplies in bfloat16")
-        return Choice("16-mixed", "this GPU has float16, but no bfloat16")
+            return HardwareDefault("bf16-mixed", "this GPU multiplies in bfloat16")
+        return HardwareDefault("16-mixed", "this GPU has float16, but no bfloat16")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
-        return Choice("32-true", "mixed precision has not been measured on Apple's GPUs")
+        return HardwareDefault("32-true", "mixed precision has not been measured on Apple's GPUs")
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return Choice("bf16-mixed", "this processor multiplies in bfloat16")
-    return Choice("32-true", "torch finds no bfloat16 in this processor")
+        return HardwareDefault("bf16-mixed", "this processor multiplies in bfloat16")
+    return HardwareDefault("32-true", "torch finds no bfloat16 in this processor")
 
 
-def prepare_process(processes: int = 1) -> None:
-    """What a process does before it computes anything; arguments as for ``use_allowed_cores``."""
-    use_allowed_cores(processes)
+def configure_process(processes: int = 1) -> None:
+    """What a process does before it computes anything; arguments as for ``limit_threads``."""
+    limit_threads(processes)
     for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the library's, and PyTorch's above it
-        os.environ.setdefault(variable, str(PRODUCTS))
+        os.environ.setdefault(variable, str(ONEDNN_CACHE_CAPACITY))
 
 
-def use_allowed_cores(processes: int = 1, quota: Path = QUOTA) -> None:
+def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
     """Let torch start no more threads than a container's quota has cores for.
 
     Torch and Lightning count the machine's cores; in a container with a share of them the threads would wait for
@@ -62,28 +62,28 @@ def use_allowed_cores(processes: int = 1, quota: Path = QUOTA) -> None:
 
     Args:
         processes: Those of this run on this machine, which share the cores.
-        quota: See ``quota_cores``; on a system without one nothing changes.
+        quota: See ``read_cgroup_cpu_quota``; on a system without one nothing changes.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
-    allowed = quota_cores(quota)
+    allowed = read_cgroup_cpu_quota(quota)
     if allowed is not None:
         torch.set_num_threads(min(max(1, allowed // processes), torch.get_num_threads()))
         if processes > 1:
             os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())
 
 
-def why_not_compile(device: torch.device, asked: bool = False) -> str | None:
+def explain_no_compile(device: torch.device, requested: bool = False) -> str | None:
     """None where ``torch.compile`` can work on a device, else the reason in a few words.
 
     Args:
         device: Where the network runs.
-        asked: The user wants it: then only what makes it impossible is a reason, not what makes it a poor default.
+        requested: The user wants it: then only what makes it impossible is a reason, not what makes it a poor default.
     """
     if sys.platform == "win32":
-        return None if asked else "torch.compile is not set up on Windows"
+        return None if requested else "torch.compile is not set up on Windows"
     if device.type not in ("cpu", "cuda"):
-        return None if asked else f"torch.compile is not mature on {device.type}"
+        return None if requested else f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or does not know this GPU"
     # Those that Inductor and Triton look for; a variable names one program, without arguments.

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 
-WINDOWS: Final = 8
+SAMPLES_PER_STEP: Final = 8
 """Of a step, in every layout."""
 
 
-class Layout(NamedTuple):
+class ParallelLayout(NamedTuple):
     """One way to do the same step.
 
     Attributes:
@@ -35,49 +35,49 @@ class Layout(NamedTuple):
         """Of ``fit``."""
         return [
             f"--trainer.devices={self.processes}",
-            f"--data.batch_size={WINDOWS // self.copies // self.accumulate}",
+            f"--data.batch_size={SAMPLES_PER_STEP // self.copies // self.accumulate}",
             f"--trainer.accumulate_grad_batches={self.accumulate}",
             *self.flags,
         ]
 
 
-LAYOUTS: Final[dict[str, Layout]] = {
-    "single": Layout(),
-    "accumulation 2": Layout(accumulate=2),
-    "accumulation 4": Layout(accumulate=4),
-    "manual attention": Layout(flags=("--model.gpt.attention_backend=manual",)),
-    "activation checkpointing": Layout(flags=("--model.activation_checkpointing=true",)),
-    "compiled": Layout(flags=("--model.compile=true",)),
-    "ddp 2": Layout(2, 2, flags=("--trainer.strategy=ddp",)),
-    "fsdp2 2": Layout(2, 2, flags=("--trainer.strategy=fsdp2",)),
-    "tp 2": Layout(2, 1, flags=("--trainer.strategy=tp",)),
-    "fsdp2_tp 4": Layout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
-    "fsdp2_tp 4, compiled": Layout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
+LAYOUTS: Final[dict[str, ParallelLayout]] = {
+    "single": ParallelLayout(),
+    "accumulation 2": ParallelLayout(accumulate=2),
+    "accumulation 4": ParallelLayout(accumulate=4),
+    "manual attention": ParallelLayout(flags=("--model.gpt.attention_backend=manual",)),
+    "activation checkpointing": ParallelLayout(flags=("--model.activation_checkpointing=true",)),
+    "compiled": ParallelLayout(flags=("--model.compile=true",)),
+    "ddp 2": ParallelLayout(2, 2, flags=("--trainer.strategy=ddp",)),
+    "fsdp2 2": ParallelLayout(2, 2, flags=("--trainer.strategy=fsdp2",)),
+    "tp 2": ParallelLayout(2, 1, flags=("--trainer.strategy=tp",)),
+    "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
+    "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }
 """The first is what the others are compared with."""
 
 
-class Kind(NamedTuple):
+class ArithmeticCase(NamedTuple):
     """A kind of arithmetic, and how far layouts may be apart in it: the loss of any step, relatively."""
 
     flags: tuple[str, ...]
-    band: float
+    tolerance: float
 
 
 ADAMW: Final = ("--model.optimizer=AdamW", "--model.optimizer.lr=1e-3")
-KINDS: Final[dict[str, Kind]] = {
-    "float64": Kind((*ADAMW, "--trainer.precision=64-true"), 1e-10),
-    "float32": Kind((*ADAMW, "--trainer.precision=32-true"), 1e-5),
-    "muon": Kind(("--trainer.precision=32-true",), 1e-3),  # its own arithmetic is bfloat16
-    "bf16-mixed": Kind((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
+ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
+    "float64": ArithmeticCase((*ADAMW, "--trainer.precision=64-true"), 1e-10),
+    "float32": ArithmeticCase((*ADAMW, "--trainer.precision=32-true"), 1e-5),
+    "muon": ArithmeticCase(("--trainer.precision=32-true",), 1e-3),  # its own arithmetic is bfloat16
+    "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
-GRADIENTS: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
+GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
 """How far the gradient of the first step may be off in float32: all of it by its norm, and a number by the largest of
 its tensor."""
 
 
 @dataclass
-class Parity:
+class LayoutParity:
     """Runs ``fit`` in every layout and kind of arithmetic, and compares.
 
     Args:
@@ -89,7 +89,7 @@ class Parity:
 
     flags: Sequence[str]
     folder: Path
-    kinds: Sequence[str] = tuple(KINDS)
+    kinds: Sequence[str] = tuple(ARITHMETIC_CASES)
     layouts: Sequence[str] = tuple(LAYOUTS)
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
     """By layout and kind, how far the loss is off at most."""
@@ -124,20 +124,26 @@ class Parity:
                 expected = expected or found
                 self.loss[name, kind] = ((found["losses"] - expected["losses"]).abs() / expected["losses"]).max().item()
                 if kind == "float32":
-                    off = _off(found["gradients"], expected["gradients"])
+                    off = _gradient_differences(found["gradients"], expected["gradients"])
                     self.gradient |= {(name, measure): value for measure, value in off.items()}
                 if kind == self.kinds[0]:
-                    self.repeats[name] = _alike(found, self._trace(name, kind, tell))
+                    self.repeats[name] = _bitwise_equal(found, self._trace(name, kind, tell))
 
     @property
-    def beyond(self) -> list[str]:
+    def violations(self) -> list[str]:
         """What is further off than its band allows."""
-        found = [f"{name}, {kind}" for (name, kind), off in self.loss.items() if not off <= KINDS[kind].band]
-        found += [f"{name}, {part}" for (name, part), off in self.gradient.items() if not off <= GRADIENTS[part]]
+        found = [
+            f"{name}, {kind}" for (name, kind), off in self.loss.items() if not off <= ARITHMETIC_CASES[kind].tolerance
+        ]
+        found += [
+            f"{name}, {part}" for (name, part), off in self.gradient.items() if not off <= GRADIENT_TOLERANCES[part]
+        ]
         return found + [f"{name}, repeated" for name, same in self.repeats.items() if not same]
 
     def __str__(self) -> str:
-        bands = {kind: KINDS[kind].band for kind in self.kinds} | (GRADIENTS if self.gradient else {})
+        bands = {kind: ARITHMETIC_CASES[kind].tolerance for kind in self.kinds} | (
+            GRADIENT_TOLERANCES if self.gradient else {}
+        )
         rows = [["layout", *bands, "twice"], ["allowed", *(f"{band:.0e}" for band in bands.values()), "same bits"]]
         found = self.loss | self.gradient
         for name, same in self.repeats.items():
@@ -155,7 +161,7 @@ class Parity:
                 *(sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags),
                 *(f"--runs={runs}", "--experiment=parity", "--trainer.log_every_n_steps=1"),
                 "--trainer.callbacks=lit_gpt_scratch.callbacks.loss_trace.LossTrace",
-                *KINDS[kind].flags,
+                *ARITHMETIC_CASES[kind].flags,
                 *LAYOUTS[layout].all_flags(),
             ],
             capture_output=True,
@@ -169,15 +175,15 @@ class Parity:
         return traced
 
 
-def _off(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def _gradient_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
     """How far one gradient is from another; NaN where any number is."""
     smallest = 1e-30  # of a gradient that is zero
     worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=smallest) for name, g in expected.items()]
     difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
     whole = difference.norm() / torch.cat([g.flatten() for g in expected.values()]).norm()
-    return dict(zip(GRADIENTS, (whole.item(), torch.stack(worst).max().item()), strict=True))
+    return dict(zip(GRADIENT_TOLERANCES, (whole.item(), torch.stack(worst).max().item()), strict=True))
 
 
-def _alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _bitwise_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
     same = all(torch.equal(gradient, other["gradients"][name]) for name, gradient in one["gradients"].items())
     return same and torch.equal(one["losses"], other["losses"])

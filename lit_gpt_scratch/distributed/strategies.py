@@ -18,9 +18,9 @@ from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 
-WHOLE: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Tensors of a checkpoint are whole; the first process writes them, and each takes its part when they are read."""
-NAMES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
+TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
 """Processes that share the heads, by default; None is all of them."""
 
 
@@ -41,7 +41,7 @@ class ModelParallel(ModelParallelStrategy):
 
     @override
     def _setup_distributed(self) -> None:
-        self._tensor_parallel_size = tensor_parallel_size(self)
+        self._tensor_parallel_size = resolve_tensor_parallel_size(self)
         self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
         super()._setup_distributed()
 
@@ -58,7 +58,7 @@ class ModelParallel(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
-        set_model_state_dict(self.model, checkpoint["state_dict"], options=replace(WHOLE, strict=strict))
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=replace(FULL_STATE_DICT, strict=strict))
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -67,9 +67,9 @@ class ModelParallel(ModelParallelStrategy):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
         if not optimizer.state:  # the parent's library would take a step to have some
             return optimizer.state_dict()
-        state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=WHOLE))
+        state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE_DICT))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
-        return _renamed(state, {name: number for number, name in enumerate(names)})
+        return _rename_parameters(state, {name: number for number, name in enumerate(names)})
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -80,8 +80,8 @@ class ModelParallel(ModelParallelStrategy):
             if not state["state"]:
                 optimizer.load_state_dict(state)
                 continue
-            by_name = _renamed(state, {number: names[p] for number, p in enumerate(order)})
-            set_optimizer_state_dict(self.model, optimizer, by_name, options=replace(WHOLE, strict=False))
+            by_name = _rename_parameters(state, {number: names[p] for number, p in enumerate(order)})
+            set_optimizer_state_dict(self.model, optimizer, by_name, options=replace(FULL_STATE_DICT, strict=False))
             for number, p in enumerate(order):
                 if number not in state["state"]:  # it never had a gradient; the library gave it a state all the same
                     optimizer.state.pop(p, None)
@@ -93,7 +93,7 @@ class ModelParallel(ModelParallelStrategy):
         super().setup(trainer)
 
 
-def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
+def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
     """An optimizer's state with other names for its parameters; empty where this process has none of it."""
     if not state:
         return {}
@@ -101,7 +101,7 @@ def _renamed(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, An
     return {"state": {names[name]: of_one for name, of_one in state["state"].items()}, "param_groups": groups}
 
 
-def tensor_parallel_size(strategy: Strategy) -> int:
+def resolve_tensor_parallel_size(strategy: Strategy) -> int:
     """Processes that share one copy of the model, and read the same windows.
 
     Raises:
@@ -119,7 +119,7 @@ def tensor_parallel_size(strategy: Strategy) -> int:
     return size
 
 
-def named(strategy: object, tensor_parallel: int | None) -> object:
+def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
     """What a trainer is to be given for its ``strategy``, where the size of a tensor-parallel group was asked for.
 
     Raises:
@@ -139,5 +139,5 @@ def named(strategy: object, tensor_parallel: int | None) -> object:
     return sized  # not an object, for which Lightning refuses float64
 
 
-for name, size in NAMES.items():
+for name, size in TENSOR_PARALLEL_SIZES.items():
     StrategyRegistry.register(name, ModelParallel, tensor_parallel_size=size, override=True)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.generation_eval import GREEDY, ROWS_AT_ONCE, beside
-from lit_gpt_scratch.evaluation.intervals import Measured
+from lit_gpt_scratch.evaluation.generation_eval import BATCH_SIZE, GREEDY, compare_with_references
+from lit_gpt_scratch.evaluation.intervals import Measurements
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
@@ -16,12 +16,12 @@ from lit_gpt_scratch.text.chat_template import ROLES, ChatTemplate, Message, par
 from lit_gpt_scratch.text.document import TableRow, is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-MARKERS = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
+TURN_MARKERS = tuple(marker for role in ROLES for marker in (f"<|{role}|>", f"### {role.capitalize()}:"))
 """What opens a turn, in both ways of the template."""
 
 
 @dataclass(frozen=True)
-class Conversation:
+class ChatExample:
     """A conversation that waits for a reply, and the reply that it had.
 
     Attributes:
@@ -35,7 +35,7 @@ class Conversation:
     reference: str
 
     @classmethod
-    def of(cls, row: TableRow) -> "Conversation":
+    def from_row(cls, row: TableRow) -> "ChatExample":
         """Of a record of conversations; what is replied to is its last message but one.
 
         Raises:
@@ -53,7 +53,7 @@ class Conversation:
         return "\n\n".join((*(message.content for message in self.messages), self.reference))
 
 
-class Reply(NamedTuple):
+class ChatReply(NamedTuple):
     """What a model wrote after a prompt.
 
     Attributes:
@@ -69,10 +69,12 @@ class Reply(NamedTuple):
     @property
     def well_formed(self) -> bool:
         """Whether it says something, ends, and leaves it to others to open the next turn."""
-        return self.ended and not is_blank(self.text) and not any(marker in self.text for marker in MARKERS)
+        return self.ended and not is_blank(self.text) and not any(marker in self.text for marker in TURN_MARKERS)
 
 
-def measure(model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], max_new_tokens: int = 200) -> Measured:
+def evaluate_chat(
+    model: GPT, tokenizer: Tokenizer, asked: Sequence[ChatExample], max_new_tokens: int = 200
+) -> Measurements:
     """Let the model reply in the chat template, always by its likeliest token.
 
     Returns:
@@ -88,19 +90,19 @@ def measure(model: GPT, tokenizer: Tokenizer, asked: Sequence[Conversation], max
             raise UserError(
                 f"{each.where}: up to its reply it has {len(prompt)} tokens, the context holds {model.block_size}"
             )
-    found = replies(model, tokenizer, prompts, max_new_tokens)
+    found = generate_replies(model, tokenizer, prompts, max_new_tokens)
     in_form = np.array([reply.well_formed for reply in found])
-    return beside([reply.text for reply in found], [each.reference for each in asked], in_form=in_form)
+    return compare_with_references([reply.text for reply in found], [each.reference for each in asked], in_form=in_form)
 
 
-def replies(
+def generate_replies(
     model: GPT,
     tokenizer: Tokenizer,
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     sampling: Sampling = GREEDY,
     seeds: Sequence[int] | None = None,
-) -> list[Reply]:
+) -> list[ChatReply]:
     """The reply to each prompt; the same at every call.
 
     Args:
@@ -116,8 +118,8 @@ def replies(
     """
     written: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    for start in range(0, len(order), ROWS_AT_ONCE):
-        places = order[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(order), BATCH_SIZE):
+        places = order[start : start + BATCH_SIZE]
         given = [prompts[place] for place in places]
         drawn = places if seeds is None else [seeds[place] for place in places]
         tokens = generate(model, given, max_new_tokens, sampling, drawn, tokenizer.end_of_text)
@@ -125,4 +127,4 @@ def replies(
             if token is not None:
                 written[places[row]].append(token)
     # The end of text is not given: where it came, there is a token less than there could be.
-    return [Reply(tokenizer.decode(ids), ended := len(ids) < max_new_tokens, len(ids) + ended) for ids in written]
+    return [ChatReply(tokenizer.decode(ids), ended := len(ids) < max_new_tokens, len(ids) + ended) for ids in written]

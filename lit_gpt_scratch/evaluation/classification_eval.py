@@ -15,8 +15,8 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import jsonl
-from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
-from lit_gpt_scratch.evaluation.loglikelihood import TOKENS_AT_ONCE, together
+from lit_gpt_scratch.evaluation.intervals import Measurements, Metrics, PartIndices
+from lit_gpt_scratch.evaluation.loglikelihood import TOKENS_PER_BATCH, batch_by_length
 from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import POOLINGS
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledText:
     """A text and its class.
 
     Attributes:
@@ -41,7 +41,7 @@ class Labelled:
     label: int
 
     @classmethod
-    def of(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "Labelled":
+    def from_row(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "LabeledText":
         """Of two columns; a label is the name of a class.
 
         Raises:
@@ -58,7 +58,7 @@ class Labelled:
             raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
         if label not in classes:
             raise UserError(f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}")
-        return cls(row.where, jsonl.text(row, text_column), classes.index(label))
+        return cls(row.where, jsonl.get_text(row, text_column), classes.index(label))
 
 
 @torch.inference_mode()
@@ -81,7 +81,7 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
     device = next(model.parameters()).device
     found: list[Any] = [None] * len(ids)
     with tqdm(total=len(ids), desc="classifying", unit="", delay=2, leave=False, disable=None) as bar:
-        for places in together(lengths, [length / TOKENS_AT_ONCE for length in lengths]):
+        for places in batch_by_length(lengths, [length / TOKENS_PER_BATCH for length in lengths]):
             batch = [torch.tensor(ids[place]) for place in places]
             inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
             counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
@@ -92,9 +92,9 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
     return np.array(found)
 
 
-def measure(
-    model: GPT, tokenizer: Tokenizer, labelled: Sequence[Labelled], classes: Sequence[str], pooling: str = "last"
-) -> Measured:
+def evaluate_classification(
+    model: GPT, tokenizer: Tokenizer, labelled: Sequence[LabeledText], classes: Sequence[str], pooling: str = "last"
+) -> Measurements:
     """Take the likeliest class of each text.
 
     Returns:
@@ -107,7 +107,7 @@ def measure(
     true = torch.tensor([each.label for each in labelled])  # (N,)
     n = len(classes)
 
-    def figures(places: Places) -> Figures:
+    def metrics(places: PartIndices) -> Metrics:
         here = torch.from_numpy(places)
         texts = true[here].bincount(minlength=n)  # (n,)
         with warnings.catch_warnings():
@@ -119,12 +119,12 @@ def measure(
             "auroc": mean_auroc(areas, texts).item(),
         }
 
-    def facts(places: Places) -> dict[str, Any]:
+    def extra(places: PartIndices) -> dict[str, Any]:
         here = torch.from_numpy(places)
         counts = multiclass_confusion_matrix(given[here], true[here], n).tolist()
         named = (dict(zip(classes, row, strict=True)) for row in counts)
         return {"confusion": dict(zip(classes, named, strict=True))}
 
-    return Measured.of_rows(
-        len(labelled), figures, frozenset({"accuracy"}), facts, {"f1": (0.0, 1.0), "auroc": (0.0, 1.0)}
+    return Measurements.from_rows(
+        len(labelled), metrics, frozenset({"accuracy"}), extra, {"f1": (0.0, 1.0), "auroc": (0.0, 1.0)}
     )

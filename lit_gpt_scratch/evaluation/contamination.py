@@ -14,10 +14,10 @@ from lit_gpt_scratch.text.sources import read_documents
 if TYPE_CHECKING:
     from lit_gpt_scratch.data.token_store import TokenStore
 
-WORDS: Final = 13
+NGRAM_WORDS: Final = 13
 
 
-def corpus(source: str, text_column: str = "text") -> Iterator[str]:
+def iterate_training_documents(source: str, text_column: str = "text") -> Iterator[str]:
     """The documents of a source; of a folder that ``prepare --data.store`` made, those for training.
 
     Raises:
@@ -30,10 +30,10 @@ def corpus(source: str, text_column: str = "text") -> Iterator[str]:
 
     if not Path(source, MANIFEST_FILE).is_file():
         return (document.text for document in read_documents(source, text_column))
-    return _decoded(TokenStore.open(Path(source)))
+    return _decode_store(TokenStore.open(Path(source)))
 
 
-def _decoded(store: "TokenStore") -> Iterator[str]:
+def _decode_store(store: "TokenStore") -> Iterator[str]:
     for shard in store.train.shards:
         ends = [*shard.documents[1:, 0].tolist(), shard.n_tokens]
         for start, end in zip(shard.documents[:, 0].tolist(), ends, strict=True):
@@ -41,7 +41,7 @@ def _decoded(store: "TokenStore") -> Iterator[str]:
             yield store.tokenizer.decode(ids[ids != store.tokenizer.end_of_text].tolist())
 
 
-def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WORDS) -> NDArray[np.bool_]:
+def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int = NGRAM_WORDS) -> NDArray[np.bool_]:
     """Which texts have a run of words in common with a document that was trained on.
 
     As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation;
@@ -68,7 +68,7 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
             runs, owners = known.setdefault(length, ([], []))
             runs.append(np.unique(hash_ngrams(codes, length)))
             owners += [number] * len(runs[-1])
-    tables = {length: _sorted(np.concatenate(runs), np.array(owners)) for length, (runs, owners) in known.items()}
+    tables = {length: _sort_ngrams(np.concatenate(runs), np.array(owners)) for length, (runs, owners) in known.items()}
     found = np.zeros(len(texts), dtype=bool)
     with tqdm(training, desc="searching what was trained on", unit="", delay=2, leave=False, disable=None) as bar:
         for document in bar:
@@ -83,6 +83,6 @@ def contaminated(texts: Sequence[str], training: Iterable[str], words: int = WOR
     return found
 
 
-def _sorted(runs: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+def _sort_ngrams(runs: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
     order = np.argsort(runs, kind="stable")
     return runs[order], owner[order]

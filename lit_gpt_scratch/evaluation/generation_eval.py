@@ -11,21 +11,21 @@ from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import jsonl
-from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
+from lit_gpt_scratch.evaluation.intervals import Measurements, Metrics, PartIndices
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.generation.streaming import write
+from lit_gpt_scratch.generation.streaming import stream_text
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-ROWS_AT_ONCE: Final = 32
-DISTINCT: Final = (1, 2)
-REPEATED: Final = 4
+BATCH_SIZE: Final = 32
+DISTINCT_NGRAMS: Final = (1, 2)
+REPETITION_NGRAM: Final = 4
 GREEDY: Final = Sampling(temperature=0.0)
 
 
 @dataclass(frozen=True)
-class Exercise:
+class GenerationExample:
     """A prompt and what should follow it.
 
     Attributes:
@@ -39,13 +39,13 @@ class Exercise:
     reference: str
 
     @classmethod
-    def of(cls, row: TableRow) -> "Exercise":
+    def from_row(cls, row: TableRow) -> "GenerationExample":
         """Of the columns ``prompt`` and ``reference``.
 
         Raises:
             UserError: One is missing or is no text.
         """
-        return cls(row.where, jsonl.text(row, "prompt"), jsonl.text(row, "reference"))
+        return cls(row.where, jsonl.get_text(row, "prompt"), jsonl.get_text(row, "reference"))
 
     @property
     def text(self) -> str:
@@ -53,13 +53,13 @@ class Exercise:
         return self.prompt + self.reference
 
 
-def measure(
+def evaluate_generation(
     model: GPT,
     tokenizer: Tokenizer,
-    exercises: Sequence[Exercise],
+    exercises: Sequence[GenerationExample],
     max_new_tokens: int = 200,
     stop: Sequence[str] = (),
-) -> Measured:
+) -> Measurements:
     """Let the model go on greedily, to the end of the text, a stop string or ``max_new_tokens``.
 
     Returns:
@@ -75,11 +75,15 @@ def measure(
     for exercise in exercises:
         if (length := 1 + len(tokenizer.encode(exercise.prompt))) > model.block_size:
             raise UserError(f"{exercise.where}: its prompt has {length} tokens, the context holds {model.block_size}")
-    written = continuations(model, tokenizer, [exercise.prompt for exercise in exercises], max_new_tokens, stop)
-    return beside(written, [exercise.reference for exercise in exercises])
+    written = generate_continuations(
+        model, tokenizer, [exercise.prompt for exercise in exercises], max_new_tokens, stop
+    )
+    return compare_with_references(written, [exercise.reference for exercise in exercises])
 
 
-def beside(written: Sequence[str], references: Sequence[str], **more: NDArray[np.bool_]) -> Measured:
+def compare_with_references(
+    written: Sequence[str], references: Sequence[str], **more: NDArray[np.bool_]
+) -> Measurements:
     """What is said of texts that were written, beside those that should have been.
 
     Args:
@@ -88,29 +92,29 @@ def beside(written: Sequence[str], references: Sequence[str], **more: NDArray[np
         **more: More that is true of a text or not, (n,) each, by its name.
 
     Returns:
-        What ``measure`` returns, and the share of which each of ``more`` is true.
+        What ``evaluate_generation`` returns, and the share of which each of ``more`` is true.
     """
     matches = np.array([text.strip() == wanted.strip() for text, wanted in zip(written, references, strict=True)])
     true = {"exact_match": matches, **more}
-    runs = {n: [_runs(text.split(), n) for text in written] for n in (*DISTINCT, REPEATED)}
-    repeated = np.array([1 - len(has) / max(1, has.total()) if has else 0.0 for has in runs[REPEATED]])
+    runs = {n: [_count_ngrams(text.split(), n) for text in written] for n in (*DISTINCT_NGRAMS, REPETITION_NGRAM)}
+    repeated = np.array([1 - len(has) / max(1, has.total()) if has else 0.0 for has in runs[REPETITION_NGRAM]])
 
-    def figures(places: Places) -> Figures:
+    def metrics(places: PartIndices) -> Metrics:
         distinct = {}
-        for n in DISTINCT:
+        for n in DISTINCT_NGRAMS:
             of = [runs[n][place] for place in places]
             distinct[f"distinct_{n}"] = len(set().union(*of)) / max(1, sum(has.total() for has in of))
         return {
             **{name: float(of[places].mean()) for name, of in true.items()},
             **distinct,
-            f"repetition_{REPEATED}": float(repeated[places].mean()),
+            f"repetition_{REPETITION_NGRAM}": float(repeated[places].mean()),
         }
 
-    limits = dict.fromkeys((*(f"distinct_{n}" for n in DISTINCT), f"repetition_{REPEATED}"), (0.0, 1.0))
-    return Measured.of_rows(len(written), figures, frozenset(true), limits=limits)
+    limits = dict.fromkeys((*(f"distinct_{n}" for n in DISTINCT_NGRAMS), f"repetition_{REPETITION_NGRAM}"), (0.0, 1.0))
+    return Measurements.from_rows(len(written), metrics, frozenset(true), limits=limits)
 
 
-def continuations(
+def generate_continuations(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:
     """What the model writes after each prompt, always its likeliest token.
@@ -121,14 +125,14 @@ def continuations(
     found = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
     with tqdm(total=len(prompts), desc="writing", unit="", delay=2, leave=False, disable=None) as bar:
-        for start in range(0, len(order), ROWS_AT_ONCE):
-            places = order[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(order), BATCH_SIZE):
+            places = order[start : start + BATCH_SIZE]
             given = [prompts[place] for place in places]
-            for row, piece in write(model, tokenizer, given, max_new_tokens, GREEDY, [0] * len(places), stop):
+            for row, piece in stream_text(model, tokenizer, given, max_new_tokens, GREEDY, [0] * len(places), stop):
                 found[places[row]] += piece
                 bar.update(not piece)
     return found
 
 
-def _runs(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
+def _count_ngrams(words: Sequence[str], n: int) -> Counter[tuple[str, ...]]:
     return Counter(tuple(words[start : start + n]) for start in range(len(words) - n + 1))

@@ -7,7 +7,7 @@ from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.sources import DocumentSource
 
 
-def read(source: str) -> Iterator[TableRow]:
+def read_rows(source: str) -> Iterator[TableRow]:
     """Every row of a source.
 
     Raises:
@@ -18,7 +18,7 @@ def read(source: str) -> Iterator[TableRow]:
     return found.rows()
 
 
-def text(row: TableRow, *columns: str) -> str:
+def get_text(row: TableRow, *columns: str) -> str:
     """The text in the first of these columns that the row has something in.
 
     Raises:
@@ -34,7 +34,7 @@ def text(row: TableRow, *columns: str) -> str:
     return value
 
 
-def texts(row: TableRow, column: str) -> list[str]:
+def get_texts(row: TableRow, column: str) -> list[str]:
     """The list of texts in a column.
 
     Raises:
@@ -46,7 +46,7 @@ def texts(row: TableRow, column: str) -> list[str]:
     return found
 
 
-def one_of(row: TableRow, column: str, names: Sequence[str]) -> int:
+def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
     """Which of some names a column means: by its number from 0, or by the name itself.
 
     Raises:

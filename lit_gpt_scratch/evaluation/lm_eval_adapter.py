@@ -20,19 +20,19 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.generation_eval import continuations
-from lit_gpt_scratch.evaluation.intervals import Measured, Scores, Z, scores
-from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
+from lit_gpt_scratch.evaluation.generation_eval import generate_continuations
+from lit_gpt_scratch.evaluation.intervals import NORMAL_QUANTILE, Measurements, ScoreSummary, summarize
+from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-BOOTSTRAPS: Final = 100
+BOOTSTRAP_ITERS: Final = 100
 """For what has no formula of its own in a group of tasks."""
-LONGEST: Final = 256
+DEFAULT_MAX_TOKENS: Final = 256
 """Tokens of a continuation, where a task does not say how many, as in ``lm-eval``."""
 
 
-class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
+class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
     """What ``lm-eval`` asks for: log-likelihoods of continuations and of whole texts, and continuations.
 
     Every context begins a document, so the start of text stands before it, as with ``add_bos_token`` of theirs.
@@ -52,10 +52,10 @@ class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
 
         A context that is too long loses its beginning.
         """
-        tails = [behind(self.tokenizer, *request.args) for request in requests]
+        tails = [encode_continuation(self.tokenizer, *request.args) for request in requests]
         most = self.model.block_size + 1
-        tails = [Tail(tail.ids[-most:], min(tail.scored, most - 1)) for tail in tails]
-        return [(said.nats, said.greedy) for said in likelihoods(self.model, tails)]
+        tails = [ScoredSequence(tail.ids[-most:], min(tail.scored, most - 1)) for tail in tails]
+        return [(said.nats, said.greedy) for said in compute_loglikelihoods(self.model, tails)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
         """Of each text as a document, in windows as ``lm-eval`` lays them: nats."""
@@ -64,10 +64,10 @@ class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
             ids = self.tokenizer.encode(request.args[0])
             # The last window has as much context as there is room for, unlike those of scoring.windows.
             for read, scored in get_rolling_token_windows(ids, self.tokenizer.start_of_text, self.model.block_size, 1):
-                tails.append(Tail([*read, scored[-1]], len(scored)))
+                tails.append(ScoredSequence([*read, scored[-1]], len(scored)))
                 owner.append(number)
         sums = [0.0] * len(requests)
-        for number, said in zip(owner, likelihoods(self.model, tails), strict=True):
+        for number, said in zip(owner, compute_loglikelihoods(self.model, tails), strict=True):
             sums[number] += said.nats
         return sums
 
@@ -79,7 +79,7 @@ class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
         """
         alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
-            asked = normalize_gen_kwargs(request.args[1], LONGEST)
+            asked = normalize_gen_kwargs(request.args[1], DEFAULT_MAX_TOKENS)
             if asked["do_sample"]:
                 raise UserError(f"argument --benchmark: {request.task_name} wants random text; that is not done")
             stop = tuple(text for text in handle_stop_sequences(asked["until"], eos=None) if text)
@@ -87,7 +87,9 @@ class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
         found = [""] * len(requests)
         for (n, stop), numbers in alike.items():
             prompts = [self._end(requests[number].args[0], n) for number in numbers]
-            for number, text in zip(numbers, continuations(self.model, self.tokenizer, prompts, n, stop), strict=True):
+            for number, text in zip(
+                numbers, generate_continuations(self.model, self.tokenizer, prompts, n, stop), strict=True
+            ):
                 found[number] = text
         return found
 
@@ -104,14 +106,14 @@ class Adapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return context
 
 
-def run(
+def run_lm_eval(
     model: GPT,
     tokenizer: Tokenizer,
     names: Sequence[str],
     few_shot: int | None = None,
     limit: int | None = None,
     include_path: Path | None = None,
-) -> dict[str, Scores]:
+) -> dict[str, ScoreSummary]:
     """Run benchmarks of ``lm-eval``, by their names there.
 
     Args:
@@ -137,11 +139,11 @@ def run(
             raise UserError(f"argument --benchmark: lm-eval has no task {', '.join(unknown)}; see: lm-eval ls tasks")
         try:
             found = simple_evaluate(
-                Adapter(model, tokenizer),
+                LMEvalAdapter(model, tokenizer),
                 tasks=list(names),
                 num_fewshot=few_shot,
                 limit=limit,
-                bootstrap_iters=BOOTSTRAPS,
+                bootstrap_iters=BOOTSTRAP_ITERS,
                 task_manager=tasks,
             )
         except (ConnectionError, OSError) as error:
@@ -149,14 +151,14 @@ def run(
             raise UserError(f"argument --benchmark: the data of {', '.join(names)} cannot be had: {said}") from error
     samples, counted = found.get("samples", {}), found.get("n-samples", {})
     return {
-        name: _scores(figures, samples.get(name, []), counted.get(name, {}).get("effective", 0))
-        for name, figures in found["results"].items()
+        name: _summarize_task(metrics, samples.get(name, []), counted.get(name, {}).get("effective", 0))
+        for name, metrics in found["results"].items()
     }
 
 
-def _scores(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> Scores:
+def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
     """``acc,none`` and ``acc_stderr,none`` as a figure and its interval."""
-    figures: dict[str, float] = {}
+    metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for key, value in found.items():
         name, _, filter_ = key.partition(",")
@@ -165,25 +167,25 @@ def _scores(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int)
         label = name if filter_ == "none" else f"{name} ({filter_})"
         items = [sample[name] for sample in samples if sample["filter"] == filter_ and name in sample]
         error = found.get(f"{name}_stderr,{filter_}")  # N/A where none is known
-        figures[label] = float(value)
-        intervals[label] = _from_rows(name, items, value) or _from_error(value, error)
-    return Scores(rows, figures, intervals, {})
+        metrics[label] = float(value)
+        intervals[label] = _interval_from_rows(name, items, value) or _interval_from_stderr(value, error)
+    return ScoreSummary(rows, metrics, intervals, {})
 
 
-def _from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
+def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
     """As of this package's own scores, if what is known of each row makes the figure as ``lm-eval`` makes it."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None
     share = frozenset({name} if all(item in (0, 1) for item in items) else ())
-    of_rows = Measured.of_rows(
+    of_rows = Measurements.from_rows(
         len(items), lambda places: {name: float(aggregate([items[place] for place in places]))}, share
     )
-    return scores(of_rows).intervals[name]
+    return summarize(of_rows).intervals[name]
 
 
-def _from_error(value: float, error: object) -> tuple[float, float] | None:
+def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
     """Of a group of tasks, say."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
-    return value - Z * error, value + Z * error
+    return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

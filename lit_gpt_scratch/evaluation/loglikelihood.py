@@ -15,13 +15,13 @@ from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-TOKENS_AT_ONCE: Final = 2**14
-LOGITS_AT_ONCE: Final = 2**26
+TOKENS_PER_BATCH: Final = 2**14
+LOGITS_PER_BATCH: Final = 2**26
 """Of a batch: 256 MB in float32, and as much again for their normalisation."""
 
 
 @dataclass(frozen=True)
-class Tail:
+class ScoredSequence:
     """A sequence, the end of which is scored.
 
     Attributes:
@@ -34,7 +34,7 @@ class Tail:
 
 
 @dataclass(frozen=True)
-class Likelihood:
+class LogLikelihood:
     """What a model says of a tail.
 
     Attributes:
@@ -46,7 +46,7 @@ class Likelihood:
     greedy: bool
 
 
-def behind(tokenizer: Tokenizer, context: str, continuation: str) -> Tail:
+def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
     """A continuation behind its context, which begins a document.
 
     Both are encoded as one text, and what the context alone has as tokens counts as read: as ``lm-eval`` does it, with
@@ -61,11 +61,11 @@ def behind(tokenizer: Tokenizer, context: str, continuation: str) -> Tail:
     scored = tokenizer.encode(context + continuation)[len(read) :]
     if not scored:
         raise UserError(f"{continuation!r} adds no token to what is before it")
-    return Tail([tokenizer.start_of_text, *read, *scored], len(scored))
+    return ScoredSequence([tokenizer.start_of_text, *read, *scored], len(scored))
 
 
 @torch.inference_mode()
-def likelihoods(model: GPT, tails: Sequence[Tail], progress: bool = True) -> list[Likelihood]:
+def compute_loglikelihoods(model: GPT, tails: Sequence[ScoredSequence], progress: bool = True) -> list[LogLikelihood]:
     """Score each tail behind what is before it.
 
     Tails of alike length go together, and only what is scored is put through the head.
@@ -75,20 +75,20 @@ def likelihoods(model: GPT, tails: Sequence[Tail], progress: bool = True) -> lis
         tails: Their ids but the last fit into the context.
         progress: Whether a terminal shows a bar.
     """
-    found: list[Likelihood | None] = [None] * len(tails)
+    found: list[LogLikelihood | None] = [None] * len(tails)
     lengths = [len(tail.ids) for tail in tails]
-    sizes = [max(len(tail.ids) / TOKENS_AT_ONCE, tail.scored * model.vocab_size / LOGITS_AT_ONCE) for tail in tails]
+    sizes = [max(len(tail.ids) / TOKENS_PER_BATCH, tail.scored * model.vocab_size / LOGITS_PER_BATCH) for tail in tails]
     with tqdm(
         total=len(tails), desc="scoring", unit="", delay=2, leave=False, disable=None if progress else True
     ) as bar:
-        for places in together(lengths, sizes):
-            for place, likelihood in zip(places, _batch(model, [tails[place] for place in places]), strict=True):
+        for places in batch_by_length(lengths, sizes):
+            for place, likelihood in zip(places, _score_batch(model, [tails[place] for place in places]), strict=True):
                 found[place] = likelihood
             bar.update(len(places))
     return [likelihood for likelihood in found if likelihood is not None]
 
 
-def together(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[list[int]]:
+def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[list[int]]:
     """Deal sequences out to batches of alike length, the longest first: what needs most memory fails at once.
 
     Args:
@@ -110,11 +110,11 @@ def together(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[list[in
         yield batch
 
 
-def _batch(model: GPT, tails: Sequence[Tail]) -> Iterator[Likelihood]:
+def _score_batch(model: GPT, tails: Sequence[ScoredSequence]) -> Iterator[LogLikelihood]:
     device = next(model.parameters()).device
     # Filled up behind the last token: seen by none before it, and not scored.
-    inputs = _filled([tail.ids[:-1] or [0] for tail in tails], 0).to(device)  # (B, T)
-    labels = _filled([tail.ids[len(tail.ids) - tail.scored :] for tail in tails], IGNORE_INDEX).to(device)  # (B, S)
+    inputs = _pad([tail.ids[:-1] or [0] for tail in tails], 0).to(device)  # (B, T)
+    labels = _pad([tail.ids[len(tail.ids) - tail.scored :] for tail in tails], IGNORE_INDEX).to(device)  # (B, S)
     first = torch.tensor([len(tail.ids) - 1 - tail.scored for tail in tails], device=device)  # (B,)
     places = first[:, None] + torch.arange(labels.size(1), device=device)  # (B, S)
     x = model.hidden_states(inputs)  # (B, T, n_embd)
@@ -122,8 +122,8 @@ def _batch(model: GPT, tails: Sequence[Tail]) -> Iterator[Likelihood]:
     logits = model.apply_head(x.gather(1, scored))  # (B, S, vocab_size)
     nats, _ = sequence_logprobs(logits, labels)
     greedy = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(-1)  # (B,)
-    return (Likelihood(*said) for said in zip(nats.tolist(), greedy.tolist(), strict=True))
+    return (LogLikelihood(*said) for said in zip(nats.tolist(), greedy.tolist(), strict=True))
 
 
-def _filled(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
     return pad_sequence([torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=fill)

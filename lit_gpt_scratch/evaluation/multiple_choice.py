@@ -9,20 +9,20 @@ from numpy.typing import NDArray
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import jsonl
-from lit_gpt_scratch.evaluation.intervals import Measured
-from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
+from lit_gpt_scratch.evaluation.intervals import Measurements
+from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-BETWEEN: Final = "\n\n"
+EXAMPLE_SEPARATOR: Final = "\n\n"
 """What stands between examples, as in ``lm-eval``."""
-SAME: Final = 1e-6
+TIE_TOLERANCE: Final = 1e-6
 """Relative; log-probabilities that differ by less are one, as far as float32 can tell."""
 
 
 @dataclass(frozen=True)
-class Question:
+class MultipleChoiceQuestion:
     """A text and its continuations, one of which is right.
 
     Attributes:
@@ -38,27 +38,27 @@ class Question:
     answer: int
 
     @classmethod
-    def of(cls, row: TableRow) -> "Question":
+    def from_row(cls, row: TableRow) -> "MultipleChoiceQuestion":
         """Of the columns ``question``, ``context`` or both, ``choices``, and ``answer``, a choice or its number from 0.
 
         Raises:
             UserError: One is missing or is not what it must be.
         """
-        context = jsonl.text(row, "question", "context")
+        context = jsonl.get_text(row, "question", "context")
         if context != (before := row.fields.get("context")) and before:
-            context = jsonl.text(row, "context") + "\n" + context
-        choices = jsonl.texts(row, "choices")
-        answer = jsonl.one_of(row, "answer", choices)
+            context = jsonl.get_text(row, "context") + "\n" + context
+        choices = jsonl.get_texts(row, "choices")
+        answer = jsonl.get_choice(row, "answer", choices)
         return cls(row.where, context, tuple(f" {choice}" for choice in choices), answer)
 
     @classmethod
-    def of_pair(cls, row: TableRow) -> "Question":
+    def from_pair(cls, row: TableRow) -> "MultipleChoiceQuestion":
         """Of the columns ``sentence_good`` and ``sentence_bad``, as in BLiMP (https://arxiv.org/abs/1912.00582).
 
         Raises:
             UserError: One is missing or is no text.
         """
-        return cls(row.where, "", (jsonl.text(row, "sentence_good"), jsonl.text(row, "sentence_bad")), 0)
+        return cls(row.where, "", (jsonl.get_text(row, "sentence_good"), jsonl.get_text(row, "sentence_bad")), 0)
 
     @property
     def text(self) -> str:
@@ -66,7 +66,9 @@ class Question:
         return self.context + self.choices[self.answer]
 
 
-def measure(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], few_shot: int = 0) -> Measured:
+def evaluate_multiple_choice(
+    model: GPT, tokenizer: Tokenizer, questions: Sequence[MultipleChoiceQuestion], few_shot: int = 0
+) -> Measurements:
     """Take the choice that is likeliest behind the question, the sum of its tokens' log-probabilities being its own.
 
     A longer choice has more tokens to lose by, so three more figures divide by the choice's tokens, characters and
@@ -88,10 +90,14 @@ def measure(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], few
     """
     if not 0 <= few_shot < len(questions):
         raise UserError(f"argument --few_shot: {few_shot} examples of {len(questions)} rows leave none to be scored")
-    examples = "".join(example.text + BETWEEN for example in questions[:few_shot])
+    examples = "".join(example.text + EXAMPLE_SEPARATOR for example in questions[:few_shot])
     asked = questions[few_shot:]
-    tails = [_tail(model, tokenizer, question, examples, choice) for question in asked for choice in question.choices]
-    nats = np.array([said.nats for said in likelihoods(model, tails)])
+    tails = [
+        _encode_choice(model, tokenizer, question, examples, choice)
+        for question in asked
+        for choice in question.choices
+    ]
+    nats = np.array([said.nats for said in compute_loglikelihoods(model, tails)])
     bare = [choice[1:] if question.context else choice for question in asked for choice in question.choices]
     lengths = {
         "accuracy": np.ones(len(tails)),
@@ -101,9 +107,9 @@ def measure(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], few
     }
     begins = np.cumsum([0] + [len(question.choices) for question in asked])
     answers = begins[:-1] + [question.answer for question in asked]
-    right = {name: _right(nats / length, begins, answers) for name, length in lengths.items()}
+    right = {name: _score_answers(nats / length, begins, answers) for name, length in lengths.items()}
     chances = 1 / np.diff(begins)
-    return Measured.of_rows(
+    return Measurements.from_rows(
         len(asked),
         lambda places: {name: float(each[places].mean()) for name, each in right.items()},
         frozenset(right),
@@ -111,24 +117,26 @@ def measure(model: GPT, tokenizer: Tokenizer, questions: Sequence[Question], few
     )
 
 
-def measure_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Question]) -> Measured:
+def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
     """How often the good sentence is likelier than the bad one, each as a whole document.
 
     Returns:
         ``accuracy``; and ``chance``.
     """
-    measured = measure(model, tokenizer, pairs)
-    return Measured.of_rows(
+    measured = evaluate_multiple_choice(model, tokenizer, pairs)
+    return Measurements.from_rows(
         measured.n_rows,
-        lambda places: {"accuracy": measured.figures(places)["accuracy"]},
+        lambda places: {"accuracy": measured.metrics(places)["accuracy"]},
         measured.shares,
-        measured.facts,
+        measured.extra,
     )
 
 
-def _tail(model: GPT, tokenizer: Tokenizer, question: Question, examples: str, choice: str) -> Tail:
+def _encode_choice(
+    model: GPT, tokenizer: Tokenizer, question: MultipleChoiceQuestion, examples: str, choice: str
+) -> ScoredSequence:
     try:
-        tail = behind(tokenizer, examples + question.context, choice)
+        tail = encode_continuation(tokenizer, examples + question.context, choice)
     except UserError as error:
         raise UserError(f"{question.where}: the choice {error}") from error
     if len(tail.ids) - 1 > model.block_size:
@@ -139,8 +147,10 @@ def _tail(model: GPT, tokenizer: Tokenizer, question: Question, examples: str, c
     return tail
 
 
-def _right(values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]) -> NDArray[np.float64]:
+def _score_answers(
+    values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]
+) -> NDArray[np.float64]:
     """For each question 1 if its answer's value is the largest, a share of 1 if it is among several, else 0: (n,)."""
     best = np.repeat(np.maximum.reduceat(values, begins[:-1]), np.diff(begins))
-    among = values >= best - SAME * np.abs(best)
+    among = values >= best - TIE_TOLERANCE * np.abs(best)
     return np.where(among[answers], 1 / np.add.reduceat(among.astype(int), begins[:-1]), 0.0)

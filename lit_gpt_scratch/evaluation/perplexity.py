@@ -8,17 +8,17 @@ import numpy as np
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.intervals import Figures, Measured, Places
-from lit_gpt_scratch.evaluation.loglikelihood import Tail, likelihoods
+from lit_gpt_scratch.evaluation.intervals import Measurements, Metrics, PartIndices
+from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods
 from lit_gpt_scratch.losses.metrics import likelihood_rates
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-WINDOWS_AT_ONCE = 1024
+WINDOWS_PER_BATCH = 1024
 """Of which those of a length are put together."""
 
 
-def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
     """Windows that predict each token of a text once, the first of them excepted.
 
     Each begins ``stride`` tokens behind the one before it, and predicts what that has not: all of the first window,
@@ -40,9 +40,9 @@ def windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int,
             predicted = stop
 
 
-def measure(
+def evaluate_perplexity(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
-) -> Measured:
+) -> Measurements:
     """Predict whole documents: every byte of each, with no context from another document.
 
     A document is preceded by the start of text and cut into windows; each of its tokens is predicted once. That the
@@ -53,7 +53,7 @@ def measure(
         tokenizer: The model's.
         texts: Documents.
         window: Tokens that are read at once; by default, and at most, the model's ``block_size``.
-        stride: As for ``windows``; by default as long as a window.
+        stride: As for ``split_into_windows``; by default as long as a window.
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` (per token), ``bits_per_byte``; and ``tokens``, ``bytes``. The bytes
@@ -73,42 +73,42 @@ def measure(
     tokens: list[int] = []
     n_bytes: list[float] = []
 
-    def tails() -> Iterator[Tail]:
+    def tails() -> Iterator[ScoredSequence]:
         with tqdm(desc="scoring", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             for number, text in enumerate(texts):
                 ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
                 # Of a text that the tokenizer has no tokens for nothing is predicted, but its bytes count.
-                cut = list(windows(len(ids), window, stride)) or [(0, 1, 0)]
+                cut = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
                 sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in cut]
                 size = len(text.encode())
                 for (start, stop, scored), its in zip(cut, sizes, strict=True):
                     row.append(number)
                     tokens.append(scored)
                     n_bytes.append(size * (its / sum(sizes) if sum(sizes) else 1 / len(cut)))
-                    yield Tail(ids[start:stop], scored)
+                    yield ScoredSequence(ids[start:stop], scored)
                 bar.update(size)
 
     nats: list[float] = []
     pending = tails()
-    while batch := list(islice(pending, WINDOWS_AT_ONCE)):
-        nats += [-said.nats for said in likelihoods(model, batch, progress=False)]
+    while batch := list(islice(pending, WINDOWS_PER_BATCH)):
+        nats += [-said.nats for said in compute_loglikelihoods(model, batch, progress=False)]
     columns = np.array([nats, tokens, n_bytes])  # (3, windows)
 
-    def figures(places: Places) -> Figures:
+    def metrics(places: PartIndices) -> Metrics:
         sums = columns[:, places].sum(1)
         return likelihood_rates(*map(float, sums))
 
-    def facts(places: Places) -> dict[str, int]:
+    def extra(places: PartIndices) -> dict[str, int]:
         return {"tokens": round(columns[1, places].sum()), "bytes": round(columns[2, places].sum())}
 
     limits = {"loss": (0.0, math.inf), "perplexity": (1.0, math.inf), "bits_per_byte": (0.0, math.inf)}
-    return Measured(np.array(row, dtype=np.intp), 1 + max(row, default=-1), figures, facts=facts, limits=limits)
+    return Measurements(np.array(row, dtype=np.intp), 1 + max(row, default=-1), metrics, extra=extra, limits=limits)
 
 
-def score(
+def score_documents(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> dict[str, float | int]:
-    """``measure`` as plain numbers: ``loss``, ``perplexity``, ``bits_per_byte``, ``tokens`` and ``bytes``."""
-    measured = measure(model, tokenizer, texts, window, stride)
+    """``loss``, ``perplexity``, ``bits_per_byte``, ``tokens`` and ``bytes`` of documents, as plain numbers."""
+    measured = evaluate_perplexity(model, tokenizer, texts, window, stride)
     everything = np.arange(len(measured.row))
-    return {**measured.figures(everything), **measured.facts(everything)}
+    return {**measured.metrics(everything), **measured.extra(everything)}

@@ -10,14 +10,14 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
 
-Step = Callable[[Tensor, KVCache], Tensor]
-LARGEST: Final = 1 << 20
+DecodeStep = Callable[[Tensor, KVCache], Tensor]
+MAX_FUSED_ELEMENTS: Final = 1 << 20
 """Numbers in a matrix beyond which the library's kernel is left to do it: it is the faster one in GPT-2 124M."""
 
 aten = torch.ops.aten
 
 
-def compiled_step(model: GPT, rows: int) -> Step:
+def compile_decode_step(model: GPT, rows: int) -> DecodeStep:
     """Compile what is done with tensors: many seconds at the first call, and then no more.
 
     Args:
@@ -32,7 +32,7 @@ def compiled_step(model: GPT, rows: int) -> Step:
         return model.apply_head(model.forward_blocks(ids, order, cache))[:, -1]
 
     on_cpu = model.embedding.weight.device.type == "cpu"
-    program = torch.compile(read, dynamic=False, backend=_one_row if rows == 1 and on_cpu else "inductor")
+    program = torch.compile(read, dynamic=False, backend=_single_row_backend if rows == 1 and on_cpu else "inductor")
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         cache.begin_forward(1)
@@ -43,7 +43,7 @@ def compiled_step(model: GPT, rows: int) -> Step:
     return step
 
 
-def _one_row(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
+def _single_row_backend(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
     """Inductor, but a row times a matrix is a loop that it fuses with what stands around it.
 
     A processor spends such a product on reading the matrix; in a small model the call of a library's kernel costs time
@@ -62,7 +62,7 @@ def _one_row(graph: fx.GraphModule, examples: Sequence[Any]) -> Any:
 
 def _mm(row: Tensor, matrix: Tensor) -> Tensor:
     """row: (1, K), matrix: (K, N) -> (1, N); as a compiler's rule, it may leave the product to others."""
-    if row.size(0) != 1 or matrix.numel() > LARGEST:
+    if row.size(0) != 1 or matrix.numel() > MAX_FUSED_ELEMENTS:
         return NotImplemented  # type: ignore[no-any-return]  # what such a rule answers then
     exact = torch.promote_types(row.dtype, torch.float32)
     return (matrix.t().to(exact) * row.to(exact)).sum(-1, keepdim=True).t().to(row.dtype)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.generation.compiled_step import Step, compiled_step
+from lit_gpt_scratch.generation.compiled_step import DecodeStep, compile_decode_step
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.kv_cache import KVCache
@@ -81,11 +81,11 @@ def _generate(
         slots = 1 << (slots - 1).bit_length()
     slots = min(model.block_size, slots)
     cache, logits = prefill(model, texts, slots, fixed=compile)
-    step = compiled_step(model, len(texts)) if compile else _eager_step(model)
-    seen = _marked(texts, logits) if sampling.repetition_penalty != 1 else None
+    step = compile_decode_step(model, len(texts)) if compile else _eager_step(model)
+    seen = _mark_seen_tokens(texts, logits) if sampling.repetition_penalty != 1 else None
     ended: set[int] = set()
     for n in range(1, max_new_tokens + 1):
-        tokens = sampling.choose(logits, [dice[row].random() for row in rows], seen)  # (B,)
+        tokens = sampling.sample(logits, [dice[row].random() for row in rows], seen)  # (B,)
         if logprobs is not None:
             sharp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
             for row, chance in zip(rows, sharp.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
@@ -110,7 +110,7 @@ def _generate(
         if seen is not None:
             seen.scatter_(1, tokens[:, None], value=True)
         if cache.max_length == model.block_size:
-            _make_room(model, [[] if row in ended else texts[row] for row in rows], cache)
+            _truncate_full_rows(model, [[] if row in ended else texts[row] for row in rows], cache)
         logits = step(tokens[:, None], cache)
 
 
@@ -138,7 +138,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = Fa
         return cache, model.apply_head(last)[:, -1]
 
 
-def _eager_step(model: GPT) -> Step:
+def _eager_step(model: GPT) -> DecodeStep:
     """Ids (B, 1) and a cache -> logits after them, (B, vocab_size)."""
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
@@ -148,7 +148,7 @@ def _eager_step(model: GPT) -> Step:
     return step
 
 
-def _make_room(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
+def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
     """Where a row is full, read the last half of its text anew; its last token, which comes next, not yet."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
@@ -158,7 +158,7 @@ def _make_room(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
                 cache.replace_row(row, prefill(model, [kept], cache.capacity)[0])
 
 
-def _marked(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
+def _mark_seen_tokens(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
     """Which tokens each text has: (B, vocab_size) bool."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):

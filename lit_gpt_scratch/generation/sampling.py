@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
 
-BELOW_ONE = 1 - 2**-22
+MAX_UNIFORM = 1 - 2**-22
 """So that the largest uniform number, times a sum, is not rounded up to the sum."""
 
 
@@ -47,7 +47,7 @@ class Sampling:
             if share is not None and not 0 < share <= 1:
                 raise UserError(f"{name} is {share}; it must be above 0 and at most 1")
 
-    def choose(self, logits: Tensor, uniform: list[float], seen: Tensor | None = None) -> Tensor:
+    def sample(self, logits: Tensor, uniform: list[float], seen: Tensor | None = None) -> Tensor:
         """One token a row.
 
         Args:
@@ -79,6 +79,6 @@ class Sampling:
         if self.min_p is not None:
             chances = chances.masked_fill(chances < self.min_p * chances.amax(-1, keepdim=True), 0.0)
         up_to = chances.cumsum(-1)
-        drawn = torch.tensor(uniform, device=logits.device)[:, None] * BELOW_ONE * up_to[:, -1:]  # (B, 1)
+        drawn = torch.tensor(uniform, device=logits.device)[:, None] * MAX_UNIFORM * up_to[:, -1:]  # (B, 1)
         place = torch.searchsorted(up_to, drawn, right=True)  # (B, 1), the first that goes beyond
         return (place if ids is None else ids.gather(-1, place)).squeeze(-1)

@@ -9,7 +9,7 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 
-def write(
+def stream_text(
     model: GPT,
     tokenizer: Tokenizer,
     prompts: Sequence[str | list[int]],
@@ -43,14 +43,16 @@ def write(
         [tokenizer.start_of_text, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
-    texts = [_Text(tokenizer.decoder(prompt[1:]), tuple(stop)) for prompt in ids]
+    texts = [_StopStringBuffer(tokenizer.decoder(prompt[1:]), tuple(stop)) for prompt in ids]
     tokens = generate(
         model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )
-    return _pieces(tokens, texts)
+    return _emit_pieces(tokens, texts)
 
 
-def _pieces(tokens: Iterator[tuple[int, int | None]], texts: list["_Text"]) -> Iterator[tuple[int, str]]:
+def _emit_pieces(
+    tokens: Iterator[tuple[int, int | None]], texts: list["_StopStringBuffer"]
+) -> Iterator[tuple[int, str]]:
     for row, token in tokens:
         piece = texts[row].rest() if token is None else texts[row].add(token)
         if piece or token is None:
@@ -59,7 +61,7 @@ def _pieces(tokens: Iterator[tuple[int, int | None]], texts: list["_Text"]) -> I
             yield row, ""
 
 
-class _Text:
+class _StopStringBuffer:
     """A text that grows; what may be the beginning of a stop string is held back until it is known not to be."""
 
     def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:

@@ -5,12 +5,19 @@ from typing import Any, ClassVar, Final
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.hf_config import Fields
-from lit_gpt_scratch.interop.model_family import EMBEDDING, NORM, Family, Piece, Shape, layered
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.model_family import (
+    EMBEDDING,
+    NORM,
+    ModelFamily,
+    ModelShape,
+    TensorMapping,
+    map_layer_names,
+)
 from lit_gpt_scratch.model import GPTConfig
 
-DROPOUTS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
-PARTS: Final[dict[str, tuple[str, ...]]] = {
+DROPOUT_FIELDS: Final = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+MODULE_NAMES: Final[dict[str, tuple[str, ...]]] = {
     "ln_1": ("attention_norm",),
     "attn.c_attn": ("attention.query", "attention.key", "attention.value"),
     "attn.c_proj": ("attention.output",),
@@ -21,7 +28,7 @@ PARTS: Final[dict[str, tuple[str, ...]]] = {
 """Theirs to ours; each has a weight and a bias."""
 
 
-class GPT2(Family):
+class GPT2Family(ModelFamily):
     """Learned positions, LayerNorm before each part, GELU, biases everywhere."""
 
     model_type, architecture, prefix, context = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
@@ -33,30 +40,29 @@ class GPT2(Family):
     free = frozenset({"n_kv_head", "head_dim"})  # in other words: see ``obstacles``
 
     @override
-    def switches(self, fields: Fields) -> dict[str, Any]:
-        fields.only("activation_function", "gelu_new", "gelu_pytorch_tanh")
-        fields.only("scale_attn_weights", True)
-        fields.only("scale_attn_by_inverse_layer_idx", False)
-        fields.only("sliding_window")
-        dropouts = [fields.number(name, 0.1) for name in DROPOUTS]
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("activation_function", "gelu_new", "gelu_pytorch_tanh")
+        fields.allow_only("scale_attn_weights", True)
+        fields.allow_only("scale_attn_by_inverse_layer_idx", False)
+        fields.allow_only("sliding_window")
+        dropouts = [fields.number(name, 0.1) for name in DROPOUT_FIELDS]
         if len(set(dropouts)) > 1:
-            fields.refused.append(
-                f"{', '.join(f'{name} is {p}' for name, p in zip(DROPOUTS, dropouts, strict=True))} (here they are one)"
-            )
-        width = fields.size("n_embd")
+            found = ", ".join(f"{name} is {p}" for name, p in zip(DROPOUT_FIELDS, dropouts, strict=True))
+            fields.unsupported.append(f"{found} (here they are one)")
+        width = fields.positive_int("n_embd")
         return {
             **self.fixed,
-            "n_layer": fields.size("n_layer"),
-            "n_head": fields.size("n_head"),
+            "n_layer": fields.positive_int("n_layer"),
+            "n_head": fields.positive_int("n_head"),
             "n_embd": width,
-            "ffn_dim": fields.size("n_inner", 4 * width, 4 * width),
+            "ffn_dim": fields.positive_int("n_inner", 4 * width, 4 * width),
             "norm_eps": fields.number("layer_norm_epsilon", 1e-5),
             "dropout": dropouts[0],
             "initialisation": "gpt2",
         }
 
     @override
-    def write(self, shape: Shape) -> dict[str, Any]:
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
         gpt = shape.gpt
         return {
             "n_embd": gpt.n_embd,
@@ -66,7 +72,7 @@ class GPT2(Family):
             "n_positions": shape.block_size,
             "activation_function": "gelu_new",
             "layer_norm_epsilon": gpt.norm_eps,
-            **dict.fromkeys(DROPOUTS, gpt.dropout),
+            **dict.fromkeys(DROPOUT_FIELDS, gpt.dropout),
             "scale_attn_weights": True,
             "scale_attn_by_inverse_layer_idx": False,
             "reorder_and_upcast_attn": False,
@@ -74,20 +80,20 @@ class GPT2(Family):
         }
 
     @override
-    def pieces(self, gpt: GPTConfig) -> Iterator[Piece]:
-        yield Piece("transformer.wte.weight", (EMBEDDING,))
-        yield Piece("transformer.wpe.weight", ("position.table.weight",))
+    def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
+        yield TensorMapping("transformer.wte.weight", (EMBEDDING,))
+        yield TensorMapping("transformer.wpe.weight", ("position.table.weight",))
         for layer in range(gpt.n_layer):
             for kind in ("weight", "bias"):
-                names = {f"{t}.{kind}": tuple(f"{name}.{kind}" for name in ours) for t, ours in PARTS.items()}
-                for theirs, inner in layered("transformer.h.{}.", layer, {**names}):
-                    yield Piece(theirs, inner, transposed=kind == "weight" and "ln_" not in theirs)
+                names = {f"{t}.{kind}": tuple(f"{name}.{kind}" for name in ours) for t, ours in MODULE_NAMES.items()}
+                for theirs, inner in map_layer_names("transformer.h.{}.", layer, {**names}):
+                    yield TensorMapping(theirs, inner, transposed=kind == "weight" and "ln_" not in theirs)
         for kind in ("weight", "bias"):
-            yield Piece(f"transformer.ln_f.{kind}", (NORM.replace("weight", kind),))
+            yield TensorMapping(f"transformer.ln_f.{kind}", (NORM.replace("weight", kind),))
 
     @override
-    def obstacles(self, gpt: GPTConfig) -> list[str]:
-        found = super().obstacles(gpt)
+    def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
+        found = super().unsupported_settings(gpt)
         if gpt.kv_heads != gpt.n_head:
             found.append(f"n_kv_head is {gpt.kv_heads} (there n_head, {gpt.n_head})")
         if gpt.head_width * gpt.n_head != gpt.n_embd:

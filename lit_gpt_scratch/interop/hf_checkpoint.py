@@ -13,13 +13,13 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.gpt2 import GPT2
-from lit_gpt_scratch.interop.hf_config import Fields
-from lit_gpt_scratch.interop.llama import Llama
-from lit_gpt_scratch.interop.mistral import Mistral
-from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, Family, Shape
-from lit_gpt_scratch.interop.qwen3 import Qwen3
-from lit_gpt_scratch.interop.weight_mapping import FILE, empty_tensors, read_tensors, refuse_other_tensors
+from lit_gpt_scratch.interop.gpt2 import GPT2Family
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.llama import LlamaFamily
+from lit_gpt_scratch.interop.mistral import MistralFamily
+from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
+from lit_gpt_scratch.interop.qwen3 import Qwen3Family
+from lit_gpt_scratch.interop.weight_mapping import WEIGHTS_FILE, expected_tensors, read_tensors, validate_tensors
 from lit_gpt_scratch.model.init import INIT_STD
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
@@ -27,12 +27,14 @@ from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 
 log = logging.getLogger(__name__)
 
-FAMILIES: Final[dict[str, Family]] = {family.model_type: family for family in (Qwen3(), Llama(), Mistral(), GPT2())}
+FAMILIES: Final[dict[str, ModelFamily]] = {
+    family.model_type: family for family in (Qwen3Family(), LlamaFamily(), MistralFamily(), GPT2Family())
+}
 """By ``model_type``. Of those that can say a config, the first is written."""
-CONFIG: Final = "config.json"
+CONFIG_FILE: Final = "config.json"
 
 
-class Model(NamedTuple):
+class PortableModel(NamedTuple):
     """A trained model.
 
     Attributes:
@@ -41,12 +43,12 @@ class Model(NamedTuple):
         tokenizer: What makes its ids.
     """
 
-    shape: Shape
+    shape: ModelShape
     weights: dict[str, Tensor]
     tokenizer: Tokenizer
 
 
-def read(folder: Path) -> Model:
+def read_hf_checkpoint(folder: Path) -> PortableModel:
     """The model in a folder; its weights keep their type.
 
     Raises:
@@ -58,7 +60,7 @@ def read(folder: Path) -> Model:
         raise UserError(
             f"{config.path}: model_type is {config.values['model_type']}; known are {', '.join(sorted(FAMILIES))}"
         )
-    shape = family.read(config)
+    shape = family.read_config(config)
     tokenizer = _read_tokenizer(folder, family)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
@@ -73,12 +75,12 @@ def read(folder: Path) -> Model:
     if not any(name.startswith(family.prefix) for name in found):  # saved without the head's class around it
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
     if shape.gpt.tied_embeddings:
-        _take_tied_head(found, next(family.pieces(shape.gpt)).theirs, folder)
-    refuse_other_tensors(found, family.to_theirs(shape.gpt, empty_tensors(shape)), str(folder))
-    return Model(shape, family.to_ours(shape.gpt, found), tokenizer)
+        _take_tied_head(found, next(family.tensor_mappings(shape.gpt)).theirs, folder)
+    validate_tensors(found, family.to_hf_weights(shape.gpt, expected_tensors(shape)), str(folder))
+    return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
-def write(model: Model, folder: Path) -> str:
+def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` load.
 
     Args:
@@ -97,19 +99,19 @@ def write(model: Model, folder: Path) -> str:
             raise UserError(f"{folder} is there already and is not an empty folder; name another, or remove it")
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
-    family = _choose(shape)
-    refuse_other_tensors(weights, empty_tensors(shape), "the checkpoint")
+    family = _choose_family(shape)
+    validate_tensors(weights, expected_tensors(shape), "the checkpoint")
     if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
         weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
-    theirs = family.to_theirs(shape.gpt, weights)
+    theirs = family.to_hf_weights(shape.gpt, weights)
     if shape.gpt.dropout and not family.drops:
         log.warning("dropout is %s; %s has none, and would train on without", shape.gpt.dropout, family.model_type)
 
     def fill(place: Path) -> None:
-        for name, content in _documents(family, model, theirs).items():
+        for name, content in _build_json_files(family, model, theirs).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
-        save_file(theirs, place / FILE, metadata={"format": "pt"})
+        save_file(theirs, place / WEIGHTS_FILE, metadata={"format": "pt"})
 
     try:
         place = folder.resolve()
@@ -122,8 +124,8 @@ def write(model: Model, folder: Path) -> str:
     return family.architecture
 
 
-def _choose(shape: Shape) -> Family:
-    obstacles = {family: family.obstacles(shape.gpt) for family in FAMILIES.values()}
+def _choose_family(shape: ModelShape) -> ModelFamily:
+    obstacles = {family: family.unsupported_settings(shape.gpt) for family in FAMILIES.values()}
     nearest = min(obstacles, key=lambda family: len(obstacles[family]))
     if obstacles[nearest]:
         raise UserError(
@@ -133,14 +135,16 @@ def _choose(shape: Shape) -> Family:
     return nearest
 
 
-def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def _build_json_files(
+    family: ModelFamily, model: PortableModel, theirs: dict[str, Tensor]
+) -> dict[str, dict[str, Any]]:
     """The files that are JSON, by name."""
     shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
     ends = {"bos_token_id": start, "eos_token_id": end}
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in theirs.values()))
     named = Backend.from_str(model.tokenizer.to_json()).id_to_token
     return {
-        CONFIG: {
+        CONFIG_FILE: {
             "architectures": [family.architecture],
             "model_type": family.model_type,
             "dtype": str(dtype).removeprefix("torch."),
@@ -149,7 +153,7 @@ def _documents(family: Family, model: Model, theirs: dict[str, Tensor]) -> dict[
             "initializer_range": INIT_STD,
             "use_cache": True,
             **ends,
-            **family.write(shape),
+            **family.build_config(shape),
         },
         # For generation alone: a config's padding token would have no gradient in the embedding.
         "generation_config.json": {**ends, "pad_token_id": end},
@@ -168,13 +172,13 @@ def _take_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> N
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get(embedding, head)):
         raise UserError(
-            f"{folder / CONFIG}: tie_word_embeddings is true or absent, but lm_head.weight is not {embedding}; "
+            f"{folder / CONFIG_FILE}: tie_word_embeddings is true or absent, but lm_head.weight is not {embedding}; "
             "set it to false"
         )
 
 
-def _read_config(folder: Path) -> Fields:
-    path = folder / CONFIG
+def _read_config(folder: Path) -> HFConfigReader:
+    path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise UserError(
             f"no folder at {folder}; a model of the Hub is downloaded first: hf download NAME --local-dir FOLDER"
@@ -182,19 +186,19 @@ def _read_config(folder: Path) -> Fields:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no {CONFIG} in {folder}; FOLDER is one that save_pretrained wrote") from error
+        raise UserError(f"no {CONFIG_FILE} in {folder}; FOLDER is one that save_pretrained wrote") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON, or cannot be read ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
         raise UserError(f"{path} has no model_type; known are {', '.join(sorted(FAMILIES))}")
-    return Fields(path, values)
+    return HFConfigReader(path, values)
 
 
-def _read_tokenizer(folder: Path, family: Family) -> Tokenizer:
+def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.load(folder / TOKENIZER_FILE)
     # The two files do not say how text is split into words; of GPT-2 it is known.
-    if not isinstance(family, GPT2) or not any(
+    if not isinstance(family, GPT2Family) or not any(
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):
         raise UserError(

@@ -6,10 +6,10 @@ from typing import Any, Final, NoReturn
 
 from lit_gpt_scratch.errors import UserError
 
-LARGEST: Final = 1 << 31
+MAX_SIZE: Final = 1 << 31
 
 
-class Fields:
+class HFConfigReader:
     """Fields by name. What there is no switch for is gathered, so that one message can name all of it.
 
     Args:
@@ -23,16 +23,16 @@ class Fields:
         self.path = path
         self.values = values
         self.within = within
-        self.refused: list[str] = [] if refused is None else refused
+        self.unsupported: list[str] = [] if refused is None else refused
 
-    def inside(self, name: str) -> "Fields":
+    def nested(self, name: str) -> "HFConfigReader":
         """The fields in a field, none where it is absent or null."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             self._wrong(name, "null or an object")
-        return Fields(self.path, value or {}, f"{self.within}{name}.", self.refused)
+        return HFConfigReader(self.path, value or {}, f"{self.within}{name}.", self.unsupported)
 
-    def size(self, name: str, absent: int | None = None, null: int | None = None) -> int:
+    def positive_int(self, name: str, absent: int | None = None, null: int | None = None) -> int:
         """A positive whole number.
 
         Args:
@@ -45,7 +45,7 @@ class Fields:
         """
         value = self.values.get(name, absent)
         value = null if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < LARGEST:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
             self._wrong(name, "a positive whole number that a tensor can have")
         return value
 
@@ -61,7 +61,7 @@ class Fields:
             self._wrong(name, "a number")
         return float(value)
 
-    def flag(self, name: str, absent: bool) -> bool:
+    def boolean(self, name: str, absent: bool) -> bool:
         """True or false; null counts as absent.
 
         Raises:
@@ -73,31 +73,31 @@ class Fields:
             self._wrong(name, "true or false")
         return value
 
-    def only(self, name: str, *known: Any) -> None:
+    def allow_only(self, name: str, *known: Any) -> None:
         """Gather a field that is there, is not null and is none of what is known."""
         value = self.values.get(name)
         if value is not None and value not in known:
-            self.refuse(name, f"only {' or '.join(map(str, known))}" if known else "only null")
+            self.reject(name, f"only {' or '.join(map(str, known))}" if known else "only null")
 
-    def refuse(self, name: str, instead: str) -> None:
+    def reject(self, name: str, instead: str) -> None:
         """Gather a field, with its value and what it could be."""
-        self.refused.append(f"{self.within}{name} is {_short(self.values.get(name))} ({instead})")
+        self.unsupported.append(f"{self.within}{name} is {_shorten(self.values.get(name))} ({instead})")
 
-    def close(self) -> None:
+    def raise_if_unsupported(self) -> None:
         """Say what was gathered.
 
         Raises:
             UserError: Something was.
         """
-        if self.refused:
-            raise UserError(f"{self.path} asks for what this package does not have: {'; '.join(self.refused)}")
+        if self.unsupported:
+            raise UserError(f"{self.path} asks for what this package does not have: {'; '.join(self.unsupported)}")
 
     def _wrong(self, name: str, wanted: str) -> NoReturn:
-        said = _short(self.values[name]) if name in self.values else "missing"
+        said = _shorten(self.values[name]) if name in self.values else "missing"
         raise UserError(f"{self.path}: {self.within}{name} is {said}; it must be {wanted}")
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(part, str) for part in value):
         return " and ".join(dict.fromkeys(value)) or "empty"  # of layers: which kinds there are
     said = str(value)

@@ -5,12 +5,19 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.hf_config import Fields
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
 from lit_gpt_scratch.interop.hf_rope import read_rope, write_rope
-from lit_gpt_scratch.interop.model_family import EMBEDDING, NORM, Family, Piece, Shape, layered
+from lit_gpt_scratch.interop.model_family import (
+    EMBEDDING,
+    NORM,
+    ModelFamily,
+    ModelShape,
+    TensorMapping,
+    map_layer_names,
+)
 from lit_gpt_scratch.model import GPTConfig
 
-LINEAR = {
+LINEAR_NAMES = {
     "self_attn.q_proj": "attention.query", "self_attn.k_proj": "attention.key", "self_attn.v_proj": "attention.value",
     "self_attn.o_proj": "attention.output", "mlp.gate_proj": "feed_forward.gate", "mlp.up_proj": "feed_forward.input",
     "mlp.down_proj": "feed_forward.output",
@@ -18,7 +25,7 @@ LINEAR = {
 """Theirs to ours."""
 
 
-class LlamaShape(Family):
+class LlamaLikeFamily(ModelFamily):
     """Rotary positions, RMSNorm before each part, SwiGLU, grouped-query attention.
 
     Attributes:
@@ -41,25 +48,25 @@ class LlamaShape(Family):
     free = frozenset({"n_kv_head", "head_dim", "rotary_scaling"})
 
     @override
-    def switches(self, fields: Fields) -> dict[str, Any]:
-        heads, width = fields.size("num_attention_heads"), fields.size("hidden_size")
-        fields.only("hidden_act", "silu", "swish")
-        fields.only("attention_dropout", 0)
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        heads, width = fields.positive_int("num_attention_heads"), fields.positive_int("hidden_size")
+        fields.allow_only("hidden_act", "silu", "swish")
+        fields.allow_only("attention_dropout", 0)
         return {
             **self.fixed,
-            "n_layer": fields.size("num_hidden_layers"),
+            "n_layer": fields.positive_int("num_hidden_layers"),
             "n_head": heads,
             "n_embd": width,
-            "n_kv_head": fields.size("num_key_value_heads", self.key_value_heads or heads, heads),
-            "head_dim": fields.size("head_dim", self.head_width or width // heads, width // heads),
-            "ffn_dim": fields.size("intermediate_size"),
+            "n_kv_head": fields.positive_int("num_key_value_heads", self.key_value_heads or heads, heads),
+            "head_dim": fields.positive_int("head_dim", self.head_width or width // heads, width // heads),
+            "ffn_dim": fields.positive_int("intermediate_size"),
             "norm_eps": fields.number("rms_norm_eps", 1e-6),
             "initialisation": "normal",
             **read_rope(fields),
         }
 
     @override
-    def write(self, shape: Shape) -> dict[str, Any]:
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
         gpt = shape.gpt
         return {
             "hidden_size": gpt.n_embd,
@@ -76,37 +83,37 @@ class LlamaShape(Family):
         }
 
     @override
-    def pieces(self, gpt: GPTConfig) -> Iterator[Piece]:
+    def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
         kinds = ("weight", "bias") if gpt.bias else ("weight",)
-        linear = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in LINEAR.items() for kind in kinds}
-        yield Piece("model.embed_tokens.weight", (EMBEDDING,))
+        linear = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in LINEAR_NAMES.items() for kind in kinds}
+        yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
-            for theirs, ours in layered("model.layers.{}.", layer, {**self.norms, **linear}):
-                yield Piece(theirs, ours)
-        yield Piece("model.norm.weight", (NORM,))
+            for theirs, ours in map_layer_names("model.layers.{}.", layer, {**self.norms, **linear}):
+                yield TensorMapping(theirs, ours)
+        yield TensorMapping("model.norm.weight", (NORM,))
 
 
-class Llama(LlamaShape):
+class LlamaFamily(LlamaLikeFamily):
     """Llama 1 to 3 (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783)."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
-    free = LlamaShape.free | {"bias"}
+    free = LlamaLikeFamily.free | {"bias"}
 
     @override
-    def switches(self, fields: Fields) -> dict[str, Any]:
-        attention, feed_forward = fields.flag("attention_bias", False), fields.flag("mlp_bias", False)
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        attention, feed_forward = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
         if attention != feed_forward:
-            fields.refuse("attention_bias", f"here the same as mlp_bias, which is {feed_forward}")
-        fields.only("sliding_window")
-        return super().switches(fields) | {"bias": attention}
+            fields.reject("attention_bias", f"here the same as mlp_bias, which is {feed_forward}")
+        fields.allow_only("sliding_window")
+        return super().parse_config(fields) | {"bias": attention}
 
     @override
-    def write(self, shape: Shape) -> dict[str, Any]:
-        return super().write(shape) | {"attention_bias": shape.gpt.bias, "mlp_bias": shape.gpt.bias}
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {"attention_bias": shape.gpt.bias, "mlp_bias": shape.gpt.bias}
 
     @override
-    def obstacles(self, gpt: GPTConfig) -> list[str]:
-        found = super().obstacles(gpt)
+    def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
+        found = super().unsupported_settings(gpt)
         if gpt.n_embd % gpt.n_head:  # the library's config of this family refuses it, whatever head_dim says
             found.append(f"n_embd is {gpt.n_embd} (there a multiple of n_head, which is {gpt.n_head})")
         return found

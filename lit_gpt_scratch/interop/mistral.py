@@ -4,27 +4,27 @@ from typing import Any
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.hf_config import Fields
-from lit_gpt_scratch.interop.llama import LlamaShape
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.llama import LlamaLikeFamily
+from lit_gpt_scratch.interop.model_family import ModelShape
 
 
-class Mistral(LlamaShape):
+class MistralFamily(LlamaLikeFamily):
     """The dense models; later ones have no window."""
 
     model_type, architecture = "mistral", "MistralForCausalLM"
     key_value_heads = 8
-    free = LlamaShape.free | {"sliding_window"}
+    free = LlamaLikeFamily.free | {"sliding_window"}
 
     @override
-    def switches(self, fields: Fields) -> dict[str, Any]:
-        fields.only("attention_bias", False)
-        fields.only("mlp_bias", False)
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        fields.allow_only("mlp_bias", False)
         unlimited = fields.values.get("sliding_window", 0) is None
-        return super().switches(fields) | {
-            "sliding_window": None if unlimited else fields.size("sliding_window", absent=4096)
+        return super().parse_config(fields) | {
+            "sliding_window": None if unlimited else fields.positive_int("sliding_window", absent=4096)
         }
 
     @override
-    def write(self, shape: Shape) -> dict[str, Any]:
-        return super().write(shape) | {"sliding_window": shape.gpt.sliding_window}
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {"sliding_window": shape.gpt.sliding_window}

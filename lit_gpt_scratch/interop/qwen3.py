@@ -4,32 +4,32 @@ from typing import Any
 
 from typing_extensions import override
 
-from lit_gpt_scratch.interop.hf_config import Fields
-from lit_gpt_scratch.interop.llama import LlamaShape
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
+from lit_gpt_scratch.interop.llama import LlamaLikeFamily
+from lit_gpt_scratch.interop.model_family import ModelShape
 
 
-class Qwen3(LlamaShape):
+class Qwen3Family(LlamaLikeFamily):
     """The dense models."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
     key_value_heads, head_width = 32, 128
     norms = {  # noqa: RUF012 - typed as a class's own in LlamaShape
-        **LlamaShape.norms,
+        **LlamaLikeFamily.norms,
         "self_attn.q_norm.weight": "attention.query_norm.weight",
         "self_attn.k_norm.weight": "attention.key_norm.weight",
     }
-    fixed = LlamaShape.fixed | {"qk_norm": True}
+    fixed = LlamaLikeFamily.fixed | {"qk_norm": True}
 
     @override
-    def switches(self, fields: Fields) -> dict[str, Any]:
-        fields.only("attention_bias", False)
-        return super().switches(fields)
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        return super().parse_config(fields)
 
     @override
-    def write(self, shape: Shape) -> dict[str, Any]:
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
         layers = shape.gpt.n_layer
-        return super().write(shape) | {
+        return super().build_config(shape) | {
             "attention_bias": False,
             "use_sliding_window": False,
             "sliding_window": None,

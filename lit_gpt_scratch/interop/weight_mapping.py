@@ -11,15 +11,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPT
 
-FILE: Final = "model.safetensors"
-INDEX: Final = "model.safetensors.index.json"
-PICKLES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
-TABLES: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
 """Masks and frequencies that older files hold; they follow from the config."""
-MOST_NAMED: Final = 4
+MAX_LISTED: Final = 4
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -28,25 +28,25 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     Raises:
         UserError: A file is missing or damaged, or the weights are in a form that can run code when it is read.
     """
-    if (folder / FILE).is_file():
-        found = _read(folder / FILE)
-    elif (folder / INDEX).is_file():
+    if (folder / WEIGHTS_FILE).is_file():
+        found = _read_file(folder / WEIGHTS_FILE)
+    elif (folder / INDEX_FILE).is_file():
         found = _read_shards(folder)
-    elif pickles := [name for name in PICKLES if (folder / name).exists()]:
+    elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
         raise UserError(
-            f"{folder} holds {pickles[0]}, which can run code when it is read, and no {FILE}; "
+            f"{folder} holds {pickles[0]}, which can run code when it is read, and no {WEIGHTS_FILE}; "
             "save it again with safe_serialization in transformers"
         )
     else:
-        raise UserError(f"no {FILE} and no {INDEX} in {folder}; FOLDER is one that save_pretrained wrote")
-    found = {name: tensor for name, tensor in found.items() if not TABLES.search(name)}
-    if odd := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _plain(tensor)]:
-        raise UserError(f"{folder} holds weights that are not plain numbers: {_some(odd)}; save it unquantised")
+        raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; FOLDER is one that save_pretrained wrote")
+    found = {name: tensor for name, tensor in found.items() if not DERIVED_BUFFERS.search(name)}
+    if odd := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
+        raise UserError(f"{folder} holds weights that are not plain numbers: {_list_some(odd)}; save it unquantised")
     return found
 
 
 def _read_shards(folder: Path) -> dict[str, Tensor]:
-    path = folder / INDEX
+    path = folder / INDEX_FILE
     try:
         places = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(places.values()))
@@ -56,13 +56,13 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no index of weights ({error})") from error
     found: dict[str, Tensor] = {}
     for name in files:
-        found |= _read(folder / name)
+        found |= _read_file(folder / name)
     if lost := sorted(set(places) - set(found)):
-        raise UserError(f"{path} names tensors that are in no file: {_some(lost)}; download the folder again")
+        raise UserError(f"{path} names tensors that are in no file: {_list_some(lost)}; download the folder again")
     return found
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
             # Copies: a tensor could stay a window into the file, which may change or go.
@@ -73,13 +73,13 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"{path} is no safetensors file, or is damaged; download it again") from error
 
 
-def empty_tensors(shape: Shape) -> dict[str, Tensor]:
+def expected_tensors(shape: ModelShape) -> dict[str, Tensor]:
     """What the network's state dict is, without numbers and without memory."""
     with torch.device("meta"):
         return GPT(*shape).state_dict()
 
 
-def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+def validate_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     """Compare names and shapes.
 
     Raises:
@@ -91,7 +91,7 @@ def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         if name in found and found[name].shape != wanted[name].shape
     ]
     said = [
-        f"{what}: {_some(names)}"
+        f"{what}: {_list_some(names)}"
         for what, names in (
             ("missing", [name for name in wanted if name not in found]),
             ("unknown", [name for name in found if name not in wanted]),
@@ -103,10 +103,10 @@ def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
         raise UserError(f"the tensors in {where} are not those that its config describes; {'; '.join(said)}")
 
 
-def _plain(tensor: Tensor) -> bool:
+def _is_plain_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and tensor.element_size() > 1  # 8 bits come with scales, which would be lost
 
 
-def _some(names: list[str]) -> str:
-    more = len(names) - MOST_NAMED
-    return ", ".join(names[:MOST_NAMED]) + (f" and {more} more" if more > 0 else "")
+def _list_some(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")

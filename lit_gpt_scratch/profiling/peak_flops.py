@@ -8,7 +8,7 @@ import torch
 
 from lit_gpt_scratch.kernels.onednn_linear import linear
 
-SIXTEEN_BITS = {
+TENSOR_CORE_TFLOPS = {
     "B200": 2250,
     "H200 NVL": 835,
     "H200$": 989,
@@ -32,11 +32,11 @@ sheets.
 Where a sheet names only the figure with structured sparsity this is half of it. Lightning's and PyTorch's tables mix
 the two kinds, and know neither an H200 nor an L40S by the name that its driver gives.
 """
-FLOAT16_ONLY = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
+FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
 """The same of GPUs whose tensor cores do not know bfloat16."""
 
-LARGEST = 8192
-LONG_ENOUGH = 0.005
+MAX_MATRIX_SIZE = 8192
+MIN_SECONDS = 0.005
 """Seconds of a product from which on a larger one would be no faster."""
 
 
@@ -51,14 +51,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
         dtype: Of the factors.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    nominal = nominal_flops(name, dtype)
-    measured = measured_flops(device, dtype, torch.get_float32_matmul_precision())
+    nominal = lookup_nominal_flops(name, dtype)
+    measured = measure_flops(device, dtype, torch.get_float32_matmul_precision())
     return {**({"nominal": nominal} if nominal else {}), "measured": measured}
 
 
-def nominal_flops(name: str, dtype: torch.dtype) -> float | None:
+def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
     """The data sheet's dense operations a second for a GPU of this name, or None."""
-    tables = {torch.bfloat16: SIXTEEN_BITS, torch.float16: SIXTEEN_BITS | FLOAT16_ONLY}
+    tables = {torch.bfloat16: TENSOR_CORE_TFLOPS, torch.float16: TENSOR_CORE_TFLOPS | FLOAT16_ONLY_TFLOPS}
     if "MIG" in name:  # a slice of the GPU
         return None
     known = (tera for chip, tera in tables.get(dtype, {}).items() if re.search(rf"\b{chip}\b", name))
@@ -66,7 +66,7 @@ def nominal_flops(name: str, dtype: torch.dtype) -> float | None:
 
 
 @cache
-def measured_flops(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
+def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
     """Operations a second in the best of several square products, of growing size.
 
     Args:
@@ -76,17 +76,17 @@ def measured_flops(device: torch.device, dtype: torch.dtype, float32_precision: 
     """
     best, seconds, n = 0.0, 0.0, 128
     generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers are not touched
-    while seconds < LONG_ENOUGH and n < LARGEST:
+    while seconds < MIN_SECONDS and n < MAX_MATRIX_SIZE:
         n *= 2
         row, column = torch.randn(2, n, device=device, generator=generator)
         factor = torch.outer(row, column).to(dtype)  # a fraction of the time of n * n random numbers
         tries = 3 if device.type == "cpu" else 4  # where products take long, and where the first ones warm up
-        seconds = min(_seconds(factor) for _ in range(tries))
+        seconds = min(_time_matmul(factor) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)
     return best
 
 
-def _seconds(factor: torch.Tensor) -> float:
+def _time_matmul(factor: torch.Tensor) -> float:
     began = time.perf_counter()
     linear(factor, factor)
     if factor.device.type != "cpu":

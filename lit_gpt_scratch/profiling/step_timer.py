@@ -8,14 +8,14 @@ from typing import Any, Protocol
 
 import torch
 
-PARTS = ("data", "generation", "forward", "backward", "optimizer", "rest")
+STEP_PHASES = ("data", "generation", "forward", "backward", "optimizer", "rest")
 """Of a step: waiting for the batch, writing what is in it, the three stages of its computation, and all else."""
 
-MANY = 32
+COLLECT_EVERY = 32
 """Marks that are read at once: one by one, each between two cold caches, they would take twice as long."""
 
 
-class Event(Protocol):
+class TimerEvent(Protocol):
     """A moment, as ``torch.cuda.Event`` has it."""
 
     def record(self) -> Any:
@@ -31,7 +31,7 @@ class Event(Protocol):
         """Milliseconds from here to there."""
 
 
-class HostEvent:
+class HostTimerEvent:
     """A moment on the host's own clock."""
 
     def record(self) -> None:
@@ -45,16 +45,19 @@ class HostEvent:
     def synchronize(self) -> None:
         """There is nothing to wait for."""
 
-    def elapsed_time(self, end_event: "HostEvent") -> float:
+    def elapsed_time(self, end_event: "HostTimerEvent") -> float:
         """Milliseconds from here to there."""
         return 1000 * (end_event._at - self._at)
 
 
 # Not Apple's: to read the time between two of its events waits for the device.
-EVENTS: dict[str, Callable[[], Event]] = {"cpu": HostEvent, "cuda": partial(torch.cuda.Event, enable_timing=True)}
+EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
+    "cpu": HostTimerEvent,
+    "cuda": partial(torch.cuda.Event, enable_timing=True),
+}
 
 
-class StepClock:
+class StepTimer:
     """Adds up the seconds between marks by the part of the step that each mark ends.
 
     On an accelerator marks are events in its stream: they cost the host next to nothing, and the time between two of
@@ -66,10 +69,10 @@ class StepClock:
 
     def __init__(self, device: torch.device) -> None:
         self.running = False
-        self._event = EVENTS.get(device.type)
-        self._marks: deque[tuple[str | None, Mapping[str, float], Event]] = deque()
-        self._last: Event | None = None
-        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._event = EVENT_TYPES.get(device.type)
+        self._marks: deque[tuple[str | None, Mapping[str, float], TimerEvent]] = deque()
+        self._last: TimerEvent | None = None
+        self._seconds = dict.fromkeys(STEP_PHASES, 0.0)
 
     def start(self) -> None:
         """Count from now on."""
@@ -84,7 +87,7 @@ class StepClock:
         """What came since the last mark was ``part``; while stopped, this is nothing.
 
         Args:
-            part: One of ``PARTS``.
+            part: One of ``STEP_PHASES``.
             apart: Seconds of it that count as other parts, as those in which the host waited for data. An accelerator
                 that had still work to do has not waited as long: together they are no more than all.
         """
@@ -94,7 +97,7 @@ class StepClock:
     def take(self) -> dict[str, float]:
         """Seconds by part since the last time, as far as the device has come."""
         self._collect()
-        taken, self._seconds = self._seconds, dict.fromkeys(PARTS, 0.0)
+        taken, self._seconds = self._seconds, dict.fromkeys(STEP_PHASES, 0.0)
         return taken
 
     def finish(self) -> dict[str, float]:
@@ -110,7 +113,7 @@ class StepClock:
         event = self._event()
         event.record()
         self._marks.append((part, apart, event))
-        if len(self._marks) > MANY:  # so that a run without log points does not heap them up
+        if len(self._marks) > COLLECT_EVERY:  # so that a run without log points does not heap them up
             self._collect()
 
     def _collect(self) -> None:

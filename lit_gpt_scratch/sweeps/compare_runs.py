@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lit_gpt_scratch.checkpoint.config_diff import flat
+from lit_gpt_scratch.checkpoint.config_diff import flatten
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.build_command import short, text
 from lit_gpt_scratch.sweeps.report import SweepReport
@@ -74,7 +74,7 @@ def _runs_in(path: Path) -> list[Path]:
 
 def _config(folder: Path) -> Mapping[str, Any]:
     try:
-        return flat(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
     except (OSError, yaml.YAMLError, AttributeError) as error:
         raise UserError(f"--compare: cannot read {folder / 'config.yaml'}") from error
 

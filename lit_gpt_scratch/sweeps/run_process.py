@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from lit_gpt_scratch.distributed.cpu_count import allowed_cores
+from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
 GRACE = 120.0
 """Seconds that a run has to save and leave when it is asked to."""
@@ -32,7 +32,7 @@ class RunProcess:
     def __init__(self, module: str, arguments: Sequence[str], log: Path, workers: int = 1) -> None:
         environment = dict(os.environ)
         if workers > 1:
-            share = str(max(1, allowed_cores() // workers))
+            share = str(max(1, count_available_cpus() // workers))
             environment = dict.fromkeys(THREADS, share) | environment
         self._log = log
         with log.open("wb") as said:

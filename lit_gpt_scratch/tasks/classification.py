@@ -17,7 +17,7 @@ from torchmetrics.classification import (
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
-from lit_gpt_scratch.checkpoint.metadata import Contents
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import WeightedMeanLoss, mean_auroc
 from lit_gpt_scratch.model import GPTConfig
@@ -143,5 +143,5 @@ class Classification(GPTModule):
         return {**found, "auroc": mean_auroc(each, self.confusion.sum(1))}
 
     @override
-    def checkpoint_metadata(self) -> Contents:
+    def checkpoint_metadata(self) -> CheckpointMetadata:
         return replace(super().checkpoint_metadata(), classes=self.labelled.class_names, pooling=self.pooling)

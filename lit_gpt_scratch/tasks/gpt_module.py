@@ -18,11 +18,22 @@ from torch.optim.optimizer import Optimizer
 from torchmetrics import Metric, MetricCollection
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.checkpoint.adapters import fingerprint
-from lit_gpt_scratch.checkpoint.init_from import begin_with, context, let_go, start, start_contents
-from lit_gpt_scratch.checkpoint.loop_state import LAYOUT, deal_out, settle
-from lit_gpt_scratch.checkpoint.metadata import KEY, Contents, refuse_other_model, refuse_other_tokenizer
-from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
+from lit_gpt_scratch.checkpoint.adapters import hash_base_weights
+from lit_gpt_scratch.checkpoint.init_from import (
+    copy_weights,
+    let_go,
+    load_initial_metadata,
+    load_initial_model,
+    resolve_context,
+)
+from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, normalize_progress, rescale_batch_counts
+from lit_gpt_scratch.checkpoint.metadata import (
+    METADATA_KEY,
+    CheckpointMetadata,
+    require_same_model,
+    require_same_tokenizer,
+)
+from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # its module names them for trainers
 from lit_gpt_scratch.errors import UserError
@@ -179,7 +190,7 @@ class GPTModule(L.LightningModule):
         """The architecture."""
         if self._gpt is not None:
             return self._gpt
-        found = GPTConfig() if self.init_from is None else GPTConfig(**start_contents(self.init_from).gpt)
+        found = GPTConfig() if self.init_from is None else GPTConfig(**load_initial_metadata(self.init_from).gpt)
         return found if self.allows_dropout else replace(found, dropout=0.0)
 
     def configure_model(self) -> None:
@@ -192,21 +203,21 @@ class GPTModule(L.LightningModule):
         if hasattr(self, "net"):
             return
         device, vocab_size, block_size = self.trainer.strategy.root_device, self.data.vocab_size, self.data.block_size
-        trained = None if self.init_from is None else start(self.init_from, self.gpt.attention)
+        trained = None if self.init_from is None else load_initial_model(self.init_from, self.gpt.attention)
         if trained is not None:
-            refuse_other_tokenizer(trained.contents, self.data.tokenizer_json)
-            vocab_size, block_size = trained.net.vocab_size, context(trained, self.gpt, block_size)
+            require_same_tokenizer(trained.metadata, self.data.tokenizer_json)
+            vocab_size, block_size = trained.net.vocab_size, resolve_context(trained, self.gpt, block_size)
         validate_attention_backend(self.gpt, device)
         require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.output_head)
         # A run that goes on begins with its own checkpoint: what was new to it still is.
-        kept = trained is not None and begin_with(trained, self.net)
+        kept = trained is not None and copy_weights(trained, self.net)
         self.head_is_new = trained is not None and not kept
-        self._new_head = trained is None or self.head_is_new or trained.contents.new_head
+        self._new_head = trained is None or self.head_is_new or trained.metadata.new_head
         if trained is None and (self.lora or self.train_layers is not None):
             log.warning("without model.init_from, what is not trained stays as it was drawn; name a trained model")
         if trained is not None:
-            self._base = fingerprint(self.net, self._new_head) if self.lora else None
+            self._base = hash_base_weights(self.net, self._new_head) if self.lora else None
             let_go()
         self._freeze()
         beside = self.build_auxiliary_networks()
@@ -255,7 +266,7 @@ class GPTModule(L.LightningModule):
         Raises:
             UserError: It was asked for and cannot work here.
         """
-        why_not = why_not_compile(self.device, asked=self.compile_network is True)
+        why_not = explain_no_compile(self.device, requested=self.compile_network is True)
         if self.compile_network and why_not:
             raise UserError(f"model.compile: {why_not}")
         if why_not is None and self.compile_network is not False:
@@ -267,34 +278,36 @@ class GPTModule(L.LightningModule):
         """Whether the network runs compiled."""
         return any(block._compiled_call_impl is not None for block in self.net.blocks)
 
-    def checkpoint_metadata(self) -> Contents:
+    def checkpoint_metadata(self) -> CheckpointMetadata:
         """What a checkpoint says of its weights, so that they can be used without this run."""
         tokenizer = self.data.tokenizer
         own_start = tokenizer.start_of_text if tokenizer.start_of_text != tokenizer.end_of_text else None
         lora = None if self.lora is None else asdict(self.lora)
         sizes = self.net.vocab_size, self.net.block_size
         head = self._new_head and lora is not None
-        return Contents(asdict(self.gpt), *sizes, self.data.tokenizer_json, own_start, lora, self._base, head)
+        return CheckpointMetadata(asdict(self.gpt), *sizes, self.data.tokenizer_json, own_start, lora, self._base, head)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store them with the weights, as plain data."""
         if self.layout is not None:
-            checkpoint[LAYOUT] = self.layout._asdict()
+            checkpoint[BATCH_LAYOUT_KEY] = self.layout._asdict()
         self.ema.save(checkpoint, self.trainer.optimizers, self)
-        checkpoint[KEY] = asdict(self.checkpoint_metadata())
+        checkpoint[METADATA_KEY] = asdict(self.checkpoint_metadata())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse weights of another shape or another tokenizer, by name."""
         if "loops" in checkpoint:
-            settle(checkpoint["loops"]["fit_loop"])
-            if self.layout is not None and LAYOUT in checkpoint:
-                deal_out(checkpoint["loops"]["fit_loop"], BatchLayout(**checkpoint[LAYOUT]), self.layout)
+            normalize_progress(checkpoint["loops"]["fit_loop"])
+            if self.layout is not None and BATCH_LAYOUT_KEY in checkpoint:
+                rescale_batch_counts(
+                    checkpoint["loops"]["fit_loop"], BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]), self.layout
+                )
         if self.trainer.state.fn == "fit":
             self.ema.load(checkpoint)
-        there, here = Contents.of(checkpoint), self.checkpoint_metadata()
-        refuse_other_model(there, here)
+        there, here = CheckpointMetadata.from_checkpoint(checkpoint), self.checkpoint_metadata()
+        require_same_model(there, here)
         self._base = there.base
-        refuse_other_tokenizer(there, here.tokenizer)
+        require_same_tokenizer(there, here.tokenizer)
 
     def loss_and_count(self, batch: Any) -> tuple[Tensor, Tensor]:
         """The summed loss of a batch, and over how many labels it is summed, or how much they weigh: two scalars."""

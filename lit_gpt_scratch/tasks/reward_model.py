@@ -8,7 +8,7 @@ from torchmetrics import MetricCollection
 from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import PairBatch
-from lit_gpt_scratch.checkpoint.metadata import Contents
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import PreferenceMetrics
 from lit_gpt_scratch.losses.preference import bradley_terry_loss
@@ -51,5 +51,5 @@ class Reward(PairwiseModule):
         return PairComparison(bradley_terry_loss(chosen, rejected), chosen, rejected)
 
     @override
-    def checkpoint_metadata(self) -> Contents:
+    def checkpoint_metadata(self) -> CheckpointMetadata:
         return replace(super().checkpoint_metadata(), rewards=True)

@@ -18,7 +18,7 @@ from lit_gpt_scratch.callbacks import throughput
 from lit_gpt_scratch.callbacks.throughput import FETCH_ACTION, TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.profiling import step_timer
-from lit_gpt_scratch.profiling.step_timer import PARTS, HostEvent
+from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, HostTimerEvent
 from lit_gpt_scratch.tasks import LanguageModel
 
 MILLISECONDS = {"data": 20, "generation": 0, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
@@ -131,10 +131,10 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     gaps = [batch for batch in timed if batch != accumulate and batch % between_validations]
     times = {"data": len(gaps), "generation": 0, "rest": len(gaps), "forward": len(timed), "backward": len(timed)}
     times["optimizer"] = len(timed) // accumulate
-    seconds = {part: times[part] * MILLISECONDS[part] / 1000 for part in PARTS}
-    expected = {part: seconds[part] / sum(seconds.values()) for part in PARTS}
-    assert {part: watch.figures[part] for part in PARTS} == pytest.approx(expected)
-    assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)
+    seconds = {part: times[part] * MILLISECONDS[part] / 1000 for part in STEP_PHASES}
+    expected = {part: seconds[part] / sum(seconds.values()) for part in STEP_PHASES}
+    assert {part: watch.figures[part] for part in STEP_PHASES} == pytest.approx(expected)
+    assert sum(watch.figures[part] for part in STEP_PHASES) == pytest.approx(1)
     for step in notes.said[TIME_SHARE_TAGS[0]]:
         assert sum(notes.said[share][step] for share in TIME_SHARE_TAGS) == pytest.approx(1)
     assert watch.mean is not None
@@ -202,18 +202,18 @@ def test_no_one_waits_for_the_device_before_the_end(
 ) -> None:
     waits = []
 
-    class Device(HostEvent):
+    class Device(HostTimerEvent):
         def synchronize(self) -> None:
             waits.append(run.global_step)
 
         def query(self) -> bool:
             return bool(waits)  # it is behind by the whole run
 
-    monkeypatch.setitem(step_timer.EVENTS, "cpu", Device)
+    monkeypatch.setitem(step_timer.EVENT_TYPES, "cpu", Device)
     watch, notes = Throughput(), Notes()
     run = trainer(callbacks=[watch], logger=notes, log_every_n_steps=1, limit_val_batches=0)
     run.fit(task(), packed_text())
     assert waits == [8]
     assert len(notes.said["tokens_per_second"]) == 7
     assert not notes.said.keys() & set(TIME_SHARE_TAGS)  # at no log point was anything known
-    assert sum(watch.figures[part] for part in PARTS) == pytest.approx(1)
+    assert sum(watch.figures[part] for part in STEP_PHASES) == pytest.approx(1)

@@ -22,7 +22,7 @@ def test_a_line_that_is_too_long_leaves_what_was_said(
         seen.append(tokenizer.decode(prompts[0]))
         yield 0, "Yes."
 
-    monkeypatch.setattr(chat, "write", write)
+    monkeypatch.setattr(chat, "stream_text", write)
     lines = ["My name is Bo.", "x" * 200, "Who am I?"]
     replies = list(chat.chat_session(model, tokenizer, None, lines, 20, Sampling(), 0))
     assert replies == ["Yes.", ""] * 2

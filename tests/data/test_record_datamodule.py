@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText, Preferences
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
@@ -156,8 +156,8 @@ def test_a_tokenizer_learns_from_the_training_records_alone(
 def checkpoint(tmp_path: Path) -> str:
     """As much of a checkpoint as a tokenizer is in."""
     tokenizer = Tokenizer.train(["a b c"] * 9, 300, "bpe").to_json()
-    contents = Contents({}, 300, 16, tokenizer, start_of_text=5)
-    torch.save({KEY: asdict(contents), "state_dict": {}}, tmp_path / "model.ckpt")
+    contents = CheckpointMetadata({}, 300, 16, tokenizer, start_of_text=5)
+    torch.save({METADATA_KEY: asdict(contents), "state_dict": {}}, tmp_path / "model.ckpt")
     return str(tmp_path / "model.ckpt")
 
 

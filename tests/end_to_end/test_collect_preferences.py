@@ -11,7 +11,7 @@ import pytest
 from lit_gpt_scratch.cli import collect_preferences
 from lit_gpt_scratch.cli.collect_preferences import QUESTION
 from lit_gpt_scratch.data import Preferences
-from lit_gpt_scratch.evaluation.chat_eval import Reply, replies
+from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
 from tests.end_to_end.conftest import Command
 
 FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
@@ -22,9 +22,11 @@ def said(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
     """A model that replies somehow, to its end for all that anybody knows, and somebody who types."""
-    monkeypatch.setattr(
-        collect_preferences, "replies", lambda *given: [each._replace(ended=True) for each in replies(*given)]
-    )
+
+    def reply(*args: Any) -> list[ChatReply]:
+        return [each._replace(ended=True) for each in generate_replies(*args)]
+
+    monkeypatch.setattr(collect_preferences, "generate_replies", reply)
     assert command("fit", *staged("instructions"), "--trainer.max_steps=2").code == 0
 
     def types(text: str) -> None:
@@ -119,18 +121,20 @@ def test_replies_that_were_cut_off_are_drawn_again(
 ) -> None:
     """Half of all that are drawn here; if all are, there is no question."""
     said("1\n")
-    drawn: list[list[Reply]] = []
+    drawn: list[list[ChatReply]] = []
 
-    def some(*given: Any) -> list[Reply]:
+    def some(*given: Any) -> list[ChatReply]:
         ends = len(drawn) % 2 == 1
-        drawn.append([each._replace(ended=ends or row == 0) for row, each in enumerate(replies(*given))])
+        drawn.append([each._replace(ended=ends or row == 0) for row, each in enumerate(generate_replies(*given))])
         return drawn[-1]
 
-    monkeypatch.setattr(collect_preferences, "replies", some)
+    monkeypatch.setattr(collect_preferences, "generate_replies", some)
     assert command("generate", *FLAGS, "--prompt=Say so.").code == 0
     assert len(drawn) == 2
     assert [ranked()[0][side] for side in ("chosen", "rejected")] == [each.text for each in drawn[1]]
-    monkeypatch.setattr(collect_preferences, "replies", lambda *given: [Reply("So", False, 6), Reply("No", True, 3)])
+    monkeypatch.setattr(
+        collect_preferences, "generate_replies", lambda *given: [ChatReply("So", False, 6), ChatReply("No", True, 3)]
+    )
     outcome = command("generate", *FLAGS, "--prompt=Say so.")
     assert outcome.code == 0
     assert "more --max_new_tokens, in which they come to their end, may help" in outcome.out

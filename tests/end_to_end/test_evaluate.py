@@ -10,11 +10,11 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import save
-from lit_gpt_scratch.checkpoint.loading import NETWORK
-from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
-from lit_gpt_scratch.evaluation.contamination import corpus
-from lit_gpt_scratch.evaluation.perplexity import score
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+from lit_gpt_scratch.evaluation.contamination import iterate_training_documents
+from lit_gpt_scratch.evaluation.perplexity import score_documents
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised, sentences
@@ -37,9 +37,11 @@ def model(tokenizer: Tokenizer) -> GPT:
 @pytest.fixture
 def run(command: Command, model: GPT, tokenizer: Tokenizer) -> Path:
     """A run's folder with its checkpoint, and rows beside it."""
-    contents = Contents(asdict(TINY), tokenizer.vocab_size, 64, tokenizer.to_json())
-    weights = {f"{NETWORK}{name}": weight for name, weight in model.state_dict().items()}
-    save({KEY: asdict(contents), "state_dict": weights, "global_step": STEP}, RUN / "checkpoints/last.ckpt")
+    contents = CheckpointMetadata(asdict(TINY), tokenizer.vocab_size, 64, tokenizer.to_json())
+    weights = {f"{STATE_PREFIX}{name}": weight for name, weight in model.state_dict().items()}
+    save_checkpoint(
+        {METADATA_KEY: asdict(contents), "state_dict": weights, "global_step": STEP}, RUN / "checkpoints/last.ckpt"
+    )
     rng, lines = random.Random(0), sentences(1, 30).splitlines()
     rows("questions", [{"question": line, "choices": rng.sample(lines, 3), "answer": 1} for line in lines[:20]])
     rows("pairs", [{"sentence_good": line, "sentence_bad": line[::-1]} for line in lines])
@@ -102,7 +104,7 @@ def test_the_contract_of_a_text_stands(command: Command, run: Path, model: GPT, 
     text = sentences(5, 9)
     Path("text.txt").write_text(text, encoding="utf-8")
     found = figures(command("evaluate", run, "--data.source=text.txt", "--json"))
-    assert found == pytest.approx(score(model, tokenizer, [text]))
+    assert found == pytest.approx(score_documents(model, tokenizer, [text]))
     assert found.keys() == {"loss", "perplexity", "bits_per_byte", "tokens", "bytes"}
     assert (run / "evaluations").is_dir()
 
@@ -145,8 +147,8 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
         (tmp_path / f"texts/{seed}.txt").write_text(sentences(seed, 4), encoding="utf-8")
     made = command("prepare", "--data.source=texts", "--data.store=store", "--data.vocab_size=280")
     assert made.code == 0, made.err
-    read, every = set(corpus("store")), {sentences(seed, 4) for seed in range(12)}
-    assert set(corpus("texts")) == every
+    read, every = set(iterate_training_documents("store")), {sentences(seed, 4) for seed in range(12)}
+    assert set(iterate_training_documents("texts")) == every
     assert read < every
     assert len(read) > 6
 

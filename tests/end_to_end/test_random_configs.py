@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.checkpoint import checkpoint_io
-from lit_gpt_scratch.checkpoint.loading import NETWORK, load_model
-from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
-from lit_gpt_scratch.checkpoint.safetensors_export import share
+from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_model
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
@@ -110,11 +110,11 @@ def trains(config: GPTConfig) -> None:
 
 def survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
     model = randomised(config, VOCAB, CONTEXT)
-    contents = Contents(asdict(config), VOCAB, CONTEXT, tokenizer.to_json())
-    weights = {NETWORK + name: weight for name, weight in model.state_dict().items()}
-    checkpoint = {KEY: asdict(contents), "state_dict": weights}
-    checkpoint_io.save(checkpoint, folder / "a.ckpt")
-    share(checkpoint, NETWORK, folder / "a.safetensors")
+    contents = CheckpointMetadata(asdict(config), VOCAB, CONTEXT, tokenizer.to_json())
+    weights = {STATE_PREFIX + name: weight for name, weight in model.state_dict().items()}
+    checkpoint = {METADATA_KEY: asdict(contents), "state_dict": weights}
+    checkpoint_io.save_checkpoint(checkpoint, folder / "a.ckpt")
+    export_safetensors(checkpoint, STATE_PREFIX, folder / "a.safetensors")
     ids = torch.arange(CONTEXT)[None]
     for name in ("a.ckpt", "a.safetensors"):
         again, _ = load_model(folder / name, trusted=config.attention)

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import save
-from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, curves
-from lit_gpt_scratch.checkpoint.config_diff import differences, flat
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+from lit_gpt_scratch.checkpoint.compare_checkpoints import compare_checkpoints, read_curves
+from lit_gpt_scratch.checkpoint.config_diff import diff_configs, flatten
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.resume import ResumedRun
@@ -22,9 +22,9 @@ RUN = Path("runs/pretrain/version_0")
 
 
 def test_differences_are_named_by_flat_names() -> None:
-    assert flat({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}
+    assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}
     before, now = {"a": {"b": 1, "c": 2}, "gone": 1}, {"a": {"b": 1, "c": 3}, "new": 2}
-    assert differences(before, now) == {"a.c": (2, 3), "gone": (1, None), "new": (None, 2)}
+    assert diff_configs(before, now) == {"a.c": (2, 3), "gone": (1, None), "new": (None, 2)}
 
 
 def test_every_session_is_written_down(command: Command, small: list[str]) -> None:
@@ -113,7 +113,7 @@ def test_another_number_of_processes_is_refused(command: Command, small: list[st
     trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     saved["callbacks"]["Provenance"]["hardware"]["processes"] = saved["layout"]["replicas"] = 2
-    save(saved, RUN / "checkpoints/last.ckpt")
+    save_checkpoint(saved, RUN / "checkpoints/last.ckpt")
     again = "--ckpt_path=last", "--trainer.max_steps=14"
     refused = command("fit", *again)
     assert refused.code == 2
@@ -156,7 +156,7 @@ def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_
     trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     del saved["layout"]
-    save(saved, RUN / "checkpoints/last.ckpt")
+    save_checkpoint(saved, RUN / "checkpoints/last.ckpt")
     again = "--ckpt_path=last", "--trainer.max_steps=14"
     refused = command("fit", *again, "--data.batch_size=2", "--data.tokens_per_step=128")
     assert refused.code == 2
@@ -222,7 +222,7 @@ def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
     read = ResumedRun.steps_done
 
     def steps_done(*args: object) -> int:
-        with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).owned():
+        with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).lock():
             pass
         return read(*args)  # type: ignore[arg-type]  # passed on as they are
 
@@ -237,7 +237,7 @@ def test_a_failed_validation_is_not_asked_for_where_there_is_none(
     last = RUN / "checkpoints/last.ckpt"
     saved = load_checkpoint(last)
     saved["callbacks"]["Checkpoints"]["validation_due"] = True
-    save(saved, last)
+    save_checkpoint(saved, last)
     assert command("fit", "--ckpt_path=last", "--trainer.limit_val_batches=0", "--trainer.max_steps=16").code == 0
     assert not load_checkpoint(last)["callbacks"]["Checkpoints"]["validation_due"]
 
@@ -270,7 +270,7 @@ def test_a_run_that_died_in_its_last_validation_or_its_test_is_tested_as_any(
     assert load_checkpoint(Path("runs/again/version_0/checkpoints/last.ckpt"))["global_step"] == 8
     ended = command("fit", "--ckpt_path=last", "--experiment=again")
     assert ended.code == 0, ended.err
-    whole, again = (curves(Path(f"runs/{name}/version_0")) for name in ("whole", "again"))
+    whole, again = (read_curves(Path(f"runs/{name}/version_0")) for name in ("whole", "again"))
     assert "test/accuracy" in whole
     for name in (name for name in whole if name.startswith(("val/", "test/"))):
         assert again[name] == whole[name]
@@ -364,7 +364,7 @@ def test_every_stage_goes_on_as_if_it_had_not_stopped(
     assert measured[0] == measured[1]
     assert any(name.startswith("test/") for name in measured[0]) == (stage != "pretraining")
 
-    shown = [curves(Path(f"runs/{name}/version_0")) for name in ("whole", "halves")]
+    shown = [read_curves(Path(f"runs/{name}/version_0")) for name in ("whole", "halves")]
     inside = [{n: points for n, points in each.items() if n.startswith(("dynamics/", "attention/"))} for each in shown]
     assert inside[0] == inside[1]
     assert "dynamics/gradient_norm/head" in inside[0]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import refuse_altered
-from lit_gpt_scratch.checkpoint.resume_stress_test import processes
+from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum
+from lit_gpt_scratch.checkpoint.resume_stress_test import list_group_processes
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from tests.end_to_end import forked
 
@@ -40,7 +40,7 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     time.sleep(rng.uniform(0.0, 1.0))  # some steps and validations further
-    members = processes(process.pid)
+    members = list_group_processes(process.pid)
     one = rng.choice(members) if more == TWO else process.pid  # processes that load batches are no ranks
     targets = rng.choice([[one], members])
     sent = time.monotonic()
@@ -52,7 +52,7 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
     assert out == ""
     assert "Traceback" not in said
     assert f"stopped by {signum.name} after step" in said
-    refuse_altered(run.last)
+    verify_checksum(run.last)
     step = torch.load(run.last, weights_only=True)["global_step"]
     assert step > 0
     assert f"after step {step}; go on with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in said

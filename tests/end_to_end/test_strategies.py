@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.compare_checkpoints import curves, leaves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import iterate_leaves, read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.distributed.layout_parity import KINDS, LAYOUTS, Parity
+from lit_gpt_scratch.distributed.layout_parity import ARITHMETIC_CASES, LAYOUTS, LayoutParity
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import Command
 from tests.end_to_end.test_user_errors import one_line
@@ -21,10 +21,10 @@ SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
 def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
     """``doctor --parity``, which says so in a table; that it runs is tested with the README's commands."""
     flags = [*small, *SHAPE, "--trainer.limit_val_batches=0", "--trainer.max_steps=50"]
-    parity = Parity(flags, tmp_path, list(KINDS), list(LAYOUTS))
+    parity = LayoutParity(flags, tmp_path, list(ARITHMETIC_CASES), list(LAYOUTS))
     parity.run()
-    assert not parity.beyond, f"\n{parity}"
-    assert parity.loss.keys() == {(name, kind) for name in LAYOUTS for kind in KINDS}
+    assert not parity.violations, f"\n{parity}"
+    assert parity.loss.keys() == {(name, kind) for name in LAYOUTS for kind in ARITHMETIC_CASES}
 
 
 @pytest.mark.timeout(900)
@@ -67,12 +67,12 @@ def test_a_run_goes_from_one_strategy_to_the_next(
         flags = ["--ckpt_path=last"] if turn > 1 else [*small, *SHAPE, *everywhere]
         found = last(tmp_path / "moved", *flags, *way, f"--trainer.max_steps={steps * turn}")
     for part in ("state_dict", "optimizer_states"):
-        expected, values = dict(leaves(whole[part])), dict(leaves(found[part]))
+        expected, values = dict(iterate_leaves(whole[part])), dict(iterate_leaves(found[part]))
         assert expected.keys() == values.keys()
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(values[name], value, rtol=off, atol=off * float(value.abs().max()))
-    there, here = (curves(tmp_path / name / "pretrain" / "version_0") for name in ("whole", "moved"))
+    there, here = (read_curves(tmp_path / name / "pretrain" / "version_0") for name in ("whole", "moved"))
     measured = {name for name in there if re.match("dynamics|attention|loss_by", name)}
     assert len(measured) > 30
     for name in measured:  # TensorBoard keeps float32

@@ -9,11 +9,11 @@ import pytest
 
 from lit_gpt_scratch.evaluation import baselines
 from lit_gpt_scratch.evaluation.baselines import (
-    bigram_bits,
-    token_baselines,
-    uniform_bits,
-    unigram_bits,
-    xz_bits_per_byte,
+    compute_token_baselines,
+    count_bigram_bits,
+    count_uniform_bits,
+    count_unigram_bits,
+    measure_xz_bits_per_byte,
 )
 from tests.conftest import sentences
 
@@ -35,36 +35,36 @@ def witten_bell(a: int, b: int) -> float:
 def test_a_unigram_is_counted_by_hand() -> None:
     tokens = TRAIN.tolist()
     expected = -sum(math.log2((tokens.count(b) + 1) / (len(tokens) + V)) for b in VALIDATION[1:].tolist())
-    assert unigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
+    assert count_unigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 59, 1000])
 def test_a_bigram_is_counted_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(baselines, "CHUNK", chunk)
+    monkeypatch.setattr(baselines, "PAIRS_PER_CHUNK", chunk)
     ids = VALIDATION.tolist()
     expected = -sum(math.log2(witten_bell(a, b)) for a, b in pairwise(ids))
-    assert bigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
+    assert count_bigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("a", range(V))
 def test_what_may_follow_a_token_has_probability_one_together(a: int) -> None:
-    bits = [bigram_bits(TRAIN, np.array([a, b], dtype=np.uint16), V) for b in range(V)]
+    bits = [count_bigram_bits(TRAIN, np.array([a, b], dtype=np.uint16), V) for b in range(V)]
     assert sum(2.0**-b for b in bits) == pytest.approx(1.0)
 
 
 def test_baselines_are_per_byte_and_leave_the_first_token_out() -> None:
-    figures = token_baselines(TRAIN, VALIDATION, V, n_bytes=100)
+    figures = compute_token_baselines(TRAIN, VALIDATION, V, n_bytes=100)
     assert figures["uniform"] == pytest.approx(59 * math.log2(V) / 100)
     assert list(figures) == ["uniform", "unigram", "bigram"]
-    assert uniform_bits(VALIDATION, V) == pytest.approx(59 * math.log2(V))
+    assert count_uniform_bits(VALIDATION, V) == pytest.approx(59 * math.log2(V))
 
 
 def test_a_text_with_order_is_cheaper_the_more_is_known() -> None:
     ids = np.frombuffer((sentences(1) * 3).encode(), dtype=np.uint8).astype(np.uint16)
-    figures = token_baselines(ids[:-1000], ids[-1000:], 257, 1000)
+    figures = compute_token_baselines(ids[:-1000], ids[-1000:], 257, 1000)
     assert figures["uniform"] > figures["unigram"] > figures["bigram"] > 0
 
 
 def test_xz_in_bits_per_byte() -> None:
-    assert xz_bits_per_byte("a" * 100_000) < 0.05
-    assert xz_bits_per_byte(sentences(0)) > xz_bits_per_byte(sentences(0) * 10)
+    assert measure_xz_bits_per_byte("a" * 100_000) < 0.05
+    assert measure_xz_bits_per_byte(sentences(0)) > measure_xz_bits_per_byte(sentences(0) * 10)

@@ -2,7 +2,7 @@
 
 import random
 
-from lit_gpt_scratch.evaluation.contamination import WORDS, contaminated
+from lit_gpt_scratch.evaluation.contamination import NGRAM_WORDS, find_contaminated
 
 
 def test_what_is_found_is_what_brute_force_finds() -> None:
@@ -26,20 +26,20 @@ def test_what_is_found_is_what_brute_force_finds() -> None:
         expected = [found(text) for text in texts]
         assert any(expected)
         assert not all(expected)
-        assert contaminated(texts, training, n).tolist() == expected
+        assert find_contaminated(texts, training, n).tolist() == expected
 
 
 def test_gpt_3s_rule_by_example() -> None:
     alphabet = " ".join("abcdefghijklmnopqrstuvwxyz")
-    assert WORDS == 13
+    assert NGRAM_WORDS == 13
     texts = [alphabet[:25], alphabet[:23] + " z z", alphabet[:15].title(), alphabet[:13], "A, b. C!", ""]
-    assert contaminated(texts, ["x " + alphabet]).tolist() == [True, False, True, False, False, False]
-    assert contaminated(texts, []).sum() == 0
+    assert find_contaminated(texts, ["x " + alphabet]).tolist() == [True, False, True, False, False, False]
+    assert find_contaminated(texts, []).sum() == 0
 
 
 def test_a_common_phrase_is_found_where_it_is_all_that_is_said() -> None:
     """Of GPT-3's rows the shortest had 8 words for a run; whoever asks for shorter runs gets them."""
     texts = ["Ok", "I am", "a b c d e f g"]
-    assert not contaminated(texts, ["he said ok then", "I am the walrus", "a b c d e f g h"]).any()
-    assert contaminated(texts, ["OK!", "i am.", "a, b, c, d, e, f, g"]).all()
-    assert contaminated(texts, ["he said ok then", "I am the walrus"], words=1).tolist() == [True, True, False]
+    assert not find_contaminated(texts, ["he said ok then", "I am the walrus", "a b c d e f g h"]).any()
+    assert find_contaminated(texts, ["OK!", "i am.", "a, b, c, d, e, f, g"]).all()
+    assert find_contaminated(texts, ["he said ok then", "I am the walrus"], words=1).tolist() == [True, True, False]

@@ -5,7 +5,14 @@ import math
 import numpy as np
 import pytest
 
-from lit_gpt_scratch.evaluation.intervals import GROUPS, Measured, jackknife, scores, student, wilson
+from lit_gpt_scratch.evaluation.intervals import (
+    MAX_GROUPS,
+    Measurements,
+    jackknife_standard_errors,
+    student_t_quantile,
+    summarize,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -18,23 +25,23 @@ from lit_gpt_scratch.evaluation.intervals import GROUPS, Measured, jackknife, sc
     ],
 )
 def test_wilsons_interval_as_published(share: float, n: int, low: float, high: float) -> None:
-    assert wilson(share, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(share, n) == pytest.approx((low, high), abs=5e-5)
 
 
-@pytest.mark.parametrize("n", [2, 37, GROUPS])
+@pytest.mark.parametrize("n", [2, 37, MAX_GROUPS])
 def test_the_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
     values = np.random.default_rng(0).normal(size=n)
     everything = np.arange(n)
-    found = jackknife(lambda places: {"mean": float(values[places].mean())}, everything, everything)
+    found = jackknife_standard_errors(lambda places: {"mean": float(values[places].mean())}, everything, everything)
     assert found is not None
     assert found["mean"] == pytest.approx(values.std(ddof=1) / math.sqrt(n))
 
 
 def test_a_single_row_has_no_interval_and_a_share_has_one() -> None:
-    one = Measured.of_rows(1, lambda places: {"right": 1.0, "length": 3.0}, frozenset({"right"}))
-    found = scores(one)
+    one = Measurements.from_rows(1, lambda places: {"right": 1.0, "length": 3.0}, frozenset({"right"}))
+    found = summarize(one)
     assert found.intervals["length"] is None
-    assert found.intervals["right"] == wilson(1.0, 1)
+    assert found.intervals["right"] == wilson_interval(1.0, 1)
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
@@ -43,8 +50,8 @@ def test_intervals_of_few_rows_hold_it_too(n: int) -> None:
     rng, held = np.random.default_rng(n), 0
     for _ in range(1000):
         values = rng.normal(size=n)
-        measured = Measured.of_rows(n, lambda at, values=values: {"mean": float(values[at].mean())})
-        low, high = scores(measured).intervals["mean"]
+        measured = Measurements.from_rows(n, lambda at, values=values: {"mean": float(values[at].mean())})
+        low, high = summarize(measured).intervals["mean"]
         held += low < 0.0 < high
     assert 0.93 <= held / 1000 <= 0.97
 
@@ -52,22 +59,22 @@ def test_intervals_of_few_rows_hold_it_too(n: int) -> None:
 def test_students_t_is_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     for freedom in (*range(1, 40), 99):
-        assert student(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1.3e-3)
+        assert student_t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1.3e-3)
 
 
 def test_an_interval_stays_where_the_figure_can_be() -> None:
     values = np.array([0.0, 0.0, 1.0])
     for sign, expected in ((1.0, 0.0), (-1.0, 1.0)):
         shares = values if sign > 0 else 1 - values
-        measured = Measured.of_rows(
+        measured = Measurements.from_rows(
             3, lambda at, of=shares: {"mean": float(of[at].mean())}, limits={"mean": (0.0, 1.0)}
         )
-        assert scores(measured).intervals["mean"][sign < 0] == expected
+        assert summarize(measured).intervals["mean"][sign < 0] == expected
 
 
 def test_where_no_row_changes_anything_no_interval_is_claimed() -> None:
-    measured = Measured.of_rows(20, lambda at: {"accuracy": 1.0, "f1": 1.0}, frozenset({"accuracy"}))
-    assert scores(measured).intervals == {"accuracy": wilson(1.0, 20), "f1": None}
+    measured = Measurements.from_rows(20, lambda at: {"accuracy": 1.0, "f1": 1.0}, frozenset({"accuracy"}))
+    assert summarize(measured).intervals == {"accuracy": wilson_interval(1.0, 20), "f1": None}
 
 
 @pytest.mark.parametrize("n", [40, 250])
@@ -78,17 +85,17 @@ def test_intervals_hold_the_truth_in_19_of_20_experiments(n: int) -> None:
     for _ in range(400):
         tokens = rng.integers(10, 200, n)
         nats = tokens * rng.gamma(9.0, 1 / 3.0, n)  # mean 3 a token, one level a document
-        measured = Measured.of_rows(n, lambda at, a=nats, b=tokens: {"loss": float(a[at].sum() / b[at].sum())})
-        low, high = scores(measured).intervals["loss"]
+        measured = Measurements.from_rows(n, lambda at, a=nats, b=tokens: {"loss": float(a[at].sum() / b[at].sum())})
+        low, high = summarize(measured).intervals["loss"]
         held += low < 3.0 < high
     assert 0.91 <= held / 400 <= 0.98
 
 
 def test_figures_of_some_rows_know_nothing_of_the_others() -> None:
     values = np.arange(10.0)
-    measured = Measured(
-        np.repeat(np.arange(5), 2), 5, lambda at: {"mean": float(values[at].mean())}, facts=lambda at: {"n": len(at)}
+    measured = Measurements(
+        np.repeat(np.arange(5), 2), 5, lambda at: {"mean": float(values[at].mean())}, extra=lambda at: {"n": len(at)}
     )
-    found = scores(measured, np.array([True, False, False, False, True]))
-    assert found.figures["mean"] == np.mean([0, 1, 8, 9])
-    assert (found.rows, found.facts) == (2, {"n": 4})
+    found = summarize(measured, np.array([True, False, False, False, True]))
+    assert found.metrics["mean"] == np.mean([0, 1, 8, 9])
+    assert (found.rows, found.extra) == (2, {"n": 4})

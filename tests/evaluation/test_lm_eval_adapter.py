@@ -13,15 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measure_pairs
+from lit_gpt_scratch.evaluation.intervals import summarize
+from lit_gpt_scratch.evaluation.multiple_choice import (
+    MultipleChoiceQuestion,
+    evaluate_minimal_pairs,
+    evaluate_multiple_choice,
+)
 from lit_gpt_scratch.interop import hf_checkpoint
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, sentences
-from tests.evaluation.test_choices import questions
+from tests.evaluation.test_multiple_choice import questions
 
 LINES = sentences(4, 60).splitlines()
 
@@ -29,7 +33,7 @@ LINES = sentences(4, 60).splitlines()
 @pytest.fixture
 def adapter(model: GPT, tokenizer: Tokenizer) -> Any:
     module = pytest.importorskip("lit_gpt_scratch.evaluation.lm_eval_adapter", exc_type=ImportError)
-    return module.Adapter(model, tokenizer)
+    return module.LMEvalAdapter(model, tokenizer)
 
 
 @pytest.fixture
@@ -44,8 +48,10 @@ def theirs(adapter: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> It
     """Of the same weights; without its cache of logits, by which 20 of the 71 requests below differ from the same asked
     alone (0.4.13)."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
-    shape = Shape(TINY, tokenizer.vocab_size, model.block_size)
-    hf_checkpoint.write(hf_checkpoint.Model(shape, model.state_dict(), tokenizer), tmp_path / "hf")
+    shape = ModelShape(TINY, tokenizer.vocab_size, model.block_size)
+    hf_checkpoint.write_hf_checkpoint(
+        hf_checkpoint.PortableModel(shape, model.state_dict(), tokenizer), tmp_path / "hf"
+    )
     return lambda **settings: huggingface.HFLM(
         pretrained=str(tmp_path / "hf"), device="cpu", batch_size=4, logits_cache=False, **settings
     )
@@ -95,7 +101,7 @@ def task(name: str, source: Path, **fields: Any) -> None:
 @pytest.mark.usefixtures("_own_tasks_alone")
 def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """Zero-shot; few-shot, theirs with the first rows of a split of its own as examples."""
-    from lit_gpt_scratch.evaluation.lm_eval_adapter import run
+    from lit_gpt_scratch.evaluation.lm_eval_adapter import run_lm_eval
 
     model.block_size = 512  # rotary positions have no end
     asked = [{"question": q.context, "choices": [c[1:] for c in q.choices], "answer": q.answer} for q in questions(40)]
@@ -112,24 +118,26 @@ def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer
     task("own_few_shot", tmp_path / "others.jsonl", **choices, **few, num_fewshot=2)
     good_and_bad = {"doc_to_choice": "{{[sentence_good, sentence_bad]}}", "doc_to_target": 0}
     task("own_pairs", tmp_path / "pairs.jsonl", doc_to_text="", target_delimiter="", **good_and_bad)
-    theirs = run(model, tokenizer, ["own_questions", "own_few_shot", "own_pairs"], include_path=tmp_path)
-    rows = [Question.of(TableRow("", "", row)) for row in asked]
+    theirs = run_lm_eval(model, tokenizer, ["own_questions", "own_few_shot", "own_pairs"], include_path=tmp_path)
+    rows = [MultipleChoiceQuestion.from_row(TableRow("", "", row)) for row in asked]
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
     for name, shots in (("own_questions", 0), ("own_few_shot", 2)):
-        ours = scores(measure(model, tokenizer, rows, shots))
+        ours = summarize(evaluate_multiple_choice(model, tokenizer, rows, shots))
         assert theirs[name].rows == ours.rows
         for their_name, own in names.items():
-            assert theirs[name].figures[their_name] == pytest.approx(ours.figures[own])
+            assert theirs[name].metrics[their_name] == pytest.approx(ours.metrics[own])
             assert theirs[name].intervals[their_name] == pytest.approx(ours.intervals[own])
-    ours = scores(measure_pairs(model, tokenizer, [Question.of_pair(TableRow("", "", row)) for row in pairs]))
-    assert theirs["own_pairs"].figures == {"acc": pytest.approx(ours.figures["accuracy"])}
+    ours = summarize(
+        evaluate_minimal_pairs(model, tokenizer, [MultipleChoiceQuestion.from_pair(TableRow("", "", row)) for row in pairs])
+    )
+    assert theirs["own_pairs"].metrics == {"acc": pytest.approx(ours.metrics["accuracy"])}
 
 
 @pytest.mark.usefixtures("_own_tasks_alone")
 def test_a_benchmark_that_is_not_there_is_named(model: GPT, tokenizer: Tokenizer) -> None:
     from lit_gpt_scratch.errors import UserError
-    from lit_gpt_scratch.evaluation.lm_eval_adapter import run
+    from lit_gpt_scratch.evaluation.lm_eval_adapter import run_lm_eval
 
     with pytest.raises(UserError, match="--benchmark: lm-eval has no task no_such_task"):
-        run(model, tokenizer, ["no_such_task"])
+        run_lm_eval(model, tokenizer, ["no_such_task"])
     assert torch.is_grad_enabled()

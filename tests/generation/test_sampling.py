@@ -16,7 +16,7 @@ LOGITS = torch.tensor([1.0, 3.0, 2.0, -1.0, 2.5])
 def draw(sampling: Sampling, logits: torch.Tensor, n: int = 20_000, seen: torch.Tensor | None = None) -> torch.Tensor:
     rng = random.Random(0)
     rows = logits.expand(n, -1)
-    tokens = sampling.choose(rows, [rng.random() for _ in range(n)], None if seen is None else seen.expand(n, -1))
+    tokens = sampling.sample(rows, [rng.random() for _ in range(n)], None if seen is None else seen.expand(n, -1))
     return torch.bincount(tokens, minlength=logits.numel()) / n
 
 
@@ -58,7 +58,7 @@ def test_the_distribution_is_that_of_transformers(
     n = 4000
     comb = [(i + 0.5) / n for i in range(n)]
     sampling = Sampling(penalty, temperature, top_k, top_p, min_p)
-    found = torch.bincount(sampling.choose(logits.expand(n, -1), comb, seen.expand(n, -1)), minlength=30) / n
+    found = torch.bincount(sampling.sample(logits.expand(n, -1), comb, seen.expand(n, -1)), minlength=30) / n
     torch.testing.assert_close(found, expected.softmax(-1)[0], atol=2 / n, rtol=0)
 
 
@@ -67,9 +67,9 @@ def test_the_last_of_all_numbers_chooses_something_that_can_be_chosen(vocabulary
     torch.manual_seed(0)
     logits = torch.randn(50, vocabulary)
     logits[:, -1] = -torch.inf
-    tokens = Sampling(temperature=1.0, top_k=None).choose(logits, [1 - 2**-53] * 50)
+    tokens = Sampling(temperature=1.0, top_k=None).sample(logits, [1 - 2**-53] * 50)
     assert logits.gather(1, tokens[:, None]).isfinite().all()
-    assert Sampling(top_k=None).choose(logits, [0.0] * 50).max() < vocabulary - 1
+    assert Sampling(top_k=None).sample(logits, [0.0] * 50).max() < vocabulary - 1
 
 
 def test_what_cannot_be_is_refused() -> None:
@@ -81,4 +81,4 @@ def test_what_cannot_be_is_refused() -> None:
             Sampling(**{name: value})  # type: ignore[arg-type]  # of any of them
     for wrong in ([0.0, float("nan")], [0.0, float("inf")], [-float("inf")] * 2):
         with pytest.raises(UserError, match="diverged"):
-            Sampling().choose(torch.tensor([wrong]), [0.5])
+            Sampling().sample(torch.tensor([wrong]), [0.5])

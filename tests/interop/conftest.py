@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.interop.hf_checkpoint import Model
+from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
@@ -98,7 +98,7 @@ def randomised(model: Any) -> Any:
     return model.eval()
 
 
-def network(model: Model) -> GPT:
+def network(model: PortableModel) -> GPT:
     """The network, ready to use."""
     built = GPT(*model.shape)
     built.load_state_dict(model.weights)

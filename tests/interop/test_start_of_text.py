@@ -11,8 +11,8 @@ from tokenizers import processors
 
 from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.cli import convert
-from lit_gpt_scratch.evaluation.perplexity import score
-from lit_gpt_scratch.interop.hf_checkpoint import read
+from lit_gpt_scratch.evaluation.perplexity import score_documents
+from lit_gpt_scratch.interop.hf_checkpoint import read_hf_checkpoint
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 from tests.interop.conftest import Published, library
@@ -48,7 +48,7 @@ def test_a_text_is_scored_behind_the_token_that_it_was_trained_behind(
         chances = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])
     assert ids.size(1) <= ours.block_size
     bits = -chances.sum().item() / math.log(2) / len(text.encode())
-    assert score(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
+    assert score_documents(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
 
 
 def test_the_token_survives_the_way_there_and_back(
@@ -69,4 +69,4 @@ def test_without_a_template_the_config_says_it(published: Published, said: objec
     _, folder = published("llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": said}))
-    assert read(folder).tokenizer.start_of_text == start
+    assert read_hf_checkpoint(folder).tokenizer.start_of_text == start

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.checkpoint.adapters import adapted, save_adapter
-from lit_gpt_scratch.checkpoint.checkpoint_io import save
-from lit_gpt_scratch.checkpoint.init_from import begin_with
-from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model
-from lit_gpt_scratch.checkpoint.metadata import KEY, Contents
-from lit_gpt_scratch.checkpoint.safetensors_export import load_shared, share
+from lit_gpt_scratch.checkpoint.adapters import apply_adapter, save_adapter
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+from lit_gpt_scratch.checkpoint.init_from import copy_weights
+from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint, load_model
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
+from lit_gpt_scratch.checkpoint.safetensors_export import export_safetensors, load_safetensors
 from lit_gpt_scratch.cli import convert
 from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.errors import UserError
@@ -118,14 +118,14 @@ def test_adapters_are_kept_alone_and_merge_into_their_base_only(
     task, path = tuned(LanguageModel(init_from=str(base), lora=LoRA(4), compile=False), steps=8)
     file = tmp_path / "adapter.safetensors"
     save_adapter(path, file)
-    trained = build(load_checkpoint(base), base)
-    merged = adapted(trained, file)
+    trained = build_model(load_checkpoint(base), base)
+    merged = apply_adapter(trained, file)
     ids = torch.randint(0, 300, (2, 20))
     assert not torch.equal(merged.net(ids), trained.net(ids))
     torch.testing.assert_close(merged.net(ids), task.net.eval()(ids), rtol=0, atol=1e-5)
     torch.testing.assert_close(load_model(path)[0](ids), merged.net(ids), rtol=0, atol=0)
     with pytest.raises(UserError, match="is for another base"):
-        adapted(merged, file)
+        apply_adapter(merged, file)
     with pytest.raises(UserError, match="holds adapters alone; name what they are for"):
         load_model(file)
     with pytest.raises(UserError, match="has no adapters"):
@@ -139,10 +139,10 @@ def test_adapters_are_merged_in_a_file_for_others(
     file = tmp_path / "model.safetensors"
     convert.main(["to-safetensors", str(path), str(file)])
     assert load_file(file).keys() == GPT(task.gpt, task.net.vocab_size, 144, task.output_head).state_dict().keys()
-    own, shared = build(load_checkpoint(path), path), build(load_checkpoint(file), file)
+    own, shared = build_model(load_checkpoint(path), path), build_model(load_checkpoint(file), file)
     for name, weight in own.net.state_dict().items():
         assert torch.equal(weight, shared.net.state_dict()[name]), name
-    assert shared.contents == replace(own.contents, lora=None, base=None, new_head=False)
+    assert shared.metadata == replace(own.metadata, lora=None, base=None, new_head=False)
 
 
 def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
@@ -155,8 +155,10 @@ def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
     lora = lora_state_dict(net).keys()
     # Of the base's own weights a single number each is kept, or the test would write half a gigabyte.
     state = {f"net.{name}": torch.zeros(shape if name in lora else 1) for name, shape in shapes.items()}
-    contents = Contents(asdict(PRESETS["gpt2_124m"]), 50257, 1024, "{}", lora=asdict(LoRA(8)), base="its hash")
-    save({KEY: asdict(contents), "state_dict": state}, tmp_path / "run.ckpt")
+    contents = CheckpointMetadata(
+        asdict(PRESETS["gpt2_124m"]), 50257, 1024, "{}", lora=asdict(LoRA(8)), base="its hash"
+    )
+    save_checkpoint({METADATA_KEY: asdict(contents), "state_dict": state}, tmp_path / "run.ckpt")
     file = tmp_path / "adapter.safetensors"
     save_adapter(tmp_path / "run.ckpt", file)
     assert load_file(file).keys() == lora
@@ -171,15 +173,15 @@ def test_an_adapter_beside_the_bases_head_is_for_that_head(
         _, path = tuned(task(init_from=str(base), lora=LoRA(2), compile=False), data, steps=1)
         file = tmp_path / "adapter.safetensors"
         save_adapter(path, file)
-        other = build(load_checkpoint(base), base)
-        adapted(other, file)
+        other = build_model(load_checkpoint(base), base)
+        apply_adapter(other, file)
         with torch.no_grad():
             other.net.head.weight += 1
         if relies:
             with pytest.raises(UserError, match="is for another base"):
-                adapted(other, file)
+                apply_adapter(other, file)
         else:
-            adapted(other, file)
+            apply_adapter(other, file)
 
 
 @pytest.mark.parametrize("left_out", [".lora_a", "head.weight"])
@@ -189,12 +191,12 @@ def test_an_adapter_that_is_not_whole_is_refused(
     _, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=1)
     file = tmp_path / "adapter.safetensors"
     save_adapter(path, file)
-    part = load_shared(file, "")
+    part = load_safetensors(file, "")
     lost = next(name for name in part["state_dict"] if name.endswith(left_out))
     del part["state_dict"][lost]
-    share(part, "", file)
+    export_safetensors(part, "", file)
     with pytest.raises(UserError, match=f"is not whole, or has what is no adapter: {re.escape(lost)}"):
-        adapted(build(load_checkpoint(base), base), file)
+        apply_adapter(build_model(load_checkpoint(base), base), file)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +267,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
         auroc.append(((above > 0).float() + (above == 0) / 2).mean().item())
     assert measured["test/f1"].item() == pytest.approx(sum(f1) / len(names))
     assert measured["test/auroc"].item() == pytest.approx(sum(auroc) / len(names), abs=1e-5)
-    contents = build(load_checkpoint(path), path).contents
+    contents = build_model(load_checkpoint(path), path).metadata
     assert (contents.classes, contents.pooling) == (names, "last")
     with pytest.raises(UserError, match="writes nothing"):
         load_model(path)
@@ -295,7 +297,7 @@ def test_a_head_for_other_classes_is_new(
         return task, path
 
     _, path = fit(base, "ham", "spam")
-    trained = build(load_checkpoint(path), path)
+    trained = build_model(load_checkpoint(path), path)
     for classes, kept in ((("spam", "ham"), True), (("bad", "good"), False)):
         net = GPT(
             trained.net.config,
@@ -303,7 +305,7 @@ def test_a_head_for_other_classes_is_new(
             trained.net.block_size,
             ClassificationHead(2, tuple(sorted(classes))),
         )
-        assert begin_with(trained, net) is kept
+        assert copy_weights(trained, net) is kept
         assert torch.equal(net.head.weight, trained.net.head.weight) is kept
     assert fit(path, "bad", "good")[0].net.head.weight.requires_grad
 
@@ -337,14 +339,14 @@ def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
     assert task.net.head.weight.requires_grad
     file = tmp_path / "adapter.safetensors"
     save_adapter(path, file)
-    merged = adapted(build(load_checkpoint(base), base), file)
+    merged = apply_adapter(build_model(load_checkpoint(base), base), file)
     batch = next(iter(task.data.test_dataloader()))
     with torch.no_grad():
         expected = task.eval()(batch["input_ids"], batch["lengths"])
         stream = POOLINGS["last"](merged.net.hidden_states(batch["input_ids"]), batch["lengths"])
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(merged.net.apply_head(stream).squeeze(1), expected, rtol=0, atol=1e-4)
-    assert merged.contents.classes == task.data.class_names
+    assert merged.metadata.classes == task.data.class_names
 
 
 def test_a_new_head_goes_on_being_trained(

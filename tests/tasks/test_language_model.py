@@ -15,9 +15,9 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy
-from lit_gpt_scratch.distributed.hardware_defaults import why_not_compile
+from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.perplexity import score
+from lit_gpt_scratch.evaluation.perplexity import score_documents
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.optim import AdamW, Muon, Schedule
@@ -166,7 +166,7 @@ def test_validation_of_one_document_is_what_evaluate_says(
     run = trainer(max_steps=5, callbacks=[ValidateAtEnd()])
     run.fit(model, data)
     text = (corpus / "00.txt").read_text(encoding="utf-8")
-    figures = score(model.net.eval(), data.tokenizer, [text[int(len(text) * 0.7) :]])
+    figures = score_documents(model.net.eval(), data.tokenizer, [text[int(len(text) * 0.7) :]])
     for name in ("loss", "perplexity", "bits_per_byte"):
         assert run.callback_metrics[f"val/{name}"].item() == pytest.approx(figures[name], rel=1e-5)
 
@@ -215,7 +215,7 @@ def test_bare_loaders_are_refused(task: Callable[..., LanguageModel], trainer: B
         trainer().fit(task(), torch.utils.data.DataLoader([1]))
 
 
-@pytest.mark.skipif(bool(why_not_compile(torch.device("cpu"))), reason="torch.compile needs a compiler")
+@pytest.mark.skipif(bool(explain_no_compile(torch.device("cpu"))), reason="torch.compile needs a compiler")
 def test_compiled_and_eager_agree_and_compiled_repeats_itself(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
 ) -> None:

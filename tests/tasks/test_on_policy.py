@@ -17,7 +17,7 @@ from torch import Tensor
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.summary import RunSummary
-from lit_gpt_scratch.checkpoint.metadata import KEY
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
 from lit_gpt_scratch.data.rollout_sampler import rank_rows
@@ -297,7 +297,7 @@ def test_the_start_is_none_of_a_policys_parameters(
 ) -> None:
     """A critic is, in the plan as in the summary."""
     summary, task = RunSummary(), policy(name, steps_per_phase=2)
-    summary.folder = RunFolder.claim(tmp_path, "run")
+    summary.folder = RunFolder.create(tmp_path, "run")
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
         trainer(max_steps=1, limit_val_batches=0, callbacks=[summary, RunPlan()]).fit(task, data())
     said = json.loads((summary.folder.path / "summary.json").read_text(encoding="utf-8"))
@@ -468,7 +468,7 @@ def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_re
     with pytest.raises(UserError, match=r"model.reward: the reward model .* was trained with another tokenizer"):
         run("PPO", reward=path)
     contents = torch.load(path, weights_only=True)
-    contents[KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"
+    contents[METADATA_KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"
     torch.save(contents, path)
     with pytest.raises(UserError, match=f"model.reward: .* let it run: --model.gpt.attention {own}"):
         run("PPO", reward=path)

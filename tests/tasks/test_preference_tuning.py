@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
 from lit_gpt_scratch.callbacks.samples import RewardEval
-from lit_gpt_scratch.checkpoint.loading import build, load_checkpoint, load_model, reward_model
-from lit_gpt_scratch.checkpoint.metadata import KEY
+from lit_gpt_scratch.checkpoint.loading import build_model, load_checkpoint, load_model, load_reward_model
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.data import Conversations, Preferences
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.chat_eval import Reply
+from lit_gpt_scratch.evaluation.chat_eval import ChatReply
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.model.output_heads import compute_rewards
@@ -113,7 +113,7 @@ def test_a_policy_is_no_distance_from_itself(
 
     first = First()
     contents = torch.load(start, weights_only=True)
-    contents[KEY]["gpt"]["dropout"] = 0.5  # of a start that was trained with some
+    contents[METADATA_KEY]["gpt"]["dropout"] = 0.5  # of a start that was trained with some
     torch.save(contents, tmp_path / "dropping.ckpt")
     data = Preferences(init_from=str(start), cache=str(cache), block_size=96)
     task = DPO(init_from=str(tmp_path / "dropping.ckpt"), compile=False, **how)
@@ -188,15 +188,15 @@ def test_a_reward_is_read_at_the_end_and_learned(
     assert task.trainer.callback_metrics["test/accuracy"] >= 0.95
     assert task.trainer.callback_metrics["test/margin"] > 1
     tokenizer = task.data.tokenizer_json
-    asked = compute_rewards(reward_model(str(path), tokenizer), batch["input_ids"], batch["lengths"])
+    asked = compute_rewards(load_reward_model(str(path), tokenizer), batch["input_ids"], batch["lengths"])
     torch.testing.assert_close(asked, together)
-    assert build(load_checkpoint(path), path).contents.rewards
+    assert build_model(load_checkpoint(path), path).metadata.rewards
     with pytest.raises(UserError, match="it rewards replies, and writes nothing"):
         load_model(path)
     with pytest.raises(UserError, match="another tokenizer than the policy has"):
-        reward_model(str(path), tokenizer.replace("endoftext", "end"))
+        load_reward_model(str(path), tokenizer.replace("endoftext", "end"))
     with pytest.raises(UserError, match="is no reward model: it predicts tokens"):
-        reward_model(str(start), tokenizer)
+        load_reward_model(str(start), tokenizer)
 
 
 def test_true_reward_is_the_share_of_ended_replies_that_hold(
@@ -205,9 +205,14 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
     """The start's is measured once, on prompts of the test, and goes on with the run."""
     asked = []
 
-    def written(net: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, sampling: Any) -> list[Reply]:
+    def written(net: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, sampling: Any) -> list[ChatReply]:
         asked.append((prompts, tokens, net.training))
-        kinds = [Reply("Yes.", True, 3), Reply("Yes.", False, 8), Reply("Yes", True, 2), Reply("No.", True, 4)]
+        kinds = [
+            ChatReply("Yes.", True, 3),
+            ChatReply("Yes.", False, 8),
+            ChatReply("Yes", True, 2),
+            ChatReply("No.", True, 4),
+        ]
         return [kinds[place % 4] for place in range(len(prompts))]
 
     monkeypatch.setattr("lit_gpt_scratch.callbacks.samples.replies", written)

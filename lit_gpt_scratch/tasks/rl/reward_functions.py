@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.checkpoint.loading import reward_model
+from lit_gpt_scratch.checkpoint.loading import load_reward_model
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.output_heads import compute_rewards
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
@@ -58,7 +58,7 @@ class RewardModelScorer:
 
     def __init__(self, place: str, tokenizer_json: str, longest: int, at_once: int, trusted: str | None) -> None:
         try:
-            self.net = reward_model(place, tokenizer_json, trusted)
+            self.net = load_reward_model(place, tokenizer_json, trusted)
         except UserError as error:
             raise UserError(f"model.reward: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
         if self.net.block_size < longest:

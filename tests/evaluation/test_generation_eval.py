@@ -5,8 +5,8 @@ import torch
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import generation_eval as module
-from lit_gpt_scratch.evaluation.generation_eval import Exercise, continuations, measure
-from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.evaluation.generation_eval import GenerationExample, evaluate_generation, generate_continuations
+from lit_gpt_scratch.evaluation.intervals import summarize
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -16,7 +16,7 @@ from tests.conftest import sentences
 def test_each_continuation_is_the_likeliest_tokens_one_by_one(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(module, "BATCH_SIZE", 3)
     prompts = [line[: 3 + k] for k, line in enumerate(sentences(2, 7).splitlines())]
     expected = []
     for prompt in prompts:
@@ -30,16 +30,16 @@ def test_each_continuation_is_the_likeliest_tokens_one_by_one(
             ids.append(token)
             text += decode(token)
         expected.append(text)
-    assert continuations(model, tokenizer, prompts, 9) == expected
+    assert generate_continuations(model, tokenizer, prompts, 9) == expected
     references = [f" {text}\n" if k != 2 else "another" for k, text in enumerate(expected)]
-    exercises = [Exercise("", *both) for both in zip(prompts, references, strict=True)]
-    assert scores(measure(model, tokenizer, exercises, 9)).figures["exact_match"] == pytest.approx(6 / 7)
+    exercises = [GenerationExample("", *both) for both in zip(prompts, references, strict=True)]
+    assert summarize(evaluate_generation(model, tokenizer, exercises, 9)).metrics["exact_match"] == pytest.approx(6 / 7)
 
 
 def test_counts_of_words_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     written = ["a b a b a b", "a b c d e", "b", ""]
-    monkeypatch.setattr(module, "continuations", lambda *args: written)
-    found = scores(measure(model, tokenizer, [Exercise("", "p", "b")] * 4)).figures
+    monkeypatch.setattr(module, "generate_continuations", lambda *args: written)
+    found = summarize(evaluate_generation(model, tokenizer, [GenerationExample("", "p", "b")] * 4)).metrics
     assert found["exact_match"] == 1 / 4
     assert found["distinct_1"] == pytest.approx(5 / 12)  # a b c d e, of 6 + 5 + 1
     assert found["distinct_2"] == pytest.approx(5 / 9)  # ab ba bc cd de, of 5 + 4
@@ -48,6 +48,6 @@ def test_counts_of_words_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: 
 
 def test_bad_rows_are_named(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="r: line 2: no text in 'reference'; its columns are prompt"):
-        Exercise.of(TableRow("r:2", "r: line 2", {"prompt": "x"}))
+        GenerationExample.from_row(TableRow("r:2", "r: line 2", {"prompt": "x"}))
     with pytest.raises(UserError, match=r"r: line 2: its prompt has \d{3} tokens, the context holds 64"):
-        measure(model, tokenizer, [Exercise("r: line 2", "word " * 60, "x")])
+        evaluate_generation(model, tokenizer, [GenerationExample("r: line 2", "word " * 60, "x")])

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.distributed.validate_hardware import memory_errors, refuse_hardware
+from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
 
 
@@ -57,7 +57,7 @@ def test_what_is_not_there(
 ) -> None:
     machine(**here)
     with pytest.raises(UserError) as refused:
-        refuse_hardware(asked(**flags))
+        validate_hardware(asked(**flags))
     assert instead in str(refused.value)
     name, value = list(flags.items())[-1]
     spoken = type(value).__name__ if isinstance(value, Strategy) else value
@@ -79,7 +79,7 @@ def test_what_is_not_there(
 )
 def test_what_is_there(machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any]) -> None:
     machine(**here)
-    refuse_hardware(asked(**flags))
+    validate_hardware(asked(**flags))
 
 
 class Data:
@@ -107,11 +107,11 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
     ],
 )
 def test_memory_that_is_not_there_is_asked_for_in_smaller_parts(error: Exception, data: Data | None, said: str) -> None:
-    with pytest.raises(UserError, match=r"^out of memory") as refused, memory_errors(data):
+    with pytest.raises(UserError, match=r"^out of memory") as refused, explain_out_of_memory(data):
         raise error
     assert said in str(refused.value)
 
 
 def test_another_error_is_left_alone() -> None:
-    with pytest.raises(RuntimeError, match="singular"), memory_errors(None):
+    with pytest.raises(RuntimeError, match="singular"), explain_out_of_memory(None):
         raise RuntimeError("the matrix is singular")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.hf_checkpoint import Model, read, write
-from lit_gpt_scratch.interop.model_family import Shape
+from lit_gpt_scratch.interop.hf_checkpoint import PortableModel, read_hf_checkpoint, write_hf_checkpoint
+from lit_gpt_scratch.interop.model_family import ModelShape
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
@@ -20,12 +20,12 @@ from tests.interop.conftest import LENGTH, library, network, randomised
 TEXT = "the cat sees <|endoftext| a dog.\r\n\t Çé 東京 🎉  x"
 
 
-def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Model:
+def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> PortableModel:
     """A model of this package with random weights, in a vocabulary that the tokenizer does not fill."""
     from lit_gpt_scratch.model import GPT
 
-    shape = Shape(gpt, vocab_size, LENGTH)
-    return Model(shape, randomised(GPT(*shape)).state_dict(), tokenizer)
+    shape = ModelShape(gpt, vocab_size, LENGTH)
+    return PortableModel(shape, randomised(GPT(*shape)).state_dict(), tokenizer)
 
 
 def any_config(seed: int) -> GPTConfig:
@@ -63,7 +63,7 @@ def any_config(seed: int) -> GPTConfig:
 def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
-    architecture = write(model, tmp_path / "hf")
+    architecture = write_hf_checkpoint(model, tmp_path / "hf")
     theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert type(theirs).__name__ == architecture
     assert not any(told.values()), told
@@ -73,7 +73,7 @@ def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int
     got = ours(x).detach()
     assert got.std() > 0.1
     assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-    assert (network(read(tmp_path / "hf"))(x) - got).abs().max() <= 1e-5
+    assert (network(read_hf_checkpoint(tmp_path / "hf"))(x) - got).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_the_family_follows_from_the_config(
 ) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
     (tmp_path / "hf").mkdir()  # an empty one counts as none
-    assert write(model, tmp_path / "hf") == architecture
+    assert write_hf_checkpoint(model, tmp_path / "hf") == architecture
     config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == [architecture]
     assert config["eos_token_id"] == config["bos_token_id"] == tokenizer.end_of_text
@@ -110,7 +110,7 @@ def test_the_tokenizer_is_read_by_others(tmp_path: Path, kind: str, family: dict
     transformers = library()
     tokenizer = Tokenizer.train([sentences(seed) for seed in range(5)], 600, kind)
     gpt = GPTConfig(n_layer=1, n_head=1, n_embd=8, **family)
-    write(made(gpt, tokenizer, tokenizer.vocab_size), tmp_path / "hf")
+    write_hf_checkpoint(made(gpt, tokenizer, tokenizer.vocab_size), tmp_path / "hf")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT)
     assert theirs.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
@@ -148,7 +148,7 @@ def test_what_no_family_can_say(
 ) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
     with pytest.raises(UserError) as refused:
-        write(model, tmp_path / "hf")
+        write_hf_checkpoint(model, tmp_path / "hf")
     for part in said:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -160,15 +160,15 @@ def test_a_switch_that_is_new_is_refused(tmp_path: Path, tokenizer: Tokenizer, m
     from lit_gpt_scratch.interop import model_family
     from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES
 
-    monkeypatch.setattr(model_family, "FREE", model_family.FREE - {"n_layer"})
-    assert all("n_layer is 1 (there 4)" in one.obstacles(GPTConfig(n_layer=1)) for one in FAMILIES.values())
+    monkeypatch.setattr(model_family, "COMMON_FIELDS", model_family.COMMON_FIELDS - {"n_layer"})
+    assert all("n_layer is 1 (there 4)" in one.unsupported_settings(GPTConfig(n_layer=1)) for one in FAMILIES.values())
 
 
 def test_dropout_that_would_be_lost_is_told(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "lit_gpt_scratch"):
-        write(made(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.1), tokenizer), tmp_path / "hf")
+        write_hf_checkpoint(made(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.1), tokenizer), tmp_path / "hf")
     assert "dropout is 0.1; qwen3 has none" in caplog.text
 
 
@@ -179,9 +179,9 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, tokenizer: 
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for place in ("hf", "file"):
         with pytest.raises(UserError, match="is there already and is not an empty folder"):
-            write(model, tmp_path / place)
+            write_hf_checkpoint(model, tmp_path / place)
     with pytest.raises(UserError, match="cannot write"):
-        write(model, tmp_path / "file" / "hf")
+        write_hf_checkpoint(model, tmp_path / "file" / "hf")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "hf", "notes.txt"]
 
 
@@ -193,7 +193,7 @@ def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypa
 
     monkeypatch.setattr(hf_checkpoint, "save_file", full)
     with pytest.raises(UserError, match=r"cannot write .*hf: No space left on device"):
-        write(made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer), tmp_path / "hf")
+        write_hf_checkpoint(made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer), tmp_path / "hf")
     assert not any(tmp_path.iterdir())
 
 
@@ -201,4 +201,4 @@ def test_weights_of_another_shape(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
     del model.weights["norm.weight"]
     with pytest.raises(UserError, match=r"tensors in the checkpoint are not those .* missing: norm\.weight"):
-        write(model, tmp_path / "hf")
+        write_hf_checkpoint(model, tmp_path / "hf")

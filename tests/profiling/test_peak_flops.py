@@ -35,13 +35,13 @@ from lit_gpt_scratch.profiling.peak_memory import peak_memory
     ],
 )
 def test_a_data_sheet_belongs_to_one_gpu(name: str, tera: int | None) -> None:
-    assert peak_flops.nominal_flops(name, torch.bfloat16) == (tera and tera * 1e12)
+    assert peak_flops.lookup_nominal_flops(name, torch.bfloat16) == (tera and tera * 1e12)
 
 
 def test_a_data_sheet_belongs_to_one_precision() -> None:
-    assert peak_flops.nominal_flops("Tesla V100-SXM2-16GB", torch.float16) == 125e12
-    assert peak_flops.nominal_flops("Tesla T4", torch.float16) == 65e12
-    assert peak_flops.nominal_flops("NVIDIA H100 80GB HBM3", torch.float32) is None
+    assert peak_flops.lookup_nominal_flops("Tesla V100-SXM2-16GB", torch.float16) == 125e12
+    assert peak_flops.lookup_nominal_flops("Tesla T4", torch.float16) == 65e12
+    assert peak_flops.lookup_nominal_flops("NVIDIA H100 80GB HBM3", torch.float32) is None
 
 
 @pytest.mark.parametrize("tera", [0.001, 0.1, 800])
@@ -52,11 +52,11 @@ def test_measuring_finds_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, 
         sizes.append(len(factor))
         return 1e-5 + 2 * len(factor) ** 3 / (tera * 1e12)  # ten microseconds to start it
 
-    monkeypatch.setattr(peak_flops, "_seconds", seconds)
-    monkeypatch.setattr(peak_flops, "LARGEST", 2048)
-    found = peak_flops.measured_flops.__wrapped__(torch.device("cpu"), torch.float32, "highest")
+    monkeypatch.setattr(peak_flops, "_time_matmul", seconds)
+    monkeypatch.setattr(peak_flops, "MAX_MATRIX_SIZE", 2048)
+    found = peak_flops.measure_flops.__wrapped__(torch.device("cpu"), torch.float32, "highest")
     assert found <= tera * 1e12
-    if max(sizes) < peak_flops.LARGEST:
+    if max(sizes) < peak_flops.MAX_MATRIX_SIZE:
         assert found == pytest.approx(tera * 1e12, rel=0.01)
         assert sum(2 * n**3 for n in sizes) / (tera * 1e12) < 0.3  # seconds, but for the slowest that there is
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.interop.hf_checkpoint import read
+from lit_gpt_scratch.interop.hf_checkpoint import read_hf_checkpoint
 from tests.interop.conftest import YARN, Published, change
 
 
 def refusal(folder: Path) -> str:
     with pytest.raises(UserError) as refused:
-        read(folder)
+        read_hf_checkpoint(folder)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -91,7 +91,7 @@ def test_a_config_that_asks_for_more(published: Published, case: str, fields: di
 def test_fields_that_say_what_is_so_anyway(published: Published, rope: dict[str, Any]) -> None:
     _, folder = published("llama")
     change(folder, rope_parameters=rope)
-    assert read(folder).shape.gpt.rotary_scaling == (None if rope["rope_type"] == "default" else "yarn")
+    assert read_hf_checkpoint(folder).shape.gpt.rotary_scaling == (None if rope["rope_type"] == "default" else "yarn")
 
 
 def edit(folder: Path, change_: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.intervals import ENOUGH, scores
-from lit_gpt_scratch.evaluation.perplexity import measure, score
+from lit_gpt_scratch.evaluation.intervals import MIN_ROWS, summarize
+from lit_gpt_scratch.evaluation.perplexity import evaluate_perplexity, score_documents
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised, sentences
@@ -37,10 +37,10 @@ def test_any_window_and_stride_is_the_direct_computation(window: int, stride: in
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24).double()
     texts = ["a", sentences(3, 2), sentences(4, 1), "é…\r\n" * 7]
     nats, tokens = one_by_one(model, tokenizer, texts, window, stride)
-    figures = score(model, tokenizer, texts, window, stride)
+    figures = score_documents(model, tokenizer, texts, window, stride)
     assert figures["tokens"] == tokens
     assert figures["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-9)
-    single = score(model.float(), tokenizer, texts, window, stride)
+    single = score_documents(model.float(), tokenizer, texts, window, stride)
     assert single["loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert single["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-6 * nats / tokens)
 
@@ -49,28 +49,28 @@ def test_any_window_and_stride_is_the_direct_computation(window: int, stride: in
 def test_windows_that_cannot_be(window: int, stride: int | None) -> None:
     tokenizer = Tokenizer.train(["x"], 257)
     with pytest.raises(UserError, match=r"--(window|stride): \d+ is not between 1 and"):
-        measure(randomised(TINY, vocab_size=257, block_size=24), tokenizer, ["text"], window, stride)
+        evaluate_perplexity(randomised(TINY, vocab_size=257, block_size=24), tokenizer, ["text"], window, stride)
 
 
-@pytest.mark.parametrize("n", [1, ENOUGH - 1, ENOUGH, 150])
+@pytest.mark.parametrize("n", [1, MIN_ROWS - 1, MIN_ROWS, 150])
 def test_intervals_are_from_documents_if_there_are_enough(n: int) -> None:
     """Of up to 100 documents each is left out once, by hand: sums of its windows; t with 29 degrees of freedom."""
     tokenizer = Tokenizer.train([sentences(1)], 280)
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24)
     texts = [sentences(seed, 2 + seed % 3) for seed in range(n)]
-    measured = measure(model, tokenizer, texts)
-    found = scores(measured)
-    assert found.of_parts == (n < ENOUGH)
+    measured = evaluate_perplexity(model, tokenizer, texts)
+    found = summarize(measured)
+    assert found.from_parts == (n < MIN_ROWS)
     assert found.rows == n
-    each = [score(model, tokenizer, [text]) for text in texts]
-    if n == ENOUGH:
+    each = [score_documents(model, tokenizer, [text]) for text in texts]
+    if n == MIN_ROWS:
         nats = np.array([one["loss"] * one["tokens"] for one in each])
         tokens = np.array([one["tokens"] for one in each])
         without = (nats.sum() - nats) / (tokens.sum() - tokens)
         half = 2.045230 * math.sqrt((n - 1) / n * ((without - without.mean()) ** 2).sum())
-        assert found.intervals["loss"] == pytest.approx((found.figures["loss"] - half, found.figures["loss"] + half))
+        assert found.intervals["loss"] == pytest.approx((found.metrics["loss"] - half, found.metrics["loss"] + half))
     low, high = found.intervals["bits_per_byte"]
-    assert low < found.figures["bits_per_byte"] < high
+    assert low < found.metrics["bits_per_byte"] < high
 
 
 def test_every_byte_is_scored_once_with_its_windows_context() -> None:
@@ -78,7 +78,7 @@ def test_every_byte_is_scored_once_with_its_windows_context() -> None:
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24)
     texts = ["a", sentences(3, 4), "é…\r\n" * 30]
     nats, tokens = one_by_one(model, tokenizer, texts, 24, 24)
-    figures = score(model, tokenizer, texts)
+    figures = score_documents(model, tokenizer, texts)
     n_bytes = sum(len(text.encode()) for text in texts)
     assert figures["tokens"] == tokens
     assert figures["bytes"] == n_bytes
@@ -91,4 +91,4 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_a_token() -> None:
     tokenizer = Tokenizer.train(["x"], 257)  # bytes alone
     model = randomised(TINY, vocab_size=257)
     torch.nn.init.zeros_(model.head.weight)
-    assert score(model, tokenizer, ["any text"])["bits_per_byte"] == pytest.approx(math.log2(257))
+    assert score_documents(model, tokenizer, ["any text"])["bits_per_byte"] == pytest.approx(math.log2(257))

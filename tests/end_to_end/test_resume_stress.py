@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.checkpoint.resume_stress_test import KillTest
+from lit_gpt_scratch.checkpoint.resume_stress_test import ResumeStressTest
 from tests.end_to_end.conftest import STAGES
 
 CONFIGURATIONS = {
@@ -37,7 +37,7 @@ def kill_and_compare(
         "--trainer.log_every_n_steps=2",
         "--checkpoint.every_n_steps=7", "--trainer.val_check_interval=20", "--inspect.every_n_steps=3", *more,
     ]  # fmt: skip
-    report = KillTest(flags, folder, seed=kills).run(kills)
+    report = ResumeStressTest(flags, folder, seed=kills).run(kills)
     print(f"{more}: {report}")
     assert report.kills.total() == kills
     assert report.bits > 1_000_000

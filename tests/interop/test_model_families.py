@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read, write
-from lit_gpt_scratch.interop.hf_config import Fields
+from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES, read_hf_checkpoint, write_hf_checkpoint
+from lit_gpt_scratch.interop.hf_config import HFConfigReader
 from tests.interop.conftest import CASES, LENGTH, LLAMA3, YARN, Published, change, ids, library, network
 
 EXACT = 1e-5
@@ -24,7 +24,7 @@ def logits(model: Any, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_are_theirs(published: Published, case: str) -> None:
     theirs, folder = published(case)
-    model = read(folder)
+    model = read_hf_checkpoint(folder)
     ours = network(model)
     x = ids()
     got, expected = ours(x), logits(theirs, x)
@@ -35,7 +35,7 @@ def test_logits_and_gradients_are_theirs(published: Published, case: str) -> Non
     (expected * target).sum().backward()
     family = FAMILIES[theirs.config.model_type]
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters(remove_duplicate=False)}
-    translated = family.to_theirs(model.shape.gpt, gradients)
+    translated = family.to_hf_weights(model.shape.gpt, gradients)
     known = dict(theirs.named_parameters())
     assert translated.keys() == known.keys()
     for name, parameter in known.items():
@@ -48,16 +48,16 @@ def test_logits_and_gradients_are_theirs(published: Published, case: str) -> Non
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_there_and_back_no_bit_changes(published: Published, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     theirs, folder = published(case, dtype)
-    model = read(folder)
+    model = read_hf_checkpoint(folder)
     assert {tensor.dtype for tensor in model.weights.values()} == {dtype}
     again = tmp_path / "again"
-    assert write(model, again) == type(theirs).__name__ or case == "mistral, no window"
+    assert write_hf_checkpoint(model, again) == type(theirs).__name__ or case == "mistral, no window"
     before, after = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
         assert before[name].dtype == after[name].dtype
         assert torch.equal(before[name], after[name]), name
-    assert read(again).shape == model.shape
+    assert read_hf_checkpoint(again).shape == model.shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "published"]  # nothing half-written
     loaded, told = load(again)
     assert loaded.dtype == dtype
@@ -77,7 +77,7 @@ def test_a_sharded_folder(published: Published, case: str) -> None:
     _, sharded = published(case, name="sharded", max_shard_size="20KB")
     assert (sharded / "model.safetensors.index.json").is_file()
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    one, many = read(whole), read(sharded)
+    one, many = read_hf_checkpoint(whole), read_hf_checkpoint(sharded)
     assert one.shape == many.shape
     assert one.weights.keys() == many.weights.keys()
     assert all(torch.equal(one.weights[name], many.weights[name]) for name in one.weights)
@@ -85,7 +85,7 @@ def test_a_sharded_folder(published: Published, case: str) -> None:
 
 def test_a_model_that_was_read_is_no_window_into_its_file(published: Published) -> None:
     _, folder = published("llama")
-    model, path = read(folder), folder / "model.safetensors"
+    model, path = read_hf_checkpoint(folder), folder / "model.safetensors"
     before = {name: tensor.clone() for name, tensor in model.weights.items()}
     with path.open("r+b") as file:
         file.write(b"\0" * path.stat().st_size)
@@ -102,7 +102,7 @@ def test_names_without_the_prefix_and_with_tables(published: Published, case: st
         f"h.0.attn.{mask}": torch.ones(1, 1, 4, 4, dtype=torch.bool) for mask in ("bias", "masked_bias")
     } | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
     save_file(weights, path)
-    assert (network(read(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
 
 
 def test_a_tied_head_may_be_there_twice(published: Published) -> None:
@@ -110,7 +110,7 @@ def test_a_tied_head_may_be_there_twice(published: Published) -> None:
     path = folder / "model.safetensors"
     weights = load_file(path)
     save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()}, path)
-    assert (network(read(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}, LLAMA3, YARN])
@@ -123,7 +123,7 @@ def test_the_old_layout_of_rotary_positions(published: Published, rope: dict[str
             inner.pop(name)
     change(folder, rope_parameters=..., rope_theta=500.0, rope_scaling=inner)
     theirs, _ = load(folder)
-    assert (network(read(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
 
 
 def test_what_a_file_leaves_out(published: Published) -> None:
@@ -131,27 +131,27 @@ def test_what_a_file_leaves_out(published: Published) -> None:
     _, folder = published("llama")
     absent = "tie_word_embeddings rms_norm_eps attention_bias mlp_bias attention_dropout hidden_act rope_parameters"
     change(folder, **dict.fromkeys(absent.split(), ...))
-    assert (network(read(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
     _, folder = published("mistral, no window", name="mistral")
     change(folder, sliding_window=..., max_position_embeddings=8192)
-    gpt, _, block_size = read(folder).shape
+    gpt, _, block_size = read_hf_checkpoint(folder).shape
     assert (gpt.sliding_window, block_size) == (4096, 8192)
     _, folder = published("gpt2", name="gpt2")
     absent = "n_inner resid_pdrop embd_pdrop attn_pdrop tie_word_embeddings scale_attn_weights activation_function"
     change(folder, **dict.fromkeys(absent.split(), ...))
-    gpt = read(folder).shape.gpt
+    gpt = read_hf_checkpoint(folder).shape.gpt
     assert (gpt.ffn_width, gpt.dropout, gpt.tied_embeddings) == (128, 0.1, True)
 
 
 def test_the_trained_context_may_stand_outside(published: Published) -> None:
     _, folder = published("llama, yarn")
     change(folder, original_max_position_embeddings=24)
-    assert read(folder).shape.gpt.rotary_trained_context == 24
-    assert (network(read(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
+    assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == 24
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(load(folder)[0], ids())).abs().max() <= EXACT
     change(
         folder, original_max_position_embeddings=..., rope_parameters={**YARN, "original_max_position_embeddings": None}
     )
-    assert read(folder).shape.gpt.rotary_trained_context == LENGTH
+    assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == LENGTH
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
@@ -161,7 +161,7 @@ def test_a_file_that_says_no_more_than_it_must(family: str) -> None:
         "intermediate_size": 32, "max_position_embeddings": 48,
     }  # fmt: skip
     theirs = getattr(library(), f"{family}Config")(**known)
-    gpt = FAMILIES[family.lower()].read(Fields(Path("config.json"), dict(known))).gpt
+    gpt = FAMILIES[family.lower()].read_config(HFConfigReader(Path("config.json"), dict(known))).gpt
     assert gpt.kv_heads == theirs.num_key_value_heads
     assert gpt.head_width == theirs.head_dim
     assert gpt.norm_eps == theirs.rms_norm_eps
@@ -174,12 +174,12 @@ def test_gpt2s_own_files_of_a_tokenizer(published: Published) -> None:
     _, folder = published("gpt2")
     path = folder / "tokenizer.json"
     model = json.loads(path.read_text(encoding="utf-8"))["model"]
-    expected = read(folder).tokenizer
+    expected = read_hf_checkpoint(folder).tokenizer
     path.unlink()
     (folder / "vocab.json").write_text(json.dumps(model["vocab"]), encoding="utf-8")
     merges = "".join(f"{' '.join(pair)}\n" for pair in model["merges"])
     (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
     text = "the cat sees a dog.\nÇé 東京"
-    found = read(folder).tokenizer
+    found = read_hf_checkpoint(folder).tokenizer
     assert found.encode(text) == expected.encode(text)
     assert found.end_of_text == expected.end_of_text

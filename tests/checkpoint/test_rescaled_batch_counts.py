@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import BatchLayout
-from lit_gpt_scratch.checkpoint.loop_state import deal_out
+from lit_gpt_scratch.checkpoint.loop_state import rescale_batch_counts
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.sampler import ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.optim import AdamW
@@ -54,7 +54,7 @@ def test_any_sessions_see_the_windows_of_one(
     seen: list[list[int]] = []
     epoch, loop, before = 0, progress(0, 0), sessions[0][0]
     for layout, steps in sessions:
-        deal_out(loop, before, layout)
+        rescale_batch_counts(loop, before, layout)
         current, total = (loop["epoch_loop.batch_progress"][scope]["ready"] for scope in ("current", "total"))
         for _ in range(steps):
             ranks = [
@@ -89,14 +89,14 @@ def ranks_micro_batches(shuffle: ShuffledOrder, layout: BatchLayout) -> int:
 def test_a_step_of_another_size_begins_behind_the_windows_that_came() -> None:
     """7 steps of 4 windows are 28: the fourth step of 10 is the first that has none of them."""
     loop = progress(7, 107)
-    deal_out(loop, BatchLayout(4, 1, 1), BatchLayout(1, 2, 5))
+    rescale_batch_counts(loop, BatchLayout(4, 1, 1), BatchLayout(1, 2, 5))
     assert loop == progress(3 * 5, 43 * 5)
 
 
 def test_the_same_layout_leaves_every_count() -> None:
     """Also those of an epoch that ended amid a step."""
     loop = progress(7, 107)
-    deal_out(loop, BatchLayout(2, 1, 4), BatchLayout(2, 1, 4))
+    rescale_batch_counts(loop, BatchLayout(2, 1, 4), BatchLayout(2, 1, 4))
     assert loop == progress(7, 107)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.end_to_end.test_two_processes import fit
+from tests.end_to_end.test_multi_process import fit
 
 PORT = 29511
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation import streaming
 from lit_gpt_scratch.generation.sampling import Sampling
-from lit_gpt_scratch.generation.streaming import _Text, write
+from lit_gpt_scratch.generation.streaming import _StopStringBuffer, stream_text
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised
 
@@ -19,7 +19,7 @@ from tests.conftest import TINY, randomised
 )
 @settings(max_examples=300)
 def test_a_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
-    text, found = _Text(lambda n: pieces[n], tuple(stop)), ""
+    text, found = _StopStringBuffer(lambda n: pieces[n], tuple(stop)), ""
     for n in range(len(pieces)):
         found += text.add(n)
         so_far = "".join(pieces[: n + 1])
@@ -45,7 +45,7 @@ def test_written_texts_are_those_of_their_tokens(monkeypatch: pytest.MonkeyPatch
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=64)
     prompts = ["some", "", "τέξτ"]
     whole = ["", "", ""]
-    for row, piece in write(model, tokenizer, prompts, 30, Sampling(temperature=0.0), [0, 0, 0]):
+    for row, piece in stream_text(model, tokenizer, prompts, 30, Sampling(temperature=0.0), [0, 0, 0]):
         whole[row] += piece
     script = {row: list(text.encode()) for row, text in enumerate(["one. two. three", "été. x", "no end"])}
 
@@ -60,9 +60,9 @@ def test_written_texts_are_those_of_their_tokens(monkeypatch: pytest.MonkeyPatch
             yield row, None
 
     monkeypatch.setattr(streaming, "generate", scripted)
-    pieces = list(write(model, tokenizer, prompts, 30, Sampling(), [0, 0, 0], stop=[". "]))
+    pieces = list(stream_text(model, tokenizer, prompts, 30, Sampling(), [0, 0, 0], stop=[". "]))
     assert ["".join(piece for r, piece in pieces if r == row) for row in range(3)] == ["one", "été", "no end"]
     assert [row for row, piece in pieces if piece == ""] == [0, 1, 2]
     with pytest.raises(UserError, match="stop string is empty"):
-        write(model, tokenizer, [""], 1, Sampling(), [0], stop=[""])
+        stream_text(model, tokenizer, [""], 1, Sampling(), [0], stop=[""])
     assert torch.is_grad_enabled()

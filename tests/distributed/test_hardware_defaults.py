@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from lit_gpt_scratch.distributed.hardware_defaults import (
-    PRODUCTS,
+    ONEDNN_CACHE_CAPACITY,
     default_precision,
-    use_allowed_cores,
-    why_not_compile,
+    explain_no_compile,
+    limit_threads,
 )
 
 
@@ -38,7 +38,7 @@ def test_precision_follows_the_hardware(
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     choice = default_precision(accelerator)
     assert choice.value == precision
-    assert choice.why
+    assert choice.reason
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_threads_keep_to_a_containers_quota(
     file = tmp_path / "cpu.max"
     file.write_text(quota)
     torch.set_num_threads(4)  # the fixture of all tests sets it back
-    use_allowed_cores(quota=file)
+    limit_threads(quota=file)
     assert torch.get_num_threads() == expected
 
 
@@ -64,22 +64,22 @@ def test_processes_share_a_containers_quota(monkeypatch: pytest.MonkeyPatch, tmp
     file = tmp_path / "cpu.max"
     file.write_text("400000 100000\n")
     torch.set_num_threads(4)
-    use_allowed_cores(processes=2, quota=file)
+    limit_threads(processes=2, quota=file)
     assert torch.get_num_threads() == 2
     assert os.environ["OMP_NUM_THREADS"] == "2"  # what Lightning and the processes to come go by
 
 
 def test_threads_are_left_alone_where_there_is_no_quota(tmp_path: Path) -> None:
-    use_allowed_cores(quota=tmp_path / "missing")
+    limit_threads(quota=tmp_path / "missing")
     assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("named", ["no-such-compiler", "ccache g++"])
 def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("CXX", named)
-    assert f"no compiler ({named}) is installed" in (why_not_compile(torch.device("cpu")) or "")
-    assert "mps" in (why_not_compile(torch.device("mps")) or "")
-    assert why_not_compile(torch.device("mps"), asked=True) is None  # a poor default, but not impossible
+    assert f"no compiler ({named}) is installed" in (explain_no_compile(torch.device("cpu")) or "")
+    assert "mps" in (explain_no_compile(torch.device("mps")) or "")
+    assert explain_no_compile(torch.device("mps"), requested=True) is None  # a poor default, but not impossible
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Inductor's compiler there is another one")
@@ -87,23 +87,23 @@ def test_a_compiler_that_inductor_would_not_find_is_none(monkeypatch: pytest.Mon
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "clang++").touch(0o755)
-    assert "no compiler (g++) is installed" in (why_not_compile(torch.device("cpu")) or "")
+    assert "no compiler (g++) is installed" in (explain_no_compile(torch.device("cpu")) or "")
     (tmp_path / "g++").touch(0o755)
-    assert "compiler" not in (why_not_compile(torch.device("cpu")) or "")
+    assert "compiler" not in (explain_no_compile(torch.device("cpu")) or "")
 
 
 MULTIPLY = """
 import torch
-from lit_gpt_scratch.distributed.hardware_defaults import PRODUCTS, prepare_process
+from lit_gpt_scratch.distributed.hardware_defaults import ONEDNN_CACHE_CAPACITY, configure_process
 {prepare}
 for _ in range(2):
-    for rows in range(1, PRODUCTS + 11):
+    for rows in range(1, ONEDNN_CACHE_CAPACITY + 11):
         torch.ops.mkldnn._linear_pointwise(torch.ones(rows, 8), torch.ones(8, 8), None, "none", [], "")
 """
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
-@pytest.mark.parametrize(("prepare", "times"), [("", 1), ("prepare_process()", 2)])
+@pytest.mark.parametrize(("prepare", "times"), [("", 1), ("configure_process()", 2)])
 def test_onednn_forgets_the_products_before_the_last_ones(prepare: str, times: int) -> None:
     """The variables are read at its first product, after torch is imported, and say what they are meant to say."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
@@ -111,4 +111,4 @@ def test_onednn_forgets_the_products_before_the_last_ones(prepare: str, times: i
         [sys.executable, "-c", MULTIPLY.format(prepare=prepare)],
         env=environment | {"ONEDNN_VERBOSE": "profile_create"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert done.stdout.count("create:cache_miss") == times * (PRODUCTS + 10)
+    assert done.stdout.count("create:cache_miss") == times * (ONEDNN_CACHE_CAPACITY + 10)

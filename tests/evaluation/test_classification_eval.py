@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.classification_eval import Labelled, classify, measure
-from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.registry import plain
-from lit_gpt_scratch.evaluation.results_table import table
+from lit_gpt_scratch.evaluation.classification_eval import LabeledText, classify, evaluate_classification
+from lit_gpt_scratch.evaluation.intervals import summarize
+from lit_gpt_scratch.evaluation.registry import summary_to_dict
+from lit_gpt_scratch.evaluation.results_table import format_results
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
 from lit_gpt_scratch.text.document import TableRow
@@ -44,23 +44,23 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
     given = classify(classifier, tokenizer, texts).argmax(1).tolist()
     assert len(set(given)) == 3
     true = [(label + (k % 3 == 0)) % 3 for k, label in enumerate(given)]
-    labelled = [Labelled("", text, label) for text, label in zip(texts, true, strict=True)]
-    found = scores(measure(classifier, tokenizer, labelled, NAMES))
+    labelled = [LabeledText("", text, label) for text, label in zip(texts, true, strict=True)]
+    found = summarize(evaluate_classification(classifier, tokenizer, labelled, NAMES))
     pairs = list(zip(true, given, strict=True))
     f1 = []
     for label in range(3):
         both, said, is_ = pairs.count((label, label)), given.count(label), true.count(label)
         f1.append(2 * both / (said + is_))
-    assert found.figures["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / 40)
-    assert found.figures["f1"] == pytest.approx(sum(f1) / 3)
+    assert found.metrics["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / 40)
+    assert found.metrics["f1"] == pytest.approx(sum(f1) / 3)
     auroc = []
     chances = classify(classifier, tokenizer, texts)
     for label in range(3):
         is_ = np.array(true) == label
         above = chances[is_, label][:, None] - chances[~is_, label]  # of the class against the others
         auroc.append(((above > 0) + (above == 0) / 2).mean())
-    assert found.figures["auroc"] == pytest.approx(np.mean(auroc))
-    confusion = found.facts["confusion"]
+    assert found.metrics["auroc"] == pytest.approx(np.mean(auroc))
+    confusion = found.extra["confusion"]
     assert {(a, b): confusion[NAMES[a]][NAMES[b]] for a in range(3) for b in range(3)} == {
         (a, b): pairs.count((a, b)) for a in range(3) for b in range(3)
     }
@@ -68,11 +68,11 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
 
 @pytest.mark.filterwarnings("error")
 def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tokenizer) -> None:
-    labelled = [Labelled("", text, 1) for text in sentences(3, 5).splitlines()]
-    found = plain(scores(measure(classifier, tokenizer, labelled, NAMES)))
+    labelled = [LabeledText("", text, 1) for text in sentences(3, 5).splitlines()]
+    found = summary_to_dict(summarize(evaluate_classification(classifier, tokenizer, labelled, NAMES)))
     assert found["auroc"] is None
     assert found["intervals"]["auroc"] is None
-    assert "auroc" not in table(found)
+    assert "auroc" not in format_results(found)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tok
 )
 def test_bad_rows_are_named(fields: dict[str, object], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        Labelled.of(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
+        LabeledText.from_row(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
     assert str(refused.value).startswith(f"r: line 7: {said}")
 
 
@@ -103,4 +103,4 @@ def test_of_a_long_text_the_context_is_read(classifier: GPT, tokenizer: Tokenize
 
 
 def test_a_label_may_be_a_number() -> None:
-    assert Labelled.of(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1
+    assert LabeledText.from_row(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1

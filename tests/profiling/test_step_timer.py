@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.profiling import step_timer
-from lit_gpt_scratch.profiling.step_timer import PARTS, StepClock
+from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, StepTimer
 
 
 class Device:
@@ -46,7 +46,7 @@ class Moment:
         return 1000 * (end_event.at - self.at)
 
 
-def train(device: Device, clock: StepClock, steps: int, loading: float, after: float = 0.0) -> None:
+def train(device: Device, clock: StepTimer, steps: int, loading: float, after: float = 0.0) -> None:
     """Steps of 1 + 2 + 1 seconds of the device's time."""
     clock.start()
     for step in range(steps):
@@ -62,7 +62,7 @@ def train(device: Device, clock: StepClock, steps: int, loading: float, after: f
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     device = Device()
-    monkeypatch.setitem(step_timer.EVENTS, "cuda", device.event)
+    monkeypatch.setitem(step_timer.EVENT_TYPES, "cuda", device.event)
     return device
 
 
@@ -77,7 +77,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 def test_a_device_waits_for_data_only_while_it_has_nothing_to_do(
     device: Device, loading: float, after: float, data: float, rest: float
 ) -> None:
-    clock, steps = StepClock(torch.device("cuda")), 5
+    clock, steps = StepTimer(torch.device("cuda")), 5
     train(device, clock, steps, loading, after)
     assert device.waits == 0
     taken = clock.finish()
@@ -87,7 +87,7 @@ def test_a_device_waits_for_data_only_while_it_has_nothing_to_do(
 
 
 def test_what_the_device_has_not_reached_counts_the_next_time(device: Device) -> None:
-    clock = StepClock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     train(device, clock, 5, loading=0.0)
     assert sum(clock.take().values()) == 0  # the host is 20 s ahead
     device.host = 10.5  # two steps, and half of the third
@@ -97,19 +97,19 @@ def test_what_the_device_has_not_reached_counts_the_next_time(device: Device) ->
 
 
 def test_a_host_that_keeps_up_heaps_up_no_marks(device: Device) -> None:
-    clock = StepClock(torch.device("cuda"))
+    clock = StepTimer(torch.device("cuda"))
     clock.start()
     for _ in range(100):
         device.ask(0.1)
         clock.mark("forward")
         device.host += 0.1
-    assert len(clock._marks) <= step_timer.MANY
+    assert len(clock._marks) <= step_timer.COLLECT_EVERY
 
 
 def test_nothing_counts_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([1.0, 3.0, 100.0, 107.0, 200.0, 207.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
-    clock = StepClock(torch.device("cpu"))
+    clock = StepTimer(torch.device("cpu"))
     clock.mark("rest")
     clock.start()
     clock.mark("forward")
@@ -117,11 +117,16 @@ def test_nothing_counts_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     clock.mark("backward")
     clock.start()
     clock.mark("rest", {"data": 3.0, "generation": 2.0})
-    assert clock.take() == dict.fromkeys(PARTS, 0.0) | {"forward": 2.0, "data": 3.0, "generation": 2.0, "rest": 2.0}
+    assert clock.take() == dict.fromkeys(STEP_PHASES, 0.0) | {
+        "forward": 2.0,
+        "data": 3.0,
+        "generation": 2.0,
+        "rest": 2.0,
+    }
 
 
 def test_a_device_without_such_events_is_left_alone() -> None:
-    clock = StepClock(torch.device("mps"))
+    clock = StepTimer(torch.device("mps"))
     clock.start()
     clock.mark("forward")
     assert not any(clock.finish().values())

@@ -5,8 +5,8 @@ import torch
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import chat_eval as module
-from lit_gpt_scratch.evaluation.chat_eval import Conversation, Reply, measure, replies
-from lit_gpt_scratch.evaluation.intervals import scores
+from lit_gpt_scratch.evaluation.chat_eval import ChatExample, ChatReply, evaluate_chat, generate_replies
+from lit_gpt_scratch.evaluation.intervals import summarize
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.chat_template import ChatTemplate, Message
 from lit_gpt_scratch.text.document import TableRow
@@ -26,13 +26,13 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
     ],
 )
 def test_a_reply_says_something_and_ends_before_another_turn_begins(text: str, ended: bool, good: bool) -> None:
-    assert Reply(text, ended, 1).well_formed is good
+    assert ChatReply(text, ended, 1).well_formed is good
 
 
 def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(module, "BATCH_SIZE", 2)
     prompts = [ChatTemplate(tokenizer).prompt([Message("user", "ab c"[:n])]) for n in (1, 2, 4)]
     expected = []
     for prompt in prompts:
@@ -40,12 +40,12 @@ def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
         while len(new) < 5 and tokenizer.end_of_text not in new:
             new.append(int(model(torch.tensor([prompt + new]))[0, -1].argmax()))
         ended = new[-1] == tokenizer.end_of_text
-        expected.append(Reply(tokenizer.decode(new[: len(new) - ended]), ended, len(new)))
-    assert replies(model, tokenizer, prompts, 5) == expected
+        expected.append(ChatReply(tokenizer.decode(new[: len(new) - ended]), ended, len(new)))
+    assert generate_replies(model, tokenizer, prompts, 5) == expected
     first = model(torch.tensor([prompts[0]]))[0, -1].argmax()
     with torch.no_grad():  # the first prompt's first token becomes the end of text
         model.head.weight[tokenizer.end_of_text] = 3 * model.head.weight[first]
-    assert replies(model, tokenizer, prompts[:1], 5) == [Reply("", ended=True, n_tokens=1)]
+    assert generate_replies(model, tokenizer, prompts[:1], 5) == [ChatReply("", ended=True, n_tokens=1)]
 
 
 ALPACA = {"instruction": "ab", "input": "c", "output": "d"}
@@ -55,27 +55,27 @@ MESSAGES = {"messages": [{"role": "user", "content": "ab\n\nc"}, {"role": "assis
 def test_replies_are_asked_for_in_the_template_and_scored(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = [Conversation.of(TableRow("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
+    asked = [ChatExample.from_row(TableRow("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
     assert asked[0] == asked[1]
     assert asked[0].text == "ab\n\nc\n\nd"
     given = []
 
-    def written(_: GPT, __: Tokenizer, prompts: list[list[int]], most: int) -> list[Reply]:
+    def written(_: GPT, __: Tokenizer, prompts: list[list[int]], most: int) -> list[ChatReply]:
         given.append((prompts, most))
-        return [Reply("d", ended=True, n_tokens=2), Reply("d", ended=False, n_tokens=most)]
+        return [ChatReply("d", ended=True, n_tokens=2), ChatReply("d", ended=False, n_tokens=most)]
 
-    monkeypatch.setattr(module, "replies", written)
-    found = scores(measure(model, tokenizer, asked, 7))
+    monkeypatch.setattr(module, "generate_replies", written)
+    found = summarize(evaluate_chat(model, tokenizer, asked, 7))
     assert given == [([ChatTemplate(tokenizer).prompt([Message("user", "ab\n\nc")])] * 2, 7)]
-    assert (found.figures["exact_match"], found.figures["in_form"]) == (1.0, 0.5)
+    assert (found.metrics["exact_match"], found.metrics["in_form"]) == (1.0, 0.5)
     assert found.intervals["in_form"] is not None
 
 
 def test_a_record_without_a_reply_and_a_long_one_are_named(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="r: line 3: a record has 'messages', or 'instruction'"):
-        Conversation.of(TableRow("r:3", "r: line 3", {"text": "x"}))
+        ChatExample.from_row(TableRow("r:3", "r: line 3", {"text": "x"}))
     with pytest.raises(UserError, match="r: line 3: the last message is the user's"):
-        Conversation.of(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
-    long = Conversation.of(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
+        ChatExample.from_row(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
+    long = ChatExample.from_row(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
     with pytest.raises(UserError, match=r"r: line 3: up to its reply it has \d{3} tokens, the context holds 64"):
-        measure(model, tokenizer, [long])
+        evaluate_chat(model, tokenizer, [long])

@@ -8,22 +8,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_gpt_scratch.checkpoint.checkpoint_io import save
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
-from lit_gpt_scratch.checkpoint.metadata import Contents, refuse_other_model, refuse_other_tokenizer
+from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model, require_same_tokenizer
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
 
 
 def save_empty(run: RunFolder, time: float = 0.0) -> Path:
-    save({}, run.last)
+    save_checkpoint({}, run.last)
     os.utime(run.last, (time, time))
     return run.last
 
 
 def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     claimed: list[RunFolder] = []
-    threads = [threading.Thread(target=lambda: claimed.append(RunFolder.claim(tmp_path, "x"))) for _ in range(20)]
+    threads = [threading.Thread(target=lambda: claimed.append(RunFolder.create(tmp_path, "x"))) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -33,27 +33,27 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
 
 def test_numbers_are_not_used_again(tmp_path: Path) -> None:
     for _ in range(11):
-        RunFolder.claim(tmp_path, "x")
+        RunFolder.create(tmp_path, "x")
     (tmp_path / "x" / "version_3").rmdir()
     (tmp_path / "x" / "version_notes").mkdir()
-    assert RunFolder.claim(tmp_path, "x").version == 11
+    assert RunFolder.create(tmp_path, "x").version == 11
 
 
 @pytest.mark.parametrize("given", [None, "last"])
 def test_the_newest_run_with_a_checkpoint(tmp_path: Path, given: str | None) -> None:
     with pytest.raises(UserError, match=r"no run with a checkpoint in .*lit_gpt_scratch.fit"):
         find_checkpoint(given, tmp_path / "none", None)
-    runs = [RunFolder.claim(tmp_path, "a") for _ in range(12)]
+    runs = [RunFolder.create(tmp_path, "a") for _ in range(12)]
     expected = save_empty(runs[10], time=10)
     save_empty(runs[9], time=20)  # an older run, though saved later
     assert find_checkpoint(given, tmp_path, "a") == expected
-    other = save_empty(RunFolder.claim(tmp_path, "b"), time=30)
+    other = save_empty(RunFolder.create(tmp_path, "b"), time=30)
     assert find_checkpoint(given, tmp_path, "a") == expected
     assert find_checkpoint(given, tmp_path, None) == other
 
 
 def test_a_run_folder_will_do(tmp_path: Path) -> None:
-    run = RunFolder.claim(tmp_path, "x")
+    run = RunFolder.create(tmp_path, "x")
     with pytest.raises(UserError, match="holds no checkpoint"):
         find_checkpoint(str(run.path), tmp_path, None)
     last = save_empty(run)
@@ -64,9 +64,9 @@ def test_a_run_folder_will_do(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_knows_its_run(tmp_path: Path) -> None:
-    run = RunFolder.claim(tmp_path, "x")
-    assert RunFolder.of(run.last) == RunFolder(run.path.resolve())
-    assert RunFolder.of(tmp_path / "elsewhere.ckpt") is None
+    run = RunFolder.create(tmp_path, "x")
+    assert RunFolder.containing(run.last) == RunFolder(run.path.resolve())
+    assert RunFolder.containing(tmp_path / "elsewhere.ckpt") is None
 
 
 class Bomb:
@@ -101,24 +101,24 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_differences_are_named() -> None:
-    contents = Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
-    refuse_other_model(contents, Contents({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
-    newer = Contents({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer switch, off
-    refuse_other_model(contents, newer)
+    contents = CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
+    require_same_model(contents, CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
+    newer = CheckpointMetadata({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer switch, off
+    require_same_model(contents, newer)
     with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
-        refuse_other_model(contents, Contents({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
-    adapted = Contents({"n_layer": 5, "n_head": 3}, 300, 64, "{}", lora={"rank": 8})
+        require_same_model(contents, CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
+    adapted = CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}", lora={"rank": 8})
     with pytest.raises(UserError, match=r"lora.rank None there, 8 here; n_layer 4 there, 5 here$"):
-        refuse_other_model(contents, adapted, free=("block_size",))
-    refuse_other_tokenizer(contents, "{}")
+        require_same_model(contents, adapted, free=("block_size",))
+    require_same_tokenizer(contents, "{}")
     with pytest.raises(UserError, match="another tokenizer"):
-        refuse_other_tokenizer(contents, "{ }")
+        require_same_tokenizer(contents, "{ }")
 
 
 def test_last_is_the_newest_run_that_saved_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its best model, if a kill came before its first last.ckpt; newer runs without any are named."""
     for version, name in ((0, "last.ckpt"), (1, "step=3.ckpt")):
-        save({"version": version}, tmp_path / f"pretrain/version_{version}/checkpoints" / name)
+        save_checkpoint({"version": version}, tmp_path / f"pretrain/version_{version}/checkpoints" / name)
     (tmp_path / "pretrain/version_2").mkdir()
     found = find_checkpoint("last", tmp_path, "pretrain")
     assert found == tmp_path / "pretrain/version_1/checkpoints/step=3.ckpt"
@@ -126,13 +126,13 @@ def test_last_is_the_newest_run_that_saved_anything(tmp_path: Path, caplog: pyte
 
 
 def test_the_owner_s_own_errors_are_not_taken_for_the_lock_s(tmp_path: Path) -> None:
-    with pytest.raises(PermissionError, match="another file"), RunFolder(tmp_path).owned():
+    with pytest.raises(PermissionError, match="another file"), RunFolder(tmp_path).lock():
         raise PermissionError("another file")
-    with RunFolder(tmp_path).owned():  # free again
+    with RunFolder(tmp_path).lock():  # free again
         pass
 
 
 def test_a_damaged_provenance_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "provenance.json").write_text("{")
-    assert RunFolder(tmp_path).sessions() == []
+    assert RunFolder(tmp_path).read_sessions() == []
     assert "provenance.json cannot be read" in caplog.text

@@ -8,9 +8,13 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.intervals import scores
-from lit_gpt_scratch.evaluation.loglikelihood import Tail, behind, likelihoods
-from lit_gpt_scratch.evaluation.multiple_choice import Question, measure, measure_pairs
+from lit_gpt_scratch.evaluation.intervals import summarize
+from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
+from lit_gpt_scratch.evaluation.multiple_choice import (
+    MultipleChoiceQuestion,
+    evaluate_minimal_pairs,
+    evaluate_multiple_choice,
+)
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -21,11 +25,11 @@ def row(**fields: Any) -> TableRow:
     return TableRow("rows.jsonl:3", "rows.jsonl: line 3", fields)
 
 
-def questions(n: int, seed: int = 0) -> list[Question]:
+def questions(n: int, seed: int = 0) -> list[MultipleChoiceQuestion]:
     rng = random.Random(seed)
     lines = sentences(seed, 200).splitlines()
     return [
-        Question.of(
+        MultipleChoiceQuestion.from_row(
             row(
                 question=rng.choice(lines),
                 choices=(choices := [line[: rng.randrange(3, 16)] for line in rng.sample(lines, rng.randrange(2, 5))]),
@@ -63,21 +67,21 @@ def test_every_normalisation_is_what_a_loop_finds(model: GPT, tokenizer: Tokeniz
         }
         for name, each in values.items():
             right[name] += max(range(len(each)), key=each.__getitem__) == question.answer
-    found = scores(measure(model, tokenizer, asked, few_shot))
+    found = summarize(evaluate_multiple_choice(model, tokenizer, asked, few_shot))
     assert found.rows == 14 - few_shot
-    assert found.figures == pytest.approx({name: n / found.rows for name, n in right.items()})
+    assert found.metrics == pytest.approx({name: n / found.rows for name, n in right.items()})
 
 
 def test_likelihoods_do_not_depend_on_their_batch(model: GPT, tokenizer: Tokenizer) -> None:
     lines = [line.split(" ") for line in sentences(1, 30).splitlines()]
     cut = [k % len(words) for k, words in enumerate(lines)]
     tails = [
-        behind(tokenizer, " ".join(words[:k]), " " * (k > 0) + " ".join(words[k:]))
+        encode_continuation(tokenizer, " ".join(words[:k]), " " * (k > 0) + " ".join(words[k:]))
         for words, k in zip(lines, cut, strict=True)
     ]
-    together = likelihoods(model, tails)
+    together = compute_loglikelihoods(model, tails)
     for tail, said in zip(tails, together, strict=True):
-        [alone] = likelihoods(model, [tail])
+        [alone] = compute_loglikelihoods(model, [tail])
         assert said.nats == pytest.approx(alone.nats, rel=1e-5)
         ids = torch.tensor([tail.ids])
         best = model(ids[:, :-1]).argmax(-1)[0]
@@ -89,7 +93,12 @@ def test_what_is_greedy_is_said_to_be(model: GPT, tokenizer: Tokenizer) -> None:
     for _ in range(8):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     other = [*ids[:-1], (ids[-1] + 1) % tokenizer.vocab_size]
-    assert [said.greedy for said in likelihoods(model, [Tail(ids, 8), Tail(other, 8), Tail(other[:-1], 7)])] == [
+    assert [
+        said.greedy
+        for said in compute_loglikelihoods(
+            model, [ScoredSequence(ids, 8), ScoredSequence(other, 8), ScoredSequence(other[:-1], 7)]
+        )
+    ] == [
         1,
         0,
         1,
@@ -97,33 +106,33 @@ def test_what_is_greedy_is_said_to_be(model: GPT, tokenizer: Tokenizer) -> None:
 
 
 def test_white_space_before_a_continuation_is_its_own(tokenizer: Tokenizer) -> None:
-    assert behind(tokenizer, "the cat ", "sees") == behind(tokenizer, "the cat", " sees")
-    assert behind(tokenizer, "", "sees").ids[0] == tokenizer.start_of_text
+    assert encode_continuation(tokenizer, "the cat ", "sees") == encode_continuation(tokenizer, "the cat", " sees")
+    assert encode_continuation(tokenizer, "", "sees").ids[0] == tokenizer.start_of_text
 
 
 def test_a_uniform_model_scores_chance(uniform: GPT, tokenizer: Tokenizer) -> None:
     """Exactly, where lengths do not decide: a choice that is as likely as k - 1 others is right in one case of k."""
-    found = scores(measure(uniform, tokenizer, questions(200)))
-    assert found.figures["accuracy_per_token"] == pytest.approx(found.facts["chance"])
+    found = summarize(evaluate_multiple_choice(uniform, tokenizer, questions(200)))
+    assert found.metrics["accuracy_per_token"] == pytest.approx(found.extra["chance"])
     low, high = found.intervals["accuracy"]
-    assert low < found.facts["chance"] < high
+    assert low < found.extra["chance"] < high
     pairs = [
-        Question.of_pair(row(sentence_good=a, sentence_bad=" ".join(reversed(a.split()))))
+        MultipleChoiceQuestion.from_pair(row(sentence_good=a, sentence_bad=" ".join(reversed(a.split()))))
         for a in ("xx yy zz", "qq ww ee rr")
     ]
-    assert scores(measure_pairs(uniform, tokenizer, pairs)).figures == {"accuracy": 0.5}
+    assert summarize(evaluate_minimal_pairs(uniform, tokenizer, pairs)).metrics == {"accuracy": 0.5}
 
 
 def test_minimal_pairs_are_whole_documents(model: GPT, tokenizer: Tokenizer) -> None:
     lines = sentences(5, 40).splitlines()
-    pairs = [Question.of_pair(row(sentence_good=a, sentence_bad=b)) for a, b in pairwise(lines)]
+    pairs = [MultipleChoiceQuestion.from_pair(row(sentence_good=a, sentence_bad=b)) for a, b in pairwise(lines)]
     wins = [
         0.5 if a == b else float(nats(model, tokenizer, "", a)[0] > nats(model, tokenizer, "", b)[0])
         for a, b in pairwise(lines)
     ]
-    found = scores(measure_pairs(model, tokenizer, pairs))
-    assert found.figures["accuracy"] == pytest.approx(sum(wins) / len(wins))
-    assert found.facts == {"chance": 0.5}
+    found = summarize(evaluate_minimal_pairs(model, tokenizer, pairs))
+    assert found.metrics["accuracy"] == pytest.approx(sum(wins) / len(wins))
+    assert found.extra == {"chance": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +145,9 @@ def test_minimal_pairs_are_whole_documents(model: GPT, tokenizer: Tokenizer) -> 
     ],
 )
 def test_rows_are_read(fields: dict[str, Any], context: str, answer: int) -> None:
-    assert Question.of(row(**fields)) == Question("rows.jsonl: line 3", context, (" a", " b"), answer)
+    assert MultipleChoiceQuestion.from_row(row(**fields)) == MultipleChoiceQuestion(
+        "rows.jsonl: line 3", context, (" a", " b"), answer
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,14 +167,14 @@ def test_rows_are_read(fields: dict[str, Any], context: str, answer: int) -> Non
 )
 def test_a_row_that_is_none_is_named(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError) as refused:
-        Question.of(row(**fields))
+        MultipleChoiceQuestion.from_row(row(**fields))
     assert str(refused.value).startswith("rows.jsonl: line 3")
     assert said in str(refused.value)
 
 
 def test_what_does_not_fit_is_named(model: GPT, tokenizer: Tokenizer) -> None:
-    long = Question.of(row(question="word " * 60, choices=["a", "b"], answer=0))
+    long = MultipleChoiceQuestion.from_row(row(question="word " * 60, choices=["a", "b"], answer=0))
     with pytest.raises(UserError, match=r"line 3 has .* the context holds 64"):
-        measure(model, tokenizer, [long])
+        evaluate_multiple_choice(model, tokenizer, [long])
     with pytest.raises(UserError, match="--few_shot: 3 examples of 3 rows"):
-        measure(model, tokenizer, questions(3), few_shot=3)
+        evaluate_multiple_choice(model, tokenizer, questions(3), few_shot=3)

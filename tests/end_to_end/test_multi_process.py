@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lit_gpt_scratch.checkpoint.compare_checkpoints import curves
+from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from tests.end_to_end import forked
 from tests.end_to_end.conftest import STAGES
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(
     alone = figures(fit(tmp_path / "alone", *flags, *more, "--data.batch_size=2", step))
     together = figures(fit(tmp_path / "together", *flags, *more, *TOGETHER, step))
     assert together == pytest.approx(alone, rel=1e-5)
-    there, here = (curves(tmp_path / name / "pretrain" / "version_0") for name in ("alone", "together"))
+    there, here = (read_curves(tmp_path / name / "pretrain" / "version_0") for name in ("alone", "together"))
     for name in there:
         if re.match("dynamics|attention|loss_by", name):
             points = [{step: float(value.strip("[]")) for step, value in run[name]} for run in (there, here)]
@@ -95,7 +95,7 @@ def test_one_two_and_four_processes_in_turn_see_what_one_sees(
         return {step: sorted(windows) for step, windows in found.items()}
 
     def losses(run: Path) -> list[float]:
-        return [float(value.strip("[]")) for _, value in sorted(curves(run)["train/loss"])]
+        return [float(value.strip("[]")) for _, value in sorted(read_curves(run)["train/loss"])]
 
     (tmp_path / "witness.py").write_text(WITNESS)
     monkeypatch.syspath_prepend(tmp_path)

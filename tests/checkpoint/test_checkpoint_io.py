@@ -13,26 +13,31 @@ import pytest
 import torch
 
 from lit_gpt_scratch.checkpoint import checkpoint_io
-from lit_gpt_scratch.checkpoint.checkpoint_io import BackgroundCheckpointIO, SealedCheckpointIO, refuse_altered, save
+from lit_gpt_scratch.checkpoint.checkpoint_io import (
+    AtomicCheckpointIO,
+    BackgroundCheckpointIO,
+    save_checkpoint,
+    verify_checksum,
+)
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
-from lit_gpt_scratch.checkpoint.metadata import KEY
+from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import find_checkpoint
 from lit_gpt_scratch.errors import UserError
 
 
 def checkpoint(value: float = 0.0) -> dict[str, Any]:
-    return {KEY: {}, "state_dict": {"weight": torch.full((40, 3), value)}, "global_step": 7}
+    return {METADATA_KEY: {}, "state_dict": {"weight": torch.full((40, 3), value)}, "global_step": 7}
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "checkpoints" / "last.ckpt"
-    save(checkpoint(), path)
+    save_checkpoint(checkpoint(), path)
     return path
 
 
 def test_what_was_saved_is_loaded_by_us_by_a_trainer_and_by_torch(path: Path) -> None:
-    for loaded in (load_checkpoint(path), SealedCheckpointIO().load_checkpoint(path), torch.load(path)):
+    for loaded in (load_checkpoint(path), AtomicCheckpointIO().load_checkpoint(path), torch.load(path)):
         assert loaded["global_step"] == 7
         assert torch.equal(loaded["state_dict"]["weight"], torch.zeros(40, 3))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
@@ -78,7 +83,7 @@ def test_what_was_altered_is_refused_by_name(path: Path) -> None:
 
 def test_every_bit_of_the_seal_counts(path: Path) -> None:
     whole = path.read_bytes()
-    for place in range(len(whole) - checkpoint_io.SEAL_BYTES - 24, len(whole)):
+    for place in range(len(whole) - checkpoint_io.COMMENT_BYTES - 24, len(whole)):
         for bit in range(8):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
             with pytest.raises(UserError):
@@ -86,13 +91,13 @@ def test_every_bit_of_the_seal_counts(path: Path) -> None:
 
 
 def test_a_seal_of_another_file_does_not_do(path: Path, tmp_path: Path) -> None:
-    save(checkpoint(1.0), tmp_path / "other.ckpt")
+    save_checkpoint(checkpoint(1.0), tmp_path / "other.ckpt")
     path.write_bytes(
-        path.read_bytes()[: -checkpoint_io.SEAL_BYTES]
-        + (tmp_path / "other.ckpt").read_bytes()[-checkpoint_io.SEAL_BYTES :]
+        path.read_bytes()[: -checkpoint_io.COMMENT_BYTES]
+        + (tmp_path / "other.ckpt").read_bytes()[-checkpoint_io.COMMENT_BYTES :]
     )
     with pytest.raises(UserError, match="not what was saved"):
-        refuse_altered(path)
+        verify_checksum(path)
 
 
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "pathlib.Path.replace"])
@@ -102,21 +107,21 @@ def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(where, full)
     with pytest.raises(UserError, match=r"cannot save .*last.ckpt: No space left on device; what was saved before"):
-        save(checkpoint(1.0), path)
+        save_checkpoint(checkpoint(1.0), path)
     monkeypatch.undo()
     assert load_checkpoint(path)["state_dict"]["weight"].sum() == 0
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
 def test_a_disk_that_fills_up_while_torch_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def write(self: checkpoint_io._Hashing, data: bytes) -> int:
+    def write(self: checkpoint_io._HashingWriter, data: bytes) -> int:
         if self.file.tell() > 500:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return self.file.write(data)
 
-    monkeypatch.setattr(checkpoint_io._Hashing, "write", write)
+    monkeypatch.setattr(checkpoint_io._HashingWriter, "write", write)
     with pytest.raises(UserError, match="cannot save"):
-        save(checkpoint(1.0), path)
+        save_checkpoint(checkpoint(1.0), path)
     assert load_checkpoint(path)["state_dict"]["weight"].sum() == 0
 
 
@@ -125,7 +130,7 @@ def test_the_newest_that_is_whole_is_found_and_the_others_are_named(
 ) -> None:
     folder = tmp_path / "pretrain" / "version_0" / "checkpoints"
     for age, name in enumerate(("last.ckpt", "step=20.ckpt", "step=10.ckpt")):
-        save(checkpoint(age), folder / name)
+        save_checkpoint(checkpoint(age), folder / name)
         os.utime(folder / name, (1000 - age, 1000 - age))
     for expected in ("last.ckpt", "step=20.ckpt", "step=10.ckpt"):
         for given in ("last", str(folder.parent)):
@@ -141,24 +146,24 @@ HUNDRED_KILLS = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from lit_gpt_scratch.checkpoint.checkpoint_io import UNFINISHED, refuse_altered, save
+from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_checksum, save_checkpoint
 
 path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
-save({"step": 0, "weights": torch.full((300_000,), 0)}, path)
+save_checkpoint({"step": 0, "weights": torch.full((300_000,), 0)}, path)
 while inside < 100:
     child = os.fork()
     if child == 0:  # saves for ever
         while True:
             step += 1
-            save({"step": step, "weights": torch.full((300_000,), step)}, path)
+            save_checkpoint({"step": step, "weights": torch.full((300_000,), step)}, path)
     before = path.stat().st_mtime_ns
     while path.stat().st_mtime_ns == before:  # it has saved once
         time.sleep(0.0002)
     time.sleep(rng.uniform(0.0, 0.02))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    inside += path.with_name(f".{path.name}{UNFINISHED}").exists()
-    refuse_altered(path)
+    inside += path.with_name(f".{path.name}{PARTIAL_SUFFIX}").exists()
+    verify_checksum(path)
     loaded = torch.load(path)
     assert loaded["step"] > step, (loaded["step"], step)
     assert torch.equal(loaded["weights"], torch.full((300_000,), loaded["step"]))
@@ -184,7 +189,7 @@ def test_a_hundred_kills_amid_saving_leave_the_last_that_was_saved(tmp_path: Pat
 SAVE_ONCE = """
 import os, resource, signal, sys, torch
 from pathlib import Path
-from lit_gpt_scratch.checkpoint.checkpoint_io import save
+from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
 from lit_gpt_scratch.errors import UserError
 path, how = Path(sys.argv[1]), sys.argv[2]
 if how == "full":
@@ -193,7 +198,7 @@ if how == "full":
 if how == "read-only" and os.geteuid() == 0:
     os.seteuid(65534)
 try:
-    save({"step": 2, "weights": torch.zeros(300_000)}, path)
+    save_checkpoint({"step": 2, "weights": torch.zeros(300_000)}, path)
 except UserError as error:
     print(error)
 """
@@ -203,7 +208,7 @@ except UserError as error:
 @pytest.mark.parametrize(("how", "said"), [("full", "File too large"), ("read-only", "Permission denied")])
 def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
-    save(checkpoint(), path)
+    save_checkpoint(checkpoint(), path)
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
         folder.chmod(0o755)
     path.parent.chmod(0o555 if how == "read-only" else 0o755)
@@ -217,16 +222,16 @@ def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None
 SAVE_TWICE = """
 import subprocess, sys, torch
 from pathlib import Path
-from lit_gpt_scratch.checkpoint.checkpoint_io import refuse_altered, save
+from lit_gpt_scratch.checkpoint.checkpoint_io import verify_checksum, save_checkpoint
 from lit_gpt_scratch.errors import UserError
 folder = Path(sys.argv[1])
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], check=True)
-save({"step": 1, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
+save_checkpoint({"step": 1, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
 try:
-    save({"step": 2, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
+    save_checkpoint({"step": 2, "weights": torch.zeros(300_000)}, folder / "last.ckpt")
 except UserError as error:
     print(error)
-refuse_altered(folder / "last.ckpt")
+verify_checksum(folder / "last.ckpt")
 print(torch.load(folder / "last.ckpt")["step"], *(file.name for file in folder.iterdir()))
 """
 
@@ -254,7 +259,7 @@ def test_nothing_is_written_to_the_folder_for_temporary_files(path: Path, monkey
     """It may lie on another file system, from which a rename would copy."""
     monkeypatch.setenv("TMPDIR", str(path.parent / "no such folder"))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    save(checkpoint(3.0), path)
+    save_checkpoint(checkpoint(3.0), path)
     assert load_checkpoint(path)["state_dict"]["weight"].mean() == 3
 
 
@@ -263,7 +268,7 @@ def test_the_one_before_is_removed_only_when_the_new_one_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
     """In the background, too, where a save returns before anything is written."""
-    writer = BackgroundCheckpointIO() if background else SealedCheckpointIO()
+    writer = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
     writer.save_checkpoint(checkpoint(), tmp_path / "old.ckpt")
     if background:
         writer.teardown()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
-from lit_gpt_scratch.checkpoint.loop_state import epochs_done, settle
+from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs, normalize_progress
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
@@ -88,9 +88,9 @@ def test_settling_twice_is_settling_once(
     trainer(max_steps=9, limit_train_batches=4, callbacks=[saving]).fit(task(), packed_text())
     for step, path in enumerate(saving.saved, start=1):
         loop = torch.load(path, weights_only=True)["loops"]["fit_loop"]
-        settle(loop)
+        normalize_progress(loop)
         once = deepcopy(loop)
-        settle(loop)
+        normalize_progress(loop)
         assert loop == once
-        assert epochs_done(loop) == step // 4
+        assert count_finished_epochs(loop) == step // 4
         assert loop["epoch_loop.batch_progress"]["current"]["completed"] == step % 4
