@@ -128,7 +128,9 @@ def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer
             assert theirs[name].metrics[their_name] == pytest.approx(ours.metrics[own])
             assert theirs[name].intervals[their_name] == pytest.approx(ours.intervals[own])
     ours = summarize(
-        evaluate_minimal_pairs(model, tokenizer, [MultipleChoiceQuestion.from_pair(TableRow("", "", row)) for row in pairs])
+        evaluate_minimal_pairs(
+            model, tokenizer, [MultipleChoiceQuestion.from_pair(TableRow("", "", row)) for row in pairs]
+        )
     )
     assert theirs["own_pairs"].metrics == {"acc": pytest.approx(ours.metrics["accuracy"])}
 
