@@ -59,7 +59,7 @@ def apply_init_from(parser: ArgumentParser, config: Namespace) -> bool:
     # Whose code runs is for flags and configs to say, not for a checkpoint.
     gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
     module, _, name = config.model.class_path.rpartition(".")
-    if not getattr(getattr(import_module(module), name), "drops", True):
+    if not getattr(getattr(import_module(module), name), "allows_dropout", True):
         gpt["dropout"] = 0.0
     _set_default_arguments(parser, "model", config.model.class_path, gpt=gpt)
     if "block_size" in data:
