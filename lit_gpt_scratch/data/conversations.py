@@ -1,4 +1,4 @@
-"""Conversations: the data of instruction tuning."""
+"""Conversations: data for instruction tuning."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,64 +19,64 @@ from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Messag
 from lit_gpt_scratch.text.document import TableRow
 
 N_SAMPLE_CONVERSATIONS: Final = 3
-"""Conversations that a model's replies are shown of."""
+"""Number of conversations for which sample replies are shown."""
 
 
 @dataclass(frozen=True)
 class ConversationExample:
-    """Messages that end with a reply."""
+    """Messages, the last of them a reply."""
 
     messages: Sequence[Message]
 
     @property
     def texts(self) -> Sequence[str]:
-        """Of every message."""
+        """The content of every message."""
         return [message.content for message in self.messages]
 
 
 class Conversations(RecordDataModule[ConversationExample]):
-    """Instructions and messages with replies, in the one template (``text.chat``); only replies are learned.
+    """Conversations in the chat template (``text.chat_template``); the loss is computed on the replies only.
 
-    Records are packed by best fit into windows of ``block_size`` tokens, in which they see nothing of each other. For
-    the arguments see ``RecordDataModule``.
+    Records are packed with ``best_fit`` into windows of ``block_size`` tokens and do not attend to each other. For the
+    arguments see ``RecordDataModule``.
     """
 
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Small tasks about words."""
+        """Synthetic tasks about words."""
         return synthetic_data.conversations()
 
     def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
-        """Its messages, in whichever form."""
+        """Parse the messages of a row, in any of the supported formats."""
         return ConversationExample(parse_conversation(fields))
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """In the tokens of this data."""
+        """The chat template with this tokenizer."""
         return ChatTemplate(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
-        """The tokens of the template, each with the one that follows it, where that is of a reply."""
+        """The rendered template; labels are the next tokens, where these belong to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
         return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def uneven(self) -> bool:
-        """Windows have as many labels as their replies are long."""
+        """True: the number of labels in a window depends on the lengths of its replies."""
         return True
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Of the first conversations that are validated on and have room, up to their last reply."""
+        """Prompts of the first validation conversations that leave room for a reply, without their last reply."""
         prompts = (
             self.template.prompt(self.records[place][1].messages[:-1]) for place in self.split_indices["validation"]
         )
         return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), N_SAMPLE_CONVERSATIONS))
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> PackedDataset:
-        """Packed windows."""
+        """Pack the examples into windows."""
         records = RecordTokenStream(
             [example.where for example in examples],
             [example.sequences[0].ids for example in examples],

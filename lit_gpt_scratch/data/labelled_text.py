@@ -1,4 +1,4 @@
-"""Labelled text: the data of classification."""
+"""Labelled text: data for classification."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -28,77 +28,77 @@ class LabelledExample:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text: a copy is one whatever its label."""
+        """The text: duplicates are found regardless of their labels."""
         return (self.text,)
 
 
 class LabelledText(RecordDataModule[LabelledExample]):
-    """Texts of classes. The classes are the labels that there are, in the order of the alphabet.
+    """Texts with class labels. The classes are the labels that occur, in alphabetical order.
 
     Args:
         text_column: The column with the text.
-        label_column: The column with the label, a text or a whole number; a dataset that names its
-            classes says their names.
-        balance: Take as many records of each class as the smallest has; ``split_seed`` chooses which.
-        **others: See ``RecordDataModule``.
+        label_column: The column with the label, a text or an integer; for a dataset with named classes the
+            names are used.
+        balance: Downsample each class to the size of the smallest; ``split_seed`` decides which records are kept.
+        **kwargs: See ``RecordDataModule``.
     """
 
     shares = (0.1, 0.2)
 
     def __init__(
-        self, text_column: str = "text", label_column: str = "label", balance: bool = False, **others: Any
+        self, text_column: str = "text", label_column: str = "label", balance: bool = False, **kwargs: Any
     ) -> None:
-        super().__init__(**others)
+        super().__init__(**kwargs)
         self.text_column = text_column
         self.label_column = label_column
         self.columns = {"text_column": text_column, "label_column": label_column}
         self.balance = balance
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Sentences about things."""
+        """Synthetic sentences about things."""
         return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
-        """A text with its label."""
+        """Parse a text and its label."""
         text = get_text(fields, self.text_column)
         if is_blank(text):
             raise UserError(f"'{self.text_column}' is empty")
         return LabelledExample(text, get_label(fields, self.label_column))
 
     def select_records(self, records: list[tuple[str, LabelledExample]]) -> list[tuple[str, LabelledExample]]:
-        """All, or as many of each class as the smallest has."""
+        """All records, or, with ``balance``, as many of each class as the smallest has."""
         counts = Counter(record.label for _, record in records)
         if len(counts) < 2:
-            there = f"only the class '{next(iter(counts))}'" if counts else "no record"
-            raise UserError(f"{self.origin} has {there}; to tell classes apart takes two")
+            found = f"only the class '{next(iter(counts))}'" if counts else "no record"
+            raise UserError(f"{self.origin} has {found}; classification needs at least two")
         if not self.balance:
             return records
-        left = dict.fromkeys(counts, min(counts.values()))
+        remaining = dict.fromkeys(counts, min(counts.values()))
         taken = []
-        for place in shuffled_indices(len(records), self.split_seed, purpose=1):
-            label = records[place][1].label
-            if left[label]:
-                left[label] -= 1
-                taken.append(place)
-        return [records[place] for place in sorted(taken)]
+        for index in shuffled_indices(len(records), self.split_seed, purpose=1):
+            label = records[index][1].label
+            if remaining[label]:
+                remaining[label] -= 1
+                taken.append(index)
+        return [records[index] for index in sorted(taken)]
 
     @cached_property
     def class_names(self) -> list[str]:
-        """By the number of each class."""
+        """Class names by class index."""
         return sorted({record.label for _, record in self.records})
 
     @property
     def class_counts(self) -> list[int]:
-        """Training records of each class."""
+        """Number of training records of each class."""
         classes = [int(example.sequences[0].labels[0]) for example in self.examples["train"]]
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
 
     def setup(self, stage: str) -> None:
-        """Lay the rows of batches.
+        """Build the datasets.
 
         Raises:
-            UserError: Also, nothing is to be learned of a class.
+            UserError: As in the base class, or a class has no training record.
         """
         for name, count in zip(self.class_names, self.class_counts, strict=True):
             if not count:
@@ -110,30 +110,30 @@ class LabelledText(RecordDataModule[LabelledExample]):
 
     @property
     def uneven(self) -> bool:
-        """Every row of the training has one label."""
+        """False: every training row has one label."""
         return False
 
     def encode(self, text: str) -> list[int]:
-        """A text as the model reads it: the start of text, and its ids."""
+        """Token ids of a text, preceded by the start of text."""
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """The text's ids, and the class."""
+        """The ids of the text, and its class index."""
         label = np.array([self.class_names.index(record.label)])
         return (EncodedSequence(np.array(self.encode(record.text)), label),)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> "LabelledTextDataset":
-        """One record a row."""
+        """One record per row."""
         return LabelledTextDataset(
             [example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text
         )
 
 
 class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
-    """Texts, filled up at their right; of each its ids and its class."""
+    """Right-padded texts with their classes."""
 
     def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
-        """A whole batch; an index of ``len(self)`` is a row of no text."""
+        """A batch; the index ``len(self)`` stands for a padding row."""
         rows = [self.items[index] if index < len(self) else None for index in indices]
         lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
         input_ids = pad_rows([row.ids if row else EMPTY_ROW for row in rows], self.fill, self.block_size)

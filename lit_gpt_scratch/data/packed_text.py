@@ -1,4 +1,4 @@
-"""Text as packed windows of tokens: the data of pretraining."""
+"""Text packed into windows of tokens: data for pretraining."""
 
 import inspect
 import math
@@ -31,49 +31,48 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""Documents whose beginnings a model is asked to go on with, tokens of a beginning, and in how many they are sought."""
+"""Sample prompts: number of documents, tokens of each, and validation tokens searched for document starts."""
 
 
 class PackedText(BaseDataModule):
-    """Documents, split, tokenised and packed into windows.
+    """Documents, split, tokenized and packed into windows.
 
     Args:
         source: ``stdlib`` (this Python's own standard library), the default; a text file, a folder, or a pattern with
             ``*``; JSONL, CSV, TSV, Parquet or Arrow, compressed or not; ``owner/name`` of a dataset of the Hub. Or
-            several of these, each with a weight: so much of each is taken that their bytes are as the weights.
-        text_column: The column with the text, where there are columns.
-        config: The configuration of a dataset of the Hub.
-        split: The split of a dataset of the Hub.
-        streaming: Read a dataset of the Hub as it comes, without keeping a copy.
-        max_bytes: Read no further, in each source, than the document that reaches so many bytes of text.
-        cleaning: Steps from documents to fewer or cleaner ones, in their order; by default exact duplicates are
-            dropped. See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.leakage``.
-        processes: To clean a large corpus in; by default as many as there are cores, and one in a script that new
-            processes would run again. They change no byte.
-        validation_share: Share of the documents that is held out, by default 0.05; of a single document, the share of
-            its end.
-        tokenizer: The kind to train on the training documents: ``bpe``, the default, ``wordpiece``, ``unigram``,
-            ``char`` or ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with GPT-2's
-            ``encoder.json`` and ``vocab.bpe``.
-        vocab_size: Tokens of the tokenizer that is trained, special ones included; by default 1,024, or as many as
-            the text gives.
-        special_tokens: Tokens that no text is made into, beside the end of text, as for the roles of a chat.
-        store: Folder for the tokens of this text alone, with the text as it was cleaned, and its audit.
-        cache: Folder for all others, and their texts; by default one in the user's cache folder.
-        init_from: A trained model, whose tokenizer is used; ``fit`` says here what ``model.init_from`` is.
-        mixture: Folders that were given as ``store`` before, to take tokens from instead of ``source``: one; a list,
-            for all windows of each; or each with a weight, for so large a share of the training windows. Validation
-            sees all that any of them holds out.
-        packing: How documents are laid into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
-            ``data.packing``. Validation always concatenates, so that it scores the same tokens whatever the packing.
-        document_mask: No token attends to another document, and positions count from a document's first token.
-        block_size: Tokens in a window.
+            several of these, each with a weight: the bytes taken of each are proportional to the weights.
+        text_column: The column with the text, for sources with columns.
+        config: Configuration of a Hub dataset.
+        split: Split of a Hub dataset.
+        streaming: ShardedTokenStream a Hub dataset instead of downloading it.
+        max_bytes: Stop reading each source after the document that reaches this many bytes of text.
+        cleaning: Steps that filter or edit documents, in order; by default only exact duplicates are removed.
+            See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
+        processes: Number of processes that clean a large corpus; by default the number of cores, or 1 in a script that
+            new processes would run again. The result does not depend on it.
+        validation_share: Share of the documents held out, by default 0.05; of a single document, the share of its end.
+        tokenizer: Kind of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
+            ``unigram``, ``char`` or ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with
+            GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        vocab_size: Vocabulary size of a trained tokenizer, special tokens included; by default 1,024, or fewer if the
+            text yields fewer.
+        special_tokens: Tokens in addition to the end of text that no text is encoded to, such as chat roles.
+        store: Folder for the tokens of this text alone, with the cleaned text and its audit.
+        cache: Folder for all other stores and their texts; by default one in the user's cache folder.
+        init_from: A trained model whose tokenizer is used; ``fit`` sets it to ``model.init_from``.
+        mixture: Token stores (folders made with ``store``) to use instead of ``source``: one; a list, for all windows
+            of each; or a mapping to weights, their shares of the training windows. Validation uses the validation
+            tokens of all of them.
+        packing: How documents are packed into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
+            ``data.packing``. Validation always uses ``concatenate``, to score the same tokens with any packing.
+        document_mask: Restrict attention to a token's own document, and count positions from its first token.
+        block_size: Tokens per window.
         batch_size: Windows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks; gradients of several micro-batches are
-            accumulated to reach it. By default a step is one micro-batch.
-        num_workers: Processes that load batches beside the training; 0 loads in the training process,
-            which for memory-mapped tokens costs next to nothing.
-        seed: Seed of the order of windows; by default that of ``seed_everything``.
+        tokens_per_step: Tokens per optimizer step over all ranks; gradients are accumulated over micro-batches to
+            reach it. By default a step is one micro-batch.
+        num_workers: Number of DataLoader worker processes; 0 loads in the training process, which costs next to
+            nothing for memory-mapped tokens.
+        seed: Seed of the window order; by default that of ``seed_everything``.
 
     Raises:
         UserError: A number is out of range.
@@ -112,7 +111,7 @@ class PackedText(BaseDataModule):
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
         reject_null({"text_column": text_column, "split": split, "cleaning": cleaning})
         reject_null({"special_tokens": special_tokens})
-        # Defaults that are not those of other data are resolved here: --data keeps what both classes know.
+        # Defaults that differ between data classes are resolved here: swapping --data keeps arguments of the same name.
         source = STDLIB if source is None else source
         validation_share = 0.05 if validation_share is None else validation_share
         require_positive_ints({"vocab_size": vocab_size, "processes": processes})
@@ -121,24 +120,24 @@ class PackedText(BaseDataModule):
         if max_bytes is not None and max_bytes < 1:
             raise UserError(f"data.max_bytes is {max_bytes}; it must be positive")
         if not 0.0 < validation_share < 1.0:
-            raise UserError(f"data.validation_share is {validation_share}; it must lie between 0 and 1")
+            raise UserError(f"data.validation_share is {validation_share}; it must be between 0 and 1")
         weights = source if isinstance(source, dict) else {source: 1.0}
         for name, weight in weights.items():
             if not 0.0 < weight < float("inf"):
                 raise UserError(f"data.source: the weight of {name} is {weight}; it must be positive")
         if not weights:
-            raise UserError("data.source has no source in it; name one")
+            raise UserError("data.source is empty; name a source")
         sources = tuple(
             (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # Torch's threads are what this machine, or this process' share of it, has cores for. A new process imports the
-        # main module: a door, run by its module's name, is made for that; a script may not be.
+        # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
+        # module again: our commands, run as modules, support that; a user's script may not.
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
         self.preparation = TokenPreparation(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
         self.init_from = init_from
-        self._asked = {"tokenizer": tokenizer, "vocab_size": vocab_size}
+        self._requested = {"tokenizer": tokenizer, "vocab_size": vocab_size}
         self.packing: PackingPolicy = packing
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
@@ -152,25 +151,25 @@ class PackedText(BaseDataModule):
 
     @property
     def origin(self) -> str:
-        """What the tokens are made of, as a user wrote it."""
+        """The source of the tokens, as the user wrote it."""
         return ", ".join(map(str, self.mixture_folders)) or self.preparation.selection.name
 
     @cached_property
     def stores(self) -> list[TokenStore]:
-        """What the tokens come from: the prepared corpus, made on first use; or those that are mixed."""
+        """The token stores: the prepared corpus, made on first use; or the stores of the mixture."""
         if self.mixture_folders:
             return [TokenStore.open(folder) for folder in self.mixture_folders]
         given = None
         if self.init_from is not None:
-            for name, asked in self._asked.items():
-                if asked is not None:
-                    raise UserError(f"model.init_from brings a tokenizer of its own; leave out data.{name}")
+            for name, value in self._requested.items():
+                if value is not None:
+                    raise UserError(f"model.init_from has its own tokenizer; leave out data.{name}")
             given = load_initial_tokenizer(self.init_from)
         return [self.preparation.prepare(self.cache, self.store_folder, given)]
 
     @cached_property
     def store(self) -> TokenStore:
-        """All of them as one."""
+        """All stores as one."""
         return concatenate_stores(self.stores)
 
     @property
@@ -180,17 +179,17 @@ class PackedText(BaseDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, as the store says without reading its tokenizer."""
+        """Number of token ids, from the manifest; the tokenizer is not read."""
         return self.store.vocab_size
 
     @property
     def fingerprint(self) -> str:
-        """Of the tokens."""
+        """SHA-256 of everything that determines the token ids."""
         return self.store.fingerprint
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The beginning of a document, and the first tokens of some that are validated on."""
+        """Prompts for samples: the start of text alone, and the first tokens of some validation documents."""
         stream, start = self.store.validation, self.tokenizer.start_of_text
         length = min(SAMPLE_PROMPT_TOKENS, self.block_size // 2)
         found = [
@@ -200,11 +199,11 @@ class PackedText(BaseDataModule):
         return [[start], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
     def prepare_data(self) -> None:
-        """Tokenise the corpus unless a store of it exists."""
+        """Tokenize the corpus unless its store exists."""
         _ = self.store
 
     def setup(self, stage: str) -> None:
-        """Lay the windows, and settle how many micro-batches make a step.
+        """Build the datasets and set the number of micro-batches per step.
 
         Raises:
             UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
@@ -226,17 +225,17 @@ class PackedText(BaseDataModule):
             raise UserError(
                 f"{self.origin} has {len(self.train_dataset)} windows of {self.block_size} tokens for "
                 f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
-                f"--data.block_size (to {max(1, self.block_size * len(self.train_dataset) // (2 * batch))}, say)"
+                f"--data.block_size (for example to {max(1, self.block_size * len(self.train_dataset) // (2 * batch))})"
             )
         if not len(self.validation_dataset):
             raise UserError(
-                f"{self.origin} leaves nothing to validate on; name more text, or raise --data.validation_share"
+                f"{self.origin} has no tokens for validation; name more text, or raise --data.validation_share"
             )
         if stage == "fit":
             self.accumulate()
 
     def sample_train_tokens(self, n: int) -> TokenIds:
-        """About the first so many tokens of the training, of each store its share."""
+        """About the first ``n`` training tokens, from each store in proportion to its weight."""
         whole = [float(store.train.n_tokens) for store in self.stores]
         weights = self.weights or whole
         shares = [n * weight / sum(weights) for weight in weights]
@@ -246,7 +245,7 @@ class PackedText(BaseDataModule):
 
     @property
     def uneven(self) -> bool:
-        """Whether some windows of the training have fewer labels than others."""
+        """Whether training windows differ in their number of labels."""
         return self.packing != "concatenate"
 
     def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
@@ -258,17 +257,17 @@ TEXT_ARGUMENTS: Final = (
     "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
     "vocab_size", "special_tokens", "store",
 )  # fmt: skip
-"""Arguments that mean nothing to tokens that are made already."""
+"""Arguments that determine the tokens, and so have no effect with ``mixture``."""
 
 
 def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
-    """Refuse what cannot be mixed.
+    """Validate the stores and weights of a mixture.
 
     Raises:
         UserError: There is no store, or a weight is out of range.
     """
     if not folders:
-        raise UserError("data.mixture has no store in it; name one")
+        raise UserError("data.mixture is empty; name a token store")
     for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
         if not 0.0 <= weight < math.inf:
             raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
@@ -277,17 +276,17 @@ def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -
 
 
 def reject_text_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Refuse arguments that say how tokens are made.
+    """Reject arguments that determine the tokens.
 
     Args:
-        kind: The data module, whose signature has the defaults.
-        arguments: What it was given.
+        kind: The data module class; its signature has the defaults.
+        arguments: The arguments it was called with.
 
     Raises:
-        UserError: One of them is not its default.
+        UserError: One of them differs from its default.
     """
     for name in TEXT_ARGUMENTS:
         default = inspect.signature(kind).parameters[name].default
         given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
         if given != default:
-            raise UserError(f"data.mixture is of tokens that are made already; leave out data.{name}")
+            raise UserError(f"data.mixture uses tokens that were made already; leave out data.{name}")

@@ -1,14 +1,14 @@
-"""How documents are laid into windows of T tokens.
+"""Packing: assign documents to windows of T tokens.
 
-A window is a row of pieces, a piece a stretch of the stream: its tokens are the inputs, the tokens one further the
-labels. So whatever the policy, a document's last token has the end of text to predict, and what follows in the window
-is no label of it. Which pieces, and at what cost, is the policy's to say:
+A window is a list of pieces; a piece is a contiguous span of the token stream. A window's inputs are the tokens of its
+pieces, the labels the tokens one position later. So with every policy the last token of a document predicts the end of
+text, and never the first token of whatever follows in the window. The policies differ in which pieces form a window:
 
-``concatenate``   one piece a window, the stream cut every T tokens: nothing is padded, documents are cut anywhere
-``best_fit``      documents longer than T are cut into pieces of T and a rest; each piece, the longest first, goes into
-                  the window that it leaves the least room in (Ding et al. 2024, https://arxiv.org/abs/2404.10830): no
-                  document is cut that fits
-``one_document``  the same pieces, each in a window of its own
+``concatenate``   one piece per window, the stream split every T tokens: no padding, documents are split anywhere
+``best_fit``      documents longer than T are split into pieces of T tokens and a remainder; each piece, longest first,
+                  goes into the window with the least sufficient free space (Ding et al. 2024,
+                  https://arxiv.org/abs/2404.10830): no document that fits is split
+``one_document``  the same pieces, each in its own window
 """
 
 import json
@@ -26,19 +26,26 @@ from lit_gpt_scratch.data.token_stream import Integers, TokenStream
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
 from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream
 
+PackingPolicy = Literal["concatenate", "best_fit", "one_document"]
+PACKING_POLICIES: Final[tuple[PackingPolicy, ...]] = get_args(PackingPolicy)
+BinPackingPolicy = Literal["best_fit", "one_document"]
+
+PLAN_FORMAT: Final = 1
+"""Version of the files of a cached plan; part of its cache key."""
+
 
 @dataclass(frozen=True)
 class PackingCost:
-    """What a policy does to documents; costs can be added.
+    """What a packing policy costs; costs of several streams can be added.
 
     Attributes:
-        windows: How many there are.
-        positions: Tokens that they have room for.
-        documents: Documents.
+        windows: Number of windows.
+        positions: Number of positions in all windows.
+        documents: Number of documents.
         padding: Positions without a token.
-        discarded: Tokens that are in no window.
-        cut: Documents that are not in one window alone.
-        split_needlessly: Those of them that would fit into one.
+        discarded: Tokens in no window.
+        split: Documents not contained in a single window.
+        split_needlessly: Split documents that would fit into one window.
         crossing: Windows with tokens of more than one document.
     """
 
@@ -56,201 +63,31 @@ class PackingCost:
 
     @property
     def used(self) -> float:
-        """The share of the positions that have a token."""
+        """The share of positions that hold a token."""
         return 1 - self.padding / max(self.positions, 1)
 
     TABLE_HEADER: ClassVar = (
         "windows",
         "positions used",
         "tokens discarded",
-        "documents cut",
+        "documents split",
         "needlessly",
         "windows crossing",
     )
 
     @property
     def table_row(self) -> list[str]:
-        """For a table under ``TABLE_HEADER``."""
+        """Cells under ``TABLE_HEADER``."""
         documents, windows = max(self.documents, 1), max(self.windows, 1)
         shares = self.split / documents, self.split_needlessly / documents, self.crossing / windows
         return [f"{self.windows:,}", f"{self.used:.2%}", f"{self.discarded:,}", *(f"{share:.1%}" for share in shares)]
 
 
-def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
-    """Best-fit decreasing: which bin each item goes into.
-
-    Bins with the same room are alike, and so are items of the same length, so both are dealt with together: as long as
-    an item fits into what it has left of a bin, that bin has the least room that fits, and takes the next one, too.
-
-    Args:
-        lengths: (n,), each 1 to ``capacity``.
-        capacity: Of a bin.
-
-    Returns:
-        (n,), the number of its bin, from 0.
-    """
-    bins = np.empty(len(lengths), dtype=np.int64)
-    longest_first = np.argsort(-lengths, kind="stable")
-    open_bins: dict[int, list[int]] = {}  # by the room they have left
-    has_open = np.zeros(capacity + 1, dtype=bool)
-    n_bins = done = 0
-    for length, count in zip(*(found[::-1] for found in np.unique(lengths, return_counts=True)), strict=True):
-        items = longest_first[done : done + count]
-        done += count
-        while len(items):
-            room = int(length + np.argmax(has_open[length:]))
-            if not has_open[room]:
-                room = capacity
-            each = room // int(length)
-            wanted = -(-len(items) // each)
-            if room < capacity:
-                chosen = open_bins[room][-wanted:]
-                del open_bins[room][-wanted:]
-                has_open[room] = bool(open_bins[room])
-            else:
-                chosen = list(range(n_bins, n_bins + wanted))
-                n_bins += wanted
-            now, items = items[: len(chosen) * each], items[len(chosen) * each :]
-            bins[now] = np.repeat(chosen, each)[: len(now)]
-            full = len(now) // each
-            for taken, some in ((each, chosen[:full]), (len(now) % each, chosen[full:])):
-                if some and (left := room - taken * int(length)):
-                    open_bins.setdefault(left, []).extend(some)
-                    has_open[left] = True
-    return bins
-
-
-PLAN_FORMAT: Final = 1
-"""Number of the form in which plans are kept."""
-
-BinPackingPolicy = Literal["best_fit", "one_document"]
-
-
-class _ArrayPlan(ABC):
-    """Two arrays: the pieces, in the order of the windows, and where those of each window begin."""
-
-    crosses: ClassVar[bool] = False
-
-    @cached_property
-    @abstractmethod
-    def _pieces(self) -> Integers:
-        """(n_pieces, 2) int64, the first token of each and its length."""
-
-    @cached_property
-    @abstractmethod
-    def _windows(self) -> Integers:
-        """(n_windows + 1,) int64, the first piece of each."""
-
-    def __len__(self) -> int:
-        return len(self._windows) - 1
-
-    def pieces(self, window: int) -> list[tuple[int, int]]:
-        """In the order of the stream; none behind the last window."""
-        first, behind = self._windows[window : window + 2] if window < len(self) else (0, 0)
-        return [(int(start), int(length)) for start, length in self._pieces[first:behind]]
-
-
-class InMemoryPlan(_ArrayPlan):
-    """A plan in memory.
-
-    Args:
-        stream: The tokens.
-        block_size: Tokens in a window.
-        policy: How documents are laid.
-    """
-
-    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy) -> None:
-        self.stream = stream
-        self._parts = list(pack_shards(stream, block_size, policy))
-
-    @cached_property
-    def cost(self) -> PackingCost:
-        """What it took."""
-        return sum((found for _, _, found in self._parts), PackingCost())
-
-    @cached_property
-    def _pieces(self) -> Integers:
-        return np.concatenate([pieces for pieces, _, _ in self._parts])
-
-    @cached_property
-    def _windows(self) -> Integers:
-        return np.cumsum(np.concatenate([[0], *(in_each for _, in_each, _ in self._parts)]))
-
-
-class CachedPlan(_ArrayPlan, PicklableMemmaps):
-    """A plan that is made once and mapped into memory from two files, ``pieces`` and ``windows``.
-
-    Args:
-        stream: The tokens.
-        block_size: Tokens in a window.
-        policy: How documents are laid.
-        folder: Where the plan is, or will be.
-    """
-
-    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
-        self.stream = stream
-        self.folder = folder
-        create_folder_atomically(folder, lambda place: _write_plan(stream, block_size, policy, place), "--data.cache")
-
-    @cached_property
-    def cost(self) -> PackingCost:
-        """As it was found when the plan was made."""
-        return PackingCost(**json.loads((self.folder / "cost.json").read_text(encoding="utf-8")))
-
-    @cached_property
-    def _pieces(self) -> Integers:
-        return np.asarray(np.memmap(self.folder / "pieces", np.int64, "r")).reshape(-1, 2)
-
-    @cached_property
-    def _windows(self) -> Integers:
-        return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
-
-
-def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
-    """Shard by shard, so that it takes memory for the documents of one."""
-    n_pieces, total = 0, PackingCost()
-    with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
-        np.zeros(1, np.int64).tofile(windows_file)
-        for pieces, in_each, found in pack_shards(stream, block_size, policy):
-            pieces.tofile(pieces_file)
-            (n_pieces + np.cumsum(in_each)).tofile(windows_file)
-            n_pieces += len(pieces)
-            total += found
-    (folder / "cost.json").write_text(json.dumps(asdict(total)), encoding="utf-8")
-
-
-def pack_shards(
-    stream: TokenStream, block_size: int, policy: BinPackingPolicy
-) -> Iterator[tuple[Integers, Integers, PackingCost]]:
-    """Of each shard its pieces in the order of the windows, how many pieces each window has, and the cost."""
-    for starts, lengths in stream.document_spans():
-        pieces = _split_documents(starts, lengths, block_size)
-        windows = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
-        in_each = np.bincount(windows)
-        positions = len(in_each) * block_size
-        padding, cut, crossing = positions - int(lengths.sum()), (lengths > block_size).sum(), (in_each > 1).sum()
-        found = PackingCost(len(in_each), positions, len(starts), padding, split=int(cut), crossing=int(crossing))
-        yield pieces[np.argsort(windows, kind="stable")], in_each, found
-
-
-def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> Integers:
-    """Documents as pieces of ``block_size`` tokens and a rest: (n_pieces, 2), first token and length."""
-    n_pieces = -(-lengths // block_size)
-    document = np.repeat(np.arange(len(starts)), n_pieces)
-    nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # of its document
-    first = starts[document] + nth * block_size
-    return np.stack([first, np.minimum(block_size, lengths[document] - nth * block_size)], axis=1)
-
-
-PackingPolicy = Literal["concatenate", "best_fit", "one_document"]
-PACKING_POLICIES: Final[tuple[PackingPolicy, ...]] = get_args(PackingPolicy)
-
-
 class PackingPlan(Protocol):
-    """A stream laid into windows.
+    """The assignment of a token stream to windows.
 
     Attributes:
-        crosses: Whether a piece can go on from one document into the next.
+        crosses: Whether a piece may continue from one document into the next.
     """
 
     crosses: ClassVar[bool]
@@ -261,22 +98,41 @@ class PackingPlan(Protocol):
 
     @property
     def cost(self) -> PackingCost:
-        """What it took."""
+        """The cost of the plan."""
 
     def __len__(self) -> int: ...
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """The stretches of the stream that make up a window: the first token of each, and how many."""
+        """First token and length of each piece of a window; empty for an index past the last window."""
+
+
+def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
+    """Plan the training windows of a stream.
+
+    A bin-packing plan is cached, keyed by the document boundaries, ``block_size`` and ``policy``.
+    """
+    if policy == "concatenate":
+        return ConcatenatedPlan(stream, block_size)
+    shards = [(shard.sha256["documents"], shard.n_tokens) for shard in stream.shards]
+    key = hash_json([PLAN_FORMAT, policy, block_size, shards])
+    return CachedPlan(stream, block_size, policy, cache / "packing" / key[:16])
+
+
+def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPolicy) -> PackingCost:
+    """The cost of a policy, without storing a plan."""
+    if policy == "concatenate":
+        return ConcatenatedPlan(stream, block_size).cost
+    return sum((cost for _, _, cost in pack_shards(stream, block_size, policy)), PackingCost())
 
 
 class ConcatenatedPlan:
-    """The stream cut every ``block_size`` tokens. Every token but the very first is a label exactly once.
+    """The stream split every ``block_size`` tokens. Every token except the very first is a label exactly once.
 
     Args:
         stream: The tokens.
-        block_size: Tokens in a window.
+        block_size: Tokens per window.
         keep_last: Keep the shorter last window, so that every token is scored (validation); else drop it (training,
-            where all windows count alike).
+            where all windows have equal weight).
     """
 
     crosses: ClassVar[bool] = True
@@ -291,39 +147,194 @@ class ConcatenatedPlan:
         return self.n_windows
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """One; none behind the last window."""
+        """The one piece of a window; empty for an index past the last window."""
         start = window * self.block_size
         length = min(self.block_size, self.stream.n_tokens - start)
         return [(start, length)] if window < self.n_windows else []
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Found by walking over the documents."""
+        """The cost, computed by iterating over the documents."""
         T, end = self.block_size, self.n_windows * self.block_size
-        cut = needlessly = crossing = 0
+        n_split = needlessly = crossing = 0
         last = -1  # the window last counted as crossing
         for starts, lengths in self.stream.document_spans():
-            parted = (starts // T != (starts + lengths - 1) // T) & (starts < end)
-            cut += int(parted.sum())
-            needlessly += int((parted & (lengths <= T)).sum())
+            split = (starts // T != (starts + lengths - 1) // T) & (starts < end)
+            n_split += int(split.sum())
+            needlessly += int((split & (lengths <= T)).sum())
             begun = np.unique(starts[(starts % T != 0) & (starts < end)] // T)
             crossing += len(begun) - int(len(begun) > 0 and begun[0] == last)
             last = int(begun[-1]) if len(begun) else last
         padding, discarded = max(end - self.stream.n_tokens, 0), max(self.stream.n_tokens - 1 - end, 0)
-        return PackingCost(len(self), end, self.stream.n_documents, padding, discarded, cut, needlessly, crossing)
+        return PackingCost(len(self), end, self.stream.n_documents, padding, discarded, n_split, needlessly, crossing)
 
 
-def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
-    """A stream laid into windows for training; a plan is kept in the cache, under what it is made for."""
-    if policy == "concatenate":
-        return ConcatenatedPlan(stream, block_size)
-    shards = [(shard.sha256["documents"], shard.n_tokens) for shard in stream.shards]
-    key = hash_json([PLAN_FORMAT, policy, block_size, shards])
-    return CachedPlan(stream, block_size, policy, cache / "packing" / key[:16])
+class _BinPackingPlan(ABC):
+    """A plan stored as two arrays: the pieces in window order, and each window's first piece."""
+
+    crosses: ClassVar[bool] = False
+
+    @cached_property
+    @abstractmethod
+    def _pieces(self) -> Integers:
+        """First token and length of each piece, (n_pieces, 2) int64."""
+
+    @cached_property
+    @abstractmethod
+    def _windows(self) -> Integers:
+        """The first piece of each window, then ``n_pieces``: (n_windows + 1,) int64."""
+
+    def __len__(self) -> int:
+        return len(self._windows) - 1
+
+    def pieces(self, window: int) -> list[tuple[int, int]]:
+        """Pieces in stream order; empty for an index past the last window."""
+        first, end = self._windows[window : window + 2] if window < len(self) else (0, 0)
+        return [(int(start), int(length)) for start, length in self._pieces[first:end]]
 
 
-def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPolicy) -> PackingCost:
-    """What a policy would cost, without a plan to keep."""
-    if policy == "concatenate":
-        return ConcatenatedPlan(stream, block_size).cost
-    return sum((found for _, _, found in pack_shards(stream, block_size, policy)), PackingCost())
+class InMemoryPlan(_BinPackingPlan):
+    """A bin-packing plan in memory.
+
+    Args:
+        stream: The tokens.
+        block_size: Tokens per window.
+        policy: The packing policy.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy) -> None:
+        self.stream = stream
+        self._parts = list(pack_shards(stream, block_size, policy))
+
+    @cached_property
+    def cost(self) -> PackingCost:
+        """The cost of the plan."""
+        return sum((cost for _, _, cost in self._parts), PackingCost())
+
+    @cached_property
+    def _pieces(self) -> Integers:
+        return np.concatenate([pieces for pieces, _, _ in self._parts])
+
+    @cached_property
+    def _windows(self) -> Integers:
+        return np.cumsum(np.concatenate([[0], *(piece_counts for _, piece_counts, _ in self._parts)]))
+
+
+class CachedPlan(_BinPackingPlan, PicklableMemmaps):
+    """A bin-packing plan that is made once and memory-mapped from two files, ``pieces`` and ``windows``.
+
+    Args:
+        stream: The tokens.
+        block_size: Tokens per window.
+        policy: The packing policy.
+        folder: Folder of the plan; it is made if it does not exist.
+    """
+
+    def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
+        self.stream = stream
+        self.folder = folder
+        create_folder_atomically(folder, lambda target: _write_plan(stream, block_size, policy, target), "--data.cache")
+
+    @cached_property
+    def cost(self) -> PackingCost:
+        """The cost, stored when the plan was made."""
+        stored: dict[str, int] = json.loads((self.folder / "cost.json").read_text(encoding="utf-8"))
+        return PackingCost(**{_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()})
+
+    @cached_property
+    def _pieces(self) -> Integers:
+        return np.asarray(np.memmap(self.folder / "pieces", np.int64, "r")).reshape(-1, 2)
+
+    @cached_property
+    def _windows(self) -> Integers:
+        return np.asarray(np.memmap(self.folder / "windows", np.int64, "r"))
+
+
+_FIELD_OF_KEY: Final = {"cut": "split", "cut_needlessly": "split_needlessly"}
+"""Fields of ``PackingCost`` whose key in the ``cost.json`` of format 1 has another name."""
+_KEY_OF_FIELD: Final = {field: key for key, field in _FIELD_OF_KEY.items()}
+
+
+def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
+    """Write a plan shard by shard, so that memory is needed for the documents of one shard only."""
+    n_pieces, total = 0, PackingCost()
+    with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
+        np.zeros(1, np.int64).tofile(windows_file)
+        for pieces, piece_counts, cost in pack_shards(stream, block_size, policy):
+            pieces.tofile(pieces_file)
+            (n_pieces + np.cumsum(piece_counts)).tofile(windows_file)
+            n_pieces += len(pieces)
+            total += cost
+    stored = {_KEY_OF_FIELD.get(field, field): value for field, value in asdict(total).items()}
+    (folder / "cost.json").write_text(json.dumps(stored), encoding="utf-8")
+
+
+def pack_shards(
+    stream: TokenStream, block_size: int, policy: BinPackingPolicy
+) -> Iterator[tuple[Integers, Integers, PackingCost]]:
+    """For each shard, its pieces in window order, the number of pieces in each window, and the cost."""
+    for starts, lengths in stream.document_spans():
+        pieces = _split_documents(starts, lengths, block_size)
+        window_of = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
+        piece_counts = np.bincount(window_of)
+        positions = len(piece_counts) * block_size
+        padding, split, crossing = (
+            positions - int(lengths.sum()),
+            (lengths > block_size).sum(),
+            (piece_counts > 1).sum(),
+        )
+        cost = PackingCost(len(piece_counts), positions, len(starts), padding, split=int(split), crossing=int(crossing))
+        yield pieces[np.argsort(window_of, kind="stable")], piece_counts, cost
+
+
+def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> Integers:
+    """Split documents into pieces of ``block_size`` tokens and a remainder: (n_pieces, 2), first token and length."""
+    n_pieces = -(-lengths // block_size)
+    document = np.repeat(np.arange(len(starts)), n_pieces)
+    nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # index within its document
+    first = starts[document] + nth * block_size
+    return np.stack([first, np.minimum(block_size, lengths[document] - nth * block_size)], axis=1)
+
+
+def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
+    """Best-fit-decreasing bin packing.
+
+    Bins with equal free space are interchangeable, and so are items of equal length, so both are handled in groups: as
+    long as another item fits into what remains of a bin, that bin has the least sufficient space and takes it too.
+
+    Args:
+        lengths: Length of each item, (n,), each 1 to ``capacity``.
+        capacity: Capacity of a bin.
+
+    Returns:
+        The bin of each item, (n,), numbered from 0.
+    """
+    bins = np.empty(len(lengths), dtype=np.int64)
+    longest_first = np.argsort(-lengths, kind="stable")
+    open_bins: dict[int, list[int]] = {}  # by free space
+    has_open = np.zeros(capacity + 1, dtype=bool)
+    n_bins = done = 0
+    for length, count in zip(*(values[::-1] for values in np.unique(lengths, return_counts=True)), strict=True):
+        items = longest_first[done : done + count]
+        done += count
+        while len(items):
+            space = int(length + np.argmax(has_open[length:]))
+            if not has_open[space]:
+                space = capacity
+            per_bin = space // int(length)
+            wanted = -(-len(items) // per_bin)
+            if space < capacity:
+                chosen = open_bins[space][-wanted:]
+                del open_bins[space][-wanted:]
+                has_open[space] = bool(open_bins[space])
+            else:
+                chosen = list(range(n_bins, n_bins + wanted))
+                n_bins += wanted
+            placed, items = items[: len(chosen) * per_bin], items[len(chosen) * per_bin :]
+            bins[placed] = np.repeat(chosen, per_bin)[: len(placed)]
+            full = len(placed) // per_bin
+            for n_items, group in ((per_bin, chosen[:full]), (len(placed) % per_bin, chosen[full:])):
+                if group and (left := space - n_items * int(length)):
+                    open_bins.setdefault(left, []).extend(group)
+                    has_open[left] = True
+    return bins

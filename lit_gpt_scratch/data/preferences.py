@@ -1,4 +1,4 @@
-"""Pairs of replies of which one is preferred: the data of reward models and of DPO."""
+"""Pairs of a preferred and a rejected reply: data for reward models and DPO."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ TIE_POLICIES: Final[tuple[TiePolicy, ...]] = get_args(TiePolicy)
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """Messages, the reply that is preferred, and another."""
+    """A prompt, the preferred reply, and the rejected reply."""
 
     prompt: Sequence[Message]
     chosen: str
@@ -30,32 +30,32 @@ class PreferencePair:
 
     @property
     def texts(self) -> Sequence[str]:
-        """All of them."""
+        """The contents of the prompt's messages and both replies."""
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
 class Preferences(PromptedDataModule[PreferencePair]):
-    """Rows of ``prompt``, ``chosen`` and ``rejected``, each a text or messages; or ``instruction`` for the prompt.
+    """Rows with ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``, each a text or messages.
 
     Args:
-        ties: What becomes of a pair whose replies are the same: ``refuse`` it by name, or ``drop`` it.
-        **others: See ``PromptedDataModule`` and ``RecordDataModule``.
+        ties: How to handle a pair with equal replies: ``refuse`` (an error that names it) or ``drop`` it.
+        **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``.
     """
 
     pairs: Final = True
 
-    def __init__(self, ties: TiePolicy = "refuse", **others: Any) -> None:
-        super().__init__(**others)
+    def __init__(self, ties: TiePolicy = "refuse", **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if ties not in TIE_POLICIES:
             raise UserError(f"data.ties is {ties}; it must be one of {', '.join(TIE_POLICIES)}")
         self.ties = ties
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Replies to small tasks about words, as the checkable preference has them and as it has not."""
+        """Synthetic tasks about words, with a reply that satisfies the verifiable preference and one that does not."""
         return verifiable_rewards.preferences(self.checkable or OF_GENERATED)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
-        """A prompt and two replies."""
+        """Parse a prompt and two replies."""
         found = PreferencePair(
             chat_template.prompt(fields), chat_template.reply(fields, "chosen"), chat_template.reply(fields, "rejected")
         )
@@ -66,17 +66,18 @@ class Preferences(PromptedDataModule[PreferencePair]):
         return found
 
     def select_records(self, records: list[tuple[str, PreferencePair]]) -> list[tuple[str, PreferencePair]]:
-        """All but ties."""
+        """All records except ties."""
         return [(where, record) for where, record in records if record.chosen != record.rejected]
 
     def encode_record(self, record: PreferencePair) -> tuple[EncodedSequence, ...]:
-        """The conversation with each of the replies, the preferred one first."""
+        """The conversation with each reply, the preferred one first."""
         return tuple(
-            self._whole([*record.prompt, Message(ASSISTANT, each)]) for each in (record.chosen, record.rejected)
+            self._encode_conversation([*record.prompt, Message(ASSISTANT, each)])
+            for each in (record.chosen, record.rejected)
         )
 
-    def _whole(self, messages: Sequence[Message]) -> EncodedSequence:
-        """All tokens, and the labels of the last reply."""
+    def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
+        """All tokens of a conversation, with labels on the last reply."""
         ids = np.array(self.template.render(messages).ids)
         labels = np.full(len(ids), IGNORE_INDEX)
         begin = len(self.template.prompt(messages[:-1]))
@@ -84,20 +85,20 @@ class Preferences(PromptedDataModule[PreferencePair]):
         return EncodedSequence(ids, labels)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> "PreferencePairDataset":
-        """One pair a row."""
+        """One pair per row."""
         return PreferencePairDataset(
             [example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text
         )
 
 
 class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch]):
-    """Pairs, filled up at their right; of each the preferred sequence, and the other."""
+    """Right-padded pairs of a preferred and a rejected sequence."""
 
     def __getitems__(self, indices: Sequence[int]) -> PairBatch:
-        """A whole batch; an index of ``len(self)`` is a pair of no text."""
+        """A batch; the index ``len(self)`` stands for a padding pair."""
         nothing = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
         pairs = [self.items[index] if index < len(self) else nothing for index in indices]
-        rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the others
+        rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred sequences, then the rejected ones
         return PairBatch(
             input_ids=pad_rows([row.ids for row in rows], self.fill, self.block_size),
             labels=pad_rows([row.labels for row in rows], IGNORE_INDEX, self.block_size),

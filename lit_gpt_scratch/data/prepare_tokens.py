@@ -1,4 +1,4 @@
-"""From texts to token ids on disk: what decides them, and how they are made once."""
+"""Prepare a corpus: clean, split, train a tokenizer, and encode to token ids on disk, once."""
 
 import hashlib
 import json
@@ -23,20 +23,20 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KIN
 log = logging.getLogger(__name__)
 
 TOKENIZER_TRAINING_BYTES: Final = 2**28
-"""Bytes of text that a tokenizer is trained on, of a longer corpus; more changes hardly a merge."""
+"""A tokenizer is trained on at most this many bytes of a corpus; more changes hardly any merge."""
 DEFAULT_VOCAB_SIZE: Final = 1024
-"""Tokens of a tokenizer of which nobody said how large it is to be."""
+"""Vocabulary size of a trained tokenizer if none is given."""
 
 
 @dataclass(frozen=True)
 class TokenPreparation:
-    """All that decides which ids a corpus becomes.
+    """The settings that determine a corpus's token ids.
 
     Args:
         selection: The texts.
-        vocab_size: Tokens of the tokenizer to train; None for 1,024, or as many as the texts give.
-        tokenizer: Its kind, or the path of one to use instead.
-        special: Its special tokens, beside the end of text.
+        vocab_size: Vocabulary size of the tokenizer to train; None for 1,024, or fewer if the texts yield fewer.
+        tokenizer: Kind of tokenizer to train, or the path of one to use.
+        special: Special tokens in addition to the end of text.
     """
 
     selection: CorpusSpec
@@ -45,12 +45,12 @@ class TokenPreparation:
     special: tuple[str, ...]
 
     def prepare(self, cache: Path, store: Path | None = None, given: Tokenizer | None = None) -> TokenStore:
-        """Open the store of this recipe, making it first if it is not there.
+        """Open the token store, making it first if it does not exist.
 
         Args:
-            cache: Folder of many stores, each under a hash of its tokens and of its cleaning.
-            store: A folder for this store alone, and for its texts.
-            given: A tokenizer to use instead of what ``tokenizer`` names.
+            cache: Folder of many stores, each named by a hash of its tokens and its cleaning.
+            store: A folder for this store and its texts alone.
+            given: A tokenizer to use instead of ``tokenizer``.
 
         Raises:
             UserError: A source, the tokenizer or a folder is unusable, or ``store`` holds other tokens.
@@ -58,21 +58,25 @@ class TokenPreparation:
         if given is None and self.tokenizer not in TOKENIZER_KINDS:
             given = Tokenizer.load(Path(self.tokenizer).expanduser())
         if store is not None:
-            self._refuse_place(store)
+            self._validate_store_folder(store)
             if not store.exists() or not any(store.iterdir()):
                 purpose = json.dumps([STORE_FORMAT, self._settings(given), self.selection.stamps])
-                create_folder_atomically(store, lambda folder: self._fill(folder, given), "--data.store", purpose)
-            self._compare(store, given)
-            return self._opened(store)
+                create_folder_atomically(
+                    store, lambda folder: self._write_texts_and_tokens(folder, given), "--data.store", purpose
+                )
+            self._validate_settings(store, given)
+            return self._open(store)
         corpus = self.selection.prepare(cache / "corpora")
-        # Two cleanings may leave the same texts; the audit is of one of them.
+        # Two cleanings may yield the same texts, but the audit belongs to one of them.
         name = hash_json([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
-        create_folder_atomically(folder, lambda folder: self._write(folder, corpus, given), "--data.cache", folder.name)
-        return self._opened(folder)
+        create_folder_atomically(
+            folder, lambda folder: self._write_tokens(folder, corpus, given), "--data.cache", folder.name
+        )
+        return self._open(folder)
 
     def tokenizer_training_share(self, corpus: CleanedCorpus) -> float:
-        """The share of a corpus that a tokenizer learns from."""
+        """The share of a corpus that the tokenizer is trained on."""
         return min(1.0, TOKENIZER_TRAINING_BYTES / max(corpus.n_bytes, 1))
 
     def _settings(self, given: Tokenizer | None) -> dict[str, Any]:
@@ -84,62 +88,64 @@ class TokenPreparation:
         }
 
     def _fingerprint(self, corpus: CleanedCorpus, given: Tokenizer | None) -> str:
-        trained = [self.tokenizer, self.vocab_size or DEFAULT_VOCAB_SIZE, *self.special]
+        training_settings = [self.tokenizer, self.vocab_size or DEFAULT_VOCAB_SIZE, *self.special]
         facts = {
             "format": STORE_FORMAT,
             "corpus": corpus.fingerprint,
-            "tokenizer": given.to_json() if given else trained,
+            "tokenizer": given.to_json() if given else training_settings,
         }
         return hash_json(facts)
 
-    def _refuse_place(self, store: Path) -> None:
-        """Tokens do not go where something else is, nor among the texts they are made of."""
+    def _validate_store_folder(self, store: Path) -> None:
+        """Reject a folder with other content, and one inside a source folder."""
         if store.exists() and not (store / MANIFEST_FILE).exists() and (not store.is_dir() or any(store.iterdir())):
             raise UserError(f"{store} has something else in it; name another folder as --data.store")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
                 raise UserError(f"{store} is inside {source.name}; name another folder as --data.store")
 
-    def _fill(self, folder: Path, given: Tokenizer | None) -> None:
+    def _write_texts_and_tokens(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
         if not text.exists():
             fill_folder_atomically(text, self.selection.write)
-        self._write(folder, CleanedCorpus.open(text), given)
-        (text / "sample.json").unlink(missing_ok=True)  # texts as they were before they were cleaned
+        self._write_tokens(folder, CleanedCorpus.open(text), given)
+        (text / "sample.json").unlink(missing_ok=True)  # it holds texts from before cleaning
 
-    def _compare(self, store: Path, given: Tokenizer | None) -> None:
-        """Refuse a folder whose tokens were made in another way; that its text is no longer there is only said."""
-        about = TokenStore.read_manifest(store)
-        before, now = about.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
-        for name in now:
-            if before.get(name) != now[name]:
+    def _validate_settings(self, store: Path, given: Tokenizer | None) -> None:
+        """Reject a store made with other settings; only warn if its source text has changed or is missing."""
+        manifest = TokenStore.read_manifest(store)
+        stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
+        for name in current:
+            if stored.get(name) != current[name]:
                 raise UserError(
                     f"{store} holds tokens of another {name.replace('_', ' ')}; name another folder as --data.store, "
                     "or delete this one"
                 )
         try:
-            same = about.get("stamps") == self.selection.stamps
+            unchanged = manifest.get("stamps") == self.selection.stamps
         except UserError:
-            same = False
-        if not same:  # it was copied to a machine without the text, or somebody wrote more
+            unchanged = False
+        if not unchanged:  # the store was copied to a machine without the text, or the text was edited
             log.warning(
-                "%s is not here as it was when %s was made; its tokens are used as they are (to make them anew, delete "
-                "that folder)",
+                "%s has changed or is missing since %s was made; its tokens are used as they are (to make them again, "
+                "delete that folder)",
                 self.selection.name,
                 store,
             )
 
-    def _write(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
-        """Make what is not there yet: an interrupted call is gone on with."""
+    def _write_tokens(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
+        """Write what is missing, so that an interrupted call is resumed."""
         if not (folder / MANIFEST_FILE).exists():
-            tokenizer = self._kept(folder) or given or self._train(corpus)
+            tokenizer = self._load_partial(folder) or given or self._train(corpus)
             if tokenizer.loss:
-                log.warning("the tokenizer loses something: %s", tokenizer.loss)
+                log.warning("the tokenizer is lossy: %s", tokenizer.loss)
             tokenizer.save(folder / TOKENIZER_FILE)
             log.info("encoding %s", self.selection.name)
             shards = tokenize_corpus(corpus, folder, self.selection.processes)
-            self._account(folder, corpus, tokenizer, {side: ShardedTokenStream(tuple(shards[side])) for side in SPLITS})
-            about: dict[str, Any] = {
+            self._write_audit(
+                folder, corpus, tokenizer, {side: ShardedTokenStream(tuple(shards[side])) for side in SPLITS}
+            )
+            manifest: dict[str, Any] = {
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
                     "source": hash_json(self.selection.stamps),
@@ -152,57 +158,57 @@ class TokenPreparation:
                 "stamps": self.selection.stamps,
                 **{side: [shard.about for shard in shards[side]] for side in SPLITS},
             }
-            TokenStore.write_manifest(folder, about)
+            TokenStore.write_manifest(folder, manifest)
         remove_shard_notes(TokenStore.read_unverified(folder).shards)
 
-    def _kept(self, folder: Path) -> Tokenizer | None:
-        """The tokenizer that an interrupted call has made."""
+    def _load_partial(self, folder: Path) -> Tokenizer | None:
+        """The tokenizer that an interrupted call trained."""
         try:
             return Tokenizer.load(folder / TOKENIZER_FILE)
         except UserError:
             return None
 
-    def _account(
+    def _write_audit(
         self, folder: Path, corpus: CleanedCorpus, tokenizer: Tokenizer, streams: dict[SplitName, ShardedTokenStream]
     ) -> None:
-        kept = {side: stream.n_tokens - stream.n_documents for side, stream in streams.items()}
+        n_tokens = {side: stream.n_tokens - stream.n_documents for side, stream in streams.items()}
 
         def count(texts: Sequence[str]) -> list[int]:
             return [len(ids) for ids in tokenizer.encode_many(texts)]
 
-        audit = add_token_counts(corpus.audit, corpus.sample, count, sum(kept.values()))
+        audit = add_token_counts(corpus.audit, corpus.sample, count, sum(n_tokens.values()))
         for side in SPLITS:
-            audit["split"][side]["tokens"] = kept[side]
+            audit["split"][side]["tokens"] = n_tokens[side]
         (folder / "audit.json").write_text(json.dumps(audit, indent=2), encoding="utf-8")
         (folder / "audit.md").write_text(format_report(audit), encoding="utf-8")
 
     def _train(self, corpus: CleanedCorpus) -> Tokenizer:
         share = self.tokenizer_training_share(corpus)
-        some = "the" if share == 1 else f"{share:.1%} of the"
-        log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, some, self.selection.name)
+        portion = "the" if share == 1 else f"{share:.1%} of the"
+        log.info("training a %s tokenizer on %s training documents of %s", self.tokenizer, portion, self.selection.name)
         with progress_bar("learning", corpus.audit["split"]["train"]["bytes"] * share) as progress:
             texts = _split_long_texts(_report_progress(corpus.texts("train", share), progress))
             tokenizer = Tokenizer.train(texts, self.vocab_size or DEFAULT_VOCAB_SIZE, self.tokenizer, self.special)
         validate_vocab_size(tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return tokenizer
 
-    def _opened(self, folder: Path) -> TokenStore:
+    def _open(self, folder: Path) -> TokenStore:
         store = TokenStore.open(folder)
-        # It may have been made for somebody who did not ask for a number.
+        # It may have been made by a call without a vocabulary size.
         validate_vocab_size(store.tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return store
 
 
-def validate_vocab_size(tokenizer: Tokenizer, kind: str, asked: int | None, name: str) -> None:
-    """Refuse a smaller vocabulary than was asked for.
+def validate_vocab_size(tokenizer: Tokenizer, kind: str, requested: int | None, name: str) -> None:
+    """Reject a vocabulary smaller than requested.
 
     Raises:
-        UserError: The text gives no more.
+        UserError: The text yields fewer tokens.
     """
-    if kind in TRAINED_KINDS and tokenizer.vocab_size < (asked or 0):
+    if kind in TRAINED_KINDS and tokenizer.vocab_size < (requested or 0):
         raise UserError(
-            f"data.vocab_size is {asked:,}, but {name} gives a tokenizer of kind {kind} only "
-            f"{tokenizer.vocab_size:,} tokens; ask for no more, or name more text"
+            f"data.vocab_size is {requested:,}, but {name} gives a tokenizer of kind {kind} only "
+            f"{tokenizer.vocab_size:,} tokens; lower it, or name more text"
         )
 
 
@@ -213,7 +219,7 @@ def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[st
 
 
 def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Long texts in pieces, whole lines if they have any: a trainer takes many times the memory of what it is given."""
+    """Split long texts, at line ends if possible: training takes many times the memory of its largest text."""
     for text in texts:
         start = 0
         while start < len(text):

@@ -1,13 +1,13 @@
-"""Rows of a table as batches: read, split, encode, lay out. A stage of tuning is a subclass with three methods.
+"""Base data module for rows of a table: read, split, tokenize, batch. Each stage of fine-tuning is a subclass.
 
-=================== ============================= =============================== ======================
-stage               ``record``, of a row          ``sequences``, of a record      ``arrange``, of a side
-=================== ============================= =============================== ======================
-``LabelledText``    a text and its label          its ids, and its class          rows, filled up
-``Conversations``   messages                      the template's; replies learned packed windows
-``Preferences``     a prompt and two replies      the template's, with each       pairs, filled up
-``Prompts``         messages to reply to          the template's; none learned    numbers of rows
-=================== ============================= =============================== ======================
+=================== ======================== ============================================ =================
+class               ``parse_row`` returns        ``encode_record`` returns                    ``build_dataset``
+=================== ======================== ============================================ =================
+``LabelledText``    a text and its label     its ids and its class                        padded rows
+``Conversations``   messages                 the rendered template; labels on replies     packed windows
+``Preferences``     a prompt and two replies the rendered template, once with each reply  padded pairs
+``Prompts``         messages to reply to     the rendered template; no labels             prompt indices
+=================== ======================== ============================================ =================
 """
 
 import hashlib
@@ -55,43 +55,43 @@ R = TypeVar("R", bound=TextRecord)
 
 
 class RecordDataModule(BaseDataModule, ABC, Generic[R]):
-    """Records of a table, split by chance, encoded and laid out.
+    """Records of a table, split at random, tokenized and batched.
 
     Args:
-        source: A file of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not), a folder of such, or a
-            pattern with ``*``; ``owner/name`` of a dataset of the Hub. By default a few hundred that are generated.
-        config: The configuration of a dataset of the Hub.
-        split: The split of a dataset of the Hub.
-        streaming: Read a dataset of the Hub as it comes, without keeping a copy.
-        validation_share: Share of the records to validate on; by default the stage's own.
-        test_share: Share of the records to test on; 0 holds none out for it; by default the stage's own.
-        split_seed: Of the split, whatever the run's seed.
-        copies_together: Put records that say the same on one side of the split; by default they are only counted.
-        too_long: What becomes of a record that is longer than ``block_size``: ``refuse`` it by name, ``cut`` off its
-            end, or ``drop`` it.
-        tokenizer: The kind to train on the training records: ``bpe``, ``wordpiece``, ``unigram``, ``char`` or
-            ``byte``. Or one to use, as a file or a folder. By default that of ``init_from``, or else ``bpe``.
-        vocab_size: Tokens of the tokenizer that is trained, special ones included; by default 1,024, or as many as
-            the records give.
-        init_from: The model that is tuned, a checkpoint or a run's folder: its tokenizer is taken.
-        cache: Folder for tokenizers that are trained; by default one in the user's cache folder.
-        block_size: The most tokens in a row of a batch.
+        source: A file of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not), a folder of such files,
+            or a pattern with ``*``; ``owner/name`` of a dataset of the Hub. By default a few hundred synthetic records.
+        config: Configuration of a Hub dataset.
+        split: Split of a Hub dataset.
+        streaming: ShardedTokenStream a Hub dataset instead of downloading it.
+        validation_share: Share of the records for validation; the default depends on the class.
+        test_share: Share of the records for test; 0 for no test split; the default depends on the class.
+        split_seed: Seed of the split, independent of the run's seed.
+        copies_together: Put duplicate records into the same split; by default they are only counted.
+        too_long: How to handle a record longer than ``block_size``: ``refuse`` (an error that names it), ``cut`` its
+            end off, or ``drop`` it.
+        tokenizer: Kind of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
+            ``byte``), or the file or folder of one to use. By default that of ``init_from``, or else ``bpe``.
+        vocab_size: Vocabulary size of a trained tokenizer, special tokens included; by default 1,024, or fewer if the
+            records yield fewer.
+        init_from: Checkpoint or run folder of the model to fine-tune; its tokenizer is used.
+        cache: Folder for trained tokenizers; by default one in the user's cache folder.
+        block_size: Maximum tokens in a row of a batch.
         batch_size: Rows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks, counted as if each row had ``block_size``; gradients
-            of several micro-batches are accumulated to reach it. By default a step is one micro-batch.
-        num_workers: Processes that load batches beside the training.
-        seed: Seed of the order of rows; by default that of ``seed_everything``.
+        tokens_per_step: Tokens per optimizer step over all ranks, counting ``block_size`` for each row; gradients are
+            accumulated over micro-batches to reach it. By default a step is one micro-batch.
+        num_workers: Number of DataLoader worker processes.
+        seed: Seed of the row order; by default that of ``seed_everything``.
 
     Raises:
-        UserError: A number is out of range, or arguments contradict each other.
+        UserError: A number is out of range, or arguments conflict.
     """
 
     columns: Columns | None = None
     """Columns to read; None for all."""
     shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Of validation and test, by default."""
+    """Default validation and test shares."""
     special_tokens: ClassVar[Sequence[str]] = ()
-    """Of a tokenizer that is trained here."""
+    """Special tokens of a tokenizer trained on these records."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             None if source is None else DocumentSource(source, config=config, split=split, streaming=streaming)
         )
         if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
-            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is none")
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is not one")
         self.held_out = validate_shares(validation, test)
         self.split_seed = split_seed
         self.copies_together = copies_together
@@ -139,36 +139,36 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @abstractmethod
     def parse_row(self, fields: dict[str, Any]) -> R:
-        """What a row says.
+        """Parse a row into a record.
 
         Raises:
-            UserError: It says nothing that can be learned; without its place.
+            UserError: The row is invalid; the message is without its location, which the caller adds.
         """
 
     @abstractmethod
     def encode_record(self, record: R) -> tuple[EncodedSequence, ...]:
-        """A record as tokens, however long."""
+        """Tokenize a record, without a length limit."""
 
     @abstractmethod
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> RowDataset:
-        """Records of one side as rows of batches."""
+        """Build the dataset of one split."""
 
     @abstractmethod
     def default_rows(self) -> Iterator[TableRow]:
-        """Rows for where no source is named."""
+        """Synthetic rows, used if no source is given."""
 
     def select_records(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
-        """Which records to take, each with the place of its row; by default all."""
+        """Select the records to use, each with the location of its row; by default all."""
         return records
 
     @property
     def origin(self) -> str:
-        """Where the records come from, as a user wrote it."""
+        """The source of the records, as the user wrote it."""
         return synthetic_data.SOURCE_NAME if self.source is None else self.source.name
 
     @cached_property
     def records(self) -> list[tuple[str, R]]:
-        """All that are taken, each with the place of its row."""
+        """The selected records, each with the location of its row."""
         rows = self.default_rows() if self.source is None else self.source.rows(self.columns)
         return self.select_records([(row.where, self._read(row)) for row in rows])
 
@@ -180,16 +180,16 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def split_indices(self) -> dict[RecordSplit, RecordIndices]:
-        """The records of each side, by their places."""
+        """Indices into ``records`` of each split."""
         return split_records(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
 
     @cached_property
     def training_copies(self) -> dict[RecordSplit, int]:
-        """How many held-out records say what one of the training says, too, but for case and space."""
+        """Held-out records that also occur in training, ignoring case and whitespace."""
         found = count_training_copies(self._keys, self.split_indices)
-        for side, n in found.items():
+        for split, n in found.items():
             if n:
-                log.info("%s: %d of %d records have a copy in training", side, n, len(self.split_indices[side]))
+                log.info("%s: %d of %d records have a copy in training", split, n, len(self.split_indices[split]))
         return found
 
     @cached_property
@@ -198,14 +198,14 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """That of the model which is tuned, or the one that was given, or one trained on the training records."""
+        """The tokenizer of the model to fine-tune, or the given one, or one trained on the training records."""
         own = load_initial_tokenizer(self.init_from) if self.init_from is not None else None
         found = resolve_tokenizer(own, self.init_from, self.tokenizer_spec)
         if found is not None:
             if self.requested_vocab_size is not None:
-                raise UserError("data.vocab_size is of a tokenizer that is trained here; leave it out")
+                raise UserError("data.vocab_size applies only to a tokenizer that is trained here; leave it out")
             return found
-        texts = [text for place in self.split_indices["train"] for text in self.records[place][1].texts]
+        texts = [text for index in self.split_indices["train"] for text in self.records[index][1].texts]
         kind = self.tokenizer_spec or "bpe"
         return train_or_load_tokenizer(
             texts, kind, self.requested_vocab_size, self.special_tokens, self.cache, self.origin
@@ -213,46 +213,46 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def max_record_tokens(self) -> int:
-        """The most tokens of a record."""
+        """Maximum tokens of a record."""
         return self.block_size
 
     @cached_property
     def examples(self) -> dict[RecordSplit, list[TokenizedExample]]:
-        """Of each side, its records in tokens."""
+        """The tokenized examples of each split."""
         found: dict[RecordSplit, list[TokenizedExample]] = {}
-        for side in (side for side in RECORD_SPLITS if side in self.split_indices):
-            records = (self.records[place] for place in self.split_indices[side])
+        for split in (name for name in RECORD_SPLITS if name in self.split_indices):
+            records = (self.records[index] for index in self.split_indices[split])
             examples = (TokenizedExample(where, self.encode_record(record)) for where, record in records)
-            found[side] = limit_length(examples, self.max_record_tokens, self.too_long, side)
+            found[split] = limit_length(examples, self.max_record_tokens, self.too_long, split)
         return found
 
     @property
     def split_counts(self) -> dict[RecordSplit, ExampleCounts]:
-        """What is on each side."""
-        return {side: ExampleCounts.of(examples) for side, examples in self.examples.items()}
+        """Number of records, tokens and labels of each split."""
+        return {split: ExampleCounts.of(examples) for split, examples in self.examples.items()}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of what a run learns from and is measured on: ids, labels and sides, and the room of a row."""
+        """SHA-256 of all ids, labels and splits, and of the class and ``block_size``."""
         found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
-        for side, examples in self.examples.items():
-            found.update(side.encode() + hash_examples(examples))
+        for split, examples in self.examples.items():
+            found.update(split.encode() + hash_examples(examples))
         return found.hexdigest()
 
     def prepare_data(self) -> None:
-        """Read, split and encode; training a tokenizer is done here, once."""
+        """Read, split and tokenize; trains a tokenizer, once, if one is needed."""
         _ = self.examples, self.training_copies
 
     def setup(self, stage: str) -> None:
-        """Lay the rows of batches, and settle how many micro-batches make a step.
+        """Build the datasets and set the number of micro-batches per step.
 
         Raises:
-            UserError: The records are too few, or ``tokens_per_step`` cannot be reached.
+            UserError: There are too few records, or ``tokens_per_step`` cannot be reached.
         """
-        for side, examples in self.examples.items():
+        for split, examples in self.examples.items():
             if not examples:
                 raise UserError(
-                    f"{self.origin}: no record of {side} fits into {self.block_size} tokens; raise --data.block_size"
+                    f"{self.origin}: no record of {split} fits into {self.block_size} tokens; raise --data.block_size"
                 )
         self.train_dataset = self.build_dataset(self.examples["train"])
         self.validation_dataset = self.build_dataset(self.examples["validation"])

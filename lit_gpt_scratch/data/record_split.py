@@ -1,4 +1,4 @@
-"""Which records are for training, for validation and for a test: chance decides, by a seed of its own."""
+"""Random split of records into training, validation and test, with its own seed."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
@@ -16,20 +16,20 @@ RecordIndices = NDArray[np.int64]
 
 
 def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
-    """The numbers below ``n`` in an order that follows from the seed, whatever version of whatever library is here."""
+    """A permutation of 0 to ``n - 1`` that depends only on the seed, not on the version of any library."""
     return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
 
 
 def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
-    """The shares of the sides that are held out; there need be no test.
+    """The held-out splits and their shares; a test share of 0 means no test split.
 
     Raises:
-        UserError: They are no shares, or leave nothing to learn from.
+        UserError: A share is out of range, or nothing is left for training.
     """
     if not (0 < validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise UserError(
             f"data.validation_share is {validation} and data.test_share {test}; they must be positive (the second may "
-            "be 0) and leave something to learn from"
+            "be 0) and leave a share for training"
         )
     return {"validation": validation, "test": test} if test else {"validation": validation}
 
@@ -37,43 +37,44 @@ def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
 def split_records(
     keys: Sequence[str], shares: dict[RecordSplit, float], seed: int, together: bool = False, name: str = "this"
 ) -> dict[RecordSplit, RecordIndices]:
-    """Deal records out to the sides.
+    """Split records at random.
 
     Args:
-        keys: What each record says; the same for copies.
-        shares: Of the sides that are held out; training has the rest.
-        seed: Another seed, another split.
-        together: Put copies on one side. That one may then have more than its share, by fewer than there are copies.
-        name: Of the records, for a message.
+        keys: The normalised content of each record; equal for duplicates.
+        shares: Share of each held-out split; training gets the rest.
+        seed: Seed of the split.
+        together: Put duplicates into the same split. It may then exceed its share by fewer than the number of
+            duplicates of one record.
+        name: Name of the records, for error messages.
 
     Returns:
-        The places of each side's records, in their order.
+        Indices of each split's records, ascending.
 
     Raises:
-        UserError: A side would have none.
+        UserError: A split would be empty.
     """
     groups: dict[object, list[int]] = {}
-    for place, key in enumerate(keys):
-        groups.setdefault(key if together else place, []).append(place)
+    for index, key in enumerate(keys):
+        groups.setdefault(key if together else index, []).append(index)
     members = list(groups.values())
-    left = [members[group] for group in shuffled_indices(len(members), seed)]
-    sides: dict[RecordSplit, RecordIndices] = {}
-    for side, share in shares.items():
+    remaining = [members[group] for group in shuffled_indices(len(members), seed)]
+    splits: dict[RecordSplit, RecordIndices] = {}
+    for split, share in shares.items():
         wanted, taken = round(share * len(keys)), list[int]()
-        while left and len(taken) < wanted:
-            taken += left.pop()
-        sides[side] = np.array(sorted(taken), dtype=np.int64)
-    sides["train"] = np.array(sorted(place for group in left for place in group), dtype=np.int64)
-    for side, places in sides.items():
-        if not len(places):
+        while remaining and len(taken) < wanted:
+            taken += remaining.pop()
+        splits[split] = np.array(sorted(taken), dtype=np.int64)
+    splits["train"] = np.array(sorted(index for group in remaining for index in group), dtype=np.int64)
+    for split, indices in splits.items():
+        if not len(indices):
             raise UserError(
-                f"{name} has too few records, {len(keys):,}, to leave any for {side}; name more, or other shares: "
+                f"{name} has too few records, {len(keys):,}, to leave any for {split}; name more, or other shares: "
                 "--data.validation_share, --data.test_share"
             )
-    return sides
+    return splits
 
 
-def count_training_copies(keys: Sequence[str], sides: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
-    """How many records of each side that is held out say what one of the training says, too."""
-    learned = {keys[place] for place in sides["train"]}
-    return {side: sum(keys[place] in learned for place in sides[side]) for side in sides if side != "train"}
+def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
+    """For each held-out split, the number of records that also occur in training."""
+    training = {keys[index] for index in splits["train"]}
+    return {split: sum(keys[index] in training for index in splits[split]) for split in splits if split != "train"}

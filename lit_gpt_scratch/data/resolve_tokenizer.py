@@ -1,4 +1,4 @@
-"""The tokenizer of records: that of the model to tune, one that is given, or one that learns from them."""
+"""The tokenizer of a record dataset: the model's, one given by path, or one trained on the records."""
 
 import hashlib
 import logging
@@ -15,48 +15,51 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 
-def resolve_tokenizer(own: Tokenizer | None, init_from: str | None, given: str | None) -> Tokenizer | None:
-    """The tokenizer of a model, or the one that was given by its path; None where neither is there.
+def resolve_tokenizer(
+    model_tokenizer: Tokenizer | None, init_from: str | None, data_tokenizer: str | None
+) -> Tokenizer | None:
+    """The model's tokenizer, or the one given by path; None if there is neither.
 
     Args:
-        own: The model's.
-        init_from: Where that is from.
-        given: The path of another, or the kind of one to train.
+        model_tokenizer: The tokenizer of the model to fine-tune.
+        init_from: Where that model was loaded from, for the error message.
+        data_tokenizer: Path of a tokenizer, or the kind of one to train.
 
     Raises:
-        UserError: Both are there and differ: a model of one vocabulary makes gibberish of another's ids.
+        UserError: Both are given and differ. A model with one vocabulary would misread the ids of another.
     """
-    path = None if given is None or given in TOKENIZER_KINDS else Path(given).expanduser()
-    found = None if path is None else Tokenizer.load(path)
-    if own is not None and given and (found is None or found.to_json() != own.to_json()):
-        raise UserError(f"data.tokenizer is another one than that of the model in {init_from}; leave it out")
-    return own or found
+    path = None if data_tokenizer is None or data_tokenizer in TOKENIZER_KINDS else Path(data_tokenizer).expanduser()
+    loaded = None if path is None else Tokenizer.load(path)
+    same = model_tokenizer is not None and loaded is not None and loaded.to_json() == model_tokenizer.to_json()
+    if model_tokenizer is not None and data_tokenizer and not same:
+        raise UserError(f"data.tokenizer differs from the tokenizer of the model in {init_from}; leave it out")
+    return model_tokenizer or loaded
 
 
 def train_or_load_tokenizer(
     texts: Sequence[str], kind: str, vocab_size: int | None, special: Sequence[str], cache: Path, name: str
 ) -> Tokenizer:
-    """Train a tokenizer, or find it in the cache: all processes of a run have the same, and so has a resumed one.
+    """Train a tokenizer, or load it from the cache, so that all processes and resumed runs share one tokenizer.
 
     Args:
-        texts: To learn from.
-        kind: A key of ``training.KINDS``.
-        vocab_size: Tokens that were asked for, or None.
-        special: Its special tokens, beside the end of text.
-        cache: Folder of many.
-        name: Of the texts, for messages.
+        texts: Training texts.
+        kind: A key of ``tokenizer_training.KINDS``.
+        vocab_size: Requested number of tokens, or None for the default.
+        special: Special tokens in addition to the end of text.
+        cache: Cache folder.
+        name: Name of the texts, for log and error messages.
 
     Raises:
-        UserError: The texts give fewer tokens than were asked for.
+        UserError: The texts yield fewer tokens than requested.
     """
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     folder = cache / "tokenizers" / hash_json([kind, vocab_size, *special, content])[:16]
 
-    def fill(place: Path) -> None:
+    def train(target: Path) -> None:
         log.info("training a %s tokenizer on the training records of %s", kind, name)
-        Tokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE, kind, special).save(place / TOKENIZER_FILE)
+        Tokenizer.train(texts, vocab_size or DEFAULT_VOCAB_SIZE, kind, special).save(target / TOKENIZER_FILE)
 
-    create_folder_atomically(folder, fill, "--data.cache")
+    create_folder_atomically(folder, train, "--data.cache")
     tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
     validate_vocab_size(tokenizer, kind, vocab_size, name)
     return tokenizer

@@ -1,4 +1,4 @@
-"""A prepared corpus on disk: shards of token ids, their tokenizer, and what tells that they are as they were made."""
+"""A prepared corpus on disk: shards of token ids, their tokenizer, and a manifest with checksums."""
 
 import hashlib
 import json
@@ -22,21 +22,21 @@ from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 STORE_FORMAT: Final = 3
 MANIFEST_FILE: Final = "store.json"
 VERIFIED_FILE: Final = "checked.json"
-"""By file name, what the system said of it when its content was last compared with its SHA-256."""
+"""Maps each file name to its stat signature at the time its SHA-256 was last verified."""
 REBUILD_HINT: Final = "delete the folder and prepare it again"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A tokenizer and two streams of its tokens.
+    """A tokenizer and its training and validation token streams.
 
     Attributes:
-        folder: Where it lies.
-        fingerprint: Of all that decides the ids.
-        tokenizer_sha256: Of its file.
-        vocab_size: One more than the largest id there can be.
-        train: Tokens to learn from.
-        validation: Tokens held out.
+        folder: The folder of the store.
+        fingerprint: SHA-256 of everything that determines the token ids.
+        tokenizer_sha256: SHA-256 of the tokenizer file.
+        vocab_size: One more than the largest possible token id.
+        train: Training tokens.
+        validation: Held-out tokens.
     """
 
     folder: Path
@@ -48,116 +48,115 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Open a folder that ``Recipe.prepare`` made.
+        """Open and verify a folder that ``TokenPreparation.prepare`` made.
 
-        That takes no longer for more tokens: of each file it looks at size and dates, and reads only those that do not
-        look as they did when they were last checked.
+        The time does not grow with the number of tokens: each file's size and dates are compared, and only files whose
+        size or dates changed since they were last verified are read.
 
         Raises:
-            UserError: It is no such folder, or a file in it is not as it was made.
+            UserError: The folder is not a token store, or a file in it was changed.
         """
         store = cls.read_unverified(folder)
         try:
-            here = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
+            sha256 = hashlib.sha256((folder / TOKENIZER_FILE).read_bytes()).hexdigest()
         except OSError as error:
             raise UserError(f"{folder / TOKENIZER_FILE} is missing ({error.strerror}); {REBUILD_HINT}") from error
-        if here != store.tokenizer_sha256:
+        if sha256 != store.tokenizer_sha256:
             raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER_FILE}; {REBUILD_HINT}")
         store.verify()
         return store
 
     @classmethod
     def read_unverified(cls, folder: Path) -> "TokenStore":
-        """A store as its folder tells of it, without looking whether that is so."""
-        about = cls.read_manifest(folder)
+        """Open a store from its manifest without verifying its files."""
+        manifest = cls.read_manifest(folder)
         try:
-            sides = [
-                ShardedTokenStream(tuple(TokenShard(folder=str(folder), **shard) for shard in about[side]))
+            streams = [
+                ShardedTokenStream(tuple(TokenShard(folder=str(folder), **shard) for shard in manifest[side]))
                 for side in SPLITS
             ]
-            tokenizer = about["fingerprints"]["tokenizer"]
-            return cls(folder, about["fingerprint"], tokenizer, about["vocab_size"], *sides)
+            tokenizer = manifest["fingerprints"]["tokenizer"]
+            return cls(folder, manifest["fingerprint"], tokenizer, manifest["vocab_size"], *streams)
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder / MANIFEST_FILE} is damaged ({error}); {REBUILD_HINT}") from error
 
     @staticmethod
     def read_manifest(folder: Path) -> dict[str, Any]:
-        """What a folder says of its tokens.
+        """Read the manifest of a store.
 
         Raises:
-            UserError: It says nothing, or says it in another format.
+            UserError: There is no manifest, it is damaged, or it has another format version.
         """
-        if not (folder / MANIFEST_FILE).exists():  # it may be something else, which nobody should be told to delete
+        # Without a manifest the folder may hold something else: don't advise to delete it.
+        if not (folder / MANIFEST_FILE).exists():
             raise UserError(f"there is no token store {folder}; name a folder that prepare --data.store has made")
         try:
-            found: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-            made_in, sealed = int(found["format"]), found.pop("sha256", None)
+            manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+            version, sha256 = int(manifest["format"]), manifest.pop("sha256", None)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder} is no token store ({error}); {REBUILD_HINT}") from error
-        if made_in > STORE_FORMAT:
-            raise UserError(
-                f"{folder} is a store of format {made_in}, newer than {STORE_FORMAT}; update lit_gpt_scratch"
-            )
-        if made_in < STORE_FORMAT:
-            raise UserError(f"{folder} is a store of format {made_in}, older than {STORE_FORMAT}; {REBUILD_HINT}")
-        if sealed != hash_json(found):
-            raise UserError(f"{folder / MANIFEST_FILE} is not what was written; {REBUILD_HINT}")
-        return found
+            raise UserError(f"{folder} is not a token store ({error}); {REBUILD_HINT}") from error
+        if version > STORE_FORMAT:
+            raise UserError(f"{folder} has store format {version}, newer than {STORE_FORMAT}; update lit_gpt_scratch")
+        if version < STORE_FORMAT:
+            raise UserError(f"{folder} has store format {version}, older than {STORE_FORMAT}; {REBUILD_HINT}")
+        if sha256 != hash_json(manifest):
+            raise UserError(f"{folder / MANIFEST_FILE} does not match its checksum; {REBUILD_HINT}")
+        return manifest
 
     @staticmethod
-    def write_manifest(folder: Path, about: dict[str, Any]) -> None:
-        """Write what ``manifest`` reads, when all shards are there."""
-        about = {"format": STORE_FORMAT, **about}
+    def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+        """Write the manifest; call it after all shards are written."""
+        manifest = {"format": STORE_FORMAT, **manifest}
         with atomic_file(folder / MANIFEST_FILE) as file:
-            file.write(json.dumps(about | {"sha256": hash_json(about)}, indent=2).encode())
+            file.write(json.dumps(manifest | {"sha256": hash_json(manifest)}, indent=2).encode())
         store = TokenStore.read_unverified(folder)
-        store._save_verified(store._signatures())
+        store._save_verified(store._file_signatures())
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """What made the tokens."""
+        """The tokenizer that made the tokens."""
         return Tokenizer.load(self.folder / TOKENIZER_FILE)
 
     @property
     def shards(self) -> tuple[TokenShard, ...]:
-        """Of both sides."""
+        """Shards of both splits."""
         return self.train.shards + self.validation.shards
 
     def verify(self, all_files: bool = False) -> None:
-        """Compare shards with what was made.
+        """Compare the shards with the checksums in the manifest.
 
         Args:
-            all_files: Read all files, and not only those that look altered since they were last checked.
+            all_files: Read all files, not only those whose size or dates changed since they were last verified.
 
         Raises:
-            UserError: One is missing, truncated or altered, or has an id that the tokenizer has not.
+            UserError: A file is missing, truncated or altered, or has an id outside the tokenizer's vocabulary.
         """
-        now = self._signatures()
-        before = {} if all_files else _read_verified(self.folder)
+        signatures = self._file_signatures()
+        verified = {} if all_files else _read_verified(self.folder)
         files = ((shard, part) for shard in self.shards for part in SHARD_PARTS)
-        doubtful = [(shard, part) for shard, part in files if now[name := shard.file(part)] != before.get(name)]
-        if doubtful:
-            _compare_hashes(doubtful)
-            self._save_verified(now)
+        changed = [(shard, part) for shard, part in files if signatures[n := shard.file(part)] != verified.get(n)]
+        if changed:
+            _compare_hashes(changed)
+            self._save_verified(signatures)
         for shard in self.shards:
             largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
             if largest >= self.vocab_size:
                 raise _shard_error(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
-        """Remember that all files are as they were made, with these signatures."""
-        with suppress(OSError), atomic_file(self.folder / VERIFIED_FILE) as file:  # a folder may be for reading only
+        """Record that all files with these signatures are verified."""
+        with suppress(OSError), atomic_file(self.folder / VERIFIED_FILE) as file:  # the folder may be read-only
             file.write(json.dumps(signatures).encode())
 
-    def _signatures(self) -> dict[str, list[int]]:
+    def _file_signatures(self) -> dict[str, list[int]]:
         return {shard.file(part): _file_signature(shard, part) for shard in self.shards for part in SHARD_PARTS}
 
 
 def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
-    """Several stores as one, their streams one behind the other.
+    """Several stores as one whose streams are concatenated.
 
     Raises:
-        UserError: They were not made with one tokenizer.
+        UserError: The stores were made with different tokenizers.
     """
     first = stores[0]
     if len(stores) == 1:
@@ -165,7 +164,7 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     for store in stores[1:]:
         if store.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"{store.folder} was made with another tokenizer than {first.folder}; make both with one: "
+                f"{store.folder} was made with another tokenizer than {first.folder}; prepare both with the same one: "
                 f"--data.tokenizer {first.folder / TOKENIZER_FILE}"
             )
     train = ShardedTokenStream(tuple(shard for store in stores for shard in store.train.shards))
@@ -174,21 +173,21 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     return replace(first, fingerprint=fingerprint, train=train, validation=validation)
 
 
-def hash_json(facts: object) -> str:
-    """SHA-256 of plain data."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def hash_json(value: object) -> str:
+    """SHA-256 of a JSON-serialisable value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
-    """Size, and times of the last writing and change: what the system says of a file for next to nothing.
+    """Size, mtime and ctime of a file, from one stat call.
 
-    Writing to it changes the last, even where the other is set back; but on Windows, where it is that of the creation.
+    Writing changes the ctime even if the mtime is reset; except on Windows, where it is the time of creation.
     """
     name = shard.file(part)
     try:
-        found = os.stat(f"{shard.folder}/{name}")  # noqa: PTH116 - of thousands of files, where a Path costs as much
+        found = os.stat(f"{shard.folder}/{name}")  # noqa: PTH116 - building a Path costs as much as the call itself
     except OSError as error:
-        raise _shard_error(shard, f"is not there ({name}: {error.strerror})") from error
+        raise _shard_error(shard, f"is missing ({name}: {error.strerror})") from error
     if found.st_size != shard.sizes[part]:
         raise _shard_error(shard, f"has {found.st_size:,} bytes instead of {shard.sizes[part]:,} ({name})")
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
@@ -196,29 +195,29 @@ def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
 
 def _read_verified(folder: Path) -> dict[str, list[int]]:
     try:
-        found: dict[str, list[int]] = json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
-        return found
+        signatures: dict[str, list[int]] = json.loads((folder / VERIFIED_FILE).read_text(encoding="utf-8"))
+        return signatures
     except (OSError, ValueError):
         return {}
 
 
 def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
-    """Read files, several at once, and compare them with their SHA-256."""
+    """Compare files with their SHA-256, reading several at once."""
     total = sum(shard.sizes[part] for shard, part in files)
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
-        tqdm(desc="checking", total=total, unit="B", unit_scale=True, disable=None, leave=False) as progress,
+        tqdm(desc="verifying", total=total, unit="B", unit_scale=True, disable=None, leave=False) as progress,
     ):
-        found = threads.map(lambda file: sha256_file(file[0].path(file[1])), files)
+        hashes = threads.map(lambda file: sha256_file(file[0].path(file[1])), files)
         try:
-            for (shard, part), sha256 in zip(files, found, strict=True):
+            for (shard, part), sha256 in zip(files, hashes, strict=True):
                 if sha256 != shard.sha256[part]:
-                    raise _shard_error(shard, f"is not what was written ({shard.file(part)}: its SHA-256 differs)")
+                    raise _shard_error(shard, f"is damaged ({shard.file(part)}: its SHA-256 differs)")
                 progress.update(shard.sizes[part])
-        except BaseException:  # Ctrl-C, too: the others need not be read any more
+        except BaseException:  # also on Ctrl-C: don't read the remaining files
             threads.shutdown(cancel_futures=True)
             raise
 
 
-def _shard_error(shard: TokenShard, why: str) -> UserError:
-    return UserError(f"shard {shard.name} of {shard.folder} {why}; {REBUILD_HINT}")
+def _shard_error(shard: TokenShard, problem: str) -> UserError:
+    return UserError(f"shard {shard.name} of {shard.folder} {problem}; {REBUILD_HINT}")

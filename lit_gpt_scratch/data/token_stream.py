@@ -1,4 +1,4 @@
-"""What windows are laid from: a row of tokens, with the borders of its documents and what is to be predicted."""
+"""Sequences of tokens with document boundaries and labels: the input of packing."""
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -11,36 +11,36 @@ Integers = NDArray[np.int64]
 
 
 class TokenStream(Protocol):
-    """Documents, one behind the other: the shards of a store (``text.shards.Stream``), or records in memory."""
+    """Concatenated documents: the shards of a store (``text.token_shards.Stream``), or records in memory."""
 
     @property
     def n_tokens(self) -> int:
-        """How many there are."""
+        """Number of tokens."""
 
     @property
     def n_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
 
     def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """So many tokens, and what is to be predicted at each, or ``IGNORE_INDEX``; the last of all may have none."""
+        """``length`` tokens and their labels (``IGNORE_INDEX`` for none); the stream's last token may lack a label."""
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """Part by part, the first token of its documents and how many tokens each has."""
+        """For each shard, the first token and the number of tokens of each of its documents."""
 
     def document_starts(self, start: int, stop: int) -> Integers:
-        """Which of the tokens ``start`` to ``stop`` are the first of a document."""
+        """Positions in ``[start, stop)`` of tokens that are the first of a document."""
 
     def describe_position(self, token: int) -> str:
-        """What holds a token, for a message."""
+        """What contains a token (a shard, a record), for an error message."""
 
 
 class RecordTokenStream:
-    """Records in memory, each a document.
+    """Records in memory as a token stream; each record is a document.
 
     Args:
-        names: Of each record, for a message.
-        inputs: Of each, (n,) int64, at least one.
-        labels: Of each, (n,) int64: what is to be predicted at each input, or ``IGNORE_INDEX``.
+        names: Name of each record, for error messages.
+        inputs: Input ids of each record, (n,) int64, at least one.
+        labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` for none.
     """
 
     def __init__(self, names: Sequence[str], inputs: Sequence[Integers], labels: Sequence[Integers]) -> None:
@@ -52,26 +52,26 @@ class RecordTokenStream:
 
     @property
     def n_tokens(self) -> int:
-        """Inputs of all records."""
+        """Number of input tokens of all records."""
         return len(self._inputs)
 
     @property
     def n_documents(self) -> int:
-        """Records."""
+        """Number of records."""
         return len(self.names)
 
     def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
-        """So many inputs, and what is to be predicted at each."""
+        """``length`` input tokens and their labels."""
         return self._inputs[start : start + length], self._labels[start : start + length]
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """All records at once."""
+        """First token and length of each record, all at once."""
         yield self._starts, self._lengths
 
     def document_starts(self, start: int, stop: int) -> Integers:
-        """Which of the inputs are the first of a record."""
+        """Positions in ``[start, stop)`` of inputs that are the first of a record."""
         return self._starts[slice(*np.searchsorted(self._starts, (start, stop)))]
 
     def describe_position(self, token: int) -> str:
-        """The record that holds an input."""
+        """The name of the record that contains an input token."""
         return self.names[bisect_right(self._starts, token) - 1]

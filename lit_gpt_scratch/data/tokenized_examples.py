@@ -1,4 +1,4 @@
-"""Records, their tokens, and what becomes of those that are too long."""
+"""Tokenized records, and the handling of those that are too long."""
 
 import hashlib
 import logging
@@ -19,41 +19,41 @@ LENGTH_POLICIES: Final[tuple[LengthPolicy, ...]] = get_args(LengthPolicy)
 
 
 class TextRecord(Protocol):
-    """What a row says."""
+    """The content of one row of a dataset."""
 
     @property
     def texts(self) -> Sequence[str]:
-        """Its texts: what a tokenizer learns from, and what copies agree in."""
+        """Its texts: the training data of a tokenizer, and what is compared to find duplicates."""
 
 
 @dataclass(frozen=True)
 class EncodedSequence:
-    """Tokens that a model reads at once.
+    """One token sequence with labels.
 
     Attributes:
-        ids: (n,) int64.
-        labels: (n,) int64, what is to be predicted at each, or ``IGNORE_INDEX``; or (1,), what is to be said of all.
+        ids: Token ids, (n,) int64.
+        labels: Label of each token, (n,) int64, ``IGNORE_INDEX`` for none; or (1,), the label of the whole sequence.
     """
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
     def truncate(self, n: int) -> "EncodedSequence":
-        """The first so many tokens."""
+        """The first ``n`` tokens."""
         return EncodedSequence(self.ids[:n], self.labels[:n])
 
     @property
     def n_labels(self) -> int:
-        """Labels that count."""
+        """Number of labels that are not ignored."""
         return int((self.labels != IGNORE_INDEX).sum())
 
 
 class TokenizedExample(NamedTuple):
-    """A record as tokens: one sequence, or several that are learned from together.
+    """A tokenized record: one sequence, or several that form one training example.
 
     Attributes:
-        where: The place of its row, for a message.
-        sequences: As the stage needs them.
+        where: Location of its row, for error messages.
+        sequences: Its sequences; their number and meaning depend on the data module.
     """
 
     where: str
@@ -61,27 +61,30 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens of its longest sequence."""
+        """Tokens in its longest sequence."""
         return max(len(sequence.ids) for sequence in self.sequences)
 
     @property
     def n_labels(self) -> int:
-        """Labels that count."""
+        """Number of labels that are not ignored."""
         return sum(sequence.n_labels for sequence in self.sequences)
 
     def truncate(self, n: int) -> "TokenizedExample | None":
-        """With no sequence longer than so many tokens; None if one loses all its labels, or what tells it from another.
+        """The example with sequences of at most ``n`` tokens.
 
-        The label of a whole sequence is never lost.
+        Returns:
+            None if a sequence loses all its labels, or if two sequences become equal. The label of a whole sequence is
+            always kept.
         """
-        cut = [sequence.truncate(n) for sequence in self.sequences]
-        lost = any(whole.n_labels and not part.n_labels for whole, part in zip(self.sequences, cut, strict=True))
-        same = len({part.ids.tobytes() for part in cut}) < len(cut)
-        return None if lost or same else TokenizedExample(self.where, tuple(cut))
+        truncated = [sequence.truncate(n) for sequence in self.sequences]
+        pairs = zip(self.sequences, truncated, strict=True)
+        no_labels = any(whole.n_labels and not part.n_labels for whole, part in pairs)
+        equal = len({part.ids.tobytes() for part in truncated}) < len(truncated)
+        return None if no_labels or equal else TokenizedExample(self.where, tuple(truncated))
 
 
 class ExampleCounts(NamedTuple):
-    """What is on a side: records, the tokens that a model reads of them, and the labels that count."""
+    """Number of records in a split, of their tokens, and of their labels that are not ignored."""
 
     records: int
     tokens: int
@@ -89,54 +92,54 @@ class ExampleCounts(NamedTuple):
 
     @classmethod
     def of(cls, examples: Sequence[TokenizedExample]) -> "ExampleCounts":
-        """Count them."""
+        """Count examples."""
         tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
         return cls(len(examples), tokens, sum(example.n_labels for example in examples))
 
 
 def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
-    """SHA-256 of ids and labels, in their order."""
-    found = hashlib.sha256()
+    """SHA-256 of ids and labels, in order."""
+    sha256 = hashlib.sha256()
     for sequence in (sequence for example in examples for sequence in example.sequences):
         for part in (sequence.ids, sequence.labels):
-            found.update(len(part).to_bytes(8, "little") + part.tobytes())
-    return found.digest()
+            sha256.update(len(part).to_bytes(8, "little") + part.tobytes())
+    return sha256.digest()
 
 
 def limit_length(
-    examples: Iterable[TokenizedExample], block_size: int, too_long: LengthPolicy, side: str
+    examples: Iterable[TokenizedExample], block_size: int, too_long: LengthPolicy, split: str
 ) -> list[TokenizedExample]:
-    """Examples of at most ``block_size`` tokens.
+    """Examples of at most ``block_size`` tokens: reject, truncate or drop longer ones.
 
-    What is cut so that nothing is left to learn from it is dropped.
+    An example that truncation would leave without labels is dropped.
 
     Raises:
-        UserError: One is longer, and is to be refused.
+        UserError: An example is longer and ``too_long`` is ``refuse``.
     """
-    found: list[TokenizedExample] = []
-    n_cut = n_dropped = 0
+    kept: list[TokenizedExample] = []
+    n_truncated = n_dropped = 0
     for example in examples:
         n_tokens = example.n_tokens
         if n_tokens <= block_size:
-            found.append(example)
+            kept.append(example)
             continue
         if too_long == "refuse":
             raise UserError(
-                f"{example.where} has {n_tokens:,} tokens, more than a row has room for: {block_size:,}; raise "
-                "--data.block_size, or cut or drop such records: --data.too_long cut"
+                f"{example.where} has {n_tokens:,} tokens, more than the {block_size:,} of a row; raise "
+                "--data.block_size, or truncate or drop such records: --data.too_long cut"
             )
-        if too_long == "cut" and (cut := example.truncate(block_size)):
-            found.append(cut)
-            n_cut += 1
+        if too_long == "cut" and (truncated := example.truncate(block_size)):
+            kept.append(truncated)
+            n_truncated += 1
         else:
             n_dropped += 1
-    if n_cut or n_dropped:
+    if n_truncated or n_dropped:
         log.warning(
-            "%s: of %d records longer than %d tokens %d were cut and %d dropped",
-            side,
-            n_cut + n_dropped,
+            "%s: of %d records longer than %d tokens %d were truncated and %d dropped",
+            split,
+            n_truncated + n_dropped,
             block_size,
-            n_cut,
+            n_truncated,
             n_dropped,
         )
-    return found
+    return kept

@@ -1,4 +1,4 @@
-"""Packed conversations: what is in the windows is the records, and only replies are learned."""
+"""Packed conversations: windows contain exactly the records, with labels on replies only."""
 
 import json
 from pathlib import Path
@@ -19,12 +19,12 @@ END = 0
 
 
 def documents(batch: Batch, row: int) -> list[tuple[list[int], list[int]]]:
-    """Inputs and labels of each document of a window, by its ``document_ids``."""
+    """Inputs and labels of each document in a window, by ``document_ids``."""
     ids, labels, of = (batch[name][row].numpy() for name in ("input_ids", "labels", "document_ids"))
     return [(ids[of == number].tolist(), labels[of == number].tolist()) for number in np.unique(of)]
 
 
-RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text may stand anywhere, and twice
+RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text may occur anywhere, and twice
 
 
 @given(
@@ -33,7 +33,7 @@ RECORD = st.lists(st.integers(0, 5), min_size=1, max_size=14)  # the end of text
     policy=st.sampled_from(["best_fit", "one_document"]),
 )
 @settings(max_examples=100)
-def test_windows_hold_every_record_whole_and_once(
+def test_windows_contain_every_record_unsplit_and_once(
     records: list[list[int]], block_size: int, policy: BinPackingPolicy
 ) -> None:
     arrays = [np.array(ids) for ids in records]
@@ -58,7 +58,7 @@ def turns(*contents: str) -> list[dict[str, str]]:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json"])
-def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Path, suffix: str) -> None:
+def test_windows_decode_to_records_and_labels_to_replies(tmp_path: Path, suffix: str) -> None:
     rows = [{"messages": turns(f"Name {n}.", f"It is {n}.", "Twice!", f"{n} {n}")} for n in range(40)]
     text = json.dumps(rows) if suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
     path = tmp_path / f"talks{suffix}"
@@ -68,15 +68,15 @@ def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Pat
     data.setup("fit")
     decode = data.tokenizer.decode
     batch = data.train_dataset.__getitems__(range(len(data.train_dataset)))
-    seen, said = [], []
+    seen, message = [], []
     for row in range(len(data.train_dataset)):
         for ids, labels in documents(batch, row):
             learned = [label for label in labels if label != IGNORE_INDEX]
             if learned:
                 seen.append(decode(ids))
-                said.append(decode(learned))
+                message.append(decode(learned))
     numbers = [json.loads(data.records[place][1].messages[1].content[6:-1]) for place in data.split_indices["train"]]
-    assert sorted(said) == sorted(f"It is {n}.<|endoftext|>{n} {n}<|endoftext|>" for n in numbers)
+    assert sorted(message) == sorted(f"It is {n}.<|endoftext|>{n} {n}<|endoftext|>" for n in numbers)
     assert sorted(seen) == sorted(
         f"<|endoftext|><|user|>Name {n}.\n<|assistant|>It is {n}.<|endoftext|><|user|>Twice!\n<|assistant|>{n} {n}"
         for n in numbers
@@ -85,7 +85,7 @@ def test_a_window_decodes_to_the_records_and_labels_to_the_replies(tmp_path: Pat
     assert data.split_counts["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
 
 
-def test_generation_is_asked_as_training_was(tmp_path: Path) -> None:
+def test_prompt_matches_training_prefix(tmp_path: Path) -> None:
     data = Conversations(cache=str(tmp_path))
     place = int(data.split_indices["test"][0])
     messages = data.records[place][1].messages

@@ -1,4 +1,4 @@
-"""Labelled texts: padded batches by brute force, classes, balance."""
+"""Labelled text: padded batches against brute force, classes, balancing."""
 
 import math
 import re
@@ -29,7 +29,7 @@ FILL = 99
     data=st.data(),
 )
 @settings(max_examples=100)
-def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
+def test_padded_batches_match_brute_force(texts: list[list[int]], block_size: int, data: st.DataObject) -> None:
     rows = LabelledTextDataset(
         [EncodedSequence(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL
     )
@@ -46,14 +46,14 @@ def test_padded_batches_by_brute_force(texts: list[list[int]], block_size: int, 
 
 
 def uneven(path: Path) -> str:
-    """20 of one class, 40 of another, 60 of a third, whose labels are numbers."""
+    """Write 20, 40 and 60 records of three classes with integer labels."""
     lines = [f"{label}\ttext {n} of {label}\n" for label in (3, 1, 2) for n in range(20 * label)]
     path.write_text("labels\tmessage\n" + "".join(lines), encoding="utf-8")
     return str(path)
 
 
 @pytest.mark.parametrize("balance", [False, True])
-def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
+def test_classes_and_balancing(tmp_path: Path, balance: bool) -> None:
     source = uneven(tmp_path / "a.tsv")
 
     def build(seed: int) -> LabelledText:
@@ -74,7 +74,7 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "said"),
+    ("label", "message"),
     [
         (math.nan, "'label' is empty: a label is missing"),
         (None, "'label' is empty: a label is missing"),
@@ -86,24 +86,24 @@ def test_classes_and_their_balance(tmp_path: Path, balance: bool) -> None:
         (["a"], "'label' is ['a'] (list), not a label"),
     ],
 )
-def test_what_is_no_label_is_refused(label: object, said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_invalid_labels_are_rejected(label: object, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         get_label({"label": label}, "label")
 
 
-def test_a_label_is_one_class_however_it_is_written() -> None:
+def test_equivalent_labels_are_one_class() -> None:
     found = ["1", " 1", 1, 1.0, ClassIndex.of(0, ["1"])]
     assert {get_label({"label": label}, "label") for label in found} == {"1"}
 
 
-def test_a_label_that_is_no_number_is_refused_by_its_row(tmp_path: Path) -> None:
+def test_nan_label_is_reported_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "y", "label": NaN}\n')
     with pytest.raises(UserError, match=r"a\.jsonl: line 2: 'label' is empty: a label is missing"):
         _ = LabelledText(source=str(tmp_path / "a.jsonl"), tokenizer="byte", cache=str(tmp_path)).records
 
 
-def test_classes_that_a_dataset_names_keep_their_names(tmp_path: Path) -> None:
-    """And their numbers, for who asks for these."""
+def test_named_classes_keep_their_names(tmp_path: Path) -> None:
+    """Reading the rows directly gives their numbers."""
     labels = [n % 2 for n in range(40)]
     kinds = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["pos", "neg"])})
 
@@ -119,7 +119,7 @@ def test_classes_that_a_dataset_names_keep_their_names(tmp_path: Path) -> None:
         _ = LabelledText(source=kept([*labels[:39], -1]), tokenizer="byte", cache=str(tmp_path)).records
 
 
-def test_a_text_is_encoded_as_in_training(tmp_path: Path) -> None:
+def test_encode_matches_training(tmp_path: Path) -> None:
     data = LabelledText(cache=str(tmp_path))
     data.setup("fit")
     place = int(data.split_indices["train"][0])

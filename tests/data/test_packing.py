@@ -1,4 +1,4 @@
-"""Every policy keeps every token, cuts what it says it cuts, and its windows are the documents'."""
+"""Every packing policy keeps every token and reports its true cost."""
 
 import itertools
 from pathlib import Path
@@ -27,7 +27,7 @@ VOCAB = 60_000
 
 
 def stream(folder: Path, *shards: list[int]) -> ShardedTokenStream:
-    """Documents of these lengths, their end of text counted; every other token is a number of its own."""
+    """Documents of these lengths, including the end of text; all other tokens are distinct."""
     numbers = itertools.count(1)
     return token_stream(folder, *([[END, *itertools.islice(numbers, n - 1)] for n in lengths] for lengths in shards))
 
@@ -39,7 +39,7 @@ def windows(
 
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
-    """The room left in each bin, by the definition."""
+    """Free space in each bin, computed from the definition."""
     rooms: list[int] = []
     for length in sorted(lengths, reverse=True):
         best = min((room for room in rooms if room >= length), default=None)
@@ -52,17 +52,17 @@ def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1))))
 @settings(max_examples=300)
-def test_best_fit_is_its_definition(case: tuple[int, list[int]]) -> None:
+def test_best_fit_decreasing_matches_its_definition(case: tuple[int, list[int]]) -> None:
     capacity, lengths = case
     fill = np.bincount(best_fit_decreasing(np.array(lengths), capacity), weights=lengths)
     assert (fill > 0).all()
     assert sorted((capacity - fill).astype(int).tolist()) == naive_best_fit(lengths, capacity)
 
 
-def test_the_papers_example(tmp_path: Path) -> None:
-    """Ding et al. 2024, figure 1: of documents of 14, 7, 5, 2 and 3 tokens and windows of 8, concatenation cuts three.
+def test_example_from_the_paper(tmp_path: Path) -> None:
+    """Ding et al. 2024, figure 1: documents of 14, 7, 5, 2 and 3 tokens, windows of 8; concatenation splits three.
 
-    Best-fit packing cuts only the one that does not fit.
+    Best-fit packing splits only the one that does not fit.
     """
     text = stream(tmp_path, [14, 7, 5, 2, 3])
     # The paper pads the last window of 31 tokens; here it would be scored in validation alone.
@@ -73,7 +73,7 @@ def test_the_papers_example(tmp_path: Path) -> None:
 
 
 def brute_force(text: ShardedTokenStream, batches: PackedDataset) -> dict[str, int]:
-    """The cost, counted in the batches."""
+    """The cost, counted from the batches."""
     where: dict[int, set[int]] = {}  # by token, the windows that it is in
     padding = crossing = 0
     for index in range(len(batches)):
@@ -109,7 +109,7 @@ LENGTHS = st.lists(st.integers(2, 30), min_size=1, max_size=12)
     policy=st.sampled_from(PACKING_POLICIES),
 )
 @settings(max_examples=200)
-def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
+def test_every_label_occurs_once_and_the_cost_matches_brute_force(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], block_size: int, policy: PackingPolicy
 ) -> None:
     folder = tmp_path_factory.mktemp("store")
@@ -138,7 +138,7 @@ def test_no_token_is_lost_or_doubled_and_the_cost_is_what_was_paid(
 
 
 @pytest.mark.parametrize("policy", PACKING_POLICIES)
-def test_document_ids_are_the_documents(tmp_path: Path, policy: PackingPolicy) -> None:
+def test_document_ids_match_documents(tmp_path: Path, policy: PackingPolicy) -> None:
     text = stream(tmp_path, [14, 7, 5, 2, 3], [9, 20])
     batches = windows(text, 8, policy, tmp_path)
     document_of = np.cumsum(text.read(0, text.n_tokens) == END)
@@ -153,14 +153,14 @@ def test_document_ids_are_the_documents(tmp_path: Path, policy: PackingPolicy) -
             for b in range(8):
                 if ids[a] and ids[b]:
                     assert (number[ids[a]] == number[ids[b]]) == (found[a] == found[b])
-        # What fills a window up is of no document: each such position is alone.
+        # Padding belongs to no document: each such position has its own id.
         filled = [at for at in range(8) if ids[at] == END and batch["labels"][0][at] == IGNORE_INDEX]
         assert len({found[at] for at in filled}) == len(filled)
 
 
 @given(shards=st.lists(LENGTHS, min_size=1, max_size=3), data=st.data())
 @settings(max_examples=50)
-def test_borders_are_the_first_tokens_of_documents(
+def test_document_starts_match_brute_force(
     tmp_path_factory: pytest.TempPathFactory, shards: list[list[int]], data: st.DataObject
 ) -> None:
     text = stream(tmp_path_factory.mktemp("store"), *shards)
@@ -171,8 +171,8 @@ def test_borders_are_the_first_tokens_of_documents(
     )
 
 
-def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
-    """Of one document the borders are the same whatever the tokenizer, and its length is not."""
+def test_cached_plan_depends_on_the_tokens(tmp_path: Path) -> None:
+    """For a single document the boundaries are equal with any tokenizer, but its length differs."""
     about = np.array([[0, 500]], dtype="<u8")
     for name, length in (("a", 300), ("b", 100)):
         (tmp_path / name).mkdir()
@@ -180,7 +180,7 @@ def test_a_plan_is_of_these_tokens(tmp_path: Path) -> None:
         assert len(plan_packing(text, 10, "best_fit", tmp_path)) == length // 10
 
 
-def test_a_plan_is_made_once_and_packs_shard_by_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plan_is_cached_and_packs_each_shard_separately(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = stream(tmp_path, [5, 5], [3, 3])
     first = plan_packing(text, 8, "best_fit", tmp_path)
     assert len(first) == 3  # over both shards it would be two windows

@@ -1,4 +1,4 @@
-"""Pairs of replies: padded batches by brute force, the forms of a row, and what is refused."""
+"""Preference pairs: padded batches against brute force, row formats, and rejected rows."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ IDS = st.lists(st.integers(0, 98), min_size=1, max_size=13)
 
 @given(texts=st.lists(st.tuples(IDS, IDS), min_size=1, max_size=6), data=st.data())
 @settings(deadline=None, max_examples=60)
-def test_padded_batches_by_brute_force(texts: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
+def test_padded_batches_match_brute_force(texts: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
     pairs = [tuple(EncodedSequence(np.array(ids), np.array(ids) + 1) for ids in pair) for pair in texts]
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=8))
     batch = PreferencePairDataset(pairs, 64, FILL).__getitems__(indices)
@@ -38,8 +38,8 @@ def test_padded_batches_by_brute_force(texts: list[tuple[list[int], list[int]]],
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
-    """What is learned is the last reply and its end, though others come before; all of it is read."""
+def test_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
+    """Labels cover only the last reply and its end of text; the inputs are the whole conversation."""
     data = Preferences(cache=str(cache))
     prompt = [Message("user", "Repeat it."), Message("assistant", "apple"), Message("user", "And twice?")]
     chosen, rejected = data.encode_record(PreferencePair(prompt, "apple apple.", "no"))
@@ -59,12 +59,12 @@ def test_a_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
         {"prompt": "Say so.", "chosen": [{"role": "assistant", "content": "So."}], "rejected": "No."},
     ],
 )
-def test_the_forms_of_a_row(row: dict[str, Any]) -> None:
+def test_row_formats(row: dict[str, Any]) -> None:
     assert Preferences().parse_row(row) == PreferencePair([Message("user", "Say so.")], "So.", "No.")
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "message"),
     [
         ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same: nothing is preferred"),
         ({"chosen": "a", "rejected": ""}, "'rejected' is empty"),
@@ -75,20 +75,22 @@ def test_the_forms_of_a_row(row: dict[str, Any]) -> None:
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "there is no message"),
         ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "is the assistant's"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not one message of the assis"),
-        ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than a row has room for: 64"),
+        ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than the 64 of a row"),
     ],
 )
-def test_a_bad_row_is_refused_by_its_place(tmp_path: Path, cache: Path, row: dict[str, Any], said: str) -> None:
+def test_invalid_row_is_reported_with_its_location(
+    tmp_path: Path, cache: Path, row: dict[str, Any], message: str
+) -> None:
     rows = [{"prompt": f"Prompt {n}", "chosen": f"yes {n}", "rejected": "no"} for n in range(9)]
     rows[4] = {"prompt": "Prompt", **row}
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
     data = Preferences(source=str(path), cache=str(cache), block_size=64, tokenizer="byte")
-    with pytest.raises(UserError, match=f"pairs.jsonl: line 5.*{said}"):
+    with pytest.raises(UserError, match=f"pairs.jsonl: line 5.*{message}"):
         data.prepare_data()
 
 
-def test_ties_can_be_left_out(tmp_path: Path) -> None:
+def test_ties_can_be_dropped(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": "p", "chosen": "a", "rejected": "ab"[n % 2]} for n in range(20)]
     path.write_text("".join(json.dumps(each) + "\n" for each in rows))
@@ -97,8 +99,8 @@ def test_ties_can_be_left_out(tmp_path: Path) -> None:
         Preferences(ties="keep")  # type: ignore[arg-type]
 
 
-def test_what_is_cut_still_differs(tmp_path: Path, cache: Path) -> None:
-    """Of three long pairs one differs too late, and one has a prompt that leaves no room for a reply."""
+def test_truncated_pairs_still_differ(tmp_path: Path, cache: Path) -> None:
+    """Of three long pairs, one differs only past the limit, and one has a prompt that leaves no space for a reply."""
     path = tmp_path / "pairs.jsonl"
     rows = [{"prompt": f"{n}", "chosen": "yes", "rejected": "no"} for n in range(30)]
     long = [("p", "y" * 90, "n" * 90), ("p", "y" * 90 + "!", "y" * 90), ("p" * 90, "yes", "no")]
@@ -111,7 +113,7 @@ def test_what_is_cut_still_differs(tmp_path: Path, cache: Path) -> None:
     assert all(sequence.n_labels for example in found for sequence in example.sequences)
 
 
-def test_who_judges(tmp_path: Path) -> None:
+def test_reply_check(tmp_path: Path) -> None:
     assert Preferences().reply_check is full_stop
     assert Preferences(checkable="no_digit").reply_check is no_digit
     assert Preferences(source="some.jsonl").reply_check is None

@@ -1,4 +1,4 @@
-"""Records of all stages: what any data module promises, where tokens come from, and what is refused by row."""
+"""All record data modules: common behaviour, the tokenizer, and errors that name the row."""
 
 import json
 import pickle
@@ -37,7 +37,7 @@ def build(cache: Path) -> Callable[..., RecordDataModule[Any]]:
 def ready(
     build: Callable[..., RecordDataModule[Any]], packed_text: Callable[..., PackedText]
 ) -> Callable[..., BaseDataModule]:
-    """Any data module, set up."""
+    """Build any data module and set it up."""
 
     def made(stage: type[BaseDataModule], **changes: object) -> BaseDataModule:
         data = packed_text(**changes) if stage is PackedText else build(stage, **changes)
@@ -53,7 +53,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
-    """Each row of a batch as bytes, without what only fills it up."""
+    """Each row of a batch as bytes, without padding."""
     width = batch["input_ids"].shape[1]
     lengths = batch.get("lengths", torch.full((len(batch["input_ids"]),), width)).tolist()
     others = [batch[name] for name in ("labels", "lengths") if name in batch]
@@ -64,10 +64,10 @@ def rows_of(batch: dict[str, torch.Tensor]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("stage", [PackedText, *STAGES])
-def test_ranks_share_the_rows_of_one_process(
+def test_ranks_divide_the_rows_of_one_process(
     ready: Callable[..., BaseDataModule], stage: type[BaseDataModule], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training has the same rows in each step; validation and test have all, once."""
+    """Each training step has the same rows; validation and test have every row once."""
 
     def batches(loader: str, batch_size: int, rank: int, world: int) -> list[list[bytes]]:
         monkeypatch.setattr(BaseDataModule, "shard", {"num_replicas": world, "rank": rank})
@@ -89,7 +89,7 @@ def test_ranks_share_the_rows_of_one_process(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., BaseDataModule], stage: type) -> None:
+def test_order_can_start_anywhere_and_datasets_pickle(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
     batches = list(data.train_dataloader())
     order = data.order
@@ -102,9 +102,9 @@ def test_the_order_begins_anywhere_and_survives_a_worker(ready: Callable[..., Ba
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_is_common_to_data(ready: Callable[..., BaseDataModule], stage: type) -> None:
+def test_common_properties(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
-    assert data.origin == synthetic_data.SOURCE_NAME
+    assert data.origin == synthetic_data.NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
     assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
     assert sum(count.records for count in data.split_counts.values()) == (288 if stage is LabelledText else 576)
@@ -118,7 +118,9 @@ def test_what_is_common_to_data(ready: Callable[..., BaseDataModule], stage: typ
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_fingerprint_is_of_rows_split_and_encoding(build: Callable[..., RecordDataModule[Any]], stage: type) -> None:
+def test_fingerprint_depends_on_rows_split_and_encoding(
+    build: Callable[..., RecordDataModule[Any]], stage: type
+) -> None:
     same_again = {build(stage, **changes).fingerprint for changes in ({}, {"batch_size": 2}, {"seed": 4})}
     others: list[dict[str, Any]] = [{"split_seed": 1}, {"test_share": 0.3}, {"vocab_size": 300}, {"block_size": 63}]
     found = [build(stage, **changes).fingerprint for changes in others]
@@ -135,7 +137,7 @@ def talks(n: int, words: int = 1) -> list[dict[str, str]]:
     return [{"instruction": f"Say {i}", "output": " ".join([str(i)] * words)} for i in range(n)]
 
 
-def test_a_tokenizer_learns_from_the_training_records_alone(
+def test_tokenizer_is_trained_on_training_records_only(
     build: Callable[..., RecordDataModule[Any]], tmp_path: Path
 ) -> None:
     marks = "ⴰⴱⴳⴷⴹⴻⴼⴽⵀⵃ"
@@ -154,7 +156,7 @@ def test_a_tokenizer_learns_from_the_training_records_alone(
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> str:
-    """As much of a checkpoint as a tokenizer is in."""
+    """A checkpoint with a tokenizer and no weights."""
     tokenizer = Tokenizer.train(["a b c"] * 9, 300, "bpe").to_json()
     contents = CheckpointMetadata({}, 300, 16, tokenizer, start_of_text=5)
     torch.save({METADATA_KEY: asdict(contents), "state_dict": {}}, tmp_path / "model.ckpt")
@@ -162,7 +164,7 @@ def checkpoint(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_tokenizer_of_the_model_to_tune(
+def test_tokenizer_of_the_initial_model(
     build: Callable[..., RecordDataModule[Any]], checkpoint: str, tmp_path: Path, stage: type
 ) -> None:
     data = build(stage, init_from=checkpoint, block_size=200)
@@ -174,17 +176,17 @@ def test_the_tokenizer_of_the_model_to_tune(
     assert build(stage, tokenizer=str(path)).tokenizer.to_json() == own.to_json()
     Tokenizer.train([], 300, "byte").save(path)
     for changes in ({"tokenizer": str(path)}, {"tokenizer": "bpe"}):
-        with pytest.raises(UserError, match=r"data.tokenizer is another one than that of the model in .*model.ckpt"):
+        with pytest.raises(UserError, match=r"data.tokenizer differs from the tokenizer of the model in .*model.ckpt"):
             _ = build(stage, init_from=checkpoint, **changes).tokenizer
-    with pytest.raises(UserError, match=r"data.vocab_size is of a tokenizer that is trained here"):
+    with pytest.raises(UserError, match=r"data.vocab_size applies only to a tokenizer that is trained here"):
         _ = build(stage, init_from=checkpoint, vocab_size=300).tokenizer
     with pytest.raises(UserError, match="no checkpoint at"):
         _ = build(stage, init_from=str(tmp_path / "none.ckpt")).tokenizer
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_another_class_takes_no_default_of_the_one_before(stage: type) -> None:
-    """``--data`` keeps the arguments that both classes have: nobody asked for the standard library here."""
+def test_swapping_the_class_keeps_no_default_of_the_previous_class(stage: type) -> None:
+    """``--data`` keeps arguments of the same name; the default source of ``PackedText`` must not be kept."""
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BaseDataModule, "data")
     parser.set_defaults({"data": {"class_path": "lit_gpt_scratch.data.PackedText"}})
@@ -194,12 +196,12 @@ def test_another_class_takes_no_default_of_the_one_before(stage: type) -> None:
         assert (data.source, data.held_out["validation"]) == (None, stage.shares[0])
 
 
-def test_records_that_are_too_long_are_refused_cut_or_dropped(
+def test_too_long_records_are_rejected_truncated_or_dropped(
     build: Callable[..., RecordDataModule[Any]], tmp_path: Path
 ) -> None:
     records = talks(40)
-    records[7] = {"instruction": "Say 7", "output": "7" * 99}  # its first tokens are learned, its last are cut off
-    records[30] = {"instruction": "Say 30" * 99, "output": "30"}  # nothing to learn is left of it
+    records[7] = {"instruction": "Say 7", "output": "7" * 99}  # keeps some labels when truncated
+    records[30] = {"instruction": "Say 30" * 99, "output": "30"}  # loses all labels when truncated
     source = write(tmp_path / "a.json", records)
 
     def sizes(**changes: object) -> list[int]:
@@ -207,7 +209,7 @@ def test_records_that_are_too_long_are_refused_cut_or_dropped(
         return sorted(len(one.sequences[0].ids) for examples in data.examples.values() for one in examples)
 
     # <|endoftext|><|user|>Say 7\n<|assistant|>, and 99 digits; the end of text is a label alone
-    with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than a row has room for: 64; raise"):
+    with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than the 64 of a row; raise"):
         sizes()
     assert len(sizes(too_long="drop")) == 38
     assert sizes(too_long="cut")[-2:] == [12, 64]
@@ -215,7 +217,7 @@ def test_records_that_are_too_long_are_refused_cut_or_dropped(
     assert sizes(block_size=1000)[-2] == 108
 
 
-def test_copies_are_counted_but_for_case_and_space(
+def test_training_copies_ignore_case_and_whitespace(
     build: Callable[..., RecordDataModule[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     texts = [text for n in range(20) for text in (f"text {n}", f" Text  {n}\n")]
@@ -244,10 +246,10 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
              r"a.json: row 1: 'label' is \[1\] \(list\), not a label"),
     "not text": (LabelledText, "a.json", [{"text": 7, "label": 1}], {}, "a.json: row 1: 'text' is int, not text"),
     "class": (LabelledText, "a.csv", LABELLED.replace(",b", ",a"), {},
-              "a.csv has only the class 'a'; to tell classes apart takes two"),
+              "a.csv has only the class 'a'; classification needs at least two"),
     "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "no record of class 'c' is left for tra"),
     "no row": (LabelledText, "a.csv", "text,label\n", {}, "a.csv has no record"),
-    "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* tokens, more than a"),
+    "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* more than the 64"),
     "few": (Conversations, "a.json", talks(4), {}, "a.json has too few records, 4, to leave any for validation"),
     "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
     "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
@@ -267,11 +269,11 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_line_with_file_and_row(
+def test_invalid_data_is_reported_in_one_line_with_file_and_row(
     build: Callable[..., RecordDataModule[Any]], tmp_path: Path, fault: str
 ) -> None:
-    stage, name, content, changes, said = FAULTS[fault]
-    with pytest.raises(UserError, match=said) as error:
+    stage, name, content, changes, message = FAULTS[fault]
+    with pytest.raises(UserError, match=message) as error:
         build(stage, source=write(tmp_path / name, content), **changes).setup("fit")
     assert "\n" not in str(error.value)
 
@@ -281,14 +283,14 @@ def test_a_missing_file() -> None:
         LabelledText(source="nowhere.csv").prepare_data()
 
 
-def test_generated_records_are_always_the_same() -> None:
-    for rows, n in ((synthetic_data.labelled_sentences, 288), (synthetic_data.conversations, 576)):
+def test_synthetic_records_are_deterministic() -> None:
+    for rows, n in ((synthetic_data.labelled, 288), (synthetic_data.conversations, 576)):
         found = [row.fields for row in rows()]
         assert found == [row.fields for row in rows()]
         assert len({json.dumps(fields) for fields in found}) == len(found) == n
 
 
-def test_replies_are_learned(
+def test_training_on_replies_reduces_the_loss(
     build: Callable[..., RecordDataModule[Any]],
     trainer: Callable[..., L.Trainer],
     task: Callable[..., L.LightningModule],

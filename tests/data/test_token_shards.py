@@ -1,4 +1,4 @@
-"""Shards are the same however they were made, whatever was killed; and one that was altered is never read."""
+"""Shards do not depend on processes or kills, and an altered shard is never read."""
 
 import json
 import multiprocessing
@@ -18,19 +18,19 @@ import pytest
 from lit_gpt_scratch.data.token_store import STORE_FORMAT, TokenStore
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import parquet_io, tokenize_corpus
-from tests.data.test_token_store import recipe, texts_of
+from tests.data.test_token_store import texts_of, token_preparation
 
 SMALL = 2_000
-"""Bytes of text in a shard, so that a small corpus has many."""
+"""Bytes of text per shard; small, so that a small corpus has many."""
 SEVERAL = """
 import sys
 from pathlib import Path
 from lit_gpt_scratch.text import tokenize_corpus
 from lit_gpt_scratch.text import parquet_io
-from tests.data.test_token_store import recipe
+from tests.data.test_token_store import token_preparation
 
 tokenize_corpus.SHARD_BYTES, parquet_io.ROW_GROUP_CHARACTERS = 2_000, 1_000
-recipe(sys.argv[1], vocab_size=None, processes=2).prepare(Path(sys.argv[2]), Path(sys.argv[2], "store"))
+token_preparation(sys.argv[1], vocab_size=None, processes=2).prepare(Path(sys.argv[2]), Path(sys.argv[2], "store"))
 """
 
 
@@ -41,18 +41,20 @@ def many_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """All files but the note of when they were looked at; Parquet names the time of its writing nowhere."""
+    """All files except checked.json, which has timestamps; Parquet files have none."""
     files = (path for path in folder.rglob("*") if path.is_file() and path.name != "checked.json")
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_processes_and_shards_change_no_token(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    several, alone = (recipe(corpus, processes=n).prepare(tmp_path, tmp_path / f"{n}") for n in (2, 1))
+def test_tokens_do_not_depend_on_processes_or_shards(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several, alone = (token_preparation(corpus, processes=n).prepare(tmp_path, tmp_path / f"{n}") for n in (2, 1))
     assert len(several.train.shards) > 10
     assert contents(several.folder) == contents(alone.folder)
     monkeypatch.setattr(tokenize_corpus, "SHARD_BYTES", 2**26)
-    whole = recipe(corpus).prepare(tmp_path, tmp_path / "whole")
+    whole = token_preparation(corpus).prepare(tmp_path, tmp_path / "whole")
     assert len(whole.train.shards) == 1
     for side in ("train", "validation"):
         assert texts_of(whole, side) == texts_of(several, side)
@@ -62,8 +64,8 @@ def test_processes_and_shards_change_no_token(corpus: Path, tmp_path: Path, monk
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_documents_are_where_they_are_said_to_be(corpus: Path, tmp_path: Path) -> None:
-    store = recipe(corpus).prepare(tmp_path)
+def test_document_table_matches_the_tokens(corpus: Path, tmp_path: Path) -> None:
+    store = token_preparation(corpus).prepare(tmp_path)
     for shard in store.shards:
         starts, sizes = shard.documents[:, 0].astype(int), shard.documents[:, 1].astype(int)
         assert starts.tolist() == np.flatnonzero(shard.tokens == store.tokenizer.end_of_text).tolist()
@@ -75,23 +77,23 @@ def test_documents_are_where_they_are_said_to_be(corpus: Path, tmp_path: Path) -
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills a forked process")
 @pytest.mark.usefixtures("many_shards")
-def test_what_a_kill_left_is_gone_on_with(corpus: Path, tmp_path: Path) -> None:
-    """kill -9 at 12 random moments; after each, a store is there whole or not at all, and shards are made once."""
+def test_preparation_resumes_after_a_kill(corpus: Path, tmp_path: Path) -> None:
+    """kill -9 at 12 random moments: each time the store is complete or absent, and finished shards are kept."""
     rng, forked = random.Random(0), multiprocessing.get_context("fork")
     began = time.perf_counter()
-    expected = contents(recipe(corpus, vocab_size=None).prepare(tmp_path, tmp_path / "undisturbed").folder)
+    expected = contents(token_preparation(corpus, vocab_size=None).prepare(tmp_path, tmp_path / "undisturbed").folder)
     duration = time.perf_counter() - began
     kept = 0
     for n in range(12):
         folder = tmp_path / f"{n}"
-        process = forked.Process(target=recipe(corpus, vocab_size=None).prepare, args=(tmp_path, folder))
+        process = forked.Process(target=token_preparation(corpus, vocab_size=None).prepare, args=(tmp_path, folder))
         process.start()
         time.sleep(rng.random() * 1.3 * duration)
         process.kill()
         process.join()
         assert not folder.exists() or contents(folder) == expected
         finished = {path: path.stat().st_mtime_ns for path in tmp_path.glob(f"{n}.partial/train-*.json")}
-        store = recipe(corpus, vocab_size=None).prepare(tmp_path, folder)
+        store = token_preparation(corpus, vocab_size=None).prepare(tmp_path, folder)
         assert contents(folder) == expected
         for note, written in finished.items():
             kept += 1
@@ -105,7 +107,7 @@ def test_what_a_kill_left_is_gone_on_with(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(os.name == "nt", reason="kills with SIGKILL")
 def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
-    """The one that was started is killed; the two that it started end by themselves."""
+    """The parent process is killed; its two workers end by themselves."""
     rng = random.Random(1)
 
     def start(folder: Path) -> subprocess.Popen[bytes]:
@@ -113,7 +115,7 @@ def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
         return subprocess.Popen(command, cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
 
     def begin(folder: Path) -> tuple[subprocess.Popen[bytes], float]:
-        """Wait until the store is begun, which is when there is something to lose."""
+        """Wait until writing of the store has begun."""
         process = start(folder)
         while not (folder / "store.partial").exists() and process.poll() is None:
             time.sleep(0.01)
@@ -123,7 +125,7 @@ def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
     assert process.wait() == 0
     duration = time.perf_counter() - begun
     expected = contents(tmp_path / "undisturbed" / "store")
-    unfinished = gone_on = 0
+    unfinished = resumed = 0
     for n in range(50):
         folder = tmp_path / f"{n}"
         process, _ = begin(folder)
@@ -131,13 +133,13 @@ def test_fifty_kills_of_several_processes(corpus: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGKILL)
         process.wait()
         unfinished += (folder / "store.partial").exists()
-        gone_on += any((folder / "store.partial").glob("*.tokens.npy"))
+        resumed += any((folder / "store.partial").glob("*.tokens.npy"))
         assert start(folder).wait() == 0
         assert contents(folder / "store") == expected
     print(
-        f"\n50 kills in {duration:.1f} s of writing: {unfinished} left a part of a store, {gone_on} of them with shards"
+        f"\n50 kills in {duration:.1f} s of writing: {unfinished} left a partial store, {resumed} of them with shards"
     )
-    assert gone_on > 5
+    assert resumed > 5
     time.sleep(2)
     listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
     assert str(tmp_path) not in listed
@@ -163,14 +165,14 @@ def flip_a_bit_and_hide_the_time(path: Path, rng: random.Random) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def zero_a_stretch(path: Path, rng: random.Random) -> None:
+def zero_16_bytes(path: Path, rng: random.Random) -> None:
     content = bytearray(path.read_bytes())
     start = rng.randrange(len(content) - 16)
     content[start : start + 16] = bytes(16) if any(content[start : start + 16]) else b"\1" * 16
     path.write_bytes(content)
 
 
-def put_another_in_its_place(path: Path, _: random.Random) -> None:
+def replace_by_another(path: Path, _: random.Random) -> None:
     others = [other for other in path.parent.glob(f"*{''.join(path.suffixes)}") if other != path]
     shutil.copy2(next(other for other in others if other.read_bytes() != path.read_bytes()), path)
 
@@ -180,16 +182,16 @@ def remove(path: Path, _: random.Random) -> None:
 
 
 @pytest.mark.usefixtures("many_shards")
-def test_five_hundred_altered_stores_are_refused_by_shard(corpus: Path, tmp_path: Path) -> None:
+def test_altered_stores_are_rejected_naming_the_shard(corpus: Path, tmp_path: Path) -> None:
     rng = random.Random(0)
-    made = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    made = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
     ways: list[Callable[[Path, random.Random], None]] = [
-        truncate, extend, flip_a_bit, flip_a_bit_and_hide_the_time, zero_a_stretch, put_another_in_its_place, remove
+        truncate, extend, flip_a_bit, flip_a_bit_and_hide_the_time, zero_16_bytes, replace_by_another, remove
     ]  # fmt: skip
     for n in range(500):
         altered = tmp_path / "altered"
         shutil.copytree(made, altered, ignore=shutil.ignore_patterns("text", "audit*"))
-        TokenStore.open(altered)  # a copy is as good
+        TokenStore.open(altered)  # a copy is valid
         path = rng.choice(sorted(altered.glob("*.npy")))
         ways[n % len(ways)](path, rng)
         with pytest.raises(UserError) as error:
@@ -200,8 +202,8 @@ def test_five_hundred_altered_stores_are_refused_by_shard(corpus: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["store.json", "tokenizer.json"])
-def test_what_belongs_to_the_shards_is_sealed_too(corpus: Path, tmp_path: Path, name: str) -> None:
-    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+def test_altered_manifest_or_tokenizer_is_rejected(corpus: Path, tmp_path: Path, name: str) -> None:
+    folder = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
     path = folder / name
     content = path.read_bytes()
     rng = random.Random(0)
@@ -215,14 +217,14 @@ def test_what_belongs_to_the_shards_is_sealed_too(corpus: Path, tmp_path: Path, 
         TokenStore.open(folder)
 
 
-def test_a_file_is_read_again_only_when_it_looks_altered(
+def test_only_files_with_changed_size_or_dates_are_read(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+    folder = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
     from lit_gpt_scratch.data import token_store as module
 
     read: list[str] = []
-    sha256_file = module.sha256_file
+    sha256_file = module.digest
     monkeypatch.setattr(module, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
     TokenStore.open(folder)
     assert read == []
@@ -235,19 +237,19 @@ def test_a_file_is_read_again_only_when_it_looks_altered(
 
 
 @pytest.mark.parametrize(
-    ("other", "said"), [(STORE_FORMAT + 1, "newer than .*; update"), (STORE_FORMAT - 1, "older than .*; delete")]
+    ("other", "message"), [(STORE_FORMAT + 1, "newer than .*; update"), (STORE_FORMAT - 1, "older than .*; delete")]
 )
-def test_another_format_is_refused(corpus: Path, tmp_path: Path, other: int, said: str) -> None:
-    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+def test_other_format_version_is_rejected(corpus: Path, tmp_path: Path, other: int, message: str) -> None:
+    folder = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
     about = json.loads((folder / "store.json").read_text())
     (folder / "store.json").write_text(json.dumps(about | {"format": other}))
-    with pytest.raises(UserError, match=f"store of format {other}, {said}"):
+    with pytest.raises(UserError, match=f"store format {other}, {message}"):
         TokenStore.open(folder)
 
 
-def test_an_id_beyond_the_vocabulary_is_refused(corpus: Path, tmp_path: Path) -> None:
-    """As somebody might write a store by a script of their own."""
-    folder = recipe(corpus).prepare(tmp_path, tmp_path / "store").folder
+def test_id_outside_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> None:
+    """For example in a store written by a user's script."""
+    folder = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
     about = TokenStore.read_manifest(folder)
     largest = about["validation"][0]["largest"]
     TokenStore.write_manifest(folder, about | {"vocab_size": largest})
