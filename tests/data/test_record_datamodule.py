@@ -104,7 +104,7 @@ def test_order_can_start_anywhere_and_datasets_pickle(ready: Callable[..., BaseD
 @pytest.mark.parametrize("stage", STAGES)
 def test_common_properties(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
-    assert data.origin == synthetic_data.NAME
+    assert data.origin == synthetic_data.SOURCE_NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
     assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
     assert sum(count.records for count in data.split_counts.values()) == (288 if stage is LabelledText else 576)
@@ -284,7 +284,7 @@ def test_a_missing_file() -> None:
 
 
 def test_synthetic_records_are_deterministic() -> None:
-    for rows, n in ((synthetic_data.labelled, 288), (synthetic_data.conversations, 576)):
+    for rows, n in ((synthetic_data.labelled_sentences, 288), (synthetic_data.conversations, 576)):
         found = [row.fields for row in rows()]
         assert found == [row.fields for row in rows()]
         assert len({json.dumps(fields) for fields in found}) == len(found) == n

@@ -224,7 +224,7 @@ def test_only_files_with_changed_size_or_dates_are_read(
     from lit_gpt_scratch.data import token_store as module
 
     read: list[str] = []
-    sha256_file = module.digest
+    sha256_file = module.sha256_file
     monkeypatch.setattr(module, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
     TokenStore.open(folder)
     assert read == []

@@ -228,7 +228,7 @@ def test_long_texts_are_split_at_line_ends() -> None:
     texts = ["short", "line\n" * 2_000_000, "x" * 9_000_000]
     sliced = list(prepare_module._split_long_texts(texts))
     assert "".join(sliced) == "".join(texts)
-    assert max(map(len, sliced)) <= prepare_module.ENCODED_AT_ONCE
+    assert max(map(len, sliced)) <= prepare_module.BATCH_CHARACTERS
     assert all(piece.endswith("line\n") for piece in sliced[1:3])
 
 
