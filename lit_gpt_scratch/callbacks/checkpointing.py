@@ -14,6 +14,12 @@ from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import (
+    can_stop_early,
+    is_accumulating,
+    is_validating_between_steps,
+    set_logging_step,
+)
 
 
 class Checkpointing(RunDirCallback, Checkpoint):
@@ -103,7 +109,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
-        loop.epoch_loop._batches_that_stepped = trainer.global_step - 1
+        set_logging_step(trainer, trainer.global_step - 1)
         epoch_over = not loop.epoch_loop.batch_progress.current.ready
         loop.epoch_progress.current.completed -= epoch_over
         if self._validation_due:
@@ -112,7 +118,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
             trainer.training = True
         trainer.should_stop = trainer.should_stop or self._stops
         loop.epoch_progress.current.completed += epoch_over
-        loop.epoch_loop._batches_that_stepped = trainer.global_step
+        set_logging_step(trainer, trainer.global_step)
         ends = trainer.should_stop or 0 < loop.epoch_loop.max_steps <= trainer.global_step
         if ends and not epoch_over:
             loop.epoch_progress.increment_processed()
@@ -132,14 +138,14 @@ class Checkpointing(RunDirCallback, Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Let nothing stop the run amid a step: not a timer, and not a validation that comes there."""
-        if trainer.fit_loop._should_accumulate():
+        if is_accumulating(trainer):
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
         elif self._stop_asked:
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save all that was trained: a validation can be long, and can fail."""
-        if _is_validation_between_steps(trainer) and self._saved != trainer.global_step:
+        if is_validating_between_steps(trainer) and self._saved != trainer.global_step:
             self._validation_due = True
             self.save_last(trainer)
 
@@ -151,7 +157,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         loss = trainer.callback_metrics.get("val/loss")
         if self.folder and self.keep_best and loss is not None and math.isfinite(loss):
             self._save_best(trainer, self.folder, loss.item())
-        if _is_validation_between_steps(trainer):
+        if is_validating_between_steps(trainer):
             self.save_last(trainer)
         else:
             self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
@@ -178,7 +184,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
         """Whether a callback ended the run; the first rank's answer is the one that is saved."""
-        asked = trainer.should_stop and trainer.fit_loop._can_stop_early  # not before min_steps and min_epochs
+        asked = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
         return asked and not limit_reached(trainer) and not time_is_up(trainer)
 
     def _is_time(self) -> bool:
@@ -211,8 +217,3 @@ class Checkpointing(RunDirCallback, Checkpoint):
         """Go on comparing with the best so far."""
         self.best = dict(state_dict["best"])
         self._validation_due = state_dict.get("validation_due", False)
-
-
-def _is_validation_between_steps(trainer: L.Trainer) -> bool:
-    """Whether a validation of a training run comes between two optimizer steps."""
-    return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
 from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
 from lit_gpt_scratch.distributed.collectives import HostReducer
+from lit_gpt_scratch.lightning_compat import disable_signal_handlers, is_validating_between_steps
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class SignalHandling(Callback):
         self._trainer, self._first_step = trainer, -1
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            trainer._signal_connector.register_signal_handlers = _register_nothing  # type: ignore[method-assign]  # no option
+            disable_signal_handlers(trainer)
             self._before = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -89,8 +90,7 @@ class SignalHandling(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Amid a validation of a run: stop; what was trained was saved before it."""
-        between_steps = not trainer.fit_loop._should_accumulate()
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and between_steps and self._agreed():
+        if is_validating_between_steps(trainer) and self._agreed():
             self._stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,10 +116,6 @@ class SignalHandling(Callback):
             name = signal.Signals(self.signum).name
             log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, go_on or "nothing was saved")
         self.leave(trainer)
-
-
-def _register_nothing() -> None:
-    """Register nothing."""
 
 
 def _is_launched_externally(trainer: L.Trainer) -> bool:

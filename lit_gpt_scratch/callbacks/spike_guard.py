@@ -15,6 +15,7 @@ from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
 from lit_gpt_scratch.distributed.collectives import HostReducer
+from lit_gpt_scratch.lightning_compat import is_validating_between_steps, restore_weights_and_optimizers
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -100,7 +101,7 @@ class SpikeGuard(RunDirCallback):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a good checkpoint."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate():
+        if is_validating_between_steps(trainer):
             self._keep_good(trainer)
 
     def on_train_batch_end(
@@ -207,13 +208,7 @@ class SpikeGuard(RunDirCallback):
             return
         self._rewinds += 1
         self.watch.in_a_row = 0
-        connector = trainer._checkpoint_connector  # there is no public way to load amid a run
-        began_with = connector._ckpt_path
-        connector.resume_start(path, weights_only=True)
-        connector.restore_model()
-        connector.restore_optimizers()
-        connector.resume_end()
-        connector._ckpt_path = began_with
+        restore_weights_and_optimizers(trainer, path)
         pl_module.on_train_start()  # as a run begins that goes on from there, at the rate of the step that comes next
         step = trainer.global_step - 1
         log.warning("guard: step %d: %d in a row stood out; back to the weights of step %d", step, PATIENCE, self.good)

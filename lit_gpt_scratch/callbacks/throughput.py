@@ -12,6 +12,7 @@ from torch import Tensor
 from lit_gpt_scratch.batch_types import Batch
 from lit_gpt_scratch.callbacks.metric_names import log_metrics
 from lit_gpt_scratch.distributed.collectives import HostReducer
+from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
 from lit_gpt_scratch.profiling.peak_flops import peak_flops
@@ -201,10 +202,6 @@ def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtyp
         return (weight @ weight).dtype
 
 
-FETCH_ACTION = "[_TrainingEpochLoop].train_dataloader_next"
-"""Lightning's name for fetching a training batch. It tells no callback when that begins, only the profiler."""
-
-
 class DataLoaderTimer:
     """A profiler that adds up the seconds of fetching batches; all else is for the profiler that the user chose."""
 
@@ -216,12 +213,12 @@ class DataLoaderTimer:
     def start(self, action_name: str) -> None:
         """Start the clock."""
         self.chosen.start(action_name)
-        if action_name == FETCH_ACTION:
+        if action_name == FETCH_BATCH_ACTION:
             self._began = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
         """Stop it."""
-        if action_name == FETCH_ACTION:
+        if action_name == FETCH_BATCH_ACTION:
             self._seconds += time.perf_counter() - self._began
         self.chosen.stop(action_name)
 

@@ -14,11 +14,11 @@ from typing import Any, BinaryIO, Final
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import SingleThreadCheckpointIO
 
 CHECKSUM_PREFIX: Final = b"sha256:"
 COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
@@ -153,7 +153,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return loaded
 
 
-class BackgroundCheckpointIO(AsyncCheckpointIO):
+class BackgroundCheckpointIO(SingleThreadCheckpointIO):
     """``AtomicCheckpointIO`` in a thread; what fails is raised by the next save or at the end.
 
     A save waits for the one before, so that there is one copy of the state at most, in the host's memory. A file is
@@ -168,23 +168,11 @@ class BackgroundCheckpointIO(AsyncCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         if self._last is not None:
             self._last.result()
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         copied = apply_to_collection(checkpoint, torch.Tensor, lambda t: t.detach().to("cpu", copy=True))
-        self._submit("save_checkpoint", copied, path)
+        self._last = self.submit("save_checkpoint", copied, path)
 
     @override
     def remove_checkpoint(self, path: str | Path) -> None:
-        self._submit("remove_checkpoint", path)
-
-    def _submit(self, method: str, *args: Any) -> None:
-        self._ensure_setup()
-        assert self._executor is not None
-        self._last = self._executor.submit(self._in_turn, method, *args)
-
-    def _in_turn(self, method: str, *args: Any) -> None:
-        if self._error is None:
-            try:
-                getattr(self.checkpoint_io, method)(*args)
-            except Exception as error:  # whatever a save can fail with is for the training's thread to raise
-                self._error = error
+        self._last = self.submit("remove_checkpoint", path)

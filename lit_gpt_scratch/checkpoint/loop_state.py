@@ -3,6 +3,7 @@
 from typing import Any, Final
 
 from lit_gpt_scratch.batch_types import BatchLayout
+from lit_gpt_scratch.lightning_compat import set_saved_logging_step
 
 Counts = dict[str, int]
 
@@ -23,7 +24,7 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
-    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] = optimization["step"]["total"]["completed"]
+    set_saved_logging_step(fit_loop, optimization["step"]["total"]["completed"])
     _reset_progress(fit_loop["epoch_loop.val_loop.batch_progress"])
     if not batches["current"]["ready"]:  # between two epochs
         for scope in ("current", "total"):

@@ -1,6 +1,5 @@
 """``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
 
-import signal
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -14,7 +13,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 
 from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
@@ -37,6 +35,7 @@ from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import kill_child_processes
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -196,8 +195,7 @@ class FitCLI(LightningCLI):
                 if getattr(self.datamodule, "test_dataset", None) and not leaves_nothing and not self.stopping.signum:
                     self.trainer.test(self.model, self.datamodule, verbose=False)
         except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
-            if isinstance(self.trainer.strategy.launcher, _SubprocessScriptLauncher):
-                self.trainer.strategy.launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+            kill_child_processes(self.trainer)
             raise
         finally:
             if claimed and not self.trainer.global_step:

@@ -10,7 +10,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Timer
 
 from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
@@ -215,7 +216,8 @@ def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
 
 def _seconds(trainer: Trainer) -> float:
     """The time limit of a whole run."""
-    limits = (getattr(callback, "_duration", None) for callback in trainer.callbacks)  # type: ignore[attr-defined]  # set late
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    limits = (callback.time_remaining() for callback in callbacks if isinstance(callback, Timer))  # none has passed yet
     return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
 
 

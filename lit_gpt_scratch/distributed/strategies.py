@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy, StrategyRegistry
+from lightning.pytorch.strategies import ParallelStrategy, Strategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -17,6 +17,7 @@ from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
 """Tensors of a checkpoint are whole; the first process writes them, and each takes its part when they are read."""
@@ -24,7 +25,7 @@ TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "
 """Processes that share the heads, by default; None is all of them."""
 
 
-class ModelParallel(ModelParallelStrategy):
+class ModelParallel(SizedModelParallelStrategy):
     """Weights, gradients and the optimizer's memory are cut among processes; each reads data of its own, or not.
 
     A checkpoint is one file with whole tensors under their own names, the same that one process would write: any
@@ -40,10 +41,8 @@ class ModelParallel(ModelParallelStrategy):
         self.tensor_parallel_size = tensor_parallel_size
 
     @override
-    def _setup_distributed(self) -> None:
-        self._tensor_parallel_size = resolve_tensor_parallel_size(self)
-        self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
-        super()._setup_distributed()
+    def choose_tensor_parallel_size(self) -> int:
+        return resolve_tensor_parallel_size(self)
 
     @property
     @override

@@ -37,6 +37,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # its module names them for trainers
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
@@ -494,10 +495,8 @@ class GPTModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Draw this batch's random numbers from its place in the run."""
-        loop = self.trainer.fit_loop.epoch_loop
-        # Lightning numbers log points by a count of its own, which a resumed run begins one off.
-        loop._batches_that_stepped = self.trainer.global_step
-        self._seed(loop.total_batch_idx, "train")
+        set_logging_step(self.trainer, self.trainer.global_step)
+        self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, "train")
 
     def on_validation_start(self) -> None:
         """The same for a validation, so that one that is done again after a kill gives the same."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_gpt_scratch.callbacks import throughput
-from lit_gpt_scratch.callbacks.throughput import FETCH_ACTION, TIME_SHARE_TAGS, Throughput
+from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data import PackedText
+from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
 from lit_gpt_scratch.profiling import step_timer
 from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, HostTimerEvent
 from lit_gpt_scratch.tasks import LanguageModel
@@ -144,7 +145,7 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     assert watch.figures["model_flops_utilisation"] == {}  # of a task that is no language model nothing is known
     assert "throughput/model_flops_utilisation" not in notes.said
     assert run.profiler is profiler
-    assert len(profiler.recorded_durations[FETCH_ACTION]) >= batches
+    assert len(profiler.recorded_durations[FETCH_BATCH_ACTION]) >= batches
 
 
 def test_utilisation_is_the_paper_formula_of_the_speed(

@@ -1,0 +1,113 @@
+"""Every private attribute of Lightning that this package needs, each behind a function or class with a plain name.
+
+Lightning may change these without notice; ``tests/test_lightning_compat.py`` fails when one changes, and when another
+module of the package touches a private attribute.
+"""
+
+import signal
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, Final
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from typing_extensions import override
+
+FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
+"""Profiler action around fetching a training batch: no callback hook tells when fetching begins."""
+
+
+def is_accumulating(trainer: Trainer) -> bool:
+    """Whether the current micro-batch does not end its optimizer step; the last batch of an epoch always does."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def is_validating_between_steps(trainer: Trainer) -> bool:
+    """Whether this is a validation of ``fit`` that falls between two optimizer steps, not between micro-batches."""
+    return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()
+
+
+def can_stop_early(trainer: Trainer) -> bool:
+    """Whether ``min_steps`` and ``min_epochs`` are reached, so that ``should_stop`` takes effect."""
+    return bool(trainer.fit_loop._can_stop_early)
+
+
+def set_logging_step(trainer: Trainer, step: int) -> None:
+    """Set the step that Lightning logs under: its own count is one off after resuming."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = step
+
+
+def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
+    """The same in the state of a fit loop, ``checkpoint["loops"]["fit_loop"]``."""
+    fit_loop_state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
+
+
+def disable_signal_handlers(trainer: Trainer) -> None:
+    """Keep Lightning from installing its own signal handlers, which run collectives from inside the handler."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
+    """Load weights and optimizer states of a checkpoint during training: ``fit(ckpt_path=...)`` also resets the loops.
+
+    ``trainer.ckpt_path`` and the connector's own path stay those that the run started with.
+    """
+    connector = trainer._checkpoint_connector
+    started_with = connector._ckpt_path
+    connector.resume_start(path, weights_only=True)
+    connector.restore_model()
+    connector.restore_optimizers()
+    connector.resume_end()
+    connector._ckpt_path = started_with
+
+
+def kill_child_processes(trainer: Trainer) -> None:
+    """Kill the ranks that this process launched as subprocesses; they would wait forever for a rank that is gone."""
+    launcher = trainer.strategy.launcher
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+class SizedModelParallelStrategy(ModelParallelStrategy):
+    """A ``ModelParallelStrategy`` whose sizes are chosen once the number of processes is known, not in ``__init__``."""
+
+    def choose_tensor_parallel_size(self) -> int:
+        """Ranks that share one copy of the model; a divisor of the number of processes."""
+        raise NotImplementedError
+
+    @override
+    def _setup_distributed(self) -> None:
+        self._tensor_parallel_size = self.choose_tensor_parallel_size()
+        self._data_parallel_size = self.num_processes * self.num_nodes // self._tensor_parallel_size
+        super()._setup_distributed()
+
+
+class SingleThreadCheckpointIO(AsyncCheckpointIO):
+    """An ``AsyncCheckpointIO`` that can run any method of the wrapped plugin in its thread, in order.
+
+    Lightning's runs only saves there, and raises an error of a save at the next one or in ``teardown``.
+    """
+
+    def __init__(self, checkpoint_io: CheckpointIO) -> None:
+        super().__init__(checkpoint_io)
+
+    @property
+    def error(self) -> BaseException | None:
+        """What the first failed call raised; ``teardown`` raises it."""
+        return self._error
+
+    def submit(self, method: str, *args: Any) -> "Future[None]":
+        """Call a method of the wrapped plugin in the thread, unless an earlier call failed."""
+        self._ensure_setup()
+        assert self._executor is not None
+        return self._executor.submit(self._run, method, *args)
+
+    def _run(self, method: str, *args: Any) -> None:
+        if self._error is None:
+            try:
+                getattr(self.checkpoint_io, method)(*args)
+            except Exception as error:  # whatever a save can fail with is for the training's thread to raise
+                self._error = error
