@@ -30,7 +30,7 @@ import torch
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.callbacks.default_callbacks import HOOKS_OF_A_BATCH
-from lit_gpt_scratch.callbacks.metric_names import MetricTap
+from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60

@@ -1,15 +1,14 @@
-"""Checkpoints of a run."""
+"""Checkpoints of a run, and the run directory they are written to."""
 
 import math
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning as L
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
-from lit_gpt_scratch.callbacks.validate_at_end import limit_reached, time_is_up
 from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.distributed.collectives import HostReducer
@@ -20,6 +19,52 @@ from lit_gpt_scratch.lightning_compat import (
     is_validating_between_steps,
     set_logging_step,
 )
+
+
+class RunDirCallback(Callback):
+    """Knows the run's folder on every rank; ``None`` in a ``fast_dev_run``, which leaves nothing behind.
+
+    ``fit`` sets ``folder`` on the first rank. By hand nobody does, and the logger's folder is the run's.
+    """
+
+    folder: RunFolder | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Ask the first rank; all ranks have to ask, because asking is a collective."""
+        self.folder = trainer.strategy.broadcast(self.folder)
+        if self.folder is None:
+            log_dir = trainer.log_dir
+            fast_dev_run: int = trainer.fast_dev_run  # type: ignore[attr-defined]  # the trainer sets it late
+            self.folder = RunFolder(Path(log_dir)) if log_dir and not fast_dev_run else None
+
+
+class ValidateAtEnd(Callback):
+    """Tell the trainer to stop at the last step, instead of letting it run out of steps.
+
+    A trainer that is told to stop validates first; one that reaches ``max_steps`` between two validations
+    does not.
+    """
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Recognise the last step."""
+        if limit_reached(trainer):
+            trainer.should_stop = True
+
+
+def limit_reached(trainer: L.Trainer) -> bool:
+    """Whether the steps or epochs of a run are over, as of the end of a batch; the same on all ranks."""
+    steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
+    last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
+    return steps or (last_epoch and trainer.is_last_batch)
+
+
+def time_is_up(trainer: L.Trainer) -> bool:
+    """Whether the time of a run is over, by the clock of this rank: others may not have come to it."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
+    return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 class Checkpointing(RunDirCallback, Checkpoint):

@@ -5,20 +5,17 @@ from typing import Final
 
 from lightning.pytorch import Callback
 
-from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
-from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, ValidateAtEnd
 from lit_gpt_scratch.callbacks.diagnostics import DiagnosticsCallback
 from lit_gpt_scratch.callbacks.introspection import ActivationStats, GradientStats
 from lit_gpt_scratch.callbacks.loss_breakdown import ConfusionMatrixPlot, LossBreakdown
 from lit_gpt_scratch.callbacks.progress import RunProgressBar
-from lit_gpt_scratch.callbacks.run_plan import RunPlan
+from lit_gpt_scratch.callbacks.run_plan import RunPlan, TensorBoardLayout
 from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling
 from lit_gpt_scratch.callbacks.spike_guard import GuardMode, SpikeGuard
-from lit_gpt_scratch.callbacks.summary import RunSummary
-from lit_gpt_scratch.callbacks.tensorboard_layout import TensorBoardLayout
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunSummary
 from lit_gpt_scratch.callbacks.throughput import Throughput
-from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
 
 HOOKS_OF_A_BATCH: Final = (
     "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",

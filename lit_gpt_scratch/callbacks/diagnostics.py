@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.callbacks.metric_names import MetricTap, log_text
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.spike_guard import GUARD_MODES, SpikeGuard

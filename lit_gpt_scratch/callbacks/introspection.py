@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_gpt_scratch.callbacks import plotting
-from lit_gpt_scratch.callbacks.metric_names import log_metrics, tensorboard_writers
+from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.parallelize import gather_heads

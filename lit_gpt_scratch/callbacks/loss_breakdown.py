@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
-from lit_gpt_scratch.callbacks.metric_names import log_metrics, tensorboard_writers
+from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 

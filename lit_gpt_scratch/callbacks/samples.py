@@ -8,7 +8,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.metric_names import tensorboard_writers
+from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit

@@ -10,8 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.callbacks.metric_names import log_text
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.metric_logging import log_text
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
 from lit_gpt_scratch.distributed.collectives import HostReducer

@@ -1,26 +1,197 @@
-"""The last word of a run."""
+"""Files in the run directory that describe a run: summary, baselines, provenance, loss trace."""
 
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, TypeVar
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from typing_extensions import override
 
-from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
-from lit_gpt_scratch.callbacks.formatting import format_metrics
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
-from lit_gpt_scratch.callbacks.samples import Samples
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.progress import format_metrics
+from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
+from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.data import Conversations, LabelledText
+from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
 from lit_gpt_scratch.tasks import Reward
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+
+log = logging.getLogger(__name__)
+
+MAX_XZ_TOKENS = 4_000_000
+"""Tokens of validation text beyond which ``xz`` would keep the user waiting for more than some ten seconds."""
+
+
+class BaselineMetrics(Callback):
+    """Score what is measured without the training: text by counts of tokens and ``xz -9``, classes by the commonest.
+
+    Replies are scored by the model that an alignment begins with.
+
+    Beside every validation they are logged as ``baselines/<name>``; TensorBoard's tab of custom scalars draws them
+    and the model's own figure into one chart.
+    """
+
+    def __init__(self) -> None:
+        self.figures: dict[str, float] = {}
+        """By name, from the start of training on; only on the first rank."""
+        self.metric = ""
+        """The model's own figure that they are to be compared with."""
+        self.what = ""
+        """In words, what they are."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Count and compress; half a second for half a megabyte."""
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        if not trainer.is_global_zero:
+            return
+        if isinstance(data, PackedText):
+            self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
+            self.figures = _text_baselines(data)
+        elif isinstance(data, LabelledText):
+            self.metric, self.what = "val/accuracy", "accuracy on the validation records"
+            self.figures = {"commonest class": _majority_class_accuracy(data)}
+        elif (start := _initial_true_reward(trainer)) is not None:
+            self.metric, self.what = "val/true_reward", "share of replies as they should be"
+            self.figures = {"true_reward": start}
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log the same figures again, so that they are lines in a chart."""
+        figures = {f"baselines/{name}": value for name, value in self.figures.items()}
+        if figures and not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(figures, trainer.global_step - 1)  # as Lightning numbers a validation
+
+
+def _initial_true_reward(trainer: L.Trainer) -> float | None:
+    """What ``RewardEval`` measured of the model before its training."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
+    return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
+
+
+def _text_baselines(data: PackedText) -> dict[str, float]:
+    validation = data.store.validation
+    ids = validation.read(0, validation.n_tokens)
+    counted = data.sample_train_tokens(MAX_TRAINING_TOKENS), ids, data.vocab_size, validation.n_bytes
+    if len(ids) > MAX_XZ_TOKENS:
+        log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
+        return compute_token_baselines(*counted)
+    text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
+    with ThreadPoolExecutor(1) as beside:
+        xz = beside.submit(measure_xz_bits_per_byte, text)
+        return {**compute_token_baselines(*counted), "xz": xz.result()}
+
+
+def _majority_class_accuracy(data: LabelledText) -> float:
+    """The accuracy of whoever always says the class that is commonest in training."""
+    commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
+    labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]
+    return labels.count(commonest) / len(labels)
+
+
+class RunMetadata(RunDirCallback):
+    """Add this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
+
+    What could change a result is in each checkpoint, too.
+
+    Args:
+        changed: What a resumed run changed: the value before and now, by name.
+    """
+
+    STATE_KEY: ClassVar = "Provenance"
+
+    def __init__(self, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
+        self.changed = changed or {}
+        self.origin: dict[str, Any] = {}
+        """Code, versions, hardware, seed and data of this session."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make sure that all ranks go on from one checkpoint and learn from one text: each has looked for them.
+
+        Raises:
+            UserError: Another run was saved meanwhile, or another machine has other files.
+        """
+        super().setup(trainer, pl_module, stage)
+        first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
+        if first != own:
+            raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        own = data.fingerprint if isinstance(data, BaseDataModule) else ""
+        if trainer.strategy.broadcast(own) != own:
+            raise UserError(f"{data.origin} is not the same on this machine as on the first; copy it from there")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write it when nothing can be refused any more."""
+        self.origin = collect_environment()
+        session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
+        self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
+        self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
+        if isinstance(data, BaseDataModule):
+            self.origin["data"] = data.fingerprint
+        if self.folder and trainer.is_global_zero:
+            session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
+            sessions = [*self.folder.read_sessions(), session]
+            self.folder.write_text("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
+
+    @property
+    def state_key(self) -> str:
+        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
+        return self.STATE_KEY
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run that goes on from the checkpoint alone compares itself with."""
+        return self.origin
+
+
+class LossTrace(RunDirCallback):
+    """Write ``trace.pt``: the loss of every step, and the whole gradient of the first, as it went into the optimizer.
+
+    For ``--trainer.log_every_n_steps 1``: TensorBoard keeps float32, which is too coarse to compare two runs by.
+    """
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.gradients: dict[str, Tensor] = {}
+
+    @override
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+
+    @override
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        self.losses.append(trainer.callback_metrics["train/loss"].item())
+        if not self.gradients:
+            self.gradients = {n: _full_tensor(p.grad) for n, p in pl_module.named_parameters() if p.grad is not None}
+
+    @override
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.folder and trainer.is_global_zero:
+            losses = torch.tensor(self.losses, dtype=torch.float64)
+            torch.save({"losses": losses, "gradients": self.gradients}, self.folder.path / "trace.pt")
+
+
+def _full_tensor(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+
 
 log = logging.getLogger(__name__)
 CallbackT = TypeVar("CallbackT", bound=Callback)

@@ -10,7 +10,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import Batch
-from lit_gpt_scratch.callbacks.metric_names import log_metrics
+from lit_gpt_scratch.callbacks.metric_logging import log_metrics
 from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
 from lit_gpt_scratch.model import GPT

@@ -14,14 +14,12 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
-from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, RunDirCallback
 from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
-from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Timer
 
 from lit_gpt_scratch.batch_types import BatchLayout
 from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
-from lit_gpt_scratch.callbacks.run_metadata import RunMetadata
+from lit_gpt_scratch.callbacks.summary import RunMetadata
 from lit_gpt_scratch.checkpoint.config_diff import diff_configs
 from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint

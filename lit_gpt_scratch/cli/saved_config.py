@@ -6,7 +6,7 @@ from typing import Any
 import lightning as L
 from jsonargparse import ArgumentParser, Namespace
 
-from lit_gpt_scratch.callbacks.run_dir import RunDirCallback
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
 
 
 class SaveConfig(RunDirCallback):

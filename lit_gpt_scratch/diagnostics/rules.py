@@ -1,6 +1,6 @@
 """The table: which curves speak for what. A new symptom is a row.
 
-A row reads names of curves alone (``callbacks/measured.py`` lists them; facts of a run are curves of one point,
+A row reads names of curves alone (``callbacks/metric_logging.py`` lists them; facts of a run are curves of one point,
 ``run/...``), and says what it finds with its numbers, the likely cause, and the flag to try. What explains another
 symptom stands above it, and that one names it in ``unless``.
 """

@@ -160,7 +160,7 @@ class LayoutParity:
             [
                 *(sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags),
                 *(f"--runs={runs}", "--experiment=parity", "--trainer.log_every_n_steps=1"),
-                "--trainer.callbacks=lit_gpt_scratch.callbacks.loss_trace.LossTrace",
+                "--trainer.callbacks=lit_gpt_scratch.callbacks.summary.LossTrace",
                 *ARITHMETIC_CASES[kind].flags,
                 *LAYOUTS[layout].all_flags(),
             ],

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from lit_gpt_scratch.callbacks.baseline_metrics import BaselineMetrics
-from lit_gpt_scratch.callbacks.formatting import format_bytes, format_count, format_duration
+from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration
 from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, RunPlan
+from lit_gpt_scratch.callbacks.summary import BaselineMetrics
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel

@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 
-from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
+from lit_gpt_scratch.callbacks.checkpointing import ValidateAtEnd
 from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs, normalize_progress
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.model import GPTConfig

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
+from lit_gpt_scratch.callbacks.checkpointing import ValidateAtEnd
 from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.errors import UserError

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
-from lit_gpt_scratch.callbacks.validate_at_end import ValidateAtEnd
+from lit_gpt_scratch.callbacks.checkpointing import ValidateAtEnd
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy
 from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
