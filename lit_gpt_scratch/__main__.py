@@ -1,17 +1,38 @@
-"""``python -m lit_gpt_scratch``: the list of doors."""
+"""All commands behind one: ``lit-gpt <command>``, or ``python -m lit_gpt_scratch <command>``."""
+
+import sys
+from importlib import import_module
+
+from lit_gpt_scratch.cli import entrypoint
+from lit_gpt_scratch.errors import UserError
 
 COMMANDS = {
-    "fit": "train a GPT on real text",
-    "prepare": "make text into tokens ahead of a run, or compare tokenizers",
-    "generate": "let a trained model write",
-    "evaluate": "score a text with a trained model",
-    "sweep": "many runs from one file, and a report of what they show",
-    "convert": "write a model as one file for others",
-    "doctor": "kill and resume a configuration, and say whether that is exact",
+    "fit": "train, fine-tune or align a GPT, or resume a run",
+    "prepare": "tokenise a text ahead of a run, or compare tokenizers on it",
+    "generate": "continue prompts, chat, or collect preferences with a trained model",
+    "evaluate": "measure a trained model on a text, a task or a benchmark",
+    "sweep": "run every trial of a sweep file and report what they show; compare runs",
+    "convert": "convert checkpoints to and from Hugging Face folders and safetensors files",
+    "doctor": "diagnose a run, check this machine, test resuming and strategies",
 }
 
+
+def main() -> None:
+    """Run the command that the first argument names; without one, list the commands."""
+    entrypoint.run(_dispatch)
+
+
+def _dispatch() -> None:
+    name, *args = sys.argv[1:] or ["--help"]
+    if name in ("-h", "--help"):
+        print("usage: lit-gpt <command> [flags]    (or: python -m lit_gpt_scratch.<command> [flags])\n")
+        print("\n".join(f"  {command:<10} {purpose}" for command, purpose in COMMANDS.items()))
+        print("\nEach command explains its flags with --help.")
+        return
+    if name not in COMMANDS:
+        raise UserError(f"there is no command {name}; choose from {', '.join(COMMANDS)}")
+    import_module(f"lit_gpt_scratch.cli.{name}").main(args)
+
+
 if __name__ == "__main__":
-    print("Usage: python -m lit_gpt_scratch.<door> [flags], where <door> is one of\n")
-    for door, purpose in COMMANDS.items():
-        print(f"  {door:<10} {purpose}")
-    print("\nEach takes --help.")
+    main()

@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.convert``: a checkpoint into a form for others."""
+"""``python -m lit_gpt_scratch.convert``: convert checkpoints to and from other formats."""
 
 from lit_gpt_scratch.cli import entrypoint
 

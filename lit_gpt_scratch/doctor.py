@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.doctor``: examine a configuration on this machine."""
+"""``python -m lit_gpt_scratch.doctor``: diagnose a run, this machine or a configuration."""
 
 from lit_gpt_scratch.cli import entrypoint
 

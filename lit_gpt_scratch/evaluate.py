@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.evaluate [CKPT] --data.source PATH``: score a text with a trained model."""
+"""``python -m lit_gpt_scratch.evaluate``: measure a trained model."""
 
 from lit_gpt_scratch.cli import entrypoint
 

@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.fit``: train a GPT on real text."""
+"""``python -m lit_gpt_scratch.fit``: train, fine-tune or align a GPT, or resume a run."""
 
 from lit_gpt_scratch.cli import entrypoint
 

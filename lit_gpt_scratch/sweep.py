@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.sweep``: many runs from one file, and a report of what they show."""
+"""``python -m lit_gpt_scratch.sweep``: run every trial of a sweep file, or compare runs."""
 
 from lit_gpt_scratch.cli import entrypoint
 

@@ -1,4 +1,4 @@
-"""How every door opens and closes. Imports nothing heavy: doors without a trainer start quickly."""
+"""How every command starts and ends. Imports nothing heavy, so that commands without a trainer start quickly."""
 
 import argparse
 import io
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
-"""Lightning's names for the types that a model can be used in."""
+"""Lightning's names of the dtypes that inference supports."""
 
 
-def run(door: Callable[[], None]) -> None:
-    """Run a door; a ``UserError`` becomes one line on standard error and exit code 2."""
+def run(main: Callable[[], None]) -> None:
+    """Run a command's ``main``; a ``UserError`` becomes one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a redirected stream may know fewer characters than a model
+        if isinstance(stream, io.TextIOWrapper):  # the encoding of a pipe may lack characters that a model generates
             stream.reconfigure(encoding="utf-8", errors="replace")
     handler = TqdmLoggingHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -34,54 +34,53 @@ def run(door: Callable[[], None]) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     try:
-        door()
+        main()
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except BrokenPipeError:  # the reader of standard output has seen enough, as in `generate | head -1`
+    except BrokenPipeError:  # the reader of standard output closed it, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
 
 
 class TqdmLoggingHandler(logging.Handler):
-    """Write log lines to standard error, above a progress bar, where there is one, instead of into it."""
+    """Write log lines to standard error, above a progress bar instead of into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Let the bar make way for the line."""
+        """Clear the bar, print the line, redraw the bar."""
         tqdm.write(self.format(record), file=sys.stderr)
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Flags of a door that needs no trainer: a mistake is a ``UserError`` like any other."""
+    """Argument parser of the commands that need no trainer: a mistake raises ``UserError``, as everywhere."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Argparse would print its usage, several lines of it, before the message."""
+        """Raise instead of printing several lines of usage before the message."""
         raise UserError(f"{message} (see --help)")
 
-    def add_checkpoint(self) -> None:
-        """The flags by which a door finds the model it works with."""
+    def add_checkpoint_arguments(self) -> None:
+        """Add the arguments that say which model to load, and where to run it."""
         self.add_argument(
-            "checkpoint",
-            metavar="CKPT",
-            nargs="?",
-            help="a checkpoint file or a run folder; without it, the newest run",
+            "checkpoint", metavar="CKPT", nargs="?", help="a checkpoint file or a run folder; default: the newest run"
         )
         self.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
-        self.add_argument("--experiment", help="look for the newest run in this experiment only")
-        self.add_argument("--device", default="cpu", help="cpu, cuda or mps")
-        self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="type of the weights")
-        self.add_argument("--adapter", metavar="FILE", type=Path, help="beside its weights; see convert to-adapter")
-        self.add_argument("--trust", metavar="CLASS", help="let a checkpoint run this attention class of your own")
+        self.add_argument("--experiment", help="take the newest run of this experiment")
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: a GPU if there is one")
+        self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="dtype of the weights")
+        self.add_argument("--adapter", metavar="FILE", type=Path, help="LoRA adapter to add; see convert to-adapter")
+        self.add_argument(
+            "--trust", metavar="CLASS", help="import this attention class of your own, which the checkpoint names"
+        )
 
 
 def validate_utf8(given: argparse.Namespace, *names: str) -> None:
-    """Refuse flags whose bytes were no UTF-8: no tokenizer reads them.
+    """Check that the values of flags were valid UTF-8: no tokenizer encodes anything else.
 
     Raises:
-        UserError: One of them is not.
+        UserError: One of them was not.
     """
     for name in names:
         value = getattr(given, name, None)
@@ -91,7 +90,7 @@ def validate_utf8(given: argparse.Namespace, *names: str) -> None:
 
 
 def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
-    """The language model that ``add_checkpoint``'s flags mean, on the device they name, and its tokenizer.
+    """Load the language model that ``add_checkpoint_arguments``' flags name, and its tokenizer.
 
     Raises:
         UserError: There is no such model, or no such device.
@@ -100,7 +99,7 @@ def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
 
 
 def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
-    """Whatever model ``add_checkpoint``'s flags mean, on the device they name.
+    """Load the model that ``add_checkpoint_arguments``' flags name, of any task, onto the device they name.
 
     Raises:
         UserError: There is no such checkpoint, or no such device.
@@ -117,11 +116,27 @@ def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
     trained = build_model(load_checkpoint(path), path, given.trust)
     if given.adapter is not None:
         trained = apply_adapter(trained, given.adapter)
-    if not re.fullmatch(r"cpu|cuda(:\d+)?|mps", given.device):
-        raise UserError(f"argument --device: {given.device} is none of cpu, cuda, cuda:N, mps")
+    device = find_device(given.device)
     try:
-        trained.net.to(given.device, getattr(torch, PRECISIONS[given.precision]))
+        trained.net.to(device, getattr(torch, PRECISIONS[given.precision]))
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"argument --device: cannot use {given.device} ({reason})") from error
+        raise UserError(f"argument --device: cannot use {device} ({str(error).splitlines()[0]})") from error
     return trained
+
+
+def find_device(name: str) -> str:
+    """Return the device that ``--device`` names: for ``auto`` the GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: This machine does not have it.
+    """
+    import torch
+
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
+        raise UserError(f"argument --device: {name} is not one of auto, cpu, cuda, cuda:N, mps")
+    gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((kind for kind, available in gpus.items() if available), "cpu")
+    if not gpus.get(name.partition(":")[0], True):
+        raise UserError(f"argument --device: {name} is not available on this machine; use auto or cpu")
+    return name

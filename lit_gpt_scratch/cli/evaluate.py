@@ -46,7 +46,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The door ``evaluate``: figures on standard output, as a table or as one JSON object."""
     tasks = "; ".join(f"{name}: {kind.description}" for name, kind in EVAL_TASKS.items())
     flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
-    flags.add_checkpoint()
+    flags.add_checkpoint_arguments()
     asked = flags.add_mutually_exclusive_group()
     asked.add_argument("--data.source", dest="source", help="a text file, a folder, rows, or 'stdlib'")
     asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="of lm-eval, which the extra [eval] brings")

@@ -1,11 +1,11 @@
-"""``fit``: the LightningCLI with this project's defaults, run folders and error messages."""
+"""``fit``: LightningCLI with this project's defaults, run folders, help and error messages."""
 
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from jsonargparse import Namespace
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -19,40 +19,49 @@ from lit_gpt_scratch.callbacks.default_callbacks import default_callbacks
 from lit_gpt_scratch.callbacks.introspection import ActivationStats
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
+from lit_gpt_scratch.callbacks.spike_guard import GuardMode
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
+from lit_gpt_scratch.cli.config_defaults import (
+    MAX_STEPS,
+    apply_init_from,
+    apply_preset,
+    describe_presets,
+    resolve_built_defaults,
+    resolve_defaults,
+)
+from lit_gpt_scratch.cli.config_files import FitParser, SaveConfig, config_to_dict, describe_experiments
+from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
-from lit_gpt_scratch.cli.preset import apply_init_from, apply_preset, find_preset
+from lit_gpt_scratch.cli.help import HelpPage
 from lit_gpt_scratch.cli.resume import ResumedRun
-from lit_gpt_scratch.cli.run_flags import add_run_flags
-from lit_gpt_scratch.cli.saved_config import SaveConfig, config_to_dict
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.distributed.hardware_defaults import configure_process, default_precision
+from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 from lit_gpt_scratch.distributed.parallelize import validate_tensor_parallel
 from lit_gpt_scratch.distributed.strategies import resolve_strategy, resolve_tensor_parallel_size
 from lit_gpt_scratch.distributed.validate_hardware import explain_out_of_memory, validate_hardware
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import kill_child_processes
 from lit_gpt_scratch.model import GPTConfig
+from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
-MAX_STEPS = 900
-"""Length of a run for which no steps, epochs or time were asked."""
-CLEANING = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
-"""The data's own default, in the form of a config: an instance could not be written into one."""
+RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
+CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
+"""The default of ``PackedText``, in the form of a config: an instance cannot be dumped into one."""
 
 
 class FitCLI(LightningCLI):
     """Parse flags and configs, build the trainer, the task and the data, and claim a run folder.
 
     Raises:
-        UserError: Whatever is wrong with flags, configs or files; nothing is left behind then.
+        UserError: A flag, a config or a file is unusable; nothing is left on the disk then.
     """
 
-    description = (
-        f"Train a GPT on real text, {MAX_STEPS} steps unless you set steps, epochs or time. "
-        "All flags of the model and the data: --model.help LanguageModel, --data.help PackedText."
+    help_page = HelpPage(
+        usage="python -m lit_gpt_scratch.fit [--config FILE ...] [--flag value ...]",
+        description=f"Train a GPT on real text, for {MAX_STEPS} steps unless you set steps, epochs or a time limit.",
     )
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -63,7 +72,7 @@ class FitCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
-                save_config_callback=None,  # it follows the logger; the config belongs into the run's folder
+                save_config_callback=None,  # Lightning's saves next to the logger's files; ours saves in the run folder
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
@@ -71,9 +80,10 @@ class FitCLI(LightningCLI):
                     "check_val_every_n_epoch": None,
                     "num_sanity_val_steps": 0,
                     "enable_model_summary": False,
-                    "use_distributed_sampler": False,  # the order of windows is the data's own
+                    "use_distributed_sampler": False,  # the data modules shard and order the samples
                 },
-                parser_kwargs={"allow_abbrev": False, "exit_on_error": False, "description": self.description},
+                parser_class=FitParser,
+                parser_kwargs={"allow_abbrev": False, "exit_on_error": False},
                 auto_configure_optimizers=False,
                 load_from_checkpoint_support=False,
                 args=args,
@@ -81,8 +91,50 @@ class FitCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what is not the trainer's, the model's or the data's."""
-        add_run_flags(parser)
+        """Add the flags that are neither the trainer's nor the model's nor the data's."""
+        parser.add_argument("--runs", default=RUN_DEFAULTS["runs"], help="Folder of all runs.")
+        parser.add_argument(
+            "--experiment", default=RUN_DEFAULTS["experiment"], help="Name of the experiment; its runs are numbered."
+        )
+        parser.add_argument(
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Resume from a checkpoint, in its run folder and with its flags: a file, a run folder, 'last' for the "
+            "newest run of this experiment, or 'auto' for the newest if there is one and a new run otherwise.",
+        )
+        parser.add_argument(
+            "--preset",
+            type=str | None,
+            default=None,
+            help="Start from the architecture of this name, which flags and configs override; 'list' lists all: "
+            f"{', '.join(PRESETS)}.",
+        )
+        parser.add_argument(
+            "--tensor_parallel",
+            type=int | None,
+            default=None,
+            help="Processes that share one copy of the model, for --trainer.strategy tp (default: all of them) and "
+            "fsdp2_tp (default: 2).",
+        )
+        parser.add_argument(
+            "--guard",
+            type=GuardMode,
+            default="warn",
+            help="Check each step before it is applied, and warn if its loss or gradient is not finite or an outlier; "
+            "'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help.",
+        )
+        parser.add_argument(
+            "--force",
+            action="store_true",
+            help="Resume although flags, seed or text differ from the checkpoint's run. A different architecture, "
+            "tokenizer or optimizer class is refused all the same.",
+        )
+        parser.add_argument(
+            "--plan",
+            action="store_true",
+            help="Print what the run would do and cost, time a few steps, and stop; no run folder is created.",
+        )
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(ActivationStats, "inspect")
         parser.set_defaults(
@@ -96,33 +148,51 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Read the flags; a resumed run's own flags come first, so that only changes need to be given."""
-        flags = list(sys.argv[1:] if args is None else args)
-        apply_preset(parser, find_preset(flags))
-        self.config = parser.parse_args(flags)
-        if self.config.ckpt_path is None and apply_init_from(parser, self.config):
-            self.config = parser.parse_args(flags)
+        """Parse the flags, after those of the run that is resumed, if one is: only changes need to be given.
+
+        Everything is parsed once, and a resumed run's own config once more by itself, to compare with.
+        """
+        early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
+        self._answer_questions(parser, early)
         self.resumed: ResumedRun | None = None
         self.config_before: Namespace | None = None
-        if self.config.ckpt_path is not None:
-            self.resumed = ResumedRun.find(self.config.ckpt_path, Path(self.config.runs), self.config.experiment)
-            if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
-                before = ["--config", str(self.resumed.folder.config)]
-                self.config_before = parser.parse_args(before)
-                self.config = parser.parse_args([*before, *flags])
-        trainer = self.config.trainer
-        if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
-            trainer.max_steps = MAX_STEPS
-        if trainer.precision is None:
-            trainer.precision = default_precision(str(trainer.accelerator)).value
+        before: list[str] = []
+        if (checkpoint := early.get("ckpt_path")) is not None:
+            runs, experiment = (early.get(name) or default for name, default in RUN_DEFAULTS.items())
+            self.resumed = ResumedRun.find(checkpoint, Path(runs), experiment)
+        if self.resumed and self.resumed.folder and self.resumed.folder.config.is_file():
+            before = ["--config", str(self.resumed.folder.config)]
+            self.config_before = parser.parse_args(before)
+            resolve_defaults(self.config_before)
+        apply_preset(parser, early.get("preset"))
+        init_from = early.get("model.init_from")
+        if self.resumed is None:
+            apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
+        self.config = parser.parse_args([*before, *early.flags])
+        found = self.config.model.init_args.get("init_from")
+        if self.resumed is None and found is not None and found != init_from:  # in a file that only the parser opens
+            apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
+            self.config = parser.parse_args(early.flags)
+        resolve_defaults(self.config)
         for name in ("accumulate_grad_batches", "val_check_interval"):
-            if isinstance(trainer[name], int | float) and trainer[name] <= 0:
-                raise UserError(f"--trainer.{name} is {trainer[name]}; it must be positive")
+            value = self.config.trainer[name]
+            if isinstance(value, int | float) and value <= 0:
+                raise UserError(f"--trainer.{name} is {value}; it must be positive")
         if self.config.seed_everything < 0:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
 
+    def _answer_questions(self, parser: LightningArgumentParser, early: EarlyFlags) -> None:
+        """Print help, or a list of presets or experiments, and exit, if the flags ask for it."""
+        if early.help is not None:
+            print(self.help_page.render(parser, early.help, early.class_of("model"), early.class_of("data")))
+        elif early.lists is not None:
+            print(describe_presets() if early.lists == "--preset" else describe_experiments())
+        else:
+            return
+        sys.exit(0)
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; its own complaints about flags are the user's to read."""
+        """Build the trainer; what it rejects is a mistake in the flags."""
         config = {**self.config_init.trainer, **kwargs}
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
@@ -140,11 +210,11 @@ class FitCLI(LightningCLI):
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
-        if isinstance(self.model, GPTModule):  # here, where one process says it and not each
+        if isinstance(self.model, GPTModule):  # before other processes start, so that the error is printed once
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's own plugin stays
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's plugin stays
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
         return trainer
@@ -162,53 +232,52 @@ class FitCLI(LightningCLI):
         """Prepare the data, claim the run folder, train.
 
         Raises:
-            UserError: Data, folder or checkpoint are unusable, another process trains in the folder, or there is
-                nothing to do; a folder that was claimed for this run is removed.
+            UserError: Data, folder or checkpoint are unusable, another process trains in the folder, or no step is
+                left to do; a folder that was claimed for this run is removed.
             SystemExit: A signal came.
         """
-        leaves_nothing = self.config.plan or self.config.trainer.fast_dev_run
-        folder = self.resumed.folder if self.resumed and not leaves_nothing else None
+        writes_nothing = self.config.plan or self.config.trainer.fast_dev_run
+        folder = self.resumed.folder if self.resumed and not writes_nothing else None
         claimed = None
         try:
             with user_errors(), explain_out_of_memory(self.datamodule), ExitStack() as ownership:
-                if folder and self.trainer.is_global_zero:  # before its checkpoint is read: its owner may write a newer
+                if folder and self.trainer.is_global_zero:  # before its checkpoint is read: an owner may replace it
                     ownership.enter_context(folder.lock())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
-                self._settle_start()
-                # Before there is a folder, so that unusable data leaves none behind.
+                self._pass_init_from()
+                # Before the folder is claimed, so that unusable data leaves none behind.
                 self.datamodule.prepare_data()
                 self.datamodule.setup("fit")
                 if self.resumed:
                     self._compare(self.resumed)
-                if folder is None and self.trainer.is_global_zero and not leaves_nothing:
+                resolve_built_defaults(self.config, self.trainer.strategy.root_device, self.datamodule)
+                if folder is None and self.trainer.is_global_zero and not writes_nothing:
                     folder = claimed = RunFolder.create(Path(self.config.runs), self.config.experiment)
                     ownership.enter_context(folder.lock())
-                self._settle_in(folder, first_step)
+                self._set_run_folder(folder, first_step)
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                 if self.trainer.global_step == 0:
-                    raise UserError(
-                        "there was no step to do; ask for more: --trainer.max_steps or --trainer.max_epochs"
-                    )
-                if getattr(self.datamodule, "test_dataset", None) and not leaves_nothing and not self.stopping.signum:
+                    raise UserError("there was no step to do; raise --trainer.max_steps or --trainer.max_epochs")
+                if getattr(self.datamodule, "test_dataset", None) and not writes_nothing and not self.stopping.signum:
                     self.trainer.test(self.model, self.datamodule, verbose=False)
-        except BaseException:  # whatever it is, a signal too: other ranks may wait for this one, which is leaving
+        except BaseException:  # signals included: other ranks would wait for this one
             kill_child_processes(self.trainer)
             raise
         finally:
             if claimed and not self.trainer.global_step:
                 claimed.delete()
-        if not self.config.plan and self.stopping.signum:  # it came when all was done
+        if not self.config.plan and self.stopping.signum:  # it came after the last step
             self.stopping.leave(self.trainer)
 
-    def _settle_start(self) -> None:
-        """Let the data know what the model begins with; a run that goes on has all of it in its own checkpoint."""
+    def _pass_init_from(self) -> None:
+        """Tell the data which pretrained model is used; a resumed run has everything in its own checkpoint."""
         if (place := getattr(self.model, "init_from", None)) is not None:
             place = str(self.resumed.checkpoint) if self.resumed else place
             self.model.init_from = self.datamodule.init_from = place
 
     def _compare(self, resumed: ResumedRun) -> None:
-        """Say, or refuse, what is not as it was."""
+        """Report or reject what changed since the run started."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,
@@ -222,8 +291,8 @@ class FitCLI(LightningCLI):
         if not self.config.plan:
             self.provenance.changed = resumed.changed
 
-    def _settle_in(self, folder: RunFolder | None, first_step: int) -> None:
-        """Send all that the run writes into its folder; None on ranks that write nothing and ask the first."""
+    def _set_run_folder(self, folder: RunFolder | None, first_step: int) -> None:
+        """Make the callbacks and the logger write into the run folder; None on ranks that write nothing."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, RunDirCallback):
                 callback.folder = folder
@@ -234,12 +303,12 @@ class FitCLI(LightningCLI):
                 path.parent.name,
                 path.name,
                 default_hp_metric=False,
-                purge_step=first_step,  # points beyond the checkpoint, from before a kill, are logged again
+                purge_step=first_step,  # points after the checkpoint, from before a kill, are logged again
             )
 
 
 def main(args: ArgsType = None) -> None:
-    """The door ``fit``."""
+    """Run the command ``fit``."""
     silence_libraries()
     with exit_on_signal():
         cli = FitCLI(args)

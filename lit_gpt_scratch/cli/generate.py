@@ -18,7 +18,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """The door ``generate``: prompts and what follows them, and nothing else, on standard output."""
     description = "Let a trained model continue a prompt."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
-    flags.add_checkpoint()
+    flags.add_checkpoint_arguments()
     flags.add_argument(
         "--prompt", action="append", help="text to continue; empty begins a new document; may be given several times"
     )

@@ -1,4 +1,4 @@
-"""``prepare``: text into tokens ahead of a run."""
+"""``prepare``: tokenise a text ahead of a run."""
 
 import json
 import logging
@@ -11,6 +11,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 
 from lit_gpt_scratch.cli.error_formatting import silence_libraries
 from lit_gpt_scratch.cli.fit import FitCLI
+from lit_gpt_scratch.cli.help import HelpPage
 from lit_gpt_scratch.cli.show_packing import render_windows, supports_colors
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, compute_packing_cost
@@ -24,49 +25,64 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 
 log = logging.getLogger(__name__)
 
-COMPARED_ON: Final = 2**25
-"""Bytes of held-out text that tokenizers are measured on; of more, a share."""
+COMPARISON_BYTES: Final = 2**25
+"""Bytes of held-out text that tokenizers are measured on; of more text, a share."""
+HELP: Final = {
+    "prepare": ["config", "compare", "verify", "show"],
+    "data": [
+        "data.source", "data.text_column", "data.tokenizer", "data.vocab_size", "data.special_tokens",
+        "data.validation_share", "data.cleaning", "data.max_bytes", "data.processes", "data.block_size",
+        "data.packing", "data.document_mask", "data.mixture", "data.store", "data.cache",
+    ],
+}  # fmt: skip
+"""Headings and flags of the first page of ``--help``."""
 
 
 class PrepareCLI(FitCLI):
-    """Fit's flags and configs, of which only the data is built."""
+    """Parse the flags and configs of ``fit``, and build the data module alone."""
 
-    description = (
-        "Clean a text and make it into tokens ahead of a run, with an audit: with the same flags, and the same "
-        "configs, fit finds them. Or train tokenizers of several kinds on it, and compare them on what is held out. "
-        "All flags of the data: --data.help PackedText."
-    )
+    help_page = HelpPage(
+        usage="python -m lit_gpt_scratch.prepare [--config FILE ...] [--flag value ...]",
+        description="Clean a text, tokenise it and report what was done, ahead of a run: fit with the same flags and "
+        "configs\nfinds the tokens. Or train tokenizers of several kinds and compare them on held-out text. Flags of "
+        "the model\nand the trainer are accepted and ignored, so that the configs of fit can be used.",
+        first=HELP,
+        without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "guard", "force",
+                 "plan", "checkpoint", "inspect", "seed_everything"),
+    )  # fmt: skip
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what fit has not."""
+        """Add the flags that ``fit`` does not have."""
         super().add_arguments_to_parser(parser)
         parser.add_argument(
             "--compare",
             metavar="KINDS",
             type=str | None,
-            help=f"Tokenizers to compare, as in {','.join(TOKENIZER_KINDS)}.",
+            help=f"Train tokenizers of these kinds and compare them, as in {','.join(TOKENIZER_KINDS)}.",
         )
-        parser.add_argument("--verify", action="store_true", help="Read all tokens, and say whether they are as made.")
-        parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first windows of a training.")
+        parser.add_argument("--verify", action="store_true", help="Read all tokens and verify their checksums.")
+        parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first N training windows.")
 
     def instantiate_classes(self) -> None:
-        """Build the data alone."""
-        self.config_init = self.parser.instantiate(Namespace(data=self.config.data))  # type: ignore[no-untyped-call]  # the library's
+        """Build the data module, but no model and no trainer."""
+        self.config_init = self.parser.instantiate(Namespace(data=self.config.data))  # type: ignore[no-untyped-call]  # jsonargparse's
         self.datamodule = self.config_init.data
 
 
 def main(args: ArgsType = None) -> None:
-    """The door ``prepare``: what was made of the text, or how tokenizers compare, on standard output."""
+    """Run the command ``prepare``: print a report of the tokens, or a comparison of tokenizers."""
     silence_libraries()
     limit_threads()
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
-        raise UserError(f"--data: {type(cli.datamodule).__name__} has no tokens to prepare ahead; PackedText has")
+        raise UserError(
+            f"--data: {type(cli.datamodule).__name__} cannot be prepared ahead of a run; use --data PackedText"
+        )
     config = cli.config
     if config.show < 0:
-        raise UserError(f"argument --show: {config.show} is below 0")
+        raise UserError(f"argument --show: {config.show} is negative")
     if (config.compare is not None) + config.verify + (config.show > 0) > 1:
-        raise UserError("arguments --compare, --verify and --show: give only one of them")
+        raise UserError("--compare, --verify and --show exclude each other; give one of them")
     try:
         if config.compare is not None:
             _compare(cli.datamodule, config.compare.split(","))
@@ -75,7 +91,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; the same command goes on with the tokens that are made")
+        log.warning("stopped; run the same command again to continue from the tokens that exist")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -129,7 +145,7 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
     tokenizer_training_share = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))
-    share = min(1.0, COMPARED_ON / max(corpus.audit["split"]["validation"]["bytes"], 1))
+    share = min(1.0, COMPARISON_BYTES / max(corpus.audit["split"]["validation"]["bytes"], 1))
     held_out = list(corpus.texts("validation", share))
     names: list[str] = []
     for row in compare_tokenizers(

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lit_gpt_scratch.checkpoint.config_diff import flatten
+from lit_gpt_scratch.cli.config_files import config_to_dict
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.fit import FitCLI
-from lit_gpt_scratch.cli.saved_config import config_to_dict
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, short
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep, nearest

@@ -16,7 +16,7 @@ from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPlan, PackingPolicy, plan_packing
-from lit_gpt_scratch.data.prepare_tokens import TokenPreparation
+from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, default_tokenizer
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
@@ -32,6 +32,9 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
 """Sample prompts: number of documents, tokens of each, and validation tokens searched for document starts."""
+
+
+VALIDATION_SHARE: Final = 0.05
 
 
 class PackedText(BaseDataModule):
@@ -81,6 +84,16 @@ class PackedText(BaseDataModule):
     train_dataset: PackedDataset
     validation_dataset: PackedDataset
 
+    @classmethod
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``.
+
+        They are not in the signature because ``--data`` keeps same-named arguments when it swaps the class.
+        """
+        if arguments.get("mixture") is not None:
+            return {}
+        return {"source": STDLIB, "validation_share": VALIDATION_SHARE, **default_tokenizer(arguments)}
+
     def __init__(
         self,
         source: str | dict[str, float] | None = None,
@@ -111,9 +124,8 @@ class PackedText(BaseDataModule):
         super().__init__(block_size, batch_size, tokens_per_step, num_workers, seed)
         reject_null({"text_column": text_column, "split": split, "cleaning": cleaning})
         reject_null({"special_tokens": special_tokens})
-        # Defaults that differ between data classes are resolved here: swapping --data keeps arguments of the same name.
         source = STDLIB if source is None else source
-        validation_share = 0.05 if validation_share is None else validation_share
+        validation_share = VALIDATION_SHARE if validation_share is None else validation_share
         require_positive_ints({"vocab_size": vocab_size, "processes": processes})
         if packing not in PACKING_POLICIES:
             raise UserError(f"data.packing is {packing}; it must be one of {', '.join(PACKING_POLICIES)}")
@@ -135,7 +147,7 @@ class PackedText(BaseDataModule):
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
-        self.preparation = TokenPreparation(selection, vocab_size, tokenizer or "bpe", tuple(special_tokens))
+        self.preparation = TokenPreparation(selection, vocab_size, tokenizer or DEFAULT_KIND, tuple(special_tokens))
         self.init_from = init_from
         self._requested = {"tokenizer": tokenizer, "vocab_size": vocab_size}
         self.packing: PackingPolicy = packing

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,19 @@ TOKENIZER_TRAINING_BYTES: Final = 2**28
 """A tokenizer is trained on at most this many bytes of a corpus; more changes hardly any merge."""
 DEFAULT_VOCAB_SIZE: Final = 1024
 """Vocabulary size of a trained tokenizer if none is given."""
+DEFAULT_KIND: Final = "bpe"
+"""Kind of tokenizer that is trained if none is named."""
+
+
+def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the defaults of a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
+
+    The tokenizer of ``init_from``, or one that is read from a file, has its own vocabulary.
+    """
+    kind = arguments.get("tokenizer") or DEFAULT_KIND
+    if arguments.get("init_from") is not None or kind not in TOKENIZER_KINDS:
+        return {}
+    return {"tokenizer": DEFAULT_KIND, **({"vocab_size": DEFAULT_VOCAB_SIZE} if kind in TRAINED_KINDS else {})}
 
 
 @dataclass(frozen=True)

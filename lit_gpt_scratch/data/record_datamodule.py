@@ -13,7 +13,7 @@ class               ``parse_row`` returns        ``encode_record`` returns      
 import hashlib
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -22,6 +22,7 @@ from platformdirs import user_cache_path
 
 from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, RowDataset, reject_null, require_positive_ints
+from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, default_tokenizer
 from lit_gpt_scratch.data.record_split import (
     RECORD_SPLITS,
     RecordIndices,
@@ -92,6 +93,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     """Default validation and test shares."""
     special_tokens: ClassVar[Sequence[str]] = ()
     """Special tokens of a tokenizer trained on these records."""
+
+    @classmethod
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
+        return {"validation_share": cls.shares[0], "test_share": cls.shares[1], **default_tokenizer(arguments)}
 
     def __init__(
         self,
@@ -205,8 +211,8 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             if self.requested_vocab_size is not None:
                 raise UserError("data.vocab_size applies only to a tokenizer that is trained here; leave it out")
             return found
-        texts = [text for index in self.split_indices["train"] for text in self.records[index][1].texts]
-        kind = self.tokenizer_spec or "bpe"
+        texts = [text for place in self.split_indices["train"] for text in self.records[place][1].texts]
+        kind = self.tokenizer_spec or DEFAULT_KIND
         return train_or_load_tokenizer(
             texts, kind, self.requested_vocab_size, self.special_tokens, self.cache, self.origin
         )

@@ -1,8 +1,9 @@
 """The learning rate over the steps of a run, as a factor of its peak."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from lit_gpt_scratch.errors import UserError
 
@@ -45,6 +46,12 @@ class Schedule:
             if share is not None and not 0.0 <= share <= 1.0:
                 raise UserError(f"model.schedule.{name} is {share}; it must lie between 0 and 1")
 
+    @classmethod
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
+        shares = {"wsd": COOLDOWN, "linear": 1.0, "cosine": 1.0}
+        return {"decay_share": shares[arguments["decay"]]} if arguments.get("decay") in shares else {}
+
     def factor(self, step: int, total_steps: float) -> float:
         """What the peak is multiplied by at a step.
 
@@ -59,7 +66,7 @@ class Schedule:
             return warm
         share = self.decay_share
         if share is None:
-            share = COOLDOWN if self.decay == "wsd" else 1.0
+            share = self.default_arguments({"decay": self.decay})["decay_share"]
         length = max(1.0, min(share * total_steps, total_steps - self.warmup_steps))
         left = min(1.0, max(0.0, (total_steps - step) / length))  # 1 before the decay, 0 after the last step
         shape = 0.5 - 0.5 * math.cos(math.pi * left) if self.decay == "cosine" else left

@@ -6,6 +6,7 @@ Muon would ruin AdamW.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,11 @@ from lit_gpt_scratch.optim.param_groups import parameter_groups
 
 class OptimizerRecipe(ABC):
     """Settings that become an optimizer once the model exists."""
+
+    @classmethod
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        """Values of arguments that are ``None``, by name, given the others; ``fit`` saves them in ``config.yaml``."""
+        return {}
 
     @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
@@ -52,11 +58,17 @@ class AdamW(OptimizerRecipe):
     def __init__(
         self, lr: float | None = None, weight_decay: float | None = None, beta1: float = 0.9, beta2: float = 0.95
     ) -> None:
-        self.lr = 3e-3 if lr is None else lr
-        self.weight_decay = 0.1 if weight_decay is None else weight_decay
+        defaults = self.default_arguments({})
+        self.lr = defaults["lr"] if lr is None else lr
+        self.weight_decay = defaults["weight_decay"] if weight_decay is None else weight_decay
         self.beta1 = beta1
         self.beta2 = beta2
         self.validate()
+
+    @classmethod
+    @override
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"lr": 3e-3, "weight_decay": 0.1}
 
     @override
     def build(self, model: nn.Module) -> Optimizer:
@@ -98,14 +110,20 @@ class Muon(OptimizerRecipe):
         beta1: float = 0.9,
         beta2: float = 0.95,
     ) -> None:
-        self.lr = 0.02 if lr is None else lr
-        self.weight_decay = 0.0 if weight_decay is None else weight_decay
+        defaults = self.default_arguments({})
+        self.lr = defaults["lr"] if lr is None else lr
+        self.weight_decay = defaults["weight_decay"] if weight_decay is None else weight_decay
         self.momentum = momentum
         self.row_beta = row_beta
         self.adamw_lr = adamw_lr
         self.beta1 = beta1
         self.beta2 = beta2
         self.validate()
+
+    @classmethod
+    @override
+    def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
+        return {"lr": 0.02, "weight_decay": 0.0}
 
     @override
     def build(self, model: nn.Module) -> Optimizer:

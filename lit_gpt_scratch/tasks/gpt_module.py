@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import Any, ClassVar, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import lightning as L
 import numpy as np
@@ -104,8 +104,9 @@ class GPTModule(L.LightningModule):
         train_layers: Train the last so many blocks, the norm and the head behind them, and keep the rest as it is; a
             trained head that shares the embedding's matrix, too.
         ema_decay: Of a moving average of the weights, such as 0.999; see ``GPTModule``.
-        compile: Compile the network with ``torch.compile``; by default its blocks, wherever that can work. If it is
-            asked for, what else of a step can be compiled as well, which takes longer to begin.
+        compile: ``blocks``, the default, compiles the network's blocks with ``torch.compile`` wherever that works.
+            ``true`` also compiles what else of a step can be compiled, which takes longer to start, and is an error
+            where compiling does not work. ``false`` compiles nothing.
         activation_checkpointing: Keep each block's input alone for the backward pass, and compute the rest again: less
             memory for a third more computation.
 
@@ -130,7 +131,7 @@ class GPTModule(L.LightningModule):
         lora: LoRA | None = None,
         train_layers: int | None = None,
         ema_decay: float | None = None,
-        compile: bool | None = None,
+        compile: bool | Literal["blocks"] | None = None,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -268,7 +269,7 @@ class GPTModule(L.LightningModule):
             UserError: It was asked for and cannot work here.
         """
         why_not = explain_no_compile(self.device, requested=self.compile_network is True)
-        if self.compile_network and why_not:
+        if self.compile_network is True and why_not:
             raise UserError(f"model.compile: {why_not}")
         if why_not is None and self.compile_network is not False:
             for block in self.net.blocks:

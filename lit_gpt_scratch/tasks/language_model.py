@@ -57,7 +57,7 @@ class LanguageModel(GPTModule):
     @property
     def _reads_compiled(self) -> bool:
         """Whether head and loss are one program, which saves writing the logits back and forth."""
-        return bool(self.device_mesh is None and self.compiled and self.compile_network)
+        return bool(self.device_mesh is None and self.compiled and self.compile_network is True)
 
 
 def _nats(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

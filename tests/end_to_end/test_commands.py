@@ -13,6 +13,7 @@ from filelock import FileLock
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tqdm import tqdm
 
+from lit_gpt_scratch.__main__ import COMMANDS, main
 from lit_gpt_scratch.checkpoint.loading import load_model
 from lit_gpt_scratch.cli import entrypoint
 from tests.end_to_end.conftest import Command, Trained
@@ -206,16 +207,33 @@ def test_the_last_step_is_saved_whatever_the_intervals(command: Command, small: 
     assert command("generate", "--max_new_tokens=1").code == 0
 
 
-def test_the_list_of_doors(capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("args", [[], ["--help"]])
+def test_without_a_command_all_are_listed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-gpt", *args])
     runpy.run_module("lit_gpt_scratch", run_name="__main__")
-    assert "lit_gpt_scratch.<door>" in capfd.readouterr().out
+    out = capsys.readouterr().out
+    assert "lit-gpt <command>" in out
+    assert all(f"\n  {name} " in out for name in COMMANDS)
+
+
+def test_a_command_is_found_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lit-gpt", "generate", "--samples", "0"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr().err == "error: argument --samples: 0 is not positive\n"
+    monkeypatch.setattr(sys, "argv", ["lit-gpt", "train"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "there is no command train; choose from fit" in capsys.readouterr().err
 
 
 def test_help_names_flags_and_where_the_others_are(command: Command) -> None:
     outcome = command("fit", "--help")
     assert outcome.code == 0
-    for word in ("--trainer.devices", "--model.help LanguageModel", "--data.help PackedText", "--ckpt_path"):
-        assert word in " ".join(outcome.out.split())
+    for word in ("--trainer.devices", "--model.gpt.n_layer", "--data.source", "--ckpt_path", "--help all"):
+        assert word in outcome.out
     for name in ("model", "data"):
         shown = command("fit", f"--{name}.help")
         assert shown.code == 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.cli.preset import find_preset
+from lit_gpt_scratch.cli.early_flags import EarlyFlags
 from tests.end_to_end.conftest import Command, Trained
 
 RUN = Path("runs/pretrain/version_0")
@@ -84,8 +84,8 @@ def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, 
 
 
 def test_no_flag_names_no_preset() -> None:
-    assert find_preset([]) is find_preset(["--plan"]) is None
-    assert find_preset(["--preset=nano", "--preset", "mini"]) == "mini"
+    assert EarlyFlags.scan([]).get("preset") is EarlyFlags.scan(["--plan"]).get("preset") is None
+    assert EarlyFlags.scan(["--preset=nano", "--preset", "mini"]).get("preset") == "mini"
 
 
 def test_a_preset_is_below_configs_and_flags(command: Command, small: list[str]) -> None:

@@ -1,0 +1,175 @@
+"""Defaults that depend on a preset, a pretrained model, a class or the machine, resolved before a config is saved."""
+
+from dataclasses import asdict
+from importlib import import_module
+from typing import Any, Final
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import LightningDataModule
+
+from lit_gpt_scratch.checkpoint.init_from import load_initial_metadata
+from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
+from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPT, GPTConfig
+from lit_gpt_scratch.model.presets import PRESETS
+from lit_gpt_scratch.optim import Schedule
+
+MAX_STEPS: Final = 900
+"""Length of a run for which no steps, epochs or time are given."""
+PUBLISHED_VOCABULARIES: Final = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
+"""Tokens of the published models of a family of presets; others are counted with the default vocabulary."""
+TRAINER_DEFAULTS: Final[dict[str, Any]] = {
+    "limit_train_batches": 1.0,
+    "limit_val_batches": 1.0,
+    "limit_test_batches": 1.0,
+    "limit_predict_batches": 1.0,
+    "gradient_clip_algorithm": "norm",
+}
+"""What ``null`` means to Lightning."""
+
+
+def apply_preset(parser: ArgumentParser, name: str | None) -> None:
+    """Make the architecture of a preset the parser's default, which configs and flags override.
+
+    Raises:
+        UserError: There is no preset of this name.
+    """
+    if name is None:
+        return
+    if name not in PRESETS:
+        raise UserError(f"--preset is {name}; it must be one of {', '.join(PRESETS)}")
+    _set_default_arguments(parser, "model", gpt=asdict(PRESETS[name]))
+
+
+def apply_init_from(parser: ArgumentParser, place: str | None, task: str | None, preset: str | None) -> None:
+    """Make the architecture and the context of the pretrained model that ``model.init_from`` names the defaults.
+
+    Args:
+        parser: It is changed.
+        place: The value of ``model.init_from``.
+        task: The class of the task, a name or a path; None for the default.
+        preset: The value of ``--preset``.
+
+    Raises:
+        UserError: The model cannot be read, or a preset is given as well.
+    """
+    if place is None:
+        return
+    if preset is not None:
+        raise UserError("--preset and model.init_from both name an architecture; leave one of them out")
+    contents = load_initial_metadata(place)
+    # A checkpoint must not choose the code that runs; only flags and configs do.
+    gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
+    if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
+        gpt["dropout"] = 0.0
+    _set_default_arguments(parser, "model", gpt=gpt)
+    _set_default_arguments(parser, "data", block_size=contents.block_size)
+
+
+def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
+    """Change default arguments of the default class; a class that is chosen instead keeps those of the same name."""
+    before = parser.get_default(part)
+    parser.set_defaults(
+        {part: {"class_path": before["class_path"], "init_args": {**before.get("init_args", {}), **arguments}}}
+    )
+
+
+def import_class(name: str, package: str) -> Any:
+    """Import a class by its path, or by its name from one of our packages; None if there is none: the parser reports.
+
+    Importing the class that a flag names runs its module, as the parser would a moment later.
+    """
+    module, _, leaf = name.rpartition(".")
+    try:
+        return getattr(import_module(module or package), leaf, None)
+    except (ImportError, ValueError):
+        return None
+
+
+def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, Any]:
+    """Return the values that a class uses for arguments left at ``None``, by name.
+
+    A class states them in a classmethod ``default_arguments(arguments)``, given its other arguments: they cannot stand
+    in the signature, because the parser keeps same-named arguments when a flag swaps the class, and a learning rate of
+    Muon would ruin AdamW.
+
+    Args:
+        part: A class and its arguments, as parsed: ``class_path`` and ``init_args``.
+        init_from: The value of ``model.init_from``.
+    """
+    kind = import_class(str(part.get("class_path", "")), "lit_gpt_scratch.optim")
+    arguments = {**(part.get("init_args") or {}), "init_from": init_from} if kind is not None else {}
+    found: dict[str, Any] = kind.default_arguments(arguments) if hasattr(kind, "default_arguments") else {}
+    return found
+
+
+def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
+    """Arguments of the data module, the optimizer and the schedule, each with their classes' defaults."""
+    found = []
+    data, optimizer, schedule = map(config.get, ("data", "model.init_args.optimizer", "model.init_args.schedule"))
+    init_from = config.get("model.init_args.init_from")
+    for part in (data, optimizer):
+        if isinstance(part, Namespace) and isinstance(part.get("init_args"), Namespace):
+            found.append((part.init_args, class_defaults(part, init_from)))
+    if isinstance(schedule, Namespace):
+        found.append((schedule, Schedule.default_arguments(vars(schedule))))
+    return found
+
+
+def unset_defaults(config: Namespace) -> None:
+    """Set the arguments of a config file that equal their class's defaults to ``None``, as if they were not given."""
+    for arguments, defaults in _parts(config):
+        for name, value in defaults.items():
+            if name in arguments and arguments[name] == value:
+                arguments[name] = None
+
+
+def resolve_defaults(config: Namespace) -> None:
+    """Set every argument that was left at ``None`` to the value that will be used, as far as flags decide it."""
+    for arguments, defaults in _parts(config):
+        for name, value in defaults.items():
+            if name in arguments and arguments[name] is None and name != "vocab_size":
+                arguments[name] = value
+    trainer = config.trainer
+    if trainer.max_steps == -1 and trainer.max_epochs is None and trainer.max_time is None:
+        trainer.max_steps = MAX_STEPS
+    if trainer.precision is None:
+        trainer.precision = default_precision(str(trainer.accelerator)).value
+    switches = ("logger", "enable_checkpointing", "enable_progress_bar")
+    for name, value in (TRAINER_DEFAULTS | dict.fromkeys(switches, not trainer.barebones)).items():
+        if trainer[name] is None:
+            trainer[name] = value
+
+
+def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
+    """Set what only the device and the prepared data decide: whether the network is compiled, and the vocabulary.
+
+    A vocabulary that came out smaller than the default stays ``None``: the text has no more tokens, and asking for a
+    number that it does not have is an error.
+    """
+    model, arguments = config.model.init_args, config.data.init_args
+    if "compile" in model and model.compile is None:
+        model.compile = "blocks" if explain_no_compile(device) is None else False
+    defaults = class_defaults(config.data, model.get("init_from"))
+    if (
+        "vocab_size" in defaults
+        and arguments.vocab_size is None
+        and getattr(data, "vocab_size", None) == DEFAULT_VOCAB_SIZE
+    ):
+        arguments.vocab_size = DEFAULT_VOCAB_SIZE
+
+
+def describe_presets() -> str:
+    """List the presets with their shapes and parameter counts."""
+    rows = [("preset", "layers", "heads", "width", "vocabulary", "parameters", "float32")]
+    for name, gpt in PRESETS.items():
+        published = (size for family, size in PUBLISHED_VOCABULARIES.items() if name.startswith(family))
+        vocabulary = next(published, DEFAULT_VOCAB_SIZE)
+        with torch.device("meta"):  # shapes without memory
+            n = sum(p.numel() for p in GPT(gpt, vocabulary, 1024).parameters())
+        shape = f"{gpt.n_layer}", f"{gpt.n_head}", f"{gpt.n_embd}"
+        rows.append((name, *shape, f"{vocabulary:,}", f"{n / 1e6:,.1f} M", f"{4 * n / 1e9:,.2f} GB"))
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    return "\n".join(f"{name:<{first}}  {'  '.join(map(str.rjust, cells, widths))}" for name, *cells in rows)

@@ -1,0 +1,113 @@
+"""Config files: those that ship with the project, those that a user names, and the ``config.yaml`` of a run."""
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, Final
+
+import lightning as L
+import yaml
+from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+import lit_gpt_scratch
+from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.cli.config_defaults import unset_defaults
+from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
+from lit_gpt_scratch.errors import UserError
+
+EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
+"""The shipped experiments; only a clone of the repository has them, an installed package does not."""
+
+
+class FitParser(LightningArgumentParser):
+    """Lightning's parser, which also reads configs of earlier versions and of finished runs."""
+
+    def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
+        """Parse the text of a config file.
+
+        A run's config states every default. Those of a class or a schedule are unset again here, so that a flag that
+        swaps the class gets the defaults of the new one; what stays unset is resolved to the same values in the end.
+        """
+        config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
+        unset_defaults(config)
+        return config
+
+
+def find_config(name: str) -> str:
+    """Return the path of the config file that ``--config`` names.
+
+    Args:
+        name: A path, or a shipped experiment such as ``finetune/spam``. A path that exists wins.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if Path(name).exists() or "{" in name or "://" in name:  # a config may also be given as text or as a URL
+        return name
+    shipped = EXPERIMENTS / f"{name.removesuffix('.yaml')}.yaml"
+    if name and shipped.is_file():
+        return str(shipped)
+    if EXPERIMENTS.is_dir():
+        raise UserError(f"--config {name}: no such file, and no shipped experiment; --config list lists these")
+    raise UserError(
+        f"--config {name}: no such file; the shipped experiments are in the folder experiments/ of the repository, "
+        f"and {EXPERIMENTS} does not exist"
+    )
+
+
+def describe_experiments() -> str:
+    """List the shipped experiments, each with the first line of its leading comment.
+
+    Raises:
+        UserError: They are not installed.
+    """
+    if not EXPERIMENTS.is_dir():
+        raise UserError(
+            f"--config list: the shipped experiments are in the folder experiments/ of the repository, and "
+            f"{EXPERIMENTS} does not exist"
+        )
+    found = []
+    for path in sorted(EXPERIMENTS.rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        content = yaml.safe_load(text)
+        if isinstance(content, dict) and {"model", "data", "trainer", "preset"} & content.keys():
+            comment = next((line.lstrip("# ") for line in text.splitlines() if line.startswith("#")), "")
+            found.append((path.relative_to(EXPERIMENTS).with_suffix("").as_posix(), comment))
+    width = max(len(name) for name, _ in found)
+    return "\n".join(f"{name:<{width}}  {textwrap.shorten(comment, 80, placeholder=' ...')}" for name, comment in found)
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """Return the content of a config file as nested plain data; empty if it cannot be read: the parser reports why."""
+    try:
+        content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+class SaveConfig(RunDirCallback):
+    """Write ``config.yaml`` into the run folder when training starts, after every check has passed.
+
+    Args:
+        parser: The parser that knows the flags.
+        config: The flags, with defaults resolved.
+    """
+
+    def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
+        self.parser = parser
+        self.config = config
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write all flags except that the run was resumed, so that the file also starts a new run like this one."""
+        if self.folder and trainer.is_global_zero:
+            config = self.config.clone()
+            config.ckpt_path, config.force = None, False
+            self.folder.write_text(self.folder.config.name, self.parser.dump(config, skip_unset=False))
+
+
+def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+    """Return a config as nested plain data, in the form of its file, for comparing two of them."""
+    nested: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
+    return nested

@@ -1,0 +1,83 @@
+"""Flags that decide how the others are parsed, found before the parser runs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from lit_gpt_scratch.cli.config_files import find_config, read_config
+from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
+
+LIST: Final = "list"
+"""The value of ``--config`` and ``--preset`` that lists what there is."""
+CONFIG: Final = ("--config", "-c")
+HELP: Final = ("--help", "-h")
+
+
+@dataclass
+class EarlyFlags:
+    """What the command line and its configs say about the flags that change the parser's defaults.
+
+    The parser has to know a preset, a pretrained model or a resumed run before it reads the other flags, because these
+    override values of it. Reading them first means that everything is parsed once.
+
+    Attributes:
+        flags: All flags, with names of shipped experiments replaced by their paths and old class paths by new ones.
+        help: What follows ``--help``: ``None`` without that flag, ``""`` with nothing after it.
+        lists: ``--config`` or ``--preset``, if its value is ``list``.
+    """
+
+    flags: list[str]
+    help: str | None = None
+    lists: str | None = None
+    _given: dict[str, str] = field(default_factory=dict)
+    _configs: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def scan(cls, flags: Sequence[str]) -> "EarlyFlags":
+        """Read ``--flag value`` and ``--flag=value``.
+
+        Raises:
+            UserError: A config file does not exist.
+        """
+        early = cls([replace_moved_class_paths(flag) for flag in flags])
+        for place, flag in enumerate(early.flags):
+            if not flag.startswith("-"):
+                continue
+            name, equals, value = flag.partition("=")
+            after = early.flags[place + 1] if place + 1 < len(early.flags) else None
+            if name in HELP:
+                early.help = value if equals else after if after and not after.startswith("-") else ""
+            value = value if equals else after or ""
+            early._given[name] = value
+            if name in (*CONFIG, "--preset") and value == LIST:
+                early.lists = CONFIG[0] if name in CONFIG else name
+            elif name in CONFIG and (equals or after is not None) and early.help is None:
+                path = find_config(value)
+                early.flags[place if equals else place + 1] = f"{name}={path}" if equals else path
+                early._configs.append(read_config(path))
+        return early
+
+    def get(self, name: str) -> str | None:
+        """Return the value of a flag such as ``model.init_from``: of the last flag, or else of the last config."""
+        value: Any = self._given.get(f"--{name}")
+        for config in reversed(self._configs):
+            if value is not None:
+                break
+            value = _look_up(config, name)
+        return None if value in (None, "null") else str(value)
+
+    def class_of(self, part: str) -> str | None:
+        """Return the class that is named for ``model`` or ``data``, a name or a path."""
+        named = self.get(part)
+        return named if named and not Path(named).is_file() else None
+
+
+def _look_up(config: dict[str, Any], name: str) -> Any:
+    found: Any = config
+    for key in name.split("."):
+        if not isinstance(found, dict):
+            return None
+        found = found.get("init_args", found) if key not in found and "init_args" in found else found
+        found = found.get(key) if isinstance(found, dict) else None
+    return found.get("class_path") if isinstance(found, dict) else found

@@ -1,0 +1,274 @@
+"""``--help`` of ``fit`` and ``prepare``: the flags people use, all flags, or those that mention a word.
+
+The parser does not list the flags of classes that a flag can swap, and so neither the model's nor the data's. Here they
+are collected from the signatures and docstrings of the classes themselves, nested ones included.
+"""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass, field, is_dataclass
+from importlib import import_module
+from typing import Any, Final, Literal, get_args, get_origin
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+
+from lit_gpt_scratch.cli.config_defaults import MAX_STEPS, TRAINER_DEFAULTS, import_class
+from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
+from lit_gpt_scratch.errors import UserError
+
+WIDTH: Final = 110
+ALL: Final = "all"
+COMMON: Final[dict[str, list[str]]] = {
+    "run": [
+        "experiment", "runs", "config", "preset", "ckpt_path", "plan", "seed_everything", "guard",
+        "checkpoint.every_n_steps", "inspect.every_n_steps",
+    ],
+    "training": [
+        "trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.precision", "trainer.devices",
+        "trainer.strategy", "trainer.val_check_interval", "model.optimizer", "model.optimizer.lr",
+    ],
+    "data": [
+        "data", "data.source", "data.tokenizer", "data.vocab_size", "data.block_size", "data.batch_size",
+        "data.tokens_per_step", "data.packing", "data.num_workers", "data.store",
+    ],
+    "model": [
+        "model", "model.gpt.n_layer", "model.gpt.n_head", "model.gpt.n_kv_head", "model.gpt.n_embd",
+        "model.gpt.position", "model.gpt.dropout", "model.init_from", "model.lora.rank", "model.compile",
+    ],
+}  # fmt: skip
+"""Flags of the first page, by heading."""
+PACKAGES: Final = {"model": "lit_gpt_scratch.tasks", "data": "lit_gpt_scratch.data"}
+DEFAULT_CLASSES: Final = {"model": "LanguageModel", "data": "PackedText"}
+WITHOUT: Final = {
+    "model.init_from": "random weights",
+    "model.lora.rank": "no adapters; 8 with --model.lora {}",
+    "data.store": "a cache folder",
+    "data.tokens_per_step": "one micro-batch",
+    "model.gpt.n_kv_head": "as n_head",
+    "trainer.max_epochs": "no limit",
+    "trainer.max_time": "no limit",
+}
+"""What holds if a flag is not given, where that is no value of the flag."""
+REWORDED: Final = {
+    "seed_everything": "Seed of the initial weights, the order of the data and everything else that is random.",
+    "trainer.devices": "Number of devices or processes, a list of device numbers, or 'auto' for all devices.",
+    "trainer.strategy": "How a run is spread over devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any of Lightning's.",
+    "trainer.precision": "Number format: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any of Lightning's.",
+    "trainer.max_epochs": "Stop after this many passes over the data.",
+    "trainer.max_time": "Stop after this much time, all sessions of the run together: DD:HH:MM:SS.",
+    "trainer.val_check_interval": "Validate after this many micro-batches.",
+    "model.optimizer": "Optimizer: AdamW, Muon, or a class of your own by its path.",
+}
+"""Help of Lightning's flags, and of flags that take a class, in this project's words."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One flag.
+
+    Attributes:
+        name: Without dashes: ``model.gpt.n_layer``.
+        values: What it takes, in a few characters.
+        default: Its value if it is not given, as text; empty for none.
+        help: One or more sentences.
+    """
+
+    name: str
+    values: str
+    default: str
+    help: str
+
+    def lines(self, brief: bool) -> Iterator[str]:
+        """Lay the flag out for a terminal; ``brief`` keeps the first sentence alone."""
+        text = re.split(r"(?<=[^.])[.] ", self.help)[0].rstrip(".") if brief else self.help
+        default = f" [{self.default}]" if self.default else ""
+        name = f"  --{self.name} {self.values}".rstrip()
+        gap = " " * 36
+        if brief:
+            text = textwrap.shorten(text, max(20, 2 * (WIDTH - len(gap)) - len(default) - 8), placeholder=" ...")
+        body = textwrap.wrap(text + default, WIDTH - len(gap)) or [""]
+        if len(name) >= len(gap):
+            yield name
+            name = ""
+        yield f"{name:<{len(gap)}}{body[0]}".rstrip()
+        yield from (gap + line for line in body[1:])
+
+
+@dataclass(frozen=True)
+class HelpPage:
+    """The help of a command that takes the flags of ``fit``.
+
+    Args:
+        usage: How to call it.
+        description: What it does.
+        first: Headings and flags of the first page.
+        without: Prefixes of flags that mean nothing to the command.
+    """
+
+    usage: str
+    description: str
+    first: dict[str, list[str]] = field(default_factory=lambda: COMMON)
+    without: tuple[str, ...] = ()
+
+    def render(self, parser: ArgumentParser, topic: str, model: str | None, data: str | None) -> str:
+        """Return the first page, every flag for the topic ``all``, or the flags that mention another topic.
+
+        Args:
+            parser: The command's own.
+            topic: What follows ``--help``.
+            model: The class that ``--model`` names, whose flags are shown; None for the default.
+            data: The class that ``--data`` names.
+
+        Raises:
+            UserError: No flag mentions the topic.
+        """
+        chosen = {"model": model or DEFAULT_CLASSES["model"], "data": data or DEFAULT_CLASSES["data"]}
+        flags = [*parser_flags(parser)]
+        for part, name in chosen.items():
+            kind = import_class(name, PACKAGES[part])
+            if kind is None:
+                raise UserError(f"--{part} {name}: there is no such class")
+            flags += class_flags(kind, part)
+        sections = {"": [each for each in flags if not each.name.startswith(self.without)]}
+        if topic:
+            sections |= self._of_other_classes(chosen, {each.name for each in flags})
+        if topic in ("", ALL):
+            lines = [*(self._first(sections[""], chosen) if not topic else self._all(sections))]
+            return "\n".join([f"usage: {self.usage}", "", self.description, "", *lines])
+        word = topic.casefold()
+        lines = []
+        for heading, found in sections.items():
+            matching = [each for each in found if word in each.name.casefold() or word in each.help.casefold()]
+            lines += [f"\n{heading}:"] * bool(heading and matching)
+            lines += [line for each in matching for line in each.lines(brief=False)]
+        if not lines:
+            raise UserError(f"--help {topic}: no flag mentions it; --help {ALL} lists every flag")
+        return "\n".join(lines)
+
+    def _first(self, flags: list[Flag], chosen: dict[str, str]) -> Iterator[str]:
+        known = {each.name: each for each in flags}
+        for heading, names in self.first.items():
+            found = [known[name] for name in names if name in known]
+            label = f" of {chosen[heading]}" if heading in chosen else ""
+            yield f"{heading}{label}:"
+            yield from (line for each in found for line in each.lines(brief=True))
+            yield ""
+        command = self.usage.partition(" [")[0]
+        yield f"In brackets: the value if the flag is not given, on this machine. The rest of the {len(flags)} flags:"
+        yield f"  {command} --help {ALL}        every flag"
+        yield f"  {command} --help WORD       the flags that mention WORD, as in --help dropout"
+        if not self.without:
+            yield f"  {command} --model DPO --data Preferences --help       the flags of another task"
+        yield f"  {command} --print_config    every value, as a config file"
+
+    def _all(self, sections: dict[str, list[Flag]]) -> Iterator[str]:
+        for heading, flags in sections.items():
+            yield f"{heading}:" if heading else "flags:"
+            yield from (line for each in flags for line in each.lines(brief=False))
+            yield ""
+
+    def _of_other_classes(self, chosen: dict[str, str], seen: set[str]) -> dict[str, list[Flag]]:
+        """Flags that only other classes have, by the flag that chooses such a class."""
+        found: dict[str, list[Flag]] = {}
+        for part, package in PACKAGES.items():
+            module = import_module(package)
+            for name in module.__all__:
+                if name != chosen[part] and part not in self.without:
+                    own = class_flags(getattr(module, name), part)
+                    found[f"with --{part} {name}"] = [each for each in own if each.name not in seen]
+        optimizers = import_module("lit_gpt_scratch.optim")
+        for name in optimizers.__all__:
+            kind = getattr(optimizers, name)
+            if name != "OptimizerRecipe" and hasattr(kind, "build") and "model" not in self.without:
+                own = class_flags(kind, "model.optimizer")
+                found[f"with --model.optimizer {name}"] = [each for each in own if each.name not in seen]
+        return {heading: flags for heading, flags in found.items() if flags}
+
+
+def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
+    """Yield the flags that the parser itself knows: the trainer's and the run's."""
+    accelerator = default_precision("auto").value
+    known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
+    known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
+    yield Flag("config", "FILE", "", "A config file, or a shipped experiment such as finetune/spam; 'list' lists all.")
+    for action in parser._actions:
+        if action.dest in ("help", "config", "print_config", "model", "data") or action.dest.endswith(".help"):
+            continue
+        if type(action).__name__ != "_ActionConfigLoad":
+            default = known.get(action.dest, parser.get_default(action.dest))
+            yield _flag(action, action.dest, default)
+
+
+def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
+    """Yield the flags of a class and of what is nested in it.
+
+    Args:
+        kind: A class whose arguments are flags.
+        prefix: ``model`` or ``data``, or the flag that it is the value of.
+    """
+    if prefix in PACKAGES:
+        names = ", ".join(import_module(PACKAGES[prefix]).__all__)
+        purpose = "The task that is trained" if prefix == "model" else "The data module"
+        yield Flag(prefix, "CLASS", kind.__name__, f"{purpose}: {names}, or a class of your own by its path.")
+    parser = ArgumentParser()
+    parser.add_class_arguments(kind, prefix)
+    own = kind.default_arguments({"decay": "wsd"}) if hasattr(kind, "default_arguments") else {}
+    for action in parser._actions:
+        name = action.dest
+        if name == "help" or name.endswith(".help") or type(action).__name__ == "_ActionConfigLoad":
+            continue
+        hint = getattr(action, "_typehint", None)
+        nested = next((each for each in (hint, *get_args(hint)) if inspect.isclass(each) and is_dataclass(each)), None)
+        if nested is not None and nested.__module__.startswith("lit_gpt_scratch."):
+            yield from class_flags(nested, name)
+            continue
+        default = action.default
+        if isinstance(default, Namespace) and "class_path" in default:  # an optimizer: a class with flags of its own
+            chosen = import_class(default.class_path, "lit_gpt_scratch.optim")
+            yield _flag(action, name, chosen.__name__)
+            yield from class_flags(chosen, name)
+            continue
+        if default is None:
+            default = own.get(name.removeprefix(f"{prefix}."))
+        if name == "model.compile":
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            default = "blocks" if explain_no_compile(device) is None else False
+        yield _flag(action, name, default)
+
+
+def _flag(action: Any, name: str, default: Any) -> Flag:
+    text = REWORDED.get(name) or " ".join((action.help or "").replace("``", "").split())
+    text = re.sub(r"\s*Default: [^.]*\.\s*$", "", text)
+    shown = "" if default is None or action.nargs == 0 else _plain(default)
+    return Flag(name, _values(action), WITHOUT.get(name, shown), text)
+
+
+def _values(action: Any) -> str:
+    if action.nargs == 0:
+        return ""
+    if action.dest == "seed_everything":
+        return "N"
+    hint = getattr(action, "_typehint", None)
+    kinds = [hint] if get_origin(hint) is Literal else [each for each in get_args(hint) if each is not type(None)]
+    kinds = kinds or [hint]
+    if any(get_origin(each) is Literal for each in kinds):
+        choices = [str(choice) for each in kinds if get_origin(each) is Literal for choice in get_args(each)]
+        choices += ["true", "false"] * (bool in kinds)
+        text = "|".join(choices)
+        return text if len(text) <= 40 else "NAME"
+    named = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    return next((named[each] for each in kinds if each in named), "TEXT" if hint is None else "VALUE")
+
+
+def _plain(value: Any) -> str:
+    """A default as a user would write it; of objects, the names of their classes."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_plain, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str | int | float):
+        return f"{value:g}" if isinstance(value, float) else str(value)
+    return str(value.class_path).rpartition(".")[2] if isinstance(value, Namespace) else type(value).__name__

@@ -1,0 +1,28 @@
+"""Class paths of earlier versions, so that their config files still load."""
+
+import re
+from typing import Final
+
+MOVED_CLASS_PATHS: Final[dict[str, str]] = {
+    # 0.1
+    "lit_gpt_scratch.callbacks.dynamics.Dynamics": "lit_gpt_scratch.callbacks.introspection.GradientStats",
+    "lit_gpt_scratch.callbacks.ending.ValidateAtEnd": "lit_gpt_scratch.callbacks.validate_at_end.ValidateAtEnd",
+    "lit_gpt_scratch.callbacks.trace.Trace": "lit_gpt_scratch.callbacks.loss_trace.LossTrace",
+    "lit_gpt_scratch.data.labelled.LabelledText": "lit_gpt_scratch.data.LabelledText",
+    "lit_gpt_scratch.hardware.strategies.ModelParallel": "lit_gpt_scratch.distributed.strategies.ModelParallel",
+    "lit_gpt_scratch.optim.recipes.AdamW": "lit_gpt_scratch.optim.AdamW",
+    "lit_gpt_scratch.optim.recipes.Muon": "lit_gpt_scratch.optim.Muon",
+    "lit_gpt_scratch.optim.schedule.Schedule": "lit_gpt_scratch.optim.Schedule",
+    "lit_gpt_scratch.tasks.grpo.GRPO": "lit_gpt_scratch.tasks.GRPO",
+    "lit_gpt_scratch.tasks.ppo.PPO": "lit_gpt_scratch.tasks.PPO",
+    "lit_gpt_scratch.tasks.reward.Reward": "lit_gpt_scratch.tasks.Reward",
+    "lit_gpt_scratch.text.leakage.Leakage": "lit_gpt_scratch.text.decontamination.Leakage",
+}
+"""Old path to new path. When a class that a config can name moves or is renamed, add a line."""
+
+_OLD_PATH: Final = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, MOVED_CLASS_PATHS))})(?![\w.])")
+
+
+def replace_moved_class_paths(text: str) -> str:
+    """Return a config file's text, or a flag, with every old class path replaced by the new one."""
+    return _OLD_PATH.sub(lambda match: MOVED_CLASS_PATHS[match[1]], text)

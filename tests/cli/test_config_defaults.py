@@ -1,0 +1,145 @@
+"""``config.yaml`` holds the values that ran."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from jsonargparse import Namespace
+
+from lit_gpt_scratch.checkpoint.config_diff import flatten
+from lit_gpt_scratch.cli.config_defaults import class_defaults, resolve_built_defaults
+from lit_gpt_scratch.cli.config_files import config_to_dict
+from lit_gpt_scratch.cli.fit import FitCLI
+from lit_gpt_scratch.optim import AdamW, Muon, Schedule
+
+PACKAGE = Path(__file__).parents[2] / "lit_gpt_scratch"
+NULLS = {
+    # trainer
+    "trainer.callbacks": "none besides those of fit",
+    "trainer.max_epochs": "no limit",
+    "trainer.min_epochs": "no minimum",
+    "trainer.min_steps": "no minimum",
+    "trainer.max_time": "no limit",
+    "trainer.check_val_every_n_epoch": "off: val_check_interval counts batches, whatever the epoch",
+    "trainer.deterministic": "off: PyTorch's setting is left alone",
+    "trainer.benchmark": "off: PyTorch's setting is left alone",
+    "trainer.profiler": "off",
+    "trainer.plugins": "none",
+    "trainer.default_root_dir": "not given: the run folder is used",
+    "trainer.model_registry": "off",
+    # architecture
+    "model.init_args.gpt.n_kv_head": "derived: n_head",
+    "model.init_args.gpt.head_dim": "derived: n_embd / n_head",
+    "model.init_args.gpt.ffn_dim": "derived: from n_embd, by the kind of feed-forward",
+    "model.init_args.gpt.attention": "the project's own",
+    "model.init_args.gpt.attention_softcap": "off",
+    "model.init_args.gpt.sliding_window": "off",
+    "model.init_args.gpt.rotary_scaling": "off",
+    "model.init_args.gpt.rotary_trained_context": "off: belongs to rotary_scaling",
+    "model.init_args.gpt.rotary_slow": "off: belongs to rotary_scaling",
+    "model.init_args.gpt.rotary_fast": "off: belongs to rotary_scaling",
+    "model.init_args.gpt.logit_softcap": "off",
+    "model.init_args.gpt.bigram_rows": "off",
+    # task
+    "model.init_args.optimizer.init_args.row_beta": "off",
+    "model.init_args.init_from": "off: random weights",
+    "model.init_args.lora": "off",
+    "model.init_args.train_layers": "all",
+    "model.init_args.ema_decay": "off",
+    "model.init_args.class_weights": "off",
+    "model.init_args.reward": "not given: the reward that belongs to the data",
+    "model.init_args.unended_score": "off: no score of its own for replies that do not end",
+    "model.init_args.kl_target": "off",
+    # data
+    "data.init_args.source": "not given: examples that the data module generates",
+    "data.init_args.config": "not given: no dataset of the Hub",
+    "data.init_args.max_bytes": "all",
+    "data.init_args.processes": "all cores; the result does not depend on it",
+    "data.init_args.store": "not given: tokens are kept in the cache",
+    "data.init_args.cache": "the user's cache folder; the result does not depend on it",
+    "data.init_args.init_from": "not given: fit passes model.init_from",
+    "data.init_args.mixture": "not given",
+    "data.init_args.tokens_per_step": "one micro-batch",
+    "data.init_args.seed": "seed_everything",
+    "data.init_args.vocab_size": "as many as the text gives, which is fewer than the default",
+    "data.init_args.checkable": "not given: the preference that belongs to the generated data, or none",
+    # run
+    "ckpt_path": "off: a new run",
+    "preset": "not given",
+    "tensor_parallel": "not given: decided by trainer.strategy",
+    "checkpoint.every_minutes": "off",
+    "inspect.prompts": "not given: prompts from the data",
+}
+"""Every null that may be left in a run's ``config.yaml``, and its meaning; none is a number that code fills in."""
+STAGES = {
+    "language model": [f"--data.source={PACKAGE}/**/*.py"],
+    "instructions": ["--data=Conversations"],
+    "classification": ["--model=Classification", "--data=LabelledText"],
+    "reward": ["--model=Reward", "--data=Preferences"],
+    "dpo": ["--model=DPO", "--data=Preferences"],
+    "ppo": ["--model=PPO", "--data=Prompts"],
+    "grpo": ["--model=GRPO", "--data=Prompts"],
+}
+
+
+def saved_config(*flags: str) -> dict[str, Any]:
+    """Flat values of the ``config.yaml`` that a run with these flags would save."""
+    cli = FitCLI([*flags, "--trainer.accelerator=cpu"])
+    cli.datamodule.prepare_data()
+    resolve_built_defaults(cli.config, cli.trainer.strategy.root_device, cli.datamodule)
+    return flatten(config_to_dict(cli.parser, cli.config))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_null_in_a_saved_config_has_a_meaning(stage: str, cache: Path) -> None:
+    config = saved_config(*STAGES[stage], f"--data.cache={cache}")
+    unknown = {name for name, value in config.items() if value is None} - NULLS.keys()
+    assert not unknown
+    if stage == "language model":
+        assert config["data.init_args.vocab_size"] == 1024
+        assert config["data.init_args.source"] is not None
+        assert config["model.init_args.optimizer.init_args.lr"] == 0.02
+        assert config["model.init_args.schedule.decay_share"] == 0.4
+        assert config["trainer.max_steps"] == 900
+        assert config["model.init_args.compile"] in ("blocks", False)
+
+
+def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, cache: Path) -> None:
+    def parsed(*flags: str) -> dict[str, Any]:
+        cli = FitCLI([*flags, f"--data.cache={cache}", "--trainer.accelerator=cpu"])
+        return flatten(config_to_dict(cli.parser, cli.config))
+
+    path = tmp_path / "config.yaml"
+    cli = FitCLI([f"--data.cache={cache}"])
+    path.write_text(cli.parser.dump(cli.config, skip_unset=False))
+    saved = yaml.safe_load(path.read_text())
+    assert saved["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.02
+    assert parsed(f"--config={path}") == flatten(config_to_dict(cli.parser, cli.config)) | {
+        "trainer.accelerator": "cpu"
+    }
+
+    swapped = parsed(f"--config={path}", "--model.optimizer=AdamW", "--model.schedule.decay=cosine")
+    assert swapped["model.init_args.optimizer.init_args.lr"] == 3e-3
+    assert swapped["model.init_args.optimizer.init_args.weight_decay"] == 0.1
+    assert swapped["model.init_args.schedule.decay_share"] == 1.0
+    given = parsed(f"--config={path}", "--model.optimizer=AdamW", "--model.optimizer.lr=0.02")
+    assert given["model.init_args.optimizer.init_args.lr"] == 0.02
+
+    data = parsed(f"--config={path}", "--data=Conversations")
+    assert data["data.init_args.source"] is data["data.init_args.vocab_size"] is None
+    assert data["data.init_args.validation_share"] == 0.05
+    assert data["data.init_args.test_share"] == 0.1
+
+
+def test_classes_built_by_hand_use_the_same_defaults() -> None:
+    for kind in (Muon, AdamW):
+        part = Namespace(class_path=f"lit_gpt_scratch.optim.{kind.__name__}", init_args=Namespace())  # type: ignore[no-untyped-call]
+        defaults = class_defaults(part)
+        assert defaults == {name: getattr(kind(), name) for name in defaults}
+    for decay in ("wsd", "linear", "cosine"):
+        [share] = Schedule.default_arguments({"decay": decay}).values()
+        explicit = Schedule(decay=decay, decay_share=share)
+        assert [explicit.factor(step, 100) for step in range(100)] == [
+            Schedule(decay=decay).factor(step, 100) for step in range(100)
+        ]
