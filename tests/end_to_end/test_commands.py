@@ -2,7 +2,6 @@
 
 import json
 import logging
-import runpy
 import sys
 from pathlib import Path
 
@@ -212,7 +211,7 @@ def test_without_a_command_all_are_listed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lit-gpt", *args])
-    runpy.run_module("lit_gpt_scratch", run_name="__main__")
+    main()
     out = capsys.readouterr().out
     assert "lit-gpt <command>" in out
     assert all(f"\n  {name} " in out for name in COMMANDS)
