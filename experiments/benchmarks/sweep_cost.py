@@ -1,9 +1,9 @@
-"""What a run costs in a sweep beyond `fit` itself.
+"""Measure the overhead of a sweep over the runs of `fit` themselves.
 
     python experiments/benchmarks/sweep_cost.py
 
-A sweep of short runs, one after the other: the time in which none of their processes lives is the sweep's own. What the
-module that watches over a run adds to its start is measured with a module that does nothing, begun with it and without.
+A sweep of short runs, one after the other: the time in which none of their processes exists is the sweep's overhead.
+The start-up cost of the wrapper `run_process` is measured with an empty module, started with and without it.
 """
 
 import argparse
@@ -26,55 +26,56 @@ FLAGS = {
     "data.batch_size": 4, "model.gpt.n_layer": 2, "model.gpt.n_head": 2, "model.gpt.n_embd": 32,
     "model.compile": "false",
 }  # fmt: skip
-began: list[float] = []
+started: list[float] = []
 ended: list[float] = []
 
 
-class Timed(RunProcess):
-    """Takes the time of its beginning, and of its end as the sweep learns of it."""
+class TimedRunProcess(RunProcess):
+    """Records when the process starts, and when the sweep notices its end."""
 
     def __init__(self, *args: Any) -> None:
-        began.append(time.perf_counter())
+        started.append(time.perf_counter())
         super().__init__(*args)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait, and note the end."""
+        """Wait, and record the end."""
         code = super().wait(seconds)
-        if code is not None and len(ended) < len(began):
+        if code is not None and len(ended) < len(started):
             ended.append(time.perf_counter())
         return code
 
 
-def start(*args: str) -> float:
-    """Seconds of a process that does nothing, whose standard input stays open as that of a run does."""
-    at = time.perf_counter()
+def time_empty_module(*args: str) -> float:
+    """Seconds that a process with an empty module takes; its standard input stays open, as a run's does."""
+    start = time.perf_counter()
     command = [sys.executable, "-m", *args]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
         assert process.wait() == 0
-        return time.perf_counter() - at
+        return time.perf_counter() - start
 
 
 def measure() -> None:
-    """Run the sweep, and print one line."""
+    """Run the sweep and print one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=5, help="of the sweep")
+    parser.add_argument("--runs", type=int, default=5, help="number of runs in the sweep")
     runs = parser.parse_args().runs
-    runner.RunProcess = Timed  # type: ignore[misc]  # to look inside
+    runner.RunProcess = TimedRunProcess  # type: ignore[misc]  # to record times
     fixed = ", ".join(f"{name}: {value}" for name, value in FLAGS.items())
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "cost.yaml")
         path.write_text(f"fixed: {{{fixed}}}\nvary: {{model.gpt.position: [rotary]}}\nseeds: {list(range(runs))}\n")
-        at = time.perf_counter()
+        start = time.perf_counter()
         entrypoint.run(lambda: main([str(path), "--runs", folder]))
-        whole = time.perf_counter() - at
-    alive = [end - begin for begin, end in zip(began, ended, strict=True)]
-    between = (began[-1] - began[0] - sum(alive[:-1])) / (runs - 1)
-    plain, watched = (
-        median(start(*how, "this") for _ in range(10)) for how in ([], ["lit_gpt_scratch.sweeps.run_process"])
+        total = time.perf_counter() - start
+    durations = [end - begin for begin, end in zip(started, ended, strict=True)]
+    between = (started[-1] - started[0] - sum(durations[:-1])) / (runs - 1)
+    plain, wrapped = (
+        median(time_empty_module(*how, "this") for _ in range(10))
+        for how in ([], ["lit_gpt_scratch.sweeps.run_process"])
     )
     print(
-        f"{platform.machine()}: {runs} runs of fit of {median(alive):.1f} s; from the end of one to the begin of the "
-        f"next {between:.3f} s, and {watched - plain:.3f} s in its process; once a sweep {whole - sum(alive):.1f} s"
+        f"{platform.machine()}: {runs} runs of fit of {median(durations):.1f} s; between two runs {between:.3f} s, "
+        f"in the process of a run {wrapped - plain:.3f} s, once per sweep {total - sum(durations):.1f} s"
     )
 
 

@@ -1,4 +1,4 @@
-"""``sweep``: many runs from one file, and a report of what they show."""
+"""The ``sweep`` command: run many trials from one file and report the comparison."""
 
 import argparse
 import logging
@@ -15,116 +15,116 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
 if TYPE_CHECKING:
-    from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
-    from lit_gpt_scratch.sweeps.sweep_config import Sweep
+    from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline
+    from lit_gpt_scratch.sweeps.sweep_config import SweepConfig
 
 log = logging.getLogger(__name__)
 
-NEEDED = ("optuna", "sklearn", "scipy", "matplotlib", "psycopg")
+REQUIRED_MODULES = ("optuna", "sklearn", "scipy", "matplotlib", "jinja2", "psycopg")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
-    """The door ``sweep``.
+    """Entry point of the ``sweep`` command.
 
     Args:
-        args: Its flags.
-        module: What runs are processes of; tests of the sweep itself have a quicker one, whose flags nobody checks.
+        args: Command-line arguments; None for those of the process.
+        module: Module that the runs execute instead of ``fit``, for tests of the sweep; its flags are not checked.
     """
-    given = _flags().parse_args(args)
-    if (given.file is None) == (given.compare is None):
-        raise UserError("name a sweep file, or runs after --compare (see --help)")
-    if given.workers < 1:
-        raise UserError(f"argument --workers: {given.workers}; it must be at least 1")
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    arguments = _build_parser().parse_args(args)
+    if (arguments.file is None) == (arguments.compare is None):
+        raise UserError("give a sweep file, or runs after --compare (see --help)")
+    if arguments.workers < 1:
+        raise UserError(f"argument --workers: {arguments.workers}; it must be at least 1")
+    missing = [name for name in REQUIRED_MODULES if find_spec(name) is None]
     if missing:
-        raise UserError(f"a sweep needs {', '.join(missing)}: python -m pip install -e '.[sweep]'")
-    if given.compare:
-        _compare(given)
+        raise UserError(f"sweep requires {', '.join(missing)}: python -m pip install -e '.[sweep]'")
+    if arguments.compare:
+        _compare(arguments)
     else:
-        _sweep(given, module)
+        _sweep(arguments, module)
 
 
-def _flags() -> CommandParser:
-    flags = CommandParser(
+def _build_parser() -> CommandParser:
+    parser = CommandParser(
         prog="python -m lit_gpt_scratch.sweep",
-        description="Run every trial of a sweep file, each run a process and a folder of its own, and report what they "
-        "show. The same command goes on where a kill or Ctrl-C stopped it, repeats nothing, and may be given several "
-        "times at once, on several machines with --storage postgresql://...",
+        description="Run every trial of a sweep file, each run in its own process and folder, and report the "
+        "comparison. The same command resumes a sweep that was killed or stopped, without repeating finished runs. "
+        "Several copies of the command may work on one sweep, on several machines with --storage postgresql://...",
     )
-    flags.add_argument("file", metavar="FILE", nargs="?", type=Path, help="what varies over what: a YAML file")
-    flags.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; a sweep is a folder in it")
-    flags.add_argument("--workers", type=int, default=1, help="runs side by side, which share the cores")
-    flags.add_argument(
-        "--storage", help="where the study is kept: a file (by default in the sweep's folder), sqlite:///FILE or "
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the sweep file: YAML")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; a sweep is a folder in it")
+    parser.add_argument("--workers", type=int, default=1, help="number of runs at a time; they share the cores")
+    parser.add_argument(
+        "--storage", help="storage of the study: a file (by default in the sweep's folder), sqlite:///FILE or "
         "postgresql://USER:PASSWORD@HOST/DATABASE",
     )  # fmt: skip
-    compare = flags.add_argument_group("of runs that are there already")
-    compare.add_argument("--compare", metavar="RUN", nargs="+", type=Path, help="folders of runs to report on")
-    compare.add_argument("--metric", default="val/bits_per_byte", help="of their summary.json")
+    compare = parser.add_argument_group("comparison of existing runs")
+    compare.add_argument("--compare", metavar="RUN", nargs="+", type=Path, help="run folders to compare")
+    compare.add_argument("--metric", default="val/bits_per_byte", help="key of summary.json")
     compare.add_argument("--direction", choices=("minimize", "maximize"), default="minimize", help="of the metric")
-    return flags
+    return parser
 
 
-def _sweep(given: argparse.Namespace, module: str | None) -> None:
-    from lit_gpt_scratch.sweeps.build_command import FIT, ResolvedBaseline
+def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
     from lit_gpt_scratch.sweeps.build_report import build_study_report
+    from lit_gpt_scratch.sweeps.fit_command import FIT_MODULE, ResolvedBaseline
     from lit_gpt_scratch.sweeps.runner import SweepRunner
     from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage, storage_errors
     from lit_gpt_scratch.sweeps.study import Study
-    from lit_gpt_scratch.sweeps.sweep_config import load
+    from lit_gpt_scratch.sweeps.sweep_config import load_sweep
 
-    sweep = load(given.file)
-    folder: Path = given.runs / sweep.name
-    known = ResolvedBaseline() if module else None
-    if known is None and given.storage is None and not (folder / JOURNAL).exists():
-        known = _checked(sweep)  # before anything is written
-    study = Study(sweep, *open_storage(given.storage, folder, f"{sweep.name}-{sweep.fingerprint}"))
-    if study.known is None:
-        study.begin(known or _checked(sweep))
-    assert study.known is not None
-    conductor = SweepRunner(sweep, study, folder, study.known, given.workers, module or FIT)
-    signalled: list[int] = []
+    sweep = load_sweep(arguments.file)
+    folder: Path = arguments.runs / sweep.name
+    baseline = ResolvedBaseline() if module else None
+    if baseline is None and arguments.storage is None and not (folder / JOURNAL).exists():
+        baseline = _precheck(sweep)  # before anything is written to disk
+    study = Study(sweep, *open_storage(arguments.storage, folder, f"{sweep.name}-{sweep.fingerprint}"))
+    if study.baseline is None:
+        study.create(baseline or _precheck(sweep))
+    assert study.baseline is not None
+    runner = SweepRunner(sweep, study, folder, study.baseline, arguments.workers, module or FIT_MODULE)
+    received: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        signalled.append(signum)
-        conductor.stopping.set()
+        received.append(signum)
+        runner.stopping.set()
 
-    before = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
+    previous_handlers = {signum: signal.signal(signum, stop) for signum in STOP_SIGNALS}
     try:
-        with storage_errors(given.storage):
-            if not study.over:
-                conductor.run()
-            report = build_study_report(study, given.file)
+        with storage_errors(arguments.storage):
+            if not study.is_finished:
+                runner.run()
+            report = build_study_report(study, arguments.file)
             ended = sum(trial.state.is_finished() for trial in study.trials())
     finally:
-        for signum, handler in before.items():
+        for signum, handler in previous_handlers.items():
             signal.signal(signum, handler)
-    log.info("%d of %d trials ended; %s", ended, sweep.n_trials, report.write(folder))
-    if conductor.stopping.is_set():
-        log.info("stopped; the same command goes on")
-        sys.exit(128 + (signalled[0] if signalled else signal.SIGTERM))
+    log.info("%d of %d trials ended; report: %s", ended, sweep.n_trials, report.write(folder))
+    if runner.stopping.is_set():
+        log.info("stopped; repeat the command to resume")
+        sys.exit(128 + (received[0] if received else signal.SIGTERM))
 
 
-def _checked(sweep: "Sweep") -> "ResolvedBaseline":
-    """What ``fit`` says of the flags, in a process of its own: reading them takes torch, which a sweep does without."""
+def _precheck(sweep: "SweepConfig") -> "ResolvedBaseline":
+    """Check the flags in a separate process: parsing them imports torch, which the sweep itself does not need."""
     pool = start_process_pool(1)
     try:
-        return pool.submit(_check, sweep).result()
+        return pool.submit(_check_in_subprocess, sweep).result()
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     finally:
         shutdown_process_pool(pool)
 
 
-def _check(sweep: "Sweep") -> "ResolvedBaseline":
+def _check_in_subprocess(sweep: "SweepConfig") -> "ResolvedBaseline":
     from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 
     return check_sweep(sweep)
 
 
-def _compare(given: argparse.Namespace) -> None:
-    from lit_gpt_scratch.sweeps.compare_runs import compare
+def _compare(arguments: argparse.Namespace) -> None:
+    from lit_gpt_scratch.sweeps.build_report import build_comparison_report
 
-    report = compare(given.compare, given.metric, given.direction)
-    log.info("%s", report.write(given.runs / "comparison"))
+    report = build_comparison_report(arguments.compare, arguments.metric, arguments.direction)
+    log.info("report: %s", report.write(arguments.runs / "comparison"))

@@ -1,4 +1,4 @@
-"""What ``fit`` would say of the flags of a sweep, before any run is begun."""
+"""Check the flags of a sweep file with ``fit``'s parser before the first run starts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -9,61 +9,67 @@ from lit_gpt_scratch.cli.config_files import config_to_dict
 from lit_gpt_scratch.cli.error_formatting import silence_libraries, user_errors
 from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, short
-from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep, nearest
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, short_flag
+from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
 
 class _ParseOnlyCLI(FitCLI):
-    """Reads flags, and builds nothing."""
+    """Parses flags without building any object."""
 
     def instantiate_classes(self) -> None:
-        """Not here."""
+        """Do nothing."""
 
 
-def check_sweep(sweep: Sweep) -> ResolvedBaseline:
-    """Let ``fit`` read every value that the sweep file names, and build the baseline.
+def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
+    """Parse every setting of a sweep file as ``fit`` would, and build the baseline.
 
-    Settings that are wrong only beside each other are not found; such a trial fails, and says why.
+    Each setting is checked alone, on top of the baseline. Settings that contradict each other are not found here;
+    their trial fails and reports why.
+
+    Returns:
+        The flags and the number of replicas of the baseline.
 
     Raises:
-        UserError: A flag is unknown, or a value cannot be.
+        UserError: A flag is unknown or a value is invalid.
     """
     silence_libraries()
-    parser = _ParseOnlyCLI([f"--config={path}" for path in sweep.base])
-    names = [short(name) for name in flatten(config_to_dict(parser.parser, parser.config))]
+    cli = _ParseOnlyCLI([f"--config={path}" for path in sweep.base])
+    known_flags = [short_flag(name) for name in flatten(config_to_dict(cli.parser, cli.config))]
     for assignment in _each_setting(sweep):
-        _parse(parser, sweep, assignment, names)
-    built = FitCLI(_without_budget(sweep, sweep.first))
-    flags = {short(name): value for name, value in flatten(config_to_dict(built.parser, built.config)).items()}
-    known = ResolvedBaseline(flags, built.trainer.world_size)
-    arguments(sweep, sweep.first, known)
-    return known
+        _check_assignment(cli, sweep, assignment, known_flags)
+    built = FitCLI(_arguments_without_token_budget(sweep, sweep.baseline_assignment))
+    flags = {short_flag(name): value for name, value in flatten(config_to_dict(built.parser, built.config)).items()}
+    baseline = ResolvedBaseline(flags, built.trainer.world_size)
+    build_arguments(sweep, sweep.baseline_assignment, baseline)
+    return baseline
 
 
-def _parse(parser: FitCLI, sweep: Sweep, assignment: Assignment, names: Sequence[str]) -> None:
+def _check_assignment(cli: FitCLI, sweep: SweepConfig, assignment: Assignment, known_flags: Sequence[str]) -> None:
     try:
         with user_errors():
-            parser.parse_arguments(parser.parser, _without_budget(sweep, assignment))
+            cli.parse_arguments(cli.parser, _arguments_without_token_budget(sweep, assignment))
     except UserError as error:
-        said = str(error)
-        for name in map(short, sweep.flags(assignment)):
-            leaf = name.rpartition(".")[2]  # a class' own parser calls its flags by their last names
-            if name not in names and re.search(rf"--{re.escape(name)}\b|['\"]{re.escape(leaf)}['\"]", said):
-                place = "fixed" if name in map(short, sweep.fixed) else "vary"
-                raise UserError(f"{place}: fit has no flag {name}{nearest(name, names)}") from error
-        raise UserError(f"fit says: {said}") from error
+        message = str(error)
+        for name in map(short_flag, sweep.fit_flags(assignment)):
+            leaf = name.rpartition(".")[2]  # the parser of a class reports its flags by their last part
+            mentioned = re.search(rf"--{re.escape(name)}\b|['\"]{re.escape(leaf)}['\"]", message)
+            if name not in known_flags and mentioned:
+                section = "fixed" if name in map(short_flag, sweep.fixed) else "vary"
+                raise UserError(f"{section}: fit has no flag {name}{suggest_closest(name, known_flags)}") from error
+        raise UserError(f"fit: {message}") from error
 
 
-def _each_setting(sweep: Sweep) -> Iterator[Assignment]:
-    """The baseline, and every setting that can be named beside it."""
-    yield sweep.first
-    for name, each in sweep.vary.items():
-        for setting in each.samples():
-            if setting != sweep.first[name]:
-                yield sweep.first | {name: setting}
+def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
+    """The baseline, and the baseline with one setting changed, for each example setting."""
+    baseline = sweep.baseline_assignment
+    yield baseline
+    for name, dimension in sweep.vary.items():
+        for setting in dimension.example_settings():
+            if setting != baseline[name]:
+                yield baseline | {name: setting}
 
 
-def _without_budget(sweep: Sweep, assignment: Assignment) -> list[str]:
-    """A budget of tokens is made into steps by what is learned here."""
-    budget = {what: amount for what, amount in sweep.budget.items() if what != "tokens"}
-    return arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())
+def _arguments_without_token_budget(sweep: SweepConfig, assignment: Assignment) -> list[str]:
+    """The arguments of ``fit`` without a budget in tokens, whose conversion to steps needs the result of this check."""
+    budget = {unit: amount for unit, amount in sweep.budget.items() if unit != "tokens"}
+    return build_arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())

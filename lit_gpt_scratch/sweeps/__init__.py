@@ -1,1 +1,1 @@
-"""Many runs of ``fit`` from one file: what varies, which run is whose, and what may be concluded from them."""
+"""Hyperparameter sweeps: trials, storage, statistics and report of many runs of ``fit``."""

@@ -1,76 +1,164 @@
-"""The report of a sweep, from its study alone: runs may lie on other machines."""
+"""Collect a sweep report from a study, or from folders of runs that were started by hand."""
 
+import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, Final
 
 import optuna
+import yaml
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, text
+from lit_gpt_scratch.checkpoint.config_diff import flatten
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, format_flag_value, short_flag
 from lit_gpt_scratch.sweeps.report import SweepReport
-from lit_gpt_scratch.sweeps.search_space import Choices, NumericRange, SearchDimension
-from lit_gpt_scratch.sweeps.study import Study, runs_of
-from lit_gpt_scratch.sweeps.sweep_config import Sweep
-from lit_gpt_scratch.sweeps.trial import TrialResult, format_setting
+from lit_gpt_scratch.sweeps.run_results import RunResult, TrialResult, format_setting, logged_metrics, read_run_result
+from lit_gpt_scratch.sweeps.search_space import Choices, NumericRange, SearchDimension, format_label
+from lit_gpt_scratch.sweeps.study import Study, recorded_runs
+from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
-FEWEST = 4
-"""Trials from which the importance of two parameters can be told apart at all."""
+MIN_TRIALS: Final = 4
+"""Minimum number of trials to estimate the importance of two dimensions."""
+NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
+"""Flags that do not distinguish the settings of two runs."""
 
 
 def build_study_report(study: Study, path: Path) -> SweepReport:
-    """What a study has found so far.
+    """The report of a study so far. It reads the study alone, as the run folders may be on other machines.
 
     Args:
-        study: With its sweep.
-        path: Of the sweep file.
+        study: A study that has been created.
+        path: Path of the sweep file.
     """
-    sweep, known = study.sweep, study.known or ResolvedBaseline()
-    arms = [_arm(trial, sweep, known) for trial in study.trials() if trial.params.keys() >= sweep.vary.keys()]
+    sweep, baseline = study.sweep, study.baseline or ResolvedBaseline()
+    trials = [
+        _trial_result(trial, sweep, baseline) for trial in study.trials() if trial.params.keys() >= sweep.vary.keys()
+    ]
     return SweepReport(
         title=sweep.name.replace("_", " ").capitalize(),
         question=sweep.question,
         metric=sweep.metric,
         direction=sweep.direction,
-        arms=arms,
-        baseline=next((arm for arm in arms if arm.assignment == sweep.first), None),
-        setting=_setting(sweep),
+        trials=trials,
+        baseline=next((trial for trial in trials if trial.assignment == sweep.baseline_assignment), None),
+        setup=describe_setup(sweep),
         command=shlex.join(["python", "-m", "lit_gpt_scratch.sweep", str(path)]),
         importance=_importance(study),
     )
 
 
-def _arm(trial: FrozenTrial, sweep: Sweep, known: ResolvedBaseline) -> TrialResult:
+def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) -> SweepReport:
+    """The report of finished runs: runs whose flags differ only in the seed are one trial, the first is the baseline.
+
+    Args:
+        paths: Run folders, or folders that contain run folders.
+        metric: Key of ``summary.json``.
+        direction: ``minimize`` or ``maximize``.
+
+    Raises:
+        UserError: A path has no finished run, two runs have the same flags and seed, or a run lacks the metric.
+    """
+    folders = list(dict.fromkeys(folder for path in paths for folder in _finished_runs(path)))
+    configs = [_read_config(folder) for folder in folders]
+    varied = [
+        name
+        for name in dict.fromkeys(name for config in configs for name in config)
+        if name not in NOT_VARIED and len({format_flag_value(config.get(name)) for config in configs}) > 1
+    ]
+    trials: dict[tuple[str, ...], TrialResult] = {}
+    for folder, config in zip(folders, configs, strict=True):
+        key = tuple(format_label(config.get(name)) for name in varied)
+        assignment: Assignment = dict(zip(map(short_flag, varied), key, strict=True))
+        flags = [f"--config={folder / 'config.yaml'}"]
+        trial = trials.setdefault(key, TrialResult(len(trials), assignment, flags=flags))
+        run = _read_finished_run(folder, int(config["seed_everything"]), metric)
+        same = next((other for other in trial.runs if other.seed == run.seed), None)
+        if same is not None:
+            raise UserError(f"{same.folder} and {folder} have the same flags and the same seed; name one of them")
+        trial.runs.append(run)
+    compared = list(trials.values())
+    return SweepReport(
+        title="Comparison of runs",
+        question="",
+        metric=metric,
+        direction=direction,
+        trials=compared,
+        baseline=compared[0],
+        setup={short_flag(n): ", ".join(dict.fromkeys(format_label(c.get(n)) for c in configs)) for n in varied},
+        command=shlex.join(
+            ["python", "-m", "lit_gpt_scratch.sweep", "--compare", *map(str, paths), f"--metric={metric}"]
+            + ([] if direction == "minimize" else [f"--direction={direction}"])
+        ),
+    )
+
+
+def describe_setup(sweep: SweepConfig) -> dict[str, str]:
+    """What a sweep varies, fixes and measures, as text by key."""
+    setup = {name: _describe_dimension(dimension) for name, dimension in sweep.vary.items()}
+    setup |= {"base": ", ".join(map(str, sweep.base)) or "the defaults of fit"}
+    setup |= {f"fixed: {name}": format_flag_value(value) for name, value in sweep.fixed.items()}
+    setup |= {f"budget: {unit}": f"{amount:,.10g}" for unit, amount in sweep.budget.items()}
+    setup |= {"method": f"{sweep.method}, {sweep.n_trials} trials", "seeds": ", ".join(map(str, sweep.seeds))}
+    setup |= {"metric": f"{sweep.direction} {sweep.metric}"}
+    if sweep.pruning:
+        setup["pruning"] = ", ".join(f"{name} {format_flag_value(each)}" for name, each in sweep.pruning.items())
+    return setup
+
+
+def _describe_dimension(dimension: SearchDimension) -> str:
+    if isinstance(dimension, Choices):
+        return ", ".join(dimension.options)
+    assert isinstance(dimension, NumericRange)
+    scale = ""
+    if dimension.log:
+        scale = ", logarithmic"
+    elif dimension.step:
+        scale = f" in steps of {dimension.step:g}"
+    return f"{format_setting(dimension.low)} to {format_setting(dimension.high)}{scale}"
+
+
+def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBaseline) -> TrialResult:
     assignment = {name: trial.params[name] for name in sweep.vary}
-    runs = list(runs_of(trial).values())
-    return TrialResult(trial.number, assignment, runs, arguments(sweep, assignment, known), len(sweep.seeds))
-
-
-def _setting(sweep: Sweep) -> dict[str, str]:
-    said = {name: _options(each) for name, each in sweep.vary.items()}
-    said |= {"base": ", ".join(map(str, sweep.base)) or "the defaults of fit"}
-    said |= {f"fixed: {name}": text(value) for name, value in sweep.fixed.items()}
-    said |= {f"budget: {what}": f"{amount:,.10g}" for what, amount in sweep.budget.items()}
-    said |= {"method": f"{sweep.method}, {sweep.n_trials} trials", "seeds": ", ".join(map(str, sweep.seeds))}
-    return said | {"metric": f"{sweep.direction} {sweep.metric}"} | _pruning(sweep.pruning)
-
-
-def _options(each: SearchDimension) -> str:
-    if isinstance(each, Choices):
-        return ", ".join(each.options)
-    assert isinstance(each, NumericRange)
-    how = " on a logarithmic scale" if each.log else f" in steps of {each.step:g}" if each.step else ""
-    return f"{format_setting(each.low)} to {format_setting(each.high)}{how}"
-
-
-def _pruning(given: Mapping[str, object] | None) -> dict[str, str]:
-    return {} if not given else {"pruning": ", ".join(f"{name} {text(each)}" for name, each in given.items())}
+    runs = list(recorded_runs(trial).values())
+    return TrialResult(
+        trial.number, assignment, runs, build_arguments(sweep, assignment, baseline), expected_runs=len(sweep.seeds)
+    )
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """By fANOVA (Hutter et al. 2014), where more than one thing varied and there are trials to tell it from."""
-    done = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
-    if len(study.sweep.vary) < 2 or len(done) < FEWEST or len({trial.value for trial in done}) < 2:
+    """Importance by fANOVA (Hutter et al. 2014), if there are several dimensions and enough trials."""
+    complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
+    if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}
-    return dict(optuna.importance.get_param_importances(study.optuna, evaluator=FanovaImportanceEvaluator(seed=0)))
+    evaluator = FanovaImportanceEvaluator(seed=0)
+    return dict(optuna.importance.get_param_importances(study.optuna_study, evaluator=evaluator))
+
+
+def _finished_runs(path: Path) -> list[Path]:
+    folders = sorted(file.parent for file in path.rglob("summary.json") if (file.parent / "config.yaml").is_file())
+    if not folders:
+        raise UserError(f"--compare: {path} contains no finished run")
+    return folders
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    try:
+        return flatten(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, AttributeError) as error:
+        raise UserError(f"--compare: cannot read {folder / 'config.yaml'}") from error
+
+
+def _read_finished_run(folder: Path, seed: int, metric: str) -> RunResult:
+    try:
+        run = read_run_result(folder, seed, metric)
+        names = logged_metrics(folder)
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"--compare: cannot read {folder / 'summary.json'}") from error
+    if metric not in names:
+        raise UserError(
+            f"--metric: {folder} does not log {metric}{suggest_closest(metric, names)}; it logs {', '.join(names)}"
+        )
+    return run

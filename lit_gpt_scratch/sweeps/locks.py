@@ -1,4 +1,4 @@
-"""Who does what, among processes and machines: a claim is a lock that a kill frees."""
+"""Locks between the processes and machines that work on one study; a killed process releases its locks."""
 
 import threading
 import zlib
@@ -12,41 +12,44 @@ from filelock import FileLock, Timeout
 
 
 class StudyLocks(ABC):
-    """Locks by name, each of one process at a time, and within the process of whoever took it."""
+    """Named locks, each held by one process at a time, and one lock on the whole study.
+
+    Locks are not reentrant: a name that this process holds cannot be acquired again, by any of its threads.
+    """
 
     def __init__(self) -> None:
-        self._one_thread = threading.RLock()
+        self._thread_lock = threading.RLock()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Wait until nobody else looks at the study, and keep others from it meanwhile."""
-        with self._one_thread:
-            self._enter()
+    def exclusive(self) -> Iterator[None]:
+        """Hold the lock on the whole study, waiting for other threads, processes and machines."""
+        with self._thread_lock:
+            self._acquire_study()
             try:
                 yield
             finally:
-                self._leave()
+                self._release_study()
 
     @abstractmethod
-    def take(self, name: str) -> bool:
-        """Take a claim, unless somebody has it."""
+    def try_acquire(self, name: str) -> bool:
+        """Acquire a named lock without waiting; False if it is held."""
 
     @abstractmethod
     def release(self, name: str) -> None:
-        """Give it back."""
+        """Release a named lock."""
 
     @abstractmethod
-    def _enter(self) -> None: ...
+    def _acquire_study(self) -> None: ...
 
     @abstractmethod
-    def _leave(self) -> None: ...
+    def _release_study(self) -> None: ...
 
 
 class FileLocks(StudyLocks):
-    """Locked files, for processes that share a disk.
+    """File locks, for processes that share a disk.
 
     Args:
-        folder: Where they lie.
+        folder: Folder of the lock files; created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -56,8 +59,8 @@ class FileLocks(StudyLocks):
         self._study = FileLock(folder / "study", thread_local=False)
         self._held: dict[str, FileLock] = {}
 
-    def take(self, name: str) -> bool:
-        """Lock its file."""
+    def try_acquire(self, name: str) -> bool:
+        """Lock the file of this name."""
         if name in self._held:
             return False
         lock = FileLock(self._folder / name, thread_local=False)
@@ -69,24 +72,24 @@ class FileLocks(StudyLocks):
         return True
 
     def release(self, name: str) -> None:
-        """Unlock it."""
+        """Unlock the file of this name."""
         self._held.pop(name).release()
 
-    def _enter(self) -> None:
+    def _acquire_study(self) -> None:
         self._study.acquire()
 
-    def _leave(self) -> None:
+    def _release_study(self) -> None:
         self._study.release()
 
 
 class PostgresLocks(StudyLocks):
-    """Advisory locks of a PostgreSQL session, which the server frees when the connection ends.
+    """Session-level advisory locks of PostgreSQL, which the server releases when the connection ends.
 
-    A machine that vanishes without closing it is noticed after about a minute.
+    If a machine disappears without closing its connection, the server notices after about a minute.
 
     Args:
-        url: Of the database.
-        study: Name of the study; it keeps the locks of several apart.
+        url: SQLAlchemy URL of the database.
+        study: Name of the study; part of every lock's key, so that studies do not share locks.
     """
 
     KEEP_ALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
@@ -95,7 +98,7 @@ class PostgresLocks(StudyLocks):
         super().__init__()
         engine = sqlalchemy.create_engine(
             url,
-            isolation_level="AUTOCOMMIT",  # locks are the session's, and no transaction is to stay open beside them
+            isolation_level="AUTOCOMMIT",  # the locks belong to the session; no transaction may stay open with it
             poolclass=sqlalchemy.pool.NullPool,
             connect_args={"options": self.KEEP_ALIVE, "connect_timeout": 10},
         )
@@ -103,32 +106,26 @@ class PostgresLocks(StudyLocks):
         self._study = study
         self._held: set[str] = set()
 
-    def take(self, name: str) -> bool:
-        """Lock its number; the server would give a lock to its own session twice."""
-        with self._one_thread:
-            if name in self._held or not self._ask("pg_try_advisory_lock", name):
+    def try_acquire(self, name: str) -> bool:
+        """Acquire the advisory lock; names held here are remembered because the server's locks are reentrant."""
+        with self._thread_lock:
+            if name in self._held or not self._call("pg_try_advisory_lock", name):
                 return False
             self._held.add(name)
             return True
 
     def release(self, name: str) -> None:
-        """Unlock it."""
-        with self._one_thread:
-            self._ask("pg_advisory_unlock", name)
+        """Release the advisory lock."""
+        with self._thread_lock:
+            self._call("pg_advisory_unlock", name)
             self._held.remove(name)
 
-    def _enter(self) -> None:
-        self._ask("pg_advisory_lock", "study")
+    def _acquire_study(self) -> None:
+        self._call("pg_advisory_lock", "study")
 
-    def _leave(self) -> None:
-        self._ask("pg_advisory_unlock", "study")
+    def _release_study(self) -> None:
+        self._call("pg_advisory_unlock", "study")
 
-    def _ask(self, function: str, name: str) -> bool:
+    def _call(self, function: str, name: str) -> bool:
         keys = {key: zlib.crc32(word.encode()) - 2**31 for key, word in (("a", self._study), ("b", name))}
         return bool(self._connection.execute(sqlalchemy.text(f"SELECT {function}(:a, :b)"), keys).scalar())
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what a database said."""
-    said = str(getattr(error, "orig", None) or error).strip().splitlines()
-    return said[0] if said else type(error).__name__

@@ -1,107 +1,304 @@
-"""Drawings of a report, as SVG."""
+"""Plots of a sweep report, as SVG by matplotlib, which is imported only when a plot is drawn."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
+from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, TrialResult
+from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, paired_differences
 
-from lit_gpt_scratch.sweeps.html_report import Figure
-from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult
-from lit_gpt_scratch.sweeps.trial import TrialResult
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-# Text stays text; the same figures make the same bytes.
-mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "lit_gpt_scratch", "font.family": "sans-serif"})
-
-MOST_CURVES = 10
-"""Arms whose curves one chart can hold."""
-
-
-def values(arms: Sequence[TrialResult], metric: str, baseline: TrialResult | None) -> Figure:
-    """Every run as a point, every arm's mean with its confidence interval."""
-    canvas, axes = _canvas(height=1.2 + 0.36 * len(arms))
-    for place, arm in enumerate(reversed(arms)):
-        found, whole = arm.values(metric), arm.estimate(metric)
-        axes.plot(list(found.values()), [place] * len(found), "o", color="0.65", markersize=4)
-        axes.errorbar(whole.mean, place, xerr=whole.half, fmt="D", color="C0", capsize=4, markersize=5)
-    if baseline in arms and baseline is not None:
-        axes.axvline(baseline.estimate(metric).mean, color="C3", linewidth=0.8, linestyle="--")
-    axes.set_yticks(range(len(arms)), [_words(arm.label) for arm in reversed(arms)])
-    axes.set_xlabel(metric)
-    return _figure(canvas, "values", "Grey: runs. Blue: means with 95% confidence intervals. Dashed: the baseline.")
-
-
-def over_numbers(arms: Sequence[TrialResult], metric: str, dimension: str) -> Figure:
-    """The metric against the one number that varied; logarithmic if that spans an order of magnitude."""
-    canvas, axes = _canvas()
-    points = sorted((float(arm.assignment[dimension]), arm) for arm in arms)
-    for number, arm in points:
-        found = arm.values(metric)
-        axes.plot([number] * len(found), list(found.values()), "o", color="0.65", markersize=4)
-    means = [arm.estimate(metric) for _, arm in points]
-    numbers = [number for number, _ in points]
-    axes.errorbar(numbers, [m.mean for m in means], [m.half or 0.0 for m in means], fmt="D-", color="C0", capsize=4)
-    if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10:
-        axes.set_xscale("log")
-    axes.set_xlabel(dimension)
-    axes.set_ylabel(metric)
-    return _figure(canvas, "over_numbers", f"{metric} against {dimension}: runs, means, 95% confidence intervals.")
+STYLE: Final[dict[str, Any]] = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "lit_gpt_scratch",  # the same data make the same bytes
+    "font.family": "sans-serif",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": "medium",
+}
+UNITS: Final = {"bits_per_byte": "bits per byte", "loss": "nats", "seconds": "s", "tokens_per_second": "tokens per s"}
+"""Units of metrics, by the last part of their names."""
+COLORS: Final = {"better": "C0", "worse": "C3", WITHIN_NOISE: "0.45"}
+MARKER_LABELS: Final = {
+    "better": "better (p < 0.05 after Holm's correction)",
+    "worse": "worse (p < 0.05 after Holm's correction)",
+    WITHIN_NOISE: "within noise (p ≥ 0.05 after Holm's correction)",
+}
+MAX_CURVES: Final = 10
+"""Maximum number of trials in one plot of curves."""
+OUTLIER_RATIO: Final = 5.0
+"""Trials that reach so many times farther than the next one are clipped."""
 
 
-def curves(arms: Sequence[TrialResult], metric: str, over: str) -> Figure | None:
-    """The metric over a run, by ``tokens`` or ``seconds``; None where no run has two points."""
-    x_of: Mapping[str, Callable[[RunResult, CurvePoint], float]] = {
+@dataclass(frozen=True)
+class Plot:
+    """A plot: name of its file without suffix, SVG document, and caption."""
+
+    name: str
+    svg: str
+    caption: str
+
+
+def plot_differences(
+    trials: Sequence[TrialResult],
+    baseline: TrialResult,
+    comparisons: Mapping[int, Comparison],
+    metric: str,
+    direction: str,
+) -> Plot:
+    """Paired differences to the baseline around zero, one row per trial, with 95% confidence intervals.
+
+    Args:
+        trials: The finished trials, best first.
+        baseline: The trial at zero.
+        comparisons: By number of the trial.
+        metric: Name of the metric.
+        direction: ``minimize`` or ``maximize``.
+    """
+    shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
+    low, high = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
+    with _style():
+        figure, axes = _new_figure(height=2.0 + 0.4 * len(shown))
+        axes.axvline(0.0, color="black", linewidth=0.8)
+        for y, trial in enumerate(reversed(shown)):
+            comparison = comparisons[trial.number]
+            seeds = list(paired_differences(trial.values(metric), baseline.values(metric)).values())
+            _draw_difference(axes, comparison, seeds, y, horizontal=True)
+            assert comparison.difference is not None
+            text = f"{comparison.difference}  {comparison.verdict}"
+            if not low <= comparison.difference.mean <= high:
+                text += " (off the axis)"
+                edge, marker = (high, ">") if comparison.difference.mean > high else (low, "<")
+                color = COLORS.get(comparison.verdict, "0.45")
+                axes.plot([edge], [y], marker=marker, color=color, markersize=8, clip_on=False)
+            axes.annotate(
+                text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(10, 0), textcoords="offset points",
+                va="center", fontsize="small",
+            )  # fmt: skip
+        axes.set_xlim(low, high)
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_yticks(range(len(shown)), [_shorten(trial.label) for trial in reversed(shown)])
+        axes.set_xlabel(f"difference in {metric_label(metric, direction)}")
+        axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
+        _add_legend(figure, axes)
+        caption = "Per-seed differences to the baseline (dots), their means and 95% confidence intervals."
+        return _save("differences", figure, caption)
+
+
+def plot_differences_over(
+    trials: Sequence[TrialResult],
+    baseline: TrialResult,
+    comparisons: Mapping[int, Comparison],
+    metric: str,
+    direction: str,
+    dimension: str,
+) -> Plot:
+    """Paired differences to the baseline against a numeric dimension; the x axis is logarithmic from a factor of 10.
+
+    Args:
+        trials: The finished trials.
+        baseline: The trial at zero.
+        comparisons: By number of the trial.
+        metric: Name of the metric.
+        direction: ``minimize`` or ``maximize``.
+        dimension: The dimension on the x axis.
+    """
+    shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
+    low, high = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
+    means = {float(baseline.assignment[dimension]): 0.0}
+    with _style():
+        figure, axes = _new_figure()
+        axes.axhline(0.0, color="black", linewidth=0.8)
+        for trial in shown:
+            comparison, x = comparisons[trial.number], float(trial.assignment[dimension])
+            assert comparison.difference is not None
+            means[x] = mean = comparison.difference.mean
+            seeds = list(paired_differences(trial.values(metric), baseline.values(metric)).values())
+            _draw_difference(axes, comparison, seeds, x, horizontal=False)
+            if not low <= mean <= high:
+                edge, marker = (high, "^") if mean > high else (low, "v")
+                color = COLORS.get(comparison.verdict, "0.45")
+                axes.plot([x], [edge], marker=marker, color=color, markersize=8, clip_on=False)
+                axes.annotate(
+                    f"{comparison.difference}\n(off the axis)", (x, edge), xytext=(6, 0), textcoords="offset points",
+                    va="center", fontsize="small",
+                )  # fmt: skip
+        numbers = sorted(means)
+        axes.plot(numbers, [means[x] for x in numbers], color="0.7", linewidth=1.0, zorder=0)
+        axes.plot([float(baseline.assignment[dimension])], [0.0], "s", color="black", label="baseline")
+        if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10:
+            axes.set_xscale("log")
+        axes.set_ylim(low, high)
+        axes.set_xlabel(dimension)
+        axes.set_ylabel(f"difference in\n{metric_label(metric, direction)}")
+        axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
+        _add_legend(figure, axes)
+        caption = (
+            f"Per-seed differences to the baseline (dots) over {dimension}, their means and 95% confidence intervals."
+        )
+        return _save("differences", figure, caption)
+
+
+def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over: str) -> Plot | None:
+    """The metric over training, one line per run; None if no run has two validations.
+
+    Args:
+        trials: Trials to show, best first; at most ``MAX_CURVES`` are shown.
+        metric: Name of the metric.
+        direction: ``minimize`` or ``maximize``.
+        over: ``tokens`` or ``seconds``.
+    """
+    x_of: dict[str, Callable[[RunResult, CurvePoint], float]] = {
         "tokens": lambda run, point: point.step * (run.tokens_per_step or 1.0),
         "seconds": lambda run, point: point.seconds,
     }
-    canvas, axes = _canvas()
-    drawn = False
-    for place, arm in enumerate(arms[:MOST_CURVES]):
-        runs = [run for run in arm.runs if len(run.curve) > 1 and (over != "tokens" or run.tokens_per_step)]
-        for nth, run in enumerate(runs):
-            x = [x_of[over](run, point) for point in run.curve]
-            label = _words(arm.label) if nth == 0 else None
-            axes.plot(x, [p.value for p in run.curve], color=f"C{place}", linewidth=1.0, alpha=0.8, label=label)
-            drawn = True
-    if not drawn:
+    runs = {
+        trial.number: [run for run in trial.runs if len(run.curve) > 1 and (over != "tokens" or run.tokens_per_step)]
+        for trial in trials
+    }
+    drawable = [trial for trial in trials if runs[trial.number]]
+    if not drawable:
         return None
-    axes.set_xlabel({"tokens": "training tokens", "seconds": "seconds of the run"}[over])
-    axes.set_ylabel(metric)
-    axes.legend(fontsize="small", frameon=False)
-    return _figure(canvas, f"curves_over_{over}", f"{metric} over {over}, a line a run.")
+    shown = drawable[:MAX_CURVES]
+    values = {trial.number: [point.value for run in runs[trial.number] for point in run.curve] for trial in shown}
+    pick: Callable[..., float] = min if direction == "minimize" else max
+    best = pick(value for each in values.values() for value in each)
+    limits = robust_limits([(min(each) - best, max(each) - best) for each in values.values()])
+    low, high = (best + limit for limit in limits)
+    with _style():
+        from matplotlib.ticker import EngFormatter
+
+        figure, axes = _new_figure()
+        for index, trial in enumerate(shown):
+            label = _shorten(trial.label)
+            furthest = max(values[trial.number], key=lambda value: abs(value - best))
+            if not low <= furthest <= high:
+                label += f" (off the axis: {furthest:.4g})"
+            for nth, run in enumerate(runs[trial.number]):
+                x = [x_of[over](run, point) for point in run.curve]
+                y = [point.value for point in run.curve]
+                axes.plot(x, y, color=f"C{index}", linewidth=1.0, alpha=0.8, label=None if nth else label)
+        axes.set_ylim(low, high)
+        axes.set_xlabel({"tokens": "training tokens", "seconds": "time since the start of training [s]"}[over])
+        axes.set_ylabel(metric_label(metric, direction))
+        if over == "tokens":
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        count = "" if len(shown) == len(drawable) else f", best {len(shown)} of {len(drawable)} trials"
+        axes.set_title(f"{metric} over {over}{count}", loc="left")
+        axes.legend(fontsize="small", frameon=False)
+        return _save(f"curves_over_{over}", figure, f"{metric} over {over}, one line per run.")
 
 
-def importance(shares: Mapping[str, float]) -> Figure:
-    """What share of the differences each dimension explains."""
-    canvas, axes = _canvas(height=1.0 + 0.36 * len(shares))
-    names = list(shares)[::-1]
-    axes.barh(range(len(names)), [shares[name] for name in names], color="C0")
-    axes.set_yticks(range(len(names)), names)
-    axes.set_xlim(0, 1)
-    return _figure(canvas, "importance", "Share of the variance between trials (fANOVA).")
+def plot_importance(shares: Mapping[str, float]) -> Plot:
+    """Share of the variance between trials that each dimension explains, as bars."""
+    with _style():
+        figure, axes = _new_figure(height=1.4 + 0.36 * len(shares))
+        names = list(shares)[::-1]
+        axes.barh(range(len(names)), [shares[name] for name in names], color="C0")
+        axes.set_yticks(range(len(names)), names)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("share of the variance between trials (fANOVA)")
+        axes.set_title("Importance of each dimension", loc="left")
+        return _save(
+            "importance", figure, "Share of the variance between trials that each dimension explains (fANOVA)."
+        )
 
 
-def number(arms: Sequence[TrialResult], dimension: str) -> bool:
+def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
     """Whether all settings of a dimension are numbers."""
     try:
-        return all(float(arm.assignment[dimension]) == float(arm.assignment[dimension]) for arm in arms)
+        return all(float(trial.assignment[dimension]) == float(trial.assignment[dimension]) for trial in trials)
     except ValueError:
         return False
 
 
-def _canvas(height: float = 4.2) -> tuple[Canvas, Axes]:
-    canvas = Canvas(figsize=(8.0, height), layout="constrained")
-    axes = canvas.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
-    return canvas, axes
+def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Axis limits that include 0 and all ranges except outliers.
+
+    Outliers are at most half of the ranges; each reaches more than ``OUTLIER_RATIO`` times as far from 0 as the rest.
+
+    Args:
+        ranges: Lowest and highest value of each trial.
+    """
+    reaches = sorted(max(-low, high) for low, high in ranges)
+    limit = reaches[-1]
+    for index in range((len(reaches) + 1) // 2, len(reaches)):
+        if reaches[index] > OUTLIER_RATIO * reaches[index - 1] > 0:
+            limit = reaches[index - 1]
+            break
+    kept = [(low, high) for low, high in ranges if max(-low, high) <= limit]
+    low, high = min(0.0, *(low for low, _ in kept)), max(0.0, *(high for _, high in kept))
+    margin = 0.08 * (high - low) or 0.01
+    return low - margin, high + margin
 
 
-def _words(label: str) -> str:
+def metric_label(metric: str, direction: str) -> str:
+    """An axis label: the metric, its unit, and which direction is better."""
+    unit = UNITS.get(metric.rpartition("/")[2])
+    better = "lower is better" if direction == "minimize" else "higher is better"
+    return f"{metric}{f' [{unit}]' if unit else ''}, {better}"
+
+
+def _extent(
+    trial: TrialResult, baseline: TrialResult, comparisons: Mapping[int, Comparison], metric: str
+) -> tuple[float, float]:
+    """The lowest and the highest value that are drawn for a trial."""
+    difference = comparisons[trial.number].difference
+    assert difference is not None
+    half_width = difference.half_width or 0.0
+    seeds = paired_differences(trial.values(metric), baseline.values(metric)).values()
+    return min(difference.mean - half_width, *seeds), max(difference.mean + half_width, *seeds)
+
+
+def _draw_difference(
+    axes: "Axes", comparison: Comparison, seeds: Sequence[float], position: float, horizontal: bool
+) -> None:
+    """Dots of the seeds, the mean with its interval; a filled marker if the difference is significant."""
+    assert comparison.difference is not None
+    mean, half_width = comparison.difference.mean, comparison.difference.half_width
+    at = [position] * len(seeds)
+    x, y = (list(seeds), at) if horizontal else (at, list(seeds))
+    axes.plot(x, y, "o", color="0.7", markersize=4, label="one seed")
+    color = COLORS.get(comparison.verdict, "0.45")
+    point, error = ((mean, position), "xerr") if horizontal else ((position, mean), "yerr")
+    style: dict[str, Any] = {
+        error: half_width,
+        "color": color,
+        "markerfacecolor": color if comparison.significant else "white",
+        "label": f"mean ± 95% CI: {MARKER_LABELS.get(comparison.verdict, comparison.verdict)}",
+    }
+    axes.errorbar(*point, fmt="D", capsize=4, markersize=6, **style)
+
+
+def _add_legend(figure: "Figure", axes: "Axes") -> None:
+    """A legend below the axes, one entry per label."""
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=1, fontsize="small", frameon=False)
+
+
+def _style() -> Any:
+    import matplotlib as mpl
+
+    return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # its keys are a Literal of all names
+
+
+def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _shorten(label: str) -> str:
     return label if len(label) <= 48 else f"{label[:45]}..."
 
 
-def _figure(canvas: Canvas, name: str, caption: str) -> Figure:
-    drawn = io.StringIO()
-    canvas.savefig(drawn, format="svg", metadata={"Date": None})
-    return Figure(name, drawn.getvalue(), caption)
+def _save(name: str, figure: "Figure", caption: str) -> Plot:
+    svg = io.StringIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})  # the same bytes on any day
+    return Plot(name, svg.getvalue(), caption)

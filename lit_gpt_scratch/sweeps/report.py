@@ -1,64 +1,66 @@
-"""What a sweep found, and how sure that is: HTML, Markdown, and a row a run."""
+"""The report of a sweep: HTML, Markdown, plots, and one CSV row per run."""
 
 import csv
 import io
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+import jinja2
+
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps import plots
-from lit_gpt_scratch.sweeps.build_command import shown
-from lit_gpt_scratch.sweeps.diagnostics_summary import diagnoses
-from lit_gpt_scratch.sweeps.html_report import Code, Figure, Heading, Part, Table, Text, markdown, page
-from lit_gpt_scratch.sweeps.statistics import Estimate, holm, paired, verdict
-from lit_gpt_scratch.sweeps.trial import TrialResult, best, finished, format_setting
+from lit_gpt_scratch.sweeps.fit_command import format_command
+from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
+from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
 
-BEYOND: Final = ("better", "worse")
-"""Verdicts on a difference that is not noise."""
-LEAST: Final = 0.0001
-"""Probability below which a number would say more than a few seeds can."""
+MIN_SHOWN_P: Final = 0.0001
+"""Smaller p-values are shown as a bound: a few seeds do not support more digits."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """All that is said of some arms.
+    """Everything that the report of some trials shows.
 
     Args:
-        title: Of the document.
+        title: Title of the document.
         question: Why the runs were made.
-        metric: What they are judged by.
+        metric: The metric that trials are compared by.
         direction: ``minimize`` or ``maximize``.
-        arms: Trials, as far as they came.
-        baseline: What the others are compared with.
-        setting: What was varied, and what was not, in words.
-        importance: Share of the differences that each dimension explains.
-        command: Makes all of it again.
+        trials: All trials, finished or not.
+        baseline: The trial that the others are compared with; None if it does not exist yet.
+        setup: What was varied and what was fixed, as text.
+        command: The command that reproduces the sweep.
+        importance: Share of the variance between trials that each dimension explains.
     """
 
     title: str
     question: str
     metric: str
     direction: str
-    arms: list[TrialResult]
+    trials: list[TrialResult]
     baseline: TrialResult | None
-    setting: Mapping[str, str]
+    setup: Mapping[str, str]
     command: str
     importance: Mapping[str, float] = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
-        """Leave ``report.html``, ``report.md`` with its figures, and ``results.csv``; the path of the first.
+        """Write ``report.html``, ``report.md`` with its plots, and ``results.csv``, each atomically.
+
+        Returns:
+            The path of ``report.html``.
 
         Raises:
             UserError: The folder cannot be written.
         """
-        parts = list(self.parts())
         files = {
-            "results.csv": self.rows(),
-            "report.md": markdown(self.title, parts),
-            **{f"{part.name}.svg": part.svg for part in parts if isinstance(part, Figure)},
-            "report.html": page(self.title, parts),
+            "results.csv": self.results_csv(),
+            "report.md": self.markdown(),
+            **{f"{plot.name}.svg": plot.svg for plot in self.plots},
+            "report.html": self.html(),
         }
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -70,150 +72,223 @@ class SweepReport:
             raise UserError(f"cannot write {folder}: {error.strerror}") from error
         return folder / "report.html"
 
-    def rows(self) -> str:
-        """A row a run, as CSV."""
-        dimensions = list(self.arms[0].assignment) if self.arms else []
-        runs = [(arm, run) for arm in self.arms for run in arm.runs]
+    def results_csv(self) -> str:
+        """One CSV row per run."""
+        dimensions = list(self.trials[0].assignment) if self.trials else []
+        runs = [(trial, run) for trial in self.trials for run in trial.runs]
         metrics = dict.fromkeys([self.metric, *(name for _, run in runs for name in run.metrics)])
-        written = io.StringIO()
-        table = csv.writer(written, lineterminator="\n")
+        content = io.StringIO()
+        table = csv.writer(content, lineterminator="\n")
         table.writerow(["trial", *dimensions, "seed", "state", *metrics, "reason", "folder"])
-        for arm, run in runs:
-            figures = [run.metrics.get(name, "") for name in metrics]
-            settings = [arm.assignment[name] for name in dimensions]
-            table.writerow([arm.number, *settings, run.seed, run.state, *figures, run.reason, run.folder])
-        return written.getvalue()
+        for trial, run in runs:
+            settings = [trial.assignment[name] for name in dimensions]
+            values = [run.metrics.get(name, "") for name in metrics]
+            table.writerow([trial.number, *settings, run.seed, run.state, *values, run.reason, run.folder])
+        return content.getvalue()
 
-    def parts(self) -> Iterator[Part]:
-        """The document."""
-        if self.question:
-            yield Text(self.question)
-        yield from self._findings()
-        yield from diagnoses(self.arms)
-        yield Heading("What was done")
-        yield Table(["", ""], [*self.setting.items()])
-        yield Code(self.command)
-        yield from self._drawings()
-        yield from self._winner()
-        yield from self._unfinished()
-        if facts := list(_sessions(self.arms)):
-            yield Heading("Versions and machine")
-            yield Table(["", ""], facts)
+    def markdown(self) -> str:
+        """The report as Markdown; its plots are files in the same folder."""
+        return _render("report.md.jinja", self._context)
 
-    def _findings(self) -> Iterator[Part]:
-        yield Heading("Findings")
-        arms = self._ranked()
-        if not arms:
-            yield Text("No trial has come to its end.")
-            return
-        differences = {arm.number: self._difference(arm) for arm in arms if arm is not self.baseline}
-        verdicts = {number: verdict(each, self.direction) for number, each in differences.items()}
-        yield Text(self._in_words(arms, verdicts))
-        ps = {number: each.p for number, each in differences.items() if each and each.p is not None}
-        corrected = dict(zip(ps, holm(list(ps.values())), strict=True))
-        head = [*arms[0].assignment, "runs", f"{self.metric}, mean ± 95% CI"]
-        rows = []
-        for arm in arms:
-            row = [*map(format_setting, arm.assignment.values()), str(len(arm.runs)), str(arm.estimate(self.metric))]
-            if arm is self.baseline:
-                rows.append([*row, "", "", "the baseline"])
+    def html(self) -> str:
+        """The report as one HTML file without scripts or external resources."""
+        return _render("report.html.jinja", self._context)
+
+    @cached_property
+    def ranked(self) -> list[TrialResult]:
+        """The finished trials, best first."""
+        return rank_finished(self.trials, self.metric, self.direction)
+
+    @cached_property
+    def comparisons(self) -> dict[int, Comparison]:
+        """Comparison of each finished trial with the baseline, by number; empty if the baseline has not finished."""
+        if self.baseline not in self.ranked or self.baseline is None:
+            return {}
+        values = {trial.number: trial.values(self.metric) for trial in self.ranked if trial is not self.baseline}
+        return compare_to_baseline(values, self.baseline.values(self.metric), self.direction)
+
+    @cached_property
+    def plots(self) -> list[plots.Plot]:
+        """Differences to the baseline, curves over tokens and over seconds, and importance, as far as data allow."""
+        drawn: list[plots.Plot | None] = []
+        baseline = self.baseline
+        if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
+            dimensions = list(baseline.assignment)
+            if len(self.ranked) > 2 and len(dimensions) == 1 and plots.is_numeric(self.ranked, dimensions[0]):
+                drawn.append(
+                    plots.plot_differences_over(
+                        self.ranked, baseline, self.comparisons, self.metric, self.direction, dimensions[0]
+                    )
+                )
             else:
-                p = _probability(corrected.get(arm.number))
-                rows.append([*row, str(differences[arm.number] or ""), p, verdicts[arm.number]])
-        yield Table([*head, "less the baseline, by seeds", "p (Holm)", ""], rows)
-        yield Text(
-            "Intervals are Student's t over the seeds, at 95%. A difference is taken seed by seed, because runs of one "
-            "seed read the same windows in the same order; it is within noise where its interval holds 0. "
-            f"{self._several(corrected, verdicts)}"
+                drawn.append(
+                    plots.plot_differences(self.ranked, baseline, self.comparisons, self.metric, self.direction)
+                )
+        if self.ranked:
+            pruned = [trial for trial in self.trials if trial.state == "pruned"]
+            drawn += [
+                plots.plot_curves([*self.ranked, *pruned], self.metric, self.direction, over)
+                for over in ("tokens", "seconds")
+            ]
+        if self.importance:
+            drawn.append(plots.plot_importance(self.importance))
+        return [plot for plot in drawn if plot is not None]
+
+    @cached_property
+    def _context(self) -> dict[str, Any]:
+        """The variables of the templates."""
+        best = self.ranked[0] if self.ranked else None
+        unfinished = sum(trial.state == "unfinished" for trial in self.trials)
+        return {
+            "title": self.title,
+            "question": self.question,
+            "findings": self._describe_findings(),
+            "comparison_head": self._comparison_head(),
+            "comparison_rows": [self._comparison_row(trial) for trial in self.ranked],
+            "method": self._describe_method(),
+            "diagnostics": list(summarize_diagnostics(self.trials)),
+            "setup": list(self.setup.items()),
+            "command": self.command,
+            "plots": self.plots,
+            "importance": [(name, f"{share:.2f}") for name, share in self.importance.items()],
+            "best_commands": "\n".join(format_command(best.flags, run.seed) for run in best.runs) if best else "",
+            "unfinished_rows": [
+                (str(trial.number), trial.label, str(run.seed), run.state, run.reason)
+                for trial in self.trials
+                for run in trial.runs
+                if run.state != "finished"
+            ],
+            "unfinished": f"{unfinished} trials are unfinished; repeat the command to resume them."
+            if unfinished
+            else "",
+            "environment": list(_summarize_environment(self.trials)),
+        }
+
+    def _describe_findings(self) -> str:
+        if not self.ranked:
+            return "No trial has finished."
+        best = self.ranked[0]
+        text = f"Best mean: {best.label}, {self.metric} {best.mean(self.metric)}. "
+        if self.baseline is None or self.baseline not in self.ranked:
+            return text + "The baseline has not finished, so there is nothing to compare with."
+        if best is self.baseline:
+            text += "That is the baseline. "
+        by_verdict = {
+            verdict: "; ".join(t.label for t in self.ranked if self._verdict(t) == verdict) or "none"
+            for verdict in ("better", "worse", WITHIN_NOISE)
+        }
+        return text + (
+            f"Significantly better than the baseline ({self.baseline.label}): {by_verdict['better']}. "
+            f"Significantly worse: {by_verdict['worse']}. Within noise: {by_verdict[WITHIN_NOISE]}."
         )
 
-    def _in_words(self, arms: Sequence[TrialResult], verdicts: Mapping[int, str]) -> str:
-        first = arms[0]
-        said = f"The best mean is that of {first.label}: {self.metric} {first.estimate(self.metric)}. "
-        if self.baseline not in arms or self.baseline is None:
-            return said + "The baseline has not come to its end, so there is nothing to compare with."
-        beyond = [arm.label for arm in arms if verdicts.get(arm.number) in BEYOND]
-        noise = [arm.label for arm in arms if verdicts.get(arm.number) == "within noise"]
-        if first is self.baseline:
-            said += "That is the baseline. "
-        said += f"Beyond noise against the baseline ({self.baseline.label}): {'; '.join(beyond) or 'none'}. "
-        return said + f"Within noise: {'; '.join(noise) or 'none'}."
+    def _verdict(self, trial: TrialResult) -> str:
+        if trial is self.baseline:
+            return "baseline"
+        return self.comparisons[trial.number].verdict if trial.number in self.comparisons else ""
 
-    def _several(self, corrected: Mapping[int, float], verdicts: Mapping[int, str]) -> str:
-        if len(corrected) < 2:
-            return ""
-        beyond = [number for number, said in verdicts.items() if said in BEYOND]
-        hold = sum(corrected.get(number, 1.0) < 0.05 for number in beyond)
-        said = f"Each interval is for itself: of {len(corrected)} comparisons some may leave 0 by chance. "
-        if not beyond:
-            return said + "Here none does."
-        stay = "stays" if hold == 1 else "stay"
-        return said + f"Corrected for that (Holm), {hold} of the {len(beyond)} differences beyond noise {stay}."
+    def _comparison_head(self) -> list[str]:
+        dimensions = list(self.ranked[0].assignment) if self.ranked else []
+        mean = f"{self.metric}, mean ± 95% CI"
+        return [*dimensions, "runs", mean, "difference to the baseline, paired by seed", "p (Holm)", "verdict"]
 
-    def _drawings(self) -> Iterator[Part]:
-        arms = self._ranked()
-        if not arms:
-            return
-        yield Heading("Figures")
-        dimensions = list(arms[0].assignment)
-        if len(arms) > 2 and len(dimensions) == 1 and plots.number(arms, dimensions[0]):
-            yield plots.over_numbers(arms, self.metric, dimensions[0])
-        else:
-            yield plots.values(arms, self.metric, self.baseline)
-        pruned = [arm for arm in self.arms if arm.state == "pruned"]
-        for over in ("tokens", "seconds"):
-            if drawn := plots.curves([*arms, *pruned], self.metric, over):
-                yield drawn
-        if self.importance:
-            yield plots.importance(self.importance)
-            yield Table(["dimension", "importance"], [[n, f"{share:.2f}"] for n, share in self.importance.items()])
+    def _comparison_row(self, trial: TrialResult) -> list[str]:
+        settings = [format_setting(setting) for setting in trial.assignment.values()]
+        row = [*settings, str(len(trial.runs)), str(trial.mean(self.metric))]
+        comparison = self.comparisons.get(trial.number)
+        if comparison is None:
+            return [*row, "", "", self._verdict(trial)]
+        return [*row, str(comparison.difference or ""), _format_p(comparison.corrected_p), comparison.verdict]
 
-    def _winner(self) -> Iterator[Part]:
-        winner = best(self.arms, self.metric, self.direction)
-        if winner is not None:
-            yield Heading("The best again")
-            yield Code("\n".join(shown(winner.flags, run.seed) for run in winner.runs))
-
-    def _unfinished(self) -> Iterator[Part]:
-        rows = [
-            [str(arm.number), arm.label, str(run.seed), run.state, run.reason]
-            for arm in self.arms
-            for run in arm.runs
-            if run.state != "finished"
+    def _describe_method(self) -> str:
+        text = (
+            "Confidence intervals are 95% Student's t intervals over the seeds. Differences are paired by seed, "
+            "because runs with the same seed read the same samples in the same order. "
+        )
+        tested = sum(comparison.corrected_p is not None for comparison in self.comparisons.values())
+        if tested:
+            comparisons = "1 comparison" if tested == 1 else f"{tested} comparisons"
+            text += (
+                f"A difference is significant if its p-value is below 0.05 after Holm's correction for {comparisons}; "
+                "the intervals are not corrected. "
+            )
+        overturned = [
+            trial.label
+            for trial in self.ranked
+            if (comparison := self.comparisons.get(trial.number)) is not None
+            and comparison.difference is not None
+            and comparison.difference.excludes_zero
+            and not comparison.significant
         ]
-        to_come = sum(arm.state == "unfinished" for arm in self.arms)
-        if rows or to_come:
-            yield Heading("Failed and stopped runs")
-        if rows:
-            yield Table(["trial", "settings", "seed", "", "reason"], rows)
-        if to_come:
-            yield Text(f"{to_come} trials are not at their end; the same command goes on with them.")
-
-    def _ranked(self) -> list[TrialResult]:
-        sign = 1 if self.direction == "minimize" else -1
-        return sorted(finished(self.arms, self.metric), key=lambda arm: sign * arm.estimate(self.metric).mean)
-
-    def _difference(self, arm: TrialResult) -> Estimate | None:
-        if self.baseline is None:
-            return None
-        return paired(arm.values(self.metric), self.baseline.values(self.metric))
+        if overturned:
+            text += f"The interval excludes 0, but the corrected difference is within noise: {'; '.join(overturned)}."
+        return text.rstrip()
 
 
-def _probability(p: float | None) -> str:
+def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
+    """One line per trial and symptom, to explain differences between trials; nothing if there are no diagnoses.
+
+    A symptom that all runs share says nothing about the trials and is listed once. For the others, the text of the
+    trial's first run stands for all its runs, as only the numbers differ.
+    """
+    found: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
+    for trial in trials:
+        for run in trial.runs:
+            for symptom, first in {_symptom_name(each): each for each in reversed(run.diagnoses)}.items():
+                found[trial.number, symptom].append(first)
+    if not found:
+        return
+    symptoms = dict.fromkeys(symptom for _, symptom in found)
+    shared = [
+        symptom
+        for symptom in symptoms
+        if all(len(found.get((trial.number, symptom), ())) == len(trial.runs) for trial in trials)
+    ]
+    if shared:
+        yield f"All runs: {'; '.join(shared)}."
+    specific = [symptom for symptom in symptoms if symptom not in shared]
+    for trial in trials:
+        for symptom in specific:
+            if diagnoses := found.get((trial.number, symptom)):
+                text = "{symptom}. Likely: {cause}. Try: {flag}".format(**diagnoses[0])
+                yield f"{trial.label}, {len(diagnoses)} of {len(trial.runs)} runs: {text}."
+    without = [trial.label for trial in trials if not any((trial.number, symptom) in found for symptom in specific)]
+    if without:
+        yield f"No {'other ' if shared else ''}diagnoses: {'; '.join(without)}."
+
+
+def _symptom_name(diagnosis: Mapping[str, str]) -> str:
+    return diagnosis["symptom"].partition(":")[0]
+
+
+def _format_p(p: float | None) -> str:
     if p is None:
         return ""
-    return f"{p:.2g}" if p >= LEAST else f"< {LEAST}"
+    return f"{p:.2g}" if p >= MIN_SHOWN_P else f"< {MIN_SHOWN_P}"
 
 
-def _sessions(arms: Sequence[TrialResult]) -> Iterator[list[str]]:
-    """Each fact of the runs' surroundings, with all values that it had."""
+def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str, str]]:
+    """Each fact about code, versions and hardware, with all the values that it had."""
     facts: dict[str, dict[str, None]] = {}
-    for arm in arms:
-        for run in arm.runs:
+    for trial in trials:
+        for run in trial.runs:
             for part in ("code", "versions", "hardware"):
                 about: Mapping[str, Any] = run.session.get(part, {})
                 for name, value in about.items():
                     if value is not None:
                         facts.setdefault(name, {})[str(value)] = None
     for name, values in facts.items():
-        yield [name.replace("_", " "), "; ".join(values) + (" (not the same in all runs)" if len(values) > 1 else "")]
+        differs = " (differs between runs)" if len(values) > 1 else ""
+        yield name.replace("_", " "), "; ".join(values) + differs
+
+
+def _render(template: str, context: Mapping[str, Any]) -> str:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=jinja2.select_autoescape(["html.jinja"]),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = lambda text: text.replace("|", "\\|").replace("\n", " ")
+    return environment.get_template(template).render(context).rstrip("\n") + "\n"

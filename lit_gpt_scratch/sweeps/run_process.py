@@ -1,4 +1,4 @@
-"""A run as a process of its own."""
+"""A run of ``fit`` as a child process, which ends when its parent does."""
 
 import os
 import re
@@ -13,70 +13,73 @@ from pathlib import Path
 
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
-GRACE = 120.0
-"""Seconds that a run has to save and leave when it is asked to."""
-THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-"""Where torch and tokenizers read how many threads to start."""
+GRACE_SECONDS = 120.0
+"""Time that a run has after SIGTERM to save a checkpoint and exit, before SIGKILL."""
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
+"""Environment variables that set the thread count of torch and tokenizers."""
 
 
 class RunProcess:
-    """Start a run in a session of its own: a terminal's Ctrl-C reaches the sweep alone, which then asks the run.
+    """Start a module in a child process with its own session.
+
+    With its own session, Ctrl-C in a terminal reaches only the sweep, which then stops the run itself.
 
     Args:
-        module: To run; ``fit``, but in tests of the sweep itself.
-        arguments: Its flags.
-        log: File for all that it says.
-        workers: Runs that share the cores of this machine.
+        module: Module to run: ``fit``, or a stub in tests of the sweep.
+        arguments: Command-line arguments.
+        log: File for standard output and standard error.
+        workers: Number of runs that share the cores of this machine.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path, workers: int = 1) -> None:
         environment = dict(os.environ)
         if workers > 1:
-            share = str(max(1, count_available_cpus() // workers))
-            environment = dict.fromkeys(THREADS, share) | environment
+            threads = str(max(1, count_available_cpus() // workers))
+            environment = dict.fromkeys(THREAD_VARIABLES, threads) | environment
         self._log = log
-        with log.open("wb") as said:
+        with log.open("wb") as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "lit_gpt_scratch.sweeps.run_process", module, *arguments],
                 stdin=subprocess.PIPE,
-                stdout=said,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env=environment,
                 start_new_session=True,
             )
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, if it comes in time."""
+        """Wait for the exit code; None after a timeout."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
 
     def stop(self) -> None:
-        """Ask it to save and leave; end it if it does not."""
+        """Send SIGTERM, so that the run saves a checkpoint; SIGKILL if it does not exit in time."""
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
-        if self.wait(GRACE) is None:
+        if self.wait(GRACE_SECONDS) is None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
 
-    def reason(self) -> str:
-        """Why it failed, in one line: what it said last, or the signal that ended it."""
+    def failure_reason(self) -> str:
+        """One line: the signal that killed the run, its last line that starts with ``error:``, or its last line."""
         code = self._process.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
-        said = self._log.read_text(encoding="utf-8", errors="replace")
-        lines = [line.strip() for line in re.split(r"[\r\n]+", said) if line.strip()]
-        told = next((line for line in reversed(lines) if line.startswith("error: ")), None)
-        return (told or (lines[-1] if lines else f"exit code {code}")).removeprefix("error: ")
+        output = self._log.read_text(encoding="utf-8", errors="replace")
+        lines = [line.strip() for line in re.split(r"[\r\n]+", output) if line.strip()]
+        error = next((line for line in reversed(lines) if line.startswith("error: ")), None)
+        return (error or (lines[-1] if lines else f"exit code {code}")).removeprefix("error: ")
 
 
-def _end_with_parent() -> None:
-    os.read(0, 1)  # no buffered reader: its lock would be held when Python shuts down
-    os.killpg(0, signal.SIGKILL)  # other ranks and loaders, too
+def _exit_with_parent() -> None:
+    """Wait until standard input closes, as it does when the parent ends, and kill the process group."""
+    os.read(0, 1)  # not a buffered reader: Python would wait for its lock at shutdown
+    os.killpg(0, signal.SIGKILL)  # includes other ranks and data loader workers
 
 
 if __name__ == "__main__":
     module = sys.argv.pop(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     runpy.run_module(module, run_name="__main__", alter_sys=True)

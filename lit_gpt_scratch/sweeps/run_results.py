@@ -1,43 +1,52 @@
-"""What became of a run, as plain data: read from its folder, kept in the study, shown in the report."""
+"""Results of runs and trials: read from run folders, stored in the study, shown in TensorBoard's HParams tab."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import metadata, plugin_data_pb2, summary_v2
+from tensorboard.plugins.hparams.api_pb2 import STATUS_FAILURE, STATUS_SUCCESS
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-HPARAMS: Final = ".hparams"
-"""Suffix of event files that hold no curve."""
-LONGEST: Final = 200
-"""Points of a curve that are kept."""
+from lit_gpt_scratch.sweeps.statistics import Estimate, estimate_mean
+from lit_gpt_scratch.sweeps.sweep_config import Assignment
+
+HPARAMS_SUFFIX: Final = ".hparams"
+"""File name suffix of event files that hold hyperparameters instead of scalars."""
+MAX_CURVE_POINTS: Final = 200
+"""Maximum number of points of a stored curve."""
 
 
 class CurvePoint(NamedTuple):
-    """A metric at one moment of a run."""
+    """The metric at one validation."""
 
     step: int
     """Optimizer steps done."""
     seconds: float
-    """Since the training began, without the time between two sessions."""
+    """Time since the training began, without the pause between two sessions."""
     value: float
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One run of ``fit``.
+    """The result of one run of ``fit``. Studies store it as JSON, so its field names are a file format.
 
     Args:
-        seed: Its seed.
+        seed: The run's seed.
         state: ``finished``, ``pruned`` or ``failed``.
         reason: Why it did not finish.
-        metrics: The numbers of ``summary.json``; of a run that did not finish, the last ones known.
+        metrics: The numbers in ``summary.json``; of a run that did not finish, the last known ones.
         curve: The sweep's metric at each validation.
-        folder: Where it lies.
-        diagnoses: What its doctor said.
-        session: Versions, hardware and code of its last session.
+        folder: The run folder.
+        diagnoses: Entries of ``doctor.json``: symptom, cause and flag.
+        session: Versions, hardware and code of the run's last session, from ``provenance.json``.
     """
 
     seed: int
@@ -51,86 +60,173 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Of training, if the run says how many tokens it saw."""
+        """Training tokens per optimizer step, if the run reports its tokens."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
-    def plain(self) -> dict[str, Any]:
-        """For JSON."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
         return asdict(self)
 
     @classmethod
-    def of(cls, plain: Mapping[str, Any]) -> "RunResult":
-        """From JSON."""
-        return cls(**{**plain, "curve": [CurvePoint(*each) for each in plain["curve"]]})
+    def from_dict(cls, plain: Mapping[str, Any]) -> "RunResult":
+        """The inverse of ``to_dict``."""
+        return cls(**{**plain, "curve": [CurvePoint(*point) for point in plain["curve"]]})
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """An assignment and the results of its runs, one per seed.
+
+    Args:
+        number: Number of the trial.
+        assignment: Settings by dimension.
+        runs: Results by seed, as far as there are any.
+        flags: Arguments of ``fit``, without seed and folder.
+        expected_runs: Number of runs that the trial has when it is complete.
+    """
+
+    number: int
+    assignment: Assignment
+    runs: list[RunResult] = field(default_factory=list)
+    flags: list[str] = field(default_factory=list)
+    expected_runs: int = 1
+
+    @property
+    def label(self) -> str:
+        """The settings, separated by commas."""
+        return ", ".join(format_setting(setting) for setting in self.assignment.values()) or "the runs"
+
+    @property
+    def state(self) -> str:
+        """``failed`` or ``pruned`` if a run is, ``finished`` if all runs are, else ``unfinished``."""
+        ended = [run.state for run in self.runs if run.state != "finished"]
+        if ended:
+            return "failed" if "failed" in ended else "pruned"
+        return "finished" if len(self.runs) >= self.expected_runs else "unfinished"
+
+    def values(self, metric: str) -> dict[int, float]:
+        """The metric of the finished runs, by seed."""
+        return {run.seed: run.metrics[metric] for run in self.runs if run.state == "finished" and metric in run.metrics}
+
+    def mean(self, metric: str) -> Estimate:
+        """Mean and confidence interval over the seeds; at least one run must have finished."""
+        return estimate_mean(list(self.values(metric).values()))
+
+
+def format_setting(setting: str | float) -> str:
+    """A setting as shown in tables and legends."""
+    return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
+
+
+def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) -> list[TrialResult]:
+    """The finished trials that have the metric, best mean first."""
+    sign = 1 if direction == "minimize" else -1
+    finished = [trial for trial in trials if trial.state == "finished" and trial.values(metric)]
+    return sorted(finished, key=lambda trial: sign * trial.mean(metric).mean)
 
 
 def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> RunResult:
-    """A run from its folder."""
+    """Read a run's result from its folder; a metric that is not finite makes the run ``failed``."""
     metrics = {}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         metrics = {name: float(v) for name, v in summary.items() if isinstance(v, int | float)}
         if metric in summary and summary[metric] is None:
             state, reason = "failed", f"{metric} is not finite at the end"
-    points = list(curve(folder, metric))
+    points = list(read_curve(folder, metric))
     if not metrics and points:
         metrics = {metric: points[-1].value, "step": points[-1].step}
-    every = math.ceil(len(points) / LONGEST)
+    every = math.ceil(len(points) / MAX_CURVE_POINTS)
     return RunResult(
         seed=seed,
         state=state,
         reason=reason,
         metrics=metrics,
-        curve=points[:: -every or 1][::-1],  # the last one stays
+        curve=points[:: -every or 1][::-1],  # subsampled from the end, to keep the last point
         folder=str(folder),
-        diagnoses=_diagnoses(folder),
-        session=_last_session(folder),
+        diagnoses=_read_diagnoses(folder),
+        session=_read_last_session(folder),
     )
 
 
-def curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
-    """The metric over a run, from its events; a session of a resumed run takes the place of what it did again."""
+def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
+    """The metric over a run, from its event files; steps repeated after a resume replace the earlier ones."""
     points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
-        if path.name.endswith(HPARAMS):
+        if path.name.endswith(HPARAMS_SUFFIX):
             continue
         events = EventAccumulator(str(path), size_guidance={SCALARS: 0}).Reload()
-        began = events.FirstEventTimestamp() if events.Tags()["scalars"] else 0.0
-        found = events.Scalars(metric) if metric in events.Tags()["scalars"] else []
-        if not found:
+        start = events.FirstEventTimestamp() if events.Tags()["scalars"] else 0.0
+        scalars = events.Scalars(metric) if metric in events.Tags()["scalars"] else []
+        if not scalars:
             continue
-        points = {step: point for step, point in points.items() if step < found[0].step + 1}
-        before = max((point.seconds for point in points.values()), default=0.0)
-        for event in found:  # Lightning numbers a validation by the step that was just done, from 0
+        points = {step: point for step, point in points.items() if step < scalars[0].step + 1}
+        offset = max((point.seconds for point in points.values()), default=0.0)
+        for event in scalars:  # Lightning logs a validation at the 0-based index of the last step
             if math.isfinite(event.value):
-                points[event.step + 1] = CurvePoint(event.step + 1, before + event.wall_time - began, event.value)
+                points[event.step + 1] = CurvePoint(event.step + 1, offset + event.wall_time - start, event.value)
     yield from points.values()
 
 
-def logged(folder: Path) -> list[str]:
-    """Names of the numbers that a run leaves."""
+def logged_metrics(folder: Path) -> list[str]:
+    """Names of the numbers in a run's ``summary.json``."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
 def latest_run_folder(experiment: Path) -> Path | None:
-    """The newest run folder of an experiment."""
-    found = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
-    return max(found, key=lambda path: int(path.name.removeprefix("version_")), default=None)
+    """The ``version_N`` folder of an experiment with the highest N, or None."""
+    versions = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
+    return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
-def _diagnoses(folder: Path) -> list[dict[str, str]]:
+def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
+    """Write a run's settings as an event file for TensorBoard's HParams tab, unless there is one.
+
+    Args:
+        run: Its folder gets the file.
+        assignment: Settings by dimension.
+        group: Name shared by the seeds of a trial, whose metrics TensorBoard averages.
+    """
+    folder = Path(run.folder)
+    if any(folder.glob(f"*{HPARAMS_SUFFIX}")):
+        return
+    settings: dict[str, str | float] = {name: _as_number(setting) for name, setting in assignment.items()}
+    start = summary_v2.hparams_pb(settings, trial_id=group)
+    status = STATUS_SUCCESS if run.state == "finished" else STATUS_FAILURE
+    end = plugin_data_pb2.HParamsPluginData(
+        session_end_info=plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=time.time())
+    )
+    end_metadata = metadata.create_summary_metadata(end)
+    end_summary = Summary(
+        value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=end_metadata, tensor=metadata.NULL_TENSOR)]
+    )
+    writer = EventFileWriter(str(folder), filename_suffix=HPARAMS_SUFFIX)
+    for summary in (start, end_summary):
+        writer.add_event(Event(wall_time=time.time(), summary=summary))
+    writer.close()
+
+
+def _as_number(setting: str | float) -> str | float:
+    """The number in a numeric label, so that TensorBoard sorts by value."""
     try:
-        said = json.loads((folder / "doctor.json").read_text(encoding="utf-8"))
+        return float(setting)
+    except ValueError:
+        return setting
+
+
+def _read_diagnoses(folder: Path) -> list[dict[str, str]]:
+    try:
+        diagnoses = json.loads((folder / "doctor.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return []
-    return [{part: each[part] for part in ("symptom", "cause", "flag")} for each in said]
+    return [{key: diagnosis[key] for key in ("symptom", "cause", "flag")} for diagnosis in diagnoses]
 
 
-def _last_session(folder: Path) -> dict[str, Any]:
+def _read_last_session(folder: Path) -> dict[str, Any]:
     try:
         session = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["sessions"][-1]
     except (OSError, ValueError, LookupError):
         return {}
-    return {part: session[part] for part in ("versions", "hardware", "code") if part in session}
+    return {key: session[key] for key in ("versions", "hardware", "code") if key in session}

@@ -1,4 +1,4 @@
-"""Doing the runs of a study, some side by side."""
+"""The loop that executes the runs of a study, several at a time."""
 
 import logging
 import shutil
@@ -12,103 +12,121 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps import hparams
-from lit_gpt_scratch.sweeps.build_command import FIT, ResolvedBaseline, arguments, experiment
+from lit_gpt_scratch.sweeps.fit_command import FIT_MODULE, ResolvedBaseline, build_arguments, experiment_name
 from lit_gpt_scratch.sweeps.run_process import RunProcess
-from lit_gpt_scratch.sweeps.run_results import RunResult, curve, latest_run_folder, logged, read_run_result
+from lit_gpt_scratch.sweeps.run_results import (
+    RunResult,
+    latest_run_folder,
+    logged_metrics,
+    read_curve,
+    read_run_result,
+    write_hparams,
+)
 from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
-from lit_gpt_scratch.sweeps.sweep_config import Sweep, nearest
+from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, suggest_closest
 
 log = logging.getLogger(__name__)
 
-POLL = 0.1
-"""Seconds between looks at a process."""
-ASKED = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-"""Exit codes of a run that was told to stop by somebody else: SLURM tells all processes of a job."""
-LOOK = 1.0
-"""Seconds between looks at the events of a run that may be pruned."""
+POLL_SECONDS = 0.1
+"""Interval at which a run's process is polled."""
+PRUNING_SECONDS = 1.0
+"""Interval at which the event files of a run that may be pruned are read."""
+INTERRUPTED_CODES = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+"""Exit codes of a run that received a stop signal from outside the sweep: SLURM signals all processes of a job."""
 
 
 class SweepRunner:
-    """Takes one run after the other until there are none, in as many threads as runs may go side by side.
+    """Claims and executes runs until none is left, in one thread per worker.
 
     Args:
-        sweep: What is to be done.
-        study: Who does what.
-        folder: Of the sweep; a run is a folder in it.
-        known: What ``fit`` says of the baseline.
-        workers: Runs side by side.
-        module: That runs are processes of.
+        sweep: The sweep file.
+        study: Assigns the runs and records their results.
+        folder: Folder of the sweep; every run is a folder in it.
+        baseline: The baseline's flags as ``fit`` resolves them.
+        workers: Number of runs at a time.
+        module: Module that the runs execute.
     """
 
     def __init__(
-        self, sweep: Sweep, study: Study, folder: Path, known: ResolvedBaseline, workers: int = 1, module: str = FIT
+        self,
+        sweep: SweepConfig,
+        study: Study,
+        folder: Path,
+        baseline: ResolvedBaseline,
+        workers: int = 1,
+        module: str = FIT_MODULE,
     ) -> None:
         self.sweep = sweep
         self.study = study
         self.folder = folder
-        self.known = known
+        self.baseline = baseline
         self.workers = workers
         self.module = module
         self.stopping = threading.Event()
-        """Set it, and every run saves and leaves, to be gone on with another time."""
+        """Set it to make every run save a checkpoint and exit; the next sweep resumes them."""
 
     def run(self) -> None:
-        """Do what there is to do.
+        """Execute all runs that are left.
 
         Raises:
-            UserError: Nothing can come of the sweep.
+            UserError: The runs do not report the sweep's metric.
         """
         with ThreadPoolExecutor(self.workers) as pool:
-            working = [pool.submit(self._work) for _ in range(self.workers)]
+            workers = [pool.submit(self._work) for _ in range(self.workers)]
             try:
-                wait(working, return_when=FIRST_EXCEPTION)
-            finally:  # an exception is there, or a signal came
-                if any(each.done() and each.exception() for each in working) or not all(w.done() for w in working):
+                wait(workers, return_when=FIRST_EXCEPTION)
+            finally:  # a worker failed, or this thread was interrupted
+                if any(each.done() and each.exception() for each in workers) or not all(w.done() for w in workers):
                     self.stopping.set()
-        for each in working:
+        for each in workers:
             each.result()
 
     def _work(self) -> None:
-        while not self.stopping.is_set() and (claim := self.study.claim()):
+        while not self.stopping.is_set() and (claim := self.study.claim_run()):
             try:
-                run = self._run(claim)
-            except BaseException:  # whatever it is: a run that is not done must not stay claimed
-                self.study.give_back(claim)
+                result = self._run(claim)
+            except BaseException:  # whatever it is, an unfinished run must not stay claimed
+                self.study.release_run(claim)
                 raise
-            if run is None:
-                self.study.give_back(claim)
+            if result is None:
+                self.study.release_run(claim)
                 return
-            self.study.record(claim, run)
-            self._tell(claim, run)
+            self.study.record_run(claim, result)
+            self._log_result(claim, result)
 
     def _run(self, claim: ClaimedRun) -> RunResult | None:
-        """Do a run, or go on with it, or find that it is done; None if the sweep is to stop."""
-        given = arguments(self.sweep, claim.assignment, self.known)
-        name = experiment(self.sweep, claim.assignment, given, claim.seed)
+        """Execute a run, resume it, or read its result if it has finished; None if the sweep is stopping."""
+        arguments = build_arguments(self.sweep, claim.assignment, self.baseline)
+        name = experiment_name(self.sweep, claim.assignment, arguments, claim.seed)
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         lock = FileLock(logs / f"{name}.lock")
-        while not self.stopping.is_set():  # another sweep may be at the same run: an older form of the file, say
-            with suppress(Timeout), lock.acquire(timeout=POLL):
-                return self._alone(claim, given, name, logs / f"{name}.txt")
+        while not self.stopping.is_set():  # another sweep may execute the same run, e.g. an older version of the file
+            with suppress(Timeout), lock.acquire(timeout=POLL_SECONDS):
+                return self._run_locked(claim, arguments, name, logs / f"{name}.txt")
         return None
 
-    def _alone(self, claim: ClaimedRun, given: list[str], name: str, said: Path) -> RunResult | None:
-        runs = self.folder / name
+    def _run_locked(self, claim: ClaimedRun, arguments: list[str], name: str, output: Path) -> RunResult | None:
+        experiment = self.folder / name
         metric = self.sweep.metric
-        where = [f"--seed_everything={claim.seed}", f"--runs={self.folder}", f"--experiment={name}"]
+        run_arguments = [
+            *arguments,
+            f"--seed_everything={claim.seed}",
+            f"--runs={self.folder}",
+            f"--experiment={name}",
+            "--ckpt_path=auto",
+        ]
         state, reason = "finished", ""
-        for attempt in ("go on", "anew"):
-            folder = latest_run_folder(runs)
+        for from_scratch in (False, True):  # a run that fails after a resume gets a second attempt from scratch
+            folder = latest_run_folder(experiment)
             if folder and (folder / "summary.json").is_file():
                 break
             resumes = folder is not None and any(folder.glob("checkpoints/*.ckpt"))
-            if folder and (attempt == "anew" or not resumes):
+            if folder and (from_scratch or not resumes):
                 shutil.rmtree(folder)
                 resumes = False
-            process = RunProcess(self.module, [*given, *where, "--ckpt_path=auto"], said, self.workers)
-            pruned = self._watch(process, claim, runs)
+            process = RunProcess(self.module, run_arguments, output, self.workers)
+            pruned = self._watch(process, claim, experiment)
             if self.stopping.is_set():
                 return None
             if pruned:
@@ -117,48 +135,50 @@ class SweepRunner:
             code = process.wait(0)
             if code == 0:
                 break
-            if code in ASKED:
-                log.warning("%s was told to stop; so is the sweep", name)
+            if code in INTERRUPTED_CODES:
+                log.warning("%s received a stop signal; stopping the sweep", name)
                 self.stopping.set()
                 return None
-            state, reason = "failed", process.reason()
+            state, reason = "failed", process.failure_reason()
             if not resumes:
                 break
             state, reason = "finished", ""
-        folder = latest_run_folder(runs)
+        folder = latest_run_folder(experiment)
         if folder is None:
-            run = RunResult(claim.seed, state, reason, folder=str(runs))
+            result = RunResult(claim.seed, state, reason, folder=str(experiment))
         else:
-            run = read_run_result(folder, claim.seed, metric, state, reason)
-            if run.state == "finished" and metric not in run.metrics:
-                names = logged(folder)
-                raise UserError(f"metric: a run has no {metric}{nearest(metric, names)}; there are {', '.join(names)}")
-        hparams.write(run, claim.assignment, f"trial {claim.number}")
-        return run
+            result = read_run_result(folder, claim.seed, metric, state, reason)
+            if result.state == "finished" and metric not in result.metrics:
+                names = logged_metrics(folder)
+                raise UserError(
+                    f"metric: runs do not log {metric}{suggest_closest(metric, names)}; they log {', '.join(names)}"
+                )
+        write_hparams(result, claim.assignment, f"trial {claim.number}")
+        return result
 
-    def _watch(self, process: RunProcess, claim: ClaimedRun, runs: Path) -> str:
-        """Wait for a run's end, and end it early if it is to be; why it was pruned, if it was."""
+    def _watch(self, process: RunProcess, claim: ClaimedRun, experiment: Path) -> str:
+        """Wait for the end of a run, and stop it if it is pruned or the sweep stops; the reason if it was pruned."""
         try:
-            reported, looked = 0, time.monotonic()
-            while process.wait(POLL) is None:
+            reported, checked = 0, time.monotonic()
+            while process.wait(POLL_SECONDS) is None:
                 if self.stopping.is_set():
                     process.stop()
-                elif claim.trial is not None and time.monotonic() - looked > LOOK:
-                    folder, looked = latest_run_folder(runs), time.monotonic()
-                    for step, _, value in curve(folder, self.sweep.metric) if folder else ():
+                elif claim.trial is not None and time.monotonic() - checked > PRUNING_SECONDS:
+                    folder, checked = latest_run_folder(experiment), time.monotonic()
+                    for step, _, value in read_curve(folder, self.sweep.metric) if folder else ():
                         if step > reported:
                             reported = step
                             if self.study.should_prune(claim, step, value):
                                 process.stop()
                                 return f"{self.sweep.metric} was {value:.4g} at step {step}"
         finally:
-            if process.wait(0) is None:  # an error on this side
+            if process.wait(0) is None:  # an exception in this process
                 process.stop()
         return ""
 
-    def _tell(self, claim: ClaimedRun, run: RunResult) -> None:
-        value = run.metrics.get(self.sweep.metric)
-        figure = "" if value is None else f"{self.sweep.metric} {value:.4f}, "
-        why = f": {run.reason}" if run.reason else ""
+    def _log_result(self, claim: ClaimedRun, result: RunResult) -> None:
+        value = result.metrics.get(self.sweep.metric)
+        shown = "" if value is None else f"{self.sweep.metric} {value:.4f}, "
+        reason = f": {result.reason}" if result.reason else ""
         settings = ", ".join(f"{name} {setting}" for name, setting in claim.assignment.items())
-        log.info("trial %d, seed %d: %s%s%s (%s)", claim.number, run.seed, figure, run.state, why, settings)
+        log.info("trial %d, seed %d: %s%s%s (%s)", claim.number, result.seed, shown, result.state, reason, settings)

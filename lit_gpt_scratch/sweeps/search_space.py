@@ -1,4 +1,4 @@
-"""One thing that a sweep varies: some alternatives, or a range of numbers."""
+"""The search space of a sweep: each dimension is a list of choices or a range of numbers."""
 
 import itertools
 import json
@@ -12,89 +12,89 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from lit_gpt_scratch.errors import UserError
 
-Flags = dict[str, Any]
-"""Flags of ``fit`` by their names, without dashes."""
+FitFlags = dict[str, Any]
+"""Flags of ``fit`` and their values, by name without dashes."""
 Setting = str | float
-"""What a dimension is set to: the label of an alternative, or a number of a range."""
+"""The value of a dimension in one trial: the label of a choice, or a number from a range."""
 
 
 class SearchDimension(ABC):
-    """What a trial chooses one of."""
+    """One thing that a sweep varies."""
 
     @property
     @abstractmethod
     def distribution(self) -> BaseDistribution:
-        """As Optuna samples and stores it."""
+        """The Optuna distribution that samples and stores it."""
 
     @property
     @abstractmethod
     def baseline(self) -> Setting:
-        """What others are compared with, unless the file says otherwise."""
+        """The setting of the baseline, unless the sweep file names another."""
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
-        """All settings of a grid, the baseline first where there is no order; none if they cannot be counted."""
+        """All settings of a grid search, in order; empty for a continuous range."""
 
     @abstractmethod
-    def flags(self, setting: Setting) -> Flags:
-        """What a setting means to ``fit``."""
+    def to_flags(self, setting: Setting) -> FitFlags:
+        """The flags of ``fit`` that a setting stands for."""
 
     @abstractmethod
-    def holds(self, setting: Setting) -> bool:
-        """Whether it is one to choose from."""
+    def contains(self, setting: Setting) -> bool:
+        """Whether the setting is in this dimension."""
 
     @abstractmethod
-    def samples(self) -> Sequence[Setting]:
-        """Enough settings to see whether ``fit`` takes them."""
+    def example_settings(self) -> Sequence[Setting]:
+        """Enough settings to check that ``fit`` accepts the dimension."""
 
 
 @dataclass(frozen=True)
 class Choices(SearchDimension):
-    """A list in the file: each value of one flag, or each name with flags of its own.
+    """A list in the sweep file: values of one flag, or named sets of flags.
 
     Args:
-        options: By label, which flags it sets; the first is the baseline.
+        options: The flags of each choice, by label; the first choice is the baseline.
     """
 
-    options: Mapping[str, Flags]
+    options: Mapping[str, FitFlags]
 
     @property
     def distribution(self) -> BaseDistribution:
-        """Labels: Optuna stores no lists and no classes."""
+        """A categorical distribution over the labels: Optuna stores neither lists nor classes."""
         return CategoricalDistribution(tuple(self.options))
 
     @property
     def baseline(self) -> Setting:
-        """The first."""
+        """The first choice."""
         return next(iter(self.options))
 
     def grid(self) -> Sequence[Setting]:
-        """All, in their order."""
+        """All labels, in the order of the file."""
         return list(self.options)
 
-    def flags(self, setting: Setting) -> Flags:
-        """Those of the label."""
+    def to_flags(self, setting: Setting) -> FitFlags:
+        """The flags of a label."""
         return dict(self.options[str(setting)])
 
-    def holds(self, setting: Setting) -> bool:
-        """Whether there is such a label."""
+    def contains(self, setting: Setting) -> bool:
+        """Whether the label exists."""
         return setting in self.options
 
-    def samples(self) -> Sequence[Setting]:
-        """All."""
+    def example_settings(self) -> Sequence[Setting]:
+        """All labels."""
         return list(self.options)
 
 
 @dataclass(frozen=True)
 class NumericRange(SearchDimension):
-    """Numbers between two others, both included.
+    """Numbers between two bounds, both inclusive.
 
     Args:
-        flag: That they are given to.
-        low: The least; whole numbers if this and ``high`` are.
-        high: The greatest.
-        log: Search evenly over orders of magnitude.
-        step: Distance of neighbours; without it any number.
+        flag: The flag of ``fit`` that takes the number.
+        low: Lower bound; the range is of integers if both bounds are.
+        high: Upper bound.
+        log: Sample uniformly in log space.
+        step: Distance between neighbouring values; without it the range is continuous.
     """
 
     flag: str
@@ -104,85 +104,85 @@ class NumericRange(SearchDimension):
     step: float | None = None
 
     @property
-    def whole(self) -> bool:
-        """Whether all are whole numbers."""
+    def is_integer(self) -> bool:
+        """Whether the range holds integers only."""
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
     @property
     def distribution(self) -> BaseDistribution:
-        """Whole or not, as the bounds are."""
-        high = self.high if self.step is None else self._on_step(self._steps())
-        if self.whole:
+        """An integer or a float distribution, depending on the bounds."""
+        high = self.high if self.step is None else self._at_step(self._last_step())
+        if self.is_integer:
             return IntDistribution(int(self.low), int(high), log=self.log, step=int(self.step or 1))
         return FloatDistribution(self.low, high, log=self.log, step=self.step)
 
     @property
     def baseline(self) -> Setting:
-        """The middle, of the orders of magnitude where these are what is searched; on a step, if there are steps."""
+        """The midpoint: on a step if there are steps, geometric if ``log``."""
         if self.step is not None:
-            return self._on_step((self._steps() + 1) // 2)
+            return self._at_step((self._last_step() + 1) // 2)
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
-        return round(middle) if self.whole else middle
+        return round(middle) if self.is_integer else middle
 
     def grid(self) -> Sequence[Setting]:
-        """Every step, if there are steps."""
-        return [self._on_step(place) for place in range(self._steps() + 1)] if self.step is not None else []
+        """Every step; empty without a step."""
+        return [self._at_step(index) for index in range(self._last_step() + 1)] if self.step is not None else []
 
-    def flags(self, setting: Setting) -> Flags:
-        """The number, for the one flag."""
+    def to_flags(self, setting: Setting) -> FitFlags:
+        """The number as the value of the flag."""
         return {self.flag: setting}
 
-    def holds(self, setting: Setting) -> bool:
-        """Whether it lies between, and on a step if there are steps."""
+    def contains(self, setting: Setting) -> bool:
+        """Whether the number is within the bounds and, if there are steps, on one."""
         within = not isinstance(setting, str) and self.low <= setting <= self.high
-        return within and (setting in self.grid() or self.step is None) and not (self.whole and setting % 1)
+        return within and (setting in self.grid() or self.step is None) and not (self.is_integer and setting % 1)
 
-    def samples(self) -> Sequence[Setting]:
-        """Both ends."""
+    def example_settings(self) -> Sequence[Setting]:
+        """Both bounds."""
         return [self.low, self.high]
 
-    def _steps(self) -> int:
+    def _last_step(self) -> int:
         return math.floor((self.high - self.low) / (self.step or 1) + 1e-9)
 
-    def _on_step(self, place: int) -> float:
-        number = self.low + place * (self.step or 1)
-        return number if self.whole else float(f"{number:.12g}")  # 0.1 + 2 * 0.1 is not what one would write
+    def _at_step(self, index: int) -> float:
+        value = self.low + index * (self.step or 1)
+        return value if self.is_integer else float(f"{value:.12g}")  # 0.1 + 2 * 0.1 is 0.3, not 0.30000000000000004
 
 
-def dimension(name: str, given: Any) -> SearchDimension:
-    """What the file says under ``vary``: a list, ``{low, high, log, step}``, or flags by names of one's own.
+def parse_dimension(name: str, given: Any) -> SearchDimension:
+    """Read one entry of ``vary``: a list, ``{low, high, log, step}``, or flags by label.
 
     Raises:
-        UserError: It is something else, or there is nothing to choose from.
+        UserError: It is something else, or it is empty.
     """
     where = f"vary: {name}"
     if isinstance(given, Mapping) and given.keys() & {"low", "high"}:
-        return _range(name, given)
+        return _parse_range(name, given)
     if isinstance(given, Mapping):
         for label, flags in given.items():
             if not isinstance(flags, Mapping):
-                raise UserError(f"{where}: {label} is {flags}; write the flags that it stands for, as a mapping")
-        return _alternatives(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
+                raise UserError(f"{where}: {label} is {flags}; give a mapping of the flags that it stands for")
+        return _parse_choices(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
-        return _alternatives(where, [(format_label(value), {name: value}) for value in given])
+        return _parse_choices(where, [(format_label(value), {name: value}) for value in given])
     raise UserError(f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or flags by name")
 
 
-def product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Setting]]:
-    """Every combination; the last dimension changes fastest.
+def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Setting]]:
+    """Every combination of settings; the last dimension changes fastest.
 
     Raises:
-        UserError: A dimension cannot be counted.
+        UserError: A dimension is a continuous range.
     """
-    axes = {name: each.grid() for name, each in dimensions.items()}
+    axes = {name: dimension.grid() for name, dimension in dimensions.items()}
     for name, axis in axes.items():
         if not axis:
-            raise UserError(f"vary: {name} is a range without a step, which is no grid; give it a step, or list values")
+            raise UserError(f"vary: {name} is a range without a step, which is no grid; add step, or list the values")
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
 
 def format_label(value: Any) -> str:
-    """A value in few words: of a class its name."""
+    """A short label of a flag's value; for a class, its name and arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = ", ".join(f"{name} {format_label(each)}" for name, each in (value.get("init_args") or {}).items())
         name = str(value["class_path"]).rpartition(".")[2]
@@ -192,40 +192,11 @@ def format_label(value: Any) -> str:
     return str(value)
 
 
-def _alternatives(where: str, options: list[tuple[str, Flags]]) -> Choices:
-    if not options:
-        raise UserError(f"{where} has nothing to choose from: the grid is empty")
-    labels = [label for label, _ in options]
-    for label in labels:
-        if labels.count(label) > 1:
-            raise UserError(f"{where} has {label} twice")
-    return Choices(dict(options))
-
-
-def _range(name: str, given: Mapping[str, Any]) -> NumericRange:
-    where = f"vary: {name}"
-    unknown = given.keys() - {"low", "high", "log", "step"}
-    if unknown or not {"low", "high"} <= given.keys():
-        raise UserError(f"{where}: a range has low, high, and perhaps log and step, not {', '.join(map(str, given))}")
-    low, high = number(f"{where}: low", given["low"]), number(f"{where}: high", given["high"])
-    step = None if given.get("step") is None else number(f"{where}: step", given["step"])
-    log = given.get("log", False)
-    if not isinstance(log, bool):
-        raise UserError(f"{where}: log is {log}; it must be true or false")
-    if not low < high:
-        raise UserError(f"{where}: low is {low}, and high {high}; the range is empty")
-    if log and low <= 0:
-        raise UserError(f"{where}: low is {low}; it must be positive where log is true")
-    if step is not None and (log or not 0 < step <= high - low):
-        raise UserError(f"{where}: step is {step}; it must be positive, fit between low and high, and not go with log")
-    return NumericRange(name, low, high, log, step)
-
-
-def number(where: str, given: Any) -> float:
-    """A number of a YAML file, in which 1e-4 is a text.
+def parse_number(where: str, given: Any) -> float:
+    """Read a number from a YAML file; YAML reads 1e-4 as a string.
 
     Raises:
-        UserError: It is none, or not finite.
+        UserError: It is not a finite number.
     """
     try:
         if isinstance(given, bool):
@@ -236,3 +207,34 @@ def number(where: str, given: Any) -> float:
     if not math.isfinite(value):
         raise UserError(f"{where} is {given}; it must be finite")
     return value
+
+
+def _parse_choices(where: str, options: list[tuple[str, FitFlags]]) -> Choices:
+    if not options:
+        raise UserError(f"{where} has no choices, so the grid is empty")
+    labels = [label for label, _ in options]
+    for label in labels:
+        if labels.count(label) > 1:
+            raise UserError(f"{where} lists {label} twice")
+    return Choices(dict(options))
+
+
+def _parse_range(name: str, given: Mapping[str, Any]) -> NumericRange:
+    where = f"vary: {name}"
+    unknown = given.keys() - {"low", "high", "log", "step"}
+    if unknown or not {"low", "high"} <= given.keys():
+        raise UserError(
+            f"{where}: a range takes low, high, and optionally log and step, not {', '.join(map(str, given))}"
+        )
+    low, high = parse_number(f"{where}: low", given["low"]), parse_number(f"{where}: high", given["high"])
+    step = None if given.get("step") is None else parse_number(f"{where}: step", given["step"])
+    log = given.get("log", False)
+    if not isinstance(log, bool):
+        raise UserError(f"{where}: log is {log}; it must be true or false")
+    if not low < high:
+        raise UserError(f"{where}: low is {low} and high is {high}; low must be less than high")
+    if log and low <= 0:
+        raise UserError(f"{where}: low is {low}; it must be positive if log is true")
+    if step is not None and (log or not 0 < step <= high - low):
+        raise UserError(f"{where}: step is {step}; it must be positive, at most high - low, and not combined with log")
+    return NumericRange(name, low, high, log, step)

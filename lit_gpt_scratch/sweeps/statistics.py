@@ -1,4 +1,4 @@
-"""What a few seeds allow to say: Student's t, for means and for differences of pairs.
+"""Statistics over a few seeds: Student's t intervals, paired differences, and Holm's correction.
 
 Student, The probable error of a mean, Biometrika 6 (1908); Holm, A simple sequentially rejective multiple test
 procedure, Scandinavian Journal of Statistics 6 (1979).
@@ -13,72 +13,119 @@ from typing import Final
 from scipy.special import stdtr, stdtrit
 
 CONFIDENCE: Final = 0.95
+ALPHA: Final = 1 - CONFIDENCE
+"""Significance level, after Holm's correction."""
+WITHIN_NOISE: Final = "within noise"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and how far off it may be.
+    """A mean with its confidence interval and t-test.
 
     Args:
-        mean: Of the values.
-        half: Half the width of its confidence interval; None of a single value.
-        p: How likely so large a mean is where the true one is 0 (two-sided); None of a single value.
-        n: How many values.
+        mean: Mean of the values.
+        half_width: Half the width of the 95% confidence interval; None for a single value.
+        p: Two-sided p-value of the hypothesis that the true mean is 0; None for a single value.
+        n: Number of values.
     """
 
     mean: float
-    half: float | None
+    half_width: float | None
     p: float | None
     n: int
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.half is not None and abs(self.mean) > self.half
+        """Whether the interval excludes 0; not corrected for multiple comparisons."""
+        return self.half_width is not None and abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
-        """As a table has it, to the digits that the interval leaves."""
-        if self.half is None:
+        """Mean ± half width, rounded to two significant digits of the half width."""
+        if self.half_width is None:
             return f"{self.mean:.4g}"
-        digits = max(0, min(5, 1 - math.floor(math.log10(self.half)))) if self.half > 0 else 4
-        return f"{self.mean:.{digits}f} ± {self.half:.{digits}f}"
+        digits = max(0, min(5, 1 - math.floor(math.log10(self.half_width)))) if self.half_width > 0 else 4
+        return f"{self.mean:.{digits}f} ± {self.half_width:.{digits}f}"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    """Mean and confidence interval of values that are normally distributed: mean ± t(0.975, n - 1) s / √n."""
+@dataclass(frozen=True)
+class Comparison:
+    """A trial compared with the baseline.
+
+    Args:
+        difference: Mean of the per-seed differences to the baseline; None without a common seed.
+        corrected_p: p-value after Holm's correction over all trials of the sweep; None with fewer than two seeds.
+        verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, ``within noise`` if not, or the reason
+            why there is no test.
+    """
+
+    difference: Estimate | None
+    corrected_p: float | None
+    verdict: str
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p-value is below 0.05."""
+        return self.corrected_p is not None and self.corrected_p < ALPHA
+
+
+def estimate_mean(values: Sequence[float]) -> Estimate:
+    """Mean and confidence interval, ``mean ± t(0.975, n - 1) s / √n``, assuming a normal distribution."""
     n = len(values)
     if n < 2:
         return Estimate(fmean(values), None, None, n)
     mean, error = fmean(values), stdev(values) / math.sqrt(n)
-    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
+    half_width = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2)) * error
     p = 2 * float(stdtr(n - 1, -abs(mean) / error)) if error else float(mean == 0)
-    return Estimate(mean, half, p, n)
+    return Estimate(mean, half_width, p, n)
 
 
-def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> Estimate | None:
-    """The difference to the baseline, by the seeds that both have; None if there are none.
+def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
+    """Differences to the baseline, by seed, for the seeds that both have.
 
-    Runs of one seed see the same windows in the same order, so that much of the noise is common to both.
+    Runs with the same seed see the same samples in the same order, so much of their noise cancels in the difference.
     """
-    shared = [seed for seed in values if seed in baseline]
-    return estimate([values[seed] - baseline[seed] for seed in shared]) if shared else None
+    return {seed: values[seed] - baseline[seed] for seed in values if seed in baseline}
 
 
-def holm(ps: Sequence[float]) -> list[float]:
-    """The same probabilities, corrected for that several comparisons were made (Holm 1979)."""
-    corrected, least = [0.0] * len(ps), 0.0
-    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
-        least = max(least, min(1.0, (len(ps) - rank) * ps[place]))
-        corrected[place] = least
+def holm_correction(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for multiple comparisons (Holm 1979), in the order given."""
+    corrected, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
     return corrected
 
 
-def verdict(difference: Estimate | None, direction: str) -> str:
-    """What a difference to the baseline says, in words."""
+def compare_to_baseline(
+    values: Mapping[int, Mapping[int, float]], baseline: Mapping[int, float], direction: str
+) -> dict[int, Comparison]:
+    """Compare every trial with the baseline by a paired t-test, with Holm's correction over all trials.
+
+    Args:
+        values: The metric by trial and seed, without the baseline's.
+        baseline: The baseline's metric by seed.
+        direction: ``minimize`` or ``maximize``.
+
+    Returns:
+        A comparison per trial.
+    """
+    estimates: dict[int, Estimate | None] = {}
+    for number, by_seed in values.items():
+        differences = list(paired_differences(by_seed, baseline).values())
+        estimates[number] = estimate_mean(differences) if differences else None
+    p_values = {number: each.p for number, each in estimates.items() if each is not None and each.p is not None}
+    corrected = dict(zip(p_values, holm_correction(list(p_values.values())), strict=True))
+    return {
+        number: Comparison(each, corrected.get(number), _verdict(each, corrected.get(number), direction))
+        for number, each in estimates.items()
+    }
+
+
+def _verdict(difference: Estimate | None, corrected_p: float | None, direction: str) -> str:
     if difference is None:
-        return "not comparable: no common seed"
-    if difference.half is None:
-        return "not known: one seed"
-    if not difference.excludes_zero:
-        return "within noise"
+        return "no common seed"
+    if corrected_p is None:
+        return "only one seed"
+    if corrected_p >= ALPHA:
+        return WITHIN_NOISE
     return "better" if (difference.mean < 0) == (direction == "minimize") else "worse"

@@ -1,4 +1,4 @@
-"""Where a study is kept: a file on one machine or a shared disk, a database for many machines."""
+"""Optuna storage of a study: a journal or SQLite file on one machine or shared disk, PostgreSQL for many machines."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,69 +13,72 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock  # the type of a public argument
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks, reason
+from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks
 
 JOURNAL = "study.journal"
-POSTGRES = ("postgresql", "postgres", "postgresql+psycopg")
+POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
 
-def open_storage(given: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
-    """The storage that a user means, and the locks that go with it.
+def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
+    """Open or create a storage and its locks.
 
     Args:
-        given: A file for a journal, ``sqlite:///FILE`` or ``postgresql://...``; None is a journal in the folder.
-        folder: Of the sweep.
-        study: Its name in the storage.
+        location: A journal file, ``sqlite:///FILE`` or ``postgresql://...``; None is a journal in the folder.
+        folder: Folder of the sweep.
+        study: Name of the study in the storage.
 
     Raises:
-        UserError: It cannot be reached, or is of another kind.
+        UserError: The storage cannot be reached or written, or its scheme is not supported.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    kind, separator, rest = (given or str(folder / JOURNAL)).partition("://")
-    with storage_errors(given):
+    scheme, separator, rest = (location or str(folder / JOURNAL)).partition("://")
+    with storage_errors(location):
         if not separator:
-            path = _made_room(Path(kind).expanduser())
+            path = _ensure_writable(Path(scheme).expanduser())
             repair_journal(path)
-            return JournalStorage(JournalFileBackend(str(path), lock_obj=_Lock(path))), _beside(path)
-        if kind == "sqlite":
-            claims = _beside(_made_room(Path(rest.removeprefix("/"))))
-            with claims.alone():  # its tables are made by one
-                return RDBStorage(f"sqlite://{rest}", engine_kwargs={"connect_args": {"timeout": 60}}), claims
-        if kind in POSTGRES:
+            return JournalStorage(JournalFileBackend(str(path), lock_obj=_JournalLock(path))), _file_locks(path)
+        if scheme == "sqlite":
+            file_locks = _file_locks(_ensure_writable(Path(rest.removeprefix("/"))))
+            with file_locks.exclusive():  # only one process may create the tables
+                return RDBStorage(f"sqlite://{rest}", engine_kwargs={"connect_args": {"timeout": 60}}), file_locks
+        if scheme in POSTGRES_SCHEMES:
             url = f"postgresql+psycopg://{rest}"
-            database = PostgresLocks(url, study)
-            with database.alone():
+            postgres_locks = PostgresLocks(url, study)
+            with postgres_locks.exclusive():
                 options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
-                return RDBStorage(url, engine_kwargs=options), database
-    raise UserError(f"--storage is {kind}://...; it must be a file, sqlite:///FILE or postgresql://USER@HOST/DATABASE")
+                return RDBStorage(url, engine_kwargs=options), postgres_locks
+    raise UserError(
+        f"--storage is {scheme}://...; it must be a file, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+    )
 
 
 @contextmanager
-def storage_errors(given: str | None) -> Iterator[None]:
-    """Let a user read in one line what became of a database.
+def storage_errors(location: str | None) -> Iterator[None]:
+    """Turn a database error into one line for the user.
 
     Raises:
-        UserError: It cannot be reached, or not any more.
+        UserError: The database cannot be reached, or the connection is gone.
     """
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # the last: no such driver
-        inner = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
-        raise UserError(f"--storage: cannot reach {_without_password(given or '')}: {reason(inner)}") from error
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # the last: missing driver
+        cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
+        message = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__]
+        raise UserError(f"--storage: cannot reach {_hide_password(location or '')}: {message[0]}") from error
 
 
 def repair_journal(journal: Path) -> None:
-    """Cut off a line that a crash of the machine left half-written; what comes after it could not be read."""
-    with suppress(FileNotFoundError), _Lock(journal).lock, journal.open("rb+") as file:
+    """Truncate a half-written last line, as a crash of the machine leaves it; Optuna could not read past it."""
+    with suppress(FileNotFoundError), _JournalLock(journal).lock, journal.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
 
 
-def _made_room(path: Path) -> Path:
-    """The path of a file that can be written.
+def _ensure_writable(path: Path) -> Path:
+    """Create the file if it is missing.
 
     Raises:
-        UserError: It cannot.
+        UserError: It cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -85,27 +88,27 @@ def _made_room(path: Path) -> Path:
     return path
 
 
-def _beside(path: Path) -> FileLocks:
-    return FileLocks(path.with_name(f"{path.name}.claims"))
+def _file_locks(path: Path) -> FileLocks:
+    return FileLocks(path.with_name(f"{path.name}.claims"))  # the folder's name in 0.1: old and new processes may meet
 
 
-def _without_password(url: str) -> str:
+def _hide_password(url: str) -> str:
     with suppress(sqlalchemy.exc.ArgumentError):
         return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
     return url.partition("://")[0]
 
 
-class _Lock(BaseJournalFileLock):
-    """Optuna's own locks are files that a killed process leaves behind, and others wait half a minute for."""
+class _JournalLock(BaseJournalFileLock):
+    """A lock that a killed process releases; with Optuna's own lock files, others wait half a minute."""
 
     def __init__(self, journal: Path) -> None:
         self.lock = FileLock(journal.with_name(f"{journal.name}.lock"), thread_local=False)
 
     def acquire(self) -> bool:
-        """Wait for it."""
+        """Wait for the lock."""
         self.lock.acquire()
         return True
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         self.lock.release()

@@ -1,4 +1,4 @@
-"""The study: which run is to be done next, by whom, and what became of each. Search and storage are Optuna's."""
+"""The study of a sweep: assigns runs to processes and records their results. Optuna does the search and the storage."""
 
 import warnings
 import zlib
@@ -14,24 +14,24 @@ from optuna.samplers import BaseSampler, PartialFixedSampler, RandomSampler, TPE
 from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline
 from lit_gpt_scratch.sweeps.locks import StudyLocks
 from lit_gpt_scratch.sweeps.run_results import RunResult
-from lit_gpt_scratch.sweeps.sweep_config import Assignment, Sweep
+from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig
 
-KNOWN: Final = "known"
-"""Attribute of the study: what ``fit`` says of its baseline."""
+BASELINE_ATTRIBUTE: Final = "known"
+"""Study attribute that stores the ``ResolvedBaseline``."""
 
 
 @dataclass
 class ClaimedRun:
-    """A run that is this process' to do.
+    """A run that this process has locked, to execute it.
 
     Args:
-        number: Of its trial.
-        assignment: What the trial sets.
-        seed: The run's.
-        trial: Optuna's, for reports by step; None for runs that have no part in pruning.
+        number: Number of the trial.
+        assignment: Settings of the trial.
+        seed: Seed of the run.
+        trial: Optuna's trial, to report the metric by step; None for runs that pruning ignores.
     """
 
     number: int
@@ -40,143 +40,141 @@ class ClaimedRun:
     trial: Trial | None
 
     @property
-    def name(self) -> str:
-        """Of its lock."""
+    def lock_name(self) -> str:
+        """Name of the run's lock."""
         return f"{self.number}_{self.seed}"
 
 
 class Study:
-    """A sweep's trials, in a storage that other processes use, too.
+    """The trials of a sweep, in a storage that several processes may share.
 
-    A trial is an assignment, and has a run for each seed; what is claimed is a run. A trial whose process was killed
-    is still running as far as Optuna knows, but its lock is free, and so whoever comes next goes on with it.
+    A trial is an assignment and has one run per seed; processes claim runs, not trials. If a process is killed, Optuna
+    still lists its trial as running, but the lock of the run is free, so another process claims the run and resumes it.
 
     Args:
-        sweep: What it is a study of.
-        storage: Where it is kept.
-        claims: The locks that go with it.
+        sweep: The sweep file.
+        storage: Optuna storage.
+        locks: The locks that belong to the storage.
     """
 
-    def __init__(self, sweep: Sweep, storage: BaseStorage, claims: StudyLocks) -> None:
+    def __init__(self, sweep: SweepConfig, storage: BaseStorage, locks: StudyLocks) -> None:
         self.sweep = sweep
         self.name = f"{sweep.name}-{sweep.fingerprint}"
         self._storage = storage
-        self._claims = claims
+        self._locks = locks
         self._study: optuna.Study | None = None
         if self.name in optuna.get_all_study_names(storage):
-            self._study = optuna.load_study(study_name=self.name, storage=storage, pruner=sweep.pruner())
+            self._study = optuna.load_study(study_name=self.name, storage=storage, pruner=sweep.build_pruner())
 
     @property
-    def known(self) -> ResolvedBaseline | None:
-        """What ``fit`` said of the baseline, or None if it has not been asked."""
-        plain = self._study.user_attrs.get(KNOWN) if self._study else None
+    def baseline(self) -> ResolvedBaseline | None:
+        """The baseline as ``fit`` resolved it; None before ``create``."""
+        plain = self._study.user_attrs.get(BASELINE_ATTRIBUTE) if self._study else None
         return ResolvedBaseline(**plain) if plain else None
 
-    def begin(self, known: ResolvedBaseline) -> None:
-        """Make it, unless somebody has meanwhile."""
-        with self._claims.alone():
+    def create(self, baseline: ResolvedBaseline) -> None:
+        """Create the study in the storage, or load it if another process has created it meanwhile."""
+        pruner = self.sweep.build_pruner()
+        with self._locks.exclusive():
             try:
                 self._study = optuna.create_study(
-                    study_name=self.name,
-                    storage=self._storage,
-                    direction=self.sweep.direction,
-                    pruner=self.sweep.pruner(),
+                    study_name=self.name, storage=self._storage, direction=self.sweep.direction, pruner=pruner
                 )
             except DuplicatedStudyError:
-                self._study = optuna.load_study(study_name=self.name, storage=self._storage, pruner=self.sweep.pruner())
-            self._study.set_user_attr(KNOWN, asdict(known))
+                self._study = optuna.load_study(study_name=self.name, storage=self._storage, pruner=pruner)
+            self._study.set_user_attr(BASELINE_ATTRIBUTE, asdict(baseline))
 
     @property
-    def optuna(self) -> optuna.Study:
-        """Optuna's."""
-        assert self._study is not None, "begin comes first"
+    def optuna_study(self) -> optuna.Study:
+        """Optuna's object; ``create`` must have been called, by this process or another."""
+        assert self._study is not None, "call create first"
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
-        """All so far, as they are stored."""
-        return self.optuna.get_trials(deepcopy=False) if self._study else []
+        """All trials so far, from the storage."""
+        return self.optuna_study.get_trials(deepcopy=False) if self._study else []
 
     @property
-    def over(self) -> bool:
-        """Whether all trials are there and have ended."""
+    def is_finished(self) -> bool:
+        """Whether all trials exist and have ended."""
         trials = self.trials()
         return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
 
-    def claim(self) -> ClaimedRun | None:
-        """The next run that nobody does; None if there is none, though others may still be at theirs."""
-        with self._claims.alone():
+    def claim_run(self) -> ClaimedRun | None:
+        """Lock the next run that no process executes; None if there is none, though some may still be executing."""
+        with self._locks.exclusive():
             for trial in self.trials():
-                if not trial.state.is_finished() and (claim := self._claim_of(trial)):
+                if not trial.state.is_finished() and (claim := self._claim_run_of(trial)):
                     return claim
             number = len(self.trials())
             if number >= self.sweep.n_trials:
                 return None
-            self.optuna.sampler = self._sampler(number, "")
-            number = self.optuna.ask().number
-            return self._claim_of(self.trials()[number])
+            self.optuna_study.sampler = self._build_sampler(number, "")
+            number = self.optuna_study.ask().number
+            return self._claim_run_of(self.trials()[number])
 
-    def record(self, claim: ClaimedRun, run: RunResult) -> None:
-        """Store what became of a run, and end its trial if it was the last."""
-        with self._claims.alone():
+    def record_run(self, claim: ClaimedRun, result: RunResult) -> None:
+        """Store the result of a run, release its lock, and end the trial if it was the last run."""
+        with self._locks.exclusive():
             trial = self.trials()[claim.number]
-            self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", run.plain())
-            self._claims.release(claim.name)
-            self._settle(self.trials()[claim.number])
+            self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", result.to_dict())
+            self._locks.release(claim.lock_name)
+            self._finish_if_complete(self.trials()[claim.number])
 
-    def give_back(self, claim: ClaimedRun) -> None:
-        """Leave a run to whoever comes next."""
-        self._claims.release(claim.name)
+    def release_run(self, claim: ClaimedRun) -> None:
+        """Release a run without a result, so that another process can claim it."""
+        self._locks.release(claim.lock_name)
 
     def should_prune(self, claim: ClaimedRun, step: int, value: float) -> bool:
-        """Report a value of the run that pruning goes by, and ask."""
+        """Report the metric at a step to the pruner; whether the run should be stopped."""
         if claim.trial is None:
             return False
         if step not in self.trials()[claim.number].intermediate_values:
             claim.trial.report(value, step)
         return claim.trial.should_prune()
 
-    def _claim_of(self, trial: FrozenTrial) -> ClaimedRun | None:
-        """A run of a trial that has not ended."""
-        if self._settle(trial):
+    def _claim_run_of(self, trial: FrozenTrial) -> ClaimedRun | None:
+        """Lock a run of a trial that has not ended."""
+        if self._finish_if_complete(trial):
             return None
-        recorded = runs_of(trial)
+        recorded = recorded_runs(trial)
         missing = [seed for seed in self.sweep.seeds if seed not in recorded]
         if any(run.state != "finished" for run in recorded.values()):
             return None
         first = self.sweep.seeds[0]
-        judged = bool(self.sweep.pruning) and first in missing
-        for seed in [first] if judged else missing:
+        prunable = bool(self.sweep.pruning) and first in missing  # the other seeds wait until the first has survived
+        for seed in [first] if prunable else missing:
             claim = ClaimedRun(trial.number, {}, seed, None)
-            if self._claims.take(claim.name):
-                mine = Trial(self.optuna, trial._trial_id)
-                claim.assignment = {name: self._suggest(mine, name) for name in self.sweep.vary}
-                claim.trial = mine if judged else None
+            if self._locks.try_acquire(claim.lock_name):
+                own_trial = Trial(self.optuna_study, trial._trial_id)
+                claim.assignment = {name: self._suggest(own_trial, name) for name in self.sweep.vary}
+                claim.trial = own_trial if prunable else None
                 return claim
         return None
 
-    def _settle(self, trial: FrozenTrial) -> bool:
-        """End a trial of which nothing is left to do, and nobody does anything."""
-        recorded = runs_of(trial)
+    def _finish_if_complete(self, trial: FrozenTrial) -> bool:
+        """End a trial that has no run left to do and none that another process executes."""
+        recorded = recorded_runs(trial)
         missing = [seed for seed in self.sweep.seeds if seed not in recorded]
-        ended = [run for run in recorded.values() if run.state != "finished"]
-        if missing and not ended:
+        ended_early = [run for run in recorded.values() if run.state != "finished"]
+        if missing and not ended_early:
             return False
-        for name in (f"{trial.number}_{seed}" for seed in missing):
-            if not self._claims.take(name):
-                return False  # who has it will settle the trial
-            self._claims.release(name)
-        if not ended:
+        for lock_name in (f"{trial.number}_{seed}" for seed in missing):
+            if not self._locks.try_acquire(lock_name):
+                return False  # the process that holds the lock will end the trial
+            self._locks.release(lock_name)
+        if not ended_early:
             value = fmean(run.metrics[self.sweep.metric] for run in recorded.values())
-            self.optuna.tell(trial.number, value)
-        elif any(run.state == "failed" for run in ended):
-            self.optuna.tell(trial.number, state=TrialState.FAIL)
+            self.optuna_study.tell(trial.number, value)
+        elif any(run.state == "failed" for run in ended_early):
+            self.optuna_study.tell(trial.number, state=TrialState.FAIL)
         else:
-            self.optuna.tell(trial.number, state=TrialState.PRUNED)
+            self.optuna_study.tell(trial.number, state=TrialState.PRUNED)
         return True
 
     def _suggest(self, trial: Trial, name: str) -> Any:
-        """A setting; the one that is stored, if there is one."""
-        self.optuna.sampler = self._sampler(trial.number, name)
+        """The stored setting of a dimension, or a newly sampled one."""
+        self.optuna_study.sampler = self._build_sampler(trial.number, name)
         space = self.sweep.vary[name].distribution
         if isinstance(space, CategoricalDistribution):
             return trial.suggest_categorical(name, space.choices)
@@ -185,22 +183,22 @@ class Study:
         assert isinstance(space, FloatDistribution)
         return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
 
-    def _sampler(self, number: int, name: str) -> BaseSampler:
-        """Of one setting of one trial: what a trial draws does not depend on which process draws it, and when."""
+    def _build_sampler(self, number: int, name: str) -> BaseSampler:
+        """The sampler of one dimension of one trial, seeded so that random draws do not depend on process or time."""
         seed = zlib.crc32(f"{self.sweep.fingerprint} {number} {name}".encode())
-        ahead = self.sweep.assignments
+        predefined = self.sweep.predefined_assignments
         with warnings.catch_warnings():
-            # Both have been experimental since 2021; nothing else keeps several processes from trying the same
-            # place at once, and nothing else says all of a trial.
+            # PartialFixedSampler and constant_liar have been experimental since 2021. There is no other way to fix a
+            # whole assignment, or to keep concurrent processes from sampling the same point.
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler: BaseSampler = RandomSampler(seed=seed)
             if self.sweep.method == "tpe":
                 sampler = TPESampler(seed=seed, constant_liar=True)
-            return PartialFixedSampler(ahead[number], sampler) if number < len(ahead) else sampler
+            return PartialFixedSampler(predefined[number], sampler) if number < len(predefined) else sampler
 
 
-def runs_of(trial: FrozenTrial) -> dict[int, RunResult]:
-    """What is recorded of a trial, by seed."""
-    stored: Mapping[str, Any] = trial.user_attrs
-    runs = [RunResult.of(plain) for name, plain in stored.items() if name.startswith("run_")]
+def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
+    """The recorded results of a trial, by seed."""
+    attributes: Mapping[str, Any] = trial.user_attrs
+    runs = [RunResult.from_dict(plain) for name, plain in attributes.items() if name.startswith("run_")]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}

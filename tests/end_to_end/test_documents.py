@@ -124,9 +124,9 @@ def runs(command: Command, newcomers_folder: Path, cache: Path, line: str) -> No
     if door == "sweep" and "--compare" not in flags:  # its runs take minutes; that every one starts is tested elsewhere
         pytest.importorskip("optuna")
         from lit_gpt_scratch.cli.sweep_precheck import check_sweep
-        from lit_gpt_scratch.sweeps.sweep_config import load
+        from lit_gpt_scratch.sweeps.sweep_config import load_sweep
 
-        assert check_sweep(load(Path(flags[0])))
+        assert check_sweep(load_sweep(Path(flags[0])))
         return
     # A subprocess launcher would start the test runner again; that strategies agree is tested elsewhere.
     if door == "fit" and ("--trainer.strategy" in flags or "experiments/hardware" in line):
@@ -286,12 +286,12 @@ def test_an_experiment_is_a_config_that_says_why(command: Command, path: Path) -
 def test_the_readmes_sweep_can_be_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     from lit_gpt_scratch.cli.sweep_precheck import check_sweep
-    from lit_gpt_scratch.sweeps.sweep_config import load
+    from lit_gpt_scratch.sweeps.sweep_config import load_sweep
 
     monkeypatch.chdir(ROOT)
     [text] = [block for language, block in BLOCKS if language == "yaml"]
     (tmp_path / "sweep.yaml").write_text(text, encoding="utf-8")
-    assert check_sweep(load(tmp_path / "sweep.yaml"))
+    assert check_sweep(load_sweep(tmp_path / "sweep.yaml"))
 
 
 def test_every_module_can_be_held_in_the_head() -> None:

@@ -10,9 +10,9 @@ pytest.importorskip("optuna")
 
 from lit_gpt_scratch.cli.sweep_precheck import check_sweep
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments
 from lit_gpt_scratch.sweeps.search_space import format_label
-from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
+from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, load_sweep
 from tests.end_to_end.conftest import Command
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +36,11 @@ def two_steps(corpus: Path, cache: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def shipped(path: Path, monkeypatch: pytest.MonkeyPatch) -> Sweep:
+def shipped(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepConfig:
     """A sweep, read where its user stands."""
     with monkeypatch.context() as at_the_root:
         at_the_root.chdir(ROOT)
-        return load(path)
+        return load_sweep(path)
 
 
 def absolute(given: list[str]) -> list[str]:
@@ -66,12 +66,12 @@ def test_a_pretraining_starts(command: Command, two_steps: list[str], path: Path
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    sweep = load(path)
+    sweep = load_sweep(path)
     assert sweep.question
     assert len(sweep.seeds) >= 3
     known = check_sweep(sweep)
-    for assignment in sweep.assignments:
-        assert any(each.startswith("--config=") for each in arguments(sweep, assignment, known))
+    for assignment in sweep.predefined_assignments:
+        assert any(each.startswith("--config=") for each in build_arguments(sweep, assignment, known))
 
 
 @pytest.mark.slow
@@ -82,10 +82,12 @@ def test_every_arm_of_a_sweep_starts(
     sweep = shipped(path, monkeypatch)
     # Four thousand tokens need more text than the corpus of the other tests.
     source = [f"--data.source={ROOT}/lit_gpt_scratch/**/*.py"] if path.stem == "tokenizers" else []
-    ends = [f"{name}={setting}" for name, each in sweep.vary.items() for setting in each.samples()]
+    ends = [f"{name}={setting}" for name, each in sweep.vary.items() for setting in each.example_settings()]
     for name, each in sweep.vary.items():
-        for setting in each.samples():
-            flags = arguments(sweep, sweep.first | {name: setting}, ResolvedBaseline({"data.tokens_per_step": 1}))
+        for setting in each.example_settings():
+            flags = build_arguments(
+                sweep, sweep.baseline_assignment | {name: setting}, ResolvedBaseline({"data.tokens_per_step": 1})
+            )
             experiment = f"--experiment=arm_{ends.index(f'{name}={setting}')}"
             outcome = command("fit", *absolute(flags), *two_steps, *source, experiment)
             assert outcome.code == 0, (format_label(setting), outcome.err)
@@ -107,5 +109,5 @@ def test_flags_that_fit_does_not_take(tmp_path: Path, text: str, said: str) -> N
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
-        check_sweep(load(path))
+        check_sweep(load_sweep(path))
     assert said in str(caught.value)

@@ -1,4 +1,4 @@
-"""A sweep of real runs: an attention of somebody's own, from their own file, beside ours; and runs compared by hand."""
+"""A sweep of real runs with a custom attention module, and the comparison of existing runs."""
 
 import csv
 import random
@@ -13,12 +13,12 @@ pytest.importorskip("optuna")
 
 from tests.end_to_end.conftest import Command
 
-OWN = '''
+CUSTOM_ATTENTION = '''
 from lit_gpt_scratch.model.attention import Attention
 
 
-class Quiet(Attention):
-    """Every head half as loud."""
+class HalvedAttention(Attention):
+    """Attention whose output is halved."""
 
     def attend(self, *args):
         return super().attend(*args) / 2
@@ -30,65 +30,63 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(rows))
 
 
-def test_an_attention_of_ones_own(
-    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One file of Python and one of YAML, both outside the package."""
+def test_custom_attention(command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One Python file and one sweep file, both outside the package."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
-    (tmp_path / "my_attention.py").write_text(OWN)
+    (tmp_path / "my_attention.py").write_text(CUSTOM_ATTENTION)
     fixed = "".join(f"  {flag.removeprefix('--').replace('=', ': ')}\n" for flag in small)
-    (tmp_path / "quiet.yaml").write_text(
-        f"# Is half as loud as good?\nfixed:\n{fixed}  data.tokens_per_step: 128\n"
-        "vary:\n  model.gpt.attention: [null, my_attention.Quiet]\nseeds: [1]\nmetric: val/loss\n"
+    (tmp_path / "halved.yaml").write_text(
+        f"# Is halved attention as good?\nfixed:\n{fixed}  data.tokens_per_step: 128\n"
+        "vary:\n  model.gpt.attention: [null, my_attention.HalvedAttention]\nseeds: [1]\nmetric: val/loss\n"
     )
-    # As a user types it: the process must get by without torch, which takes seconds to import.
-    door = (
-        "import runpy, sys; sys.argv[1:] = ['quiet.yaml', '--workers', '2']; "
+    # As a user runs it; the process must not import torch, which takes seconds.
+    script = (
+        "import runpy, sys; sys.argv[1:] = ['halved.yaml', '--workers', '2']; "
         "runpy.run_module('lit_gpt_scratch.sweep', run_name='__main__'); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", door], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "runs" / "quiet"
-    ours, own = table(folder / "results.csv")
-    assert (ours["state"], own["state"]) == ("finished", "finished")
-    assert own["model.gpt.attention"] == "my_attention.Quiet"
-    assert float(ours["val/loss"]) != float(own["val/loss"])
+    folder = tmp_path / "runs" / "halved"
+    default, custom = table(folder / "results.csv")
+    assert (default["state"], custom["state"]) == ("finished", "finished")
+    assert custom["model.gpt.attention"] == "my_attention.HalvedAttention"
+    assert float(default["val/loss"]) != float(custom["val/loss"])
     report = (folder / "report.md").read_text()
-    assert "Is half as loud as good?" in report
-    assert "--model.gpt.attention=my_attention.Quiet --seed_everything=1" in report or float(ours["val/loss"]) < float(
-        own["val/loss"]
-    )
+    assert "Is halved attention as good?" in report
+    assert "--model.gpt.attention=my_attention.HalvedAttention --seed_everything=1" in report or float(
+        default["val/loss"]
+    ) < float(custom["val/loss"])
     assert "curves_over_tokens.svg" in report
     assert "torch" in report
     outcome = command("sweep", "--compare", folder, "--metric", "val/loss", "--runs", "elsewhere")
     assert outcome.code == 0, outcome.err
     compared = table(tmp_path / "elsewhere" / "comparison" / "results.csv")
     assert {row["model.gpt.attention"]: row["val/loss"] for row in compared} == {
-        row["model.gpt.attention"]: row["val/loss"] for row in (ours, own)
+        row["model.gpt.attention"]: row["val/loss"] for row in (default, custom)
     }
     outcome = command("sweep", "--compare", folder, "--metric", "val/los")
     assert outcome.code == 2
-    assert "has no val/los; the nearest is val/loss" in outcome.err
+    assert "does not log val/los; the nearest is val/loss" in outcome.err
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_killed_runs_go_on_and_the_table_is_the_same(
+def test_killed_runs_resume_to_the_same_table(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Runs of fit: what a kill of the sweep interrupts goes on from its checkpoint, and ends with the same bits."""
+    """Runs of fit that a kill of the sweep interrupts resume from their checkpoints, with bit-identical results."""
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
     flags = [*small, "--checkpoint.every_n_steps=5"]
     fixed = "".join(f"  {flag.removeprefix('--').replace('=', ': ')}\n" for flag in flags if "max_steps" not in flag)
     text = f"fixed:\n{fixed}vary:\n  model.gpt.position: [rotary, none]\nseeds: [1]\nbudget: {{steps: 400}}\n"
-    for name in ("quiet", "killed"):
+    for name in ("undisturbed", "killed"):
         (tmp_path / f"{name}.yaml").write_text(text)
 
     def sweep(name: str) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "lit_gpt_scratch.sweep", f"{name}.yaml", "--workers", "2"]
         return subprocess.Popen(command, cwd=tmp_path)
 
-    assert sweep("quiet").wait() == 0
+    assert sweep("undisturbed").wait() == 0
     resumed, moments = set(), random.Random(0)
     for _ in range(4):
         process = sweep("killed")
@@ -101,35 +99,35 @@ def test_killed_runs_go_on_and_the_table_is_the_same(
         resumed |= set((tmp_path / "runs" / "killed").glob("*/version_0/checkpoints/last.ckpt"))
     assert resumed
     assert sweep("killed").wait() == 0
-    tables = [table(tmp_path / "runs" / name / "results.csv") for name in ("quiet", "killed")]
+    tables = [table(tmp_path / "runs" / name / "results.csv") for name in ("undisturbed", "killed")]
     for row, other in zip(*tables, strict=True):
         for column in ("trial", "model.gpt.position", "seed", "state", "val/loss", "val/bits_per_byte", "tokens"):
             assert row[column] == other[column]
 
 
-def test_an_extra_that_is_not_installed(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_gpt_scratch.cli.sweep.find_spec", lambda name: None if name == "optuna" else name)
     outcome = command("sweep", "s.yaml")
-    assert (outcome.code, outcome.err) == (2, "error: a sweep needs optuna: python -m pip install -e '.[sweep]'\n")
+    assert (outcome.code, outcome.err) == (2, "error: sweep requires optuna: python -m pip install -e '.[sweep]'\n")
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
-        ([], "name a sweep file"),
+        ([], "give a sweep file"),
         (["no.yaml"], "cannot read no.yaml: No such file"),
         (["s.yaml", "--workers", "0"], "--workers: 0"),
-        (["s.yaml", "--compare", "runs"], "name a sweep file, or runs after --compare"),
-        (["--compare", "runs"], "no run that came to its end is in runs"),
+        (["s.yaml", "--compare", "runs"], "give a sweep file, or runs after --compare"),
+        (["--compare", "runs"], "runs contains no finished run"),
         (["s.yaml", "--storage", "postgresql://x@127.0.0.1:9/y"], "--storage: cannot reach postgresql://x@127.0.0.1:9"),
         (["s.yaml", "--runz", "x"], "--runz"),
     ],
 )
-def test_mistakes_at_the_door(command: Command, tmp_path: Path, args: list[str], said: str) -> None:
+def test_user_errors(command: Command, tmp_path: Path, args: list[str], message: str) -> None:
     (tmp_path / "s.yaml").write_text("vary: {model.gpt.n_layer: [2]}\n")
     outcome = command("sweep", *args)
     assert outcome.code == 2
     assert outcome.err.startswith("error: ")
     assert outcome.err.count("\n") == 1
-    assert said in outcome.err
+    assert message in outcome.err
     assert {path.name for path in tmp_path.iterdir()} == {"s.yaml"}

@@ -1,4 +1,4 @@
-"""Sweeps of the stub of ``fit`` that lies beside, which takes a tenth of a second."""
+"""Sweeps of ``stub_fit``, which takes a tenth of a second."""
 
 import csv
 import os
@@ -11,7 +11,7 @@ import pytest
 
 STUB = "tests.sweeps.stub_fit"
 ROOT = Path(__file__).parents[2]
-DOOR = (
+SWEEP_SCRIPT = (
     "import sys; from lit_gpt_scratch.cli import entrypoint; from lit_gpt_scratch.cli.sweep import main; "
     f"entrypoint.run(lambda: main(sys.argv[1:], module='{STUB}'))"
 )
@@ -20,11 +20,11 @@ Rows = list[dict[str, str]]
 
 @pytest.fixture
 def sweep_process(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
-    """Start a sweep of the stub in a process of its own, in an empty folder."""
+    """Start a sweep of the stub in a child process, in an empty folder."""
 
     def start(*args: str | Path) -> "subprocess.Popen[str]":
         return subprocess.Popen(
-            [sys.executable, "-c", DOOR, *map(str, args)],
+            [sys.executable, "-c", SWEEP_SCRIPT, *map(str, args)],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.PIPE,
@@ -35,13 +35,13 @@ def sweep_process(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
 
 
 def rows(runs: Path, name: str) -> Rows:
-    """The table of a sweep, without what a clock made."""
+    """The rows of ``results.csv``, without the columns that depend on time and place."""
     with (runs / name / "results.csv").open() as table:
         return [{k: v for k, v in row.items() if k not in ("seconds", "folder")} for row in csv.DictReader(table)]
 
 
 def starts(runs: Path, name: str) -> dict[str, list[int]]:
-    """The processes that each run of a sweep was begun in."""
+    """Ids of the processes that executed each run of a sweep."""
     return {
         path.parent.name: [int(pid) for pid in path.read_text().split()] for path in (runs / name).glob("*/started")
     }

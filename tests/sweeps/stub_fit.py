@@ -1,7 +1,7 @@
-"""In the place of ``fit`` where the sweep's own logic is tested: the same folders and files, in a tenth of a second.
+"""A stub of ``fit`` for tests of sweeps: writes the same folders and files in a tenth of a second.
 
-What is not a flag of a run's place is its setting: ``x`` and ``kind`` make the figure, ``seconds`` the time,
-``fails`` the seed that fails. Every start leaves a line in ``started`` beside the run.
+Flags: ``x`` and ``kind`` determine the metric, ``seconds`` the duration, ``fails`` is the seed that fails. Every start
+appends its process id to ``started`` in the experiment's folder.
 """
 
 import json
@@ -19,8 +19,8 @@ METRIC = "val/bits_per_byte"
 STEPS = 5
 
 
-def figure(x: float, kind: str, seed: int) -> float:
-    """Best at x = 3; seeds differ by a hundredth."""
+def metric_of(x: float, kind: str, seed: int) -> float:
+    """The final metric: best at x = 3, with 0.01 between seeds."""
     return 1.0 + (x - 3.0) ** 2 + (0.5 if kind == "b" else 0.0) + 0.01 * (seed % 5)
 
 
@@ -36,7 +36,7 @@ def main() -> None:
         sys.exit("error: this seed fails")
     folder = experiment / "version_0"
     folder.mkdir(exist_ok=True)
-    value = figure(float(flags.get("x", 0)), flags.get("kind", "a"), seed)
+    value = metric_of(float(flags.get("x", 0)), flags.get("kind", "a"), seed)
     writer = EventFileWriter(str(folder))
     for step in range(STEPS):
         point = Summary(value=[Summary.Value(tag=METRIC, simple_value=value + STEPS - 1 - step)])

@@ -1,4 +1,4 @@
-"""The figures on the page of the ablations are those of the runs that lie beside it."""
+"""The numbers in the ablations' README are those of the stored results."""
 
 import csv
 import re
@@ -24,22 +24,33 @@ def test_every_ablation_is_on_the_page() -> None:
     assert sum(len(runs(name)) for name in vary) == 102
 
 
-@pytest.mark.parametrize(("name", "said"), ROWS)
-def test_a_figure_is_the_mean_over_seeds(name: str, said: str) -> None:
+@pytest.mark.parametrize(("name", "cell"), ROWS)
+def test_numbers_are_means_over_seeds(name: str, cell: str) -> None:
     values = defaultdict(list)
     for row in runs(name):
         assert row["state"] == "finished"
         values[row["trial"]].append(float(row["val/bits_per_byte"]))
     assert {len(each) for each in values.values()} == {3}
     means = sorted(round(mean(each), 3) for each in values.values())
-    assert [float(figure) for figure in re.findall(r"[1-3]\.\d{3}", said)] == means
+    assert [float(number) for number in re.findall(r"[1-3]\.\d{3}", cell)] == means
 
 
-def test_the_doctor_explains_what_a_missing_warm_up_does() -> None:
-    """Of the three runs that failed, and of no other, it says what the page has."""
+@pytest.mark.parametrize(("name", "cell"), ROWS)
+def test_report_has_the_stored_means_and_its_plots(name: str, cell: str) -> None:
+    folder = ABLATIONS / "results" / name
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    table = report.split("## Findings")[1].split("## ")[0]
+    found = [float(number) for number in re.findall(r"\| 3 \| ([\d.]+) ± ", table)]
+    assert found == pytest.approx([float(number) for number in re.findall(r"[1-3]\.\d{3}", cell)], abs=0.006)  # rounded to its interval
+    linked = set(re.findall(r"\((\w+\.svg)\)", report))
+    assert linked == {path.name for path in folder.glob("*.svg")}
+
+
+def test_diagnostics_explain_the_missing_warm_up() -> None:
+    """The diagnosis of the three runs that did not learn is the one quoted on the page; no other run has one."""
     report = (ABLATIONS / "results" / "warmup" / "report.md").read_text(encoding="utf-8")
-    said = report.split("## What the doctor said")[1].split("##")[0]
-    (line,) = re.findall(r"^(.*), 3 of 3 runs: (.*)\.$", said, flags=re.MULTILINE)
+    section = report.split("## Diagnostics")[1].split("##")[0]
+    (line,) = re.findall(r"^(.*), 3 of 3 runs: (.*)\.$", section, flags=re.MULTILINE)
     assert line[0] == "post without warm-up"
-    assert "Nothing else of pre without warm-up; post." in said
+    assert "No other diagnoses: pre without warm-up; post." in section
     assert line[1] in PAGE.replace("\n> ", " ").replace("`", "")

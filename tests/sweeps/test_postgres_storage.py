@@ -1,4 +1,4 @@
-"""Two sweeps without a common disk on one study in PostgreSQL, one of them killed."""
+"""Two sweeps without a shared disk on one PostgreSQL study; one of them is killed."""
 
 import os
 import shutil
@@ -17,12 +17,12 @@ from tests.sweeps.conftest import rows, starts
 
 BINARIES = os.pathsep.join([os.environ.get("PATH", ""), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
 INITDB, PG_CTL = (shutil.which(name, path=BINARIES) for name in ("initdb", "pg_ctl"))
-NOT_ROOT = {"user": "nobody"} if os.geteuid() == 0 else {}  # which the server refuses to be
+NOT_ROOT = {"user": "nobody"} if os.geteuid() == 0 else {}  # the server does not run as root
 
 
 @pytest.fixture
 def database() -> Iterator[str]:
-    """A server of our own, in a folder of its own."""
+    """URL of a temporary server."""
     with tempfile.TemporaryDirectory(prefix="pg") as name, socket.socket() as free:
         if NOT_ROOT:
             shutil.chown(name, "nobody")
@@ -45,7 +45,9 @@ def database() -> Iterator[str]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (INITDB and PG_CTL), reason="PostgreSQL's server is not installed")
-def test_two_machines(tmp_path: Path, database: str, sweep_process: Callable[..., "subprocess.Popen[str]"]) -> None:
+def test_two_machines_share_a_study(
+    tmp_path: Path, database: str, sweep_process: Callable[..., "subprocess.Popen[str]"]
+) -> None:
     (tmp_path / "s.yaml").write_text("fixed: {seconds: 0.5}\nvary: {x: [1, 2, 3], kind: [a, b]}\nseeds: [1, 2]\n")
     first, second = (sweep_process("s.yaml", "--storage", database, "--runs", runs) for runs in ("one", "two"))
     while len(starts(tmp_path / "two", "s")) < 3:
@@ -53,15 +55,15 @@ def test_two_machines(tmp_path: Path, database: str, sweep_process: Callable[...
         time.sleep(0.02)
     second.kill()
     second.communicate()
-    _, said = first.communicate()
-    assert first.returncode == 0, said
+    _, output = first.communicate()
+    assert first.returncode == 0, output
     again = sweep_process("s.yaml", "--storage", database, "--runs", "two")
-    _, said = again.communicate()
-    assert again.returncode == 0, said
+    _, output = again.communicate()
+    assert again.returncode == 0, output
     assert rows(tmp_path / "one", "s") == rows(tmp_path / "two", "s")
     assert len(rows(tmp_path / "one", "s")) == 12
     begun = [starts(tmp_path / name, "s") for name in ("one", "two")]
     twice = begun[0].keys() & begun[1].keys()
-    assert len(twice) <= 1  # the run that was killed
+    assert len(twice) <= 1  # the killed run
     assert len(begun[0].keys() | begun[1].keys()) == 12
     assert all(len(pids) == 1 for each in begun for pids in each.values())

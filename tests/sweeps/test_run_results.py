@@ -1,4 +1,4 @@
-"""Reading runs from their folders, and what TensorBoard shows of them."""
+"""Reading results from run folders, and TensorBoard's HParams tab."""
 
 import json
 import time
@@ -15,14 +15,20 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 pytest.importorskip("optuna")
 
-from lit_gpt_scratch.sweeps import hparams
-from lit_gpt_scratch.sweeps.run_results import CurvePoint, RunResult, curve, latest_run_folder, read_run_result
+from lit_gpt_scratch.sweeps.run_results import (
+    CurvePoint,
+    RunResult,
+    latest_run_folder,
+    read_curve,
+    read_run_result,
+    write_hparams,
+)
 
 METRIC = "val/bits_per_byte"
 
 
 def events(folder: Path, points: dict[int, float], began: float, name: str = "") -> None:
-    """An event file of a session that logs a point a second."""
+    """Write the event file of a session that logs one point per second."""
     writer = EventFileWriter(str(folder), filename_suffix=name)
     writer.add_event(Event(wall_time=began, step=0, summary=Summary()))
     for nth, (step, value) in enumerate(points.items(), 1):
@@ -31,50 +37,53 @@ def events(folder: Path, points: dict[int, float], began: float, name: str = "")
     writer.close()
 
 
-def test_a_curve_goes_on_over_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(time, "time", lambda: 1000.0)  # names and begins of event files
+def test_curve_joins_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "time", lambda: 1000.0)  # names and start times of event files
     events(tmp_path, {9: 4.0, 19: 3.0, 29: 2.5}, 1000.0)
     monkeypatch.setattr(time, "time", lambda: 5000.0)
-    events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a save at step 25, and resumed an hour later
-    assert list(curve(tmp_path, METRIC)) == [
+    events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a checkpoint at step 25, resumed later
+    assert list(read_curve(tmp_path, METRIC)) == [
         CurvePoint(10, 1.0, 4.0), CurvePoint(20, 2.0, 3.0), CurvePoint(30, 3.0, 2.0), CurvePoint(40, 4.0, 1.0),
     ]  # fmt: skip
-    assert list(curve(tmp_path, "val/other")) == []
+    assert list(read_curve(tmp_path, "val/other")) == []
 
 
-def test_a_run_that_diverged_has_failed(tmp_path: Path) -> None:
+def test_diverged_run_is_failed(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(f'{{"{METRIC}": null, "step": 3}}')
     run = read_run_result(tmp_path, 1, METRIC)
     assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end")
-    assert RunResult.of(run.plain()) == run
+    assert RunResult.from_dict(run.to_dict()) == run
 
 
-def test_what_the_doctor_said_comes_with_a_run(tmp_path: Path) -> None:
-    said = {"symptom": "spike: 3 deviations", "cause": "a batch", "flag": "--guard act"}
-    (tmp_path / "doctor.json").write_text(json.dumps([said | {"step": 7}]))
+def test_diagnoses_are_read(tmp_path: Path) -> None:
+    diagnosis = {"symptom": "spike: 3 deviations", "cause": "a batch", "flag": "--guard act"}
+    (tmp_path / "doctor.json").write_text(json.dumps([diagnosis | {"step": 7}]))
     run = read_run_result(tmp_path, 1, METRIC)
-    assert run.diagnoses == [said]
-    assert RunResult.of(run.plain()) == run
-    assert RunResult.of({name: value for name, value in run.plain().items() if name != "diagnoses"}).diagnoses == []
+    assert run.diagnoses == [diagnosis]
+    assert RunResult.from_dict(run.to_dict()) == run
+    assert (
+        RunResult.from_dict({name: value for name, value in run.to_dict().items() if name != "diagnoses"}).diagnoses
+        == []
+    )
 
 
-def test_the_newest_folder_is_the_run(tmp_path: Path) -> None:
+def test_latest_run_folder(tmp_path: Path) -> None:
     for name in ("version_2", "version_10", "version_x"):
         (tmp_path / name).mkdir()
     assert latest_run_folder(tmp_path) == tmp_path / "version_10"
     assert latest_run_folder(tmp_path / "none") is None
 
 
-def test_tensorboard_shows_every_trial_in_hparams(tmp_path: Path) -> None:
-    """Asked as the tab's own server asks: settings of each group, and the last point of each metric."""
-    made = {("1e-3", 1): 1.5, ("1e-3", 2): 1.7, ("rotary", 1): 1.2}
-    for (setting, seed), value in made.items():
+def test_hparams_tab_shows_every_trial(tmp_path: Path) -> None:
+    """Query as the tab's server does: settings of each group, and the last value of each metric."""
+    values = {("1e-3", 1): 1.5, ("1e-3", 2): 1.7, ("rotary", 1): 1.2}
+    for (setting, seed), value in values.items():
         folder = tmp_path / f"{setting}_{seed}" / "version_0"
         folder.mkdir(parents=True)
         events(folder, {9: 3.0, 19: value}, time.time())
         run = RunResult(seed, "finished" if value < 1.6 else "pruned", folder=str(folder))
-        for _ in range(2):  # the second time it is there
-            hparams.write(run, {"what": setting, "lr": 0.5}, f"trial {setting}")
+        for _ in range(2):  # the second call finds the file
+            write_hparams(run, {"what": setting, "lr": 0.5}, f"trial {setting}")
         assert len(list(folder.iterdir())) == 2
     multiplexer = plugin_event_multiplexer.EventMultiplexer().AddRunsFromDirectory(str(tmp_path)).Reload()
     provider = data_provider.MultiplexerDataProvider(multiplexer, str(tmp_path))
@@ -82,14 +91,14 @@ def test_tensorboard_shows_every_trial_in_hparams(tmp_path: Path) -> None:
     request = RequestContext()
     experiment = context.experiment_from_metadata(request, "", False, context.hparams_metadata(request, ""), [])
     assert {info.name for info in experiment.hparam_infos} == {"what", "lr"}
-    asked = api_pb2.ListSessionGroupsRequest(
+    query = api_pb2.ListSessionGroupsRequest(
         start_index=0,
         slice_size=10,
         aggregation_type=api_pb2.AGGREGATION_AVG,
         allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_FAILURE],
         col_params=[api_pb2.ColParams(metric=api_pb2.MetricName(tag=METRIC))],
     )
-    answer = list_session_groups.Handler(request, context, "", asked).run()
+    answer = list_session_groups.Handler(request, context, "", query).run()
     groups = {group.name: group for group in answer.session_groups}
     assert groups.keys() == {"trial 1e-3", "trial rotary"}
     assert groups["trial 1e-3"].hparams["what"].number_value == 1e-3

@@ -1,4 +1,4 @@
-"""Who does which run: by threads, by processes, after a death."""
+"""Assignment of runs to threads and processes, also after a process was killed."""
 
 import threading
 from collections import Counter
@@ -11,30 +11,30 @@ pytest.importorskip("optuna")
 from optuna.trial import TrialState
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline
 from lit_gpt_scratch.sweeps.run_results import RunResult
 from lit_gpt_scratch.sweeps.storage import JOURNAL, open_storage
 from lit_gpt_scratch.sweeps.study import ClaimedRun, Study
-from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
+from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, load_sweep
 
 METRIC = "val/bits_per_byte"
 
 
-def sweep_of(folder: Path, text: str) -> Sweep:
+def sweep_of(folder: Path, text: str) -> SweepConfig:
     path = folder / "s.yaml"
     path.write_text(text)
-    return load(path)
+    return load_sweep(path)
 
 
-def opened(folder: Path, sweep: Sweep, storage: str | None = None) -> Study:
-    """As another process would open it."""
+def opened(folder: Path, sweep: SweepConfig, storage: str | None = None) -> Study:
+    """Open a study as another process would."""
     study = Study(sweep, *open_storage(storage, folder, sweep.name))
-    study.begin(ResolvedBaseline())
+    study.create(ResolvedBaseline())
     return study
 
 
 def done(claim: ClaimedRun, value: float = 1.0, **changes: str) -> RunResult:
-    return RunResult(claim.seed, metrics={METRIC: value}, **changes)  # type: ignore[arg-type]  # texts
+    return RunResult(claim.seed, metrics={METRIC: value}, **changes)  # type: ignore[arg-type]  # strings
 
 
 @pytest.mark.parametrize("storage", [None, "sqlite"])
@@ -45,9 +45,9 @@ def test_every_run_is_claimed_once(tmp_path: Path, storage: str | None) -> None:
     claimed: list[tuple[int, int, str]] = []
 
     def work(study: Study) -> None:
-        while claim := study.claim():
+        while claim := study.claim_run():
             claimed.append((claim.number, claim.seed, str(claim.assignment)))
-            study.record(claim, done(claim))
+            study.record_run(claim, done(claim))
 
     threads = [threading.Thread(target=work, args=[study]) for study in studies for _ in range(2)]
     for thread in threads:
@@ -56,115 +56,115 @@ def test_every_run_is_claimed_once(tmp_path: Path, storage: str | None) -> None:
         thread.join()
     assert set(Counter(claimed).values()) == {1}
     assert {(number, seed) for number, seed, _ in claimed} == {(n, s) for n in range(6) for s in (1, 2, 3)}
-    assert {assignment for *_, assignment in claimed} == {str(each) for each in sweep.assignments}
-    assert studies[0].over
-    assert studies[1].over
+    assert {assignment for *_, assignment in claimed} == {str(each) for each in sweep.predefined_assignments}
+    assert studies[0].is_finished
+    assert studies[1].is_finished
 
 
 @pytest.mark.parametrize("method", ["grid", "random", "tpe"])
-def test_a_run_whose_process_died_is_done_again_with_the_same_settings(tmp_path: Path, method: str) -> None:
+def test_run_of_a_killed_process_is_claimed_again_with_the_same_settings(tmp_path: Path, method: str) -> None:
     trials = "" if method == "grid" else "trials: 4\n"
     sweep = sweep_of(tmp_path, f"vary: {{a: [1, 2], b: [x, y]}}\nseeds: [1]\nmethod: {method}\n{trials}")
-    dying, going_on = opened(tmp_path, sweep), opened(tmp_path, sweep)
-    first, second = dying.claim(), dying.claim()
+    killed, surviving = opened(tmp_path, sweep), opened(tmp_path, sweep)
+    first, second = killed.claim_run(), killed.claim_run()
     assert first is not None
     assert second is not None
-    assert first.assignment == sweep.first
-    other = going_on.claim()
+    assert first.assignment == sweep.baseline_assignment
+    other = surviving.claim_run()
     assert other is not None
     assert other.number == 2
-    dying.record(first, done(first))
-    dying.give_back(second)  # as the system does when a process ends: its trial stays "running"
-    again = going_on.claim()
+    killed.record_run(first, done(first))
+    killed.release_run(second)  # as a kill does; Optuna still lists the trial as running
+    again = surviving.claim_run()
     assert again is not None
     assert (again.number, again.assignment) == (second.number, second.assignment)
 
 
-def test_what_random_draws_depends_on_no_process(tmp_path: Path) -> None:
+def test_random_search_does_not_depend_on_the_process(tmp_path: Path) -> None:
     text = "vary: {a: {low: 0.0, high: 1.0}, b: {low: 1, high: 100}}\nseeds: [1]\nmethod: random\ntrials: 6\n"
     drawn = []
     for name, processes in (("one", 1), ("three", 3)):
         (tmp_path / name).mkdir()
         sweep = sweep_of(tmp_path / name, text)
         studies = [opened(tmp_path / name, sweep) for _ in range(processes)]
-        claims = [claim for n in range(6) if (claim := studies[n % processes].claim())]
+        claims = [claim for n in range(6) if (claim := studies[n % processes].claim_run())]
         drawn.append([claim.assignment for claim in claims])
     assert drawn[0] == drawn[1]
     assert drawn[0][0] == {"a": 0.5, "b": 50}
     assert len({str(each) for each in drawn[0]}) == 6
 
 
-def test_tpe_learns(tmp_path: Path) -> None:
+def test_tpe_concentrates_near_the_optimum(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "vary: {a: {low: 0.0, high: 10.0}}\nseeds: [1]\nmethod: tpe\ntrials: 40\n")
     study = opened(tmp_path, sweep)
     tried = []
-    while claim := study.claim():
+    while claim := study.claim_run():
         tried.append(float(claim.assignment["a"]))
-        study.record(claim, done(claim, (tried[-1] - 7.0) ** 2))
+        study.record_run(claim, done(claim, (tried[-1] - 7.0) ** 2))
     early, late = tried[1:11], tried[-10:]
     assert sum(abs(a - 7) for a in late) < 0.5 * sum(abs(a - 7) for a in early)
 
 
-def test_how_a_trial_ends(tmp_path: Path) -> None:
+def test_trial_ends_after_its_last_run(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "vary: {a: [1, 2]}\nseeds: [1, 2]\n")
     study = opened(tmp_path, sweep)
-    one, two = study.claim(), study.claim()
+    one, two = study.claim_run(), study.claim_run()
     assert one is not None
     assert two is not None
-    study.record(one, done(one, 1.0))
+    study.record_run(one, done(one, 1.0))
     assert study.trials()[0].state == TrialState.RUNNING
-    study.record(two, done(two, 2.0))
+    study.record_run(two, done(two, 2.0))
     assert study.trials()[0].value == 1.5
-    three, four = study.claim(), study.claim()
+    three, four = study.claim_run(), study.claim_run()
     assert three is not None
     assert four is not None
-    study.record(three, done(three, state="failed", reason="no memory"))
-    assert study.trials()[1].state == TrialState.RUNNING  # its other run is still on
-    study.record(four, done(four))
+    study.record_run(three, done(three, state="failed", reason="no memory"))
+    assert study.trials()[1].state == TrialState.RUNNING  # its other run is still executing
+    study.record_run(four, done(four))
     assert study.trials()[1].state == TrialState.FAIL
-    assert study.claim() is None
-    assert study.over
+    assert study.claim_run() is None
+    assert study.is_finished
 
 
-def test_a_bad_trial_is_stopped_by_step(tmp_path: Path) -> None:
+def test_pruning_by_step(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "vary: {a: [1, 2, 3]}\nseeds: [1, 2]\npruning: {MedianPruner: {n_startup_trials: 1}}\n")
     study = opened(tmp_path, sweep)
-    first = study.claim()
+    first = study.claim_run()
     assert first is not None
     assert not any(study.should_prune(first, step, 1.0) for step in (10, 20))
-    study.record(first, done(first))
-    second = study.claim()
+    study.record_run(first, done(first))
+    second = study.claim_run()
     assert second is not None
     assert (second.number, second.seed) == (0, 2)
-    assert not study.should_prune(second, 10, 99.0)  # by the first seed alone is a trial judged
-    study.record(second, done(second))
-    bad = study.claim()
+    assert not study.should_prune(second, 10, 99.0)  # only the first seed can be pruned
+    study.record_run(second, done(second))
+    bad = study.claim_run()
     assert bad is not None
-    assert study.claim() is not None  # of the third trial: the second seed of the bad one waits for its first
+    assert study.claim_run() is not None  # of the third trial: the bad one's second seed waits
     assert study.should_prune(bad, 10, 5.0)
-    study.record(bad, done(bad, 5.0, state="pruned"))
+    study.record_run(bad, done(bad, 5.0, state="pruned"))
     assert study.trials()[1].state == TrialState.PRUNED
     assert study.trials()[1].intermediate_values == {10: 5.0}
 
 
-def test_a_journal_whose_last_line_is_torn(tmp_path: Path) -> None:
+def test_journal_with_a_half_written_last_line(tmp_path: Path) -> None:
     sweep = sweep_of(tmp_path, "vary: {a: [1, 2]}\nseeds: [1]\n")
     study = opened(tmp_path, sweep)
-    claim = study.claim()
+    claim = study.claim_run()
     assert claim is not None
-    study.record(claim, done(claim, 7.0))
+    study.record_run(claim, done(claim, 7.0))
     with (tmp_path / JOURNAL).open("a") as journal:
         journal.write('{"op_code": 5, "wor')
     study = opened(tmp_path, sweep)
-    after = study.claim()
+    after = study.claim_run()
     assert after is not None
     assert after.number == 1
-    study.record(after, done(after))
+    study.record_run(after, done(after))
     assert [trial.value for trial in opened(tmp_path, sweep).trials()] == [7.0, 1.0]
 
 
 @pytest.mark.parametrize(
-    ("storage", "said"),
+    ("storage", "message"),
     [
         ("postgresql://nobody:secret@127.0.0.1:9/none", "cannot reach postgresql://nobody:***@127.0.0.1:9/none"),
         ("oracle://x", "--storage is oracle://...; it must be"),
@@ -172,8 +172,8 @@ def test_a_journal_whose_last_line_is_torn(tmp_path: Path) -> None:
         ("/proc/none/journal", "--storage: cannot write /proc/none/journal: No such file"),
     ],
 )
-def test_a_storage_that_cannot_be(tmp_path: Path, storage: str, said: str) -> None:
+def test_invalid_storage(tmp_path: Path, storage: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         open_storage(storage, tmp_path, "s")
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert "secret" not in str(caught.value)

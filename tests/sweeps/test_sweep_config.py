@@ -1,4 +1,4 @@
-"""A sweep file: what it means, and what it cannot mean."""
+"""Parsing of sweep files, and the fit commands they produce."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ import pytest
 pytest.importorskip("optuna")
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps.build_command import ResolvedBaseline, arguments, experiment, steps
+from lit_gpt_scratch.sweeps.fit_command import ResolvedBaseline, build_arguments, experiment_name, tokens_to_steps
 from lit_gpt_scratch.sweeps.search_space import NumericRange
-from lit_gpt_scratch.sweeps.sweep_config import Sweep, load
+from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, load_sweep
 
-WHOLE = """
-# What does the position bring,
-# and at which rate?
+EXAMPLE = """
+# Which position encoding is best,
+# and at which learning rate?
 base: [base.yaml]
 fixed: {trainer.max_steps: 200, trainer.accelerator: cpu}
 vary:
@@ -35,32 +35,32 @@ def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sweep.yaml"
 
 
-def read(path: Path, text: str) -> Sweep:
+def read(path: Path, text: str) -> SweepConfig:
     path.write_text(text)
-    return load(path)
+    return load_sweep(path)
 
 
-def test_the_example(written: Path) -> None:
-    sweep = read(written, WHOLE)
-    assert sweep.question == "What does the position bring, and at which rate?"
+def test_example(written: Path) -> None:
+    sweep = read(written, EXAMPLE)
+    assert sweep.question == "Which position encoding is best, and at which learning rate?"
     assert sweep.vary["model.optimizer.lr"] == NumericRange("model.optimizer.lr", 1e-4, 1e-2, log=True)
     assert sweep.n_trials == 8
-    assert sweep.first == {"model.gpt.position": "learned", "model.optimizer.lr": pytest.approx(1e-3)}
-    given = arguments(sweep, {"model.gpt.position": "rotary", "model.optimizer.lr": 0.002}, ResolvedBaseline())
+    assert sweep.baseline_assignment == {"model.gpt.position": "learned", "model.optimizer.lr": pytest.approx(1e-3)}
+    given = build_arguments(sweep, {"model.gpt.position": "rotary", "model.optimizer.lr": 0.002}, ResolvedBaseline())
     assert given == [
         "--config=base.yaml", "--trainer.max_steps=200", "--trainer.accelerator=cpu", "--model.gpt.position=rotary",
         "--model.optimizer.lr=0.002",
     ]  # fmt: skip
 
 
-def test_a_dimension_more_is_a_line_more(written: Path) -> None:
+def test_grid_of_two_dimensions(written: Path) -> None:
     before = read(written, "vary:\n  a: [1, 2]\n")
     after = read(written, "vary:\n  a: [1, 2]\n  b: [x, y, z]\n")
     assert before.n_trials == 2
-    assert after.assignments == [{"a": a, "b": b} for a in "12" for b in "xyz"]
+    assert after.predefined_assignments == [{"a": a, "b": b} for a in "12" for b in "xyz"]
 
 
-def test_alternatives_of_several_flags_and_whole_classes(written: Path) -> None:
+def test_choices_of_flag_sets_and_classes(written: Path) -> None:
     sweep = read(
         written,
         "vary:\n"
@@ -68,15 +68,15 @@ def test_alternatives_of_several_flags_and_whole_classes(written: Path) -> None:
         "  model.optimizer:\n  - AdamW\n  - {class_path: Muon, init_args: {lr: 0.02}}\n"
         "  model.gpt.attention: [null, mine.Own]\n",
     )
-    [*_, last] = sweep.assignments
+    [*_, last] = sweep.predefined_assignments
     assert last == {"norm": "post", "model.optimizer": "Muon (lr 0.02)", "model.gpt.attention": "mine.Own"}
-    assert arguments(sweep, last, ResolvedBaseline()) == [
+    assert build_arguments(sweep, last, ResolvedBaseline()) == [
         "--model.gpt.norm_placement=post", "--model.schedule.warmup_steps=0",
         '--model.optimizer={"class_path": "Muon", "init_args": {"lr": 0.02}}', "--model.gpt.attention=mine.Own",
     ]  # fmt: skip
-    assert arguments(sweep, sweep.first, ResolvedBaseline()) == [
+    assert build_arguments(sweep, sweep.baseline_assignment, ResolvedBaseline()) == [
         "--model.optimizer=AdamW"
-    ]  # null leaves a flag as it is
+    ]  # null drops the flag
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_alternatives_of_several_flags_and_whole_classes(written: Path) -> None:
         ({"low": 0.0, "high": 1.0}, [], 0.5),
     ],
 )
-def test_ranges(space: dict[str, float], grid: list[float], middle: float) -> None:
+def test_numeric_range(space: dict[str, float], grid: list[float], middle: float) -> None:
     each = NumericRange("x", **space)  # type: ignore[arg-type]  # as the file gives them
     assert each.grid() == grid
     assert each.baseline == pytest.approx(middle)
     assert not grid or each.baseline in grid
-    assert all(map(each.holds, [each.baseline, *grid]))
-    assert not any(map(each.holds, [each.high + 1, each.low - 1, "x"]))
+    assert all(map(each.contains, [each.baseline, *grid]))
+    assert not any(map(each.contains, [each.high + 1, each.low - 1, "x"]))
 
 
 @pytest.mark.parametrize(
@@ -106,73 +106,80 @@ def test_ranges(space: dict[str, float], grid: list[float], middle: float) -> No
         (1, {"data.tokens_per_step": 4096}, 1, 1),
     ],
 )
-def test_tokens_are_steps(budget: float, flags: dict[str, int], replicas: int, expected: int) -> None:
-    assert steps(budget, flags, ResolvedBaseline(replicas=replicas)) == expected
+def test_tokens_to_steps(budget: float, flags: dict[str, int], replicas: int, expected: int) -> None:
+    assert tokens_to_steps(budget, flags, replicas) == expected
 
 
-def test_a_budget_of_tokens_follows_the_size_of_the_batch(written: Path) -> None:
+def test_token_budget_depends_on_batch_size(written: Path) -> None:
     sweep = read(written, "vary: {data.batch_size: [4, 16]}\nbudget: {tokens: 64000}\n")
     known = ResolvedBaseline({"data.batch_size": 8, "data.block_size": 100, "trainer.accumulate_grad_batches": 1})
-    found = [arguments(sweep, each, known)[-1] for each in sweep.assignments]
+    found = [build_arguments(sweep, each, known)[-1] for each in sweep.predefined_assignments]
     assert found == ["--trainer.max_steps=160", "--trainer.max_steps=40"]
     minutes = read(written, "vary: {a: [1]}\nbudget: {minutes: 90.5}\n")
-    assert arguments(minutes, minutes.first, ResolvedBaseline())[-1] == "--trainer.max_time=00:01:30:30"
+    assert (
+        build_arguments(minutes, minutes.baseline_assignment, ResolvedBaseline())[-1]
+        == "--trainer.max_time=00:01:30:30"
+    )
 
 
-def test_what_makes_a_sweep_another_one(written: Path) -> None:
-    sweep = read(written, WHOLE)
-    assert read(written, "# Why not?\n" + WHOLE.replace("trials: 8", "trials: 9")).fingerprint == sweep.fingerprint
-    for changed in (WHOLE.replace("val/loss", "val/x"), WHOLE.replace("learned, ", ""), WHOLE.replace("200", "201")):
+def test_fingerprint_and_experiment_name(written: Path) -> None:
+    sweep = read(written, EXAMPLE)
+    assert read(written, "# Why not?\n" + EXAMPLE.replace("trials: 8", "trials: 9")).fingerprint == sweep.fingerprint
+    for changed in (
+        EXAMPLE.replace("val/loss", "val/x"),
+        EXAMPLE.replace("learned, ", ""),
+        EXAMPLE.replace("200", "201"),
+    ):
         assert read(written, changed).fingerprint != sweep.fingerprint
-    first = arguments(sweep, sweep.first, ResolvedBaseline())
-    name = experiment(sweep, sweep.first, first, 1)
+    first = build_arguments(sweep, sweep.baseline_assignment, ResolvedBaseline())
+    name = experiment_name(sweep, sweep.baseline_assignment, first, 1)
     assert name.startswith("learned_0.001_seed_1_")
-    assert name != experiment(sweep, sweep.first, first, 2)
+    assert name != experiment_name(sweep, sweep.baseline_assignment, first, 2)
     Path("base.yaml").write_text("trainer:\n  log_every_n_steps: 6\n")
-    assert load(written).fingerprint != sweep.fingerprint
-    assert name != experiment(sweep, sweep.first, first, 1)
+    assert load_sweep(written).fingerprint != sweep.fingerprint
+    assert name != experiment_name(sweep, sweep.baseline_assignment, first, 1)
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("", "has at least: vary"),
-        ("vary: {a: [1]}\nmetrik: x\n", "there is no metrik in a sweep; the nearest is metric"),
+        ("", "with at least the key vary"),
+        ("vary: {a: [1]}\nmetrik: x\n", "unknown key metrik; the nearest is metric"),
         ("vary: {}\n", "the grid is empty"),
-        ("vary: {a: []}\n", "vary: a has nothing to choose from: the grid is empty"),
+        ("vary: {a: []}\n", "vary: a has no choices, so the grid is empty"),
         ("vary: {a: 3}\n", "vary: a is 3; it must be a list"),
-        ("vary: {a: [1, 1]}\n", "vary: a has 1 twice"),
-        ("vary: {a: {low: 1, high: 1}}\n", "the range is empty"),
+        ("vary: {a: [1, 1]}\n", "vary: a lists 1 twice"),
+        ("vary: {a: {low: 1, high: 1}}\n", "low is 1 and high is 1; low must be less than high"),
         ("vary: {a: {low: 0, high: 1, log: true}}\n", "low is 0; it must be positive"),
         ("vary: {a: {low: x, high: 1}}\n", "low is x; it must be a number"),
-        ("vary: {a: {low: 1, high: 2, sep: 1}}\n", "a range has low, high"),
+        ("vary: {a: {low: 1, high: 2, sep: 1}}\n", "a range takes low, high, and optionally log and step"),
         ("vary: {a: {low: 1, high: 2.5}}\n", "a range without a step, which is no grid"),
-        ("vary: {a: {b: 3}}\n", "write the flags that it stands for"),
+        ("vary: {a: {b: 3}}\n", "give a mapping of the flags that it stands for"),
         ("vary: {a: [1]}\nbase: [no.yaml]\n", "no such file: no.yaml"),
         ("vary: {a: [1]}\nmethod: magic\n", "method is magic; it must be one of grid, random, tpe"),
-        ("vary: {a: [1]}\nmethod: tpe\n", "trials is None; say how many tpe is to try"),
+        ("vary: {a: [1]}\nmethod: tpe\n", "trials is None; give the number of trials for method tpe"),
         ("vary: {a: [1]}\ntrials: 4\n", "a grid has as many as there are combinations"),
         ("vary: {a: [1]}\nseeds: []\n", "seeds are []"),
         ("vary: {a: [1]}\nseeds: [1, 1]\n", "each once"),
-        ("vary: {a: [1]}\nseeds: [x]\n", "they must be whole numbers"),
+        ("vary: {a: [1]}\nseeds: [x]\n", "they must be integers"),
         ("vary: {a: [1]}\ndirection: up\n", "direction is up"),
         ("vary: {a: [1]}\npruning: Magic\n", "pruning is Magic; it must be one of"),
         ("vary: {a: [1]}\npruning: {MedianPruner: {n: 3}}\n", "it takes n_startup_trials"),
         ("vary: {a: [1]}\nbudget: {money: 3}\n", "budget is money; it must be one of steps, tokens, minutes"),
-        ("vary: {a: [1]}\nbudget: {steps: 3, tokens: 4}\n", "both end a run"),
+        ("vary: {a: [1]}\nbudget: {steps: 3, tokens: 4}\n", "both set trainer.max_steps"),
         ("vary: {a: [1]}\nbudget: {steps: 0}\n", "it must be positive"),
         ("vary: {trainer.max_steps: [1]}\nbudget: {steps: 3}\n", "steps sets trainer.max_steps, which is given too"),
         ("vary: {a: [1]}\nfixed: {a: 2}\n", "a is under fixed and under vary"),
-        ("vary: {seed_everything: [1]}\n", "say it under seeds"),
-        ("vary: {runs: [x]}\n", "runs is the sweep's own to set"),
+        ("vary: {seed_everything: [1]}\n", "seed_everything is set by the sweep itself; use seeds instead"),
+        ("vary: {runs: [x]}\n", "runs is set by the sweep itself"),
         ("vary: {a: [1]}\nbaseline: {b: 1}\n", "baseline: b is not under vary"),
         ("vary: {a: [1]}\nbaseline: {a: 2}\n", "baseline: a is 2, which is not under vary"),
         ("vary: [1]\n", "vary is [1]; it must be a mapping"),
-        ("vary: {a: [1\n", "is no YAML"),
+        ("vary: {a: [1\n", "is not YAML"),
     ],
 )  # fmt: skip
-def test_what_cannot_be(written: Path, text: str, said: str) -> None:
+def test_invalid_sweep_file(written: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(written, text)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
     assert str(written) in str(caught.value)

@@ -1,0 +1,100 @@
+"""The ``fit`` command line of a trial, and the name of a run's folder."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.search_space import FitFlags
+from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, short_hash
+
+FIT_MODULE = "lit_gpt_scratch.fit"
+"""The module that every run executes."""
+
+
+@dataclass(frozen=True)
+class ResolvedBaseline:
+    """The baseline's flags as ``fit`` resolves them; stored in the study.
+
+    Args:
+        flags: Value of every flag, by short name.
+        replicas: Number of data-parallel processes, each of which reads its own samples.
+    """
+
+    flags: Mapping[str, Any] = field(default_factory=dict)
+    replicas: int = 1
+
+
+def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: ResolvedBaseline) -> list[str]:
+    """The arguments of ``fit`` for a trial, without seed and folder.
+
+    Raises:
+        UserError: A budget in tokens cannot be converted to steps.
+    """
+    flags = sweep.fit_flags(assignment)
+    arguments = [f"--config={path}" for path in sweep.base]
+    arguments += [f"--{name}={format_flag_value(value)}" for name, value in flags.items()]
+    if "steps" in sweep.budget:
+        arguments.append(f"--trainer.max_steps={round(sweep.budget['steps'])}")
+    if "tokens" in sweep.budget:
+        overridden = {**baseline.flags, **{short_flag(name): value for name, value in flags.items()}}
+        steps = tokens_to_steps(sweep.budget["tokens"], overridden, baseline.replicas)
+        arguments.append(f"--trainer.max_steps={steps}")
+    if "minutes" in sweep.budget:
+        seconds = round(60 * sweep.budget["minutes"])
+        clock = f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        arguments.append(f"--trainer.max_time={clock}")
+    return arguments
+
+
+def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
+    """The number of optimizer steps, at least 1, that process so many tokens.
+
+    Args:
+        tokens: Tokens of the whole run.
+        flags: Flags of the run, by short name.
+        replicas: Number of data-parallel processes.
+
+    Raises:
+        UserError: The flags of the data module do not determine the tokens per step.
+    """
+    tokens_per_step = flags.get("data.tokens_per_step")
+    if tokens_per_step is None:
+        names = ("data.batch_size", "data.block_size", "trainer.accumulate_grad_batches")
+        factors = [flags.get(name) for name in names]
+        if None in factors:
+            raise UserError("budget: tokens per step are unknown for this data module; give steps instead of tokens")
+        tokens_per_step = replicas
+        for factor in factors:
+            tokens_per_step *= int(str(factor))
+    return max(1, round(tokens / int(tokens_per_step)))
+
+
+def experiment_name(sweep: SweepConfig, assignment: Assignment, arguments: list[str], seed: int) -> str:
+    """The name of a run's folder: its settings, and a hash of everything that determines the run.
+
+    A run has the same name in every sweep, so a finished run is reused when the sweep file gains a line.
+    """
+    settings = "_".join(f"{each:.6g}" if isinstance(each, float) else str(each) for each in assignment.values())
+    content = [arguments, seed, [path.read_text(encoding="utf-8") for path in sweep.base]]
+    return f"{re.sub(r'[^A-Za-z0-9_.+-]+', '-', settings)[:60].strip('-.')}_seed_{seed}_{short_hash(content)}"
+
+
+def format_command(arguments: list[str], seed: int) -> str:
+    """The shell command of a run."""
+    return shlex.join(["python", "-m", FIT_MODULE, *arguments, f"--seed_everything={seed}"])
+
+
+def format_flag_value(value: Any) -> str:
+    """A value in the syntax of the command line."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return json.dumps(value) if isinstance(value, dict | list) else str(value)
+
+
+def short_flag(name: str) -> str:
+    """A flag's short name, without ``init_args`` and ``class_path``."""
+    return name.replace(".init_args", "").removesuffix(".class_path")
