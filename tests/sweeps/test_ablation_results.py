@@ -41,7 +41,8 @@ def test_report_has_the_stored_means_and_its_plots(name: str, cell: str) -> None
     report = (folder / "report.md").read_text(encoding="utf-8")
     table = report.split("## Findings")[1].split("## ")[0]
     found = [float(number) for number in re.findall(r"\| 3 \| ([\d.]+) ± ", table)]
-    assert found == pytest.approx([float(number) for number in re.findall(r"[1-3]\.\d{3}", cell)], abs=0.006)  # rounded to its interval
+    expected = [float(number) for number in re.findall(r"[1-3]\.\d{3}", cell)]
+    assert found == pytest.approx(expected, abs=0.006)  # the report rounds each mean to its interval
     linked = set(re.findall(r"\((\w+\.svg)\)", report))
     assert linked == {path.name for path in folder.glob("*.svg")}
 
