@@ -22,15 +22,17 @@ from lit_gpt_scratch.lightning_compat import (
 
 
 class RunDirCallback(Callback):
-    """Knows the run's folder on every rank; ``None`` in a ``fast_dev_run``, which leaves nothing behind.
+    """A callback that writes to the run directory.
 
-    ``fit`` sets ``folder`` on the first rank. By hand nobody does, and the logger's folder is the run's.
+    Attributes:
+        folder: The run directory, known on every rank from ``setup`` on; None in a ``fast_dev_run``, which writes
+            nothing. ``fit`` sets it on rank 0; without that, the logger's directory is used.
     """
 
     folder: RunFolder | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Ask the first rank; all ranks have to ask, because asking is a collective."""
+        """Broadcast the run directory from rank 0 (a collective)."""
         self.folder = trainer.strategy.broadcast(self.folder)
         if self.folder is None:
             log_dir = trainer.log_dir
@@ -39,50 +41,50 @@ class RunDirCallback(Callback):
 
 
 class ValidateAtEnd(Callback):
-    """Tell the trainer to stop at the last step, instead of letting it run out of steps.
+    """End every run with a validation, whatever ``val_check_interval`` is.
 
-    A trainer that is told to stop validates first; one that reaches ``max_steps`` between two validations
-    does not.
+    A trainer whose ``should_stop`` is set validates before it stops; one that reaches ``max_steps`` between two
+    validations does not. So this sets ``should_stop`` at the last step.
     """
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Recognise the last step."""
+        """Set ``should_stop`` at the last step."""
         if limit_reached(trainer):
             trainer.should_stop = True
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Whether the steps or epochs of a run are over, as of the end of a batch; the same on all ranks."""
+    """Whether ``max_steps`` or ``max_epochs`` is reached at the end of this batch; the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
 
 
 def time_is_up(trainer: L.Trainer) -> bool:
-    """Whether the time of a run is over, by the clock of this rank: others may not have come to it."""
+    """Whether ``max_time`` has passed on this rank; other ranks' clocks may differ."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 class Checkpointing(RunDirCallback, Checkpoint):
-    """Keep ``last.ckpt`` to go on from, and the best models by validation loss.
+    """Saves ``last.ckpt`` to resume from, and the best models by validation loss.
 
-    ``last.ckpt`` is written between two optimizer steps: when the one before is done and logged, and never amid the
-    micro-batches of one, whose gradients would be lost. It is also written before a validation, which a resumed run
-    then does first, and after it.
+    ``last.ckpt`` is saved between two optimizer steps, after the earlier one was logged, and never between the
+    micro-batches of one, whose accumulated gradients would be missing. It is also saved before a validation, which a
+    resumed run then runs first, and after it.
 
     Args:
         every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and at the
             end.
-        every_minutes: Minutes after which to save it in any case; None saves by steps alone.
+        every_minutes: Also save it after this many minutes; None saves by steps only.
         keep_best: How many of the best models to keep, as ``step=N.ckpt``.
-        background: Write files while the training goes on, from a copy of the state in memory.
+        background: Write files in a thread while training continues, from a copy of the state in host memory.
 
     Raises:
-        UserError: A number is out of its range.
+        UserError: A number is out of range.
     """
 
     STATE_KEY: ClassVar = "Checkpoints"
@@ -105,18 +107,18 @@ class Checkpointing(RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """Validation loss of each kept model, by file name, best first."""
+        """File name of each kept model to its validation loss, best first."""
         self.untested = False
-        """Whether nothing but its test is missing of the run that goes on; who goes on with it says so."""
-        self._tests = False
+        """Whether the resumed run misses only its test; set by the code that resumes it."""
+        self._has_test_data = False
         self._validation_due = False
         self._saved: int | None = None
         self._saved_at = 0.0
-        self._stop_asked = False
+        self._stop_requested = False
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let the trainer begin a run of which only the last validation, or the test, is missing; it would not."""
+        """Raise the limits by one if only the last validation or the test is missing: at its limit a trainer does nothing."""
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
         if self.untested or checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
@@ -127,30 +129,32 @@ class Checkpointing(RunDirCallback, Checkpoint):
                 loop.max_epochs = epochs + 1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin such a run, too, if its time is up; callbacks that save come after the timer."""
-        self._stops = trainer.should_stop or self.untested
+        """Start such a run even if its time is up; ``Checkpoint`` callbacks run after the timer."""
+        self._should_stop = trainer.should_stop or self.untested
         if self._validation_due or self.untested:
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Clear away what a kill left half-written, and do the validation that it prevented."""
-        self._agreement = HostReducer()
-        self._tests = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
-        self._saved = trainer.global_step or None  # a resumed run has its checkpoint already
+        """Remove files that a kill left unfinished, and run the validation that it prevented."""
+        self._reducer = HostReducer()
+        self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
+        self._saved = trainer.global_step or None  # a resumed run has this checkpoint already
         self._saved_at = time.monotonic()
         if self.folder:
             kept = {name: loss for name, loss in self.best.items() if (self.folder.checkpoints / name).is_file()}
-            self.best = trainer.strategy.broadcast(kept)  # a checkpoint from elsewhere speaks of files that are there
+            self.best = trainer.strategy.broadcast(
+                kept
+            )  # a checkpoint copied from elsewhere may list files that are not here
             if trainer.is_global_zero:
                 self.folder.remove_unfinished()
         if self._validation_due or self.untested:
-            self._make_up(trainer)
+            self._run_missed_validation(trainer)
             self.untested = False
 
-    def _make_up(self, trainer: L.Trainer) -> None:
-        """Do the validation of the step before with the numbers of step and epoch that it would have had.
+    def _run_missed_validation(self, trainer: L.Trainer) -> None:
+        """Run the validation of the previous step with the step and epoch counts that it would have had.
 
-        A test that comes next finds those that it would have found.
+        A test that follows also sees the counts that it would have seen.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
@@ -161,14 +165,14 @@ class Checkpointing(RunDirCallback, Checkpoint):
             trainer.validating = True
             loop.epoch_loop.val_loop.run()
             trainer.training = True
-        trainer.should_stop = trainer.should_stop or self._stops
+        trainer.should_stop = trainer.should_stop or self._should_stop
         loop.epoch_progress.current.completed += epoch_over
         set_logging_step(trainer, trainer.global_step)
         ends = trainer.should_stop or 0 < loop.epoch_loop.max_steps <= trainer.global_step
         if ends and not epoch_over:
             loop.epoch_progress.increment_processed()
             loop.epoch_progress.increment_completed()
-        self._validation_due = False  # also where there is no validation any more
+        self._validation_due = False  # also if validation has been switched off
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -182,14 +186,14 @@ class Checkpointing(RunDirCallback, Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let nothing stop the run amid a step: not a timer, and not a validation that comes there."""
+        """Postpone ``should_stop`` to the end of the optimizer step: a timer or validation can set it between micro-batches."""
         if is_accumulating(trainer):
-            self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
-        elif self._stop_asked:
+            self._stop_requested, trainer.should_stop = self._stop_requested or trainer.should_stop, False
+        elif self._stop_requested:
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save all that was trained: a validation can be long, and can fail."""
+        """Save first: a validation can be long, and can fail."""
         if is_validating_between_steps(trainer) and self._saved != trainer.global_step:
             self._validation_due = True
             self.save_last(trainer)
@@ -205,37 +209,37 @@ class Checkpointing(RunDirCallback, Checkpoint):
         if is_validating_between_steps(trainer):
             self.save_last(trainer)
         else:
-            self._stop_asked, trainer.should_stop = self._stop_asked or trainer.should_stop, False
+            self._stop_requested, trainer.should_stop = self._stop_requested or trainer.should_stop, False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save what no earlier moment was right for, if this is the end; later others may change the weights.
+        """Save the last step if this is the end and it is not saved yet.
 
-        An average of the weights, say, takes their place when the training ends.
+        ``on_train_end`` would be too late: the moving average replaces the weights there.
         """
         if trainer.should_stop or limit_reached(trainer):
-            news = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
-            if self._agreement.max(news):
+            unsaved = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
+            if self._reducer.max(unsaved):
                 self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt``, and the curves up to it; every rank has to ask."""
+        """Write ``last.ckpt``, and flush the logged curves up to it; to be called on every rank."""
         if self.folder:
             self._saved, self._saved_at = trainer.global_step, time.monotonic()
             self._stopped = self._stops_early(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    logger.experiment.flush()  # it would keep points back for minutes, and a kill would lose them
+                    logger.experiment.flush()  # it buffers points for minutes; a kill would lose them
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        """Whether a callback ended the run; the first rank's answer is the one that is saved."""
-        asked = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
-        return asked and not limit_reached(trainer) and not time_is_up(trainer)
+        """Whether a callback stopped the run; rank 0's answer is saved."""
+        requested = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
+        return requested and not limit_reached(trainer) and not time_is_up(trainer)
 
     def _is_time(self) -> bool:
         if self.every_minutes is None:
             return False
-        return bool(self._agreement.max(time.monotonic() - self._saved_at >= 60 * self.every_minutes))
+        return bool(self._reducer.max(time.monotonic() - self._saved_at >= 60 * self.every_minutes))
 
     def _save_best(self, trainer: L.Trainer, folder: RunFolder, loss: float) -> None:
         name = f"step={trainer.global_step}.ckpt"
@@ -245,7 +249,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         self.best = kept
         if name in kept:
             trainer.save_checkpoint(folder.checkpoints / name)
-        for old in dropped:  # only now: until the new one is whole, the old one is the best there is
+        for old in dropped:  # only after the new one is complete
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     @property
@@ -254,11 +258,11 @@ class Checkpointing(RunDirCallback, Checkpoint):
         return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, what is still to be done, this step's validation or a test, and if a callback ended it."""
-        due = {"validation_due": self._validation_due, "tests": self._tests}
+        """The best models, whether a validation or test is still due, and whether a callback stopped the run."""
+        due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on comparing with the best so far."""
+        """Restore the best models and whether a validation is due."""
         self.best = dict(state_dict["best"])
         self._validation_due = state_dict.get("validation_due", False)

@@ -1,4 +1,4 @@
-"""Stopping when the system or the user asks for it."""
+"""Signal handling: save and exit cleanly on SIGINT, SIGTERM and the like."""
 
 import logging
 import signal
@@ -21,9 +21,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """End the program with the conventional exit code when a signal comes, cleaning up behind it."""
+    """Context in which a signal raises ``SystemExit`` with 128 + its number, so that cleanup code runs."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # the only one that Python lets handle signals
+    if threading.current_thread() is threading.main_thread():  # only there may Python install handlers
         before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
     try:
         yield
@@ -37,42 +37,42 @@ def _exit(signum: int, frame: FrameType | None = None) -> None:
 
 
 class SignalHandling(Callback):
-    """On a signal finish the step, save once, say how to go on, and exit with 128 + the signal's number.
+    """On a signal: finish the step, save ``last.ckpt``, print how to resume, and exit with 128 + the signal's number.
 
-    One rank that is signalled stops all of them, after the same step. A second signal changes nothing. Before the
-    first step of this process there is nothing to save, and a single process ends at once.
+    A signal to one rank stops all of them after the same step. A second signal changes nothing. Before the first step
+    of this process there is nothing to save, and a single process exits at once.
 
     Args:
-        checkpoints: What saves; None if the run saves nothing.
+        checkpoints: Saves ``last.ckpt``; None if the run saves nothing.
     """
 
     def __init__(self, checkpoints: Checkpointing | None) -> None:
         self.checkpoints = checkpoints
         self.signum = 0
-        """The signal that came, or 0."""
+        """The signal received, or 0."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Note signals from here on: all ranks are there, and can agree.
+        """Install the handlers; from here on all ranks exist and can agree to stop.
 
-        In the place of Lightning's handlers, which broadcast from within, amid whatever the ranks were doing.
+        They replace Lightning's, which run a broadcast inside the handler, whatever collective the rank was in.
         """
-        self._agreement = HostReducer()
+        self._reducer = HostReducer()
         self._trainer, self._first_step = trainer, -1
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             disable_signal_handlers(trainer)
-            self._before = {signum: signal.signal(signum, self._note) for signum in STOP_SIGNALS}
+            self._before = {signum: signal.signal(signum, self._record_signal) for signum in STOP_SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Put back what was."""
+        """Restore the former handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know what is there already."""
+        """Remember the step that this process starts from."""
         self._first_step = trainer.global_step
 
-    def _note(self, signum: int, frame: FrameType | None) -> None:
+    def _record_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
             _exit(signum)
         self.signum = self.signum or signum
@@ -80,8 +80,8 @@ class SignalHandling(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Between two steps: save and stop, if any rank was asked to."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._agreed():
+        """Between two steps: save and stop if any rank received a signal."""
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._signal_received():
             if self.checkpoints and trainer.global_step > self._first_step:
                 self.checkpoints.save_last(trainer)
             self._stop(trainer)
@@ -89,32 +89,33 @@ class SignalHandling(Callback):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Amid a validation of a run: stop; what was trained was saved before it."""
-        if is_validating_between_steps(trainer) and self._agreed():
+        """During validation: stop at once; the weights were saved before it began."""
+        if is_validating_between_steps(trainer) and self._signal_received():
             self._stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Settle what came too late to stop anything; all ranks end alike."""
-        self._agreed()
+        """Agree on a signal that came too late to stop the run, so that all ranks exit alike."""
+        self._signal_received()
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """End this process with the exit code that the signal stands for."""
+        """Exit this process with the signal's exit code."""
         if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
-            raise SystemExit(0)  # Lightning's launcher kills the first rank when a process that it started fails
+            raise SystemExit(0)  # Lightning's launcher kills rank 0 when a process that it started fails
         raise SystemExit(128 + self.signum)
 
-    def _agreed(self) -> bool:
-        agreed = self._agreement.max(self.signum)
-        self.signum = self.signum or agreed  # a signal that came while the ranks agreed counts the next time
+    def _signal_received(self) -> bool:
+        """Whether any rank received a signal (a collective)."""
+        agreed = self._reducer.max(self.signum)
+        self.signum = self.signum or agreed  # a signal during the collective counts next time
         return bool(agreed)
 
     def _stop(self, trainer: L.Trainer) -> None:
         if trainer.is_global_zero:
             folder = self.checkpoints and self.checkpoints.folder
             saved = folder and (folder.last.exists() or trainer.global_step > self._first_step)
-            go_on = f"go on with: python -m lit_gpt_scratch.fit --ckpt_path {folder.path}" if folder and saved else ""
+            resume = f"resume with: python -m lit_gpt_scratch.fit --ckpt_path {folder.path}" if folder and saved else ""
             name = signal.Signals(self.signum).name
-            log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, go_on or "nothing was saved")
+            log.warning("\nstopped by %s after step %d; %s", name, trainer.global_step, resume or "nothing was saved")
         self.leave(trainer)
 
 

@@ -9,26 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration
+from lit_gpt_scratch.callbacks.progress import format_count
 from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, RunPlan
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel
 from tests.conftest import sentences
-
-
-@pytest.mark.parametrize(
-    ("number", "said"),
-    [(0, "0"), (7, "7"), (999, "999"), (2240, "2.24 k"), (2_164_928, "2.16 M"), (3e9, "3 G"), (1.5e13, "15 T")],
-)
-def test_numbers_are_short(number: float, said: str) -> None:
-    assert format_count(number) == said
-
-
-def test_bytes_and_times_are_short() -> None:
-    assert [format_bytes(12), format_bytes(27_600_000)] == ["12 B", "27.6 MB"]
-    assert [format_duration(5), format_duration(84.4), format_duration(3 * 3600 + 61)] == ["0:05", "1:24", "3:01:01"]
 
 
 def said(

@@ -55,7 +55,7 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
     verify_checksum(run.last)
     step = torch.load(run.last, weights_only=True)["global_step"]
     assert step > 0
-    assert f"after step {step}; go on with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in said
+    assert f"after step {step}; resume with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in said
     again = forked.fit(folder, f"--ckpt_path={run.path}", f"--trainer.max_steps={step + 2}", *more)
     assert again.code == 0, again.err
     assert torch.load(run.last, weights_only=True)["global_step"] == step + 2
