@@ -118,7 +118,10 @@ class Checkpointing(RunDirCallback, Checkpoint):
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise the limits by one if only the last validation or the test is missing: at its limit a trainer does nothing."""
+        """Raise the limits by one if only the last validation or the test is missing.
+
+        A trainer that is at its limits does nothing.
+        """
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
         if self.untested or checkpoint["callbacks"].get(self.state_key, {}).get("validation_due"):
@@ -186,7 +189,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Postpone ``should_stop`` to the end of the optimizer step: a timer or validation can set it between micro-batches."""
+        """Postpone ``should_stop`` to the end of the optimizer step; a timer can set it between micro-batches."""
         if is_accumulating(trainer):
             self._stop_requested, trainer.should_stop = self._stop_requested or trainer.should_stop, False
         elif self._stop_requested:
