@@ -1,4 +1,4 @@
-"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.model.attention`.
+"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.kernels.cpu_attention`.
 
     python experiments/benchmarks/attention.py
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lit_gpt_scratch.model.attention import _attend, _attend_backward
+from lit_gpt_scratch.kernels.cpu_attention import attention_backward, attention_forward
 
 CALLS = 30
 SHAPES = [(32, 4, 64, 32), (16, 3, 128, 64), (8, 3, 256, 64), (8, 6, 256, 64), (4, 3, 512, 64), (2, 3, 1024, 64)]
@@ -38,13 +38,13 @@ def main() -> None:
             leaves = [x.requires_grad_() for x in (q, k, v)]
             theirs, ours = [], []
             out = F.scaled_dot_product_attention(*leaves, is_causal=True)
-            remembered = [x.detach() for x in (*leaves, *_attend(*leaves))]
+            saved = [x.detach() for x in (*leaves, *attention_forward(*leaves, None))]
 
             def by_torch(out: Tensor = out, leaves: list[Tensor] = leaves, grad: Tensor = grad) -> object:
                 return torch.autograd.grad(out, leaves, grad, retain_graph=True)
 
-            def by_hand(remembered: list[Tensor] = remembered, grad: Tensor = grad) -> object:
-                return _attend_backward(grad, *remembered)
+            def by_hand(saved: list[Tensor] = saved, grad: Tensor = grad) -> object:
+                return attention_backward(grad, *saved[:3], None, *saved[3:])
 
             for _ in range(CALLS):
                 theirs.append(timed(by_torch))

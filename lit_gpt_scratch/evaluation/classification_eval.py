@@ -19,7 +19,6 @@ from lit_gpt_scratch.evaluation.intervals import Measurements, Metrics, PartIndi
 from lit_gpt_scratch.evaluation.loglikelihood import TOKENS_PER_BATCH, batch_by_length
 from lit_gpt_scratch.losses.metrics import mean_auroc
 from lit_gpt_scratch.model import GPT
-from lit_gpt_scratch.model.output_heads import POOLINGS
 from lit_gpt_scratch.text.document import TableRow, get_label
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -85,7 +84,7 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
             batch = [torch.tensor(ids[place]) for place in places]
             inputs = pad_sequence(batch, batch_first=True).to(device)  # (B, T)
             counts = torch.tensor([len(row) for row in batch], device=device)  # (B,)
-            logits = model.apply_head(POOLINGS[pooling](model.hidden_states(inputs), counts)).squeeze(1)  # (B, n)
+            logits = model.forward_pooled(inputs, counts, pooling)  # (B, n_classes)
             for place, row in zip(places, logits.softmax(-1).tolist(), strict=True):
                 found[place] = row
             bar.update(len(places))

@@ -74,7 +74,7 @@ def capture_activations(
 def _watched(block: Block, tell: Callable[[BlockActivations], None]) -> Iterator[None]:
     """Have told what a block does, whenever it is called."""
     hidden: list[Tensor] = []
-    weights = block.attention.weights = []
+    weights = block.attention.recorded_weights = []
 
     def done(_: nn.Module, given: object, stream: Tensor) -> None:
         tell(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
@@ -85,7 +85,7 @@ def _watched(block: Block, tell: Callable[[BlockActivations], None]) -> Iterator
     try:
         yield
     finally:
-        block.attention.weights = None
+        block.attention.recorded_weights = None
         before.remove()
         after.remove()
 

@@ -1,9 +1,9 @@
-"""Causal self-attention: multi-head, grouped-query and multi-query in one class."""
+"""Causal self-attention: positions and mask of a batch, the attention backends, and the module."""
 
 import importlib
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import Any, ClassVar, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,88 +12,76 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, crea
 from torch.utils._triton import has_triton
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.kernels.cpu_attention import cpu_attention, cpu_attention_is_faster
 from lit_gpt_scratch.kernels.onednn_linear import Linear
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.module_metadata import linear_flops_per_token
 from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
 
-if TYPE_CHECKING:
-    from lit_gpt_scratch.model.config import GPTConfig
-    from lit_gpt_scratch.model.kv_cache import KVCache
-
 FLEX_MIN_HEAD_DIM: Final = 16
-"""Channels of a head that FlexAttention's kernels need."""
+"""Smallest head dimension of FlexAttention's kernels."""
+
+ScoreBias = Callable[[Tensor, Tensor], Tensor]
+"""Added to a score, by head and query-key distance (both int64); see ``PositionEncoding.score_bias``."""
+
+
+# Positions and mask
 
 
 class AttentionLayout(NamedTuple):
-    """What the parts of the model need to know of the order of the tokens.
+    """Positions and attention mask of a batch, computed once for all blocks.
 
     Attributes:
-        positions: Of each token in its document, from 0, int64: (T,) where all rows are alike, else (B, T).
-        rotation: What the position scheme's ``rotate`` wants to know of them.
-        mask: What attention may see; None is the token itself and all before it. Dense it is (1 or B, 1, T, S) bool, or
-            (1 or B, 1 or n_head, T, S) float, which is added to the scores; or it is the blocks of FlexAttention.
+        positions: Position of each token in its document, from 0: (T,) int64 if all rows are alike, else (B, T).
+        cos_sin: ``PositionEncoding.cos_sin`` of the positions.
+        mask: What each query may attend to. None is causal. A dense mask is (1 or B, 1, T, S) bool, True where visible,
+            or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention has a ``BlockMask``.
     """
 
     positions: Tensor
-    rotation: tuple[Tensor, Tensor] | None
+    cos_sin: tuple[Tensor, Tensor] | None
     mask: Tensor | BlockMask | None
 
 
-def can_use_flex_attention(config: "GPTConfig", device: torch.device) -> bool:
-    """Whether FlexAttention can train there: it drops no weights, has no backward on a CPU, and needs Triton."""
-    return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
-
-
-def validate_attention_backend(config: "GPTConfig", device: torch.device) -> None:
-    """Refuse attention that cannot be trained on a device.
-
-    Raises:
-        UserError: It was asked for, and cannot.
-    """
-    if config.attention_backend == "flex" and not can_use_flex_attention(config, device):
-        raise UserError(
-            f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with heads of "
-            f"{config.head_width} channels (it needs a GPU, and {FLEX_MIN_HEAD_DIM}); choose auto, sdpa or manual"
-        )
-
-
 def build_attention_layout(
-    config: "GPTConfig",
+    config: GPTConfig,
     position: PositionEncoding,
     input_ids: Tensor,
     document_ids: Tensor | None,
-    cache: "KVCache | None",
+    cache: KVCache | None,
 ) -> AttentionLayout:
-    """Work it out.
+    """Compute positions and mask.
 
     Args:
         config: The architecture.
-        position: The scheme.
+        position: The position encoding.
         input_ids: (B, T) int64.
-        document_ids: (B, T) int64, another number for each document of a row; its tokens stand side by side.
-        cache: What came before, if anything did; it is ready for the tokens.
+        document_ids: (B, T) int64, a different number for each document of a row; a document's tokens are contiguous.
+        cache: Keys and values of the preceding tokens, after ``begin_forward``.
     """
     T, device = input_ids.size(1), input_ids.device
-    place = torch.arange(T, device=device)
+    index = torch.arange(T, device=device)
     if cache is not None:
         positions, needs_mask, S = cache.positions, cache.needs_mask, cache.visible_length
     else:
-        positions = place if document_ids is None else document_positions(document_ids, place)
+        positions = index if document_ids is None else document_positions(document_ids, index)
         needs_mask, S = document_ids is not None, T
-    rotation = position.cos_sin(positions)
+    cos_sin = position.cos_sin(positions)
     window = config.sliding_window if config.sliding_window is not None and config.sliding_window < S else None
-    blocks = config.attention_backend == "flex" or (
+
+    use_flex = config.attention_backend == "flex" or (
         config.attention_backend == "auto"
         and can_use_flex_attention(config, device)
         and (needs_mask or window is not None or config.attention_softcap is not None or position.has_score_bias)
     )
-    if blocks and cache is None:
-        return AttentionLayout(positions, rotation, _build_block_mask(input_ids, document_ids, window))
+    if use_flex and cache is None:
+        return AttentionLayout(positions, cos_sin, _build_block_mask(input_ids, document_ids, window))
     if not (needs_mask or window is not None or position.has_score_bias):
-        return AttentionLayout(positions, rotation, None)
-    query = positions if cache is not None else place  # (T,) or (B, T)
+        return AttentionLayout(positions, cos_sin, None)
+
+    query = positions if cache is not None else index  # (T,) or (B, T)
     distance = query[..., None] - torch.arange(S, device=device)  # (T, S) or (B, T, S)
     distance = distance.view(-1, 1, T, S)  # (1 or B, 1, T, S)
     visible = distance >= 0
@@ -102,17 +90,17 @@ def build_attention_layout(
     if window is not None:
         visible = visible & (distance < window)
     if not position.has_score_bias:
-        return AttentionLayout(positions, rotation, visible)
+        return AttentionLayout(positions, cos_sin, visible)
     heads = torch.arange(config.n_head, device=device).view(1, -1, 1, 1)
     bias = position.score_bias(heads, distance)  # (1 or B, n_head, T, S)
-    return AttentionLayout(positions, rotation, bias.masked_fill(~visible, float("-inf")))
+    return AttentionLayout(positions, cos_sin, bias.masked_fill(~visible, float("-inf")))
 
 
-def document_positions(document_ids: Tensor, place: Tensor) -> Tensor:
-    """How far each token stands from the first of its document: (B, T)."""
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return place - torch.where(begins, place, 0).cummax(dim=1).values
+def document_positions(document_ids: Tensor, index: Tensor) -> Tensor:
+    """Position of each token within its document: (B, T) int64, and (T,) from 0 to T - 1 -> (B, T)."""
+    is_first = torch.ones_like(document_ids, dtype=torch.bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(is_first, index, 0).cummax(dim=1).values
 
 
 def _build_block_mask(input_ids: Tensor, document_ids: Tensor | None, window: int | None) -> BlockMask:
@@ -130,15 +118,7 @@ def _build_block_mask(input_ids: Tensor, document_ids: Tensor | None, window: in
     return create_block_mask(visible, rows, None, T, T, device=input_ids.device, _compile=input_ids.is_cuda)
 
 
-MAX_LENGTH = 512
-"""Windows up to which the backward below is faster than PyTorch's on a CPU in bfloat16: three times and more at 64
-and 128 tokens, up to twice at 256, 1.3 times at 512 (``experiments/benchmarks/attention.py``)."""
-
-
-@cache
-def _compiled_flex_attention() -> Any:
-    """Uncompiled it would hold every score in memory. Made when it is needed: the compiler takes seconds to import."""
-    return torch.compile(flex_attention)
+# Backends
 
 
 def causal_attention(
@@ -148,43 +128,42 @@ def causal_attention(
     dropout: float = 0.0,
     mask: Tensor | BlockMask | None = None,
     softcap: float | None = None,
-    bias: Callable[[Tensor, Tensor], Tensor] | None = None,
+    bias: ScoreBias | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Attend to the past.
+    """Causal multi-head or grouped-query attention by the fastest backend that supports the arguments.
 
     Args:
         q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim); without a mask, S is T, or T is 1.
+        k: (B, n_kv_head, S, head_dim). Without a mask, S equals T, or T is 1.
         v: (B, n_kv_head, S, head_dim).
-        dropout: Probability of zeroing an attention weight.
-        mask: As in ``BatchLayout``; by default all of the past. The blocks of FlexAttention drop nothing.
-        softcap: Squash the scores by ``softcap * tanh(scores / softcap)``.
-        bias: What blocks add to a score, by head and distance; a dense mask has it in it.
-        backend: ``auto``, or the way to do it: ``sdpa``, ``manual`` or ``flex``.
+        dropout: Probability of zeroing an attention weight; not with a ``BlockMask``.
+        mask: See ``AttentionLayout``; None is causal.
+        softcap: Bound the scores by ``softcap * tanh(scores / softcap)``.
+        bias: Score bias for a ``BlockMask``; a dense mask already contains it.
+        backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
     Returns:
         (B, n_head, T, head_dim).
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, mask, softcap, bias)
-    # A single token's products are loops to a compiler, which fuses them with the mask and the softmax.
-    alone = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
-    if backend == "manual" or softcap is not None or alone:
+    # inductor turns the matrix products of a single query into loops, and fuses them with mask and softmax
+    fuse_single_query = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
+    if backend == "manual" or softcap is not None or fuse_single_query:
         return manual_attention(q, k, v, dropout, mask, softcap)[0]
     if mask is not None and mask.is_floating_point():
         mask = mask.to(q.dtype)
-    T, S, group = q.size(2), k.size(2), q.size(1) // k.size(1)
-    by_hand = q.device.type == "cpu" and q.dtype == torch.bfloat16 and S <= MAX_LENGTH and not dropout
-    if by_hand and T == S and torch.is_grad_enabled():
-        if group > 1:
-            k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, n_head, T, head_dim)
-        if mask is not None and mask.dtype == torch.bool:
-            mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
-        out: Tensor = _attend(q, k, v, mask)[0]
-        return out
+    if cpu_attention_is_faster(q, k, dropout):
+        return cpu_attention(q, k, v, mask)
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=mask is None and T > 1, dropout_p=dropout, enable_gqa=group > 1
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and q.size(2) > 1,
+        dropout_p=dropout,
+        enable_gqa=q.size(1) > k.size(1),
     )
 
 
@@ -195,16 +174,17 @@ def manual_attention(
     dropout: float = 0.0,
     mask: Tensor | BlockMask | None = None,
     softcap: float | None = None,
-    bias: Callable[[Tensor, Tensor], Tensor] | None = None,
+    bias: ScoreBias | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The textbook's softmax, step by step; arguments as for ``causal_attention``.
+    """Attention step by step: scores, mask, softmax, weighted sum. Arguments as for ``causal_attention``.
 
     Returns:
-        (B, n_head, T, head_dim), and the weights before dropout, (B, n_head, T, S) in at least float32.
+        The output, (B, n_head, T, head_dim), and the attention weights before dropout, (B, n_head, T, S) in at least
+        float32.
     """
     B, H, T, D = q.shape
     K, S = k.size(1), k.size(2)
-    q = q.reshape(B, K, H // K, T, D)  # queries beside the key that they share
+    q = q.reshape(B, K, H // K, T, D)  # (B, n_kv_head, group, T, head_dim): queries grouped by their shared key
     scores = q @ k[:, :, None].mT * D**-0.5  # (B, n_kv_head, group, T, S)
     scores = scores.view(B, H, T, S).to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
@@ -223,103 +203,57 @@ def manual_attention(
 
 
 def _flex_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: BlockMask,
-    softcap: float | None,
-    bias: Callable[[Tensor, Tensor], Tensor] | None,
+    q: Tensor, k: Tensor, v: Tensor, mask: BlockMask, softcap: float | None, bias: ScoreBias | None
 ) -> Tensor:
-    def score(scores: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    def modify_score(score: Tensor, b: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        return scores if bias is None else scores + bias(head, query - key)
+            score = softcap * torch.tanh(score / softcap)
+        return score if bias is None else score + bias(head, query - key)
 
     flex: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
     out: Tensor = flex(
         q,
         k,
         v,
-        score_mod=None if softcap is None and bias is None else score,
+        score_mod=None if softcap is None and bias is None else modify_score,
         block_mask=mask,
         enable_gqa=q.size(1) > k.size(1),
     )
     return out
 
 
-# PyTorch's fused backward for CPUs works in tiles that are tiny in bfloat16, and spends its time around the
-# products. Whole matrices, batched over heads, keep the processor's matrix unit busy. As operators of their own,
-# because the compiler's code for the same lines is slower than PyTorch's kernels.
+@cache
+def _compiled_flex_attention() -> Any:
+    """Uncompiled, FlexAttention would materialise all scores. Compiled on first use: the compiler is slow to import."""
+    return torch.compile(flex_attention)
 
 
-@torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
-def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The values, and for every query the logarithm of its softmax's denominator: (B, n_head, T) float32.
+def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
+    """Whether FlexAttention can train: it has no dropout and no backward pass on a CPU, and needs Triton."""
+    return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
-    The bias is added to the scores, minus infinity for what a query may not see, (1 or B, 1 or n_head, T, T); None lets
-    it see all its past.
+
+def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
+    """Check that the chosen attention backend can train on a device.
+
+    Raises:
+        UserError: It cannot.
     """
-    out, log_denominator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, is_causal=bias is None, attn_mask=bias
-    )
-    return out.contiguous(), log_denominator.contiguous()
+    if config.attention_backend == "flex" and not can_use_flex_attention(config, device):
+        raise UserError(
+            f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with a head "
+            f"dimension of {config.head_width} (it needs a GPU, and at least {FLEX_MIN_HEAD_DIM}); choose auto, sdpa "
+            f"or manual"
+        )
 
 
-@torch.library.custom_op("lit_gpt_scratch::causal_attention_backward", mutates_args=())
-def _attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, log_denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients as in FlashAttention's appendix (https://arxiv.org/abs/2205.14135, B.2), weights recomputed.
-
-    What is subtracted from a product is there before it, for ``baddbmm_`` to add to: then the difference is rounded
-    to bfloat16, and not the product. A score of 40 alone would be off by 0.1, and its weight by a tenth. In place,
-    because at these sizes asking for memory takes as long as a product.
-    """
-    B, H, T, D = q.shape
-    grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
-    if bias is None:
-        bias = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
-    scores = (bias - log_denominator.to(q.dtype).unsqueeze(-1)).view(B * H, T, T)
-    weights = scores.baddbmm_(q, k.mT, alpha=D**-0.5).softmax(-1)  # again, for what the denominator was rounded by
-    mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)  # (B * H, T, 1), of the weights' gradient
-    d_scores = (-mean.expand(-1, -1, T)).baddbmm_(grad, v.mT).mul_(weights)  # (B * H, T, T)
-    d_q = torch.bmm(d_scores, k).mul_(D**-0.5)
-    d_k = torch.bmm(d_scores.mT, q).mul_(D**-0.5)
-    d_v = torch.bmm(weights.mT, grad)
-    return d_q.view(B, H, T, D), d_k.view(B, H, T, D), d_v.view(B, H, T, D)
-
-
-@_attend.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
-
-
-@_attend_backward.register_fake
-def _(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, log_denominator: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
-
-
-def _remember(
-    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]
-) -> None:
-    ctx.save_for_backward(*inputs, *output)  # type: ignore[arg-type]  # it saves None as well
-
-
-def _differentiate(
-    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, None]:
-    return (*_attend_backward(grad, *ctx.saved_tensors), None)  # type: ignore[attr-defined]
-
-
-_attend.register_autograd(_differentiate, setup_context=_remember)
+# Module
 
 
 class Attention(nn.Module):
-    r"""Every token looks back at itself and the tokens before it.
+    r"""Causal self-attention: multi-head, grouped-query or multi-query.
 
-    Heads share keys and values in groups of ``n_head / n_kv_head``::
+    Groups of ``n_head / n_kv_head`` query heads share a key/value head::
 
         n_head = 4    n_kv_head = 4       n_kv_head = 2       n_kv_head = 1
         queries       q  q  q  q          q  q  q  q          q  q  q  q
@@ -327,9 +261,18 @@ class Attention(nn.Module):
         keys, values  kv kv kv kv          kv    kv                kv
                       multi-head          grouped-query       multi-query
 
-    A class of one's own inherits from this one, overrides ``attend`` or whatever it wants another way, and is named
-    by ``model.gpt.attention``.
+    To use your own attention, inherit from this class, override ``attend`` or any other method, and set
+    ``model.gpt.attention`` to its import path.
     """
+
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "query": "colwise",
+        "key": "colwise",
+        "value": "colwise",
+        "output": "rowwise",
+        "query_norm": "replicated",
+        "key_norm": "replicated",
+    }
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -343,8 +286,8 @@ class Attention(nn.Module):
         self.output = Linear(self.n_head * self.head_dim, config.n_embd, bias=config.bias)
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.weights: list[Tensor] | None = None
-        """Where to put the attention weights of each call, (B, n_head, T, S); None for nowhere."""
+        self.recorded_weights: list[Tensor] | None = None
+        """If a list, the attention weights of each call, (B, n_head, T, S), are appended to it."""
 
     def forward(
         self,
@@ -352,21 +295,21 @@ class Attention(nn.Module):
         position: PositionEncoding,
         layout: AttentionLayout,
         value_embedding: Tensor | None = None,
-        remember: tuple[KVCache, int] | None = None,
+        layer_cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
-        """x: (B, T, n_embd) -> (B, T, n_embd); the others as in ``Block.forward``."""
-        B, T, _ = x.shape  # -1 below is the number of heads, of which a tensor-parallel process has its share
+        """x: (B, T, n_embd) -> (B, T, n_embd); for the other arguments see ``Block.forward``."""
+        B, T, _ = x.shape  # -1 below is the number of heads: a tensor-parallel process has only some of them
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.value(x)
         if value_embedding is not None:
             v = v + value_embedding.type_as(v)
         v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        q = position.rotate(self.query_norm(q), layout.rotation)
-        k = position.rotate(self.key_norm(k), layout.rotation)
-        if remember is not None:
-            cache, number = remember
-            k, v = cache.append(number, k, v)  # (B, n_kv_head, S, head_dim)
+        q = position.rotate(self.query_norm(q), layout.cos_sin)
+        k = position.rotate(self.key_norm(k), layout.cos_sin)
+        if layer_cache is not None:
+            cache, layer = layer_cache
+            k, v = cache.append(layer, k, v)  # (B, n_kv_head, S, head_dim)
         y = self.attend(q, k, v, position, layout)  # (B, n_head, T, head_dim)
         y = y.transpose(1, 2).flatten(2)  # (B, T, n_head * head_dim)
         out: Tensor = self.output(y)  # (B, T, n_embd)
@@ -376,19 +319,27 @@ class Attention(nn.Module):
         """q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
         dropout = self.config.dropout if self.training else 0.0
         bias = position.score_bias if position.has_score_bias else None
-        given = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias
-        if self.weights is not None:
-            y, weights = manual_attention(*given)
-            self.weights.append(weights)
+        arguments = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias
+        if self.recorded_weights is not None:
+            y, weights = manual_attention(*arguments)
+            self.recorded_weights.append(weights)
             return y
-        return causal_attention(*given, self.config.attention_backend)
+        return causal_attention(*arguments, self.config.attention_backend)
+
+    def flops_per_token(self, context: int) -> int:
+        """Projections, and the two products with ``context`` keys and values; causality is not deducted."""
+        return linear_flops_per_token(self) + 4 * self.n_head * self.head_dim * context
+
+    def residual_outputs(self) -> list[nn.Linear]:
+        """The output projection."""
+        return [self.output]
 
 
 def resolve_attention_class(path: str | None) -> type[Attention]:
-    """The class that ``model.gpt.attention`` names. Importing it runs the file that it is in.
+    """The class that ``model.gpt.attention`` names by import path; its module is imported, which runs its code.
 
     Raises:
-        UserError: There is none, or it is no ``Attention``.
+        UserError: The path cannot be imported, or is not a subclass of ``Attention``.
     """
     if path is None:
         return Attention

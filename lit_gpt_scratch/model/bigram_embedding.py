@@ -1,18 +1,17 @@
-"""What a token's embedding may know of the token before it."""
+"""Additions to the token embeddings that depend on the previous token."""
 
 import torch
 from torch import Tensor, nn
 
 
 class BigramEmbedding(nn.Module):
-    """A learned vector for every pair of a token and the one before it (modded-nanogpt).
+    """A learned vector for each pair of a token and its predecessor (modded-nanogpt).
 
-    Attention in the first block would have to learn to look one token back before it could tell pairs apart;
-    a table knows at once. Pairs are spread over the rows by a multiplicative hash and share them.
+    Attention in the first block would have to learn to look one token back before it could distinguish bigrams; a
+    table does so from the start. A multiplicative hash maps bigrams to rows, which they share.
 
     Args:
-        rows: Rows that the pairs share; one more is for the first token of a window or a document, which has none
-            before it.
+        rows: Rows for bigrams; one more is for the first token of a window or document, which has no predecessor.
         width: Channels of a vector.
     """
 
@@ -20,33 +19,35 @@ class BigramEmbedding(nn.Module):
         super().__init__()
         self.rows = rows
         self.table = nn.Embedding(rows + 1, width)
+
+    def init_weights(self) -> None:
+        """Zero, so that training starts from the network without bigrams."""
         nn.init.zeros_(self.table.weight)
 
-    def forward(self, input_ids: Tensor, before: Tensor, first: Tensor) -> Tensor:
-        """Vectors of pairs.
+    def forward(self, input_ids: Tensor, previous_ids: Tensor, is_first: Tensor) -> Tensor:
+        """Look up the vectors.
 
         Args:
             input_ids: (B, T) int64.
-            before: (B, T) int64, the id before each.
-            first: (B, T) bool, whether there is none.
+            previous_ids: (B, T) int64, each token's predecessor.
+            is_first: (T,) or (B, T) bool, whether a token has no predecessor.
 
         Returns:
             (B, T, width).
         """
-        pair = (input_ids * 36_313 + before * 27_191) % self.rows + 1  # (B, T)
-        out: Tensor = self.table(pair.masked_fill(first, 0))
+        row = (input_ids * 36_313 + previous_ids * 27_191) % self.rows + 1  # (B, T)
+        out: Tensor = self.table(row.masked_fill(is_first, 0))
         return out
 
 
 class Smear(nn.Module):
-    """Add to every token's vector a learned share of the one before it (modded-nanogpt).
+    """Add a learned, gated share of the previous token's embedding to each token's (modded-nanogpt).
 
-    A head that looks for what followed the same token earlier needs keys that know the token before theirs
-    (https://arxiv.org/abs/2209.11895). Without this, a block has to learn first to fetch it, and the loss stays on a
-    plateau until one has.
+    An induction head needs keys that contain the previous token (https://arxiv.org/abs/2209.11895). Without this, a
+    block first has to learn to copy it, and the loss stays on a plateau until one has.
 
     Args:
-        width: Channels of the stream.
+        width: Channels of the residual stream.
     """
 
     def __init__(self, width: int) -> None:
@@ -54,6 +55,6 @@ class Smear(nn.Module):
         self.gate = nn.Linear(width, 1, bias=False)
         self.share = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        """x, before: (B, T, width), each token's vector and the one before it, or zeros -> (B, T, width)."""
-        return x + torch.sigmoid(self.gate(x)) * self.share * before
+    def forward(self, x: Tensor, previous: Tensor) -> Tensor:
+        """x, previous: (B, T, width), a token's embedding and its predecessor's, or zeros -> (B, T, width)."""
+        return x + torch.sigmoid(self.gate(x)) * self.share * previous

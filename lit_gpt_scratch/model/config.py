@@ -1,4 +1,4 @@
-"""The switchboard of the transformer: every architectural choice, as plain data."""
+"""GPTConfig: every architectural choice of the transformer, as plain data."""
 
 import math
 from dataclasses import dataclass, fields
@@ -11,7 +11,7 @@ from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
-if TYPE_CHECKING:  # what there is to choose from is said where it is written, and --help reads it there
+if TYPE_CHECKING:  # mypy needs literals; at run time the choices, also those of --help, come from the tables
     FeedForwardName: TypeAlias = str
     InitialisationName: TypeAlias = str
     NormName: TypeAlias = str
@@ -30,9 +30,9 @@ MAY_BE_ZERO = ("dropout",)
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Vocabulary and context length belong to the data and are not set here.
+    """Architecture of a GPT. Vocabulary size and context length belong to the data and are not set here.
 
-    The defaults are a small Qwen3: rotary positions, RMSNorm, per-head QK-norm, SwiGLU, no biases.
+    The defaults are a small Qwen3: rotary positions, RMSNorm, QK-norm, SwiGLU, no biases.
 
     Args:
         n_layer: Number of transformer blocks.
@@ -41,56 +41,56 @@ class GPTConfig:
         n_kv_head: Key/value heads: ``n_head`` (the default) is multi-head attention, 1 is multi-query,
             a divisor in between is grouped-query attention (https://arxiv.org/abs/2305.13245).
         head_dim: Width of one head; ``n_embd // n_head`` by default.
-        attention: A class of your own by its import path, ``my_file.Mine``; it inherits from
+        attention: Import path of your own attention class, ``my_file.MyAttention``; it inherits from
             ``model.attention.Attention``.
-        attention_backend: ``sdpa`` is PyTorch's fused kernel, ``manual`` the textbook's softmax, ``flex``
-            FlexAttention; ``auto`` takes the fastest that can do what is asked. The numbers are the same.
-        attention_softcap: Squash attention's scores into (-cap, cap) by ``cap * tanh(scores / cap)``
+        attention_backend: ``sdpa`` is PyTorch's fused kernel, ``manual`` a step-by-step softmax, ``flex``
+            FlexAttention; ``auto`` takes the fastest that supports the other settings. The results are the same.
+        attention_softcap: Bound the attention scores to (-cap, cap) by ``cap * tanh(scores / cap)``
             (Gemma 2, https://arxiv.org/abs/2408.00118); off by default.
-        sliding_window: A token sees itself and the ``sliding_window - 1`` tokens before it
-            (Mistral, https://arxiv.org/abs/2310.06825); by default all.
+        sliding_window: A token attends to itself and the ``sliding_window - 1`` tokens before it
+            (Mistral, https://arxiv.org/abs/2310.06825); by default to all before it.
         qk_norm: Normalise queries and keys per head before the dot product
             (https://arxiv.org/abs/2302.05442); keeps attention logits bounded.
-        position: How the model knows order: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2's table),
+        position: Position encoding: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2),
             ``sinusoidal`` (https://arxiv.org/abs/1706.03762), ``alibi`` (https://arxiv.org/abs/2108.12409) or ``none``.
-        rotary_base: Wavelength base of the rotary angles.
-        rotary_share: The part of each head's channels that is turned, the first ones (GPT-NeoX).
-        rotary_scaling: Rotary positions for contexts longer than those trained in: ``linear``, ``ntk``, ``llama3``,
-            ``yarn`` (see ``model.rotary_scaling``).
-        rotary_factor: How many times longer.
-        rotary_trained_context: Tokens that the model was trained in; for ``llama3`` and ``yarn``.
-        rotary_slow: Pairs of channels with fewer turns in the trained context are slowed by the whole factor; by
-            default 1.
-        rotary_fast: Pairs with more are left alone; by default 4 for ``llama3`` and 32 for ``yarn``.
+        rotary_base: Base of the rotary wavelengths (``rope_theta``).
+        rotary_share: Fraction of each head's channels that is rotated, the first ones (GPT-NeoX).
+        rotary_scaling: Scaling of rotary positions to contexts longer than those of training: ``linear``, ``ntk``,
+            ``llama3`` or ``yarn`` (see ``model.positions``).
+        rotary_factor: Ratio of the longer context to that of training.
+        rotary_trained_context: Context length in training, in tokens; for ``llama3`` and ``yarn``.
+        rotary_slow: Channel pairs with fewer turns than this in the trained context are slowed by the full factor; 1
+            by default.
+        rotary_fast: Channel pairs with more turns are not slowed; by default 4 for ``llama3`` and 32 for ``yarn``.
         norm: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm`` (https://arxiv.org/abs/1607.06450).
-        norm_eps: What is added to the statistic under the root.
-        norm_placement: ``pre`` reads a normalised copy of the stream (GPT-2, Llama), ``post`` normalises the stream
-            after each addition (the original Transformer), ``sandwich`` what is read and what is added (Gemma 2).
-        bias: Give linear layers and LayerNorms a bias (GPT-2); the head has none.
+        norm_eps: Added to the mean square or variance.
+        norm_placement: ``pre`` normalises the input of each residual branch (GPT-2, Llama), ``post`` the residual
+            stream after each addition (the original Transformer), ``sandwich`` input and output of each branch
+            (Gemma 2).
+        bias: Biases in linear layers and LayerNorms (GPT-2); the head has none.
         feed_forward: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
-            (https://arxiv.org/abs/2109.08668), ``gelu`` (GPT-2's), ``gelu_exact`` or ``relu``.
-        ffn_dim: Hidden width of the feed-forward part. By default the multiple of 32 nearest to an
-            equal number of parameters for each kind: 4 x n_embd, or 8/3 x n_embd for the gated kinds, which
-            have a third matrix.
-        tied_embeddings: The head's matrix is the embedding's (https://arxiv.org/abs/1608.05859).
-        vocab_multiple: Round the rows of embedding and head up to a multiple of this, which some hardware multiplies
-            faster; the rows beyond the vocabulary are never predicted.
-        logit_softcap: Squash the logits into (-cap, cap) by ``cap * tanh(logits / cap)``
+            (https://arxiv.org/abs/2109.08668), ``gelu`` (GPT-2), ``gelu_exact`` or ``relu``.
+        ffn_dim: Hidden width of the feed-forward network. By default 4 * n_embd, or 8/3 * n_embd for the gated kinds,
+            which have a third matrix and so the same number of parameters; rounded to a multiple of 32.
+        tied_embeddings: Share one matrix between embedding and head (https://arxiv.org/abs/1608.05859).
+        vocab_multiple: Round the rows of embedding and head up to a multiple of this, which is faster on some
+            hardware; the padding rows are never predicted.
+        logit_softcap: Bound the logits to (-cap, cap) by ``cap * tanh(logits / cap)``
             (Gemma 2, https://arxiv.org/abs/2408.00118); off by default.
-        value_embeddings: Give every block a table of its own that adds a learned vector for each token to
-            attention's values (modded-nanogpt, after https://arxiv.org/abs/2410.17897).
-        bigram_rows: Rows of a table that adds a learned vector for each pair of neighbouring tokens to the
-            embedding; pairs share rows by a hash (modded-nanogpt). Off by default.
-        smear: Add to every token's embedding a learned share of the one before it (modded-nanogpt).
-        residual_scalars: Let every block scale the stream that it reads, and mix in the embedding that the
-            stream began with, by two learned numbers (modded-nanogpt).
-        dropout: Probability of zeroing, on embeddings, attention weights and what a block adds, as in GPT-2.
+        value_embeddings: In every block, add a learned vector per token to attention's values
+            (modded-nanogpt, after https://arxiv.org/abs/2410.17897).
+        bigram_rows: Rows of a table that adds a learned vector per bigram to the token embedding; bigrams share rows by
+            a hash (modded-nanogpt). Off by default.
+        smear: Add a learned share of the previous token's embedding to every token's (modded-nanogpt).
+        residual_scalars: In every block, scale the residual stream, and add the embeddings again, by two learned
+            scalars (modded-nanogpt).
+        dropout: Dropout probability of embeddings, attention weights and residual branches, as in GPT-2.
         initialisation: ``zero`` starts blocks as the identity and logits at zero, ``gpt2`` and ``normal`` draw from a
-            normal distribution of 0.02 (GPT-2, Llama), ``xavier`` as the original Transformer did
-            (see ``model.initialisation``).
+            normal distribution with standard deviation 0.02 (GPT-2, Llama), ``xavier`` is that of the original
+            Transformer (see ``model.init``).
 
     Raises:
-        UserError: A size is not positive, sizes do not divide each other, a probability is none, or two switches
+        UserError: A size is not positive, sizes are not divisible, a probability is out of range, or two settings
             contradict each other.
     """
 
@@ -153,12 +153,12 @@ class GPTConfig:
         if self.attention_backend == "sdpa" and self.attention_softcap:
             raise UserError(
                 f"model.gpt.attention_backend is sdpa, but model.gpt.attention_softcap is {self.attention_softcap}; "
-                f"PyTorch's kernel caps nothing: choose auto, manual or flex"
+                f"PyTorch's kernel has no soft cap: choose auto, manual or flex"
             )
         if self.attention_backend == "flex" and self.dropout:
             raise UserError(
-                f"model.gpt.attention_backend is flex, but model.gpt.dropout is {self.dropout}; FlexAttention drops "
-                f"nothing: choose auto, sdpa or manual"
+                f"model.gpt.attention_backend is flex, but model.gpt.dropout is {self.dropout}; FlexAttention has "
+                f"no dropout: choose auto, sdpa or manual"
             )
         POSITION_ENCODINGS[self.position].validate(self)
 
@@ -174,10 +174,10 @@ class GPTConfig:
 
     @property
     def rotary_width(self) -> int:
-        """Channels of a head that rotary positions turn."""
+        """Channels of a head that are rotated."""
         return round(self.head_width * self.rotary_share)
 
     @property
     def ffn_width(self) -> int:
-        """Hidden channels of the feed-forward part, resolved."""
-        return self.ffn_dim or max(32, round(FEED_FORWARDS[self.feed_forward].ratio * self.n_embd / 32) * 32)
+        """Hidden channels of the feed-forward network, resolved."""
+        return self.ffn_dim or max(32, round(FEED_FORWARDS[self.feed_forward].hidden_ratio * self.n_embd / 32) * 32)

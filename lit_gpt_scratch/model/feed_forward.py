@@ -1,4 +1,4 @@
-"""The feed-forward part of a block. A kind of one's own is a class here, and its name in the table below."""
+"""The feed-forward part of a block. To add a kind, write a class here and add its name to the table below."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 
 
 class FeedForward(nn.Module):
-    """Widen, bend, narrow: ``output(activation(input(x)))``. Subclasses say how to bend.
+    """Up-project, activate, down-project: ``output(activation(input(x)))``. Subclasses define the activation.
 
     Attributes:
-        ratio: Hidden width by ``n_embd``, where the config names none.
+        hidden_ratio: Hidden width as a multiple of ``n_embd``, where ``ffn_dim`` is not set.
     """
 
-    ratio: ClassVar[float] = 4
+    hidden_ratio: ClassVar[float] = 4
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {"input": "colwise", "gate": "colwise", "output": "rowwise"}
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__()
@@ -35,9 +36,13 @@ class FeedForward(nn.Module):
         out: Tensor = self.output(self.activation(x, self.input(x)))
         return out
 
+    def residual_outputs(self) -> list[nn.Linear]:
+        """The down-projection."""
+        return [self.output]
+
 
 class ReLUFeedForward(FeedForward):
-    """The original Transformer's (https://arxiv.org/abs/1706.03762)."""
+    """ReLU, as in the original Transformer (https://arxiv.org/abs/1706.03762)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ class SquaredReLUFeedForward(FeedForward):
 
 
 class GELUFeedForward(FeedForward):
-    """GPT-2's: the Gaussian error linear unit in its tanh form (https://arxiv.org/abs/1606.08415)."""
+    """GELU in its tanh approximation, as in GPT-2 (https://arxiv.org/abs/1606.08415)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -61,7 +66,7 @@ class GELUFeedForward(FeedForward):
 
 
 class ExactGELUFeedForward(FeedForward):
-    """The same by the error function, as in BERT and GPT-NeoX; PyTorch's kernels for CPUs are faster at it."""
+    """GELU by the error function, as in BERT and GPT-NeoX; faster than the tanh form in PyTorch's CPU kernels."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -69,9 +74,9 @@ class ExactGELUFeedForward(FeedForward):
 
 
 class GatedFeedForward(FeedForward):
-    """A third matrix makes a gate for each hidden channel (https://arxiv.org/abs/2002.05202)."""
+    """Base of the gated kinds: a third matrix computes a gate per hidden channel (https://arxiv.org/abs/2002.05202)."""
 
-    ratio = 8 / 3  # as many parameters as four times with two matrices
+    hidden_ratio = 8 / 3  # the parameter count of ratio 4 with two matrices
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__(config)
@@ -79,7 +84,7 @@ class GatedFeedForward(FeedForward):
 
 
 class SwiGLUFeedForward(GatedFeedForward):
-    """Llama's and Qwen's: the gate is bent by x * sigmoid(x)."""
+    """SiLU gate, as in Llama and Qwen."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ class SwiGLUFeedForward(GatedFeedForward):
 
 
 class GeGLUFeedForward(GatedFeedForward):
-    """Gemma's: the gate is bent by the GELU in its tanh form."""
+    """GELU gate in its tanh approximation, as in Gemma."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""The decoder-only transformer: token ids in, logits of the next token out."""
+"""The decoder-only transformer: token ids in, next-token logits out."""
 
+from functools import partial
 from itertools import zip_longest
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +14,99 @@ from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_lay
 from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
-from lit_gpt_scratch.model.init import initialise_weights
+from lit_gpt_scratch.model.init import INITIALISATIONS, ResidualBranch, WeightsByRole
 from lit_gpt_scratch.model.kv_cache import KVCache
+from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 from lit_gpt_scratch.model.norms import build_norm
-from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead, padded_vocab_size
+from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
 
 
+class Block(nn.Module):
+    """Attention, then a feed-forward network; the output of each is added to the residual stream.
+
+    ::
+
+        pre                    post                   sandwich
+        x + f(norm(x))         norm(x + f(x))         x + end_norm(f(norm(x)))
+    """
+
+    optimizer_group: ClassVar[OptimizerGroup] = "matrices"
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        norm = partial(build_norm, config.norm, config.n_embd, config.norm_eps, config.bias)
+        self.post = config.norm_placement == "post"
+        self.sandwich = config.norm_placement == "sandwich"
+        self.attention_norm = norm()
+        self.attention = resolve_attention_class(config.attention)(config)
+        self.attention_end = norm() if self.sandwich else nn.Identity()
+        self.feed_forward_norm = norm()
+        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
+        self.feed_forward_end = norm() if self.sandwich else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+        self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
+
+    def forward(
+        self,
+        x: Tensor,
+        x0: Tensor,
+        position: PositionEncoding,
+        layout: AttentionLayout,
+        value_embedding: Tensor | None = None,
+        layer_cache: tuple[KVCache, int] | None = None,
+    ) -> Tensor:
+        """Apply the block.
+
+        Args:
+            x: (B, T, n_embd), the residual stream.
+            x0: (B, T, n_embd), the residual stream before the first block.
+            position: The position encoding.
+            layout: Positions and attention mask.
+            value_embedding: (B, T, n_kv_head * head_dim), added to attention's values.
+            layer_cache: A KV cache, and the block's number in it.
+
+        Returns:
+            (B, T, n_embd).
+        """
+        if self.mixing is not None:
+            x = self.mixing[0] * x + self.mixing[1] * x0
+        h = x if self.post else self.attention_norm(x)
+        x = x + self.dropout(self.attention_end(self.attention(h, position, layout, value_embedding, layer_cache)))
+        x = self.attention_norm(x) if self.post else x
+        h = x if self.post else self.feed_forward_norm(x)
+        x = x + self.dropout(self.feed_forward_end(self.feed_forward(h)))
+        return self.feed_forward_norm(x) if self.post else x
+
+    def residual_branches(self) -> list[ResidualBranch]:
+        """Both branches, for initialisation."""
+        return [
+            ResidualBranch(module.residual_outputs(), end_norm if self.sandwich else None)
+            for module, end_norm in (
+                (self.attention, self.attention_end),
+                (self.feed_forward, self.feed_forward_end),
+            )
+        ]
+
+
 class GPT(nn.Module):
-    """A language model from scratch.
+    """A decoder-only transformer.
 
     Args:
         config: The architecture.
         vocab_size: Number of token ids.
-        block_size: The longest window, in tokens.
-        output_head: What the head returns off the stream; logits of the next token by default.
+        block_size: Context length in tokens.
+        output_head: What the model predicts; next-token logits by default.
 
     Raises:
-        UserError: The embeddings are tied to a head that does not read tokens.
+        UserError: The embeddings are tied to a head that does not predict tokens.
     """
+
+    tensor_parallel_plan: ClassVar[dict[str, str]] = {
+        "embedding": "embedding",
+        "value_tables.*": "colwise",
+        "head": "colwise_gather",
+    }
 
     def __init__(
         self,
@@ -45,8 +121,8 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.output_head = output_head
         self.recompute = False
-        """Whether to keep of each block its input alone, in training, and to compute the rest again for the backward
-        pass (https://arxiv.org/abs/1604.06174): less memory for a third more computation."""
+        """Activation checkpointing (https://arxiv.org/abs/1604.06174): in training, keep only the input of each block
+        and recompute the rest in the backward pass; less memory for a third more computation."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -57,9 +133,13 @@ class GPT(nn.Module):
             nn.Embedding(vocab_size, config.kv_heads * config.head_width)
             for _ in range(config.n_layer if config.value_embeddings else 0)
         )
-        self.norm = nn.Identity() if config.norm_placement == "post" else build_norm(config)
+        self.norm = (
+            nn.Identity()
+            if config.norm_placement == "post"
+            else build_norm(config.norm, config.n_embd, config.norm_eps, config.bias)
+        )
         self.head = Linear(config.n_embd, output_head.out_features(config, vocab_size), bias=False)
-        initialise_weights(self)
+        self.initialise_weights()
         if config.tied_embeddings:
             if not isinstance(output_head, TokenHead):
                 raise UserError(
@@ -67,41 +147,71 @@ class GPT(nn.Module):
                 )
             self.head.weight = self.embedding.weight
 
+    @torch.no_grad()
+    def initialise_weights(self) -> None:
+        """Draw all weights by the scheme of ``config.initialisation``."""
+        for module in self.modules():
+            if (init_weights := getattr(module, "init_weights", None)) is not None:
+                init_weights()
+        for table in self.value_tables.parameters():
+            nn.init.zeros_(table)
+        linears = [module for module in self.modules() if isinstance(module, nn.Linear)]
+        for linear in linears:
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        branches = [branch for block in self.blocks for branch in block.residual_branches()]  # type: ignore[operator]
+        INITIALISATIONS[self.config.initialisation](
+            WeightsByRole(self.embedding.weight, linears, branches, self.head, self.config.tied_embeddings)
+        )
+
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """What the head returns at each position: by default the logits of the token after it.
+        """Output of the head at each position: by default the logits of the next token.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
-            document_ids: (B, T) int64, another number for each document of a window: no token then sees another's. By
-                default every token sees all before it.
+            document_ids: (B, T) int64, a different number for each document of a row: tokens then attend only within
+                their document. By default a token attends to all preceding tokens.
 
         Returns:
-            (B, T, vocab_size), float32 or the weights' type if that has more bits.
+            (B, T, vocab_size), float32 or the weights' dtype if that has more bits.
 
         Raises:
-            UserError: The window is longer than the model's context.
+            UserError: T is larger than the context length.
         """
         return self.apply_head(self.hidden_states(input_ids, document_ids))
 
-    def apply_head(self, x: Tensor) -> Tensor:
-        """(B, T, n_embd), as ``hidden`` gives it -> what the head returns."""
-        raw = self.head(x)
-        return self.output_head.finalize(
-            raw if raw.dtype == torch.float64 else raw.float(), self.config, self.vocab_size
-        )
-
-    def logit_lens(self, stream: Tensor) -> Tensor:
-        """What the head would read if the network ended here; behind the last block, what it does read.
-
-        The logit lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): what the model thinks on its way.
+    def forward_pooled(self, input_ids: Tensor, lengths: Tensor, pooling: str = "last") -> Tensor:
+        """Output of the head for each text as a whole, such as class logits or a reward.
 
         Args:
-            stream: (B, T, n_embd), before or behind any block.
+            input_ids: (B, T) int64, padded at the end.
+            lengths: (B,) int64, tokens of each text.
+            pooling: A name in ``POOLINGS``.
 
         Returns:
-            As ``read``.
+            (B, ...): class logits (B, n_classes), or with a scalar head (B,).
         """
-        return self.apply_head(self.norm(stream))
+        pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
+        return self.apply_head(pooled).squeeze(1)
+
+    def apply_head(self, x: Tensor) -> Tensor:
+        """Hidden states as from ``hidden_states``, (B, T, n_embd) -> output of the head."""
+        raw = self.head(x)
+        raw = raw if raw.dtype == torch.float64 else raw.float()
+        return self.output_head.finalize(raw, self.config, self.vocab_size)
+
+    def logit_lens(self, x: Tensor) -> Tensor:
+        """Output of the head if the network ended here; after the last block, the output itself.
+
+        The logit lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): predictions of intermediate layers.
+
+        Args:
+            x: (B, T, n_embd), the residual stream before or after any block.
+
+        Returns:
+            As ``apply_head``.
+        """
+        return self.apply_head(self.norm(x))
 
     def hidden_states(
         self,
@@ -110,113 +220,58 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         counts: list[int] | None = None,
     ) -> Tensor:
-        """The stream after the last block, normalised.
+        """Normalised residual stream after the last block.
 
         Args:
-            input_ids: (B, T) int64; with a cache, the tokens that come next.
+            input_ids: (B, T) int64; with a cache, the tokens that follow it.
             document_ids: As for ``forward``; not with a cache.
-            cache: What came before; the tokens are added to it.
-            counts: With a cache, how many of the tokens are each row's own; the others fill it up. All, by default.
+            cache: Keys and values of the preceding tokens, to which those of ``input_ids`` are appended.
+            counts: With a cache, each row's number of tokens without padding; T by default.
 
         Returns:
             (B, T, n_embd).
 
         Raises:
-            UserError: There are more tokens than the model's context, or the cache, holds.
+            UserError: There are more tokens than fit into the context or the cache.
         """
-        T, most = input_ids.size(1), self.block_size
+        length, max_length = input_ids.size(1), self.block_size
         if cache is not None:
-            T, most = T + cache.max_length, min(cache.capacity, most)
-        if most < T:
-            raise UserError(f"{T} tokens do not fit into a context of {most}")
+            length, max_length = length + cache.max_length, min(cache.capacity, max_length)
+        if length > max_length:
+            raise UserError(f"{length} tokens do not fit into a context of {max_length}")
         if cache is not None:
             cache.begin_forward(input_ids.size(1), counts)
-        x = self.forward_blocks(
-            input_ids, build_attention_layout(self.config, self.position, input_ids, document_ids, cache), cache
-        )
+        layout = build_attention_layout(self.config, self.position, input_ids, document_ids, cache)
+        x = self.forward_blocks(input_ids, layout, cache)
         if cache is not None:
             cache.end_forward()
         return x
 
-    def forward_blocks(self, input_ids: Tensor, order: AttentionLayout, cache: KVCache | None = None) -> Tensor:
-        """``hidden``, when it is known where the tokens stand: no more than tensors and what is done with them."""
-        x = self.position.embed(self.embedding(input_ids), order.positions)  # (B, T, n_embd)
+    def forward_blocks(self, input_ids: Tensor, layout: AttentionLayout, cache: KVCache | None = None) -> Tensor:
+        """``hidden_states`` for a given layout: tensor operations only, so that it can be compiled as a whole."""
+        x = self.position.embed(self.embedding(input_ids), layout.positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
-            x = self._look_back(x, input_ids, order.positions == 0, cache)
-        x = start = self.dropout(x)
-        for number, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
-            added = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
-            remember = None if cache is None else (cache, number)
-            given = x, start, self.position, order, added, remember
-            x = checkpoint(block, *given, use_reentrant=False) if self.recompute and self.training else block(*given)
+            x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
+        x = x0 = self.dropout(x)
+        for layer, (block, table) in enumerate(zip_longest(self.blocks, self.value_tables)):
+            value_embedding = None if table is None else table(input_ids)  # (B, T, n_kv_head * head_dim)
+            layer_cache = None if cache is None else (cache, layer)
+            inputs = x, x0, self.position, layout, value_embedding, layer_cache
+            x = checkpoint(block, *inputs, use_reentrant=False) if self.recompute and self.training else block(*inputs)
         out: Tensor = self.norm(x)
         return out
 
-    def _look_back(self, x: Tensor, input_ids: Tensor, first: Tensor, cache: KVCache | None) -> Tensor:
-        """Let embeddings know of the token before, except the first of a document; first: (T,) or (B, T) bool."""
+    def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
+        """Bigram embedding and smear; is_first: (T,) or (B, T) bool, the first tokens of documents."""
         if self.bigrams is not None:
-            before = _before(input_ids) if cache is None else cache.shift_right("ids", input_ids)
-            x = x + self.bigrams(input_ids, before, first)
+            previous = _shift_right(input_ids) if cache is None else cache.shift_right("ids", input_ids)
+            x = x + self.bigrams(input_ids, previous, is_first)
         if self.smear is not None:
-            before = _before(x) if cache is None else cache.shift_right("embedding", x)
-            x = self.smear(x, before.masked_fill(first[..., None], 0.0))
+            previous = _shift_right(x) if cache is None else cache.shift_right("embedding", x)
+            x = self.smear(x, previous.masked_fill(is_first[..., None], 0.0))
         return x
 
 
-def _before(x: Tensor) -> Tensor:
-    """Of each token of a window, the one before it: (B, T, ...) -> (B, T, ...), zeros before the first."""
+def _shift_right(x: Tensor) -> Tensor:
+    """Each token's predecessor in its row: (B, T, ...) -> (B, T, ...), zeros for the first."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)
-
-
-class Block(nn.Module):
-    """Mix across tokens, then within each token; each part adds its answer to the stream.
-
-    ::
-
-        pre                    post                   sandwich
-        x + part(norm(x))      norm(x + part(x))      x + end(part(norm(x)))
-    """
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.post = config.norm_placement == "post"
-        sandwich = config.norm_placement == "sandwich"
-        self.attention_norm = build_norm(config)
-        self.attention = resolve_attention_class(config.attention)(config)
-        self.attention_end = build_norm(config) if sandwich else nn.Identity()
-        self.feed_forward_norm = build_norm(config)
-        self.feed_forward = FEED_FORWARDS[config.feed_forward](config)
-        self.feed_forward_end = build_norm(config) if sandwich else nn.Identity()
-        self.dropout = nn.Dropout(config.dropout)
-        self.mixing = nn.Parameter(torch.tensor([1.0, 0.0])) if config.residual_scalars else None
-
-    def forward(
-        self,
-        x: Tensor,
-        start: Tensor,
-        position: PositionEncoding,
-        layout: AttentionLayout,
-        value_embedding: Tensor | None = None,
-        remember: tuple[KVCache, int] | None = None,
-    ) -> Tensor:
-        """Do the block's work.
-
-        Args:
-            x: (B, T, n_embd), the stream.
-            start: (B, T, n_embd), the stream before the first block.
-            position: How attention knows order.
-            layout: Where the tokens stand, and what each may see.
-            value_embedding: (B, T, n_kv_head * head_dim), added to attention's values.
-            remember: A cache, and the block's number in it.
-
-        Returns:
-            (B, T, n_embd).
-        """
-        if self.mixing is not None:
-            x = self.mixing[0] * x + self.mixing[1] * start
-        read = x if self.post else self.attention_norm(x)
-        x = x + self.dropout(self.attention_end(self.attention(read, position, layout, value_embedding, remember)))
-        x = self.attention_norm(x) if self.post else x
-        read = x if self.post else self.feed_forward_norm(x)
-        x = x + self.dropout(self.feed_forward_end(self.feed_forward(read)))
-        return self.feed_forward_norm(x) if self.post else x

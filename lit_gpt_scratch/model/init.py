@@ -1,83 +1,88 @@
-"""How weights are drawn, by the name of the scheme. In all of them biases begin at zero, and gains at one."""
+"""Weight initialisation schemes by name. In all of them biases start at zero, and the gains of norms at one."""
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import NamedTuple
 
-import torch
-from torch import nn
-
-if TYPE_CHECKING:
-    from lit_gpt_scratch.model.gpt import GPT, Block
+from torch import Tensor, nn
 
 INIT_STD = 0.02
-"""Standard deviation that GPT-2, Llama and Qwen draw their matrices and tables with."""
+"""Standard deviation of matrices and embeddings in GPT-2, Llama and Qwen."""
 
 
-def zero(net: "GPT") -> None:
-    """Whatever writes to the residual stream or to the logits starts at zero.
+class ResidualBranch(NamedTuple):
+    """The attention or feed-forward branch of a block.
 
-    Blocks then begin as the identity and the loss as exactly ln(vocab_size), where the head is not tied: the model
-    starts from "I know nothing" instead of unlearning a random opinion (muP and Fixup style, as in modded-nanogpt).
-    Token embeddings have unit variance, so that what the blocks learn to add does not soon drown them.
+    Attributes:
+        outputs: Linear layers whose outputs are added to the residual stream.
+        norm: Norm between them and the residual stream, if the block has one (``norm_placement: sandwich``).
     """
-    tied = net.config.tied_embeddings
-    nn.init.normal_(net.embedding.weight, std=INIT_STD if tied else 1.0)  # a tied table is also the head's
-    for linear in _linears(net):
+
+    outputs: list[nn.Linear]
+    norm: nn.Module | None
+
+
+class WeightsByRole(NamedTuple):
+    """A network's weights as an initialisation scheme sees them.
+
+    Attributes:
+        embedding: Token embedding, (vocab_size, n_embd).
+        linears: All linear layers including the head, in module order, which is the order of the random draws.
+        branches: Residual branches of all blocks, in order.
+        head: The output head's linear layer.
+        tied: Whether the head shares the embedding's weight, which then replaces its own.
+    """
+
+    embedding: Tensor
+    linears: list[nn.Linear]
+    branches: list[ResidualBranch]
+    head: nn.Linear
+    tied: bool
+
+
+def zero(weights: WeightsByRole) -> None:
+    """Outputs to the residual stream and to the logits start at zero (muP and Fixup style, as in modded-nanogpt).
+
+    Blocks start as the identity, and the loss as exactly ln(vocab_size) where the head is not tied: the model starts
+    from the uniform distribution instead of having to unlearn random predictions. Token embeddings have unit variance,
+    so that the outputs of the blocks do not soon dominate them.
+    """
+    nn.init.normal_(weights.embedding, std=INIT_STD if weights.tied else 1.0)  # a tied embedding is also the head's
+    for linear in weights.linears:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
-    for block in _blocks(net):
-        for part, end in ((block.attention, block.attention_end), (block.feed_forward, block.feed_forward_end)):
-            # A zero before a norm would have a gradient of one by the norm's eps: there the gain is the zero.
-            nn.init.zeros_(part.output.weight if isinstance(end, nn.Identity) else end.get_parameter("weight"))
-    if not tied:
-        nn.init.zeros_(net.head.weight)
+    for branch in weights.branches:
+        # The gradient of a norm at zero input is one by eps, so before a norm it is the norm's gain that is zero.
+        for layer in branch.outputs if branch.norm is None else [branch.norm]:
+            nn.init.zeros_(layer.get_parameter("weight"))
+    if not weights.tied:
+        nn.init.zeros_(weights.head.weight)
 
 
-def normal(net: "GPT") -> None:
-    """Every matrix and table from one normal distribution (Llama, Qwen)."""
-    nn.init.normal_(net.embedding.weight, std=INIT_STD)
-    for linear in _linears(net):
+def normal(weights: WeightsByRole) -> None:
+    """All matrices and embeddings from one normal distribution (Llama, Qwen)."""
+    nn.init.normal_(weights.embedding, std=INIT_STD)
+    for linear in weights.linears:
         nn.init.normal_(linear.weight, std=INIT_STD)
 
 
-def gpt2(net: "GPT") -> None:
-    """The same, but what writes to the stream is smaller by the root of the number of its writers (GPT-2)."""
-    normal(net)
-    for block in _blocks(net):
-        for part in (block.attention, block.feed_forward):
-            nn.init.normal_(part.output.weight, std=INIT_STD / math.sqrt(2 * net.config.n_layer))
+def gpt2(weights: WeightsByRole) -> None:
+    """``normal``, with residual outputs scaled by one over the square root of the number of branches (GPT-2)."""
+    normal(weights)
+    for branch in weights.branches:
+        for linear in branch.outputs:
+            nn.init.normal_(linear.weight, std=INIT_STD / math.sqrt(len(weights.branches)))
 
 
-def xavier(net: "GPT") -> None:
-    """Matrices uniform by the sum of their sizes (Glorot and Bengio 2010), as in the original Transformer's code.
+def xavier(weights: WeightsByRole) -> None:
+    """Xavier-uniform matrices (Glorot and Bengio 2010), as in the original Transformer's code.
 
-    Its embeddings have unit variance where the blocks read them, and that of the width's inverse where the head does.
+    Embeddings have unit variance, or variance 1 / n_embd where the head shares them.
     """
-    for linear in _linears(net):
+    for linear in weights.linears:
         nn.init.xavier_uniform_(linear.weight)
-    nn.init.normal_(net.embedding.weight, std=net.config.n_embd**-0.5 if net.config.tied_embeddings else 1.0)
+    nn.init.normal_(weights.embedding, std=weights.embedding.size(1) ** -0.5 if weights.tied else 1.0)
 
 
-INITIALISATIONS: dict[str, Callable[["GPT"], None]] = {"zero": zero, "gpt2": gpt2, "normal": normal, "xavier": xavier}
-
-
-@torch.no_grad()
-def initialise_weights(net: "GPT") -> None:
-    """Draw all weights as ``config.initialisation`` says; what a switch adds to the stream begins at zero."""
-    for linear in _linears(net):
-        if linear.bias is not None:
-            nn.init.zeros_(linear.bias)
-    for table in net.position.modules():
-        if isinstance(table, nn.Embedding):
-            nn.init.normal_(table.weight, std=INIT_STD)  # GPT-2's
-    for values in net.value_tables.parameters():
-        nn.init.zeros_(values)
-    INITIALISATIONS[net.config.initialisation](net)
-
-
-def _blocks(net: "GPT") -> list["Block"]:
-    return cast("list[Block]", list(net.blocks))
-
-
-def _linears(net: nn.Module) -> list[nn.Linear]:
-    return [module for module in net.modules() if isinstance(module, nn.Linear)]
+INITIALISATIONS: dict[str, Callable[[WeightsByRole], None]] = {
+    "zero": zero, "gpt2": gpt2, "normal": normal, "xavier": xavier,
+}  # fmt: skip

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.kernels.onednn_linear import LINEAR_CLASSES, linear
+from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class LoRALinear(nn.Linear):
         enabled: Whether the adapter counts.
     """
 
+    optimizer_group: ClassVar[OptimizerGroup] = "tables"
     unmerged: Tensor | None
 
     def __init__(self, base: nn.Linear, settings: LoRA) -> None:

@@ -1,22 +1,19 @@
-"""Normalisation of the residual stream, and of queries and keys."""
+"""Normalisation layers: RMSNorm, and the choice between it and LayerNorm."""
 
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-if TYPE_CHECKING:
-    from lit_gpt_scratch.model.config import GPTConfig
 
 NORMS: Final = ("rmsnorm", "layernorm")
 NORM_PLACEMENTS: Final = ("pre", "post", "sandwich")
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square, scale by a learned gain (https://arxiv.org/abs/1910.07467).
+    """Divide by the root mean square, multiply by a learned gain (https://arxiv.org/abs/1910.07467).
 
-    The statistic is taken in float32 where weights and input have fewer bits, as Llama and Qwen do.
+    The mean square is computed in the weight's dtype, float32 under autocast, as in Llama and Qwen.
     """
 
     def __init__(self, width: int, eps: float = 1e-6) -> None:
@@ -29,8 +26,13 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).type_as(x)
 
 
-def build_norm(config: "GPTConfig") -> nn.Module:
-    """A norm of the residual stream, of the kind that ``config.norm`` names."""
-    if config.norm == "layernorm":  # https://arxiv.org/abs/1607.06450
-        return nn.LayerNorm(config.n_embd, config.norm_eps, bias=config.bias)
-    return RMSNorm(config.n_embd, config.norm_eps)
+def build_norm(kind: str, width: int, eps: float, bias: bool) -> nn.Module:
+    """A normalisation layer.
+
+    Args:
+        kind: ``rmsnorm``, or ``layernorm`` (https://arxiv.org/abs/1607.06450).
+        width: Channels.
+        eps: Added to the mean square or variance.
+        bias: Whether a LayerNorm has a bias; an RMSNorm has none.
+    """
+    return nn.LayerNorm(width, eps, bias=bias) if kind == "layernorm" else RMSNorm(width, eps)

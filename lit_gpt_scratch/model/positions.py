@@ -1,7 +1,6 @@
-"""How the transformer knows order. A scheme of one's own is a class here, and its name in the table at the end."""
+"""Position encodings. To add one, write a class here and add its name to the table ``POSITION_ENCODINGS``."""
 
 import math
-import operator
 from typing import TYPE_CHECKING, Final
 
 import torch
@@ -9,61 +8,71 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model.init import INIT_STD
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig
 
+ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
+DEFAULT_ROTARY_SLOW: Final = 1.0
+DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
+"""Defaults of ``rotary_slow`` and ``rotary_fast``, in turns within the trained context."""
+
 
 class PositionEncoding(nn.Module):
-    """No positions at all, and the interface of the others (causal attention alone still leaks some order).
+    """Interface of the position encodings, and the encoding ``none`` (a causal mask alone still leaks some order).
 
-    A scheme may add to the embeddings, turn queries and keys, or add to attention's scores. ``positions`` are int64:
-    (T,) where all windows of a batch count alike, else (B, T).
+    An encoding may add to the embeddings (``embed``), rotate queries and keys (``rotate``) or add to the attention
+    scores (``score_bias``). ``positions`` are int64: (T,) if all rows have the same positions, else (B, T).
     """
 
     has_score_bias: bool = False
-    """Whether ``bias`` adds anything."""
+    """Whether ``score_bias`` is used."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__()
 
     @staticmethod
     def validate(config: "GPTConfig") -> None:
-        """Refuse a config that the scheme cannot work with.
+        """Check that a config suits the encoding.
 
         Raises:
-            UserError: Two switches contradict each other.
+            UserError: Two settings contradict each other.
         """
-        alone = {"share": 1.0, "scaling": None, "factor": 1.0, "trained_context": None, "slow": None, "fast": None}
-        for name, absent in alone.items():
-            if (value := getattr(config, f"rotary_{name}")) != absent:
+        defaults = {"share": 1.0, "scaling": None, "factor": 1.0, "trained_context": None, "slow": None, "fast": None}
+        for name, default in defaults.items():
+            if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
                     f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; it needs rotary"
                 )
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add positions to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
+        """Add position embeddings to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
         return x
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What ``rotate`` needs to know of the positions, worked out once for all blocks."""
+        """Cosines and sines for ``rotate``, computed once for all blocks."""
         return None
 
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Turn queries or keys by their position. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
+    def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        """Rotate queries or keys by their positions. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
-        """What is added to a score, by the number of the head and how far back the key stands, int64; elementwise."""
+        """Added to the scores, by head number and query-key distance (int64); elementwise with broadcasting."""
         raise NotImplementedError
 
 
 class LearnedPositions(PositionEncoding):
-    """One learned vector a position, added to the embedding (GPT-2)."""
+    """A learned vector per position, added to the token embedding (GPT-2)."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__(config, block_size)
         self.table = nn.Embedding(block_size, config.n_embd)
+
+    def init_weights(self) -> None:
+        """As in GPT-2."""
+        nn.init.normal_(self.table.weight, std=INIT_STD)
 
     @override
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -72,7 +81,7 @@ class LearnedPositions(PositionEncoding):
 
 
 class SinusoidalPositions(PositionEncoding):
-    """Fixed sines and cosines, added to the embedding (https://arxiv.org/abs/1706.03762, section 3.5).
+    """Fixed sines and cosines, added to the token embedding (https://arxiv.org/abs/1706.03762, section 3.5).
 
     Channel 2i is the sine and channel 2i + 1 the cosine of ``position / 10000 ** (2i / n_embd)``.
     """
@@ -82,8 +91,8 @@ class SinusoidalPositions(PositionEncoding):
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__(config, block_size)
         even = torch.arange(0, config.n_embd, 2, dtype=torch.float32)  # (n_embd / 2,)
-        place = torch.arange(block_size, dtype=torch.float32)
-        angle = torch.outer(place, 10_000.0 ** (-even / config.n_embd))  # (T, n_embd / 2)
+        position = torch.arange(block_size, dtype=torch.float32)
+        angle = torch.outer(position, 10_000.0 ** (-even / config.n_embd))  # (T, n_embd / 2)
         table = torch.stack((angle.sin(), angle.cos()), dim=-1).view(block_size, config.n_embd)
         self.register_buffer("table", table, persistent=False)
 
@@ -102,11 +111,11 @@ class SinusoidalPositions(PositionEncoding):
 
 
 class RotaryPositions(PositionEncoding):
-    """Rotary positions (https://arxiv.org/abs/2104.09864), in the half-split layout of Llama and Qwen.
+    """Rotary position embedding, RoPE (https://arxiv.org/abs/2104.09864), in the half-split layout of Llama and Qwen.
 
-    Channel ``i`` of the first half and of the second half form a pair; at position ``t`` the pair is turned
-    by the angle ``t * base ** (-2i / head_dim)``. A dot product of a turned query and a turned key depends
-    only on how far apart they stand. With ``rotary_share`` below 1 only the first channels are turned (GPT-NeoX).
+    Channel ``i`` of the first half and of the second half form a pair; at position ``t`` the pair is rotated by the
+    angle ``t * base ** (-2i / head_dim)``. The dot product of a rotated query and a rotated key depends only on their
+    distance. With ``rotary_share`` below 1 only the first channels are rotated (GPT-NeoX).
     """
 
     cos: Tensor
@@ -118,7 +127,7 @@ class RotaryPositions(PositionEncoding):
         frequency, factor = rotary_frequencies(config, self.width)
         angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
         cos, sin = factor * angle.cos(), factor * angle.sin()
-        # Tables, not parameters: made anew on every construction, never stored in a checkpoint.
+        # Not persistent: recomputed by every constructor, and not part of a checkpoint.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
 
@@ -127,8 +136,9 @@ class RotaryPositions(PositionEncoding):
     def validate(config: "GPTConfig") -> None:
         if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
             raise UserError(
-                f"model.gpt.position rotary turns pairs of channels, but of a head's {config.head_width} it would be "
-                f"{config.rotary_width}; choose another model.gpt.head_dim, rotary_share or position"
+                f"model.gpt.position rotary needs an even number of rotated channels per head, but it would rotate "
+                f"{config.rotary_width} of {config.head_width}; choose another model.gpt.head_dim, rotary_share or "
+                f"position"
             )
         validate_rotary_scaling(config)
 
@@ -137,21 +147,111 @@ class RotaryPositions(PositionEncoding):
         return self.cos[positions].unsqueeze(-3), self.sin[positions].unsqueeze(-3)  # (1, T, width) or (B, 1, T, width)
 
     @override
-    def rotate(self, x: Tensor, rotation: tuple[Tensor, Tensor] | None) -> Tensor:
-        assert rotation is not None
-        cos, sin = rotation
-        # In the tables' float32 where the heads have fewer bits; gradients, too, are then added up in it.
-        turned = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
-        turned = turned * cos + turned.roll(self.width // 2, dims=-1) * sin
-        turned = turned.type_as(x)
-        return turned if self.width == x.size(-1) else torch.cat((turned, x[..., self.width :]), dim=-1)
+    def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
+        assert cos_sin is not None
+        cos, sin = cos_sin
+        # In the float32 of the tables where x has fewer bits; gradients are then accumulated in float32, too.
+        rotated = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
+        rotated = rotated * cos + rotated.roll(self.width // 2, dims=-1) * sin
+        rotated = rotated.type_as(x)
+        return rotated if self.width == x.size(-1) else torch.cat((rotated, x[..., self.width :]), dim=-1)
+
+
+def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
+    """Rotation angle per position of each channel pair, with ``config.rotary_scaling`` applied.
+
+    - ``linear``: all frequencies divided by the factor (https://arxiv.org/abs/2306.15595).
+    - ``ntk``: another base, so that the lowest frequency is divided by the factor and the highest unchanged
+      (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
+    - ``llama3``: pairs with fewer than ``rotary_slow`` turns within the trained context are slowed by the factor, those
+      with more than ``rotary_fast`` are unchanged; in between, interpolated linearly in the turns (Llama 3.1).
+    - ``yarn``: the same, but interpolated linearly in the pair's index, and with attention sharpened
+      (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4).
+
+    Args:
+        config: The architecture.
+        width: Rotated channels of a head.
+
+    Returns:
+        Frequencies, (width / 2,) float32, and a factor for the cosines and sines.
+    """
+    even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
+    plain = 1.0 / config.rotary_base ** (even / width)  # in the published order of operations: others round differently
+    kind, factor = config.rotary_scaling, config.rotary_factor
+    if kind is None:
+        return plain, 1.0
+    if kind == "linear":
+        return plain / factor, 1.0
+    if kind == "ntk":
+        return 1.0 / (config.rotary_base * factor ** (width / (width - 2))) ** (even / width), 1.0
+    assert config.rotary_trained_context is not None
+    slow, fast = _turn_thresholds(config)
+    if kind == "llama3":
+        turns = config.rotary_trained_context * plain / (2 * math.pi)
+        kept = ((turns - slow) / (fast - slow)).clamp(0, 1)  # (width / 2,), weight of the unscaled frequency
+        return plain * kept + plain / factor * (1 - kept), 1.0
+
+    def pair_index(turns: float) -> float:
+        """Index of the pair with this many turns within the trained context."""
+        wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
+        return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
+
+    first, last = max(math.floor(pair_index(fast)), 0), min(math.ceil(pair_index(slow)), width - 1)
+    slowed = ((even / 2 - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
+    sharpening = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+    return plain * (1 - slowed) + plain / factor * slowed, sharpening
+
+
+def validate_rotary_scaling(config: "GPTConfig") -> None:
+    """Check that the ``rotary_*`` settings agree.
+
+    Raises:
+        UserError: Two of them contradict each other.
+    """
+    kind, trained = config.rotary_scaling, config.rotary_trained_context
+    if config.rotary_base <= 1:
+        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be above 1")
+    if kind is None and config.rotary_factor != 1:
+        raise UserError(
+            f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
+            f"choose one of {', '.join(ROTARY_SCALINGS)}"
+        )
+    has_turns = kind in DEFAULT_ROTARY_FAST
+    if has_turns != (trained is not None):
+        raise UserError(
+            f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
+            f"only {' and '.join(DEFAULT_ROTARY_FAST)} need it"
+        )
+    if not has_turns and (turns := config.rotary_slow or config.rotary_fast):
+        name = "slow" if config.rotary_slow else "fast"
+        raise UserError(
+            f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
+            f"it needs {' or '.join(DEFAULT_ROTARY_FAST)}"
+        )
+    if has_turns:
+        slow, fast = _turn_thresholds(config)
+        if slow >= fast:
+            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; it must be lower")
+    if kind == "ntk" and config.rotary_width < 4:
+        raise UserError(
+            f"model.gpt.rotary_scaling is ntk, which needs at least 4 rotated channels per head, but there are "
+            f"{config.rotary_width}; choose another model.gpt.head_dim or rotary_share"
+        )
+
+
+def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
+    """Turns within the trained context below which a pair is fully slowed, and above which it is unchanged."""
+    return (
+        config.rotary_slow or DEFAULT_ROTARY_SLOW,
+        config.rotary_fast or DEFAULT_ROTARY_FAST[str(config.rotary_scaling)],
+    )
 
 
 class ALiBi(PositionEncoding):
-    """Scores fall linearly with the distance, steeper in some heads than in others (https://arxiv.org/abs/2108.12409).
+    """Linear score penalty by distance, with a different slope per head (https://arxiv.org/abs/2108.12409).
 
     The slopes are ``2 ** (-8 / n * (h + 1))`` for n heads where n is a power of two; else those of the power below,
-    and then every other one of the power above, as the authors' code has it.
+    followed by every other one of the power above, as in the authors' code.
     """
 
     has_score_bias = True
@@ -170,101 +270,9 @@ class ALiBi(PositionEncoding):
 
 
 POSITION_ENCODINGS: dict[str, type[PositionEncoding]] = {
-    "rotary": RotaryPositions, "learned": LearnedPositions, "sinusoidal": SinusoidalPositions,
-    "alibi": ALiBi, "none": PositionEncoding,
-}  # fmt: skip
-
-
-if TYPE_CHECKING:
-    from lit_gpt_scratch.model.config import GPTConfig
-
-ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
-DEFAULT_ROTARY_SLOW: Final = 1.0
-DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
-"""Turns within the trained context above which a pair of channels is left alone, where the config names none."""
-
-
-def validate_rotary_scaling(config: "GPTConfig") -> None:
-    """Refuse settings that contradict each other.
-
-    Raises:
-        UserError: Both are named.
-    """
-    kind, trained = config.rotary_scaling, config.rotary_trained_context
-    if config.rotary_base <= 1:
-        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be above 1")
-    if kind is None and config.rotary_factor != 1:
-        raise UserError(
-            f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
-            f"choose one of {', '.join(ROTARY_SCALINGS)}"
-        )
-    if (kind in DEFAULT_ROTARY_FAST) != (trained is not None):
-        raise UserError(
-            f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
-            f"{' and '.join(DEFAULT_ROTARY_FAST)} need it, and nothing else does"
-        )
-    if kind not in DEFAULT_ROTARY_FAST and (turns := config.rotary_slow or config.rotary_fast):
-        name = "slow" if config.rotary_slow else "fast"
-        raise UserError(
-            f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
-            f"it needs {' or '.join(DEFAULT_ROTARY_FAST)}"
-        )
-    if kind in DEFAULT_ROTARY_FAST and not operator.lt(*_turns(config)):
-        slow, fast = _turns(config)
-        raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; it must be below it")
-    if kind == "ntk" and config.rotary_width < 4:
-        raise UserError(
-            f"model.gpt.rotary_scaling is ntk, but of a head {config.rotary_width} channels are turned; 4 do"
-        )
-
-
-def _turns(config: "GPTConfig") -> tuple[float, float]:
-    """Below how many turns within the trained context a pair is slowed in full, and above how many not at all."""
-    return config.rotary_slow or DEFAULT_ROTARY_SLOW, config.rotary_fast or DEFAULT_ROTARY_FAST[
-        str(config.rotary_scaling)
-    ]
-
-
-def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
-    """The angle by which each pair of channels turns from one token to the next.
-
-    - ``linear``: all slower by the factor (https://arxiv.org/abs/2306.15595).
-    - ``ntk``: another base, so that the slowest pair is slower by the factor and the fastest as it was
-      (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
-    - ``llama3``: pairs that turn less than ``rotary_slow`` times within the trained context are slowed by the factor,
-      those above ``rotary_fast`` are left alone, and in between the share grows with the turns (Llama 3.1).
-    - ``yarn``: the same, but the share grows with the pair's number, and attention is sharpened
-      (https://arxiv.org/abs/2309.00071, section 3.2 and 3.4).
-
-    Args:
-        config: The architecture.
-        width: Channels of a head that are turned.
-
-    Returns:
-        (width / 2,) float32, and what cosines and sines are multiplied by.
-    """
-    half = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
-    plain = 1.0 / config.rotary_base ** (half / width)  # written as it was published: another way rounds otherwise
-    kind, factor = config.rotary_scaling, config.rotary_factor
-    if kind is None:
-        return plain, 1.0
-    if kind == "linear":
-        return plain / factor, 1.0
-    if kind == "ntk":
-        return 1.0 / (config.rotary_base * factor ** (width / (width - 2))) ** (half / width), 1.0
-    assert config.rotary_trained_context is not None
-    slow, fast = _turns(config)
-    if kind == "llama3":
-        turns = config.rotary_trained_context * plain / (2 * math.pi)
-        kept = ((turns - slow) / (fast - slow)).clamp(0, 1)  # (width / 2,), share of the frequency as it was
-        return plain * kept + plain / factor * (1 - kept), 1.0
-
-    def pair(turns: float) -> float:
-        """The number of the pair that turns so many times within the trained context."""
-        wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
-        return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
-
-    first, last = max(math.floor(pair(fast)), 0), min(math.ceil(pair(slow)), width - 1)
-    slowed = ((half / 2 - first) / max(last - first, 0.001)).clamp(0, 1)  # (width / 2,)
-    sharper = 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
-    return plain * (1 - slowed) + plain / factor * slowed, sharper
+    "rotary": RotaryPositions,
+    "learned": LearnedPositions,
+    "sinusoidal": SinusoidalPositions,
+    "alibi": ALiBi,
+    "none": PositionEncoding,
+}

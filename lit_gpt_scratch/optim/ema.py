@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.optim.optimizer import Optimizer
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.optim.gradient_clipping import to_local
+from lit_gpt_scratch.optim.dtensor import to_local
 
 EMA_STATE_KEY: Final = "average"
 """What the optimizer's state of a parameter calls it."""

@@ -1,7 +1,7 @@
-"""Muon for matrices and AdamW for the rest, in one optimizer object.
+"""Muon for matrices and AdamW for all other parameters, in one optimizer object.
 
-One object, because two would force Lightning into manual optimization, which gives up clipping,
-accumulation and an honest ``global_step``.
+One object, because two would force Lightning into manual optimization, without its gradient clipping, gradient
+accumulation and correct ``global_step``.
 """
 
 from collections import defaultdict
@@ -13,46 +13,45 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 
-from lit_gpt_scratch.optim.gradient_clipping import BatchedMatrices, sharding_of, to_local
+from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of, to_local
 
-# Keller Jordan's quintic: five rounds bring any singular value into about [0.7, 1.2], which trains as well
-# as exactly 1 and needs no decomposition.
+# Keller Jordan's quintic: five iterations bring any singular value to about [0.7, 1.2], which trains as well as exactly
+# 1 and needs no decomposition.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
-def orthogonalise(matrices: Tensor, rounds: int = NEWTON_SCHULZ_STEPS) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly, by Newton-Schulz iteration.
+def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Approximately the nearest (semi-)orthogonal matrices, by Newton-Schulz iteration.
 
-    Singular vectors are kept and singular values brought near 1: a step that moves every direction alike.
+    Singular vectors are kept and singular values brought close to 1: an update of equal size in all directions.
 
     Args:
         matrices: (N, rows, columns) float; a zero matrix stays zero.
-        rounds: Iterations.
+        steps: Iterations.
 
     Returns:
-        (N, rows, columns) bfloat16; the iteration is stable in it (https://kellerjordan.github.io/posts/muon).
+        (N, rows, columns) bfloat16, in which the iteration is stable (https://kellerjordan.github.io/posts/muon).
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
     if tall:  # the products below are rows x rows: keep them small
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # spectral norm is at most this norm
-    for _ in range(rounds):
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the spectral norm is at most this norm
+    for _ in range(steps):
         gram = x @ x.mT  # (N, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
 class MuonAdamW(Optimizer):
-    """Every group names its ``rule``: ``muon`` (matrices only) or ``adamw``.
+    """Muon or AdamW, as each parameter group's ``rule`` says: ``muon`` (matrices only) or ``adamw``.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, made orthogonal,
-    scaled by sqrt(max(1, rows / columns)). Matrices of one shape are made orthogonal in one batch; where they
-    are cut among processes, each puts a share of them together and makes those orthogonal
-    (of NorMuon, which keeps a number for each row, all).
-    AdamW (https://arxiv.org/abs/1711.05101): PyTorch's own fused kernel.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised, scaled by
+    sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised as one batch; if they are sharded, each
+    process gathers and orthogonalises a share of them, or with NorMuon, which keeps a statistic per row, all.
+    AdamW (https://arxiv.org/abs/1711.05101): PyTorch's fused kernel.
 
     Args:
         groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` (with
@@ -67,7 +66,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -79,37 +78,37 @@ class MuonAdamW(Optimizer):
         return loss
 
     def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        kinds: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        batches: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
         for p in parameters:
-            kinds[p.shape, sharding_of(p)].append(p)
-        for (shape, _), alike in kinds.items():
-            own = [to_local(p) for p in alike]
-            gradients = [to_local(p.grad) for p in alike if p.grad is not None]
-            momenta = [to_local(self._state(p, "momentum")["momentum"]) for p in alike]
+            batches[p.shape, sharding_of(p)].append(p)
+        for (shape, _), batch in batches.items():
+            weights = [to_local(p) for p in batch]
+            gradients = [to_local(p.grad) for p in batch if p.grad is not None]
+            momenta = [to_local(self._state(p, "momentum")["momentum"]) for p in batch]
             torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, momenta, group["momentum"])  # Nesterov
+            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
             row_beta = group.get("row_beta")
-            matrices = BatchedMatrices(alike[0], len(alike), everywhere=row_beta is not None)
-            updates = orthogonalise(matrices.whole(torch.stack(ahead).bfloat16()))  # (n, rows, columns)
+            matrices = ShardedMatrices(batch[0], len(batch), replicate=row_beta is not None)
+            updates = orthogonalise(matrices.gather(torch.stack(nesterov).bfloat16()))  # (n, rows, columns)
             if row_beta is not None:
-                updates = updates.to(own[0].dtype)
-                self._even_out_rows(updates, alike, row_beta)
-            updates = matrices.parts(updates).to(own[0].dtype)  # (N, rows, columns) or what this process has of them
+                updates = updates.to(weights[0].dtype)
+                self._normalise_rows(updates, batch, row_beta)
+            updates = matrices.shard(updates).to(weights[0].dtype)  # (N, local rows, local columns)
             scale = max(1.0, shape[0] / shape[1]) ** 0.5
-            torch._foreach_mul_(own, 1 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(own, list(updates.unbind()), alpha=-group["lr"] * scale)
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
 
-    def _even_out_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
-        """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its usual size.
+    def _normalise_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
+        """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its running root mean square.
 
-        Afterwards each matrix has the norm that it had before.
+        The norm of each matrix is preserved.
         """
         squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
         for p, square in zip(parameters, squares, strict=True):
             self.state[p].setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
-        usual = torch.stack([self.state[p]["row_square"] for p in parameters])  # (N, rows, 1)
+        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters])  # (N, rows, 1)
         norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, 1, 1)
-        updates.mul_(torch.rsqrt(usual + 1e-10))
+        updates.mul_(torch.rsqrt(mean_squares + 1e-10))
         updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))
 
     def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:

@@ -1,18 +1,20 @@
-"""Which parameter gets which treatment."""
+"""Assignment of parameters to optimizer groups."""
 
 from dataclasses import dataclass
 
 from torch import nn
 
+from lit_gpt_scratch.model.module_metadata import optimizer_groups
+
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The trainable parameters of a transformer, by what they do.
+    """The trainable parameters of a network by their role.
 
     Attributes:
-        matrices: Weights between hidden layers: maps from vectors to vectors.
-        tables: Embeddings and the output head: one vector a token or position; and what has more dimensions than two;
-            and LoRA's factors, since only their product is a map between hidden layers.
+        matrices: 2-D weights between hidden layers.
+        tables: Embeddings and output heads, with one vector per token, class or position; parameters with more than two
+            dimensions; and the factors of LoRA, of which only the product is a map between hidden layers.
         vectors: Gains and biases.
     """
 
@@ -22,18 +24,13 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Sort by shape and place: what has no rows is a vector, what has rows and columns and lies in a block is a matrix.
+    """Group the trainable parameters as their modules declare (see ``model.module_metadata``).
 
-    A parameter that is shared between modules is listed once.
+    Groups are in the order of ``model.named_parameters()``; a parameter that modules share is listed once.
     """
+    group_of = dict(optimizer_groups(model))
     groups = ParameterGroups([], [], [])
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if parameter.ndim < 2:
-            groups.vectors.append(parameter)
-        elif parameter.ndim == 2 and "blocks" in name.split(".") and not name.endswith((".lora_a", ".lora_b")):
-            groups.matrices.append(parameter)
-        else:
-            groups.tables.append(parameter)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            getattr(groups, group_of[parameter]).append(parameter)
     return groups

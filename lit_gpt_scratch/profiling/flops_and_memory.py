@@ -1,4 +1,4 @@
-"""What a training step costs, worked out before it runs: parameters, floating-point operations, bytes."""
+"""Cost of a training step, computed before it runs: parameters, floating-point operations, memory."""
 
 import os
 from collections import Counter
@@ -14,23 +14,23 @@ from torch.optim.optimizer import Optimizer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import token_cross_entropy
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.attention import Attention
-from lit_gpt_scratch.model.feed_forward import FeedForward
-from lit_gpt_scratch.optim.gradient_clipping import to_local
+from lit_gpt_scratch.model.gpt import Block
+from lit_gpt_scratch.model.module_metadata import flops_per_token
+from lit_gpt_scratch.optim.dtensor import to_local
 
 OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
-"""Tensors of a parameter's size that an update rule remembers."""
+"""Tensors of a parameter's size that an update rule keeps as its state."""
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
-    """Number of parameters of embeddings, attention and feed-forward, of the head if it is not tied, and the rest."""
+    """Number of parameters of embeddings, attention, feed-forward, the head if it is not tied, and all others."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
             parts["embeddings"] += module.weight.numel()
-        elif isinstance(module, Attention | FeedForward):
-            part = "attention" if isinstance(module, Attention) else "feed-forward"
-            parts[part] += sum(child.weight.numel() for child in module.children() if isinstance(child, nn.Linear))
+        elif isinstance(module, Block):
+            for part, layers in (("attention", module.attention), ("feed-forward", module.feed_forward)):
+                parts[part] += sum(layer.weight.numel() for layer in layers.modules() if isinstance(layer, nn.Linear))
     parts["head"] = 0 if net.head.weight is net.embedding.weight else net.head.weight.numel()
     parts["gains and biases"] = sum(p.numel() for p in net.parameters()) - parts.total()
     return {part: n for part, n in parts.items() if n}
@@ -39,10 +39,10 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
 def require_model_fits_memory(
     config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
 ) -> None:
-    """Count the parameters of a model that is not built, against the memory of the machine or the accelerator.
+    """Check that a model that is not built yet can fit into the memory of the machine or the accelerator.
 
     Raises:
-        UserError: Weights and gradients alone do not fit, shared by all processes at best.
+        UserError: Weights and gradients alone do not fit, even if they are sharded over all processes.
     """
     try:
         with torch.device("meta"):  # shapes without memory
@@ -67,18 +67,17 @@ def require_model_fits_memory(
 
 
 def training_flops_per_token(net: GPT) -> int:
-    """Operations of one token's forward and backward pass in a full window.
+    """Floating-point operations of the forward and backward pass per token, at full context length.
 
-    As in PaLM's appendix B (https://arxiv.org/abs/2204.02311): 6 for every weight that takes part in a matrix
-    product, and 12 * n_layer * n_head * head_dim * T for attention's own products, the causal half not deducted.
+    As in PaLM's appendix B (https://arxiv.org/abs/2204.02311): 6 per weight of a linear layer, and
+    12 * n_layer * n_head * head_dim * T for attention, without deducting the causal half. The backward pass costs twice
+    as much as the forward pass.
     """
-    weights = sum(module.weight.numel() for module in net.modules() if isinstance(module, nn.Linear))
-    config = net.config
-    return 6 * weights + 12 * config.n_layer * config.n_head * config.head_width * net.block_size
+    return 3 * flops_per_token(net, net.block_size)
 
 
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
-    """Bytes, on this process, of weights, gradients, the optimizer's moments and an average of the weights."""
+    """Bytes on this process of weights, gradients, optimizer state and, if any, the moving average of the weights."""
     return sum(
         to_local(p).numel() * p.element_size() * (2 + averaged + OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2))
         for group in optimizer.param_groups
@@ -97,19 +96,19 @@ def activation_bytes(
     autocast: bool,
     recompute: bool = False,
 ) -> int:
-    """Bytes that one micro-batch keeps for its backward pass, without a compiler, which would save some.
+    """Bytes of activations that one micro-batch keeps for its backward pass; a compiler would save some.
 
-    The pass is played through with tensors that have shapes and no contents; every storage counts once.
+    The forward pass is simulated with fake tensors, which have shapes but no data; every storage counts once.
 
     Args:
         config: The architecture.
         vocab_size: Number of token ids.
         block_size: Tokens in a window.
         batch_size: Windows in a micro-batch.
-        device: Where it would run; nothing is allocated there.
+        device: The device to simulate; nothing is allocated there.
         dtype: Of the weights.
-        autocast: Whether products are done in 16 bits.
-        recompute: Whether blocks keep their input alone.
+        autocast: Whether matrix products are in bfloat16.
+        recompute: Whether activation checkpointing keeps only the inputs of blocks.
     """
     kept: dict[int, int] = {}
 
@@ -118,17 +117,17 @@ def activation_bytes(
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    # FlexAttention, which keeps no more than the fused kernel does, is compiled and cannot be played through.
+    # FlexAttention is compiled and cannot be simulated; it keeps no more than the fused kernel.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)
         net.recompute = recompute
-        weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # a module of such tensors has no to()
-        own = {weight.untyped_storage()._cdata for weight in weights.values()}
+        weights = {name: p.to(dtype) for name, p in net.named_parameters()}  # Module.to() fails with fake tensors
+        weight_storages = {weight.untyped_storage()._cdata for weight in weights.values()}
         ids = torch.zeros(batch_size, block_size, dtype=torch.int64)
         with (
             saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast(device.type, torch.bfloat16, enabled=autocast),
         ):
-            nats, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
-        return sum(size for storage, size in kept.items() if storage not in own) + nats.element_size()
+            loss, _ = token_cross_entropy(functional_call(net, weights, (ids,)), ids)
+        return sum(size for storage, size in kept.items() if storage not in weight_storages) + loss.element_size()

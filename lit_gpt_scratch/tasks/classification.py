@@ -113,8 +113,7 @@ class Classification(GPTModule):
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Logits of the classes: (B, T) int64 ids, filled up behind each text's (B,) tokens -> (B, n) float32."""
-        stream = POOLINGS[self.pooling](self.net.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
-        return self.net.apply_head(stream).squeeze(1)
+        return self.net.forward_pooled(input_ids, lengths, self.pooling)
 
     @override
     def loss_and_count(self, batch: LabelledBatch) -> tuple[Tensor, Tensor]:

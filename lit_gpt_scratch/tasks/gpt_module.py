@@ -43,14 +43,9 @@ from lit_gpt_scratch.model.attention import resolve_attention_class, validate_at
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.model.output_heads import OutputHead, TokenHead
 from lit_gpt_scratch.optim import Muon, OptimizerRecipe, Schedule
+from lit_gpt_scratch.optim.dtensor import to_local
 from lit_gpt_scratch.optim.ema import ExponentialMovingAverage
-from lit_gpt_scratch.optim.gradient_clipping import (
-    clip_grad_norm,
-    clip_grad_value,
-    gradients_of,
-    to_local,
-    total_grad_norm,
-)
+from lit_gpt_scratch.optim.gradient_clipping import clip_grad_norm, clip_grad_value, gradients_of, total_grad_norm
 from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 
 

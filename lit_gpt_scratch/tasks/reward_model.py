@@ -13,7 +13,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.metrics import PreferenceMetrics
 from lit_gpt_scratch.losses.preference import bradley_terry_loss
 from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model.output_heads import ScalarHead, compute_rewards
+from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
 
 
@@ -37,7 +37,7 @@ class Reward(PairwiseModule):
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
         """Rewards: (B, T) int64 ids, filled up behind each conversation's (B,) tokens -> (B,) float32."""
-        return compute_rewards(self.net, input_ids, lengths)
+        return self.net.forward_pooled(input_ids, lengths)
 
     @override
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:

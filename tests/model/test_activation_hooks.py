@@ -82,7 +82,7 @@ def test_the_network_is_left_as_it_was() -> None:
     assert not called  # compiled code has no hooks to call
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
-    assert all(block.attention.weights is None for block in net.blocks)
+    assert all(block.attention.recorded_weights is None for block in net.blocks)
     hooks = [(*module._forward_hooks, *module._forward_pre_hooks) for module in net.modules()]
     assert not any(hooks)
     net(IDS)
@@ -94,7 +94,7 @@ def test_a_network_whose_reading_fails_is_left_as_it_was_too() -> None:
     with pytest.raises(ZeroDivisionError):
         capture_activations(net, IDS, None, lambda layer: 1 / 0)
     assert net.training
-    assert all(block.attention.weights is None for block in net.blocks)
+    assert all(block.attention.recorded_weights is None for block in net.blocks)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 

@@ -172,6 +172,22 @@ def test_flexattention_is_the_same_as_by_hand(
         torch.testing.assert_close(same, weights, rtol=1e-5, atol=1e-6)
 
 
+def test_blocks_of_flexattention_are_the_same_mask() -> None:
+    """What a GPU takes, uncompiled and on a CPU, where it has no backward pass."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
+    ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
+    blocks, dense = (
+        build_attention_layout(config, PositionEncoding(config, 40), ids, ids, None)
+        for config in (GPTConfig(attention_backend="flex"), GPTConfig())
+    )
+    assert isinstance(blocks.mask, BlockMask)
+    assert torch.equal(blocks.positions, dense.positions)
+    with torch.no_grad():
+        found = flex_attention(q, k, v, block_mask=blocks.mask, enable_gqa=True)
+        torch.testing.assert_close(found, causal_attention(q, k, v, mask=dense.mask), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("backend", [*WAYS, "flex"])
 @pytest.mark.parametrize(
     ("changes", "documents"), [({}, False), ({"sliding_window": 3}, True), ({"position": "alibi"}, True)]
@@ -183,9 +199,9 @@ def test_recorded_weights_are_those_that_average_the_values(
     config = shape(n_kv_head=2, attention_backend=backend, **changes)
     attention, (position, places) = Attention(config), order(config, documents)
     x = torch.randn(2, T, config.n_embd)
-    attention.weights = []
+    attention.recorded_weights = []
     out = attention(x, position, places)
-    (weights,) = attention.weights
+    (weights,) = attention.recorded_weights
     assert weights.shape == (2, HEADS, T, T)
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, HEADS, T))
     window = config.sliding_window or T
@@ -197,18 +213,18 @@ def test_recorded_weights_are_those_that_average_the_values(
     averaged = torch.einsum("bhts,bshd->bthd", weights, values).reshape(2, T, HEADS * WIDTH)
     torch.testing.assert_close(attention.output(averaged), out, rtol=1e-5, atol=1e-5)
     if backend != "flex":  # whose own way is compared above
-        attention.weights = None
+        attention.recorded_weights = None
         torch.testing.assert_close(attention(x, position, places), out, rtol=1e-5, atol=1e-5)
 
 
 def test_weights_are_recorded_once_a_call_and_before_dropout() -> None:
     config = shape(dropout=0.5)
     attention, (position, places) = Attention(config).train(), order(config)
-    attention.weights = []
+    attention.recorded_weights = []
     x = torch.randn(2, T, config.n_embd)
     first, second = attention(x, position, places), attention(x, position, places)
     assert not torch.equal(first, second)
-    assert torch.equal(*attention.weights)
+    assert torch.equal(*attention.recorded_weights)
 
 
 @pytest.mark.parametrize("backend", ["manual", "sdpa"])

@@ -51,7 +51,7 @@ def normed(config: GPTConfig, norm: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
 def test_a_norm_is_its_equation(norm: str, bias: bool, eps: float) -> None:
     config = shape(norm=norm, bias=bias, norm_eps=eps)
-    module = drawn(build_norm(config))
+    module = drawn(build_norm(config.norm, config.n_embd, config.norm_eps, config.bias))
     assert {name for name, _ in module.named_parameters()} == (
         {"weight", "bias"} if bias and norm == "layernorm" else {"weight"}
     )

@@ -188,9 +188,9 @@ def test_zero_leaves_every_part_a_way_to_learn(placement: str, norm: str) -> Non
             {"rotary_trained_context": 512},
             ("model.gpt.rotary_scaling is None", "model.gpt.rotary_trained_context is 512"),
         ),
-        ({"rotary_share": 0.26}, ("model.gpt.position rotary", "of a head's 64 it would be 17", "rotary_share")),
-        ({"rotary_share": 1.5}, ("model.gpt.position rotary", "of a head's 64 it would be 96", "rotary_share")),
-        ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "2 channels are turned")),
+        ({"rotary_share": 0.26}, ("model.gpt.position rotary", "it would rotate 17 of 64", "rotary_share")),
+        ({"rotary_share": 1.5}, ("model.gpt.position rotary", "it would rotate 96 of 64", "rotary_share")),
+        ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "there are 2")),
         (
             {"rotary_scaling": "linear", "rotary_slow": 2.0},
             ("model.gpt.rotary_slow is 2.0", "model.gpt.rotary_scaling is linear"),

@@ -59,7 +59,7 @@ def test_attention_is_the_textbook_softmax(n_kv_head: int) -> None:
         ({"n_layer": 0}, "model.gpt.n_layer is 0"),
         ({"n_head": -3}, "model.gpt.n_head is -3"),
         ({"n_kv_head": 0}, "model.gpt.n_kv_head is 0"),
-        ({"head_dim": 33}, "of a head's 33 it would be 33; choose another model.gpt.head_dim"),
+        ({"head_dim": 33}, "it would rotate 33 of 33; choose another model.gpt.head_dim"),
         ({"dropout": 1.0}, "model.gpt.dropout is 1.0"),
         ({"dropout": -0.1}, "model.gpt.dropout is -0.1"),
         ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),

@@ -234,7 +234,7 @@ def placed(config: GPTConfig, document_ids: Tensor | None, cache: KVCache | None
     found = build_attention_layout(
         config, POSITION_ENCODINGS[config.position](config, 16), torch.zeros_like(DOCUMENTS), document_ids, cache
     )
-    return found.positions, found.rotation
+    return found.positions, found.cos_sin
 
 
 @pytest.mark.parametrize("position", POSITION_ENCODINGS)

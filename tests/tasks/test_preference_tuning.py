@@ -19,7 +19,6 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.chat_eval import ChatReply
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.lora import LoRA
-from lit_gpt_scratch.model.output_heads import compute_rewards
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.tasks import DPO, LanguageModel, Reward
 
@@ -188,7 +187,7 @@ def test_a_reward_is_read_at_the_end_and_learned(
     assert task.trainer.callback_metrics["test/accuracy"] >= 0.95
     assert task.trainer.callback_metrics["test/margin"] > 1
     tokenizer = task.data.tokenizer_json
-    asked = compute_rewards(load_reward_model(str(path), tokenizer), batch["input_ids"], batch["lengths"])
+    asked = load_reward_model(str(path), tokenizer).forward_pooled(batch["input_ids"], batch["lengths"])
     torch.testing.assert_close(asked, together)
     assert build_model(load_checkpoint(path), path).metadata.rewards
     with pytest.raises(UserError, match="it rewards replies, and writes nothing"):

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lit_gpt_scratch.checkpoint.loading import load_reward_model
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.output_heads import compute_rewards
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
 
 
@@ -81,7 +80,7 @@ class RewardModelScorer:
             part = texts[first : first + self.at_once]
             lengths = torch.tensor([len(text) for text in part], device=self.net.embedding.weight.device)
             filled = [text + [0] * (int(lengths.max()) - len(text)) for text in part]  # behind, where nothing looks
-            scores.append(compute_rewards(self.net, torch.tensor(filled, device=lengths.device), lengths).float().cpu())
+            scores.append(self.net.forward_pooled(torch.tensor(filled, device=lengths.device), lengths).float().cpu())
         return _finite(torch.cat(scores), self.place, replies.texts)
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from lit_gpt_scratch.model import GPTConfig
-from lit_gpt_scratch.model import attention as module
+from lit_gpt_scratch.kernels import cpu_attention
+from lit_gpt_scratch.model import GPTConfig, attention
 from lit_gpt_scratch.model.attention import build_attention_layout, causal_attention
 from lit_gpt_scratch.model.positions import PositionEncoding
 
@@ -63,9 +62,11 @@ def test_the_operators_keep_torchs_rules() -> None:
     q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     bias = torch.full((2, 1, 8, 8), float("-inf"), dtype=torch.bfloat16).triu(1)
     for given in (None, bias):
-        torch.library.opcheck(module._attend, (q, k, v, given))
+        torch.library.opcheck(cpu_attention.attention_forward, (q, k, v, given))
         with torch.no_grad():
-            torch.library.opcheck(module._attend_backward, (q, q, k, v, given, *module._attend(q, k, v, given)))
+            torch.library.opcheck(
+                cpu_attention.attention_backward, (q, q, k, v, given, *cpu_attention.attention_forward(q, k, v, given))
+            )
 
 
 @pytest.mark.parametrize(
@@ -92,24 +93,8 @@ def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: boo
         assert (a - b).norm() <= 0.01 * b.norm()
 
 
-def test_blocks_of_flexattention_are_the_same_mask() -> None:
-    """What a GPU takes, uncompiled and on a CPU, where it has no backward pass."""
-    torch.manual_seed(0)
-    q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
-    ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
-    blocks, dense = (
-        build_attention_layout(config, PositionEncoding(config, 40), ids, ids, None)
-        for config in (GPTConfig(attention_backend="flex"), GPTConfig())
-    )
-    assert isinstance(blocks.mask, BlockMask)
-    assert torch.equal(blocks.positions, dense.positions)
-    with torch.no_grad():
-        found = flex_attention(q, k, v, block_mask=blocks.mask, enable_gqa=True)
-        torch.testing.assert_close(found, causal_attention(q, k, v, mask=dense.mask), atol=1e-5, rtol=1e-5)
-
-
 def test_other_types_and_dropout_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_attend", lambda *_: pytest.fail("by hand"))
+    monkeypatch.setattr(attention, "cpu_attention", lambda *_: pytest.fail("used the CPU kernel"))
     q = torch.randn(1, 2, 8, 4, requires_grad=True)
     causal_attention(q, q, q)
     causal_attention(q.bfloat16(), q.bfloat16(), q.bfloat16(), dropout=0.5)

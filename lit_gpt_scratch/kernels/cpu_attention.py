@@ -1,0 +1,119 @@
+"""Causal attention in bfloat16 on a CPU, with a faster backward pass than PyTorch's fused kernel.
+
+The fused backward pass works in tiles that are tiny in bfloat16, and spends its time around the matrix products. Here
+the products are whole (T, T) matrices, batched over heads, which keep the processor's matrix unit busy. Forward is
+PyTorch's own kernel.
+
+Both passes are custom operators: compiled by inductor, the same lines would be slower than PyTorch's kernels.
+"""
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+MAX_LENGTH: Final = 512
+"""Longest sequence at which this backward pass is faster than PyTorch's: by a factor of three or more at 64 and 128
+tokens, up to two at 256, and 1.3 at 512 (``experiments/benchmarks/attention.py``)."""
+
+
+def cpu_attention_is_faster(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
+    """Whether to use ``cpu_attention``: training self-attention, bfloat16 on a CPU, short, without dropout."""
+    return (
+        q.device.type == "cpu"
+        and q.dtype == torch.bfloat16
+        and q.size(2) == k.size(2) <= MAX_LENGTH
+        and not dropout
+        and torch.is_grad_enabled()
+    )
+
+
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """``F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)`` for bfloat16 on a CPU.
+
+    Args:
+        q: (B, n_head, T, head_dim) bfloat16.
+        k: (B, n_kv_head, T, head_dim) bfloat16.
+        v: (B, n_kv_head, T, head_dim) bfloat16.
+        mask: (1 or B, 1 or n_head, T, T), bool (True is visible) or bfloat16 (added to the scores); None is causal.
+
+    Returns:
+        (B, n_head, T, head_dim) bfloat16.
+    """
+    group = q.size(1) // k.size(1)
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)  # (B, n_head, T, head_dim)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+    out: Tensor = attention_forward(q, k, v, mask)[0]
+    return out
+
+
+@torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
+def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """PyTorch's fused forward pass.
+
+    Args:
+        q: (B, n_head, T, head_dim); k and v have the same shape.
+        k: Keys.
+        v: Values.
+        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf where masked; None is causal.
+
+    Returns:
+        The output, (B, n_head, T, head_dim), and the log-sum-exp of each query's scores, (B, n_head, T) float32.
+    """
+    out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, is_causal=bias is None, attn_mask=bias
+    )
+    return out.contiguous(), logsumexp.contiguous()
+
+
+@torch.library.custom_op("lit_gpt_scratch::causal_attention_backward", mutates_args=())
+def attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2), recomputing the weights.
+
+    Terms to be subtracted from a product are already in the buffer that ``baddbmm_`` adds to, so that the difference is
+    rounded to bfloat16 and not the product: a score of 40 alone would be off by 0.1, and its weight by a tenth. The
+    operations are in place because at these sizes allocating memory takes as long as a product.
+    """
+    B, H, T, D = q.shape
+    grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
+    if bias is None:
+        bias = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
+    scores = (bias - logsumexp.to(q.dtype).unsqueeze(-1)).view(B * H, T, T)
+    weights = scores.baddbmm_(q, k.mT, alpha=D**-0.5).softmax(-1)  # softmax again: logsumexp was rounded to bfloat16
+    mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)  # (B * H, T, 1), mean gradient of the weights
+    d_scores = (-mean.expand(-1, -1, T)).baddbmm_(grad, v.mT).mul_(weights)  # (B * H, T, T)
+    d_q = torch.bmm(d_scores, k).mul_(D**-0.5)
+    d_k = torch.bmm(d_scores.mT, q).mul_(D**-0.5)
+    d_v = torch.bmm(weights.mT, grad)
+    return d_q.view(B, H, T, D), d_k.view(B, H, T, D), d_v.view(B, H, T, D)
+
+
+@attention_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+@attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _setup_context(
+    ctx: torch.autograd.function.FunctionCtx, inputs: tuple[Tensor | None, ...], output: tuple[Tensor, Tensor]
+) -> None:
+    ctx.save_for_backward(*inputs, *output)  # type: ignore[arg-type]  # it accepts None
+
+
+def _backward(
+    ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, None]:
+    return (*attention_backward(grad, *ctx.saved_tensors), None)  # type: ignore[attr-defined]
+
+
+attention_forward.register_autograd(_backward, setup_context=_setup_context)
