@@ -95,13 +95,16 @@ def test_half_precision_trains_validates_and_writes_when_it_is_cut(small: list[s
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--trainer.strategy=tp", "--model.gpt.n_head=3", "--model.gpt.n_embd=48"], "n_head is 3, which 2 processes"),
+        (
+            ["--trainer.strategy=tp", "--model.gpt.n_head=3", "--model.gpt.n_embd=48"],
+            "n_head is 3, which is not divisible",
+        ),
         (
             ["--trainer.strategy=fsdp2_tp", "--tensor_parallel=4", "--model.gpt.n_head=4"],
             "tensor_parallel is 4, but there are 2 processes",
         ),
         (["--trainer.strategy=tp", "--model.gpt.position=alibi"], "position is alibi"),
-        (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora: adapters cannot be shared"),
+        (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora: adapters do not support tensor parallelism"),
         (["--trainer.strategy=tp", "--model.gpt.dropout=0.1"], "dropout is 0.1"),
         (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp"),
     ],
