@@ -1,4 +1,4 @@
-"""A conversation in the terminal, in the template that the model was tuned with."""
+"""Chat in the terminal, with the chat template of instruction tuning."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) -> list[list[int]]:
-    """Ids of what replies to single questions are written after.
+    """Build the token ids of one prompt per question, up to where the assistant's reply starts.
 
     Raises:
         UserError: A question is empty.
@@ -36,32 +36,32 @@ def chat_session(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Reply to one line after the other, each in the light of what was said before.
+    """Reply to each line, with the conversation so far as context.
 
     Args:
         model: In evaluation mode.
         tokenizer: The model's.
-        system: What the model is told first; None says nothing.
-        lines: What the user says; empty ones are passed over.
-        max_new_tokens: The longest reply.
+        system: The system message; None for none.
+        lines: The user's messages; empty ones are skipped.
+        max_new_tokens: Maximum length of a reply.
         sampling: How to choose tokens.
-        seed: Of the first reply; each next one has the next.
+        seed: Of the first reply; each further reply uses the next seed.
 
     Returns:
-        The replies in pieces, as they are written, an empty one after each. The oldest turns are forgotten when the
-        context has little room, and a question that does not fit gets no reply; the log says so.
+        The replies in pieces, as they are generated, each reply followed by an empty piece. The oldest turns are
+        dropped when the context is nearly full, and a question that does not fit gets no reply; both are logged.
     """
     template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     said: list[Message] = []
     room = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
         asked = Message("user", question)
-        if (alone := len(template.prompt([*told, asked]))) > model.block_size:  # however much is forgotten
-            log.warning("%d tokens are more than the context holds: %d; say it shorter", alone, model.block_size)
+        if (alone := len(template.prompt([*told, asked]))) > model.block_size:  # even with every earlier turn dropped
+            log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
         said.append(asked)
         while len(said) > 1 and len(template.prompt([*told, *said])) + room > model.block_size:
-            log.warning("the context is full; the first question and its reply are forgotten")
+            log.warning("the context is full; dropping the first question and its reply")
             said = said[2:]
         prompt = template.prompt([*told, *said])
         reply = ""
@@ -74,9 +74,9 @@ def chat_session(
 
 
 def read_stdin_lines() -> Iterator[str]:
-    """Lines as they are typed, until the end of the input; a mark shows whose turn it is, where somebody watches."""
+    """Yield lines from standard input until it ends, with a prompt if it is a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 are no reason to end
+        sys.stdin.reconfigure(errors="replace")  # do not fail on bytes that are not UTF-8
     while True:
         if sys.stdin.isatty():
             sys.stderr.write("> ")

@@ -1,4 +1,4 @@
-"""A person says which of two replies is better, and the file of preferences grows by a line."""
+"""Collect preferences: a person chooses the better of two replies, and a line is added to a JSONL file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
-"""Times that two replies are drawn until there is something to choose between."""
+"""How often two replies are sampled until they are complete and differ."""
 QUESTION: Final = "Which is better? 1, 2, skip or quit"
 
 
@@ -31,32 +31,32 @@ def collect_preferences(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Reply twice to each question, ask which reply is better, and add the answer to the file.
+    """Reply twice to each question, ask which reply is better, and append the answer to the file.
 
-    Replies that do not come to their end, are the same or say nothing are drawn again.
+    Replies that are truncated, equal or blank are sampled again.
 
-    Each answer is on the disk before the next question is asked: whatever ends this, nothing that was said is lost.
+    Each answer is flushed to disk before the next question, so that an interruption loses none.
 
     Args:
         model: In evaluation mode.
         tokenizer: The model's.
-        system: What the model is told first; None says nothing.
-        questions: What is replied to; empty ones are passed over.
-        answers: Of the person: ``1``, ``2``, ``skip``, ``quit``, or their first letters.
-        path: The file, in lines of JSON: ``prompt``, ``chosen``, ``rejected``.
-        max_new_tokens: The longest reply.
+        system: The system message; None for none.
+        questions: The prompts; blank ones are skipped.
+        answers: The person's answers: ``1``, ``2``, ``skip``, ``quit``, or their first letters.
+        path: The JSONL file, with keys ``prompt``, ``chosen`` and ``rejected``.
+        max_new_tokens: Maximum length of a reply.
         sampling: How to choose tokens.
-        seed: Of the first reply into an empty file; each next one has the next. Where there are lines it begins behind
-            all that were drawn for them, so that the same command again asks about other pairs.
+        seed: Of the first reply if the file is empty; each further reply uses the next seed. If the file has lines,
+            the seeds that these may have used are skipped, so that running the same command again gives other pairs.
 
     Returns:
-        What to show, line by line.
+        Text to print, line by line.
 
     Raises:
         UserError: A question is too long, or the file cannot be written.
     """
     template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
-    append_line(path, "")  # what cannot be written is better known before there is an answer
+    append_line(path, "")  # fail before the first answer if the file is not writable
     seeds = count(seed + 2 * MAX_ATTEMPTS * _count_lines(path))
     for question in (each.strip() for each in questions if not is_blank(each)):
         messages = [*told, Message("user", question)]
@@ -67,12 +67,12 @@ def collect_preferences(
                 model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2))
             )
             pair = one.text, two.text
-            whole = one.ended and two.ended  # who learns from one that was cut off learns to stop amid a sentence
+            whole = one.ended and two.ended  # training on truncated replies would teach stopping mid-sentence
             if whole and one.text != two.text and not any(map(is_blank, pair)):
                 break
         else:
-            why = "a higher --temperature" if whole else "more --max_new_tokens, in which they come to their end,"
-            yield f"{question}\nThe model has no two replies to choose between here; {why} may help.\n"
+            why = "a higher --temperature" if whole else "a higher --max_new_tokens, so that replies are complete,"
+            yield f"{question}\nThe model gave no two different replies; {why} may help.\n"
             continue
         yield f"{question}\n\n[1] {one.text}\n\n[2] {two.text}\n"
         yield QUESTION
@@ -91,7 +91,7 @@ def collect_preferences(
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, on the disk before this returns; one that ends amid a line is ended first.
+    """Append a line to a file and flush it to disk; a last line without a newline gets one first.
 
     Raises:
         UserError: It cannot be written.
@@ -106,7 +106,7 @@ def append_line(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise UserError(f"argument --rank: {path} cannot be written: {error.strerror}") from error
+        raise UserError(f"argument --rank: cannot write {path}: {error.strerror}") from error
 
 
 def _count_lines(path: Path) -> int:
@@ -115,6 +115,6 @@ def _count_lines(path: Path) -> int:
 
 
 def _parse_answer(answers: Iterator[str]) -> str | None:
-    """``1``, ``2``, ``s`` or ``q``; the end of the input is a way to quit, and anything else is None."""
+    """Return ``1``, ``2``, ``s`` or ``q``, or None for anything else; the end of the input means quit."""
     said = next(answers, "quit").strip().casefold()
     return said[:1] if said in ("1", "2", "s", "skip", "q", "quit") else None

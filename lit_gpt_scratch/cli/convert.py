@@ -1,4 +1,4 @@
-"""``convert``: a checkpoint into a form for others, and theirs into a checkpoint."""
+"""``convert``: convert checkpoints to and from other formats."""
 
 import logging
 from argparse import Namespace
@@ -17,47 +17,49 @@ log = logging.getLogger(__name__)
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Write the model of a checkpoint as one file or as a folder for ``transformers``, or read such a folder."""
-    flags = CommandParser(
+    """Run the command ``convert``."""
+    parser = CommandParser(
         prog="python -m lit_gpt_scratch.convert",
-        description="Turn a checkpoint into a form for others, or a published model into a checkpoint.",
+        description="Export a checkpoint to another format, or import a published model as a checkpoint.",
     )
-    forms = flags.add_subparsers(dest="form", metavar="FORM", required=True, title="forms")
-    one = forms.add_parser(
+    formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True, title="formats")
+    checkpoint: dict[str, Any] = {"metavar": "CKPT", "help": "a checkpoint file or a run folder"}
+    file: dict[str, Any] = {"metavar": "FILE", "type": Path, "help": "file to write; its name ends with .safetensors"}
+    to_safetensors = formats.add_parser(
         "to-safetensors",
-        help="one file",
-        description="Write the weights of a checkpoint, its shape and its tokenizer as one .safetensors file, which "
-        "generate and evaluate read as they read a checkpoint, and in which nothing can run; adapters are merged.",
+        help="export weights, architecture and tokenizer as one .safetensors file",
+        description="Write the weights of a checkpoint, its architecture and its tokenizer as one .safetensors file, "
+        "which generate and evaluate read like a checkpoint and which cannot contain code; adapters are merged.",
     )
-    many = forms.add_parser(
+    to_safetensors.add_argument("checkpoint", **checkpoint)
+    to_safetensors.add_argument("file", **file)
+    to_hf = formats.add_parser(
         "to-hf",
-        help="a folder for Hugging Face's transformers",
-        description="Write a folder that AutoModelForCausalLM and AutoTokenizer load: GPT-2, Llama, Mistral or Qwen3, "
-        "whichever can say the model.",
+        help="export a folder for Hugging Face's transformers",
+        description="Write a folder that AutoModelForCausalLM and AutoTokenizer load, as the architecture that can "
+        "represent the model: GPT-2, Llama, Mistral or Qwen3.",
     )
-    for form in (one, many):
-        form.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
-    one.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
-    many.add_argument("folder", metavar="FOLDER", type=Path, help="what to write; not there yet, or empty")
-    some = forms.add_parser(
+    to_hf.add_argument("checkpoint", **checkpoint)
+    to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; missing or empty")
+    to_adapter = formats.add_parser(
         "to-adapter",
-        help="the adapters of a run with LoRA",
+        help="export the LoRA adapters of a run",
         description="Write what a run with --model.lora.rank trained as one .safetensors file, which generate and "
-        "evaluate put beside the weights of its base: --adapter FILE.",
+        "evaluate apply to the weights of its base model with --adapter FILE.",
     )
-    some.add_argument("checkpoint", metavar="CKPT", help="a checkpoint file or a run folder")
-    some.add_argument("file", metavar="FILE", type=Path, help="what to write; its name ends with .safetensors")
-    back = forms.add_parser(
+    to_adapter.add_argument("checkpoint", **checkpoint)
+    to_adapter.add_argument("file", **file)
+    from_hf = formats.add_parser(
         "from-hf",
-        help="a folder of Hugging Face's transformers into a checkpoint",
+        help="import a folder of Hugging Face's transformers",
         description="Read a folder that save_pretrained wrote, of GPT-2, Llama, Mistral or Qwen3, and write a "
-        "checkpoint that generate and evaluate read. Nothing in the folder is run.",
+        "checkpoint that generate and evaluate read. No code in the folder is run.",
     )
-    back.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, .safetensors and tokenizer.json")
-    back.add_argument("checkpoint", metavar="CKPT", type=Path, help="what to write, x.ckpt or x.safetensors")
-    given = flags.parse_args(args)
-    ways = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
-    ways[given.form](given)
+    from_hf.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, .safetensors, tokenizer.json")
+    from_hf.add_argument("checkpoint", metavar="CKPT", type=Path, help="file to write, x.ckpt or x.safetensors")
+    given = parser.parse_args(args)
+    convert = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
+    convert[given.format](given)
 
 
 def _to_adapter(given: Namespace) -> None:
@@ -72,7 +74,7 @@ def _require_safetensors_suffix(file: Path) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
 
     if file.suffix != SAFETENSORS_SUFFIX:
-        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}")
+        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}; add it")
 
 
 def _to_safetensors(given: Namespace) -> None:
@@ -91,7 +93,7 @@ def _to_hf(given: Namespace) -> None:
     from lit_gpt_scratch.interop.hf_checkpoint import write_hf_checkpoint
 
     if given.folder.suffix == SAFETENSORS_SUFFIX:
-        raise UserError(f"argument FOLDER: to-hf writes a folder; for the file {given.folder} it is to-safetensors")
+        raise UserError(f"argument FOLDER: to-hf writes a folder; to write the file {given.folder}, use to-safetensors")
     architecture = write_hf_checkpoint(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
     log.info("%s holds a %s", given.folder, architecture)
 
@@ -102,7 +104,7 @@ def _from_hf(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, export_safetensors
 
     if given.checkpoint.exists():
-        raise UserError(f"argument CKPT: {given.checkpoint} is there already; name another, or remove it")
+        raise UserError(f"argument CKPT: {given.checkpoint} exists already; name another file, or delete it")
     checkpoint = load_hf_checkpoint(given.folder)
     if given.checkpoint.suffix == SAFETENSORS_SUFFIX:
         export_safetensors(checkpoint, STATE_PREFIX, given.checkpoint)
@@ -111,7 +113,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """What is in a checkpoint, its weights in the type that they have there, which a network would not keep."""
+    """Read a model with its weights in the dtype of the file; loading them into a network would convert them."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
@@ -124,7 +126,7 @@ def _open_model(path: Path) -> "PortableModel":
     try:
         gpt = GPTConfig(**contents.gpt)
     except TypeError as error:
-        raise UserError(f"{path} holds a model that this version cannot build ({error})") from error
+        raise UserError(f"{path} has an architecture that this version cannot build ({error})") from error
     if contents.non_lm_task is not None:
         raise UserError(f"{path} {contents.non_lm_task}; only language models can be converted")
     weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
@@ -133,7 +135,7 @@ def _open_model(path: Path) -> "PortableModel":
 
 
 def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """A checkpoint with its adapters in its weights: a model like any other, that no longer has a base."""
+    """Return a checkpoint with its LoRA adapters merged into the weights, so that it no longer needs a base model."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model
     from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 

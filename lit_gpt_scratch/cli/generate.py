@@ -1,4 +1,4 @@
-"""``generate``: a trained model continues a prompt."""
+"""``generate``: continue prompts, chat, or collect preferences with a trained model."""
 
 import json
 import sys
@@ -15,38 +15,38 @@ from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The door ``generate``: prompts and what follows them, and nothing else, on standard output."""
-    description = "Let a trained model continue a prompt."
+    """Run the command ``generate``; standard output has the prompts and what was generated, and nothing else."""
+    description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
     flags.add_argument(
-        "--prompt", action="append", help="text to continue; empty begins a new document; may be given several times"
+        "--prompt", action="append", help="text to continue; empty starts a new document; may be given several times"
     )
     flags.add_argument(
         "--chat",
         action="store_true",
-        help="reply, in the template of instruction tuning: to each prompt, or in turn to lines that are typed",
+        help="reply with the chat template of instruction tuning: to each --prompt, or to lines typed in the terminal",
     )
-    flags.add_argument("--system", help="with --chat or --rank, what the model is told first")
+    flags.add_argument("--system", help="system message, with --chat or --rank")
     flags.add_argument(
         "--rank",
         metavar="FILE",
         type=Path,
-        help="reply twice to each prompt, or to each line that is typed, ask which is better, and add that to FILE",
+        help="reply twice to each prompt or typed line, ask which reply is better, and append the answer to FILE",
     )
-    flags.add_argument("--samples", type=int, default=1, help="continuations of each prompt, side by side")
-    flags.add_argument("--max_new_tokens", type=int, default=200, help="stop after so many tokens")
-    flags.add_argument("--stop", action="append", default=[], help="end before this string; may be given several times")
-    flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the likeliest token")
-    flags.add_argument("--top_k", type=int, default=50, help="choose among the k likeliest tokens")
-    flags.add_argument("--top_p", type=float, help="choose among the likeliest that together have this probability")
-    flags.add_argument("--min_p", type=float, help="choose among those with this share of the likeliest's probability")
-    flags.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1, avoid tokens that were there")
+    flags.add_argument("--samples", type=int, default=1, help="continuations per prompt")
+    flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
+    flags.add_argument("--stop", action="append", default=[], help="stop before this string; may be given several times")
+    flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most probable token")
+    flags.add_argument("--top_k", type=int, default=50, help="sample from the k most probable tokens")
+    flags.add_argument("--top_p", type=float, help="sample from the most probable tokens that sum to this probability")
+    flags.add_argument("--min_p", type=float, help="sample from tokens with this share of the highest probability")
+    flags.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: penalize tokens already present")
     flags.add_argument(
-        "--seed", type=int, default=0, help="the same seed writes the same text; each next text has the next"
+        "--seed", type=int, default=0, help="of the first text; each further text uses the next; same seed, same text"
     )
-    flags.add_argument("--compile", action="store_true", help="many seconds at first, then faster: for one long text")
-    flags.add_argument("--json", action="store_true", help="print a JSON object a text, with its prompt and seed")
+    flags.add_argument("--compile", action="store_true", help="compile: a slow start, then faster; for long texts")
+    flags.add_argument("--json", action="store_true", help="print one JSON object per text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
     if given.samples < 1:
@@ -55,14 +55,14 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"argument --seed: {given.seed} is negative")
     validate_utf8(given, "prompt", "stop", "system")
     if given.system is not None and not (given.chat or given.rank):
-        raise UserError("argument --system: it is for --chat and --rank")
+        raise UserError("argument --system: it needs --chat or --rank")
     if given.system is not None and not given.system.strip():
         raise UserError("argument --system: it is empty")
-    talks = given.chat and given.prompt is None
-    if talks and (given.json or given.stop or given.compile or given.samples > 1):
-        raise UserError("argument --chat: without a --prompt it takes no --json, --stop, --samples or --compile")
+    interactive = given.chat and given.prompt is None
+    if interactive and (given.json or given.stop or given.compile or given.samples > 1):
+        raise UserError("argument --chat: without --prompt it excludes --json, --stop, --samples and --compile")
     if given.rank and (given.chat or given.json or given.stop or given.compile or given.samples > 1):
-        raise UserError("argument --rank: it takes no --chat, --json, --stop, --samples or --compile")
+        raise UserError("argument --rank: it excludes --chat, --json, --stop, --samples and --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = load_language_model(given)
@@ -74,10 +74,10 @@ def main(args: Sequence[str] | None = None) -> None:
         try:
             for line in collect_preferences(model, tokenizer, given.system, given.prompt or lines, lines, *settings):
                 print(line, flush=True)
-        except KeyboardInterrupt:  # a way to end it like any other
+        except KeyboardInterrupt:  # Ctrl-C is a normal way to stop
             raise SystemExit(130) from None
         return
-    if talks:
+    if interactive:
         for piece in chat_session(
             model, tokenizer, given.system, read_stdin_lines(), given.max_new_tokens, sampling, given.seed
         ):
@@ -103,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
-    """Texts that are written side by side, one after the other, each when it and those before it are done."""
+    """Yield texts that are generated in parallel in order, each when it and all before it are complete."""
     texts, done, next_row = [""] * n, [False] * n, 0
     for row, piece in pieces:
         texts[row] += piece

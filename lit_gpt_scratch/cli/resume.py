@@ -1,4 +1,4 @@
-"""Going on with a run: whether there is something left to do, and what is not as it was."""
+"""Resuming a run: find its checkpoint, check that steps are left, and compare its flags and environment with now."""
 
 import json
 import logging
@@ -28,32 +28,32 @@ log = logging.getLogger(__name__)
 Changes = dict[str, tuple[Any, Any]]
 
 OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
-"""Flags that say where and whether, not what is trained."""
+"""Flags that do not affect training."""
 FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
-"""What may differ among model and data without a different result."""
+"""Flags of the data that do not affect the result."""
 CHECKED_BY_CHECKPOINT: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
-"""What no force can change: the checkpoint's own contents refuse it, by name."""
+"""Flags that are compared with the metadata in the checkpoint; a mismatch is an error even with ``--force``."""
 MUST_MATCH: Final = (
     r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
     r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
 )
-"""What must be as it was for the run to be one run: the text, its order, and what a step computes."""
+"""Flags that must not change: they determine the text, its order, and what a step computes."""
 BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
-"""What deals out the windows of a step; the step is the same as long as they are as many."""
+"""How the samples of a step are split into micro-batches and over processes; only their number per step must match."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
-"""In which launchers say which of several machines this is: Lightning, torchrun, SLURM."""
+"""Environment variables with the rank of this machine, as set by Lightning, torchrun and SLURM."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
 
 
 @dataclass
 class ResumedRun:
-    """A run that goes on from a checkpoint.
+    """A run that is resumed from a checkpoint.
 
     Attributes:
-        checkpoint: The file.
-        changed: By flat name, the value before and now of what is not as it was.
-        origin: Code, versions, hardware, seed and data, as the checkpoint has them.
-        layout: How a step was dealt out, if the checkpoint says.
+        checkpoint: Path of the checkpoint file.
+        changed: What differs from the earlier sessions: by flat name, the value before and now.
+        origin: Code, versions, hardware, seed and data fingerprint, as stored in the checkpoint.
+        layout: How the samples of a step were split, if the checkpoint stores it.
     """
 
     checkpoint: Path
@@ -63,10 +63,10 @@ class ResumedRun:
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
-        """The run that ``--ckpt_path`` means; None for ``auto`` where there is none yet.
+        """Find the run that ``--ckpt_path`` names; None for ``auto`` if there is no run yet.
 
         Raises:
-            UserError: There is no such checkpoint, or none that is whole.
+            UserError: There is no such checkpoint, or no undamaged one.
         """
         if given == "auto" and not RunFolder.has_checkpoint(runs, experiment):
             return None
@@ -74,27 +74,29 @@ class ResumedRun:
             return cls(find_checkpoint("last" if given == "auto" else given, runs, experiment))
         except UserError as error:
             if any(os.environ.get(name, "0") != "0" for name in NODE_RANKS):
-                raise UserError(f"{error}; on each machine: copy the run's folder there, or share --runs") from error
+                raise UserError(f"{error}; copy the run folder to every machine, or share --runs") from error
             raise
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run folder that the checkpoint lies in."""
+        """The run folder that contains the checkpoint, if one does."""
         return RunFolder.containing(self.checkpoint)
 
     def steps_done(self, trainer: Trainer, force: bool = False) -> int:
-        """The step that the checkpoint has reached.
+        """Return the number of optimizer steps in the checkpoint.
 
         Args:
-            trainer: Knows how long the run is to be.
-            force: Go on though a callback ended the run.
+            trainer: The trainer, which has the limits of the run.
+            force: Resume although a callback stopped the run.
 
         Raises:
-            UserError: The file is no checkpoint, or its run is over and nothing more was asked for.
+            UserError: The file is no training checkpoint, or its run has reached its limits.
         """
         checkpoint = load_checkpoint(self.checkpoint)
         if "loops" not in checkpoint:
-            raise UserError(f"{self.checkpoint} holds weights alone, no run to go on with")
+            raise UserError(
+                f"{self.checkpoint} holds only weights, not a run to resume; start a run from it with --model.init_from"
+            )
         self.origin = next(iter(_states(checkpoint, RunMetadata.STATE_KEY)), {})
         self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None
         step: int = checkpoint["global_step"]
@@ -110,19 +112,19 @@ class ResumedRun:
         elif 0 < (trainer.max_epochs or 0) <= epochs:
             more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
         elif _seconds(trainer) <= seconds:
-            more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, for all of the run together"
+            more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, which counts all sessions"
         elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
-            more = f"ended early, at step {step}, as one of its callbacks asked", "--force"
+            more = f"been stopped early by a callback, at step {step}", "--force"
         if more and self._untested(checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
                 if isinstance(callback, Checkpointing):
                     callback.untested = True
         elif more:
-            raise UserError(f"{self.checkpoint} has {more[0]}; to go on, ask for more: {more[1]}")
+            raise UserError(f"{self.checkpoint} has {more[0]}; to continue, set {more[1]}")
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether there is a test that the run did not come to the end of."""
+        """Whether the run has a test stage that it has not finished."""
         if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.STATE_KEY)):
             return False
         summary = self.folder.path / "summary.json"
@@ -132,17 +134,16 @@ class ResumedRun:
     def compare(
         self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
     ) -> None:
-        """Say what changed since the run was begun, and refuse what would make it another run.
+        """Report what changed since the run started, and reject what would make it a different run.
 
         Args:
             config_before: All flags of the run so far.
             config: All flags now.
-            here: The number of processes, of those that read windows of their own, the seed, and the data's
-                fingerprint, now.
-            force: Go on all the same.
+            here: Values now: number of processes, number of data-parallel replicas, seed, data fingerprint.
+            force: Only warn about changes.
 
         Raises:
-            UserError: Something that matters changed, and ``force`` is off; or the optimizer is of another kind.
+            UserError: A flag in ``MUST_MATCH`` changed and ``force`` is off, or the optimizer is of another class.
         """
         sessions = self.folder.read_sessions() if self.folder else []
         flags = diff_configs(config_before, config)
@@ -160,41 +161,44 @@ class ResumedRun:
                 old = {name: before[part][name] for name in known}
                 self.changed |= {f"{part}.{name}": values for name, values in diff_configs(old, known).items()}
             before |= {"processes": before.get("hardware", {}).get("processes")}
-            another_model = any(re.fullmatch(CHECKED_BY_CHECKPOINT, n) for n in self.changed)
-            seed_said = "seed_everything" in self.changed
-            for name in ("processes", *(() if seed_said else ("seed",)), *(() if another_model else ("data",))):
+            model_changed = any(re.fullmatch(CHECKED_BY_CHECKPOINT, n) for n in self.changed)
+            seed_flag_changed = "seed_everything" in self.changed
+            for name in ("processes", *(() if seed_flag_changed else ("seed",)), *(() if model_changed else ("data",))):
                 if before.get(name) not in (None, here.get(name)):
                     self.changed[name] = (before[name], here.get(name))
                     matters.append(name)
         if self.folder is None:
-            log.warning("%s lies in no run folder: its flags are not known", self.checkpoint)
+            log.warning(
+                "%s is not in a run folder, so the flags of its run are unknown and not compared", self.checkpoint
+            )
         if OPTIMIZER in self.changed:
             raise UserError(
-                f"{_describe_changes(self.changed, [OPTIMIZER])}: what one optimizer remembers means nothing to another"
+                f"{_describe_changes(self.changed, [OPTIMIZER])}: the states of different optimizers are incompatible; "
+                "leave --model.optimizer out, or start a new run with --model.init_from"
             )
         keep = ""
         if self.layout is not None and any(re.fullmatch(BATCH_FLAGS, n) for n in matters):
             step = self.layout.rows_per_step, _samples_per_step(config, here["replicas"])
             if step[0] != step[1]:
-                self.changed["windows of a step"] = step
-                matters.append("windows of a step")
+                self.changed["samples per step"] = step
+                matters.append("samples per step")
                 tokens = step[0] * config["data"]["init_args"].get("block_size", 1)
-                keep = f"; to keep its step: --data.tokens_per_step {tokens}"
+                keep = f"; to keep the step size: --data.tokens_per_step {tokens}"
             elif not _counts_batches(config):
                 matters = [n for n in matters if not re.fullmatch(BATCH_FLAGS, n)]
         if matters and not force:
             raise UserError(
-                f"{self.checkpoint} is of a run with {_describe_changes(self.changed, matters)}{keep}; "
-                "to go on all the same: --force"
+                f"{self.checkpoint} belongs to a run with {_describe_changes(self.changed, matters)}{keep}; "
+                "to resume anyway: --force"
             )
         if self.changed:
-            log.warning("changed since the run was begun: %s", _describe_changes(self.changed, list(self.changed)))
+            log.warning("changed since the run started: %s", _describe_changes(self.changed, list(self.changed)))
 
 
 def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
-    """Windows of an optimizer step over all processes; None for data of one's own, which may have none.
+    """Samples of an optimizer step over all processes; None for a user's data module without these arguments.
 
-    Replicas are the processes that read windows of their own.
+    Replicas are the data-parallel processes, each of which reads samples of its own.
     """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
@@ -205,7 +209,7 @@ def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
 
 
 def _counts_batches(config: Mapping[str, Any]) -> bool:
-    """Whether an epoch ends after so many micro-batches, and so elsewhere if they are of other sizes."""
+    """Whether an epoch is limited to a number of micro-batches, so that it depends on their size."""
     limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
     return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
@@ -215,9 +219,11 @@ def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
 
 
 def _seconds(trainer: Trainer) -> float:
-    """The time limit of a whole run."""
+    """The time limit of all sessions together, in seconds."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
-    limits = (callback.time_remaining() for callback in callbacks if isinstance(callback, Timer))  # none has passed yet
+    limits = (
+        callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)
+    )  # nothing has run in this session
     return min((limit for limit in limits if limit is not None), default=timedelta.max.total_seconds())
 
 

@@ -1,4 +1,4 @@
-"""A conversation in the terminal: what is remembered of it."""
+"""Chat in the terminal: which turns stay in the context."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +11,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import TINY, randomised
 
 
-def test_a_line_that_is_too_long_leaves_what_was_said(
+def test_a_message_that_is_too_long_leaves_the_conversation_as_it_is(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer = Tokenizer.train([], 300, "byte")
@@ -26,7 +26,7 @@ def test_a_line_that_is_too_long_leaves_what_was_said(
     lines = ["My name is Bo.", "x" * 200, "Who am I?"]
     replies = list(chat.chat_session(model, tokenizer, None, lines, 20, Sampling(), 0))
     assert replies == ["Yes.", ""] * 2
-    assert "say it shorter" in caplog.text
-    assert "forgotten" not in caplog.text
+    assert "shorten it" in caplog.text
+    assert "dropping" not in caplog.text
     assert "My name is Bo." in seen[1]
     assert "x" * 200 not in seen[1]

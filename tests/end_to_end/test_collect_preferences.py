@@ -83,8 +83,8 @@ def test_what_was_said_is_kept_when_it_ends_amid_a_question(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rank=folder", "--prompt=a"], "argument --rank: folder cannot be written"),
-        (["--rank=ranked.jsonl", "--chat"], "argument --rank: it takes no --chat"),
+        (["--rank=folder", "--prompt=a"], "argument --rank: cannot write folder"),
+        (["--rank=ranked.jsonl", "--chat"], "argument --rank: it excludes --chat"),
         (["--rank=ranked.jsonl", "--system= "], "argument --system: it is empty"),
         (["--rank=ranked.jsonl", f"--prompt={'long ' * 99}"], "the prompt has"),
     ],
@@ -104,7 +104,7 @@ def test_replies_that_are_the_same_are_not_asked_about(command: Command, said: C
     said("1\n")
     outcome = command("generate", *FLAGS, "--temperature=0", "--prompt=Say so.")
     assert outcome.code == 0
-    assert "no two replies to choose between here; a higher --temperature may help" in outcome.out
+    assert "The model gave no two different replies; a higher --temperature may help" in outcome.out
     assert ranked() == []
 
 
@@ -137,5 +137,5 @@ def test_replies_that_were_cut_off_are_drawn_again(
     )
     outcome = command("generate", *FLAGS, "--prompt=Say so.")
     assert outcome.code == 0
-    assert "more --max_new_tokens, in which they come to their end, may help" in outcome.out
+    assert "a higher --max_new_tokens, so that replies are complete, may help" in outcome.out
     assert len(ranked()) == 1

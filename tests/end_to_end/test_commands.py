@@ -264,7 +264,7 @@ def test_another_text_is_refused(command: Command, small: list[str], trained: Tr
     (tmp_path / "other.txt").write_text("".join(f"{n} and {n * n} are other words. " for n in range(400)))
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", f"--data.source={tmp_path / 'other.txt'}")
     assert outcome.code == 2
-    assert "is of a run with data.source" in outcome.err
+    assert "belongs to a run with data.source" in outcome.err
 
 
 def test_configs_compose_and_flags_go_over_them(command: Command, small: list[str]) -> None:

@@ -96,14 +96,14 @@ def test_mistakes_are_one_line(command: Command, small: list[str], tmp_path: Pat
     assert command("fit", *small, "--trainer.max_steps=1", "--model.gpt.smear=true").code == 0
     Path("there.ckpt").write_text("", encoding="utf-8")
     for args, said in (
-        ([], "FORM"),
+        ([], "FORMAT"),
         (["to-onnx"], "to-onnx"),
         (["to-hf", "runs/pretrain/version_0", "hf"], "smear is True"),
         (["to-hf", "runs/pretrain/version_0", "hf.safetensors"], "to-safetensors"),
         (["to-hf", "none.ckpt", "hf"], "no checkpoint at none.ckpt"),
         (["to-hf", "there.ckpt", "hf"], "there.ckpt"),
         (["from-hf", "none", "m.ckpt"], "no folder at none"),
-        (["from-hf", "none", "there.ckpt"], "there.ckpt is there already"),
+        (["from-hf", "none", "there.ckpt"], "there.ckpt exists already"),
     ):
         outcome = command("convert", *args)
         assert outcome.code == 2, args

@@ -162,4 +162,4 @@ def test_what_the_second_machine_lacks_is_said_there(machines: list[Machine], sm
     flags = [*own, "--data.source=my_texts", "--trainer.max_steps=2", *TWO]
     (machines[1].folder / "my_texts/00.txt").write_text("Something else.\n")
     assert second(flags).endswith("my_texts is not the same on this machine as on the first; copy it from there")
-    assert "on each machine: copy the run's folder there, or share --runs" in second([*flags, "--ckpt_path=last"])
+    assert "copy the run folder to every machine, or share --runs" in second([*flags, "--ckpt_path=last"])

@@ -25,7 +25,7 @@ def test_a_shared_model_writes_and_scores_as_its_checkpoint(
         assert shared.out == own.out
     refused = command("fit", *small, "--ckpt_path=m.safetensors")
     assert refused.code == 2
-    assert "m.safetensors holds weights alone" in refused.err
+    assert "m.safetensors holds only weights" in refused.err
     assert command("convert", "to-safetensors", "runs/pretrain/version_0", "m.bin").code == 2
     assert command("convert", "to-safetensors", "none", "m.safetensors").code == 2
 
