@@ -94,7 +94,9 @@ def _diagnose_run(run: Path, as_json: bool) -> bool:
     examination = RuleEngine(RULES)
     replay_events(run, examination)
     if not any(len(examination.evidence[name]) for row in RULES for name in row.reads):
-        raise UserError(f"{run} has none of the curves that the doctor reads, such as train/loss; name the folder of a run")
+        raise UserError(
+            f"{run} has none of the curves that the doctor reads, such as train/loss; name the folder of a run"
+        )
     examination.end()
     if as_json:
         print(json.dumps([diagnosis.plain() for diagnosis in examination.found], indent=2))
@@ -115,7 +117,9 @@ def _check_machine() -> bool:
     for found in compare_devices():
         what = f"loss {found.loss:.1e}, gradient {found.gradient:.1e} from a CPU in float32"
         limit = RELATIVE_TOLERANCES[found.dtype]
-        verdict = "within tolerance" if found.within_tolerance else f"more than {limit:.0e}: do not train in this dtype here"
+        verdict = (
+            "within tolerance" if found.within_tolerance else f"more than {limit:.0e}: do not train in this dtype here"
+        )
         dtype = str(found.dtype).removeprefix("torch.")
         print(f"{found.device + ', ' + dtype:14} {found.failed or f'{what}, {verdict}'}")
         healthy = healthy and (found.within_tolerance or bool(found.failed))

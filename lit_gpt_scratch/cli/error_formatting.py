@@ -1,4 +1,4 @@
-"""What a user reads of what libraries say: a mistake as one line that names the flag, and no more than helps."""
+"""Console output: hide library messages that a user cannot act on, and report mistakes as one line that names the flag."""
 
 import logging
 import re
@@ -13,34 +13,32 @@ from lit_gpt_scratch.errors import UserError
 
 
 def silence_libraries() -> None:
-    """Keep the console to what a user can act on."""
+    """Hide log lines and warnings of libraries that a user cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # A class that what is validated on has no text of; the figure is that of the others.
+    # A class without validation examples: AUROC averages over the others.
     warnings.filterwarnings("ignore", message="No (positive|negative) samples (found|in) ", module="torchmetrics")
-    # The policy that an alignment begins with, which nothing trains.
+    # The frozen reference policy of DPO, PPO and GRPO.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
-    # A memory map needs no loader processes.
+    # Tokens are memory-mapped: loading needs no worker processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # The position is the trainer's own progress, from which the order is computed.
+    # The sampler computes its position from the trainer's progress.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    # FSDP2 of logits, which nothing changes in place.
+    # FSDP2 of the logits, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
-    # How many messages it takes to put a tensor together that is cut twice, and that gloo has no better one.
+    # The number of messages that redistributing a doubly sharded tensor takes, and that gloo has no faster way.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    # A start that a policy is held to drops nothing.
-    warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training.*")
-    # Which is where a policy writes; the data module has no such hook.
+    # PPO and GRPO generate in that hook; the data module has none.
     warnings.filterwarnings("ignore", message="You have overridden .on_after_batch_transfer. in .LightningModule.*")
-    # Lightning 2.6 under torch 2.13.
+    # Lightning 2.6 with torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn what is the user's to mend into a ``UserError``; a bug passes through with its traceback.
+    """Turn a user's mistake into a ``UserError``; a bug keeps its traceback.
 
-    A parser that builds classes wraps their errors in its own, so the one to show is looked for inside.
+    The parser wraps the errors of classes that it builds in its own, so the chain of causes is searched.
     """
     try:
         yield
@@ -48,18 +46,18 @@ def user_errors() -> Iterator[None]:
         chain = list(_chain(error))
         ours = next((cause for cause in chain if isinstance(cause, UserError)), None)
         if ours is not None:
-            if str(ours).startswith("Caught UserError in DataLoader worker"):  # with a traceback behind it
+            if str(ours).startswith("Caught UserError in DataLoader worker"):  # followed by a traceback
                 ours = UserError(str(ours).rpartition("UserError: ")[2])
             raise ours from error
-        if str(error) == "embedded null byte":  # what Python says of a path that no system can have
-            raise UserError("a path in the flags or in a config holds a null byte") from error
+        if str(error) == "embedded null byte":  # Python's message for a path with a null byte
+            raise UserError("a path in the flags or in a config contains a null byte; remove it") from error
         if isinstance(error, ArgumentError | MisconfigurationException) or _raised_by_a_library(error):
             raise UserError(_flag(chain) + _plain(str(chain[-1]), prefix=".".join(_keys(chain)))) from error
         raise
 
 
 def _raised_by_a_library(error: BaseException) -> bool:
-    """Whether the trainer or the parser refused a value, as they do for flags that contradict each other."""
+    """Whether the trainer or the parser raised, as they do for flags that contradict each other."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -75,10 +73,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _keys(chain: list[BaseException]) -> list[str]:
-    """``model``, ``optimizer``, ``lr``: each level of the parser names its own part of the flag."""
+    """The parts of a flag's name, such as ``model``, ``optimizer``, ``lr``: each level of the parser names its own."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
     keys = [match[1] for match in found if match]
-    return [key for place, key in enumerate(keys) if key not in keys[:place]]  # a class in a list repeats them
+    return [key for place, key in enumerate(keys) if key not in keys[:place]]  # they repeat for a class in a list
 
 
 def _flag(chain: list[BaseException]) -> str:
@@ -87,7 +85,7 @@ def _flag(chain: list[BaseException]) -> str:
 
 
 def _plain(message: str, prefix: str) -> str:
-    """Python's names of types in a user's words, and inner flags under their full name."""
+    """Replace Python's notation for types by plain words, and inner flags by their full names."""
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     message = re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", message)

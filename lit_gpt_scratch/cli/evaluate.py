@@ -1,4 +1,4 @@
-"""``evaluate``: what a trained model knows, as figures."""
+"""``evaluate``: measure a trained model on a text, a task or a benchmark."""
 
 import argparse
 import json
@@ -23,34 +23,40 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CONTRACT: Final = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-"""What ``--json`` prints where nothing but a text is named, and no more: scripts rely on it."""
+"""The only keys that ``--json`` prints if no option is given but a text: scripts rely on them."""
 OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "limit": ("--limit", {"type": int, "help": "take so many rows, or documents"}),
+    "limit": ("--limit", {"type": int, "help": "evaluate on this many rows or documents only"}),
     "against": (
         "--against",
-        {"metavar": "SOURCE", "help": "what was trained on, as for --data.source, or a store: look for the rows in it"},
+        {"metavar": "SOURCE", "help": "training text, as for --data.source, or a store: report which rows occur in it"},
     ),
-    "text_column": ("--data.text_column", {"metavar": "NAME", "help": "of a source with columns (default: text)"}),
-    "label_column": ("--data.label_column", {"metavar": "NAME", "help": "with the class (default: label)"}),
-    "window": ("--window", {"type": int, "help": "tokens that are read at once (default: the model's context)"}),
-    "stride": ("--stride", {"type": int, "help": "tokens from window to window (default: a window)"}),
-    "few_shot": ("--few_shot", {"type": int, "help": "take so many of the first rows as examples (default: 0)"}),
-    "max_new_tokens": ("--max_new_tokens", {"type": int, "help": "stop after so many tokens (default: 200)"}),
-    "stop": ("--stop", {"action": "append", "help": "end a text before this string; may be given several times"}),
-    "include_path": ("--include_path", {"type": Path, "metavar": "DIR", "help": "with YAML files of more benchmarks"}),
+    "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column with the text (default: text)"}),
+    "label_column": ("--data.label_column", {"metavar": "NAME", "help": "column with the class (default: label)"}),
+    "window": ("--window", {"type": int, "help": "tokens per forward pass (default: the model's context)"}),
+    "stride": ("--stride", {"type": int, "help": "tokens between the starts of windows (default: a window)"}),
+    "few_shot": ("--few_shot", {"type": int, "help": "use this many of the first rows as examples (default: 0)"}),
+    "max_new_tokens": (
+        "--max_new_tokens",
+        {"type": int, "help": "maximum number of tokens to generate (default: 200)"},
+    ),
+    "stop": ("--stop", {"action": "append", "help": "stop before this string; may be given several times"}),
+    "include_path": (
+        "--include_path",
+        {"type": Path, "metavar": "DIR", "help": "folder with YAML files of further benchmarks"},
+    ),
 }
 """By name in the rest of the package; ``EVAL_TASKS`` lists which of them each evaluation takes."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """The door ``evaluate``: figures on standard output, as a table or as one JSON object."""
+    """Run the command ``evaluate``: print metrics as a table or as one JSON object."""
     tasks = "; ".join(f"{name}: {kind.description}" for name, kind in EVAL_TASKS.items())
-    flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Score a trained model.")
+    flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Measure a trained model.")
     flags.add_checkpoint_arguments()
     asked = flags.add_mutually_exclusive_group()
-    asked.add_argument("--data.source", dest="source", help="a text file, a folder, rows, or 'stdlib'")
-    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="of lm-eval, which the extra [eval] brings")
-    asked.add_argument("--text", action="append", help="classify this; may be given several times")
+    asked.add_argument("--data.source", dest="source", help="a text file, a folder, a file of rows, or 'stdlib'")
+    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="tasks of lm-eval (needs the extra [eval])")
+    asked.add_argument("--text", action="append", help="text to classify; may be given several times")
     flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():
         flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)
@@ -68,14 +74,14 @@ def main(args: Sequence[str] | None = None) -> None:
         _validate_flags(given, f"--task {task}", ("task", "limit", "against", *EVAL_TASKS[task].flags))
         _evaluate(given, task)
     else:
-        raise UserError("nothing to evaluate on: name a --data.source, a --benchmark or a --text (see --help)")
+        raise UserError("nothing to evaluate on: give --data.source, --benchmark or --text (see --help)")
 
 
 def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
-    """Flags that would do nothing, and numbers that cannot be."""
+    """Reject flags that would have no effect, and numbers out of range."""
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
-            raise UserError(f"argument {flag}: it means nothing to {what}")
+            raise UserError(f"argument {flag}: it has no effect with {what}; leave it out")
     for name, least in (("limit", 1), ("few_shot", 0), ("max_new_tokens", 1)):
         if name in given and getattr(given, name) < least:
             raise UserError(f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}")
@@ -89,9 +95,9 @@ def _evaluate(given: Namespace, task: str) -> None:
     model, tokenizer, classes, pooling = _open_checkpoint(given)
     classifies = isinstance(model.output_head, ClassificationHead)
     if kind.needs_classifier != classifies:
-        has = f"tells {len(classes)} classes apart" if classifies else "predicts tokens"
+        has = f"classifies into {len(classes)} classes" if classifies else "predicts tokens"
         suits = ", ".join(name for name, other in EVAL_TASKS.items() if other.needs_classifier == classifies)
-        raise UserError(f"argument --task: {task} cannot be asked of {given.checkpoint}, which {has}; ask for {suits}")
+        raise UserError(f"argument --task: {task} does not suit {given.checkpoint}, which {has}; choose from {suits}")
     answer = evaluate(
         task, model, tokenizer, EvalRequest(**vars(asked) | {"classes": classes, "pooling": pooling})
     ).to_dict()
@@ -109,7 +115,7 @@ def _benchmark(given: Namespace) -> None:
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     model, tokenizer, _, _ = _open_checkpoint(given)
     if isinstance(model.output_head, ClassificationHead):
-        raise UserError(f"argument --benchmark: {given.checkpoint} tells classes apart, it does not predict tokens")
+        raise UserError(f"argument --benchmark: {given.checkpoint} is a classifier; benchmarks need a language model")
     found = lm_eval_adapter.run_lm_eval(model, tokenizer, names, **options)
     answers = {name: summary_to_dict(scores) for name, scores in found.items()}
     if given.json:
@@ -123,7 +129,7 @@ def _benchmark(given: Namespace) -> None:
 def _classify(given: Namespace) -> None:
     model, tokenizer, classes, pooling = _open_checkpoint(given)
     if not isinstance(model.output_head, ClassificationHead):
-        raise UserError(f"argument --text: {given.checkpoint} predicts tokens; a classifier's checkpoint has classes")
+        raise UserError(f"argument --text: {given.checkpoint} is a language model; --text needs a classifier")
     for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
         chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
         if given.json:
@@ -135,17 +141,17 @@ def _classify(given: Namespace) -> None:
 
 
 def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
-    """The model and its tokenizer; names of its classes, if it tells any apart, and how tokens become a text's.
+    """Load the model and its tokenizer, and of a classifier the class names and the pooling.
 
-    From here on ``given.checkpoint`` is the path of the checkpoint that was found.
+    Sets ``given.checkpoint`` to the path of the checkpoint that was found.
     """
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)
     model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
-        raise UserError(f"{path} rewards replies; what it makes of pairs is measured by the fit that trains it")
+        raise UserError(f"{path} is a reward model; fit reports its metrics on pairs, evaluate does not support it")
     if tokenizer.loss:
-        log.warning("the figures are of what the tokenizer keeps: %s", tokenizer.loss)
+        log.warning("the tokenizer loses text, and metrics are of what it keeps: %s", tokenizer.loss)
     return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
 
 

@@ -36,7 +36,9 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--samples", type=int, default=1, help="continuations per prompt")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
-    flags.add_argument("--stop", action="append", default=[], help="stop before this string; may be given several times")
+    flags.add_argument(
+        "--stop", action="append", default=[], help="stop before this string; may be given several times"
+    )
     flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most probable token")
     flags.add_argument("--top_k", type=int, default=50, help="sample from the k most probable tokens")
     flags.add_argument("--top_p", type=float, help="sample from the most probable tokens that sum to this probability")

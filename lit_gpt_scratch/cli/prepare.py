@@ -98,28 +98,28 @@ def main(args: ArgsType = None) -> None:
 def _prepare(data: PackedText, n_shown: int) -> None:
     data.prepare_data()
     for store in data.stores:
-        account = store.folder / "audit.json"
-        if account.exists():  # a copy may do without
-            audit = json.loads(account.read_text(encoding="utf-8"))
+        report_file = store.folder / "audit.json"
+        if report_file.exists():  # copies of a store may lack it
+            audit = json.loads(report_file.read_text(encoding="utf-8"))
             print(f"{format_step_table(audit)}\n\ntokens      {audit['tokens']}")
         for side, stream in (("training", store.train), ("validation", store.validation)):
             print(
                 f"{side:<10}  {stream.n_documents:,} documents, {stream.n_bytes:,} bytes, {stream.n_tokens:,} tokens: "
-                f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes each"
+                f"{stream.n_bytes / max(stream.n_tokens - stream.n_documents, 1):.2f} bytes per token"
             )
         kind = "" if data.mixture_folders else f"{data.preparation.tokenizer}, "
         print(f"tokenizer   {kind}{data.vocab_size:,} tokens")
-        print(f"kept in     {store.folder}{', with audit.json and audit.md' if account.exists() else ''}\n")
-    print(format_markdown_table(_policies(data), "<>>>>>>"))
+        print(f"saved in    {store.folder}{', with audit.json and audit.md' if report_file.exists() else ''}\n")
+    print(format_markdown_table(_compare_packing(data), "<>>>>>>"))
     if n_shown:
         data.setup("show")
         for paragraph in render_windows(data, n_shown, supports_colors()):
             print(f"\n{paragraph}")
 
 
-def _policies(data: PackedText) -> list[list[str]]:
-    """What each way of packing costs, the chosen one marked."""
-    rows = [[f"in windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
+def _compare_packing(data: PackedText) -> list[list[str]]:
+    """Rows of a table with the cost of every packing policy; the chosen one is marked."""
+    rows = [[f"windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
     for policy in PACKING_POLICIES:
         total = sum(
             (compute_packing_cost(store.train, data.block_size, policy) for store in data.stores), PackingCost()
@@ -129,32 +129,34 @@ def _policies(data: PackedText) -> list[list[str]]:
 
 
 def _verify(data: PackedText) -> None:
-    # What was kept is looked at as it is, whatever it would be made of now.
+    # A store is verified as it is, even if its source has changed since.
     for store in [TokenStore.open(data.store_folder)] if data.store_folder else data.stores:
         store.verify(all_files=True)
         tokens = store.train.n_tokens + store.validation.n_tokens
-        print(f"{store.folder}: {len(store.shards)} shards, {tokens:,} tokens, all as they were made")
+        print(f"{store.folder}: {len(store.shards)} shards, {tokens:,} tokens, all checksums match")
 
 
 def _compare(data: PackedText, kinds: list[str]) -> None:
     unknown = [kind for kind in kinds if kind not in TOKENIZER_KINDS]
     if unknown:
-        raise UserError(f"argument --compare: there is no kind '{unknown[0]}'; there are {', '.join(TOKENIZER_KINDS)}")
+        raise UserError(
+            f"argument --compare: '{unknown[0]}' is no kind of tokenizer; choose from {', '.join(TOKENIZER_KINDS)}"
+        )
     if data.store_folder is not None:
-        raise UserError("argument --compare: no tokens are kept, so that --data.store means nothing; leave it out")
+        raise UserError("argument --compare: it saves no tokens, so --data.store has no effect; leave it out")
     recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
-    tokenizer_training_share = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))
+    training_texts = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))
     share = min(1.0, COMPARISON_BYTES / max(corpus.audit["split"]["validation"]["bytes"], 1))
     held_out = list(corpus.texts("validation", share))
     names: list[str] = []
     for row in compare_tokenizers(
-        kinds, tokenizer_training_share, held_out, recipe.vocab_size or DEFAULT_VOCAB_SIZE, recipe.special
+        kinds, training_texts, held_out, recipe.vocab_size or DEFAULT_VOCAB_SIZE, recipe.special
     ):
-        names = names or _head(row)
+        names = names or _print_header(row)
         print("  ".join(f"{row[name]:>{len(name)}}" for name in names), flush=True)
 
 
-def _head(row: dict[str, str]) -> list[str]:
+def _print_header(row: dict[str, str]) -> list[str]:
     print("  ".join(row))
     return list(row)
