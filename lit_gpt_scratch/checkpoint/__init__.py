@@ -1,1 +1,1 @@
-"""The run folder, and what a checkpoint holds."""
+"""Run folders and checkpoints: atomic I/O, metadata, loading, export and comparison."""

@@ -1,4 +1,4 @@
-"""Adapters in a file of their own: several for one base, each a small part of its size."""
+"""LoRA adapters in their own ``.safetensors`` file, a small fraction of the base model's size."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,61 +18,65 @@ ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
 
 
 def hash_base_weights(net: nn.Module, new_head: bool) -> str:
-    """A hash of the weights that adapters rely on: all, but for the head where they come with one of their own."""
-    return compute_digest(
-        "", {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD_WEIGHT)}
-    )
+    """Hash of the weights that adapters were trained on.
+
+    Args:
+        net: The base model.
+        new_head: The head was trained together with the adapters; leave the base's head out.
+    """
+    weights = {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD_WEIGHT)}
+    return compute_digest("", weights)
 
 
 def save_adapter(checkpoint: Path, path: Path) -> None:
-    """Write what a run with LoRA has trained, and no more; the tokenizer is the base's.
+    """Write only the weights that a LoRA run has trained; the tokenizer is the base model's.
 
     Args:
-        checkpoint: Of the run.
-        path: The file to write; its name ends with ``.safetensors``.
+        checkpoint: Checkpoint of the run.
+        path: The ``.safetensors`` file to write.
 
     Raises:
-        UserError: The checkpoint has no adapters, or they have no base, or the file cannot be written.
+        UserError: The checkpoint has no adapters, the adapters have no base model, or the file cannot be written.
     """
     loaded = load_checkpoint(checkpoint)
-    contents = CheckpointMetadata.from_checkpoint(loaded)
-    if contents.lora is None:
-        raise UserError(f"{checkpoint} has no adapters; a run with --model.lora.rank trains them")
-    if contents.base is None:
-        raise UserError(f"{checkpoint} began with no trained model (--model.init_from): its adapters have no base")
+    metadata = CheckpointMetadata.from_checkpoint(loaded)
+    if metadata.lora is None:
+        raise UserError(f"{checkpoint} has no adapters; train some with --model.lora.rank")
+    if metadata.base is None:
+        raise UserError(f"{checkpoint} was trained from scratch, without --model.init_from: its adapters have no base")
     trained = {
         name: weight
         for name, weight in loaded["state_dict"].items()
-        if name.endswith(ADAPTER_SUFFIXES) or (contents.new_head and name == STATE_PREFIX + HEAD_WEIGHT)
+        if name.endswith(ADAPTER_SUFFIXES) or (metadata.new_head and name == STATE_PREFIX + HEAD_WEIGHT)
     }
-    export_safetensors(
-        {METADATA_KEY: asdict(replace(contents, tokenizer="")), "state_dict": trained}, STATE_PREFIX, path
-    )
+    adapter = {METADATA_KEY: asdict(replace(metadata, tokenizer="")), "state_dict": trained}
+    export_safetensors(adapter, STATE_PREFIX, path)
 
 
 def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
-    """A base with an adapter merged into its weights.
+    """Merge an adapter into a copy of its base model.
 
     Args:
-        base: What the adapter was trained on.
-        adapter: What ``save_adapter`` wrote.
+        base: The model that the adapter was trained on.
+        adapter: A file written by ``save_adapter``.
 
     Raises:
-        UserError: The file holds something else, or less, or an adapter for another base.
+        UserError: The file contains no adapter or an incomplete one, or the adapter belongs to another base model.
     """
     loaded = load_safetensors(adapter, "")
-    contents = CheckpointMetadata.from_checkpoint(loaded)
-    if contents.lora is None or contents.tokenizer:
-        raise UserError(f"{adapter} holds no adapters, but a model of its own")
-    if contents.base != hash_base_weights(base.net, contents.new_head):
-        raise UserError(f"{adapter} is for another base: its adapters were trained beside other weights than these")
-    net = GPT(GPTConfig(**contents.gpt), base.net.vocab_size, contents.block_size, contents.head)
+    metadata = CheckpointMetadata.from_checkpoint(loaded)
+    if metadata.lora is None or metadata.tokenizer:
+        raise UserError(f"{adapter} contains a complete model, not adapters")
+    if metadata.base != hash_base_weights(base.net, metadata.new_head):
+        raise UserError(f"{adapter} belongs to another base model: it was trained on different weights")
+    net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
     copy_weights(base, net)
-    add_lora(net, LoRA(**contents.lora))
-    if wrong := loaded["state_dict"].keys() ^ {*lora_state_dict(net), *([HEAD_WEIGHT] if contents.new_head else [])}:
-        raise UserError(f"{adapter} is not whole, or has what is no adapter: {min(wrong)}; write it again")
+    add_lora(net, LoRA(**metadata.lora))
+    expected = {*lora_state_dict(net), *([HEAD_WEIGHT] if metadata.new_head else [])}
+    if wrong := loaded["state_dict"].keys() ^ expected:
+        raise UserError(f"{adapter} has missing or unexpected weights: {min(wrong)}; export the adapter again")
     net.load_state_dict(loaded["state_dict"], strict=False)
     merge_lora(net)
     remove_lora(net)
-    own = replace(contents, tokenizer=base.metadata.tokenizer, lora=None, base=None)
-    return LoadedModel(net.eval(), base.tokenizer, own, base.step)
+    merged = replace(metadata, tokenizer=base.metadata.tokenizer, lora=None, base=None)
+    return LoadedModel(net.eval(), base.tokenizer, merged, base.step)

@@ -1,7 +1,7 @@
-"""Checkpoint files that are whole or not there, and that tell when they were altered.
+"""Checkpoint writing and reading: atomic files with a checksum, and the Lightning plugins that use them.
 
-A checkpoint of torch is a zip archive, and a zip archive ends with a comment. The seal is that comment: the SHA-256
-of all that is before it. It travels with the file, and whatever reads the archive otherwise passes over it.
+A checkpoint is what ``torch.save`` writes: a zip archive. A zip archive ends with a comment, and the checksum is stored
+there: the SHA-256 of everything before it. It travels with the file, and other readers of the archive ignore it.
 """
 
 import hashlib
@@ -23,44 +23,48 @@ from lit_gpt_scratch.lightning_compat import SingleThreadCheckpointIO
 CHECKSUM_PREFIX: Final = b"sha256:"
 COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
 COMMENT_LENGTH: Final = struct.pack("<H", COMMENT_BYTES)
+NO_COMMENT: Final = b"\0\0"
+"""Comment length of an archive without a comment; ``torch.save`` writes this."""
 END_RECORD_SIGNATURE: Final = b"PK\5\6"
 END_RECORD_BYTES: Final = 22
-NO_COMMENT: Final = b"\0\0"
 """A zip archive's last record begins with ``END_RECORD_SIGNATURE`` and ends with the length of the comment."""
 READ_BYTES: Final = 1 << 20
 PARTIAL_SUFFIX: Final = ".part"
-"""Ending of a file that is being written."""
+"""Suffix of a file that is still being written."""
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint and its seal; a kill or a full disk at any moment leaves the file that was there before.
+    """Write a checkpoint atomically, with its checksum.
+
+    The data goes to a temporary file that is synced and then renamed, so a kill or a full disk at any moment leaves the
+    previous file in place.
 
     Raises:
-        UserError: It cannot be written, or could not be loaded again.
+        UserError: The file cannot be written, or could not be loaded again.
     """
-    # In the same folder: across file systems a rename would copy.
-    unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    # In the same folder: a rename across file systems would be a copy.
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            hashing = _HashingWriter(file)
-            torch.save(checkpoint, hashing)  # type: ignore[arg-type]  # it only writes and flushes
+        with partial.open("wb") as file:
+            writer = _HashingWriter(file)
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it only calls write and flush
             file.seek(-len(NO_COMMENT), os.SEEK_CUR)
-            file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + hashing.digest.hexdigest().encode())
+            file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + writer.digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        _reject_unsafe_globals(unfinished, path)
-        unfinished.replace(path)
+        _reject_unsafe_globals(partial, path)
+        partial.replace(path)
     except UserError:
-        unfinished.unlink()
+        partial.unlink()
         raise
-    except (OSError, RuntimeError) as error:  # torch's writer turns one into the other
+    except (OSError, RuntimeError) as error:  # torch's writer turns an OSError into a RuntimeError
         with suppress(OSError):
-            unfinished.unlink()
+            partial.unlink()
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
-        raise UserError(f"cannot save {path}: {reason}; what was saved before is as it was") from error
-    if os.name == "posix":  # the rename, too, should outlast a loss of power, where the file system can promise that
+        raise UserError(f"cannot save {path}: {reason}; the previous checkpoint is unchanged") from error
+    if os.name == "posix":  # the rename should survive a power failure too, where the file system supports it
         with suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -69,23 +73,23 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
                 os.close(folder)
 
 
-def _reject_unsafe_globals(unfinished: Path, path: Path) -> None:
-    """Loading takes tensors and plain data alone; a callback of the user's own may have put something else in."""
-    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(unfinished):
+def _reject_unsafe_globals(partial: Path, path: Path) -> None:
+    """Loading accepts only tensors and plain data; a user's callback may have added something else to its state."""
+    if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
         raise UserError(
-            f"cannot save {path}: it would hold {', '.join(sorted(unsafe))}, and only tensors and plain data are "
-            "loaded again (look at the state_dict of your callbacks); what was saved before is as it was"
+            f"cannot save {path}: it would contain {', '.join(sorted(unsafe))}, but only tensors and plain data can be "
+            "loaded again (check the state_dict of your callbacks); the previous checkpoint is unchanged"
         )
 
 
 def verify_checksum(path: Path) -> bool:
-    """Compare a file with its seal. A checkpoint that was written without one, as by a plain trainer, passes.
+    """Compare a checkpoint with its checksum. A file saved without one, e.g. by a plain Trainer, passes.
 
     Returns:
-        Whether it has one.
+        Whether the file has a checksum.
 
     Raises:
-        UserError: The file is not what was written, or cannot be read.
+        UserError: The checksum does not match, or the file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -96,7 +100,7 @@ def verify_checksum(path: Path) -> bool:
                 return False
             file.seek(max(0, size - len(COMMENT_LENGTH) - COMMENT_BYTES))
             if file.read() != COMMENT_LENGTH + CHECKSUM_PREFIX + _compute_checksum(file, size).encode():
-                raise UserError(f"{path} is not a checkpoint, or is damaged: it is not what was saved")
+                raise UserError(f"{path} is not a checkpoint, or is damaged: its checksum does not match")
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
     except OSError as error:
@@ -105,7 +109,7 @@ def verify_checksum(path: Path) -> bool:
 
 
 def _compute_checksum(file: BinaryIO, size: int) -> str:
-    """SHA-256 of the archive as it was before it got a comment."""
+    """SHA-256 of the archive as it was before the comment was appended."""
     digest = hashlib.sha256()
     file.seek(0)
     left = size - COMMENT_BYTES - len(COMMENT_LENGTH)
@@ -118,26 +122,27 @@ def _compute_checksum(file: BinaryIO, size: int) -> str:
 
 
 class _HashingWriter:
-    """A file that learns the digest of what is written to it."""
+    """A file that hashes what is written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
         self.digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """Write and take notice."""
+        """Write and hash."""
         self.digest.update(data)
         return self.file.write(data)
 
     def flush(self) -> None:
-        """Pass it on."""
+        """Flush the file."""
         self.file.flush()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """How a trainer writes and reads checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
+    """Lightning plugin for atomic, checksummed checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-    Tensors and plain data alone are read, whatever the trainer asks for: a checkpoint runs no code.
+    Only tensors and plain data are loaded (``weights_only=True``), whatever the trainer asks: checkpoints cannot run
+    code.
     """
 
     @override
@@ -154,10 +159,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BackgroundCheckpointIO(SingleThreadCheckpointIO):
-    """``AtomicCheckpointIO`` in a thread; what fails is raised by the next save or at the end.
+    """``AtomicCheckpointIO`` in a background thread; an error is raised by the next save or at the end.
 
-    A save waits for the one before, so that there is one copy of the state at most, in the host's memory. A file is
-    removed in its turn, when those before it are written, and only if they were.
+    A save waits for the previous one, so at most one copy of the state is held in host memory. Removals are queued
+    behind the saves, and skipped if one of those failed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Whether two runs are one: checkpoints bit by bit, curves point by point."""
+"""Compare two runs: checkpoints bit by bit, curves point by point."""
 
 import re
 from collections import Counter
@@ -14,31 +14,32 @@ from tensorboard.util.tensor_util import make_ndarray
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
-"""What two runs never share."""
+"""Keys and tags of wall-clock measurements, which differ between any two runs."""
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 )
-"""Where a point may stand twice, alike: a kill can come when a validation is written and not yet known to be done.
+"""Tags whose points may occur twice with the same value.
 
-And every session lays out its charts.
+A kill can come after a validation is logged and before it is recorded as done; and every session logs its layout of
+charts.
 """
 
 
 def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every tensor and number of a checkpoint by its path, clocks left out."""
+    """Every tensor and number of a checkpoint with its path, without wall-clock measurements."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not re.fullmatch(TIMING_NAMES, str(key)):
                 yield from iterate_leaves(inner, f"{name}/{key}")
     elif isinstance(value, list | tuple):
-        for place, inner in enumerate(value):
-            yield from iterate_leaves(inner, f"{name}/{place}")
+        for index, inner in enumerate(value):
+            yield from iterate_leaves(inner, f"{name}/{index}")
     else:
         yield name, value
 
 
 def count_differing_bits(one: Any, other: Any) -> int:
-    """Bits in which two leaves differ; all of them where types or shapes do."""
+    """Number of bits in which two leaves differ; all of them if their types or shapes differ."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.shape == other.shape and one.dtype == other.dtype:
             a, b = (t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in (one, other))
@@ -48,9 +49,9 @@ def count_differing_bits(one: Any, other: Any) -> int:
 
 
 def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
-    """Differing bits by path, of weights, optimizer, schedule, counters, callbacks and all else in a checkpoint.
+    """Differing bits by path, over weights, optimizer, schedule, counters, callbacks and everything else.
 
-    Counters are compared as a resumed run would read them.
+    Loop counters are compared as a resumed run would read them.
     """
     a, b = dict(iterate_leaves(_normalize_counters(one))), dict(iterate_leaves(_normalize_counters(other)))
     bits = {name: count_differing_bits(a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())}
@@ -64,7 +65,7 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """Scalars and texts of a run as TensorBoard shows them, clocks left out: (step, value) by tag."""
+    """Scalars and texts of a run as TensorBoard shows them: (step, value) by tag, without wall-clock measurements."""
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
@@ -74,13 +75,14 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """By tag, in how many points two runs differ; what training logs may not be there twice."""
+    """Number of points in which two runs differ, by tag; a duplicate point of a training metric is a difference."""
     a, b = read_curves(one), read_curves(other)
-    points = {
-        tag: (_count_points(tag, a.get(tag, [])), _count_points(tag, b.get(tag, [])))
-        for tag in sorted(a.keys() | b.keys())
-    }
-    return {f"curve {tag}": ((x - y) + (y - x)).total() for tag, (x, y) in points.items() if x != y}
+    differences: dict[str, int] = {}
+    for tag in sorted(a.keys() | b.keys()):
+        x, y = _count_points(tag, a.get(tag, [])), _count_points(tag, b.get(tag, []))
+        if x != y:
+            differences[f"curve {tag}"] = ((x - y) + (y - x)).total()
+    return differences
 
 
 def _count_points(tag: str, curve: list[tuple[int, str]]) -> "Counter[tuple[int, str]]":

@@ -1,22 +1,22 @@
-"""What two nested mappings do not share: configs, or surroundings of runs."""
+"""Differences between two nested mappings, such as configs or the environments of runs."""
 
 from collections.abc import Mapping
 from typing import Any
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """One level of names like ``trainer.max_steps``."""
-    found: dict[str, Any] = {}
+    """Flatten nested mappings to dotted names like ``trainer.max_steps``."""
+    flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            found |= flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = value
-    return found
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def diff_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What two nested mappings do not share, by flat name: the value before, and now; None where there is none."""
+    """Values that differ, by dotted name: (before, now), with None for a missing one."""
     old, new = flatten(before), flatten(now)
     return {
         name: (old.get(name), new.get(name))

@@ -1,4 +1,4 @@
-"""Where a run comes from: what of its surroundings has a part in its figures."""
+"""The environment of a run: code, library versions and hardware, all of which can affect its results."""
 
 import hashlib
 import platform
@@ -36,7 +36,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def _hash_sources() -> str:
-    """SHA-256 of the package's own modules: it needs no git, and sees changes that were not committed."""
+    """SHA-256 of the package's modules. It works without git, and covers uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -49,7 +49,7 @@ def _has_uncommitted_changes() -> bool | None:
 
 
 def _run_git(*command: str) -> str | None:
-    """What git says of the package's checkout, or None where it is not one."""
+    """Output of git in the package's checkout, or None if the package is not in one."""
     try:
         done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

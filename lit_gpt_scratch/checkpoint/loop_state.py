@@ -1,4 +1,4 @@
-"""How far a run has come, as a trainer writes it into a checkpoint."""
+"""Loop counters in a Trainer's checkpoint: make them consistent, and convert them to another batch layout."""
 
 from typing import Any, Final
 
@@ -8,19 +8,20 @@ from lit_gpt_scratch.lightning_compat import set_saved_logging_step
 Counts = dict[str, int]
 
 BATCH_LAYOUT_KEY: Final = "layout"
-"""What a checkpoint calls the ``BatchLayout`` that its batches were counted in."""
+"""Checkpoint key of the ``BatchLayout`` that its batches were counted in."""
 
 
 def normalize_progress(fit_loop: dict[str, Any]) -> None:
-    """Bring the counters of a saved training loop, in place, to what they are between two steps.
+    """Set the counters of a saved training loop, in place, to their values between two steps.
 
-    A checkpoint may have been written in a hook before a batch, after it, in a validation or at a run's end, and
-    Lightning 2.6 counts an event in four moments of it. Resumed from counters that are halfway through an event, it
-    repeats or drops a batch, a validation or the rest of an epoch, depending on the moment. Here only what is
-    entirely done counts, and an epoch whose last batch is done is done; so every moment is resumed alike.
+    A checkpoint may have been written in a hook before a batch or after it, during a validation or at the end of a run,
+    and Lightning 2.6 increments its counters at four different moments of an event. Resumed from counters halfway
+    through an event, it repeats or skips a batch, a validation or the rest of an epoch, depending on the moment. Here
+    only completed events count, and an epoch whose last batch is completed is completed; so checkpoints of all moments
+    resume the same way.
 
     Args:
-        fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a trainer's checkpoint.
+        fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a Trainer's checkpoint.
     """
     batches, epochs = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]
     optimization = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
@@ -33,10 +34,10 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
     epoch_done = batches["is_last_batch"] and batches["current"]["processed"] == batches["current"]["ready"]
     for scope in ("current", "total"):
         _set_counts(batches[scope], batches[scope]["processed"])
-        begun = epochs[scope]["started"]
-        _set_counts(epochs[scope], begun)
+        started = epochs[scope]["started"]
+        _set_counts(epochs[scope], started)
         if not epoch_done:
-            epochs[scope] |= {"processed": begun - 1, "completed": begun - 1}
+            epochs[scope] |= {"processed": started - 1, "completed": started - 1}
     batches["is_last_batch"] = False
     if epoch_done:
         within_epoch = (batches, fit_loop["epoch_loop.scheduler_progress"], *optimization.values())
@@ -45,26 +46,26 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
 
 
 def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
-    """Count the batches of a settled loop, in place, as if they had been dealt out otherwise from the beginning.
+    """Convert the batch counts of a normalized loop, in place, to another batch layout.
 
-    Everything else is counted in steps or epochs, which stay what they are. Where a step is of as many windows as
-    before, the next window is the one that would have come; where it is not, the next whole step's first, so that no
-    window comes twice in an epoch.
+    Everything else is counted in steps or epochs, which do not change. If a step still has as many rows, training
+    continues with the row that would have come next. Otherwise it continues with the first full step that contains
+    no row already seen, so that no row occurs twice in an epoch.
 
     Args:
-        fit_loop: ``checkpoint["loops"]["fit_loop"]``, settled.
-        before: How a step was dealt out when it was saved.
-        now: How it is from here on.
+        fit_loop: ``checkpoint["loops"]["fit_loop"]``, normalized.
+        before: Batch layout when the checkpoint was saved.
+        now: Batch layout from here on.
     """
     if before == now:
         return
     for counts in (fit_loop["epoch_loop.batch_progress"][scope] for scope in ("current", "total")):
-        windows = counts["processed"] * before.rows_per_batch
-        _set_counts(counts, -(-windows // now.rows_per_step) * now.accumulate)
+        rows = counts["processed"] * before.rows_per_batch
+        _set_counts(counts, -(-rows // now.rows_per_step) * now.accumulate)
 
 
 def count_finished_epochs(fit_loop: dict[str, Any]) -> int:
-    """Whole epochs in a saved training loop that is settled."""
+    """Completed epochs of a saved training loop whose counters are normalized."""
     done: int = fit_loop["epoch_progress"]["current"]["processed"]
     return done
 

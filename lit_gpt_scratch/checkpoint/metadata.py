@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside Lightning's own state."""
+"""What this package adds to a Lightning checkpoint: model config, tokenizer and adapter settings."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -13,20 +13,20 @@ METADATA_KEY: Final = "lit_gpt_scratch"
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Shape and tokenizer, as plain data: enough to use the weights anywhere.
+    """Model config and tokenizer as plain data: enough to use the weights without the run.
 
     Attributes:
         gpt: The fields of a ``GPTConfig``.
         vocab_size: Number of token ids.
-        block_size: The longest window.
+        block_size: Context length in tokens.
         tokenizer: The text of a ``tokenizer.json``.
-        start_of_text: The token before every document, where it is not the end of text.
-        lora: The fields of a ``LoRA``, if there are adapters beside the weights.
-        base: A hash of the weights that they are for, without the head if that is new.
-        new_head: Whether the head was trained beside the adapters.
-        classes: The names of the classes that the head tells apart; None for a head that reads tokens.
-        pooling: Where a classifier reads a text, a name in ``model.heads.POOLINGS``.
-        rewards: Whether the head reads the reward of a conversation.
+        start_of_text: Id of the token before every document, if it is not the end of text.
+        lora: The fields of a ``LoRA``, if the state dict contains adapters.
+        base: Hash of the weights that the adapters were trained on, without the head if that is new.
+        new_head: Whether the head was trained together with the adapters.
+        classes: Class names of a classification head; None for other heads.
+        pooling: Position that a classifier reads, a name in ``model.output_heads.POOLINGS``.
+        rewards: Whether the head predicts the reward of a conversation.
     """
 
     gpt: dict[str, Any]
@@ -43,33 +43,33 @@ class CheckpointMetadata:
 
     @property
     def head(self) -> OutputHead:
-        """What the network's head reads."""
+        """The network's output head."""
         if self.classes is not None:
             return ClassificationHead(len(self.classes), tuple(self.classes))
         return ScalarHead() if self.rewards else TokenHead()
 
     @property
     def non_lm_task(self) -> str | None:
-        """What it does that is no language model, in words."""
+        """What the model does if it is not a language model, as a verb phrase; None for a language model."""
         if self.classes is not None:
-            return f"tells apart {', '.join(self.classes)}"
-        return "rewards replies" if self.rewards else None
+            return f"classifies texts as {', '.join(self.classes)}"
+        return "predicts rewards" if self.rewards else None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """All but the tokenizer, by the names of the flags."""
-        apart = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
+        """Everything but the tokenizer, by the names of the flags."""
+        sizes = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
-        # A checkpoint from before a switch existed has what is now the switch's default.
-        read = {"pooling": self.pooling, "rewards": self.rewards}
-        return {**asdict(GPTConfig()), **self.gpt, **adapters, **apart, **read}
+        head = {"pooling": self.pooling, "rewards": self.rewards}
+        # A checkpoint older than a GPTConfig field has that field's default.
+        return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     @classmethod
     def from_checkpoint(cls, checkpoint: dict[str, Any]) -> "CheckpointMetadata":
-        """The part of a loaded checkpoint that this package wrote.
+        """Read the metadata of a loaded checkpoint.
 
         Raises:
-            UserError: Something else wrote the checkpoint.
+            UserError: The checkpoint was written by another program.
         """
         try:
             return cls(**checkpoint[METADATA_KEY])
@@ -77,34 +77,37 @@ class CheckpointMetadata:
             raise UserError("the checkpoint was not written by lit_gpt_scratch") from error
 
 
-def require_same_model(there: CheckpointMetadata, here: CheckpointMetadata, free: Collection[str] = ()) -> None:
-    """Compare all but the tokenizer, before weights are loaded.
+def require_same_model(
+    checkpoint: CheckpointMetadata, network: CheckpointMetadata, may_differ: Collection[str] = ()
+) -> None:
+    """Compare everything but the tokenizer, before weights are loaded.
 
     Args:
-        there: Of the checkpoint.
-        here: Of the network that its weights are for.
-        free: Fields in which the two may differ.
+        checkpoint: Metadata of the checkpoint.
+        network: Metadata of the network that will load the weights.
+        may_differ: Fields that are not compared.
 
     Raises:
-        UserError: They differ; every field that does is named.
+        UserError: Fields differ; all of them are listed.
     """
+    there, here = checkpoint.fields, network.fields
     different = [
-        f"{name} {there.fields.get(name)} there, {here.fields.get(name)} here"
-        for name in sorted(there.fields.keys() | here.fields.keys())
-        if there.fields.get(name) != here.fields.get(name) and name not in free
+        f"{name} {there.get(name)} there, {here.get(name)} here"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name) and name not in may_differ
     ]
     if different:
-        raise UserError(f"the checkpoint holds another model: {'; '.join(different)}")
+        raise UserError(f"the checkpoint contains another model: {'; '.join(different)}")
 
 
-def require_same_tokenizer(contents: CheckpointMetadata, tokenizer_json: str) -> None:
-    """A model of one vocabulary makes gibberish of another's ids.
+def require_same_tokenizer(metadata: CheckpointMetadata, tokenizer_json: str) -> None:
+    """Check that a checkpoint was trained with this tokenizer: the ids of another one would be meaningless.
 
     Raises:
         UserError: The tokenizers differ.
     """
-    if contents.tokenizer != tokenizer_json:
+    if metadata.tokenizer != tokenizer_json:
         raise UserError(
-            "the checkpoint was trained with another tokenizer: its text has changed, or data.tokenizer names "
-            "another one; give data.tokenizer the tokenizer.json of that run"
+            "the checkpoint was trained with another tokenizer: the training text has changed, or --data.tokenizer "
+            "names another one; set --data.tokenizer to the tokenizer.json of that run"
         )

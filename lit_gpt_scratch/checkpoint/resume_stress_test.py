@@ -1,4 +1,4 @@
-"""Pull the plug on a run, over and over, and see whether it ends where an undisturbed one does."""
+"""Kill a run at random moments, resume it, and check that it ends bit for bit like an uninterrupted run."""
 
 import os
 import random
@@ -20,24 +20,24 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 
 STARTUP_KILL_SHARE: Final = 0.2
-"""Share of the kills that may hit before the first step."""
+"""Share of the kills that may come before the first step."""
 EXIT_GRACE_SECONDS: Final = 8.0
-"""Seconds that the other processes of a run have to notice that one is gone."""
+"""Time for the other processes of a run to notice that one has died."""
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
-FINISHED_MESSAGE: Final = "to go on, ask for more"
-"""What ``fit`` says of a run that has nothing left to do."""
+FINISHED_MESSAGE: Final = "to continue, set"
+"""Part of the error with which ``fit`` refuses to resume a finished run."""
 
 
 @dataclass
 class StressTestReport:
-    """What the kills did.
+    """Result of a stress test.
 
     Attributes:
-        kills: How many hit in which phase.
-        runs: Runs that were killed and resumed until they ended.
-        bits: Bits that were compared in each.
-        differences: By what differs, how many bits or points.
+        kills: Number of kills by phase of the run.
+        runs: Runs that were killed and resumed until they finished.
+        bits: Bits compared in each run.
+        differences: Number of differing bits or points, by name.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -55,12 +55,12 @@ class StressTestReport:
 
 
 class ResumeStressTest:
-    """Runs of ``fit`` with the same flags, one undisturbed, the others killed and resumed.
+    """Runs of ``fit`` with the same flags: one uninterrupted, the others killed and resumed.
 
     Args:
         flags: Flags of ``fit``.
-        folder: Where the runs go.
-        seed: Of the moments.
+        folder: Folder for the runs.
+        seed: Seed of the random moments.
     """
 
     def __init__(self, flags: Sequence[str], folder: Path, seed: int = 0) -> None:
@@ -70,31 +70,31 @@ class ResumeStressTest:
         self.report = StressTestReport()
         self.started: list[subprocess.Popen[str]] = []
 
-    def run(self, kills: int, tell: Callable[[], object] = lambda: None) -> StressTestReport:
-        """Kill so many times, and compare every run that comes to its end.
+    def run(self, kills: int, on_kill: Callable[[], object] = lambda: None) -> StressTestReport:
+        """Kill runs this many times in total, and compare every run that finishes.
 
         Args:
-            kills: How many.
-            tell: Called after each.
+            kills: Number of kills.
+            on_kill: Called after each kill.
 
         Raises:
             UserError: The run fails without being killed.
         """
         try:
-            return self._run(kills, tell)
+            return self._run(kills, on_kill)
         finally:
             for process in self.started:
                 _kill_group(process)
 
-    def _run(self, kills: int, tell: Callable[[], object]) -> StressTestReport:
-        whole = RunFolder(self.folder / "whole" / "pretrain" / "version_0")
+    def _run(self, kills: int, on_kill: Callable[[], object]) -> StressTestReport:
+        reference = RunFolder(self.folder / "whole" / "pretrain" / "version_0")
         began = time.monotonic()
-        self._to_the_end(self._start(whole))
-        if not (whole.last.exists() and whole.config.exists()):
-            raise UserError("with these flags fit leaves no run to go on with")
-        self.training = time.time() - whole.config.stat().st_mtime  # written when the training begins
-        self.starting = max(time.monotonic() - began - self.training, 0.1)
-        self.expected = load_checkpoint(whole.last)
+        self._wait_until_finished(self._start(reference))
+        if not (reference.last.exists() and reference.config.exists()):
+            raise UserError("fit saves no checkpoint with these flags, so there is nothing to resume")
+        self.training_seconds = time.time() - reference.config.stat().st_mtime  # written when training begins
+        self.startup_seconds = max(time.monotonic() - began - self.training_seconds, 0.1)
+        self.expected = load_checkpoint(reference.last)
         self.report.bits = sum(8 * v.nbytes if hasattr(v, "nbytes") else 64 for _, v in iterate_leaves(self.expected))
         trial = 0
         while self.report.kills.total() < kills:
@@ -103,27 +103,27 @@ class ResumeStressTest:
             while self.report.kills.total() < kills:
                 phase = self._kill(self._start(run), run)
                 if phase is None:
-                    break  # it was quicker than the kill
+                    break  # the run finished before the kill
                 self.report.kills[phase] += 1
-                tell()
+                on_kill()
             else:
-                self._to_the_end(self._start(run))
+                self._wait_until_finished(self._start(run))
             self.report.runs += 1
             self.report.differences.update(compare_checkpoints(self.expected, load_checkpoint(run.last)))
-            self.report.differences.update(_compare_checkpoint_files(whole, run))
-            self.report.differences.update(compare_curves(whole.path, run.path))
+            self.report.differences.update(_compare_checkpoint_files(reference, run))
+            self.report.differences.update(compare_curves(reference.path, run.path))
         return self.report
 
     def _start(self, run: RunFolder) -> "subprocess.Popen[str]":
-        """The run, from its checkpoint if it has one; in a session of its own, so that all of it can be killed."""
-        go_on = []
+        """Start or resume the run, in its own process session so that all its processes can be killed."""
+        resume = []
         if run.last.exists():
-            go_on = [f"--ckpt_path={run.path}"]
+            resume = [f"--ckpt_path={run.path}"]
         elif run.path.exists():
             run.delete()
         command = [sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags, f"--runs={run.path.parent.parent}"]
         process = subprocess.Popen(
-            [*command, "--experiment=pretrain", *go_on],
+            [*command, "--experiment=pretrain", *resume],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
@@ -132,30 +132,30 @@ class ResumeStressTest:
         self.started = [process]
         return process
 
-    def _to_the_end(self, process: "subprocess.Popen[str]") -> None:
-        _, said = process.communicate()
-        if process.returncode and FINISHED_MESSAGE not in said:  # a kill can hit a run that has saved its last step
-            lines = said.strip().splitlines() or ["nothing"]
-            raise UserError(f"the run ended with exit code {process.returncode}, unkilled; it said: {lines[-1]}")
+    def _wait_until_finished(self, process: "subprocess.Popen[str]") -> None:
+        _, stderr = process.communicate()
+        if process.returncode and FINISHED_MESSAGE not in stderr:  # the kill may have come after the last save
+            lines = stderr.strip().splitlines() or ["nothing"]
+            raise UserError(f"the run failed without being killed, with exit code {process.returncode}: {lines[-1]}")
 
     def _kill(self, process: "subprocess.Popen[str]", run: RunFolder) -> str | None:
-        """Kill a process of the run at a random moment; the phase that it was in, or None if it had ended."""
-        before = _modified_at(run.config)
+        """Kill one process of the run at a random moment; returns the phase of the run, or None if it had finished."""
+        config_time = _modified_at(run.config)
         if self.random.random() < STARTUP_KILL_SHARE:
-            begun, wait = False, self.random.uniform(0.0, self.starting)
+            training, wait = False, self.random.uniform(0.0, self.startup_seconds)
         else:
-            while _modified_at(run.config) == before and process.poll() is None:
+            while _modified_at(run.config) == config_time and process.poll() is None:
                 time.sleep(POLL_SECONDS)
-            begun, wait = True, self.random.uniform(0.0, self.training)
+            training, wait = True, self.random.uniform(0.0, self.training_seconds)
         until = time.monotonic() + wait
         while time.monotonic() < until and process.poll() is None:
             time.sleep(POLL_SECONDS)
         if process.poll() is not None:
-            self._to_the_end(process)
+            self._wait_until_finished(process)
             return None
-        begun = begun or _modified_at(run.config) != before
-        os.kill(self.random.choice(list_group_processes(process.pid)), KILL_SIGNAL)  # any rank, or a loader's process
-        phase = _describe_phase(run) if begun else "at the start"
+        training = training or _modified_at(run.config) != config_time
+        os.kill(self.random.choice(list_group_processes(process.pid)), KILL_SIGNAL)  # any rank or loader worker
+        phase = _describe_phase(run) if training else "at the start"
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=EXIT_GRACE_SECONDS)
         _kill_group(process)
@@ -163,18 +163,18 @@ class ResumeStressTest:
         return phase
 
 
-def _compare_checkpoint_files(whole: RunFolder, run: RunFolder) -> dict[str, int]:
-    """The best models, beside the last: bits that differ, by file and part; 1 for a file that one run lacks."""
-    names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (whole, run)]
+def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
+    """Differing bits of all checkpoints other than the last, by file and path; 1 for a file that one run lacks."""
+    names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (reference, run)]
     found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
-    for name in (names[0] & names[1]) - {whole.last.name}:
-        one, other = (load_checkpoint(each.checkpoints / name) for each in (whole, run))
+    for name in (names[0] & names[1]) - {reference.last.name}:
+        one, other = (load_checkpoint(each.checkpoints / name) for each in (reference, run))
         found |= {f"{name} {part}": bits for part, bits in compare_checkpoints(one, other).items()}
     return found
 
 
 def _kill_group(process: "subprocess.Popen[str]") -> None:
-    """Kill all that is left of a run."""
+    """Kill all remaining processes of a run."""
     for pid in list_group_processes(process.pid):
         with suppress(ProcessLookupError):
             os.kill(pid, KILL_SIGNAL)
@@ -184,8 +184,8 @@ def _describe_phase(run: RunFolder) -> str:
     if any(run.checkpoints.glob(f".*{PARTIAL_SUFFIX}")):
         return "while saving"
     last: dict[str, Any] = load_checkpoint(run.last) if run.last.exists() else {"callbacks": {}}
-    due = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())
-    return "in a validation" if due else "between saves"
+    validating = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())
+    return "in a validation" if validating else "between saves"
 
 
 def _modified_at(path: Path) -> float:
@@ -193,7 +193,7 @@ def _modified_at(path: Path) -> float:
 
 
 def list_group_processes(leader: int) -> list[int]:
-    """Processes of the leader's group that are alive; the leader alone where the system does not list them."""
+    """Process ids of the leader's process group that are alive; only the leader on a system without ``/proc``."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -1,4 +1,4 @@
-"""One folder a run: ``<runs>/<experiment>/version_N``."""
+"""The folder of a run, ``<runs>/<experiment>/version_N``, and how its checkpoint is found."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps everything it makes.
+    """The folder with all files of a run.
 
     ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events, ``checkpoints/``.
     """
@@ -35,7 +35,7 @@ class RunFolder:
 
     @property
     def config(self) -> Path:
-        """Every flag of the run."""
+        """File with every flag of the run."""
         return self.path / "config.yaml"
 
     @property
@@ -45,24 +45,24 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """The checkpoint to go on from."""
+        """The checkpoint to resume from."""
         return self.checkpoints / "last.ckpt"
 
     @classmethod
     def create(cls, runs: Path, experiment: str) -> "RunFolder":
-        """Make the next free folder; of several processes each gets its own.
+        """Create the next free folder; concurrent processes get different ones.
 
         Raises:
-            UserError: The folder cannot be made.
+            UserError: The folder cannot be created.
         """
         if not experiment or Path(experiment).name != experiment:
             raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
         for flag, name in (("--runs", str(runs)), ("--experiment", experiment)):
-            if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would, and write elsewhere
-                raise UserError(f"{flag} is '{name}'; write the folder's name out")
+            if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would expand it
+                raise UserError(f"{flag} is '{name}'; ~ and variables are not expanded, give the folder's full name")
         try:
             version = max((run.version for run in _list_runs(runs / experiment)), default=-1) + 1
-        except OSError as error:  # a name that is too long, say
+        except OSError as error:  # e.g. the name is too long
             raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs, --experiment)") from error
         while True:
             path = runs / experiment / f"version_{version}"
@@ -77,7 +77,7 @@ class RunFolder:
                 raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs)") from error
 
     def delete(self) -> None:
-        """Remove the folder, and those around it if nothing else is in them."""
+        """Delete the folder, and its two parents if they are empty."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             self.path.parent.rmdir()
@@ -85,10 +85,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from training in the folder meanwhile; a killed process owns nothing any more.
+        """Lock the folder against other training processes; the lock of a killed process is released.
 
         Raises:
-            UserError: One does already.
+            UserError: Another process has the lock.
         """
         lock = FileLock(self.path / ".lock")
         try:
@@ -103,66 +103,66 @@ class RunFolder:
             lock.release()
 
     def write_text(self, name: str, text: str) -> None:
-        """Put a text file into the folder; a kill leaves the one that was there before.
+        """Write a text file into the folder atomically.
 
         Raises:
-            UserError: It cannot be written.
+            UserError: The file cannot be written.
         """
-        unfinished = self.path / f".{name}{PARTIAL_SUFFIX}"
+        partial = self.path / f".{name}{PARTIAL_SUFFIX}"
         try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(self.path / name)
+            partial.write_text(text, encoding="utf-8")
+            partial.replace(self.path / name)
         except OSError as error:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     def read_sessions(self) -> list[dict[str, Any]]:
-        """What ``provenance.json`` says of each process that trained in the folder, the first one first."""
+        """Environment of each process that trained in the folder, from ``provenance.json``, oldest first."""
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError):
-            log.warning("%s cannot be read; what it said of earlier sessions is lost", self.path / "provenance.json")
+            log.warning("%s cannot be read; the record of earlier sessions is lost", self.path / "provenance.json")
             return []
         return found
 
     def remove_unfinished(self) -> None:
-        """Remove what a kill left half-written; for the owner of the folder."""
+        """Remove partial files of killed processes. Only call it with the folder locked."""
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
     def last_saved_at(self) -> float:
-        """When the newest checkpoint was written, in seconds since 1970, whether it is whole or not; 0 for never."""
+        """Time of the newest checkpoint, intact or not, in seconds since 1970; 0 if there is none."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Whether any run of an experiment has a checkpoint, whole or not."""
+        """Whether any run of an experiment has a checkpoint, intact or not."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod
     def containing(cls, checkpoint: Path) -> "RunFolder | None":
-        """The run that a checkpoint lies in, or None if it lies elsewhere."""
+        """The run folder that contains a checkpoint, or None if it is outside of one."""
         path = checkpoint.resolve().parent.parent
         return cls(path) if re.fullmatch(r"version_\d+", path.name) else None
 
 
 def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Path:
-    """The checkpoint that a user means.
+    """Find the checkpoint that the user named.
 
     Args:
-        given: A file; a run folder, for its last checkpoint; a folder of Hugging Face's, for itself; or ``last`` or
-            None, for the newest run's.
+        given: A file; a run folder, for its last checkpoint; a Hugging Face folder, for itself; or ``last`` or None,
+            for the last checkpoint of the newest run.
         runs: Folder of all experiments.
-        experiment: Look for the newest run in this one only; None looks in all.
+        experiment: Experiment to look for the newest run in; None searches all.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such checkpoint.
     """
     if given not in (None, "last"):
         path = Path(given).expanduser()
-        if (path / "config.json").is_file():  # a folder of Hugging Face's
+        if (path / "config.json").is_file():  # a Hugging Face folder
             return path
         if path.is_dir():
             return _newest_intact_checkpoint(path)
@@ -189,13 +189,13 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
 
 
 def _newest_intact_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run that is what was saved, ``last.ckpt`` before the best; the others are named.
+    """The newest checkpoint of a run with a valid checksum, ``last.ckpt`` first; damaged ones are reported.
 
     Raises:
         UserError: There is none.
     """
     last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.is_file()]
-    # The best; or those of a trainer that was built by hand, which have other names.
+    # The best checkpoints, or those of a Trainer built by hand, which have other names.
     others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
     for path in (*last, *others):
         try:
@@ -204,8 +204,8 @@ def _newest_intact_checkpoint(folder: Path) -> Path:
             log.warning("%s", error)
         else:
             return path
-    whole = "none that is whole" if last or others else "looked in its folder checkpoints"
-    raise UserError(f"{folder} holds no checkpoint ({whole})")
+    reason = "all are damaged" if last or others else "looked in its folder checkpoints"
+    raise UserError(f"{folder} contains no checkpoint ({reason})")
 
 
 def _list_runs(experiment: Path) -> Iterator[RunFolder]:

@@ -1,4 +1,4 @@
-"""A model as one ``.safetensors`` file: weights to give away, with nothing in it that could run."""
+"""A model as one ``.safetensors`` file: weights to share, which cannot contain code."""
 
 import hashlib
 import json
@@ -19,57 +19,55 @@ SAFETENSORS_SUFFIX: Final = ".safetensors"
 
 
 def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
-    """Write the network of a checkpoint, its shape and its tokenizer; optimizer and counters stay behind.
+    """Write the weights of a checkpoint with their config and tokenizer, without optimizer state and counters.
 
-    The metadata hold the contents as JSON and a SHA-256 of contents and weights.
+    The file's metadata contain the checkpoint metadata as JSON, and a SHA-256 of metadata and weights.
 
     Args:
-        checkpoint: As ``loading.load_checkpoint`` gives it.
-        prefix: Of the network's names in the checkpoint's state.
+        checkpoint: The result of ``loading.load_checkpoint``.
+        prefix: Prefix of the network's names in the checkpoint's state dict.
         path: The file to write.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     state = {name: weight for name, weight in checkpoint["state_dict"].items() if name.startswith(prefix)}
-    weights = {name.removeprefix(prefix): w.clone() for name, w in state.items()}  # tied ones are written twice
-    contents = json.dumps(checkpoint[METADATA_KEY], sort_keys=True)
-    unfinished = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
+    weights = {name.removeprefix(prefix): w.clone() for name, w in state.items()}  # tied weights are stored twice
+    metadata = json.dumps(checkpoint[METADATA_KEY], sort_keys=True)
+    partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
-        unfinished.write_bytes(save(weights, {METADATA_KEY: contents, "sha256": compute_digest(contents, weights)}))
-        unfinished.replace(path)
+        partial.write_bytes(save(weights, {METADATA_KEY: metadata, "sha256": compute_digest(metadata, weights)}))
+        partial.replace(path)
     except OSError as error:
         with suppress(OSError):
-            unfinished.unlink()
+            partial.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
 
 def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
-    """What ``export_safetensors`` wrote, in the form of a checkpoint without optimizer and counters.
+    """Read a file of ``export_safetensors`` into the form of a checkpoint without optimizer state and counters.
 
     Raises:
-        UserError: The file is missing, is something else, or is not what was written.
+        UserError: The file is missing, damaged, or something else.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        contents = metadata[METADATA_KEY]
+            header = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        metadata = header[METADATA_KEY]
     except FileNotFoundError as error:
         raise UserError(f"no checkpoint at {path}") from error
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a model of lit_gpt_scratch, or is damaged") from error
-    if metadata.get("sha256") != compute_digest(contents, weights):
-        raise UserError(f"{path} is damaged: it is not what was written")
-    return {
-        METADATA_KEY: json.loads(contents),
-        "state_dict": {prefix + name: weight for name, weight in weights.items()},
-    }
+    if header.get("sha256") != compute_digest(metadata, weights):
+        raise UserError(f"{path} is damaged: its checksum does not match")
+    state = {prefix + name: weight for name, weight in weights.items()}
+    return {METADATA_KEY: json.loads(metadata), "state_dict": state}
 
 
-def compute_digest(contents: str, weights: dict[str, Tensor]) -> str:
-    """SHA-256 of a text and of tensors, their names and types."""
-    sha256 = hashlib.sha256(contents.encode())
+def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:
+    """SHA-256 of a text and of tensors with their names, dtypes and shapes."""
+    sha256 = hashlib.sha256(metadata.encode())
     for name, weight in sorted(weights.items()):
         sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())
         sha256.update(weight.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -20,6 +20,7 @@ from lit_gpt_scratch.checkpoint.config_diff import diff_configs
 from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint
 from lit_gpt_scratch.checkpoint.loop_state import BATCH_LAYOUT_KEY, count_finished_epochs, normalize_progress
+from lit_gpt_scratch.checkpoint.resume_stress_test import FINISHED_MESSAGE
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
 
@@ -120,7 +121,7 @@ class ResumedRun:
                 if isinstance(callback, Checkpointing):
                     callback.untested = True
         elif more:
-            raise UserError(f"{self.checkpoint} has {more[0]}; to continue, set {more[1]}")
+            raise UserError(f"{self.checkpoint} has {more[0]}; {FINISHED_MESSAGE} {more[1]}")
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:

@@ -1,1 +1,1 @@
-"""Logits to the next token, and the loop that writes text."""
+"""Text generation: sampling, the cached decoding loop, and streaming."""

@@ -1,16 +1,20 @@
-"""The loop that writes: prompts are read at once, then every row gets one token after the other."""
+"""The cached generation loop: prefill all prompts at once, then decode one token per row and step."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.generation.compiled_step import DecodeStep, compile_decode_step
 from lit_gpt_scratch.generation.sampling import Sampling
+from lit_gpt_scratch.kernels.single_row_matmul import single_row_backend
 from lit_gpt_scratch.model import GPT
+from lit_gpt_scratch.model.attention import build_attention_layout
 from lit_gpt_scratch.model.kv_cache import KVCache
+
+DecodeStep = Callable[[Tensor, KVCache], Tensor]
 
 
 def generate(
@@ -24,26 +28,26 @@ def generate(
     compile: bool = False,
     logprobs: Sequence[list[float]] | None = None,
 ) -> Iterator[tuple[int, int | None]]:
-    """Continue prompts side by side, until each document ends.
+    """Generate tokens for a batch of prompts until each row ends.
 
-    A row's text depends on its own prompt and seed, and not on its neighbours but for the order in which numbers are
-    added: in float32 it hardly ever decides between two tokens, in bfloat16 it does. What a row has of keys and values
-    is kept; when a text outgrows the context, the model goes on with the last half of it.
+    A row's tokens depend on its own prompt and seed. Other rows of the batch only affect the order of floating-point
+    additions, which rarely changes a token in float32, but does in bfloat16. Keys and values are cached. When a row
+    exceeds the context, generation continues from the last half of the context.
 
     Args:
         model: In evaluation mode.
-        prompts: Ids to continue; at least one each, so begin with the token that stands before documents.
-        max_new_tokens: Stop after so many in a row.
-        sampling: How to choose.
-        seeds: One a prompt; the global random state is left alone.
-        end_of_text: A row ends when this token is chosen; it is not given.
-        done: Whether a prompt's row ends with this token, which is given all the same.
-        compile: Compile the step from token to token: many seconds at first. A single row is then written faster.
-        logprobs: A list a prompt, to which the log-probability of each of its tokens is added, in nats, the end's too:
-            at the sampling's temperature, before anything is left out (1 where the temperature is 0).
+        prompts: Token ids, at least one per prompt, so begin with the start of text.
+        max_new_tokens: Maximum number of new tokens per row.
+        sampling: Sampling parameters.
+        seeds: One seed per prompt; the global random state is not used.
+        end_of_text: Id that ends a row when it is sampled; it is not yielded.
+        done: Called with a row and its new token; True ends the row after that token.
+        compile: Compile the decoding step. The first call takes many seconds; after that a single row decodes faster.
+        logprobs: One list per prompt, to which the log-probability of each sampled token is appended, in nats,
+            including the end of text: at the sampling temperature (1 if that is 0), before top-k, top-p and min-p.
 
-    Returns:
-        The number of a prompt, and its next token; None when it has ended.
+    Yields:
+        Index of a prompt and its next token, or None when the row has ended.
 
     Raises:
         UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.
@@ -51,8 +55,8 @@ def generate(
     for prompt in prompts:
         if not 0 < len(prompt) <= model.block_size:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens (with the start of text), the context holds {model.block_size}; "
-                f"shorten the prompt"
+                f"the prompt has {len(prompt)} tokens (including the start of text), but the context is "
+                f"{model.block_size}; shorten the prompt"
             )
     if max_new_tokens < 0:
         raise UserError(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
@@ -74,23 +78,23 @@ def _generate(
     compile: bool,
     logprobs: Sequence[list[float]] | None,
 ) -> Iterator[tuple[int, int | None]]:
-    rows = list(range(len(texts)))  # the prompt of each row of the batch
-    dice = [random.Random(seed) for seed in seeds]
-    slots = max(map(len, texts)) + max_new_tokens
-    if compile:  # few different sizes, each of which is compiled anew
-        slots = 1 << (slots - 1).bit_length()
-    slots = min(model.block_size, slots)
-    cache, logits = prefill(model, texts, slots, fixed=compile)
-    step = compile_decode_step(model, len(texts)) if compile else _eager_step(model)
+    rows = list(range(len(texts)))  # index of the prompt in each row of the batch
+    generators = [random.Random(seed) for seed in seeds]
+    capacity = max(map(len, texts)) + max_new_tokens
+    if compile:  # a power of two: every cache size is compiled separately
+        capacity = 1 << (capacity - 1).bit_length()
+    capacity = min(model.block_size, capacity)
+    cache, logits = prefill(model, texts, capacity, fixed=compile)
+    step = _compiled_step(model, len(texts)) if compile else _eager_step(model)
     seen = _mark_seen_tokens(texts, logits) if sampling.repetition_penalty != 1 else None
     ended: set[int] = set()
     for n in range(1, max_new_tokens + 1):
-        tokens = sampling.sample(logits, [dice[row].random() for row in rows], seen)  # (B,)
+        tokens = sampling.sample(logits, [generators[row].random() for row in rows], seen)  # (B,)
         if logprobs is not None:
-            sharp = (logits / (sampling.temperature or 1.0)).log_softmax(-1)
-            for row, chance in zip(rows, sharp.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
+            scaled = (logits / (sampling.temperature or 1.0)).log_softmax(-1)  # (B, vocab_size)
+            for row, logprob in zip(rows, scaled.gather(1, tokens[:, None]).flatten().tolist(), strict=True):
                 if row not in ended:
-                    logprobs[row].append(chance)
+                    logprobs[row].append(logprob)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in ended:
                 continue
@@ -102,11 +106,11 @@ def _generate(
                 yield row, None
         if len(ended) == len(texts):
             return
-        if ended.intersection(rows) and not compile:  # compiled, the batch keeps its shape
-            going_on = [place for place, row in enumerate(rows) if row not in ended]
-            rows, tokens = [rows[place] for place in going_on], tokens[going_on]
-            cache.select_rows(going_on)
-            seen = seen[going_on] if seen is not None else None
+        if ended.intersection(rows) and not compile:  # a compiled step needs a constant batch size
+            active = [index for index, row in enumerate(rows) if row not in ended]
+            rows, tokens = [rows[index] for index in active], tokens[active]
+            cache.select_rows(active)
+            seen = seen[active] if seen is not None else None
         if seen is not None:
             seen.scatter_(1, tokens[:, None], value=True)
         if cache.max_length == model.block_size:
@@ -114,25 +118,25 @@ def _generate(
         logits = step(tokens[:, None], cache)
 
 
-def prefill(model: GPT, texts: Sequence[list[int]], slots: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
-    """Read texts of uneven lengths at once.
+def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
+    """Fill a KV cache with texts of different lengths in one forward pass.
 
     Args:
         model: The network.
-        texts: Ids, at least one each.
-        slots: Tokens that each row of the cache shall hold.
-        fixed: As for the cache.
+        texts: Token ids, at least one per text.
+        capacity: Number of tokens that each row of the cache can hold.
+        fixed: Allocate the whole cache at once, as a compiled step requires; see ``KVCache``.
 
     Returns:
-        The cache, and the logits after each text, (B, vocab_size).
+        The cache, and the logits after the last token of each text, (B, vocab_size).
     """
     weight = model.embedding.weight
     counts = [len(text) for text in texts]
-    # Filled up behind, where no token of the text looks; what is written there is written over later.
-    filled = [text + [0] * (max(counts) - len(text)) for text in texts]
-    ids = torch.tensor(filled, device=weight.device)  # (B, T)
-    cache = KVCache(len(texts), slots, weight.device, weight.dtype, fixed)
-    with torch.compiler.set_stance("force_eager"):  # prompts of ever new lengths would be compiled anew each
+    # Right padding: no token of the text attends to it, and its cache entries are overwritten later.
+    padded = [text + [0] * (max(counts) - len(text)) for text in texts]
+    ids = torch.tensor(padded, device=weight.device)  # (B, T)
+    cache = KVCache(len(texts), capacity, weight.device, weight.dtype, fixed)
+    with torch.compiler.set_stance("force_eager"):  # every prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
         return cache, model.apply_head(last)[:, -1]
@@ -148,8 +152,26 @@ def _eager_step(model: GPT) -> DecodeStep:
     return step
 
 
+def _compiled_step(model: GPT, rows: int) -> DecodeStep:
+    """The same as one compiled program, for a fixed cache and batch size; the first call takes many seconds."""
+
+    def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
+        return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
+
+    on_cpu = model.embedding.weight.device.type == "cpu"
+    program = torch.compile(decode, dynamic=False, backend=single_row_backend if rows == 1 and on_cpu else "inductor")
+
+    def step(ids: Tensor, cache: KVCache) -> Tensor:
+        cache.begin_forward(1)
+        logits: Tensor = program(ids, build_attention_layout(model.config, model.position, ids, None, cache), cache)
+        cache.end_forward()
+        return logits
+
+    return step
+
+
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Where a row is full, read the last half of its text anew; its last token, which comes next, not yet."""
+    """Recompute full rows of the cache from the last half of their context, without the token that comes next."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:
@@ -159,7 +181,7 @@ def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> N
 
 
 def _mark_seen_tokens(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
-    """Which tokens each text has: (B, vocab_size) bool."""
+    """Which tokens occur in each text, (B, vocab_size) bool."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
         seen[row, text] = True

@@ -1,4 +1,4 @@
-"""Prompts to text, a piece as soon as it is sure."""
+"""Stream generated text, piece by piece, with stop strings."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -19,26 +19,27 @@ def stream_text(
     stop: Sequence[str] = (),
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Continue documents side by side; each begins with its prompt.
+    """Generate text for a batch of prompts.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's.
-        prompts: Texts to continue, an empty one to begin a document; or the ids of what to continue, as they are.
-        max_new_tokens: Stop after so many in a text.
-        sampling: How to choose.
-        seeds: One a prompt.
-        stop: A text ends before the first of these that it would have in it, its prompt not counted.
+        tokenizer: The model's tokenizer.
+        prompts: Texts, each preceded by the start of text (an empty one begins a new document), or token ids, which are
+            used as they are.
+        max_new_tokens: Maximum number of new tokens per text.
+        sampling: Sampling parameters.
+        seeds: One seed per prompt.
+        stop: Strings that end a text; the text is cut off before the first of them. The prompt is not searched.
         compile: As for ``generate``.
 
-    Returns:
-        The number of a prompt, and the next piece of its text; after a text's last piece an empty one.
+    Yields:
+        Index of a prompt and the next piece of its text; an empty piece marks the end of the text.
 
     Raises:
         UserError: A prompt is longer than the context, or a stop string is empty.
     """
     if "" in stop:
-        raise UserError("a stop string is empty; leave it out to stop at the end of the document alone")
+        raise UserError("a stop string is empty; remove it to stop only at the end of the document")
     ids = [
         [tokenizer.start_of_text, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -54,7 +55,7 @@ def _emit_pieces(
     tokens: Iterator[tuple[int, int | None]], texts: list["_StopStringBuffer"]
 ) -> Iterator[tuple[int, str]]:
     for row, token in tokens:
-        piece = texts[row].rest() if token is None else texts[row].add(token)
+        piece = texts[row].flush() if token is None else texts[row].add(token)
         if piece or token is None:
             yield row, piece
         if piece and token is None:
@@ -62,7 +63,7 @@ def _emit_pieces(
 
 
 class _StopStringBuffer:
-    """A text that grows; what may be the beginning of a stop string is held back until it is known not to be."""
+    """Decodes one text, and holds back what may be the beginning of a stop string."""
 
     def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:
         self.decode = decode
@@ -71,16 +72,19 @@ class _StopStringBuffer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """What is sure to be in the text, now that this token is."""
+        """Add a token; returns the text that cannot be part of a stop string any more."""
         self.held += self.decode(token)
-        ends = [place for stop in self.stop if (place := self.held.find(stop)) >= 0]
+        ends = [index for stop in self.stop if (index := self.held.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self.held[: min(ends)]
-        sure = next((n for n in range(len(self.held)) if any(s.startswith(self.held[n:]) for s in self.stop)), None)
-        piece, self.held = self.held[:sure], "" if sure is None else self.held[sure:]
+        # Index from which the held text may be the beginning of a stop string.
+        hold_from = next(
+            (n for n in range(len(self.held)) if any(s.startswith(self.held[n:]) for s in self.stop)), None
+        )
+        piece, self.held = self.held[:hold_from], "" if hold_from is None else self.held[hold_from:]
         return piece
 
-    def rest(self) -> str:
-        """What was held back, now that no token comes any more."""
+    def flush(self) -> str:
+        """The text held back, after the last token."""
         return "" if self.stopped else self.held

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, and never loads when it was altered."""
+"""Checkpoints are written atomically, and a damaged one never loads."""
 
 import errno
 import os
@@ -36,23 +36,21 @@ def path(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_saved_is_loaded_by_us_by_a_trainer_and_by_torch(path: Path) -> None:
+def test_checkpoint_loads_with_our_loader_the_plugin_and_torch(path: Path) -> None:
     for loaded in (load_checkpoint(path), AtomicCheckpointIO().load_checkpoint(path), torch.load(path)):
         assert loaded["global_step"] == 7
         assert torch.equal(loaded["state_dict"]["weight"], torch.zeros(40, 3))
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_checkpoint_without_a_seal_is_loaded_and_that_is_said(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_checkpoint_without_checksum_loads_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(checkpoint(), tmp_path / "plain.ckpt")
     assert load_checkpoint(tmp_path / "plain.ckpt")["global_step"] == 7
-    assert "plain.ckpt has no seal" in caplog.text
+    assert "plain.ckpt has no checksum" in caplog.text
 
 
-def altered(whole: bytes, rng: random.Random) -> bytes:
-    """Another file: a bit, a byte, a part cut away, doubled, swapped or emptied."""
+def corrupted(whole: bytes, rng: random.Random) -> bytes:
+    """A randomly corrupted copy: a flipped bit, or a part that is removed, doubled, swapped, zeroed or random."""
     here, there = sorted(rng.sample(range(len(whole) + 1), 2))
     ways = [
         lambda: whole[:here] + bytes([whole[here] ^ (1 << rng.randrange(8))]) + whole[here + 1 :],
@@ -68,10 +66,10 @@ def altered(whole: bytes, rng: random.Random) -> bytes:
     return rng.choice(ways)()
 
 
-def test_what_was_altered_is_refused_by_name(path: Path) -> None:
+def test_corrupted_checkpoint_is_rejected_by_name(path: Path) -> None:
     whole, rng = path.read_bytes(), random.Random(0)
     for _ in range(1500):
-        content = altered(whole, rng)
+        content = corrupted(whole, rng)
         if content == whole:
             continue
         path.write_bytes(content)
@@ -81,39 +79,39 @@ def test_what_was_altered_is_refused_by_name(path: Path) -> None:
         assert "\n" not in str(error.value)
 
 
-def test_every_bit_of_the_seal_counts(path: Path) -> None:
+def test_any_flipped_bit_of_the_checksum_is_detected(path: Path) -> None:
     whole = path.read_bytes()
-    for place in range(len(whole) - checkpoint_io.COMMENT_BYTES - 24, len(whole)):
+    for offset in range(len(whole) - checkpoint_io.COMMENT_BYTES - 24, len(whole)):
         for bit in range(8):
-            path.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << bit)]) + whole[place + 1 :])
+            path.write_bytes(whole[:offset] + bytes([whole[offset] ^ (1 << bit)]) + whole[offset + 1 :])
             with pytest.raises(UserError):
                 load_checkpoint(path)
 
 
-def test_a_seal_of_another_file_does_not_do(path: Path, tmp_path: Path) -> None:
+def test_checksum_of_another_file_is_rejected(path: Path, tmp_path: Path) -> None:
     save_checkpoint(checkpoint(1.0), tmp_path / "other.ckpt")
     path.write_bytes(
         path.read_bytes()[: -checkpoint_io.COMMENT_BYTES]
         + (tmp_path / "other.ckpt").read_bytes()[-checkpoint_io.COMMENT_BYTES :]
     )
-    with pytest.raises(UserError, match="not what was saved"):
+    with pytest.raises(UserError, match="its checksum does not match"):
         verify_checksum(path)
 
 
 @pytest.mark.parametrize("where", ["torch.save", "os.fsync", "pathlib.Path.replace"])
-def test_a_full_disk_leaves_what_was_there(path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_full_disk_keeps_the_previous_checkpoint(path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(where, full)
-    with pytest.raises(UserError, match=r"cannot save .*last.ckpt: No space left on device; what was saved before"):
+    with pytest.raises(UserError, match=r"cannot save .*last.ckpt: No space left on device; the previous checkpoint"):
         save_checkpoint(checkpoint(1.0), path)
     monkeypatch.undo()
     assert load_checkpoint(path)["state_dict"]["weight"].sum() == 0
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
 
-def test_a_disk_that_fills_up_while_torch_writes(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_disk_that_fills_up_during_torch_save(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def write(self: checkpoint_io._HashingWriter, data: bytes) -> int:
         if self.file.tell() > 500:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -125,7 +123,7 @@ def test_a_disk_that_fills_up_while_torch_writes(path: Path, monkeypatch: pytest
     assert load_checkpoint(path)["state_dict"]["weight"].sum() == 0
 
 
-def test_the_newest_that_is_whole_is_found_and_the_others_are_named(
+def test_newest_intact_checkpoint_is_found_and_damaged_ones_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "pretrain" / "version_0" / "checkpoints"
@@ -138,7 +136,7 @@ def test_the_newest_that_is_whole_is_found_and_the_others_are_named(
             assert find_checkpoint(given, tmp_path, "pretrain").name == expected
             assert len(caplog.records) == ["last.ckpt", "step=20.ckpt", "step=10.ckpt"].index(expected)
         (folder / expected).write_bytes((folder / expected).read_bytes()[:-1])
-    with pytest.raises(UserError, match="none that is whole"):
+    with pytest.raises(UserError, match="all are damaged"):
         find_checkpoint("last", tmp_path, "pretrain")
 
 
@@ -152,12 +150,12 @@ path, rng, inside, step = Path(sys.argv[1]), random.Random(0), 0, 0
 save_checkpoint({"step": 0, "weights": torch.full((300_000,), 0)}, path)
 while inside < 100:
     child = os.fork()
-    if child == 0:  # saves for ever
+    if child == 0:  # save forever
         while True:
             step += 1
             save_checkpoint({"step": step, "weights": torch.full((300_000,), step)}, path)
     before = path.stat().st_mtime_ns
-    while path.stat().st_mtime_ns == before:  # it has saved once
+    while path.stat().st_mtime_ns == before:  # wait for the first save
         time.sleep(0.0002)
     time.sleep(rng.uniform(0.0, 0.02))
     os.kill(child, signal.SIGKILL)
@@ -173,8 +171,8 @@ print(inside)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="fork and kill -9")
-def test_a_hundred_kills_amid_saving_leave_the_last_that_was_saved(tmp_path: Path) -> None:
-    """Kills count that hit while the file beside the checkpoint was half-written."""
+def test_a_hundred_kills_during_saves_keep_the_last_saved_checkpoint(tmp_path: Path) -> None:
+    """Only kills that left a partial file are counted."""
     done = subprocess.run(
         [sys.executable, "-c", HUNDRED_KILLS, str(tmp_path / "last.ckpt")],
         capture_output=True,
@@ -205,8 +203,8 @@ except UserError as error:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits and owners of files")
-@pytest.mark.parametrize(("how", "said"), [("full", "File too large"), ("read-only", "Permission denied")])
-def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None:
+@pytest.mark.parametrize(("how", "reason"), [("full", "File too large"), ("read-only", "Permission denied")])
+def test_save_errors_of_the_operating_system(tmp_path: Path, how: str, reason: str) -> None:
     path = tmp_path / "checkpoints" / "last.ckpt"
     save_checkpoint(checkpoint(), path)
     for folder in (tmp_path, *list(tmp_path.parents)[:2]):
@@ -214,7 +212,7 @@ def test_a_disk_that_really_refuses(tmp_path: Path, how: str, said: str) -> None
     path.parent.chmod(0o555 if how == "read-only" else 0o755)
     done = subprocess.run([sys.executable, "-c", SAVE_ONCE, str(path), how], capture_output=True, text=True, timeout=60)
     path.parent.chmod(0o755)
-    assert done.stdout.startswith(f"cannot save {path}: {said}"), done.stderr
+    assert done.stdout.startswith(f"cannot save {path}: {reason}"), done.stderr
     assert load_checkpoint(path)["global_step"] == 7
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
 
@@ -237,7 +235,7 @@ print(torch.load(folder / "last.ckpt")["step"], *(file.name for file in folder.i
 
 
 def may_mount() -> bool:
-    """Whether this machine lets a process mount a file system of its own."""
+    """Whether an unprivileged process can mount a file system on this machine."""
     try:
         tried = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
         return subprocess.run(tried, capture_output=True, timeout=10).returncode == 0
@@ -246,17 +244,17 @@ def may_mount() -> bool:
 
 
 @pytest.mark.skipif(not may_mount(), reason="mounts a small file system")
-def test_a_file_system_that_is_really_full(tmp_path: Path) -> None:
-    """Of 2 MB: a checkpoint of 1.2 MB fits, and no second one beside it."""
+def test_full_file_system(tmp_path: Path) -> None:
+    """A file system of 2 MB holds one checkpoint of 1.2 MB, but not a second one."""
     mounted = ["unshare", "-rm", sys.executable, "-c", SAVE_TWICE, str(tmp_path)]
     done = subprocess.run(mounted, capture_output=True, text=True, timeout=60)
-    refused, left = done.stdout.splitlines()
-    assert refused.startswith(f"cannot save {tmp_path / 'last.ckpt'}: No space left on device"), done.stderr
+    error, left = done.stdout.splitlines()
+    assert error.startswith(f"cannot save {tmp_path / 'last.ckpt'}: No space left on device"), done.stderr
     assert left == "1 last.ckpt"
 
 
-def test_nothing_is_written_to_the_folder_for_temporary_files(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may lie on another file system, from which a rename would copy."""
+def test_no_temporary_file_outside_the_checkpoint_folder(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``TMPDIR`` may be on another file system, from which a rename would be a copy."""
     monkeypatch.setenv("TMPDIR", str(path.parent / "no such folder"))
     monkeypatch.setattr(tempfile, "tempdir", None)
     save_checkpoint(checkpoint(3.0), path)
@@ -264,10 +262,10 @@ def test_nothing_is_written_to_the_folder_for_temporary_files(path: Path, monkey
 
 
 @pytest.mark.parametrize("background", [False, True])
-def test_the_one_before_is_removed_only_when_the_new_one_is_whole(
+def test_old_checkpoint_is_removed_only_after_a_successful_save(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, background: bool
 ) -> None:
-    """In the background, too, where a save returns before anything is written."""
+    """Also in the background, where a save returns before anything is written."""
     writer = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
     writer.save_checkpoint(checkpoint(), tmp_path / "old.ckpt")
     if background:
@@ -288,10 +286,10 @@ def test_the_one_before_is_removed_only_when_the_new_one_is_whole(
     assert load_checkpoint(tmp_path / "old.ckpt")["global_step"] == 7
 
 
-def test_what_is_written_in_the_background_is_what_there_was(tmp_path: Path) -> None:
+def test_background_save_writes_the_state_at_the_time_of_the_call(tmp_path: Path) -> None:
     writer, weight = BackgroundCheckpointIO(), torch.zeros(1000, 1000)
     writer.save_checkpoint({**checkpoint(), "state_dict": {"weight": weight}}, tmp_path / "a.ckpt")
-    weight += 1  # the training goes on
+    weight += 1  # training continues
     writer.remove_checkpoint(tmp_path / "a.ckpt")
     writer.save_checkpoint({**checkpoint(), "state_dict": {"weight": weight - 1}}, tmp_path / "b.ckpt")
     writer.teardown()

@@ -1,4 +1,4 @@
-"""A run that was saved in any hook goes on with the batches, steps and validations of an undisturbed one."""
+"""A run resumed from a checkpoint of any hook has the batches, steps and validations of an uninterrupted one."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -18,8 +18,8 @@ from lit_gpt_scratch.tasks import LanguageModel
 HOOKS = ["on_train_batch_start", "on_train_batch_end", "on_validation_start", "on_validation_end", "on_train_epoch_end"]
 
 
-class SaveIn(L.Callback):
-    """Save in a hook, each time it is called."""
+class SaveInHook(L.Callback):
+    """Save a checkpoint each time a hook is called."""
 
     def __init__(self, hook: str, folder: Path) -> None:
         self.folder, self.saved = folder, list[Path]()
@@ -31,8 +31,8 @@ class SaveIn(L.Callback):
             trainer.save_checkpoint(self.saved[-1])
 
 
-class Trace(L.Callback):
-    """Which batches came."""
+class BatchRecorder(L.Callback):
+    """Records which batches were seen."""
 
     def __init__(self) -> None:
         self.batches: list[int] = []
@@ -43,17 +43,17 @@ class Trace(L.Callback):
 
 @pytest.mark.parametrize("ema_decay", [None, 0.8])
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_checkpoint_of_any_moment_is_resumed_alike(
+def test_checkpoints_of_all_hooks_resume_identically(
     trainer: Callable[..., L.Trainer],
     packed_text: Callable[..., PackedText],
     tmp_path: Path,
     hook: str,
     ema_decay: float | None,
 ) -> None:
-    """Epochs of 5 batches, validations every 3: some at an epoch's end, some not."""
+    """Epochs have 5 batches and a validation runs every 3, so some are at the end of an epoch and some are not."""
 
-    def run(checkpoint: Path | None, *callbacks: L.Callback) -> tuple[dict[str, torch.Tensor], Trace]:
-        trace = Trace()
+    def run(checkpoint: Path | None, *callbacks: L.Callback) -> tuple[dict[str, torch.Tensor], BatchRecorder]:
+        trace = BatchRecorder()
         L.seed_everything(3)
         gpt = GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.2)
         model = LanguageModel(gpt, ema_decay=ema_decay, compile=False)
@@ -68,7 +68,7 @@ def test_a_checkpoint_of_any_moment_is_resumed_alike(
         assert of_run.global_step == 17
         return {name: value.clone() for name, value in model.state_dict().items()}, trace
 
-    saving = SaveIn(hook, tmp_path)
+    saving = SaveInHook(hook, tmp_path)
     whole, expected = run(None, saving)
     assert len(saving.saved) > 2
     for path in saving.saved[:: max(1, len(saving.saved) // 5)]:
@@ -81,10 +81,10 @@ def test_a_checkpoint_of_any_moment_is_resumed_alike(
         assert all(torch.equal(whole[name], resumed[name]) for name in whole), path
 
 
-def test_settling_twice_is_settling_once(
+def test_normalizing_is_idempotent(
     trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], task: Callable[..., Any], tmp_path: Path
 ) -> None:
-    saving = SaveIn("on_train_batch_end", tmp_path)
+    saving = SaveInHook("on_train_batch_end", tmp_path)
     trainer(max_steps=9, limit_train_batches=4, callbacks=[saving]).fit(task(), packed_text())
     for step, path in enumerate(saving.saved, start=1):
         loop = torch.load(path, weights_only=True)["loops"]["fit_loop"]

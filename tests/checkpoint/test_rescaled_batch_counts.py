@@ -1,4 +1,4 @@
-"""A run that goes on in other processes, or with other micro-batches, sees the windows that it would have seen."""
+"""A run resumed with another number of processes or micro-batches sees the same windows in the same order."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -22,7 +22,7 @@ COUNTS = ("ready", "started", "processed", "completed")
 
 
 def layouts(rows_per_step: int) -> st.SearchStrategy[BatchLayout]:
-    """All ways to deal out a step of so many windows."""
+    """All batch layouts of a step with ``rows_per_step`` windows."""
     divisors = [n for n in range(1, rows_per_step + 1) if rows_per_step % n == 0]
     return st.sampled_from(
         [
@@ -35,17 +35,17 @@ def layouts(rows_per_step: int) -> st.SearchStrategy[BatchLayout]:
 
 
 def progress(batches: int, total: int) -> dict[str, Any]:
-    """The counters that a layout is in, as a settled checkpoint has them."""
+    """Counters of a loop between two steps, as in a normalized checkpoint."""
     counts = {"current": dict.fromkeys(COUNTS, batches), "total": dict.fromkeys(COUNTS, total)}
     return {"epoch_loop.batch_progress": counts}
 
 
 @given(data=st.data(), rows_per_step=st.integers(1, 12), left_over=st.integers(0, 11), seed=st.integers(0, 3))
 @settings(max_examples=60)
-def test_any_sessions_see_the_windows_of_one(
+def test_sessions_with_any_layouts_see_the_windows_of_one_session(
     data: st.DataObject, rows_per_step: int, left_over: int, seed: int
 ) -> None:
-    """Against the order's places themselves: ``rows_per_step`` at a time, in each epoch as many as are whole."""
+    """The reference takes ``rows_per_step`` windows at a time from the order, and drops an epoch's incomplete step."""
     steps_of_epoch = data.draw(st.integers(1, 7))
     n = rows_per_step * steps_of_epoch + left_over % rows_per_step
     shuffle = ShuffledOrder([n], seed)
@@ -67,7 +67,7 @@ def test_any_sessions_see_the_windows_of_one(
             ]
             batches = [
                 list(islice(rank, layout.batch_size)) for _ in range(layout.accumulate) for rank in ranks
-            ]  # in the order of time, and then of ranks
+            ]  # by time, then by rank
             seen.append([window for batch in batches for window in batch])
             current, total = current + layout.accumulate, total + layout.accumulate
             if current == ranks_micro_batches(shuffle, layout):
@@ -86,28 +86,28 @@ def ranks_micro_batches(shuffle: ShuffledOrder, layout: BatchLayout) -> int:
     return ShuffledSampler(shuffle, layout.batch_size, 0, layout.replicas, accumulate=layout.accumulate).micro_batches
 
 
-def test_a_step_of_another_size_begins_behind_the_windows_that_came() -> None:
+def test_another_step_size_continues_after_the_windows_already_seen() -> None:
     """7 steps of 4 windows are 28: the fourth step of 10 is the first that has none of them."""
     loop = progress(7, 107)
     rescale_batch_counts(loop, BatchLayout(4, 1, 1), BatchLayout(1, 2, 5))
     assert loop == progress(3 * 5, 43 * 5)
 
 
-def test_the_same_layout_leaves_every_count() -> None:
-    """Also those of an epoch that ended amid a step."""
+def test_same_layout_changes_no_count() -> None:
+    """Including those of an epoch that ended within a step."""
     loop = progress(7, 107)
     rescale_batch_counts(loop, BatchLayout(2, 1, 4), BatchLayout(2, 1, 4))
     assert loop == progress(7, 107)
 
 
-def test_fewer_windows_than_a_step_are_an_epoch_of_a_short_one() -> None:
+def test_epoch_shorter_than_a_step_is_one_short_step() -> None:
     order = ShuffledSampler(ShuffledOrder([11], seed=0), batch_size=2, rank=0, world_size=1, accumulate=8)
     assert order.micro_batches == 5
     assert len(set(order)) == len(list(order)) == 10
 
 
-class Seen(L.Callback):
-    """The windows of each step, whatever their order."""
+class WindowRecorder(L.Callback):
+    """Records the set of windows of each step."""
 
     def __init__(self) -> None:
         self.steps: dict[int, set[bytes]] = {}
@@ -120,11 +120,13 @@ class Seen(L.Callback):
 @pytest.fixture
 def run(
     trainer: Callable[..., L.Trainer], packed_text: Callable[..., PackedText], task: Callable[..., Any], tmp_path: Path
-) -> Callable[..., tuple[Seen, Path, L.Trainer]]:
-    """Train until a step, in micro-batches of a size, from the beginning or from a checkpoint of earlier steps."""
+) -> Callable[..., tuple[WindowRecorder, Path, L.Trainer]]:
+    """Train until a step with a micro-batch size, from scratch or from a checkpoint."""
 
-    def build(until: int, batch_size: int, checkpoint: Path | None, windows: int = 96) -> tuple[Seen, Path, L.Trainer]:
-        seen = Seen()
+    def build(
+        until: int, batch_size: int, checkpoint: Path | None, windows: int = 96
+    ) -> tuple[WindowRecorder, Path, L.Trainer]:
+        seen = WindowRecorder()
         L.seed_everything(3)
         of_run = trainer(max_steps=until, callbacks=[seen], limit_val_batches=0, precision="64-true")
         data = packed_text(batch_size=batch_size, tokens_per_step=windows * 32)
@@ -139,12 +141,12 @@ def run(
 
 
 @pytest.mark.parametrize("steps", [[3, 5, 7], [4, 8, 9]])
-def test_a_trainer_goes_on_with_other_micro_batches(
-    run: Callable[..., tuple[Seen, Path, L.Trainer]], steps: list[int]
+def test_trainer_resumes_with_other_micro_batches(
+    run: Callable[..., tuple[WindowRecorder, Path, L.Trainer]], steps: list[int]
 ) -> None:
-    """A step is 96 windows; the 17 that an epoch leaves over would make further batches of 8 and of 16.
+    """A step has 96 windows; the 17 left over at the end of an epoch would fill batches of 8 or 16.
 
-    Epochs end at every fourth step, at a session's end and amid it.
+    Epochs end at every fourth step: at the end of a session and within one.
     """
     alone, _, expected = run(steps[-1], 96, None)
     together: dict[int, set[bytes]] = {}
@@ -152,7 +154,7 @@ def test_a_trainer_goes_on_with_other_micro_batches(
     for until, batch_size in zip(steps, (24, 8, 16), strict=True):
         seen, checkpoint, of_run = run(until, batch_size, checkpoint)
         together |= seen.steps
-        assert of_run.fit_loop.total_batch_idx + 1 == until * 96 // batch_size  # validations are timed by it
+        assert of_run.fit_loop.total_batch_idx + 1 == until * 96 // batch_size  # which schedules validations
     assert together == alone.steps
     assert of_run.current_epoch == expected.current_epoch
     assert {len(windows) for windows in together.values()} == {96}
@@ -160,8 +162,10 @@ def test_a_trainer_goes_on_with_other_micro_batches(
         torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
-def test_an_epoch_without_room_for_a_larger_step_is_over(run: Callable[..., tuple[Seen, Path, L.Trainer]]) -> None:
-    """Three steps of 96 windows leave 113 of 401 behind; a step of 400 begins the next epoch."""
+def test_epoch_without_enough_windows_for_a_larger_step_ends(
+    run: Callable[..., tuple[WindowRecorder, Path, L.Trainer]],
+) -> None:
+    """Three steps of 96 windows leave 113 of 401; a step of 400 then begins the next epoch."""
     _, checkpoint, _ = run(3, 96, None)
     seen, _, of_run = run(4, 40, checkpoint, windows=400)
     [windows] = seen.steps.values()

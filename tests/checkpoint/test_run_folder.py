@@ -1,4 +1,4 @@
-"""Run folders are found and never shared; a file that is no checkpoint is refused by name."""
+"""Run folders are unique, checkpoints are found, and other files are rejected by name."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ def save_empty(run: RunFolder, time: float = 0.0) -> Path:
     return run.last
 
 
-def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+def test_concurrent_runs_get_different_folders(tmp_path: Path) -> None:
     claimed: list[RunFolder] = []
     threads = [threading.Thread(target=lambda: claimed.append(RunFolder.create(tmp_path, "x"))) for _ in range(20)]
     for thread in threads:
@@ -31,7 +31,7 @@ def test_two_runs_never_share_a_folder(tmp_path: Path) -> None:
     assert sorted(run.version for run in claimed) == list(range(20))
 
 
-def test_numbers_are_not_used_again(tmp_path: Path) -> None:
+def test_version_numbers_are_not_reused(tmp_path: Path) -> None:
     for _ in range(11):
         RunFolder.create(tmp_path, "x")
     (tmp_path / "x" / "version_3").rmdir()
@@ -40,21 +40,21 @@ def test_numbers_are_not_used_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("given", [None, "last"])
-def test_the_newest_run_with_a_checkpoint(tmp_path: Path, given: str | None) -> None:
+def test_last_is_the_newest_run_with_a_checkpoint(tmp_path: Path, given: str | None) -> None:
     with pytest.raises(UserError, match=r"no run with a checkpoint in .*lit_gpt_scratch.fit"):
         find_checkpoint(given, tmp_path / "none", None)
     runs = [RunFolder.create(tmp_path, "a") for _ in range(12)]
     expected = save_empty(runs[10], time=10)
-    save_empty(runs[9], time=20)  # an older run, though saved later
+    save_empty(runs[9], time=20)  # an older run, although saved later
     assert find_checkpoint(given, tmp_path, "a") == expected
     other = save_empty(RunFolder.create(tmp_path, "b"), time=30)
     assert find_checkpoint(given, tmp_path, "a") == expected
     assert find_checkpoint(given, tmp_path, None) == other
 
 
-def test_a_run_folder_will_do(tmp_path: Path) -> None:
+def test_checkpoint_is_found_by_its_run_folder(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "x")
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="contains no checkpoint"):
         find_checkpoint(str(run.path), tmp_path, None)
     last = save_empty(run)
     for given in (run.path, run.checkpoints, last):
@@ -63,7 +63,7 @@ def test_a_run_folder_will_do(tmp_path: Path) -> None:
         find_checkpoint(str(tmp_path / "missing.ckpt"), tmp_path, None)
 
 
-def test_a_checkpoint_knows_its_run(tmp_path: Path) -> None:
+def test_run_folder_of_a_checkpoint(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "x")
     assert RunFolder.containing(run.last) == RunFolder(run.path.resolve())
     assert RunFolder.containing(tmp_path / "elsewhere.ckpt") is None
@@ -78,7 +78,7 @@ class Bomb:
     "content",
     [b"", b"text", b"PK\3\4 not really", pickle.dumps({"a": 1}), pickle.dumps(Bomb()), None, "tensor", "foreign"],
 )
-def test_what_is_no_checkpoint_is_named_and_not_run(
+def test_other_files_are_rejected_without_running_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes | str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -95,28 +95,28 @@ def test_what_is_no_checkpoint_is_named_and_not_run(
     assert not Path("exploded").exists()
 
 
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+def test_folder_is_not_a_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not a checkpoint"):
         load_checkpoint(tmp_path)
 
 
-def test_differences_are_named() -> None:
-    contents = CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
-    require_same_model(contents, CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
-    newer = CheckpointMetadata({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer switch, off
-    require_same_model(contents, newer)
+def test_model_differences_are_listed() -> None:
+    metadata = CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}")
+    require_same_model(metadata, CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
+    newer = CheckpointMetadata({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer field
+    require_same_model(metadata, newer)
     with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
-        require_same_model(contents, CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
+        require_same_model(metadata, CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
     adapted = CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}", lora={"rank": 8})
     with pytest.raises(UserError, match=r"lora.rank None there, 8 here; n_layer 4 there, 5 here$"):
-        require_same_model(contents, adapted, free=("block_size",))
-    require_same_tokenizer(contents, "{}")
+        require_same_model(metadata, adapted, may_differ=("block_size",))
+    require_same_tokenizer(metadata, "{}")
     with pytest.raises(UserError, match="another tokenizer"):
-        require_same_tokenizer(contents, "{ }")
+        require_same_tokenizer(metadata, "{ }")
 
 
-def test_last_is_the_newest_run_that_saved_anything(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Its best model, if a kill came before its first last.ckpt; newer runs without any are named."""
+def test_last_falls_back_to_the_best_checkpoint(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A kill may come before the first last.ckpt; newer runs without a checkpoint are reported."""
     for version, name in ((0, "last.ckpt"), (1, "step=3.ckpt")):
         save_checkpoint({"version": version}, tmp_path / f"pretrain/version_{version}/checkpoints" / name)
     (tmp_path / "pretrain/version_2").mkdir()
@@ -125,14 +125,14 @@ def test_last_is_the_newest_run_that_saved_anything(tmp_path: Path, caplog: pyte
     assert f"{tmp_path}/pretrain/version_2 has no checkpoint; taking {tmp_path}/pretrain/version_1" in caplog.text
 
 
-def test_the_owner_s_own_errors_are_not_taken_for_the_lock_s(tmp_path: Path) -> None:
+def test_errors_inside_the_lock_are_not_mistaken_for_lock_errors(tmp_path: Path) -> None:
     with pytest.raises(PermissionError, match="another file"), RunFolder(tmp_path).lock():
         raise PermissionError("another file")
-    with RunFolder(tmp_path).lock():  # free again
+    with RunFolder(tmp_path).lock():  # it was released
         pass
 
 
-def test_a_damaged_provenance_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_provenance_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "provenance.json").write_text("{")
     assert RunFolder(tmp_path).read_sessions() == []
     assert "provenance.json cannot be read" in caplog.text

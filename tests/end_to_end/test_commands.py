@@ -356,7 +356,7 @@ def test_generate_refuses_a_prompt_beyond_the_context(command: Command, small: l
     outcome = command("generate", "--prompt", "word " * 200)
     assert outcome.code == 2
     assert outcome.out == ""
-    assert "the context holds 32" in outcome.err
+    assert "the context is 32" in outcome.err
 
 
 def test_evaluate_gives_one_json_object(command: Command, small: list[str], trained: Trained, corpus: Path) -> None:

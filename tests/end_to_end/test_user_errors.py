@@ -179,7 +179,7 @@ def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path:
         ("doctor", ["--json"], "--json needs the folder of a run"),
         ("doctor", ["--resume", "--kills", "0"], "--kills: 0"),
         ("doctor", ["--resume", "--runs=x"], "--runs=x cannot be set here"),
-        ("doctor", ["--resume", "--data.source", "no/such"], "unkilled; it said: error: no such file or folder"),
+        ("doctor", ["--resume", "--data.source", "no/such"], "with exit code 2: error: no such file or folder"),
         ("convert", ["to-safetensors", "x.ckpt", "x.bin"], "x.bin does not end with .safetensors"),
         ("convert", ["to-hf", "x.ckpt", "x.safetensors"], "to-hf"),
         ("evaluate", ["--data.source", "no/such"], "no/such"),

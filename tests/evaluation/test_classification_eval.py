@@ -21,7 +21,7 @@ NAMES = ("good", "neutral", "bad")
 @pytest.fixture
 def classifier(tokenizer: Tokenizer) -> GPT:
     torch.manual_seed(0)
-    model = GPT(TINY, tokenizer.vocab_size, 64, reads=ClassificationHead(3)).eval()
+    model = GPT(TINY, tokenizer.vocab_size, 64, output_head=ClassificationHead(3)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.3 + (1.0 if parameter.ndim == 1 else 0.0))

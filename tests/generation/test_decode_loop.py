@@ -1,4 +1,4 @@
-"""The loop with its cache, against a loop that reads everything anew for each token."""
+"""The cached generation loop against a loop without a cache."""
 
 from dataclasses import replace
 
@@ -26,8 +26,8 @@ def texts(model: GPT, prompts: list[list[int]], n: int, sampling: Sampling = GRE
 
 
 @torch.no_grad()
-def anew(model: GPT, prompt: list[int], n: int) -> list[int]:
-    """Without a cache. A text that is full is gone on with from its last half."""
+def generate_uncached(model: GPT, prompt: list[int], n: int) -> list[int]:
+    """Recompute the whole text for each token; a full context continues from its last half."""
     seen, found = list(prompt), []
     for _ in range(n):
         found.append(int(model(torch.tensor([seen]))[0, -1].argmax()))
@@ -38,18 +38,18 @@ def anew(model: GPT, prompt: list[int], n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
-def test_with_and_without_a_cache_the_text_is_the_same(config: GPTConfig) -> None:
-    """Prompts of uneven lengths, one that fills the context, and texts that outgrow it more than once."""
+def test_cached_and_uncached_tokens_are_equal(config: GPTConfig) -> None:
+    """Prompts of different lengths, one that fills the context, and texts that exceed it more than once."""
     model = randomised(config).double()
     prompts = [[3, 1, 4], [1] * 11, [2], list(range(24))]
-    assert texts(model, prompts, 60) == [anew(model, prompt, 60) for prompt in prompts]
+    assert texts(model, prompts, 60) == [generate_uncached(model, prompt, 60) for prompt in prompts]
 
 
 @pytest.mark.parametrize(
     "config", [pytest.param(LOOKS_BACK, id="looks-back"), pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow)]
 )
-def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
-    """Rows that end early, too, whose places stay in the batch; and one program serves every step."""
+def test_compiled_step_generates_the_same(config: GPTConfig) -> None:
+    """Including rows that end early, which stay in the batch; one compiled program serves every step."""
     model = randomised(config).double()
     prompts = [[3, 1, 4], [1] * 11, [2]]
     free = texts(model, prompts, 40)
@@ -60,13 +60,13 @@ def test_a_compiled_step_writes_the_same(config: GPTConfig) -> None:
         assert texts(model, prompts, 40, compile=True, end_of_text=free[1][4]) == (
             texts(model, prompts, 40, end_of_text=free[1][4])
         )
-        # A row that ends at once, and whose neighbours outgrow the context.
+        # One row ends at once, and the others exceed the context.
         assert texts(model, prompts, 40, compile=True, end_of_text=free[2][0]) == (
             texts(model, prompts, 40, end_of_text=free[2][0])
         )
 
 
-def test_a_row_does_not_depend_on_its_neighbours() -> None:
+def test_row_is_independent_of_the_rest_of_the_batch() -> None:
     model, hot = randomised(TINY).double(), Sampling(temperature=2.0, top_k=None, repetition_penalty=1.2)
     prompts = [[3, 1, 4], [1] * 11, [2], [5, 6]]
     together = texts(model, prompts, 40, hot, seeds=[7, 8, 9, 7])
@@ -75,7 +75,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
     assert texts(model, [[2]], 40, hot, seeds=[1]) != texts(model, [[2]], 40, hot, seeds=[2])
 
 
-def test_rows_end_by_themselves() -> None:
+def test_rows_end_independently() -> None:
     model = randomised(TINY).double()
     prompts = [[3, 1, 4], [1] * 11, [2]]
     free = texts(model, prompts, 30)
@@ -89,16 +89,16 @@ def test_rows_end_by_themselves() -> None:
     assert list(generate(model, prompts, 0, GREEDY, [0, 0, 0], -1)) == [(0, None), (1, None), (2, None)]
 
 
-def test_the_cache_holds_keys_and_values_of_their_own_heads_and_no_more_than_is_needed() -> None:
+def test_cache_size() -> None:
     model = randomised(replace(TINY, n_head=4, n_kv_head=2))
     with torch.no_grad():
-        cache, logits = prefill(model, [[1, 2, 3], [4]], slots=9)
+        cache, logits = prefill(model, [[1, 2, 3], [4]], capacity=9)
     assert logits.shape == (2, 61)
     assert [tuple(keys.shape) for keys in cache._keys] == [(2, 2, 9, 8)] * 2
     assert cache.lengths == [3, 1]
 
 
-def test_the_global_random_state_is_left_alone() -> None:
+def test_global_random_state_is_unchanged() -> None:
     model = randomised(TINY)
     torch.manual_seed(5)
     before = torch.get_rng_state()
@@ -106,9 +106,9 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_what_cannot_be_generated_is_refused() -> None:
+def test_invalid_arguments() -> None:
     model = randomised(TINY)
-    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context holds 24"):
+    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context is 24"):
         generate(model, [[1], [1] * 25], 1, Sampling(), [0, 0], 0)
     with pytest.raises(UserError, match="max_new_tokens is -1"):
         generate(model, [[1]], -1, Sampling(), [0], 0)
@@ -116,12 +116,12 @@ def test_what_cannot_be_generated_is_refused() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 0.0])
 @pytest.mark.parametrize("config", [TINY, LOOKS_BACK, ALIBI], ids=["plain", "looks-back", "alibi"])
-def test_the_chances_of_what_was_chosen_are_those_of_a_whole_pass(config: GPTConfig, temperature: float) -> None:
-    """Within 1e-5, of rows that end early, too, whose last number is the end's; and nothing else changes."""
+def test_logprobs_equal_those_of_a_full_forward_pass(config: GPTConfig, temperature: float) -> None:
+    """Within 1e-5, including rows that end early, whose last value is that of the end of text; tokens do not change."""
     model, sampling = randomised(config), Sampling(temperature=temperature, top_k=None)
     prompts = [[3, 1, 4], [1] * 9, [2]]
     with torch.no_grad():
-        model.head.weight *= 0.1  # chances of all sizes
+        model.head.weight *= 0.1  # probabilities of all sizes
     end = texts(model, prompts, 12, sampling)[1][5]
     logprobs: list[list[float]] = [[] for _ in prompts]
     found = texts(model, prompts, 12, sampling, end_of_text=end, logprobs=logprobs)

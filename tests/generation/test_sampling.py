@@ -1,4 +1,4 @@
-"""Choosing a token, against the distribution it claims and against ``transformers``' processors."""
+"""Sampled tokens against the expected distribution and against the logits processors of ``transformers``."""
 
 import random
 
@@ -38,10 +38,10 @@ def test_temperature_and_top_k_shape_the_distribution(temperature: float) -> Non
     penalty=st.sampled_from([1.0, 0.7, 1.3]),
 )
 @settings(max_examples=60)
-def test_the_distribution_is_that_of_transformers(
+def test_distribution_equals_that_of_transformers(
     seed: int, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None, penalty: float
 ) -> None:
-    """Every token's chance is the length of the numbers that choose it: a fine comb of them measures it."""
+    """A token's probability is the length of its interval of uniform numbers, measured with an evenly spaced grid."""
     process = pytest.importorskip("transformers.generation.logits_process")
     torch.manual_seed(seed)
     logits, ids = 3 * torch.randn(1, 30), torch.randint(30, (1, 7))
@@ -56,14 +56,14 @@ def test_the_distribution_is_that_of_transformers(
     seen = torch.zeros(1, 30, dtype=torch.bool)
     seen[0, ids[0]] = True
     n = 4000
-    comb = [(i + 0.5) / n for i in range(n)]
+    grid = [(i + 0.5) / n for i in range(n)]
     sampling = Sampling(penalty, temperature, top_k, top_p, min_p)
-    found = torch.bincount(sampling.sample(logits.expand(n, -1), comb, seen.expand(n, -1)), minlength=30) / n
+    found = torch.bincount(sampling.sample(logits.expand(n, -1), grid, seen.expand(n, -1)), minlength=30) / n
     torch.testing.assert_close(found, expected.softmax(-1)[0], atol=2 / n, rtol=0)
 
 
 @pytest.mark.parametrize("vocabulary", [2, 65, 50_257])
-def test_the_last_of_all_numbers_chooses_something_that_can_be_chosen(vocabulary: int) -> None:
+def test_largest_uniform_number_chooses_a_possible_token(vocabulary: int) -> None:
     torch.manual_seed(0)
     logits = torch.randn(50, vocabulary)
     logits[:, -1] = -torch.inf
@@ -72,13 +72,13 @@ def test_the_last_of_all_numbers_chooses_something_that_can_be_chosen(vocabulary
     assert Sampling(top_k=None).sample(logits, [0.0] * 50).max() < vocabulary - 1
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_invalid_parameters() -> None:
     for name, value in [
         ("temperature", -1.0), ("temperature", float("nan")), ("top_k", 0), ("top_p", 0.0), ("top_p", 1.1),
         ("min_p", -0.1), ("repetition_penalty", 0.0), ("repetition_penalty", float("nan")),
     ]:  # fmt: skip
         with pytest.raises(UserError, match=f"{name} is {value}"):
-            Sampling(**{name: value})  # type: ignore[arg-type]  # of any of them
+            Sampling(**{name: value})  # type: ignore[arg-type]  # one of several fields
     for wrong in ([0.0, float("nan")], [0.0, float("inf")], [-float("inf")] * 2):
         with pytest.raises(UserError, match="diverged"):
             Sampling().sample(torch.tensor([wrong]), [0.5])

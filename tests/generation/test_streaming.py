@@ -1,4 +1,4 @@
-"""Text as it comes: stop strings, wherever tokens cut them, and characters that need several tokens."""
+"""Streamed text: stop strings across token boundaries, and characters of several tokens."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from tests.conftest import TINY, randomised
     stop=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
 )
 @settings(max_examples=300)
-def test_a_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
+def test_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[str]) -> None:
     text, found = _StopStringBuffer(lambda n: pieces[n], tuple(stop)), ""
     for n in range(len(pieces)):
         found += text.add(n)
@@ -26,9 +26,9 @@ def test_a_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[
         assert so_far.startswith(found)
         if text.stopped:
             break
-        # Nothing is held back that cannot be the beginning of a stop string.
+        # Only the possible beginning of a stop string is held back.
         assert len(so_far) - len(found) < max(map(len, stop), default=1)
-    found += text.rest()
+    found += text.flush()
     whole = "".join(pieces)
     ends = [whole.find(s) for s in stop if s in whole]
     if not ends:
@@ -40,7 +40,7 @@ def test_a_text_ends_before_the_first_stop_string(pieces: list[str], stop: list[
         assert any(whole[len(found) :].startswith(s) for s in stop)
 
 
-def test_written_texts_are_those_of_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streamed_texts_equal_the_decoded_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.train(["some text"], 257, "byte")
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=64)
     prompts = ["some", "", "τέξτ"]

@@ -124,9 +124,9 @@ def test_adapters_are_kept_alone_and_merge_into_their_base_only(
     assert not torch.equal(merged.net(ids), trained.net(ids))
     torch.testing.assert_close(merged.net(ids), task.net.eval()(ids), rtol=0, atol=1e-5)
     torch.testing.assert_close(load_model(path)[0](ids), merged.net(ids), rtol=0, atol=0)
-    with pytest.raises(UserError, match="is for another base"):
+    with pytest.raises(UserError, match="belongs to another base model"):
         apply_adapter(merged, file)
-    with pytest.raises(UserError, match="holds adapters alone; name what they are for"):
+    with pytest.raises(UserError, match="contains only adapters; give the base model"):
         load_model(file)
     with pytest.raises(UserError, match="has no adapters"):
         save_adapter(base, file)
@@ -178,7 +178,7 @@ def test_an_adapter_beside_the_bases_head_is_for_that_head(
         with torch.no_grad():
             other.net.head.weight += 1
         if relies:
-            with pytest.raises(UserError, match="is for another base"):
+            with pytest.raises(UserError, match="belongs to another base model"):
                 apply_adapter(other, file)
         else:
             apply_adapter(other, file)
@@ -195,7 +195,7 @@ def test_an_adapter_that_is_not_whole_is_refused(
     lost = next(name for name in part["state_dict"] if name.endswith(left_out))
     del part["state_dict"][lost]
     export_safetensors(part, "", file)
-    with pytest.raises(UserError, match=f"is not whole, or has what is no adapter: {re.escape(lost)}"):
+    with pytest.raises(UserError, match=f"has missing or unexpected weights: {re.escape(lost)}"):
         apply_adapter(build_model(load_checkpoint(base), base), file)
 
 
@@ -269,7 +269,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
     assert measured["test/auroc"].item() == pytest.approx(sum(auroc) / len(names), abs=1e-5)
     contents = build_model(load_checkpoint(path), path).metadata
     assert (contents.classes, contents.pooling) == (names, "last")
-    with pytest.raises(UserError, match="writes nothing"):
+    with pytest.raises(UserError, match="is not a language model"):
         load_model(path)
 
 

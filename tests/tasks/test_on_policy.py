@@ -465,7 +465,7 @@ def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_re
     run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]]
 ) -> None:
     _, path = judge(vocab_size=280)
-    with pytest.raises(UserError, match=r"model.reward: the reward model .* was trained with another tokenizer"):
+    with pytest.raises(UserError, match=r"model.reward: the reward model .* has another tokenizer"):
         run("PPO", reward=path)
     contents = torch.load(path, weights_only=True)
     contents[METADATA_KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"

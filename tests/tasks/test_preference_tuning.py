@@ -190,11 +190,11 @@ def test_a_reward_is_read_at_the_end_and_learned(
     asked = load_reward_model(str(path), tokenizer).forward_pooled(batch["input_ids"], batch["lengths"])
     torch.testing.assert_close(asked, together)
     assert build_model(load_checkpoint(path), path).metadata.rewards
-    with pytest.raises(UserError, match="it rewards replies, and writes nothing"):
+    with pytest.raises(UserError, match="it predicts rewards"):
         load_model(path)
-    with pytest.raises(UserError, match="another tokenizer than the policy has"):
+    with pytest.raises(UserError, match="another tokenizer than the policy"):
         load_reward_model(str(path), tokenizer.replace("endoftext", "end"))
-    with pytest.raises(UserError, match="is no reward model: it predicts tokens"):
+    with pytest.raises(UserError, match="is not a reward model: it predicts tokens"):
         load_reward_model(str(start), tokenizer)
 
 
