@@ -1,9 +1,9 @@
-"""The one exception for what a user can get wrong."""
+"""The exception for user mistakes."""
 
 
 class UserError(ValueError):
-    """A mistake in a flag, a file or a config: the message says what, where, and what to do, in one line.
+    """A mistake in a flag, a file or a config: one line that says what is wrong, where, and what to do.
 
-    Every door prints it without a traceback and exits with code 2. Anything else that is raised is a
-    bug and keeps its traceback.
+    Every command prints it without a traceback and exits with code 2. Any other exception is a bug and keeps its
+    traceback.
     """

@@ -36,8 +36,8 @@ def measure(source: str, vocab_size: int) -> None:
     proof = time.perf_counter() - began
     assert proven is not None
     ways: dict[str, Callable[[], list[np.ndarray]]] = {
-        "ours": lambda: list(fast_encoder.encode(backend, proven, texts)),
-        "encode_batch_fast": lambda: list(fast_encoder.encode(backend, None, texts)),
+        "ours": lambda: list(fast_encoder.encode_batch(backend, proven, texts)),
+        "encode_batch_fast": lambda: list(fast_encoder.encode_batch(backend, None, texts)),
     }
     ways["datasets.map"] = lambda: by_datasets(backend, texts)
     seconds: dict[str, list[float]] = {name: [] for name in ways}

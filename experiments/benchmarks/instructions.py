@@ -44,7 +44,7 @@ def said(run: Path, data: Conversations) -> list[ChatReply]:
     path = find_checkpoint(str(run), Path(), None)
     trained = build_model(load_checkpoint(path), path)
     records = [data.records[place][1] for place in data.split_indices["test"]]
-    prompts = [data.template.prompt(record.messages[:-1]) for record in records]
+    prompts = [data.template.render_prompt(record.messages[:-1]) for record in records]
     return generate_replies(trained.require_language_model()[0], trained.tokenizer, prompts, LONGEST)
 
 

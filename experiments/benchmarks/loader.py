@@ -111,7 +111,7 @@ def opening() -> None:
                 file.truncate(len(header) + 2 * SHARD_TOKENS)
             shard.path("documents").write_bytes(first.path("documents").read_bytes())
             shard.sizes["tokens"] = shard.path("tokens").stat().st_size
-            shards.append(shard.about)
+            shards.append(shard.metadata)
         (folder / "tokenizer.json").write_bytes((small.folder / "tokenizer.json").read_bytes())
         TokenStore.write_manifest(folder, about | {"train": shards, "validation": []})
         gigabytes = sum(json.loads((folder / "checked.json").read_text())[f"{s['name']}.tokens.npy"][0] for s in shards)

@@ -24,7 +24,7 @@ def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iter
     asked = [[*told, Message("user", question)] for question in questions]
     for messages in asked:
         validate_messages(messages)
-    return [template.prompt(messages) for messages in asked]
+    return [template.render_prompt(messages) for messages in asked]
 
 
 def chat_session(
@@ -56,14 +56,16 @@ def chat_session(
     room = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
         asked = Message("user", question)
-        if (alone := len(template.prompt([*told, asked]))) > model.block_size:  # even with every earlier turn dropped
+        if (
+            alone := len(template.render_prompt([*told, asked]))
+        ) > model.block_size:  # even with every earlier turn dropped
             log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
         said.append(asked)
-        while len(said) > 1 and len(template.prompt([*told, *said])) + room > model.block_size:
+        while len(said) > 1 and len(template.render_prompt([*told, *said])) + room > model.block_size:
             log.warning("the context is full; dropping the first question and its reply")
             said = said[2:]
-        prompt = template.prompt([*told, *said])
+        prompt = template.render_prompt([*told, *said])
         reply = ""
         for _, piece in stream_text(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
             reply += piece

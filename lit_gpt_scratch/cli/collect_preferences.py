@@ -61,7 +61,7 @@ def collect_preferences(
     for question in (each.strip() for each in questions if not is_blank(each)):
         messages = [*told, Message("user", question)]
         validate_messages(messages)
-        prompt = template.prompt(messages)
+        prompt = template.render_prompt(messages)
         for _ in range(MAX_ATTEMPTS):
             one, two = generate_replies(
                 model, tokenizer, [prompt] * 2, max_new_tokens, sampling, list(islice(seeds, 2))

@@ -17,7 +17,7 @@ from lit_gpt_scratch.evaluation.registry import EVAL_TASKS, EvalRequest, evaluat
 from lit_gpt_scratch.evaluation.results_table import format_results, save_results
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.model.output_heads import ClassificationHead
-from lit_gpt_scratch.text.cleaning_report import format_markdown_table
+from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
     model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
         raise UserError(f"{path} is a reward model; fit reports its metrics on pairs, evaluate does not support it")
-    if tokenizer.loss:
-        log.warning("the tokenizer loses text, and metrics are of what it keeps: %s", tokenizer.loss)
+    if tokenizer.round_trip_loss:
+        log.warning("the tokenizer loses text, and metrics are of what it keeps: %s", tokenizer.round_trip_loss)
     return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
 
 

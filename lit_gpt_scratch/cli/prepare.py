@@ -19,7 +19,8 @@ from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.data.token_store import TokenStore
 from lit_gpt_scratch.distributed.hardware_defaults import limit_threads
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text.cleaning_report import format_markdown_table, format_step_table
+from lit_gpt_scratch.text.cleaning_report import format_step_table
+from lit_gpt_scratch.text.markdown_table import format_markdown_table
 from lit_gpt_scratch.text.tokenizer_comparison import compare_tokenizers
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 

@@ -71,7 +71,8 @@ class Conversations(RecordDataModule[ConversationExample]):
     def prompts(self) -> list[list[int]]:
         """Prompts of the first validation conversations that leave room for a reply, without their last reply."""
         prompts = (
-            self.template.prompt(self.records[place][1].messages[:-1]) for place in self.split_indices["validation"]
+            self.template.render_prompt(self.records[place][1].messages[:-1])
+            for place in self.split_indices["validation"]
         )
         return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), N_SAMPLE_CONVERSATIONS))
 

@@ -12,7 +12,7 @@ from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedDataModule
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import chat_template, verifiable_rewards
+from lit_gpt_scratch.text import chat_template, synthetic_data
 from lit_gpt_scratch.text.chat_template import ASSISTANT, Message
 from lit_gpt_scratch.text.document import TableRow
 
@@ -52,13 +52,12 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     def default_rows(self) -> Iterator[TableRow]:
         """Synthetic tasks about words, with a reply that satisfies the verifiable preference and one that does not."""
-        return verifiable_rewards.preferences(self.checkable or OF_GENERATED)
+        return synthetic_data.preferences(self.checkable or OF_GENERATED)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
         """Parse a prompt and two replies."""
-        found = PreferencePair(
-            chat_template.prompt(fields), chat_template.reply(fields, "chosen"), chat_template.reply(fields, "rejected")
-        )
+        chosen, rejected = (chat_template.parse_reply(fields, column) for column in ("chosen", "rejected"))
+        found = PreferencePair(chat_template.parse_prompt(fields), chosen, rejected)
         if found.chosen == found.rejected and self.ties == "refuse":
             raise UserError(
                 "'chosen' and 'rejected' are the same: nothing is preferred; leave out such pairs: --data.ties drop"
@@ -80,7 +79,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         """All tokens of a conversation, with labels on the last reply."""
         ids = np.array(self.template.render(messages).ids)
         labels = np.full(len(ids), IGNORE_INDEX)
-        begin = len(self.template.prompt(messages[:-1]))
+        begin = len(self.template.render_prompt(messages[:-1]))
         labels[begin - 1 : -1] = ids[begin:]
         return EncodedSequence(ids, labels)
 

@@ -14,9 +14,9 @@ from lit_gpt_scratch.data.token_store import MANIFEST_FILE, STORE_FORMAT, TokenS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically, fill_folder_atomically
 from lit_gpt_scratch.text.cleaning_report import add_token_counts, format_report
-from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, CorpusSpec, SplitName
+from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, CorpusSpec, SplitName, upgrade_stored_cleaning
 from lit_gpt_scratch.text.token_shards import ShardedTokenStream
-from lit_gpt_scratch.text.tokenize_corpus import BATCH_CHARACTERS, progress_bar, remove_shard_notes, tokenize_corpus
+from lit_gpt_scratch.text.tokenize_corpus import BATCH_CHARACTERS, progress_bar, remove_shard_markers, tokenize_corpus
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KINDS
 
@@ -73,7 +73,7 @@ class TokenPreparation:
         if store is not None:
             self._validate_store_folder(store)
             if not store.exists() or not any(store.iterdir()):
-                purpose = json.dumps([STORE_FORMAT, self._settings(given), self.selection.stamps])
+                purpose = json.dumps([STORE_FORMAT, self._settings(given), self.selection.source_fingerprints])
                 create_folder_atomically(
                     store, lambda folder: self._write_texts_and_tokens(folder, given), "--data.store", purpose
                 )
@@ -128,6 +128,7 @@ class TokenPreparation:
         """Reject a store made with other settings; only warn if its source text has changed or is missing."""
         manifest = TokenStore.read_manifest(store)
         stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
+        stored = stored | {"cleaning": upgrade_stored_cleaning(stored.get("cleaning", []))}
         for name in current:
             if stored.get(name) != current[name]:
                 raise UserError(
@@ -135,7 +136,7 @@ class TokenPreparation:
                     "or delete this one"
                 )
         try:
-            unchanged = manifest.get("stamps") == self.selection.stamps
+            unchanged = manifest.get("stamps") == self.selection.source_fingerprints
         except UserError:
             unchanged = False
         if not unchanged:  # the store was copied to a machine without the text, or the text was edited
@@ -150,8 +151,8 @@ class TokenPreparation:
         """Write what is missing, so that an interrupted call is resumed."""
         if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._load_partial(folder) or given or self._train(corpus)
-            if tokenizer.loss:
-                log.warning("the tokenizer is lossy: %s", tokenizer.loss)
+            if tokenizer.round_trip_loss:
+                log.warning("the tokenizer is lossy: %s", tokenizer.round_trip_loss)
             tokenizer.save(folder / TOKENIZER_FILE)
             log.info("encoding %s", self.selection.name)
             shards = tokenize_corpus(corpus, folder, self.selection.processes)
@@ -161,18 +162,18 @@ class TokenPreparation:
             manifest: dict[str, Any] = {
                 "fingerprint": self._fingerprint(corpus, given),
                 "fingerprints": {
-                    "source": hash_json(self.selection.stamps),
+                    "source": hash_json(self.selection.source_fingerprints),
                     "cleaning": hash_json(self.selection.settings["cleaning"]),
                     "text": corpus.fingerprint,
                     "tokenizer": hashlib.sha256(tokenizer.to_json().encode()).hexdigest(),
                 },
                 "vocab_size": tokenizer.vocab_size,
                 "recipe": self._settings(given),
-                "stamps": self.selection.stamps,
-                **{side: [shard.about for shard in shards[side]] for side in SPLITS},
+                "stamps": self.selection.source_fingerprints,
+                **{side: [shard.metadata for shard in shards[side]] for side in SPLITS},
             }
             TokenStore.write_manifest(folder, manifest)
-        remove_shard_notes(TokenStore.read_unverified(folder).shards)
+        remove_shard_markers(TokenStore.read_unverified(folder).shards)
 
     def _load_partial(self, folder: Path) -> Tokenizer | None:
         """The tokenizer that an interrupted call trained."""

@@ -66,7 +66,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
         """Whether a reply is as it should be; None where only a person could say."""
-        return None if self.checkable is None else get_verifiable_preference(self.checkable).holds
+        return None if self.checkable is None else get_verifiable_preference(self.checkable).satisfied
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -80,7 +80,8 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     def prompt_ids(self, side: RecordSplit) -> list[list[int]]:
         """What replies are written after, of the records of a side; those that leave no room for one are left out."""
-        prompts = (self.template.prompt(self.records[place][1].prompt) for place in self.split_indices.get(side, ()))
+        places = self.split_indices.get(side, ())
+        prompts = (self.template.render_prompt(self.records[place][1].prompt) for place in places)
         return [prompt for prompt in prompts if len(prompt) < self.block_size]
 
     @property

@@ -15,10 +15,10 @@ from lit_gpt_scratch.data.rollout_sampler import PromptIndexDataset, RolloutSamp
 from lit_gpt_scratch.data.sampler import ShuffledOrder
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import chat_template, verifiable_rewards
+from lit_gpt_scratch.text import chat_template, synthetic_data, verifiable_rewards
 from lit_gpt_scratch.text.chat_template import Message
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.reward_lookup import TextReward, load_text_reward
+from lit_gpt_scratch.text.verifiable_rewards import TextReward, load_text_reward
 
 
 @dataclass(frozen=True)
@@ -68,15 +68,15 @@ class Prompts(PromptedDataModule[Prompt]):
 
     def default_rows(self) -> Iterator[TableRow]:
         """Small tasks about words."""
-        return verifiable_rewards.prompts()
+        return synthetic_data.prompts()
 
     def parse_row(self, fields: dict[str, Any]) -> Prompt:
         """Its messages."""
-        return Prompt(chat_template.prompt(fields))
+        return Prompt(chat_template.parse_prompt(fields))
 
     def encode_record(self, record: Prompt) -> tuple[EncodedSequence, ...]:
         """Up to where the reply begins; there is nothing to be learned of it."""
-        ids = np.array(self.template.prompt(record.prompt))
+        ids = np.array(self.template.render_prompt(record.prompt))
         return (EncodedSequence(ids, np.full(len(ids), IGNORE_INDEX)),)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> PromptIndexDataset:

@@ -45,7 +45,7 @@ from lit_gpt_scratch.data.tokenized_examples import (
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import hub, synthetic_data
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.row_readers import Columns
+from lit_gpt_scratch.text.file_readers import Columns
 from lit_gpt_scratch.text.sources import DocumentSource
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -132,7 +132,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         self.source = (
             None if source is None else DocumentSource(source, config=config, split=split, streaming=streaming)
         )
-        if hub.asked(config, split, streaming) and not (self.source and self.source.on_hub):
+        if hub.has_hub_options(config, split, streaming) and not (self.source and self.source.on_hub):
             raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is not one")
         self.held_out = validate_shares(validation, test)
         self.split_seed = split_seed

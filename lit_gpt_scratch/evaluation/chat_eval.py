@@ -84,7 +84,7 @@ def evaluate_chat(
         UserError: A conversation is longer than the context.
     """
     template = ChatTemplate(tokenizer)
-    prompts = [template.prompt(each.messages) for each in asked]
+    prompts = [template.render_prompt(each.messages) for each in asked]
     for each, prompt in zip(asked, prompts, strict=True):
         if len(prompt) > model.block_size:
             raise UserError(

@@ -14,7 +14,7 @@ def read_rows(source: str) -> Iterator[TableRow]:
         UserError: It is missing, holds no rows, or one cannot be read.
     """
     found = DocumentSource(source)
-    found.stamp()  # a source that is not there is said to be missing at once
+    found.fingerprint()  # a source that is not there is said to be missing at once
     return found.rows()
 
 

@@ -44,7 +44,7 @@ def stream_text(
         [tokenizer.start_of_text, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         for prompt in prompts
     ]
-    texts = [_StopStringBuffer(tokenizer.decoder(prompt[1:]), tuple(stop)) for prompt in ids]
+    texts = [_StopStringBuffer(tokenizer.stream_decoder(prompt[1:]), tuple(stop)) for prompt in ids]
     tokens = generate(
         model, ids, max_new_tokens, sampling, seeds, tokenizer.end_of_text, lambda row, _: texts[row].stopped, compile
     )

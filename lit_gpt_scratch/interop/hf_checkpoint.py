@@ -68,7 +68,7 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
             f"{tokenizer.vocab_size - 1}; the two belong to different models"
         )
     # What the tokenizer writes before a text, or else what the model was told.
-    start = next(iter(tokenizer.template), config.values.get("bos_token_id"))
+    start = next(iter(tokenizer.post_processor_ids), config.values.get("bos_token_id"))
     if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
         tokenizer.start_of_text = start
     found = read_tensors(folder)

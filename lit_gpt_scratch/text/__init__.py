@@ -1,1 +1,1 @@
-"""Strings to token ids and back; imports no torch."""
+"""Documents, cleaning, tokenizers and the chat template; imports no torch."""

@@ -1,4 +1,4 @@
-"""Files and folders that are whole or not there."""
+"""Atomic writes: a file or folder is complete or does not exist, even after a kill."""
 
 import multiprocessing
 import os
@@ -16,43 +16,44 @@ from filelock import FileLock
 from lit_gpt_scratch.errors import UserError
 
 PURPOSE_FILE: Final = "begun"
-"""A file in a folder that is being filled, with what it is filled for."""
+"""A file in an unfinished folder that holds its purpose; see ``create_folder_atomically``."""
 TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file beside its place, and put it there when all of it is on the disk."""
-    unfinished = path.with_name(TEMPORARY_NAME.format(name=path.name, writer=secrets.token_hex(4)))
+    """Open a temporary file next to ``path``; on success, flush it to disk and rename it to ``path``."""
+    temporary = path.with_name(TEMPORARY_NAME.format(name=path.name, writer=secrets.token_hex(4)))
     try:
-        with unfinished.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        unfinished.replace(path)
+        temporary.replace(path)
     finally:
-        unfinished.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: str, purpose: str | None = None) -> None:
-    """Make a folder unless it is there.
+    """Create a folder unless it exists.
 
-    It is filled beside its place and renamed when it is whole, so a kill leaves none or a good one; a lock, which a
-    kill frees, keeps a second process from doing the same work; a full disk is left as it was found.
+    The folder is filled under a temporary name and renamed when it is complete, so a kill leaves either no folder or
+    a complete one. A lock, which a kill releases, keeps a second process from doing the same work. A failure removes
+    what was written, so a full disk is left as it was found.
 
     Args:
-        folder: To be there; an empty one counts as none.
-        fill: Writes what is to be in it.
-        flag: The flag that moves it elsewhere.
-        purpose: What it is made of. If given, what a filling for the same purpose has left that was interrupted, by a
-            kill, Ctrl-C or the end of a process that helped, is handed to ``fill`` again, to go on with; by default it
-            begins anew.
+        folder: The folder to create; an empty one counts as missing.
+        fill: Writes the contents into the path it is given.
+        flag: The flag that chooses another location, for error messages.
+        purpose: What the contents are made from. If given, a folder left by an interrupted call (a kill, Ctrl-C or the
+            death of a worker process) with the same purpose is passed to ``fill`` again to be completed; by default
+            the work starts over.
 
     Raises:
-        UserError: It cannot be written, or a process that helped was killed.
+        UserError: The folder cannot be written, or a worker process was killed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("a process that cleans text imports this script again: put if __name__ == '__main__': above")
+        raise RuntimeError("worker processes import this script again: guard its code with if __name__ == '__main__':")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -61,37 +62,37 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
             if not folder.exists():
                 fill_folder_atomically(folder, fill, purpose)
     except BrokenProcessPool as error:
-        kept = "the same command goes on" if purpose is not None else "try again"
+        retry = "run the same command again to resume" if purpose is not None else "try again"
         raise UserError(
-            f"a process that worked on {folder.name} was killed, perhaps for want of memory; {kept}; fewer processes "
-            "take less: --data.processes 1"
+            f"a worker process for {folder.name} was killed, perhaps because memory ran out; {retry}; "
+            "fewer processes need less memory: --data.processes 1"
         ) from error
     except (OSError, sqlite3.OperationalError) as error:
-        said = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write to {folder.parent} ({said}); name another: {flag}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write to {folder.parent} ({reason}); choose another folder: {flag}") from error
 
 
 def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
-    """``create_folder_atomically`` for a folder that is not there and that no other process makes."""
+    """``create_folder_atomically`` without the lock, for a folder that does not exist and has no other writer."""
     partial = folder.with_name(f"{folder.name}.partial")
-    begun = partial / PURPOSE_FILE
-    if purpose is None or not begun.is_file() or begun.read_text(encoding="utf-8") != purpose:
+    purpose_file = partial / PURPOSE_FILE
+    if purpose is None or not purpose_file.is_file() or purpose_file.read_text(encoding="utf-8") != purpose:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
         if purpose is not None:
-            with atomic_file(begun) as note:
-                note.write(purpose.encode())
-    for left in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # by a writer that was killed
-        left.unlink(missing_ok=True)
+            with atomic_file(purpose_file) as file:
+                file.write(purpose.encode())
+    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # of a killed writer
+        leftover.unlink(missing_ok=True)
     try:
         fill(partial)
-        for file in partial.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as handle:
-                    os.fsync(handle.fileno())
-        begun.unlink(missing_ok=True)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb+") as file:
+                    os.fsync(file.fileno())
+        purpose_file.unlink(missing_ok=True)
         partial.rename(folder)
-    except BaseException as error:  # whatever it is: what cannot be gone on with would only fill the disk
+    except BaseException as error:  # Ctrl-C too: a folder that cannot be resumed would only take up disk space
         interrupted = isinstance(error, BrokenProcessPool) or not isinstance(error, Exception)
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)

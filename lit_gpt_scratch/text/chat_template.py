@@ -1,15 +1,16 @@
-"""Messages to token ids: the one template, for tuning and for talking.
+"""The chat template: messages to token ids, the same in fine-tuning and in generation.
 
-A conversation is the start of text, then turn after turn: the role's marker, the text, and what closes it. A reply is
-closed by the end of text, which is learned with it, so that a model knows when to stop; other turns by a newline::
+A conversation is the start of text, then turn after turn: the role's marker, the content, and the end of the turn. An
+assistant message ends with the end of text, which is in the loss so that a model learns to stop; other turns end with
+a newline::
 
     <|endoftext|><|user|>Hi!
     <|assistant|>Hello.<|endoftext|><|user|>And now?
     <|assistant|>Bye.<|endoftext|>
 
-A marker is the token ``<|role|>`` where the tokenizer has it, and otherwise the line ``### Role:``, so that any
-pretrained model can be tuned as it is. Markers, texts and closings are encoded apart: the border of a turn is a border
-of tokens, and a prompt has the very ids that the same messages have in training.
+A marker is the token ``<|role|>`` if the tokenizer has it, otherwise the line ``### Role:``, so that any pretrained
+model can be fine-tuned as it is. Markers, contents and turn ends are encoded separately: a turn boundary is always a
+token boundary, and a prompt has exactly the ids that the same messages have in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,9 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 Role = Literal["system", "user", "assistant"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 ASSISTANT: Final = "assistant"
-"""The role whose turns are learned."""
+"""The role whose messages are trained on."""
 ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
-"""Special tokens for a tokenizer that is made for conversations."""
+"""Special tokens for a tokenizer that is trained for conversations."""
 TURN_END: Final = "\n"
 
 
@@ -38,103 +39,103 @@ class Message:
 
 
 class RenderedConversation(NamedTuple):
-    """A conversation in tokens.
+    """A tokenized conversation.
 
     Attributes:
-        ids: (n,).
-        learned: (n,), True for the tokens of replies and for the end of text behind each.
+        ids: Token ids, (n,).
+        loss_mask: (n,), True for the tokens of assistant messages and the end of text after each.
     """
 
     ids: list[int]
-    learned: list[bool]
+    loss_mask: list[bool]
 
 
 class ChatTemplate:
-    """The template in the tokens of one tokenizer."""
+    """Renders messages with one tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._markers = {role: self._marker(role) for role in ROLES}
-        self._closing = tokenizer.encode(TURN_END)
+        self._markers = {role: self._role_marker(role) for role in ROLES}
+        self._turn_end = tokenizer.encode(TURN_END)
 
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
-        """A whole conversation, as it is learned."""
-        ids, learned = [self._tokenizer.start_of_text], [False]
+        """Tokenize a whole conversation for training."""
+        ids, loss_mask = [self._tokenizer.start_of_text], [False]
         for message in messages:
-            reply = message.role == ASSISTANT
-            said = self._tokenizer.encode(message.content)
-            said += [self._tokenizer.end_of_text] if reply else self._closing
-            ids += self._markers[message.role] + said
-            learned += [False] * len(self._markers[message.role]) + [reply] * len(said)
-        return RenderedConversation(ids, learned)
+            in_loss = message.role == ASSISTANT
+            content = self._tokenizer.encode(message.content)
+            content += [self._tokenizer.end_of_text] if in_loss else self._turn_end
+            ids += self._markers[message.role] + content
+            loss_mask += [False] * len(self._markers[message.role]) + [in_loss] * len(content)
+        return RenderedConversation(ids, loss_mask)
 
-    def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """What a reply to these messages is written after: all up to the marker of the reply."""
+    def render_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Tokenize the prompt for a reply to these messages; it ends with the assistant's marker."""
         return self.render(messages).ids + self._markers[ASSISTANT]
 
-    def _marker(self, role: Role) -> list[int]:
-        special = self._tokenizer.special(f"<|{role}|>")
+    def _role_marker(self, role: Role) -> list[int]:
+        special = self._tokenizer.special_token_id(f"<|{role}|>")
         return [special] if special is not None else self._tokenizer.encode(f"### {role.capitalize()}:\n")
 
 
 def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
-    """The messages of a record, whose kind its columns tell.
+    """Return the messages of a record; its columns tell the format.
 
     Args:
         fields: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al. 2023),
             ``instruction``, ``input``, which may be empty, and ``output``.
 
     Raises:
-        UserError: It is neither, or no conversation to learn from; without file and row, which the caller knows.
+        UserError: The record has neither format, or is not a conversation to train on; without file and row, which the
+            caller knows.
     """
     if fields.get("messages") is not None:
-        messages = _listed(fields["messages"], "messages")
+        messages = _parse_messages(fields["messages"], "messages")
     elif fields.get("instruction") is not None:
-        messages = [_instruction(fields), Message(ASSISTANT, get_text(fields, "output"))]
+        messages = [_parse_instruction(fields), Message(ASSISTANT, get_text(fields, "output"))]
     else:
-        there = ", ".join(fields) or "nothing"
-        raise UserError(f"a record has 'messages', or 'instruction' and 'output'; here is {there}")
+        found = ", ".join(fields) or "nothing"
+        raise UserError(f"a record needs 'messages', or 'instruction' and 'output'; this one has {found}")
     validate_messages(messages)
     if messages[-1].role != ASSISTANT:
-        raise UserError(f"the last message is the {messages[-1].role}'s; there is no reply to learn after it")
+        raise UserError(f"the last message has role {messages[-1].role}; there is no assistant reply after it to learn")
     return messages
 
 
-def prompt(fields: Mapping[str, Any]) -> list[Message]:
-    """The messages of a record to which replies are compared, or written.
+def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
+    """Return the prompt messages of a record, to which replies are generated or compared.
 
     Args:
         fields: ``prompt``, a text or a list of messages; or ``instruction`` and ``input``, as in Alpaca.
 
     Raises:
-        UserError: There is none, or nothing to reply to; without file and row, which the caller knows.
+        UserError: There is no prompt, or nothing to reply to; without file and row, which the caller knows.
     """
-    if isinstance(given := fields.get("prompt"), str):
-        messages = [Message("user", given)]
-    elif given is not None:
-        messages = _listed(given, "prompt")
+    if isinstance(prompt := fields.get("prompt"), str):
+        messages = [Message("user", prompt)]
+    elif prompt is not None:
+        messages = _parse_messages(prompt, "prompt")
     elif fields.get("instruction") is not None:
-        messages = [_instruction(fields)]
+        messages = [_parse_instruction(fields)]
     else:
-        raise UserError(f"a record has 'prompt', or 'instruction'; here is {', '.join(fields) or 'nothing'}")
+        found = ", ".join(fields) or "nothing"
+        raise UserError(f"a record needs 'prompt' or 'instruction'; this one has {found}")
     validate_messages(messages)
     if messages[-1].role != "user":
-        raise UserError(f"the last message of the prompt is the {messages[-1].role}'s; a reply follows the user's")
+        raise UserError(f"the last message of the prompt has role {messages[-1].role}; it must be the user's")
     return messages
 
 
-def reply(fields: Mapping[str, Any], column: str) -> str:
-    """A reply of a record: a text, or a list of a single message of the assistant.
+def parse_reply(fields: Mapping[str, Any], column: str) -> str:
+    """Return a reply of a record: a text, or a list with a single assistant message.
 
     Raises:
         UserError: It is empty, or something else; without file and row.
     """
     if isinstance(fields.get(column), list):
-        messages = _listed(fields[column], column)
+        messages = _parse_messages(fields[column], column)
         if [message.role for message in messages] != [ASSISTANT]:
-            raise UserError(
-                f"'{column}' is not one message of the {ASSISTANT}; what was said before belongs to 'prompt'"
-            )
+            raise UserError(f"'{column}' is not a single {ASSISTANT} message; put earlier turns into 'prompt'")
         text = messages[0].content
     else:
         text = get_text(fields, column)
@@ -144,45 +145,44 @@ def reply(fields: Mapping[str, Any], column: str) -> str:
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Refuse what is no conversation: first the system, if at all, then the user, then turn about.
+    """Check that messages are a conversation: at most one system message first, then user and assistant in turn.
 
     Raises:
-        UserError: A message is empty, or not in its place.
+        UserError: A message is empty or out of order.
     """
     if not messages:
-        raise UserError("there is no message")
+        raise UserError("there are no messages")
     for number, message in enumerate(messages, 1):
         before = messages[number - 2].role if number > 1 else None
         if is_blank(message.content):
-            what = "reply" if message.role == ASSISTANT else f"text of the {message.role}"
-            raise UserError(f"message {number}: the {what} is empty")
+            raise UserError(f"message {number}: the {message.role}'s text is empty")
         if message.role == before:
-            raise UserError(f"messages {number - 1} and {number} are both the {before}'s; join them")
+            raise UserError(f"messages {number - 1} and {number} both have role {before}; join them")
         if message.role == "system" and before is not None:
-            raise UserError(f"message {number} is the system's, which can only be the first")
+            raise UserError(f"message {number} has role system, which can only come first")
         if message.role == ASSISTANT and before != "user":
-            raise UserError(f"message {number} is the {ASSISTANT}'s, but nobody has asked; the user begins")
+            raise UserError(f"message {number} has role {ASSISTANT} but does not follow a user message")
 
 
-def _instruction(fields: Mapping[str, Any]) -> Message:
-    asked = [get_text(fields, name) for name in ("instruction", "input")]
-    return Message("user", "\n\n".join(part for part in asked if not is_blank(part)))
+def _parse_instruction(fields: Mapping[str, Any]) -> Message:
+    parts = [get_text(fields, name) for name in ("instruction", "input")]
+    return Message("user", "\n\n".join(part for part in parts if not is_blank(part)))
 
 
-def _listed(given: Any, column: str) -> list[Message]:
-    if not isinstance(given, list):
-        raise UserError(f"'{column}' is {type(given).__name__}, not a list")
+def _parse_messages(value: Any, column: str) -> list[Message]:
+    if not isinstance(value, list):
+        raise UserError(f"'{column}' is {type(value).__name__}, not a list")
     messages = []
-    for number, entry in enumerate(given, 1):
+    for number, entry in enumerate(value, 1):
         if not isinstance(entry, Mapping):
             raise UserError(f"message {number} is {type(entry).__name__}, not an object with 'role' and 'content'")
         if entry.get("role") not in ROLES:
-            raise UserError(f"message {number} has the role {entry.get('role')!r}; there are {', '.join(ROLES)}")
-        messages.append(Message(entry["role"], _content(entry, number)))
+            raise UserError(f"message {number} has role {entry.get('role')!r}; choose from {', '.join(ROLES)}")
+        messages.append(Message(entry["role"], _parse_content(entry, number)))
     return messages
 
 
-def _content(entry: Mapping[str, Any], number: int) -> str:
+def _parse_content(entry: Mapping[str, Any], number: int) -> str:
     try:
         return get_text(entry, "content")
     except UserError as error:

@@ -1,11 +1,12 @@
-"""Cleaning: steps from a document to a document, or to a reason for rejecting it.
+"""Cleaning filters: each maps a document to a document, or to the reason why it is rejected.
 
-A pipeline is a list of steps, chosen and ordered in a config; by default exact duplicates are dropped, and nothing else
-is done to anybody's text. A step is a frozen dataclass: its arguments are what it does, and are part of a corpus' key.
+The pipeline is a list of steps, chosen and ordered in a config; by default only exact duplicates are removed. A step is
+a frozen dataclass: its arguments define what it does, and are part of the cache key of the cleaned corpus.
 """
 
 import hashlib
 import inspect
+import ipaddress
 import re
 import sys
 import unicodedata
@@ -20,68 +21,68 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Document
 
 RejectionReason = str
-"""Why a document is rejected: a few words that are the same for all documents of that fault."""
+"""Why a document is rejected: a short phrase, the same for all documents rejected by one rule."""
 
 
 class CleaningStep:
-    """A step of one of the three kinds below."""
+    """Base class of the three kinds of cleaning steps below."""
 
     @property
     def name(self) -> str:
-        """What the account calls it."""
+        """The step's name in the cleaning report."""
         return type(self).__name__
 
     @property
-    def code(self) -> str:
-        """A hash of the module it is written in: a corpus is made anew when somebody changes a rule."""
+    def source_hash(self) -> str:
+        """A hash of the source of the step's module: a corpus is cleaned again when a rule's code changes."""
         try:
-            written: Any = inspect.getsource(sys.modules[type(self).__module__])
-        except (TypeError, OSError):  # in a notebook, or on a prompt
-            written = [
+            source: Any = inspect.getsource(sys.modules[type(self).__module__])
+        except (TypeError, OSError):  # defined in a notebook or an interactive session
+            source = [
                 (name, function.__code__.co_code, function.__code__.co_consts)
                 for name, function in vars(type(self)).items()
                 if inspect.isfunction(function)
             ]
-        return hashlib.sha256(repr(written).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr(source).encode()).hexdigest()[:16]
 
 
 class PerDocumentStep(CleaningStep, ABC):
-    """What is made of a document from that document alone."""
+    """A step that edits or rejects a document, looking at that document alone."""
 
     @abstractmethod
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """The document, the same or another text under its id; or why it is rejected."""
+        """Return the document, with the same or another text under the same id, or why it is rejected."""
 
 
 class DeduplicationStep(CleaningStep, ABC):
-    """A step that judges a document by those before it.
+    """A step that rejects a document because of documents before it.
 
-    Documents are sketched side by side, in several processes, and judged one after the other, in their order.
+    Sketches are computed in parallel, in several processes; they are compared one after the other, in document order.
     """
 
     cheap: ClassVar[bool] = False
-    """Whether a sketch costs less than to send the document to another process."""
+    """Whether computing a sketch costs less than sending the document to another process."""
 
     @abstractmethod
     def sketch(self, document: Document) -> Any:
-        """What has to be known of a document to judge it."""
+        """Return what is needed to compare a document with others."""
 
     @abstractmethod
-    def judge(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
-        """A judge of sketches that remembers those that passed; ``folder`` takes what need not be in memory."""
+    def build_filter(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
+        """Return a filter of sketches that remembers those that passed; it may keep files in ``folder``."""
 
 
 class DecontaminationStep(CleaningStep, ABC):
-    """A step that judges training documents by those held out: it comes after the split, and so after all others."""
+    """A step that rejects training documents because of validation documents: it runs after the split, so last."""
 
     @abstractmethod
-    def judge(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """A judge of training documents."""
+    def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
+        """Return a filter of training documents, given the validation documents."""
 
 
 @dataclass(frozen=True)
 class UnicodeNormalization(PerDocumentStep):
-    """One code for what looks the same: ``NFC`` composes, ``NFKC`` also makes ligatures and wide letters plain.
+    """Normalise Unicode: ``NFC`` composes, ``NFKC`` also replaces ligatures and wide letters by plain ones.
 
     Args:
         form: One of Unicode's normal forms (https://unicode.org/reports/tr15).
@@ -90,7 +91,7 @@ class UnicodeNormalization(PerDocumentStep):
     form: Literal["NFC", "NFD", "NFKC", "NFKD"] = "NFC"
 
     def __call__(self, document: Document) -> Document:
-        """Normalise."""
+        """Normalise the text."""
         return replace(document, text=unicodedata.normalize(self.form, document.text))
 
 
@@ -99,25 +100,25 @@ CONTROL_CHARACTERS: Final = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9
 
 @dataclass(frozen=True)
 class ControlCharacters(PerDocumentStep):
-    """Drop what no one sees: C0 and C1 controls but tab, line feeds, form feed and U+0085; zero-width marks, and BOMs.
+    """Remove invisible characters: C0 and C1 controls except tab, line feeds, form feed and U+0085; zero-width, BOM.
 
     The joiners U+200C and U+200D stay: words and emoji are written with them.
     """
 
     def __call__(self, document: Document) -> Document:
-        """Drop them."""
+        """Remove them."""
         return replace(document, text=CONTROL_CHARACTERS.sub("", document.text))
 
 
 @dataclass(frozen=True)
 class Whitespace(PerDocumentStep):
-    """One kind of line end, no space at the end of a line, no more than ``blank_lines`` in a row.
+    r"""Normalise line ends to ``\n``, strip trailing spaces, keep at most ``blank_lines`` blank lines in a row.
 
     Spaces at the start of a line stay: they are Python's grammar and a poem's shape.
 
     Args:
-        blank_lines: Empty lines to keep between two that are not.
-        spaces: Make a row of spaces and tabs inside a line one space.
+        blank_lines: Maximum number of consecutive blank lines.
+        spaces: Collapse runs of spaces and tabs inside a line to one space.
     """
 
     blank_lines: int = 1
@@ -128,7 +129,7 @@ class Whitespace(PerDocumentStep):
             raise UserError(f"data.cleaning: Whitespace.blank_lines is {self.blank_lines}; it must be 0 or more")
 
     def __call__(self, document: Document) -> Document:
-        """Tidy."""
+        """Normalise the whitespace."""
         text = re.sub(r"\r\n?|[\u2028\u2029\u0085]", "\n", document.text)
         text = "\n".join(line.rstrip() for line in text.split("\n"))
         text = re.sub(rf"\n{{{self.blank_lines + 2},}}", "\n" * (self.blank_lines + 1), text)
@@ -139,11 +140,11 @@ class Whitespace(PerDocumentStep):
 
 @dataclass(frozen=True)
 class Length(PerDocumentStep):
-    """Reject what is too short or too long.
+    """Reject documents that are too short or too long.
 
     Args:
-        at_least: Characters that a document has at least.
-        at_most: Characters that it has at most; none by default.
+        at_least: Minimum number of characters.
+        at_most: Maximum number of characters; none by default.
     """
 
     at_least: int = 1
@@ -154,7 +155,7 @@ class Length(PerDocumentStep):
             raise UserError(f"data.cleaning: Length.at_most ({self.at_most}) is below at_least ({self.at_least})")
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Measure."""
+        """Check the length."""
         if len(document.text) < self.at_least:
             return f"fewer than {self.at_least:,} characters"
         if self.at_most is not None and len(document.text) > self.at_most:
@@ -172,48 +173,48 @@ IPV6: Final = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f
 
 @dataclass(frozen=True)
 class MaskContacts(PerDocumentStep):
-    """Put words in place of e-mail and IP addresses (https://arxiv.org/abs/2406.17557, section 3.7).
+    """Replace e-mail and IP addresses by placeholders (https://arxiv.org/abs/2406.17557, section 3.7).
 
     Args:
-        email: Stands for an e-mail address.
-        ip: Stands for an IPv4 or IPv6 address.
+        email: Placeholder for an e-mail address.
+        ip: Placeholder for an IPv4 or IPv6 address.
     """
 
     email: str = "email@example.com"
     ip: str = "192.0.2.1"
 
     def __call__(self, document: Document) -> Document:
-        """Mask."""
+        """Replace the addresses."""
         text = EMAIL.sub(lambda _: self.email, document.text) if "@" in document.text else document.text
         text = IPV4.sub(lambda _: self.ip, text)
         return replace(document, text=IPV6.sub(lambda match: self.ip if _is_ipv6(match[0]) else match[0], text))
 
 
-def _is_ipv6(found: str) -> bool:
-    """Whether it is an address that could be somebody's; ``10::20`` and ``ace::Face`` in code are not taken for one."""
-    import ipaddress
-
+def _is_ipv6(candidate: str) -> bool:
+    """Whether it is an address that may belong to a person; ``10::20`` and ``ace::Face`` in code are not."""
     try:
-        groups = [group for group in ipaddress.IPv6Address(found).compressed.split(":") if group]
+        groups = [group for group in ipaddress.IPv6Address(candidate).compressed.split(":") if group]
     except ValueError:
         return False
     return len(groups) >= 3 or groups[:1] == ["fe80"]
 
 
 def validate_steps(steps: Sequence[CleaningStep]) -> None:
-    """Refuse steps that are none, miss a setting, or stand where they cannot.
+    """Check that every entry is a cleaning step, has all its settings, and comes in a possible order.
 
     Raises:
-        UserError: One of them does; it is named.
+        UserError: A step fails the check; the message names it.
     """
     for step in steps:
         if not isinstance(step, PerDocumentStep | DeduplicationStep | DecontaminationStep):
-            raise UserError(f"data.cleaning: {step.name} is none of the three kinds of CleaningStep")
+            raise UserError(
+                f"data.cleaning: {step.name} is not a PerDocumentStep, DeduplicationStep or DecontaminationStep"
+            )
         settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
         for setting in settings:
             if getattr(step, setting.name) is None and setting.default is not None:
-                raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out for its default")
-    first = next((place for place, step in enumerate(steps) if isinstance(step, DecontaminationStep)), None)
+                raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out to use its default")
+    first = next((index for index, step in enumerate(steps) if isinstance(step, DecontaminationStep)), None)
     for step in steps[first:] if first is not None else ():
         if not isinstance(step, DecontaminationStep):
             raise UserError(f"data.cleaning: put {step.name} before {steps[first or 0].name}")

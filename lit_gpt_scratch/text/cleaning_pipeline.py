@@ -1,4 +1,4 @@
-"""Documents through cleaning steps: side by side where a step looks at one document, in order where it compares.
+"""Runs documents through cleaning steps: per-document steps in parallel, deduplication in document order.
 
 The same documents come out, in the same order, whatever the number of processes.
 """
@@ -17,138 +17,147 @@ from lit_gpt_scratch.text.document import Document, is_blank
 from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
 BATCH_BYTES: Final = 2**20
-"""Bytes of text that go to a process at once; of shorter documents, up to as many of them as ``BATCH_DOCUMENTS``."""
+"""Bytes of text per batch sent to a process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
 BATCH_DOCUMENTS: Final = 256
 SINGLE_PROCESS_BYTES: Final = 2**25
-"""Bytes of text before which no process is started: it would take longer to start than it saves."""
+"""Bytes of text that are processed before worker processes start: starting them takes longer than they would save."""
 QUEUED_BATCHES: Final = 2
-"""Batches that wait for each process."""
+"""Batches queued per process."""
 
 
 @dataclass(slots=True)
 class PipelineItem:
-    """What becomes of a document on its way through the steps.
+    """A document on its way through the steps.
 
     Attributes:
         document: As the last step that it passed left it.
-        origin: The number of its source.
-        sizes: UTF-8 bytes before the first step, and after each that it passed.
-        texts: The texts of these sizes, if the document is one of those whose tokens are counted.
-        reason: Why the next step rejected it, if one did.
-        sketch: What the next comparing step has to know of it.
+        source_index: Index of its source.
+        sizes: UTF-8 bytes before the first step, and after each step that it passed.
+        texts: The texts of these sizes, if the document is in the sample whose tokens are counted.
+        reason: Why the next step rejected it, if it did.
+        sketch: What the next deduplication step compares.
     """
 
     document: Document
-    origin: int
+    source_index: int
     sizes: list[int]
     texts: list[str] | None = None
     reason: RejectionReason | None = None
     sketch: Any = None
 
-    def passed(self, document: Document) -> None:
-        """Note what a step left."""
-        same = document.text == self.document.text
-        self.sizes.append(self.sizes[-1] if same else len(document.text.encode()))
+    def record_step(self, document: Document) -> None:
+        """Record the output of a step that the document passed."""
+        unchanged = document.text == self.document.text
+        self.sizes.append(self.sizes[-1] if unchanged else len(document.text.encode()))
         if self.texts is not None:
-            self.texts.append(self.texts[-1] if same else document.text)
+            self.texts.append(self.texts[-1] if unchanged else document.text)
         self.document = document
 
 
 ItemBatch = list[PipelineItem]
-Sketch = Callable[[Document], Any]
+SketchFunction = Callable[[Document], Any]
 
 
 def run_pipeline(
-    passages: Iterable[PipelineItem], steps: Sequence[CleaningStep], last: Sketch, folder: Path, processes: int
+    items: Iterable[PipelineItem],
+    steps: Sequence[CleaningStep],
+    final_sketch: SketchFunction,
+    folder: Path,
+    processes: int,
 ) -> Iterator[PipelineItem]:
-    """Send documents through steps.
+    """Run documents through the steps before the split.
 
     Args:
-        passages: The documents, in their order.
-        steps: Without those that come after the split.
-        last: What to find out about each document that passed all steps.
-        folder: Where steps may keep what they remember.
-        processes: To work in; with 1, in this one.
+        items: The documents, in order.
+        steps: Per-document and deduplication steps.
+        final_sketch: Computed for each document that passes all steps, into ``PipelineItem.sketch``.
+        folder: Where steps may keep files.
+        processes: Worker processes; 1 runs everything in this process.
+
+    Yields:
+        All items, in order, rejected ones too.
     """
     with ExitStack() as stack:
         pool = LazyProcessPool(processes)
         stack.callback(pool.close)
-        batches = _batches(passages)
-        alone: list[PerDocumentStep] = []
+        batches = _make_batches(items)
+        pending: list[PerDocumentStep] = []
         for step in steps:
             if isinstance(step, DeduplicationStep):
-                work = partial(_work, tuple(alone), step.sketch)
-                batches = map(work, batches) if step.cheap and not alone else pool.each(work, batches)
-                batches = _judged(batches, stack.enter_context(step.judge(folder)))
-                alone = []
+                process = partial(_process_batch, tuple(pending), step.sketch)
+                batches = map(process, batches) if step.cheap and not pending else pool.map(process, batches)
+                batches = _filter_batches(batches, stack.enter_context(step.build_filter(folder)))
+                pending = []
             elif isinstance(step, PerDocumentStep):
-                alone.append(step)
-        for batch in pool.each(partial(_work, tuple(alone), last), batches):
+                pending.append(step)
+        for batch in pool.map(partial(_process_batch, tuple(pending), final_sketch), batches):
             yield from batch
 
 
-def _batches(passages: Iterable[PipelineItem]) -> Iterator[ItemBatch]:
+def _make_batches(items: Iterable[PipelineItem]) -> Iterator[ItemBatch]:
     batch: ItemBatch = []
     size = 0
-    for passage in passages:
-        batch.append(passage)
-        size += passage.sizes[0]
+    for item in items:
+        batch.append(item)
+        size += item.sizes[0]
         if size >= BATCH_BYTES or len(batch) >= BATCH_DOCUMENTS:
             yield batch
             batch, size = [], 0
     yield batch
 
 
-def _work(steps: Sequence[PerDocumentStep], sketch: Sketch, batch: ItemBatch) -> ItemBatch:
-    for passage in batch:
-        for step in steps if passage.reason is None else ():
-            result = step(passage.document)
+def _process_batch(steps: Sequence[PerDocumentStep], sketch: SketchFunction, batch: ItemBatch) -> ItemBatch:
+    for item in batch:
+        for step in steps if item.reason is None else ():
+            result = step(item.document)
             if isinstance(result, str):
-                passage.reason = result
+                item.reason = result
                 break
             if is_blank(result.text):
-                passage.reason = "nothing left"
+                item.reason = "empty after cleaning"
                 break
-            passage.passed(result)
-        passage.sketch = sketch(passage.document) if passage.reason is None else None
+            item.record_step(result)
+        item.sketch = sketch(item.document) if item.reason is None else None
     return batch
 
 
-def _judged(batches: Iterable[ItemBatch], judge: Callable[[Any], RejectionReason | None]) -> Iterator[ItemBatch]:
+def _filter_batches(
+    batches: Iterable[ItemBatch], rejection_of: Callable[[Any], RejectionReason | None]
+) -> Iterator[ItemBatch]:
     for batch in batches:
-        for passage in batch:
-            if passage.reason is None:
-                passage.reason = judge(passage.sketch)
-                passage.sketch = None
-                if passage.reason is None:
-                    passage.passed(passage.document)
+        for item in batch:
+            if item.reason is None:
+                item.reason = rejection_of(item.sketch)
+                item.sketch = None
+                if item.reason is None:
+                    item.record_step(item.document)
         yield batch
 
 
 class LazyProcessPool:
-    """Processes that are started when the work turns out to be much, and results in the order of the work."""
+    """A process pool that starts once there is enough work, and returns results in order."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
 
-    def each(self, work: Callable[[ItemBatch], ItemBatch], batches: Iterable[ItemBatch]) -> Iterator[ItemBatch]:
-        """``work(batch)`` for each batch."""
-        seen = 0
-        waiting: deque[Future[ItemBatch]] = deque()
+    def map(self, process: Callable[[ItemBatch], ItemBatch], batches: Iterable[ItemBatch]) -> Iterator[ItemBatch]:
+        """Yield ``process(batch)`` for each batch, in order; a bounded number of batches is read ahead."""
+        n_bytes = 0
+        queue: deque[Future[ItemBatch]] = deque()
         for batch in batches:
-            seen += sum(passage.sizes[0] for passage in batch)
-            if self.processes == 1 or seen < SINGLE_PROCESS_BYTES:
-                yield work(batch)
+            n_bytes += sum(item.sizes[0] for item in batch)
+            if self.processes == 1 or n_bytes < SINGLE_PROCESS_BYTES:
+                yield process(batch)
                 continue
-            waiting.append(self._start().submit(work, batch))
-            if len(waiting) > QUEUED_BATCHES * self.processes:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+            queue.append(self._start().submit(process, batch))
+            if len(queue) > QUEUED_BATCHES * self.processes:
+                yield queue.popleft().result()
+        while queue:
+            yield queue.popleft().result()
 
     def close(self) -> None:
-        """End the processes; what still waits is not done."""
+        """Stop the processes and drop queued work."""
         if self._pool is not None:
             shutdown_process_pool(self._pool)
 

@@ -1,7 +1,7 @@
-"""Documents read, cleaned, mixed and split, once, and kept beside their audit.
+"""A cleaned corpus: documents read, cleaned, mixed and split once, and stored with their cleaning report.
 
-A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``: ``datasets`` and
-``pandas`` read it as it is), ``audit.json`` and ``audit.md``. Documents pass through memory a few at a time.
+A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``, readable by
+``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, a few in memory at a time.
 """
 
 import hashlib
@@ -19,34 +19,39 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import cleaning_pipeline, hub
-from lit_gpt_scratch.text import cleaning_report as account
+from lit_gpt_scratch.text import hub
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
-from lit_gpt_scratch.text.cleaning import CleaningStep, DecontaminationStep, validate_steps
-from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
-from lit_gpt_scratch.text.cleaning_report import CleaningReport
+from lit_gpt_scratch.text.cleaning import CleaningStep, DecontaminationStep, Length, validate_steps
+from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem, run_pipeline
+from lit_gpt_scratch.text.cleaning_report import CleaningReport, format_report
+from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.document import Document, RejectedDocument, is_blank
-from lit_gpt_scratch.text.document_index import DocumentIndex, hash_document
-from lit_gpt_scratch.text.duplicates import sha256_text
+from lit_gpt_scratch.text.duplicates import ExactDuplicates, sha256_text
 from lit_gpt_scratch.text.parquet_io import ParquetDocumentWriter, read_parquet_documents
+from lit_gpt_scratch.text.quality import C4
 from lit_gpt_scratch.text.sources import DocumentSource, no_text_message
-from lit_gpt_scratch.text.split import TrainValidationSplit
+from lit_gpt_scratch.text.split import DocumentIndex, TrainValidationSplit, hash_document
 
 SplitName = Literal["train", "validation"]
 SPLITS: Final[tuple[SplitName, ...]] = ("train", "validation")
 CORPUS_FORMAT: Final = 2
 CLEANED_FILE: Final = "cleaned.parquet"
+SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
+    "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
+    "ef71f33303efd7d9": Leakage,
+}  # fmt: skip
+"""``CleaningStep.source_hash`` of the modules of version 0.1, and a step that is now in each of them."""
 
 
 @dataclass(frozen=True)
 class CleanedCorpus:
-    """A kept corpus.
+    """A corpus on disk.
 
     Attributes:
-        folder: Where it lies.
-        fingerprint: SHA-256 over ids, contents and sides; the corpus changed if it did.
-        n_bytes: UTF-8 bytes of the texts of both sides.
-        audit: What became of every document.
+        folder: Its folder.
+        fingerprint: SHA-256 over the ids, contents and sides of all documents.
+        n_bytes: UTF-8 bytes of the texts of both splits.
+        audit: The cleaning report; see ``CleaningReport.to_dict``.
     """
 
     folder: Path
@@ -56,41 +61,41 @@ class CleanedCorpus:
 
     @classmethod
     def open(cls, folder: Path) -> "CleanedCorpus":
-        """Open a folder that ``Selection.prepare`` made.
+        """Open a folder that ``CorpusSpec.prepare`` created.
 
         Raises:
-            UserError: It is no such folder.
+            UserError: The folder is not a corpus.
         """
         try:
-            about = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
+            metadata = json.loads((folder / "corpus.json").read_text(encoding="utf-8"))
             audit = json.loads((folder / "audit.json").read_text(encoding="utf-8"))
-            return cls(folder, about["fingerprint"], about["n_bytes"], audit)
+            return cls(folder, metadata["fingerprint"], metadata["n_bytes"], audit)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder} is no corpus ({error}); delete it and try again") from error
+            raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
-    def texts(self, side: SplitName, share: float = 1.0) -> Iterator[str]:
-        """The texts of one side; or about a share of them, the same whatever their order."""
-        for document in read_parquet_documents(self.folder / f"{side}.parquet"):
-            if share == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < share:
+    def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
+        """Yield the texts of one split; or about a fraction of them, chosen by content and so independent of order."""
+        for document in read_parquet_documents(self.folder / f"{split}.parquet"):
+            if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
                 yield document.text
 
     @property
     def sample(self) -> list[list[str]]:
-        """See ``Audit.sample``."""
-        found: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
-        return found
+        """See ``CleaningReport.sample``."""
+        sample: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
+        return sample
 
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """All that decides which texts a corpus has.
+    """Everything that decides which texts a corpus has.
 
     Args:
-        sources: Each with its weight; of several, so much of each is taken that their bytes are as the weights.
-        cleaning: Steps, in their order.
+        sources: Each with its weight; several are mixed so that their bytes are in proportion to their weights.
+        cleaning: Cleaning steps, in order.
         validation_share: Share of the documents to hold out.
-        max_bytes: Read no further, in each source, than the document that reaches so many bytes of text.
-        processes: To clean in; does not change the result.
+        max_bytes: Stop reading each source after the document that reaches this many bytes of text.
+        processes: Worker processes for cleaning; they do not change the result.
     """
 
     sources: tuple[tuple[DocumentSource, float], ...]
@@ -100,156 +105,170 @@ class CorpusSpec:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        for_hub = any(hub.asked(source.config, source.split, source.streaming) for source, _ in self.sources)
-        if for_hub and not any(source.on_hub for source, _ in self.sources):
-            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is none")
+        hub_options = any(
+            hub.has_hub_options(source.config, source.split, source.streaming) for source, _ in self.sources
+        )
+        if hub_options and not any(source.on_hub for source, _ in self.sources):
+            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is not one")
         validate_steps(self.cleaning)
 
     @property
     def name(self) -> str:
-        """The sources, as a user wrote them."""
+        """The sources as the user wrote them."""
         return ", ".join(source.name for source, _ in self.sources)
 
     @cached_property
-    def stamps(self) -> list[str]:
-        """What changes when the sources do; see ``Source.stamp``."""
-        return [source.stamp() for source, _ in self.sources]
+    def source_fingerprints(self) -> list[str]:
+        """See ``DocumentSource.fingerprint``."""
+        return [source.fingerprint() for source, _ in self.sources]
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the corpus follows from beside what is in the sources."""
+        """What determines the corpus, except the contents of the sources; stored with it and with its tokens."""
         return {
             "format": CORPUS_FORMAT,
-            # Compared with what a store has on disk, where the class has been called Source since 0.1.
+            # The class was called Source in version 0.1; stores that hold this string still have to match.
             "source": [[repr(source).removeprefix("Document"), weight] for source, weight in self.sources],
-            "cleaning": [f"{step!r} {step.code}" for step in self.cleaning],
+            "cleaning": [f"{step!r} {step.source_hash}" for step in self.cleaning],
             "validation_share": self.validation_share,
             "max_bytes": self.max_bytes,
         }
 
     def prepare(self, corpora: Path, flag: str = "--data.cache") -> CleanedCorpus:
-        """Open the corpus of this selection in a folder of many, making it first if it is not there.
+        """Open this corpus in a folder of many corpora, creating it first if it does not exist.
+
+        Args:
+            corpora: The folder of corpora; each is named after a hash of its settings and sources.
+            flag: The flag that chooses ``corpora``, for error messages.
 
         Raises:
             UserError: A source is unusable, no document is left, or the folder cannot be written.
         """
-        here = [source.stamp(here=True) for source, _ in self.sources]
-        key = hashlib.sha256(json.dumps([self.settings, here], sort_keys=True).encode()).hexdigest()
+        sources = [source.fingerprint(local=True) for source, _ in self.sources]
+        key = hashlib.sha256(json.dumps([self.settings, sources], sort_keys=True).encode()).hexdigest()
         folder = corpora / key[:16]
         create_folder_atomically(folder, self.write, flag)
         return CleanedCorpus.open(folder)
 
     def write(self, folder: Path) -> None:
-        """Make the corpus in an empty folder."""
+        """Create the corpus in an empty folder."""
         before = [step for step in self.cleaning if not isinstance(step, DecontaminationStep)]
         after = [step for step in self.cleaning if isinstance(step, DecontaminationStep)]
         mixing = ["mixing"] if len(self.sources) > 1 else []
-        audit = CleaningReport([step.name for step in before], [*mixing, *(step.name for step in after)])
-        with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(DocumentIndex(Path(scratch))) as ledger:
-            self._clean(Path(scratch), before, audit, ledger)
+        report = CleaningReport([step.name for step in before], [*mixing, *(step.name for step in after)])
+        with tempfile.TemporaryDirectory(dir=folder) as scratch, closing(DocumentIndex(Path(scratch))) as index:
+            self._clean(Path(scratch), before, report, index)
             names, weights = zip(*((source.name, weight) for source, weight in self.sources), strict=True)
-            wanted = ledger.mixed(names, weights)
-            parts = ledger.split(wanted, self.validation_share)
-            fingerprint, sides = self._divide(folder, Path(scratch), audit, parts, wanted, after)
-        sizes = {side: {"documents": shelf.n_documents, "bytes": shelf.n_bytes} for side, shelf in sides.items()}
-        found = audit.to_dict() | {"split": sizes}
-        about = {"fingerprint": fingerprint, "n_bytes": sum(shelf.n_bytes for shelf in sides.values()), **self.settings}
-        for name, content in (("audit", found), ("corpus", about), ("sample", audit.sample)):
+            selected = index.select_by_weight(names, weights)
+            parts = index.split(selected, self.validation_share)
+            fingerprint, writers = self._write_splits(folder, Path(scratch), report, parts, selected, after)
+        sizes = {split: {"documents": file.n_documents, "bytes": file.n_bytes} for split, file in writers.items()}
+        audit = report.to_dict() | {"split": sizes}
+        n_bytes = sum(file.n_bytes for file in writers.values())
+        metadata = {"fingerprint": fingerprint, "n_bytes": n_bytes, **self.settings}
+        for name, content in (("audit", audit), ("corpus", metadata), ("sample", report.sample)):
             (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-        (folder / "audit.md").write_text(account.format_report(found), encoding="utf-8")
+        (folder / "audit.md").write_text(format_report(audit), encoding="utf-8")
 
     def _clean(
-        self, scratch: Path, steps: Sequence[CleaningStep], audit: CleaningReport, ledger: DocumentIndex
+        self, scratch: Path, steps: Sequence[CleaningStep], report: CleaningReport, index: DocumentIndex
     ) -> None:
-        """Everything before the split: kept documents on a shelf, in their order, and what is known of each."""
-        bar = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
-        with bar, ParquetDocumentWriter(scratch / CLEANED_FILE) as shelf:
-            for passage in cleaning_pipeline.run_pipeline(
-                self._read(audit), steps, hash_document, scratch, self.processes
-            ):
-                audit.add(passage)
-                if passage.reason is None:
-                    shelf.add(passage.document, passage.sizes[-1])
-                    ledger.add(passage)
-                bar.update(passage.sizes[0])
-        self._refuse_nothing(audit, ledger.n_documents)
+        """Run the steps before the split; kept documents go to a Parquet file in their order, and to the index."""
+        progress = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
+        with progress, ParquetDocumentWriter(scratch / CLEANED_FILE) as writer:
+            for item in run_pipeline(self._read(report), steps, hash_document, scratch, self.processes):
+                report.add(item)
+                if item.reason is None:
+                    writer.add(item.document, item.sizes[-1])
+                    index.add(item)
+                progress.update(item.sizes[0])
+        self._require_documents(report, index.n_documents)
 
-    def _read(self, audit: CleaningReport) -> Iterator[PipelineItem]:
-        for origin, (source, _) in enumerate(self.sources):
-            read = 0
+    def _read(self, report: CleaningReport) -> Iterator[PipelineItem]:
+        for source_index, (source, _) in enumerate(self.sources):
+            bytes_read = 0
             for found in source.read():
                 if isinstance(found, RejectedDocument):
-                    audit.passed_over(found)
+                    report.add_unreadable(found)
                     continue
                 size = len(found.text.encode())
                 if is_blank(found.text):
-                    audit.passed_over(RejectedDocument(found.id, "no text", size))
+                    report.add_unreadable(RejectedDocument(found.id, "no text", size))
                     continue
                 document = found if len(self.sources) == 1 else replace(found, id=f"{source.name}:{found.id}")
-                texts = [document.text] if audit.sampled(document.id, size) else None
-                yield PipelineItem(document, origin, [size], texts)
-                read += size
-                if self.max_bytes is not None and read >= self.max_bytes:
+                texts = [document.text] if report.in_sample(document.id, size) else None
+                yield PipelineItem(document, source_index, [size], texts)
+                bytes_read += size
+                if self.max_bytes is not None and bytes_read >= self.max_bytes:
                     break
 
-    def _divide(
+    def _write_splits(
         self,
         folder: Path,
         scratch: Path,
-        audit: CleaningReport,
+        report: CleaningReport,
         parts: TrainValidationSplit,
-        wanted: NDArray[np.bool_],
+        selected: NDArray[np.bool_],
         after: Sequence[DecontaminationStep],
     ) -> tuple[str, dict[SplitName, ParquetDocumentWriter]]:
-        """Everything after the split: each document to its side, but for those that are in its way."""
+        """Run the steps after the split and write both splits; returns the fingerprint and the closed writers."""
         cleaned = scratch / CLEANED_FILE
-        if after and parts.cut is not None:
-            raise UserError(f"data.cleaning: {after[0].name} needs documents that are held out; this is one text")
-        judges = [step.judge(_held_out(cleaned, parts)) for step in after]
-        fingerprint = hashlib.sha256(f"cut {parts.cut}\n".encode())
-        with (
-            ParquetDocumentWriter(folder / "train.parquet") as train,
-            ParquetDocumentWriter(folder / "validation.parquet") as validation,
-        ):
+        if after and parts.tail is not None:
+            raise UserError(f"data.cleaning: {after[0].name} needs validation documents, but the corpus is one text")
+        filters = [step.build_filter(_validation_documents(cleaned, parts)) for step in after]
+        fingerprint = hashlib.sha256(f"cut {parts.tail}\n".encode())
+        train_path, validation_path = (folder / f"{split}.parquet" for split in SPLITS)
+        with ParquetDocumentWriter(train_path) as train, ParquetDocumentWriter(validation_path) as validation:
             for place, document in enumerate(read_parquet_documents(cleaned)):
                 size = len(document.text.encode())
-                reason = None if wanted[place] else "more than its weight"
-                later = 0
+                reason = None if selected[place] else "over the weight of its source"
+                later_step = 0
                 if len(self.sources) > 1:
-                    audit.follow(document.id, document.text, size, later, reason)
-                    later += 1
-                for judge in judges:
+                    report.add_later_step(document.id, document.text, size, later_step, reason)
+                    later_step += 1
+                for rejection_of in filters:
                     if reason is None:
-                        reason = None if parts.validation[place] else judge(document)
-                        audit.follow(document.id, document.text, size, later, reason)
-                        later += 1
+                        reason = None if parts.validation[place] else rejection_of(document)
+                        report.add_later_step(document.id, document.text, size, later_step, reason)
+                        later_step += 1
                 if reason is not None:
                     continue
-                for shelf, text in zip((train, validation), parts.parts(place, document.text), strict=True):
+                texts = parts.split_text(place, document.text)
+                for writer, text in zip((train, validation), texts, strict=True):
                     if text:
-                        shelf.add(replace(document, text=text), len(text.encode()))
+                        writer.add(replace(document, text=text), len(text.encode()))
                 side = "validation" if parts.validation[place] else "train"
                 fingerprint.update(f"{side} {document.id}\0".encode() + sha256_text(document.text))
-        self._refuse_nothing(audit, train.n_documents)
+        self._require_documents(report, train.n_documents)
         return fingerprint.hexdigest(), {"train": train, "validation": validation}
 
-    def _refuse_nothing(self, audit: CleaningReport, left: int) -> None:
-        if left:
+    def _require_documents(self, report: CleaningReport, n_left: int) -> None:
+        if n_left:
             return
-        if not audit.rows[0].documents_out:
+        if not report.steps[0].documents_out:
             raise UserError(no_text_message(self.name))
-        if not any(row.rejected for row in audit.rows):
+        if not any(step.rejected for step in report.steps):
             raise UserError(f"{self.name} is too short to hold out a part of it; name more text as data.source")
-        eaten = [
-            f"{row.name} rejected {sum(row.rejected.values()):,} ({row.rejected.most_common(1)[0][0]})"
-            for row in audit.rows
-            if row.rejected
+        rejected = [
+            f"{step.name} rejected {sum(step.rejected.values()):,} ({step.rejected.most_common(1)[0][0]})"
+            for step in report.steps
+            if step.rejected
         ]
         raise UserError(
-            f"no document is left of the {audit.rows[0].documents_in:,} of {self.name}: {', '.join(eaten)}; "
+            f"no document is left of the {report.steps[0].documents_in:,} of {self.name}: {', '.join(rejected)}; "
             "choose other steps in data.cleaning"
         )
 
 
-def _held_out(cleaned: Path, parts: TrainValidationSplit) -> Iterator[Document]:
+def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
+    """Translate ``CorpusSpec.settings["cleaning"]`` of version 0.1, whose rules were the same, to today's hashes."""
+    upgraded = []
+    for entry in entries:
+        step, _, source_hash = entry.rpartition(" ")
+        current = SOURCE_HASHES_0_1.get(source_hash)
+        upgraded.append(entry if current is None else f"{step} {current().source_hash}")
+    return upgraded
+
+
+def _validation_documents(cleaned: Path, parts: TrainValidationSplit) -> Iterator[Document]:
     return (document for place, document in enumerate(read_parquet_documents(cleaned)) if parts.validation[place])

@@ -1,4 +1,4 @@
-"""Training documents that give away what is held out."""
+"""Decontamination: remove training documents that share n-grams of words with validation documents."""
 
 import re
 import zlib
@@ -15,15 +15,16 @@ from lit_gpt_scratch.text.document import Document
 
 @dataclass(frozen=True)
 class Leakage(DecontaminationStep):
-    """Drop every training document that has a run of words in common with a document held out for validation.
+    """Remove every training document that shares an n-gram of words with a validation document.
 
-    Words are compared without case and punctuation, as GPT-3's were (https://arxiv.org/abs/2005.14165, appendix C).
-    A shorter document leaks wherever the whole of it stands, or, if it has fewer than ``least`` words, where it is all
-    that stands. Remembered are 8 bytes for each word that is held out.
+    Words are compared without case and punctuation, as for GPT-3 (https://arxiv.org/abs/2005.14165, appendix C). A
+    validation document shorter than ``words`` is matched as a whole, anywhere in a training document; one with fewer
+    than ``least`` words only if it is the whole training document. Memory: 8 bytes per validation word.
 
     Args:
-        words: Words in a run.
-        least: Words of a document that is looked for in others: many a shorter one is a common phrase.
+        words: Length of the n-grams, in words.
+        least: Minimum words of a validation document that is matched inside others: a shorter one is often a common
+            phrase.
     """
 
     words: int = 13
@@ -33,9 +34,9 @@ class Leakage(DecontaminationStep):
         if self.words < 1:
             raise UserError(f"data.cleaning: Leakage.words is {self.words}; it must be at least 1")
 
-    def judge(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """Judge by all runs of all documents that are held out."""
-        known: dict[int, list[NDArray[np.uint64]]] = {}
+    def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
+        """Return a filter of training documents that knows all n-grams of all validation documents."""
+        found: dict[int, list[NDArray[np.uint64]]] = {}
         whole: set[tuple[str, ...]] = set()
         for document in held_out:
             words = normalized_words(document.text)
@@ -43,41 +44,41 @@ class Leakage(DecontaminationStep):
                 whole.add(tuple(words))
             else:
                 length = min(len(words), self.words)
-                known.setdefault(length, []).append(hash_ngrams(hash_words(words), length))
-        runs = {length: np.unique(np.concatenate(found)) for length, found in known.items()}
+                found.setdefault(length, []).append(hash_ngrams(hash_words(words), length))
+        ngrams = {length: np.unique(np.concatenate(hashes)) for length, hashes in found.items()}
 
-        def leaks(document: Document) -> RejectionReason | None:
+        def find_overlap(document: Document) -> RejectionReason | None:
             words = normalized_words(document.text)
-            codes = hash_words(words)
+            hashes = hash_words(words)
             if (words and tuple(words) in whole) or any(
-                _meet(hash_ngrams(codes, length), found) for length, found in runs.items()
+                _intersects(hash_ngrams(hashes, length), known) for length, known in ngrams.items()
             ):
-                return "words in a row that are held out"
+                return "n-gram overlap with validation"
             return None
 
-        return leaks
+        return find_overlap
 
 
 def normalized_words(text: str) -> list[str]:
-    """The words of a text, without case and punctuation."""
+    """Return the words of a text in lower case, without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
 def hash_words(words: list[str]) -> NDArray[np.uint64]:
-    """A number for each word, (n,), the same for the same word."""
+    """Return a hash of each word, (n,)."""
     return np.fromiter((zlib.crc32(word.encode()) for word in words), dtype=np.uint64, count=len(words))
 
 
-def hash_ngrams(codes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
-    """A number for each run of so many words, (n,), the same for the same words."""
-    run = np.zeros(max(len(codes) - length + 1, 0), dtype=np.uint64)
-    for place in range(length):
-        run = (run ^ codes[place : place + len(run)]) * np.uint64(0x9E3779B97F4A7C15)
-        run ^= run >> np.uint64(29)
-    return run
+def hash_ngrams(word_hashes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
+    """Return a hash of each n-gram of ``length`` words, (max(n - length + 1, 0),)."""
+    hashes = np.zeros(max(len(word_hashes) - length + 1, 0), dtype=np.uint64)
+    for offset in range(length):
+        hashes = (hashes ^ word_hashes[offset : offset + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
+        hashes ^= hashes >> np.uint64(29)
+    return hashes
 
 
-def _meet(found: NDArray[np.uint64], known: NDArray[np.uint64]) -> bool:
-    """Whether two arrays have a number in common; ``known`` is sorted."""
-    place = np.minimum(np.searchsorted(known, found), len(known) - 1)
-    return bool((known[place] == found).any())
+def _intersects(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> bool:
+    """Whether two arrays have an element in common; ``known`` is sorted."""
+    index = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+    return bool((known[index] == hashes).any())

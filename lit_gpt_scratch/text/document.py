@@ -1,4 +1,4 @@
-"""What a corpus is made of, and what it is read from."""
+"""Documents, and rows of tables: what a corpus consists of and what it is read from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Bytes of a document, a record or a line; what is longer is no text that a person wrote."""
+"""Maximum bytes of a document, a row or a line; anything longer is not text that a person wrote."""
 
 
 def is_blank(text: str) -> bool:
-    """Whether there is nothing but space."""
+    """Whether a text is empty or whitespace."""
     return not text or text.isspace()
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One text with a name by which it can be found again: a file, or a file and a row."""
+    """A text with an id by which it can be found again: a file, or a file and a row."""
 
     id: str
     text: str
@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RejectedDocument:
-    """What a source has and does not give as a document, and why; ``n_bytes`` as they lie in the source."""
+    """An entry of a source that is not a document, and why; ``n_bytes`` is its size in the source."""
 
     id: str
     reason: str
@@ -37,9 +37,9 @@ class TableRow:
     """One row of a table.
 
     Attributes:
-        id: A name by which it can be found again: a file and the number of the row, from 1.
-        where: Its place as a user can look it up, for a message: the file, and the line in it if it has lines.
-        fields: What is in its columns, by their names.
+        id: An id by which it can be found again: the file and the row number, from 1.
+        where: Its location for error messages: the file, and the line in it if the file has lines.
+        fields: Its values by column name.
     """
 
     id: str
@@ -48,10 +48,10 @@ class TableRow:
 
 
 def get_text(fields: Mapping[str, Any], column: str) -> str:
-    """The text in a column; empty where there is nothing.
+    """Return the text in a column, or "" if there is none.
 
     Raises:
-        UserError: There is something else; without its place, which the caller knows.
+        UserError: The value is not text; without its location, which the caller knows.
     """
     value = fields.get(column)
     if value is not None and not isinstance(value, str):
@@ -60,34 +60,32 @@ def get_text(fields: Mapping[str, Any], column: str) -> str:
 
 
 class ClassIndex(int):
-    """The number of a class, as a dataset keeps it that knows the names of its classes."""
+    """A class index from a dataset that also knows the names of its classes."""
 
     name: str | None
-    """None of -1, which the Hub has where a label is not told."""
+    """None for -1, which Hub datasets use for a missing label."""
 
     @classmethod
-    def of(cls, number: int, names: Sequence[str]) -> "ClassIndex":
-        """With its name, of all in order."""
-        found = cls(number)
-        found.name = names[number] if number >= 0 else None
-        return found
+    def from_names(cls, index: int, names: Sequence[str]) -> "ClassIndex":
+        """Build one with its name, given the names of all classes in order."""
+        result = cls(index)
+        result.name = names[index] if index >= 0 else None
+        return result
 
 
 def get_label(fields: Mapping[str, Any], column: str) -> str:
-    """The label in a column: a text, a whole number, or the name of the class that a dataset has a number for.
+    """Return the label in a column: a text, an integer, or the name of a dataset's class.
 
     Raises:
-        UserError: It is missing, or something else; without its place, which the caller knows.
+        UserError: It is missing, or something else; without its location, which the caller knows.
     """
     value = fields.get(column)
     if isinstance(value, ClassIndex):
         value = value.name
-    if (
-        value is None or value != value or is_blank(str(value))
-    ):  # only NaN is not itself: pandas has it where nothing is
+    if value is None or value != value or is_blank(str(value)):  # NaN is not equal to itself: pandas' missing value
         raise UserError(f"'{column}' is empty: a label is missing")
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of numbers with gaps is one of floats
+        value = int(value)  # an integer column with missing values is read as floats
     if isinstance(value, bool | float) or not isinstance(value, str | int):
-        raise UserError(f"'{column}' is {value!s:.40} ({type(value).__name__}), not a label: a text or whole number")
+        raise UserError(f"'{column}' is {value!s:.40} ({type(value).__name__}), not a label: a text or an integer")
     return str(value).strip()

@@ -1,4 +1,4 @@
-"""Copies, exact and near: how they are recognised, and the steps that drop them."""
+"""Deduplication: exact duplicates by SHA-256, near-duplicates by MinHash and locality-sensitive hashing."""
 
 import hashlib
 import sqlite3
@@ -18,47 +18,45 @@ from lit_gpt_scratch.text.document import Document
 
 SHINGLE_WORDS: Final = 5
 SHINGLES_PER_UPDATE: Final = 2**16
-"""Shingles that are hashed at once."""
+"""Shingles hashed at a time."""
 MIN_RECALL: Final = 0.95
-"""Share of pairs of the least similarity that locality-sensitive hashing has to find."""
+"""Minimum share of pairs at the similarity threshold that locality-sensitive hashing has to find."""
 MAX_CANDIDATES: Final = 1024
-"""Documents that one is compared with: thousands may share a band with it, all of them only some boilerplate."""
+"""Candidates that a document is compared with: thousands may share a band that is only boilerplate."""
 
 
 def sha256_text(text: str) -> bytes:
-    """SHA-256 of a text's UTF-8."""
+    """Return the SHA-256 of a text in UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def minhash_signature(text: str, permutations: int) -> RMinHash:
-    """MinHash of the text's overlapping five-word shingles (Broder 1997).
+    """Return the MinHash signature of the text's overlapping five-word shingles (Broder 1997).
 
-    Two signatures agree at as large a share of their places, on average, as the sets of shingles overlap (Jaccard).
+    The share of positions at which two signatures agree estimates the Jaccard similarity of their sets of shingles.
     """
     words = text.split()
     minhash = RMinHash(num_perm=permutations, seed=0)
-    for start in range(
-        0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE
-    ):  # a long text has more than fit in memory
-        some = words[start : start + SHINGLES_PER_UPDATE + SHINGLE_WORDS - 1]
-        groups = zip(*(islice(some, i, None) for i in range(SHINGLE_WORDS)), strict=False)
-        minhash.update(list({" ".join(group) for group in groups}) or [" ".join(some)])
+    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE):  # bounds the memory
+        chunk = words[start : start + SHINGLES_PER_UPDATE + SHINGLE_WORDS - 1]
+        shingles = zip(*(islice(chunk, i, None) for i in range(SHINGLE_WORDS)), strict=False)
+        minhash.update(list({" ".join(shingle) for shingle in shingles}) or [" ".join(chunk)])
     return minhash
 
 
 @dataclass(frozen=True)
 class ExactDuplicates(DeduplicationStep):
-    """Drop every document whose text stood there before, byte for byte. What is remembered lies on disk."""
+    """Remove every document whose text, byte for byte, occurred before. The hashes seen so far are kept on disk."""
 
     cheap: ClassVar[bool] = True
 
     def sketch(self, document: Document) -> bytes:
-        """Half of a SHA-256: 10^12 documents have none in common but by a chance of 10^-15."""
+        """Return half of a SHA-256: among 10^12 documents the probability of any collision is 10^-15."""
         return sha256_text(document.text)[:16]
 
     @contextmanager
-    def judge(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
-        """Judge by digests in a table on disk, whose pages are in memory as far as they are in use."""
+    def build_filter(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
+        """Return a filter that looks hashes up in an SQLite table, whose pages are cached in memory."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -65536;"
@@ -66,25 +64,25 @@ class ExactDuplicates(DeduplicationStep):
         )
         cursor = database.cursor()
 
-        def known(sketch: bytes) -> RejectionReason | None:
-            new = cursor.execute("insert or ignore into seen values (?)", (sketch,)).rowcount
-            return None if new else "exact duplicate"
+        def find_duplicate(sketch: bytes) -> RejectionReason | None:
+            inserted = cursor.execute("insert or ignore into seen values (?)", (sketch,)).rowcount
+            return None if inserted else "exact duplicate"
 
         with closing(database):
-            yield known
+            yield find_duplicate
 
 
 @dataclass(frozen=True)
 class NearDuplicates(DeduplicationStep):
-    """Drop every document that is nearly the same as one before it.
+    """Remove every document that is nearly the same as one before it.
 
     MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The estimate's
-    standard error is at most 1 / (2 sqrt(permutations)); what is remembered, some 5.3 kB a document, is in memory.
+    standard error is at most 1 / (2 sqrt(permutations)). Memory: about 5.3 kB per document.
 
     Args:
-        similarity: Estimated share of five-word shingles in common (Jaccard) from which on two are near-duplicates.
+        similarity: Minimum estimated Jaccard similarity of the sets of five-word shingles of two near-duplicates.
         permutations: Hashes in a signature.
-        bands: Into which it is divided; two documents are compared if they agree in one of them.
+        bands: Number of bands of a signature; two documents are compared if they agree in at least one.
     """
 
     similarity: float = 0.775
@@ -93,35 +91,35 @@ class NearDuplicates(DeduplicationStep):
 
     def __post_init__(self) -> None:
         if not 0 < self.similarity <= 1:
-            raise UserError(f"data.cleaning: NearDuplicates.similarity is {self.similarity}; it lies in (0, 1]")
+            raise UserError(f"data.cleaning: NearDuplicates.similarity is {self.similarity}; it must be in (0, 1]")
         if self.bands < 1 or self.permutations < 1 or self.permutations % self.bands:
             raise UserError(
                 f"data.cleaning: NearDuplicates.permutations ({self.permutations}) must be a multiple of bands "
                 f"({self.bands})"
             )
-        found = 1 - (1 - self.similarity ** (self.permutations // self.bands)) ** self.bands
-        if found < MIN_RECALL:
+        recall = 1 - (1 - self.similarity ** (self.permutations // self.bands)) ** self.bands
+        if recall < MIN_RECALL:
             raise UserError(
                 f"data.cleaning: NearDuplicates.similarity is {self.similarity}; with {self.bands} bands only "
-                f"{found:.0%} of such pairs would be compared; raise NearDuplicates.bands"
+                f"{recall:.0%} of such pairs would be compared; raise NearDuplicates.bands"
             )
 
     def sketch(self, document: Document) -> RMinHash:
-        """The document's signature."""
+        """Return the document's MinHash signature."""
         return minhash_signature(document.text, self.permutations)
 
     @contextmanager
-    def judge(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
-        """Judge by all signatures that share a band."""
+    def build_filter(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
+        """Return a filter that compares a signature with those that share a band with it."""
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
-        passed: list[RMinHash] = []
+        kept: list[RMinHash] = []
 
-        def known(sketch: RMinHash) -> RejectionReason | None:
-            near = islice(index.query(sketch), MAX_CANDIDATES)
-            if any(sketch.jaccard(passed[place]) >= self.similarity for place in near):
+        def find_duplicate(sketch: RMinHash) -> RejectionReason | None:
+            candidates = islice(index.query(sketch), MAX_CANDIDATES)
+            if any(sketch.jaccard(kept[candidate]) >= self.similarity for candidate in candidates):
                 return "near duplicate"
-            index.insert(len(passed), sketch)
-            passed.append(sketch)
+            index.insert(len(kept), sketch)
+            kept.append(sketch)
             return None
 
-        yield known
+        yield find_duplicate

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub, read by ``datasets``."""
+"""Datasets of the Hugging Face Hub, read with ``datasets``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,53 +6,54 @@ from typing import Any, Final
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.row_readers import Columns, require_columns
-from lit_gpt_scratch.text.tables import iterate_dataset, quiet_datasets
+from lit_gpt_scratch.text.file_readers import Columns, iterate_dataset, quiet_datasets, require_columns
 
 DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
-"""``owner/name``, and a revision where one is to be held on to."""
+"""``owner/name``, with an optional revision to pin."""
 TIMEOUT_SECONDS: Final = 10.0
-"""Seconds to wait for a first answer."""
+"""How long to wait for the Hub's first response."""
 
 
-def rows(name: str, columns: Columns | None, config: str | None, split: str, streaming: bool) -> Iterator[TableRow]:
-    """The rows of a dataset; ``owner/name:3`` is the third.
+def read_dataset_rows(
+    name: str, columns: Columns | None, config: str | None, split: str, streaming: bool
+) -> Iterator[TableRow]:
+    """Yield the rows of a dataset; the id ``owner/name:3`` is the third row.
 
     Raises:
         UserError: There is no such dataset, configuration, split or column, or the Hub cannot be reached.
     """
     import datasets
 
-    path, revision = name.partition("@")[0], _revision(name)
-    with _said(name), quiet_datasets():
-        found = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
-        if columns is not None and found.column_names is not None:  # others need not be fetched, nor understood
-            require_columns(columns, found.column_names, name)
-            found = found.select_columns(list(columns.values()))
-        for number, fields in enumerate(iterate_dataset(found, columns, name), 1):
+    path, revision = name.partition("@")[0], _resolve_revision(name)
+    with _as_user_errors(name), quiet_datasets():
+        dataset = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
+        if columns is not None and dataset.column_names is not None:  # other columns need not be fetched or decoded
+            require_columns(columns, dataset.column_names, name)
+            dataset = dataset.select_columns(list(columns.values()))
+        for number, fields in enumerate(iterate_dataset(dataset, columns, name), 1):
             yield TableRow(f"{path}:{number}", f"{name}: row {number:,}", fields)
 
 
-def asked(config: str | None, split: str, streaming: bool) -> bool:
-    """Whether anything is asked for that only a dataset of the Hub has."""
+def has_hub_options(config: str | None, split: str, streaming: bool) -> bool:
+    """Whether any option is set that only datasets of the Hub have."""
     return (config, split, streaming) != (None, "train", False)
 
 
-def stamp(name: str, config: str | None) -> str:
-    """The commit that the Hub has now, or that was fetched before if ``HF_HUB_OFFLINE`` is set."""
+def dataset_revision(name: str, config: str | None) -> str:
+    """Return the dataset's current commit, or the one fetched before if ``HF_HUB_OFFLINE`` is set."""
     import datasets
 
-    if revision := _revision(name):
+    if revision := _resolve_revision(name):
         return revision
-    with _said(name), quiet_datasets():
+    with _as_user_errors(name), quiet_datasets():
         builder: Any = datasets.load_dataset_builder(name.partition("@")[0], config)
         return str(builder.hash)
 
 
-def _revision(name: str) -> str | None:
-    """The commit that a name means; None where the Hub is not to be asked.
+def _resolve_revision(name: str) -> str | None:
+    """Return the commit that a name refers to; None if offline and no revision is given.
 
-    Asked for before anything is loaded, because ``datasets`` tries for half a minute where there is no network.
+    Resolved before anything is loaded, because ``datasets`` retries for half a minute if there is no network.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -64,22 +65,22 @@ def _revision(name: str) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision or None, timeout=TIMEOUT_SECONDS).sha
     except GatedRepoError as error:
-        raise UserError(f"{name} is gated: ask for access on its page, then `hf auth login`") from error
+        raise UserError(f"{name} is gated: request access on its page, then run `hf auth login`") from error
     except HfHubHTTPError as error:
         raise UserError(
-            f"no such file or folder: {name}; nor has the Hub a dataset of that name that you may read "
+            f"no such file or folder: {name}; and the Hub has no dataset of that name that you can access "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
-    except Exception as error:  # the network library's own kinds
+    except Exception as error:  # the HTTP library's own exceptions
         raise UserError(
             f"no such file or folder: {name}; and the Hub, which may have a dataset of that name, cannot be reached "
-            f"({error}); with HF_HUB_OFFLINE=1 what was fetched before is used"
+            f"({error}); set HF_HUB_OFFLINE=1 to use what was downloaded before"
         ) from error
 
 
 @contextmanager
-def _said(name: str) -> Iterator[None]:
-    """What goes wrong in ``datasets``, in one line: it raises a kind of its own for most of what can."""
+def _as_user_errors(name: str) -> Iterator[None]:
+    """Turn every exception of ``datasets`` into one line: it has its own type for most of what can go wrong."""
     import datasets
 
     try:
@@ -88,5 +89,5 @@ def _said(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         offline = "no such file or folder: " if datasets.config.HF_HUB_OFFLINE else ""
-        said = " ".join(str(error).split())
-        raise UserError(f"{offline}{name} as a dataset of the Hub: {said}") from error
+        message = " ".join(str(error).split())
+        raise UserError(f"{offline}{name}; loading it as a dataset of the Hub failed: {message}") from error

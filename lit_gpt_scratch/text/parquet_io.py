@@ -11,7 +11,7 @@ ROW_GROUP_CHARACTERS: Final = 2**22
 
 
 class ParquetDocumentWriter:
-    """A Parquet file in the making, with columns ``id`` and ``text``. A context: it is a file when that ends."""
+    """Writes documents to a Parquet file with columns ``id`` and ``text``; a context manager that closes the file."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -20,7 +20,7 @@ class ParquetDocumentWriter:
         self._schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         self._writer: Any = pq.ParquetWriter(path, self._schema, compression="zstd", use_dictionary=False)
         self._pending: list[Document] = []
-        self._size = 0
+        self._n_characters = 0
         self.n_documents = 0
         self.n_bytes = 0
 
@@ -28,41 +28,41 @@ class ParquetDocumentWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._write()
+        self._write_row_group()
         self._writer.close()
 
     def add(self, document: Document, n_bytes: int) -> None:
-        """The next document, and its bytes in UTF-8."""
+        """Append a document; ``n_bytes`` is the size of its text in UTF-8."""
         self._pending.append(document)
-        self._size += len(document.text)
+        self._n_characters += len(document.text)
         self.n_documents += 1
         self.n_bytes += n_bytes
-        if self._size >= ROW_GROUP_CHARACTERS:
-            self._write()
+        if self._n_characters >= ROW_GROUP_CHARACTERS:
+            self._write_row_group()
 
-    def _write(self) -> None:
+    def _write_row_group(self) -> None:
         import pyarrow as pa
 
         if self._pending:
             columns = [[document.id for document in self._pending], [document.text for document in self._pending]]
             self._writer.write_table(pa.table(columns, schema=self._schema))
-            self._pending, self._size = [], 0
+            self._pending, self._n_characters = [], 0
 
 
 def row_group_sizes(path: Path) -> list[int]:
-    """Bytes of each row group of a file that a ``ParquetDocumentWriter`` made, about those of its text."""
+    """Return the uncompressed bytes of each row group, which is about the bytes of its text."""
     import pyarrow.parquet as pq
 
-    about = pq.read_metadata(path)
-    return [about.row_group(group).total_byte_size for group in range(about.num_row_groups)]
+    metadata = pq.read_metadata(path)
+    return [metadata.row_group(index).total_byte_size for index in range(metadata.num_row_groups)]
 
 
-def read_parquet_documents(path: Path, some: range | None = None) -> Iterator[Document]:
-    """The documents of a file that a ``ParquetDocumentWriter`` made, or of some of its row groups."""
+def read_parquet_documents(path: Path, row_groups: range | None = None) -> Iterator[Document]:
+    """Read the documents that ``ParquetDocumentWriter`` wrote, or those of some row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:
-        for group in some if some is not None else range(file.num_row_groups):
-            table = file.read_row_group(group)
+        for index in row_groups if row_groups is not None else range(file.num_row_groups):
+            table = file.read_row_group(index)
             for id_, text in zip(table["id"].to_pylist(), table["text"].to_pylist(), strict=True):
                 yield Document(id_, text)

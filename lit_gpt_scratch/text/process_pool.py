@@ -1,4 +1,4 @@
-"""Processes that share the work on a text."""
+"""Worker processes that end with the program; used for cleaning, tokenization and sweeps."""
 
 import multiprocessing
 import os
@@ -9,18 +9,20 @@ from contextlib import suppress
 
 
 def start_process_pool(processes: int) -> ProcessPoolExecutor:
-    """Processes that end with this one, even if it is killed.
+    """Start processes that exit when this one does, even if it is killed.
 
-    They are spawned: a fork of a process with threads may hang.
+    They are spawned, not forked: a fork of a process with threads may hang.
     """
-    return ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"), initializer=_begin)
+    return ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
+    )
 
 
 def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
-    """End them; what still waits is not done.
+    """Stop the processes and drop queued work.
 
-    If one has died before it read its work, a thread of CPython 3.11's waits for ever to write that into a pipe, and
-    whoever ends the pool waits for the thread. Closing the pipe's other end frees it.
+    If a worker died before it read its work, CPython 3.11's feeder thread blocks forever writing to the pipe, and
+    ``shutdown`` waits for that thread. Closing the read end of the pipe unblocks it.
     """
     queue = getattr(pool, "_call_queue", None)
     if getattr(pool, "_broken", False) and queue is not None:
@@ -29,14 +31,14 @@ def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
     pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _begin() -> None:
-    os.environ["RAYON_NUM_THREADS"] = "1"  # of ``tokenizers``: each process is one of as many as there are cores
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all; the one that began them ends them
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _initialize_worker() -> None:
+    os.environ["RAYON_NUM_THREADS"] = "1"  # threads of ``tokenizers``: there is one process per core already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent stops these
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """Without this, a process whose parent was killed would wait for work for ever."""
+def _exit_with_parent() -> None:
+    """Exit when the parent dies; otherwise a worker whose parent was killed would wait for work forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Rules of thumb by which well-known corpora were cleaned. Each is chosen; none is applied by default."""
+"""Quality filters of well-known corpora: Gopher's quality and repetition rules, C4's rules. None is on by default."""
 
 import re
 from collections import Counter
@@ -14,17 +14,17 @@ STOP_WORDS: Final = frozenset({"the", "be", "to", "of", "and", "that", "have", "
 
 @dataclass(frozen=True)
 class GopherQuality(PerDocumentStep):
-    """Does it look like English prose? Gopher's quality rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
+    """Reject what does not look like English prose: Gopher's rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
 
     Args:
-        words_at_least: Words in the document.
-        words_at_most: Words in the document.
-        mean_word_length: Characters, least and most.
-        symbols_per_word: Hash signs, and ellipses, of each at most.
-        bullet_lines: Share of lines that begin with a bullet, at most.
-        ellipsis_lines: Share of lines that end with an ellipsis, at most.
-        alphabetic_words: Share of words with a letter in them, at least.
-        stop_words: How many of eight very common English words occur, at least; 0 for other languages.
+        words_at_least: Minimum number of words.
+        words_at_most: Maximum number of words.
+        mean_word_length: Minimum and maximum mean length of a word, in characters.
+        symbols_per_word: Maximum hash signs per word, and maximum ellipses per word.
+        bullet_lines: Maximum share of lines that begin with a bullet.
+        ellipsis_lines: Maximum share of lines that end with an ellipsis.
+        alphabetic_words: Minimum share of words with at least one letter.
+        stop_words: How many of eight very common English words must occur; 0 for other languages.
     """
 
     words_at_least: int = 50
@@ -37,7 +37,7 @@ class GopherQuality(PerDocumentStep):
     stop_words: int = 2
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Apply one rule after the other; the first that is broken is the reason."""
+        """Apply the rules in order; the first that fails is the reason."""
         text, words = document.text, document.text.split()
         if not self.words_at_least <= len(words) <= self.words_at_most or not words:
             return "number of words"
@@ -60,21 +60,21 @@ class GopherQuality(PerDocumentStep):
         return document
 
 
-TOP: Final = {2: 0.20, 3: 0.18, 4: 0.16}
-DUPLICATED: Final = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+TOP_NGRAM_SHARES: Final = {2: 0.20, 3: 0.18, 4: 0.16}
+REPEATED_NGRAM_SHARES: Final = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 @dataclass(frozen=True)
 class GopherRepetition(PerDocumentStep):
-    """Does it say the same thing over and over? Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
+    """Reject documents that repeat themselves: Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
 
     Args:
-        lines: Share of lines that stand there already, at most.
-        paragraphs: Share of paragraphs that stand there already, at most.
-        line_characters: Share of characters in such lines, at most.
-        paragraph_characters: Share of characters in such paragraphs, at most.
-        ngrams: Whether the most common 2- to 4-gram, and all repeated 5- to 10-grams, are weighed against the text
-            by the paper's shares (20% to 16%, 15% to 10% of the characters of all words).
+        lines: Maximum share of lines that occurred before.
+        paragraphs: Maximum share of paragraphs that occurred before.
+        line_characters: Maximum share of characters in such lines.
+        paragraph_characters: Maximum share of characters in such paragraphs.
+        ngrams: Whether to limit the characters in the most common 2- to 4-gram, and in all repeated 5- to 10-grams, to
+            the paper's shares (20% to 16% and 15% to 10% of the characters of all words).
     """
 
     lines: float = 0.30
@@ -84,31 +84,31 @@ class GopherRepetition(PerDocumentStep):
     ngrams: bool = True
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Apply one rule after the other; the first that is broken is the reason."""
+        """Apply the rules in order; the first that fails is the reason."""
         text = document.text
-        for name, parts, share, in_them in (
+        for name, parts, max_share, max_characters in (
             ("lines", text.splitlines(), self.lines, self.line_characters),
             ("paragraphs", text.split("\n\n"), self.paragraphs, self.paragraph_characters),
         ):
             parts = [part.strip() for part in parts if part.strip()]
-            again = list(_again(parts))
-            if len(again) > share * len(parts):
+            repeated = list(_repeated(parts))
+            if len(repeated) > max_share * len(parts):
                 return f"repeated {name}"
-            if sum(map(len, again)) > in_them * sum(map(len, parts)):
+            if sum(map(len, repeated)) > max_characters * sum(map(len, parts)):
                 return f"characters in repeated {name}"
         if self.ngrams:
             words = text.split()
             characters = sum(map(len, words))
-            for n, most in TOP.items():
-                if _top(words, n) > most * characters:
+            for n, max_share in TOP_NGRAM_SHARES.items():
+                if _top_ngram_characters(words, n) > max_share * characters:
                     return f"most common {n}-gram"
-            for n, most in DUPLICATED.items():
-                if _duplicated(words, n) > most * characters:
+            for n, max_share in REPEATED_NGRAM_SHARES.items():
+                if _repeated_ngram_characters(words, n) > max_share * characters:
                     return f"repeated {n}-grams"
         return document
 
 
-def _again(parts: Iterable[str]) -> Iterable[str]:
+def _repeated(parts: Iterable[str]) -> Iterable[str]:
     seen: set[str] = set()
     for part in parts:
         if part in seen:
@@ -116,39 +116,39 @@ def _again(parts: Iterable[str]) -> Iterable[str]:
         seen.add(part)
 
 
-def _top(words: list[str], n: int) -> int:
-    """Characters in all occurrences of the most common n-gram, if it occurs more than once."""
+def _top_ngram_characters(words: list[str], n: int) -> int:
+    """Characters in all occurrences of the most common n-gram; 0 if none occurs twice."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     if not counts:
         return 0
-    often = max(counts.values())
-    return 0 if often == 1 else often * max(sum(map(len, gram)) for gram, count in counts.items() if count == often)
+    top = max(counts.values())
+    return 0 if top == 1 else top * max(sum(map(len, gram)) for gram, count in counts.items() if count == top)
 
 
-def _duplicated(words: list[str], n: int) -> int:
-    """Characters in words that lie in an n-gram that occurs more than once, no character counted twice."""
+def _repeated_ngram_characters(words: list[str], n: int) -> int:
+    """Characters of the words that are in an n-gram that occurs more than once; no word is counted twice."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     counts = Counter(grams)
     inside = [False] * len(words)
-    for place, gram in enumerate(grams):
+    for index, gram in enumerate(grams):
         if counts[gram] > 1:
-            inside[place : place + n] = [True] * n
-    return sum(len(word) for word, within in zip(words, inside, strict=True) if within)
+            inside[index : index + n] = [True] * n
+    return sum(len(word) for word, counted in zip(words, inside, strict=True) if counted)
 
 
 @dataclass(frozen=True)
 class C4(PerDocumentStep):
-    """Keep sentences, drop pages: the rules of C4 (https://arxiv.org/abs/1910.10683, section 2.2).
+    """Keep only lines of prose, and reject other pages: C4's rules (https://arxiv.org/abs/1910.10683, section 2.2).
 
-    Lines without a full stop, exclamation mark, question mark or closing quote at their end, with fewer than
-    ``words_per_line`` words, with "javascript" or about cookies and policies are dropped; a page with a curly
-    bracket, with "lorem ipsum" or with fewer than ``sentences`` sentences is rejected. Not applied: the list of bad
-    words, the language filter, and the removal of spans of three sentences that stand elsewhere.
+    Lines that do not end with a full stop, exclamation mark, question mark or closing quote, that have fewer than
+    ``words_per_line`` words, or that mention "javascript", cookies or policies are removed; a page with a curly
+    bracket, with "lorem ipsum" or with fewer than ``sentences`` sentences left is rejected. Not implemented: the list
+    of bad words, the language filter, and the removal of spans of three sentences that occur elsewhere.
 
     Args:
-        words_per_line: Words in a line, at least.
-        sentences: Sentences in the rest, at least.
-        curly_brackets: Whether a page with one is rejected, as source code is.
+        words_per_line: Minimum number of words in a line.
+        sentences: Minimum number of sentences in the remaining text.
+        curly_brackets: Reject pages with a curly bracket, such as source code.
     """
 
     words_per_line: int = 5
@@ -156,7 +156,7 @@ class C4(PerDocumentStep):
     curly_brackets: bool = True
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Keep the sentences, or say what is wrong with the page."""
+        """Remove lines that are not prose, or reject the page."""
         lowered = document.text.lower()
         if "lorem ipsum" in lowered:
             return "lorem ipsum"

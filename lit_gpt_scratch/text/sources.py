@@ -1,4 +1,4 @@
-"""Where documents come from: this Python's own library, files and folders, or the Hub."""
+"""Document sources: the Python standard library, files and folders, or the Hugging Face Hub."""
 
 import glob
 import hashlib
@@ -11,42 +11,49 @@ from pathlib import Path
 from typing import Final
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import hub, tables
-from lit_gpt_scratch.text.decompress import READ_ERRORS, open_decompressed
+from lit_gpt_scratch.text import hub
 from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, Document, RejectedDocument, TableRow, is_blank
-from lit_gpt_scratch.text.row_readers import Columns
+from lit_gpt_scratch.text.file_readers import (
+    READ_ERRORS,
+    TABLE_FORMATS,
+    Columns,
+    is_table,
+    open_decompressed,
+    read_rows,
+    row_to_document,
+)
 
 STDLIB: Final = "stdlib"
-"""The default source: the Python standard library's own sources, real text that is always there."""
+"""The default source: the source code of the Python standard library, real text that is always available."""
 
-# Not text that a person wrote (generated tables would be learned by heart, and their near-identical
-# copies would stand on both sides of the split), tests, and what is not the standard library at all.
+# Skipped: text that no person wrote (generated tables would be memorised, and their near-identical copies would
+# end up on both sides of the split), tests, and what is not the standard library.
 STDLIB_SKIPPED = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
 MAX_WHOLE_FILE_BYTES: Final = 2**22
-"""Bytes: a text file that is longer is read as many documents."""
+"""A longer text file is read as several documents."""
 CHUNK_BYTES: Final = 2**18
-"""Bytes of such a document, up to the next line's end."""
+"""Bytes of each of these documents, up to the end of the next line."""
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """Documents by the name of their place, one after the other, in a stable order.
+    """A named source of documents, read one by one in a stable order.
 
     Args:
         name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a dataset of the Hub as
-            ``owner/name`` or ``owner/name@revision``. A file is read by how its name ends: ``.jsonl``, ``.json``,
-            ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` hold a document a row, any other is a UTF-8 text and
+            ``owner/name`` or ``owner/name@revision``. The suffix decides how a file is read: ``.jsonl``, ``.json``,
+            ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` hold one document per row, any other file is UTF-8 text and
             one document; ``.gz``, ``.zst``, ``.bz2`` and ``.xz`` may follow. In a folder, every file that is not
-            hidden is read; there ``.json``, ``.csv`` and ``.tsv`` are texts like any other, and files that are no
-            text are passed over.
-        column: The column with the text, where there are columns.
-        config: A dataset's configuration, where the Hub has several.
-        split: A dataset's split, on the Hub.
-        streaming: Read a dataset of the Hub as it comes, without keeping a copy of it.
+            hidden is read; there ``.json``, ``.csv`` and ``.tsv`` are plain text like any other, and files that are
+            not text are skipped.
+        column: The column with the text, in files with columns.
+        config: The configuration of a Hub dataset that has several.
+        split: The split of a Hub dataset.
+        streaming: Stream a Hub dataset instead of downloading it.
     """
 
     name: str
@@ -56,112 +63,113 @@ class DocumentSource:
     streaming: bool = False
 
     def read(self) -> Iterator[Document | RejectedDocument]:
-        """Every document, and what was passed over.
+        """Yield every document, and a ``RejectedDocument`` for everything that was skipped.
 
         Raises:
             UserError: The source is missing, is not what its name says, or has a row that cannot be read.
         """
         columns = {"text_column": self.column}
         if self.on_hub:
-            yield from (tables.document(row, self.column) for row in self.rows(columns))
+            yield from (row_to_document(row, self.column) for row in self.rows(columns))
             return
         for name, path in self._files():
-            if tables.is_table(path, in_folder=self._of_folder):
-                yield from (tables.document(row, self.column) for row in tables.rows(path, name, columns))
+            if is_table(path, in_folder=self._is_folder):
+                yield from (row_to_document(row, self.column) for row in read_rows(path, name, columns))
             else:
-                yield from self._text(name, path)
+                yield from self._read_text(name, path)
 
     def rows(self, columns: Columns | None = None) -> Iterator[TableRow]:
-        """Every row, with these columns or all; a folder's files without rows are passed over.
+        """Yield every row, with these columns or all; files without rows are skipped in a folder.
 
         Raises:
             UserError: The source is missing, has no rows, lacks a column, or has a row that cannot be read.
         """
         if self.on_hub:
-            yield from hub.rows(self.name, columns, self.config, self.split, self.streaming)
+            yield from hub.read_dataset_rows(self.name, columns, self.config, self.split, self.streaming)
             return
         files = list(self._files())
-        tabular = [(name, path) for name, path in files if tables.is_table(path, in_folder=False)]
-        if not tabular or (len(tabular) < len(files) and not self._of_folder):
-            raise UserError(
-                f"{self.name} holds no rows; name a file of {', '.join(tables.TABLE_FORMATS)}, or a dataset"
-            )
-        for name, path in tabular:
-            yield from tables.rows(path, name, columns)
+        tables = [(name, path) for name, path in files if is_table(path, in_folder=False)]
+        if not tables or (len(tables) < len(files) and not self._is_folder):
+            raise UserError(f"{self.name} holds no rows; name a file of {', '.join(TABLE_FORMATS)}, or a dataset")
+        for name, path in tables:
+            yield from read_rows(path, name, columns)
 
-    def stamp(self, here: bool = False) -> str:
-        """What changes when the source does, without reading it: names, sizes and times of files, or a revision.
+    def fingerprint(self, local: bool = False) -> str:
+        """Return a string that changes when the source does, without reading it.
+
+        It is made from the names, sizes and modification times of files, or is the revision of a dataset.
 
         Args:
-            here: Tell copies apart, too, and files that were put in the place of others of the same size and time.
+            local: Use absolute paths, inodes and change times, too: this tells copies apart, and files that replaced
+                others of the same size and time.
         """
         if self.on_hub:
-            return hub.stamp(self.name, self.config)
-        facts = hashlib.sha256()
+            return hub.dataset_revision(self.name, self.config)
+        digest = hashlib.sha256()
         try:
             for name, path in self._files():
-                about = path.stat()
-                facts.update(f"{name}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
-                if here:
-                    facts.update(f"{path.absolute()}\0{about.st_ino}\0{about.st_ctime_ns}\n".encode(errors="replace"))
+                stat = path.stat()
+                digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+                if local:
+                    digest.update(f"{path.absolute()}\0{stat.st_ino}\0{stat.st_ctime_ns}\n".encode(errors="replace"))
         except OSError as error:
             raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-        return facts.hexdigest()
+        return digest.hexdigest()
 
     @property
     def _path(self) -> Path:
         return Path(self.name).expanduser()
 
     @property
-    def _of_folder(self) -> bool:
+    def _is_folder(self) -> bool:
         return self.name == STDLIB or self._path.is_dir()
 
     @property
     def on_hub(self) -> bool:
-        """Whether the name is of a dataset of the Hub."""
+        """Whether the name is that of a dataset on the Hub."""
         return self.name != STDLIB and bool(re.fullmatch(hub.DATASET_NAME, self.name)) and not self._path.exists()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        """Names and paths of the source's files."""
+        """Yield the names and paths of the source's files."""
         if self.name == STDLIB:
-            yield from _stdlib()
+            yield from _stdlib_files()
         elif not self.name:
             raise UserError(f"data.source is empty; name a text file, a folder, or '{STDLIB}'")
         elif self._path.is_dir():
-            yield from _tree(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
+            yield from _walk(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
         elif self._path.exists():
-            yield _name(Path(self._path.name)), self._path
+            yield _document_name(Path(self._path.name)), self._path
         else:
             found = sorted({Path(path) for path in glob.glob(str(self._path), recursive=True)})  # noqa: PTH207 (absolute)
             files = [path for path in found if path.is_file()]
             if not files:
                 raise UserError(f"no such file or folder: {self.name} (data.source takes one, or '{STDLIB}')")
             root = Path(os.path.commonpath([path.parent for path in files]))
-            yield from ((_name(path.relative_to(root)), path) for path in files)
+            yield from ((_document_name(path.relative_to(root)), path) for path in files)
 
-    def _text(self, name: str, path: Path) -> Iterator[Document | RejectedDocument]:
+    def _read_text(self, name: str, path: Path) -> Iterator[Document | RejectedDocument]:
         try:
-            for document in _documents_of(name, path):
-                if self._of_folder and "\0" in document.text:
+            for document in _read_text_file(name, path):
+                if self._is_folder and "\0" in document.text:
                     yield RejectedDocument(document.id, "not text: NUL bytes", len(document.text.encode()))
                 else:
                     yield document
         except NotTextError as error:
-            if not self._of_folder:
+            if not self._is_folder:
                 raise
-            yield RejectedDocument(name, "not text: not UTF-8, or not in lines", error.n_bytes)
+            yield RejectedDocument(name, "not text: not UTF-8, or a line too long", error.n_bytes)
         except READ_ERRORS as error:
             raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_documents(name: str, column: str = "text") -> Iterator[Document]:
-    """The documents of a source that need no more than its name and the column with the text.
+    """Read the documents of a source that needs only its name and the text column.
 
     Raises:
-        UserError: There is none, or one cannot be read.
+        UserError: There are no documents, or one cannot be read.
     """
     source = DocumentSource(name, column)
-    source.stamp()  # a source that is not there is said to be missing at once
+    source.fingerprint()  # reports a missing source now, not at the first document
 
     def read() -> Iterator[Document]:
         found = False
@@ -176,71 +184,72 @@ def read_documents(name: str, column: str = "text") -> Iterator[Document]:
 
 
 def no_text_message(name: str) -> str:
-    """What to say of a source without a document."""
+    """Return the error message for a source without documents."""
     if name == STDLIB:
-        return "this Python keeps no sources of its library; name another text: --data.source FILE_OR_FOLDER"
+        return "this Python installation has no standard library sources; name another text: --data.source PATH"
     return f"{name} holds no text: no UTF-8 text file, no row with text; name another data.source"
 
 
-def _stdlib() -> Iterator[tuple[str, Path]]:
-    return _tree(
+def _stdlib_files() -> Iterator[tuple[str, Path]]:
+    return _walk(
         Path(sysconfig.get_path("stdlib")),
-        skipped=lambda folder: folder in STDLIB_SKIPPED or folder.startswith(STDLIB_GENERATED),
-        wanted=lambda name: name.endswith(".py") and not name.startswith(STDLIB_GENERATED),
+        skip_folder=lambda folder: folder in STDLIB_SKIPPED or folder.startswith(STDLIB_GENERATED),
+        keep_file=lambda name: name.endswith(".py") and not name.startswith(STDLIB_GENERATED),
     )
 
 
-def _tree(root: Path, skipped: Callable[[str], bool], wanted: Callable[[str], bool]) -> Iterator[tuple[str, Path]]:
-    """Every wanted file below ``root``, outside skipped folders."""
+def _walk(
+    root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
+) -> Iterator[tuple[str, Path]]:
+    """Yield the files to keep below ``root``, outside skipped folders, in sorted order."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(name for name in folders if not skipped(name))
-        for path in (Path(folder, name) for name in sorted(names) if wanted(name)):
+        folders[:] = sorted(name for name in folders if not skip_folder(name))
+        for path in (Path(folder, name) for name in sorted(names) if keep_file(name)):
             if path.is_file():
-                yield _name(path.relative_to(root)), path
+                yield _document_name(path.relative_to(root)), path
 
 
 class NotTextError(UserError):
-    """A file that holds something else, ``n_bytes`` of it."""
+    """A file that is not text; ``n_bytes`` is its size."""
 
-    def __init__(self, why: str, n_bytes: int) -> None:
-        super().__init__(why)
+    def __init__(self, message: str, n_bytes: int) -> None:
+        super().__init__(message)
         self.n_bytes = n_bytes
 
 
-def _documents_of(name: str, path: Path) -> Iterator[Document]:
-    """A text file as one document with every byte kept (no newline translation), or as several if it is long."""
+def _read_text_file(name: str, path: Path) -> Iterator[Document]:
+    """Read a text file as one document with every byte kept (no newline translation), or as several if it is long."""
     with open_decompressed(path) as file:
         content = file.read(MAX_WHOLE_FILE_BYTES + 1)
         if len(content) <= MAX_WHOLE_FILE_BYTES:
             yield Document(name, _decode(content, path, 0))
             return
-    for _ in _pieces(path):  # all of it is text, before any of it is taken
+    for _ in _read_chunks(path):  # check that the whole file is text before yielding any of it
         pass
-    for number, text in enumerate(_pieces(path), 1):
+    for number, text in enumerate(_read_chunks(path), 1):
         yield Document(f"{name}:{number}", text)
 
 
-def _pieces(path: Path) -> Iterator[str]:
-    lines = 0
+def _read_chunks(path: Path) -> Iterator[str]:
+    n_lines = 0
     with open_decompressed(path) as file:
-        while piece := file.read(CHUNK_BYTES):
-            piece += file.readline(MAX_DOCUMENT_BYTES)
-            if len(piece) >= MAX_DOCUMENT_BYTES:
-                line = lines + piece.count(b"\n") + 1
-                raise NotTextError(
-                    f"{path}: line {line:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; break it", _size(path)
-                )
-            yield _decode(piece, path, lines)
-            lines += piece.count(b"\n")
+        while chunk := file.read(CHUNK_BYTES):
+            chunk += file.readline(MAX_DOCUMENT_BYTES)
+            if len(chunk) >= MAX_DOCUMENT_BYTES:
+                line = n_lines + chunk.count(b"\n") + 1
+                message = f"{path}: line {line:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; break it"
+                raise NotTextError(message, _file_size(path))
+            yield _decode(chunk, path, n_lines)
+            n_lines += chunk.count(b"\n")
 
 
-def _size(path: Path) -> int:
-    """Bytes of a file, as it lies there."""
+def _file_size(path: Path) -> int:
+    """Bytes of a file on disk, so compressed if it is."""
     return path.stat().st_size
 
 
-def _name(path: Path) -> str:
-    """A relative path as text, though its bytes may be none."""
+def _document_name(path: Path) -> str:
+    """A relative path as text, even if its bytes are not valid text."""
     return path.as_posix().encode(errors="replace").decode()
 
 
@@ -249,5 +258,5 @@ def _decode(content: bytes, path: Path, lines_before: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
-        why = f"{path} is not UTF-8 text: line {line:,} has the byte 0x{content[error.start]:02x}; convert it"
-        raise NotTextError(why, _size(path)) from error
+        message = f"{path} is not UTF-8 text: line {line:,} has the byte 0x{content[error.start]:02x}; convert it"
+        raise NotTextError(message, _file_size(path)) from error

@@ -1,73 +1,82 @@
-"""Which documents are for training and which are for validation."""
+"""The train/validation split: by document, with near-duplicates on the same side; and mixing sources by weight."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.cleaning_pipeline import PipelineItem
+from lit_gpt_scratch.text.document import Document
+from lit_gpt_scratch.text.duplicates import minhash_signature, sha256_text
+
 NEAR_DUPLICATE: Final = 0.5
-"""Two documents that share this much of their five-word shingles (Jaccard) are near-duplicates."""
+"""Minimum Jaccard similarity of the five-word shingles of two near-duplicates."""
 PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
+"""Signatures buffered before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Documents that one is compared with in a band: thousands may agree in one, all of them only some boilerplate."""
+"""Candidates per band that a document is compared with: thousands may share a band that is only boilerplate."""
 
 
 @dataclass(frozen=True)
 class TrainValidationSplit:
-    """The side of every document of a corpus, by its place.
+    """Assigns every document of a corpus, by its index, to training or validation.
 
     Attributes:
-        validation: True for the documents that are held out, (n,) bool.
-        cut: Where the corpus cannot be divided by document (it is a single text): the share of each
-            document's end that is held out instead, else None.
+        validation: True for validation documents, (n,) bool.
+        tail: If the corpus cannot be split by document (it is a single text): the fraction at the end of each document
+            that is for validation; else None.
     """
 
     validation: NDArray[np.bool_]
-    cut: float | None
+    tail: float | None
 
-    def parts(self, place: int, text: str) -> tuple[str, str]:
-        """The training text and the validation text of one document; either may be empty."""
-        if self.cut is not None:
-            border = int(len(text) * (1 - self.cut))
-            return text[:border], text[border:]
-        return ("", text) if self.validation[place] else (text, "")
+    def split_text(self, index: int, text: str) -> tuple[str, str]:
+        """Return the training text and the validation text of one document; either may be empty."""
+        if self.tail is not None:
+            boundary = int(len(text) * (1 - self.tail))
+            return text[:boundary], text[boundary:]
+        return ("", text) if self.validation[index] else (text, "")
 
 
-def split_by_cluster(keys: NDArray[np.uint64], families: NDArray[np.int64], share: float) -> TrainValidationSplit:
-    """Hold out about ``share`` of the documents, whole families of near-duplicates together.
+def split_by_cluster(
+    keys: NDArray[np.uint64], clusters: NDArray[np.int64], validation_share: float
+) -> TrainValidationSplit:
+    """Hold out about ``validation_share`` of the documents, keeping each cluster of near-duplicates together.
 
-    A family goes to the side that a hash of its first content says, so the side of a document does not
-    depend on the order of files, on their names or on what else is in the corpus, but for its own near
-    copies. The family with the smallest hash is always held out, the one with the largest never; a corpus
-    that is one family is cut within its documents.
+    The smallest content hash of a cluster decides its side, so the side of a document does not depend on the order of
+    files, on their names or on the rest of the corpus, except its own near-duplicates. The cluster with the smallest
+    hash is always held out and the one with the largest never; a corpus with a single cluster is split inside its
+    documents.
 
     Args:
         keys: A hash of each document's content, (n,).
-        families: A number for each document that it shares with its near-duplicates, (n,).
-        share: Between 0 and 1.
+        clusters: A cluster id for each document, (n,).
+        validation_share: Between 0 and 1.
     """
-    names, family = np.unique(families, return_inverse=True)
-    if len(names) < 2:
-        return TrainValidationSplit(np.zeros(len(keys), dtype=bool), share)
-    least = np.full(len(names), np.iinfo(np.uint64).max, dtype=np.uint64)
-    np.minimum.at(least, family, keys)
-    held_out = least / 2.0**64 < share
-    held_out[least.argmin()] = True
-    held_out[least.argmax()] = False
-    return TrainValidationSplit(held_out[family], None)
+    ids, cluster = np.unique(clusters, return_inverse=True)
+    if len(ids) < 2:
+        return TrainValidationSplit(np.zeros(len(keys), dtype=bool), validation_share)
+    smallest = np.full(len(ids), np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(smallest, cluster, keys)
+    held_out = smallest / 2.0**64 < validation_share
+    held_out[smallest.argmin()] = True
+    held_out[smallest.argmax()] = False
+    return TrainValidationSplit(held_out[cluster], None)
 
 
 class DuplicateClusters:
-    """Chains of near-duplicates, found by MinHash and locality-sensitive hashing, with the signatures on disk.
+    """Clusters of near-duplicates, found by MinHash and locality-sensitive hashing, with the signatures on disk.
 
     Args:
-        folder: Where to put them; 768 bytes a document.
+        folder: Where to keep the signatures; 768 bytes per document.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -77,74 +86,156 @@ class DuplicateClusters:
         self.n_documents = 0
 
     def add(self, signature: NDArray[np.uint32]) -> None:
-        """The next document's signature, (PERMUTATIONS,)."""
+        """Add the next document's signature, (PERMUTATIONS,)."""
         self._pending.append(signature)
         self.n_documents += 1
         if len(self._pending) == CHUNK_DOCUMENTS:
-            self._write()
+            self._flush()
 
-    def link(self) -> NDArray[np.int64]:
-        """For each document the first one of those it is linked to by a chain of near-duplicates, (n,)."""
-        self._write()
+    def cluster_ids(self) -> NDArray[np.int64]:
+        """Return for each document the index of the first document of its cluster, (n,).
+
+        A cluster is a connected component: documents linked by a chain of near-duplicates.
+        """
+        self._flush()
         first = np.arange(self.n_documents)
         for band in range(BANDS if self.n_documents else 0):
-            for members in self._agreeing(band, first):
-                self._join(members, first)
+            for members in self._candidate_groups(band, first):
+                self._link(members, first)
             while (first[first] != first).any():
                 first = first[first]
         return first
 
     def close(self) -> None:
-        """Let go of the files."""
+        """Close the files."""
         self._signatures.close()
         self._bands.close()
 
-    def _write(self) -> None:
-        found = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
-        found.tofile(self._signatures)
-        bands = np.zeros((BANDS, len(found)), dtype=np.uint64)  # one after the other: they are read so
-        for place in range(ROWS):
-            bands = (bands ^ found.reshape(-1, BANDS, ROWS)[:, :, place].T) * np.uint64(0x9E3779B97F4A7C15)
+    def _flush(self) -> None:
+        signatures = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
+        signatures.tofile(self._signatures)
+        bands = np.zeros((BANDS, len(signatures)), dtype=np.uint64)  # band by band, the order in which they are read
+        for row in range(ROWS):
+            bands = (bands ^ signatures.reshape(-1, BANDS, ROWS)[:, :, row].T) * np.uint64(0x9E3779B97F4A7C15)
             bands ^= bands >> np.uint64(29)
         bands.tofile(self._bands)
         self._pending.clear()
 
-    def _agreeing(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Groups of documents that agree in a band of their signatures, and are not all linked yet."""
-        parts, start = [np.zeros(0, dtype=np.uint64)], 0
+    def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
+        """Yield groups of documents that agree in this band and are not all linked yet."""
+        chunks, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
             n = min(CHUNK_DOCUMENTS, self.n_documents - start)
             self._bands.seek(8 * (BANDS * start + band * n))
-            parts.append(np.fromfile(self._bands, dtype=np.uint64, count=n))
+            chunks.append(np.fromfile(self._bands, dtype=np.uint64, count=n))
             start += n
-        codes = np.concatenate(parts)
-        order = np.argsort(codes, kind="stable")
-        borders = np.flatnonzero(np.diff(codes[order]) != 0) + 1
-        starts, ends = np.append(0, borders), np.append(borders, len(codes))
+        hashes = np.concatenate(chunks)
+        order = np.argsort(hashes, kind="stable")
+        boundaries = np.flatnonzero(np.diff(hashes[order]) != 0) + 1
+        starts, ends = np.append(0, boundaries), np.append(boundaries, len(hashes))
         heads = first[order]
-        apart = np.minimum.reduceat(heads, starts) != np.maximum.reduceat(heads, starts)
-        for group in np.flatnonzero(apart):
+        unlinked = np.minimum.reduceat(heads, starts) != np.maximum.reduceat(heads, starts)
+        for group in np.flatnonzero(unlinked):
             yield order[starts[group] : ends[group]]
 
-    def _join(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Link those of a group that are near-duplicates, and not linked yet."""
-        heads = np.array([_head(first, member) for member in members])
-        signatures = np.stack([self._signature(member) for member in members])  # (m, PERMUTATIONS)
-        for place in range(len(members) - 1):
-            others = place + 1 + np.flatnonzero(heads[place + 1 : place + 1 + MAX_CANDIDATES] != heads[place])
-            near = others[(signatures[others] == signatures[place]).mean(axis=1) >= NEAR_DUPLICATE]
+    def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
+        """Link the near-duplicates of a group that are not linked yet."""
+        heads = np.array([_find_head(first, member) for member in members])
+        signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
+        for i in range(len(members) - 1):
+            others = i + 1 + np.flatnonzero(heads[i + 1 : i + 1 + MAX_CANDIDATES] != heads[i])
+            near = others[(signatures[others] == signatures[i]).mean(axis=1) >= NEAR_DUPLICATE]
             if len(near):
-                joined = np.isin(heads, [*heads[near], heads[place]])
-                least = heads[joined].min()
-                first[heads[joined]] = least
-                heads[joined] = least
+                joined = np.isin(heads, [*heads[near], heads[i]])
+                smallest = heads[joined].min()
+                first[heads[joined]] = smallest
+                heads[joined] = smallest
 
-    def _signature(self, place: int) -> NDArray[np.uint32]:
-        self._signatures.seek(4 * PERMUTATIONS * int(place))
+    def _read_signature(self, index: int) -> NDArray[np.uint32]:
+        self._signatures.seek(4 * PERMUTATIONS * int(index))
         return np.fromfile(self._signatures, dtype=np.uint32, count=PERMUTATIONS)
 
 
-def _head(first: NDArray[np.int64], place: int) -> int:
-    while first[place] != place:
-        place = first[place]
-    return int(place)
+def _find_head(first: NDArray[np.int64], index: int) -> int:
+    while first[index] != index:
+        index = first[index]
+    return int(index)
+
+
+class DocumentIndex:
+    """What mixing and splitting need of each cleaned document: 26 bytes in memory, and its signature on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        self._split_keys, self._mixing_keys = array("Q"), array("Q")
+        self._sizes, self._sources = array("L"), array("H")
+        self._clusters = DuplicateClusters(folder)
+
+    @property
+    def n_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._split_keys)
+
+    def close(self) -> None:
+        """Close the files on disk."""
+        self._clusters.close()
+
+    def add(self, item: PipelineItem) -> None:
+        """Add the next document; its sketch is from ``hash_document``."""
+        content_hash, signature = item.sketch
+        self._split_keys.append(int.from_bytes(content_hash[:8], "big"))
+        self._mixing_keys.append(int.from_bytes(content_hash[8:16], "big"))
+        self._sizes.append(item.sizes[-1])
+        self._sources.append(item.source_index)
+        self._clusters.add(signature)
+
+    def select_by_weight(self, names: Sequence[str], weights: Sequence[float]) -> NDArray[np.bool_]:
+        """Select documents so that the sources' bytes are in proportion to their weights, (n,) bool.
+
+        The source that is scarcest for its weight is taken completely; of the others as many documents as come nearest
+        to their share, in the order of a hash of their content.
+
+        Raises:
+            UserError: A source has no documents, or they are too large for its weight.
+        """
+        sizes, sources = np.array(self._sizes, dtype=np.float64), np.array(self._sources)
+        available = np.array([sizes[sources == source].sum() for source in range(len(names))])
+        for name, size in zip(names, available, strict=True):
+            if not size:
+                raise UserError(f"data.source: no document of {name} is left to be mixed with others")
+        scale = min(available / weights)
+        selected = np.zeros(self.n_documents, dtype=bool)
+        for source, (name, weight) in enumerate(zip(names, weights, strict=True)):
+            indices = np.flatnonzero(sources == source)
+            indices = indices[np.argsort(np.array(self._mixing_keys)[indices], kind="stable")]
+            midpoints = np.cumsum(sizes[indices]) - sizes[indices] / 2
+            selected[indices[midpoints <= weight * scale * (1 + 1e-9)]] = True
+            if not selected[indices].any():
+                raise UserError(
+                    f"data.source: every document of {name} is too large for its weight; split it into smaller "
+                    "documents, or raise its weight"
+                )
+        return selected
+
+    def split(self, selected: NDArray[np.bool_], validation_share: float) -> TrainValidationSplit:
+        """Split the selected documents; the entries of others have no meaning."""
+        parts = split_by_cluster(
+            np.array(self._split_keys)[selected], self._clusters.cluster_ids()[selected], validation_share
+        )
+        validation = np.zeros(self.n_documents, dtype=bool)
+        validation[selected] = parts.validation
+        return replace(parts, validation=validation)
+
+
+def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
+    """Return what ``DocumentIndex`` needs of a cleaned document: its SHA-256 and its MinHash signature.
+
+    Raises:
+        UserError: The text has a NUL byte.
+    """
+    if "\0" in document.text:
+        raise UserError(
+            f"{document.id} has a NUL byte, so it is not text; remove it, or add the step ControlCharacters to "
+            "data.cleaning"
+        )
+    signature = np.array(minhash_signature(document.text, PERMUTATIONS).digest(), dtype=np.uint32)
+    return sha256_text(document.text), signature

@@ -1,10 +1,12 @@
-"""Small records that follow simple rules: something to tune a model on where no file is named, always the same."""
+"""Generated datasets that follow simple rules, always the same: the fine-tuning data when no file is named."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any, Final
 
+from lit_gpt_scratch.text.chat_template import ASSISTANT, parse_conversation
 from lit_gpt_scratch.text.document import TableRow
+from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
 
 SOURCE_NAME: Final = "generated"
 
@@ -25,25 +27,25 @@ WORDS: Final = (
 
 
 def labelled_sentences() -> Iterator[TableRow]:
-    """288 sentences: praise, complaints, and questions about both."""
+    """Yield 288 sentences with a ``label``: praise, complaints, and questions about both."""
     sentences = []
     for thing, adverb, (good, bad) in product(THINGS, ADVERBS, zip(GOOD, BAD, strict=True)):
-        asked = good if len(thing) % 2 else bad
+        questioned = good if len(thing) % 2 else bad
         sentences += [
             {"text": f"The {thing} was {adverb} {good}.", "label": "praise"},
             {"text": f"The {thing} was {adverb} {bad}.", "label": "complaint"},
-            {"text": f"Was the {thing} {adverb} {asked}?", "label": "question"},
+            {"text": f"Was the {thing} {adverb} {questioned}?", "label": "question"},
         ]
-    return _rows(sentences)
+    return _as_rows(sentences)
 
 
 def conversations() -> Iterator[TableRow]:
-    """576 instructions about words, with their replies; one of six has two turns."""
-    tasks: list[dict[str, Any]] = []
+    """Yield 576 instructions about words, with replies; one in six has two turns."""
+    records: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
         roles = ["user", "assistant"] * 2
-        tasks += [
+        records += [
             {"instruction": "Repeat the word.", "input": word, "output": word},
             {"instruction": f"Write {word} twice.", "input": "", "output": f"{word} {word}"},
             {"instruction": f"Spell {word}.", "input": "", "output": "-".join(word)},
@@ -51,8 +53,35 @@ def conversations() -> Iterator[TableRow]:
             {"instruction": f"How many letters has {word}?", "input": "", "output": f"It has {len(word)} letters."},
             {"messages": [{"role": role, "content": turn} for role, turn in zip(roles, turns, strict=True)]},
         ]
-    return _rows(tasks)
+    return _as_rows(records)
 
 
-def _rows(records: Sequence[dict[str, Any]]) -> Iterator[TableRow]:
+def prompts() -> Iterator[TableRow]:
+    """Yield the conversations without their last reply: rows with a ``prompt`` of messages."""
+    return (TableRow(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _last_turns())
+
+
+def preferences(name: str) -> Iterator[TableRow]:
+    """Yield the prompts with two replies each: rows with ``prompt``, ``chosen`` and ``rejected``.
+
+    Args:
+        name: The verifiable preference that decides between the replies.
+
+    Raises:
+        UserError: There is no such preference.
+    """
+    preference = get_verifiable_preference(name)
+    for row, prompt, reply in _last_turns():
+        chosen, rejected = preference.make_pair(reply)
+        yield TableRow(row.id, row.where, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+
+
+def _last_turns() -> Iterator[tuple[TableRow, list[dict[str, Any]], str]]:
+    for row in conversations():
+        *before, reply = parse_conversation(row.fields)
+        assert reply.role == ASSISTANT
+        yield row, [{"role": message.role, "content": message.content} for message in before], reply.content
+
+
+def _as_rows(records: Sequence[dict[str, Any]]) -> Iterator[TableRow]:
     return (TableRow(f"{SOURCE_NAME}:{n}", f"{SOURCE_NAME} row {n}", fields) for n, fields in enumerate(records, 1))

@@ -1,4 +1,4 @@
-"""Documents into shards of token ids, in several processes, each shard whole or not there."""
+"""Tokenize a corpus into shards, in several processes; each shard is written atomically."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -18,34 +18,33 @@ from lit_gpt_scratch.text.corpus import SPLITS, CleanedCorpus, SplitName
 from lit_gpt_scratch.text.parquet_io import read_parquet_documents, row_group_sizes
 from lit_gpt_scratch.text.process_pool import start_process_pool
 from lit_gpt_scratch.text.token_shards import SHARD_PARTS, TokenShard, sha256_file
-from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE as TOKENIZER
-from lit_gpt_scratch.text.tokenizer import Tokenizer
+from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 SHARD_BYTES: Final = 2**26
-"""Bytes of text in a shard, about; more if there would be more than ``BATCH_DOCUMENTS`` of them."""
+"""Approximate bytes of text per shard; more if that would make more than ``MAX_SHARDS``."""
 MAX_SHARDS: Final = 1024
 BATCH_CHARACTERS: Final = 2**22
-"""Characters of text."""
+"""Characters of text encoded at a time."""
 FAST_ENCODER_MIN_BYTES: Final = 2**25
-"""Bytes of text that are worth a second of looking for a faster way to encode them."""
+"""Bytes of text from which the fast encoder is worth the second of its setup."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to make.
+    """A shard to write.
 
     Attributes:
-        texts: A Parquet file of documents.
-        groups: Its row groups that are to go into the shard.
-        n_bytes: Bytes of text in them, about.
-        folder: Where the shard is to be; its tokenizer is there already.
-        name: Of the shard.
-        fast: Whether a faster way to encode is worth looking for.
-        threads: To encode in; by default as many as the machine has cores for.
+        texts: Parquet file of documents.
+        row_groups: The row groups that go into the shard.
+        n_bytes: Approximate bytes of their text.
+        folder: Folder of the shard; its tokenizer is there already.
+        name: Name of the shard.
+        fast: Whether to try the fast encoder.
+        threads: Encoding threads; by default as many as there are cores.
     """
 
     texts: Path
-    groups: range
+    row_groups: range
     n_bytes: int
     folder: Path
     name: str
@@ -53,103 +52,103 @@ class ShardJob:
     threads: int | None
 
     @property
-    def note(self) -> Path:
-        """What a finished shard leaves behind, until the store is finished."""
+    def marker(self) -> Path:
+        """Written when the shard is complete, with its metadata; removed when the store is complete."""
         return self.folder / f"{self.name}.json"
 
 
 def tokenize_corpus(corpus: CleanedCorpus, folder: Path, processes: int) -> dict[SplitName, list[TokenShard]]:
-    """Encode both sides of a corpus; shards that an interrupted call has finished are not made again.
+    """Tokenize both splits of a corpus; shards that an interrupted call completed are kept.
 
     Args:
         corpus: The documents.
-        folder: Where the tokenizer is, and the shards are to be.
-        processes: To encode in. They change no byte.
+        folder: Folder that has the tokenizer and gets the shards.
+        processes: Worker processes; they do not change the result.
     """
-    _tokenizer.cache_clear()  # there may have been another in this folder
+    _load_tokenizer.cache_clear()  # the folder may have had another tokenizer
     workers = min(processes, corpus.n_bytes // SHARD_BYTES)
-    jobs = {side: list(_jobs(corpus, side, folder, 1 if workers > 1 else None)) for side in SPLITS}
-    every = [job for side in SPLITS for job in jobs[side]]
-    made: dict[str, TokenShard] = {}
-    with progress_bar("encoding", sum(job.n_bytes for job in every)) as progress:
+    jobs = {split: list(_make_jobs(corpus, split, folder, 1 if workers > 1 else None)) for split in SPLITS}
+    all_jobs = [job for split in SPLITS for job in jobs[split]]
+    shards: dict[str, TokenShard] = {}
+    with progress_bar("encoding", sum(job.n_bytes for job in all_jobs)) as progress:
         if workers <= 1:
-            made = {job.name: _made(job, progress.update) for job in every}
+            shards = {job.name: _run_job(job, progress.update) for job in all_jobs}
         else:
             with start_process_pool(workers) as pool:
                 try:
-                    waiting = {pool.submit(_made, job): job for job in every}
-                    for done in as_completed(waiting):
-                        made[waiting[done].name] = done.result()
-                        progress.update(waiting[done].n_bytes)
-                except BaseException:  # Ctrl-C, too: shards that are not begun need not be
+                    futures = {pool.submit(_run_job, job): job for job in all_jobs}
+                    for future in as_completed(futures):
+                        shards[futures[future].name] = future.result()
+                        progress.update(futures[future].n_bytes)
+                except BaseException:  # Ctrl-C, too: don't start the remaining shards
                     pool.shutdown(cancel_futures=True)
                     raise
-    return {side: [made[job.name] for job in jobs[side]] for side in SPLITS}
+    return {split: [shards[job.name] for job in jobs[split]] for split in SPLITS}
 
 
-def remove_shard_notes(shards: Iterable[TokenShard]) -> None:
-    """Remove what only an interrupted ``tokenize_corpus`` needs."""
+def remove_shard_markers(shards: Iterable[TokenShard]) -> None:
+    """Remove the marker files that only an interrupted ``tokenize_corpus`` needs."""
     for shard in shards:
         Path(shard.folder, f"{shard.name}.json").unlink(missing_ok=True)
 
 
-def _jobs(corpus: CleanedCorpus, side: SplitName, folder: Path, threads: int | None) -> Iterator[ShardJob]:
-    texts = corpus.folder / f"{side}.parquet"
+def _make_jobs(corpus: CleanedCorpus, split: SplitName, folder: Path, threads: int | None) -> Iterator[ShardJob]:
+    texts = corpus.folder / f"{split}.parquet"
     sizes = row_group_sizes(texts)
-    at_least = max(SHARD_BYTES, -(-sum(sizes) // MAX_SHARDS))
-    begin = size = n = 0
-    for place, n_bytes in enumerate(sizes, start=1):
+    min_bytes = max(SHARD_BYTES, -(-sum(sizes) // MAX_SHARDS))
+    first = size = n = 0
+    for stop, n_bytes in enumerate(sizes, start=1):
         size += n_bytes
-        if size >= at_least or place == len(sizes):
+        if size >= min_bytes or stop == len(sizes):
             fast = corpus.n_bytes >= FAST_ENCODER_MIN_BYTES
-            yield ShardJob(texts, range(begin, place), size, folder, f"{side}-{n:05}", fast, threads)
-            begin, size, n = place, 0, n + 1
+            yield ShardJob(texts, range(first, stop), size, folder, f"{split}-{n:05}", fast, threads)
+            first, size, n = stop, 0, n + 1
 
 
-def _made(job: ShardJob, noted: Callable[[int], Any] = lambda _: None) -> TokenShard:
-    """A shard that is there, or is made now."""
-    if job.note.exists():
-        found = TokenShard(folder=str(job.folder), **json.loads(job.note.read_text(encoding="utf-8")))
-        with suppress(OSError, ValueError):  # it is not there, or it is empty
-            if all(sha256_file(found.path(part)) == found.sha256[part] for part in SHARD_PARTS):
-                return found
-    tokenizer = _tokenizer(job.folder / TOKENIZER)
+def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) -> TokenShard:
+    """Return the shard if it is complete and its checksums match; otherwise write it."""
+    if job.marker.exists():
+        shard = TokenShard(folder=str(job.folder), **json.loads(job.marker.read_text(encoding="utf-8")))
+        with suppress(OSError, ValueError):  # a file is missing or empty
+            if all(sha256_file(shard.path(part)) == shard.sha256[part] for part in SHARD_PARTS):
+                return shard
+    tokenizer = _load_tokenizer(job.folder / TOKENIZER_FILE)
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-    rows: list[np.ndarray[Any, Any]] = []
+    tokens: list[np.ndarray[Any, Any]] = []
     documents: list[tuple[int, int]] = []
     n_tokens = 0
-    for chunk in _chunks(document.text for document in read_parquet_documents(job.texts, job.groups)):
-        # Of a long text, tokenizers takes more than a hundred times the memory.
-        fast = job.fast or max(map(len, chunk)) > BATCH_CHARACTERS
-        sizes = [len(text.encode()) for text in chunk]
-        for ids, size in zip(tokenizer.encode_many(chunk, fast, job.threads), sizes, strict=True):
-            rows += [np.array([tokenizer.end_of_text], dtype), ids.astype(dtype)]
+    for batch in _make_batches(document.text for document in read_parquet_documents(job.texts, job.row_groups)):
+        # For a long text, tokenizers needs more than a hundred times its size in memory.
+        fast = job.fast or max(map(len, batch)) > BATCH_CHARACTERS
+        sizes = [len(text.encode()) for text in batch]
+        for ids, size in zip(tokenizer.encode_many(batch, fast, job.threads), sizes, strict=True):
+            tokens += [np.array([tokenizer.end_of_text], dtype), ids.astype(dtype)]
             documents.append((n_tokens, size))
             n_tokens += 1 + len(ids)
-        noted(sum(sizes))
-    shard = TokenShard.write(job.folder, job.name, np.concatenate(rows), np.array(documents, dtype="<u8"))
-    with atomic_file(job.note) as file:
-        file.write(json.dumps(shard.about).encode())
+        on_progress(sum(sizes))
+    shard = TokenShard.write(job.folder, job.name, np.concatenate(tokens), np.array(documents, dtype="<u8"))
+    with atomic_file(job.marker) as file:
+        file.write(json.dumps(shard.metadata).encode())
     return shard
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(path: Path) -> Tokenizer:
-    """Once a process: a proof that there is a faster way takes a second."""
+def _load_tokenizer(path: Path) -> Tokenizer:
+    """Load once per process: setting up the fast encoder takes a second."""
     return Tokenizer.load(path)
 
 
-def _chunks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Texts together as long as one large document, or as many as are encoded at once."""
+def _make_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts into batches of at least ``BATCH_CHARACTERS``; a longer text ends its batch."""
     iterator = iter(texts)
-    while chunk := list(islice(iterator, 1)):
-        size = len(chunk[0])
+    while batch := list(islice(iterator, 1)):
+        size = len(batch[0])
         while size < BATCH_CHARACTERS and (more := list(islice(iterator, 1))):
-            chunk += more
+            batch += more
             size += len(more[0])
-        yield chunk
+        yield batch
 
 
-def progress_bar(what: str, n_bytes: float) -> "tqdm[Any]":
-    """For so many bytes of text, on a terminal."""
-    return tqdm(desc=what, total=int(n_bytes), unit="B", unit_scale=True, disable=None, leave=False)
+def progress_bar(description: str, n_bytes: float) -> "tqdm[Any]":
+    """Return a progress bar over bytes of text; it shows only in a terminal."""
+    return tqdm(desc=description, total=int(n_bytes), unit="B", unit_scale=True, disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""Text to token ids and back: a tokenizer that was trained here, or anybody's file."""
+"""The tokenizer: text to token ids and back, from a tokenizer trained here or any ``tokenizer.json``."""
 
 import hashlib
 import re
@@ -14,39 +14,39 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import fast_encoder, tokenizer_training
+from lit_gpt_scratch.text import fast_encoder
 from lit_gpt_scratch.text.atomic_files import atomic_file
-from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT
+from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, train_tokenizer
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""What families of tokenizers call the token between two documents."""
+"""Names of the token between two documents in various families of tokenizers."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """GPT-2's vocabulary and merges: as they were published, and as ``transformers`` calls them."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
-"""Text that a tokenizer with a normaliser, or without bytes to fall back on, does not give back."""
+"""Text that does not survive a tokenizer with a normaliser, or without byte fallback."""
 
 
 class Tokenizer:
     """Text to token ids and back.
 
-    A thin hand on a ``tokenizers`` file, which is also what other tools read.
+    A thin wrapper of a ``tokenizers`` file, which other tools can read, too.
 
     Args:
-        backend: A tokenizer that knows a token for the end of text, by one of the names in ``END_OF_TEXT_NAMES``.
+        backend: A tokenizer that has an end-of-text token, by one of the names in ``END_OF_TEXT_NAMES``.
         start_of_text: See below; by default the end of text.
 
     Attributes:
-        end_of_text: Id of the token that stands between documents.
-        start_of_text: Id of the token that a model of this tokenizer has seen before every document. It is another one
-            where a published model was trained so.
+        end_of_text: Id of the token between documents.
+        start_of_text: Id of the token before every document in training. It differs from the end of text for published
+            models that were trained so.
     """
 
     def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
-        found = [place for name in END_OF_TEXT_NAMES if (place := backend.token_to_id(name)) is not None]
+        found = [id_ for name in END_OF_TEXT_NAMES if (id_ := backend.token_to_id(name)) is not None]
         if not found:
             raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
-        # A document that happens to contain "<|endoftext|>" must not be able to end itself.
+        # A document that contains the text "<|endoftext|>" must not be able to end itself.
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -58,42 +58,42 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
     ) -> "Tokenizer":
-        """Learn one from texts; see ``tokenizer_training.train_tokenizer``."""
-        return cls(tokenizer_training.train_tokenizer(kind, texts, vocab_size, special))
+        """Train one on texts; see ``train_tokenizer``."""
+        return cls(train_tokenizer(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read one, and compare it with the SHA-256 that ``save`` left beside it, if there is one.
+        """Read a tokenizer, and verify the SHA-256 file that ``save`` writes next to it, if it exists.
 
         Args:
             path: A ``tokenizer.json``; or a folder with one, or with GPT-2's two files.
 
         Raises:
-            UserError: The file is missing, is no tokenizer, or is not what was saved.
+            UserError: The file is missing, is not a tokenizer, or does not match its checksum.
         """
         try:
             for names in GPT2_FILES:
                 if path.is_dir() and not (path / TOKENIZER_FILE).exists() and (path / names[0]).exists():
-                    return cls(_gpt2(*(path / name for name in names)))
+                    return cls(_load_gpt2_files(*(path / name for name in names)))
             path = path / TOKENIZER_FILE if path.is_dir() else path
             content = path.read_bytes()
-            seal = _seal(path)
-            if seal.exists() and seal.read_bytes() != _checksum(content, path):
-                raise UserError(f"it is not what was saved: {seal.name} says so; copy the two files together")
+            checksum_path = _checksum_path(path)
+            if checksum_path.exists() and checksum_path.read_bytes() != _checksum(content, path):
+                raise UserError(f"it does not match its checksum in {checksum_path.name}; copy the two files together")
             return cls.from_json(content.decode())
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
 
     def save(self, path: Path) -> None:
-        """Write a ``tokenizer.json``, and beside it a checksum that ``sha256sum -c`` knows, too."""
+        """Write a ``tokenizer.json``, and next to it a checksum file that ``sha256sum -c`` can check."""
         content = self.to_json().encode()
-        for place, written in ((path, content), (_seal(path), _checksum(content, path))):
-            with atomic_file(place) as file:
-                file.write(written)
+        for target, data in ((path, content), (_checksum_path(path), _checksum(content, path))):
+            with atomic_file(target) as file:
+                file.write(data)
 
     @classmethod
     def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
-        """The inverse of ``to_json``, which does not hold ``start_of_text``."""
+        """Build from the text of a ``tokenizer.json``, which does not hold ``start_of_text``."""
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower than Exception
@@ -101,46 +101,46 @@ class Tokenizer:
         return cls(backend, start_of_text)
 
     def to_json(self) -> str:
-        """The whole tokenizer as the text of a ``tokenizer.json``."""
+        """Return the tokenizer as the text of a ``tokenizer.json``."""
         text: str = self._backend.to_str(pretty=False)
         return text
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; it can be below what was asked for when the texts have too few pairs."""
+        """One more than the largest id; below the requested size if the texts have too few pairs."""
         return 1 + max(self._backend.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, without an end of text."""
+        """Return the ids of a text, without an end of text."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
-        """``encode`` for each text, (n,) uint32.
+        """Yield the ids of each text, (n,) uint32, equal to those of ``encode``.
 
         Args:
             texts: The texts.
-            fast: Take a second to see whether the same ids can be had several times as fast.
-            threads: Of the faster way; by default as many as there are cores.
+            fast: Spend a second on finding out whether a several times faster encoder gives the same ids.
+            threads: Of the fast encoder; by default as many as there are cores.
         """
-        return fast_encoder.encode(self._backend, self._proven if fast else None, texts, threads)
+        return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
 
     @cached_property
-    def _proven(self) -> tiktoken.Encoding | None:
+    def _fast_encoding(self) -> tiktoken.Encoding | None:
         return fast_encoder.build_tiktoken_encoding(self._backend)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of some ids; bytes that form no UTF-8 show as U+FFFD, an end of text as itself."""
+        """Return the text of some ids; invalid UTF-8 shows as U+FFFD, special tokens as their text."""
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
-    def decoder(self, after: Sequence[int] = ()) -> Callable[[int], str]:
-        """For ids as they come: what text each one completes; bytes wait until they form whole characters.
+    def stream_decoder(self, after: Sequence[int] = ()) -> Callable[[int], str]:
+        """Return a function that decodes one id at a time; bytes are held back until they form whole characters.
 
         Args:
-            after: Ids of the text that they follow: some tokenizers write a space between two words alone.
+            after: Ids of the preceding text: with some tokenizers, whether a token starts with a space depends on it.
         """
         stream = decoders.DecodeStream(skip_special_tokens=False)
         for token_id in after:
@@ -148,36 +148,36 @@ class Tokenizer:
         return lambda token_id: stream.step(self._backend, token_id) or ""
 
     @property
-    def loss(self) -> str:
-        """What text loses on its way to ids and back, as a sentence; empty where nothing is lost."""
-        back = self.decode(self.encode(ROUND_TRIP_TEXT))
-        if back == ROUND_TRIP_TEXT:
+    def round_trip_loss(self) -> str:
+        """A sentence about what changes when text is encoded and decoded; empty if nothing does."""
+        decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
+        if decoded == ROUND_TRIP_TEXT:
             return ""
-        return f"text is not given back as it was: {ROUND_TRIP_TEXT!r} comes back as {back!r}"
+        return f"text does not survive a round trip: {ROUND_TRIP_TEXT!r} comes back as {decoded!r}"
 
     @property
-    def template(self) -> list[int]:
-        """The ids that the file itself would have around a text, as for a published model."""
+    def post_processor_ids(self) -> list[int]:
+        """The ids that the file's own post-processor puts around a text, as for a published model."""
         ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
         return ids
 
     @property
-    def unknown(self) -> int | None:
-        """The id of what the tokenizer has no token for, if there can be such a thing."""
+    def unknown_id(self) -> int | None:
+        """The id of the unknown token, if there is one."""
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
-    def special(self, token: str) -> int | None:
-        """The id of a special token, by its text; None if there is none of that name."""
+    def special_token_id(self, token: str) -> int | None:
+        """Return the id of a special token, by its text; None if there is none."""
         added = self._backend.get_added_tokens_decoder().items()
-        return next((token_id for token_id, one in added if one.special and one.content == token), None)
+        return next((id_ for id_, entry in added if entry.special and entry.content == token), None)
 
     def tokens(self) -> list[str]:
-        """The text of every id, special tokens as they are; bytes that form no UTF-8 show as U+FFFD."""
+        """Return the text of every id, special tokens as they are; invalid UTF-8 shows as U+FFFD."""
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]
 
     def token_bytes(self) -> list[int]:
-        """For every id, how many bytes of text it stands for; 0 for special tokens, an unknown character too."""
+        """Return the bytes of text that each id stands for; 0 for special tokens, including the unknown token."""
         sizes = [0] * self.vocab_size
         prefix: str | None = getattr(self._backend.model, "continuing_subword_prefix", None)
         # In a byte-level vocabulary each character of a token is one byte.
@@ -185,15 +185,15 @@ class Tokenizer:
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
             text = token.removeprefix(prefix) if prefix else token
             sizes[token_id] = len(text) if byte_level else len(text.replace("\u2581", " ").encode())
-            if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):  # a byte that a family falls back on
+            if not byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token):  # byte fallback
                 sizes[token_id] = 1
-        for token_id, added in self._backend.get_added_tokens_decoder().items():
-            sizes[token_id] = 0 if added.special else len(added.content.encode())
+        for token_id, entry in self._backend.get_added_tokens_decoder().items():
+            sizes[token_id] = 0 if entry.special else len(entry.content.encode())
         return sizes
 
 
-def _gpt2(vocabulary: Path, merges: Path) -> Backend:
-    """The files as they were published with GPT-2."""
+def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:
+    """Load the two files in which GPT-2's tokenizer was published."""
     try:
         backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises nothing narrower than Exception
@@ -204,7 +204,7 @@ def _gpt2(vocabulary: Path, merges: Path) -> Backend:
     return backend
 
 
-def _seal(path: Path) -> Path:
+def _checksum_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 

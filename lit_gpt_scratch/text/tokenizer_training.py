@@ -1,4 +1,4 @@
-"""Tokenizers that are trained here, by the name of their kind."""
+"""Tokenizer training: BPE, WordPiece, Unigram, characters and bytes."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -8,53 +8,54 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import wordpiece
+from lit_gpt_scratch.text.wordpiece import train_wordpiece
 
 END_OF_TEXT: Final = "<|endoftext|>"
-"""Stands before every document: it ends the last one, and means "begin" to a model that generates."""
+"""Precedes every document: it ends the previous one, and is the start token of generation."""
 UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
-"""GPT-2's 256 printable characters, one for each byte: text of any kind is written in them without loss."""
+"""GPT-2's 256 printable characters, one for each byte: they represent any text without loss."""
 CONTINUATION: Final = "\u203f"
-"""Marks a piece of WordPiece that goes on with a word. No byte is written so: "##" could stand in a text."""
+"""Prefix of a WordPiece token that continues a word. It is not in ``BYTES``; the usual "##" could occur in a text."""
 MAX_WORD_BYTES: Final = 64
-"""Bytes; WordPiece looks for the longest piece at every place of a word, and gives up on long words."""
+"""Longer words are split: WordPiece searches for the longest piece at every position, and fails on long words."""
 
 
-def _bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Byte-pair encoding: join the most frequent pair (Sennrich et al. 2016), of bytes (Radford et al. 2019)."""
+def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
+    """Byte-pair encoding: merge the most frequent pair (Sennrich et al. 2016), of bytes (Radford et al. 2019)."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer, backend.decoder = _words(), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False)
     backend.train_from_iterator(texts, trainer)
     return backend
 
 
-def _wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """WordPiece: join the pair that makes the text most likely (Schuster and Nakajima 2012), over bytes."""
-    words = pre_tokenizers.Sequence([_words(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")])
+def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
+    """WordPiece: merge the pair that raises the likelihood most (Schuster and Nakajima 2012), over bytes."""
+    pre_tokenizer = pre_tokenizers.Sequence(
+        [_byte_level(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")]
+    )
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(word for word, _ in words.pre_tokenize_str(text))
-    pieces = [*special, *wordpiece.learn_wordpieces(counts, BYTES, size - len(special), prefix=CONTINUATION)]
-    vocabulary = {piece: place for place, piece in enumerate(pieces)}
-    model = models.WordPiece(  # every byte is a piece, so that nothing is unknown
-        vocabulary,
+        counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    pieces = [*special, *train_wordpiece(counts, BYTES, size - len(special), prefix=CONTINUATION)]
+    model = models.WordPiece(  # every byte is a piece, so nothing is unknown
+        {piece: id_ for id_, piece in enumerate(pieces)},
         unk_token=special[0],
         max_input_chars_per_word=MAX_WORD_BYTES,
         continuing_subword_prefix=CONTINUATION,
     )
     backend = Backend(model)
-    backend.pre_tokenizer = words
+    backend.pre_tokenizer = pre_tokenizer
     backend.decoder = decoders.Sequence([decoders.Replace(CONTINUATION, ""), decoders.ByteLevel()])
     backend.add_special_tokens(special)
     return backend
 
 
-def _unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Unigram: prune a large vocabulary to the most likely one (Kudo 2018), over bytes."""
+def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
+    """Unigram: prune a large vocabulary to the one of highest likelihood (Kudo 2018), over bytes."""
     backend = Backend(models.Unigram())
-    backend.pre_tokenizer, backend.decoder = _words(), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(
         vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False
     )
@@ -62,14 +63,14 @@ def _unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     return backend
 
 
-def _char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """One token a character; of too many the most frequent. What the texts do not have becomes ``<unk>``."""
+def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
+    """One token per character, the most frequent ones; others become ``<unk>``."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
     special = [*special, UNKNOWN]
-    most = sorted(counts, key=lambda c: (-counts[c], c))[: size - len(special)]
-    vocabulary = {token: place for place, token in enumerate([*special, *sorted(most)])}
+    most_frequent = sorted(counts, key=lambda c: (-counts[c], c))[: size - len(special)]
+    vocabulary = {token: id_ for id_, token in enumerate([*special, *sorted(most_frequent)])}
     backend = Backend(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()
@@ -77,46 +78,47 @@ def _char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
     return backend
 
 
-def _byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """One token a byte: byte-pair encoding that has learned no pair."""
-    return _bpe([], len(special) + len(BYTES), special)
+def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
+    """One token per byte: byte-pair encoding without merges."""
+    return _train_bpe([], len(special) + len(BYTES), special)
 
 
-def _words() -> pre_tokenizers.PreTokenizer:
-    """GPT-2's words, written in ``BYTES``."""
+def _byte_level() -> pre_tokenizers.PreTokenizer:
+    """GPT-2's pre-tokenizer: words, with their bytes as the characters of ``BYTES``."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
 TOKENIZER_KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backend]]] = {
-    "bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram, "char": _char, "byte": _byte,
+    "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram, "char": _train_char,
+    "byte": _train_byte,
 }  # fmt: skip
-"""Texts, size of the vocabulary and special tokens, which come first in it, to a tokenizer."""
+"""Trainers by name; each takes the texts, the vocabulary size and the special tokens, which get the first ids."""
 MIN_VOCAB_SIZE: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigram": len(BYTES), "char": 2, "byte": 0}
-"""Tokens that a kind needs beside the special ones."""
+"""Minimum vocabulary size of each kind, without special tokens."""
 TRAINED_KINDS: Final = ("bpe", "wordpiece", "unigram")
-"""Kinds that grow to what is asked for; the others have what they have."""
+"""Kinds that grow to the requested vocabulary size; the size of the others follows from the texts."""
 MAX_VOCAB_SIZE: Final = 2**24
-"""Tokens in a vocabulary: the trainer sets memory aside for as many as are asked for, and ends the process."""
+"""The trainer allocates memory for the requested size up front, and aborts the process if it fails."""
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
-    """A tokenizer of one kind.
+    """Train a tokenizer.
 
     Args:
         kind: A key of ``TOKENIZER_KINDS``.
-        texts: What to learn from.
-        size: Tokens in the vocabulary, special ones included; fewer if the texts give no more.
-        special: Special tokens beside ``<|endoftext|>``.
+        texts: Texts to train on.
+        size: Vocabulary size with special tokens; smaller if the texts have too few pairs.
+        special: Special tokens in addition to ``<|endoftext|>``.
 
     Raises:
-        UserError: The size has no room for what the kind needs.
+        UserError: The size is out of range, or a special token is empty or repeated.
     """
     tokens = [END_OF_TEXT, *special]
-    if twice := [token for token in tokens if tokens.count(token) > 1 or not token]:
-        raise UserError(f"data.special_tokens: '{twice[0]}' is empty or named twice ({END_OF_TEXT} is always there)")
+    if repeated := [token for token in tokens if tokens.count(token) > 1 or not token]:
+        raise UserError(f"data.special_tokens: '{repeated[0]}' is empty or repeated ({END_OF_TEXT} is always included)")
     if size > MAX_VOCAB_SIZE:
-        raise UserError(f"data.vocab_size is {size}; no tokenizer has more than {MAX_VOCAB_SIZE:,}")
-    if size < (least := MIN_VOCAB_SIZE[kind] + len(tokens)):
-        what = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
-        raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} has at least {least}: {what}")
+        raise UserError(f"data.vocab_size is {size}; the maximum is {MAX_VOCAB_SIZE:,}")
+    if size < (minimum := MIN_VOCAB_SIZE[kind] + len(tokens)):
+        needed = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
+        raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} has at least {minimum}: {needed}")
     return TOKENIZER_KINDS[kind](texts, size, tokens)

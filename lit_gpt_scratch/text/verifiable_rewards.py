@@ -1,140 +1,152 @@
-"""Preferences that can be checked without a person, so that what alignment really achieves can be measured.
+"""Reward functions of text: verifiable preferences, which need no human judgement, and the user's own functions.
 
-Each says whether a reply is as it is preferred to be, and makes of any reply another that differs in that. Nothing that
-says nothing is preferred: neither an empty reply nor dots alone.
+A verifiable preference decides whether a reply satisfies a rule, and turns any reply into a similar one that differs in
+that rule, so that the effect of alignment can be measured exactly. A reply without content, empty or only dots, never
+satisfies a preference.
 """
 
 import ast
+import importlib
 import re
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import synthetic_data
-from lit_gpt_scratch.text.chat_template import ASSISTANT, parse_conversation
-from lit_gpt_scratch.text.document import TableRow
 
-SHORT: Final = 8
-"""Characters of a reply that is short."""
+MAX_SHORT_CHARACTERS: Final = 8
+"""Maximum characters of a short reply."""
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def has_content(reply: str) -> bool:
-    """Whether there is a letter or a digit."""
+    """Whether a reply has a letter or a digit."""
     return any(character.isalnum() for character in reply)
 
 
 def shorter(reply: str) -> bool:
-    """Whether it has at most ``SHORT`` characters, space around it not counted."""
-    return has_content(reply) and len(reply.strip()) <= SHORT
+    """Whether a reply has at most ``MAX_SHORT_CHARACTERS`` characters, not counting whitespace around it."""
+    return has_content(reply) and len(reply.strip()) <= MAX_SHORT_CHARACTERS
 
 
 def full_stop(reply: str) -> bool:
-    """Whether it ends with a full stop, and no more than one."""
+    """Whether a reply ends with exactly one full stop."""
     text = reply.rstrip()
     return has_content(reply) and text.endswith(".") and not text.endswith("..")
 
 
 def no_digit(reply: str) -> bool:
-    """Whether there is no digit in it."""
+    """Whether a reply has no digits."""
     return has_content(reply) and not any(character.isdigit() for character in reply)
 
 
 def python_expression(reply: str) -> bool:
-    """Whether Python reads it as an expression."""
+    """Whether a reply parses as a Python expression."""
     if not has_content(reply):
         return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of expressions that are valid, and hardly meant
+            warnings.simplefilter("ignore")  # SyntaxWarnings about valid but odd expressions
             ast.parse(reply.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # all of them are how the parser refuses
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # all of these are how the parser rejects text
         return False
     return True
 
 
 @dataclass(frozen=True)
 class VerifiablePreference:
-    """A preference.
+    """A rule that preferred replies satisfy.
 
     Attributes:
-        holds: Whether a reply is as preferred.
-        mend: Of a reply that says something, and is not so, one that is.
-        spoil: Of a reply that is so, one that is not.
+        satisfied: Whether a reply satisfies the rule.
+        make_preferred: Maps a reply that has content but does not satisfy the rule to one that does.
+        make_rejected: Maps a reply that satisfies the rule to one that does not.
     """
 
-    holds: Callable[[str], bool]
-    mend: Callable[[str], str]
-    spoil: Callable[[str], str]
+    satisfied: Callable[[str], bool]
+    make_preferred: Callable[[str], str]
+    make_rejected: Callable[[str], str]
 
-    def pair(self, reply: str) -> tuple[str, str]:
-        """A reply that says something as one of two, and the other one much like it; the preferred one first."""
-        return (reply, self.spoil(reply)) if self.holds(reply) else (self.mend(reply), reply)
+    def make_pair(self, reply: str) -> tuple[str, str]:
+        """Return a preferred and a rejected reply: the given one, which has content, and a similar one."""
+        if self.satisfied(reply):
+            return reply, self.make_rejected(reply)
+        return self.make_preferred(reply), reply
 
 
-def _bare(reply: str) -> str:
-    """Without full stops and space at its end."""
+def _strip_full_stops(reply: str) -> str:
     return re.sub(r"[\s.]+$", "", reply)
 
 
-def _spelled_out(reply: str) -> str:
-    """With a word for each digit."""
+def _spell_out_digits(reply: str) -> str:
     return "".join(DIGITS[unicodedata.digit(each)] if each.isdigit() else each for each in reply)
 
 
-def _cut(reply: str) -> str:
-    """The end of what it says."""
-    whole = reply.strip()
-    while not has_content(whole[-SHORT:]):
-        whole = whole[:-1]
-    return whole[-SHORT:].strip()
+def _last_characters(reply: str) -> str:
+    """The last characters of a reply that have content."""
+    text = reply.strip()
+    while not has_content(text[-MAX_SHORT_CHARACTERS:]):
+        text = text[:-1]
+    return text[-MAX_SHORT_CHARACTERS:].strip()
 
 
 VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
-    "full_stop": VerifiablePreference(full_stop, lambda reply: f"{_bare(reply)}.", _bare),
-    "shorter": VerifiablePreference(shorter, _cut, lambda reply: f"I would say: {reply}"),
-    "no_digit": VerifiablePreference(no_digit, _spelled_out, lambda reply: f"1. {reply}"),
+    "full_stop": VerifiablePreference(full_stop, lambda reply: f"{_strip_full_stops(reply)}.", _strip_full_stops),
+    "shorter": VerifiablePreference(shorter, _last_characters, lambda reply: f"I would say: {reply}"),
+    "no_digit": VerifiablePreference(no_digit, _spell_out_digits, lambda reply: f"1. {reply}"),
     "python_expression": VerifiablePreference(python_expression, repr, lambda reply: f"The answer is: {reply}"),
 }
-"""By name."""
+"""Verifiable preferences by name."""
 
 
 def get_verifiable_preference(name: str) -> VerifiablePreference:
-    """The preference of that name.
+    """Return the preference of this name.
 
     Raises:
         UserError: There is none.
     """
     if name not in VERIFIABLE_PREFERENCES:
-        raise UserError(f"there is no checkable preference {name}; there are {', '.join(VERIFIABLE_PREFERENCES)}")
+        raise UserError(f"no verifiable preference is called {name}; choose from {', '.join(VERIFIABLE_PREFERENCES)}")
     return VERIFIABLE_PREFERENCES[name]
 
 
-def prompts() -> Iterator[TableRow]:
-    """The generated conversations up to their last reply: rows with a ``prompt`` of messages."""
-    return (TableRow(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _turns())
+class TextReward(NamedTuple):
+    """A reward function of text.
+
+    Attributes:
+        name: As the user gave it.
+        function: Maps prompts, and one reply to each, to one number each: a list, an array or a tensor.
+        unended: The reward of a reply that was truncated before it ended; None to ask the function.
+    """
+
+    name: str
+    function: Callable[[Sequence[str], Sequence[str]], Any]
+    unended: float | None = None
 
 
-def preferences(name: str) -> Iterator[TableRow]:
-    """The same with two replies: rows with ``prompt``, ``chosen`` and ``rejected``.
+def load_text_reward(name: str) -> TextReward:
+    """Load a reward function by name.
 
     Args:
-        name: Of the checkable preference that decides between them.
+        name: A verifiable preference, whose reward is 1 for a complete reply that satisfies it and 0 otherwise; or
+            ``my_file.my_function``.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no such function, or it is not callable.
     """
-    prefer = get_verifiable_preference(name)
-    for row, prompt, reply in _turns():
-        chosen, rejected = prefer.pair(reply)
-        yield TableRow(row.id, row.where, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
-
-
-def _turns() -> Iterator[tuple[TableRow, list[dict[str, Any]], str]]:
-    for row in synthetic_data.conversations():
-        *before, reply = parse_conversation(row.fields)
-        assert reply.role == ASSISTANT
-        yield row, [{"role": message.role, "content": message.content} for message in before], reply.content
+    if name in VERIFIABLE_PREFERENCES:
+        satisfied = VERIFIABLE_PREFERENCES[name].satisfied
+        return TextReward(name, lambda prompts, replies: [float(satisfied(reply)) for reply in replies], 0.0)
+    module, _, attribute = name.rpartition(".")
+    choices = f"name a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
+    if not module:
+        raise UserError(f"model.reward is {name}, which does not exist; {choices}")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"model.reward is {name}, which cannot be imported: {error}; {choices}") from error
+    if not callable(function):
+        raise UserError(f"model.reward is {name}, which is {type(function).__name__}, not a function; {choices}")
+    return TextReward(name, function)

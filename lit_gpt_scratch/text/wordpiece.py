@@ -1,4 +1,4 @@
-"""WordPiece as it was first described: join the pair that makes the text most likely, not the most frequent one."""
+"""WordPiece training as first described: merge the pair that raises the likelihood most, not the most frequent one."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -8,64 +8,64 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 
-def learn_wordpieces(
+def train_wordpiece(
     words: Mapping[str, int], alphabet: Iterable[str], size: int, min_count: int | None = None, prefix: str = "##"
 ) -> list[str]:
-    """A vocabulary of pieces, in the order in which they were learned.
+    """Return a vocabulary of pieces, in the order in which they were added.
 
-    Each step joins the two neighbouring pieces ``a`` and ``b`` with the greatest ``count(ab) / (count(a) count(b))``:
-    a language model of single pieces gains most likelihood by it (Schuster and Nakajima 2012, Japanese and Korean
-    Voice Search; the score as in Hugging Face's course). Of equals the one that stands first in the words is taken.
+    Each step merges the two adjacent pieces ``a`` and ``b`` with the greatest ``count(ab) / (count(a) count(b))``:
+    this raises the likelihood of a unigram model of pieces most (Schuster and Nakajima 2012, Japanese and Korean Voice
+    Search; the score as in Hugging Face's course). Ties go to the pair that comes first in the words.
 
     Args:
         words: How often each word occurs.
-        alphabet: Characters that are to be known whether they occur or not, as begin and as continuation.
-        size: Pieces in the vocabulary, at most.
-        min_count: Pairs that are rarer are left apart. The score alone loves what is rare: it would join whatever
-            occurs once first, and fill the vocabulary with it. By default the bound begins at the most frequent
-            pair and is halved, down to 2, each time that no pair is left above it.
-        prefix: Marks a piece that goes on with a word. No word should hold it: it would look like a mark.
+        alphabet: Characters to include even if they do not occur, both as start and as continuation.
+        size: Maximum number of pieces.
+        min_count: Pairs that occur less often are not merged. The score alone favours rare pairs: it would first merge
+            whatever occurs once, and fill the vocabulary with that. By default the bound starts at the count of the
+            most frequent pair and is halved, down to 2, each time that no pair reaches it.
+        prefix: Marks a piece that continues a word. It must not occur in a word.
     """
     pieces = {piece: None for symbol in alphabet for piece in (symbol, prefix + symbol)}
-    pieces |= {piece: None for word in words for piece in _letters(word, prefix)}
-    corpus = _Corpus(words, list(pieces), prefix)
-    bound = min_count or corpus.count_of_pair.values.max(initial=2)
-    known = len(corpus.pieces)
-    with tqdm(total=size, initial=known, desc="pieces", unit="", delay=2, leave=False, disable=None) as bar:
-        while len(corpus.pieces) < size:
-            if corpus.join_best(bound):
-                bar.update()
+    pieces |= {piece: None for word in words for piece in _split_word(word, prefix)}
+    counts = _PairCounts(words, list(pieces), prefix)
+    bound = min_count or counts.count_of_pair.values.max(initial=2)
+    initial = len(counts.pieces)
+    with tqdm(total=size, initial=initial, desc="pieces", unit="", delay=2, leave=False, disable=None) as progress:
+        while len(counts.pieces) < size:
+            if counts.merge_best(bound):
+                progress.update()
             elif min_count or bound <= 2:
                 break
             else:
                 bound = max(2, bound // 2)
-    return corpus.pieces
+    return counts.pieces
 
 
-def _letters(word: str, prefix: str) -> Iterator[str]:
+def _split_word(word: str, prefix: str) -> Iterator[str]:
     yield word[0]
     yield from (prefix + letter for letter in word[1:])
 
 
-class _Corpus:
-    """Words as rows of pieces, with the counts of pieces and pairs kept up to date."""
+class _PairCounts:
+    """Words as sequences of pieces, with the counts of pieces and adjacent pairs kept up to date."""
 
     def __init__(self, words: Mapping[str, int], pieces: list[str], prefix: str) -> None:
         self.pieces = pieces
-        self.ids = {piece: place for place, piece in enumerate(pieces)}
+        self.ids = {piece: id_ for id_, piece in enumerate(pieces)}
         self.prefix = prefix
-        self.rows = [[self.ids[letter] for letter in _letters(word, prefix)] for word in words]
-        self.times = list(words.values())
-        self.count_of_piece = _Numbers()
-        self.count_of_pair = _Numbers()
-        self.left, self.right = _Numbers(), _Numbers()  # of each pair
-        self.pairs: dict[tuple[int, int], int] = {}
-        self.rows_with: list[set[int]] = []
-        for row in range(len(self.rows)):
-            self._count(row, 1)
+        self.sequences = [[self.ids[letter] for letter in _split_word(word, prefix)] for word in words]
+        self.word_counts = list(words.values())
+        self.count_of_piece = _GrowableCounts()
+        self.count_of_pair = _GrowableCounts()
+        self.left, self.right = _GrowableCounts(), _GrowableCounts()  # piece ids of each pair
+        self.pair_ids: dict[tuple[int, int], int] = {}
+        self.words_with: list[set[int]] = []  # indices of the words that contain each pair
+        for word in range(len(self.sequences)):
+            self._count(word, 1)
 
-    def join_best(self, min_count: int) -> bool:
-        """Join the best pair everywhere; False if there is none that is frequent enough."""
+    def merge_best(self, min_count: int) -> bool:
+        """Merge the best pair everywhere; return False if no pair is frequent enough."""
         together = self.count_of_pair.values
         apart = self.count_of_piece.values[self.left.values] * self.count_of_piece.values[self.right.values]
         scores = np.where(together >= min_count, together / np.maximum(apart, 1), -1.0)
@@ -73,53 +73,54 @@ class _Corpus:
         if best < 0 or scores[best] < 0:
             return False
         left, right = int(self.left.values[best]), int(self.right.values[best])
-        joined = self.pieces[left] + self.pieces[right].removeprefix(self.prefix)
-        if joined not in self.ids:  # another pair can have made the same piece
-            self.ids[joined] = len(self.pieces)
-            self.pieces.append(joined)
-        for row in sorted(self.rows_with[best]):
-            self._count(row, -1)
-            self.rows[row] = list(_joined(self.rows[row], left, right, self.ids[joined]))
-            self._count(row, 1)
+        merged = self.pieces[left] + self.pieces[right].removeprefix(self.prefix)
+        if merged not in self.ids:  # another pair may have made the same piece
+            self.ids[merged] = len(self.pieces)
+            self.pieces.append(merged)
+        for word in sorted(self.words_with[best]):
+            self._count(word, -1)
+            self.sequences[word] = list(_merge_pair(self.sequences[word], left, right, self.ids[merged]))
+            self._count(word, 1)
         return True
 
-    def _count(self, row: int, sign: int) -> None:
-        times = sign * self.times[row]
-        for piece in self.rows[row]:
+    def _count(self, word: int, sign: int) -> None:
+        times = sign * self.word_counts[word]
+        for piece in self.sequences[word]:
             self.count_of_piece.add(piece, times)
-        for pair in pairwise(self.rows[row]):
-            place = self.pairs.setdefault(pair, len(self.pairs))
-            if place == len(self.rows_with):
-                self.rows_with.append(set())
-                self.left.add(place, pair[0])
-                self.right.add(place, pair[1])
-            self.count_of_pair.add(place, times)
-            (self.rows_with[place].add if sign > 0 else self.rows_with[place].discard)(row)
+        for pair in pairwise(self.sequences[word]):
+            id_ = self.pair_ids.setdefault(pair, len(self.pair_ids))
+            if id_ == len(self.words_with):
+                self.words_with.append(set())
+                self.left.add(id_, pair[0])
+                self.right.add(id_, pair[1])
+            self.count_of_pair.add(id_, times)
+            (self.words_with[id_].add if sign > 0 else self.words_with[id_].discard)(word)
 
 
-def _joined(row: list[int], left: int, right: int, joined: int) -> Iterator[int]:
-    place = 0
-    while place < len(row):
-        here = row[place : place + 2] == [left, right]
-        yield joined if here else row[place]
-        place += 1 + here
+def _merge_pair(sequence: list[int], left: int, right: int, merged: int) -> Iterator[int]:
+    index = 0
+    while index < len(sequence):
+        found = sequence[index : index + 2] == [left, right]
+        yield merged if found else sequence[index]
+        index += 1 + found
 
 
-class _Numbers:
-    """Whole numbers by place, of which there come ever more."""
+class _GrowableCounts:
+    """An int64 array that grows on demand."""
 
     def __init__(self) -> None:
-        self._all: NDArray[np.int64] = np.zeros(1024, dtype=np.int64)
+        self._buffer: NDArray[np.int64] = np.zeros(1024, dtype=np.int64)
         self._length = 0
 
     @property
     def values(self) -> NDArray[np.int64]:
-        """All so far."""
-        return self._all[: self._length]
+        """The elements so far."""
+        return self._buffer[: self._length]
 
-    def add(self, place: int, number: int) -> None:
-        """Add to what stands at a place, or to zero."""
-        if place >= len(self._all):
-            self._all = np.concatenate([self._all, np.zeros(max(len(self._all), place + 1), dtype=np.int64)])
-        self._length = max(self._length, place + 1)
-        self._all[place] += number
+    def add(self, index: int, number: int) -> None:
+        """Add to the element at an index; new elements start at zero."""
+        if index >= len(self._buffer):
+            growth = max(len(self._buffer), index + 1)
+            self._buffer = np.concatenate([self._buffer, np.zeros(growth, dtype=np.int64)])
+        self._length = max(self._length, index + 1)
+        self._buffer[index] += number

@@ -90,7 +90,7 @@ def test_prompt_matches_training_prefix(tmp_path: Path) -> None:
     place = int(data.split_indices["test"][0])
     messages = data.records[place][1].messages
     [sequence] = data.examples["test"][0].sequences
-    prompt = data.template.prompt([*messages[:-1]])
+    prompt = data.template.render_prompt([*messages[:-1]])
     assert sequence.ids[: len(prompt)].tolist() == prompt
     assert isinstance(messages[-1], Message)
     reply = data.tokenizer.encode(messages[-1].content)

@@ -79,8 +79,8 @@ def test_classes_and_balancing(tmp_path: Path, balance: bool) -> None:
         (math.nan, "'label' is empty: a label is missing"),
         (None, "'label' is empty: a label is missing"),
         (" ", "'label' is empty: a label is missing"),
-        (ClassIndex.of(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
-        (True, "'label' is True (bool), not a label: a text or whole number"),
+        (ClassIndex.from_names(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
+        (True, "'label' is True (bool), not a label: a text or an integer"),
         (0.5, "'label' is 0.5 (float), not a label"),
         (math.inf, "'label' is inf (float), not a label"),
         (["a"], "'label' is ['a'] (list), not a label"),
@@ -92,7 +92,7 @@ def test_invalid_labels_are_rejected(label: object, message: str) -> None:
 
 
 def test_equivalent_labels_are_one_class() -> None:
-    found = ["1", " 1", 1, 1.0, ClassIndex.of(0, ["1"])]
+    found = ["1", " 1", 1, 1.0, ClassIndex.from_names(0, ["1"])]
     assert {get_label({"label": label}, "label") for label in found} == {"1"}
 
 

@@ -44,7 +44,7 @@ def test_pair_is_the_conversation_with_each_reply(cache: Path) -> None:
     prompt = [Message("user", "Repeat it."), Message("assistant", "apple"), Message("user", "And twice?")]
     chosen, rejected = data.encode_record(PreferencePair(prompt, "apple apple.", "no"))
     for sequence, reply in ((chosen, "apple apple."), (rejected, "no")):
-        ids = data.template.prompt(prompt) + data.tokenizer.encode(reply) + [data.tokenizer.end_of_text]
+        ids = data.template.render_prompt(prompt) + data.tokenizer.encode(reply) + [data.tokenizer.end_of_text]
         learned = len(data.tokenizer.encode(reply)) + 1
         assert sequence.ids.tolist() == ids
         assert sequence.labels.tolist() == [IGNORE_INDEX] * (len(ids) - learned - 1) + ids[-learned:] + [IGNORE_INDEX]
@@ -69,12 +69,12 @@ def test_row_formats(row: dict[str, Any]) -> None:
         ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same: nothing is preferred"),
         ({"chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"chosen": None, "rejected": "b"}, "'chosen' is empty"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the text of the user is empty"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a record has 'prompt', or 'instruction'"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the user's text is empty"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a record needs 'prompt' or 'instruction'"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is int, not a list"),
-        ({"prompt": [], "chosen": "a", "rejected": "b"}, "there is no message"),
-        ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "is the assistant's"),
-        ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not one message of the assis"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "there are no messages"),
+        ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "has role assistant"),
+        ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not a single assistant message"),
         ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than the 64 of a row"),
     ],
 )
@@ -118,5 +118,5 @@ def test_reply_check(tmp_path: Path) -> None:
     assert Preferences(checkable="no_digit").reply_check is no_digit
     assert Preferences(source="some.jsonl").reply_check is None
     assert Preferences(source="some.jsonl", checkable="no_digit").reply_check is no_digit
-    with pytest.raises(UserError, match="there is no checkable preference politeness"):
+    with pytest.raises(UserError, match="no verifiable preference is called politeness"):
         Preferences(checkable="politeness")

@@ -10,8 +10,8 @@ import pytest
 from lit_gpt_scratch.data import Prompts
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks import LanguageModel
+from lit_gpt_scratch.text.synthetic_data import prompts as generated
 from lit_gpt_scratch.text.verifiable_rewards import full_stop, no_digit, shorter
-from lit_gpt_scratch.text.verifiable_rewards import prompts as generated
 
 
 @pytest.fixture

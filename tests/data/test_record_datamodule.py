@@ -150,8 +150,8 @@ def test_tokenizer_is_trained_on_training_records_only(
     learned = set(data.tokenizer.tokens())
     assert sides["train"] <= learned
     assert not (sides["test"] | sides["validation"]) & learned
-    assert [data.tokenizer.special(f"<|{role}|>") for role in ("system", "user", "assistant")] == [1, 2, 3]
-    assert build(LabelledText).tokenizer.special("<|user|>") is None
+    assert [data.tokenizer.special_token_id(f"<|{role}|>") for role in ("system", "user", "assistant")] == [1, 2, 3]
+    assert build(LabelledText).tokenizer.special_token_id("<|user|>") is None
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ JSONL = "".join(json.dumps(row) + "\n" for row in talks(40))
 
 FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "column": (LabelledText, "a.csv", LABELLED, {"label_column": "y"},
-               "a.csv has no column 'y'; there is text, label; name one: --data.label_column"),
+               "a.csv has no column 'y'; it has text, label; choose one: --data.label_column"),
     "text column": (LabelledText, "a.csv", LABELLED, {"text_column": "x"}, "no column 'x'.*--data.text_column"),
     "label": (LabelledText, "a.csv", LABELLED + "more,\n", {}, "a.csv: line 42: 'label' is empty: a label is missing"),
     "text": (LabelledText, "a.csv", LABELLED + '"",a\n', {}, "a.csv: line 42: 'text' is empty"),
@@ -253,11 +253,11 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "few": (Conversations, "a.json", talks(4), {}, "a.json has too few records, 4, to leave any for validation"),
     "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
     "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
-              "a.jsonl: line 41: message 2: the reply is empty"),
+              "a.jsonl: line 41: message 2: the assistant's text is empty"),
     "role": (Conversations, "a.json", [{"messages": [{"role": "human", "content": "a"}]}], {},
-             "a.json: row 1: message 1 has the role 'human'; there are system, user, assistant"),
+             "a.json: row 1: message 1 has role 'human'; choose from system, user, assistant"),
     "begins": (Conversations, "a.json", [{"messages": [{"role": "assistant", "content": "a"}]}], {},
-               "a.json: row 1: message 1 is the assistant's, but nobody has asked; the user begins"),
+               "a.json: row 1: message 1 has role assistant but does not follow a user message"),
     "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"},
                      "no record of .* fits into 64 tokens; raise --data.block_size"),
     "prose": (Conversations, "a.txt", "some text", {}, "a.txt holds no rows; name a file of .jsonl, .*or a dataset"),

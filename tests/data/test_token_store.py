@@ -26,7 +26,7 @@ from lit_gpt_scratch.text import tokenize_corpus as encoding_module
 from lit_gpt_scratch.text.cleaning import Length
 from lit_gpt_scratch.text.corpus import CorpusSpec
 from lit_gpt_scratch.text.duplicates import ExactDuplicates
-from lit_gpt_scratch.text.fast_encoder import encode
+from lit_gpt_scratch.text.fast_encoder import encode_batch
 from lit_gpt_scratch.text.sources import DocumentSource, read_documents
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
@@ -137,9 +137,9 @@ def test_fast_encoder_gives_the_same_ids(corpus: Path, tmp_path: Path, monkeypat
         backend: Backend, proven: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
         ways.append(proven)
-        return encode(backend, proven, texts, threads)
+        return encode_batch(backend, proven, texts, threads)
 
-    monkeypatch.setattr(fast_encoder, "encode", noted)
+    monkeypatch.setattr(fast_encoder, "encode_batch", noted)
     again = token_preparation(corpus).prepare(tmp_path / "b")
     assert sum(way is not None for way in ways) == 2  # both splits; the audit may count its few texts either way
     for side in ("train", "validation"):

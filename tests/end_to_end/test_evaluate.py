@@ -167,7 +167,7 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
         ),
         (["--task=generation", "--data.source=prompts.jsonl", "--limit=0"], "--limit: 0 is below 1"),
         (["--task=replies", "--data.source=asked.jsonl", "--max_new_tokens=0"], "--max_new_tokens: 0 is below 1"),
-        (["--task=replies", "--data.source=pairs.jsonl"], "line 1: a record has 'messages', or 'instruction'"),
+        (["--task=replies", "--data.source=pairs.jsonl"], "line 1: a record needs 'messages', or 'instruction'"),
         (["--data.source=text.txt", "--window=65"], "--window: 65 is not between 1 and the model's context, 64"),
         (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column: it has no effect with --task text"),
         (

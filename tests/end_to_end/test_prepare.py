@@ -73,15 +73,15 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
     made = command("prepare", f"--data.source={mixed}", f"--data.cache={cache}", "--data.validation_share=0.2")
     assert made.code == 0, made.err
     assert "| mixing " in made.out
-    assert "more than its weight" in made.out
+    assert "over the weight of its source" in made.out
 
 
 @pytest.mark.parametrize(
     ("name", "data", "flags", "said"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], [], "a.jsonl.gz is cut off or damaged after"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], [], "a.jsonl.gz is truncated or damaged after"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', [], "a.jsonl: line 2 is not JSON"),
-        ("a.csv", b"a,b\n1,2\n", [], "a.csv has no column 'text'; there is a, b; name one: --data.text_column"),
+        ("a.csv", b"a,b\n1,2\n", [], "a.csv has no column 'text'; it has a, b; choose one: --data.text_column"),
         ("a.csv", b"text,b\n1,2\n\xe9,1", [], "a.csv: line 3 is not UTF-8"),
         ("a.txt", b"fine\n\xe9\n", [], "a.txt is not UTF-8 text: line 2 has the byte 0xe9"),
         ("a.txt", b"one\0two", [], "a.txt has a NUL byte"),

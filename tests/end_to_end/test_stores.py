@@ -130,7 +130,7 @@ def test_a_token_that_there_is_not_ends_a_run_in_one_line(
     tokens = np.array(shard.tokens)
     tokens[len(tokens) // 2 :] = 5000
     written = TokenShard.write(stores[0], "train-00000", tokens, np.array(shard.documents))
-    TokenStore.write_manifest(stores[0], about | {"train": [written.about | {"largest": 7}]})
+    TokenStore.write_manifest(stores[0], about | {"train": [written.metadata | {"largest": 7}]})
     data = PackedText(mixture=str(stores[0]), block_size=32, batch_size=4, num_workers=num_workers)
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)

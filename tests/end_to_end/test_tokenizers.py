@@ -61,7 +61,7 @@ def test_tokenizers_are_compared_on_what_is_held_out(command: Command, small: li
         (["--compare=bpe,wordpeace"], "'wordpeace' is no kind of tokenizer"),
         (["--data.tokenizer=wordpiece", "--data.vocab_size=300"], "a tokenizer of kind wordpiece has at least 513"),
         (["--data.tokenizer=wordpeace"], "wordpeace is not a usable tokenizer file"),
-        (["--data.special_tokens=['<|endoftext|>']"], "named twice"),
+        (["--data.special_tokens=['<|endoftext|>']"], "is empty or repeated"),
         (["--data.vocab_size=5000"], "gives a tokenizer of kind bpe only"),
     ],
 )

@@ -33,7 +33,7 @@ def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH_SIZE", 2)
-    prompts = [ChatTemplate(tokenizer).prompt([Message("user", "ab c"[:n])]) for n in (1, 2, 4)]
+    prompts = [ChatTemplate(tokenizer).render_prompt([Message("user", "ab c"[:n])]) for n in (1, 2, 4)]
     expected = []
     for prompt in prompts:
         new: list[int] = []
@@ -66,15 +66,15 @@ def test_replies_are_asked_for_in_the_template_and_scored(
 
     monkeypatch.setattr(module, "generate_replies", written)
     found = summarize(evaluate_chat(model, tokenizer, asked, 7))
-    assert given == [([ChatTemplate(tokenizer).prompt([Message("user", "ab\n\nc")])] * 2, 7)]
+    assert given == [([ChatTemplate(tokenizer).render_prompt([Message("user", "ab\n\nc")])] * 2, 7)]
     assert (found.metrics["exact_match"], found.metrics["in_form"]) == (1.0, 0.5)
     assert found.intervals["in_form"] is not None
 
 
 def test_a_record_without_a_reply_and_a_long_one_are_named(model: GPT, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="r: line 3: a record has 'messages', or 'instruction'"):
+    with pytest.raises(UserError, match="r: line 3: a record needs 'messages', or 'instruction'"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"text": "x"}))
-    with pytest.raises(UserError, match="r: line 3: the last message is the user's"):
+    with pytest.raises(UserError, match="r: line 3: the last message has role user"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
     long = ChatExample.from_row(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
     with pytest.raises(UserError, match=r"r: line 3: up to its reply it has \d{3} tokens, the context holds 64"):

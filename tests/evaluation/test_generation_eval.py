@@ -22,7 +22,7 @@ def test_each_continuation_is_the_likeliest_tokens_one_by_one(
     for prompt in prompts:
         ids = [tokenizer.start_of_text, *tokenizer.encode(prompt)]
         text = ""
-        decode = tokenizer.decoder(ids[1:])
+        decode = tokenizer.stream_decoder(ids[1:])
         for _ in range(9):
             token = int(model(torch.tensor([ids]))[0, -1].argmax())
             if token == tokenizer.end_of_text:

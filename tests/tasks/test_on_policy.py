@@ -350,7 +350,7 @@ def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) 
         ("tests.custom_reward.NUMBER", "which is int, not a function"),
         ("tests.custom_reward.nothing", "cannot be imported"),
         ("no_file.reward", "No module named"),
-        ("polite", "there is none; name a run, a function such as my_file.my_reward, or one of full_stop"),
+        ("polite", "does not exist; name a run, a function such as my_file.my_reward, or one of full_stop"),
         ("runs/nowhere", "model.reward: no checkpoint"),
     ],
 )

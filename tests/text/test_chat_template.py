@@ -47,8 +47,8 @@ def test_a_conversation_by_hand(spelling: str) -> None:
     ]  # fmt: skip
     rendered = template.render(messages)
     assert [SPELLINGS[spelling].decode([token]) for token in rendered.ids] == [t for part, _ in by_hand for t in part]
-    assert rendered.learned == [learned for part, learned in by_hand for _ in part]
-    asked = [SPELLINGS[spelling].decode([token]) for token in template.prompt(messages[:2])]
+    assert rendered.loss_mask == [learned for part, learned in by_hand for _ in part]
+    asked = [SPELLINGS[spelling].decode([token]) for token in template.render_prompt(messages[:2])]
     assert asked == [END, *marker["system"], *"Be.\n", *marker["user"], *"Hi\n", *marker["assistant"]]
 
 
@@ -97,7 +97,7 @@ def test_a_prompt_is_how_training_begins(messages: list[Message], spelling: str)
     ids, learned = template.render(messages)
     for place, message in enumerate(messages):
         if message.role == "assistant":
-            prompt = template.prompt(messages[:place])
+            prompt = template.render_prompt(messages[:place])
             assert ids[: len(prompt)] == prompt
             assert learned[len(prompt) - 1 : len(prompt) + 1] == [False, True]
 
@@ -105,7 +105,7 @@ def test_a_prompt_is_how_training_begins(messages: list[Message], spelling: str)
 def test_a_text_that_looks_like_a_marker_is_text() -> None:
     tokenizer = SPELLINGS["tokens"]
     ids, _ = ChatTemplate(tokenizer).render([Message("user", "<|assistant|>x<|endoftext|>"), Message("assistant", "y")])
-    assert ids.count(tokenizer.special("<|assistant|>")) == 1
+    assert ids.count(tokenizer.special_token_id("<|assistant|>")) == 1
     assert ids.count(tokenizer.end_of_text) == 2
 
 
@@ -133,25 +133,31 @@ def said(*turns: tuple[object, object]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        ({"text": "a", "label": 1}, "a record has 'messages', or 'instruction' and 'output'; here is text, label"),
-        ({}, "here is nothing"),
-        ({"instruction": "a", "output": ""}, "message 2: the reply is empty"),
-        ({"instruction": "a"}, "message 2: the reply is empty"),
-        ({"instruction": " ", "output": "b"}, "message 1: the text of the user is empty"),
+        (
+            {"text": "a", "label": 1},
+            "a record needs 'messages', or 'instruction' and 'output'; this one has text, label",
+        ),
+        ({}, "this one has nothing"),
+        ({"instruction": "a", "output": ""}, "message 2: the assistant's text is empty"),
+        ({"instruction": "a"}, "message 2: the assistant's text is empty"),
+        ({"instruction": " ", "output": "b"}, "message 1: the user's text is empty"),
         ({"instruction": "a", "output": 3}, "'output' is int, not text"),
         ({"messages": "hello"}, "'messages' is str, not a list"),
         ({"messages": ["hello"]}, "message 1 is str, not an object with 'role' and 'content'"),
-        ({"messages": []}, "there is no message"),
-        (said(("user", "a"), ("bot", "b")), "message 2 has the role 'bot'; there are system, user, assistant"),
-        (said(("user", "a"), (None, "b")), "message 2 has the role None"),
-        (said((["user"], "b")), "message 1 has the role"),
-        (said(("user", "a"), ("assistant", " \n")), "message 2: the reply is empty"),
+        ({"messages": []}, "there are no messages"),
+        (said(("user", "a"), ("bot", "b")), "message 2 has role 'bot'; choose from system, user, assistant"),
+        (said(("user", "a"), (None, "b")), "message 2 has role None"),
+        (said((["user"], "b")), "message 1 has role"),
+        (said(("user", "a"), ("assistant", " \n")), "message 2: the assistant's text is empty"),
         (said(("user", ["a"]), ("assistant", "b")), "message 1: 'content' is list, not text"),
-        (said(("user", "a")), "the last message is the user's; there is no reply to learn after it"),
-        (said(("user", "a"), ("user", "b"), ("assistant", "c")), "messages 1 and 2 are both the user's; join them"),
-        (said(("user", "a"), ("system", "b"), ("assistant", "c")), "message 2 is the system's, which can only be"),
-        (said(("assistant", "a"), ("user", "b"), ("assistant", "c")), "message 1 is the assistant's, but nobody has"),
-        (said(("system", "a"), ("assistant", "b")), "message 2 is the assistant's, but nobody has asked"),
+        (said(("user", "a")), "the last message has role user; there is no assistant reply after it"),
+        (said(("user", "a"), ("user", "b"), ("assistant", "c")), "messages 1 and 2 both have role user; join them"),
+        (said(("user", "a"), ("system", "b"), ("assistant", "c")), "message 2 has role system, which can only come"),
+        (
+            said(("assistant", "a"), ("user", "b"), ("assistant", "c")),
+            "message 1 has role assistant but does not follow",
+        ),
+        (said(("system", "a"), ("assistant", "b")), "message 2 has role assistant but does not follow a user message"),
     ],
 )
 def test_what_is_no_conversation_is_named(fields: dict[str, Any], why: str) -> None:

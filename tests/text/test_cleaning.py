@@ -23,7 +23,7 @@ from lit_gpt_scratch.text.cleaning import (
 from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.document import Document
 from lit_gpt_scratch.text.duplicates import NearDuplicates
-from lit_gpt_scratch.text.quality import C4, DUPLICATED, TOP, GopherQuality, GopherRepetition
+from lit_gpt_scratch.text.quality import C4, REPEATED_NGRAM_SHARES, TOP_NGRAM_SHARES, GopherQuality, GopherRepetition
 
 
 def after(step: PerDocumentStep, text: str) -> str | None:
@@ -130,11 +130,11 @@ def test_gophers_rules_of_repetition_by_hand() -> None:
 @given(words=st.lists(st.sampled_from("abcd"), min_size=0, max_size=40), n=st.integers(2, 6))
 @settings(max_examples=200)
 def test_repeated_ngrams_cover_what_brute_force_finds(words: list[str], n: int) -> None:
-    from lit_gpt_scratch.text.quality import _duplicated
+    from lit_gpt_scratch.text.quality import _repeated_ngram_characters
 
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     covered = {i + k for i, gram in enumerate(grams) if grams.count(gram) > 1 for k in range(n)}
-    assert _duplicated(words, n) == len(covered)
+    assert _repeated_ngram_characters(words, n) == len(covered)
 
 
 def test_the_rules_of_c4() -> None:
@@ -185,7 +185,7 @@ def test_leakage_is_what_brute_force_finds() -> None:
         held_out = [text(rng.randrange(0, 30)) for _ in range(3)]
         training = [text(rng.randrange(0, 30)) for _ in range(30)] + [list(held_out[0])]
         n = 11
-        judge = Leakage(words=n).judge(Document("", " ".join(words)) for words in held_out)
+        judge = Leakage(words=n).build_filter(Document("", " ".join(words)) for words in held_out)
 
         def runs(words: list[str], n: int = n) -> set[tuple[str, ...]]:
             return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
@@ -206,8 +206,8 @@ def test_leakage_is_what_brute_force_finds() -> None:
 
 def test_gophers_limits_are_the_papers() -> None:
     """Table A1 of https://arxiv.org/abs/2112.11446."""
-    assert TOP == {2: 0.20, 3: 0.18, 4: 0.16}
-    assert DUPLICATED == {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
+    assert TOP_NGRAM_SHARES == {2: 0.20, 3: 0.18, 4: 0.16}
+    assert REPEATED_NGRAM_SHARES == {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
 def test_a_step_of_a_notebook_has_its_code() -> None:
@@ -228,12 +228,12 @@ def _code(step: type[PerDocumentStep]) -> str:
     """As on a prompt: there is a module, and it has no file."""
     sys.modules["no_such_module"] = types.ModuleType("no_such_module")
     try:
-        return step().code
+        return step().source_hash
     finally:
         del sys.modules["no_such_module"]
 
 
 def test_a_step_names_itself_and_its_code() -> None:
     assert Whitespace().name == "Whitespace"
-    assert Whitespace().code == Length().code != C4().code
+    assert Whitespace().source_hash == Length().source_hash != C4().source_hash
     assert repr(replace(Whitespace(), blank_lines=2)) != repr(Whitespace())

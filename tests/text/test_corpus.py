@@ -190,7 +190,7 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
     assert len(leaks) > 40
     assert leaks <= caught
     adds_up(with_step.audit)
-    assert with_step.audit["steps"][-1]["rejected"] == {"words in a row that are held out": len(caught)}
+    assert with_step.audit["steps"][-1]["rejected"] == {"n-gram overlap with validation": len(caught)}
 
 
 CLEAN = """
@@ -265,7 +265,7 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_a_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
-    with pytest.raises(UserError, match=r"not one document of .*large\.jsonl is small enough for its weight"):
+    with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for its weight"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
     with pytest.raises(UserError, match=r"no document of .*empty\.jsonl is left to be mixed"):
@@ -274,7 +274,7 @@ def test_a_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
 
 def test_what_a_step_empties_is_rejected(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [sentences(0), "\u200b", "\u200b \n", sentences(1)], ControlCharacters())
-    assert corpus.audit["steps"][1]["rejected"] == {"nothing left": 2}
+    assert corpus.audit["steps"][1]["rejected"] == {"empty after cleaning": 2}
     adds_up(corpus.audit)
 
 
@@ -295,14 +295,14 @@ def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
 def test_a_setting_that_is_null_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Length\.at_least is null"):
         corpus_of(tmp_path, ["a"], Length(at_least=None))  # type: ignore[arg-type]
-    with pytest.raises(UserError, match="CleaningStep is none of the three kinds of CleaningStep"):
+    with pytest.raises(UserError, match="CleaningStep is not a PerDocumentStep"):
         corpus_of(tmp_path, ["a"], CleaningStep())
 
 
 def test_what_is_for_the_hub_is_refused_where_all_are_files() -> None:
     """Beside a dataset of the Hub, a file just has no use for it."""
     for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
-        with pytest.raises(UserError, match="for datasets of the Hub; stdlib is none"):
+        with pytest.raises(UserError, match="for datasets of the Hub; stdlib is not one"):
             CorpusSpec(((DocumentSource("stdlib", **options), 1.0),), (), 0.1)
         CorpusSpec(
             ((DocumentSource("stdlib", **options), 1.0), (DocumentSource("owner/name", **options), 1.0)), (), 0.1
@@ -341,7 +341,7 @@ def test_a_nul_byte_is_refused_unless_a_step_drops_it(tmp_path: Path) -> None:
 def test_steps_after_the_split_come_last(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="put Length before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
-    with pytest.raises(UserError, match="Leakage needs documents that are held out; this is one text"):
+    with pytest.raises(UserError, match="Leakage needs validation documents, but the corpus is one text"):
         corpus_of(tmp_path, [sentences(0)], Leakage())
 
 
@@ -395,7 +395,7 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
     sampled = corpus_of(folder, texts, *steps)
     assert 0 < len(sampled.sample) < 30
     estimated = account.add_token_counts(sampled.audit, sampled.sample, words_of, expected[-1])
-    assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents, but for the last"
+    assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents; exact after the last step"
     assert estimated["steps"][-1]["tokens_out"] == expected[-1]
     found = [step[f"tokens_{side}"] for step in estimated["steps"] for side in ("in", "out")]
     assert np.allclose(found, expected, rtol=0.05)
@@ -422,7 +422,7 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
         for _ in range(400):
             read += 1
             most = max(most, read - done)
-            yield cleaning_pipeline.PipelineItem(document=None, origin=0, sizes=[cleaning_pipeline.BATCH_BYTES])  # type: ignore[arg-type]
+            yield cleaning_pipeline.PipelineItem(document=None, source_index=0, sizes=[cleaning_pipeline.BATCH_BYTES])  # type: ignore[arg-type]
 
     class Now:
         def submit(self, work: object, batch: object) -> object:
@@ -437,5 +437,7 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = cleaning_pipeline.LazyProcessPool(2)
     monkeypatch.setattr(pool, "_start", Now)
     monkeypatch.setattr(cleaning_pipeline, "SINGLE_PROCESS_BYTES", 0)
-    assert sum(len(batch) for batch in pool.each(lambda batch: batch, cleaning_pipeline._batches(passages()))) == 400  # type: ignore[arg-type]
+    assert (
+        sum(len(batch) for batch in pool.map(lambda batch: batch, cleaning_pipeline._make_batches(passages()))) == 400
+    )  # type: ignore[arg-type]
     assert most <= 2 * cleaning_pipeline.QUEUED_BATCHES + 3

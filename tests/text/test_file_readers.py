@@ -57,7 +57,7 @@ def test_rows_of_every_format(tmp_path: Path, name: str) -> None:
     assert found[2].where == f"{tmp_path / name}: {places.get(name, 'row 3')}"
     some = list(DocumentSource(str(tmp_path / name)).rows(COLUMNS))
     assert [row.fields for row in some] == [{"text": row["text"], "label": row["label"]} for row in ROWS]
-    with pytest.raises(UserError, match=r"no column 'y'; there is text, label, more; name one: --data.label_column"):
+    with pytest.raises(UserError, match=r"no column 'y'; it has text, label, more; choose one: --data.label_column"):
         list(DocumentSource(str(tmp_path / name)).rows({"text_column": "text", "label_column": "y"}))
 
 

@@ -95,7 +95,7 @@ for settings in json.loads(sys.argv[1]):
     source = DocumentSource("owner/name", **settings) if "name" not in settings else DocumentSource(**settings)
     try:
         found = [(document.id, document.text) for document in source.read()]
-        print(json.dumps([source.stamp(), found]))
+        print(json.dumps([source.fingerprint(), found]))
     except UserError as error:
         print(json.dumps(" ".join(str(error).split())))
 """
@@ -131,8 +131,8 @@ def test_what_is_not_there_is_said_in_one_line(hub: str, tmp_path: Path) -> None
     config, split, column, nothing = asked(cases, tmp_path, HF_ENDPOINT=hub)
     assert "'nope' not found. Available: ['default', 'other']" in config
     assert "Unknown split \"test\". Should be one of ['train', 'held_out']" in split
-    assert "owner/name has no column 'x'; there is text, body; name one: --data.text_column" in column
-    assert "no such file or folder: owner/nothing; nor has the Hub a dataset of that name" in nothing
+    assert "owner/name has no column 'x'; it has text, body; choose one: --data.text_column" in column
+    assert "no such file or folder: owner/nothing; and the Hub has no dataset of that name" in nothing
 
 
 def test_offline_is_said_and_what_was_fetched_is_used(hub: str, tmp_path: Path) -> None:

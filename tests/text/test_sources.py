@@ -50,7 +50,7 @@ def test_a_python_without_sources_says_how_to_name_another_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(UserError, match=r"keeps no sources.*--data.source"):
+    with pytest.raises(UserError, match=r"has no standard library sources.*--data.source"):
         list(read_documents("stdlib"))
 
 
@@ -74,7 +74,7 @@ def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
     passed_over = [found for found in DocumentSource(str(tmp_path)).read() if isinstance(found, RejectedDocument)]
     assert [(found.id, found.reason, found.n_bytes) for found in passed_over] == [
         ("binary", "not text: NUL bytes", 2),
-        ("latin1", "not text: not UTF-8, or not in lines", 3),
+        ("latin1", "not text: not UTF-8, or a line too long", 3),
     ]
 
 
@@ -200,25 +200,25 @@ def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, 
 
 FAULTS = {
     "a.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "a.jsonl: line 2 is not JSON"),
-    "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; there is txt.*--data.text_column"),
+    "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; it has txt.*--data.text_column"),
     "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "c.jsonl: line 2 is not UTF-8: it has the byte 0xff"),
     "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' is int, not text"),
     "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 is list, not an object"),
     "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' has half a surrogate pair"),
-    "g.jsonl": (b'{"txt": "a"}\n', "g.jsonl has no column 'text'; there is txt"),
-    "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is cut off or damaged after line \d"),
-    "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is cut off or damaged after line"),
+    "g.jsonl": (b'{"txt": "a"}\n', "g.jsonl has no column 'text'; it has txt"),
+    "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is truncated or damaged after line"),
+    "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is truncated or damaged after line"),
     "j.txt.gz": (gzip.compress(b"text " * 9999)[:-5], r"cannot read .*j.txt.gz"),
     "k.csv": (b"text,n\na,1\nb,2,3\n", "k.csv: line 3 has 3 fields, not 2"),
     "u.csv": (b"text,n\nhello,1,\nworld,2,\n", "u.csv: line 2 has 3 fields, not 2"),
     "v.csv": (b"id,text\n1,hello\n2\n", "v.csv: line 3 has 1 fields, not 2"),
     "w.tsv": (b"label\ttext\nham\thello\t\n", "w.tsv: line 2 has 3 fields, not 2"),
-    "x.jsonl.xz": (lzma.compress(b'{"text": "a"}\n' * 9999)[:-40], "x.jsonl.xz is cut off or damaged"),
-    "y.jsonl.xz": (b'{"text": "a"}', "y.jsonl.xz is cut off or damaged after line 0"),
+    "x.jsonl.xz": (lzma.compress(b'{"text": "a"}\n' * 9999)[:-40], "x.jsonl.xz is truncated or damaged"),
+    "y.jsonl.xz": (b'{"text": "a"}', "y.jsonl.xz is truncated or damaged after line 0"),
     "z.txt.zst": (b"no archive", "cannot read .*z.txt.zst"),
     "l.csv": (b'text,n\n"a\nb",1\n"c,2\n', "l.csv: line 4 cannot be read"),
     "m.csv": (b"text,n\na,1\n\xff,2\n", "m.csv: line 3 is not UTF-8"),
-    "n.csv": (b"label,message\na,1\n", "n.csv has no column 'text'; there is label, message"),
+    "n.csv": (b"label,message\na,1\n", "n.csv has no column 'text'; it has label, message"),
     "o.parquet": (_parquet(["a"])[:-9], "o.parquet cannot be read as parquet"),
     "p.arrow": (_arrow(["a"])[:99], "p.arrow cannot be read as arrow"),
     "q.json": (b'[{"text": "a"}, {"text": 1}]', "q.json: row 2: 'text' is int"),
@@ -233,7 +233,7 @@ def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.
     """What is too long is long only against a limit that this test has lowered."""
     data, said = FAULTS[name]
     if name[0] in "st":
-        monkeypatch.setattr("lit_gpt_scratch.text.tables.MAX_DOCUMENT_BYTES", 1000)
+        monkeypatch.setattr("lit_gpt_scratch.text.file_readers.MAX_DOCUMENT_BYTES", 1000)
         monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1000)
         monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
         monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
@@ -244,7 +244,7 @@ def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(_parquet(["a"]))
-    with pytest.raises(UserError, match=r"no column 'body'; there is n, text"):
+    with pytest.raises(UserError, match=r"no column 'body'; it has n, text"):
         texts(tmp_path / "a.parquet", column="body")
     with pytest.raises(UserError, match=r"row 1: 'n' is int, not text"):
         texts(tmp_path / "a.parquet", column="n")
@@ -283,12 +283,12 @@ def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
 
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(name, encoding="utf-8")
-    stamps = [DocumentSource(str(tmp_path)).stamp(), DocumentSource(str(tmp_path)).stamp()]
+    fingerprints = [DocumentSource(str(tmp_path)).fingerprint(), DocumentSource(str(tmp_path)).fingerprint()]
     os.utime(tmp_path / "a.txt", ns=(1, 1))
-    stamps.append(DocumentSource(str(tmp_path)).stamp())
+    fingerprints.append(DocumentSource(str(tmp_path)).fingerprint())
     (tmp_path / "b.txt").rename(tmp_path / "c.txt")
-    stamps.append(DocumentSource(str(tmp_path)).stamp())
+    fingerprints.append(DocumentSource(str(tmp_path)).fingerprint())
     (tmp_path / "c.txt").unlink()
-    stamps.append(DocumentSource(str(tmp_path)).stamp())
-    assert stamps[0] == stamps[1]
-    assert len(set(stamps)) == 4
+    fingerprints.append(DocumentSource(str(tmp_path)).fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+    assert len(set(fingerprints)) == 4

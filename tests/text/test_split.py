@@ -10,9 +10,14 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.text import split as split_module
 from lit_gpt_scratch.text.document import Document
-from lit_gpt_scratch.text.document_index import hash_document
 from lit_gpt_scratch.text.sources import read_documents
-from lit_gpt_scratch.text.split import NEAR_DUPLICATE, DuplicateClusters, TrainValidationSplit, split_by_cluster
+from lit_gpt_scratch.text.split import (
+    NEAR_DUPLICATE,
+    DuplicateClusters,
+    TrainValidationSplit,
+    hash_document,
+    split_by_cluster,
+)
 from tests.conftest import sentences
 
 
@@ -24,7 +29,7 @@ def split_of(texts: list[str], share: float, folder: Path) -> TrainValidationSpl
         content, minima = hash_document(Document("", text))
         families.add(minima)
         keys.append(int.from_bytes(content[:8], "big"))
-    return split_by_cluster(np.array(keys, dtype=np.uint64), families.link(), share)
+    return split_by_cluster(np.array(keys, dtype=np.uint64), families.cluster_ids(), share)
 
 
 @pytest.fixture(scope="module")
@@ -110,14 +115,14 @@ def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int,
         families = DuplicateClusters(folder)
         for row in signatures:
             families.add(row)
-        assert families.link().tolist() == expected
+        assert families.cluster_ids().tolist() == expected
 
 
 def test_some_document_is_always_held_out(folder: Path) -> None:
     for n in range(2, 8):
         parts = split_of([" ".join(random.Random(i).choices("abcdef", k=200)) for i in range(n)], 0.001, folder)
         assert parts.validation.sum() == 1
-        assert parts.cut is None
+        assert parts.tail is None
 
 
 @given(n=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.01, 0.99))
@@ -125,12 +130,12 @@ def test_some_document_is_always_held_out(folder: Path) -> None:
 def test_several_documents_are_never_cut(folder: Path, n: int, seed: int, share: float) -> None:
     texts = [" ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99)) for i in range(n)]
     parts = split_of(texts, share, folder)
-    assert parts.cut is None
+    assert parts.tail is None
     assert 0 < parts.validation.sum() < n
 
 
 def test_a_single_text_is_cut_at_its_end(folder: Path) -> None:
     text = "".join(map(chr, range(32, 1032)))
-    train, validation = split_of([text], 0.1, folder).parts(0, text)
+    train, validation = split_of([text], 0.1, folder).split_text(0, text)
     assert train + validation == text
     assert len(train) == 900

@@ -27,7 +27,7 @@ def test_any_text_comes_back(text: str) -> None:
     tokenizer = Tokenizer.train(["some text"], 260)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert "".join(map(tokenizer.decoder(), ids)) == text
+    assert "".join(map(tokenizer.stream_decoder(), ids)) == text
     sizes = tokenizer.token_bytes()
     assert sum(sizes[i] for i in ids) == len(text.encode())
     assert tokenizer.end_of_text not in ids
@@ -120,5 +120,5 @@ def test_a_space_between_words_alone_is_written_after_a_prompt() -> None:
     ])  # fmt: skip
     backend.add_special_tokens(["</s>"])
     tokenizer = Tokenizer(backend)
-    assert tokenizer.decoder()(3) == "cat"
-    assert tokenizer.decoder([2])(3) == " cat"
+    assert tokenizer.stream_decoder()(3) == "cat"
+    assert tokenizer.stream_decoder([2])(3) == " cat"

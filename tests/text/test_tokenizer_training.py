@@ -15,7 +15,7 @@ from tokenizers import models, pre_tokenizers, trainers
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 from lit_gpt_scratch.text.tokenizer_training import CONTINUATION, END_OF_TEXT, TOKENIZER_KINDS
-from lit_gpt_scratch.text.wordpiece import learn_wordpieces
+from lit_gpt_scratch.text.wordpiece import train_wordpiece
 from tests.conftest import sentences
 
 TEXTS = [sentences(seed) for seed in range(20)]
@@ -35,9 +35,9 @@ def test_any_text_comes_back(trained: dict[str, Tokenizer], kind: str, text: str
     tokenizer = trained[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
-    assert "".join(map(tokenizer.decoder(), ids)) == text
+    assert "".join(map(tokenizer.stream_decoder(), ids)) == text
     assert sum(tokenizer.token_bytes()[i] for i in ids) == len(text.encode())
-    assert tokenizer.loss == ""
+    assert tokenizer.round_trip_loss == ""
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
@@ -61,7 +61,7 @@ def test_characters_say_what_they_lose(trained: dict[str, Tokenizer]) -> None:
     ids = tokenizer.encode("東")
     assert tokenizer.decode(ids) == "<unk>"
     assert tokenizer.token_bytes()[ids[0]] == 0
-    assert "東京" in tokenizer.loss
+    assert "東京" in tokenizer.round_trip_loss
 
 
 def test_the_most_frequent_characters_are_kept() -> None:
@@ -78,7 +78,7 @@ def test_wordpiece_by_hand() -> None:
     """
     words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
     alphabet = ["h", "##u", "##g", "p", "##n", "b", "##s"]
-    assert learn_wordpieces(words, [], len(alphabet) + 3, min_count=1) == [*alphabet, "##gs", "hu", "hugs"]
+    assert train_wordpiece(words, [], len(alphabet) + 3, min_count=1) == [*alphabet, "##gs", "hu", "hugs"]
 
 
 def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
@@ -114,7 +114,7 @@ def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
 @given(words=st.dictionaries(st.text("abc", min_size=1, max_size=8), st.integers(1, 50), min_size=1, max_size=8))
 def test_wordpiece_takes_the_best_score(words: dict[str, int]) -> None:
     expected = by_brute_force(words, steps=8)
-    learned = learn_wordpieces(words, [], len(expected), min_count=1)
+    learned = train_wordpiece(words, [], len(expected), min_count=1)
     for ours, theirs in zip(learned, expected, strict=False):
         assert ours in theirs.split("|")
 

@@ -1,0 +1,297 @@
+"""Readers of JSON Lines, JSON, CSV, TSV, Parquet and Arrow files, optionally compressed: rows with named columns.
+
+Parquet, Arrow and texts in JSON Lines are read with ``datasets``. Where ``datasets`` fails on JSON Lines, the rest is
+read line by line here: either that finds the line which cannot be read, or all lines are valid and only their types
+differ from what ``datasets`` guessed (a column that appears late, a text that looks like a date). CSV and TSV are read
+with Python's ``csv``: ``datasets``, which uses ``pandas``, silently drops text where a row has not as many fields as
+the first.
+"""
+
+import bz2
+import csv
+import glob
+import gzip
+import json
+import logging
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, Final
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.text.document import MAX_DOCUMENT_BYTES, ClassIndex, Document, TableRow, get_text
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
+DECOMPRESSORS: Final[dict[str, Callable[[Path], Any]]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open,
+}  # fmt: skip
+READ_ERRORS: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
+"""Exceptions that reading a file, compressed or not, can raise."""
+TABLE_FORMATS: Final = {
+    ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+    ".arrow": "arrow",
+}  # fmt: skip
+ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
+"""File names that are tables inside a folder, too; files with other names may be plain text there."""
+BATCH_ROWS: Final = 256
+
+Columns = Mapping[str, str]
+"""The columns to read, by the argument that names each; None instead means all columns."""
+Fields = dict[str, Any]
+LocatedRows = Iterator[tuple[str, Fields]]
+"""The location of each row, and its values by column."""
+
+
+def open_decompressed(path: Path) -> IO[bytes]:
+    """Open a file for reading bytes, decompressing it if its suffix is that of a compressed file."""
+    suffix = path.suffix.lower()
+    file: IO[bytes] = DECOMPRESSORS[suffix](path) if suffix in DECOMPRESSORS else path.open("rb")
+    return file
+
+
+def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableRow]:
+    """Yield the rows of a file; the id ``name:3`` is the third row.
+
+    Raises:
+        UserError: A column is missing, or a row cannot be read.
+    """
+    n_read = 0
+    try:
+        for fields in _read_with_datasets(path, columns):
+            n_read += 1
+            yield TableRow(f"{name}:{n_read}", f"{path}: row {n_read:,}", fields)
+        return
+    except UserError:
+        raise
+    except Exception as error:  # whatever the readers of five formats raise
+        reason = error
+    for number, (where, fields) in enumerate(_read_rest(path, columns, reason, skip=n_read), n_read + 1):
+        yield TableRow(f"{name}:{number}", where, fields)
+
+
+def row_to_document(row: TableRow, column: str) -> Document:
+    """Return the text in a column as a document, empty if there is none.
+
+    Raises:
+        UserError: The value is not text, or too long.
+    """
+    try:
+        text = get_text(row.fields, column)
+    except UserError as error:
+        raise UserError(f"{row.where}: {error}") from error
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise UserError(f"{row.where} has a text of {len(text) >> 20} MB; the maximum is {MAX_DOCUMENT_BYTES >> 20} MB")
+    return Document(row.id, text)
+
+
+def is_table(path: Path, in_folder: bool) -> bool:
+    """Whether a file holds rows, by its name; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
+    return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
+
+
+def require_columns(columns: Columns | None, existing: Iterable[str], where: str) -> None:
+    """Check that all columns exist.
+
+    Raises:
+        UserError: One does not.
+    """
+    for argument, column in (columns or {}).items():
+        if column not in existing:
+            names = ", ".join(existing) or "none"
+            raise UserError(f"{where} has no column '{column}'; it has {names}; choose one: --data.{argument}")
+
+
+def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
+    """Yield the rows of a ``datasets`` dataset, with class labels as ``ClassIndex``.
+
+    Raises:
+        UserError: A column is missing.
+    """
+    from datasets import ClassLabel
+
+    classes = {
+        name: feature.names for name, feature in (dataset.features or {}).items() if isinstance(feature, ClassLabel)
+    }
+    for batch in dataset.iter(BATCH_ROWS):
+        require_columns(columns, batch, where)
+        for name in classes.keys() & batch.keys():
+            batch[name] = [
+                None if index is None else ClassIndex.from_names(index, classes[name]) for index in batch[name]
+            ]
+        names = list(batch if columns is None else columns.values())
+        for values in zip(*(batch[name] for name in names), strict=True):
+            yield dict(zip(names, values, strict=True))
+
+
+@contextmanager
+def quiet_datasets() -> Iterator[None]:
+    """Silence ``datasets``: no progress bars, no log lines, and no download counts sent to the Hub for local files."""
+    import datasets
+
+    level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    counts, datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = datasets.config.HF_UPDATE_DOWNLOAD_COUNTS, False
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = counts
+        if progress_bars:
+            datasets.enable_progress_bars()
+
+
+def _format_suffix(path: Path) -> str:
+    uncompressed = path.with_suffix("") if path.suffix.lower() in DECOMPRESSORS else path
+    return uncompressed.suffix.lower()
+
+
+def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]:
+    import datasets
+    import pyarrow.parquet
+
+    suffix = _format_suffix(path)
+    format_ = TABLE_FORMATS[suffix]
+    several = columns is None or len(columns) > 1
+    if format_ in ("csv", "tsv") or (format_ == "json" and several) or suffix == ".json" or "::" in str(path):
+        # In a column that mixes texts and numbers datasets would quote the texts, and it may turn lists of objects into
+        # an object of lists; "::" in a path is fsspec's syntax for chained URLs.
+        raise TypeError("not for datasets")
+    options: dict[str, Any] = {}
+    if format_ == "json":
+        options = {"parse_agent_traces": False}
+    if format_ == "parquet":
+        require_columns(columns, pyarrow.parquet.read_schema(path).names, str(path))
+        options = {"columns": list(columns.values()) if columns else None, "batch_size": BATCH_ROWS}
+    with quiet_datasets():
+        files = glob.escape(str(path))
+        dataset = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
+        for fields in iterate_dataset(dataset, columns, str(path)):
+            if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
+                raise TypeError("not a text, or a text that was parsed as a date")
+            yield fields
+
+
+def _read_rest(path: Path, columns: Columns | None, reason: Exception, skip: int) -> LocatedRows:
+    """Yield the rows after the first ``skip``, one by one, each with its location in the file."""
+    format_ = TABLE_FORMATS[_format_suffix(path)]
+    if format_ not in ROW_READERS:
+        raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
+    try:
+        file = open_decompressed(path)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    with file:
+        yield from islice(ROW_READERS[format_](file, path, columns), skip, None)
+
+
+def _read_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
+    number = 0
+    try:
+        while line := file.readline(MAX_DOCUMENT_BYTES + 1):
+            number += 1
+            if len(line) > MAX_DOCUMENT_BYTES:
+                raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB")
+            yield number, line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path}: line {number:,} is not UTF-8: it has the byte 0x{error.object[error.start]:02x}"
+        ) from error
+    except READ_ERRORS as error:
+        raise UserError(f"{path} is truncated or damaged after line {number:,}: {_first_line(error)}") from error
+
+
+def _read_json(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+    first = True
+    for number, line in _read_lines(file, path):
+        if number == 1 and line.lstrip("\ufeff").lstrip().startswith("["):  # one list of all rows
+            yield from _read_json_list(path, columns)
+            return
+        if line.strip():
+            try:
+                row = json.loads(line.lstrip("\ufeff"))
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}: line {number:,} is not JSON: {_first_line(error)}") from error
+            yield _select_fields(row, columns, f"{path}: line {number:,}", first)
+            first = False
+
+
+def _read_json_list(path: Path, columns: Columns | None) -> LocatedRows:
+    with open_decompressed(path) as file:
+        try:
+            rows = json.load(file)
+        except (ValueError, RecursionError, *READ_ERRORS) as error:
+            raise UserError(f"{path} is not JSON: {_first_line(error)}") from error
+    for number, row in enumerate(rows, 1):
+        yield _select_fields(row, columns, f"{path}: row {number:,}", first=number == 1)
+
+
+def _select_fields(row: Any, columns: Columns | None, where: str, first: bool) -> tuple[str, Fields]:
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {type(row).__name__}, not an object with named fields")
+    if first:  # later rows may omit a field without a value
+        require_columns(columns, row, where)
+    names = row if columns is None else columns.values()
+    fields = {name: row.get(name) for name in names}
+    for name, value in fields.items():
+        try:
+            (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where}: '{name}' has half a surrogate pair, which is not a character") from error
+    return where, fields
+
+
+def _read_csv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)
+    reader = csv.reader((line for _, line in _read_lines(file, path)), strict=True)
+    row_start = 1
+
+    def numbered_rows() -> Iterator[tuple[int, list[str]]]:
+        nonlocal row_start
+        try:
+            for row in reader:
+                yield row_start, row
+                row_start = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{path}: line {row_start:,} cannot be read: {error}") from error
+
+    yield from _name_fields(numbered_rows(), path, columns)
+
+
+def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
+    """No quoting: a text that starts with a quote would swallow the rows after it."""
+    rows = (
+        (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [])
+        for number, line in _read_lines(file, path)
+    )
+    yield from _name_fields(rows, path, columns)
+
+
+def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Columns | None) -> LocatedRows:
+    """Turn rows of fields into rows with named columns; the first row is the header."""
+    names = [name.removeprefix("\ufeff") for name in next(rows, (1, []))[1]]
+    require_columns(columns, names, str(path))
+    positions = {name: names.index(name) for name in (names if columns is None else columns.values())}
+    for number, row in rows:
+        if row and len(row) != len(names):
+            raise UserError(f"{path}: line {number:,} has {len(row)} fields, not {len(names)} like the first")
+        if row:
+            yield f"{path}: line {number:,}", {name: row[position] for name, position in positions.items()}
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+ROW_READERS: Final[dict[str, Callable[[IO[bytes], Path, Columns | None], LocatedRows]]] = {
+    "json": _read_json, "csv": _read_csv, "tsv": _read_tsv,
+}  # fmt: skip

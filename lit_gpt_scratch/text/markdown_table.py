@@ -1,0 +1,19 @@
+"""Markdown tables that are also readable in a terminal; used by every report that prints one."""
+
+from collections.abc import Sequence
+
+
+def format_markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
+    """Format rows, the first of them the header, as an aligned Markdown table.
+
+    Args:
+        rows: Cells, one sequence per row.
+        alignment: ``<`` (left) or ``>`` (right) for each column.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(f"{cell:{a}{w}}" for cell, a, w in zip(row, alignment, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = ["-" * width if a == "<" else "-" * (width - 1) + ":" for a, width in zip(alignment, widths, strict=True)]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
