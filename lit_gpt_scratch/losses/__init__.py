@@ -1,1 +1,1 @@
-"""Tensors to losses and metrics; knows nothing of models or training loops."""
+"""Losses and metrics of tensors; independent of models and training loops."""

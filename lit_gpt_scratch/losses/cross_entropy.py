@@ -1,4 +1,4 @@
-"""How surprised a model is by the tokens that really came."""
+"""Token-level cross-entropy and log-probabilities."""
 
 import torch
 from torch import Tensor
@@ -8,15 +8,15 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of the labels, and how many there were.
+    """Summed cross-entropy of the labels, and their number.
 
     Args:
-        logits: (B, T, vocab_size) float; what has fewer bits than float32 is summed in float32.
-        labels: (B, T) int64; positions of ``IGNORE_INDEX`` (-100) count for nothing.
+        logits: (B, T, vocab_size) float; less precise dtypes than float32 are summed in float32.
+        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) is ignored.
 
     Returns:
-        The sum in nats (scalar, at least float32) and the number of counted labels (int64 scalar). Their ratio is
-        the mean loss; kept apart they add up right over batches of different size.
+        The sum in nats (scalar, at least float32) and the number of labels (int64 scalar). Their ratio is the mean
+        loss; as separate sums they add up correctly over batches of different sizes.
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -28,11 +28,11 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
     """Log-probability of each label.
 
     Args:
-        logits: (B, T, vocab_size) float; what has fewer bits than float32 is computed in float32.
+        logits: (B, T, vocab_size) float; less precise dtypes than float32 are computed in float32.
         labels: (B, T) int64.
 
     Returns:
-        (B, T) nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
+        (B, T) in nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -40,14 +40,14 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of the labels of each row together, as preferences and choices are compared by it.
+    """Log-probability of each row's labels together, for preference losses and multiple choice.
 
     Args:
         logits: (B, T, vocab_size), as for ``token_logprobs``.
-        labels: (B, T) int64; of a prompt, and behind the end of a row, ``IGNORE_INDEX`` (-100).
+        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) at prompts and padding.
 
     Returns:
-        Sums in nats, (B,), and how many labels each has, (B,) int64: their ratio is the mean a token. A row without
-        labels has 0 of both.
+        Sums in nats, (B,), and numbers of labels, (B,) int64; their ratio is the mean per token. Both are 0 for a row
+        without labels.
     """
     return token_logprobs(logits, labels).sum(-1), (labels != IGNORE_INDEX).sum(-1)

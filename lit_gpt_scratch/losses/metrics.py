@@ -1,4 +1,4 @@
-"""Metrics that add up right over batches and processes."""
+"""Torchmetrics that are exact over batches of different sizes and over processes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,41 +13,39 @@ UNITS_PER_NAT: Final = 2**20
 
 
 def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
-    """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``; NaN of nothing."""
+    """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``; NaN without tokens or bytes."""
     loss = nats / tokens if tokens else math.nan
     return {
         "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0))
-        if loss == loss
-        else loss,  # e**700 is the last power that a float can hold
+        "perplexity": loss if math.isnan(loss) else math.exp(min(loss, 700.0)),  # a float overflows beyond e**709
         "bits_per_byte": nats / math.log(2) / n_bytes if n_bytes else math.nan,
     }
 
 
-def mean_auroc(each: Tensor, texts: Tensor) -> Tensor:
-    """The mean area under the ROC curve, over the classes that have one.
+def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
+    """Mean one-vs-rest area under the ROC curve, over the classes for which it is defined.
 
-    A curve is of a class's texts against the others', so it takes both.
+    It is defined for a class with both positive and negative texts.
 
     Args:
-        each: The area of each class, (n,) float, anything where there is no curve.
-        texts: How many there are of each class, (n,).
+        auroc: Area of each class, (n_classes,) float; ignored where undefined.
+        support: Number of texts of each class, (n_classes,).
 
     Returns:
-        A scalar; NaN if there is no curve.
+        A scalar; NaN if no class has one.
     """
-    return each[(texts > 0) & (texts < texts.sum())].mean()
+    return auroc[(support > 0) & (support < support.sum())].mean()
 
 
 class LikelihoodMetric(Metric):
     """Loss, perplexity and bits per byte from summed nats, tokens and bytes.
 
-    Bits per byte divides by the text's own length, so that models with different tokenizers can be
-    compared: a larger vocabulary has fewer, harder tokens, and the loss per token says little.
+    Bits per byte are comparable between tokenizers, because they are per byte of text; a larger vocabulary has fewer
+    and harder tokens, so losses per token are not.
 
-    Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on its order,
-    so any number of processes reports the same bits, and devices without float64 can hold it. Fixed point
-    knows no NaN: sums that are not finite are counted, and a single one makes the result NaN.
+    Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on its order, so the result
+    is bitwise the same for any number of processes, and it works on devices without float64. Fixed point has no NaN:
+    non-finite sums are counted instead, and a single one makes the result NaN.
     """
 
     full_state_update = False
@@ -62,7 +60,7 @@ class LikelihoodMetric(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor, n_bytes: Tensor) -> None:
-        """Add summed nats (float scalar), counted tokens and their text's bytes (int64 scalars)."""
+        """Add summed nats (float scalar), number of tokens, and bytes of their text (int64 scalars)."""
         self.nat_units += (nats.nan_to_num(0.0, 0.0, 0.0) * UNITS_PER_NAT).round().long()
         self.not_finite += ~nats.isfinite()
         self.tokens += tokens
@@ -78,101 +76,106 @@ class LikelihoodMetric(Metric):
 
 
 class WeightedMeanLoss(Metric):
-    """The mean of a loss over labels, each with its weight.
+    """Weighted mean of a loss over labels.
 
-    Not ``torchmetrics.MeanMetric``, which either leaves out what is not a number or forgets the weights.
+    ``torchmetrics.MeanMetric`` would either ignore NaN or lose the weights.
     """
 
     full_state_update = False
-    lost: Tensor
-    counted: Tensor
+    loss_sum: Tensor
+    weight_sum: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        for state in ("lost", "counted"):
+        for state in ("loss_sum", "weight_sum"):
             self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
 
-    def update(self, lost: Tensor, counted: Tensor) -> None:
-        """Add a sum of losses, and what their labels weigh together: float scalars."""
-        self.lost += lost
-        self.counted += counted
+    def update(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
+        """Add a weighted sum of losses, and the sum of their weights: float scalars."""
+        self.loss_sum += loss_sum
+        self.weight_sum += weight_sum
 
     def compute(self) -> Tensor:
-        """The mean; NaN of nothing."""
-        return self.lost / self.counted
+        """The mean; NaN without updates."""
+        return self.loss_sum / self.weight_sum
 
 
 class ReplyLoss(Metric):
-    """``reply_loss``: the mean loss of the tokens of replies, in nats."""
+    """``reply_loss``: mean cross-entropy of the tokens of replies, in nats."""
 
     full_state_update = False
-    lost: Tensor
-    counted: Tensor
+    nats: Tensor
+    tokens: Tensor
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("lost", torch.zeros(()), dist_reduce_fx="sum")
-        self.add_state("counted", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add summed nats (float scalar) and counted tokens (int64 scalar)."""
-        self.lost += nats
-        self.counted += tokens
+        """Add summed nats (float scalar) and number of tokens (int64 scalar)."""
+        self.nats += nats
+        self.tokens += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean; NaN of nothing."""
-        return {"reply_loss": self.lost / self.counted}
+        """The mean; NaN without tokens."""
+        return {"reply_loss": self.nats / self.tokens}
 
 
 class PreferenceMetrics(Metric):
-    """How well rewards tell which of two replies is preferred.
+    """Metrics of pairs of rewards, of a chosen and a rejected reply.
 
-    ``loss`` is a mean over pairs, ``accuracy`` the share of pairs in which the preferred reply has the larger reward,
-    ``margin`` by how much on average; it is the difference of the means ``chosen_reward`` and ``rejected_reward``.
+    ``loss`` is a mean over pairs, ``accuracy`` the share of pairs in which the chosen reply has the larger reward,
+    ``margin`` the mean difference of the rewards; ``chosen_reward`` and ``rejected_reward`` are their means.
 
     ``calibration`` is the expected calibration error (Naeini et al. 2015; Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599) of the probability that Bradley and Terry give the reply with the larger reward:
-    by how much, over 15 bins of it, that differs from how often it is indeed the preferred one.
+    https://arxiv.org/abs/1706.04599), over 15 bins, of the Bradley-Terry probability that the reply with the larger
+    reward is preferred.
     """
 
     full_state_update = False
     sums: Tensor
-    right: Tensor
-    pairs: Tensor
+    n_correct: Tensor
+    n_pairs: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("sums", torch.zeros(3), dist_reduce_fx="sum")
-        for state in ("right", "pairs"):
+        for state in ("n_correct", "n_pairs"):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
         self.calibration = BinaryCalibrationError(n_bins=15, validate_args=False)
 
     def update(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Add pairs: what is lost on each, and the two rewards, (n,) floats; n may be 0."""
+        """Add n pairs (n may be 0): their losses and both rewards, (n,) floats."""
         margins = chosen - rejected
         self.sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum()])
-        self.right += (margins > 0).sum()
-        self.pairs += len(losses)
+        self.n_correct += (margins > 0).sum()
+        self.n_pairs += len(losses)
         self.calibration.update(margins.abs().sigmoid(), (margins > 0).long())
 
     def compute(self) -> dict[str, Tensor]:
-        """The figures: float32 scalars, NaN of nothing."""
-        loss, chosen, rejected = self.sums / self.pairs
-        figures = {"loss": loss, "accuracy": self.right / self.pairs, "margin": chosen - rejected}
-        calibration = self.calibration.compute()
-        return {**figures, "calibration": calibration, "chosen_reward": chosen, "rejected_reward": rejected}
+        """Float32 scalars, NaN without pairs."""
+        loss, chosen, rejected = self.sums / self.n_pairs
+        return {
+            "loss": loss,
+            "accuracy": self.n_correct / self.n_pairs,
+            "margin": chosen - rejected,
+            "calibration": self.calibration.compute(),
+            "chosen_reward": chosen,
+            "rejected_reward": rejected,
+        }
 
     def reset(self) -> None:
-        """Begin anew."""
+        """Reset all states."""
         super().reset()
         self.calibration.reset()
 
 
 class NamedSums(Metric):
-    """Sums by name, over batches and processes; what is made of them is the caller's to know.
+    """Sums by name over batches and processes.
 
     Args:
-        names: Of the sums.
+        names: Names of the sums.
     """
 
     full_state_update = False
@@ -183,10 +186,10 @@ class NamedSums(Metric):
         self.names = tuple(names)
         self.add_state("sums", torch.zeros(len(names)), dist_reduce_fx="sum")
 
-    def update(self, more: Mapping[str, Tensor]) -> None:
-        """Add a scalar of each name."""
-        self.sums += torch.stack([more[name] for name in self.names])
+    def update(self, values: Mapping[str, Tensor]) -> None:
+        """Add a scalar to each sum."""
+        self.sums += torch.stack([values[name] for name in self.names])
 
     def compute(self) -> dict[str, Tensor]:
-        """By name: float32 scalars."""
+        """Float32 scalars by name."""
         return dict(zip(self.names, self.sums, strict=True))

@@ -1,8 +1,8 @@
-"""An exponential moving average of the weights.
+"""Exponential moving average (EMA) of the weights.
 
-It lives in the optimizer's state of each parameter, beside the moments, so that whatever saves, shards and reshards
-those does the same to it. To use it, weights and averages change places. In a checkpoint they have changed places too:
-who reads the weights of one reads averages, and needs not know.
+It is kept in the optimizer's state of each parameter, next to the moments, so that whatever saves, shards or reshards
+these does the same to the average. For evaluation, weights and averages are swapped. Checkpoints are saved swapped,
+too, so that whoever loads the weights of one gets the averages.
 """
 
 from collections.abc import Callable
@@ -17,23 +17,24 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.dtensor import to_local
 
 EMA_STATE_KEY: Final = "average"
-"""What the optimizer's state of a parameter calls it."""
+"""Key of the average in the optimizer's state of a parameter."""
 EMA_CHECKPOINT_KEY: Final = "averaged"
-"""In a checkpoint: that weights are averages, and the optimizer's state holds what was trained."""
+"""Key of a checkpoint whose weights are averages, and whose optimizer state holds the trained weights."""
 
 
 class ExponentialMovingAverage:
     """After every step, ``average += (1 - decay) * (weight - average)`` (https://arxiv.org/abs/2307.13813).
 
-    In the first steps the decay is less, ``(1 + step) / (10 + step)``, as in TensorFlow's ``ExponentialMovingAverage``:
-    so the weights of the beginning are soon forgotten, and a short run is averaged over about its last tenth.
+    In the first steps the decay is at most ``(1 + step) / (10 + step)``, as in TensorFlow's
+    ``ExponentialMovingAverage``: the initial weights are soon forgotten, and a short run is averaged over about its
+    last tenth.
 
     Args:
-        decay: How much of the average stays at a step: 0.999 averages over about the last thousand steps. None keeps
-            no average.
+        decay: Share of the average that remains after a step: 0.999 averages over about the last thousand steps. None
+            disables averaging.
 
     Raises:
-        UserError: The decay is out of its range.
+        UserError: The decay is out of range.
     """
 
     def __init__(self, decay: float | None) -> None:
@@ -41,118 +42,117 @@ class ExponentialMovingAverage:
             raise UserError(f"model.ema_decay is {decay}; it must be at least 0 and below 1")
         self.decay = decay
         self.active = False
-        """Whether the averages are in the weights' places."""
+        """Whether weights and averages are swapped."""
 
     def attach(self, optimizer: Optimizer, steps_done: Callable[[], int]) -> None:
-        """Average what the optimizer updates, from its next step on.
+        """Update the average after every step of an optimizer.
 
         Args:
-            optimizer: Any.
-            steps_done: Tells the steps of the run before this one.
+            optimizer: Any optimizer.
+            steps_done: Returns the number of steps before the current one.
 
         Raises:
-            UserError: The weights are in 16 bits: an average moves by less than they can tell apart.
+            UserError: The weights have 16 bits, which cannot represent the small changes of an average.
         """
         if self.decay is None:
             return
-        coarse = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4}
-        if coarse:
+        low_precision = {p.dtype for group in optimizer.param_groups for p in group["params"] if p.dtype.itemsize < 4}
+        if low_precision:
             raise UserError(
-                f"model.ema_decay is {self.decay}, and weights in {coarse.pop()} are too coarse for an average; "
-                "keep them in 32 bits: --trainer.precision bf16-mixed"
+                f"model.ema_decay is {self.decay}, but the weights are {low_precision.pop()}, which is too coarse for "
+                "an average; keep them in 32 bits: --trainer.precision bf16-mixed"
             )
         optimizer.register_step_post_hook(lambda *_: self._update(optimizer, steps_done()))
 
     @torch.no_grad()
     def _update(self, optimizer: Optimizer, step: int) -> None:
         averages, weights = [], []
-        updated = [p for group in optimizer.param_groups for p in group["params"]]
-        if all(p.grad is None for p in updated):
-            return  # a step that was refused is none
-        for p in updated:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        if all(p.grad is None for p in parameters):
+            return  # the step was skipped
+        for p in parameters:
             if EMA_STATE_KEY in optimizer.state.get(p, {}):
                 averages.append(to_local(optimizer.state[p][EMA_STATE_KEY]))
                 weights.append(to_local(p))
-            elif p.grad is not None:  # a parameter that was never updated is its own average
+            elif p.grad is not None:  # a parameter that was never updated equals its average and needs none
                 optimizer.state[p][EMA_STATE_KEY] = p.detach().clone()
         if averages:
             decay = min(self.decay or 0.0, (1 + step) / (10 + step))
             torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @torch.no_grad()
-    def set_active(self, wanted: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Put the averages into the weights' places, or the weights back; what is so already stays.
+    def set_active(self, active: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
+        """Swap weights and averages, unless they are already as wanted.
 
         Args:
-            wanted: Whether the averages are to be used.
+            active: Whether the module is to have the averages as its weights.
             optimizers: Hold the averages.
             module: Holds the weights.
         """
-        if self.active == wanted:
+        if self.active == active:
             return
-        self.active = wanted
+        self.active = active
         for optimizer in optimizers:
             for p, state in optimizer.state.items():
                 if EMA_STATE_KEY in state:
                     weight, average = to_local(p), to_local(state[EMA_STATE_KEY])
-                    before = weight.clone()
+                    previous = weight.clone()
                     weight.copy_(average)
-                    average.copy_(before)
-        for part in module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()  # after a forward pass without a backward one it may still hold whole weights
+                    average.copy_(previous)
+        for submodule in module.modules():
+            if isinstance(submodule, FSDPModule):
+                submodule.reshard()  # after a forward pass without a backward pass it may hold unsharded weights
 
     def save(self, checkpoint: dict[str, Any], optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Let the weights of a checkpoint be averages, and mark it; the live weights stay as they are.
+        """Swap weights and averages in a checkpoint, and mark it; the live weights are unchanged.
 
         Args:
-            checkpoint: Of a trainer, with ``state_dict`` and ``optimizer_states``; either may be empty on a rank
-                that writes nothing.
+            checkpoint: A trainer's, with ``state_dict`` and ``optimizer_states``; both may be empty on a rank that
+                saves nothing.
             optimizers: Those of ``optimizer_states``.
             module: That of ``state_dict``.
         """
         saved = checkpoint.get("optimizer_states", [])
-        if self.decay is None or not any(
-            EMA_STATE_KEY in state for part in saved for state in part.get("state", {}).values()
-        ):
+        states = (state for optimizer_state in saved for state in optimizer_state.get("state", {}).values())
+        if self.decay is None or not any(EMA_STATE_KEY in state for state in states):
             return
         checkpoint[EMA_CHECKPOINT_KEY] = True
         if not self.active:
-            for part, optimizer in zip(saved, optimizers, strict=True):
-                swap_saved_weights(checkpoint["state_dict"], part, parameter_names(optimizer, module))
+            for optimizer_state, optimizer in zip(saved, optimizers, strict=True):
+                swap_saved_weights(checkpoint["state_dict"], optimizer_state, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Know that what is loaded from a marked checkpoint has changed places.
+        """Note whether weights and averages are swapped in a checkpoint that is loaded.
 
         Raises:
-            UserError: It holds averages, and none are kept here.
+            UserError: It has averages, but averaging is disabled.
         """
         self.active = checkpoint.get(EMA_CHECKPOINT_KEY, False)
         if self.active and self.decay is None:
             raise UserError(
-                "the weights of the checkpoint are averages, and to go on is to go on averaging: --model.ema_decay; "
-                "with 0 the average is the weights themselves"
+                "the weights of the checkpoint are averages, so that averaging has to continue: set --model.ema_decay; "
+                "with 0 the average equals the weights"
             )
 
 
-def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], of: list[list[str]]) -> None:
-    """Let saved weights and their averages change places, in these dicts alone; twice puts them back.
+def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], names: list[list[str]]) -> None:
+    """Swap saved weights and their averages, in these dicts only; its own inverse.
 
     Args:
-        weights: By name; those that are tied stand there several times.
-        saved: The state dict of an optimizer.
-        of: For each key of its ``state``, a number, the names of the parameter; see ``names``.
+        weights: By name; tied weights occur several times.
+        saved: State dict of an optimizer.
+        names: Names of the parameter for each integer key of ``saved["state"]``; see ``parameter_names``.
     """
     for key, state in saved["state"].items():
         if EMA_STATE_KEY in state:
-            before = weights[of[key][0]]
-            weights.update(dict.fromkeys(of[key], state[EMA_STATE_KEY]))
-            saved["state"][key] = {**state, EMA_STATE_KEY: before}  # a new one: the old one is the optimizer's own
+            weight = weights[names[key][0]]
+            weights.update(dict.fromkeys(names[key], state[EMA_STATE_KEY]))
+            saved["state"][key] = {**state, EMA_STATE_KEY: weight}  # a new dict: the old one belongs to the optimizer
 
 
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """For each parameter, in the order of the optimizer's groups, its names in the module; a tied one has several."""
-    of: dict[nn.Parameter, list[str]] = {}
+    """Names in the module of each parameter, in the order of the optimizer's groups; a tied parameter has several."""
+    names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        of.setdefault(parameter, []).append(name)
-    return [of[p] for group in optimizer.param_groups for p in group["params"]]
+        names.setdefault(parameter, []).append(name)
+    return [names[p] for group in optimizer.param_groups for p in group["params"]]

@@ -1,8 +1,8 @@
-"""Optimizers by name, with their hyperparameters: what ``--model.optimizer NAME`` chooses from.
+"""Optimizers by name, with their hyperparameters: the choices of ``--model.optimizer NAME``.
 
-A recipe is plain numbers until a model is there to build the optimizer for. A default of ``None`` means
-"this recipe's own": a config that swaps the class keeps arguments of the same name, and a learning rate of
-Muon would ruin AdamW.
+A recipe holds plain numbers until there is a model to build the optimizer for. Defaults that differ between recipes are
+``None`` in the signature: a config that swaps the class keeps arguments of the same name, and Muon's learning rate
+would be far too large for AdamW.
 """
 
 from abc import ABC, abstractmethod
@@ -19,7 +19,7 @@ from lit_gpt_scratch.optim.param_groups import parameter_groups
 
 
 class OptimizerRecipe(ABC):
-    """Settings that become an optimizer once the model exists."""
+    """Hyperparameters from which an optimizer is built once the model exists."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -28,13 +28,13 @@ class OptimizerRecipe(ABC):
 
     @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
-        """The optimizer for the model's trainable parameters."""
+        """An optimizer for the model's trainable parameters."""
 
     def validate(self) -> None:
-        """Refuse numbers that no optimizer can work with.
+        """Check the hyperparameters.
 
         Raises:
-            UserError: A learning rate is not positive, or another setting is out of its range.
+            UserError: A learning rate is not positive, or another value is out of range.
         """
         for name, value in vars(self).items():
             if name.endswith("lr") and not value > 0:
@@ -49,10 +49,10 @@ class AdamW(OptimizerRecipe):
     """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101) for all parameters.
 
     Args:
-        lr: Peak learning rate; 3e-3 by default, which suits small models.
-        weight_decay: Pull towards zero, on matrices and tables; gains and biases are left alone.
-        beta1: Decay of the mean of gradients.
-        beta2: Decay of the mean of their squares.
+        lr: Peak learning rate; by default 3e-3, which suits small models.
+        weight_decay: Decoupled weight decay of matrices and embeddings; gains and biases have none. By default 0.1.
+        beta1: Decay rate of the mean of gradients.
+        beta2: Decay rate of the mean of squared gradients.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class AdamW(OptimizerRecipe):
 
     @override
     def build(self, model: nn.Module) -> Optimizer:
-        # Not torch.optim.AdamW(fused=True): Lightning refuses to clip gradients for it under mixed precision.
+        # Not torch.optim.AdamW(fused=True): Lightning does not clip its gradients in mixed precision.
         groups = parameter_groups(model)
-        settings = _adamw(self.lr, self.beta1, self.beta2)
-        return _optimizer(
+        settings = _adamw_settings(self.lr, self.beta1, self.beta2)
+        return _build_optimizer(
             {
                 "name": "matrices and tables",
                 "params": groups.matrices + groups.tables,
@@ -93,11 +93,11 @@ class Muon(OptimizerRecipe):
         lr: Peak learning rate of Muon; 0.02 by default.
         weight_decay: Decoupled weight decay of the matrices; 0 by default.
         momentum: Muon's momentum.
-        row_beta: NorMuon: decay of the mean of squares by which the update of every neuron is evened out
-            (https://arxiv.org/abs/2510.05491); off by default.
+        row_beta: Enables NorMuon (https://arxiv.org/abs/2510.05491): decay rate of the mean square by which each
+            neuron's update is normalised. Off by default.
         adamw_lr: Peak learning rate of AdamW.
-        beta1: AdamW's decay of the mean of gradients.
-        beta2: AdamW's decay of the mean of their squares.
+        beta1: AdamW's decay rate of the mean of gradients.
+        beta2: AdamW's decay rate of the mean of squared gradients.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Muon(OptimizerRecipe):
     @override
     def build(self, model: nn.Module) -> Optimizer:
         groups = parameter_groups(model)
-        rest = _adamw(self.adamw_lr, self.beta1, self.beta2)
-        return _optimizer(
+        adamw = _adamw_settings(self.adamw_lr, self.beta1, self.beta2)
+        return _build_optimizer(
             {
                 "name": "matrices",
                 "rule": "muon",
@@ -139,15 +139,15 @@ class Muon(OptimizerRecipe):
                 "row_beta": self.row_beta,
                 "weight_decay": self.weight_decay,
             },
-            {"name": "tables", "params": groups.tables, **rest},
-            {"name": "vectors", "params": groups.vectors, **rest},
+            {"name": "tables", "params": groups.tables, **adamw},
+            {"name": "vectors", "params": groups.vectors, **adamw},
         )
 
 
-def _optimizer(*groups: dict[str, Any]) -> MuonAdamW:
-    return MuonAdamW([group for group in groups if group["params"]])  # of adapters alone there are tables alone
+def _build_optimizer(*groups: dict[str, Any]) -> MuonAdamW:
+    return MuonAdamW([group for group in groups if group["params"]])  # LoRA, for example, has only tables
 
 
-def _adamw(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
-    # `fused` also tells torch to load the step counters back onto the parameters' device.
+def _adamw_settings(lr: float, beta1: float, beta2: float) -> dict[str, Any]:
+    # `fused` also tells torch to load the step counters onto the parameters' device.
     return {"rule": "adamw", "lr": lr, "betas": (beta1, beta2), "eps": 1e-8, "weight_decay": 0.0, "fused": True}

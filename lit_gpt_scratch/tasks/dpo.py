@@ -25,7 +25,7 @@ class DPO(PairwiseModule):
     preferred replies, which tells whether the model still speaks as it did.
 
     Args:
-        loss: ``dpo_loss``, or ``ipo_loss``; see ``objectives.preference``.
+        loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.preference``.
         beta: How dear it is to leave the reference.
         label_smoothing: The probability that a label is the wrong way round.
         per_token: Compare means over the tokens of replies instead of sums, so that long replies do not count for more;

@@ -151,5 +151,5 @@ def test_weights_in_16_bits_are_refused() -> None:
     stuck = torch.ones(1, dtype=torch.bfloat16)
     assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)
     net = nn.Linear(2, 2, dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"weights in torch.bfloat16 are too coarse"):
+    with pytest.raises(UserError, match=r"weights are torch.bfloat16, which is too coarse"):
         ExponentialMovingAverage(0.999).attach(torch.optim.SGD(net.parameters()), lambda: 0)
