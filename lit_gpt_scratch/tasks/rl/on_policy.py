@@ -118,7 +118,7 @@ class OnPolicyModule(GPTModule):
         self.clip = clip
         self.kl_target = kl_target
         self.entropy_coefficient = entropy_coefficient
-        self.writing = Stopwatch()
+        self.generation_stopwatch = Stopwatch()
         self._rollouts: Rollouts | None = None
         self._noted: dict[str, Tensor] = {}
 
@@ -140,7 +140,7 @@ class OnPolicyModule(GPTModule):
         if stage == "fit":
             self._rollouts = None
             self._noted.clear()
-            self.writing = Stopwatch()
+            self.generation_stopwatch = Stopwatch()
         if hasattr(self, "writer"):
             self.writer.data = data = self.prompted
             if not is_checkpoint_path(self.reward):
@@ -234,7 +234,7 @@ class OnPolicyModule(GPTModule):
         phase = int(numbers[0]) // rows
         kept = self._rollouts
         if kept is None or kept.phase != phase or len(kept.rows["labels"]) != rows:
-            with self.writing.running(), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with self.generation_stopwatch.running(), torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self._rollouts = kept = self._roll_out(phase, rows)
         return kept.take(numbers % rows)
 
