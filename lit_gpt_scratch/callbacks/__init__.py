@@ -1,1 +1,1 @@
-"""What watches a run: progress, throughput, samples, saving, and the last word."""
+"""Trainer callbacks: checkpoints, progress, throughput, introspection, samples, diagnostics, summary."""

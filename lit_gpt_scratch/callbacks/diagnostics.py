@@ -44,7 +44,7 @@ class DiagnosticsCallback(RunDirCallback):
     """
 
     def __init__(self) -> None:
-        self.examination = RuleEngine(RULES)
+        self.engine = RuleEngine(RULES)
         self._told = 0
         self._facts_due = False
 
@@ -52,8 +52,8 @@ class DiagnosticsCallback(RunDirCallback):
         """Listen."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.examination, self._told = RuleEngine(RULES), 0
-            trainer.loggers = [*trainer.loggers, MetricTap(self.examination)]
+            self.engine, self._told = RuleEngine(RULES), 0
+            trainer.loggers = [*trainer.loggers, MetricTap(self.engine)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stop listening."""
@@ -62,9 +62,9 @@ class DiagnosticsCallback(RunDirCallback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn what was before, or what the run begins with."""
         if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
-            replay_events(self.folder.path, self.examination)
-            self.examination.forget(trainer.global_step)
-            self._told = len(self.examination.found)
+            replay_events(self.folder.path, self.engine)
+            self.engine.drop_from(trainer.global_step)
+            self._told = len(self.engine.diagnoses)
         self._facts_due = True
 
     def on_train_batch_start(
@@ -74,7 +74,7 @@ class DiagnosticsCallback(RunDirCallback):
         if self._facts_due:
             self._facts_due = False
             self._log_facts(trainer, pl_module, batch)
-        self.examination.examine()
+        self.engine.evaluate()
         self._tell(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,16 +87,16 @@ class DiagnosticsCallback(RunDirCallback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The last word."""
-        self.examination.end()
+        self.engine.finish()
         self._tell(trainer, last=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """What was found is worth most when the run fails."""
-        self.examination.examine()
+        self.engine.evaluate()
         self._tell(trainer)
 
     def _tell(self, trainer: L.Trainer, last: bool = False) -> None:
-        found, told = self.examination.found, self._told
+        found, told = self.engine.diagnoses, self._told
         if len(found) == told and not last:
             return
         self._told = len(found)
@@ -114,9 +114,9 @@ class DiagnosticsCallback(RunDirCallback):
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
         """Those that are not known yet, or not any more: a run that goes on may be longer than it was to be."""
-        known = self.examination.evidence
-        facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.fact(name) != value}
-        if math.isfinite(known.fact(FIRST_BATCH_FACTS[0])):  # another batch says as much
+        known = self.engine.history
+        facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.latest(name) != value}
+        if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # another batch says as much
             facts = {name: value for name, value in facts.items() if name not in FIRST_BATCH_FACTS}
         if facts:
             for logger in trainer.loggers:
@@ -126,7 +126,7 @@ class DiagnosticsCallback(RunDirCallback):
 def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
     """A file like ``doctor.json``; one that is there is replaced when the new one is whole."""
     unfinished = path.with_name(f".{path.name}.part")
-    unfinished.write_text(json.dumps([diagnosis.plain() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 

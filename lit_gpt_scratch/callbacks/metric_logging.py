@@ -1,27 +1,28 @@
-"""What callbacks measure, under names that stay: for the loggers, and for each other.
+"""Logging metrics, images and texts from callbacks, and the names under which they are logged.
 
-Whoever judges a run (the doctor, a user's own callback) reads names, and needs not know who measured them: in a run
-``trainer.logged_metrics``, the same on every rank, beside what Lightning itself logs; afterwards the run's events.
-A name is there from its first measurement on. Layers count from 1; ``PART`` is one of ``embedding``, ``attention``,
-``feed_forward``, ``norms`` and ``head``, as far as the network has it and it is trained.
+A consumer of metrics (the diagnostics, a user's own callback) reads them by name, whoever measured them: during a run
+from ``trainer.logged_metrics``, the same on every rank, together with what Lightning itself logs; afterwards from the
+run's TensorBoard events. A name exists from its first measurement on. Layers count from 1; ``PART`` is one of
+``embedding``, ``attention``, ``feed_forward``, ``norms`` and ``head``, if the network has it and it is trained.
 
-Every ``inspect.every_n_steps`` optimizer steps, and at the first (``dynamics.py``, ``inspection.py``):
+Every ``inspect.every_n_steps`` optimizer steps, and at the first (``introspection.py``):
 
-- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: Euclidean, before clipping; the squares of the
-  parts add up to that of ``train/gradient_norm``.
-- ``dynamics/update_ratio/PART``: norm of what the step changed by the norm of the weights before it.
-- ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: share of the feed-forward units that are (all but) zero at
+- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: L2 norm before clipping; the squares of the parts
+  add up to that of ``train/gradient_norm``.
+- ``dynamics/update_ratio/PART``: norm of the step's weight update over the norm of the weights before it.
+- ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: share of the feed-forward units that are (nearly) zero at
   every inspected token.
-- ``dynamics/logit_norm``: Euclidean norm of the logits of a token, mean over the inspected ones.
-- ``dynamics/stream_norm/layer_N``: root mean square of the stream behind a block.
-- ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: nats, tokens, and the
-  share that goes to the first token; means over heads, layers and all tokens that have more than themselves to see.
-- ``attention/sink/most``: of the head that gives the first token the greatest share.
+- ``dynamics/logit_norm``: L2 norm of a token's logits, mean over the inspected tokens.
+- ``dynamics/stream_norm/layer_N``: root mean square of the residual stream after a block.
+- ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: entropy in nats, mean
+  distance in tokens, and the attention share of the first token; means over heads, layers and all tokens that can
+  attend to more than themselves.
+- ``attention/sink/most``: the largest such share of any head.
 
-At every validation (``token_losses.py``):
+At every validation (``loss_breakdown.py``):
 
-- ``loss_by_position/A-B``: mean loss of the labels at places A to B of a window, counted from 0.
-- ``loss_by_frequency/A-B``: mean loss of the A-th to B-th most frequent tokens of the training, counted from 1.
+- ``loss_by_position/A-B``: mean loss of the labels at positions A to B of a window, counted from 0.
+- ``loss_by_frequency/A-B``: mean loss of the A-th to B-th most frequent tokens of the training data, counted from 1.
 
 At log points (``throughput.py``): ``throughput/...``.
 """
@@ -39,57 +40,57 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 
 
 def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Make measurements known, on all ranks alike.
+    """Log values that are the same on all ranks; to be called on all of them.
 
-    Not by ``LightningModule.log``, which cannot be called after a validation and takes several times as long, to reduce
-    over ranks what all have already.
+    ``LightningModule.log`` cannot be called after a validation, and takes several times as long to reduce over ranks
+    what all of them already have.
 
     Args:
-        trainer: Of the run.
-        values: By name.
-        step: The last step that was done, as Lightning numbers them: from 0.
+        trainer: The run's trainer.
+        values: Metrics by name.
+        step: Number of the last finished step, from 0 as Lightning counts.
     """
-    trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # numbers are as good as tensors of one
+    trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # plain numbers work like scalar tensors
     for logger in trainer.loggers:
         logger.log_metrics(dict(values), step)
 
 
 def tensorboard_writers(trainer: L.Trainer) -> list[SummaryWriter]:
-    """Where texts and pictures go: TensorBoard's writers, on the first rank."""
-    kept = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-    return [logger.experiment for logger in kept] if trainer.is_global_zero else []
+    """TensorBoard's writers, for texts and images; none on ranks other than 0."""
+    loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+    return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
+
+
+def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
+    """Log a Markdown text to TensorBoard and to every ``MetricTap``."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            logger.experiment.add_text(name, text, step)
+        elif isinstance(logger, MetricTap):
+            logger.engine.add_text(step, name, text)
 
 
 class MetricTap(Logger):
-    """A logger that lets an examination see each number, whoever measured it, and keeps nothing on disk."""
+    """A logger that passes every metric to a rule engine, and writes nothing to disk."""
 
-    def __init__(self, examination: RuleEngine) -> None:
+    def __init__(self, engine: RuleEngine) -> None:
         super().__init__()
-        self.examination = examination
+        self.engine = engine
 
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        self.examination.see(step or 0, {name: float(value) for name, value in metrics.items()})
+        self.engine.add_metrics(step or 0, {name: float(value) for name, value in metrics.items()})
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Flags are nothing that was measured."""
+        """Hyperparameters are no metrics."""
 
     @property
     @override
     def name(self) -> str:
-        return "listener"
+        return "metric_tap"
 
     @property
     @override
     def version(self) -> str:
         return ""
-
-
-def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
-    """Put a text into TensorBoard, and let those who listen know of it."""
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-            logger.experiment.add_text(name, text, step)
-        elif isinstance(logger, MetricTap):
-            logger.examination.note(step, name, text)

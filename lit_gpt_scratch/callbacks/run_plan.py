@@ -23,8 +23,8 @@ from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.diagnostics.config_rules import (
     CHINCHILLA_RATIO,
-    MANY_EPOCHS,
     MAX_BUDGET_FACTOR,
+    MAX_EPOCHS,
     MIN_VALIDATION_TOKENS,
 )
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
@@ -262,9 +262,9 @@ def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> 
         return
     tokens = steps * tokens_per_step(trainer, data)
     epochs = tokens / (len(data.train_dataset) * data.block_size)
-    if epochs > MANY_EPOCHS:
+    if epochs > MAX_EPOCHS:
         what = "the text" if isinstance(data, PackedText) else "the records"
-        enough = max(1, int(steps * MANY_EPOCHS / 10 / epochs))
+        enough = max(1, int(steps * MAX_EPOCHS / 10 / epochs))
         yield (
             f"{format_count(epochs)} epochs: the model will learn {what} by heart; name more, or take fewer steps: "
             f"--trainer.max_steps {enough}"

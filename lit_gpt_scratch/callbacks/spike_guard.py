@@ -57,7 +57,7 @@ class SpikeGuard(RunDirCallback):
     def __init__(self, mode: GuardMode = "warn", every_n_steps: int | None = None) -> None:
         self.mode = mode
         self.every_n_steps = every_n_steps
-        self.watch = SpikeDetector()
+        self.detector = SpikeDetector()
         self.refused = 0
         """Steps that were left out, in the whole run."""
         self.good: int | None = None
@@ -130,7 +130,7 @@ class SpikeGuard(RunDirCallback):
             self._unread = []
             for step, (loss, norm) in zip(steps, torch.stack(figures).tolist(), strict=True):
                 scaled = self._scales and not math.isfinite(norm)
-                kind = self.watch.judge(loss, 1.0 if scaled else norm)
+                kind = self.detector.classify_step(loss, 1.0 if scaled else norm)
                 if self._reads_at_once:
                     kind = STEP_KINDS[self._ranks.max(STEP_KINDS.index(kind))]
                 if kind is not None:
@@ -138,21 +138,21 @@ class SpikeGuard(RunDirCallback):
         return kind is None or self.mode != "act"
 
     def _stands_out(self, kind: str, step: int, loss: float, norm: float) -> None:
-        acts, row = self.mode == "act", self.watch.in_a_row
+        acts, row = self.mode == "act", self.detector.in_a_row
         self.refused += acts
         values = {"guard/refused": float(self.refused)} if acts else {}
         if row <= PATIENCE:  # of a run that has gone wrong for good enough is said
             what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
             if kind == "spike":
-                what += f", usually {self.watch.median:.4g} and {self.watch.usual_norm:.4g}"
+                what += f", usually {self.detector.median_loss:.4g} and {self.detector.median_norm:.4g}"
             self._tell(kind, step, f"{what}; {'left out' if acts else 'done'}")
-            values[f"guard/{kind}"] = loss if kind == "non_finite" else self.watch.deviations
+            values[f"guard/{kind}"] = loss if kind == "non_finite" else self.detector.deviations
         for logger in self._trainer.loggers if values else ():
             logger.log_metrics(values, step)
         if row >= PATIENCE and acts and self.good is not None and self._rewinds < MAX_REWINDS:
             self._rewind_due = True
         elif row >= PATIENCE and kind == "spike":
-            self.watch.forget()
+            self.detector.reset()
         elif row >= MAX_SKIPPED_IN_A_ROW and acts:
             tried = f" after {self._rewinds} rewinds" if self._rewinds else ""
             log.warning("guard: %d steps in a row were left out%s: nothing is learned, and the run ends", row, tried)
@@ -176,7 +176,7 @@ class SpikeGuard(RunDirCallback):
 
     def _keep_good(self, trainer: L.Trainer) -> None:
         """Write one, if what the weights are is known to be good, and drop the one before."""
-        step, calm = trainer.global_step, self.watch.calm
+        step, calm = trainer.global_step, self.detector.is_calm
         if self.mode != "act" or self.folder is None or step == self.good or not calm:
             return
         before, self.good, self._rewinds = self.good, step, 0
@@ -204,10 +204,10 @@ class SpikeGuard(RunDirCallback):
         path = None if self.good is None else self._path(self.good)
         if path is None or self._ranks.max(not path.is_file()):
             log.warning("cannot rewind: %s is not there on every machine", path)
-            self.watch.forget()
+            self.detector.reset()
             return
         self._rewinds += 1
-        self.watch.in_a_row = 0
+        self.detector.in_a_row = 0
         restore_weights_and_optimizers(trainer, path)
         pl_module.on_train_start()  # as a run begins that goes on from there, at the rate of the step that comes next
         step = trainer.global_step - 1
@@ -228,7 +228,7 @@ class SpikeGuard(RunDirCallback):
         """What later steps are judged by, and where to rewind to."""
         self._read()
         return {
-            "watch": self.watch.state_dict(),
+            "watch": self.detector.state_dict(),
             "refused": self.refused,
             "good": self.good,
             "rewinds": self._rewinds,
@@ -236,7 +236,7 @@ class SpikeGuard(RunDirCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
-        self.watch.load_state_dict(state_dict["watch"])
+        self.detector.load_state_dict(state_dict["watch"])
         self.refused, self.good = state_dict["refused"], state_dict["good"]
         self._rewinds = state_dict["rewinds"]
 

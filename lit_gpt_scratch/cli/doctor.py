@@ -91,20 +91,20 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:
     """Print the diagnoses of a run; always True, since finding problems is not a failure of the command."""
-    examination = RuleEngine(RULES)
-    replay_events(run, examination)
-    if not any(len(examination.evidence[name]) for row in RULES for name in row.reads):
+    engine = RuleEngine(RULES)
+    replay_events(run, engine)
+    if not any(len(engine.history[name]) for rule in RULES for name in rule.reads):
         raise UserError(
             f"{run} has none of the curves that the doctor reads, such as train/loss; name the folder of a run"
         )
-    examination.end()
+    engine.finish()
     if as_json:
-        print(json.dumps([diagnosis.plain() for diagnosis in examination.found], indent=2))
+        print(json.dumps([diagnosis.to_dict() for diagnosis in engine.diagnoses], indent=2))
         return True
-    for diagnosis in examination.found:
+    for diagnosis in engine.diagnoses:
         print(f"step {diagnosis.step}: {diagnosis.symptom}\n  likely  {diagnosis.cause}\n  try     {diagnosis.flag}")
-    if not examination.found:
-        print(f"no problem found in the curves of {run}: {examination.evidence.step + 1:,} steps")
+    if not engine.diagnoses:
+        print(f"no problem found in the curves of {run}: {engine.history.step + 1:,} steps")
     return True
 
 

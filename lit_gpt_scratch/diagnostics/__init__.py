@@ -1,1 +1,1 @@
-"""What was measured of a run, and what it means: symptom, likely cause, and the flag to try."""
+"""Rules that diagnose a run from its metrics: symptom, likely cause, and the flag to try."""

@@ -1,4 +1,4 @@
-"""Rows about what a run is given: its labels, its text, its validation, its length."""
+"""Rules about a run's labels, text, validation set and length."""
 
 from typing import Final
 
@@ -7,65 +7,65 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
-"""Tokens a parameter that make the most of the computation (https://arxiv.org/abs/2203.15556)."""
+"""Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Within this factor of it nothing is said: a first run is short on purpose, a model for use long."""
-MANY_EPOCHS: Final = 100
+"""Within this factor of it nothing is reported: a first run is short on purpose, a model for use is trained long."""
+MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
-"""Of the labels. Where windows hold many short documents, one a document is not what the next position reads."""
+"""Share of the labels. Where windows hold many short documents, one label per document is not the next input."""
 MAX_REPEATED_SHARE: Final = 0.3
-"""Of the passages. In the standard library's sources it is 0.04."""
+"""Share of the passages. In the standard library's sources it is 0.04."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:
-    """Labels are not the tokens that follow."""
-    following, own = e.fact("run/labels_next"), e.fact("run/labels_own")
+    """Labels are not the next tokens."""
+    following, own = e.latest("run/labels_next"), e.latest("run/labels_own")
     if not following < MIN_ALIGNED_LABELS:
         return None
-    where = "the token of its own position" if own > MIN_ALIGNED_LABELS else "neither its own token nor the next"
+    label = "its position's own token" if own > MIN_ALIGNED_LABELS else "neither its position's own token nor the next"
     return Finding(
-        f"of the first batch {following:.0%} are what the next position reads; a label is {where}",
-        "labels are shifted not at all, or twice; once is right, where the batch is made (batch.py)",
+        f"only {following:.0%} of the first batch's labels equal the next input token; a label is {label}",
+        "labels are shifted not at all, or twice; shift them once, where the batch is made (batch_types.py)",
         "--data PackedText",
     )
 
 
 def duplicated_text(e: MetricHistory) -> Finding | None:
-    """Much of the text comes again."""
-    share = e.fact("run/repeated_passages")
+    """Much of the training text occurs several times."""
+    share = e.latest("run/repeated_passages")
     if not share > MAX_REPEATED_SHARE:
         return None
     return Finding(
-        f"{share:.0%} of the passages of 32 tokens at the training's beginning stood there before",
-        "documents are in the text several times, and are learned by heart",
+        f"{share:.0%} of the 32-token passages at the beginning of the training text are repeated",
+        "documents occur several times in the text and are memorized",
         "--data.cleaning+=lit_gpt_scratch.text.duplicates.NearDuplicates",
     )
 
 
 def small_validation(e: MetricHistory) -> Finding | None:
-    """There is too little to validate on."""
-    tokens = e.fact("run/validation_tokens")
+    """The validation set is too small for its metrics to mean much."""
+    tokens = e.latest("run/validation_tokens")
     if not tokens < MIN_VALIDATION_TOKENS:
         return None
     return Finding(
-        f"{tokens:,.0f} tokens: differences of a few percent mean nothing",
-        "little text, a small share of it held out, or few batches of it read",
+        f"{tokens:,.0f} tokens: differences of a few percent are noise",
+        "little text, a small validation share, or few validation batches",
         "--data.validation_share 0.2",
     )
 
 
 def compute_budget(e: MetricHistory) -> Finding | None:
-    """Tokens and parameters are out of proportion."""
-    tokens = e.fact("run/steps") * e.fact("run/tokens_per_step")
-    each = tokens / e.fact("run/parameters") if e.fact("run/parameters") else CHINCHILLA_RATIO
-    epochs = tokens / e.fact("run/train_tokens") if e.fact("run/train_tokens") else 0.0
-    far = each < CHINCHILLA_RATIO / MAX_BUDGET_FACTOR or each > CHINCHILLA_RATIO * MAX_BUDGET_FACTOR
-    if not far or e.fact("run/begins_trained") == 1 or epochs > MANY_EPOCHS:
+    """Training tokens and parameters are out of proportion."""
+    tokens = e.latest("run/steps") * e.latest("run/tokens_per_step")
+    ratio = tokens / e.latest("run/parameters") if e.latest("run/parameters") else CHINCHILLA_RATIO
+    epochs = tokens / e.latest("run/train_tokens") if e.latest("run/train_tokens") else 0.0
+    is_far = ratio < CHINCHILLA_RATIO / MAX_BUDGET_FACTOR or ratio > CHINCHILLA_RATIO * MAX_BUDGET_FACTOR
+    if not is_far or e.latest("run/begins_trained") == 1 or epochs > MAX_EPOCHS:
         return None
-    steps = max(1, round(CHINCHILLA_RATIO * e.fact("run/parameters") / e.fact("run/tokens_per_step")))
-    size, length = ("large", "short") if each < CHINCHILLA_RATIO else ("small", "long")
+    steps = max(1, round(CHINCHILLA_RATIO * e.latest("run/parameters") / e.latest("run/tokens_per_step")))
+    size, length = ("large", "short") if ratio < CHINCHILLA_RATIO else ("small", "long")
     return Finding(
-        f"{each:.3g} tokens a parameter; about {CHINCHILLA_RATIO} make the most of the computation",
-        f"the model is too {size} for the run, or the run too {length} for it",
+        f"{ratio:.3g} tokens per parameter; about {CHINCHILLA_RATIO} are compute-optimal",
+        f"the model is too {size} for the run, or the run too {length} for the model",
         f"--trainer.max_steps {steps}",
     )

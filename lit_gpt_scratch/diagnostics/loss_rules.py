@@ -1,78 +1,76 @@
-"""Rows about the curve of the loss: whether it falls, rises, or is better than it can be."""
+"""Rules about the loss curve: whether it falls, rises, or is lower than it can be."""
 
 import math
 from typing import Final
 
 from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
-from lit_gpt_scratch.diagnostics.metric_history import Curve, MetricHistory
+from lit_gpt_scratch.diagnostics.metric_history import MetricCurve, MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 SWEEP_COMMAND: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
 N_RECENT: Final = 5
-"""Points whose median is what the loss is at now."""
+"""Points whose median is the current loss."""
 PEAK_SHARE: Final = 0.9
-"""Of the highest rate so far; warm-up ends there."""
+"""Share of the highest learning rate so far at which warm-up is over."""
 MIN_STEPS_RUNNING: Final = 150
-"""Steps at that rate after which a loss has to have fallen."""
+"""Steps at that rate after which the loss has to have fallen."""
 MIN_STEPS_FINISHED: Final = 50
-"""The same for a run that is over."""
+"""The same for a finished run."""
 MIN_DECREASE: Final = 0.1
-"""Of the loss of who knows nothing. After ``MIN_STEPS_FINISHED`` steps healthy runs have come down by 0.14 to 0.34,
-after ``MIN_STEPS_RUNNING`` by 0.27 to 0.4."""
+"""Relative to the loss of uniform predictions. After ``MIN_STEPS_FINISHED`` steps the loss of healthy runs has
+decreased by 0.14 to 0.34, after ``MIN_STEPS_RUNNING`` by 0.27 to 0.4."""
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Times the loss of who knows nothing: it takes steps too far to be so wrong. Healthy runs stay within 1.01."""
+"""Relative to the loss of uniform predictions: only too large steps lead above. Healthy runs stay within 1.01."""
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Times the loss of what a run begins with, which can be of other text."""
+"""Relative to the initial loss of a pretrained model, which may see other text than before."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
-"""Of parts whose weights begin at a size that says something."""
+"""Parts whose initial norm is meaningful."""
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
 MAX_STREAM_GROWTH: Final = 1e3
-"""Times what it was, or times 1 where it began below. In healthy runs it is up to 40, however small it began; at a
-thousand times the rate 10,000 and more."""
+"""Relative to its first value, or to 1 if that was smaller. In healthy runs the stream grows up to 40-fold, however
+small it began; at a thousand times the learning rate 10,000-fold and more."""
 MIN_UPDATE_RATIO: Final = 1e-4
-"""Of the norm of the weights, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and those
-at a thousandth of their rate 0.00001 to 0.00002."""
+"""Update norm over weight norm, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and
+those at a thousandth of their learning rate 0.00001 to 0.00002."""
 UNIGRAM_SHARE: Final = 0.95
-"""Of the bits that counting tokens needs. A network whose layers were spoilt learns their frequencies and no more; a
+"""Relative to the bits of a unigram model. A network with destroyed layers learns token frequencies and no more; a
 healthy one is at 0.8 after a hundred steps."""
 FLAT_DECREASE: Final = 0.02
-"""Of the median of ``N_RECENT`` points, less than which it has fallen since that of as many points
-``2 * N_RECENT`` before."""
+"""Relative decrease of the median of ``N_RECENT`` points, compared with as many points ``2 * N_RECENT`` earlier, below
+which the loss is flat."""
 MIN_RISE: Final = 0.25
-"""Of the lowest loss there was."""
+"""Relative to the lowest loss so far."""
 MIN_RISE_NATS: Final = 0.1
-"""Nats. What is next to nothing may double."""
+"""A loss near 0 may double."""
 OVERFIT_RISE: Final = 0.03
-"""Of the lowest validation loss, which it has risen by. Ups and downs of healthy runs are within 0.01."""
+"""Rise of the validation loss relative to its lowest value. Healthy runs fluctuate within 0.01."""
 OVERFIT_RISE_SMALL: Final = 0.1
-"""The same where little is validated on, and a few percent mean nothing."""
+"""The same for a small validation set, where a few percent are noise."""
 MIN_BASELINE_SHARE: Final = 0.2
-"""Of the bits that compression or counting needs. The best language models need a third of those of ``xz``."""
+"""Relative to the bits of a compressor or n-gram model. The best language models need a third of those of ``xz``."""
 
 
 def initial_loss(e: MetricHistory) -> float:
-    """The loss that a run begins with: that of who knows nothing, or of what it begins with.
+    """The loss that a run begins with: that of uniform predictions, or of the pretrained model.
 
-    NaN, with which no comparison holds, of a policy: its loss is how much better than expected its last replies were,
-    which is no measure of what it has learned. What speaks of that is in ``policies.py``.
+    NaN, with which every comparison is false, for an RL policy: its loss measures how much better than expected its
+    last replies were, not what it has learned. ``rl_rules.py`` covers policies.
     """
     if len(e["train/kl"]):
         return math.nan
-    chance = e.fact("run/chance_loss")
+    chance = e.latest("run/chance_loss")
     first = e["train/loss"].values[0]
-    return first if e.fact("run/begins_trained") == 1 or not math.isfinite(chance) else chance
+    return first if e.latest("run/begins_trained") == 1 or not math.isfinite(chance) else chance
 
 
-def _steps_at_peak(rate: Curve, step: int) -> int:
-    """Steps since the rate came near to the highest so far; all of them where no rate is known."""
-    highest = max(rate.values, default=0.0)
-    return step - next(
-        (at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * highest), 0
-    )
+def _steps_at_peak(rate: MetricCurve, step: int) -> int:
+    """Steps since the learning rate came close to its highest value so far; all steps if no rate is known."""
+    peak = max(rate.values, default=0.0)
+    return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * peak), 0)
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Whether the loss has come below that of the beginning; before that, nothing stands out."""
+    """Whether the loss is below the initial loss; before that there are no spikes."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 
@@ -82,83 +80,80 @@ def loss_not_falling(e: MetricHistory) -> Finding | None:
     loss, rate = e["train/loss"], e["train/learning_rate"]
     if len(loss) < N_RECENT:
         return None
-    began, now, peak = initial_loss(e), loss.median(N_RECENT), max(rate.values, default=math.nan)
-    trained = e.fact("run/begins_trained") == 1
-    whose = "what it began with" if trained else "that of a model that knows nothing"
-    evidence = f"{now:.2f} after {loss.step + 1:,} steps, and {began:.2f} is {whose}"
-    if (
-        now > (MAX_ABOVE_INITIAL if trained else MAX_ABOVE_CHANCE) * began
-        and min(loss.values) > (1 - MIN_DECREASE) * began
-    ):
+    initial, now, peak = initial_loss(e), loss.median(N_RECENT), max(rate.values, default=math.nan)
+    is_pretrained = e.latest("run/begins_trained") == 1
+    reference = "the initial loss of the pretrained model" if is_pretrained else "the loss of uniform predictions"
+    evidence = f"{now:.2f} after {loss.step + 1:,} steps; {initial:.2f} is {reference}"
+    max_ratio = MAX_ABOVE_INITIAL if is_pretrained else MAX_ABOVE_CHANCE
+    if now > max_ratio * initial and min(loss.values) > (1 - MIN_DECREASE) * initial:
         return Finding(evidence, *lower_rate_advice(e))
-    long_enough = _steps_at_peak(rate, loss.step) >= (MIN_STEPS_FINISHED if e.over else MIN_STEPS_RUNNING)
-    if trained or not long_enough:
-        return None  # what is trained may know all that there is to learn
-    if now > (1 - MIN_DECREASE) * began:
-        if min(median for _, median in loss.medians(N_RECENT)) <= (1 - MIN_DECREASE) * began:
-            return None  # it had fallen: no rate that is too low brings it back up
+    is_long_enough = _steps_at_peak(rate, loss.step) >= (MIN_STEPS_FINISHED if e.is_over else MIN_STEPS_RUNNING)
+    if is_pretrained or not is_long_enough:
+        return None  # a pretrained model may have nothing left to learn
+    if now > (1 - MIN_DECREASE) * initial:
+        if min(median for _, median in loss.rolling_medians(N_RECENT)) <= (1 - MIN_DECREASE) * initial:
+            return None  # it had fallen: no learning rate that is too low makes it rise again
         flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP_COMMAND}"
         return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
-    bits, counting = e["val/bits_per_byte"], e.fact("baselines/unigram")
-    # A rate that is too low leads past there as well, but does not stay.
-    flat = now > (1 - FLAT_DECREASE) * loss.median(N_RECENT, before=2 * N_RECENT)
-    if bits.step >= loss.steps[-N_RECENT] and bits.last > UNIGRAM_SHARE * counting and flat:
-        evidence = (
-            f"{bits.last:.2f} bits per byte of the validation text; counting its tokens alone takes {counting:.2f}"
-        )
+    bits, unigram = e["val/bits_per_byte"], e.latest("baselines/unigram")
+    # A run whose rate is too low passes this level as well, but does not stay there.
+    is_flat = now > (1 - FLAT_DECREASE) * loss.median(N_RECENT, before=2 * N_RECENT)
+    if bits.step >= loss.steps[-N_RECENT] and bits.last > UNIGRAM_SHARE * unigram and is_flat:
+        evidence = f"{bits.last:.2f} bits per byte of the validation text; a unigram model needs {unigram:.2f}"
         return Finding(evidence, *lower_rate_advice(e))
     return None
 
 
 def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
-    """Cause and flag, where steps go too far."""
+    """Cause and flag for steps that are too large."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     if not math.isfinite(peak):
         return "the learning rate is too high", f"a tenth of it: --model.optimizer.lr; {SWEEP_COMMAND}"
-    if e.fact("run/warmup_steps") == 0:
-        behind = ": norms behind the addition need a warm-up" if e.fact("run/post_norm") == 1 else ""
-        steps = max(20, int(e.fact("run/steps") / 5)) if math.isfinite(e.fact("run/steps")) else 200
+    if e.latest("run/warmup_steps") == 0:
+        post_norm = ": post-norm needs a warm-up" if e.latest("run/post_norm") == 1 else ""
+        steps = max(20, int(e.latest("run/steps") / 5)) if math.isfinite(e.latest("run/steps")) else 200
         return (
-            f"the learning rate, {peak:.2g}, is too high for the first steps{behind} (https://arxiv.org/abs/2002.04745)",
+            f"the learning rate, {peak:.2g}, is too high for the first steps{post_norm} "
+            "(https://arxiv.org/abs/2002.04745)",
             f"--model.schedule.warmup_steps {steps}",
         )
     return f"the learning rate, {peak:.2g}, is too high", f"--model.optimizer.lr {peak / 10:.2g}; {SWEEP_COMMAND}"
 
 
 def steps_too_large(e: MetricHistory) -> Finding | None:
-    """Weights have grown so far that nothing that a step adds still counts; norms may hide it from the loss."""
+    """Weights have grown so large that further updates have no effect; norms may hide it from the loss."""
     stream = e[STREAM_NORM_TAG]
     if len(stream) < 2 or not stream.last > MAX_STREAM_GROWTH * max(stream.values[0], 1.0):
         return None
-    evidence = f"the stream behind the first block is of size {stream.last:.2g}, and began at {stream.values[0]:.2g}"
+    evidence = f"the residual stream after the first block has norm {stream.last:.2g}, at first {stream.values[0]:.2g}"
     return Finding(evidence, *lower_rate_advice(e))
 
 
 def steps_too_small(e: MetricHistory) -> Finding | None:
-    """A step moves the matrices next to not, at the full rate, while the loss may fall by what else is trained."""
+    """At the full learning rate a step barely changes the matrices, while other parameters may reduce the loss."""
     rate = e["train/learning_rate"]
     peak = max(rate.values, default=math.nan)
-    warm = e.step >= e.fact("run/warmup_steps") and rate.last >= PEAK_SHARE * peak
-    # A step that was left out moves nothing at all, and is none.
-    moved = [
+    is_warm = e.step >= e.latest("run/warmup_steps") and rate.last >= PEAK_SHARE * peak
+    # A skipped step changes nothing at all, and does not count.
+    ratios = [
         (e[name].last, name.rpartition("/")[2])
         for name in UPDATE_RATIO_TAGS
         if e[name].last > 0 and e[name].step == e.step
     ]
-    ratio, part = min(moved, default=(math.nan, ""))
-    if not (ratio < MIN_UPDATE_RATIO and warm) or e.fact("run/begins_trained") == 1:
+    ratio, part = min(ratios, default=(math.nan, ""))
+    if not (ratio < MIN_UPDATE_RATIO and is_warm) or e.latest("run/begins_trained") == 1:
         return None
     flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP_COMMAND}"
-    evidence = f"step {e.step} moved {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is usual"
+    evidence = f"step {e.step} changed {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is usual"
     return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
 
 
 def divergence(e: MetricHistory) -> Finding | None:
-    """The loss had fallen, and has risen to stay."""
+    """The loss had fallen, and has risen for good."""
     loss = e["train/loss"]
     if len(loss) < 2 * N_RECENT:
         return None
-    step, best = min(loss.medians(N_RECENT), key=lambda point: point[1])
+    step, best = min(loss.rolling_medians(N_RECENT), key=lambda point: point[1])
     now = loss.median(N_RECENT)
     if not (best < (1 - MIN_DECREASE) * initial_loss(e) and now > (1 + MIN_RISE) * best + MIN_RISE_NATS):
         return None
@@ -166,37 +161,38 @@ def divergence(e: MetricHistory) -> Finding | None:
 
 
 def overfitting(e: MetricHistory) -> Finding | None:
-    """The validation loss rises while that of the training falls."""
+    """The validation loss rises while the training loss falls."""
     val, train = e["val/loss"], e["train/loss"]
     if len(val) < 3 or len(train) < 2 * N_RECENT or math.isnan(initial_loss(e)):
         return None
     best = min(val.values)
     since = val.steps[val.values.index(best)]
-    then = [median for at, median in train.medians(N_RECENT) if at <= since]
+    medians_before = [median for at, median in train.rolling_medians(N_RECENT) if at <= since]
     now = train.median(N_RECENT)
-    gap = OVERFIT_RISE_SMALL if e.fact("run/validation_tokens") < MIN_VALIDATION_TOKENS else OVERFIT_RISE
-    rising = min(val.values[-2:]) > (1 + gap) * best
-    if not (rising and then and now < then[-1] and now < val.last):
+    is_small = e.latest("run/validation_tokens") < MIN_VALIDATION_TOKENS
+    is_rising = min(val.values[-2:]) > (1 + (OVERFIT_RISE_SMALL if is_small else OVERFIT_RISE)) * best
+    if not (is_rising and medians_before and now < medians_before[-1] and now < val.last):
         return None
-    epochs = (val.step + 1) * e.fact("run/tokens_per_step") / e.fact("run/train_tokens")
-    read = f", {epochs:.3g} epochs read" if math.isfinite(epochs) else ""
-    apart = f"training {now:.3f}, a gap of {val.last - now:.2f}"
+    epochs = (val.step + 1) * e.latest("run/tokens_per_step") / e.latest("run/train_tokens")
+    seen = f", after {epochs:.3g} epochs" if math.isfinite(epochs) else ""
+    gap = f"training {now:.3f}, a gap of {val.last - now:.2f}"
     return Finding(
-        f"validation {val.last:.3f}, {best:.3f} at step {since}; {apart}{read}",
-        "the model learns the text by heart; name more of it, or learn from it for less long",
+        f"validation {val.last:.3f}, {best:.3f} at step {since}; {gap}{seen}",
+        "the model memorizes the training text; use more text, or train for fewer steps",
         f"--trainer.max_steps {since + 1}" if since else "--model.gpt.dropout 0.1",
     )
 
 
 def suspiciously_low_loss(e: MetricHistory) -> Finding | None:
-    """The validation text is predicted better than it can be."""
+    """The validation text is predicted better than is possible."""
     bits = e["val/bits_per_byte"]
-    bars = [e.fact(f"baselines/{name}") for name in ("xz", "bigram")]
-    bar = next((value for value in bars if math.isfinite(value)), math.nan)
-    if not bits.last < MIN_BASELINE_SHARE * bar:
+    baselines = [e.latest(f"baselines/{name}") for name in ("xz", "bigram")]
+    baseline = next((value for value in baselines if math.isfinite(value)), math.nan)
+    if not bits.last < MIN_BASELINE_SHARE * baseline:
         return None
     return Finding(
-        f"{bits.last:.3f} bits per byte of the validation text, where counting or compressing it takes {bar:.2f}",
-        "what is to be predicted can be seen, or the text was trained on",
+        f"{bits.last:.3f} bits per byte of the validation text; compressing it or counting its tokens needs "
+        f"{baseline:.2f}",
+        "the model sees what it has to predict, or was trained on the validation text",
         "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
     )

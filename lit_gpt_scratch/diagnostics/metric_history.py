@@ -1,4 +1,4 @@
-"""What is known of a run: the curves and notes that TensorBoard has, by their names, as far as it has come."""
+"""The metrics and texts of a run so far, by their names in TensorBoard."""
 
 import math
 import statistics
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 MAX_POINTS: Final = 2000
-"""Points of a curve that are kept; of a longer one every other of its older half goes."""
+"""Points kept of a curve; of a longer one every other point of the older half is dropped."""
 
 
-class Curve:
-    """Points of one measurement, in the order of their steps."""
+class MetricCurve:
+    """Points of one metric, ordered by step."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -20,7 +20,7 @@ class Curve:
         return len(self.steps)
 
     def add(self, step: int, value: float) -> None:
-        """The next point; one of the same step takes the place of that before."""
+        """Append a point; one of the same step replaces the last."""
         if self.steps and self.steps[-1] == step:
             self.values[-1] = value
             return
@@ -29,79 +29,79 @@ class Curve:
         if len(self) > MAX_POINTS:
             del self.steps[1 : MAX_POINTS // 2 : 2], self.values[1 : MAX_POINTS // 2 : 2]
 
-    def forget(self, step: int) -> None:
+    def drop_from(self, step: int) -> None:
         """Drop the points from a step on."""
         kept = next((place for place, at in enumerate(self.steps) if at >= step), len(self))
         del self.steps[kept:], self.values[kept:]
 
     @property
     def last(self) -> float:
-        """The newest value, NaN where there is none."""
+        """The newest value; NaN if there is none."""
         return self.values[-1] if self.values else math.nan
 
     @property
     def step(self) -> int:
-        """That of the newest point, -1 where there is none."""
+        """Step of the newest point; -1 if there is none."""
         return self.steps[-1] if self.steps else -1
 
     def median(self, newest: int, before: int = 0) -> float:
-        """Median of the newest points but for the last ``before``, of those that are finite; NaN of none."""
+        """Median of the ``newest`` points that are finite, without the last ``before``; NaN if there are none."""
         stop = len(self) - before
-        return _median(self.values[max(0, stop - newest) : max(0, stop)])
+        return _finite_median(self.values[max(0, stop - newest) : max(0, stop)])
 
-    def medians(self, width: int) -> Iterator[tuple[int, float]]:
-        """The median of each ``width`` neighbours, with the step of the last of them, where some are finite."""
+    def rolling_medians(self, width: int) -> Iterator[tuple[int, float]]:
+        """Median of the finite values of each ``width`` neighbours, with the step of the last of them."""
         for end in range(width, len(self) + 1):
-            median = _median(self.values[end - width : end])
+            median = _finite_median(self.values[end - width : end])
             if math.isfinite(median):
                 yield self.steps[end - 1], median
 
 
-def _median(values: list[float]) -> float:
-    known = [value for value in values if math.isfinite(value)]
-    return statistics.median(known) if known else math.nan
+def _finite_median(values: list[float]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return statistics.median(finite) if finite else math.nan
 
 
 class MetricHistory:
-    """Curves and notes of a run, and whether it is over.
+    """Curves and texts of a run.
 
     Attributes:
-        step: As TensorBoard numbers it, from 0: that of the newest point.
-        over: Whether nothing more will come.
+        step: Step of the newest point, counted from 0 as in TensorBoard.
+        is_over: Whether the run has ended.
     """
 
     def __init__(self) -> None:
         self.step = -1
-        self.over = False
-        self._curves: dict[str, Curve] = {}
-        self._notes: dict[str, dict[int, str]] = {}
+        self.is_over = False
+        self._curves: dict[str, MetricCurve] = {}
+        self._texts: dict[str, dict[int, str]] = {}
 
-    def see(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of several curves at one step."""
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Add a point of several curves."""
         self.step = step
         for name, value in values.items():
             self[name].add(step, value)
 
-    def note(self, step: int, name: str, text: str) -> None:
-        """A text under a name, as TensorBoard has samples."""
-        self._notes.setdefault(name, {})[step] = text
+    def add_text(self, step: int, name: str, text: str) -> None:
+        """Add a text under a name."""
+        self._texts.setdefault(name, {})[step] = text
 
-    def forget(self, step: int) -> None:
-        """Drop what is from a step on: a run that goes on from a checkpoint does it again."""
+    def drop_from(self, step: int) -> None:
+        """Drop everything from a step on."""
         for curve in self._curves.values():
-            curve.forget(step)
-        for name, notes in self._notes.items():
-            self._notes[name] = {at: text for at, text in notes.items() if at < step}
+            curve.drop_from(step)
+        for name, texts in self._texts.items():
+            self._texts[name] = {at: text for at, text in texts.items() if at < step}
         self.step = min(self.step, step - 1)
 
-    def __getitem__(self, name: str) -> Curve:
-        """A curve, without points where nothing of its name was measured."""
-        return self._curves.setdefault(name, Curve())
+    def __getitem__(self, name: str) -> MetricCurve:
+        """A curve; empty if nothing of that name was measured."""
+        return self._curves.setdefault(name, MetricCurve())
 
-    def fact(self, name: str) -> float:
-        """The newest value of a name; NaN where there is none, so that no comparison with it holds."""
+    def latest(self, name: str) -> float:
+        """Newest value of a metric; NaN if there is none, so that every comparison with it is false."""
         return self[name].last
 
     def text(self, name: str, step: int) -> str:
-        """The note of a step, or nothing."""
-        return self._notes.get(name, {}).get(step, "")
+        """Text of a step; empty if there is none."""
+        return self._texts.get(name, {}).get(step, "")

@@ -1,4 +1,4 @@
-"""Asking every row of the table what it makes of the evidence, whenever there is news for it."""
+"""Evaluates the diagnostic rules whenever their metrics have new points."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,16 +7,16 @@ from typing import Final, NamedTuple
 from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 
 MAX_REPEATED_DIAGNOSES: Final = 100
-"""Diagnoses of one symptom that are kept, of those that come again."""
+"""Diagnoses kept per repeatable symptom."""
 
 
 class Finding(NamedTuple):
-    """What a row says of the evidence.
+    """What a rule found.
 
     Attributes:
         evidence: What was measured, with its numbers.
-        cause: The likely one.
-        flag: What to try, as one would type it.
+        cause: The likely cause.
+        flag: What to try, as typed on the command line.
     """
 
     evidence: str
@@ -26,28 +26,28 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A row of the table.
+    """A rule that recognises one symptom.
 
     Args:
-        name: Of the symptom; a diagnosis begins with it.
-        reads: Names of curves; the row is asked when one of them has a new point, and all are asked when a run is over.
-        find: What it says of the evidence, or None.
-        unless: Symptoms that explain this one: when one of them is known, it is not looked for.
-        harmless: Whether it explains nothing else, by the same evidence, because it left no trace in the run.
-        again: Whether each point of its curves may be a case of its own; the others are said once.
+        name: Name of the symptom; a diagnosis begins with it.
+        reads: Names of metrics; the rule is evaluated when one of them has a new point, and when the run is over.
+        find: Returns a finding for a metric history, or None.
+        unless: Symptoms that explain this one: the rule is skipped once one of them was found.
+        repeatable: Whether each point of its metrics may be a case of its own; other symptoms are reported once.
+        harmless: Whether the symptom explains no other, given the history, because it left no trace in the weights.
     """
 
     name: str
     reads: tuple[str, ...]
     find: Callable[[MetricHistory], Finding | None]
     unless: tuple[str, ...] = ()
-    again: bool = False
+    repeatable: bool = False
     harmless: Callable[[MetricHistory], bool] = lambda _: False
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A line of ``doctor.json``."""
+    """An entry of ``doctor.json``."""
 
     symptom: str
     cause: str
@@ -56,66 +56,72 @@ class Diagnosis:
 
     @property
     def name(self) -> str:
-        """Of the symptom, without its numbers."""
+        """Name of the symptom, without its numbers."""
         return self.symptom.partition(":")[0]
 
-    def plain(self) -> dict[str, str | int]:
+    def to_dict(self) -> dict[str, str | int]:
         """For JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
-        return f"{self.symptom}. Likely: {self.cause}. Try: {self.flag}"
+        return f"{self.symptom}. Likely cause: {self.cause}. Try: {self.flag}"
 
 
 class RuleEngine:
-    """A run, examined step by step: while it trains, or from its events, which comes to the same.
+    """Evaluates rules on a run's metrics: while it trains, or from its events, with the same result.
 
     Args:
-        table: The rows, in the order in which they are asked.
+        rules: In the order in which they are evaluated.
     """
 
-    def __init__(self, table: Sequence[Rule]) -> None:
-        self.table = table
-        self.evidence = MetricHistory()
-        self.found: list[Diagnosis] = []
-        self._news: set[str] = set()
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self.rules = rules
+        self.history = MetricHistory()
+        self.diagnoses: list[Diagnosis] = []
+        self.pending: set[str] = set()
+        """Names of metrics with points that no rule has seen yet."""
 
-    def see(self, step: int, values: Mapping[str, float]) -> None:
-        """Measurements of a step; what was seen of the one before is judged first, when it is whole."""
-        if step != self.evidence.step:
-            self.examine()
-        self.evidence.see(step, values)
-        self._news.update(values)
+    def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Add metrics of a step; those of an earlier step are complete then, and evaluated first."""
+        if step != self.history.step:
+            self.evaluate()
+        self.history.add(step, values)
+        self.pending.update(values)
 
-    def note(self, step: int, name: str, text: str) -> None:
-        """A text under a name."""
-        self.evidence.note(step, name, text)
+    def add_text(self, step: int, name: str, text: str) -> None:
+        """Add a text under a name."""
+        self.history.add_text(step, name, text)
 
-    def examine(self) -> None:
-        """Judge what has been seen."""
-        if self._news:
-            news, self._news = self._news, set()
-            self._ask(row for row in self.table if not news.isdisjoint(row.reads))
+    def evaluate(self) -> None:
+        """Evaluate the rules that read pending metrics."""
+        if self.pending:
+            pending, self.pending = self.pending, set()
+            self._evaluate(rule for rule in self.rules if not pending.isdisjoint(rule.reads))
 
-    def end(self) -> None:
-        """Judge the run as one that is over."""
-        self.examine()
-        self.evidence.over = True
-        self._ask(row for row in self.table if not row.again)
-        self.evidence.over = False
+    def finish(self) -> None:
+        """Evaluate the run as one that is over."""
+        self.evaluate()
+        self.history.is_over = True
+        self._evaluate(rule for rule in self.rules if not rule.repeatable)
+        self.history.is_over = False
 
-    def forget(self, step: int) -> None:
-        """Go back to before a step."""
-        self.examine()
-        self.evidence.forget(step)
-        self.found = [diagnosis for diagnosis in self.found if diagnosis.step < step]
+    def drop_from(self, step: int) -> None:
+        """Drop points and diagnoses from a step on: a run resumed from a checkpoint repeats them."""
+        self.evaluate()
+        self.history.drop_from(step)
+        self.diagnoses = [diagnosis for diagnosis in self.diagnoses if diagnosis.step < step]
 
-    def _ask(self, rows: Iterable[Rule]) -> None:
-        step = self.evidence.step
-        harmless = {row.name for row in self.table if row.harmless(self.evidence)}
-        for row in rows:
-            steps = [diagnosis.step for diagnosis in self.found if diagnosis.name == row.name]
-            known = {diagnosis.name for diagnosis in self.found} - harmless
-            done = len(steps) >= MAX_REPEATED_DIAGNOSES or step in steps if row.again else bool(steps)
-            if not done and known.isdisjoint(row.unless) and (finding := row.find(self.evidence)) is not None:
-                self.found.append(Diagnosis(f"{row.name}: {finding.evidence}", finding.cause, finding.flag, step))
+    def _evaluate(self, rules: Iterable[Rule]) -> None:
+        step = self.history.step
+        harmless = {rule.name for rule in self.rules if rule.harmless(self.history)}
+        for rule in rules:
+            steps = [diagnosis.step for diagnosis in self.diagnoses if diagnosis.name == rule.name]
+            explanations = {diagnosis.name for diagnosis in self.diagnoses} - harmless
+            is_done = len(steps) >= MAX_REPEATED_DIAGNOSES or step in steps if rule.repeatable else bool(steps)
+            if (
+                not is_done
+                and explanations.isdisjoint(rule.unless)
+                and (finding := rule.find(self.history)) is not None
+            ):
+                diagnosis = Diagnosis(f"{rule.name}: {finding.evidence}", finding.cause, finding.flag, step)
+                self.diagnoses.append(diagnosis)

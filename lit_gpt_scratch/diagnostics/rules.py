@@ -1,8 +1,8 @@
-"""The table: which curves speak for what. A new symptom is a row.
+"""The table of diagnostic rules. To recognise a new symptom, add a rule.
 
-A row reads names of curves alone (``callbacks/metric_logging.py`` lists them; facts of a run are curves of one point,
-``run/...``), and says what it finds with its numbers, the likely cause, and the flag to try. What explains another
-symptom stands above it, and that one names it in ``unless``.
+A rule reads metrics by name (``callbacks/metric_logging.py`` lists them; facts about a run are curves of one point,
+``run/...``), and returns what it found with its numbers, the likely cause, and the flag to try. A symptom that explains
+another one comes before it in the table, and is named in the other one's ``unless``.
 """
 
 from typing import Final
@@ -11,7 +11,7 @@ from lit_gpt_scratch.diagnostics import activation_rules, config_rules, loss_rul
 from lit_gpt_scratch.diagnostics.rule_engine import Rule
 
 RATE_SYMPTOMS: Final = ("steps too large", "steps too small", "loss not falling")
-"""All three are of the learning rate: the first that is seen explains the others."""
+"""All are caused by the learning rate: the first one found explains the others."""
 MISALIGNED_LABELS: Final = "labels out of place"
 RULES: Final = (
     Rule(MISALIGNED_LABELS, ("run/labels_next",), config_rules.misaligned_labels),
@@ -19,18 +19,21 @@ RULES: Final = (
     Rule("small validation", ("run/validation_tokens",), config_rules.small_validation),
     Rule("far from compute-optimal", ("run/steps",), config_rules.compute_budget),
     Rule(
-        "not finite",
-        ("guard/non_finite", *step_rules.CHECKED_METRICS),
-        step_rules.not_finite,
-        again=True,
-        harmless=step_rules.steps_are_skipped,
+        "not finite", ("guard/non_finite", *step_rules.CHECKED_METRICS), step_rules.not_finite,
+        repeatable=True, harmless=step_rules.steps_are_skipped,
     ),
-    Rule("loss spike", ("guard/spike", "train/loss"), step_rules.loss_spike,
-         (MISALIGNED_LABELS, *RATE_SYMPTOMS), again=True),
-    Rule("rewound", ("guard/rewound_to",), step_rules.rewound, again=True),
+    Rule(
+        "loss spike", ("guard/spike", "train/loss"), step_rules.loss_spike, (MISALIGNED_LABELS, *RATE_SYMPTOMS),
+        repeatable=True,
+    ),
+    Rule("rewound", ("guard/rewound_to",), step_rules.rewound, repeatable=True),
     Rule("dead units", ("dynamics/dead_units",), activation_rules.dead_units, RATE_SYMPTOMS),
-    Rule("steps too large", (loss_rules.STREAM_NORM_TAG,), loss_rules.steps_too_large, (*RATE_SYMPTOMS, "not finite")),
-    Rule("steps too small", loss_rules.UPDATE_RATIO_TAGS, loss_rules.steps_too_small, (*RATE_SYMPTOMS, "dead units")),
+    Rule(
+        "steps too large", (loss_rules.STREAM_NORM_TAG,), loss_rules.steps_too_large, (*RATE_SYMPTOMS, "not finite"),
+    ),
+    Rule(
+        "steps too small", loss_rules.UPDATE_RATIO_TAGS, loss_rules.steps_too_small, (*RATE_SYMPTOMS, "dead units"),
+    ),
     Rule("divergence", ("train/loss",), loss_rules.divergence, (MISALIGNED_LABELS, *RATE_SYMPTOMS, "not finite")),
     Rule(
         "loss not falling", ("train/loss", "val/bits_per_byte"), loss_rules.loss_not_falling,
@@ -41,18 +44,19 @@ RULES: Final = (
         (MISALIGNED_LABELS, *RATE_SYMPTOMS, "not finite", "divergence"),
     ),
     Rule(
-        "overfitting", ("val/loss",), loss_rules.overfitting,
-        (MISALIGNED_LABELS, "duplicated text", "divergence"),
+        "overfitting", ("val/loss",), loss_rules.overfitting, (MISALIGNED_LABELS, "duplicated text", "divergence"),
     ),
     Rule("suspiciously low loss", ("val/bits_per_byte",), loss_rules.suspiciously_low_loss, (MISALIGNED_LABELS,)),
     Rule("slow loader", ("throughput/data",), step_rules.slow_loader),
     Rule("attention sink", ("attention/sink",), activation_rules.attention_sink),
-    Rule("repetition", ("samples/repetition",), activation_rules.repetition,
-         (MISALIGNED_LABELS, *RATE_SYMPTOMS, "divergence")),
+    Rule(
+        "repetition", ("samples/repetition",), activation_rules.repetition,
+        (MISALIGNED_LABELS, *RATE_SYMPTOMS, "divergence"),
+    ),
     Rule("KL blow-up", ("train/kl",), rl_rules.kl_blow_up),
     Rule("reward hacking", ("train/true_reward", "val/true_reward"), rl_rules.reward_hacking),
     Rule("length collapse", ("train/reply_tokens",), rl_rules.length_collapse),
     Rule("entropy collapse", ("train/entropy",), rl_rules.entropy_collapse, ("KL blow-up", "length collapse")),
 )  # fmt: skip
 REPORTED_BY_PLAN: Final = frozenset({"small validation", "far from compute-optimal"})
-"""What the plan says before the run begins (``callbacks/plan_of_data.py``), and need not be said twice."""
+"""The run plan (``callbacks/run_plan.py``) warns of these before the run begins; they are not printed again."""

@@ -1,4 +1,4 @@
-"""A run's TensorBoard events, as they were written."""
+"""Reads a run's TensorBoard events into a rule engine."""
 
 from pathlib import Path
 from typing import Final
@@ -11,36 +11,36 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
-"""What PyTorch's writer adds to the name of a text."""
+"""What PyTorch's writer appends to the name of a text."""
 TEST_PREFIX: Final = "test/"
-"""Begins the names of what is measured when a training is over, of which the doctor of the live run heard nothing."""
+"""Metrics measured after training, which the diagnostics of the live run have not seen."""
 
 
-def replay_events(run: Path, examination: RuleEngine) -> None:
-    """Let an examination see a run from its folder; that the run is over is not said.
+def replay_events(run: Path, engine: RuleEngine) -> None:
+    """Add the metrics and texts of a run to a rule engine, without finishing it.
 
     Args:
-        run: A folder with event files; what a resumed session did again takes the place of what was before.
-        examination: One that has seen nothing yet.
+        run: A directory with event files; points repeated by a resumed session replace the earlier ones.
+        engine: Without metrics so far.
 
     Raises:
-        UserError: There are no events in the folder.
+        UserError: There are no events in the directory.
     """
     files = [path for path in sorted(run.glob("*tfevents*")) if not path.name.endswith(".hparams")]
     if not files:
-        raise UserError(f"{run} has no TensorBoard events; name the folder of a run")
+        raise UserError(f"{run} has no TensorBoard events; pass the folder of a run")
     for path in files:
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("session_log"):
                 if event.session_log.status == SessionLog.START:
-                    examination.forget(event.step)
+                    engine.drop_from(event.step)
                 continue
             for value in event.summary.value:
                 if value.tag.startswith(TEST_PREFIX):
                     continue
                 kind = value.metadata.plugin_data.plugin_name
                 if kind == "scalars":
-                    examination.see(event.step, {value.tag: make_ndarray(value.tensor).item()})
+                    engine.add_metrics(event.step, {value.tag: make_ndarray(value.tensor).item()})
                 elif kind == "text":
                     text = make_ndarray(value.tensor).ravel()[0].decode()
-                    examination.note(event.step, value.tag.removesuffix(TEXT_SUFFIX), text)
+                    engine.add_text(event.step, value.tag.removesuffix(TEXT_SUFFIX), text)

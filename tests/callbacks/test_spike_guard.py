@@ -95,7 +95,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(run: Build, what: float, opti
     assert guard.refused == 1
     assert alike(weights.after[6], weights.after[7])  # step 7 is the eighth
     assert not alike(weights.after[7], weights.after[8])
-    assert [(d.name, d.step) for d in doctor.examination.found if d.name == "not finite"] == [("not finite", 7)]
+    assert [(d.name, d.step) for d in doctor.engine.diagnoses if d.name == "not finite"] == [("not finite", 7)]
 
 
 def test_without_faults_the_guard_changes_nothing(run: Build) -> None:
@@ -109,7 +109,7 @@ def test_where_it_does_not_act_the_guard_only_reports(run: Build, mode: str) -> 
     _, model, guard, _, doctor = run(mode, {7: math.nan}, folder=mode, max_steps=12)
     assert guard.refused == 0
     assert not all(p.isfinite().all() for p in model.parameters())
-    found = [d for d in doctor.examination.found if d.name == "not finite"]
+    found = [d for d in doctor.engine.diagnoses if d.name == "not finite"]
     assert found[0].step == (7 if mode == "warn" else 9)
     assert found[0].flag == "--guard act"
     if mode == "warn":
@@ -120,7 +120,7 @@ def test_a_spike_is_left_out_and_its_documents_are_named(run: Build) -> None:
     _, _, guard, weights, doctor = run("act", {30: 40.0}, data={"validation_share": 0.2})
     assert guard.refused == 1
     assert alike(weights.after[29], weights.after[30])
-    (found,) = [d for d in doctor.examination.found if d.name == "loss spike"]
+    (found,) = [d for d in doctor.engine.diagnoses if d.name == "loss spike"]
     assert found.step == 30
     assert "document" in found.symptom
 
@@ -152,9 +152,9 @@ def test_what_is_never_finite_is_rewound_and_then_stopped_and_said(
     assert alike(weights.after[34 + PATIENCE - 1], weights.after[29])
     assert own.global_step == 34 + guard_module.MAX_REWINDS * PATIENCE + 12
     assert all(p.isfinite().all() for p in model.parameters())
-    rewound = [d.step for d in doctor.examination.found if d.name == "rewound"]
+    rewound = [d.step for d in doctor.engine.diagnoses if d.name == "rewound"]
     assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.MAX_REWINDS + 1)]
-    refused = doctor.examination.evidence["guard/refused"]
+    refused = doctor.engine.history["guard/refused"]
     assert (refused.step, refused.last) == (own.global_step - 1, guard.refused)
     assert caplog.text.count("stood out; back to the weights of step 30") == guard_module.MAX_REWINDS
     assert "12 steps in a row were left out after 3 rewinds: nothing is learned" in caplog.text
@@ -214,7 +214,7 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
     own = trainer(max_steps=4, limit_val_batches=0, log_every_n_steps=1, callbacks=[SpikeGuard("act"), After(), doctor])
     own.fit(model, data)
     assert own.global_step == 4
-    said = doctor.examination.evidence.text("guard/non_finite/where", 2)
+    said = doctor.engine.history.text("guard/non_finite/where", 2)
     assert "whole gradient" in said
     assert (said.count("- loss"), "record" in said) == {
         "language model": (3, False), "classes": (3, True), "reward": (3, True), "DPO": (3, True),
@@ -230,7 +230,7 @@ def test_a_scaler_may_overflow_and_a_gradient_that_is_large_is_still_seen() -> N
     for norm, row in [(1.0, 0)] * 30 + [(math.inf, 0), (math.nan, 0), (100.0, 1), (1.0, 0)]:
         guard._unread.append((0, torch.tensor([4.0, norm])))
         guard._read()
-        assert guard.watch.in_a_row == row
+        assert guard.detector.in_a_row == row
 
 
 def test_a_good_checkpoint_that_is_gone_is_known_to_be_and_none_is_left_behind(run: Build, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_two_hundred_faults_leave_no_trace(run: Build, monkeypatch: pytest.Monke
     print(f"{len(steps)} faults: {guard.refused} left out, {len(poisoned)} in the weights, {saved.count(False)} of "
           f"{len(saved)} checkpoints not finite")  # fmt: skip
     assert (guard.refused, poisoned, saved.count(False)) == (200, [], 0)
-    assert {d.name for d in doctor.examination.found} >= {"not finite", "loss spike"}
+    assert {d.name for d in doctor.engine.diagnoses} >= {"not finite", "loss spike"}
     _, model, guard, _, _ = run("off", faults, folder="off", max_steps=40)
     assert guard.refused == 0
     assert not all(p.isfinite().all() for p in model.parameters())

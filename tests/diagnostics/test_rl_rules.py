@@ -1,4 +1,4 @@
-"""The rows about policies, against curves that are drawn by hand."""
+"""The rules about RL policies, on synthetic curves."""
 
 import itertools
 from typing import Final
@@ -27,19 +27,19 @@ HACKED: Final = {"train/reward": [0.3, 0.4, 0.6, 1, 2, 3, 4, 5, 6, 7]}
 
 
 def examined(changes: dict[str, list[float]], each: int = 1, facts: dict[str, float] | None = None) -> list[Diagnosis]:
-    """Of a policy that learns, but for some curves, with so many log points in a phase."""
-    examination = RuleEngine(RULES)
-    examination.see(0, {"run/chance_loss": 7.6, "run/begins_trained": 1.0, "run/warmup_steps": 20.0} | (facts or {}))
+    """Diagnoses of a healthy policy with some curves replaced, with ``each`` log points per phase."""
+    engine = RuleEngine(RULES)
+    engine.add_metrics(0, {"run/chance_loss": 7.6, "run/begins_trained": 1.0, "run/warmup_steps": 20.0} | (facts or {}))
     curves = LEARNS | changes
     for place, again in itertools.product(range(10), range(each)):
         step = 10 * place + again + 1
-        # What a validation says comes as often here.
-        examination.see(step, {name: values[place] for name, values in curves.items()})
-    examination.end()
-    return examination.found
+        # Validation metrics are as frequent here.
+        engine.add_metrics(step, {name: values[place] for name, values in curves.items()})
+    engine.finish()
+    return engine.diagnoses
 
 
-def test_a_policy_that_learns_is_healthy_whatever_its_loss_does() -> None:
+def test_a_policy_that_learns_is_healthy_whatever_its_loss() -> None:
     assert examined({}) == examined({}, each=8) == []
 
 
@@ -54,18 +54,18 @@ CASES: Final[dict[str, tuple[dict[str, list[float]], set[str], str, str]]] = {
     ),
     "true reward falls": (
         HACKED | {"train/true_reward": [0.3, 0.4, 0.5, 0.6, 0.6, 0.4, 0.2, 0.1, 0.0, 0.0]},
-        {"reward hacking"}, "please", "--model.kl_coefficient 0.2; --trainer.max_steps 42",
+        {"reward hacking"}, "exploit the reward", "--model.kl_coefficient 0.2; --trainer.max_steps 42",
     ),
     "true reward falls from the first phase on": (
         {
             "train/reward": [-9.8, -6.8, -3.7, -2.3, -1.1, -0.6, -0.1, 0, 0, 0],
             "train/true_reward": [0.3, 0.2, 0.05, 0.06, 0.01, 0.0, 0.0, 0.0, 0.0, 0.0],
         },
-        {"reward hacking"}, "please", "--model.kl_coefficient 0.2",
+        {"reward hacking"}, "exploit the reward", "--model.kl_coefficient 0.2",
     ),
     "true reward stays": (
         HACKED | {"train/true_reward": STAYS},
-        {"reward hacking"}, "please", "--model.kl_coefficient 0.2",
+        {"reward hacking"}, "exploit the reward", "--model.kl_coefficient 0.2",
     ),
     "true reward rises with it": (
         HACKED | {"train/true_reward": [0.3, 0.28, 0.31, 0.4, 0.42, 0.5, 0.6, 0.65, 0.7, 0.7]}, set(), "", "",
@@ -79,19 +79,19 @@ CASES: Final[dict[str, tuple[dict[str, list[float]], set[str], str, str]]] = {
     ),
     "held-out true reward falls": (
         {"val/reward": [1, 1, 1, 2, 3, 4, 4, 5, 5, 5], "val/true_reward": [0.6, 0.6, 0.6, 0.6, 0.5] + [0.3] * 5},
-        {"reward hacking"}, "please", "--model.kl_coefficient 0.2; --trainer.max_steps 2",
+        {"reward hacking"}, "exploit the reward", "--model.kl_coefficient 0.2; --trainer.max_steps 2",
     ),
-    "nothing is said": (
+    "nearly empty replies": (
         {"train/reply_tokens": [7, 7, 6, 5, 3, 2, 2, 2, 1, 1]},
-        {"length collapse"}, "prefers less", "--model.kl_coefficient 0.2",
+        {"length collapse"}, "prefers short replies", "--model.kl_coefficient 0.2",
     ),
     "no end": (
         {"train/ended": [1, 0.9, 0.7, 0.5, 0.1, 0.1, 0, 0, 0, 0]},
-        {"length collapse"}, "not to end", "--model.unended_score 0",
+        {"length collapse"}, "not ending costs nothing", "--model.unended_score 0",
     ),
     "no end from the beginning": (
         {"train/ended": [0.1] * 10, "train/reply_tokens": [15.5] * 10},
-        {"length collapse"}, "too little room", "--data.reply_tokens 32",
+        {"length collapse"}, "reply_tokens is too small", "--data.reply_tokens 32",
     ),
     "no end, and nothing gained by it": (
         {
@@ -104,7 +104,7 @@ CASES: Final[dict[str, tuple[dict[str, list[float]], set[str], str, str]]] = {
         {"train/reward": FALLS, "train/true_reward": FALLS, "train/ended": [1, 0.5] + [0.0] * 8},
         {"length collapse"}, "too large", "--model.optimizer.lr 0.00067",
     ),
-    "no end, and what was gained is lost": (
+    "no end, and the gain is gone": (
         {
             "train/reward": [0.26, 0.32, 0.51, 0.76, 0.25, 0.27, 0.27, 0.28, 0.27, 0.27],
             "train/ended": [1, 1, 1, 1, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3],
@@ -120,7 +120,7 @@ CASES: Final[dict[str, tuple[dict[str, list[float]], set[str], str, str]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("each", [1, 4])
-def test_what_becomes_of_a_policy_is_said_with_what_to_try(case: str, each: int) -> None:
+def test_each_fault_of_a_policy_is_found_with_a_flag_to_try(case: str, each: int) -> None:
     changes, expected, cause, flag = CASES[case]
     found = examined(changes, each)
     assert {diagnosis.name for diagnosis in found} == expected
@@ -128,7 +128,7 @@ def test_what_becomes_of_a_policy_is_said_with_what_to_try(case: str, each: int)
     assert all(cause in diagnosis.cause for diagnosis in found)
 
 
-def test_a_target_is_what_kl_is_measured_by() -> None:
+def test_kl_is_compared_with_its_target() -> None:
     kl = {"train/kl": [0.1, 1.0, 2.0, 4.0, 5.0, 6.0, 6.1, 6.2, 6.3, 6.4]}
     assert examined(kl, facts={"run/kl_target": 6.0}) == []
     (found,) = examined(kl, facts={"run/kl_target": 1.0})

@@ -1,4 +1,4 @@
-"""The table of symptoms, against curves that are drawn by hand."""
+"""The rules, on synthetic curves."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from torch.utils.tensorboard.writer import SummaryWriter
 
 from lit_gpt_scratch.cli.doctor import main
 from lit_gpt_scratch.diagnostics.loss_rules import UPDATE_RATIO_TAGS
-from lit_gpt_scratch.diagnostics.metric_history import MAX_POINTS, Curve, MetricHistory
+from lit_gpt_scratch.diagnostics.metric_history import MAX_POINTS, MetricCurve, MetricHistory
 from lit_gpt_scratch.diagnostics.repetition import PASSAGE_LENGTH, repeated_passage_share, repeated_phrase_share
 from lit_gpt_scratch.diagnostics.rule_engine import Finding, Rule, RuleEngine
 from lit_gpt_scratch.diagnostics.rules import RULES
@@ -77,78 +77,78 @@ CASES: dict[str, Curves] = {
 
 
 def examined(curves: Curves) -> RuleEngine:
-    examination = RuleEngine(RULES)
-    examination.see(0, FACTS)
+    engine = RuleEngine(RULES)
+    engine.add_metrics(0, FACTS)
     for step in sorted({step for curve in curves.values() for step, _ in curve}):
-        examination.see(step, {name: value for name, curve in curves.items() for at, value in curve if at == step})
-    examination.end()
-    return examination
+        engine.add_metrics(step, {name: value for name, curve in curves.items() for at, value in curve if at == step})
+    engine.finish()
+    return engine
 
 
 @pytest.mark.parametrize("symptom", [row.name for row in RULES])
-def test_each_row_speaks_for_its_own_evidence_alone(symptom: str) -> None:
-    found = examined(CASES[symptom]).found
+def test_each_rule_finds_only_its_own_symptom(symptom: str) -> None:
+    found = examined(CASES[symptom]).diagnoses
     assert {diagnosis.name for diagnosis in found} == {symptom}
     assert all(diagnosis.cause and diagnosis.flag for diagnosis in found)
 
 
-def test_of_nothing_nothing_is_said() -> None:
-    examination = RuleEngine(RULES)
-    examination.end()
-    assert examination.found == []
+def test_an_empty_history_has_no_symptoms() -> None:
+    engine = RuleEngine(RULES)
+    engine.finish()
+    assert engine.diagnoses == []
     assert all(row.find(MetricHistory()) is None for row in RULES)
 
 
-def test_a_curve_that_falls_is_healthy() -> None:
+def test_a_falling_loss_is_healthy() -> None:
     norms = [(step, 1.0) for step, _ in falling(2.0)]
-    assert examined({"train/loss": falling(2.0), "train/gradient_norm": norms}).found == []
+    assert examined({"train/loss": falling(2.0), "train/gradient_norm": norms}).diagnoses == []
 
 
 def at_unigrams(loss: float, slope: float, steps: int = 400) -> Curves:
-    """A run that is no better than counting tokens, from the middle on."""
+    """A run no better than a unigram model, from the middle on."""
     level = [(s, max(loss, CHANCE - s / 50) - slope * max(0, s - 150)) for s in range(4, steps, 5)]
     facts = {"baselines/unigram": [(0, 3.26)], "run/warmup_steps": [(0, 0.0)], "run/post_norm": [(0, 1.0)]}
     return {"train/loss": level, "train/learning_rate": [(s, 0.006) for s, _ in level], **facts}
 
 
-def test_a_loss_that_stays_where_counting_tokens_leads_is_told_from_one_that_passes_there() -> None:
+def test_a_loss_that_stays_at_the_unigram_level_is_distinguished_from_one_that_passes_it() -> None:
     bits = {"val/bits_per_byte": [(s, 3.28) for s in (99, 199, 299, 399)]}
-    [found] = examined(at_unigrams(4.5, 0.0) | bits).found
+    [found] = examined(at_unigrams(4.5, 0.0) | bits).diagnoses
     assert found.name == "loss not falling"
-    assert "too high for the first steps: norms behind the addition" in found.cause
-    assert examined(at_unigrams(4.5, 0.003) | bits).found == []
-    # What was measured long before says nothing of now.
-    assert examined(at_unigrams(4.5, 0.0) | {"val/bits_per_byte": [(99, 3.28)]}).found == []
+    assert "too high for the first steps: post-norm needs a warm-up" in found.cause
+    assert examined(at_unigrams(4.5, 0.003) | bits).diagnoses == []
+    # An old validation says nothing about now.
+    assert examined(at_unigrams(4.5, 0.0) | {"val/bits_per_byte": [(99, 3.28)]}).diagnoses == []
 
 
 @pytest.mark.parametrize("back_at", [0.97, 1.02])
-def test_a_loss_that_fell_and_jumped_back_has_no_rate_that_is_too_low(back_at: float) -> None:
+def test_a_loss_that_fell_and_jumped_back_is_not_blamed_on_a_low_learning_rate(back_at: float) -> None:
     fell = [(s, v if s < 250 else back_at * CHANCE) for s, v in falling(3.0, 500)]
-    found = examined({"train/loss": fell, "train/learning_rate": [(s, 0.02) for s, _ in fell]}).found
+    found = examined({"train/loss": fell, "train/learning_rate": [(s, 0.02) for s, _ in fell]}).diagnoses
     assert [diagnosis.name for diagnosis in found] == ["divergence"]
     assert "too high" in found[0].cause
 
 
-@pytest.mark.parametrize(("guard", "said"), [(2.0, {"not finite", "divergence"}), (1.0, {"not finite"})])
-def test_a_batch_that_was_left_out_explains_nothing_that_comes_later(guard: float, said: set[str]) -> None:
+@pytest.mark.parametrize(("guard", "expected"), [(2.0, {"not finite", "divergence"}), (1.0, {"not finite"})])
+def test_a_skipped_batch_explains_no_later_symptom(guard: float, expected: set[str]) -> None:
     curves = CASES["divergence"] | {"guard/non_finite": [(104, math.nan)], "run/guard": [(0, guard)]}
     curves["train/loss"] = [(s, math.nan if s == 104 else v) for s, v in curves["train/loss"]]
-    assert {diagnosis.name for diagnosis in examined(curves).found} == said
+    assert {diagnosis.name for diagnosis in examined(curves).diagnoses} == expected
 
 
-@pytest.mark.parametrize(("risen", "said"), [(1.05, False), (1.2, True)])
-def test_where_little_is_validated_on_only_much_overfitting_is_seen(risen: float, said: bool) -> None:
+@pytest.mark.parametrize(("risen", "expected"), [(1.05, False), (1.2, True)])
+def test_a_small_validation_set_needs_more_evidence_of_overfitting(risen: float, expected: bool) -> None:
     few = {"run/validation_tokens": [(0, 1000.0)], "train/loss": falling(1.0)}
     curves = few | {"val/loss": [(99, 3.5), (149, 3.0), (199, 3.0 * risen), (249, 3.0 * risen), (299, 3.0 * risen)]}
-    assert ("overfitting" in {diagnosis.name for diagnosis in examined(curves).found}) == said
+    assert ("overfitting" in {diagnosis.name for diagnosis in examined(curves).diagnoses}) == expected
 
 
-def test_a_step_that_was_left_out_is_no_small_one() -> None:
+def test_a_skipped_step_is_not_too_small() -> None:
     ratios = {name: [(99, 0.003), (199, 0.0), (299, 0.003)] for name in UPDATE_RATIO_TAGS}
-    assert examined({"train/learning_rate": RATE, **ratios}).found == []
+    assert examined({"train/learning_rate": RATE, **ratios}).diagnoses == []
 
 
-def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
+def test_events_give_the_same_diagnoses_as_the_live_run(tmp_path: Path) -> None:
     live = examined(CASES["divergence"])
     with SummaryWriter(str(tmp_path)) as writer:
         for name, value in FACTS.items():
@@ -158,43 +158,43 @@ def test_events_are_examined_as_the_live_run_was(tmp_path: Path) -> None:
         writer.add_scalar("test/loss", 4.5, 300)
     from_events = RuleEngine(RULES)
     replay_events(tmp_path, from_events)
-    assert from_events.evidence.step == live.evidence.step
-    from_events.end()
-    assert [(d.name, d.step) for d in from_events.found] == [(d.name, d.step) for d in live.found]
+    assert from_events.history.step == live.history.step
+    from_events.finish()
+    assert [(d.name, d.step) for d in from_events.diagnoses] == [(d.name, d.step) for d in live.diagnoses]
 
 
-def test_of_somebody_elses_curves_nothing_is_said(tmp_path: Path) -> None:
+def test_unknown_curves_are_rejected(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path)) as writer:
         writer.add_scalar("theirs/loss", 1.0, 0)
     with pytest.raises(UserError, match="none of the curves that the doctor reads"):
         main([str(tmp_path)])
 
 
-def test_what_a_resumed_session_does_again_is_forgotten(tmp_path: Path) -> None:
+def test_points_repeated_by_a_resumed_session_replace_the_earlier_ones(tmp_path: Path) -> None:
     with SummaryWriter(str(tmp_path), filename_suffix=".0") as writer:
         for step in range(10):
             writer.add_scalar("train/loss", float(step), step)
     with SummaryWriter(str(tmp_path), purge_step=6, filename_suffix=".1") as writer:
         writer.add_scalar("train/loss", 60.0, 6)
-    examination = RuleEngine(())
-    replay_events(tmp_path, examination)
-    assert examination.evidence["train/loss"].steps == list(range(7))
-    assert examination.evidence["train/loss"].last == 60.0
+    engine = RuleEngine(())
+    replay_events(tmp_path, engine)
+    assert engine.history["train/loss"].steps == list(range(7))
+    assert engine.history["train/loss"].last == 60.0
 
 
-def test_a_row_is_asked_when_its_curve_has_news() -> None:
+def test_a_rule_is_evaluated_when_its_curve_has_a_new_point() -> None:
     asked = []
     row = Rule("odd", ("a",), lambda e: asked.append(e.step) or (Finding("x", "y", "z") if e.step == 3 else None))
-    examination = RuleEngine([row])
+    engine = RuleEngine([row])
     for step, name in enumerate("ababaa"):
-        examination.see(step, {name: 1.0})
-    examination.examine()
+        engine.add_metrics(step, {name: 1.0})
+    engine.evaluate()
     assert asked == [0, 2, 4, 5]
-    assert json.dumps([diagnosis.plain() for diagnosis in examination.found]) == "[]"
+    assert json.dumps([diagnosis.to_dict() for diagnosis in engine.diagnoses]) == "[]"
 
 
-def test_a_long_curve_keeps_its_ends() -> None:
-    curve = Curve()
+def test_a_thinned_curve_keeps_its_ends() -> None:
+    curve = MetricCurve()
     for step in range(10 * MAX_POINTS):
         curve.add(step, float(step))
     assert len(curve) <= MAX_POINTS
@@ -204,13 +204,13 @@ def test_a_long_curve_keeps_its_ends() -> None:
 
 
 @given(st.lists(st.integers(0, 3), min_size=0, max_size=200))
-def test_repeated_passages_are_those_that_a_set_finds(ids: list[int]) -> None:
+def test_repeated_passages_match_a_set(ids: list[int]) -> None:
     passages = [tuple(ids[start : start + PASSAGE_LENGTH]) for start in range(len(ids) - PASSAGE_LENGTH + 1)]
     expected = 1 - len(set(passages)) / len(passages) if len(passages) > 1 else 0.0
     assert repeated_passage_share(np.array(ids, np.uint16)) == pytest.approx(expected)
 
 
-def test_a_text_that_says_the_same_repeats_itself() -> None:
+def test_repeated_phrases() -> None:
     assert repeated_phrase_share("a b c d e f g h i j k l") == 0.0
     assert repeated_phrase_share("one two three four " * 20) > 0.9
 
@@ -220,14 +220,14 @@ def test_a_text_that_says_the_same_repeats_itself() -> None:
     [(4.0, 1.0, None), (9.0, 1.0, "spike"), (4.0, 100.0, "spike"), (math.nan, 1.0, "non_finite"),
      (4.0, math.inf, "non_finite"), (1.0, 1.0, None)],
 )  # fmt: skip
-def test_what_stands_out(loss: float, norm: float, kind: str | None) -> None:
-    watch = SpikeDetector()
+def test_kinds_of_outliers(loss: float, norm: float, kind: str | None) -> None:
+    detector = SpikeDetector()
     rng = np.random.default_rng(0)
     for value in rng.normal(4.0, 0.1, MIN_STEPS):
-        assert watch.judge(float(value), 1.0) is None
-    before = watch.state_dict()
+        assert detector.classify_step(float(value), 1.0) is None
+    before = detector.state_dict()
     other = SpikeDetector()
     other.load_state_dict(before)
-    assert watch.judge(loss, norm) == kind == other.judge(loss, norm)
-    assert watch.state_dict() == other.state_dict()
-    assert (watch.state_dict()["losses"] == before["losses"]) == (kind is not None)
+    assert detector.classify_step(loss, norm) == kind == other.classify_step(loss, norm)
+    assert detector.state_dict() == other.state_dict()
+    assert (detector.state_dict()["losses"] == before["losses"]) == (kind is not None)
