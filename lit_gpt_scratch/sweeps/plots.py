@@ -60,26 +60,20 @@ def plot_differences(
         direction: ``minimize`` or ``maximize``.
     """
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
-    low, high = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
+    limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
     with _style():
         figure, axes = _new_figure(height=2.0 + 0.4 * len(shown))
         axes.axvline(0.0, color="black", linewidth=0.8)
         for y, trial in enumerate(reversed(shown)):
             comparison = comparisons[trial.number]
             seeds = list(paired_differences(trial.values(metric), baseline.values(metric)).values())
-            _draw_difference(axes, comparison, seeds, y, horizontal=True)
-            assert comparison.difference is not None
-            text = f"{comparison.difference}  {comparison.verdict}"
-            if not low <= comparison.difference.mean <= high:
-                text += " (off the axis)"
-                edge, marker = (high, ">") if comparison.difference.mean > high else (low, "<")
-                color = COLORS.get(comparison.verdict, "0.45")
-                axes.plot([edge], [y], marker=marker, color=color, markersize=8, clip_on=False)
+            clipped = _draw_difference(axes, comparison, seeds, y, limits, horizontal=True)
+            text = f"{comparison.difference}  {comparison.verdict}{' (off the axis)' if clipped else ''}"
             axes.annotate(
                 text, (1.0, y), xycoords=("axes fraction", "data"), xytext=(10, 0), textcoords="offset points",
                 va="center", fontsize="small",
             )  # fmt: skip
-        axes.set_xlim(low, high)
+        axes.set_xlim(limits)
         axes.set_ylim(-0.6, len(shown) - 0.4)
         axes.set_yticks(range(len(shown)), [_shorten(trial.label) for trial in reversed(shown)])
         axes.set_xlabel(f"difference in {metric_label(metric, direction)}")
@@ -108,21 +102,18 @@ def plot_differences_over(
         dimension: The dimension on the x axis.
     """
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
-    low, high = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
+    limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
     means = {float(baseline.assignment[dimension]): 0.0}
     with _style():
-        figure, axes = _new_figure()
+        figure, axes = _new_figure(height=5.2)
         axes.axhline(0.0, color="black", linewidth=0.8)
         for trial in shown:
             comparison, x = comparisons[trial.number], float(trial.assignment[dimension])
             assert comparison.difference is not None
-            means[x] = mean = comparison.difference.mean
+            means[x] = comparison.difference.mean
             seeds = list(paired_differences(trial.values(metric), baseline.values(metric)).values())
-            _draw_difference(axes, comparison, seeds, x, horizontal=False)
-            if not low <= mean <= high:
-                edge, marker = (high, "^") if mean > high else (low, "v")
-                color = COLORS.get(comparison.verdict, "0.45")
-                axes.plot([x], [edge], marker=marker, color=color, markersize=8, clip_on=False)
+            if _draw_difference(axes, comparison, seeds, x, limits, horizontal=False):
+                edge = limits[means[x] > 0]
                 axes.annotate(
                     f"{comparison.difference}\n(off the axis)", (x, edge), xytext=(6, 0), textcoords="offset points",
                     va="center", fontsize="small",
@@ -132,9 +123,9 @@ def plot_differences_over(
         axes.plot([float(baseline.assignment[dimension])], [0.0], "s", color="black", label="baseline")
         if numbers[0] > 0 and numbers[-1] / numbers[0] >= 10:
             axes.set_xscale("log")
-        axes.set_ylim(low, high)
+        axes.set_ylim(limits)
         axes.set_xlabel(dimension)
-        axes.set_ylabel(f"difference in\n{metric_label(metric, direction)}")
+        axes.set_ylabel(f"difference in {metric_label(metric, direction)}".replace(" [", "\n["))
         axes.set_title(f"Difference to the baseline ({_shorten(baseline.label)}), paired by seed", loc="left")
         _add_legend(figure, axes)
         caption = (
@@ -255,15 +246,26 @@ def _extent(
 
 
 def _draw_difference(
-    axes: "Axes", comparison: Comparison, seeds: Sequence[float], position: float, horizontal: bool
-) -> None:
-    """Dots of the seeds, the mean with its interval; a filled marker if the difference is significant."""
+    axes: "Axes",
+    comparison: Comparison,
+    seeds: Sequence[float],
+    position: float,
+    limits: tuple[float, float],
+    horizontal: bool,
+) -> bool:
+    """Draw the seeds as dots and the mean with its interval; the marker is filled if the difference is significant.
+
+    A mean outside the limits is drawn as an arrow at the edge of the axis.
+
+    Returns:
+        Whether the mean is outside the limits.
+    """
     assert comparison.difference is not None
     mean, half_width = comparison.difference.mean, comparison.difference.half_width
+    color = COLORS.get(comparison.verdict, "0.45")
     at = [position] * len(seeds)
     x, y = (list(seeds), at) if horizontal else (at, list(seeds))
     axes.plot(x, y, "o", color="0.7", markersize=4, label="one seed")
-    color = COLORS.get(comparison.verdict, "0.45")
     point, error = ((mean, position), "xerr") if horizontal else ((position, mean), "yerr")
     style: dict[str, Any] = {
         error: half_width,
@@ -272,6 +274,14 @@ def _draw_difference(
         "label": f"mean ± 95% CI: {MARKER_LABELS.get(comparison.verdict, comparison.verdict)}",
     }
     axes.errorbar(*point, fmt="D", capsize=4, markersize=6, **style)
+    low, high = limits
+    if low <= mean <= high:
+        return False
+    edge = high if mean > high else low
+    arrow = {(True, high): ">", (True, low): "<", (False, high): "^", (False, low): "v"}[horizontal, edge]
+    x, y = ([edge], [position]) if horizontal else ([position], [edge])
+    axes.plot(x, y, marker=arrow, color=color, markersize=8, clip_on=False)
+    return True
 
 
 def _add_legend(figure: "Figure", axes: "Axes") -> None:
@@ -295,7 +305,8 @@ def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
 
 
 def _shorten(label: str) -> str:
-    return label if len(label) <= 48 else f"{label[:45]}..."
+    short = label if len(label) <= 48 else f"{label[:45]}..."
+    return short.replace("$", r"\$")  # otherwise matplotlib reads mathematics
 
 
 def _save(name: str, figure: "Figure", caption: str) -> Plot:

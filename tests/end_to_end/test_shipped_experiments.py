@@ -76,7 +76,7 @@ def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_every_arm_of_a_sweep_starts(
+def test_every_setting_of_a_sweep_runs(
     command: Command, two_steps: list[str], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep = shipped(path, monkeypatch)
@@ -88,7 +88,7 @@ def test_every_arm_of_a_sweep_starts(
             flags = build_arguments(
                 sweep, sweep.baseline_assignment | {name: setting}, ResolvedBaseline({"data.tokens_per_step": 1})
             )
-            experiment = f"--experiment=arm_{ends.index(f'{name}={setting}')}"
+            experiment = f"--experiment=trial_{ends.index(f'{name}={setting}')}"
             outcome = command("fit", *absolute(flags), *two_steps, *source, experiment)
             assert outcome.code == 0, (format_label(setting), outcome.err)
     assert len(list(Path("runs").glob("*/*/summary.json"))) == len(ends)
