@@ -1,8 +1,8 @@
-"""Small real-looking data and small models, so that a test takes seconds and needs no network."""
+"""Fixtures: small realistic data and small models, so that a test takes seconds and needs no network."""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports a library that reads it: no test asks a server
+os.environ["HF_HUB_OFFLINE"] = "1"  # set before any library reads it at import: no test contacts a server
 
 import random
 from collections.abc import Callable, Iterator
@@ -19,23 +19,23 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.tasks import LanguageModel
 from lit_gpt_scratch.text.token_shards import ShardedTokenStream, TokenShard
 
-pytest_plugins = ["tests.lacking"]
-# A busy machine is no fault of what is tested.
-settings.register_profile("without a clock", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("without a clock")
+pytest_plugins = ["tests.missing_libraries"]
+# A slow machine must not fail a test.
+settings.register_profile("no deadline", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("no deadline")
 
 TINY = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 
 
 @pytest.fixture(autouse=True)
-def _no_seed_of_another_test() -> None:
-    """``seed_everything`` leaves its seed in the environment, and the order of windows follows it."""
+def _reset_seed() -> None:
+    """``seed_everything`` sets an environment variable that decides the order of samples in later tests."""
     os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(autouse=True)
-def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
-    """More threads than cores, or threads against a neighbour's, make small tests slower, not faster."""
+def _single_thread(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small tests are slower with several threads, above all when other tests run in parallel."""
     before = torch.get_num_threads()
     if "slow" not in request.keywords:
         torch.set_num_threads(1)
@@ -44,7 +44,7 @@ def _one_thread(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def sentences(seed: int, n: int = 60) -> str:
-    """English-looking lines with a grammar that a small model can learn."""
+    """Lines that look like English, with a grammar that a small model can learn."""
     rng = random.Random(seed)
     nouns, verbs = ["the cat", "a dog", "every bird", "some fish", f"person {seed}"], ["sees", "likes", "chases"]
     return "".join(f"{rng.choice(nouns)} {rng.choice(verbs)} {rng.choice(nouns)}.\n" for _ in range(n))
@@ -52,7 +52,7 @@ def sentences(seed: int, n: int = 60) -> str:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 30 documents that differ."""
+    """A folder of 30 different documents."""
     folder = tmp_path_factory.mktemp("corpus")
     for seed in range(30):
         (folder / f"{seed:02}.txt").write_text(sentences(seed), encoding="utf-8")
@@ -61,7 +61,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the session's token stores live."""
+    """Cache folder of the token stores of this session."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -105,18 +105,18 @@ def task() -> Callable[..., LanguageModel]:
 
 
 def token_stream(folder: Path, *shards: list[list[int]]) -> ShardedTokenStream:
-    """Documents of these ids, in shards of these documents; a token stands for a byte."""
+    """Build a token stream: per shard the ids of each document; one byte of text per token."""
     folder.mkdir(exist_ok=True)
-    made = []
-    for place, documents in enumerate(shards):
+    written = []
+    for index, documents in enumerate(shards):
         sizes = np.array([len(ids) for ids in documents])
-        about = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8")
-        made.append(TokenShard.write(folder, f"train-{place:05}", np.concatenate(documents).astype("<u2"), about))
-    return ShardedTokenStream(tuple(made))
+        spans = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8")
+        written.append(TokenShard.write(folder, f"train-{index:05}", np.concatenate(documents).astype("<u2"), spans))
+    return ShardedTokenStream(tuple(written))
 
 
 def randomised(config: GPTConfig, vocab_size: int = 61, block_size: int = 24) -> GPT:
-    """A network in which nothing is zero or one by initialisation, so that every part of it matters."""
+    """A model with random parameters everywhere: none is zero or one by initialisation, so every part matters."""
     torch.manual_seed(0)
     model = GPT(config, vocab_size, block_size)
     with torch.no_grad():

@@ -56,9 +56,7 @@ def chat_session(
     room = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
         asked = Message("user", question)
-        if (
-            alone := len(template.render_prompt([*told, asked]))
-        ) > model.block_size:  # even with every earlier turn dropped
+        if (alone := len(template.render_prompt([*told, asked]))) > model.block_size:  # without earlier turns
             log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
         said.append(asked)

@@ -1,4 +1,4 @@
-"""The template by hand, and what holds of it whatever the messages."""
+"""The chat template: by hand, and properties that hold for all messages."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ END = "<|endoftext|>"
 
 
 def spelled(tokenizer: Tokenizer, text: str) -> list[str]:
-    """A text as the tokens that it is made into, each as text."""
+    """The tokens of a text, each as text."""
     return [tokenizer.decode([token]) for token in tokenizer.encode(text)]
 
 
@@ -34,7 +34,7 @@ MARKERS = {
 
 
 @pytest.mark.parametrize("spelling", MARKERS)
-def test_a_conversation_by_hand(spelling: str) -> None:
+def test_conversation_by_hand(spelling: str) -> None:
     template, marker = ChatTemplate(SPELLINGS[spelling]), MARKERS[spelling]
     messages = [
         Message("system", "Be."), Message("user", "Hi"), Message("assistant", "Yo"), Message("user", "A\n"),
@@ -47,12 +47,12 @@ def test_a_conversation_by_hand(spelling: str) -> None:
     ]  # fmt: skip
     rendered = template.render(messages)
     assert [SPELLINGS[spelling].decode([token]) for token in rendered.ids] == [t for part, _ in by_hand for t in part]
-    assert rendered.loss_mask == [learned for part, learned in by_hand for _ in part]
+    assert rendered.loss_mask == [loss_mask for part, loss_mask in by_hand for _ in part]
     asked = [SPELLINGS[spelling].decode([token]) for token in template.render_prompt(messages[:2])]
     assert asked == [END, *marker["system"], *"Be.\n", *marker["user"], *"Hi\n", *marker["assistant"]]
 
 
-def test_a_start_of_text_of_its_own_begins_and_the_end_of_text_ends() -> None:
+def test_separate_start_of_text_token() -> None:
     tokenizer = Tokenizer.from_json(SPELLINGS["tokens"].to_json(), start_of_text=77)
     ids = ChatTemplate(tokenizer).render([Message("user", "a"), Message("assistant", "b")]).ids
     assert (ids[0], ids[-1]) == (77, tokenizer.end_of_text)
@@ -64,7 +64,11 @@ TURNS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=4)
 TALKS = st.builds(
     lambda system, turns: [
         *([Message("system", system)] if system else []),
-        *(message for asked, said in turns for message in (Message("user", asked), Message("assistant", said))),
+        *(
+            message
+            for question, answer in turns
+            for message in (Message("user", question), Message("assistant", answer))
+        ),
     ],
     st.none() | WORDS,
     TURNS,
@@ -73,36 +77,36 @@ TALKS = st.builds(
 
 @given(messages=TALKS, spelling=st.sampled_from(list(SPELLINGS)))
 @settings(max_examples=60)
-def test_what_is_learned_is_the_replies_and_their_ends(messages: list[Message], spelling: str) -> None:
+def test_loss_mask_covers_assistant_messages_and_their_ends(messages: list[Message], spelling: str) -> None:
     tokenizer = SPELLINGS[spelling]
-    ids, learned = ChatTemplate(tokenizer).render(messages)
-    assert len(ids) == len(learned)
+    ids, loss_mask = ChatTemplate(tokenizer).render(messages)
+    assert len(ids) == len(loss_mask)
     replies: list[list[int]] = [[]]
-    for token, counts in zip(ids, learned, strict=True):
-        if counts:
+    for token, in_loss in zip(ids, loss_mask, strict=True):
+        if in_loss:
             replies[-1].append(token)
         elif replies[-1]:
             replies.append([])
-    said = [message.content for message in messages if message.role == "assistant"]
-    assert [tokenizer.decode(reply[:-1]) for reply in replies if reply] == said
+    replied = [message.content for message in messages if message.role == "assistant"]
+    assert [tokenizer.decode(reply[:-1]) for reply in replies if reply] == replied
     assert all(reply[-1] == tokenizer.end_of_text for reply in replies if reply)
-    assert ids[1:].count(tokenizer.end_of_text) == len(said)  # no text can end a reply, whatever it says
+    assert ids[1:].count(tokenizer.end_of_text) == len(replied)  # no text can encode to the end of a reply
 
 
 @given(messages=TALKS, spelling=st.sampled_from(list(SPELLINGS)))
 @settings(max_examples=60)
-def test_a_prompt_is_how_training_begins(messages: list[Message], spelling: str) -> None:
-    """At every reply, not the last alone."""
+def test_prompt_is_a_prefix_of_the_training_ids(messages: list[Message], spelling: str) -> None:
+    """At every reply, not just the last."""
     template = ChatTemplate(SPELLINGS[spelling])
-    ids, learned = template.render(messages)
+    ids, loss_mask = template.render(messages)
     for place, message in enumerate(messages):
         if message.role == "assistant":
             prompt = template.render_prompt(messages[:place])
             assert ids[: len(prompt)] == prompt
-            assert learned[len(prompt) - 1 : len(prompt) + 1] == [False, True]
+            assert loss_mask[len(prompt) - 1 : len(prompt) + 1] == [False, True]
 
 
-def test_a_text_that_looks_like_a_marker_is_text() -> None:
+def test_marker_in_text_is_text() -> None:
     tokenizer = SPELLINGS["tokens"]
     ids, _ = ChatTemplate(tokenizer).render([Message("user", "<|assistant|>x<|endoftext|>"), Message("assistant", "y")])
     assert ids.count(tokenizer.special_token_id("<|assistant|>")) == 1
@@ -122,11 +126,11 @@ def test_a_text_that_looks_like_a_marker_is_text() -> None:
         ),
     ],
 )
-def test_records_of_both_kinds(fields: dict[str, Any], expected: list[tuple[str, str]]) -> None:
+def test_both_record_formats(fields: dict[str, Any], expected: list[tuple[str, str]]) -> None:
     assert [(message.role, message.content) for message in parse_conversation(fields)] == expected
 
 
-def said(*turns: tuple[object, object]) -> dict[str, Any]:
+def as_messages(*turns: tuple[object, object]) -> dict[str, Any]:
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
 
 
@@ -145,22 +149,31 @@ def said(*turns: tuple[object, object]) -> dict[str, Any]:
         ({"messages": "hello"}, "'messages' is str, not a list"),
         ({"messages": ["hello"]}, "message 1 is str, not an object with 'role' and 'content'"),
         ({"messages": []}, "there are no messages"),
-        (said(("user", "a"), ("bot", "b")), "message 2 has role 'bot'; choose from system, user, assistant"),
-        (said(("user", "a"), (None, "b")), "message 2 has role None"),
-        (said((["user"], "b")), "message 1 has role"),
-        (said(("user", "a"), ("assistant", " \n")), "message 2: the assistant's text is empty"),
-        (said(("user", ["a"]), ("assistant", "b")), "message 1: 'content' is list, not text"),
-        (said(("user", "a")), "the last message has role user; there is no assistant reply after it"),
-        (said(("user", "a"), ("user", "b"), ("assistant", "c")), "messages 1 and 2 both have role user; join them"),
-        (said(("user", "a"), ("system", "b"), ("assistant", "c")), "message 2 has role system, which can only come"),
+        (as_messages(("user", "a"), ("bot", "b")), "message 2 has role 'bot'; choose from system, user, assistant"),
+        (as_messages(("user", "a"), (None, "b")), "message 2 has role None"),
+        (as_messages((["user"], "b")), "message 1 has role"),
+        (as_messages(("user", "a"), ("assistant", " \n")), "message 2: the assistant's text is empty"),
+        (as_messages(("user", ["a"]), ("assistant", "b")), "message 1: 'content' is list, not text"),
+        (as_messages(("user", "a")), "the last message has role user; there is no assistant reply after it"),
         (
-            said(("assistant", "a"), ("user", "b"), ("assistant", "c")),
+            as_messages(("user", "a"), ("user", "b"), ("assistant", "c")),
+            "messages 1 and 2 both have role user; join them",
+        ),
+        (
+            as_messages(("user", "a"), ("system", "b"), ("assistant", "c")),
+            "message 2 has role system, which can only come",
+        ),
+        (
+            as_messages(("assistant", "a"), ("user", "b"), ("assistant", "c")),
             "message 1 has role assistant but does not follow",
         ),
-        (said(("system", "a"), ("assistant", "b")), "message 2 has role assistant but does not follow a user message"),
+        (
+            as_messages(("system", "a"), ("assistant", "b")),
+            "message 2 has role assistant but does not follow a user message",
+        ),
     ],
 )
-def test_what_is_no_conversation_is_named(fields: dict[str, Any], why: str) -> None:
+def test_invalid_conversation_is_reported(fields: dict[str, Any], why: str) -> None:
     with pytest.raises(UserError) as error:
         parse_conversation(fields)
     assert why in str(error.value)

@@ -1,4 +1,4 @@
-"""Each step does what it says, to what it says, and to nothing else."""
+"""Cleaning steps: each does what it documents and nothing else."""
 
 import random
 import sys
@@ -27,7 +27,7 @@ from lit_gpt_scratch.text.quality import C4, REPEATED_NGRAM_SHARES, TOP_NGRAM_SH
 
 
 def after(step: PerDocumentStep, text: str) -> str | None:
-    """The text that a step leaves, or None if it rejects."""
+    """The text after a step, or None if it rejects the document."""
     result = step(Document("id", text))
     return None if isinstance(result, str) else result.text
 
@@ -58,7 +58,7 @@ def reason(step: PerDocumentStep, text: str) -> str:
         (MaskContacts(ip="I"), "http://192.168.1.10:8080/ and 8.8.8.8.", "http://I:8080/ and I."),
     ],
 )  # fmt: skip
-def test_a_step_by_example(step: PerDocumentStep, before: str, expected: str | None) -> None:
+def test_step_examples(step: PerDocumentStep, before: str, expected: str | None) -> None:
     assert after(step, before) == expected
 
 
@@ -68,7 +68,7 @@ PURE = [UnicodeNormalization(), ControlCharacters(), Whitespace(), Whitespace(0,
 @pytest.mark.parametrize("step", PURE, ids=repr)
 @given(text=st.text(max_size=80))
 @settings(max_examples=60)
-def test_to_clean_twice_is_to_clean_once(step: PerDocumentStep, text: str) -> None:
+def test_steps_are_idempotent(step: PerDocumentStep, text: str) -> None:
     once = after(step, text)
     assert once is not None
     assert after(step, once) == once
@@ -76,7 +76,7 @@ def test_to_clean_twice_is_to_clean_once(step: PerDocumentStep, text: str) -> No
 
 @given(text=st.text(max_size=200))
 @settings(max_examples=100)
-def test_only_what_no_one_sees_is_dropped(text: str) -> None:
+def test_only_invisible_characters_are_removed(text: str) -> None:
     kept = after(ControlCharacters(), text)
     seen = [c for c in text if unicodedata.category(c) not in ("Cc", "Cf", "Cn") or c in "\t\n\r\x0c\x85"]
     assert [c for c in kept or "" if c in seen] == seen
@@ -104,14 +104,14 @@ PROSE = (
         ("Der Fluss war schon immer so breit gewesen wie heute. " * 9, "no common English words"),
     ],
 )  # fmt: skip
-def test_gophers_rules_of_quality(text: str, expected: str) -> None:
+def test_gopher_quality_rules(text: str, expected: str) -> None:
     assert reason(GopherQuality(), text) == expected
 
 
-def test_gophers_rules_of_repetition_by_hand() -> None:
+def test_gopher_repetition_rules() -> None:
     lines = [f"line number {n} says something of its own" for n in range(10)]
     assert reason(GopherRepetition(ngrams=False), "\n".join(lines)) == ""
-    # Four of thirteen lines stand there before: 31%.
+    # Four of thirteen lines occurred before: 31%.
     assert reason(GopherRepetition(ngrams=False), "\n".join([*lines[:9], *lines[:4]])) == "repeated lines"
     assert reason(GopherRepetition(ngrams=False), "\n".join([*lines, *lines[:4]])) == "characters in repeated lines"
     long, short = "x" * 200, [f"line {n}" for n in range(9)]
@@ -122,14 +122,14 @@ def test_gophers_rules_of_repetition_by_hand() -> None:
     )
     assert reason(GopherRepetition(), "ab cd " * 2 + " ".join(f"w{n}x{n}" for n in range(9))) == ""
     assert reason(GopherRepetition(), " ".join(f"ab cd w{n}" for n in range(9))) == "most common 2-gram"
-    # 80 of 455 characters, 18%, lie in words that are repeated; of the most common 4-gram, 40 do, 9%.
+    # 80 of 455 characters, 18%, are in repeated n-grams; 40, 9%, in the most common 4-gram.
     phrase, others = "alpha bravo delta gamma omega kappa sigma theta", " ".join(f"w{n:04}" for n in range(60))
     assert reason(GopherRepetition(), f"{phrase} {others} {phrase}") == "repeated 5-grams"
 
 
 @given(words=st.lists(st.sampled_from("abcd"), min_size=0, max_size=40), n=st.integers(2, 6))
 @settings(max_examples=200)
-def test_repeated_ngrams_cover_what_brute_force_finds(words: list[str], n: int) -> None:
+def test_repeated_ngrams_match_brute_force(words: list[str], n: int) -> None:
     from lit_gpt_scratch.text.quality import _repeated_ngram_characters
 
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
@@ -137,7 +137,7 @@ def test_repeated_ngrams_cover_what_brute_force_finds(words: list[str], n: int) 
     assert _repeated_ngram_characters(words, n) == len(covered)
 
 
-def test_the_rules_of_c4() -> None:
+def test_c4_rules() -> None:
     sentences = [f"This is the sentence of number {n}." for n in range(6)]
     page = [
         "Menu",
@@ -169,13 +169,13 @@ def test_the_rules_of_c4() -> None:
         lambda: Leakage(words=0),
     ],
 )
-def test_arguments_that_cannot_be(make: object) -> None:
+def test_invalid_settings_are_rejected(make: object) -> None:
     with pytest.raises(UserError, match=r"data\.cleaning: \w+\.\w+ "):
         make()  # type: ignore[operator]
 
 
-def test_leakage_is_what_brute_force_finds() -> None:
-    """Runs of words that a set of tuples holds, on random texts from few words; case and commas do not count."""
+def test_leakage_matches_brute_force() -> None:
+    """Against sets of word tuples, on random texts from a small vocabulary; case and commas are ignored."""
     rng = random.Random(0)
 
     def text(words: int) -> list[str]:
@@ -185,33 +185,33 @@ def test_leakage_is_what_brute_force_finds() -> None:
         held_out = [text(rng.randrange(0, 30)) for _ in range(3)]
         training = [text(rng.randrange(0, 30)) for _ in range(30)] + [list(held_out[0])]
         n = 11
-        judge = Leakage(words=n).build_filter(Document("", " ".join(words)) for words in held_out)
+        rejection_of = Leakage(words=n).build_filter(Document("", " ".join(words)) for words in held_out)
 
-        def runs(words: list[str], n: int = n) -> set[tuple[str, ...]]:
+        def ngrams(words: list[str], n: int = n) -> set[tuple[str, ...]]:
             return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
         def leaks(words: list[str], held_out: list[list[str]] = held_out, n: int = n) -> bool:
             for of in held_out:
-                if len(of) < 8:  # too short to be looked for: the same from first to last
+                if len(of) < 8:  # too short to be matched inside a document: only as a whole
                     if of and of == words:
                         return True
-                elif runs(words, min(len(of), n)) & runs(of, min(len(of), n)):
+                elif ngrams(words, min(len(of), n)) & ngrams(of, min(len(of), n)):
                     return True
             return False
 
         for words in training:
             document = Document("", ", ".join(words).title())
-            assert (judge(document) is not None) == leaks(words)
+            assert (rejection_of(document) is not None) == leaks(words)
 
 
-def test_gophers_limits_are_the_papers() -> None:
+def test_gopher_ngram_limits_match_the_paper() -> None:
     """Table A1 of https://arxiv.org/abs/2112.11446."""
     assert TOP_NGRAM_SHARES == {2: 0.20, 3: 0.18, 4: 0.16}
     assert REPEATED_NGRAM_SHARES == {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.10}
 
 
-def test_a_step_of_a_notebook_has_its_code() -> None:
-    codes = []
+def test_step_defined_in_a_notebook_hashes_its_code() -> None:
+    hashes = []
     for suffix in ("a", "b"):
         scope: dict[str, Any] = {"__name__": "__main__", "PerDocumentStep": PerDocumentStep, "replace": replace}
         exec(
@@ -220,12 +220,12 @@ def test_a_step_of_a_notebook_has_its_code() -> None:
             scope,
         )
         scope["Mine"].__module__ = "no_such_module"
-        codes.append(_code(scope["Mine"]))
-    assert len(set(codes)) == 2
+        hashes.append(_source_hash(scope["Mine"]))
+    assert len(set(hashes)) == 2
 
 
-def _code(step: type[PerDocumentStep]) -> str:
-    """As on a prompt: there is a module, and it has no file."""
+def _source_hash(step: type[PerDocumentStep]) -> str:
+    """As in an interactive session: the module has no source file."""
     sys.modules["no_such_module"] = types.ModuleType("no_such_module")
     try:
         return step().source_hash
@@ -233,7 +233,7 @@ def _code(step: type[PerDocumentStep]) -> str:
         del sys.modules["no_such_module"]
 
 
-def test_a_step_names_itself_and_its_code() -> None:
+def test_step_name_and_source_hash() -> None:
     assert Whitespace().name == "Whitespace"
     assert Whitespace().source_hash == Length().source_hash != C4().source_hash
     assert repr(replace(Whitespace(), blank_lines=2)) != repr(Whitespace())

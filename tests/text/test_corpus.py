@@ -1,4 +1,4 @@
-"""A corpus: what is planted is found, what is counted adds up, and the bytes do not depend on the processes."""
+"""Cleaned corpora: planted duplicates and leaks are found, the report adds up, processes do not change the result."""
 
 import json
 import os
@@ -15,8 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import cleaning_pipeline
-from lit_gpt_scratch.text import cleaning_report as account
+from lit_gpt_scratch.text import cleaning_pipeline, cleaning_report
 from lit_gpt_scratch.text.cleaning import (
     CleaningStep,
     ControlCharacters,
@@ -25,7 +24,7 @@ from lit_gpt_scratch.text.cleaning import (
     UnicodeNormalization,
     Whitespace,
 )
-from lit_gpt_scratch.text.corpus import CleanedCorpus, CorpusSpec
+from lit_gpt_scratch.text.corpus import CleanedCorpus, CorpusSpec, upgrade_stored_cleaning
 from lit_gpt_scratch.text.decontamination import Leakage
 from lit_gpt_scratch.text.duplicates import ExactDuplicates, NearDuplicates
 from lit_gpt_scratch.text.parquet_io import read_parquet_documents
@@ -53,7 +52,7 @@ def corpus_of(
 
 
 def ids(corpus: CleanedCorpus) -> dict[str, set[int]]:
-    """The rows that are on each side."""
+    """The rows in each split."""
     return {
         side: {
             int(document.id.split(":")[1]) - 1 for document in read_parquet_documents(corpus.folder / f"{side}.parquet")
@@ -62,7 +61,7 @@ def ids(corpus: CleanedCorpus) -> dict[str, set[int]]:
     }
 
 
-def adds_up(audit: dict) -> None:
+def check_report_adds_up(audit: dict) -> None:
     """In = kept + rejected, step by step, in documents and in bytes, and one step's output is the next one's input."""
     steps = audit["steps"]
     assert audit["documents_in"] == steps[0]["documents_in"]
@@ -90,18 +89,18 @@ EVERYTHING = (
 
 @given(data=st.data())
 @settings(max_examples=25)
-def test_an_account_adds_up_whatever_the_steps(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_report_adds_up_for_any_steps(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     texts = data.draw(st.lists(st.sampled_from([sentences(n, n) for n in range(1, 12)] + [" ", "\n", "x"]), min_size=4))
     steps = data.draw(st.lists(st.sampled_from(EVERYTHING[:-1]), max_size=5))
     corpus = corpus_of(tmp_path_factory.mktemp("corpus"), [sentences(99), *texts], *steps)
-    adds_up(corpus.audit)
+    check_report_adds_up(corpus.audit)
     kept = [document for side in ids(corpus) for document in read_parquet_documents(corpus.folder / f"{side}.parquet")]
     assert corpus.n_bytes == sum(len(document.text.encode()) for document in kept)
     assert corpus.audit["bytes_kept"] == corpus.n_bytes
-    assert corpus.audit["documents_kept"] == len({document.id for document in kept})  # one text is cut in two
+    assert corpus.audit["documents_kept"] == len({document.id for document in kept})  # a single text is split in two
 
 
-def test_every_exact_duplicate_is_found_and_nothing_else(tmp_path: Path) -> None:
+def test_exactly_the_exact_duplicates_are_removed(tmp_path: Path) -> None:
     rng = random.Random(0)
     originals = [" ".join(words(rng, 60)) for _ in range(500)]
     texts = originals + [rng.choice(originals) for _ in range(300)] + [f"{text} " for text in originals[:50]]
@@ -111,15 +110,15 @@ def test_every_exact_duplicate_is_found_and_nothing_else(tmp_path: Path) -> None
     sides = ids(corpus)
     assert sides["train"] | sides["validation"] == set(first.values())
     assert corpus.audit["steps"][1]["rejected"] == {"exact duplicate": 300}
-    adds_up(corpus.audit)
+    check_report_adds_up(corpus.audit)
 
 
-def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
-    """At least 95% of pairs that share 0.85 of their shingles, at most 1% of those that share less than 0.7."""
+def test_near_duplicate_recall_and_precision(tmp_path: Path) -> None:
+    """At least 95% of pairs with similarity 0.85 are found, and at most 1% of those below 0.7."""
     rng = random.Random(1)
 
     def edited(text: list[str], share: float) -> list[str]:
-        """Replace words one by one while at least ``share`` is in common."""
+        """Replace words one by one while the similarity stays at least ``share``."""
         copy, places = list(text), rng.sample(range(len(text)), len(text))
         for place in places:
             before, copy[place] = copy[place], f"new{place}"
@@ -152,11 +151,11 @@ def test_near_duplicates_are_found_and_others_are_not(tmp_path: Path) -> None:
     assert not gone & set(range(800))
     assert len(gone & set(range(800, 1200))) >= 0.95 * 400
     assert len(gone & set(range(1200, 1600))) <= 0.01 * 400
-    adds_up(corpus.audit)
+    check_report_adds_up(corpus.audit)
 
 
-def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
-    """Passages of held-out documents, planted into training documents in other spelling."""
+def test_every_leak_of_validation_text_is_found(tmp_path: Path) -> None:
+    """Passages of validation documents, planted into training documents with other case and punctuation."""
     rng = random.Random(2)
     plain = [words(rng, 200) for _ in range(300)]
     held_out = ids(corpus_of(tmp_path, [" ".join(text) for text in plain], share=0.1))["validation"]
@@ -169,7 +168,7 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
         planted = [word.upper() + "," for word in plain[passage][start : start + length]]
         texts[place] = [*plain[place][:at], *planted, *plain[place][at:]]
     almost = free[60:100]
-    for place in almost:  # one word short of a run
+    for place in almost:  # one word short of an n-gram
         start = rng.randrange(0, 180)
         texts[place] = plain[place] + plain[rng.choice(sorted(held_out))][start : start + 12]
     folder = tmp_path / "leaking"
@@ -178,7 +177,7 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
     without, with_step = corpus_of(folder, lines, share=0.1), corpus_of(folder, lines, Leakage(), share=0.1)
     assert ids(without)["validation"] == ids(with_step)["validation"]
     caught = ids(without)["train"] - ids(with_step)["train"]
-    # A planted document may have come to stand on the other side itself; then its passage is no leak.
+    # A document with a planted passage may itself be in the validation split; then it is not a leak.
     sources = ids(with_step)["validation"]
     assert caught <= set(leaking)
     runs = {tuple(plain[place][i : i + 13]) for place in sources & set(held_out) for i in range(188)}
@@ -189,7 +188,7 @@ def test_every_leak_into_validation_is_found(tmp_path: Path) -> None:
     }
     assert len(leaks) > 40
     assert leaks <= caught
-    adds_up(with_step.audit)
+    check_report_adds_up(with_step.audit)
     assert with_step.audit["steps"][-1]["rejected"] == {"n-gram overlap with validation": len(caught)}
 
 
@@ -214,8 +213,8 @@ if __name__ == "__main__":
 """
 
 
-def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
-    """In a program of its own, as the doors are: a pool starts anew from the main module."""
+def test_result_does_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    """In a separate program: spawned worker processes import the main module again."""
     rng = random.Random(3)
     texts = [
         " ".join(words(rng, rng.randrange(1, 120))) + rng.choice(["", "\r\n", "\0", " a@b.org"]) for _ in range(900)
@@ -232,7 +231,7 @@ def test_the_bytes_do_not_depend_on_the_processes(tmp_path: Path) -> None:
         "audit.json", "audit.md", "corpus.json", "sample.json", "train.parquet", "validation.parquet"
     }  # fmt: skip
     audit = json.loads(made[1]["audit.json"])
-    adds_up(audit)
+    check_report_adds_up(audit)
     assert audit["steps"][2]["rejected"]["exact duplicate"] > 0
 
 
@@ -248,11 +247,11 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
         for document in read_parquet_documents(corpus.folder / f"{side}.parquet")
     ]
     n_bytes = {name: sum(len(d.text) for d in kept if d.text.startswith(f"{name} ")) for name in texts}
-    assert sum(document.text.startswith("a ") for document in kept) == 400  # the scarcest, all of it
+    assert sum(document.text.startswith("a ") for document in kept) == 400  # all of the scarcest source
     assert n_bytes["b"] / n_bytes["a"] == pytest.approx(1 / 2, rel=0.15)
     assert n_bytes["c"] / n_bytes["a"] == pytest.approx(1 / 4, rel=0.25)
     assert all(document.id.startswith(f"{tmp_path}/{document.text[0]}.jsonl:") for document in kept)
-    adds_up(corpus.audit)
+    check_report_adds_up(corpus.audit)
     assert [step["name"] for step in corpus.audit["steps"]] == ["reading", "mixing"]
     reversed_ = CorpusSpec(weighted[::-1], (), 0.1).prepare(tmp_path / "corpora")
     again = [
@@ -263,7 +262,7 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
     assert {document.id for document in again} == {document.id for document in kept}
 
 
-def test_a_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
+def test_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
     with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for its weight"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
@@ -272,14 +271,14 @@ def test_a_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
         CorpusSpec(((small, 1.0), (empty, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
 
 
-def test_what_a_step_empties_is_rejected(tmp_path: Path) -> None:
+def test_document_left_empty_is_rejected(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [sentences(0), "\u200b", "\u200b \n", sentences(1)], ControlCharacters())
     assert corpus.audit["steps"][1]["rejected"] == {"empty after cleaning": 2}
-    adds_up(corpus.audit)
+    check_report_adds_up(corpus.audit)
 
 
-def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
-    """Of the same name, size and time, as archives and images make them."""
+def test_same_size_and_time_elsewhere_is_another_source(tmp_path: Path) -> None:
+    """Archives and container images produce files of the same name, size and time."""
     found = []
     for name, word in (("a", "fruit"), ("b", "stone")):
         (tmp_path / name).mkdir()
@@ -292,15 +291,15 @@ def test_copies_in_other_places_are_other_texts(tmp_path: Path) -> None:
     assert found == ["fruit", "stone"]
 
 
-def test_a_setting_that_is_null_is_refused(tmp_path: Path) -> None:
+def test_null_setting_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Length\.at_least is null"):
         corpus_of(tmp_path, ["a"], Length(at_least=None))  # type: ignore[arg-type]
     with pytest.raises(UserError, match="CleaningStep is not a PerDocumentStep"):
         corpus_of(tmp_path, ["a"], CleaningStep())
 
 
-def test_what_is_for_the_hub_is_refused_where_all_are_files() -> None:
-    """Beside a dataset of the Hub, a file just has no use for it."""
+def test_hub_options_are_rejected_if_all_sources_are_files() -> None:
+    """Mixed with a Hub dataset, a file ignores them."""
     for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
         with pytest.raises(UserError, match="for datasets of the Hub; stdlib is not one"):
             CorpusSpec(((DocumentSource("stdlib", **options), 1.0),), (), 0.1)
@@ -309,14 +308,14 @@ def test_what_is_for_the_hub_is_refused_where_all_are_files() -> None:
         )
 
 
-def test_no_more_is_read_than_asked_for(tmp_path: Path) -> None:
+def test_max_bytes_limits_reading(tmp_path: Path) -> None:
     texts = [f"{n:03} " + "x" * 96 for n in range(100)]
     corpus = corpus_of(tmp_path, texts, max_bytes=1950)
     assert corpus.audit["documents_in"] == 20
     assert corpus.n_bytes == 2000
 
 
-def test_no_document_left_says_which_step_ate_them(tmp_path: Path) -> None:
+def test_error_names_the_steps_that_rejected_everything(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         corpus_of(tmp_path, [sentences(n) for n in range(7)] + ["short"], Length(at_least=10), GopherQuality(500))
     assert str(error.value).startswith("no document is left of the 8 of ")
@@ -326,26 +325,26 @@ def test_no_document_left_says_which_step_ate_them(tmp_path: Path) -> None:
     assert not [path for path in (tmp_path / "corpora").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_text_of_one_letter_is_refused(tmp_path: Path) -> None:
+def test_text_of_one_letter_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is too short to hold out a part of it"):
         corpus_of(tmp_path, ["a"])
 
 
-def test_a_nul_byte_is_refused_unless_a_step_drops_it(tmp_path: Path) -> None:
+def test_nul_byte_is_rejected_unless_a_step_removes_it(tmp_path: Path) -> None:
     texts = [sentences(0), "a\0b " * 9]
     with pytest.raises(UserError, match=r"a\.jsonl:2 has a NUL byte.*ControlCharacters"):
         corpus_of(tmp_path, texts)
     assert corpus_of(tmp_path, texts, ControlCharacters()).audit["documents_kept"] == 2
 
 
-def test_steps_after_the_split_come_last(tmp_path: Path) -> None:
+def test_decontamination_steps_come_last(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="put Length before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
     with pytest.raises(UserError, match="Leakage needs validation documents, but the corpus is one text"):
         corpus_of(tmp_path, [sentences(0)], Leakage())
 
 
-def test_what_follows_from_other_settings_is_another_corpus(tmp_path: Path) -> None:
+def test_each_setting_changes_the_cache_key(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", [sentences(n) for n in range(20)])
     folders = {
         CorpusSpec(((source, 1.0),), steps, share, limit).prepare(tmp_path / "corpora").folder
@@ -358,7 +357,22 @@ def test_what_follows_from_other_settings_is_another_corpus(tmp_path: Path) -> N
     assert same.folder in folders
 
 
-def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
+def test_settings_stored_by_version_0_1_still_match() -> None:
+    source = DocumentSource("stdlib")
+    steps = (Length(), GopherQuality(), ExactDuplicates(), Leakage())
+    stored = [
+        "Length(at_least=1, at_most=None) e4fa37893ecb56c8", f"{GopherQuality()!r} 790f8039a5ec7fa8",
+        "ExactDuplicates() f192f1cb0df98d89", "Leakage(words=13, least=8) ef71f33303efd7d9",
+    ]  # fmt: skip
+    settings = CorpusSpec(((source, 1.0),), steps, 0.1).settings
+    assert upgrade_stored_cleaning(stored) == settings["cleaning"]
+    assert settings["source"] == [
+        ["Source(name='stdlib', column='text', config=None, split='train', streaming=False)", 1.0]
+    ]
+    assert upgrade_stored_cleaning(["Length(at_least=1, at_most=None) of_another_version"]) != settings["cleaning"][:1]
+
+
+def test_fingerprint_changes_with_every_document(tmp_path: Path) -> None:
     texts = [sentences(n) for n in range(5)]
     seen = set()
     for i, change in enumerate([None, *range(5)]):
@@ -372,7 +386,7 @@ def test_the_fingerprint_sees_every_change(tmp_path: Path) -> None:
     assert corpus_of(again, texts).fingerprint in seen
 
 
-def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_are_counted_or_estimated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [sentences(n % 40) + "  " * 9 + "\n\n\n\n" for n in range(60)]
     steps = (Whitespace(), ExactDuplicates())
 
@@ -380,7 +394,7 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
         return [text.count(" ") for text in texts]
 
     corpus = corpus_of(tmp_path, texts, *steps)
-    exact = account.add_token_counts(corpus.audit, corpus.sample, words_of, 0)
+    exact = cleaning_report.add_token_counts(corpus.audit, corpus.sample, words_of, 0)
     assert exact["tokens"] == "counted"
     cleaned = [text.replace("  " * 9 + "\n\n\n\n", "\n\n") for text in texts]
     expected = [
@@ -389,19 +403,19 @@ def test_tokens_are_counted_or_estimated_and_it_is_said(tmp_path: Path, monkeypa
         *(sum(words_of(cleaned)), sum(words_of(list(set(cleaned))))),
     ]
     assert [step[f"tokens_{side}"] for step in exact["steps"] for side in ("in", "out")] == expected
-    monkeypatch.setattr(account, "SAMPLE_BYTES", 30_000)
+    monkeypatch.setattr(cleaning_report, "SAMPLE_BYTES", 30_000)
     folder = tmp_path / "sampled"
     folder.mkdir()
     sampled = corpus_of(folder, texts, *steps)
     assert 0 < len(sampled.sample) < 30
-    estimated = account.add_token_counts(sampled.audit, sampled.sample, words_of, expected[-1])
+    estimated = cleaning_report.add_token_counts(sampled.audit, sampled.sample, words_of, expected[-1])
     assert estimated["tokens"] == f"estimated from {len(sampled.sample)} documents; exact after the last step"
     assert estimated["steps"][-1]["tokens_out"] == expected[-1]
     found = [step[f"tokens_{side}"] for step in estimated["steps"] for side in ("in", "out")]
     assert np.allclose(found, expected, rtol=0.05)
 
 
-def test_the_account_shows_examples_and_reads_as_a_table(tmp_path: Path) -> None:
+def test_report_page_has_examples_and_an_aligned_table(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, [sentences(n) for n in range(9)] + ["the short one"], Length(at_least=20))
     page = (corpus.folder / "audit.md").read_text(encoding="utf-8")
     assert "9 of 10 documents kept" in page
@@ -412,12 +426,12 @@ def test_the_account_shows_examples_and_reads_as_a_table(tmp_path: Path) -> None
     assert rows[-1].split("|")[1:4] == [" Length  ", "           10 ", "   9 "]
 
 
-def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A source is not read ahead of the work: what was read and not done yet is bounded."""
+def test_read_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of items that were read but not processed yet has a limit."""
     read = done = 0
     most = 0
 
-    def passages() -> object:
+    def items() -> object:
         nonlocal read, most
         for _ in range(400):
             read += 1
@@ -437,7 +451,5 @@ def test_only_a_few_batches_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     pool = cleaning_pipeline.LazyProcessPool(2)
     monkeypatch.setattr(pool, "_start", Now)
     monkeypatch.setattr(cleaning_pipeline, "SINGLE_PROCESS_BYTES", 0)
-    assert (
-        sum(len(batch) for batch in pool.map(lambda batch: batch, cleaning_pipeline._make_batches(passages()))) == 400
-    )  # type: ignore[arg-type]
+    assert sum(len(batch) for batch in pool.map(lambda batch: batch, cleaning_pipeline._make_batches(items()))) == 400  # type: ignore[arg-type]
     assert most <= 2 * cleaning_pipeline.QUEUED_BATCHES + 3

@@ -1,4 +1,4 @@
-"""Encoding a corpus several times as fast gives the same ids, or is not done."""
+"""The fast encoder gives the same ids as ``tokenizers``, or is not used."""
 
 import json
 import random
@@ -31,7 +31,7 @@ def random_text(rng: random.Random) -> str:
     return "".join(map(chr, codes))
 
 
-def test_the_same_ids(backend: Backend, texts: list[str]) -> None:
+def test_ids_are_the_same(backend: Backend, texts: list[str]) -> None:
     proven, rng = fast_encoder.build_tiktoken_encoding(backend), random.Random(0)
     assert proven is not None
     odd = ["", "a" * 3000, " " * 3000, "ab" * 700 + " c", "<|endoftext|> <|user|>", "\r\n \n\t", "don't 12,5 x"]
@@ -45,42 +45,42 @@ def altered(change: str) -> Backend:
         tokenizer_training.train_tokenizer("bpe", [sentences(seed) for seed in range(20)], 290).to_str()
     )
     model = about["model"]
-    if change == "merges in another order":
+    if change == "reordered merges":
         model["merges"][3], model["merges"][30] = model["merges"][30], model["merges"][3]
-    if change == "a token that no merge makes":
+    if change == "a token without a merge":
         model["vocab"]["zqzq"] = len(model["vocab"])
-    if change == "a token that is not reached":
+    if change == "an unreachable token":
         model["vocab"] |= {"zq": 290, "qj": 291, "zqj": 292}
         model["merges"] += [["z", "q"], ["q", "j"], ["z", "qj"]]
-    if change == "a special token that merges make":
+    if change == "a special token from merges":
         made = "".join(model["merges"][0])
         about["added_tokens"].append({**about["added_tokens"][0], "id": model["vocab"][made], "content": made})
     if change == "normaliser":
         about["normalizer"] = {"type": "NFKC"}
-    if change == "other words":
+    if change == "another pre-tokenizer":
         about["pre_tokenizer"]["add_prefix_space"] = True
-    if change == "a word added":
+    if change == "an added word":
         about["added_tokens"].append({**about["added_tokens"][0], "id": 290, "content": "thing", "special": False})
     backend = Backend.from_str(json.dumps(about))
-    backend.encode_special_tokens = change != "special tokens that texts can hold"
+    backend.encode_special_tokens = change != "special tokens encoded from text"
     return backend
 
 
-def test_unaltered_is_proven() -> None:
+def test_unaltered_tokenizer_is_proven() -> None:
     assert fast_encoder.build_tiktoken_encoding(altered("nothing")) is not None
 
 
 @pytest.mark.parametrize(
     "change",
-    ["merges in another order", "a token that no merge makes", "a token that is not reached", "normaliser",
-     "a special token that merges make", "other words", "a word added", "special tokens that texts can hold"],
+    ["reordered merges", "a token without a merge", "an unreachable token", "normaliser",
+     "a special token from merges", "another pre-tokenizer", "an added word", "special tokens encoded from text"],
 )  # fmt: skip
-def test_what_could_differ_is_left_to_the_library(change: str) -> None:
+def test_unproven_tokenizers_use_the_library(change: str) -> None:
     backend = altered(change)
     assert fast_encoder.build_tiktoken_encoding(backend) is None
     assert [ids.tolist() for ids in fast_encoder.encode_batch(backend, None, ["a b"])] == [backend.encode("a b").ids]
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram", "char"])
-def test_other_kinds_are_left_to_the_library(kind: str) -> None:
+def test_other_kinds_use_the_library(kind: str) -> None:
     assert fast_encoder.build_tiktoken_encoding(tokenizer_training.train_tokenizer(kind, [sentences(1)], 600)) is None

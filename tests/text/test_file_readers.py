@@ -1,4 +1,4 @@
-"""Whole rows, of every format: the same fields whatever they are read from."""
+"""File readers: the same rows from every format."""
 
 import gzip
 import io
@@ -61,7 +61,7 @@ def test_rows_of_every_format(tmp_path: Path, name: str) -> None:
         list(DocumentSource(str(tmp_path / name)).rows({"text_column": "text", "label_column": "y"}))
 
 
-def test_rows_of_a_folder_are_those_of_its_tables(tmp_path: Path) -> None:
+def test_rows_of_a_folder_come_from_its_tables(tmp_path: Path) -> None:
     for name in ("a.tsv", "b.jsonl"):
         (tmp_path / name).write_bytes(FORMATS[f"a.{name[2:]}"]())
     (tmp_path / "README.md").write_text("What this is.", encoding="utf-8")
@@ -70,7 +70,7 @@ def test_rows_of_a_folder_are_those_of_its_tables(tmp_path: Path) -> None:
         list(DocumentSource(str(tmp_path / "README.md")).rows())
 
 
-def test_a_text_like_a_date_stays_text_and_nested_fields_are_read(tmp_path: Path) -> None:
+def test_date_like_text_stays_text_and_nested_fields_are_read(tmp_path: Path) -> None:
     rows = [{"text": "2020-01-01T00:00:00", "messages": [{"role": "user", "content": f"{n}"}]} for n in range(3)]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

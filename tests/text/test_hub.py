@@ -1,4 +1,4 @@
-"""Datasets of the Hub, against a server on this machine that answers as the Hub does."""
+"""Datasets of the Hub, against a local server that answers like the Hub."""
 
 import hashlib
 import json
@@ -42,10 +42,10 @@ FILES = {
 
 
 class _Hub(BaseHTTPRequestHandler):
-    """As much of the Hub's interface as ``datasets`` asks for: about the repository, its tree, and its files."""
+    """The part of the Hub's API that ``datasets`` uses: repository info, its tree, and its files."""
 
     def log_message(self, *_: object) -> None:
-        """Keep quiet."""
+        """Log nothing."""
 
     def do_HEAD(self) -> None:
         self.do_GET()
@@ -80,7 +80,7 @@ class _Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    """The address of such a server."""
+    """The address of a running server."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -101,8 +101,8 @@ for settings in json.loads(sys.argv[1]):
 """
 
 
-def asked(cases: list[dict[str, Any]], home: Path, **environment: str) -> list[Any]:
-    """What each source reads, in a process of its own: the library takes the Hub's address when it is imported."""
+def read_sources(cases: list[dict[str, Any]], home: Path, **environment: str) -> list[Any]:
+    """What each source yields, in a separate process: the library reads the Hub's address at import."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(cases)]
     without = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     done = subprocess.run(
@@ -113,7 +113,7 @@ def asked(cases: list[dict[str, Any]], home: Path, **environment: str) -> list[A
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_a_dataset_is_read_by_its_name(hub: str, tmp_path: Path) -> None:
+def test_dataset_is_read_by_name(hub: str, tmp_path: Path) -> None:
     all_rows = [[f"owner/name:{n}", row["text"]] for n, row in enumerate(ROWS, 1)]
     expected = {
         "whole": ({}, [COMMIT, all_rows]),
@@ -122,26 +122,26 @@ def test_a_dataset_is_read_by_its_name(hub: str, tmp_path: Path) -> None:
         "config": ({"config": "other"}, [COMMIT, [["owner/name:1", "of the other configuration"]]]),
         "revision": ({"name": f"owner/name@{COMMIT}", "split": "held_out"}, [COMMIT, [["owner/name:1", "held out"]]]),
     }
-    answers = asked([case for case, _ in expected.values()], tmp_path, HF_ENDPOINT=hub)
+    answers = read_sources([case for case, _ in expected.values()], tmp_path, HF_ENDPOINT=hub)
     assert dict(zip(expected, answers, strict=True)) == {name: answer for name, (_, answer) in expected.items()}
 
 
-def test_what_is_not_there_is_said_in_one_line(hub: str, tmp_path: Path) -> None:
+def test_missing_dataset_split_or_column_is_one_line(hub: str, tmp_path: Path) -> None:
     cases = [{"config": "nope"}, {"split": "test"}, {"column": "x"}, {"name": "owner/nothing"}]
-    config, split, column, nothing = asked(cases, tmp_path, HF_ENDPOINT=hub)
+    config, split, column, nothing = read_sources(cases, tmp_path, HF_ENDPOINT=hub)
     assert "'nope' not found. Available: ['default', 'other']" in config
     assert "Unknown split \"test\". Should be one of ['train', 'held_out']" in split
     assert "owner/name has no column 'x'; it has text, body; choose one: --data.text_column" in column
     assert "no such file or folder: owner/nothing; and the Hub has no dataset of that name" in nothing
 
 
-def test_offline_is_said_and_what_was_fetched_is_used(hub: str, tmp_path: Path) -> None:
-    [fetched] = asked([{}], tmp_path, HF_ENDPOINT=hub)
-    nobody = "http://127.0.0.1:9"  # a port on which nothing listens
-    [cannot] = asked([{}], tmp_path, HF_ENDPOINT=nobody)
+def test_offline_uses_what_was_downloaded(hub: str, tmp_path: Path) -> None:
+    [fetched] = read_sources([{}], tmp_path, HF_ENDPOINT=hub)
+    unreachable = "http://127.0.0.1:9"  # a port on which nothing listens
+    [cannot] = read_sources([{}], tmp_path, HF_ENDPOINT=unreachable)
     assert "no such file or folder: owner/name; and the Hub" in cannot
     assert "cannot be reached" in cannot
     assert "HF_HUB_OFFLINE=1" in cannot
-    found, never = asked([{}, {"name": "owner/other"}], tmp_path, HF_ENDPOINT=nobody, HF_HUB_OFFLINE="1")
+    found, never = read_sources([{}, {"name": "owner/other"}], tmp_path, HF_ENDPOINT=unreachable, HF_HUB_OFFLINE="1")
     assert found == fetched
     assert "no such file or folder: owner/other" in never

@@ -1,4 +1,4 @@
-"""Which documents a source has, and what a user is told when it has none or one that cannot be read."""
+"""Document sources: which documents they yield, and the errors for missing or unreadable ones."""
 
 import bz2
 import csv
@@ -34,7 +34,7 @@ def texts(name: Path | str, **settings: str) -> list[str]:
     return [document.text for document in found]
 
 
-def test_the_standard_library_without_tests_and_tables() -> None:
+def test_stdlib_excludes_tests_and_generated_tables() -> None:
     found = list(read_documents("stdlib"))
     root = Path(sysconfig.get_path("stdlib"))
     assert len(found) > 300
@@ -46,22 +46,20 @@ def test_the_standard_library_without_tests_and_tables() -> None:
     assert argparse.text.encode() == (root / "argparse.py").read_bytes()
 
 
-def test_a_python_without_sources_says_how_to_name_another_text(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_stdlib_sources_error_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
     with pytest.raises(UserError, match=r"has no standard library sources.*--data.source"):
         list(read_documents("stdlib"))
 
 
-def test_a_file_keeps_every_byte(tmp_path: Path) -> None:
+def test_text_file_keeps_every_byte(tmp_path: Path) -> None:
     data = "\ufeffone\r\ntwo\r…é\n".encode()
     (tmp_path / "text").write_bytes(data)
     [text] = texts(tmp_path / "text")
     assert text.encode() == data
 
 
-def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
+def test_folder_yields_its_text_files_in_order(tmp_path: Path) -> None:
     for name, data in {
         "b.txt": b"b", "a/c.md": b"c", "a.txt": b"a", ".hidden": b"h", ".git/x": b"x", "latin1": b"\xe9t\xe9",
         "binary": b"\0\1", "table.csv": b"x,y\n", "rows.jsonl": b'{"text": "r"}\n{"text": "s"}\n',
@@ -71,14 +69,14 @@ def test_a_folder_is_its_text_files_in_stable_order(tmp_path: Path) -> None:
         path.write_bytes(data)
     ids = ["a.txt", "b.txt", "rows.jsonl:1", "rows.jsonl:2", "table.csv", "a/c.md"]
     assert [document.id for document in read_documents(str(tmp_path))] == ids
-    passed_over = [found for found in DocumentSource(str(tmp_path)).read() if isinstance(found, RejectedDocument)]
-    assert [(found.id, found.reason, found.n_bytes) for found in passed_over] == [
+    skipped = [found for found in DocumentSource(str(tmp_path)).read() if isinstance(found, RejectedDocument)]
+    assert [(found.id, found.reason, found.n_bytes) for found in skipped] == [
         ("binary", "not text: NUL bytes", 2),
         ("latin1", "not text: not UTF-8, or a line too long", 3),
     ]
 
 
-def test_a_pattern_names_files_of_several_folders(tmp_path: Path) -> None:
+def test_glob_pattern_across_folders(tmp_path: Path) -> None:
     for name in ("x/1.txt", "x/y/2.txt", "x/y/3.md", "4.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(name, encoding="utf-8")
@@ -87,7 +85,7 @@ def test_a_pattern_names_files_of_several_folders(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda path: None, "no such file or folder"),
         (lambda path: path.mkdir(), "no UTF-8 text file"),
@@ -96,10 +94,10 @@ def test_a_pattern_names_files_of_several_folders(tmp_path: Path) -> None:
         (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), "is not UTF-8 text: line 2 has the byte 0xff"),
     ],
 )
-def test_a_source_without_text_is_named(tmp_path: Path, make: object, said: str) -> None:
+def test_source_without_text_is_reported(tmp_path: Path, make: object, message: str) -> None:
     path = tmp_path / "source"
     make(path)  # type: ignore[operator]
-    with pytest.raises(UserError, match=said) as error:
+    with pytest.raises(UserError, match=message) as error:
         list(read_documents(str(path)))
     assert str(path) in str(error.value)
 
@@ -152,9 +150,9 @@ COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
 
 @pytest.mark.parametrize(
     ("format_", "compression"),
-    [(f, c) for f in FORMATS for c in COMPRESSIONS if not c or f not in ("parquet", "arrow")],  # compressed within
+    [(f, c) for f in FORMATS for c in COMPRESSIONS if not c or f not in ("parquet", "arrow")],  # compressed inside
 )
-def test_rows_come_as_they_were_written(tmp_path: Path, format_: str, compression: str) -> None:
+def test_rows_round_trip(tmp_path: Path, format_: str, compression: str) -> None:
     path = tmp_path / f"rows.{format_}{compression}"
     path.write_bytes(COMPRESSIONS[compression](FORMATS[format_](TEXTS)))
     assert texts(path) == TEXTS
@@ -163,25 +161,25 @@ def test_rows_come_as_they_were_written(tmp_path: Path, format_: str, compressio
     ]
 
 
-def test_a_name_is_no_pattern_where_there_is_such_a_file(tmp_path: Path) -> None:
+def test_existing_file_name_is_not_a_pattern(tmp_path: Path) -> None:
     for name in ("a[1].jsonl", "a1.jsonl", "x::y.jsonl", "a 1\n.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}), encoding="utf-8")
         assert texts(tmp_path / name) == [name]
 
 
-def test_a_tab_separated_file_knows_no_quotes(tmp_path: Path) -> None:
+def test_tsv_has_no_quoting(tmp_path: Path) -> None:
     (tmp_path / "sms.tsv").write_text('label\tmessage\nham\t"Hi, he said\nspam\t007 "x" won"\n', encoding="utf-8")
     assert texts(tmp_path / "sms.tsv", column="message") == ['"Hi, he said', '007 "x" won"']
 
 
 @pytest.mark.parametrize("compression", [name for name in COMPRESSIONS if name])
-def test_a_compressed_text_is_one_document(tmp_path: Path, compression: str) -> None:
+def test_compressed_text_file_is_one_document(tmp_path: Path, compression: str) -> None:
     (tmp_path / f"a.txt{compression}").write_bytes(COMPRESSIONS[compression]("é\n".encode() * 1000))
     assert texts(tmp_path / f"a.txt{compression}") == ["é\n" * 1000]
 
 
-def test_rows_whose_other_columns_change_are_read(tmp_path: Path) -> None:
-    """A reader that guesses types from the first megabytes stops here; the texts are sound."""
+def test_rows_with_changing_other_columns_are_read(tmp_path: Path) -> None:
+    """A reader that infers types from the first megabytes fails here, although the texts are valid."""
     rows = [{"text": f"{n} " + "word " * 2000, "note": None} for n in range(1200)]
     rows += [{"text": "late", "note": "s", "new": 1}, {"new": {"a": 1}, "text": "later"}, {"text": None}, {"new": 2}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
@@ -192,7 +190,7 @@ def test_rows_whose_other_columns_change_are_read(tmp_path: Path) -> None:
     rows=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12), min_size=1, max_size=20)
 )
 @settings(max_examples=40)
-def test_any_text_survives_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
+def test_any_text_round_trips_through_json_lines(tmp_path_factory: pytest.TempPathFactory, rows: list[str]) -> None:
     path = tmp_path_factory.mktemp("rows") / "a.jsonl"
     path.write_bytes(FORMATS["jsonl"](rows))
     assert texts(path) == rows
@@ -229,20 +227,20 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_a_fault_is_named_with_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """What is too long is long only against a limit that this test has lowered."""
-    data, said = FAULTS[name]
+def test_error_names_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """For documents that are too long, the test lowers the limit."""
+    data, message = FAULTS[name]
     if name[0] in "st":
         monkeypatch.setattr("lit_gpt_scratch.text.file_readers.MAX_DOCUMENT_BYTES", 1000)
         monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 1000)
         monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
         monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     (tmp_path / name).write_bytes(data)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         texts(tmp_path / name)
 
 
-def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
+def test_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(_parquet(["a"]))
     with pytest.raises(UserError, match=r"no column 'body'; it has n, text"):
         texts(tmp_path / "a.parquet", column="body")
@@ -250,7 +248,7 @@ def test_a_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
         texts(tmp_path / "a.parquet", column="n")
 
 
-def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_text_file_becomes_several_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
     content = "".join(f"línea {n}\r\n" for n in range(300))
@@ -262,7 +260,7 @@ def test_a_long_text_file_is_many_documents(tmp_path: Path, monkeypatch: pytest.
     assert all(document.text.endswith("\n") for document in found)
 
 
-def test_a_long_file_of_a_folder_is_all_text_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_file_in_a_folder_is_checked_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "MAX_DOCUMENT_BYTES", 2000)
     monkeypatch.setattr(sources, "MAX_WHOLE_FILE_BYTES", 1000)
     monkeypatch.setattr(sources, "CHUNK_BYTES", 100)
@@ -274,11 +272,11 @@ def test_a_long_file_of_a_folder_is_all_text_or_none(tmp_path: Path, monkeypatch
     assert [one.id for one in found if isinstance(one, Document)] == ["text"]
 
 
-def test_the_longest_document_is_what_it_says() -> None:
+def test_maximum_document_size() -> None:
     assert document.MAX_DOCUMENT_BYTES == sources.MAX_DOCUMENT_BYTES == 32 * 2**20
 
 
-def test_a_stamp_changes_with_the_files_and_reads_none(tmp_path: Path) -> None:
+def test_fingerprint_changes_with_the_files(tmp_path: Path) -> None:
     import os
 
     for name in ("a.txt", "b.txt"):

@@ -1,4 +1,4 @@
-"""The split: by document, stable, and with no near-duplicate across it."""
+"""The train/validation split: by document, stable, and without near-duplicates across it."""
 
 import random
 from pathlib import Path
@@ -22,14 +22,14 @@ from tests.conftest import sentences
 
 
 def split_of(texts: list[str], share: float, folder: Path) -> TrainValidationSplit:
-    """As a corpus is split, from its texts alone."""
+    """Split texts as a corpus is split."""
     folder.mkdir(exist_ok=True, parents=True)
-    families, keys = DuplicateClusters(folder), []
+    clusters, keys = DuplicateClusters(folder), []
     for text in texts:
         content, minima = hash_document(Document("", text))
-        families.add(minima)
+        clusters.add(minima)
         keys.append(int.from_bytes(content[:8], "big"))
-    return split_by_cluster(np.array(keys, dtype=np.uint64), families.cluster_ids(), share)
+    return split_by_cluster(np.array(keys, dtype=np.uint64), clusters.cluster_ids(), share)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def jaccard(a: set[tuple[str, ...]], b: set[tuple[str, ...]]) -> float:
     return len(a & b) / len(a | b) if a | b else 1.0
 
 
-def test_about_the_share_is_held_out(folder: Path) -> None:
+def test_validation_share(folder: Path) -> None:
     words = [random.Random(seed).choices("abcdefghijklmnop", k=200) for seed in range(1000)]
     held_out = split_of([" ".join(w) for w in words], 0.1, folder).validation
     assert 70 < held_out.sum() < 130
@@ -54,7 +54,7 @@ def test_about_the_share_is_held_out(folder: Path) -> None:
 
 @given(order=st.permutations(range(12)), drop=st.integers(0, 11))
 @settings(max_examples=30)
-def test_a_documents_side_depends_on_nothing_else(folder: Path, order: list[int], drop: int) -> None:
+def test_side_of_a_document_depends_on_its_content_alone(folder: Path, order: list[int], drop: int) -> None:
     rng = random.Random(1)
     texts = [" ".join(rng.choices("abcdefgh", k=300)) for _ in range(12)]
     before = split_of(texts, 0.4, folder)
@@ -63,13 +63,13 @@ def test_a_documents_side_depends_on_nothing_else(folder: Path, order: list[int]
     assert before.validation[kept].tolist() == after.validation.tolist()
 
 
-def test_no_near_duplicate_stands_on_both_sides_of_the_default_corpus(folder: Path) -> None:
-    """Brute force over all pairs that share anything, with exact sets instead of MinHash."""
+def test_no_near_duplicates_across_the_split_of_the_default_corpus(folder: Path) -> None:
+    """Brute force over all pairs with any overlap, with exact sets instead of MinHash."""
     found = list({document.text: document for document in read_documents("stdlib")}.values())
     held_out = split_of([document.text for document in found], 0.05, folder).validation
     sets = [shingles(document.text) for document in found]
     assert held_out.sum() > 10
-    # MinHash estimates: a pair right at the threshold may fall on either side of it.
+    # MinHash is an estimate: a pair right at the threshold may fall on either side of it.
     worst = max(
         (jaccard(sets[i], sets[j]), found[i].id, found[j].id)
         for i in np.flatnonzero(held_out)
@@ -84,7 +84,7 @@ def test_edited_copies_stay_with_their_original(folder: Path) -> None:
     for seed in range(20):
         original = " ".join(random.Random(seed).choices("abcdefghijklmnopqrstuvwxyz", k=400)).split()
         copies = [original]
-        for _ in range(4):  # a chain: each an edit of the one before
+        for _ in range(4):  # a chain of edits
             words = list(copies[-1])
             for place in rng.sample(range(400), 12):
                 words[place] = "changed"
@@ -96,8 +96,8 @@ def test_edited_copies_stay_with_their_original(folder: Path) -> None:
 
 @given(seed=st.integers(0, 10_000), n=st.integers(2, 40), at_once=st.integers(1, 50))
 @settings(max_examples=60)
-def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int, n: int, at_once: int) -> None:
-    """All pairs that agree in a band and at half of their places, linked one by one."""
+def test_clusters_match_brute_force(folder: Path, seed: int, n: int, at_once: int) -> None:
+    """Link all pairs that agree in a band and in half of their positions, one by one."""
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 2**32, size=(3, 128), dtype=np.uint32)
     signatures = base[rng.integers(0, 3, size=n)]
@@ -112,13 +112,13 @@ def test_families_are_the_chains_that_brute_force_finds(folder: Path, seed: int,
     expected = [family.index(member) for member in family]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(split_module, "CHUNK_DOCUMENTS", at_once)
-        families = DuplicateClusters(folder)
+        clusters = DuplicateClusters(folder)
         for row in signatures:
-            families.add(row)
-        assert families.cluster_ids().tolist() == expected
+            clusters.add(row)
+        assert clusters.cluster_ids().tolist() == expected
 
 
-def test_some_document_is_always_held_out(folder: Path) -> None:
+def test_at_least_one_document_is_held_out(folder: Path) -> None:
     for n in range(2, 8):
         parts = split_of([" ".join(random.Random(i).choices("abcdef", k=200)) for i in range(n)], 0.001, folder)
         assert parts.validation.sum() == 1
@@ -127,14 +127,14 @@ def test_some_document_is_always_held_out(folder: Path) -> None:
 
 @given(n=st.integers(2, 6), seed=st.integers(0, 200), share=st.floats(0.01, 0.99))
 @settings(max_examples=60)
-def test_several_documents_are_never_cut(folder: Path, n: int, seed: int, share: float) -> None:
+def test_several_documents_are_never_split_inside(folder: Path, n: int, seed: int, share: float) -> None:
     texts = [" ".join(random.Random(f"{seed} {i}").choices("abcdef", k=99)) for i in range(n)]
     parts = split_of(texts, share, folder)
     assert parts.tail is None
     assert 0 < parts.validation.sum() < n
 
 
-def test_a_single_text_is_cut_at_its_end(folder: Path) -> None:
+def test_single_text_is_split_at_its_end(folder: Path) -> None:
     text = "".join(map(chr, range(32, 1032)))
     train, validation = split_of([text], 0.1, folder).split_text(0, text)
     assert train + validation == text

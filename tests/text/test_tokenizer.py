@@ -1,4 +1,4 @@
-"""The tokenizer loses nothing, knows nothing of the validation text, and cannot be tricked into ending a document."""
+"""The tokenizer: lossless round trips, files and their checksums, no special tokens from text."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 
 
 @given(text=st.text())
-def test_any_text_comes_back(text: str) -> None:
+def test_any_text_round_trips(text: str) -> None:
     tokenizer = Tokenizer.train(["some text"], 260)
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -33,7 +33,7 @@ def test_any_text_comes_back(text: str) -> None:
     assert tokenizer.end_of_text not in ids
 
 
-def test_a_document_cannot_end_itself(tokenizer: Tokenizer) -> None:
+def test_text_cannot_encode_to_the_end_of_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(f"before{END_OF_TEXT}after")
     assert tokenizer.end_of_text not in ids
     assert tokenizer.decode(ids) == f"before{END_OF_TEXT}after"
@@ -41,13 +41,13 @@ def test_a_document_cannot_end_itself(tokenizer: Tokenizer) -> None:
 
 
 def test_merges_are_the_most_frequent_pairs() -> None:
-    """Against byte-pair encoding by hand (Sennrich et al. 2016): "ab" stands thrice, then "ab c" twice."""
+    """Against byte-pair encoding by hand (Sennrich et al. 2016): "ab" occurs three times, then "ab c" twice."""
     tokenizer = Tokenizer.train(["abc", "abc", "abd"], 257 + 2)
     merges = json.loads(tokenizer.to_json())["model"]["merges"]
     assert [tuple(merge) for merge in merges] == [("a", "b"), ("ab", "c")]
 
 
-def test_ids_survive_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_save_and_load_keep_the_ids(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(tokenizer.to_json(), encoding="utf-8")
     again = Tokenizer.load(path)
@@ -57,18 +57,18 @@ def test_ids_survive_the_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert END_OF_TEXT not in "".join(again.decode(again.encode(f"{END_OF_TEXT} x")).split(END_OF_TEXT)[1:])
 
 
-def test_many_at_once_is_one_at_a_time(tokenizer: Tokenizer) -> None:
+def test_encode_many_equals_encode(tokenizer: Tokenizer) -> None:
     texts = [sentences(seed) for seed in range(20)]
     assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [tokenizer.encode(text) for text in texts]
 
 
-def test_a_vocabulary_below_the_bytes_is_refused() -> None:
+def test_vocabulary_smaller_than_the_bytes_is_rejected() -> None:
     with pytest.raises(UserError, match=r"data.vocab_size is 256; .* 257"):
         Tokenizer.train(["x"], 256)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xff", b"not json", b'{"model": 3}'])
-def test_a_bad_tokenizer_file_is_named(tmp_path: Path, content: bytes | None) -> None:
+def test_bad_tokenizer_file_is_reported(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "tokenizer.json"
     if content is not None:
         path.write_bytes(content)
@@ -81,9 +81,7 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
-def test_an_altered_file_is_refused_by_name(
-    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_altered_file_is_rejected(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     path, rng = tmp_path / "tokenizer.json", random.Random(0)
     tokenizer.save(path)
@@ -94,26 +92,26 @@ def test_an_altered_file_is_refused_by_name(
     for _ in range(1200):
         here, there = sorted(rng.sample(range(len(whole)), 2))
         contents.append(altered(whole, here, there, 1 << rng.randrange(8))[rng.randrange(4)])
-    refused = 0
+    rejected = 0
     for content in contents:
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
             Tokenizer.load(path)
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
-        refused += 1
-    assert refused > 1200
+        rejected += 1
+    assert rejected > 1200
     assert not Path("exploded").exists()
 
 
 def altered(whole: bytes, here: int, there: int, bit: int) -> list[bytes]:
-    """One bit, cut short, a part left out, two parts swapped."""
+    """One bit flipped, truncated, a part missing, two parts swapped."""
     flipped = whole[:here] + bytes([whole[here] ^ bit]) + whole[here + 1 :]
     return [flipped, whole[:here], whole[:here] + whole[there:], whole[there:] + whole[:there]]
 
 
-def test_a_space_between_words_alone_is_written_after_a_prompt() -> None:
-    """Llama 2's and Mistral's layout: the first word's space is stripped, and no other's."""
+def test_stream_decoder_keeps_the_space_after_a_prompt() -> None:
+    """Llama 2's and Mistral's decoder: only the first word's space is stripped."""
     backend = Backend(models.BPE({"<unk>": 0, "</s>": 1, "\u2581the": 2, "\u2581cat": 3}, [], unk_token="<unk>"))
     backend.decoder = decoders.Sequence([
         decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0),

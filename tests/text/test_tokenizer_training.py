@@ -1,4 +1,4 @@
-"""Kinds of tokenizers: what each learns, and what it loses."""
+"""Tokenizer training: what each kind learns, and what it cannot represent."""
 
 import json
 from collections import Counter
@@ -31,7 +31,7 @@ def trained() -> dict[str, Tokenizer]:
 @given(text=st.text())
 @settings(max_examples=200)
 @pytest.mark.parametrize("kind", LOSSLESS)
-def test_any_text_comes_back(trained: dict[str, Tokenizer], kind: str, text: str) -> None:
+def test_any_text_round_trips(trained: dict[str, Tokenizer], kind: str, text: str) -> None:
     tokenizer = trained[kind]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
@@ -41,9 +41,7 @@ def test_any_text_comes_back(trained: dict[str, Tokenizer], kind: str, text: str
 
 
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
-def test_every_kind_keeps_its_special_tokens_to_itself(
-    trained: dict[str, Tokenizer], kind: str, tmp_path: Path
-) -> None:
+def test_special_tokens_are_not_encoded_from_text(trained: dict[str, Tokenizer], kind: str, tmp_path: Path) -> None:
     tokenizer, text = trained[kind], f"{TEXTS[0]} {END_OF_TEXT} <|user|>"
     special = {token["content"]: token["id"] for token in json.loads(tokenizer.to_json())["added_tokens"]}
     assert special[END_OF_TEXT] == tokenizer.end_of_text == 0
@@ -55,7 +53,7 @@ def test_every_kind_keeps_its_special_tokens_to_itself(
     assert [ids.tolist() for ids in tokenizer.encode_many(TEXTS, fast=True)] == [tokenizer.encode(t) for t in TEXTS]
 
 
-def test_characters_say_what_they_lose(trained: dict[str, Tokenizer]) -> None:
+def test_round_trip_loss_of_characters(trained: dict[str, Tokenizer]) -> None:
     tokenizer = trained["char"]
     assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
     ids = tokenizer.encode("東")
@@ -64,7 +62,7 @@ def test_characters_say_what_they_lose(trained: dict[str, Tokenizer]) -> None:
     assert "東京" in tokenizer.round_trip_loss
 
 
-def test_the_most_frequent_characters_are_kept() -> None:
+def test_most_frequent_characters_are_kept() -> None:
     tokenizer = Tokenizer.train(["aaabbc"], 4, "char")
     assert tokenizer.decode(tokenizer.encode("abc")) == "ab<unk>"
 
@@ -72,8 +70,8 @@ def test_the_most_frequent_characters_are_kept() -> None:
 def test_wordpiece_by_hand() -> None:
     """Hugging Face's course: hug 10, pug 5, pun 12, bun 4, hugs 5.
 
-    "##g" and "##s" stand together 5 times, alone 20 and 5 times: 5 / (20 * 5) = 1/20, above all pairs with "##u"
-    (1/36 each). Then those are equal, and "h" "##u" stands first. Then "hu" "##gs" has 5 / (15 * 5) = 1/15, "hu" "##g"
+    "##g" and "##s" occur together 5 times, in all 20 and 5 times: 5 / (20 * 5) = 1/20, above all pairs with "##u"
+    (1/36 each). Then those tie, and "h" "##u" comes first. Then "hu" "##gs" has 5 / (15 * 5) = 1/15, "hu" "##g"
     10 / (15 * 15).
     """
     words = {"hug": 10, "pug": 5, "pun": 12, "bun": 4, "hugs": 5}
@@ -82,7 +80,7 @@ def test_wordpiece_by_hand() -> None:
 
 
 def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
-    """The score in fractions, everything counted anew at each step."""
+    """The score in exact fractions, with all counts recomputed at each step."""
     rows = {word: [word[0], *("##" + letter for letter in word[1:])] for word in words}
     pieces = list(dict.fromkeys(piece for row in rows.values() for piece in row))
     for _ in range(steps):
@@ -98,7 +96,7 @@ def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
         best = {pair for pair, score in scores.items() if score == max(scores.values())}
         pieces.append("|".join(sorted(a + b.removeprefix("##") for a, b in best)))
         if len(best) > 1:
-            break  # which of equals is taken is a matter of order
+            break  # ties depend on the order
         [(left, right)] = best
         joined = left + right.removeprefix("##")
         for word, row in rows.items():
@@ -112,7 +110,7 @@ def by_brute_force(words: dict[str, int], steps: int) -> list[str]:
 
 
 @given(words=st.dictionaries(st.text("abc", min_size=1, max_size=8), st.integers(1, 50), min_size=1, max_size=8))
-def test_wordpiece_takes_the_best_score(words: dict[str, int]) -> None:
+def test_wordpiece_merges_the_pair_with_the_best_score(words: dict[str, int]) -> None:
     expected = by_brute_force(words, steps=8)
     learned = train_wordpiece(words, [], len(expected), min_count=1)
     for ours, theirs in zip(learned, expected, strict=False):
@@ -120,7 +118,7 @@ def test_wordpiece_takes_the_best_score(words: dict[str, int]) -> None:
 
 
 def test_wordpiece_is_not_byte_pair_encoding() -> None:
-    """The library's trainer of that name joins the most frequent pair (issue tracker of ``tokenizers``)."""
+    """The library's WordPiece trainer merges the most frequent pair (issue tracker of ``tokenizers``)."""
     theirs = Backend(models.WordPiece(unk_token="?"))
     theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -132,7 +130,7 @@ def test_wordpiece_is_not_byte_pair_encoding() -> None:
     assert len(vocabulary - theirs.get_vocab().keys()) > 20
 
 
-def test_a_wordpiece_file_is_read_by_transformers(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_transformers_reads_a_wordpiece_file(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     trained["wordpiece"].save(tmp_path / "tokenizer.json")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
@@ -143,12 +141,12 @@ def test_a_wordpiece_file_is_read_by_transformers(trained: dict[str, Tokenizer],
 
 
 @pytest.mark.parametrize(("kind", "least"), [("bpe", 257), ("wordpiece", 513), ("unigram", 257), ("char", 3)])
-def test_too_small_a_vocabulary_is_refused(kind: str, least: int) -> None:
+def test_too_small_vocabulary_is_rejected(kind: str, least: int) -> None:
     with pytest.raises(UserError, match=rf"data.vocab_size is {least - 1}; a tokenizer of kind {kind} .* {least}"):
         Tokenizer.train(TEXTS, least - 1, kind)
 
 
-def test_gpt2_s_two_files_are_read(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
+def test_gpt2_files_are_read(trained: dict[str, Tokenizer], tmp_path: Path) -> None:
     model = json.loads(trained["bpe"].to_json())["model"]
     (tmp_path / "encoder.json").write_text(json.dumps(model["vocab"]))
     merges = "\n".join(" ".join(pair) for pair in model["merges"])

@@ -1,4 +1,4 @@
-"""The second pass of ``.ci/run`` runs what the first could not, and nothing else."""
+"""The second pass of ``.ci/run`` runs exactly the tests that the first skipped for a missing library."""
 
 import os
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_what_lacks_a_library_is_run_where_it_is_there(tmp_path: Path) -> None:
+def test_skipped_tests_run_where_the_library_is_installed(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('way', ['a way', 'b'])\n"
         "def test_with(way): pytest.importorskip('my_library')\n"
         "def test_without(): pass\n"
-        "@pytest.mark.skip(reason='of another reason')\n"
+        "@pytest.mark.skip(reason='another reason')\n"
         "def test_never(): pass\n"
     )
     (tmp_path / "test_all.py").write_text(
@@ -22,7 +22,18 @@ def test_what_lacks_a_library_is_run_where_it_is_there(tmp_path: Path) -> None:
     )
 
     def tests(*flags: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "tests.lacking", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "2",
+            "-p",
+            "tests.missing_libraries",
+            "-p",
+            "no:cacheprovider",
+        ]
         done = subprocess.run(
             [*command, *flags],
             cwd=tmp_path,
@@ -33,10 +44,10 @@ def test_what_lacks_a_library_is_run_where_it_is_there(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout.splitlines()[-1]
 
-    assert tests("--lacking=lacking.txt").startswith("1 passed, 4 skipped")
-    assert (tmp_path / "lacking.txt").read_text().splitlines() == [
+    assert tests("--missing-libraries=missing.txt").startswith("1 passed, 4 skipped")
+    assert (tmp_path / "missing.txt").read_text().splitlines() == [
         "test_all.py", "test_some.py::test_with[a way]", "test_some.py::test_with[b]"
     ]  # fmt: skip
     (tmp_path / "my_library.py").touch()
-    assert tests("@lacking.txt", "--lacking=still.txt").startswith("4 passed in")
+    assert tests("@missing.txt", "--missing-libraries=still.txt").startswith("4 passed in")
     assert (tmp_path / "still.txt").read_text() == ""
