@@ -1,1 +1,1 @@
-"""Scoring a text with a model, and without one."""
+"""Evaluation: perplexity, multiple choice, generation, chat, classification, confidence intervals and baselines."""

@@ -1,4 +1,4 @@
-"""How much of a benchmark stands in the text that a model was trained on."""
+"""Benchmark contamination: which texts share n-grams of words with the training data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.data.token_store import TokenStore
 
 NGRAM_WORDS: Final = 13
+"""Words per n-gram."""
 
 
 def iterate_training_documents(source: str, text_column: str = "text") -> Iterator[str]:
-    """The documents of a source; of a folder that ``prepare --data.store`` made, those for training.
+    """Documents of a source; for a token store of ``prepare --data.store``, its training documents.
 
     Raises:
-        UserError: It is missing or cannot be read.
+        UserError: The source is missing or cannot be read.
     """
-    from lit_gpt_scratch.data.token_store import (  # with data comes Lightning, which takes seconds
+    from lit_gpt_scratch.data.token_store import (  # data imports Lightning, which takes seconds
         MANIFEST_FILE,
         TokenStore,
     )
@@ -42,47 +43,50 @@ def _decode_store(store: "TokenStore") -> Iterator[str]:
 
 
 def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int = NGRAM_WORDS) -> NDArray[np.bool_]:
-    """Which texts have a run of words in common with a document that was trained on.
+    """Find the texts that share an n-gram of words with a training document.
 
-    As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation;
-    of a shorter text all of it. One of fewer than 8 is as likely a common phrase: it counts only where it is a whole
-    document, as in ``Leakage``. A run is known by 8 bytes: with 10**10 of them in training and 10**6 in the benchmark,
-    two different ones are taken for the same with a chance of one in 2,000.
+    As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation,
+    or all words of a shorter text. A text of fewer than 8 words may be a common phrase: it only counts if it equals a
+    whole document, as in ``Leakage``. N-grams are compared by hashes of 8 bytes: with 10**10 of them in the training
+    data and 10**6 in the benchmark, the probability of a collision is one in 2,000.
 
     Args:
-        texts: The benchmark's, (N,).
-        training: Documents, read once.
-        words: Words in a run.
+        texts: N texts of the benchmark.
+        training: Training documents, read once.
+        words: Words per n-gram.
 
     Returns:
-        (N,) bool. A text without a word is in nothing.
+        (N,) bool. A text without a word is not contaminated.
     """
-    known: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
+    by_length: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
     short: dict[tuple[str, ...], list[int]] = {}
-    for number, text in enumerate(texts):
-        said = normalized_words(text)
-        codes, length = hash_words(said), min(len(said), words)
+    for index, text in enumerate(texts):
+        text_words = normalized_words(text)
+        hashes, length = hash_words(text_words), min(len(text_words), words)
         if 0 < length < min(Leakage.least, words):
-            short.setdefault(tuple(said), []).append(number)
+            short.setdefault(tuple(text_words), []).append(index)
         elif length:
-            runs, owners = known.setdefault(length, ([], []))
-            runs.append(np.unique(hash_ngrams(codes, length)))
-            owners += [number] * len(runs[-1])
-    tables = {length: _sort_ngrams(np.concatenate(runs), np.array(owners)) for length, (runs, owners) in known.items()}
+            ngrams, owners = by_length.setdefault(length, ([], []))
+            ngrams.append(np.unique(hash_ngrams(hashes, length)))
+            owners += [index] * len(ngrams[-1])
+    tables = {
+        length: _sort_ngrams(np.concatenate(ngrams), np.array(owners)) for length, (ngrams, owners) in by_length.items()
+    }
     found = np.zeros(len(texts), dtype=bool)
-    with tqdm(training, desc="searching what was trained on", unit="", delay=2, leave=False, disable=None) as bar:
+    with tqdm(training, desc="searching the training data", unit="", delay=2, leave=False, disable=None) as bar:
         for document in bar:
-            said = normalized_words(document)
-            codes = hash_words(said)
-            found[short.get(tuple(said), [])] = True
-            for length, (sorted_runs, owner) in tables.items():
-                there = np.unique(hash_ngrams(codes, length))
-                first, last = (np.searchsorted(sorted_runs, there, side) for side in ("left", "right"))
+            document_words = normalized_words(document)
+            hashes = hash_words(document_words)
+            found[short.get(tuple(document_words), [])] = True
+            for length, (sorted_ngrams, owner) in tables.items():
+                candidates = np.unique(hash_ngrams(hashes, length))
+                first, last = (np.searchsorted(sorted_ngrams, candidates, side) for side in ("left", "right"))
                 for begin, end in zip(first[first < last], last[first < last], strict=True):
                     found[owner[begin:end]] = True
     return found
 
 
-def _sort_ngrams(runs: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    order = np.argsort(runs, kind="stable")
-    return runs[order], owner[order]
+def _sort_ngrams(ngrams: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Sort n-grams together with the indices of the texts that they are from."""
+    order = np.argsort(ngrams, kind="stable")
+    return ngrams[order], owner[order]

@@ -1,4 +1,4 @@
-"""What a model writes after a prompt, beside what should have come, and how much it repeats itself."""
+"""Evaluation of generated continuations: exact match with references, diversity and repetition."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation import jsonl
+from lit_gpt_scratch.evaluation import benchmark_rows
 from lit_gpt_scratch.evaluation.intervals import Measurements, Metrics, PartIndices
 from lit_gpt_scratch.generation.sampling import Sampling
 from lit_gpt_scratch.generation.streaming import stream_text
@@ -26,12 +26,12 @@ GREEDY: Final = Sampling(temperature=0.0)
 
 @dataclass(frozen=True)
 class GenerationExample:
-    """A prompt and what should follow it.
+    """A prompt and its reference continuation.
 
     Attributes:
-        where: Its place.
-        prompt: What is given.
-        reference: What should come.
+        where: Source and line, for error messages.
+        prompt: The prompt.
+        reference: The reference continuation.
     """
 
     where: str
@@ -40,96 +40,94 @@ class GenerationExample:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "GenerationExample":
-        """Of the columns ``prompt`` and ``reference``.
+        """Read the columns ``prompt`` and ``reference``.
 
         Raises:
-            UserError: One is missing or is no text.
+            UserError: A column is missing or is not text.
         """
-        return cls(row.where, jsonl.get_text(row, "prompt"), jsonl.get_text(row, "reference"))
+        return cls(row.where, benchmark_rows.get_text(row, "prompt"), benchmark_rows.get_text(row, "reference"))
 
     @property
     def text(self) -> str:
-        """As it would stand in a corpus."""
+        """Prompt and reference as plain text, to search for in the training data."""
         return self.prompt + self.reference
 
 
 def evaluate_generation(
     model: GPT,
     tokenizer: Tokenizer,
-    exercises: Sequence[GenerationExample],
+    examples: Sequence[GenerationExample],
     max_new_tokens: int = 200,
     stop: Sequence[str] = (),
 ) -> Measurements:
-    """Let the model go on greedily, to the end of the text, a stop string or ``max_new_tokens``.
+    """Generate greedy continuations up to the end of text, a stop string or ``max_new_tokens``.
 
     Returns:
-        ``exact_match``, a share, white space around both texts not counted; ``distinct_1`` and ``distinct_2``, of all
-        words and pairs of words in all continuations together the share that differ (Li et al. 2016,
-        https://arxiv.org/abs/1510.03055), which falls with the number of texts and their length; ``repetition_4``, of
-        a continuation's runs of four words the share that it has had before, on average (seq-rep-4 of Welleck et al.
-        2020, https://arxiv.org/abs/1908.04319). Words are what white space parts.
+        ``exact_match``, the share of continuations equal to the reference, ignoring surrounding white space;
+        ``distinct_1`` and ``distinct_2``, the share of distinct words and word pairs over all continuations (Li et al.
+        2016, https://arxiv.org/abs/1510.03055), which falls with the number of texts and their length;
+        ``repetition_4``, the share of a continuation's 4-grams that occurred earlier in it, on average (seq-rep-4 of
+        Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by white space.
 
     Raises:
         UserError: A prompt is longer than the context.
     """
-    for exercise in exercises:
-        if (length := 1 + len(tokenizer.encode(exercise.prompt))) > model.block_size:
-            raise UserError(f"{exercise.where}: its prompt has {length} tokens, the context holds {model.block_size}")
-    written = generate_continuations(
-        model, tokenizer, [exercise.prompt for exercise in exercises], max_new_tokens, stop
-    )
-    return compare_with_references(written, [exercise.reference for exercise in exercises])
+    for example in examples:
+        if (length := 1 + len(tokenizer.encode(example.prompt))) > model.block_size:
+            raise UserError(f"{example.where}: its prompt has {length} tokens, but the context is {model.block_size}")
+    written = generate_continuations(model, tokenizer, [example.prompt for example in examples], max_new_tokens, stop)
+    return compare_with_references(written, [example.reference for example in examples])
 
 
 def compare_with_references(
     written: Sequence[str], references: Sequence[str], **more: NDArray[np.bool_]
 ) -> Measurements:
-    """What is said of texts that were written, beside those that should have been.
+    """Compare n generated texts with their references.
 
     Args:
-        written: What was.
-        references: What should have been.
-        **more: More that is true of a text or not, (n,) each, by its name.
+        written: Generated texts.
+        references: Reference texts.
+        **more: Further Boolean properties of the texts, (n,) each, by name.
 
     Returns:
-        What ``evaluate_generation`` returns, and the share of which each of ``more`` is true.
+        The metrics of ``evaluate_generation``, and the share of texts with each property of ``more``.
     """
     matches = np.array([text.strip() == wanted.strip() for text, wanted in zip(written, references, strict=True)])
-    true = {"exact_match": matches, **more}
-    runs = {n: [_count_ngrams(text.split(), n) for text in written] for n in (*DISTINCT_NGRAMS, REPETITION_NGRAM)}
-    repeated = np.array([1 - len(has) / max(1, has.total()) if has else 0.0 for has in runs[REPETITION_NGRAM]])
+    properties = {"exact_match": matches, **more}
+    ngrams = {n: [_count_ngrams(text.split(), n) for text in written] for n in (*DISTINCT_NGRAMS, REPETITION_NGRAM)}
+    repeated = np.array([1 - len(each) / max(1, each.total()) if each else 0.0 for each in ngrams[REPETITION_NGRAM]])
 
-    def metrics(places: PartIndices) -> Metrics:
+    def metrics(indices: PartIndices) -> Metrics:
         distinct = {}
         for n in DISTINCT_NGRAMS:
-            of = [runs[n][place] for place in places]
-            distinct[f"distinct_{n}"] = len(set().union(*of)) / max(1, sum(has.total() for has in of))
+            counts = [ngrams[n][index] for index in indices]
+            distinct[f"distinct_{n}"] = len(set().union(*counts)) / max(1, sum(each.total() for each in counts))
         return {
-            **{name: float(of[places].mean()) for name, of in true.items()},
+            **{name: float(values[indices].mean()) for name, values in properties.items()},
             **distinct,
-            f"repetition_{REPETITION_NGRAM}": float(repeated[places].mean()),
+            f"repetition_{REPETITION_NGRAM}": float(repeated[indices].mean()),
         }
 
     limits = dict.fromkeys((*(f"distinct_{n}" for n in DISTINCT_NGRAMS), f"repetition_{REPETITION_NGRAM}"), (0.0, 1.0))
-    return Measurements.from_rows(len(written), metrics, frozenset(true), limits=limits)
+    return Measurements.from_rows(len(written), metrics, frozenset(properties), limits=limits)
 
 
 def generate_continuations(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:
-    """What the model writes after each prompt, always its likeliest token.
+    """Greedy continuations of the prompts.
 
     Raises:
         UserError: A prompt is longer than the context.
     """
     found = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda place: -len(prompts[place]))
-    with tqdm(total=len(prompts), desc="writing", unit="", delay=2, leave=False, disable=None) as bar:
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    with tqdm(total=len(prompts), desc="generating", unit="", delay=2, leave=False, disable=None) as bar:
         for start in range(0, len(order), BATCH_SIZE):
-            places = order[start : start + BATCH_SIZE]
-            given = [prompts[place] for place in places]
-            for row, piece in stream_text(model, tokenizer, given, max_new_tokens, GREEDY, [0] * len(places), stop):
-                found[places[row]] += piece
+            indices = order[start : start + BATCH_SIZE]
+            given = [prompts[index] for index in indices]
+            for row, piece in stream_text(model, tokenizer, given, max_new_tokens, GREEDY, [0] * len(indices), stop):
+                found[indices[row]] += piece
                 bar.update(not piece)
     return found
 

@@ -1,4 +1,4 @@
-"""What is known of a model's scores when so many rows were asked: metrics, each with a 95% confidence interval."""
+"""Confidence intervals (95%) of evaluation metrics: Wilson for shares, the jackknife for all others."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,12 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL_QUANTILE: Final = 1.959963984540054
-"""Of a normal distribution, 95% lie within so many standard deviations."""
+"""95% of a normal distribution are within this many standard deviations."""
 MAX_GROUPS: Final = 100
+"""Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
-"""Spreads up to this part of a figure come of adding in another order."""
+"""Relative spread up to which a metric counts as constant: it is due to another order of additions."""
 MIN_ROWS: Final = 30
-"""Rows from which on the spread among them says enough; of fewer, their parts are asked, where they have any."""
+"""Minimum number of rows to estimate the spread from; for fewer rows, their parts are used if there are any."""
 
 PartIndices = NDArray[np.intp]
 Metrics = dict[str, float]
@@ -22,43 +23,43 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Measurements:
-    """What was found out about each of some rows, and how figures come of it.
+    """Per-part measurements of an evaluation, and how metrics are computed from them.
 
     Attributes:
-        row: For each part that was measured the number of its row, (n,) intp, in order. A row of a benchmark is one
-            part; a long document has several, its windows.
-        n_rows: Rows.
-        metrics: Of the parts with these numbers, (m,) intp.
-        shares: Names of those figures that are a share of rows, as an accuracy is.
-        extra: What has no interval: counts, chance.
-        limits: Between what those figures are that cannot have every value, by their names.
+        row: Row index of each measured part, (n,) intp, ascending. A benchmark row is one part; a long document has
+            several parts, its windows.
+        n_rows: Number of rows.
+        metrics: Computes the metrics over the parts with these indices, (m,) intp.
+        shares: Names of metrics that are a share of rows, such as an accuracy.
+        extra: Computes values without an interval, such as counts and the chance level.
+        limits: Lower and upper bound of metrics that have one, by name.
     """
 
     row: PartIndices
     n_rows: int
     metrics: Callable[[PartIndices], Metrics]
     shares: frozenset[str] = frozenset()
-    extra: Callable[[PartIndices], dict[str, Any]] = lambda places: {}
+    extra: Callable[[PartIndices], dict[str, Any]] = lambda indices: {}
     limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
     @classmethod
     def from_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measurements":
-        """Rows of one part each."""
+        """Measurements of rows with one part each."""
         return cls(np.arange(n_rows), n_rows, *args, **kwargs)
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """Figures and what they are worth.
+    """Metrics with their confidence intervals.
 
     Attributes:
-        rows: How many rows they are of.
-        metrics: By name.
-        intervals: Lower and upper end of each figure's 95% confidence interval, or None where nothing is known of it:
-            of a single row, or where the figure is the same whatever rows are left out, as one is of which all are
-            right. That says that the truth is near, and not how near.
-        extra: As they were measured.
-        from_parts: Whether the intervals are from the spread among parts of rows, as rows were too few.
+        rows: Number of rows.
+        metrics: Values by name.
+        intervals: Lower and upper end of each metric's 95% confidence interval. None if it is unknown: for a single
+            row, or if the metric is the same whatever rows are left out, e.g. when all rows have the same value. The
+            true value is then probably near, but how near is unknown.
+        extra: Values without an interval.
+        from_parts: Whether the intervals are from the spread among parts of rows, because there are too few rows.
     """
 
     rows: int
@@ -69,42 +70,42 @@ class ScoreSummary:
 
 
 def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> ScoreSummary:
-    """Figures of rows with their intervals: Wilson's of a share, the jackknife's with Student's t of all others.
+    """Metrics with their intervals: Wilson's for a share, the jackknife with Student's t for all others.
 
-    Rows are what varies: another benchmark of the kind would have others. Where there are fewer than ``MIN_ROWS``, and
-    they have parts, the parts are taken for it; those of a document are alike, so the interval is then too narrow.
+    Rows are the unit of sampling: a similar benchmark would have other rows. If there are fewer than ``MIN_ROWS`` and
+    they have parts, the parts are the unit; parts of one document are similar, so the interval is then too narrow.
 
     Args:
-        measured: Of all rows.
-        rows: Which of them count, (n_rows,) bool; all by default, and one at least.
+        measured: Measurements of all rows.
+        rows: Rows to include, (n_rows,) bool, at least one; all by default.
     """
     kept = np.ones(measured.n_rows, dtype=bool) if rows is None else rows
-    places = np.flatnonzero(kept[measured.row])
-    metrics, n = measured.metrics(places), int(kept.sum())
-    from_parts = n < MIN_ROWS and len(places) > n
+    indices = np.flatnonzero(kept[measured.row])
+    metrics, n = measured.metrics(indices), int(kept.sum())
+    from_parts = n < MIN_ROWS and len(indices) > n
     unit = np.arange(len(measured.row)) if from_parts else measured.row
     spread, groups = (
-        jackknife_standard_errors(measured.metrics, places, unit),
-        min(len(np.unique(unit[places])), MAX_GROUPS),
+        jackknife_standard_errors(measured.metrics, indices, unit),
+        min(len(np.unique(unit[indices])), MAX_GROUPS),
     )
 
     def interval(name: str, value: float) -> tuple[float, float] | None:
         if name in measured.shares:
             return wilson_interval(value, n)
-        if spread is None or not spread[name] > ROUNDING_TOLERANCE * max(1.0, abs(value)):  # NaN is not, either
+        if spread is None or not spread[name] > ROUNDING_TOLERANCE * max(1.0, abs(value)):  # true for NaN, too
             return None
         low, high = measured.limits.get(name, (-math.inf, math.inf))
         half = student_t_quantile(groups - 1) * spread[name]
         return max(low, value - half), min(high, value + half)
 
     intervals = {name: interval(name, value) for name, value in metrics.items()}
-    return ScoreSummary(n, metrics, intervals, measured.extra(places), from_parts)
+    return ScoreSummary(n, metrics, intervals, measured.extra(indices), from_parts)
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """The score interval of a share of n (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+    """Wilson's score interval of a share of n rows (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
-    It stays within 0 and 1, and does not shrink to nothing where all rows are right, or none is.
+    It stays within 0 and 1, and has a positive width even if all rows are right or all are wrong.
     """
     middle = (share + NORMAL_QUANTILE * NORMAL_QUANTILE / (2 * n)) / (1 + NORMAL_QUANTILE * NORMAL_QUANTILE / n)
     half = (
@@ -116,10 +117,13 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def student_t_quantile(freedom: int) -> float:
-    """How many standard errors about a mean hold 95% of Student's t with so many degrees of freedom, at least 1.
+    """Half-width of the central 95% interval of Student's t distribution, in standard errors.
 
-    Exact of one and two; of more, the expansion in their inverse (Abramowitz and Stegun 1964, 26.7.5), which is then
-    right to 0.13%.
+    Exact for one and two degrees of freedom; for more, an expansion in their inverse (Abramowitz and Stegun 1964,
+    26.7.5) with an error of at most 0.13%.
+
+    Args:
+        freedom: Degrees of freedom, at least 1.
     """
     if freedom == 1:
         return math.tan(0.475 * math.pi)
@@ -136,27 +140,29 @@ def student_t_quantile(freedom: int) -> float:
 
 
 def jackknife_standard_errors(
-    metrics: Callable[[PartIndices], Metrics], places: PartIndices, unit: PartIndices
+    metrics: Callable[[PartIndices], Metrics], indices: PartIndices, unit: PartIndices
 ) -> Metrics | None:
-    """The standard error of each figure, from how it changes when a share of the units is left out.
+    """Standard error of each metric by the delete-a-group jackknife.
 
-    Units are dealt out to at most ``MAX_GROUPS`` groups, and each group is left out once (the delete-a-group jackknife,
-    Shao and Tu 1995, https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). It needs no random numbers, and unlike
-    the bootstrap repeats no row, which would make texts look more repetitive than they are.
+    Units are assigned to at most ``MAX_GROUPS`` groups, and each group is left out once (Shao and Tu 1995,
+    https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). It needs no random numbers and, unlike the bootstrap,
+    repeats no row, which would make texts look more repetitive than they are.
 
     Args:
-        metrics: Of the parts with these numbers.
-        places: Numbers of the parts that count, (m,).
-        unit: For each part, what it is left out together with, (n,).
+        metrics: Computes the metrics over the parts with given indices.
+        indices: Indices of the parts to include, (m,).
+        unit: Unit of each part, (n,); parts of one unit are left out together.
 
     Returns:
-        None of fewer than two units.
+        None for fewer than two units.
     """
-    number = np.unique(unit[places], return_inverse=True)[1]
+    number = np.unique(unit[indices], return_inverse=True)[1]
     n = int(number.max(initial=-1)) + 1
     groups = min(n, MAX_GROUPS)
     if groups < 2:
         return None
-    # Neighbours, which may be alike, go to different groups; so each is a sample of the whole.
-    without = [metrics(places[number % groups != group]) for group in range(groups)]
-    return {name: math.sqrt((groups - 1) * float(np.var([left[name] for left in without]))) for name in metrics(places)}
+    # Adjacent units may be similar and go to different groups, so each group is a sample of the whole.
+    without = [metrics(indices[number % groups != group]) for group in range(groups)]
+    return {
+        name: math.sqrt((groups - 1) * float(np.var([left[name] for left in without]))) for name in metrics(indices)
+    }

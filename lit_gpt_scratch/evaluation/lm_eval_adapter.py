@@ -1,6 +1,6 @@
-"""A model of this package as ``lm-eval`` asks models, so that its benchmarks can be run: the extra ``[eval]``.
+"""Adapter that runs the benchmarks of ``lm-eval`` on a model of this package (the extra ``[eval]``).
 
-Nothing else here imports ``lm_eval``, and this module is imported where a benchmark is asked for.
+No other module imports ``lm_eval``, and this one is only imported to run a benchmark.
 """
 
 import contextlib
@@ -27,19 +27,19 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BOOTSTRAP_ITERS: Final = 100
-"""For what has no formula of its own in a group of tasks."""
+"""Bootstrap iterations for metrics of task groups that have no closed-form standard error."""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Tokens of a continuation, where a task does not say how many, as in ``lm-eval``."""
+"""Maximum tokens of a continuation for tasks that set no limit, as in ``lm-eval``."""
 
 
 class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
-    """What ``lm-eval`` asks for: log-likelihoods of continuations and of whole texts, and continuations.
+    """The model interface of ``lm-eval``: log-likelihoods of continuations and whole texts, and generation.
 
-    Every context begins a document, so the start of text stands before it, as with ``add_bos_token`` of theirs.
+    Every context begins a document, so the start of text is prepended, as with lm-eval's ``add_bos_token``.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer) -> None:
@@ -48,61 +48,62 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         self.tokenizer = tokenizer
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Of each continuation behind its context: nats, and whether it is the greedy one.
+        """Log-likelihood in nats of each continuation given its context, and whether it is the greedy one.
 
-        A context that is too long loses its beginning.
+        A context that is too long is truncated from the left.
         """
-        tails = [encode_continuation(self.tokenizer, *request.args) for request in requests]
+        sequences = [encode_continuation(self.tokenizer, *request.args) for request in requests]
         most = self.model.block_size + 1
-        tails = [ScoredSequence(tail.ids[-most:], min(tail.scored, most - 1)) for tail in tails]
-        return [(said.nats, said.greedy) for said in compute_loglikelihoods(self.model, tails)]
+        sequences = [ScoredSequence(sequence.ids[-most:], min(sequence.scored, most - 1)) for sequence in sequences]
+        return [(score.nats, score.greedy) for score in compute_loglikelihoods(self.model, sequences)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Of each text as a document, in windows as ``lm-eval`` lays them: nats."""
-        tails, owner = [], []
+        """Log-likelihood in nats of each text as a document, in the windows of ``lm-eval``."""
+        sequences, owner = [], []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode(request.args[0])
-            # The last window has as much context as there is room for, unlike those of scoring.windows.
+            # Unlike in perplexity.split_into_windows, the last window has as much context as fits.
             for read, scored in get_rolling_token_windows(ids, self.tokenizer.start_of_text, self.model.block_size, 1):
-                tails.append(ScoredSequence([*read, scored[-1]], len(scored)))
+                sequences.append(ScoredSequence([*read, scored[-1]], len(scored)))
                 owner.append(number)
         sums = [0.0] * len(requests)
-        for number, said in zip(owner, compute_loglikelihoods(self.model, tails), strict=True):
-            sums[number] += said.nats
+        for number, score in zip(owner, compute_loglikelihoods(self.model, sequences), strict=True):
+            sums[number] += score.nats
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """A greedy continuation of each context, to one of its stop strings; a context too long loses its beginning.
+        """A greedy continuation of each context up to a stop string; long contexts are truncated from the left.
 
         Raises:
-            UserError: A task wants something else than the likeliest tokens.
+            UserError: A task asks for random sampling.
         """
-        alike: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        by_settings: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
-            asked = normalize_gen_kwargs(request.args[1], DEFAULT_MAX_TOKENS)
-            if asked["do_sample"]:
-                raise UserError(f"argument --benchmark: {request.task_name} wants random text; that is not done")
-            stop = tuple(text for text in handle_stop_sequences(asked["until"], eos=None) if text)
-            alike.setdefault((asked["max_gen_toks"], stop), []).append(number)
+            settings = normalize_gen_kwargs(request.args[1], DEFAULT_MAX_TOKENS)
+            if settings["do_sample"]:
+                raise UserError(
+                    f"argument --benchmark: {request.task_name} needs random sampling, but only greedy decoding is "
+                    "supported; choose another task"
+                )
+            stop = tuple(text for text in handle_stop_sequences(settings["until"], eos=None) if text)
+            by_settings.setdefault((settings["max_gen_toks"], stop), []).append(number)
         found = [""] * len(requests)
-        for (n, stop), numbers in alike.items():
-            prompts = [self._end(requests[number].args[0], n) for number in numbers]
+        for (n, stop), numbers in by_settings.items():
+            prompts = [self._truncate_context(requests[number].args[0], n) for number in numbers]
             for number, text in zip(
                 numbers, generate_continuations(self.model, self.tokenizer, prompts, n, stop), strict=True
             ):
                 found[number] = text
         return found
 
-    def _end(self, context: str, n: int) -> str:
-        """As much of a context as leaves room for so many tokens, but for half of what the model holds at least."""
-        room = max(self.model.block_size - n, self.model.block_size // 2) - 1
-        ids, kept = self.tokenizer.encode(context), room
-        while len(ids) > room:
+    def _truncate_context(self, context: str, n: int) -> str:
+        """Truncate a context from the left so that ``n`` tokens fit after it; at least half of the window is kept."""
+        limit = max(self.model.block_size - n, self.model.block_size // 2) - 1
+        ids, kept = self.tokenizer.encode(context), limit
+        while len(ids) > limit:
             context = self.tokenizer.decode(ids[len(ids) - kept :])
-            ids, kept = (
-                self.tokenizer.encode(context),
-                kept - 1,
-            )  # a character cut in two may be more tokens than it was
+            # A character split at the cut may encode to more tokens than before: try again with one token less.
+            ids, kept = self.tokenizer.encode(context), kept - 1
         return context
 
 
@@ -114,24 +115,24 @@ def run_lm_eval(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, ScoreSummary]:
-    """Run benchmarks of ``lm-eval``, by their names there.
+    """Run benchmarks of ``lm-eval``.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's.
-        names: Tasks, or groups of tasks.
-        few_shot: Examples before each question; by default as many as the task says.
-        limit: Take so many rows of each task.
-        include_path: A folder with YAML files of tasks beside those of the library.
+        tokenizer: The model's tokenizer.
+        names: Names of tasks or groups of tasks.
+        few_shot: Number of few-shot examples; by default the task's own.
+        limit: Maximum number of rows per task.
+        include_path: Folder with YAML files of additional tasks.
 
     Returns:
-        For each task and group its figures. Where they cannot be made of rows again, an interval is of 1.96 standard
-        errors, if the library has them.
+        The metrics of each task and group. If a metric cannot be recomputed from the rows, its interval is 1.96 of the
+        library's standard errors, if it reports them.
 
     Raises:
-        UserError: There is no such task, or its data cannot be had.
+        UserError: There is no such task, or its data cannot be loaded.
     """
-    # What it prints is not for standard output, which may be read by a program; nor are its processes needed.
+    # Keep its output off standard output, which a program may parse; and it needs no worker processes.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
         tasks = TaskManager(include_path=str(include_path) if include_path else None)
@@ -147,8 +148,8 @@ def run_lm_eval(
                 task_manager=tasks,
             )
         except (ConnectionError, OSError) as error:
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"argument --benchmark: the data of {', '.join(names)} cannot be had: {said}") from error
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(f"argument --benchmark: cannot load the data of {', '.join(names)}: {reason}") from error
     samples, counted = found.get("samples", {}), found.get("n-samples", {})
     return {
         name: _summarize_task(metrics, samples.get(name, []), counted.get(name, {}).get("effective", 0))
@@ -157,7 +158,7 @@ def run_lm_eval(
 
 
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
-    """``acc,none`` and ``acc_stderr,none`` as a figure and its interval."""
+    """Metrics like ``acc,none`` with their intervals, from the rows or from ``acc_stderr,none``."""
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for key, value in found.items():
@@ -166,26 +167,26 @@ def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], ro
             continue
         label = name if filter_ == "none" else f"{name} ({filter_})"
         items = [sample[name] for sample in samples if sample["filter"] == filter_ and name in sample]
-        error = found.get(f"{name}_stderr,{filter_}")  # N/A where none is known
+        error = found.get(f"{name}_stderr,{filter_}")  # "N/A" if unknown
         metrics[label] = float(value)
         intervals[label] = _interval_from_rows(name, items, value) or _interval_from_stderr(value, error)
     return ScoreSummary(rows, metrics, intervals, {})
 
 
 def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
-    """As of this package's own scores, if what is known of each row makes the figure as ``lm-eval`` makes it."""
+    """The interval by this package's method, if the metric of ``lm-eval`` can be recomputed from its rows."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None
     share = frozenset({name} if all(item in (0, 1) for item in items) else ())
     of_rows = Measurements.from_rows(
-        len(items), lambda places: {name: float(aggregate([items[place] for place in places]))}, share
+        len(items), lambda indices: {name: float(aggregate([items[index] for index in indices]))}, share
     )
     return summarize(of_rows).intervals[name]
 
 
 def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
-    """Of a group of tasks, say."""
+    """Normal interval, e.g. for a group of tasks."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
     return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

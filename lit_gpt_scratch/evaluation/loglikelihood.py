@@ -1,4 +1,4 @@
-"""Log-probabilities of ends of sequences, of many at once: what all scores but those of written text are made of."""
+"""Batched log-likelihoods of continuations: the basis of perplexity, multiple choice and minimal pairs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH: Final = 2**14
 LOGITS_PER_BATCH: Final = 2**26
-"""Of a batch: 256 MB in float32, and as much again for their normalisation."""
+"""Maximum logits per batch: 256 MB in float32, and as much again for the log-softmax."""
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence, the end of which is scored.
+    """A sequence whose last tokens are scored.
 
     Attributes:
-        ids: What is read and what is scored, in one.
-        scored: How many of the last ids are scored; not the first.
+        ids: Token ids of context and continuation.
+        scored: Number of scored tokens at the end; the first token is never scored.
     """
 
     ids: Sequence[int]
@@ -35,11 +35,11 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """What a model says of a tail.
+    """Log-likelihood of the scored tokens of a sequence.
 
     Attributes:
-        nats: Its log-probability, summed.
-        greedy: Whether each of its tokens is the likeliest one.
+        nats: Sum of their log-probabilities.
+        greedy: Whether every token is the most probable one.
     """
 
     nats: float
@@ -47,82 +47,91 @@ class LogLikelihood:
 
 
 def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
-    """A continuation behind its context, which begins a document.
+    """Encode a context, as the beginning of a document, and a continuation to be scored.
 
-    Both are encoded as one text, and what the context alone has as tokens counts as read: as ``lm-eval`` does it, with
-    white space that ends the context given to the continuation.
+    Both are encoded as one text, and the tokens of the context alone are not scored. As in ``lm-eval``, trailing white
+    space of the context is moved to the continuation.
 
     Raises:
-        UserError: The continuation has no token of its own.
+        UserError: The continuation adds no token.
     """
     space = len(context) - len(context.rstrip())
     context, continuation = context[: len(context) - space], context[len(context) - space :] + continuation
     read = tokenizer.encode(context)
     scored = tokenizer.encode(context + continuation)[len(read) :]
     if not scored:
-        raise UserError(f"{continuation!r} adds no token to what is before it")
+        raise UserError(f"{continuation!r} adds no token to its context")
     return ScoredSequence([tokenizer.start_of_text, *read, *scored], len(scored))
 
 
 @torch.inference_mode()
-def compute_loglikelihoods(model: GPT, tails: Sequence[ScoredSequence], progress: bool = True) -> list[LogLikelihood]:
-    """Score each tail behind what is before it.
+def compute_loglikelihoods(
+    model: GPT, sequences: Sequence[ScoredSequence], progress: bool = True
+) -> list[LogLikelihood]:
+    """Log-likelihood of the scored tokens of each sequence.
 
-    Tails of alike length go together, and only what is scored is put through the head.
+    Sequences of similar length are batched, and only scored positions pass through the head.
 
     Args:
-        model: In evaluation mode; reads tokens.
-        tails: Their ids but the last fit into the context.
-        progress: Whether a terminal shows a bar.
+        model: In evaluation mode, with a token head.
+        sequences: Sequences; all ids but the last fit into the context.
+        progress: Show a progress bar on a terminal.
     """
-    found: list[LogLikelihood | None] = [None] * len(tails)
-    lengths = [len(tail.ids) for tail in tails]
-    sizes = [max(len(tail.ids) / TOKENS_PER_BATCH, tail.scored * model.vocab_size / LOGITS_PER_BATCH) for tail in tails]
+    found: list[LogLikelihood | None] = [None] * len(sequences)
+    lengths = [len(sequence.ids) for sequence in sequences]
+    sizes = [
+        max(len(sequence.ids) / TOKENS_PER_BATCH, sequence.scored * model.vocab_size / LOGITS_PER_BATCH)
+        for sequence in sequences
+    ]
     with tqdm(
-        total=len(tails), desc="scoring", unit="", delay=2, leave=False, disable=None if progress else True
+        total=len(sequences), desc="scoring", unit="", delay=2, leave=False, disable=None if progress else True
     ) as bar:
-        for places in batch_by_length(lengths, sizes):
-            for place, likelihood in zip(places, _score_batch(model, [tails[place] for place in places]), strict=True):
-                found[place] = likelihood
-            bar.update(len(places))
+        for indices in batch_by_length(lengths, sizes):
+            for index, likelihood in zip(
+                indices, _score_batch(model, [sequences[index] for index in indices]), strict=True
+            ):
+                found[index] = likelihood
+            bar.update(len(indices))
     return [likelihood for likelihood in found if likelihood is not None]
 
 
 def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[list[int]]:
-    """Deal sequences out to batches of alike length, the longest first: what needs most memory fails at once.
+    """Group sequences of similar length into batches, the longest first, so that running out of memory happens early.
 
     Args:
-        lengths: Of each.
-        sizes: What share of the largest batch each would fill; all of a batch are filled up to the largest.
+        lengths: Length of each sequence.
+        sizes: Fraction of a full batch that each sequence takes; all of a batch are padded to the largest.
 
     Yields:
-        Numbers of sequences, at least one.
+        Indices of the sequences of a batch, at least one.
     """
     batch: list[int] = []
     largest = 0.0
-    for place in sorted(range(len(lengths)), key=lambda place: -lengths[place]):
-        largest = max(largest, sizes[place])
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        largest = max(largest, sizes[index])
         if batch and (len(batch) + 1) * largest > 1:
             yield batch
-            batch, largest = [], sizes[place]
-        batch.append(place)
+            batch, largest = [], sizes[index]
+        batch.append(index)
     if batch:
         yield batch
 
 
-def _score_batch(model: GPT, tails: Sequence[ScoredSequence]) -> Iterator[LogLikelihood]:
+def _score_batch(model: GPT, sequences: Sequence[ScoredSequence]) -> Iterator[LogLikelihood]:
     device = next(model.parameters()).device
-    # Filled up behind the last token: seen by none before it, and not scored.
-    inputs = _pad([tail.ids[:-1] or [0] for tail in tails], 0).to(device)  # (B, T)
-    labels = _pad([tail.ids[len(tail.ids) - tail.scored :] for tail in tails], IGNORE_INDEX).to(device)  # (B, S)
-    first = torch.tensor([len(tail.ids) - 1 - tail.scored for tail in tails], device=device)  # (B,)
-    places = first[:, None] + torch.arange(labels.size(1), device=device)  # (B, S)
+    # Right padding: no token attends to it, and it is not scored.
+    inputs = _pad([sequence.ids[:-1] or [0] for sequence in sequences], 0).to(device)  # (B, T)
+    labels = _pad([sequence.ids[len(sequence.ids) - sequence.scored :] for sequence in sequences], IGNORE_INDEX).to(
+        device
+    )  # (B, S)
+    first = torch.tensor([len(sequence.ids) - 1 - sequence.scored for sequence in sequences], device=device)  # (B,)
+    positions = first[:, None] + torch.arange(labels.size(1), device=device)  # (B, S)
     x = model.hidden_states(inputs)  # (B, T, n_embd)
-    scored = places.clamp(max=inputs.size(1) - 1)[..., None].expand(-1, -1, x.size(-1))
+    scored = positions.clamp(max=inputs.size(1) - 1)[..., None].expand(-1, -1, x.size(-1))
     logits = model.apply_head(x.gather(1, scored))  # (B, S, vocab_size)
     nats, _ = sequence_logprobs(logits, labels)
     greedy = ((logits.argmax(-1) == labels) | (labels == IGNORE_INDEX)).all(-1)  # (B,)
-    return (LogLikelihood(*said) for said in zip(nats.tolist(), greedy.tolist(), strict=True))
+    return (LogLikelihood(*scores) for scores in zip(nats.tolist(), greedy.tolist(), strict=True))
 
 
 def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:

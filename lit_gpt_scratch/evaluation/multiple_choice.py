@@ -1,4 +1,4 @@
-"""Which of several texts a model finds likeliest: questions with choices, and minimal pairs."""
+"""Evaluation by comparing likelihoods: multiple-choice questions and minimal pairs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation import jsonl
+from lit_gpt_scratch.evaluation import benchmark_rows
 from lit_gpt_scratch.evaluation.intervals import Measurements
 from lit_gpt_scratch.evaluation.loglikelihood import ScoredSequence, compute_loglikelihoods, encode_continuation
 from lit_gpt_scratch.model import GPT
@@ -16,20 +16,20 @@ from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 EXAMPLE_SEPARATOR: Final = "\n\n"
-"""What stands between examples, as in ``lm-eval``."""
+"""Separator of few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Relative; log-probabilities that differ by less are one, as far as float32 can tell."""
+"""Relative tolerance: log-probabilities that differ by less are equal within float32 precision."""
 
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """A text and its continuations, one of which is right.
+    """A context and several continuations, one of which is right.
 
     Attributes:
-        where: Its place.
-        context: What stands before; empty in front of whole texts.
-        choices: Continuations, each with the space that it begins with.
-        answer: Which is right, from 0.
+        where: Source and line, for error messages.
+        context: The text before the choices; empty if the choices are whole texts.
+        choices: Continuations, each including its leading space.
+        answer: Index of the right choice, from 0.
     """
 
     where: str
@@ -39,86 +39,91 @@ class MultipleChoiceQuestion:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Of the columns ``question``, ``context`` or both, ``choices``, and ``answer``, a choice or its number from 0.
+        """Read ``question``, ``context`` or both, ``choices``, and ``answer``, a choice or its index from 0.
 
         Raises:
-            UserError: One is missing or is not what it must be.
+            UserError: A column is missing or invalid.
         """
-        context = jsonl.get_text(row, "question", "context")
+        context = benchmark_rows.get_text(row, "question", "context")
         if context != (before := row.fields.get("context")) and before:
-            context = jsonl.get_text(row, "context") + "\n" + context
-        choices = jsonl.get_texts(row, "choices")
-        answer = jsonl.get_choice(row, "answer", choices)
+            context = benchmark_rows.get_text(row, "context") + "\n" + context
+        choices = benchmark_rows.get_texts(row, "choices")
+        answer = benchmark_rows.get_choice(row, "answer", choices)
         return cls(row.where, context, tuple(f" {choice}" for choice in choices), answer)
 
     @classmethod
     def from_pair(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Of the columns ``sentence_good`` and ``sentence_bad``, as in BLiMP (https://arxiv.org/abs/1912.00582).
+        """Read ``sentence_good`` and ``sentence_bad``, the columns of BLiMP (https://arxiv.org/abs/1912.00582).
 
         Raises:
-            UserError: One is missing or is no text.
+            UserError: A column is missing or is not text.
         """
-        return cls(row.where, "", (jsonl.get_text(row, "sentence_good"), jsonl.get_text(row, "sentence_bad")), 0)
+        return cls(
+            row.where,
+            "",
+            (benchmark_rows.get_text(row, "sentence_good"), benchmark_rows.get_text(row, "sentence_bad")),
+            0,
+        )
 
     @property
     def text(self) -> str:
-        """As it would stand in a corpus: with the right answer."""
+        """The question with its right answer, to search for in the training data."""
         return self.context + self.choices[self.answer]
 
 
 def evaluate_multiple_choice(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[MultipleChoiceQuestion], few_shot: int = 0
 ) -> Measurements:
-    """Take the choice that is likeliest behind the question, the sum of its tokens' log-probabilities being its own.
+    """Choose the continuation with the highest log-likelihood, the sum over its tokens, and compare it with the answer.
 
-    A longer choice has more tokens to lose by, so three more figures divide by the choice's tokens, characters and
-    bytes; without the space before it, the last two are ``acc_norm`` and ``acc_bytes`` of ``lm-eval``. Where several
-    are equally likely, each counts for its share, so that a model that knows nothing scores chance.
+    The sum favours short choices, so three more metrics divide it by the number of tokens, characters or bytes. Counted
+    without the leading space, the last two are ``acc_norm`` and ``acc_bytes`` of ``lm-eval``. Ties share the
+    credit, so that a uniform model scores at chance level.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's.
-        questions: With choices.
-        few_shot: How many questions, with their answers, stand before each of the others, as examples; these are the
-            first, and are not scored themselves.
+        tokenizer: The model's tokenizer.
+        questions: Questions with choices.
+        few_shot: Number of questions used as examples, with their answers, before each of the others. These are the
+            first ones, and are not scored.
 
     Returns:
         ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character``, ``accuracy_per_byte``; and ``chance``.
 
     Raises:
-        UserError: A question is longer than the context, or too few are left.
+        UserError: A question is longer than the context, or no questions are left to score.
     """
     if not 0 <= few_shot < len(questions):
-        raise UserError(f"argument --few_shot: {few_shot} examples of {len(questions)} rows leave none to be scored")
+        raise UserError(f"argument --few_shot: {few_shot} examples of {len(questions)} rows leave none to score")
     examples = "".join(example.text + EXAMPLE_SEPARATOR for example in questions[:few_shot])
-    asked = questions[few_shot:]
-    tails = [
+    scored = questions[few_shot:]
+    sequences = [
         _encode_choice(model, tokenizer, question, examples, choice)
-        for question in asked
+        for question in scored
         for choice in question.choices
     ]
-    nats = np.array([said.nats for said in compute_loglikelihoods(model, tails)])
-    bare = [choice[1:] if question.context else choice for question in asked for choice in question.choices]
+    nats = np.array([score.nats for score in compute_loglikelihoods(model, sequences)])
+    bare = [choice[1:] if question.context else choice for question in scored for choice in question.choices]
     lengths = {
-        "accuracy": np.ones(len(tails)),
-        "accuracy_per_token": np.array([tail.scored for tail in tails]),
+        "accuracy": np.ones(len(sequences)),
+        "accuracy_per_token": np.array([sequence.scored for sequence in sequences]),
         "accuracy_per_character": np.array([len(choice) for choice in bare]),
         "accuracy_per_byte": np.array([len(choice.encode()) for choice in bare]),
     }
-    begins = np.cumsum([0] + [len(question.choices) for question in asked])
-    answers = begins[:-1] + [question.answer for question in asked]
+    begins = np.cumsum([0] + [len(question.choices) for question in scored])
+    answers = begins[:-1] + [question.answer for question in scored]
     right = {name: _score_answers(nats / length, begins, answers) for name, length in lengths.items()}
     chances = 1 / np.diff(begins)
     return Measurements.from_rows(
-        len(asked),
-        lambda places: {name: float(each[places].mean()) for name, each in right.items()},
+        len(scored),
+        lambda indices: {name: float(each[indices].mean()) for name, each in right.items()},
         frozenset(right),
-        lambda places: {"chance": float(chances[places].mean())},
+        lambda indices: {"chance": float(chances[indices].mean())},
     )
 
 
 def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
-    """How often the good sentence is likelier than the bad one, each as a whole document.
+    """How often the good sentence has a higher likelihood than the bad one, each as a whole document.
 
     Returns:
         ``accuracy``; and ``chance``.
@@ -126,7 +131,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
     measured = evaluate_multiple_choice(model, tokenizer, pairs)
     return Measurements.from_rows(
         measured.n_rows,
-        lambda places: {"accuracy": measured.metrics(places)["accuracy"]},
+        lambda indices: {"accuracy": measured.metrics(indices)["accuracy"]},
         measured.shares,
         measured.extra,
     )
@@ -136,21 +141,21 @@ def _encode_choice(
     model: GPT, tokenizer: Tokenizer, question: MultipleChoiceQuestion, examples: str, choice: str
 ) -> ScoredSequence:
     try:
-        tail = encode_continuation(tokenizer, examples + question.context, choice)
+        sequence = encode_continuation(tokenizer, examples + question.context, choice)
     except UserError as error:
         raise UserError(f"{question.where}: the choice {error}") from error
-    if len(tail.ids) - 1 > model.block_size:
+    if len(sequence.ids) - 1 > model.block_size:
         raise UserError(
-            f"{question.where} has {len(tail.ids) - 1} tokens with the choice {choice!r:.40}, and the context holds "
-            f"{model.block_size}" + ("; give fewer examples: --few_shot" if examples else "")
+            f"{question.where} has {len(sequence.ids) - 1} tokens with the choice {choice!r:.40}, but the context is "
+            f"{model.block_size}" + ("; lower --few_shot" if examples else "")
         )
-    return tail
+    return sequence
 
 
 def _score_answers(
     values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """For each question 1 if its answer's value is the largest, a share of 1 if it is among several, else 0: (n,)."""
+    """Score of each question, (n,): 1 if its answer has the largest value, 1/k if it ties with k - 1 others, else 0."""
     best = np.repeat(np.maximum.reduceat(values, begins[:-1]), np.diff(begins))
-    among = values >= best - TIE_TOLERANCE * np.abs(best)
-    return np.where(among[answers], 1 / np.add.reduceat(among.astype(int), begins[:-1]), 0.0)
+    is_best = values >= best - TIE_TOLERANCE * np.abs(best)
+    return np.where(is_best[answers], 1 / np.add.reduceat(is_best.astype(int), begins[:-1]), 0.0)

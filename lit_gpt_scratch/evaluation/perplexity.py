@@ -1,4 +1,4 @@
-"""How well a model predicts a text."""
+"""Loss, perplexity and bits per byte of documents, with a sliding window."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,22 +15,22 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Of which those of a length are put together."""
+"""Number of windows that are sorted by length and batched together."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Windows that predict each token of a text once, the first of them excepted.
+    """Split a text into windows that score every token once, except the first.
 
-    Each begins ``stride`` tokens behind the one before it, and predicts what that has not: all of the first window,
-    then ``stride`` tokens with ``window - stride`` before them as context, at least.
+    Each window begins ``stride`` tokens after the previous one and scores the tokens that have not been scored: all of
+    the first window, then ``stride`` tokens with at least ``window - stride`` tokens of context.
 
     Args:
-        n_tokens: Of the text, the start of text included.
-        window: The most tokens that a model reads at once.
-        stride: From 1, the most context and the most work, to ``window``, no token read twice.
+        n_tokens: Tokens of the text, including the start of text.
+        window: Maximum number of input tokens.
+        stride: From 1 (most context, most compute) to ``window`` (no token is read twice).
 
     Yields:
-        First token, the token behind the last, and how many of the last are predicted.
+        Index of the first token, index after the last, and how many of the last tokens are scored.
     """
     predicted = 1
     for start in range(0, n_tokens, stride):
@@ -43,24 +43,24 @@ def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tupl
 def evaluate_perplexity(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> Measurements:
-    """Predict whole documents: every byte of each, with no context from another document.
+    """Score whole documents, without context from another document.
 
-    A document is preceded by the start of text and cut into windows; each of its tokens is predicted once. That the
-    document ends is not scored.
+    A document is preceded by the start of text and split into windows; each of its tokens is scored once. The end of
+    text after the document is not scored.
 
     Args:
         model: In evaluation mode.
-        tokenizer: The model's.
+        tokenizer: The model's tokenizer.
         texts: Documents.
-        window: Tokens that are read at once; by default, and at most, the model's ``block_size``.
-        stride: As for ``split_into_windows``; by default as long as a window.
+        window: Input tokens per window; by default, and at most, the model's ``block_size``.
+        stride: As for ``split_into_windows``; by default ``window``.
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` (per token), ``bits_per_byte``; and ``tokens``, ``bytes``. The bytes
-        of a window are what the tokenizer says of its tokens, in proportion to what the document has.
+        of a document are distributed over its windows in proportion to the byte lengths of their tokens.
 
     Raises:
-        UserError: The window is longer than the context, or the stride than the window.
+        UserError: The window is longer than the context, or the stride is longer than the window.
     """
     window = model.block_size if window is None else window
     stride = window if stride is None else stride
@@ -73,33 +73,33 @@ def evaluate_perplexity(
     tokens: list[int] = []
     n_bytes: list[float] = []
 
-    def tails() -> Iterator[ScoredSequence]:
+    def sequences() -> Iterator[ScoredSequence]:
         with tqdm(desc="scoring", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             for number, text in enumerate(texts):
                 ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
-                # Of a text that the tokenizer has no tokens for nothing is predicted, but its bytes count.
-                cut = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
-                sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in cut]
+                # A text without tokens has nothing to score, but its bytes count.
+                spans = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
+                sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in spans]
                 size = len(text.encode())
-                for (start, stop, scored), its in zip(cut, sizes, strict=True):
+                for (start, stop, scored), token_size in zip(spans, sizes, strict=True):
                     row.append(number)
                     tokens.append(scored)
-                    n_bytes.append(size * (its / sum(sizes) if sum(sizes) else 1 / len(cut)))
+                    n_bytes.append(size * (token_size / sum(sizes) if sum(sizes) else 1 / len(spans)))
                     yield ScoredSequence(ids[start:stop], scored)
                 bar.update(size)
 
     nats: list[float] = []
-    pending = tails()
+    pending = sequences()
     while batch := list(islice(pending, WINDOWS_PER_BATCH)):
-        nats += [-said.nats for said in compute_loglikelihoods(model, batch, progress=False)]
+        nats += [-score.nats for score in compute_loglikelihoods(model, batch, progress=False)]
     columns = np.array([nats, tokens, n_bytes])  # (3, windows)
 
-    def metrics(places: PartIndices) -> Metrics:
-        sums = columns[:, places].sum(1)
+    def metrics(indices: PartIndices) -> Metrics:
+        sums = columns[:, indices].sum(1)
         return likelihood_rates(*map(float, sums))
 
-    def extra(places: PartIndices) -> dict[str, int]:
-        return {"tokens": round(columns[1, places].sum()), "bytes": round(columns[2, places].sum())}
+    def extra(indices: PartIndices) -> dict[str, int]:
+        return {"tokens": round(columns[1, indices].sum()), "bytes": round(columns[2, indices].sum())}
 
     limits = {"loss": (0.0, math.inf), "perplexity": (1.0, math.inf), "bits_per_byte": (0.0, math.inf)}
     return Measurements(np.array(row, dtype=np.intp), 1 + max(row, default=-1), metrics, extra=extra, limits=limits)
@@ -110,5 +110,5 @@ def score_documents(
 ) -> dict[str, float | int]:
     """``loss``, ``perplexity``, ``bits_per_byte``, ``tokens`` and ``bytes`` of documents, as plain numbers."""
     measured = evaluate_perplexity(model, tokenizer, texts, window, stride)
-    everything = np.arange(len(measured.row))
-    return {**measured.metrics(everything), **measured.extra(everything)}
+    indices = np.arange(len(measured.row))
+    return {**measured.metrics(indices), **measured.extra(indices)}

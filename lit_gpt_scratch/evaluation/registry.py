@@ -1,4 +1,4 @@
-"""Kinds of evaluation: a row each, from a source to figures."""
+"""All evaluation tasks: how each reads its rows, calls the model and computes its metrics."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -10,10 +10,10 @@ import numpy as np
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation import (
+    benchmark_rows,
     chat_eval,
     classification_eval,
     generation_eval,
-    jsonl,
     multiple_choice,
     perplexity,
 )
@@ -30,20 +30,20 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """What is asked of a model; each kind takes its part of it.
+    """Options of an evaluation; each task uses some of them.
 
     Attributes:
-        source: Where the rows, or the documents, are.
-        limit: Take so many of them.
-        against: What the model was trained on, to look for them in it.
-        text_column: The column with the text, of documents and of labelled rows.
-        label_column: The column with the class.
+        source: Source of the rows or documents.
+        limit: Maximum number of rows.
+        against: Training data of the model, to search for the rows (contamination).
+        text_column: Column with the text, of documents and of labelled rows.
+        label_column: Column with the class.
         window: As for ``perplexity.evaluate_perplexity``.
         stride: As for ``perplexity.evaluate_perplexity``.
         few_shot: As for ``multiple_choice.evaluate_multiple_choice``.
         max_new_tokens: As for ``generation_eval.evaluate_generation``.
         stop: As for ``generation_eval.evaluate_generation``.
-        classes: Names of the classes that the model tells apart, if it does.
+        classes: Class names of a classifier.
         pooling: As for ``classification_eval.classify``.
     """
 
@@ -63,14 +63,14 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One kind of evaluation.
+    """One evaluation task.
 
     Attributes:
-        description: What it says, and of which columns.
-        read: Rows or documents.
-        text: One of them as it would stand in a corpus.
-        measure: Ask the model about them.
-        flags: Which fields of ``EvalRequest`` it takes, beside ``source``, ``limit`` and ``against``.
+        description: What it measures, and the columns it reads.
+        read: Reads rows or documents.
+        text: Plain text of a row, to search for in the training data.
+        measure: Runs the model on the rows.
+        flags: Fields of ``EvalRequest`` it uses in addition to ``source``, ``limit`` and ``against``.
         needs_classifier: Whether it is for a classifier rather than a language model.
     """
 
@@ -84,54 +84,54 @@ class EvalTask:
 
 EVAL_TASKS: Final = {
     "text": EvalTask(
-        "how well a text is predicted",
-        lambda asked: read_documents(asked.source, asked.text_column),
+        "loss, perplexity and bits per byte of documents",
+        lambda request: read_documents(request.source, request.text_column),
         lambda document: str(document.text),
-        lambda model, tokenizer, found, asked: perplexity.evaluate_perplexity(
-            model, tokenizer, (document.text for document in found), asked.window, asked.stride
+        lambda model, tokenizer, rows, request: perplexity.evaluate_perplexity(
+            model, tokenizer, (document.text for document in rows), request.window, request.stride
         ),
         ("text_column", "window", "stride"),
     ),
     "multiple_choice": EvalTask(
-        "which choice is likeliest: question or context, choices, answer",
-        lambda asked: map(MultipleChoiceQuestion.from_row, jsonl.read_rows(asked.source)),
+        "accuracy of the most likely choice; columns: question or context, choices, answer",
+        lambda request: map(MultipleChoiceQuestion.from_row, benchmark_rows.read_rows(request.source)),
         lambda question: str(question.text),
-        lambda model, tokenizer, found, asked: multiple_choice.evaluate_multiple_choice(
-            model, tokenizer, found, asked.few_shot
+        lambda model, tokenizer, rows, request: multiple_choice.evaluate_multiple_choice(
+            model, tokenizer, rows, request.few_shot
         ),
         ("few_shot",),
     ),
     "minimal_pairs": EvalTask(
-        "which sentence is likelier: sentence_good, sentence_bad",
-        lambda asked: map(MultipleChoiceQuestion.from_pair, jsonl.read_rows(asked.source)),
+        "how often the good sentence is more likely; columns: sentence_good, sentence_bad",
+        lambda request: map(MultipleChoiceQuestion.from_pair, benchmark_rows.read_rows(request.source)),
         lambda pair: str(pair.text),
-        lambda model, tokenizer, found, asked: multiple_choice.evaluate_minimal_pairs(model, tokenizer, found),
+        lambda model, tokenizer, rows, request: multiple_choice.evaluate_minimal_pairs(model, tokenizer, rows),
     ),
     "generation": EvalTask(
-        "what is written after prompts: prompt, reference",
-        lambda asked: map(GenerationExample.from_row, jsonl.read_rows(asked.source)),
-        lambda exercise: str(exercise.text),
-        lambda model, tokenizer, found, asked: generation_eval.evaluate_generation(
-            model, tokenizer, found, asked.max_new_tokens, asked.stop
+        "greedy continuations of prompts; columns: prompt, reference",
+        lambda request: map(GenerationExample.from_row, benchmark_rows.read_rows(request.source)),
+        lambda example: str(example.text),
+        lambda model, tokenizer, rows, request: generation_eval.evaluate_generation(
+            model, tokenizer, rows, request.max_new_tokens, request.stop
         ),
         ("max_new_tokens", "stop"),
     ),
     "replies": EvalTask(
-        "what is replied in the chat template: messages, or instruction, input, output",
-        lambda asked: map(ChatExample.from_row, jsonl.read_rows(asked.source)),
-        lambda found: str(found.text),
-        lambda model, tokenizer, found, asked: chat_eval.evaluate_chat(model, tokenizer, found, asked.max_new_tokens),
+        "replies in the chat template; columns: messages, or instruction, input, output",
+        lambda request: map(ChatExample.from_row, benchmark_rows.read_rows(request.source)),
+        lambda example: str(example.text),
+        lambda model, tokenizer, rows, request: chat_eval.evaluate_chat(model, tokenizer, rows, request.max_new_tokens),
         ("max_new_tokens",),
     ),
     "classification": EvalTask(
-        "which class a text is given: text, label",
-        lambda asked: (
-            LabeledText.from_row(row, asked.text_column, asked.label_column, asked.classes)
-            for row in jsonl.read_rows(asked.source)
+        "accuracy, F1 and AUROC of a classifier; columns: text, label",
+        lambda request: (
+            LabeledText.from_row(row, request.text_column, request.label_column, request.classes)
+            for row in benchmark_rows.read_rows(request.source)
         ),
         lambda labelled: str(labelled.text),
-        lambda model, tokenizer, found, asked: classification_eval.evaluate_classification(
-            model, tokenizer, found, asked.classes, asked.pooling
+        lambda model, tokenizer, rows, request: classification_eval.evaluate_classification(
+            model, tokenizer, rows, request.classes, request.pooling
         ),
         ("text_column", "label_column"),
         needs_classifier=True,
@@ -141,12 +141,12 @@ EVAL_TASKS: Final = {
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores of all rows; and, if the training text was searched for them, how many it holds, and scores without those.
+    """Scores of all rows and, if the training data was searched, of the uncontaminated ones.
 
     Attributes:
-        scores: Of all.
-        contaminated: How many rows are in the training text.
-        clean: Of the others; None if there are none, or nobody looked.
+        scores: Scores of all rows.
+        contaminated: Number of rows found in the training data; None if it was not searched.
+        clean: Scores of the other rows; None if there are none, or if the training data was not searched.
     """
 
     scores: ScoreSummary
@@ -154,7 +154,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: figures and facts by name, their ``intervals``, and ``contamination``."""
+        """JSON form: metrics and other values by name, their ``intervals``, and ``contamination``."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows
@@ -167,51 +167,51 @@ class EvalResult:
         return found
 
 
-def evaluate(name: str, model: GPT, tokenizer: Tokenizer, asked: EvalRequest) -> EvalResult:
-    """Score a model.
+def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) -> EvalResult:
+    """Run an evaluation task.
 
     Args:
-        name: Of a kind.
-        model: In evaluation mode, with the head that the kind is about.
-        tokenizer: The model's.
-        asked: What the kind needs.
+        name: Name of the task.
+        model: In evaluation mode, with the head that the task needs.
+        tokenizer: The model's tokenizer.
+        request: Options.
 
     Raises:
-        UserError: A row is not what it must be, or there is none.
+        UserError: A row is invalid, or there are no rows.
     """
-    kind = EVAL_TASKS[name]
-    found = islice(kind.read(asked), asked.limit)
-    # A text may be too large to be kept, unless it has to be looked for.
-    kept = found if name == "text" and asked.against is None else list(found)
+    task = EVAL_TASKS[name]
+    rows = islice(task.read(request), request.limit)
+    # Documents may not fit into memory, so they are only kept if the training data is searched for them.
+    kept = rows if name == "text" and request.against is None else list(rows)
     if kept == []:
-        raise UserError(f"{asked.source} has no rows")
-    measured = kind.measure(model, tokenizer, kept, asked)
-    if asked.against is None:
+        raise UserError(f"{request.source} has no rows")
+    measured = task.measure(model, tokenizer, kept, request)
+    if request.against is None:
         return EvalResult(summarize(measured))
-    texts = [kind.text(each) for each in kept][-measured.n_rows :]  # the first may be examples
-    dirty = find_contaminated(texts, _read_training_texts(name, asked, asked.against))
+    texts = [task.text(row) for row in kept][-measured.n_rows :]  # the first rows may be few-shot examples
+    dirty = find_contaminated(texts, _read_training_texts(name, request, request.against))
     return EvalResult(summarize(measured), int(np.sum(dirty)), None if dirty.all() else summarize(measured, ~dirty))
 
 
-def _read_training_texts(name: str, asked: EvalRequest, source: str) -> Iterable[str]:
-    """The texts of what was trained on: rows such as are asked about, or documents.
+def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterable[str]:
+    """Texts of the training data: rows of the same task, or documents.
 
     Raises:
-        UserError: It is missing, or neither.
+        UserError: The source is missing, or contains neither.
     """
-    kind, same = EVAL_TASKS[name], replace(asked, source=source)
-    if "text_column" in kind.flags:
-        return iterate_training_documents(source, asked.text_column)
+    task, same = EVAL_TASKS[name], replace(request, source=source)
+    if "text_column" in task.flags:
+        return iterate_training_documents(source, request.text_column)
     try:
-        for _ in kind.read(same):
+        for _ in task.read(same):
             break
-    except UserError:  # rows of another kind, or none
+    except UserError:  # not rows of this task
         return iterate_training_documents(source)
-    return map(kind.text, kind.read(same))
+    return map(task.text, task.read(same))
 
 
 def summary_to_dict(found: ScoreSummary) -> dict[str, Any]:
-    """As JSON has it."""
+    """JSON form of scores."""
     return {
         "rows": found.rows,
         **{name: None if math.isnan(value) else value for name, value in found.metrics.items()},

@@ -1,4 +1,4 @@
-"""Scores for people, and kept beside the run that they are of."""
+"""Print evaluation results as a table, and save them in the run's folder."""
 
 import hashlib
 import json
@@ -15,67 +15,69 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 log = logging.getLogger(__name__)
 
 RESULTS_FOLDER: Final = "evaluations"
-"""In a run's folder. TensorBoard shows it as a run of its own: with newer events beside its own, it would no longer
-follow a run that still trains."""
+"""Subfolder of the run. TensorBoard shows it as a separate run: with newer events in the run's own folder, it would
+stop following a run that is still training."""
 
 
-def format_results(answer: Mapping[str, Any]) -> str:
-    """An answer as ``Answer.to_dict`` gives it, for a terminal: values, 95% intervals, and those of clean rows."""
-    contamination = answer.get("contamination")
+def format_results(result: Mapping[str, Any]) -> str:
+    """Format a result of ``EvalResult.to_dict`` for a terminal: values and 95% intervals, also of the clean rows."""
+    contamination = result.get("contamination")
     clean = contamination and contamination["clean"]
-    lines = [["score", "value", "95% interval"] + (["clean rows", "95% interval"] if clean else [])]
-    for name, value in answer.items():
+    lines = [["metric", "value", "95% interval"] + (["clean rows", "95% interval"] if clean else [])]
+    for name, value in result.items():
         if isinstance(value, int | float):
-            cells = [name, _format_number(value), _format_interval(answer["intervals"].get(name))]
+            cells = [name, _format_number(value), _format_interval(result["intervals"].get(name))]
             lines.append(
                 cells + ([_format_number(clean[name]), _format_interval(clean["intervals"].get(name))] if clean else [])
             )
-    found = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
-    if answer["intervals_of"] == "parts":
-        found.append(
-            "of so few documents, intervals are from the spread among windows; these are alike, so they are too narrow"
+    sections = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
+    if result["intervals_of"] == "parts":
+        sections.append(
+            "few documents: intervals are from the spread among windows, which are correlated, so they are too narrow"
         )
-    if "confusion" in answer:
-        names = list(answer["confusion"])
-        counts = [[name, *map(_format_number, answer["confusion"][name].values())] for name in names]
-        found.append(format_markdown_table([["true \\ given", *names], *counts], "<" + ">" * len(names)))
+    if "confusion" in result:
+        names = list(result["confusion"])
+        counts = [[name, *map(_format_number, result["confusion"][name].values())] for name in names]
+        sections.append(format_markdown_table([["true \\ predicted", *names], *counts], "<" + ">" * len(names)))
     if contamination:
         share = f"{contamination['share']:.1%}, 95% interval {_format_interval(contamination['interval'])}"
-        found.append(f"{contamination['rows']:,} of {answer['rows']:,} rows ({share}) stand in what was trained on")
-    return "\n\n".join(found)
+        sections.append(
+            f"{contamination['rows']:,} of {result['rows']:,} rows ({share}) were found in the training data"
+        )
+    return "\n\n".join(sections)
 
 
-def save_results(folder: RunFolder, name: str, asked: Mapping[str, Any], answer: Mapping[str, Any]) -> None:
+def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write ``evaluations/<name>-<digest>.json`` and TensorBoard scalars ``eval/<name>/...`` into a run's folder.
 
-    The digest is of what was asked: another question never takes the place of an answer, the same one does.
+    The digest is a hash of the request, so only a repeated request overwrites its earlier result.
 
     Args:
-        folder: The run's.
-        name: What was evaluated, and on what.
-        asked: Plain data, with the ``step`` of the checkpoint.
-        answer: Figures by name; what is no number is not for TensorBoard.
+        folder: The run's folder.
+        name: Name of the task and the source.
+        request: The request as plain data, with the ``step`` of the checkpoint.
+        result: Metrics by name; values that are not numbers are not logged to TensorBoard.
     """
-    digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     path = folder.path / RESULTS_FOLDER / f"{name}-{digest}.json"
     try:
         path.parent.mkdir(exist_ok=True)
         with atomic_file(path) as file:
-            file.write(json.dumps({"asked": asked, **answer}, indent=2, ensure_ascii=False).encode())
-        _write_scalars(path.parent, name, answer, asked["step"])
-    except OSError as error:  # somebody else's run, say; the answer has been printed
-        log.warning("not kept: cannot write %s (%s)", path, error.strerror)
+            file.write(json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False).encode())
+        _write_scalars(path.parent, name, result, request["step"])
+    except OSError as error:  # e.g. another user's run; the result has been printed
+        log.warning("results not saved: cannot write %s (%s)", path, error.strerror)
     else:
-        log.info("kept in %s", path)
+        log.info("results saved in %s", path)
 
 
-def _write_scalars(folder: Path, name: str, answer: Mapping[str, Any], step: int) -> None:
+def _write_scalars(folder: Path, name: str, result: Mapping[str, Any], step: int) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(folder)) as writer:
-        for figure, value in answer.items():
+        for metric, value in result.items():
             if isinstance(value, int | float) and math.isfinite(value):
-                writer.add_scalar(f"eval/{name}/{figure}", value, step)
+                writer.add_scalar(f"eval/{name}/{metric}", value, step)
 
 
 def _format_number(value: float | None) -> str:

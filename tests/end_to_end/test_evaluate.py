@@ -156,9 +156,9 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--task=multiple_choice", "--data.source=prompts.jsonl"], "line 1: no text in 'question' or 'context'"),
+        (["--task=multiple_choice", "--data.source=prompts.jsonl"], "line 1 has no text in 'question' or 'context'"),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "--few_shot: 20 examples of 20"),
-        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "give fewer examples"),
+        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "lower --few_shot"),
         (["--task=generation", "--data.source=none.jsonl"], "none.jsonl"),
         (["--task=generation", "--data.source=text.txt"], "text.txt holds no rows"),
         (

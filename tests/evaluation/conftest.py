@@ -1,4 +1,4 @@
-"""A tokenizer and a network that tell texts apart, and one that does not."""
+"""A tokenizer, a random network and a uniform one."""
 
 import pytest
 import torch
@@ -15,12 +15,12 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> GPT:
-    """Random, and nothing of it is zero."""
+    """A network with random weights, none of them zero."""
     return randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=64)
 
 
 @pytest.fixture
 def uniform(model: GPT) -> GPT:
-    """All tokens are equally likely."""
+    """A network that gives all tokens the same probability."""
     torch.nn.init.zeros_(model.head.weight)
     return model

@@ -1,4 +1,4 @@
-"""Baselines against counting by hand."""
+"""Baselines against counts by hand."""
 
 import math
 from collections import Counter
@@ -32,14 +32,14 @@ def witten_bell(a: int, b: int) -> float:
     return (pairs[a, b] + followers * unigram) / (count_a + followers) if count_a else unigram
 
 
-def test_a_unigram_is_counted_by_hand() -> None:
+def test_unigram_against_counts_by_hand() -> None:
     tokens = TRAIN.tolist()
     expected = -sum(math.log2((tokens.count(b) + 1) / (len(tokens) + V)) for b in VALIDATION[1:].tolist())
     assert count_unigram_bits(TRAIN, VALIDATION, V) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 59, 1000])
-def test_a_bigram_is_counted_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_bigram_against_counts_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(baselines, "PAIRS_PER_CHUNK", chunk)
     ids = VALIDATION.tolist()
     expected = -sum(math.log2(witten_bell(a, b)) for a, b in pairwise(ids))
@@ -47,19 +47,19 @@ def test_a_bigram_is_counted_by_hand(monkeypatch: pytest.MonkeyPatch, chunk: int
 
 
 @pytest.mark.parametrize("a", range(V))
-def test_what_may_follow_a_token_has_probability_one_together(a: int) -> None:
+def test_bigram_probabilities_sum_to_one(a: int) -> None:
     bits = [count_bigram_bits(TRAIN, np.array([a, b], dtype=np.uint16), V) for b in range(V)]
     assert sum(2.0**-b for b in bits) == pytest.approx(1.0)
 
 
-def test_baselines_are_per_byte_and_leave_the_first_token_out() -> None:
+def test_baselines_are_per_byte_and_skip_the_first_token() -> None:
     figures = compute_token_baselines(TRAIN, VALIDATION, V, n_bytes=100)
     assert figures["uniform"] == pytest.approx(59 * math.log2(V) / 100)
     assert list(figures) == ["uniform", "unigram", "bigram"]
     assert count_uniform_bits(VALIDATION, V) == pytest.approx(59 * math.log2(V))
 
 
-def test_a_text_with_order_is_cheaper_the_more_is_known() -> None:
+def test_bits_decrease_from_uniform_to_unigram_to_bigram() -> None:
     ids = np.frombuffer((sentences(1) * 3).encode(), dtype=np.uint8).astype(np.uint16)
     figures = compute_token_baselines(ids[:-1000], ids[-1000:], 257, 1000)
     assert figures["uniform"] > figures["unigram"] > figures["bigram"] > 0

@@ -1,4 +1,4 @@
-"""Replies against tokens taken one by one; their form by hand."""
+"""Generated replies against a token-by-token loop; well-formedness by hand."""
 
 import pytest
 import torch
@@ -25,11 +25,11 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
         ("### Summary: the user is right.", True, True),
     ],
 )
-def test_a_reply_says_something_and_ends_before_another_turn_begins(text: str, ended: bool, good: bool) -> None:
+def test_well_formed_replies(text: str, ended: bool, good: bool) -> None:
     assert ChatReply(text, ended, 1).well_formed is good
 
 
-def test_a_reply_is_the_likeliest_tokens_up_to_the_end_of_text(
+def test_greedy_reply_ends_at_the_end_of_text(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BATCH_SIZE", 2)
@@ -52,7 +52,7 @@ ALPACA = {"instruction": "ab", "input": "c", "output": "d"}
 MESSAGES = {"messages": [{"role": "user", "content": "ab\n\nc"}, {"role": "assistant", "content": "d"}]}
 
 
-def test_replies_are_asked_for_in_the_template_and_scored(
+def test_replies_use_the_chat_template_and_are_scored(
     model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = [ChatExample.from_row(TableRow("r:1", "r: line 1", fields)) for fields in (ALPACA, MESSAGES)]
@@ -71,11 +71,11 @@ def test_replies_are_asked_for_in_the_template_and_scored(
     assert found.intervals["in_form"] is not None
 
 
-def test_a_record_without_a_reply_and_a_long_one_are_named(model: GPT, tokenizer: Tokenizer) -> None:
+def test_records_without_a_reply_and_long_ones_are_rejected(model: GPT, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="r: line 3: a record needs 'messages', or 'instruction'"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"text": "x"}))
     with pytest.raises(UserError, match="r: line 3: the last message has role user"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
     long = ChatExample.from_row(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
-    with pytest.raises(UserError, match=r"r: line 3: up to its reply it has \d{3} tokens, the context holds 64"):
+    with pytest.raises(UserError, match=r"r: line 3 has \d{3} tokens before the reply, but the context is 64"):
         evaluate_chat(model, tokenizer, [long])

@@ -1,4 +1,4 @@
-"""Classes of texts against one forward pass a text, and F1 against its formula."""
+"""Class probabilities against one forward pass per text, and metrics against their formulas."""
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def classifier(tokenizer: Tokenizer) -> GPT:
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_each_text_alone_has_the_same_chances(classifier: GPT, tokenizer: Tokenizer, pooling: str) -> None:
+def test_probabilities_are_independent_of_the_batch(classifier: GPT, tokenizer: Tokenizer, pooling: str) -> None:
     texts = [line[: 2 + 3 * k] for k, line in enumerate(sentences(1, 9).splitlines())]
     found = classify(classifier, tokenizer, texts, pooling)
     assert found.shape == (9, 3)
@@ -67,7 +67,7 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
 
 
 @pytest.mark.filterwarnings("error")
-def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tokenizer) -> None:
+def test_no_auroc_for_texts_of_a_single_class(classifier: GPT, tokenizer: Tokenizer) -> None:
     labelled = [LabeledText("", text, 1) for text in sentences(3, 5).splitlines()]
     found = summary_to_dict(summarize(evaluate_classification(classifier, tokenizer, labelled, NAMES)))
     assert found["auroc"] is None
@@ -76,23 +76,23 @@ def test_of_texts_of_one_class_there_is_no_curve(classifier: GPT, tokenizer: Tok
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
-        ({"text": "x"}, "no label: no column 'label' but text; name one: --data.label_column"),
-        ({"text": "x", "label": " "}, "'label' is empty: a label is missing"),
-        ({"text": "x", "label": "ugly"}, "the label 'ugly' is not one of the model's classes, good, neutral, bad"),
-        ({"text": "", "label": "good"}, "no text in 'text'"),
-        ({"text": 3, "label": "good"}, "'text' is int, not text"),
+        ({"text": "x"}, " has no label column 'label'; its columns are text: set --data.label_column"),
+        ({"text": "x", "label": " "}, ": 'label' is empty: a label is missing"),
+        ({"text": "x", "label": "ugly"}, ": the label 'ugly' is not one of the model's classes, good, neutral, bad"),
+        ({"text": "", "label": "good"}, " has no text in 'text'"),
+        ({"text": 3, "label": "good"}, ": 'text' is int, not text"),
     ],
 )
-def test_bad_rows_are_named(fields: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError) as refused:
+def test_invalid_rows_are_reported(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError) as error:
         LabeledText.from_row(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
-    assert str(refused.value).startswith(f"r: line 7: {said}")
+    assert str(error.value).startswith(f"r: line 7{message}")
 
 
-def test_of_a_long_text_the_context_is_read(classifier: GPT, tokenizer: Tokenizer) -> None:
-    """As training reads one with ``--data.too_long cut``: what stands behind changes nothing."""
+def test_long_text_is_truncated_to_the_context(classifier: GPT, tokenizer: Tokenizer) -> None:
+    """As in training with ``--data.too_long cut``: the rest of the text changes nothing."""
     texts = ["word " * 60, "word " * 60 + "and more"]
     long = classify(classifier, tokenizer, texts)
     np.testing.assert_allclose(long[0], long[1], rtol=1e-5)
@@ -102,5 +102,5 @@ def test_of_a_long_text_the_context_is_read(classifier: GPT, tokenizer: Tokenize
     np.testing.assert_allclose(long[0], expected.numpy(), rtol=1e-5)
 
 
-def test_a_label_may_be_a_number() -> None:
+def test_label_may_be_a_number() -> None:
     assert LabeledText.from_row(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1

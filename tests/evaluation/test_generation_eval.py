@@ -1,4 +1,4 @@
-"""What is written against ``generate``, and counts by hand."""
+"""Continuations against ``generate``, and n-gram counts by hand."""
 
 import pytest
 import torch
@@ -13,9 +13,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 
 
-def test_each_continuation_is_the_likeliest_tokens_one_by_one(
-    model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_continuations_are_greedy(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "BATCH_SIZE", 3)
     prompts = [line[: 3 + k] for k, line in enumerate(sentences(2, 7).splitlines())]
     expected = []
@@ -36,18 +34,20 @@ def test_each_continuation_is_the_likeliest_tokens_one_by_one(
     assert summarize(evaluate_generation(model, tokenizer, exercises, 9)).metrics["exact_match"] == pytest.approx(6 / 7)
 
 
-def test_counts_of_words_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     written = ["a b a b a b", "a b c d e", "b", ""]
     monkeypatch.setattr(module, "generate_continuations", lambda *args: written)
     found = summarize(evaluate_generation(model, tokenizer, [GenerationExample("", "p", "b")] * 4)).metrics
     assert found["exact_match"] == 1 / 4
     assert found["distinct_1"] == pytest.approx(5 / 12)  # a b c d e, of 6 + 5 + 1
     assert found["distinct_2"] == pytest.approx(5 / 9)  # ab ba bc cd de, of 5 + 4
-    assert found["repetition_4"] == pytest.approx((1 - 2 / 3) / 4)  # abab baba abab; the second has no run twice
+    assert found["repetition_4"] == pytest.approx(
+        (1 - 2 / 3) / 4
+    )  # abab baba abab in the first; the second repeats none
 
 
-def test_bad_rows_are_named(model: GPT, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="r: line 2: no text in 'reference'; its columns are prompt"):
+def test_invalid_rows_are_reported(model: GPT, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="r: line 2 has no text in 'reference'; its columns are prompt"):
         GenerationExample.from_row(TableRow("r:2", "r: line 2", {"prompt": "x"}))
-    with pytest.raises(UserError, match=r"r: line 2: its prompt has \d{3} tokens, the context holds 64"):
+    with pytest.raises(UserError, match=r"r: line 2: its prompt has \d{3} tokens, but the context is 64"):
         evaluate_generation(model, tokenizer, [GenerationExample("r: line 2", "word " * 60, "x")])

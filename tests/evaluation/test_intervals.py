@@ -1,4 +1,4 @@
-"""Intervals against published values, a formula, and the share of experiments in which they hold the truth."""
+"""Intervals against published values, a formula, and their coverage in simulated experiments."""
 
 import math
 
@@ -24,12 +24,12 @@ from lit_gpt_scratch.evaluation.intervals import (
         (1 / 29, 29, 0.0061, 0.1718),
     ],
 )
-def test_wilsons_interval_as_published(share: float, n: int, low: float, high: float) -> None:
+def test_wilson_interval_against_published_values(share: float, n: int, low: float, high: float) -> None:
     assert wilson_interval(share, n) == pytest.approx((low, high), abs=5e-5)
 
 
 @pytest.mark.parametrize("n", [2, 37, MAX_GROUPS])
-def test_the_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
+def test_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
     values = np.random.default_rng(0).normal(size=n)
     everything = np.arange(n)
     found = jackknife_standard_errors(lambda places: {"mean": float(values[places].mean())}, everything, everything)
@@ -37,7 +37,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error(n: int) -> None:
     assert found["mean"] == pytest.approx(values.std(ddof=1) / math.sqrt(n))
 
 
-def test_a_single_row_has_no_interval_and_a_share_has_one() -> None:
+def test_single_row_has_an_interval_only_for_a_share() -> None:
     one = Measurements.from_rows(1, lambda places: {"right": 1.0, "length": 3.0}, frozenset({"right"}))
     found = summarize(one)
     assert found.intervals["length"] is None
@@ -45,8 +45,8 @@ def test_a_single_row_has_no_interval_and_a_share_has_one() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 12])
-def test_intervals_of_few_rows_hold_it_too(n: int) -> None:
-    """Which those of a normal distribution do in 70% of the experiments with two rows, and in 88% with five."""
+def test_coverage_with_few_rows(n: int) -> None:
+    """A normal interval would cover the true value in 70% of the experiments with two rows, and in 88% with five."""
     rng, held = np.random.default_rng(n), 0
     for _ in range(1000):
         values = rng.normal(size=n)
@@ -56,13 +56,13 @@ def test_intervals_of_few_rows_hold_it_too(n: int) -> None:
     assert 0.93 <= held / 1000 <= 0.97
 
 
-def test_students_t_is_scipys() -> None:
+def test_student_t_quantile_equals_scipys() -> None:
     stats = pytest.importorskip("scipy.stats")
     for freedom in (*range(1, 40), 99):
         assert student_t_quantile(freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1.3e-3)
 
 
-def test_an_interval_stays_where_the_figure_can_be() -> None:
+def test_interval_respects_the_limits_of_a_metric() -> None:
     values = np.array([0.0, 0.0, 1.0])
     for sign, expected in ((1.0, 0.0), (-1.0, 1.0)):
         shares = values if sign > 0 else 1 - values
@@ -72,26 +72,26 @@ def test_an_interval_stays_where_the_figure_can_be() -> None:
         assert summarize(measured).intervals["mean"][sign < 0] == expected
 
 
-def test_where_no_row_changes_anything_no_interval_is_claimed() -> None:
+def test_constant_metric_has_no_interval() -> None:
     measured = Measurements.from_rows(20, lambda at: {"accuracy": 1.0, "f1": 1.0}, frozenset({"accuracy"}))
     assert summarize(measured).intervals == {"accuracy": wilson_interval(1.0, 20), "f1": None}
 
 
 @pytest.mark.parametrize("n", [40, 250])
-def test_intervals_hold_the_truth_in_19_of_20_experiments(n: int) -> None:
-    """Documents of uneven length, some harder than others; the loss is a ratio of sums, as it is of texts."""
+def test_coverage_is_95_percent(n: int) -> None:
+    """Documents of different length and difficulty; the loss is a ratio of sums, as for texts."""
     rng = np.random.default_rng(n)
     held = 0
     for _ in range(400):
         tokens = rng.integers(10, 200, n)
-        nats = tokens * rng.gamma(9.0, 1 / 3.0, n)  # mean 3 a token, one level a document
+        nats = tokens * rng.gamma(9.0, 1 / 3.0, n)  # mean 3 per token, one level per document
         measured = Measurements.from_rows(n, lambda at, a=nats, b=tokens: {"loss": float(a[at].sum() / b[at].sum())})
         low, high = summarize(measured).intervals["loss"]
         held += low < 3.0 < high
     assert 0.91 <= held / 400 <= 0.98
 
 
-def test_figures_of_some_rows_know_nothing_of_the_others() -> None:
+def test_subset_of_rows() -> None:
     values = np.arange(10.0)
     measured = Measurements(
         np.repeat(np.arange(5), 2), 5, lambda at: {"mean": float(values[at].mean())}, extra=lambda at: {"n": len(at)}

@@ -1,6 +1,6 @@
-"""The same requests to this package's model and to ``lm-eval``'s own ``HFLM`` of the same weights.
+"""The same requests to this package's adapter and to ``lm-eval``'s own ``HFLM`` with the same weights.
 
-``python experiments/benchmarks/evaluation.py`` does the same with whole tasks, and prints figures side by side.
+``python experiments/benchmarks/evaluation.py`` does the same with whole tasks, and prints both results.
 """
 
 import json
@@ -38,15 +38,15 @@ def adapter(model: GPT, tokenizer: Tokenizer) -> Any:
 
 @pytest.fixture
 def _own_tasks_alone(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To look through all of the library's takes ten seconds."""
+    """Loading all tasks of the library takes ten seconds."""
     module = sys.modules[type(adapter).__module__]
     monkeypatch.setattr(module, "TaskManager", partial(module.TaskManager, include_defaults=False))
 
 
 @pytest.fixture
 def theirs(adapter: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Any]:
-    """Of the same weights; without its cache of logits, by which 20 of the 71 requests below differ from the same asked
-    alone (0.4.13)."""
+    """HFLM with the same weights, without its cache of logits: with the cache, 20 of the 71 requests below give other
+    results than alone (0.4.13)."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
     shape = ModelShape(TINY, tokenizer.vocab_size, model.block_size)
     hf_checkpoint.write_hf_checkpoint(
@@ -63,8 +63,8 @@ def requests(kind: str, *args: tuple[Any, ...]) -> list[Any]:
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in args]
 
 
-def test_continuations_have_the_same_likelihood(adapter: Any, theirs: Any) -> None:
-    """Theirs with the start of text before each context, as it is before each document here."""
+def test_loglikelihood_of_continuations(adapter: Any, theirs: Any) -> None:
+    """HFLM prepends the start of text to each context, as this package does for each document."""
     pairs = [(" ".join(words[:2]), " " + " ".join(words[2:])) for words in map(str.split, LINES)]
     pairs += [("", line) for line in LINES[:9]] + [("the cat ", "sees"), (" ".join(LINES[:9]), " a dog")]
     asked = requests("loglikelihood", *pairs)
@@ -73,17 +73,17 @@ def test_continuations_have_the_same_likelihood(adapter: Any, theirs: Any) -> No
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
 
 
-def test_whole_texts_have_the_same_likelihood_in_their_windows(adapter: Any, theirs: Any) -> None:
+def test_rolling_loglikelihood_of_texts(adapter: Any, theirs: Any) -> None:
     texts = [("\n".join(LINES[:n]),) for n in (1, 2, 7, 20, 60)]
     asked = requests("loglikelihood_rolling", *texts)
     assert adapter.loglikelihood_rolling(asked) == pytest.approx(theirs().loglikelihood_rolling(asked), rel=1e-5)
 
 
-def test_greedy_texts_are_the_same(adapter: Any, theirs: Any) -> None:
+def test_greedy_continuations(adapter: Any, theirs: Any) -> None:
     settings = [{"until": ["q"], "max_gen_toks": 12}, {"until": ["z", "b"], "max_gen_toks": 20}]
     asked = requests("generate_until", *((line[: 4 + k], settings[k % 2]) for k, line in enumerate(LINES[:10])))
     both = adapter.generate_until(asked), theirs(add_bos_token=True).generate_until(asked)
-    # Bytes at the end that are no whole character are not given here, and are U+FFFD there.
+    # Trailing bytes of an incomplete character are dropped here, and are U+FFFD in HFLM.
     ours, expected = ([text.rstrip("\ufffd") for text in texts] for texts in both)
     assert ours == expected
     long = requests("generate_until", (" ".join(LINES), {"until": [], "max_gen_toks": 500}))
@@ -99,11 +99,11 @@ def task(name: str, source: Path, **fields: Any) -> None:
 
 
 @pytest.mark.usefixtures("_own_tasks_alone")
-def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """Zero-shot; few-shot, theirs with the first rows of a split of its own as examples."""
+def test_benchmark_scores_equal_those_of_our_tasks(model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Zero-shot and few-shot; lm-eval takes the examples from the first rows of a separate split."""
     from lit_gpt_scratch.evaluation.lm_eval_adapter import run_lm_eval
 
-    model.block_size = 512  # rotary positions have no end
+    model.block_size = 512  # rotary positions are not limited
     asked = [{"question": q.context, "choices": [c[1:] for c in q.choices], "answer": q.answer} for q in questions(40)]
     pairs = [{"sentence_good": line, "sentence_bad": line[::-1]} for line in LINES]
     for name, content in (("all", asked), ("first", asked[:2]), ("others", asked[2:]), ("pairs", pairs)):
@@ -136,7 +136,7 @@ def test_its_benchmarks_give_the_scores_of_ours(model: GPT, tokenizer: Tokenizer
 
 
 @pytest.mark.usefixtures("_own_tasks_alone")
-def test_a_benchmark_that_is_not_there_is_named(model: GPT, tokenizer: Tokenizer) -> None:
+def test_unknown_benchmark_is_reported(model: GPT, tokenizer: Tokenizer) -> None:
     from lit_gpt_scratch.errors import UserError
     from lit_gpt_scratch.evaluation.lm_eval_adapter import run_lm_eval
 

@@ -1,4 +1,4 @@
-"""Choices and minimal pairs against products of single tokens' chances, and against chance."""
+"""Choices and minimal pairs against a token-by-token loop, and against chance level."""
 
 import random
 from itertools import pairwise
@@ -41,7 +41,7 @@ def questions(n: int, seed: int = 0) -> list[MultipleChoiceQuestion]:
 
 
 def nats(model: GPT, tokenizer: Tokenizer, context: str, continuation: str) -> tuple[float, int]:
-    """One token after the other."""
+    """Log-probability of a continuation, one token at a time."""
     read, whole = tokenizer.encode(context), tokenizer.encode(context + continuation)
     ids = [tokenizer.start_of_text, *whole]
     assert whole[: len(read)] == read
@@ -52,8 +52,8 @@ def nats(model: GPT, tokenizer: Tokenizer, context: str, continuation: str) -> t
 
 
 @pytest.mark.parametrize("few_shot", [0, 2])
-def test_every_normalisation_is_what_a_loop_finds(model: GPT, tokenizer: Tokenizer, few_shot: int) -> None:
-    model.block_size = 512  # rotary positions have no end
+def test_every_normalisation_equals_the_loop(model: GPT, tokenizer: Tokenizer, few_shot: int) -> None:
+    model.block_size = 512  # rotary positions are not limited
     asked = questions(14)
     examples = "".join(f"{q.context}{q.choices[q.answer]}\n\n" for q in asked[:few_shot])
     right = {"accuracy": 0, "accuracy_per_token": 0, "accuracy_per_character": 0, "accuracy_per_byte": 0}
@@ -72,7 +72,7 @@ def test_every_normalisation_is_what_a_loop_finds(model: GPT, tokenizer: Tokeniz
     assert found.metrics == pytest.approx({name: n / found.rows for name, n in right.items()})
 
 
-def test_likelihoods_do_not_depend_on_their_batch(model: GPT, tokenizer: Tokenizer) -> None:
+def test_likelihoods_are_independent_of_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
     lines = [line.split(" ") for line in sentences(1, 30).splitlines()]
     cut = [k % len(words) for k, words in enumerate(lines)]
     tails = [
@@ -80,22 +80,22 @@ def test_likelihoods_do_not_depend_on_their_batch(model: GPT, tokenizer: Tokeniz
         for words, k in zip(lines, cut, strict=True)
     ]
     together = compute_loglikelihoods(model, tails)
-    for tail, said in zip(tails, together, strict=True):
+    for tail, score in zip(tails, together, strict=True):
         [alone] = compute_loglikelihoods(model, [tail])
-        assert said.nats == pytest.approx(alone.nats, rel=1e-5)
+        assert score.nats == pytest.approx(alone.nats, rel=1e-5)
         ids = torch.tensor([tail.ids])
         best = model(ids[:, :-1]).argmax(-1)[0]
-        assert said.greedy == alone.greedy == bool((best == ids[0, 1:])[-tail.scored :].all())
+        assert score.greedy == alone.greedy == bool((best == ids[0, 1:])[-tail.scored :].all())
 
 
-def test_what_is_greedy_is_said_to_be(model: GPT, tokenizer: Tokenizer) -> None:
+def test_greedy_continuations_are_marked(model: GPT, tokenizer: Tokenizer) -> None:
     ids = [tokenizer.start_of_text]
     for _ in range(8):
         ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
     other = [*ids[:-1], (ids[-1] + 1) % tokenizer.vocab_size]
     assert [
-        said.greedy
-        for said in compute_loglikelihoods(
+        score.greedy
+        for score in compute_loglikelihoods(
             model, [ScoredSequence(ids, 8), ScoredSequence(other, 8), ScoredSequence(other[:-1], 7)]
         )
     ] == [
@@ -105,13 +105,13 @@ def test_what_is_greedy_is_said_to_be(model: GPT, tokenizer: Tokenizer) -> None:
     ]
 
 
-def test_white_space_before_a_continuation_is_its_own(tokenizer: Tokenizer) -> None:
+def test_trailing_white_space_of_the_context_moves_to_the_continuation(tokenizer: Tokenizer) -> None:
     assert encode_continuation(tokenizer, "the cat ", "sees") == encode_continuation(tokenizer, "the cat", " sees")
     assert encode_continuation(tokenizer, "", "sees").ids[0] == tokenizer.start_of_text
 
 
-def test_a_uniform_model_scores_chance(uniform: GPT, tokenizer: Tokenizer) -> None:
-    """Exactly, where lengths do not decide: a choice that is as likely as k - 1 others is right in one case of k."""
+def test_uniform_model_scores_at_chance_level(uniform: GPT, tokenizer: Tokenizer) -> None:
+    """Exactly, for metrics independent of length: a choice that ties with k - 1 others gets 1/k of the credit."""
     found = summarize(evaluate_multiple_choice(uniform, tokenizer, questions(200)))
     assert found.metrics["accuracy_per_token"] == pytest.approx(found.extra["chance"])
     low, high = found.intervals["accuracy"]
@@ -144,14 +144,14 @@ def test_minimal_pairs_are_whole_documents(model: GPT, tokenizer: Tokenizer) -> 
         ({"context": None, "question": "q", "choices": ["a", "b"], "answer": 0}, "q", 0),
     ],
 )
-def test_rows_are_read(fields: dict[str, Any], context: str, answer: int) -> None:
+def test_reading_rows(fields: dict[str, Any], context: str, answer: int) -> None:
     assert MultipleChoiceQuestion.from_row(row(**fields)) == MultipleChoiceQuestion(
         "rows.jsonl: line 3", context, (" a", " b"), answer
     )
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         ({"choices": ["a", "b"], "answer": 0}, "no text in 'question' or 'context'"),
         ({"question": 3, "choices": ["a", "b"], "answer": 0}, "'question' is int, not text"),
@@ -165,16 +165,16 @@ def test_rows_are_read(fields: dict[str, Any], context: str, answer: int) -> Non
         ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "or one of 'a', 'b'"),
     ],
 )
-def test_a_row_that_is_none_is_named(fields: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError) as refused:
+def test_invalid_rows_are_reported(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as error:
         MultipleChoiceQuestion.from_row(row(**fields))
-    assert str(refused.value).startswith("rows.jsonl: line 3")
-    assert said in str(refused.value)
+    assert str(error.value).startswith("rows.jsonl: line 3")
+    assert message in str(error.value)
 
 
-def test_what_does_not_fit_is_named(model: GPT, tokenizer: Tokenizer) -> None:
+def test_too_long_questions_are_reported(model: GPT, tokenizer: Tokenizer) -> None:
     long = MultipleChoiceQuestion.from_row(row(question="word " * 60, choices=["a", "b"], answer=0))
-    with pytest.raises(UserError, match=r"line 3 has .* the context holds 64"):
+    with pytest.raises(UserError, match=r"line 3 has .* but the context is 64"):
         evaluate_multiple_choice(model, tokenizer, [long])
     with pytest.raises(UserError, match="--few_shot: 3 examples of 3 rows"):
         evaluate_multiple_choice(model, tokenizer, questions(3), few_shot=3)

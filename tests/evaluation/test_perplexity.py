@@ -1,4 +1,4 @@
-"""Scores against a loop that predicts one token at a time."""
+"""Scores against a loop that scores one token at a time."""
 
 import math
 
@@ -15,7 +15,7 @@ from tests.conftest import TINY, randomised, sentences
 
 
 def one_by_one(model: GPT, tokenizer: Tokenizer, texts: list[str], window: int, stride: int) -> tuple[float, int]:
-    """Each token behind what the first window that reaches it has before it; summed nats, and how many tokens."""
+    """Score each token with the context of the first window that contains it: summed nats, and number of tokens."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
@@ -32,7 +32,7 @@ def one_by_one(model: GPT, tokenizer: Tokenizer, texts: list[str], window: int, 
 @pytest.mark.parametrize(
     ("window", "stride"), [(24, 24), (24, 1), (24, 7), (24, 23), (10, 3), (1, 1), (5, 5), (23, 16)]
 )
-def test_any_window_and_stride_is_the_direct_computation(window: int, stride: int) -> None:
+def test_any_window_and_stride_equals_the_loop(window: int, stride: int) -> None:
     tokenizer = Tokenizer.train([sentences(1)], 280)
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24).double()
     texts = ["a", sentences(3, 2), sentences(4, 1), "é…\r\n" * 7]
@@ -46,7 +46,7 @@ def test_any_window_and_stride_is_the_direct_computation(window: int, stride: in
 
 
 @pytest.mark.parametrize(("window", "stride"), [(0, None), (25, None), (24, 0), (24, 25), (10, 11)])
-def test_windows_that_cannot_be(window: int, stride: int | None) -> None:
+def test_invalid_windows(window: int, stride: int | None) -> None:
     tokenizer = Tokenizer.train(["x"], 257)
     with pytest.raises(UserError, match=r"--(window|stride): \d+ is not between 1 and"):
         evaluate_perplexity(randomised(TINY, vocab_size=257, block_size=24), tokenizer, ["text"], window, stride)
@@ -54,7 +54,7 @@ def test_windows_that_cannot_be(window: int, stride: int | None) -> None:
 
 @pytest.mark.parametrize("n", [1, MIN_ROWS - 1, MIN_ROWS, 150])
 def test_intervals_are_from_documents_if_there_are_enough(n: int) -> None:
-    """Of up to 100 documents each is left out once, by hand: sums of its windows; t with 29 degrees of freedom."""
+    """Each of up to 100 documents is left out once, with all its windows; t with 29 degrees of freedom."""
     tokenizer = Tokenizer.train([sentences(1)], 280)
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24)
     texts = [sentences(seed, 2 + seed % 3) for seed in range(n)]
@@ -73,7 +73,7 @@ def test_intervals_are_from_documents_if_there_are_enough(n: int) -> None:
     assert low < found.metrics["bits_per_byte"] < high
 
 
-def test_every_byte_is_scored_once_with_its_windows_context() -> None:
+def test_every_byte_is_scored_once() -> None:
     tokenizer = Tokenizer.train([sentences(1)], 280)
     model = randomised(TINY, vocab_size=tokenizer.vocab_size, block_size=24)
     texts = ["a", sentences(3, 4), "é…\r\n" * 30]
@@ -87,8 +87,8 @@ def test_every_byte_is_scored_once_with_its_windows_context() -> None:
     assert figures["bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
 
 
-def test_a_uniform_model_needs_log2_of_the_vocabulary_a_token() -> None:
-    tokenizer = Tokenizer.train(["x"], 257)  # bytes alone
+def test_uniform_model_needs_log2_vocabulary_size_bits_per_token() -> None:
+    tokenizer = Tokenizer.train(["x"], 257)  # bytes only
     model = randomised(TINY, vocab_size=257)
     torch.nn.init.zeros_(model.head.weight)
     assert score_documents(model, tokenizer, ["any text"])["bits_per_byte"] == pytest.approx(math.log2(257))

@@ -1,4 +1,4 @@
-"""Rows of a benchmark, and what is refused of them, each by its place."""
+"""Read and validate the rows of a benchmark file; errors name the row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,10 +8,10 @@ from lit_gpt_scratch.text.sources import DocumentSource
 
 
 def read_rows(source: str) -> Iterator[TableRow]:
-    """Every row of a source.
+    """Read every row of a source.
 
     Raises:
-        UserError: It is missing, holds no rows, or one cannot be read.
+        UserError: The source is missing or contains no rows, or a row cannot be read.
     """
     found = DocumentSource(source)
     found.fingerprint()  # a source that is not there is said to be missing at once
@@ -19,15 +19,15 @@ def read_rows(source: str) -> Iterator[TableRow]:
 
 
 def get_text(row: TableRow, *columns: str) -> str:
-    """The text in the first of these columns that the row has something in.
+    """The text in the first of these columns that is not empty.
 
     Raises:
-        UserError: In none of them, or it is no text.
+        UserError: All are missing or empty, or the value is not text.
     """
     found = next((name for name in columns if row.fields.get(name) not in (None, "")), None)
     if found is None:
         there = ", ".join(row.fields) or "none"
-        raise UserError(f"{row.where}: no text in {' or '.join(map(repr, columns))}; its columns are {there}")
+        raise UserError(f"{row.where} has no text in {' or '.join(map(repr, columns))}; its columns are {there}")
     value = row.fields[found]
     if not isinstance(value, str):
         raise UserError(f"{row.where}: '{found}' is {type(value).__name__}, not text")
@@ -38,7 +38,7 @@ def get_texts(row: TableRow, column: str) -> list[str]:
     """The list of texts in a column.
 
     Raises:
-        UserError: It has fewer than two, or something else.
+        UserError: The value is not a list of at least two texts.
     """
     found = row.fields.get(column)
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, str) and each for each in found):
@@ -47,10 +47,10 @@ def get_texts(row: TableRow, column: str) -> list[str]:
 
 
 def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
-    """Which of some names a column means: by its number from 0, or by the name itself.
+    """Index of the name in a column, which contains the index (from 0) or the name itself.
 
     Raises:
-        UserError: None of them.
+        UserError: The value is neither.
     """
     found = row.fields.get(column)
     if isinstance(found, str) and found in names:
