@@ -12,8 +12,15 @@ from typing import Any, Final
 import jinja2
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.sweeps import plots
 from lit_gpt_scratch.sweeps.fit_command import format_command
+from lit_gpt_scratch.sweeps.plots import (
+    Plot,
+    is_numeric,
+    plot_curves,
+    plot_differences,
+    plot_differences_over,
+    plot_importance,
+)
 from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank_finished
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
 
@@ -108,30 +115,23 @@ class SweepReport:
         return compare_to_baseline(values, self.baseline.values(self.metric), self.direction)
 
     @cached_property
-    def plots(self) -> list[plots.Plot]:
+    def plots(self) -> list[Plot]:
         """Differences to the baseline, curves over tokens and over seconds, and importance, as far as data allow."""
-        drawn: list[plots.Plot | None] = []
+        drawn: list[Plot | None] = []
         baseline = self.baseline
         if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
-            dimensions = list(baseline.assignment)
-            if len(self.ranked) > 2 and len(dimensions) == 1 and plots.is_numeric(self.ranked, dimensions[0]):
-                drawn.append(
-                    plots.plot_differences_over(
-                        self.ranked, baseline, self.comparisons, self.metric, self.direction, dimensions[0]
-                    )
-                )
+            data = self.ranked, baseline, self.comparisons, self.metric, self.direction
+            dimension, *others = baseline.assignment
+            if len(self.ranked) > 2 and not others and is_numeric(self.ranked, dimension):
+                drawn.append(plot_differences_over(*data, dimension))
             else:
-                drawn.append(
-                    plots.plot_differences(self.ranked, baseline, self.comparisons, self.metric, self.direction)
-                )
+                drawn.append(plot_differences(*data))
         if self.ranked:
             pruned = [trial for trial in self.trials if trial.state == "pruned"]
-            drawn += [
-                plots.plot_curves([*self.ranked, *pruned], self.metric, self.direction, over)
-                for over in ("tokens", "seconds")
-            ]
+            for over in ("tokens", "seconds"):
+                drawn.append(plot_curves([*self.ranked, *pruned], self.metric, self.direction, over))
         if self.importance:
-            drawn.append(plots.plot_importance(self.importance))
+            drawn.append(plot_importance(self.importance))
         return [plot for plot in drawn if plot is not None]
 
     @cached_property
