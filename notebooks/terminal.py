@@ -6,7 +6,12 @@ r"""Draw the README's terminal pictures: the output of a command as SVG, with it
         --data.document_mask true --show 1
 
 The command runs in a pseudo-terminal, so that it draws its progress bar; the picture shows the final screen.
-Linux and macOS only.
+Linux and macOS only. The table is paragraphs of Python's help topics:
+
+    python -c "
+    from pydoc_data.topics import topics
+    rows = [' '.join(part.split()) for text in topics.values() for part in text.split('\n\n')]
+    print('message', *(row for row in rows if 60 < len(row) < 250 and '\"' not in row), sep='\n')" > my_table.tsv
 """
 
 import fcntl
