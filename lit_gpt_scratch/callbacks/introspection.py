@@ -255,8 +255,8 @@ def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
 def activation_metrics(seen: CapturedActivations[LayerStats], lengths: Tensor | None = None) -> dict[str, float]:
     """What was seen, by name, of rows of these many tokens, (B,); see ``measured``."""
     found: dict[str, Tensor] = {}
-    if seen.read.ndim == 3:  # a number at every token is no logit
-        found["dynamics/logit_norm"] = masked_mean(seen.read.float().norm(dim=-1, keepdim=True), lengths)
+    if seen.output.ndim == 3:  # a number at every token is no logit
+        found["dynamics/logit_norm"] = masked_mean(seen.output.float().norm(dim=-1, keepdim=True), lengths)
     shares = torch.stack([dead_units(layer.answers).float().mean() for layer in seen.layers])
     found["dynamics/dead_units"] = shares.mean()
     for number, (layer, share) in enumerate(zip(seen.layers, shares, strict=True), 1):
@@ -349,7 +349,7 @@ class ActivationPlots:
         end = len(self.tokens)
         places = slice(max(0, end - LENS_POSITIONS), end)
         rows = [["behind", *(markdown_code(token) for token in self.tokens[places])]]
-        streams = [seen.start, *(layer.stream for layer in seen.layers if layer.stream is not None)]
+        streams = [seen.embeddings, *(layer.stream for layer in seen.layers if layer.stream is not None)]
         for depth, stream in enumerate(streams):
             chances, likeliest = net.logit_lens(stream[:1, places]).softmax(-1).max(-1)  # (1, places)
             names = (self._name(net, id_) for id_ in likeliest[0].tolist())

@@ -1,1 +1,1 @@
-"""Implementations faster than plain PyTorch on some hardware, each tested against the plain version."""
+"""Implementations that are faster than plain PyTorch on some hardware, each tested against the plain version."""

@@ -1,9 +1,9 @@
-"""x W^T + b, by the library that multiplies fastest on the processor.
+"""Linear layers by oneDNN, on CPUs where that is faster than PyTorch's default.
 
-On x86 PyTorch multiplies float32 matrices by Intel's MKL, which on AMD's Zen 5 reaches half of what oneDNN does, the
-library that PyTorch brings along for bfloat16 (``experiments/benchmarks/linear.py``). PyTorch's own way to it is
-``torch.set_float32_matmul_precision("medium")``, which also allows products in bfloat16 where a processor has them, and
-is slow in small networks.
+On x86 PyTorch multiplies float32 matrices with Intel's MKL, which on AMD's Zen 5 reaches half the speed of oneDNN, the
+library that PyTorch ships for bfloat16 (``experiments/benchmarks/linear.py``). PyTorch's own switch,
+``torch.set_float32_matmul_precision("medium")``, also allows bfloat16 products on processors that have them, and is
+slow in small networks.
 """
 
 from typing import Any
@@ -17,24 +17,24 @@ from typing_extensions import override
 
 
 def onednn_is_faster() -> bool:
-    """Whether this processor is of the kind on which that was measured: AMD's Zen 5."""
+    """Whether this processor is of the kind on which oneDNN was measured to be faster: AMD's Zen 5."""
     if not (torch._C.has_mkl and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older versions of torch have none
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
     zen_5 = str(known.get("cpu_name", "")).startswith("AMD") and known.get("avx512_vp2intersect", False)
     return bool(zen_5) and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 USE_ONEDNN = onednn_is_faster()
-"""Whether large products go to oneDNN."""
+"""Whether large products are computed by oneDNN."""
 MIN_MULTIPLICATIONS = 2**22
-"""Multiplications of a product from which it pays to call oneDNN, which takes longer to begin."""
+"""Multiplications of a product from which oneDNN is faster; it has a higher overhead per call."""
 PLAIN_TENSORS = Tensor, nn.Parameter
-"""Subclasses, such as a tensor-parallel process's share, say themselves how they are multiplied."""
+"""Subclasses, such as ``DTensor``, define their own products."""
 
 
 class Linear(nn.Linear):
-    """``nn.Linear``, by ``linear``."""
+    """``nn.Linear`` that calls ``linear``."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
@@ -43,11 +43,11 @@ class Linear(nn.Linear):
 
 
 LINEAR_CLASSES = nn.Linear, Linear
-"""Layers that do nothing else."""
+"""Exact classes of plain linear layers, which may be replaced by adapters."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``, which oneDNN computes where it is faster.
+    """``torch.nn.functional.linear``, computed by oneDNN where that is faster.
 
     Args:
         x: (..., K).
@@ -67,35 +67,35 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
         USE_ONEDNN
-        and not torch.compiler.is_exporting()  # to be run elsewhere
+        and not torch.compiler.is_exporting()  # an exported program may run on another machine
         and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN_TENSORS for t in given)
-        # What does not fit together torch refuses in its own words.
+        # Shapes that do not match are left to torch's own errors.
         and (x.ndim > 1 and weight.shape == (weight.size(0), x.size(-1)))
         and (bias is None or bias.shape == weight.shape[:1])
-        # torch.backends.mkldnn.flags(enabled=False); the compiler cannot ask for it.
+        # Respect torch.backends.mkldnn.flags(enabled=False); the compiler cannot trace this call.
         and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
-        # For derivatives in other directions than backwards torch has rules of its own.
+        # Forward-mode and functorch derivatives are left to torch.
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
 
 
-# An operator, so that the compiler takes it as a whole and tools know it by its name.
+# A custom operator, so that the compiler treats it as opaque and profilers show its name.
 torch.library.define("lit_gpt_scratch::product", "(Tensor a, Tensor b, Tensor? bias) -> Tensor")
 
 
 @torch.library.impl("lit_gpt_scratch::product", "cpu")
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
-    bias = None if bias is None else bias.contiguous()  # whose strides it takes no heed of
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, _in_order(b), bias, "none", [], "")
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(a, _contiguous_or_transposed(b), bias, "none", [], "")
     return out
 
 
-def _in_order(b: Tensor) -> Tensor:
-    """With rows or columns one after the other: with another second factor oneDNN is a thousand times as slow."""
+def _contiguous_or_transposed(b: Tensor) -> Tensor:
+    """Copy a second factor with any other strides, with which oneDNN is a thousand times as slow."""
     return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
 
 
@@ -110,11 +110,11 @@ def _(a: torch.Size, b: torch.Size, bias: torch.Size | None, out_shape: torch.Si
 
 
 class _Linear(torch.autograd.Function):
-    """The gradients are products of the same kind: dX = dY W, dW = dY^T X."""
+    """Y = X W^T + b, with the gradients dX = dY W and dW = dY^T X computed by oneDNN, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # What is frozen needs nothing kept.
+        # Save only what the gradients of trainable inputs need.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return _multiply(x, weight, bias)
 
@@ -126,10 +126,10 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             d_x = _multiply(grad, weight.t())
         if ctx.needs_input_grad[1]:
-            read = x.reshape(-1, x.size(-1))  # (B * T, K)
-            # oneDNN puts its second factor into another order first, and is faster where that is the larger one.
-            wide = flat.size(1) > read.size(1)
-            d_weight = _multiply(read.t(), flat.t()).t() if wide else _multiply(flat.t(), read.t())
+            x2d = x.reshape(-1, x.size(-1))  # (B * T, K)
+            # oneDNN reorders its second factor first, and is faster if that is the larger one.
+            wide = flat.size(1) > x2d.size(1)
+            d_weight = _multiply(x2d.t(), flat.t()).t() if wide else _multiply(flat.t(), x2d.t())
         if ctx.needs_input_grad[2]:
             d_bias = flat.sum(0)
         return d_x, d_weight, d_bias
@@ -137,9 +137,9 @@ class _Linear(torch.autograd.Function):
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
-    if torch._C._are_functorch_transforms_active():  # many gradients at once
+    if torch._C._are_functorch_transforms_active():  # such as vmap over gradients
         return F.linear(a, b, bias)
-    if torch.is_grad_enabled():  # gradients of gradients are wanted
+    if torch.is_grad_enabled():  # for second derivatives
         out: Tensor = _Linear.apply(a, b, bias)  # type: ignore[no-untyped-call]  # torch's own
         return out
     return torch.ops.lit_gpt_scratch.product(a, b, bias)  # type: ignore[no-any-return]

@@ -1,8 +1,8 @@
-"""Looking inside a network while it reads: what attention weighs, what the stream holds, which units answer."""
+"""Activations inside a network: residual stream, feed-forward units and attention weights, and statistics of them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ Kept = TypeVar("Kept")
 
 
 class BlockActivations(NamedTuple):
-    """What a block did; of a process that has some of the heads and units, its own.
+    """Activations of a block; a tensor-parallel process has those of its own heads and units.
 
     Attributes:
-        stream: (B, T, n_embd), behind the block.
-        hidden: (B, T, ffn_dim), the feed-forward units as the last matrix reads them.
-        weights: (B, n_head, T, T) in at least float32, who looks at whom; None if attention of one's own gave none.
+        stream: (B, T, n_embd), the residual stream after the block.
+        hidden: (B, T, ffn_dim), the feed-forward units, as input to the down-projection.
+        weights: (B, n_head, T, T) in at least float32, the attention weights; None if a custom attention class does not
+            record any.
     """
 
     stream: Tensor
@@ -28,73 +29,75 @@ class BlockActivations(NamedTuple):
 
 
 class CapturedActivations(NamedTuple, Generic[Kept]):
-    """What was seen of a network.
+    """Activations of a forward pass.
 
     Attributes:
-        start: (B, T, n_embd), the stream before the first block.
-        layers: What was kept of each block.
-        read: What the head read, as ``GPT.forward`` gives it.
+        embeddings: (B, T, n_embd), the residual stream before the first block.
+        layers: What ``keep`` returned for each block.
+        output: The output of ``GPT.forward``.
     """
 
-    start: Tensor
+    embeddings: Tensor
     layers: list[Kept]
-    read: Tensor
+    output: Tensor
 
 
 @torch.no_grad()
 def capture_activations(
     net: GPT, input_ids: Tensor, document_ids: Tensor | None, keep: Callable[[BlockActivations], Kept]
 ) -> CapturedActivations[Kept]:
-    """Let a network read, in evaluation mode and uncompiled, and look at each block as it comes.
+    """Run a forward pass in evaluation mode, uncompiled, and capture the activations of each block.
 
-    The network is left as it was: its weights, its modes, and what was compiled of it. Under FSDP2 and tensor
-    parallelism all processes have to take part.
+    The network's weights, modes and compiled code are unchanged afterwards. With FSDP2 or tensor parallelism all
+    processes have to call this.
 
     Args:
         net: The network.
         input_ids: (B, T) int64.
         document_ids: As for ``GPT.forward``.
-        keep: What to keep of a block. Attention weights grow with the square of the window: they are not held for
-            longer than this takes.
+        keep: Called after each block; returns what to keep of its activations. Attention weights grow with the square
+            of the length, and are freed after this call unless kept.
     """
     layers: list[Kept] = []
-    start: list[Tensor] = []
+    embeddings: list[Tensor] = []
     with ExitStack() as stack:
         stack.enter_context(eager_eval_mode(net))
-        first = net.blocks[0].register_forward_pre_hook(lambda _, given: start.append(given[0]))
-        stack.callback(first.remove)
+        handle = net.blocks[0].register_forward_pre_hook(lambda _, inputs: embeddings.append(inputs[0]))
+        stack.callback(handle.remove)
         for block in net.blocks:
             assert isinstance(block, Block)
-            stack.enter_context(_watched(block, lambda seen: layers.append(keep(seen))))
-        read = net(input_ids, document_ids)
-    return CapturedActivations(start[0], layers, read)
+            stack.enter_context(_capture_block(block, lambda activations: layers.append(keep(activations))))
+        output = net(input_ids, document_ids)
+    return CapturedActivations(embeddings[0], layers, output)
 
 
 @contextmanager
-def _watched(block: Block, tell: Callable[[BlockActivations], None]) -> Iterator[None]:
-    """Have told what a block does, whenever it is called."""
+def _capture_block(block: Block, report: Callable[[BlockActivations], None]) -> Iterator[None]:
+    """Report a block's activations after each of its calls."""
     hidden: list[Tensor] = []
     weights = block.attention.recorded_weights = []
 
-    def done(_: nn.Module, given: object, stream: Tensor) -> None:
-        tell(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
+    def after_block(_: nn.Module, inputs: object, stream: Tensor) -> None:
+        report(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
 
-    # Before others: a tensor-parallel matrix makes something else of its own part.
-    before = block.feed_forward.output.register_forward_pre_hook(lambda _, given: hidden.append(given[0]), prepend=True)
-    after = block.register_forward_hook(done)
+    # Before other hooks: that of tensor parallelism converts the input to a DTensor.
+    output_handle = block.feed_forward.output.register_forward_pre_hook(
+        lambda _, inputs: hidden.append(inputs[0]), prepend=True
+    )
+    block_handle = block.register_forward_hook(after_block)
     try:
         yield
     finally:
         block.attention.recorded_weights = None
-        before.remove()
-        after.remove()
+        output_handle.remove()
+        block_handle.remove()
 
 
 @contextmanager
 def eager_eval_mode(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and nothing compiled: compiled code calls no hooks, and would be compiled again for them.
+    """Evaluation mode without compiled code, which calls no hooks and would be recompiled for them.
 
-    Afterwards all is as it was.
+    The previous state is restored afterwards.
     """
     training = [module for module in net.modules() if module.training]
     compiled = [(module, module._compiled_call_impl) for module in net.modules() if module._compiled_call_impl]
@@ -112,13 +115,12 @@ def eager_eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 class AttentionStats(NamedTuple):
-    """How each head of a layer looks back, as means over tokens: (n_head,) each.
+    """Statistics of a layer's attention weights, as means over tokens: (n_head,) each.
 
     Attributes:
-        entropy: Of its weights, in nats: 0 for one token alone, ln(n) for n tokens alike.
-        distance: How many tokens it looks back, each by its weight.
-        sink: The share that goes to the first token of the window, or of the document
-            (https://arxiv.org/abs/2309.17453).
+        entropy: Entropy of the weights in nats: 0 for a single token, ln(n) for n equal weights.
+        distance: Mean distance to the attended tokens, weighted by the attention weights.
+        sink: Weight of the first token of the window or document (attention sink, https://arxiv.org/abs/2309.17453).
     """
 
     entropy: Tensor
@@ -129,57 +131,57 @@ class AttentionStats(NamedTuple):
 def attention_stats(
     weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor | None = None
 ) -> AttentionStats:
-    """Sum up attention weights. The first token of a window or document has no choice, and does not count.
+    """Statistics of attention weights; the first token of a window or document sees only itself and is not counted.
 
     Args:
-        weights: (B, n_head, T, T), rows are tokens that look.
-        document_ids: (B, T) int64, if no token sees another document.
-        lengths: (B,) int64, of each row the tokens that are not there to fill it up; all by default.
+        weights: (B, n_head, T, T), rows are queries.
+        document_ids: (B, T) int64, if attention is within documents.
+        lengths: (B,) int64, tokens of each row without padding; T by default.
 
     Returns:
-        Float32; NaN if no token has more than itself to see.
+        Float32; NaN if every token sees only itself.
     """
     B, _, T, _ = weights.shape
-    place = torch.arange(T, device=weights.device)
-    positions = place.expand(B, T) if document_ids is None else document_positions(document_ids, place)  # (B, T)
+    index = torch.arange(T, device=weights.device)
+    positions = index.expand(B, T) if document_ids is None else document_positions(document_ids, index)  # (B, T)
     counted = positions > 0
     if lengths is not None:
-        counted = counted & (place < lengths[:, None])
-    begin = (place - positions)[:, None, :, None].expand(*weights.shape[:3], 1)  # (B, n_head, T, 1)
-    each = (
+        counted = counted & (index < lengths[:, None])
+    first = (index - positions)[:, None, :, None].expand(*weights.shape[:3], 1)  # (B, n_head, T, 1)
+    per_token = (
         torch.special.entr(weights).sum(-1),  # (B, n_head, T)
-        place - weights @ place.to(weights.dtype),
-        weights.gather(-1, begin).squeeze(-1),
+        index - weights @ index.to(weights.dtype),
+        weights.gather(-1, first).squeeze(-1),
     )
     n = counted.sum()
-    return AttentionStats(*((x * counted[:, None]).sum((0, 2)).float() / n for x in each))
+    return AttentionStats(*((x * counted[:, None]).sum((0, 2)).float() / n for x in per_token))
 
 
 def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """The largest magnitude of each feed-forward unit over all tokens.
+    """Largest magnitude of each feed-forward unit over all tokens.
 
     Args:
         hidden: (B, T, ffn_dim).
-        lengths: As for ``looks``.
+        lengths: As for ``attention_stats``.
 
     Returns:
         (ffn_dim,) float32.
     """
-    size = hidden.abs()
+    magnitude = hidden.abs()
     if lengths is not None:
-        there = torch.arange(hidden.size(1), device=hidden.device) < lengths[:, None]  # (B, T)
-        size = size * there[..., None]
-    return size.amax((0, 1)).float()
+        in_row = torch.arange(hidden.size(1), device=hidden.device) < lengths[:, None]  # (B, T)
+        magnitude = magnitude * in_row[..., None]
+    return magnitude.amax((0, 1)).float()
 
 
-DEAD_UNIT_THRESHOLD = 1e-6
-"""Of the largest answer in its layer: a unit that never gives more says nothing."""
+DEAD_UNIT_THRESHOLD: Final = 1e-6
+"""A unit is dead if its largest activation is below this share of the largest in its layer."""
 
 
-def dead_units(answers: Tensor) -> Tensor:
-    """Which units are dead, by the answers of all units of a layer: (ffn_dim,) -> (ffn_dim,) bool.
+def dead_units(max_activations: Tensor) -> Tensor:
+    """Dead feed-forward units of a layer, by ``max_unit_activations`` of all its units: (ffn_dim,) -> (ffn_dim,) bool.
 
-    A ReLU that is never reached is exactly 0 everywhere. Smooth activations and gates come close to it alone, so that
-    a share of what others say stands for nothing.
+    A ReLU that never activates is exactly 0 everywhere; smooth activations and gates only come close to it, hence the
+    threshold.
     """
-    return answers <= DEAD_UNIT_THRESHOLD * answers.max()
+    return max_activations <= DEAD_UNIT_THRESHOLD * max_activations.max()

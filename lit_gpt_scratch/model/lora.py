@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685), put into a network that knows nothing of them.
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685), inserted into any network.
 
-A linear layer's ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows and B as many columns, and
-nothing but A and B is trained. B begins at zero, so that training begins at the network as it was.
+A linear layer's ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows and B ``rank`` columns, and
+only A and B are trained. B starts at zero, so that training starts from the unchanged network.
 
-The base's parameters stay the same objects under the same names: its checkpoints still fit, an embedding that is tied
-to the head stays tied, and the adapters are two names more beside each weight.
+The parameters of the base model stay the same objects under the same names: its checkpoints still load, tied embeddings
+stay tied, and the adapters add two more names next to each weight.
 """
 
 import math
@@ -25,17 +25,18 @@ from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 @dataclass(frozen=True)
 class LoRA:
-    r"""Which layers get adapters, and of what size.
+    r"""Size and location of the adapters.
 
     Args:
         rank: Rows of A and columns of B.
-        alpha: What they add is multiplied by ``alpha / rank``, so that another rank needs no other learning rate.
-        dropout: Probability of zeroing a channel of what A reads, in training.
-        pattern: A regular expression that is searched for in the full names of linear layers, such as
+        alpha: The adapter's output is scaled by ``alpha / rank``, so that the learning rate need not change with the
+            rank.
+        dropout: Dropout probability of the adapter's input in training.
+        pattern: A regular expression, searched for in the full names of linear layers, such as
             ``attention\.(query|value)$``; by default all linear layers in blocks.
 
     Raises:
-        UserError: A number is out of its range, or the pattern is no regular expression.
+        UserError: A value is out of range, or the pattern is not a regular expression.
     """
 
     rank: int = 8
@@ -52,32 +53,32 @@ class LoRA:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError(f"lora.pattern is {self.pattern}, which is no regular expression: {error}") from error
+            raise UserError(f"lora.pattern is {self.pattern}, which is not a regular expression: {error}") from error
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter beside its weight.
+    """A linear layer with an adapter.
 
-    A state dict of it is the same whether the adapter is merged or not, so that loading one never counts it twice.
+    Its state dict is the same whether the adapter is merged or not, so that loading never adds it twice.
 
     Args:
-        base: The layer that it stands in for; weight and bias are shared with it, and frozen.
-        settings: Of the adapter.
+        base: The layer to replace; its weight and bias are shared, and frozen.
+        settings: Size of the adapter.
 
     Attributes:
-        lora_a: (rank, in_features), in at least float32: steps of fine-tuning are too small for bfloat16 to keep.
+        lora_a: (rank, in_features), at least float32: bfloat16 cannot represent the small updates of fine-tuning.
         lora_b: (out_features, rank), likewise.
-        unmerged: The weight as it was, while the adapter is merged into ``weight``.
-        enabled: Whether the adapter counts.
+        unmerged: The original weight while the adapter is merged into ``weight``, else None.
+        enabled: Whether the adapter is applied.
     """
 
     optimizer_group: ClassVar[OptimizerGroup] = "tables"
     unmerged: Tensor | None
 
     def __init__(self, base: nn.Linear, settings: LoRA) -> None:
-        # The layer's own weight would be drawn and thrown away; on this device it is not.
+        # On the meta device, because the weight created here is replaced by that of the base.
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
-        self.kind = type(base)
+        self.base_class = type(base)
         self.weight, self.bias = base.weight, base.bias
         self.requires_grad_(False)
         self.register_parameter("unmerged", None)
@@ -87,7 +88,7 @@ class LoRALinear(nn.Linear):
         exact, device = torch.promote_types(base.weight.dtype, torch.float32), base.weight.device
         self.lora_a = nn.Parameter(torch.empty(settings.rank, base.in_features, dtype=exact, device=device))
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, settings.rank, dtype=exact, device=device))
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as the authors' code and peft draw it
+        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))  # as in the authors' code and peft
         self.train(base.training)
 
     @override
@@ -97,33 +98,33 @@ class LoRALinear(nn.Linear):
             return linear(input, self.weight if self.enabled else self.unmerged, self.bias)
         out = linear(input, self.weight, self.bias)
         if self.enabled:
-            read = self.dropout(input.to(self.lora_a.dtype))  # (..., in_features)
-            added = linear(linear(read, self.lora_a), self.lora_b)  # (..., out_features)
-            out = (out + added * self.scaling).type_as(out)
+            x = self.dropout(input.to(self.lora_a.dtype))  # (..., in_features)
+            delta = linear(linear(x, self.lora_a), self.lora_b)  # (..., out_features)
+            out = (out + delta * self.scaling).type_as(out)
         return out
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put the adapter into ``weight``, which becomes another tensor; the old one is kept for ``unmerge``.
+        """Add the adapter to the weight in a new tensor; the original one is kept for ``unmerge``.
 
-        Were the product added and subtracted again in place, rounding would leave its marks, and a weight that another
-        layer shares would change there as well.
+        Adding and subtracting the product in place would leave rounding errors, and change the weight of other layers
+        that share it.
         """
         if self.unmerged is not None:
             return
         exact = torch.promote_types(self.weight.dtype, torch.float32)
-        added = self.lora_b.to(exact) @ self.lora_a.to(exact) * self.scaling  # (out_features, in_features)
+        delta = self.lora_b.to(exact) @ self.lora_a.to(exact) * self.scaling  # (out_features, in_features)
         self.unmerged = self.weight
-        self.weight = nn.Parameter((self.weight.to(exact) + added).type_as(self.weight), requires_grad=False)
+        self.weight = nn.Parameter((self.weight.to(exact) + delta).type_as(self.weight), requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the weight back that was there before ``merge``: the same parameter, bit for bit."""
+        """Restore the original weight: the same parameter, bit for bit."""
         if self.unmerged is not None:
             self.weight, self.unmerged = self.unmerged, None
 
-    def plain(self) -> nn.Linear:
-        """A layer like the one it stands in for, with the weight and bias that this one has now."""
-        plain = self.kind(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
+    def to_linear(self) -> nn.Linear:
+        """A layer of the base's class with the current weight and bias."""
+        plain = self.base_class(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
         plain.weight, plain.bias = self.weight, self.bias
         return plain
 
@@ -144,38 +145,39 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
-    """Give adapters to the layers that the pattern matches, and freeze all else.
+    """Insert adapters into the layers whose names match the pattern, and freeze all other parameters.
 
     Args:
-        net: Any network; it is changed. What else inherits from ``nn.Linear`` is left alone: it may be used otherwise.
-        settings: Which layers, and how.
+        net: Any network, changed in place. Other subclasses of ``nn.Linear`` are skipped, because their ``forward`` may
+            differ.
+        settings: Size and location of the adapters.
 
     Returns:
         The names of the layers.
 
     Raises:
-        UserError: The pattern matches no linear layer, or the network has adapters already.
+        UserError: The pattern matches no linear layer, or the network already has adapters.
     """
     if any(True for _ in _lora_layers(net)):
-        raise UserError("the network has LoRA adapters already; remove them first")
+        raise UserError("the network already has LoRA adapters; remove them first")
     linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
     chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
     if not chosen:
-        alike = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # one block speaks for all
-        there = f"there are, for example, {', '.join(list(alike)[:10])}" if alike else "there is none at all"
+        examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # of one block only
+        there = f"there are, for example, {', '.join(list(examples)[:10])}" if examples else "there are none"
         raise UserError(f"lora.pattern is {settings.pattern}, which matches no linear layer; {there}")
     net.requires_grad_(False)
-    made = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
+    adapted = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
     for name, layer in chosen:
-        net.set_submodule(name, made[layer])
+        net.set_submodule(name, adapted[layer])
     return [name for name, _ in chosen]
 
 
 @contextmanager
 def disable_lora(net: nn.Module) -> Iterator[None]:
-    """Switch all adapters off meanwhile, merged or not: the network is then its base, bit for bit.
+    """Temporarily disable all adapters, merged or not: the network is then its base model, bit for bit.
 
-    So one network in memory is both the policy that is trained and the reference that it is held to.
+    One network in memory can so be both the policy and its reference model.
     """
     before = [(layer, layer.enabled) for _, layer in _lora_layers(net)]
     try:
@@ -188,61 +190,63 @@ def disable_lora(net: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(net: nn.Module) -> None:
-    """Put all adapters into the weights, so that a forward pass costs what it does without them.
+    """Merge all adapters into the weights, so that a forward pass has no extra cost.
 
-    It takes the memory of the adapted weights once more until ``unmerge_lora`` or ``remove_lora``, and merged adapters
-    cannot be trained. A head that shares the embedding's matrix has one of its own meanwhile, and the embedding its.
+    The adapted weights take twice the memory until ``unmerge_lora`` or ``remove_lora``, and merged adapters cannot be
+    trained. Tied embeddings are untied while the head or the embedding is merged.
     """
     for _, layer in _lora_layers(net):
         layer.merge()
 
 
 def unmerge_lora(net: nn.Module) -> None:
-    """Take all adapters out of the weights again, exactly."""
+    """Undo ``merge_lora`` exactly."""
     for _, layer in _lora_layers(net):
         layer.unmerge()
 
 
 def remove_lora(net: nn.Module) -> None:
-    """Put plain linear layers back: with the adapters in their weights if they are merged, else as the base has them.
+    """Replace all ``LoRALinear`` by plain linear layers, with their current weights: merged or the base's.
 
-    Parameters stay frozen; ``net.requires_grad_(True)`` thaws them.
+    Parameters stay frozen; ``net.requires_grad_(True)`` unfreezes them.
 
     Raises:
-        UserError: A merged matrix was shared with another layer, such as a head with the embedding. What is saved of
-            the network would hold two matrices where its config says one.
+        UserError: A merged weight was shared with another layer, such as head and embedding. A checkpoint of the
+            network would have two matrices where its config has one.
     """
-    made = {}
+    plain = {}
     for name, layer in _lora_layers(net):
         for other, module in net.named_modules():
             if module is not layer and any(mine is layer.unmerged for mine in module.parameters(recurse=False)):
                 raise UserError(
-                    f"the adapter of {name} is merged, but the matrix is also that of {other}, which must not change; "
-                    f"leave {name} out of lora.pattern, untie the two, or keep the adapter apart"
+                    f"the adapter of {name} is merged, but {other} shares the weight, which must not change; exclude "
+                    f"{name} from lora.pattern, untie the two, or do not merge"
                 )
-        made[layer] = layer.plain()
+        plain[layer] = layer.to_linear()
     for name, module in list(net.named_modules(remove_duplicate=False)):
         if isinstance(module, LoRALinear):
-            net.set_submodule(name, made[module])
+            net.set_submodule(name, plain[module])
 
 
 def lora_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """The adapters' part of the network's state dict."""
+    """State dict of the adapters only."""
     parts = {f"{name}.{part}" for name, _ in _lora_layers(net) for part in ("lora_a", "lora_b")}
     return {name: value for name, value in net.state_dict().items() if name in parts}
 
 
 def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load what ``lora_state_dict`` gave; merged adapters are taken out of the weights first.
+    """Load a state dict of ``lora_state_dict``; merged adapters are unmerged first.
 
     Raises:
-        UserError: The network's adapters are in other layers or of other sizes.
+        UserError: The network's adapters are in other layers or have other shapes.
     """
-    mine = lora_state_dict(net)
-    for name in sorted(mine.keys() | state.keys()):
-        here, there = (tuple(part[name].shape) if name in part else "missing" for part in (mine, state))
-        if here != there:
-            raise UserError(f"the adapters do not fit: {name} is {there} in what is loaded, and {here} in the network")
+    current = lora_state_dict(net)
+    for name in sorted(current.keys() | state.keys()):
+        expected, found = (tuple(part[name].shape) if name in part else "missing" for part in (current, state))
+        if expected != found:
+            raise UserError(
+                f"the adapters do not fit: {name} is {found} in the state dict, but {expected} in the network"
+            )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)
 

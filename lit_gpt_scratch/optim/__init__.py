@@ -1,4 +1,4 @@
-"""Optimizers, their parameter groups, and learning-rate schedules."""
+"""Optimizers, parameter groups, gradient clipping, weight averaging and learning-rate schedules."""
 
 from lit_gpt_scratch.optim.lr_schedule import Schedule
 from lit_gpt_scratch.optim.optimizers import AdamW, Muon, OptimizerRecipe

@@ -162,9 +162,9 @@ def test_a_bias_may_lie_in_memory_as_it_likes(bias: Tensor) -> None:
         (torch.randn(1, 4).expand(6, 4), True), (torch.randn(6, 8)[:, ::2], True),
     ],
 )  # fmt: skip
-def test_a_second_factor_is_put_in_order(b: Tensor, copied: bool) -> None:
+def test_second_factor_is_copied_unless_contiguous_or_transposed(b: Tensor, copied: bool) -> None:
     """oneDNN would give the right answer, a thousand times as slowly."""
-    found = module._in_order(b)
+    found = module._contiguous_or_transposed(b)
     assert torch.equal(found, b)
     assert found.is_contiguous() or found.t().is_contiguous()
     assert (found.data_ptr() != b.data_ptr()) == copied

@@ -43,11 +43,11 @@ def test_what_is_read_is_what_the_network_reads(shape: str, documents: Tensor | 
     net = randomised(SHAPES[shape])
     found = seen(net, documents)
     with torch.no_grad():
-        assert torch.equal(found.read, net(IDS, documents))
+        assert torch.equal(found.output, net(IDS, documents))
         # The logit lens behind the last block is the model's own answer, and so it is read before the first.
         last = found.layers[-1].stream
-        assert torch.equal(net.logit_lens(last), found.read)
-        assert not torch.equal(net.logit_lens(found.start), found.read)
+        assert torch.equal(net.logit_lens(last), found.output)
+        assert not torch.equal(net.logit_lens(found.embeddings), found.output)
     for layer in found.layers:
         assert layer.weights is not None
         assert layer.weights.shape == (2, 4, 24, 24)

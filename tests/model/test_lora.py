@@ -266,9 +266,9 @@ def test_adapters_can_be_loaded_into_another_copy_of_the_base() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (LoRA(rank=4), r"blocks.0.attention.key.lora_a is (8, 16) in what is loaded, and (4, 16) in the network"),
-        (LoRA(pattern="query"), r"blocks.0.attention.key.lora_a is (8, 16) in what is loaded, and missing in the"),
-        (LoRA(pattern=""), r"head.lora_a is missing in what is loaded, and (8, 16) in the network"),
+        (LoRA(rank=4), r"blocks.0.attention.key.lora_a is (8, 16) in the state dict, but (4, 16) in the network"),
+        (LoRA(pattern="query"), r"blocks.0.attention.key.lora_a is (8, 16) in the state dict, but missing in the"),
+        (LoRA(pattern=""), r"head.lora_a is missing in the state dict, but (8, 16) in the network"),
     ],
 )
 def test_adapters_that_do_not_fit_are_refused_by_name(settings: LoRA, said: str) -> None:
@@ -287,7 +287,7 @@ def test_a_tied_heads_adapter_does_not_touch_the_embedding() -> None:
     merge_lora(net)
     assert torch.equal(net.hidden_states(IDS), hidden)
     close(net(IDS), outputs)
-    with pytest.raises(UserError, match=r"adapter of head is merged, but the matrix is also that of embedding"):
+    with pytest.raises(UserError, match=r"adapter of head is merged, but embedding shares the weight"):
         remove_lora(net)
     unmerge_lora(net)
     assert net.head.weight is net.embedding.weight
@@ -373,12 +373,12 @@ def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
         "blocks.0.attention.key, blocks.0.attention.value, blocks.0.attention.output, blocks.0.feed_forward.input, "
         "blocks.0.feed_forward.output, blocks.0.feed_forward.gate, head"
     )
-    with pytest.raises(UserError, match="there is none at all"):
+    with pytest.raises(UserError, match="there are none"):
         add_lora(nn.Sequential(nn.ReLU()), LoRA())
 
 
 def test_adapters_are_not_added_twice() -> None:
-    with pytest.raises(UserError, match="has LoRA adapters already"):
+    with pytest.raises(UserError, match="already has LoRA adapters"):
         add_lora(adapted(), LoRA())
 
 
@@ -389,7 +389,7 @@ def test_adapters_are_not_added_twice() -> None:
         (lambda: LoRA(alpha=-1.0), "lora.alpha is -1.0; it must be positive"),
         (lambda: LoRA(alpha=float("nan")), "lora.alpha is nan; it must be positive"),
         (lambda: LoRA(dropout=1.0), "lora.dropout is 1.0; it must be at least 0 and below 1"),
-        (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is no regular expression: missing )"),
+        (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a regular expression: missing )"),
     ],
 )
 def test_impossible_settings_are_refused_by_name(build: Callable[[], LoRA], said: str) -> None:
