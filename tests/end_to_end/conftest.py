@@ -1,15 +1,15 @@
-"""Drive the doors as a user does: flags in, standard output, standard error and an exit code out.
+"""Run the commands as a user does: flags in; standard output, standard error and an exit code out.
 
-The quick suite has minutes on two cores for all, and importing PyTorch and Lightning alone takes seconds of one. So
-a test takes the first of these that proves its claim:
+The quick suite has minutes on two cores in total, and importing PyTorch and Lightning alone takes seconds of one. So
+a test uses the first of these that proves its claim:
 
-- ``command``: a door in this process; a run of ``small`` takes a second, half of it for reading flags;
-- ``trained``: a run that is only there to be looked at, gone on with or altered: made once, and copied to whoever asks;
-- ``forked.fit``: ``fit`` in one or several processes of its own, forked from one that has the imports done;
-- a new interpreter, where that it is one is the claim: launchers, signals, kills, what is not imported.
+- ``command``: a command in this process; a run with the flags of ``small`` takes a second, half of it to parse flags;
+- ``trained``: a run that is only inspected, resumed or altered: trained once, and copied for each test;
+- ``forked.fit``: ``fit`` in one or several new processes, forked from one that has done the imports;
+- a new interpreter, where the claim is about one: launchers, signals, kills, lazy imports.
 
-What differs in a flag alone is a row of ``parametrize`` only if each row could fail by itself. Compiling takes ten
-seconds and more of processor time: tests that do are ``slow``, but for one of training and one of writing.
+Cases that differ only in a flag are rows of ``parametrize`` only if each could fail alone. Compiling takes ten seconds
+and more of processor time: tests that compile are ``slow``, except one of training and one of generation.
 """
 
 import shutil
@@ -27,7 +27,7 @@ from lit_gpt_scratch.cli import convert, doctor, entrypoint, evaluate, fit, gene
 
 @dataclass
 class Outcome:
-    """What a command left in the terminal."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -37,16 +37,16 @@ class Outcome:
 Command = Callable[..., Outcome]
 Trained = Callable[..., None]
 SHORT_SAMPLES = partial(Samples, tokens=40)
-"""Beyond a context of 32; 200 tokens after each validation take longer than the steps before it."""
+"""Longer than a context of 32; the default of 200 tokens would take longer than the training steps."""
 
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """Run a door in this process, in an empty folder; the imports alone would take seconds in a new one."""
+    """Run a command in this process, in an empty folder; a new process would spend seconds on imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
     monkeypatch.setattr(default_callbacks, "Samples", SHORT_SAMPLES)
-    doors = {
+    commands = {
         "fit": fit,
         "generate": generate,
         "evaluate": evaluate,
@@ -59,11 +59,11 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
     def run(name: str, *args: str | Path) -> Outcome:
         code = 0
         try:
-            entrypoint.run(lambda: doors[name].main([str(arg) for arg in args]))
+            entrypoint.run(lambda: commands[name].main([str(arg) for arg in args]))
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else 1
-        said = capsys.readouterr()
-        return Outcome(code, said.out, said.err)
+        output = capsys.readouterr()
+        return Outcome(code, output.out, output.err)
 
     return run
 
@@ -81,7 +81,7 @@ def small(corpus: Path, cache: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def finished() -> dict[tuple[str, ...], Path]:
-    """By the flags of a run, a copy of all that it left."""
+    """Flags of finished runs, each with a copy of its ``runs`` folder."""
     return {}
 
 
@@ -89,7 +89,7 @@ def finished() -> dict[tuple[str, ...], Path]:
 def trained(
     command: Command, finished: dict[tuple[str, ...], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Trained:
-    """Have a run of ``fit`` come to its end, as ``command`` would, but only once for the same flags."""
+    """Train to the end, as ``command`` would, but only once per set of flags."""
 
     def run(*flags: str) -> None:
         runs = next((flag.partition("=")[2] for flag in flags if flag.startswith("--runs=")), "runs")
@@ -111,7 +111,7 @@ STAGES = {
         "--data=Conversations", "--data.block_size=64", "--model.lora.rank=2", "--model.gpt.initialisation=gpt2",
     ],
     "classes": ["--model=Classification", "--data=LabelledText"],
-    "classes, last layer, weighed": [
+    "classes, last layer, weighted": [
         "--model=Classification", "--data=LabelledText", "--model.train_layers=1", "--model.pooling=mean",
         "--model.class_weights=balanced",
     ],
@@ -124,27 +124,27 @@ STAGES = {
         "--model=DPO", "--data=Preferences", "--data.block_size=96", *FEW_REPLIES, "--model.lora.rank=2",
         "--model.gpt.initialisation=gpt2", "--model.loss=ipo",
     ],
-    "own replies": [
+    "on-policy": [
         "--model=PPO", "--data=Prompts", "--data.block_size=96", *FEW_REPLIES, "--model.kl_target=0.1",
         "--model.reward=tests.custom_reward.letters", "--model.steps_per_phase=2", "--model.gpt.initialisation=gpt2",
     ],
-    "own replies, groups, adapters": [
+    "on-policy, groups, adapters": [
         "--model=GRPO", "--data=Prompts", "--data.block_size=96", *FEW_REPLIES, "--model.group=4",
         "--model.reward=tests.custom_reward.letters", "--model.steps_per_phase=3", "--model.gpt.initialisation=gpt2",
         "--model.lora.rank=2",
     ],
 }  # fmt: skip
-"""Flags over those of ``small``, by what is learned."""
+"""Flags added to those of ``small``, by stage."""
 
 
 @pytest.fixture
 def staged(small: list[str]) -> Callable[[str], list[str]]:
-    """Flags of a run of a stage, on data that is generated; in pretraining on a corpus."""
+    """Flags of a run of a stage: on a corpus for pretraining, otherwise on generated data."""
 
     def flags(stage: str) -> list[str]:
         of_records = any(flag.startswith("--data=") for flag in STAGES[stage])
         kept = [flag for flag in small if not (of_records and flag.startswith("--data.source"))]
-        # A class is named before what it is told.
+        # A class must come before its arguments.
         return [*(flag for flag in STAGES[stage] if "." not in flag), *kept, *(f for f in STAGES[stage] if "." in f)]
 
     return flags

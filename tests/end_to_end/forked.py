@@ -1,7 +1,7 @@
-"""``fit`` as the processes of a launcher run it, each forked from one that has imported everything and done nothing.
+"""Run ``fit`` in the processes of a launcher, each forked from a process that has only done the imports.
 
-What a process starts with is what ``torchrun`` gives it. An interpreter of its own would import for three seconds;
-those that users start, and that our launcher starts, are tested where signals and kills are.
+The environment of a process is that of ``torchrun``. A new interpreter would import for three seconds; real ones are
+used where signals and kills are tested.
 """
 
 import multiprocessing
@@ -15,11 +15,11 @@ from tests.end_to_end.conftest import SHORT_SAMPLES, Outcome
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["lit_gpt_scratch.cli.fit", "lit_gpt_scratch.tasks", "lit_gpt_scratch.data"])
 LIMIT = 250.0
-"""Seconds."""
+"""Time limit, in seconds."""
 
 
 def fit(runs: Path, *flags: str) -> Outcome:
-    """Run the door in as many processes as the flags say; what the first of them said, and the greatest exit code."""
+    """Run ``fit`` in as many processes as the flags say; return the output of rank 0 and the highest exit code."""
     devices = [int(flag.partition("=")[2]) for flag in flags if flag.startswith("--trainer.devices=")]
     processes = devices[-1] if devices else 1
     runs.mkdir(parents=True, exist_ok=True)
@@ -33,8 +33,8 @@ def fit(runs: Path, *flags: str) -> Outcome:
     ranks = []
     for rank in range(processes):
         own = {**launched, "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if processes > 1 else {}
-        said = [runs / f".{stream}_{rank}.txt" for stream in ("out", "err")]
-        ranks.append(FORKS.Process(target=_run, args=([*flags, f"--runs={runs}"], {**os.environ, **own}, *said)))
+        output = [runs / f".{stream}_{rank}.txt" for stream in ("out", "err")]
+        ranks.append(FORKS.Process(target=_run, args=([*flags, f"--runs={runs}"], {**os.environ, **own}, *output)))
     try:
         for each in ranks:
             each.start()
@@ -54,12 +54,12 @@ def _run(flags: list[str], environment: dict[str, str], out: Path, err: Path) ->
 
     from lit_gpt_scratch.callbacks import default_callbacks
     from lit_gpt_scratch.cli import entrypoint
-    from lit_gpt_scratch.cli import fit as door_fit
+    from lit_gpt_scratch.cli import fit as fit_command
 
     os.environ.clear()
     os.environ.update(environment)
     torch.set_num_threads(1)
-    default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # which makes one, too
+    default_callbacks.Samples = SHORT_SAMPLES  # type: ignore[assignment,misc]  # it also returns a callback
     for path, stream in ((out, sys.stdout), (err, sys.stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream.fileno())
-    entrypoint.run(lambda: door_fit.main(flags))
+    entrypoint.run(lambda: fit_command.main(flags))

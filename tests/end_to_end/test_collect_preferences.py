@@ -1,4 +1,4 @@
-"""A person ranks replies in the terminal, and gets a file of preferences to learn from."""
+"""``generate --rank``: collect preferences in the terminal."""
 
 import io
 import json
@@ -18,10 +18,10 @@ FLAGS = ["--max_new_tokens=6", "--temperature=2", "--rank=ranked.jsonl"]
 
 
 @pytest.fixture
-def said(
+def type_lines(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str], None]:
-    """A model that replies somehow, to its end for all that anybody knows, and somebody who types."""
+    """Train a model, count all its replies as complete, and return a function that sets standard input."""
 
     def reply(*args: Any) -> list[ChatReply]:
         return [each._replace(ended=True) for each in generate_replies(*args)]
@@ -29,20 +29,20 @@ def said(
     monkeypatch.setattr(collect_preferences, "generate_replies", reply)
     assert command("fit", *staged("instructions"), "--trainer.max_steps=2").code == 0
 
-    def types(text: str) -> None:
+    def set_stdin(text: str) -> None:
         monkeypatch.setattr("sys.stdin", io.StringIO(text))
 
-    return types
+    return set_stdin
 
 
 def ranked() -> list[dict[str, str]]:
     return [json.loads(line) for line in Path("ranked.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def test_answers_become_pairs_to_learn_from(command: Command, said: Callable[[str], None]) -> None:
-    """A skipped pair leaves no line, what is not understood is asked again, and a file that is there grows."""
-    Path("ranked.jsonl").write_text('{"prompt": "Before.", "chosen": "a", "rejected": "b"}')  # its line was not ended
-    said("2\ns\nwhat?\n1\nq\n")
+def test_answers_become_preference_pairs(command: Command, type_lines: Callable[[str], None]) -> None:
+    """A skipped pair adds no line, an invalid answer is asked again, and an existing file is appended to."""
+    Path("ranked.jsonl").write_text('{"prompt": "Before.", "chosen": "a", "rejected": "b"}')  # without a final newline
+    type_lines("2\ns\nwhat?\n1\nq\n")
     outcome = command("generate", *FLAGS, *(f"--prompt=Say {n}." for n in range(5)))
     assert outcome.code == 0, outcome.err
     assert outcome.out.count(QUESTION) == 5
@@ -56,8 +56,8 @@ def test_answers_become_pairs_to_learn_from(command: Command, said: Callable[[st
     assert len(Preferences(source="ranked.jsonl").records) == 3
 
 
-def test_lines_that_are_typed_and_a_system(command: Command, said: Callable[[str], None]) -> None:
-    said("Say so.\n1\n\nAnd so.\n2\n")
+def test_typed_prompts_and_a_system_message(command: Command, type_lines: Callable[[str], None]) -> None:
+    type_lines("Say so.\n1\n\nAnd so.\n2\n")
     assert command("generate", *FLAGS, "--system=Be brief.").code == 0
     assert [[message["content"] for message in row["prompt"]] for row in ranked()] == [
         ["Be brief.", "Say so."],
@@ -65,14 +65,14 @@ def test_lines_that_are_typed_and_a_system(command: Command, said: Callable[[str
     ]
 
 
-def test_what_was_said_is_kept_when_it_ends_amid_a_question(
-    command: Command, said: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+def test_answers_are_kept_after_an_interrupt(
+    command: Command, type_lines: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said("")
+    type_lines("")
 
     def interrupted() -> Iterator[str]:
         yield "1\n"
-        assert len(ranked()) == 1  # on the disk before the next is asked
+        assert len(ranked()) == 1  # on disk before the next question
         raise KeyboardInterrupt
 
     monkeypatch.setattr("lit_gpt_scratch.cli.generate.read_stdin_lines", interrupted)
@@ -89,38 +89,38 @@ def test_what_was_said_is_kept_when_it_ends_amid_a_question(
         (["--rank=ranked.jsonl", f"--prompt={'long ' * 99}"], "the prompt has"),
     ],
 )
-def test_what_cannot_be_is_one_line(
-    command: Command, said: Callable[[str], None], flags: list[str], message: str
+def test_mistakes_are_one_line(
+    command: Command, type_lines: Callable[[str], None], flags: list[str], message: str
 ) -> None:
     Path("folder").mkdir()
-    said("1\n")
+    type_lines("1\n")
     outcome = command("generate", *flags)
     assert outcome.code == 2
     assert message in outcome.err
     assert outcome.err.count("\n") == 1
 
 
-def test_replies_that_are_the_same_are_not_asked_about(command: Command, said: Callable[[str], None]) -> None:
-    said("1\n")
+def test_equal_replies_are_not_offered(command: Command, type_lines: Callable[[str], None]) -> None:
+    type_lines("1\n")
     outcome = command("generate", *FLAGS, "--temperature=0", "--prompt=Say so.")
     assert outcome.code == 0
     assert "The model gave no two different replies; a higher --temperature may help" in outcome.out
     assert ranked() == []
 
 
-def test_the_same_command_again_asks_about_other_pairs(command: Command, said: Callable[[str], None]) -> None:
+def test_running_the_command_again_offers_other_pairs(command: Command, type_lines: Callable[[str], None]) -> None:
     for _ in range(2):
-        said("1\n2\n")
+        type_lines("1\n2\n")
         assert command("generate", *FLAGS, "--prompt=Say so.", "--prompt=And so.").code == 0
     texts = [row[side] for row in ranked() for side in ("chosen", "rejected")]
     assert len(texts) == len(set(texts)) == 8
 
 
-def test_replies_that_were_cut_off_are_drawn_again(
-    command: Command, said: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+def test_truncated_replies_are_sampled_again(
+    command: Command, type_lines: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Half of all that are drawn here; if all are, there is no question."""
-    said("1\n")
+    """Half of the samples are truncated here; if all are, no question is asked."""
+    type_lines("1\n")
     drawn: list[list[ChatReply]] = []
 
     def some(*given: Any) -> list[ChatReply]:

@@ -1,4 +1,4 @@
-"""What a user does: train, go on, generate, evaluate."""
+"""The commands together: train, resume, generate, evaluate; help and configs."""
 
 import json
 import logging
@@ -29,7 +29,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["state_dict"]
 
 
-def test_a_run_leaves_what_the_contract_says(command: Command, small: list[str]) -> None:
+def test_a_run_leaves_the_documented_files_and_metrics(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small)
     assert outcome.code == 0, outcome.err
     for name in ("config.yaml", "tokenizer.json", "summary.json", "checkpoints/last.ckpt"):
@@ -60,7 +60,7 @@ PROJECTOR = {"projector", "projector_config.pbtxt"}
 PLAN = ["device", "model", "optimizer", "data", "run", "cost", "to beat", "folder", "time"]
 
 
-def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) -> None:
+def test_a_plan_is_printed_and_nothing_is_left(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small, "--plan")
     assert outcome.code == 0, outcome.err
     labels = [line[:11].strip() for line in outcome.err.splitlines()]
@@ -70,7 +70,7 @@ def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) 
     assert "for 12 steps and 2 validations" in outcome.err
     assert "ms a step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
     assert not Path("runs").exists()
-    assert command("fit", *small).code == 0  # the same flags without it run
+    assert command("fit", *small).code == 0  # the same flags without --plan train
     resumed = command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20")
     assert resumed.code == 0, resumed.err
     assert "20 steps (12 done) of 128 tokens" in resumed.err
@@ -79,7 +79,7 @@ def test_a_plan_is_said_and_nothing_is_left(command: Command, small: list[str]) 
     assert not list(Path("runs/pretrain").glob("version_1"))
 
 
-def test_what_is_said_goes_above_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_lines_are_printed_above_the_progress_bar(capsys: pytest.CaptureFixture[str]) -> None:
     def say() -> None:
         with tqdm(total=3, file=sys.stderr) as bar:
             bar.update()
@@ -98,10 +98,10 @@ def test_each_run_has_its_own_folder(command: Command, small: list[str]) -> None
 
 
 @pytest.mark.parametrize("how", ["last", "folder", "file"])
-def test_going_on_ends_where_an_undisturbed_run_ends(
+def test_a_resumed_run_ends_like_an_uninterrupted_one(
     command: Command, small: list[str], trained: Trained, how: str
 ) -> None:
-    """In the same folder, on the same curve, with the flags of the run and the changes alone given again."""
+    """In the same folder and on the same curve; only changed flags need to be given."""
     trained(*small, "--trainer.max_steps=20", "--model.schedule.decay=constant", "--runs=whole")
     trained(*small, "--trainer.max_steps=12", "--model.schedule.decay=constant")
     given = {"last": "last", "folder": RUN, "file": RUN / "checkpoints" / "last.ckpt"}[how]
@@ -109,7 +109,7 @@ def test_going_on_ends_where_an_undisturbed_run_ends(
     assert again.code == 0, again.err
     assert [path.name for path in Path("runs/pretrain").iterdir()] == ["version_0"]
     assert scalars(RUN)["train/loss"] == [3, 7, 11, 15, 19]
-    assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None  # it also starts a run alike
+    assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None  # so that the config starts a new run
     whole, resumed = (
         weights(Path("whole/pretrain/version_0/checkpoints/last.ckpt")),
         weights(RUN / "checkpoints/last.ckpt"),
@@ -130,7 +130,7 @@ def test_two_processes_do_not_train_in_one_folder(command: Command, small: list[
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(command: Command, small: list[str]) -> None:
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(command: Command, small: list[str]) -> None:
     assert command("fit", *small, "--checkpoint.keep_best=3").code == 0
     last = RUN / "checkpoints" / "last.ckpt"
     content = bytearray(last.read_bytes())
@@ -148,10 +148,10 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(command: Comm
 @pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("validate", ["--trainer.limit_val_batches=1.0", "--trainer.limit_val_batches=0"])
 @pytest.mark.parametrize("stop", ["max_steps=7", "max_steps=8", "max_steps=9", "max_epochs=1"])
-def test_going_on_around_an_epochs_end(
+def test_resuming_near_the_end_of_an_epoch(
     command: Command, small: list[str], trained: Trained, stop: str, validate: str, num_workers: int
 ) -> None:
-    """Epochs of 8 batches; a run stopped just before, at and after the border trains on the same batches."""
+    """Epochs of 8 batches; a run stopped just before, at or after the end of one trains on the same batches."""
     flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=3", "--trainer.limit_train_batches=8",
              f"--data.num_workers={num_workers}", "--model.schedule.decay=constant", "--trainer.val_check_interval=5",
              validate]  # fmt: skip
@@ -164,7 +164,9 @@ def test_going_on_around_an_epochs_end(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_a_finished_run_says_how_to_go_on(command: Command, small: list[str], trained: Trained) -> None:
+def test_resuming_a_finished_run_explains_how_to_extend_it(
+    command: Command, small: list[str], trained: Trained
+) -> None:
     trained(*small)
     outcome = command("fit", "--ckpt_path=last")
     assert outcome.code == 2
@@ -172,11 +174,11 @@ def test_a_finished_run_says_how_to_go_on(command: Command, small: list[str], tr
     assert "--trainer.max_steps 24" in outcome.err
 
 
-def test_finished_epochs_say_so_and_keep_their_summary(command: Command, small: list[str]) -> None:
+def test_resuming_a_run_with_finished_epochs_keeps_its_summary(command: Command, small: list[str]) -> None:
     flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"]
     ended = command("fit", *flags)
     assert ended.code == 0
-    assert "--trainer.max_epochs 2\n" in ended.err  # what to do next
+    assert "--trainer.max_epochs 2\n" in ended.err  # the suggested next command
     before = (RUN / "summary.json").read_text()
     outcome = command("fit", "--ckpt_path=last")
     assert outcome.code == 2
@@ -188,7 +190,7 @@ def test_finished_epochs_say_so_and_keep_their_summary(command: Command, small: 
     assert after["seconds"] > json.loads(before)["seconds"]
 
 
-def test_a_diverged_run_is_not_the_best(command: Command, small: list[str]) -> None:
+def test_a_diverged_run_has_no_best_checkpoint(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small, "--model.optimizer.adamw_lr=1e30", "--trainer.gradient_clip_val=null")
     assert outcome.code == 0, outcome.err
     summary = json.loads((RUN / "summary.json").read_text())
@@ -199,7 +201,7 @@ def test_a_diverged_run_is_not_the_best(command: Command, small: list[str]) -> N
     assert "diverged" in outcome.err
 
 
-def test_the_last_step_is_saved_whatever_the_intervals(command: Command, small: list[str]) -> None:
+def test_the_last_step_is_always_saved(command: Command, small: list[str]) -> None:
     flags = ["--trainer.limit_val_batches=0", "--checkpoint.every_n_steps=5", "--data.tokens_per_step=256"]
     assert command("fit", *small, *flags).code == 0
     assert torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 12
@@ -207,7 +209,7 @@ def test_the_last_step_is_saved_whatever_the_intervals(command: Command, small: 
 
 
 @pytest.mark.parametrize("args", [[], ["--help"]])
-def test_without_a_command_all_are_listed(
+def test_without_a_command_all_commands_are_listed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, args: list[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["lit-gpt", *args])
@@ -217,7 +219,9 @@ def test_without_a_command_all_are_listed(
     assert all(f"\n  {name} " in out for name in COMMANDS)
 
 
-def test_a_command_is_found_by_its_name(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_command_is_dispatched_by_its_name(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "generate", "--samples", "0"])
     with pytest.raises(SystemExit, match="2"):
         main()
@@ -228,7 +232,7 @@ def test_a_command_is_found_by_its_name(capsys: pytest.CaptureFixture[str], monk
     assert "there is no command train; choose from fit" in capsys.readouterr().err
 
 
-def test_help_names_flags_and_where_the_others_are(command: Command) -> None:
+def test_help_lists_common_flags_and_how_to_list_all(command: Command) -> None:
     outcome = command("fit", "--help")
     assert outcome.code == 0
     for word in ("--trainer.devices", "--model.gpt.n_layer", "--data.source", "--ckpt_path", "--help all"):
@@ -241,25 +245,27 @@ def test_help_names_flags_and_where_the_others_are(command: Command) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         (["--model.gpt.n_layer=3"], "n_layer 2 there, 3 here"),
         (["--data.block_size=16"], "block_size 32 there, 16 here"),
         (["--data.vocab_size=290"], "vocab_size 300 there, 290 here"),
     ],
 )
-def test_another_model_is_refused_by_its_fields(
-    command: Command, small: list[str], trained: Trained, change: list[str], said: str
+def test_resuming_another_architecture_is_refused_by_field(
+    command: Command, small: list[str], trained: Trained, change: list[str], expected: str
 ) -> None:
     trained(*small)
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", *change)
     assert outcome.code == 2
-    assert said in outcome.err
-    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the refusal has spoiled nothing
+    assert expected in outcome.err
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the refusal changed nothing
     assert again.code == 0, again.err
 
 
-def test_another_text_is_refused(command: Command, small: list[str], trained: Trained, tmp_path: Path) -> None:
+def test_resuming_on_another_text_is_refused(
+    command: Command, small: list[str], trained: Trained, tmp_path: Path
+) -> None:
     trained(*small)
     (tmp_path / "other.txt").write_text("".join(f"{n} and {n * n} are other words. " for n in range(400)))
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", f"--data.source={tmp_path / 'other.txt'}")
@@ -267,7 +273,7 @@ def test_another_text_is_refused(command: Command, small: list[str], trained: Tr
     assert "belongs to a run with data.source" in outcome.err
 
 
-def test_configs_compose_and_flags_go_over_them(command: Command, small: list[str]) -> None:
+def test_configs_compose_and_flags_override_them(command: Command, small: list[str]) -> None:
     Path("shape.yaml").write_text("model:\n  init_args:\n    gpt:\n      n_layer: 1\n      n_kv_head: 1\n")
     Path("short.yaml").write_text("trainer:\n  max_steps: 3\ndata:\n  init_args:\n    batch_size: 2\n")
     outcome = command("fit", *small, "--config=shape.yaml", "--config=short.yaml", "--data.batch_size=3")
@@ -284,7 +290,7 @@ def test_configs_compose_and_flags_go_over_them(command: Command, small: list[st
     assert again["val/loss"] == json.loads((RUN / "summary.json").read_text())["val/loss"]
 
 
-def test_print_config_is_a_config(command: Command, small: list[str]) -> None:
+def test_print_config_prints_a_usable_config(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small, "--model.optimizer=AdamW", "--model.optimizer.lr=0.001", "--print_config")
     assert outcome.code == 0
     config = yaml.safe_load(outcome.out)
@@ -294,7 +300,7 @@ def test_print_config_is_a_config(command: Command, small: list[str]) -> None:
     assert command("fit", "--config=printed.yaml").code == 0
 
 
-def test_swapping_the_optimizer_swaps_its_learning_rate(command: Command, small: list[str]) -> None:
+def test_swapping_the_optimizer_swaps_the_default_learning_rate(command: Command, small: list[str]) -> None:
     outcome = command("fit", *small, "--model.optimizer=AdamW", "--trainer.max_steps=1")
     assert outcome.code == 0, outcome.err
     state = torch.load(RUN / "checkpoints/last.ckpt", weights_only=True)
@@ -302,7 +308,7 @@ def test_swapping_the_optimizer_swaps_its_learning_rate(command: Command, small:
 
 
 @pytest.mark.parametrize("length", [["--trainer.max_epochs=1"], ["--trainer.max_time=00:00:00:01"]])
-def test_epochs_and_time_are_not_cut_short_by_the_default_steps(
+def test_epoch_and_time_limits_replace_the_default_number_of_steps(
     command: Command, small: list[str], length: list[str]
 ) -> None:
     flags = [flag for flag in small if "max_steps" not in flag]
@@ -336,7 +342,7 @@ def test_trainer_flags_keep_their_meaning(command: Command, small: list[str], fl
         assert not Path("runs").exists()
 
 
-def test_generate_writes_the_same_with_the_same_seed(command: Command, small: list[str], trained: Trained) -> None:
+def test_generate_is_deterministic_for_a_seed(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
     flags = ["--prompt", "the cat", "--max_new_tokens", "20"]
     first, second, other = (command("generate", *flags, "--seed", seed) for seed in ("1", "1", "2"))
@@ -351,7 +357,9 @@ def test_generate_writes_the_same_with_the_same_seed(command: Command, small: li
     )
 
 
-def test_generate_refuses_a_prompt_beyond_the_context(command: Command, small: list[str], trained: Trained) -> None:
+def test_generate_refuses_a_prompt_longer_than_the_context(
+    command: Command, small: list[str], trained: Trained
+) -> None:
     trained(*small)
     outcome = command("generate", "--prompt", "word " * 200)
     assert outcome.code == 2
@@ -359,7 +367,7 @@ def test_generate_refuses_a_prompt_beyond_the_context(command: Command, small: l
     assert "the context is 32" in outcome.err
 
 
-def test_evaluate_gives_one_json_object(command: Command, small: list[str], trained: Trained, corpus: Path) -> None:
+def test_evaluate_prints_one_json_object(command: Command, small: list[str], trained: Trained, corpus: Path) -> None:
     trained(*small)
     outcome = command("evaluate", RUN, "--data.source", corpus / "00.txt", "--json")
     assert outcome.code == 0, outcome.err
@@ -372,8 +380,8 @@ def test_evaluate_gives_one_json_object(command: Command, small: list[str], trai
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_flagless_run_beats_xz(command: Command) -> None:
-    """The flagless run, whole, on all cores: minutes."""
+def test_the_default_run_beats_xz(command: Command) -> None:
+    """The complete run without flags, on all cores: minutes."""
     outcome = command("fit")
     assert outcome.code == 0, outcome.err
     summary = json.loads((RUN / "summary.json").read_text())

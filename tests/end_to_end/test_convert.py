@@ -1,4 +1,4 @@
-"""Published models through the doors, there and back."""
+"""``convert``: import and export of published models, and that scores stay the same."""
 
 import json
 import math
@@ -22,7 +22,7 @@ from tests.interop.conftest import (
 
 @torch.no_grad()
 def bits_per_byte(model: Any, tokenizer_: Any, text: str, context: int) -> float:
-    """By the library alone: every token once, in windows that begin with the last one's end."""
+    """Computed with the library alone: every token once, in consecutive windows."""
     tokens = torch.tensor([tokenizer_.bos_token_id, *tokenizer_(text)["input_ids"]])
     nats = 0.0
     for start in range(0, len(tokens) - 1, context):
@@ -34,7 +34,7 @@ def bits_per_byte(model: Any, tokenizer_: Any, text: str, context: int) -> float
 
 @pytest.mark.parametrize("case", ["gpt2", "llama, llama3", "qwen3, tied", "mistral"])
 @pytest.mark.parametrize("suffix", ["ckpt", "safetensors"])
-def test_a_published_model_is_evaluated_as_by_its_library(
+def test_a_published_model_scores_as_with_its_library(
     command: Command,
     published: Published,  # noqa: F811 - the fixture
     case: str,
@@ -42,8 +42,8 @@ def test_a_published_model_is_evaluated_as_by_its_library(
 ) -> None:
     transformers = library()
     _, folder = published(case)
-    said = command("convert", "from-hf", folder, f"m.{suffix}")
-    assert said.code == 0, said.err
+    outcome = command("convert", "from-hf", folder, f"m.{suffix}")
+    assert outcome.code == 0, outcome.err
     assert command("convert", "to-hf", f"m.{suffix}", "again").code == 0
     before, after = load_file(folder / "model.safetensors"), load_file("again/model.safetensors")
     assert before.keys() == after.keys()
@@ -59,13 +59,13 @@ def test_a_published_model_is_evaluated_as_by_its_library(
     assert written.code == 0, written.err
 
 
-def test_a_run_goes_to_others_and_comes_back(command: Command, small: list[str], corpus: Path) -> None:
+def test_a_run_is_exported_and_imported_again(command: Command, small: list[str], corpus: Path) -> None:
     transformers = library()
     trained = command("fit", *small, "--model.gpt.vocab_multiple=64")
     assert trained.code == 0, trained.err
-    said = command("convert", "to-hf", "runs/pretrain/version_0", "shared/qwen")
-    assert said.code == 0, said.err
-    assert "shared/qwen holds a Qwen3ForCausalLM" in said.err
+    outcome = command("convert", "to-hf", "runs/pretrain/version_0", "shared/qwen")
+    assert outcome.code == 0, outcome.err
+    assert "shared/qwen holds a Qwen3ForCausalLM" in outcome.err
     model, own = load_model(Path("runs/pretrain/version_0/checkpoints/last.ckpt"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained("shared/qwen").eval()
     text = corpus.joinpath("01.txt").read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def test_a_run_goes_to_others_and_comes_back(command: Command, small: list[str],
     assert scores[0]["bits_per_byte"] == pytest.approx(expected, abs=1e-4)
 
 
-def test_bits_of_bfloat16_stay_in_the_checkpoint(
+def test_bfloat16_weights_keep_their_dtype(
     command: Command,
     published: Published,  # noqa: F811 - the fixture
 ) -> None:
@@ -95,7 +95,7 @@ def test_bits_of_bfloat16_stay_in_the_checkpoint(
 def test_mistakes_are_one_line(command: Command, small: list[str], tmp_path: Path) -> None:
     assert command("fit", *small, "--trainer.max_steps=1", "--model.gpt.smear=true").code == 0
     Path("there.ckpt").write_text("", encoding="utf-8")
-    for args, said in (
+    for args, expected in (
         ([], "FORMAT"),
         (["to-onnx"], "to-onnx"),
         (["to-hf", "runs/pretrain/version_0", "hf"], "smear is True"),
@@ -108,13 +108,13 @@ def test_mistakes_are_one_line(command: Command, small: list[str], tmp_path: Pat
         outcome = command("convert", *args)
         assert outcome.code == 2, args
         assert outcome.err.count("\n") == 1
-        assert said in outcome.err
+        assert expected in outcome.err
     assert not (tmp_path / "hf").exists()
 
 
-def test_a_tied_model_fits_into_one_file(command: Command, small: list[str]) -> None:
+def test_a_model_with_tied_embeddings_is_exported_as_safetensors(command: Command, small: list[str]) -> None:
     assert command("fit", *small, "--trainer.max_steps=1", "--model.gpt.tied_embeddings=true").code == 0
-    said = command("convert", "to-safetensors", "runs/pretrain/version_0", "m.safetensors")
-    assert said.code == 0, said.err
+    outcome = command("convert", "to-safetensors", "runs/pretrain/version_0", "m.safetensors")
+    assert outcome.code == 0, outcome.err
     shared, own = (command("generate", *path, "--max_new_tokens", "5") for path in (["m.safetensors"], []))
     assert shared.out == own.out

@@ -1,4 +1,4 @@
-"""``evaluate`` in all its kinds: what it prints, what it keeps, what it refuses."""
+"""``evaluate``: every task's output, stored results and errors."""
 
 import json
 import random
@@ -36,7 +36,7 @@ def model(tokenizer: Tokenizer) -> GPT:
 
 @pytest.fixture
 def run(command: Command, model: GPT, tokenizer: Tokenizer) -> Path:
-    """A run's folder with its checkpoint, and rows beside it."""
+    """A run folder with a checkpoint, and files of rows next to it."""
     contents = CheckpointMetadata(asdict(TINY), tokenizer.vocab_size, 64, tokenizer.to_json())
     weights = {f"{STATE_PREFIX}{name}": weight for name, weight in model.state_dict().items()}
     save_checkpoint(
@@ -75,20 +75,20 @@ def figures(outcome: Outcome) -> dict[str, Any]:
         ("replies", "asked", ["--max_new_tokens=5"], ["exact_match", "in_form", "distinct_1"]),
     ],
 )
-def test_every_kind_is_printed_and_kept(
+def test_every_task_is_printed_and_stored(
     command: Command, run: Path, task: str, source: str, flags: list[str], names: list[str]
 ) -> None:
     asked = [f"--task={task}", f"--data.source={source}.jsonl", *flags]
     found = figures(command("evaluate", run, *asked, "--json"))
     for name in names:
         ends = found["intervals"][name]
-        if name.startswith(("distinct", "repetition")):  # so short a text repeats nothing, whichever is left out
+        if name.startswith(("distinct", "repetition")):  # a text this short has no repetitions in any resample
             assert ends is None
         else:
             assert ends[0] <= found[name] <= ends[1]
     shown = command("evaluate", run, *asked)
     assert all(f"{found[name]:,.4f}" in shown.out for name in names)
-    [path] = (run / "evaluations").glob("*.json")  # the same question: one answer
+    [path] = (run / "evaluations").glob("*.json")  # the same request overwrites its result
     kept = json.loads(path.read_text(encoding="utf-8"))
     assert kept.pop("asked")["step"] == STEP
     assert kept == found
@@ -97,10 +97,12 @@ def test_every_kind_is_printed_and_kept(
         point = events.Scalars(f"eval/{task}-{source}/{name}")[-1]
         assert (point.step, point.value) == (STEP, pytest.approx(found[name]))
     command("evaluate", run, *asked, "--limit=3")
-    assert len([*(run / "evaluations").glob("*.json")]) == 2  # another question does not take its place
+    assert len([*(run / "evaluations").glob("*.json")]) == 2  # another request does not
 
 
-def test_the_contract_of_a_text_stands(command: Command, run: Path, model: GPT, tokenizer: Tokenizer) -> None:
+def test_json_of_a_text_has_only_the_documented_keys(
+    command: Command, run: Path, model: GPT, tokenizer: Tokenizer
+) -> None:
     text = sentences(5, 9)
     Path("text.txt").write_text(text, encoding="utf-8")
     found = figures(command("evaluate", run, "--data.source=text.txt", "--json"))
@@ -109,16 +111,16 @@ def test_the_contract_of_a_text_stands(command: Command, run: Path, model: GPT, 
     assert (run / "evaluations").is_dir()
 
 
-def test_a_lone_checkpoint_is_only_answered(command: Command, run: Path) -> None:
+def test_results_of_a_checkpoint_outside_a_run_are_not_stored(command: Command, run: Path) -> None:
     (run / "checkpoints/last.ckpt").rename("mine.ckpt")
     found = figures(command("evaluate", "mine.ckpt", "--task=minimal_pairs", "--data.source=pairs.jsonl", "--json"))
     assert found["chance"] == 0.5
     assert not [*Path().rglob("evaluations")]
 
 
-def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -> None:
+def test_contaminated_rows_are_reported_and_excluded(command: Command, run: Path) -> None:
     lines = [json.loads(line)["sentence_good"] for line in Path("pairs.jsonl").read_text().splitlines()]
-    rows("seen", [{"text": lines[0].upper()}, {"text": lines[4]}])  # so short a line must be a whole document
+    rows("seen", [{"text": lines[0].upper()}, {"text": lines[4]}])  # a line this short counts only as a whole document
     asked = ["--task=minimal_pairs", "--data.source=pairs.jsonl", "--against=seen.jsonl"]
     found = figures(command("evaluate", run, *asked, "--json"))
     seen = sum(line in (lines[0], lines[4]) for line in lines)
@@ -136,12 +138,12 @@ def test_what_was_trained_on_is_told_and_left_out(command: Command, run: Path) -
     replied = command(
         "evaluate", run, "--task=replies", "--data.source=asked.jsonl", "--against=replied.jsonl", "--json"
     )
-    assert figures(replied)["contamination"]["rows"] == 1  # rows of the kind are read as such
+    assert figures(replied)["contamination"]["rows"] == 1  # rows are read in the task's format
     everything = figures(command("evaluate", run, "--data.source=seen.jsonl", "--against=seen.jsonl", "--json"))
     assert everything["contamination"]["clean"] is None
 
 
-def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_path: Path) -> None:
+def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> None:
     (tmp_path / "texts").mkdir()
     for seed in range(12):
         (tmp_path / f"texts/{seed}.txt").write_text(sentences(seed, 4), encoding="utf-8")
@@ -154,7 +156,7 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--task=multiple_choice", "--data.source=prompts.jsonl"], "line 1 has no text in 'question' or 'context'"),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "--few_shot: 20 examples of 20"),
@@ -181,17 +183,17 @@ def test_a_store_is_read_as_the_text_that_it_was_made_of(command: Command, tmp_p
         (["--data.source=text.txt", "--against=nowhere.txt"], "nowhere.txt"),
     ],
 )
-def test_mistakes_are_one_line(command: Command, run: Path, flags: list[str], said: str) -> None:
+def test_mistakes_are_one_line(command: Command, run: Path, flags: list[str], expected: str) -> None:
     Path("text.txt").write_text("Some text.", encoding="utf-8")
     outcome = command("evaluate", run, *flags)
     assert outcome.code == 2
     assert outcome.out == ""
-    assert said in outcome.err
+    assert expected in outcome.err
     assert len(outcome.err.splitlines()) == 1
     assert not (run / "evaluations").exists()
 
 
-def test_an_answer_is_the_same_on_every_call(command: Command, run: Path) -> None:
+def test_results_are_deterministic(command: Command, run: Path) -> None:
     torch.manual_seed(1)
     asked = ["--task=generation", "--data.source=prompts.jsonl", "--max_new_tokens=9", "--json"]
     assert command("evaluate", run, *asked).out == command("evaluate", run, *asked).out

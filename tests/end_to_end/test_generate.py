@@ -1,4 +1,4 @@
-"""Texts as a user asks for them."""
+"""``generate``: samples, stop strings, sampling flags, trusted code; presets."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def model(small: list[str], trained: Trained) -> None:
 
 
 @pytest.mark.usefixtures("model")
-def test_texts_side_by_side_are_those_of_each_alone(command: Command) -> None:
+def test_texts_generated_together_equal_those_generated_alone(command: Command) -> None:
     flags = ["--max_new_tokens=20", "--temperature=1.5"]
     several = command("generate", *flags, "--prompt=the cat", "--prompt=a", "--samples=2", "--seed=5", "--json")
     assert several.code == 0, several.err
@@ -35,7 +35,7 @@ def test_texts_side_by_side_are_those_of_each_alone(command: Command) -> None:
 
 
 @pytest.mark.usefixtures("model")
-def test_a_text_ends_before_a_stop_string(command: Command) -> None:
+def test_generation_stops_before_a_stop_string(command: Command) -> None:
     flags = ["--max_new_tokens=30", "--prompt=the", "--temperature=0"]
     whole = command("generate", *flags).out
     stop = whole[10:13]
@@ -46,15 +46,15 @@ def test_a_text_ends_before_a_stop_string(command: Command) -> None:
 
 @pytest.mark.usefixtures("model")
 @pytest.mark.parametrize("flags", [["--precision=bf16-true"], ["--top_p=0.5", "--min_p=0.1"]])
-def test_the_other_flags_write_a_text(command: Command, flags: list[str]) -> None:
-    outcome = command("generate", "--max_new_tokens=40", "--prompt=the", *flags)  # beyond the context of 32, too
+def test_other_flags_generate_text(command: Command, flags: list[str]) -> None:
+    outcome = command("generate", "--max_new_tokens=40", "--prompt=the", *flags)  # longer than the context of 32
     assert outcome.code == 0, outcome.err
     assert len(outcome.out) > len("the\n")
 
 
 @pytest.mark.usefixtures("model")
-def test_a_compiled_step_is_asked_for(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    """That what the compiler makes of it writes the same is tested where the step is; here it makes nothing of it."""
+def test_compile_compiles_the_decoding_step(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That compiled code generates the same text is tested with the step itself; here the backend does nothing."""
     compiler, asked = torch.compile, []
 
     def compile(*args: Any, **settings: Any) -> Any:
@@ -69,7 +69,7 @@ def test_a_compiled_step_is_asked_for(command: Command, monkeypatch: pytest.Monk
     assert compiled.out == plain.out
 
 
-def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, small: list[str]) -> None:
+def test_a_checkpoint_runs_user_code_only_with_trust(command: Command, small: list[str]) -> None:
     assert command("fit", *small, f"--model.gpt.attention={OWN}").code == 0
     for args in (["--max_new_tokens=3"], ["--trust=os.system"]):
         refused = command("generate", RUN, *args)
@@ -83,12 +83,12 @@ def test_a_checkpoint_runs_the_users_own_code_only_when_asked(command: Command, 
     assert not Path("exported").exists()
 
 
-def test_no_flag_names_no_preset() -> None:
+def test_the_last_preset_is_used() -> None:
     assert EarlyFlags.scan([]).get("preset") is EarlyFlags.scan(["--plan"]).get("preset") is None
     assert EarlyFlags.scan(["--preset=nano", "--preset", "mini"]).get("preset") == "mini"
 
 
-def test_a_preset_is_below_configs_and_flags(command: Command, small: list[str]) -> None:
+def test_configs_and_flags_override_a_preset(command: Command, small: list[str]) -> None:
     shape = ["--preset=gpt2_124m", "--model.gpt.n_head=4", "--model.gpt.ffn_dim=64"]
     assert command("fit", *shape, *small).code == 0
     config = (RUN / "config.yaml").read_text()

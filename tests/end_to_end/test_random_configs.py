@@ -1,4 +1,4 @@
-"""Configurations drawn from the whole switchboard: each builds, sees no future, trains, is saved, and decodes."""
+"""Random architectures: each one builds, is causal, trains, survives a checkpoint, and decodes with a cache."""
 
 import tempfile
 from dataclasses import asdict, fields
@@ -28,13 +28,13 @@ OWN = "tests.custom_attention.DoubledAttention"
 
 
 def choices(name: str) -> list[str]:
-    """All that a switch can be, as its type says."""
+    """All values of an option, from its type."""
     return [c for a in get_args(HINTS[name]) for c in (get_args(a) or [a]) if isinstance(c, str)]
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> GPTConfig:
-    """Any of them, every switch drawn; what contradicts is drawn from what does not."""
+    """Any valid architecture: every option is drawn, from the values that the others allow."""
     kv, group, half = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 4))
     position, scaling = draw(st.sampled_from(choices("position"))), None
     if position == "rotary":
@@ -76,11 +76,11 @@ def configs(draw: st.DrawFn) -> GPTConfig:
         "dropout": dropout,
         "initialisation": draw(st.sampled_from(choices("initialisation"))),
     }
-    assert drawn.keys() == {field.name for field in fields(GPTConfig)}  # a new switch has to be drawn, too
+    assert drawn.keys() == {field.name for field in fields(GPTConfig)}  # a new option must be added here
     return GPTConfig(**drawn)
 
 
-def sees_no_future(config: GPTConfig) -> None:
+def assert_causal(config: GPTConfig) -> None:
     model = randomised(config, VOCAB, CONTEXT)
     ids = torch.randint(VOCAB, (1, CONTEXT), generator=torch.Generator().manual_seed(1))
     changed = ids.clone()
@@ -92,7 +92,7 @@ def sees_no_future(config: GPTConfig) -> None:
     assert not torch.equal(before[:, 7], after[:, 7])
 
 
-def trains(config: GPTConfig) -> None:
+def assert_trains(config: GPTConfig) -> None:
     torch.manual_seed(0)
     model, ids = GPT(config, VOCAB, CONTEXT), torch.randint(VOCAB, (4, CONTEXT + 1))
     documents = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]).expand(4, -1)
@@ -108,7 +108,7 @@ def trains(config: GPTConfig) -> None:
         assert losses[1] != losses[0]
 
 
-def survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
+def assert_survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path) -> None:
     model = randomised(config, VOCAB, CONTEXT)
     contents = CheckpointMetadata(asdict(config), VOCAB, CONTEXT, tokenizer.to_json())
     weights = {STATE_PREFIX + name: weight for name, weight in model.state_dict().items()}
@@ -122,7 +122,7 @@ def survives_a_checkpoint(config: GPTConfig, tokenizer: Tokenizer, folder: Path)
             assert torch.equal(again(ids), model(ids))
 
 
-def decodes_alike_with_and_without_a_cache(config: GPTConfig) -> None:
+def assert_cache_changes_no_token(config: GPTConfig) -> None:
     model = randomised(config, VOCAB, CONTEXT).double()
     prompts = [[3, 1, 4, 1, 5], [9], [2, 6, 5]]
     found: dict[int, list[int]] = {0: [], 1: [], 2: []}
@@ -133,24 +133,24 @@ def decodes_alike_with_and_without_a_cache(config: GPTConfig) -> None:
         for token in found[row]:
             with torch.no_grad():
                 logits = model(torch.tensor([seen]))[0, -1]
-            assert logits[token] >= logits.max() - 1e-9  # ties aside, the likeliest
+            assert logits[token] >= logits.max() - 1e-9  # up to ties, the most probable
             seen.append(token)
             if len(seen) > CONTEXT:
                 seen = seen[-(CONTEXT // 2) :]
 
 
-def proven(config: GPTConfig) -> None:
-    sees_no_future(config)
-    trains(config)
+def check(config: GPTConfig) -> None:
+    assert_causal(config)
+    assert_trains(config)
     with tempfile.TemporaryDirectory() as folder:
-        survives_a_checkpoint(config, Tokenizer.train(["a"], 257, "byte"), Path(folder))
-    decodes_alike_with_and_without_a_cache(config)
+        assert_survives_a_checkpoint(config, Tokenizer.train(["a"], 257, "byte"), Path(folder))
+    assert_cache_changes_no_token(config)
 
 
 @given(configs())
 @settings(max_examples=30)
 def test_any_configuration(config: GPTConfig) -> None:
-    proven(config)
+    check(config)
 
 
 @pytest.mark.slow
@@ -158,4 +158,4 @@ def test_any_configuration(config: GPTConfig) -> None:
 @given(configs())
 @settings(max_examples=300)
 def test_three_hundred_configurations(config: GPTConfig) -> None:
-    proven(config)
+    check(config)

@@ -1,4 +1,4 @@
-"""Whatever is asked for: a run that can be built, or one line that says why not; no traceback, nothing left."""
+"""Random flags either build a run or print one line of error: no traceback, and nothing is left behind."""
 
 import random
 from collections import Counter
@@ -47,27 +47,27 @@ FLAGS = {
 
 
 class BuiltError(Exception):
-    """Everything was accepted, up to the building of the model."""
+    """Raised instead of building the model: all flags were accepted."""
 
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
     def build(*sizes: Any) -> GPT:
-        with torch.device("meta"):  # what cannot be built fails here
+        with torch.device("meta"):  # an invalid architecture fails here
             GPT(*sizes)
         raise BuiltError
 
     monkeypatch.setattr(gpt_module, "GPT", build)
-    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", only)
+    monkeypatch.setattr(_SubprocessScriptLauncher, "launch", accept)
 
 
-def only(self: object, function: Any, *args: Any, trainer: object = None, **kwargs: Any) -> Any:
-    """Instead of the other processes of a run: what they would have been asked for was accepted."""
+def accept(self: object, function: Any, *args: Any, trainer: object = None, **kwargs: Any) -> Any:
+    """Replaces launching further processes: all flags were accepted."""
     raise BuiltError
 
 
 def outcome_of(command: Command, flags: list[str]) -> str:
-    """``accepted`` or ``refused``, or what is wrong with the answer."""
+    """Return ``accepted``, ``refused``, or a description of wrong output."""
     try:
         outcome = command("fit", *flags)
     except BuiltError:

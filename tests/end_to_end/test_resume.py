@@ -1,4 +1,4 @@
-"""A run says where it comes from, and what is not as it was when it goes on."""
+"""Resuming: sessions, changes since the run started, ends of runs, and exactness of every stage."""
 
 import json
 import shutil
@@ -21,13 +21,13 @@ from tests.end_to_end.conftest import STAGES, Command, Trained
 RUN = Path("runs/pretrain/version_0")
 
 
-def test_differences_are_named_by_flat_names() -> None:
+def test_config_differences_have_flat_names() -> None:
     assert flatten({"a": {"b": 1, "c": {"d": 2}}, "e": []}) == {"a.b": 1, "a.c.d": 2, "e": []}
     before, now = {"a": {"b": 1, "c": 2}, "gone": 1}, {"a": {"b": 1, "c": 3}, "new": 2}
     assert diff_configs(before, now) == {"a.c": (2, 3), "gone": (1, None), "new": (None, 2)}
 
 
-def test_every_session_is_written_down(command: Command, small: list[str]) -> None:
+def test_every_session_is_recorded(command: Command, small: list[str]) -> None:
     assert command("fit", *small, "--seed_everything=5").code == 0
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
     assert again.code == 0, again.err
@@ -44,7 +44,7 @@ def test_every_session_is_written_down(command: Command, small: list[str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "expected"),
     [
         ("--seed_everything=7", "seed_everything 0, now 7"),
         ("--data.batch_size=2", "data.batch_size 4, now 2"),
@@ -53,21 +53,21 @@ def test_every_session_is_written_down(command: Command, small: list[str]) -> No
         ("--trainer.precision=bf16-mixed", "trainer.precision 32-true, now bf16-mixed"),
     ],
 )
-def test_what_matters_is_refused_unless_forced(
-    command: Command, small: list[str], trained: Trained, change: str, said: str
+def test_a_change_that_matters_is_refused_unless_forced(
+    command: Command, small: list[str], trained: Trained, change: str, expected: str
 ) -> None:
     trained(*small)
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change)
     assert refused.code == 2
     [line] = refused.err.splitlines()
-    assert said in line
+    assert expected in line
     assert line.endswith("--force")
     forced = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change, "--force")
     assert forced.code == 0, forced.err
-    assert said in forced.err
+    assert expected in forced.err
 
 
-def test_a_forced_learning_rate_is_the_one_that_is_used(command: Command, small: list[str]) -> None:
+def test_a_forced_learning_rate_is_used(command: Command, small: list[str]) -> None:
     flags = ["--model.schedule.warmup_steps=0", "--model.schedule.decay=constant"]
     assert command("fit", *small, *flags, "--model.optimizer=AdamW", "--model.optimizer.lr=0.004").code == 0
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer.lr=0.001", "--force")
@@ -77,15 +77,15 @@ def test_a_forced_learning_rate_is_the_one_that_is_used(command: Command, small:
     assert set(state["lr_schedulers"][0]["base_lrs"]) == {0.001}
 
 
-def test_another_optimizer_is_refused_whatever_the_force(command: Command, small: list[str], trained: Trained) -> None:
+def test_another_optimizer_is_refused_even_with_force(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
     assert refused.code == 2
     assert "AdamW: the states of different optimizers are incompatible" in refused.err
 
 
-def test_auto_begins_and_then_goes_on(command: Command, small: list[str]) -> None:
-    """One command for a job that may be started again."""
+def test_auto_starts_a_run_and_then_resumes_it(command: Command, small: list[str]) -> None:
+    """One command for a job that may be restarted."""
     flags = [*small, "--ckpt_path=auto"]
     assert command("fit", *flags, "--trainer.max_steps=6").code == 0
     assert command("fit", *flags, "--trainer.max_steps=12").code == 0
@@ -93,7 +93,7 @@ def test_auto_begins_and_then_goes_on(command: Command, small: list[str]) -> Non
     assert json.loads((RUN / "summary.json").read_text())["step"] == 12
 
 
-def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list[str]) -> None:
+def test_the_time_limit_counts_all_sessions(command: Command, small: list[str]) -> None:
     flags = [flag for flag in small if "max_steps" not in flag]
     assert command("fit", *flags, "--trainer.max_time=00:00:00:02").code == 0
     assert (RUN / "checkpoints/last.ckpt").is_file()
@@ -109,7 +109,7 @@ def test_the_time_of_a_run_is_for_all_its_sessions(command: Command, small: list
 
 
 def test_another_number_of_processes_is_refused(command: Command, small: list[str], trained: Trained) -> None:
-    """Their steps are other ones: half as many windows."""
+    """A step would have half as many samples."""
     trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     saved["callbacks"]["Provenance"]["hardware"]["processes"] = saved["layout"]["replicas"] = 2
@@ -129,7 +129,7 @@ def test_another_number_of_processes_is_refused(command: Command, small: list[st
 
 
 @pytest.mark.parametrize("more", ["--trainer.accumulate_grad_batches=2", "--data.tokens_per_step=128"])
-def test_a_step_of_as_many_windows_may_be_dealt_out_otherwise(
+def test_a_step_of_the_same_size_may_be_split_differently(
     command: Command, small: list[str], trained: Trained, more: str
 ) -> None:
     trained(*small)
@@ -141,8 +141,8 @@ def test_a_step_of_as_many_windows_may_be_dealt_out_otherwise(
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"] == 14 * 2
 
 
-def test_an_epoch_of_so_many_micro_batches_keeps_them(command: Command, small: list[str]) -> None:
-    """It would end elsewhere."""
+def test_an_epoch_limited_to_micro_batches_keeps_their_size(command: Command, small: list[str]) -> None:
+    """It would end at another sample."""
     assert command("fit", *small, "--trainer.limit_train_batches=7").code == 0
     more = "--data.batch_size=2", "--trainer.accumulate_grad_batches=2"
     refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", *more)
@@ -150,7 +150,7 @@ def test_an_epoch_of_so_many_micro_batches_keeps_them(command: Command, small: l
     assert "data.batch_size 4, now 2" in refused.err
 
 
-def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_it_was(
+def test_a_checkpoint_without_a_batch_layout_is_resumed_with_the_same_one(
     command: Command, small: list[str], trained: Trained
 ) -> None:
     trained(*small)
@@ -164,16 +164,14 @@ def test_a_checkpoint_that_does_not_say_how_it_was_dealt_out_is_gone_on_with_as_
     assert command("fit", *again).code == 0
 
 
-def test_a_short_test_of_a_resumed_run_leaves_the_run_as_it_is(
-    command: Command, small: list[str], trained: Trained
-) -> None:
+def test_fast_dev_run_of_a_resumed_run_changes_nothing(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
     before = {path: path.stat().st_mtime_ns for path in RUN.rglob("*")}
     command("fit", "--ckpt_path=last", "--trainer.fast_dev_run=20")
     assert {path: path.stat().st_mtime_ns for path in RUN.rglob("*")} == before
 
 
-def test_time_that_is_up_amid_a_step_ends_after_it(command: Command, small: list[str]) -> None:
+def test_a_time_limit_reached_within_a_step_ends_the_run_after_it(command: Command, small: list[str]) -> None:
     flags = [flag for flag in small if "max_steps" not in flag]
     flags += ["--trainer.max_time=00:00:00:01", "--trainer.accumulate_grad_batches=7", "--trainer.limit_val_batches=0"]
     assert command("fit", *flags).code == 0
@@ -182,8 +180,8 @@ def test_time_that_is_up_amid_a_step_ends_after_it(command: Command, small: list
     assert batches["current"]["completed"] % 7 == 0 or batches["is_last_batch"]
 
 
-def test_a_run_that_stopped_early_is_over(command: Command, small: list[str]) -> None:
-    """The third validation is not better than the first by 100."""
+def test_a_run_that_stopped_early_is_finished(command: Command, small: list[str]) -> None:
+    """The third validation does not improve on the first by 100."""
     stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     stop += ["--trainer.callbacks.patience=2", "--trainer.callbacks.min_delta=100", "--trainer.max_steps=50"]
     again = [*small, *stop, "--ckpt_path=auto"]
@@ -196,10 +194,10 @@ def test_a_run_that_stopped_early_is_over(command: Command, small: list[str]) ->
     assert load_checkpoint(RUN / "checkpoints/last.ckpt")["global_step"] > 24
 
 
-def test_a_run_that_may_not_stop_yet_is_not_over(
+def test_a_run_below_its_minimum_of_steps_is_not_finished(
     command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Early stopping asks at step 16, and has to wait for step 30; the run is ended from without at step 20."""
+    """Early stopping triggers at step 16 but must wait for step 30; the run is killed at step 20."""
     (tmp_path / "ends.py").write_text(
         "import lightning\n"
         "class Ends(lightning.Callback):\n"
@@ -215,7 +213,7 @@ def test_a_run_that_may_not_stop_yet_is_not_over(
     assert not saved["callbacks"]["Checkpoints"]["stopped"]
 
 
-def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
+def test_the_checkpoint_is_read_while_the_folder_is_locked(
     command: Command, small: list[str], trained: Trained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(*small)
@@ -224,13 +222,13 @@ def test_the_checkpoint_is_read_by_the_owner_of_the_folder(
     def steps_done(*args: object) -> int:
         with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).lock():
             pass
-        return read(*args)  # type: ignore[arg-type]  # passed on as they are
+        return read(*args)  # type: ignore[arg-type]  # forwarded
 
     monkeypatch.setattr(ResumedRun, "steps_done", steps_done)
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
 
 
-def test_a_failed_validation_is_not_asked_for_where_there_is_none(
+def test_an_interrupted_validation_is_not_repeated_if_validation_is_off(
     command: Command, small: list[str], trained: Trained
 ) -> None:
     trained(*small)
@@ -250,14 +248,14 @@ ENDS = {
         "--trainer.callbacks.monitor=val/loss", "--trainer.callbacks.min_delta=100", "--trainer.callbacks.patience=1",
     ],
 }  # fmt: skip
-"""What ends a run after eight steps."""
+"""Flags that end a run after eight steps, by the kind of limit."""
 
 
 @pytest.mark.parametrize(("step", "end"), [("validation_step", "steps"), *(("test_step", end) for end in ENDS)])
-def test_a_run_that_died_in_its_last_validation_or_its_test_is_tested_as_any(
+def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
     command: Command, staged: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch, step: str, end: str
 ) -> None:
-    """Under the same numbers of step and epoch, and once."""
+    """Once, with the same step and epoch."""
     flags = [*staged("classes"), *ENDS[end]]
     assert command("fit", *flags, "--experiment=whole").code == 0
 
@@ -285,8 +283,8 @@ def test_a_run_that_died_in_its_last_validation_or_its_test_is_tested_as_any(
     assert command("fit", f"--ckpt_path={path}").code == 2
 
 
-def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Command, small: list[str]) -> None:
-    """It comes after 10 batches, two of a step's four."""
+def test_a_validation_that_stops_the_run_within_a_step_lets_the_step_finish(command: Command, small: list[str]) -> None:
+    """It runs after 10 batches, in the middle of a step of four."""
     flags = ["--trainer.accumulate_grad_batches=4", "--trainer.val_check_interval=5", "--trainer.max_steps=50"]
     stop = ["--trainer.callbacks=EarlyStopping", "--trainer.callbacks.monitor=val/loss"]
     stop += ["--trainer.callbacks.patience=1", "--trainer.callbacks.min_delta=100"]
@@ -296,10 +294,10 @@ def test_a_validation_that_stops_the_run_amid_a_step_lets_it_end(command: Comman
     assert saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["completed"] == 12
 
 
-def test_a_copy_of_the_checkpoints_alone_is_compared(
+def test_a_copy_of_only_the_checkpoints_is_compared(
     command: Command, small: list[str], trained: Trained, tmp_path: Path
 ) -> None:
-    """Whatever the name of the folder that they are copied to."""
+    """Whatever the name of the folder they are copied to."""
     trained(*small)
     shutil.copytree(RUN / "checkpoints", tmp_path / "backup/version_7/checkpoints")
     more = [f"--ckpt_path={tmp_path}/backup/version_7", "--trainer.max_steps=14", "--seed_everything=7"]
@@ -308,7 +306,7 @@ def test_a_copy_of_the_checkpoints_alone_is_compared(
     assert "with seed 0, now 7" in refused.err
 
 
-def test_what_could_not_be_loaded_is_not_saved(
+def test_a_checkpoint_that_cannot_be_loaded_is_not_overwritten(
     command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine.py").write_text(
@@ -324,7 +322,7 @@ def test_what_could_not_be_loaded_is_not_saved(
 
 
 @pytest.mark.parametrize("change", ["--seed_everything=7", "--data.validation_share=0.3"])
-def test_a_checkpoint_alone_knows_its_seed_and_its_text(
+def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     command: Command, small: list[str], trained: Trained, tmp_path: Path, change: str
 ) -> None:
     trained(*small)
@@ -344,11 +342,9 @@ def test_a_checkpoint_alone_knows_its_seed_and_its_text(
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_goes_on_as_if_it_had_not_stopped(
-    command: Command, staged: Callable[[str], list[str]], stage: str
-) -> None:
+def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], list[str]], stage: str) -> None:
     flags = [*staged(stage), "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]
-    if not stage.startswith(("preferences", "own replies")):  # they have no dropout
+    if not stage.startswith(("preferences", "on-policy")):  # these stages have no dropout
         flags.append("--model.gpt.dropout=0.1")
     for experiment, steps in (("whole", 12), ("halves", 5)):
         assert command("fit", *flags, f"--experiment={experiment}", f"--trainer.max_steps={steps}").code == 0
@@ -368,7 +364,7 @@ def test_every_stage_goes_on_as_if_it_had_not_stopped(
     inside = [{n: points for n, points in each.items() if n.startswith(("dynamics/", "attention/"))} for each in shown]
     assert inside[0] == inside[1]
     assert "dynamics/gradient_norm/head" in inside[0]
-    if stage.startswith("own replies"):  # there is no text to look into before it is written
+    if stage.startswith("on-policy"):  # no text is generated before the first rollout
         return
     assert [step for step, _ in inside[0]["attention/sink/most"]] == [0, 2, 5, 8, 11]
     everywhere = {
@@ -382,6 +378,6 @@ def test_every_stage_goes_on_as_if_it_had_not_stopped(
     assert everywhere - of_logits <= shown[0].keys()
     assert (of_logits <= shown[0].keys()) == (stage != "rewards")
     assert (of_language <= shown[0].keys()) == stage.startswith(("pretraining", "instructions"))
-    # A validation that both made at the same step saw the same.
+    # Validations at the same step give the same metrics.
     for name in everywhere & {n for n in shown[0] if n.startswith(("views/", "weights/", "activations/"))}:
         assert dict(shown[0][name])[11] == dict(shown[1][name])[11]

@@ -1,4 +1,4 @@
-"""What is shipped in ``experiments/``: ``fit`` takes all of it, and it starts."""
+"""The configs in ``experiments/`` are valid, and their runs start."""
 
 import json
 from pathlib import Path
@@ -28,7 +28,7 @@ TINY = ["--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=32"
 
 @pytest.fixture(scope="module")
 def two_steps(corpus: Path, cache: Path) -> list[str]:
-    """Flags that make any experiment one of a second."""
+    """Flags that make any experiment take a second."""
     return [
         f"--data.source={corpus}", f"--data.cache={cache}", "--data.validation_share=0.1", "--trainer.max_steps=2",
         "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--data.block_size=32", "--model.compile=false",
@@ -36,8 +36,8 @@ def two_steps(corpus: Path, cache: Path) -> list[str]:
     ]  # fmt: skip
 
 
-def shipped(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepConfig:
-    """A sweep, read where its user stands."""
+def load_from_root(path: Path, monkeypatch: pytest.MonkeyPatch) -> SweepConfig:
+    """Load a sweep file from the root of the repository."""
     with monkeypatch.context() as at_the_root:
         at_the_root.chdir(ROOT)
         return load_sweep(path)
@@ -47,7 +47,7 @@ def absolute(given: list[str]) -> list[str]:
     return [each.replace("--config=", f"--config={ROOT}/") for each in given]
 
 
-def starts(command: Command, flags: list[str]) -> None:
+def assert_starts(command: Command, flags: list[str]) -> None:
     outcome = command("fit", *flags)
     assert outcome.code == 0, outcome.err
     [summary] = Path("runs").glob("*/*/summary.json")
@@ -55,16 +55,16 @@ def starts(command: Command, flags: list[str]) -> None:
 
 
 @pytest.mark.parametrize("path", PRETRAIN, ids=lambda path: path.stem)
-def test_a_pretraining_starts(command: Command, two_steps: list[str], path: Path) -> None:
-    """With its own choices, but for a size that takes a second."""
+def test_a_pretraining_experiment_starts(command: Command, two_steps: list[str], path: Path) -> None:
+    """With its own settings, except for a small model."""
     narrow = [] if path.stem == "laptop" else [*TINY, "--data.batch_size=2", "--data.tokens_per_step=128"]
     shape = ["--model.gpt.head_dim=8", "--model.gpt.n_kv_head=2"] if path.stem == "llama_shaped" else []
     vocabulary = [] if path.stem == "laptop" else ["--data.vocab_size=300"]
-    starts(command, ["--config", str(ROOT / path), *two_steps, *narrow, *shape, *vocabulary])
+    assert_starts(command, ["--config", str(ROOT / path), *two_steps, *narrow, *shape, *vocabulary])
 
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: f"{path.parent.name}-{path.stem}")
-def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fit_accepts_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     sweep = load_sweep(path)
     assert sweep.question
@@ -79,8 +79,8 @@ def test_fit_takes_every_setting_of_a_sweep(path: Path, monkeypatch: pytest.Monk
 def test_every_setting_of_a_sweep_runs(
     command: Command, two_steps: list[str], path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sweep = shipped(path, monkeypatch)
-    # Four thousand tokens need more text than the corpus of the other tests.
+    sweep = load_from_root(path, monkeypatch)
+    # A vocabulary of 4,000 needs more text than the corpus of the other tests.
     source = [f"--data.source={ROOT}/lit_gpt_scratch/**/*.py"] if path.stem == "tokenizers" else []
     ends = [f"{name}={setting}" for name, each in sweep.vary.items() for setting in each.example_settings()]
     for name, each in sweep.vary.items():
@@ -95,7 +95,7 @@ def test_every_setting_of_a_sweep_runs(
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "expected"),
     [
         ("vary: {model.gpt.positon: [rotary]}", "vary: fit has no flag model.gpt.positon; the nearest is model.gpt.p"),
         ("vary: {model.gpt.n_layer: [2]}\nfixed: {trainer.max_stps: 3}", "fixed: fit has no flag trainer.max_stps"),
@@ -105,9 +105,9 @@ def test_every_setting_of_a_sweep_runs(
         ("vary: {data.batch_sizes: {low: 1, high: 4}}\nmethod: random\ntrials: 2", "the nearest is data.batch_size"),
     ],
 )  # fmt: skip
-def test_flags_that_fit_does_not_take(tmp_path: Path, text: str, said: str) -> None:
+def test_flags_that_fit_rejects(tmp_path: Path, text: str, expected: str) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         check_sweep(load_sweep(path))
-    assert said in str(caught.value)
+    assert expected in str(caught.value)

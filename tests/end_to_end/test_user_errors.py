@@ -1,4 +1,4 @@
-"""A user's mistake: one line that names the flag or the file, exit code 2, nothing left behind."""
+"""A user's mistake prints one line that names the flag or the file, exits with code 2 and leaves nothing behind."""
 
 import os
 from pathlib import Path
@@ -10,19 +10,19 @@ from lit_gpt_scratch.tasks import LanguageModel
 from tests.end_to_end.conftest import Command, Outcome
 
 
-def one_line(outcome: Outcome, *said: str) -> None:
+def one_line(outcome: Outcome, *expected: str) -> None:
     assert outcome.code == 2, outcome.err
     assert outcome.out == ""
     [line] = [
         line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding", "first step"))
     ]
     assert line.startswith("error: ")
-    for word in said:
+    for word in expected:
         assert word in line
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "expected"),
     [
         (["--no_such_flag", "3"], ["no_such_flag"]),
         (["--model.gpt.n_layers", "3"], ["n_layers"]),
@@ -79,33 +79,34 @@ def one_line(outcome: Outcome, *said: str) -> None:
         (["--trainer.max_steps=0"], ["no step to do"]),
     ],
 )
-def test_a_flag_that_cannot_be(
-    command: Command, small: list[str], tmp_path: Path, flags: list[str], said: list[str]
+def test_invalid_flags(
+    command: Command, small: list[str], tmp_path: Path, flags: list[str], expected: list[str]
 ) -> None:
-    one_line(command("fit", *small, *flags), *said)
+    one_line(command("fit", *small, *flags), *expected)
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_cluster_that_says_otherwise(command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_that_contradict_the_cluster(command: Command, small: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_NTASKS", "2")
     one_line(command("fit", *small), "--trainer.devices", "--ntasks=2", "--ntasks-per-node=2")
 
 
-def test_memory_that_is_not_there(
-    command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory(command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def training_step(*_: object) -> None:
-        torch.empty(2**60)  # the allocator's own error
+        torch.empty(2**60)  # the allocator raises its own error
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
-    said = "out of memory for ", "--data.batch_size 2 --data.tokens_per_step 128; or --model.activation_checkpointing"
+    expected = (
+        "out of memory for ",
+        "--data.batch_size 2 --data.tokens_per_step 128; or --model.activation_checkpointing",
+    )
     outcome = command("fit", *small)
     assert outcome.code == 2
-    assert all(words in outcome.err.splitlines()[-1] for words in said), outcome.err  # the plan stands above it
+    assert all(words in outcome.err.splitlines()[-1] for words in expected), outcome.err  # the plan is printed above it
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_compiler_that_is_not_there(
+def test_a_missing_compiler(
     command: Command, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -114,13 +115,13 @@ def test_a_compiler_that_is_not_there(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(command: Command, small: list[str], tmp_path: Path) -> None:
+def test_a_missing_gpu(command: Command, small: list[str], tmp_path: Path) -> None:
     one_line(command("fit", *small, "--trainer.accelerator", "gpu"), "gpu")
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("kind", ["empty file", "empty folder", "folder without text", "binary file", "short file"])
-def test_a_corpus_that_is_none(command: Command, small: list[str], tmp_path: Path, kind: str) -> None:
+def test_an_unusable_corpus(command: Command, small: list[str], tmp_path: Path, kind: str) -> None:
     source = tmp_path / "source"
     if "folder" in kind:
         source.mkdir()
@@ -132,28 +133,28 @@ def test_a_corpus_that_is_none(command: Command, small: list[str], tmp_path: Pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_run_folder_that_cannot_be_written(command: Command, small: list[str], tmp_path: Path) -> None:
+def test_a_run_folder_that_is_not_writable(command: Command, small: list[str], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     one_line(command("fit", *small, "--runs", tmp_path / "file"), "--runs", "file")
     one_line(command("fit", *small, "--runs", tmp_path / "file" / "runs"), "--runs", "file")
-    if os.geteuid():  # root may write anywhere
+    if os.geteuid():  # root can write anywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         one_line(command("fit", *small, "--runs", tmp_path / "closed"), "--runs", "closed")
 
 
-@pytest.mark.parametrize("door", ["fit", "generate", "evaluate"])
-def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path: Path, door: str) -> None:
+@pytest.mark.parametrize("name", ["fit", "generate", "evaluate"])
+def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_path: Path, name: str) -> None:
     path = tmp_path / "notes.ckpt"
     path.write_text("not a checkpoint", encoding="utf-8")
     source = tmp_path / "text.txt"
     source.write_text("text", encoding="utf-8")
     args = {"fit": [*small, "--ckpt_path", path], "generate": [path], "evaluate": [path, "--data.source", source]}
-    one_line(command(door, *args[door]), str(path))
+    one_line(command(name, *args[name]), str(path))
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
-    ("door", "flags", "said"),
+    ("name", "flags", "expected"),
     [
         ("generate", [], "no run with a checkpoint"),
         ("generate", ["--temperature", "-1"], "temperature is -1"),
@@ -185,5 +186,5 @@ def test_a_checkpoint_that_is_none(command: Command, small: list[str], tmp_path:
         ("evaluate", ["--data.source", "no/such"], "no/such"),
     ],
 )
-def test_the_other_doors(command: Command, door: str, flags: list[str], said: str) -> None:
-    one_line(command(door, *flags), said)
+def test_mistakes_in_other_commands(command: Command, name: str, flags: list[str], expected: str) -> None:
+    one_line(command(name, *flags), expected)
