@@ -6,8 +6,8 @@ from typing import Final
 MOVED_CLASS_PATHS: Final[dict[str, str]] = {
     # 0.1
     "lit_gpt_scratch.callbacks.dynamics.Dynamics": "lit_gpt_scratch.callbacks.introspection.GradientStats",
-    "lit_gpt_scratch.callbacks.ending.ValidateAtEnd": "lit_gpt_scratch.callbacks.validate_at_end.ValidateAtEnd",
-    "lit_gpt_scratch.callbacks.trace.Trace": "lit_gpt_scratch.callbacks.loss_trace.LossTrace",
+    "lit_gpt_scratch.callbacks.ending.ValidateAtEnd": "lit_gpt_scratch.callbacks.checkpointing.ValidateAtEnd",
+    "lit_gpt_scratch.callbacks.trace.Trace": "lit_gpt_scratch.callbacks.summary.LossTrace",
     "lit_gpt_scratch.data.labelled.LabelledText": "lit_gpt_scratch.data.LabelledText",
     "lit_gpt_scratch.hardware.strategies.ModelParallel": "lit_gpt_scratch.distributed.strategies.ModelParallel",
     "lit_gpt_scratch.optim.recipes.AdamW": "lit_gpt_scratch.optim.AdamW",

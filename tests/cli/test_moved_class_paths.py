@@ -49,6 +49,6 @@ def test_a_config_names_classes_at_their_old_paths(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     config = ParseOnly([f"--config={tmp_path / 'config.yaml'}"]).config
     assert config.model.init_args.optimizer.class_path == "lit_gpt_scratch.optim.Muon"
-    assert config.trainer.callbacks[0].class_path == "lit_gpt_scratch.callbacks.validate_at_end.ValidateAtEnd"
+    assert config.trainer.callbacks[0].class_path == "lit_gpt_scratch.callbacks.checkpointing.ValidateAtEnd"
     config = ParseOnly(["--model.optimizer=lit_gpt_scratch.optim.recipes.AdamW"]).config
     assert config.model.init_args.optimizer.init_args.lr == 3e-3

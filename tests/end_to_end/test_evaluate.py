@@ -174,9 +174,9 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
         (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column: it has no effect with --task text"),
         (
             ["--task=classification", "--data.source=pairs.jsonl"],
-            "predicts tokens; ask for text, multiple_choice, minimal_pairs, generation, replies",
+            "predicts tokens; choose from text, multiple_choice, minimal_pairs, generation, replies",
         ),
-        (["--text=hello"], "predicts tokens"),
+        (["--text=hello"], "is a language model; --text needs a classifier"),
         (["--text=hello", "--task=text"], "--task: it has no effect with --text"),
         (["--text=hello", "--data.source=text.txt"], "not allowed with"),
         (["--task=quiz", "--data.source=pairs.jsonl"], "quiz"),

@@ -27,7 +27,7 @@ def test_any_kind_trains_generates_and_evaluates(command: Command, small: list[s
     assert scored.code == 0, scored.err
     figures = json.loads(scored.out)
     assert 0 < figures["bits_per_byte"] < 20
-    assert ("what the tokenizer keeps" in scored.err) == (kind == "char")
+    assert ("the tokenizer loses text" in scored.err) == (kind == "char")
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.tokenizer=byte")
     assert again.code == (0 if kind == "byte" else 2)
 
