@@ -1,4 +1,4 @@
-"""``prepare``: any text in, tokens and an account of it out; and one line where that cannot be."""
+"""``prepare``: from any text to tokens and a cleaning report; mistakes are one-line errors."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import yaml
 
 from tests.conftest import sentences
 from tests.end_to_end.conftest import Command
-from tests.text.test_corpus import adds_up
+from tests.text.test_corpus import check_report_adds_up
 
 CLEANING = """
 data:
@@ -30,7 +30,7 @@ data:
 
 @pytest.fixture
 def messages(tmp_path: Path) -> Path:
-    """A table with rows of every fate."""
+    """A table with rows that each step rejects."""
     rows = [sentences(n, 12).replace("\n", " ") for n in range(40)]
     rows += [*rows[:5], "short", "", "again and again " * 40]
     path = tmp_path / "messages.tsv"
@@ -47,7 +47,7 @@ def test_one_config_prepares_and_trains(command: Command, small: list[str], mess
     for row in ("| reading ", "| Whitespace ", "| NearDuplicates ", "| Leakage ", "5 exact duplicate"):
         assert row in made.out
     audit = json.loads(Path("store/audit.json").read_text(encoding="utf-8"))
-    adds_up(audit)
+    check_report_adds_up(audit)
     assert audit["documents_in"] == 48
     assert [step["name"] for step in audit["steps"]] == [
         "reading", "Whitespace", "Length", "GopherRepetition", "ExactDuplicates", "NearDuplicates", "Leakage"
@@ -62,7 +62,7 @@ def test_one_config_prepares_and_trains(command: Command, small: list[str], mess
     assert scored.code == 0, scored.err
     assert json.loads(scored.out)["bytes"] > 1000
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.store=null", f"--data.cache={cache}")
-    assert again.code == 0, again.err  # where the tokens lie may differ, the text may not
+    assert again.code == 0, again.err  # the location of the tokens may differ, the text may not
 
 
 def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache: Path) -> None:
@@ -77,7 +77,7 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "flags", "said"),
+    ("name", "data", "flags", "message"),
     [
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9999)[:-9], [], "a.jsonl.gz is truncated or damaged after"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', [], "a.jsonl: line 2 is not JSON"),
@@ -92,27 +92,27 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
         ("a.txt", b"some text", ["--data.vocab_size=5000"], "data.vocab_size is 5,000, but"),
         ("a.txt", b"some text", ["--data.tokenizer=tokenizer.txt"], "tokenizer.txt is not a usable tokenizer file"),
         ("a.txt", b"some text", ["--data.cache=/dev/null/x"], "cannot write to /dev/null/x"),
-        ("a.txt", b"some text", ["--data.cleaning+=Leakage"], "Leakage needs documents that are held out"),
+        ("a.txt", b"some text", ["--data.cleaning+=Leakage"], "Leakage needs validation documents"),
         ("a.txt", b"some text", ["--data.cleaning+=NearDuplicates", "--data.cleaning.bands=7"], "multiple of bands"),
         ("a.txt", b"some text", ["--data.cleaning+=Wash"], "--data.cleaning: there is no class Wash to choose"),
         ("a.txt", b"some text", ["--data.source={stdlib: 0}"], "the weight of stdlib is 0"),
-        ("a.txt", b"some text", ["--data.source={}"], "data.source has no source"),
+        ("a.txt", b"some text", ["--data.source={}"], "data.source is empty; name a source"),
         ("a.txt", b"some text", ["--data.max_bytes=0"], "data.max_bytes is 0"),
         ("a.txt", b"some text", ["--data.source=owner/name"], "no such file or folder: owner/name"),
         ("a.txt", b"some text", ["--data.source=*.text"], "no such file or folder: *.text"),
     ],
 )  # fmt: skip
-def test_a_mistake_is_one_line_and_leaves_nothing(
-    command: Command, tmp_path: Path, name: str, data: bytes, flags: list[str], said: str
+def test_mistake_is_one_line_and_leaves_no_files(
+    command: Command, tmp_path: Path, name: str, data: bytes, flags: list[str], message: str
 ) -> None:
     (tmp_path / name).write_bytes(data)
     (tmp_path / "tokenizer.txt").write_text("no tokenizer", encoding="utf-8")
-    refused = command("prepare", f"--data.source={tmp_path / name}", f"--data.cache={tmp_path / 'cache'}", *flags)
-    assert refused.code == 2, refused.out
-    lines = [line for line in refused.err.splitlines() if not line.startswith(("training a", "encoding"))]
-    assert len(lines) == 1, refused.err
-    assert said in lines[0]
-    assert refused.out == ""
-    left = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock" and path.name != "corpora"]
-    assert left == []
+    failed = command("prepare", f"--data.source={tmp_path / name}", f"--data.cache={tmp_path / 'cache'}", *flags)
+    assert failed.code == 2, failed.out
+    lines = [line for line in failed.err.splitlines() if not line.startswith(("training a", "encoding"))]
+    assert len(lines) == 1, failed.err
+    assert message in lines[0]
+    assert failed.out == ""
+    leftovers = [path for path in tmp_path.glob("cache/*") if path.suffix != ".lock" and path.name != "corpora"]
+    assert leftovers == []
     assert not list(tmp_path.glob("cache/corpora/*.partial"))

@@ -1,4 +1,4 @@
-"""Stores that were made ahead: mixed, shown, verified, laid out in other ways, and refused in one line."""
+"""Prepared token stores: mixed, shown, verified, packed in other ways, and rejected in one line."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from tests.end_to_end.test_user_errors import one_line
 
 @pytest.fixture
 def stores(command: Command, small: list[str], tmp_path: Path) -> list[Path]:
-    """Two with one tokenizer."""
+    """Two stores with the same tokenizer."""
     (tmp_path / "other.jsonl").write_text("".join(json.dumps({"text": sentences(n, 5)}) + "\n" for n in range(50, 90)))
     made = [tmp_path / "one", tmp_path / "two"]
     flags = ["--data.validation_share=0.2", "--data.store"]
@@ -31,16 +31,16 @@ def stores(command: Command, small: list[str], tmp_path: Path) -> list[Path]:
     return made
 
 
-def sources_out(flags: list[str]) -> list[str]:
-    out = ("--data.source", "--data.cache", "--data.vocab_size", "--data.validation_share")
-    return [flag for flag in flags if not flag.startswith(out)]
+def without_source_flags(flags: list[str]) -> list[str]:
+    removed = ("--data.source", "--data.cache", "--data.vocab_size", "--data.validation_share")
+    return [flag for flag in flags if not flag.startswith(removed)]
 
 
-def test_weights_windows_and_packing_change_without_making_tokens_again(
+def test_mixture_block_size_and_packing_change_without_retokenizing(
     command: Command, small: list[str], stores: list[Path], cache: Path
 ) -> None:
     made = {path: path.stat().st_mtime_ns for store in stores for path in store.rglob("*.npy")}
-    flags = [*sources_out(small), f"--data.cache={cache}", "--data.document_mask=true"]
+    flags = [*without_source_flags(small), f"--data.cache={cache}", "--data.document_mask=true"]
     one, two = stores
     for mixture, more in (
         ({str(one): 3, str(two): 1}, ["--data.packing=best_fit"]),
@@ -52,8 +52,8 @@ def test_weights_windows_and_packing_change_without_making_tokens_again(
         assert f"{one}, {two}: " in done.err
         assert "see nothing of each other" in done.err
     assert {path: path.stat().st_mtime_ns for path in made} == made
-    on = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
-    assert on.code == 0, on.err
+    resumed = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
+    assert resumed.code == 0, resumed.err
     changed = command("fit", "--ckpt_path=last", "--trainer.max_steps=16", "--data.packing=best_fit")
     one_line(changed, "data.packing", "--force")
 
@@ -67,15 +67,15 @@ def test_prepare_shows_windows(command: Command, small: list[str], monkeypatch: 
     assert "█" in plain.out
     assert "\x1b" not in plain.out
     monkeypatch.setenv("FORCE_COLOR", "1")
-    coloured = command("prepare", *flags, "--show=3")
-    assert "\x1b[33m" in coloured.out
+    colored = command("prepare", *flags, "--show=3")
+    assert "\x1b[33m" in colored.out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b" not in command("prepare", *flags, "--show=1").out
     one_line(command("prepare", *flags, "--show=-1"), "--show")
 
 
-def test_verify_names_what_was_altered(command: Command, stores: list[Path]) -> None:
-    """Even where a disk, and not a writer, changed it: the system says that nothing did."""
+def test_verify_names_the_altered_shard(command: Command, stores: list[Path]) -> None:
+    """Also if the disk corrupted it, so that size and times are unchanged."""
     whole = command("prepare", f"--data.store={stores[0]}", "--verify")
     assert (whole.code, whole.err) == (0, "")
     assert "2 shards" in whole.out
@@ -83,54 +83,54 @@ def test_verify_names_what_was_altered(command: Command, stores: list[Path]) -> 
     content = bytearray(path.read_bytes())
     content[500] ^= 1
     path.write_bytes(content)
-    looks = json.loads((stores[0] / "checked.json").read_text())
-    found = path.stat()
-    looks[path.name] = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-    (stores[0] / "checked.json").write_text(json.dumps(looks))
+    checked = json.loads((stores[0] / "checked.json").read_text())
+    stat = path.stat()
+    checked[path.name] = [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+    (stores[0] / "checked.json").write_text(json.dumps(checked))
     TokenStore.open(stores[0])
     for flags in ([f"--data.store={stores[0]}"], [f"--data.mixture={stores[0]}"]):
         one_line(command("prepare", *flags, "--verify"), "shard train-00000 of", "SHA-256 differs")
 
 
-def test_bad_stores_are_refused_in_one_line(
+def test_bad_stores_are_rejected_in_one_line(
     command: Command, small: list[str], stores: list[Path], corpus: Path, tmp_path: Path
 ) -> None:
-    flags = sources_out(small)
+    flags = without_source_flags(small)
     one, two = stores
 
-    def refused(mixture: object, *said: str, more: tuple[str, ...] = ()) -> None:
+    def check_rejected(mixture: object, *messages: str, more: tuple[str, ...] = ()) -> None:
         given = mixture if isinstance(mixture, str) else json.dumps(mixture)
-        one_line(command("fit", *flags, f"--data.mixture={given}", *more), *said)
+        one_line(command("fit", *flags, f"--data.mixture={given}", *more), *messages)
 
     made = command("prepare", f"--data.source={corpus}", "--data.store=three", "--data.tokenizer=byte")
     assert made.code == 0, made.err
-    refused([str(one), "three"], "three was made with another tokenizer than", "--data.tokenizer")
-    refused({str(one): 0.0, str(two): 0}, "the weights sum to 0")
-    refused({str(one): -1.0}, "the weight of", "0 or more")
-    refused([], "no store in it")
-    refused("nowhere", "there is no token store nowhere", "prepare --data.store has made")
-    refused([str(one)], "fewer than one window of 100000", more=("--data.block_size=100000",))
+    check_rejected([str(one), "three"], "three was made with another tokenizer than", "--data.tokenizer")
+    check_rejected({str(one): 0.0, str(two): 0}, "the weights sum to 0")
+    check_rejected({str(one): -1.0}, "the weight of", "0 or more")
+    check_rejected([], "data.mixture is empty")
+    check_rejected("nowhere", "there is no token store nowhere", "prepare --data.store has made")
+    check_rejected([str(one)], "fewer than one window of 100000", more=("--data.block_size=100000",))
     for more in (f"--data.source={corpus}", "--data.vocab_size=300", "--data.tokenizer=byte", "--data.store=four"):
-        refused([str(one)], "made already; leave out data.", more=(more,))
-    about = json.loads((one / "store.json").read_text())
-    (one / "store.json").write_text(json.dumps(about | {"format": 99}))
-    refused([str(one)], "format 99, newer than", "update lit_gpt_scratch")
+        check_rejected([str(one)], "made already; leave out data.", more=(more,))
+    manifest = json.loads((one / "store.json").read_text())
+    (one / "store.json").write_text(json.dumps(manifest | {"format": 99}))
+    check_rejected([str(one)], "format 99, newer than", "update lit_gpt_scratch")
     os.truncate(two / "train-00000.tokens.npy", 1000)
-    refused([str(two)], "shard train-00000 of", "1,000 bytes instead of")
+    check_rejected([str(two)], "shard train-00000 of", "1,000 bytes instead of")
     assert not Path("runs").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_token_that_there_is_not_ends_a_run_in_one_line(
+def test_out_of_range_token_ends_a_run_in_one_line(
     stores: list[Path], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule], num_workers: int
 ) -> None:
-    """A store by somebody's script that did not look; in a loader's process, too."""
-    about = TokenStore.read_manifest(stores[0])
+    """As in a store written by another script without checks; in a loader worker, too."""
+    manifest = TokenStore.read_manifest(stores[0])
     shard = TokenStore.open(stores[0]).train.shards[0]
     tokens = np.array(shard.tokens)
     tokens[len(tokens) // 2 :] = 5000
     written = TokenShard.write(stores[0], "train-00000", tokens, np.array(shard.documents))
-    TokenStore.write_manifest(stores[0], about | {"train": [written.metadata | {"largest": 7}]})
+    TokenStore.write_manifest(stores[0], manifest | {"train": [written.metadata | {"largest": 7}]})
     data = PackedText(mixture=str(stores[0]), block_size=32, batch_size=4, num_workers=num_workers)
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)

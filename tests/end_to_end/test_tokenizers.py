@@ -1,4 +1,4 @@
-"""A tokenizer is a flag: any kind, or a file, from training to evaluation."""
+"""``--data.tokenizer``: any kind, or a file, from training to evaluation."""
 
 import json
 from pathlib import Path
@@ -15,26 +15,26 @@ RUN = Path("runs/pretrain/version_0")
 @pytest.mark.parametrize("kind", TOKENIZER_KINDS)
 def test_any_kind_trains_generates_and_evaluates(command: Command, small: list[str], corpus: Path, kind: str) -> None:
     special = "--data.special_tokens=['<|user|>']"
-    as_many_as_there_are = [flag for flag in small if "vocab_size" not in flag]
-    done = command("fit", *as_many_as_there_are, f"--data.tokenizer={kind}", special)
+    without_vocab_size = [flag for flag in small if "vocab_size" not in flag]
+    done = command("fit", *without_vocab_size, f"--data.tokenizer={kind}", special)
     assert done.code == 0, done.err
     tokenizer = Tokenizer.load(RUN)
     assert "<|user|>" in tokenizer.to_json()
     assert ("the tokenizer is lossy" in done.err) == (kind == "char")
-    wrote = command("generate", "--prompt", "a b", "--max_new_tokens", "20")
-    assert wrote.code == 0, wrote.err
-    scored = command("evaluate", "--data.source", corpus, "--json")
-    assert scored.code == 0, scored.err
-    figures = json.loads(scored.out)
-    assert 0 < figures["bits_per_byte"] < 20
-    assert ("the tokenizer loses text" in scored.err) == (kind == "char")
+    generated = command("generate", "--prompt", "a b", "--max_new_tokens", "20")
+    assert generated.code == 0, generated.err
+    evaluated = command("evaluate", "--data.source", corpus, "--json")
+    assert evaluated.code == 0, evaluated.err
+    metrics = json.loads(evaluated.out)
+    assert 0 < metrics["bits_per_byte"] < 20
+    assert ("the tokenizer loses text" in evaluated.err) == (kind == "char")
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.tokenizer=byte")
     assert again.code == (0 if kind == "byte" else 2)
 
 
-def test_what_prepare_makes_is_what_fit_finds(command: Command, small: list[str]) -> None:
-    of_data = [flag for flag in small if flag.startswith("--data.") and "block_size" not in flag]
-    made = command("prepare", *of_data)
+def test_fit_uses_the_store_that_prepare_made(command: Command, small: list[str]) -> None:
+    data_flags = [flag for flag in small if flag.startswith("--data.") and "block_size" not in flag]
+    made = command("prepare", *data_flags)
     assert made.code == 0, made.err
     assert "training    " in made.out
     assert "tokenizer   bpe, 300 tokens" in made.out
@@ -43,9 +43,9 @@ def test_what_prepare_makes_is_what_fit_finds(command: Command, small: list[str]
     assert "encoding" not in done.err
 
 
-def test_tokenizers_are_compared_on_what_is_held_out(command: Command, small: list[str]) -> None:
-    of_data = [flag for flag in small if flag.startswith("--data.") and "vocab_size" not in flag]
-    table = command("prepare", *of_data, "--data.vocab_size=600", f"--compare={','.join(TOKENIZER_KINDS)}")
+def test_compare_measures_on_held_out_text(command: Command, small: list[str]) -> None:
+    data_flags = [flag for flag in small if flag.startswith("--data.") and "vocab_size" not in flag]
+    table = command("prepare", *data_flags, "--data.vocab_size=600", f"--compare={','.join(TOKENIZER_KINDS)}")
     assert table.code == 0, table.err
     head, *rows = table.out.splitlines()
     assert head.split()[0] == "tokenizer"
@@ -56,7 +56,7 @@ def test_tokenizers_are_compared_on_what_is_held_out(command: Command, small: li
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--compare=bpe,wordpeace"], "'wordpeace' is no kind of tokenizer"),
         (["--data.tokenizer=wordpiece", "--data.vocab_size=300"], "a tokenizer of kind wordpiece has at least 513"),
@@ -65,14 +65,14 @@ def test_tokenizers_are_compared_on_what_is_held_out(command: Command, small: li
         (["--data.vocab_size=5000"], "gives a tokenizer of kind bpe only"),
     ],
 )
-def test_a_mistake_is_one_line(command: Command, small: list[str], flags: list[str], said: str) -> None:
-    of_data = [flag for flag in small if flag.startswith("--data.")]
-    refused = command("prepare", *of_data, *flags)
-    assert refused.code == 2
-    assert said in refused.err.splitlines()[-1]
+def test_mistake_is_one_line(command: Command, small: list[str], flags: list[str], message: str) -> None:
+    data_flags = [flag for flag in small if flag.startswith("--data.")]
+    failed = command("prepare", *data_flags, *flags)
+    assert failed.code == 2
+    assert message in failed.err.splitlines()[-1]
 
 
-def test_a_folder_with_a_tokenizer_will_do(command: Command, small: list[str], trained: Trained) -> None:
+def test_tokenizer_of_a_run_folder(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
     again = command("fit", *small, f"--data.tokenizer={RUN}")
     assert again.code == 0, again.err
