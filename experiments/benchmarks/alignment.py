@@ -1,14 +1,14 @@
-"""PPO and GRPO on a preference that can be checked: what share of replies is as it should be, before and after.
+"""PPO and GRPO on a verifiable preference: the share of replies that satisfy it, before and after.
 
     python experiments/benchmarks/alignment.py [--seeds 5] [--runs DIR] [--reward model]
 
-A base is trained on the standard library (or on `--text`, given as to `--data.source`), tuned to reply (`start.yaml`),
-and then aligned by `ppo.yaml` and `grpo.yaml`, once for each seed. What rewards is the preference itself, a full stop
-at the end, or with `--reward model` a model that was trained on pairs of replies (`reward.yaml`).
+A base model is trained on the standard library (or on `--text`, given as to `--data.source`), fine-tuned on replies
+(`start.yaml`), and aligned with `ppo.yaml` and `grpo.yaml`, once per seed. The reward is the preference itself, a full
+stop at the end, or with `--reward model` a reward model trained on pairs of replies (`reward.yaml`).
 
-`true reward` is that of replies to the test's prompts, drawn as the model's probabilities are, and `KL` how far a reply
-is from the start, in nats, on average. A seed counts if it reaches `GOAL` within `BUDGET`. The base, the start and the
-reward model are made once.
+`true reward` is measured on sampled replies to the test prompts; `KL` is the mean KL divergence per reply from the
+initial model, in nats. A seed counts if it reaches `GOAL` within `BUDGET`. The base, the initial model and the reward
+model are made once.
 """
 
 import argparse
@@ -27,11 +27,11 @@ BUDGET: Final = 10.0
 
 
 def main() -> None:
-    """Take all stages, print a table."""
+    """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="for the base; by default the standard library")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, help="what is there already is not made again")
+    parser.add_argument("--runs", type=Path, help="reuse the runs that exist here")
     parser.add_argument("--reward", choices=["checkable", "model"], default="checkable")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()

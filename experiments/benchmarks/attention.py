@@ -1,8 +1,8 @@
-"""Attention's backward pass on a CPU: PyTorch's fused one against `lit_gpt_scratch.kernels.cpu_attention`.
+"""Attention's backward pass on a CPU: PyTorch's fused kernel against `lit_gpt_scratch.model.attention`.
 
     python experiments/benchmarks/attention.py
 
-Milliseconds, the lowest of many calls that take turns; forward passes are the same and are not counted.
+Milliseconds, the minimum of many alternating calls; the forward passes are identical and not counted.
 """
 
 import os
@@ -29,7 +29,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    """Measure every shape in both types."""
+    """Measure every shape in both data types."""
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'(B, n_head, T, head_dim)':26} {'type':10} {'torch':>8} {'ours':>8} {'times as fast':>14}")
     for shape in SHAPES:

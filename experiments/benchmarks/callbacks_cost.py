@@ -1,14 +1,14 @@
-"""What all callbacks of `fit` cost together, of a run without flags: steps with them and steps without, in turns.
+"""The cost of all callbacks of a `fit` run without flags: steps with and without callbacks, alternating.
 
     python experiments/benchmarks/callbacks_cost.py
 
-In one run half of the steps have no callback at all, so that whatever else the machine does falls on both alike.
-Steps are of kinds: ordinary ones, log points, those after which the network is looked into, and those that a
-validation follows; of each kind half have callbacks. They come more often here than in a run without flags, so that
-there are enough of them; each kind's difference between a step with and its neighbour without is then added up as
-often as it comes there. What callbacks do before the first step, in the first three and behind the last one is timed
-as it is. Nothing is cached when it begins, so that what a run does before its steps, imports, text, tokenizer and
-compiling, takes as long as in a first run.
+Within one run, half of the steps have no callbacks, so that other load on the machine affects both alike. There are
+four kinds of steps: ordinary ones, logging steps, steps after which the network is inspected, and steps followed by a
+validation; of each kind, half have callbacks. Logging, inspection and validation are more frequent here than in a run
+without flags, for enough samples; the differences between neighbouring steps with and without callbacks are then
+weighted by their frequency in such a run. What callbacks do before the first step, in the first three steps and after
+the last one is timed directly. All caches are empty at the start, so that imports, text, tokenizer and compilation
+take as long as in a first run.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60
-"""Steps between two of a kind; each kind comes with what the more frequent ones do, as in a run without flags."""
+"""Steps between two of a kind; a kind includes the work of the more frequent kinds, as in a run without flags."""
 KINDS = {"ordinary": None, "log point": 10, "look inside": 100, "validation": 300}
 """Every how many steps they come in a run without flags."""
 WARM = 3
@@ -42,7 +42,7 @@ RESAMPLED = 2000
 
 
 class Switch(L.Callback):
-    """Takes all other callbacks away from half of the steps of a kind, and the time of each step."""
+    """Removes all other callbacks from half of the steps of each kind, and times each step."""
 
     def __init__(self, others: list[L.Callback]) -> None:
         self.others = others
@@ -58,14 +58,14 @@ class Switch(L.Callback):
         """When all is compiled, and steps are counted."""
 
     def _set(self, trainer: L.Trainer, task: L.LightningModule, with_them: bool) -> None:
-        """Callbacks, and what they have put elsewhere: the guard judges each step, the doctor hears the loggers."""
-        # In place: the trainer is going through the list, and this is its first.
+        """Set the callbacks and the hooks they registered: the guard's step filter, the doctor's logger."""
+        # In place: the trainer is iterating over the list, and this is its first callback.
         trainer.callbacks[:] = [self, *self.others] if with_them else [self]
         task.step_filter = self._judge if with_them else None
         trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, MetricTap)]
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        """A step lasts from here to the next time here, a validation behind it included."""
+        """A step lasts until the next call, including a validation after it."""
         came = time.perf_counter()
         if not self._loggers:
             self._judge, self._loggers = task.step_filter, list(trainer.loggers)
@@ -74,7 +74,7 @@ class Switch(L.Callback):
         step = trainer.global_step + 1
         kind = next(k for k, every in (("validation", VALIDATE), ("look inside", LOOK), ("log point", LOG),
                                        ("ordinary", 1)) if step % every == 0)  # fmt: skip
-        # With, without, without, with: of the steps of a kind that follow those of another, half have callbacks.
+        # With, without, without, with: so that half of the steps after each other kind have callbacks, too.
         with_them = self._turn[kind] % 4 in (0, 3)
         self._turn[kind] += 1
         if step == WARM + 1:
@@ -85,12 +85,12 @@ class Switch(L.Callback):
         self._began = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """The last step ends nowhere; those who say something in the end are here."""
+        """The last step has no end; restore the callbacks that report at the end of training."""
         self._set(trainer, task, True)
 
 
 def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ...]) -> ExitStack:
-    """Add up the seconds of these hooks, until the stack is closed."""
+    """Sum the seconds of these hooks until the stack is closed."""
     before = ExitStack()
 
     def wrap(name: str, hook: Any) -> Any:
@@ -112,7 +112,7 @@ def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ..
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure and print a table."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--validations", type=int, default=10, help="half of them have callbacks")
     given = asked.parse_args()
@@ -149,7 +149,7 @@ def main() -> None:
     left, coarser = MAX_STEPS, 0
     for kind, often in reversed(KINDS.items()):
         on, off = switch.seconds[kind, True], switch.seconds[kind, False]
-        # Neighbours of a kind, one with and one without: what the machine does meanwhile falls on both.
+        # Neighbouring steps of a kind, one with and one without callbacks: other load affects both alike.
         pairs = [its - own for its, own in zip(on, off, strict=False)]
         with_them, without, more = (statistics.median(found) for found in (on, off, pairs))
         n = left if often is None else MAX_STEPS // often - coarser
@@ -175,7 +175,7 @@ def main() -> None:
 
 
 def medians(seconds: list[float]) -> NDArray[np.float64]:
-    """The median as it would be in other samples: of ``RESAMPLED`` ones drawn from this one (the bootstrap)."""
+    """Bootstrap: medians of ``RESAMPLED`` samples drawn from this sample with replacement."""
     drawn = np.random.default_rng(len(seconds)).choice(seconds, (RESAMPLED, len(seconds)))
     return np.asarray(np.median(drawn, axis=1))
 

@@ -1,11 +1,11 @@
-"""What it takes to clean and tokenise a large corpus: memory, above that of a small one, and time.
+"""Memory and time to clean and tokenize a large corpus; memory is measured above that of a small corpus.
 
     python experiments/benchmarks/cleaning.py [--gigabytes 1 2] [--folder FOLDER]
 
-Text is generated: words drawn by Zipf's law, a kilobyte or so a document, one in a hundred an exact copy of another,
-and put into one JSON lines file. `prepare` runs on it as a user would run it, in a process of its own; the memory is
-the sum over it and all its children (their proportional set size), looked at ten times a second. The steps: exact
-duplicates alone, which is the default; text rules in several processes; near-duplicates. Linux only.
+The text is synthetic: words drawn from Zipf's law, about a kilobyte per document, one document in a hundred an exact
+duplicate, in one JSON lines file. `prepare` runs on it as for a user, in its own process; memory is the proportional
+set size of the process and all its children, sampled ten times per second. Steps: exact duplicates only, the default;
+text rules in several processes; near-duplicates. Linux only.
 """
 
 import argparse
@@ -26,11 +26,11 @@ STEPS: dict[str, list[str]] = {
     "near-duplicates": ["ExactDuplicates", "NearDuplicates"],
 }
 SMALL = 0.001
-"""Gigabytes of text that need next to no memory beside what the process starts with."""
+"""Gigabytes of a text so small that it needs hardly more memory than the process itself."""
 
 
 def generate(path: Path, gigabytes: float) -> int:
-    """Write documents until there is so much text; the number of them."""
+    """Write documents up to this size; returns their number."""
     rng = np.random.default_rng(0)
     words = np.array(["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=1 + n % 11)) for n in range(50_000)])
     written, n_documents, text = 0, 0, ""
@@ -47,7 +47,7 @@ def generate(path: Path, gigabytes: float) -> int:
 
 
 def peak(command: list[str]) -> tuple[float, float]:
-    """Run it; the most memory of it and its children, in bytes, and its seconds."""
+    """Run the command; returns the peak memory of it and its children in bytes, and its seconds."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
@@ -60,7 +60,7 @@ def peak(command: list[str]) -> tuple[float, float]:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all below it."""
+    """A process and all its descendants."""
     try:
         children = [
             int(child)
@@ -73,7 +73,7 @@ def tree(pid: int) -> list[int]:
 
 
 def proportional(pid: int) -> int:
-    """Bytes of memory, those that are shared divided among the sharers."""
+    """Proportional set size in bytes: shared memory is divided among the processes that share it."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -82,7 +82,7 @@ def proportional(pid: int) -> int:
 
 
 def main() -> None:
-    """Measure all steps on all sizes."""
+    """Measure all steps at all sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 2.0])
     parser.add_argument("--folder", default=None, help="for text and tokens, some three times the text")

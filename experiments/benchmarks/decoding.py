@@ -1,10 +1,10 @@
-"""Tokens a second out of the cached loop, beside ``transformers.generate`` with its cache, on the same weights.
+"""Tokens per second of cached decoding, compared with ``transformers.generate`` with its cache, on the same weights.
 
     python experiments/benchmarks/decoding.py [--nanogpt CHECKOUT] [--rounds 7]
 
-A GPT-2 with random weights is exported, loaded by ``transformers``, and both continue one token greedily; that they
-write the same tokens is checked in float32. Contestants take turns, a round each, after a round that is not counted;
-medians of all rounds are printed, and the median of the ratios to ``transformers`` in the same round. nanoGPT, if its
+A GPT-2 with random weights is exported and loaded by ``transformers``; both continue one token greedily, and in
+float32 their tokens are checked to be equal. The implementations take turns, one round each, after an uncounted round;
+the medians of all rounds are printed, and the median of the ratios to ``transformers`` within a round. nanoGPT, if its
 checkout is given, has no cache.
 """
 
@@ -42,54 +42,54 @@ SHAPES = {
 }
 """The architecture, the vocabulary, the context, and how many tokens are written."""
 GREEDY = Sampling(temperature=0.0)
-Write = Callable[[], list[int]]
+Decode = Callable[[], list[int]]
 
 
-def ours(model: GPT, rows: int, n: int, compile: bool) -> Write:
+def ours(model: GPT, rows: int, n: int, compile: bool) -> Decode:
     """The tokens of the last row."""
 
-    def write() -> list[int]:
+    def decode() -> list[int]:
         found = generate(model, [[1]] * rows, n, GREEDY, [0] * rows, end_of_text=-1, compile=compile)
         return [token for row, token in found if row == rows - 1 and token is not None]
 
-    return write
+    return decode
 
 
-def theirs(model: Any, rows: int, n: int) -> Write:
-    """The same from ``transformers``, whose ``generate`` is asked for nothing but that."""
+def theirs(model: Any, rows: int, n: int) -> Decode:
+    """The same from ``transformers``, with no other options."""
     prompt = torch.ones(rows, 1, dtype=torch.int64)
 
-    def write() -> list[int]:
+    def decode() -> list[int]:
         with torch.inference_mode():
             ids = model.generate(
                 prompt, attention_mask=prompt, max_new_tokens=n, min_new_tokens=n, do_sample=False, pad_token_id=0
             )
         return ids[-1, 1:].tolist()  # type: ignore[no-any-return]  # a tensor's list
 
-    return write
+    return decode
 
 
-def nanogpts(checkout: Path, config: GPTConfig, vocabulary: int, context: int, n: int) -> Write:
-    """What nanoGPT's ``generate`` does, which reads all of the text for each token."""
+def nanogpts(checkout: Path, config: GPTConfig, vocabulary: int, context: int, n: int) -> Decode:
+    """Decode with nanoGPT, which recomputes the whole text for each token."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with contextlib.redirect_stdout(sys.stderr):  # it says how large it is
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its size
         model = module.GPT(
             module.GPTConfig(context, vocabulary, config.n_layer, config.n_head, config.n_embd, dropout=0.0, bias=True)
         ).eval()
     return lambda: model.generate(torch.ones(1, 1, dtype=torch.int64), n, top_k=1)[0, 1:].tolist()  # type: ignore[no-any-return]  # a tensor's list
 
 
-def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], Write]:
-    """By who, in which type, how many rows."""
+def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], Decode]:
+    """Functions by implementation, data type and number of rows."""
     config, vocabulary, context, n = SHAPES[name]
     torch.manual_seed(0)
     model = GPT(config, vocabulary, context).eval()
     tokenizer = Tokenizer.train(["a"], 257, "byte")
-    found: dict[tuple[str, str, int], Write] = {}
+    found: dict[tuple[str, str, int], Decode] = {}
     with tempfile.TemporaryDirectory() as place:
         exported = Path(place, "exported")
         hf_checkpoint.write_hf_checkpoint(
@@ -126,20 +126,20 @@ def main() -> None:
     for name in given.shapes:
         taking_part = contestants(name, given.nanogpt)
         torch.compiler.reset()
-        written = {key: write() for key, write in taking_part.items()}  # not counted: it compiles, and warms up
+        written = {key: decode() for key, decode in taking_part.items()}  # not counted: compilation and warm-up
         assert len({tuple(written[who, "float32", 1]) for who in ("transformers", "ours", "ours, compiled")}) == 1
         speeds: dict[tuple[str, str, int], list[float]] = {key: [] for key in taking_part}
         for _ in range(given.rounds):
-            for key, write in taking_part.items():
+            for key, decode in taking_part.items():
                 began = time.perf_counter()
-                tokens = write()
+                tokens = decode()
                 speeds[key].append(key[2] * len(tokens) / (time.perf_counter() - began))
         medians = {key: statistics.median(speed) for key, speed in speeds.items()}
         for (who, kind, rows), speed in medians.items():
             pairs = zip(speeds[who, kind, rows], speeds["transformers", kind, rows], strict=True)
-            beside = statistics.median(mine / its for mine, its in pairs)
+            relative = statistics.median(mine / its for mine, its in pairs)
             more = speed / medians[who, kind, 1]
-            print(f"{name:8} {kind:9} {rows:4}  {who:14} {speed:9,.0f} {beside:16.2f} {more:11.1f}", flush=True)
+            print(f"{name:8} {kind:9} {rows:4}  {who:14} {speed:9,.0f} {relative:16.2f} {more:11.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What each default that depends on the hardware is worth here: the default run with one of them the other way.
+"""The effect of each hardware-dependent default: the default run with one of them changed.
 
     python experiments/benchmarks/defaults.py
 
-Takes the measured step from `fit --plan`, in turns, so that a slow minute of the machine falls on all alike.
+Uses the step time that `fit --plan` measures, alternating, so that other load on the machine affects all alike.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[list[str], dict[str, str]]] = {
 
 
 def milliseconds(flags: list[str], environment: dict[str, str]) -> float:
-    """The median step of `fit --plan`."""
+    """The median step time of `fit --plan`."""
     outcome = subprocess.run(
         [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu", *flags],
         env={**os.environ, **environment},
@@ -35,14 +35,14 @@ def milliseconds(flags: list[str], environment: dict[str, str]) -> float:
         text=True,
         check=True,
     )
-    found = re.search(r"(\d+) ms a step", outcome.stdout + outcome.stderr)
+    found = re.search(r"(\d+) ms (?:a|per) step", outcome.stdout + outcome.stderr)
     if found is None:
         sys.exit(f"no measured step in:\n{outcome.stdout}{outcome.stderr}")
     return float(found[1])
 
 
 def main() -> None:
-    """Take turns, print a table."""
+    """Alternate between the settings and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()

@@ -1,10 +1,9 @@
-"""How fast text becomes token ids: this project's way, `encode_batch_fast` of `tokenizers`, and `datasets.map` over it.
+"""Encoding speed: this project, `encode_batch_fast` of `tokenizers`, and `datasets.map` over it.
 
     python experiments/benchmarks/encoding.py [--source stdlib] [--vocab_size 8192 32000]
 
-All in one run on the same documents and the same merges, on one core and on two (as many as a process may use, by its
-affinity, so that no library starts more threads); the ways take turns, the median of the rounds counts. The ids are
-compared, all of them.
+All in one run, on the same documents and merges, on one core and on two (limited by process affinity, so that no
+library starts more threads). The implementations alternate; the median of the rounds counts. All ids are compared.
 """
 
 import argparse
@@ -26,7 +25,7 @@ ROUNDS = 5
 
 
 def measure(source: str, vocab_size: int) -> None:
-    """Print megabytes a second of each way on the cores that this process may use."""
+    """Print megabytes per second of each implementation, on the cores this process may use."""
     texts = [document.text for document in read_documents(source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     backend = tokenizer_training.train_tokenizer("bpe", texts, vocab_size)
@@ -61,7 +60,7 @@ def measure(source: str, vocab_size: int) -> None:
 
 
 def by_datasets(backend: "tokenizer_training.Backend", texts: list[str]) -> list[np.ndarray]:
-    """As a guide would: a map over batches, one process a core, nothing cached."""
+    """As a tutorial would do it: a map over batches, one process per core, no cache."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -80,7 +79,7 @@ def by_datasets(backend: "tokenizer_training.Backend", texts: list[str]) -> list
 
 
 def main() -> None:
-    """Measure each size on one core and on two, each in a process of its own."""
+    """Measure each size on one core and on two, each in its own process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="stdlib")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[8192, 32000])

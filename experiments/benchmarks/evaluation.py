@@ -1,14 +1,14 @@
-"""Scores of a model here, and of the same weights by ``lm-eval`` and ``transformers``, side by side.
+"""Scores of a model, and of the same weights under ``lm-eval`` and ``transformers``, side by side.
 
     python experiments/benchmarks/evaluation.py [--checkpoint CKPT] [--rows 300]
 
-The model, by default one that is trained for a few seconds, is exported for ``transformers``. Questions, minimal pairs
-and texts are made of files of the standard library that it has not seen, if it was trained here: which line comes next,
-and a line beside its words in another order. Each is scored by ``evaluate``'s kind, by a task of ``lm-eval`` through
-the adapter of this package, and by the same task on its own ``HFLM``: with the start of text before each context
-(``add_bos_token``; before whole texts it puts it anyway), and without its cache of logits, by which requests that are
-asked twice get other figures (0.4.13). Its last window of a text reaches back for context, ours do not. Texts are
-scored once more by ``transformers`` token by token, for some windows and strides.
+The model (by default one trained for a few seconds) is exported for ``transformers``. Questions, minimal pairs and
+texts are made from files of the standard library that it was not trained on, if it was trained here: which line comes
+next, and a line against its words in another order. Each is scored by ``evaluate``, by a task of ``lm-eval`` through
+this package's adapter, and by the same task on ``lm-eval``'s ``HFLM``: with the start of text before each context
+(``add_bos_token``; for whole texts it is always added), and without its logits cache, which changes the results of
+repeated requests (0.4.13). Its last window of a text extends back for context, ours does not. Texts are scored again
+by ``transformers`` token by token, for some windows and strides.
 """
 
 import argparse
@@ -45,7 +45,7 @@ WINDOWS = ((256, 256), (256, 64), (100, 33), (64, 1))
 
 
 def trained(texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
-    """A small model that has seen a little of these texts: enough to prefer some choices to others."""
+    """A small model trained briefly on these texts, so that it prefers some choices to others."""
     tokenizer = Tokenizer.train(texts, 512)
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64), tokenizer.vocab_size, CONTEXT)
@@ -62,7 +62,7 @@ def trained(texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
 
 
 def rows(texts: Sequence[str], n: int) -> dict[str, list[dict[str, Any]]]:
-    """Questions, pairs and documents, as each kind reads them."""
+    """Questions, pairs and documents, in each task's format."""
     rng = random.Random(0)
     lines = [line.strip() for text in texts for line in text.splitlines() if 15 < len(line.strip()) < 50]
     uneven = [line for line in lines if sorted(line.split(), key=len) != line.split()]
@@ -72,14 +72,14 @@ def rows(texts: Sequence[str], n: int) -> dict[str, list[dict[str, Any]]]:
         choices = [lines[place + 1], *rng.sample(lines, rng.randrange(1, 4))]
         rng.shuffle(choices)
         questions.append({"question": lines[place], "choices": choices, "answer": choices.index(lines[place + 1])})
-        # Equal sentences are a tie, which counts half here, and is won by the first in lm-eval.
+        # Equal sentences are a tie: it counts half here, but lm-eval credits the first.
         words = rng.choice(uneven).split()
         pairs.append({"sentence_good": " ".join(words), "sentence_bad": " ".join(sorted(words, key=len))})
     return {"questions": questions, "pairs": pairs, "texts": [{"text": text[:2000]} for text in texts[:20]]}
 
 
 def tasks(place: Path, content: dict[str, list[dict[str, Any]]]) -> None:
-    """The rows, and a task of ``lm-eval`` for each."""
+    """The rows, and an ``lm-eval`` task for each."""
     choice = {"output_type": "multiple_choice"}
     accuracies = [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")]
     question = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
@@ -105,7 +105,7 @@ def tasks(place: Path, content: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def by_transformers(model: Any, tokenizer: Tokenizer, texts: Sequence[str], window: int, stride: int) -> float:
-    """Nats a token, each token by a forward pass of its own behind what its window has before it."""
+    """Nats per token; each token has its own forward pass over its context in the window."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
@@ -148,7 +148,7 @@ def main() -> None:
 
 
 def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
-    """The three ways to each score."""
+    """Compute each score in the three ways."""
     lm_eval_adapter.TaskManager = partial(lm_eval_adapter.TaskManager, include_defaults=False)
     manager = lm_eval_adapter.TaskManager(include_path=str(place))
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
@@ -178,7 +178,7 @@ def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
             label = f"{kind}, few_shot {asked.few_shot}: {own_name}"
             print(f"{label:<56}" + "".join(f"{value:>10.5f}" for value in values), end="")
             print("".join(f"{value:>10.1f}" for value in seconds), flush=True)
-            seconds = []  # of all figures of a task together
+            seconds = []  # of all metrics of a task together
 
 
 if __name__ == "__main__":

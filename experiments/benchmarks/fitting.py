@@ -1,4 +1,4 @@
-"""Runs of ``fit`` for benchmarks of several stages, each in a process of its own."""
+"""Run ``fit`` in a process, for benchmarks with several stages."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "finetune"
 
 
 def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, dict[str, Any]]:
-    """Run `fit`, if that was not done before: the folder that it leaves, and its summary, with ``wall``.
+    """Run `fit` unless its run folder exists; returns the folder and its summary.
 
-    Those are the seconds of the whole process, from its start to its end.
+    The summary has ``wall``, the seconds of the whole process from start to end.
     """
     for done in (runs / experiment).glob("*/wall.json"):
         return done.parent, json.loads(done.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, d
 
 
 def launch(threads: int, *flags: str) -> None:
-    """Run `fit` with these flags; end with its message if it fails."""
+    """Run `fit` with these flags; exit with its message if it fails."""
     outcome = subprocess.run(
         [sys.executable, "-m", "lit_gpt_scratch.fit", *flags],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -41,6 +41,6 @@ def launch(threads: int, *flags: str) -> None:
 
 
 def quiet() -> None:
-    """Let Lightning say nothing between the lines of a table."""
+    """Silence Lightning's output."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

@@ -1,12 +1,11 @@
-"""Instruction tuning, of all parameters and by LoRA: the loss on replies before and after, and the form of replies.
+"""Instruction tuning, of all parameters and with LoRA: loss on replies before and after, and the format of replies.
 
     python experiments/benchmarks/instructions.py instructions.json --text SOURCE
 
-One base is trained on the source first, given as to `--data.source` (where it is a table, the column is `message`);
-then `instructions.yaml` and `instructions_lora.yaml` of `experiments/finetune` begin with it. Loss is that of the
-replies that are held out for the test, in nats a token. A reply is in the template's form if it is not empty, is ended
-by the model within 120 tokens, and opens no other turn; it is always the likeliest token, after each prompt of the
-test.
+A base model is trained on the source, given as to `--data.source` (for a table, the column is `message`); then
+`instructions.yaml` and `instructions_lora.yaml` of `experiments/finetune` start from it. The loss is that of the test
+replies, in nats per token. A reply has the template's format if it is not empty, ends within 120 tokens, and opens no
+other turn; replies to the test prompts are generated greedily.
 """
 
 import argparse
@@ -30,7 +29,7 @@ LONGEST = 120
 
 
 def loss(init_from: Path, data: Conversations) -> float:
-    """Of the test's replies, without any training."""
+    """Loss of the test replies, without training."""
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -39,8 +38,8 @@ def loss(init_from: Path, data: Conversations) -> float:
     return measured["test/loss"]
 
 
-def said(run: Path, data: Conversations) -> list[ChatReply]:
-    """The replies to the test's prompts."""
+def test_replies(run: Path, data: Conversations) -> list[ChatReply]:
+    """Replies to the test prompts."""
     path = find_checkpoint(str(run), Path(), None)
     trained = build_model(load_checkpoint(path), path)
     records = [data.records[place][1] for place in data.split_indices["test"]]
@@ -49,7 +48,7 @@ def said(run: Path, data: Conversations) -> list[ChatReply]:
 
 
 def main() -> None:
-    """Take all stages, print a table."""
+    """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--text", required=True, help="for the base")
@@ -67,24 +66,24 @@ def main() -> None:
             f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores\n"
             f"base: {summary['parameters']:,} parameters, {summary['tokens']:,} tokens in {summary['step']} steps, "
             f"{summary['wall']:.0f} s, val/bits_per_byte {summary['val/bits_per_byte']:.3f}\n"
-            f"test: {n} records, {data.training_copies['test']} of them in training, too\n\n"
+            f"test: {n} records, {data.training_copies['test']} of them also in training\n\n"
             f"{'':28}{'loss on replies':>16}{'in form':>10}{'parameters trained':>20}{'seconds':>9}"
         )
-        report("before", before, said(base, data), 0.0, 0.0)
+        report("before", before, test_replies(base, data), 0.0, 0.0)
         for name, config in {"all parameters": "instructions.yaml", "LoRA": "instructions_lora.yaml"}.items():
             flags = [f"--config={EXPERIMENTS / config}", f"--model.init_from={base}", f"--data.source={given.source}"]
             run, summary = fit(runs, Path(config).stem, threads, *flags)
             began = time.perf_counter()
-            spoken = said(run, data)
+            replies = test_replies(run, data)
             share = summary["trained_parameters"] / summary["parameters"]
-            report(name, summary["test/loss"], spoken, share, summary["wall"])
+            report(name, summary["test/loss"], replies, share, summary["wall"])
             seconds = time.perf_counter() - began
-            print(f"  {len(spoken)} replies written in {seconds:.0f} s; the first: {spoken[0].text!r}")
+            print(f"  {len(replies)} replies generated in {seconds:.0f} s; the first: {replies[0].text!r}")
 
 
-def report(name: str, loss: float, spoken: list[ChatReply], share: float, seconds: float) -> None:
-    """A line of the table."""
-    form = sum(reply.well_formed for reply in spoken) / len(spoken)
+def report(name: str, loss: float, replies: list[ChatReply], share: float, seconds: float) -> None:
+    """Format a row of the table."""
+    form = sum(reply.well_formed for reply in replies) / len(replies)
     print(f"{name:28}{loss:16.3f}{form:10.1%}{share:20.2%}{seconds:9.0f}", flush=True)
 
 

@@ -1,11 +1,11 @@
-"""What Lightning costs: the same model, batches and optimizer in a bare loop and through `fit`, at default logging.
+"""The cost of Lightning: the same model, batches and optimizer in a bare loop and through `fit` with default logging.
 
     python experiments/benchmarks/lightning_cost.py
 
-The two sides go in lockstep in one process: after every step of `fit` the bare loop takes the same step, so that
-whatever else the machine does falls on both alike. What is compared are the times of ten steps, one logging interval:
-each pair gives a difference, and the median over all pairs counts. A Trainer with `barebones=True`, which has neither
-callbacks nor loggers, is compared in the same way: what `fit` costs beyond that is this project's own.
+Both run in lockstep in one process: after every step of `fit` the bare loop takes the same step, so that other load on
+the machine affects both alike. The times of ten steps, one logging interval, are compared: each pair gives a
+difference, and the median over all pairs counts. A Trainer with `barebones=True`, without callbacks and loggers, is
+compared in the same way: the additional cost of `fit` is this project's own.
 """
 
 import argparse
@@ -45,7 +45,10 @@ INTERVAL = 10
 
 
 class Lockstep(L.Callback):
-    """Between two steps of a trainer, take the same step in a bare loop; to be called first, so that it sees all."""
+    """Takes the same step in a bare loop between two trainer steps.
+
+    It must be the first callback, so that its times include the others.
+    """
 
     def __init__(self, bare: Iterator[None]) -> None:
         self.bare = bare
@@ -54,7 +57,7 @@ class Lockstep(L.Callback):
         self._resumed: float | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """A step of the trainer lasts from here to the next time here, less what the bare loop takes."""
+        """A trainer step lasts until the next call, minus the time of the bare loop."""
         came = time.perf_counter()
         if self._resumed is not None:
             self.in_trainer.append(came - self._resumed)
@@ -72,7 +75,7 @@ def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
 
 
 def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
-    """The steps of a run without a trainer: the same windows, the same mathematics, no logging."""
+    """The steps of a run without a trainer: same windows, same computation, no logging."""
     net, optimizer, scheduler = build(cli, steps)
     for batch in batches(cli, steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=cli.config.trainer.precision == "bf16-mixed"):
@@ -86,7 +89,7 @@ def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
 
 
 def build(cli: FitCLI, steps: int) -> tuple[GPT, Optimizer, LRScheduler]:
-    """The network, compiled, its optimizer and schedule."""
+    """The network, compiled, with its optimizer and schedule."""
     data, task = cli.datamodule, cli.model
     net = GPT(task.gpt, data.vocab_size, data.block_size)
     for block in net.blocks:
@@ -96,7 +99,7 @@ def build(cli: FitCLI, steps: int) -> tuple[GPT, Optimizer, LRScheduler]:
 
 
 class Plain(L.LightningModule):
-    """As little of a LightningModule as does the same steps."""
+    """A minimal LightningModule that takes the same steps."""
 
     def __init__(self, cli: FitCLI, steps: int, lockstep: Lockstep) -> None:
         super().__init__()
@@ -116,7 +119,7 @@ class Plain(L.LightningModule):
 
 
 def through_fit(cli: FitCLI, steps: int) -> Lockstep:
-    """The run as it is by default, but for validations."""
+    """The default run, without validations."""
     lockstep = Lockstep(bare_steps(cli, steps))
     cli.trainer.limit_val_batches = 0
     cli.trainer.callbacks.insert(0, lockstep)
@@ -125,7 +128,7 @@ def through_fit(cli: FitCLI, steps: int) -> Lockstep:
 
 
 def through_barebones(cli: FitCLI, steps: int) -> Lockstep:
-    """The same steps in a Trainer that does nothing beside."""
+    """The same steps in a barebones Trainer."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     lockstep = Lockstep(bare_steps(cli, steps))
@@ -138,7 +141,7 @@ def through_barebones(cli: FitCLI, steps: int) -> Lockstep:
 
 
 def intervals(seconds: list[float]) -> list[float]:
-    """Milliseconds a step, by interval."""
+    """Milliseconds per step, by interval."""
     return [
         1000 * sum(seconds[first : first + INTERVAL]) / INTERVAL
         for first in range(INTERVAL, len(seconds) - INTERVAL + 1, INTERVAL)
@@ -146,7 +149,7 @@ def intervals(seconds: list[float]) -> list[float]:
 
 
 def main() -> None:
-    """Measure every shape, print a table."""
+    """Measure every shape and print a table."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")

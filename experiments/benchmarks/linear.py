@@ -1,9 +1,9 @@
-"""Linear layers in float32 on a CPU: PyTorch's, which calls MKL on x86, against oneDNN as in `model.linear`.
+"""Linear layers in float32 on a CPU: PyTorch's, which call MKL on x86, against oneDNN as in `kernels.onednn_linear`.
 
     python experiments/benchmarks/linear.py
 
-Milliseconds of a forward and a backward pass, the lowest of many that take turns. oneDNN is called at every size here,
-and on every processor; the last column says whether a model calls it.
+Milliseconds of a forward and a backward pass, the minimum of many alternating calls. Here oneDNN is called at every
+size and on every processor; the last column says whether a model calls it.
 """
 
 import os
@@ -26,7 +26,7 @@ SHAPES = [
 
 
 def timed(layer: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> float:
-    """Milliseconds of both passes, the gradients left where an optimizer finds them."""
+    """Milliseconds of both passes; gradients are left in place for an optimizer."""
     for leaf in inputs:
         leaf.grad = None
     began = time.perf_counter()

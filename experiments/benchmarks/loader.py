@@ -1,10 +1,10 @@
-"""How fast batches come, how fast any place in a training is found, and how fast a store of 100 GB opens.
+"""Loading speed of batches, time to locate a step, and time to open a store of 100 GB.
 
     python experiments/benchmarks/loader.py
 
-On one core. The store of 100 GB is made of holes (a sparse file takes no room), opened in a process of its own each
-time; its shards are as many and as described as those of a real one. The step to compare with is that of the default
-run, as `fit --plan` measures it on all cores.
+On one core. The 100 GB store is a sparse file, opened in a new process each time; its shards are as many, and
+described in the same way, as those of a real store. The step time to compare with is that of the default run, as `fit
+--plan` measures it on all cores.
 """
 
 import argparse
@@ -46,12 +46,12 @@ print(opened - began, time.perf_counter() - opened)
 
 
 def milliseconds(values: list[float]) -> str:
-    """The median, and from what to what."""
+    """Median, minimum and maximum."""
     return f"{1e3 * statistics.median(values):.2f} ms ({1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
 
 
 def loading() -> None:
-    """Tokens a second out of the loader, nothing else going on."""
+    """Tokens per second of the loader alone."""
     with tempfile.TemporaryDirectory() as folder:
         for policy in PACKING_POLICIES:
             for batch_size, block_size in ((8, 256), (32, 1024)):
@@ -73,15 +73,15 @@ def loading() -> None:
 
 
 def step() -> None:
-    """What a batch is set against."""
+    """The step time to compare a batch with."""
     command = [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu"]
     said = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"(\d+) ms a step", said.stdout + said.stderr)
+    found = re.search(r"(\d+) ms (?:a|per) step", said.stdout + said.stderr)
     print(f"the default's step, of 8 x 256: {found[1] if found else '?'} ms")
 
 
 def seeking() -> None:
-    """The first window of step 10^9 of an epoch of 10^12 windows, everything made anew; and what is held."""
+    """Time to the first window of step 10^9 of an epoch of 10^12 windows, from scratch; and the memory used."""
     times = []
     for seed in range(200):
         began = time.perf_counter()
@@ -95,7 +95,7 @@ def seeking() -> None:
 
 
 def opening() -> None:
-    """A store as large as few have."""
+    """Time to open a very large store."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = PackedText(cache=name).store
@@ -127,7 +127,7 @@ def opening() -> None:
 
 
 def main() -> None:
-    """Print all."""
+    """Print all results."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")

@@ -1,12 +1,11 @@
-"""Time to a validation loss on nanoGPT's own task for CPUs: tiny Shakespeare, by characters, in windows of 64.
+"""Time to a validation loss on nanoGPT's CPU task: tiny Shakespeare by characters, in windows of 64.
 
     python experiments/benchmarks/nanogpt.py --nanogpt CHECKOUT --text tinyshakespeare.txt
 
-nanoGPT's `train.py` runs unchanged, at the settings that its README gives for a CPU; here the configs in
-`experiments/speedrun/` run through `fit`. Both score the whole validation split (the last tenth of the text) in
-windows of 64 that do not overlap. The clock counts training: it stands still while a side is validating, sampling
-or saving, and is given with and without the first step, in which a compiler works. The sides take turns, each in
-a process of its own.
+nanoGPT's `train.py` runs unchanged, with the settings that its README gives for a CPU; ours runs the configs in
+`experiments/speedrun/` through `fit`. Both score the whole validation split (the last tenth of the text) in
+non-overlapping windows of 64. The clock counts training only: it stops while a side validates, samples or saves, and
+is reported with and without the first step, which includes compilation. The sides alternate, each in its own process.
 """
 
 import argparse
@@ -33,38 +32,38 @@ README_FLAGS = [
     "--device=cpu", "--compile=False", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
     "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
 ]  # fmt: skip
-"""From the README, but for two that only say how often and how exactly to look: see EVERY."""
+"""From nanoGPT's README, except for the two that set how often and how exactly to evaluate: see EVERY."""
 EVERY = 250
 """Iterations of nanoGPT between two looks."""
 
 
 class Clock:
-    """Seconds that were spent training."""
+    """Seconds spent training."""
 
     def __init__(self) -> None:
         self.seconds, self.first_step = 0.0, 0.0
         self.since: float | None = None
 
     def go(self) -> None:
-        """Start, unless it runs."""
+        """Start, unless running."""
         if self.since is None:
             self.since = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop, if it runs."""
+        """Stop, if running."""
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
         self.since = None
 
 
 def report(steps: int, loss: float, clock: Clock) -> None:
-    """One point of a side's curve, for the parent process."""
+    """Print one point of a side's curve for the parent process."""
     point = {"step": steps, "loss": loss, "seconds": clock.seconds, "first_step": clock.first_step}
     print("POINT " + json.dumps(point), flush=True)
 
 
 def run_nanogpt(checkout: Path, text: Path) -> None:
-    """Its train.py, with the clock hung onto `GPT.train` (which says when it evaluates) and `torch.save`."""
+    """Run nanoGPT's train.py, with the clock attached to `GPT.train` (called around evaluations) and `torch.save`."""
     import torch
 
     characters = text.read_text(encoding="utf-8")
@@ -105,7 +104,7 @@ def run_nanogpt(checkout: Path, text: Path) -> None:
 
 
 def run_ours(config: Path, text: Path, flags: list[str]) -> None:
-    """`fit` with the config, and the clock as one more callback."""
+    """`fit` with the config, and the clock as an additional callback."""
     import lightning as L
 
     from lit_gpt_scratch.cli.entrypoint import run
@@ -130,16 +129,16 @@ def run_ours(config: Path, text: Path, flags: list[str]) -> None:
         def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
             report(trainer.global_step, trainer.callback_metrics["val/loss"].item(), self.clock)
 
-    def door() -> None:
+    def fit_command() -> None:
         cli = FitCLI(["--config", str(config), "--data.source", str(text), *flags])
         cli.trainer.callbacks.insert(0, Timing())
         cli.fit()
 
-    run(door)
+    run(fit_command)
 
 
 def measure(arguments: list[str]) -> Curve:
-    """Run one side in a process of its own."""
+    """Run one side in its own process."""
     child = subprocess.Popen(
         [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -156,7 +155,7 @@ def until(points: Curve, target: float) -> dict[str, float] | None:
 
 
 def main() -> None:
-    """Be one side's process, or the one that compares them."""
+    """Run one side, or compare both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
@@ -174,7 +173,7 @@ def main() -> None:
 
 
 def compare(nanogpt: Path | None, text: Path, repeats: int) -> None:
-    """Take turns, each side in a process of its own, and print a table."""
+    """Alternate between the sides, each in its own process, and print a table."""
     here = Path(__file__).resolve().parents[1] / "speedrun"
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     theirs: list[Curve] = []
@@ -193,9 +192,9 @@ def compare(nanogpt: Path | None, text: Path, repeats: int) -> None:
 
 
 def rows(theirs: list[Curve], ours: dict[tuple[float, bool], list[Curve]]) -> None:
-    """Best and median of the turns, and how many times as fast.
+    """Best and median of the turns, and the speed-up.
 
-    A loss that nanoGPT does not reach is not reached in the seconds of its whole run: the ratio is a lower bound.
+    If nanoGPT does not reach a loss within its whole run, the ratio is a lower bound.
     """
     finals = [curve[-1]["loss"] for curve in theirs]
     whole = [curve[-1]["seconds"] for curve in theirs]

@@ -1,11 +1,11 @@
-"""What each way of laying documents into windows costs, beside the figures of the paper on best-fit packing.
+"""The cost of each packing policy, next to the figures of the best-fit packing paper.
 
     python experiments/benchmarks/packing.py [--source stdlib FILE:COLUMN ...] [--windows 256 1024 2048]
 
-On real corpora, encoded with a byte-level BPE of 4,096 tokens that was trained on each; and on ten million drawn
-document lengths, for the time and for how little is lost at scale. Ding et al. 2024 (https://arxiv.org/abs/2404.10830,
-tables 1 and 2) report of best-fit packing, against concatenation in windows of 2,048: 0.0024% more windows on
-RefinedWeb, 0.0028% on the Stack; 10,816 s for a billion documents.
+On real corpora, encoded with a byte-level BPE of 4,096 tokens trained on each; and on ten million sampled document
+lengths, for the time and the number of additional windows at scale. Ding et al. 2024
+(https://arxiv.org/abs/2404.10830, tables 1 and 2) report for best-fit packing, relative to concatenation in windows of
+2,048: 0.0024% more windows on RefinedWeb, 0.0028% on the Stack; 10,816 s for a billion documents.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingCost, best_fit_decreasing, compute_packing_cost
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
-DRAWN = 10_000_000
+SAMPLED = 10_000_000
 
 
 def rows(source: str, block_sizes: list[int], folder: Path) -> list[list[str]]:
@@ -40,17 +40,18 @@ def rows(source: str, block_sizes: list[int], folder: Path) -> list[list[str]]:
 
 
 def at_scale(block_size: int) -> None:
-    """Lengths as of web pages: lognormal, 400 tokens at the median, a tenth longer than a window."""
-    lengths = np.ceil(np.random.default_rng(0).lognormal(6, 1.27, DRAWN)).astype(np.int64)
+    """Lengths like those of web pages: lognormal, median 400 tokens, a tenth longer than a window."""
+    lengths = np.ceil(np.random.default_rng(0).lognormal(6, 1.27, SAMPLED)).astype(np.int64)
     rests = lengths % block_size
-    pieces = rests[rests > 0]  # windows that a document fills alone need no place
+    pieces = rests[rests > 0]  # windows filled by one document need no packing
     began = time.perf_counter()
     windows = int(best_fit_decreasing(pieces, block_size).max()) + 1 + int((lengths // block_size).sum())
     seconds = time.perf_counter() - began
     fewest = -(-int(lengths.sum()) // block_size)
     print(
-        f"{DRAWN:,} drawn lengths in windows of {block_size:,}: {windows:,} windows, {windows / fewest - 1:.4%} more "
-        f"than concatenation; {seconds:.1f} s, so {seconds / DRAWN * 1e9:,.0f} s for a billion"
+        f"{SAMPLED:,} sampled lengths in windows of {block_size:,}: {windows:,} windows, "
+        f"{windows / fewest - 1:.4%} more than concatenation; "
+        f"{seconds:.1f} s, so {seconds / SAMPLED * 1e9:,.0f} s for a billion"
     )
 
 

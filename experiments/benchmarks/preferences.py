@@ -1,15 +1,15 @@
-"""DPO on a file of preferences: what it prefers, by how much, and what replies cost, before and after.
+"""DPO on a file of preferences: accuracy, margin, and loss on replies, before and after.
 
     python experiments/benchmarks/preferences.py instructions_with_preference.json
 
-A base is trained on the standard library (or on `--text`, given as to `--data.source`); `instructions.yaml` of
-`experiments/finetune` tunes it to the file's `output`, and `dpo.yaml` of `experiments/align` goes on with its pairs.
-The pairs of the test are none that the instructions were tuned to. Pairs whose replies are the same are left out.
+A base model is trained on the standard library (or on `--text`, given as to `--data.source`); `instructions.yaml` of
+`experiments/finetune` fine-tunes it on the file's `output`, and `dpo.yaml` of `experiments/align` continues with its
+pairs. No pair of the test was used in instruction tuning. Pairs with equal replies are dropped.
 
-`accuracy` is the share of held-out pairs in which the preferred reply has the larger reward, which is
-`beta * log(policy / start)`, and `margin` by how much; before the training both rewards are 0. `likelier` is the share
-in which it has the larger log-probability, which needs no start to compare with, and `reply loss` is that of the
-preferred replies, in nats a token.
+`accuracy` is the share of held-out pairs whose preferred reply has the larger reward, `beta * log(policy / initial
+model)`, and `margin` the mean difference; before training both rewards are 0. `by logprob` is the share whose
+preferred reply has the larger log-probability, without a reference, and `reply loss` the loss on the preferred
+replies, in nats per token.
 """
 
 import argparse
@@ -30,7 +30,7 @@ SHARES = {"validation_share": 0.05, "test_share": 0.1}
 
 
 def measured(init_from: Path, data: Preferences, **how: bool) -> dict[str, float]:
-    """Of the test's pairs, without any training."""
+    """Metrics of the test pairs, without training."""
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -40,7 +40,7 @@ def measured(init_from: Path, data: Preferences, **how: bool) -> dict[str, float
 
 
 def main() -> None:
-    """Take all stages, print a table."""
+    """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--text", help="for the base; by default the standard library")
@@ -52,7 +52,7 @@ def main() -> None:
         runs = given.runs or Path(folder)
         text = [f"--data.source={given.text}"] if given.text else []
         base, began = fit(runs, "base", threads, f"--config={EXPERIMENTS / 'base.yaml'}", *text)
-        # The test of both stages: pairs that are left in their file's order, split by the same numbers.
+        # Both stages share a test split: the remaining pairs in file order, split with the same seed.
         pairs = Path(folder, "pairs.jsonl")
         rows = [row for row in json.loads(Path(given.source).read_text("utf-8")) if row["chosen"] != row["rejected"]]
         pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -71,13 +71,13 @@ def main() -> None:
             f"{after['seconds']:.0f} s\n"
             f"test: {len(data.split_indices['test'])} pairs of {len(data.records)}, "
             f"{data.training_copies['test']} also in training\n\n"
-            f"{'':8}{'accuracy':>10}{'margin':>10}{'likelier':>10}{'reply loss':>12}"
+            f"{'':8}{'accuracy':>10}{'margin':>10}{'by logprob':>12}{'reply loss':>12}"
         )
         for name, found, place in (("before", before, start), ("after", after, run)):
-            likelier = measured(place, data, reference_free=True)["test/accuracy"]
+            by_logprob = measured(place, data, reference_free=True)["test/accuracy"]
             accuracy = f"{found['test/accuracy']:.1%}" if name == "after" else "-"
             print(
-                f"{name:8}{accuracy:>10}{found['test/margin']:10.3f}{likelier:10.1%}{found['test/reply_loss']:12.3f}",
+                f"{name:8}{accuracy:>10}{found['test/margin']:10.3f}{by_logprob:12.1%}{found['test/reply_loss']:12.3f}",
                 flush=True,
             )
 

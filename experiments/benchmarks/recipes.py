@@ -1,10 +1,10 @@
-"""What each choice of the default recipe is worth: the default with one thing changed, run after run.
+"""The effect of each choice of the default recipe: the default with one change per row.
 
     python experiments/benchmarks/recipes.py
 
 Runs `fit` on the standard library for every row of CHANGES, with the same three seeds each, and writes `recipes.md`
-beside this file. Two runs go side by side, with half of the cores each: losses do not depend on that, speeds would,
-and are not given.
+next to this file. Two runs execute in parallel, each with half of the cores: that does not affect losses. It would
+affect speeds, which are not reported.
 """
 
 import argparse
@@ -20,11 +20,11 @@ from typing import Any
 from fitting import launch
 
 SEEDS = range(3)
-DEFAULT = "the default"
+DEFAULT = "default"
 CHANGES: dict[str, list[str]] = {
     DEFAULT: [],
-    "embeddings' and head's learning rate 3e-3": ["--model.optimizer.adamw_lr=3e-3"],
-    "Muon's momentum 0.95": ["--model.optimizer.momentum=0.95"],
+    "learning rate of embeddings and head 3e-3": ["--model.optimizer.adamw_lr=3e-3"],
+    "Muon momentum 0.95": ["--model.optimizer.momentum=0.95"],
     "AdamW for everything": ["--model.optimizer=AdamW", "--model.optimizer.lr=5e-3"],
     "6 layers": ["--model.gpt.n_layer=6"],
     "switch: smear": ["--model.gpt.smear=true"],
@@ -37,7 +37,7 @@ CHANGES: dict[str, list[str]] = {
 
 
 def run(flags: list[str], seed: int, steps: int, threads: int) -> dict[str, Any]:
-    """One run's summary."""
+    """The summary of one run."""
     with tempfile.TemporaryDirectory() as runs:
         launch(
             threads, f"--runs={runs}", f"--seed_everything={seed}", f"--trainer.max_steps={steps}",
@@ -49,7 +49,7 @@ def run(flags: list[str], seed: int, steps: int, threads: int) -> dict[str, Any]
 
 
 def main() -> None:
-    """Run all rows, write the table."""
+    """Run all rows and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="shorter than the default run, to save time")
     given = parser.parse_args()
@@ -62,13 +62,13 @@ def main() -> None:
     summaries = {name: [future.result() for future in futures] for name, futures in running.items()}
     bits = {name: [run["val/bits_per_byte"] for run in runs] for name, runs in summaries.items()}
     lines = [
-        "# What each choice of the default recipe is worth",
+        "# Effect of each choice of the default recipe",
         "",
         f"`python experiments/benchmarks/recipes.py --steps {given.steps}`: validation bits per byte on the standard "
-        f"library of Python {platform.python_version()} after {given.steps} steps, one change at a time, every row "
+        f"library of Python {platform.python_version()} after {given.steps} steps, one change per row, every row "
         f"with seeds {', '.join(map(str, SEEDS))}. `xz -9` needs {summaries[DEFAULT][0]['baselines']['xz']:.3f}. The "
-        "gain is the mean over the seeds of the default's figure less the row's, with its standard error: a gain of "
-        "less than two of those says nothing. The text and its split are the same for all.",
+        "gain is the mean over seeds of the default's value minus the row's, with its standard error; a gain below two "
+        "standard errors is not conclusive. Text and split are the same for all.",
         "",
         f"| change | {' | '.join(f'seed {seed}' for seed in SEEDS)} | gain |",
         f"| --- |{' ---: |' * len(SEEDS)} ---: |",

@@ -1,9 +1,9 @@
-"""Writing 128 tokens after 16 prompts: side by side with a cache, and by loops that read everything anew.
+"""Generating 128 tokens after 16 prompts: batched with a KV cache, and by recomputing the whole text for each token.
 
     python experiments/benchmarks/rollouts.py [--rounds 5]
 
-All write the same tokens, which is checked. Contestants take turns, a round each, after one that is not counted;
-medians of all rounds are printed, and the median of the ratios to the cached one in the same round.
+All generate the same tokens, which is checked. The implementations alternate, one round each, after an uncounted
+round; the medians of all rounds are printed, and the median of the ratios to the cached one within a round.
 """
 
 import argparse
@@ -31,7 +31,7 @@ Texts = list[list[int]]
 
 
 def cached(model: GPT, prompts: Texts) -> Texts:
-    """As rollouts are written."""
+    """As rollouts are generated."""
     texts = [list(prompt) for prompt in prompts]
     for row, token in generate(model, prompts, NEW, GREEDY, [0] * len(prompts), end_of_text=-1):
         if token is not None:
@@ -40,8 +40,8 @@ def cached(model: GPT, prompts: Texts) -> Texts:
 
 
 @torch.inference_mode()
-def anew(model: GPT, prompts: Texts) -> Texts:
-    """Everything is read again for each token, all rows at once."""
+def recomputed(model: GPT, prompts: Texts) -> Texts:
+    """Recompute the whole text for each token, all rows in one batch."""
     ids = torch.tensor(prompts)
     for _ in range(NEW):
         chosen = model.apply_head(model.hidden_states(ids)[:, -1:])[:, -1].argmax(-1, keepdim=True)
@@ -51,20 +51,20 @@ def anew(model: GPT, prompts: Texts) -> Texts:
 
 
 def one_by_one(model: GPT, prompts: Texts) -> Texts:
-    """The same, a row after the other."""
-    return [text for prompt in prompts for text in anew(model, [prompt])]
+    """The same, one row after the other."""
+    return [text for prompt in prompts for text in recomputed(model, [prompt])]
 
 
 def main() -> None:
-    """Measure, print a table."""
+    """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     limit_threads(processes=1)
     ways: Sequence[tuple[str, Callable[[GPT, Texts], Texts]]] = (
-        ("cached, side by side", cached),
-        ("anew, side by side", anew),
-        ("anew, one by one", one_by_one),
+        ("cached, batched", cached),
+        ("recomputed, batched", recomputed),
+        ("recomputed, one by one", one_by_one),
     )
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'shape':9}{'way':24}{'tokens/s':>10}{'cached is faster by':>21}")

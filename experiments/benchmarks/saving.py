@@ -1,4 +1,4 @@
-"""What saving costs: the time of every `Trainer.save_checkpoint` in a run of `fit`, against the whole run.
+"""The cost of saving: the time of every `Trainer.save_checkpoint` in a run of `fit`, relative to the whole run.
 
 python experiments/benchmarks/saving.py [flags of fit]
 """
@@ -19,7 +19,7 @@ save = L.Trainer.save_checkpoint
 
 
 def timed(*args: Any, **kwargs: Any) -> None:
-    """Save, and take the time."""
+    """Save and record the time."""
     began = time.perf_counter()
     save(*args, **kwargs)
     spent.append(time.perf_counter() - began)

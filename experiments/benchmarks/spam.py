@@ -1,15 +1,14 @@
-"""Spam or not: a small GPT, tuned whole and by LoRA, against n-grams of characters on the same splits.
+"""Spam classification: a small GPT, fully fine-tuned and with LoRA, against character n-grams on the same splits.
 
     python experiments/benchmarks/spam.py sms_spam.tsv [--splits 5]
 
-The file has the columns `labels` and `message`. Every split takes all spam and as many of the others, by its own seed,
-without any cleaning: 70 % to learn from, 10 % to validate on, 20 % to test on. One base is trained first, on the
-messages of the file that no split validates or tests on, nor says again (but for case and space); which of them is spam
-it is not told. Each split then begins with that base, as `experiments/finetune/spam.yaml` and `spam_lora.yaml` say; two
-runs go side by side with half of the cores each. The baselines are scikit-learn's (`pip install scikit-learn`): TF-IDF
-of n-grams of characters, or of words, and a logistic regression, each with its defaults beside that, learned from the
-training side alone. Those of 3 to 5 characters are what one would take; those of 1 to 5 are the strongest of several
-ranges on the test sides of these very splits.
+The file has the columns `labels` and `message`. Every split takes all spam and as many other messages, with its own
+seed and without cleaning: 70% training, 10% validation, 20% test. One base model is trained first, on the messages of
+the file that are in no validation or test split, and not duplicates of one (ignoring case and whitespace); it does not
+see the labels. Each split then starts from that base, with `experiments/finetune/spam.yaml` and `spam_lora.yaml`; two
+runs execute in parallel, each with half of the cores. The baselines are scikit-learn's (`pip install scikit-learn`):
+TF-IDF of n-grams of characters or words and a logistic regression, otherwise with defaults, trained on the training
+split only. 3 to 5 characters are a common choice; 1 to 5 are the best of several ranges on these very test splits.
 """
 
 import argparse
@@ -39,12 +38,12 @@ STAGES = {"all parameters": "spam.yaml", "LoRA": "spam_lora.yaml"}
 
 
 def key(text: str) -> str:
-    """What two messages agree in that say the same."""
+    """The normalised text in which duplicates agree."""
     return " ".join(text.split()).casefold()
 
 
 def base_text(source: str, splits: list[LabelledText], path: Path) -> int:
-    """Write the messages that nothing is measured on; how many there are."""
+    """Write the messages on which nothing is measured; returns their number."""
     held_out = {
         key(data.records[place][1].text)
         for data in splits
@@ -69,14 +68,14 @@ def baseline(data: LabelledText, **of: Any) -> float:
 
 
 def row(name: str, values: list[float], note: str = "") -> str:
-    """A line of the table."""
+    """Format a row of the table."""
     figures = "  ".join(f"{100 * value:5.1f}" for value in values)
     spread = 100 * stdev(values) if len(values) > 1 else 0.0
     return f"{name:34}{figures}   {100 * mean(values):5.2f} ± {spread:.2f}   {note}"
 
 
 def main() -> None:
-    """Take all splits, print a table."""
+    """Run all splits and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--splits", type=int, default=5)

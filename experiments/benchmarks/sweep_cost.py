@@ -1,9 +1,9 @@
-"""Measure the overhead of a sweep over the runs of `fit` themselves.
+"""The overhead of a run in a sweep, relative to `fit` itself.
 
     python experiments/benchmarks/sweep_cost.py
 
-A sweep of short runs, one after the other: the time in which none of their processes exists is the sweep's overhead.
-The start-up cost of the wrapper `run_process` is measured with an empty module, started with and without it.
+In a sweep of short consecutive runs, the time during which no run process is alive is the sweep's own. The module that
+supervises a run adds to its start; that is measured by starting an empty module with and without it.
 """
 
 import argparse
@@ -38,7 +38,7 @@ class TimedRunProcess(RunProcess):
         super().__init__(*args)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait, and record the end."""
+        """Wait and record the end."""
         code = super().wait(seconds)
         if code is not None and len(ended) < len(started):
             ended.append(time.perf_counter())

@@ -1,19 +1,19 @@
-"""Tokens a second of training, beside nanoGPT, litgpt and `transformers`, at equal model, batch and optimizer.
+"""Training speed, compared with nanoGPT, litgpt and `transformers` at equal model, batch and optimizer.
 
     python experiments/benchmarks/training.py [--nanogpt CHECKOUT] [--litgpt CHECKOUT] [--rounds 15]
 
-Ours is `fit` as a user starts it, with all its callbacks and default logging, and loads its batches in that time; the
-others are bare loops that log nothing and find their batches made, by the way their own training takes a step:
-nanoGPT's `train.py`, litgpt's `pretrain.py` with its Fabric, a plain loop around `GPT2LMHeadModel`. All have GPT-2's
-shape with biases, tied embeddings, the exact GELU and no dropout, clip gradients by their norm at 1, and step with
-AdamW. nanoGPT and litgpt choose PyTorch's fused AdamW on GPUs only; here everybody has it, because it is faster on
-CPUs too. litgpt has no learned positions and takes Pythia's rotary ones. Ours compiles block by block, as it does by
-default; the others compile the whole network.
+Ours is `fit` as a user starts it, with all callbacks and default logging, including the loading of batches; the others
+are bare loops without logging whose batches exist already, with the training step of their own code: nanoGPT's
+`train.py`, litgpt's `pretrain.py` with its Fabric, a plain loop around `GPT2LMHeadModel`. All have GPT-2's
+architecture with biases, tied embeddings, the exact GELU and no dropout, clip gradients to norm 1, and use AdamW.
+nanoGPT and litgpt use PyTorch's fused AdamW on GPUs only; here all use it, because it is faster on CPUs too. litgpt
+has no learned positions and uses Pythia's rotary ones. Ours compiles block by block, the default; the others compile
+the whole network.
 
-Each has a process of its own, as its users have, because in one they would ask for memory in each other's place. They
-take turns of ten steps, one logging interval of `fit`, another one first in every round. The first turn compiles and
-the second warms up; neither counts. Medians of all turns are printed, and the median and the quartiles of the ratios to
-the best of the others, within a round.
+Each has its own process, as for its users; in one process they would affect each other's memory allocation. They
+alternate in turns of ten steps, one logging interval of `fit`, starting with a different one in every round. The first
+turn compiles and the second warms up; neither counts. The medians of all turns are printed, and the median and
+quartiles of the ratios to the best of the others, within a round.
 """
 
 import argparse
@@ -45,17 +45,17 @@ from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 
 STEPS = 10
-"""Steps of a turn: what `fit` takes from one log point to the next."""
+"""Steps per turn: one logging interval of `fit`."""
 UNCOUNTED = 2
-"""Turns."""
+"""Turns that are not counted."""
 MODES = ["float32", "float32, medium", "bfloat16, compiled"]
-"""Medium is PyTorch's flag that lets the others multiply in bfloat16 as well: on a processor without such products they
-get float32 by oneDNN. Ours does not need it."""
+"""``medium`` is PyTorch's flag that allows bfloat16 multiplication, for the others: on a processor without it they get
+float32 through oneDNN. Ours does not need the flag."""
 Take = Callable[[Tensor, Tensor], None]
 
 
 class Shape(NamedTuple):
-    """What is trained, on windows of how many tokens."""
+    """The model and the window size."""
 
     n_layer: int
     n_head: int
@@ -75,38 +75,38 @@ SHAPES = [
 
 
 class Turns(L.Callback):
-    """Let a trainer take its steps in turns; to be called first, so that it sees all."""
+    """Lets a trainer take its steps in turns; must be the first callback, so that its times include the others."""
 
     def __init__(self, parent: Connection) -> None:
         self.parent = parent
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A turn of the trainer lasts from here to the next time here after so many steps."""
+        """A turn of the trainer lasts until the call after the given number of steps."""
         if trainer.global_step % STEPS:
             return
         if trainer.global_step:
             self.parent.send(time.perf_counter() - self._began)
-        self.parent.recv()  # behind the last turn too: what follows must not be beside the others' last
+        self.parent.recv()  # after the last turn too: what follows must not overlap the others' last turn
         self._began = time.perf_counter()
 
 
 def autocast(compiled: bool) -> torch.autocast:
-    """Mixed precision where the network is compiled."""
+    """Mixed precision, if the network is compiled."""
     return torch.autocast("cpu", torch.bfloat16, enabled=compiled)
 
 
 def nanogpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
-    """The lines of `train.py` between a batch and the next."""
+    """The lines of `train.py` between two batches."""
     sys.path.insert(0, str(checkout))
     peer = importlib.import_module("model")
     sys.path.pop(0)
-    with contextlib.redirect_stdout(sys.stderr):  # it says how large it is
+    with contextlib.redirect_stdout(sys.stderr):  # it prints its size
         config = peer.GPTConfig(
             shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_embd, dropout=0.0, bias=True
         )
         net = peer.GPT(config)
-        optimizer = net.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type="cuda")  # that is to say, fused
+        optimizer = net.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device_type="cuda")  # selects the fused optimizer
     model = torch.compile(net) if compiled else net
     scaler = torch.amp.GradScaler("cpu", enabled=False)
 
@@ -124,7 +124,7 @@ def nanogpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Modu
 
 
 def litgpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
-    """The lines of `pretrain.py` between a batch and the next."""
+    """The lines of `pretrain.py` between two batches."""
     sys.path.insert(0, str(checkout))
     peer, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
     sys.path.pop(0)
@@ -145,7 +145,7 @@ def litgpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Modul
     def take(inputs: Tensor, labels: Tensor) -> None:
         loss = utils.chunked_cross_entropy(model(inputs), labels)
         fabric.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Fabric refuses to, for a fused AdamW
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # Fabric does not clip for a fused AdamW
         optimizer.step()
         optimizer.zero_grad()
 
@@ -161,7 +161,9 @@ def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
     )  # fmt: skip
     net = transformers.GPT2LMHeadModel(config).train()
 
-    def mean_loss(inputs: Tensor, labels: Tensor) -> Tensor:  # its own shifts labels, which here are shifted already
+    def mean_loss(
+        inputs: Tensor, labels: Tensor
+    ) -> Tensor:  # its own loss shifts labels, which are already shifted here
         return F.cross_entropy(net(input_ids=inputs).logits.flatten(0, 1), labels.flatten())
 
     model = torch.compile(mean_loss) if compiled else mean_loss
@@ -202,7 +204,7 @@ def ours(shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
 
 
 def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
-    """A bare loop over batches that are made."""
+    """A bare loop over existing batches."""
     if checkout is None:
         net, take = huggingface(shape, compiled)
     else:
@@ -220,7 +222,7 @@ def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, pare
 
 
 def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: Connection, count: int) -> None:
-    """What a process does, from one "your turn" to the next."""
+    """The loop of a process, from one turn to the next."""
     configure_process()
     silence_libraries()
     logging.disable(logging.WARNING)
@@ -234,7 +236,7 @@ def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: C
 
 
 def write_text(path: Path, kinds: int) -> None:
-    """Characters at random, of so many kinds: letters and, where there are many, Hangul."""
+    """Random characters of a given number of kinds: letters and, for many kinds, Hangul."""
     draw = random.Random(0)
     alphabet = [chr(code) for code in (range(48, 48 + kinds) if kinds < 1000 else range(0xAC00, 0xAC00 + kinds))]
     lines = (draw.choices(alphabet, k=1000) for _ in range(400))
@@ -242,7 +244,7 @@ def write_text(path: Path, kinds: int) -> None:
 
 
 def measure(shape: Shape, mode: str, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every turn, by who took it."""
+    """Seconds of every turn, by implementation."""
     context = multiprocessing.get_context("spawn")
     count = rounds + UNCOUNTED
     mine: dict[str, Connection] = {}
@@ -267,7 +269,7 @@ def measure(shape: Shape, mode: str, checkouts: dict[str, Path | None], rounds: 
 
 
 def main() -> None:
-    """Measure every shape in both modes, print a table."""
+    """Measure every shape in both modes and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--litgpt", type=Path, help="a checkout of github.com/Lightning-AI/litgpt")
