@@ -1,4 +1,4 @@
-"""Where validation loses: at which places of a window, on which tokens, in which passages."""
+"""Breakdown of the validation loss by position, token frequency and passage; and the confusion matrix."""
 
 from typing import Any, Final
 
@@ -17,24 +17,24 @@ from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
 PASSAGE_LENGTH: Final = 32
-"""Labels of a passage."""
+"""Labels per passage."""
 N_PASSAGES: Final = 8
-"""Passages that are shown."""
+"""Hardest passages shown."""
 MAX_COUNTED_WINDOWS: Final = 2048
-"""Training windows in which tokens are counted, at most."""
+"""Training windows in which token frequencies are counted, at most."""
 
 
 class LossBreakdown(Callback):
-    """Tell apart what the validation loss is the mean of, for language models.
+    """Breaks the validation loss of a language model down by position, token frequency and passage.
 
-    By place in the window, as figures and as a picture: a model that uses its context is better at late places. By how
-    frequent a token is in training, in decades of ranks. And, as text, the
-    hardest passages of ``PASSAGE_LENGTH`` labels.
-    All comes from the losses that were measured anyway, and all ranks' count. For the names see ``measured``.
+    By position in the window, as metrics and a plot: a model that uses its context is better at late positions. By
+    frequency of the token in the training data, in decades of ranks. And the hardest passages of ``PASSAGE_LENGTH``
+    labels, as text. Everything comes from token losses that validation computes anyway, of all ranks. Names:
+    ``metric_logging.py``.
 
     Args:
         enabled: Whether to do anything.
-        pictures: Whether to draw the losses by place, and to write the hardest passages, beside the figures.
+        pictures: Whether to plot the loss by position and log the hardest passages, in addition to the metrics.
     """
 
     def __init__(self, enabled: bool, pictures: bool = True) -> None:
@@ -44,7 +44,7 @@ class LossBreakdown(Callback):
         self._names: list[str] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin anew."""
+        """Reset the sums."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._active = self.enabled and isinstance(pl_module, LanguageModel) and isinstance(data, BaseDataModule)
         if not self._active:
@@ -53,12 +53,11 @@ class LossBreakdown(Callback):
         if self._bands is None:
             bands, self._names = frequency_bands(data)
             self._bands = bands.to(device)
-        self._places = torch.zeros(2, T, device=device)  # sums of losses, and how many
+        self._positions = torch.zeros(2, T, device=device)  # sums of losses, numbers of labels
         self._frequencies = torch.zeros(2, len(self._names), device=device)
         self._hardest = torch.full((N_PASSAGES,), float("-inf"), device=device)
-        self._passages = torch.zeros(
-            N_PASSAGES, 2, PASSAGE_LENGTH, dtype=torch.int64, device=device
-        )  # what came before, and it
+        # (N_PASSAGES, 2, PASSAGE_LENGTH): the ids before the labels, and the labels
+        self._passages = torch.zeros(N_PASSAGES, 2, PASSAGE_LENGTH, dtype=torch.int64, device=device)
 
     def on_validation_batch_end(
         self,
@@ -69,33 +68,31 @@ class LossBreakdown(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch; nothing waits for the device."""
+        """Add a batch, without synchronizing the device."""
         if not self._active or outputs is None:
             return
         assert self._bands is not None
-        lost, labels = outputs["token_losses"].float(), batch["labels"]  # (B, T)
+        losses, labels = outputs["token_losses"].float(), batch["labels"]  # (B, T)
         counted = (labels != IGNORE_INDEX).float()
-        self._places += torch.stack((lost.sum(0), counted.sum(0)))
+        self._positions += torch.stack((losses.sum(0), counted.sum(0)))
         bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)
         inside = torch.arange(len(self._names), device=bands.device)[:, None] == bands  # (bands, B * T)
-        # No product of matrices: on some devices those round to fewer bits.
-        self._frequencies += (torch.stack((lost * counted, counted)).flatten(1)[:, None] * inside).sum(-1)
+        # Not a matrix product: some devices round those to fewer bits (TF32).
+        self._frequencies += (torch.stack((losses * counted, counted)).flatten(1)[:, None] * inside).sum(-1)
         if self.pictures:
-            self._keep_hardest(batch["input_ids"], labels, lost, counted)
+            self._keep_hardest(batch["input_ids"], labels, losses, counted)
 
-    def _keep_hardest(self, ids: Tensor, labels: Tensor, lost: Tensor, counted: Tensor) -> None:
+    def _keep_hardest(self, ids: Tensor, labels: Tensor, losses: Tensor, counted: Tensor) -> None:
         B, T = labels.shape
         n = T // PASSAGE_LENGTH
         if not n:
             return
-        each, full = (x[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH).sum(-1) for x in (lost, counted))
-        hard = torch.where(
-            full == PASSAGE_LENGTH, each / PASSAGE_LENGTH, float("-inf")
-        )  # only passages that are labelled throughout
-        found = torch.cat((self._hardest, hard))
-        nothing = torch.full_like(
-            ids[:, : PASSAGE_LENGTH - 1], -1
-        )  # the last of what came before a label is its own input
+        each, full = (x[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH).sum(-1) for x in (losses, counted))
+        # Only passages in which every position has a label.
+        hardness = torch.where(full == PASSAGE_LENGTH, each / PASSAGE_LENGTH, float("-inf"))
+        found = torch.cat((self._hardest, hardness))
+        # The context of a label ends with the input id at its own position.
+        nothing = torch.full_like(ids[:, : PASSAGE_LENGTH - 1], -1)
         before = torch.cat((nothing, ids), 1)[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH)
         after = labels[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH)
         passages = torch.cat((self._passages, torch.stack((before, after), 1)))
@@ -103,51 +100,51 @@ class LossBreakdown(Callback):
         self._passages = passages[best]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log, draw and write."""
+        """Log metrics, plot and texts."""
         if not self._active or trainer.sanity_checking:
             return
         data, step = trainer.datamodule, trainer.global_step - 1  # type: ignore[attr-defined]  # it is set late
-        sums = [trainer.strategy.reduce(x, reduce_op="sum") for x in (self._places, self._frequencies)]
-        (places, n_places), (frequencies, n_frequencies) = (x.cpu().double().numpy() for x in sums)
+        sums = [trainer.strategy.reduce(x, reduce_op="sum") for x in (self._positions, self._frequencies)]
+        (positions, n_positions), (frequencies, n_frequencies) = (x.cpu().double().numpy() for x in sums)
         figures = {}
         for begin, end in position_bands(data.block_size):
-            if number := n_places[begin : end + 1].sum():
-                figures[f"loss_by_position/{begin}-{end}"] = float(places[begin : end + 1].sum() / number)
-        for name, lost, number in zip(self._names, frequencies, n_frequencies, strict=True):
+            if number := n_positions[begin : end + 1].sum():
+                figures[f"loss_by_position/{begin}-{end}"] = float(positions[begin : end + 1].sum() / number)
+        for name, total, number in zip(self._names, frequencies, n_frequencies, strict=True):
             if number:
-                figures[f"loss_by_frequency/{name}"] = float(lost / number)
+                figures[f"loss_by_frequency/{name}"] = float(total / number)
         log_metrics(trainer, figures, step)
         if not self.pictures:
             return
-        passages = self._gathered()
+        passages = self._gather_passages()
         for board in tensorboard_writers(trainer):
             with np.errstate(invalid="ignore", divide="ignore"):
-                curve = places / n_places
-            picture = plotting.line(curve, "loss, mean over windows", "place in the window")
+                curve = positions / n_positions
+            picture = plotting.line_plot(curve, "validation loss, mean over windows", "position in the window")
             board.add_image("views/loss_by_position", picture, step, dataformats="HWC")
-            board.add_text("views/hardest_passages", self._told(data, passages), step)
+            board.add_text("views/hardest_passages", self._format_passages(data, passages), step)
 
-    def _gathered(self) -> list[tuple[float, list[list[int]]]]:
-        """The hardest passages of all ranks, each once, the hardest first."""
+    def _gather_passages(self) -> list[tuple[float, list[list[int]]]]:
+        """The hardest passages of all ranks, without duplicates, hardest first."""
         own = list(zip(self._hardest.tolist(), self._passages.tolist(), strict=True))
         everyone = [own]
         if dist.is_available() and dist.is_initialized():
             everyone = [own] * dist.get_world_size()
             dist.all_gather_object(everyone, own)
-        there = {str(passage): (lost, passage) for part in everyone for lost, passage in part if lost > float("-inf")}
-        return sorted(there.values(), reverse=True)[:N_PASSAGES]
+        unique = {str(passage): (loss, passage) for part in everyone for loss, passage in part if loss > float("-inf")}
+        return sorted(unique.values(), reverse=True)[:N_PASSAGES]
 
-    def _told(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
-        parts = [f"The {PASSAGE_LENGTH} tokens in a row that were hardest to predict, behind what came before them."]
-        for lost, (before, after) in passages:
+    def _format_passages(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
+        parts = [f"The {PASSAGE_LENGTH}-token passages that were hardest to predict, in ⟦ ⟧, after their context."]
+        for loss, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
             lines = f"{read}⟦{data.tokenizer.decode(after)}⟧".splitlines()
-            parts.append(f"**{lost:.2f} nats a token**\n\n" + "\n".join(f"    {line}" for line in lines))
+            parts.append(f"**{loss:.2f} nats per token**\n\n" + "\n".join(f"    {line}" for line in lines))
         return "\n\n".join(parts)
 
 
 def position_bands(block_size: int) -> list[tuple[int, int]]:
-    """Places of a window in bands that grow by four: first and last place of each."""
+    """First and last position of bands that grow by a factor of four."""
     ends = [1]
     while ends[-1] < block_size:
         ends.append(ends[-1] * 4)
@@ -156,11 +153,11 @@ def position_bands(block_size: int) -> list[tuple[int, int]]:
 
 
 def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
-    """Tokens in bands by how frequent they are as labels of the training: the ten most frequent, the next ninety, ...
+    """Bands of tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
 
     Returns:
-        (vocab_size,) int64, the band of each token; and the bands' names. Tokens that were not counted are the rarest,
-        in the order of their ids.
+        Band of each token, (vocab_size,) int64; and the bands' names. Tokens that do not occur are the rarest, ordered
+        by id.
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
@@ -177,38 +174,36 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
 
 
 class ConfusionMatrixPlot(Callback):
-    """The confusion matrix after each validation, and of the test, into TensorBoard's tab of images.
-
-    A row is a class, a column what its texts were taken for; a cell says how many, and is as dark as its share of the
-    row.
-    """
+    """Plots the confusion matrix after each validation and after the test, in TensorBoard's image tab."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Of the validation."""
+        """Plot that of the validation."""
         if not trainer.sanity_checking:
-            self._show(trainer, pl_module, "val")
+            self._plot(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Of the test."""
-        self._show(trainer, pl_module, "test")
+        """Plot that of the test."""
+        self._plot(trainer, pl_module, "test")
 
-    def _show(self, trainer: L.Trainer, pl_module: L.LightningModule, side: str) -> None:
+    def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, Classification):
             return
         picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.labelled.class_names)
         for board in tensorboard_writers(trainer):  # the step as Lightning numbers a validation
-            board.add_image(f"{side}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
+            board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 
 def plot_confusion_matrix(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
-    """The picture of a confusion matrix.
+    """Plot a confusion matrix: rows are true classes, columns predicted ones, colours shares of the row.
 
     Args:
-        counts: (n, n): of the texts of the class of a row, how many were taken for that of a column.
+        counts: (n, n), texts of the row's class that were predicted as the column's.
         names: (n,) of the classes.
 
     Returns:
         (height, width, 3) uint8.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    return plotting.table(shares, [[f"{count:,}" for count in row] for row in counts.tolist()], names, names)
+    texts = [[f"{count:,}" for count in row] for row in counts.tolist()]
+    title = "Confusion matrix: texts, coloured by share of the true class"
+    return plotting.heat_map(shares, texts, names, names, title, "true class", "predicted class")

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of the inside of a run, against what can be worked out by hand."""
+"""Introspection metrics and plots, against values computed by hand."""
 
 import json
 import math
@@ -24,8 +24,10 @@ from lit_gpt_scratch.callbacks.introspection import (
     GradientStats,
     LayerStats,
     activation_metrics,
+    markdown_code,
     masked_mean,
     part_name,
+    printable_token,
 )
 from lit_gpt_scratch.callbacks.loss_breakdown import (
     N_PASSAGES,
@@ -115,7 +117,7 @@ def test_gradients_and_updates_by_part(trainer: Trainers, task: Tasks, packed_te
             assert found[f"dynamics/gradient_norm/layer_{layer}"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_every_parameter_is_of_a_part() -> None:
+def test_every_parameter_belongs_to_a_part() -> None:
     shape = GPTConfig(
         n_layer=1, n_head=2, n_embd=32, value_embeddings=True, bigram_rows=9, smear=True, residual_scalars=True,
         position="learned", norm_placement="sandwich", bias=True, norm="layernorm",
@@ -129,14 +131,14 @@ def test_every_parameter_is_of_a_part() -> None:
     }  # fmt: skip
 
 
-def test_what_has_no_weight_yet_has_no_ratio(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
+def test_weights_that_are_zero_have_no_update_ratio(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
     witness = Witness()  # in this shape the head begins at zero
     trainer(callbacks=[GradientStats(1), witness], limit_val_batches=0, max_steps=2).fit(task(), packed_text())
     assert "dynamics/update_ratio/head" not in witness.measured[0]
     assert 0 < witness.measured[1]["dynamics/update_ratio/head"] < 10
 
 
-def test_measurements_come_at_the_first_step_and_at_each_so_many(
+def test_measurements_come_at_the_first_step_and_every_n_steps(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger = TensorBoardLogger(tmp_path, "x", "y")
@@ -151,7 +153,7 @@ def test_measurements_come_at_the_first_step_and_at_each_so_many(
     assert not events.Tags()["histograms"]
 
 
-def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
+def test_planted_dead_units_and_the_logit_norm(trainer: Trainers, task: Tasks, packed_text: Texts) -> None:
     class Killer(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *_: Any) -> None:
             with torch.no_grad():
@@ -179,10 +181,10 @@ def test_planted_dead_units_and_the_norm_of_logits(trainer: Trainers, task: Task
 
 
 @pytest.mark.parametrize("more", [{}, {"ema_decay": 0.9}], ids=["plain", "average"])
-def test_the_training_is_the_same_bit_for_bit(
+def test_training_is_bitwise_the_same_with_introspection(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    """With all that looks and draws, at every step, and with none of it."""
+    """With all measurements and plots at every step, and with none."""
     weights, losses = [], []
     shape = GPTConfig(n_layer=2, n_head=2, n_embd=32, dropout=0.2)
     for watching in (False, True):
@@ -200,7 +202,7 @@ def test_the_training_is_the_same_bit_for_bit(
 
 
 @pytest.mark.parametrize("block_size", [32, 96])
-def test_losses_by_place_and_by_frequency_are_parts_of_the_validation_loss(
+def test_losses_by_position_and_frequency_are_parts_of_the_validation_loss(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path, block_size: int
 ) -> None:
     logger = TensorBoardLogger(tmp_path, "x", "y")
@@ -254,7 +256,7 @@ def test_without_pictures_there_are_the_same_curves(
     assert not any(tags[1][kind] for kind in ("images", "tensors", "histograms"))
 
 
-def test_what_fills_a_batch_up_is_in_no_mean() -> None:
+def test_means_exclude_padding() -> None:
     torch.manual_seed(0)
     values, lengths = torch.randn(3, 7, 4), torch.tensor([7, 2, 0])
     expected = torch.cat([values[0], values[1, :2]]).mean()
@@ -265,7 +267,7 @@ def test_what_fills_a_batch_up_is_in_no_mean() -> None:
     assert found["dynamics/logit_norm"] == pytest.approx(float(sum(norms)) / 9)
 
 
-def test_bands_hold_every_place_and_every_token(packed_text: Texts) -> None:
+def test_bands_cover_every_position_and_every_token(packed_text: Texts) -> None:
     for size in (1, 2, 5, 64, 100):
         places = [place for begin, end in position_bands(size) for place in range(begin, end + 1)]
         assert places == list(range(size))
@@ -277,7 +279,7 @@ def test_bands_hold_every_place_and_every_token(packed_text: Texts) -> None:
     assert len(names) == int(bands.max()) + 1
 
 
-def test_pictures_and_texts_are_there_and_the_projector_has_the_embedding(
+def test_plots_and_texts_are_logged_and_the_projector_has_the_embedding(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task()
@@ -304,21 +306,27 @@ def test_pictures_and_texts_are_there_and_the_projector_has_the_embedding(
     assert str(tensors.relative_to(logger.log_dir)) in Path(logger.log_dir, "projector_config.pbtxt").read_text()
 
 
-def test_the_lens_ends_with_what_the_model_says(
+def test_the_logit_lens_ends_with_the_models_prediction_and_marks_the_true_token(
     trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
 ) -> None:
     logger, data, model = TensorBoardLogger(tmp_path, "x", "y"), packed_text(), task(gpt=SHAPE)
     trainer(callbacks=[ActivationStats(4)], logger=logger, max_steps=4, val_check_interval=4).fit(model, data)
     [table] = EventAccumulator(logger.log_dir).Reload().Tensors("views/logit_lens/text_summary")
     rows = [line.split("|")[1:-1] for line in table.tensor_proto.string_val[0].decode().splitlines() if "|" in line]
-    assert [row[0].strip() for row in rows[2:]] == ["the embedding", "layer 1", "layer 2"]
+    assert [row[0].strip() for row in rows[2:]] == ["true next token", "the embedding", "layer 1", "layer 2"]
     with torch.no_grad():
         logits = model.net(data.validation_dataset[0]["input_ids"])[0, 16:24]
     chances = [f"{chance:.0%}" for chance in logits.softmax(-1).amax(-1).tolist()]
     assert [cell.split()[-1] for cell in rows[-1][1:]] == chances
+    targets = data.validation_dataset[0]["labels"][0, 16:24]
+    assert [cell.strip() for cell in rows[2][1:]] == [
+        markdown_code(printable_token(data.tokenizer, id_)) for id_ in targets.tolist()
+    ]
+    assert ["✓" in cell for cell in rows[-1][1:]] == (logits.argmax(-1) == targets).tolist()
+    assert any("✓" in cell for cell in rows[-1])
 
 
-def test_a_number_at_every_token_is_no_logit() -> None:
+def test_a_scalar_head_has_no_logit_norm() -> None:
     net = GPT(SHAPE, 50, 16, ScalarHead())
     seen = capture_activations(
         net, torch.zeros(2, 9, dtype=torch.int64), None, lambda layer: LayerStats(None, torch.ones(3), ONE)
@@ -329,14 +337,12 @@ def test_a_number_at_every_token_is_no_logit() -> None:
     }  # fmt: skip
 
 
-def test_a_negative_interval_is_refused() -> None:
+def test_a_negative_interval_is_rejected() -> None:
     with pytest.raises(UserError, match=r"inspect\.every_n_steps is -1"):
         ActivationStats(-1)
 
 
-def test_a_diverged_model_is_drawn_without_a_word(
-    trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path
-) -> None:
+def test_a_diverged_model_is_plotted(trainer: Trainers, task: Tasks, packed_text: Texts, tmp_path: Path) -> None:
     class Poison(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, model: L.LightningModule, *_: Any) -> None:
             with torch.no_grad():
