@@ -1,4 +1,4 @@
-"""Console output: hide messages that a user cannot act on, and report a mistake as one line that names the flag."""
+"""Console output: hide messages a user cannot act on, and report a mistake as one line that names the flag."""
 
 import logging
 import re

@@ -1,1 +1,1 @@
-"""What a Trainer flag needs behind it: what this machine can do, and what suits it."""
+"""Strategies (FSDP2, tensor parallelism), collectives, and defaults and checks that depend on the hardware."""

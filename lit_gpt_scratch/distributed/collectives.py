@@ -1,22 +1,22 @@
-"""What the processes of a run agree on."""
+"""Collectives on the host: small decisions that all ranks must share."""
 
 import torch
 import torch.distributed as dist
 
 
 class HostReducer:
-    """Small numbers that all ranks of a run settle between two steps, without waiting for an accelerator.
+    """All-reduce of small integers over all ranks, through gloo, without synchronising the accelerator.
 
-    To be built on all ranks at once, when their process group stands.
+    Create it on all ranks at the same point, after the process group is initialised.
     """
 
     def __init__(self) -> None:
-        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # NCCL would make the host wait for the device at every step.
-        self._group = dist.new_group(backend="gloo") if several else None
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # With NCCL the host would wait for the device at every step.
+        self._group = dist.new_group(backend="gloo") if distributed else None
 
     def max(self, value: int) -> int:
-        """The greatest of all ranks' values; every rank has to ask."""
+        """Maximum of the values of all ranks; every rank must call it."""
         if self._group is None:
             return value
         values = torch.tensor(int(value))

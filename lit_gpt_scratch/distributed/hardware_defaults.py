@@ -1,4 +1,4 @@
-"""What this machine can do, where a default depends on it."""
+"""Defaults that depend on the hardware: precision, number of threads, and whether to compile."""
 
 import os
 import shutil
@@ -13,56 +13,59 @@ from torch.utils._triton import has_triton
 from lit_gpt_scratch.distributed.cpu_count import CGROUP_CPU_MAX, read_cgroup_cpu_quota
 
 ONEDNN_CACHE_CAPACITY = 64
-"""Matrix products whose code oneDNN keeps.
+"""Number of matrix products whose compiled code oneDNN caches.
 
-It writes code for every shape that it meets, and would keep 1,024: 1.6 GB more than without where rows are filled up to
-the longest of their batch. A training step has some 40 shapes, and writing code anew costs less than 0.5 ms.
+It generates code for every shape and would cache 1,024: 1.6 GB of additional memory when batches are padded to their
+longest row. A training step has about 40 shapes, and generating code again takes less than 0.5 ms.
 """
 
 
 class HardwareDefault(NamedTuple):
-    """A default, and why it is that one."""
+    """A default value, and the reason for it."""
 
     value: str
     reason: str
 
 
 def default_precision(accelerator: str) -> HardwareDefault:
-    """Lightning's ``precision`` for this machine: bfloat16 where the hardware multiplies in it.
+    """Default of ``--trainer.precision`` on this machine: bfloat16 if the hardware supports it.
 
     Emulated bfloat16 is several times slower than float32, so it is only chosen where it is native:
-    GPUs from Ampere on, processors with AMX or AVX512-BF16.
+    GPUs since Ampere, and CPUs with AMX or AVX512-BF16.
 
     Args:
-        accelerator: Lightning's, ``auto`` included.
+        accelerator: Lightning's name of the accelerator, including ``auto``.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return HardwareDefault("bf16-mixed", "this GPU multiplies in bfloat16")
-        return HardwareDefault("16-mixed", "this GPU has float16, but no bfloat16")
+            return HardwareDefault("bf16-mixed", "this GPU supports bfloat16")
+        return HardwareDefault("16-mixed", "this GPU supports float16, but not bfloat16")
     if accelerator in ("auto", "gpu", "mps") and torch.backends.mps.is_available():
         return HardwareDefault("32-true", "mixed precision has not been measured on Apple's GPUs")
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
-        return HardwareDefault("bf16-mixed", "this processor multiplies in bfloat16")
-    return HardwareDefault("32-true", "torch finds no bfloat16 in this processor")
+        return HardwareDefault("bf16-mixed", "this CPU supports bfloat16")
+    return HardwareDefault("32-true", "torch finds no bfloat16 support in this CPU")
 
 
 def configure_process(processes: int = 1) -> None:
-    """What a process does before it computes anything; arguments as for ``limit_threads``."""
+    """Set the number of threads and the oneDNN cache size, before the first computation. Args as ``limit_threads``."""
     limit_threads(processes)
-    for variable in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # the library's, and PyTorch's above it
+    for variable in (
+        "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
+        "LRU_CACHE_CAPACITY",
+    ):  # of oneDNN, and of PyTorch's cache above it
         os.environ.setdefault(variable, str(ONEDNN_CACHE_CAPACITY))
 
 
 def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
-    """Let torch start no more threads than a container's quota has cores for.
+    """Limit torch's threads to a container's CPU quota.
 
-    Torch and Lightning count the machine's cores; in a container with a share of them the threads would wait for
-    each other. ``OMP_NUM_THREADS`` goes before; for processes that are yet to be started it is set.
+    Torch and Lightning count the machine's cores; in a container with a quota, the excess threads would wait for each
+    other. An existing ``OMP_NUM_THREADS`` takes precedence; otherwise it is set for child processes.
 
     Args:
-        processes: Those of this run on this machine, which share the cores.
-        quota: See ``read_cgroup_cpu_quota``; on a system without one nothing changes.
+        processes: Number of processes of this run on this machine, which share the cores.
+        quota: See ``read_cgroup_cpu_quota``; without a quota nothing changes.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -74,19 +77,19 @@ def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
 
 
 def explain_no_compile(device: torch.device, requested: bool = False) -> str | None:
-    """None where ``torch.compile`` can work on a device, else the reason in a few words.
+    """Why ``torch.compile`` cannot be used on a device, in a few words; None if it can.
 
     Args:
-        device: Where the network runs.
-        requested: The user wants it: then only what makes it impossible is a reason, not what makes it a poor default.
+        device: The network's device.
+        requested: The user asked for it: then only report what makes it impossible, not what makes it a poor default.
     """
     if sys.platform == "win32":
         return None if requested else "torch.compile is not set up on Windows"
     if device.type not in ("cpu", "cuda"):
         return None if requested else f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
-        return "Triton is not installed, or does not know this GPU"
-    # Those that Inductor and Triton look for; a variable names one program, without arguments.
+        return "Triton is not installed, or does not support this GPU"
+    # The compilers that Inductor and Triton look for. The variable names one program, without arguments.
     variable, names = {
         "cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
         "cuda": ("CC", ["gcc", "clang"]),
@@ -94,6 +97,6 @@ def explain_no_compile(device: torch.device, requested: bool = False) -> str | N
     if variable in os.environ:
         names = [os.environ[variable]]
     if not any(map(shutil.which, names)):
-        return f"no compiler ({' or '.join(names)}) is installed; {variable} can name another"
+        return f"no compiler ({' or '.join(names)}) is installed; set {variable} to use another"
     headers = Path(sysconfig.get_path("include"), "Python.h")  # generated kernels include it
     return None if headers.is_file() else f"Python's headers are not installed ({headers} is missing)"

@@ -1,4 +1,4 @@
-"""Whether all ways to lay a run out over processes and micro-batches compute the same."""
+"""Parity of parallel layouts: every strategy, process count and micro-batch size must compute the same losses."""
 
 import subprocess
 import sys
@@ -13,17 +13,17 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 
 SAMPLES_PER_STEP: Final = 8
-"""Of a step, in every layout."""
+"""The same in every layout."""
 
 
 class ParallelLayout(NamedTuple):
-    """One way to do the same step.
+    """One way to distribute the same step.
 
     Attributes:
-        processes: How many there are.
-        copies: How many of them read data of their own.
-        accumulate: Micro-batches of a step.
-        flags: What else ``fit`` is told.
+        processes: Number of processes.
+        copies: Number of data-parallel replicas.
+        accumulate: Micro-batches per step.
+        flags: Further flags of ``fit``.
     """
 
     processes: int = 1
@@ -32,7 +32,7 @@ class ParallelLayout(NamedTuple):
     flags: tuple[str, ...] = ()
 
     def all_flags(self) -> list[str]:
-        """Of ``fit``."""
+        """All flags of ``fit`` for this layout."""
         return [
             f"--trainer.devices={self.processes}",
             f"--data.batch_size={SAMPLES_PER_STEP // self.copies // self.accumulate}",
@@ -54,11 +54,11 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }
-"""The first is what the others are compared with."""
+"""The first is the reference for the others."""
 
 
 class ArithmeticCase(NamedTuple):
-    """A kind of arithmetic, and how far layouts may be apart in it: the loss of any step, relatively."""
+    """A precision and optimizer, and the largest allowed relative difference of any step's loss between layouts."""
 
     flags: tuple[str, ...]
     tolerance: float
@@ -68,100 +68,107 @@ ADAMW: Final = ("--model.optimizer=AdamW", "--model.optimizer.lr=1e-3")
 ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "float64": ArithmeticCase((*ADAMW, "--trainer.precision=64-true"), 1e-10),
     "float32": ArithmeticCase((*ADAMW, "--trainer.precision=32-true"), 1e-5),
-    "muon": ArithmeticCase(("--trainer.precision=32-true",), 1e-3),  # its own arithmetic is bfloat16
+    "muon": ArithmeticCase(("--trainer.precision=32-true",), 1e-3),  # its Newton-Schulz iteration is in bfloat16
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""How far the gradient of the first step may be off in float32: all of it by its norm, and a number by the largest of
-its tensor."""
+"""Largest allowed difference of the first step's gradient in float32: of the whole gradient relative to its norm, and
+of any element relative to the largest of its tensor."""
 
 
 @dataclass
 class LayoutParity:
-    """Runs ``fit`` in every layout and kind of arithmetic, and compares.
+    """Runs ``fit`` in every layout and arithmetic case, and compares losses and gradients with the first layout.
 
     Args:
-        flags: Of ``fit``, for all.
-        folder: Where the runs go.
-        kinds: Of arithmetic, by name.
-        layouts: By name; the first is always run.
+        flags: Flags of ``fit`` for all runs.
+        folder: Folder for the runs.
+        cases: Names of arithmetic cases.
+        layouts: Names of layouts; the first of ``LAYOUTS`` is always run.
     """
 
     flags: Sequence[str]
     folder: Path
-    kinds: Sequence[str] = tuple(ARITHMETIC_CASES)
+    cases: Sequence[str] = tuple(ARITHMETIC_CASES)
     layouts: Sequence[str] = tuple(LAYOUTS)
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
-    """By layout and kind, how far the loss is off at most."""
+    """Largest relative difference of the loss, by layout and case."""
     gradient: dict[tuple[str, str], float] = field(default_factory=dict)
-    """By layout and measure, how far the gradient of the first step is off in float32."""
-    repeats: dict[str, bool] = field(default_factory=dict)
-    """By layout, whether two runs of it in the first kind are alike to the last bit."""
+    """Difference of the first step's gradient in float32, by layout and measure."""
+    reproducible: dict[str, bool] = field(default_factory=dict)
+    """Whether two runs of a layout in the first case are bitwise equal, by layout."""
 
     @property
     def runs(self) -> int:
-        """How many there will be: each once in every kind, and once more in the first."""
-        return len(self._names) * (len(self.kinds) + 1)
+        """Number of runs: every layout once in each case, and once more in the first."""
+        return len(self._names) * (len(self.cases) + 1)
 
     @property
     def _names(self) -> list[str]:
         first = next(iter(LAYOUTS))
         return [first, *(name for name in self.layouts if name != first)]
 
-    def run(self, tell: Callable[[], object] = lambda: None) -> None:
-        """Run all of them.
+    def run(self, on_run: Callable[[], object] = lambda: None) -> None:
+        """Run all layouts and cases.
 
         Args:
-            tell: Called after each.
+            on_run: Called after each run.
 
         Raises:
             UserError: A run fails.
         """
-        for kind in self.kinds:
+        for case in self.cases:
             expected: dict[str, Any] | None = None
             for name in self._names:
-                found = self._trace(name, kind, tell)
+                found = self._trace(name, case, on_run)
                 expected = expected or found
-                self.loss[name, kind] = ((found["losses"] - expected["losses"]).abs() / expected["losses"]).max().item()
-                if kind == "float32":
-                    off = _gradient_differences(found["gradients"], expected["gradients"])
-                    self.gradient |= {(name, measure): value for measure, value in off.items()}
-                if kind == self.kinds[0]:
-                    self.repeats[name] = _bitwise_equal(found, self._trace(name, kind, tell))
+                self.loss[name, case] = ((found["losses"] - expected["losses"]).abs() / expected["losses"]).max().item()
+                if case == "float32":
+                    differences = _gradient_differences(found["gradients"], expected["gradients"])
+                    self.gradient |= {(name, measure): value for measure, value in differences.items()}
+                if case == self.cases[0]:
+                    self.reproducible[name] = _bitwise_equal(found, self._trace(name, case, on_run))
 
     @property
     def violations(self) -> list[str]:
-        """What is further off than its band allows."""
+        """Everything that differs by more than its tolerance."""
         found = [
-            f"{name}, {kind}" for (name, kind), off in self.loss.items() if not off <= ARITHMETIC_CASES[kind].tolerance
+            f"{name}, {case}"
+            for (name, case), difference in self.loss.items()
+            if not difference <= ARITHMETIC_CASES[case].tolerance
         ]
         found += [
-            f"{name}, {part}" for (name, part), off in self.gradient.items() if not off <= GRADIENT_TOLERANCES[part]
+            f"{name}, {part}"
+            for (name, part), difference in self.gradient.items()
+            if not difference <= GRADIENT_TOLERANCES[part]
         ]
-        return found + [f"{name}, repeated" for name, same in self.repeats.items() if not same]
+        return found + [f"{name}, repeated" for name, same in self.reproducible.items() if not same]
 
     def __str__(self) -> str:
-        bands = {kind: ARITHMETIC_CASES[kind].tolerance for kind in self.kinds} | (
+        tolerances = {case: ARITHMETIC_CASES[case].tolerance for case in self.cases} | (
             GRADIENT_TOLERANCES if self.gradient else {}
         )
-        rows = [["layout", *bands, "twice"], ["allowed", *(f"{band:.0e}" for band in bands.values()), "same bits"]]
-        found = self.loss | self.gradient
-        for name, same in self.repeats.items():
-            offs = [found[name, column] for column in bands]
-            rows.append([name, *(f"{off:.1e}" if off else "0" for off in offs), "yes" if same else "no"])
+        rows = [
+            ["layout", *tolerances, "repeated run"],
+            ["tolerance", *(f"{t:.0e}" for t in tolerances.values()), "same bits"],
+        ]
+        differences = self.loss | self.gradient
+        for name, same in self.reproducible.items():
+            values = [differences[name, column] for column in tolerances]
+            rows.append([name, *(f"{value:.1e}" if value else "0" for value in values), "yes" if same else "no"])
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         lines.insert(1, " | ".join("-" * width for width in widths))
         return "\n".join(f"| {line} |" for line in lines)
 
-    def _trace(self, layout: str, kind: str, tell: Callable[[], object]) -> dict[str, Any]:
+    def _trace(self, layout: str, case: str, on_run: Callable[[], object]) -> dict[str, Any]:
         runs = self.folder / f"{len(list(self.folder.iterdir()))}"
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "lit_gpt_scratch.fit", *self.flags),
                 *(f"--runs={runs}", "--experiment=parity", "--trainer.log_every_n_steps=1"),
                 "--trainer.callbacks=lit_gpt_scratch.callbacks.summary.LossTrace",
-                *ARITHMETIC_CASES[kind].flags,
+                *ARITHMETIC_CASES[case].flags,
                 *LAYOUTS[layout].all_flags(),
             ],
             capture_output=True,
@@ -169,19 +176,19 @@ class LayoutParity:
         )
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["nothing"]
-            raise UserError(f"{layout}, {kind}: fit ended with exit code {done.returncode}; it said: {lines[-1]}")
+            raise UserError(f"{layout}, {case}: fit failed with exit code {done.returncode}: {lines[-1]}")
         traced: dict[str, Any] = torch.load(runs / "parity" / "version_0" / "trace.pt", weights_only=True)
-        tell()
+        on_run()
         return traced
 
 
 def _gradient_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """How far one gradient is from another; NaN where any number is."""
-    smallest = 1e-30  # of a gradient that is zero
-    worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=smallest) for name, g in expected.items()]
+    """Relative differences between two gradients, by measure; NaN if any element is NaN."""
+    eps = 1e-30  # for a gradient of zeros
+    worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=eps) for name, g in expected.items()]
     difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
-    whole = difference.norm() / torch.cat([g.flatten() for g in expected.values()]).norm()
-    return dict(zip(GRADIENT_TOLERANCES, (whole.item(), torch.stack(worst).max().item()), strict=True))
+    total = difference.norm() / torch.cat([g.flatten() for g in expected.values()]).norm()
+    return dict(zip(GRADIENT_TOLERANCES, (total.item(), torch.stack(worst).max().item()), strict=True))
 
 
 def _bitwise_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:

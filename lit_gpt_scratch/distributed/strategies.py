@@ -1,4 +1,4 @@
-"""Strategies by name, for what Lightning leaves without one: ``--trainer.strategy fsdp2``, ``tp``, ``fsdp2_tp``."""
+"""FSDP2 and tensor parallelism as named strategies: ``--trainer.strategy fsdp2``, ``tp``, ``fsdp2_tp``."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,20 +20,20 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
-"""Tensors of a checkpoint are whole; the first process writes them, and each takes its part when they are read."""
+"""A checkpoint contains full tensors: rank 0 writes them, and each rank takes its shard when they are loaded."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
-"""Processes that share the heads, by default; None is all of them."""
+"""Default size of a tensor-parallel group by strategy name; None is all processes."""
 
 
 class ModelParallel(SizedModelParallelStrategy):
-    """Weights, gradients and the optimizer's memory are cut among processes; each reads data of its own, or not.
+    """Shards weights, gradients and optimizer state over processes: FSDP2 over data-parallel ranks, and TP.
 
-    A checkpoint is one file with whole tensors under their own names, the same that one process would write: any
-    strategy goes on from any other's.
+    A checkpoint is one file with full tensors under their usual names, as one process would write it: it can be resumed
+    with any strategy.
 
     Args:
-        tensor_parallel_size: Processes that share the heads and hidden channels of one copy of the model, and read the
-            same data; None for all. The others split the data and cut what is left (FSDP2).
+        tensor_parallel_size: Number of processes that share the heads and hidden channels of one replica, and read the
+            same data; None for all. The remaining dimension splits the data and shards with FSDP2.
     """
 
     def __init__(self, tensor_parallel_size: int | None = 1) -> None:
@@ -47,11 +47,11 @@ class ModelParallel(SizedModelParallelStrategy):
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        return True  # by the method below
+        return True  # by load_optimizer_state_dict
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # The parent would load weights and optimizer at once, before any hook has seen what it is.
+        # The parent class would load weights and optimizer at once, before any hook has seen the checkpoint.
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     @override
@@ -61,10 +61,10 @@ class ModelParallel(SizedModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        # The parent numbers parameters in the model's order, an optimizer in that of its groups.
+        # The parent class numbers parameters in the model's order, an optimizer in the order of its groups.
         assert self.model is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
-        if not optimizer.state:  # the parent's library would take a step to have some
+        if not optimizer.state:  # torch's function would take a step to create one
             return optimizer.state_dict()
         state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE_DICT))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
@@ -82,29 +82,29 @@ class ModelParallel(SizedModelParallelStrategy):
             by_name = _rename_parameters(state, {number: names[p] for number, p in enumerate(order)})
             set_optimizer_state_dict(self.model, optimizer, by_name, options=replace(FULL_STATE_DICT, strict=False))
             for number, p in enumerate(order):
-                if number not in state["state"]:  # it never had a gradient; the library gave it a state all the same
+                if number not in state["state"]:  # it never had a gradient, but torch created a state
                     optimizer.state.pop(p, None)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop.inference_mode = False  # what is put together for it could not be differentiated later
+            loop.inference_mode = False  # FSDP2's gathered weights could not be differentiated later
         super().setup(trainer)
 
 
 def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer's state with other names for its parameters; empty where this process has none of it."""
+    """An optimizer state dict with renamed parameters; empty if this process has no state."""
     if not state:
         return {}
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
-    return {"state": {names[name]: of_one for name, of_one in state["state"].items()}, "param_groups": groups}
+    return {"state": {names[name]: value for name, value in state["state"].items()}, "param_groups": groups}
 
 
 def resolve_tensor_parallel_size(strategy: Strategy) -> int:
-    """Processes that share one copy of the model, and read the same windows.
+    """Size of a tensor-parallel group: the processes that share one replica and read the same data.
 
     Raises:
-        UserError: All processes cannot be dealt out to groups of that size.
+        UserError: The number of processes is not divisible by the size.
     """
     if not isinstance(strategy, ModelParallel):
         return 1
@@ -119,10 +119,10 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
 
 
 def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
-    """What a trainer is to be given for its ``strategy``, where the size of a tensor-parallel group was asked for.
+    """The Trainer's ``strategy`` with the tensor-parallel size set by ``--tensor_parallel``.
 
     Raises:
-        UserError: The size is not positive, or the strategy has no such group.
+        UserError: The size is not positive, or the strategy has no tensor parallelism.
     """
     if tensor_parallel is None:
         return strategy
@@ -135,7 +135,7 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
         )
     sized = f"{strategy}_{tensor_parallel}"
     StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)
-    return sized  # not an object, for which Lightning refuses float64
+    return sized  # a name: Lightning rejects float64 with a strategy object
 
 
 for name, size in TENSOR_PARALLEL_SIZES.items():

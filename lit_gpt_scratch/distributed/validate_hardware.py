@@ -1,4 +1,4 @@
-"""Hardware that is asked for and not there, and what would do instead: read off the flags, before anything is built."""
+"""Check the Trainer's hardware flags against this machine before anything is built; errors name a flag that works."""
 
 import importlib.util
 import re
@@ -20,88 +20,84 @@ CHECKPOINTING_FLAG: Final = "--model.activation_checkpointing true"
 
 
 def validate_hardware(trainer: Mapping[str, Any]) -> None:
-    """Compare what a trainer is asked to run on with this machine.
+    """Check that this machine has the requested accelerator, devices, strategy and precision.
 
-    Lightning would take another precision in silence, train to NaN, or name a class of its own.
+    Lightning would silently use another precision, train to NaN, or raise an error that names an internal class.
 
     Args:
-        trainer: The trainer's flags.
+        trainer: The Trainer's flags.
 
     Raises:
-        UserError: This machine does not have it; what it has is named.
+        UserError: The machine lacks one of them; the message says what works.
     """
-    asked = {name: trainer.get(name) for name in ("accelerator", "devices", "strategy", "precision")}
-    accelerator = _resolve_accelerator(str(asked["accelerator"]))
-    _validate_device_count(accelerator, str(asked["devices"]))
+    accelerator = _resolve_accelerator(str(trainer.get("accelerator")))
+    _validate_device_count(accelerator, str(trainer.get("devices")))
     _validate_strategy(trainer.get("strategy"))
-    _validate_precision(accelerator, str(asked["precision"]))
+    _validate_precision(accelerator, str(trainer.get("precision")))
 
 
-def _validate_strategy(asked: object) -> None:
-    name = f"--trainer.strategy {asked if isinstance(asked, str) else type(asked).__name__}"
-    if asked in FSDP1_NAMES or isinstance(asked, FSDPStrategy):
+def _validate_strategy(strategy: object) -> None:
+    name = f"--trainer.strategy {strategy if isinstance(strategy, str) else type(strategy).__name__}"
+    if strategy in FSDP1_NAMES or isinstance(strategy, FSDPStrategy):
         raise UserError(
-            f"{name} flattens weights into vectors, which Muon, weight decay and clipping take for "
-            "something else; fsdp2 leaves them as they are: --trainer.strategy fsdp2"
+            f"{name} flattens weights into vectors, which breaks Muon, weight decay and clipping; "
+            "use --trainer.strategy fsdp2"
         )
-    if isinstance(asked, ModelParallelStrategy) and not isinstance(asked, ModelParallel):
-        raise UserError(f"{name} writes checkpoints that nothing here reads; choose fsdp2, tp or fsdp2_tp")
+    if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, ModelParallel):
+        raise UserError(f"{name} saves checkpoints in an unsupported format; use fsdp2, tp or fsdp2_tp")
 
 
-def _resolve_accelerator(asked: str) -> str:
-    """What an accelerator's name means here: ``cpu``, ``cuda``, ``mps``, or one that this module knows nothing of."""
+def _resolve_accelerator(requested: str) -> str:
+    """The accelerator that a name selects on this machine: ``cpu``, ``cuda``, ``mps``, or another name unchanged."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    if asked in ("auto", "gpu") and (cuda or mps):
+    if requested in ("auto", "gpu") and (cuda or mps):
         return "cuda" if cuda else "mps"
-    if (asked in ("gpu", "cuda") and not cuda) or (asked == "mps" and not mps):
-        why = (
-            ""
-            if asked == "mps" or torch.version.cuda or torch.version.hip
-            else f", and torch {torch.__version__} for none"
-        )
+    if (requested in ("gpu", "cuda") and not cuda) or (requested == "mps" and not mps):
+        cpu_build = requested != "mps" and not (torch.version.cuda or torch.version.hip)
+        detail = f", and torch {torch.__version__} is built without GPU support" if cpu_build else ""
         raise UserError(
-            f"--trainer.accelerator {asked}: this machine has no such GPU{why}; --trainer.accelerator cpu works"
+            f"--trainer.accelerator {requested}: this machine has no such GPU{detail}; use --trainer.accelerator cpu"
         )
-    return "cpu" if asked == "auto" else asked
+    return "cpu" if requested == "auto" else requested
 
 
 def _validate_device_count(accelerator: str, devices: str) -> None:
-    """A processor can be shared by any number of processes, a GPU is for one."""
-    there = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
-    if there is not None and devices.isdecimal() and int(devices) > there:
-        raise UserError(f"--trainer.devices {devices}: this machine has {there}; --trainer.devices {there} works")
+    """Any number of processes can share a CPU, but every process needs its own GPU."""
+    available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
+    if available is not None and devices.isdecimal() and int(devices) > available:
+        raise UserError(f"--trainer.devices {devices}: this machine has {available}; use --trainer.devices {available}")
 
 
 def _validate_precision(accelerator: str, precision: str) -> None:
-    why_not = instead = None
+    reason = instead = None
     if precision.startswith("transformer-engine"):
         if accelerator != "cuda":
-            why_not, instead = "it is for NVIDIA's GPUs", "bf16-mixed"
+            reason, instead = "it needs an NVIDIA GPU", "bf16-mixed"
         elif importlib.util.find_spec("transformer_engine") is None:
-            why_not, instead = "the library transformer_engine is not installed", "bf16-mixed"
+            reason, instead = "the library transformer_engine is not installed", "bf16-mixed"
     elif accelerator == "cpu" and re.fullmatch(r"16(-mixed|-true)?", precision):
-        why_not, instead = "a processor's gradients overflow in float16", "bf16-mixed"
+        reason, instead = "gradients overflow in float16 on a CPU", "bf16-mixed"
     elif accelerator == "mps" and precision.startswith("64"):
-        why_not, instead = "Apple's GPUs have no float64", "32-true"
+        reason, instead = "Apple's GPUs do not support float64", "32-true"
     elif accelerator == "cuda" and precision.startswith("bf16") and default_precision("cuda").value == "16-mixed":
-        why_not, instead = "this GPU has no bfloat16", "16-mixed"
-    if why_not:
-        raise UserError(f"--trainer.precision {precision}: {why_not}; --trainer.precision {instead} works")
+        reason, instead = "this GPU does not support bfloat16", "16-mixed"
+    if reason:
+        raise UserError(f"--trainer.precision {precision}: {reason}; use --trainer.precision {instead}")
 
 
 @contextmanager
 def explain_out_of_memory(data: Any) -> Iterator[None]:
-    """Say what would need less memory when there is not enough.
+    """Turn an out-of-memory error into one that suggests flags that need less memory.
 
     Args:
         data: The data module of the run.
 
     Raises:
-        UserError: There was not.
+        UserError: The memory was not sufficient.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # of accelerators, and of the processor's allocator
+    except (MemoryError, RuntimeError) as error:  # from accelerators, and from the CPU allocator
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         needed = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
@@ -111,13 +107,13 @@ def explain_out_of_memory(data: Any) -> Iterator[None]:
 
 
 def _suggest_smaller_step(data: Any) -> str:
-    """Flags by which the same optimizer step needs less memory."""
+    """Flags with which the same optimizer step needs less memory."""
     layout = getattr(data, "layout", None)
     if not isinstance(layout, BatchLayout) or layout.batch_size == 1:
-        return f"{CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size needs less"
-    own = layout.batch_size * layout.accumulate  # windows of a rank
+        return f"{CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size needs less memory"
+    own = layout.batch_size * layout.accumulate  # rows per rank
     fewer = next(n for n in range(layout.batch_size // 2, 0, -1) if own % n == 0)
     step = f"--data.tokens_per_step {layout.rows_per_step * data.block_size}"
-    if data.tokens_per_step is None and layout.accumulate > 1:  # then the trainer was given its number
+    if data.tokens_per_step is None and layout.accumulate > 1:  # then accumulation is set by the Trainer's flag
         step = f"--trainer.accumulate_grad_batches {own // fewer}"
-    return f"the same step in smaller parts: --data.batch_size {fewer} {step}; or {CHECKPOINTING_FLAG}"
+    return f"smaller micro-batches of the same step: --data.batch_size {fewer} {step}; or {CHECKPOINTING_FLAG}"

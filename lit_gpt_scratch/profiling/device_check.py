@@ -1,4 +1,4 @@
-"""What this machine has, and whether it computes what a CPU computes in float32."""
+"""Describe this machine, and compare a training step on every device with a CPU in float32."""
 
 import platform
 import shutil
@@ -16,21 +16,21 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 
 REPORTED_LIBRARIES: Final = ("torch", "lightning", "tokenizers", "tensorboard", "transformers", "optuna", "lm-eval")
 CHECK_CONFIG: Final = GPTConfig(n_layer=2, n_head=2, n_embd=64, initialisation="gpt2")
-"""What is compared: every weight of it has a gradient."""
+"""The model that is compared; all its weights get a gradient."""
 VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 4, 64
 RELATIVE_TOLERANCES: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""How far loss and gradient may be off, relatively. On GPUs float32 may multiply in TF32, of 10 bits."""
+"""Largest allowed relative difference of loss and gradient. On GPUs float32 may use TF32, with a 10-bit mantissa."""
 
 
 class DeviceComparison(NamedTuple):
-    """A device and a type, beside a CPU in float32.
+    """A device and dtype, compared with a CPU in float32.
 
     Attributes:
-        device: Its type.
-        dtype: In which it multiplied.
-        loss: How far the loss is off, relatively.
-        gradient: How far the whole gradient is off, by its norm.
-        failed: Why it could not be computed at all, or nothing.
+        device: Device type.
+        dtype: Autocast dtype.
+        loss: Relative difference of the loss.
+        gradient: Norm of the gradient's difference, relative to the norm of the gradient.
+        failed: Error message if the step failed; empty otherwise.
     """
 
     device: str
@@ -41,12 +41,12 @@ class DeviceComparison(NamedTuple):
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether it is as near as its type allows."""
+        """Whether the step ran, and differs by no more than the dtype's tolerance."""
         return not self.failed and max(self.loss, self.gradient) <= RELATIVE_TOLERANCES[self.dtype]
 
 
 def list_devices() -> list[torch.device]:
-    """Kinds of devices that there are, the CPU first."""
+    """Available device types, the CPU first."""
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found.append(torch.device("cuda"))
@@ -56,18 +56,18 @@ def list_devices() -> list[torch.device]:
 
 
 def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """Lines, each with its name.
+    """Facts about the machine as (name, text) pairs.
 
     Args:
-        folders: By purpose, where something will be written; those that are not there yet count as the nearest above.
+        folders: Folders to report free disk space of, by purpose; for a missing one its nearest existing parent counts.
     """
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield (
         "versions",
         ", ".join(f"{name} {version}" for name in REPORTED_LIBRARIES if (version := _installed_version(name))),
     )
-    products = "; float32 is multiplied by oneDNN, which is faster here than MKL" if USE_ONEDNN else ""
-    yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads for torch{products}"
+    matmuls = "; float32 matmuls by oneDNN, which is faster on this CPU than MKL" if USE_ONEDNN else ""
+    yield "cpu", f"{platform.machine()}, {torch.get_num_threads()} threads for torch{matmuls}"
     for number in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(number)
         yield f"cuda:{number}", f"{properties.name}, {properties.total_memory / 1e9:.0f} GB"
@@ -81,20 +81,20 @@ def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
 
 
 def compare_devices() -> Iterator[DeviceComparison]:
-    """A step of a small model on every device, in every type that it can train in, beside a CPU in float32."""
+    """Compare a training step of a small model on every device and dtype with a CPU in float32."""
     expected = _training_step(torch.device("cpu"), torch.float32)
     for device in list_devices():
         for dtype in RELATIVE_TOLERANCES:
             if device.type == "cpu" and dtype != torch.bfloat16:
-                continue  # float32 is what it is compared with, and in float16 no CPU trains
+                continue  # float32 is the reference, and CPUs cannot train in float16
             try:
                 loss, gradient = _training_step(device, dtype)
-            except (RuntimeError, NotImplementedError) as error:  # of the device: it cannot do this
-                nothing = float("nan")
-                yield DeviceComparison(device.type, dtype, nothing, nothing, str(error).splitlines()[0])
+            except (RuntimeError, NotImplementedError) as error:  # the device does not support it
+                nan = float("nan")
+                yield DeviceComparison(device.type, dtype, nan, nan, str(error).splitlines()[0])
                 continue
-            off = (gradient - expected[1]).norm() / expected[1].norm()
-            yield DeviceComparison(device.type, dtype, abs(loss - expected[0]) / expected[0], off.item())
+            difference = (gradient - expected[1]).norm() / expected[1].norm()
+            yield DeviceComparison(device.type, dtype, abs(loss - expected[0]) / expected[0], difference.item())
 
 
 def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
@@ -105,10 +105,10 @@ def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, tor
         ids = torch.randint(VOCAB_SIZE, (BATCH, BLOCK_SIZE + 1))
     net, ids = net.to(device), ids.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        lost, counted = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
-    (lost / counted).backward()  # type: ignore[no-untyped-call]  # torch's own
+        nats, n_labels = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
+    (nats / n_labels).backward()  # type: ignore[no-untyped-call]  # of torch
     gradient = torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
-    return (lost / counted).item(), gradient
+    return (nats / n_labels).item(), gradient
 
 
 def _installed_version(library: str) -> str:

@@ -1,4 +1,4 @@
-"""The most operations a second that a device can do, to hold a model's own against."""
+"""Peak FLOP/s of a device, from data sheets and measured, as the reference for model FLOPs utilisation."""
 
 import re
 import time
@@ -26,29 +26,29 @@ TENSOR_CORE_TFLOPS = {
     "RTX 4090$": 165,
     "RTX 3090$": 71,
 }
-"""Dense TFLOP/s of products in bfloat16 or float16, summed in float32, by pattern of the GPU's name, from NVIDIA's data
-sheets.
+"""Dense TFLOP/s of bfloat16 and float16 matmuls with float32 accumulation, by pattern of the GPU's name, from NVIDIA's
+data sheets.
 
-Where a sheet names only the figure with structured sparsity this is half of it. Lightning's and PyTorch's tables mix
-the two kinds, and know neither an H200 nor an L40S by the name that its driver gives.
+If a data sheet only gives the value with structured sparsity, this is half of it. Lightning's and PyTorch's tables mix
+the two kinds, and do not recognise an H200 or an L40S by the name that the driver reports.
 """
 FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
-"""The same of GPUs whose tensor cores do not know bfloat16."""
+"""The same for GPUs whose tensor cores do not support bfloat16."""
 
 MAX_MATRIX_SIZE = 8192
 MIN_SECONDS = 0.005
-"""Seconds of a product from which on a larger one would be no faster."""
+"""Duration of a matmul beyond which a larger one does not reach more FLOP/s."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Operations a second: ``nominal`` (the data sheet's) if it is known, and ``measured``.
+    """Peak FLOP/s: ``nominal``, from the data sheet, if it is known, and ``measured``.
 
-    A data sheet's figure is what the literature's utilisations are of. No product reaches it: clocks fall under
-    load. The measured one is what this device reaches in its best square product, the bar that a program can meet.
+    Utilisations in the literature are relative to the data sheet. No matmul reaches that value, because clocks drop
+    under load. The measured value is that of the device's fastest square matmul, which a program can reach.
 
     Args:
-        device: The one to ask about; measuring keeps it busy for some tenths of a second, once a process.
-        dtype: Of the factors.
+        device: The device; it is measured once per process, which takes some tenths of a second.
+        dtype: Dtype of the factors.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     nominal = lookup_nominal_flops(name, dtype)
@@ -57,9 +57,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
-    """The data sheet's dense operations a second for a GPU of this name, or None."""
+    """Dense FLOP/s of a GPU by its name, from the data sheet; None if unknown."""
     tables = {torch.bfloat16: TENSOR_CORE_TFLOPS, torch.float16: TENSOR_CORE_TFLOPS | FLOAT16_ONLY_TFLOPS}
-    if "MIG" in name:  # a slice of the GPU
+    if "MIG" in name:  # a partition of a GPU
         return None
     known = (tera for chip, tera in tables.get(dtype, {}).items() if re.search(rf"\b{chip}\b", name))
     return next((1e12 * tera for tera in known), None)
@@ -67,20 +67,20 @@ def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
-    """Operations a second in the best of several square products, of growing size.
+    """FLOP/s of the fastest of several square matmuls of increasing size.
 
     Args:
-        device: Where.
-        dtype: Of the factors.
-        float32_precision: PyTorch's setting, part of what is measured where factors are float32.
+        device: The device.
+        dtype: Dtype of the factors.
+        float32_precision: PyTorch's float32 matmul precision, which affects the result for float32; a cache key.
     """
     best, seconds, n = 0.0, 0.0, 128
-    generator = torch.Generator(device).manual_seed(0)  # the run's own random numbers are not touched
+    generator = torch.Generator(device).manual_seed(0)  # leaves the global random state unchanged
     while seconds < MIN_SECONDS and n < MAX_MATRIX_SIZE:
         n *= 2
         row, column = torch.randn(2, n, device=device, generator=generator)
-        factor = torch.outer(row, column).to(dtype)  # a fraction of the time of n * n random numbers
-        tries = 3 if device.type == "cpu" else 4  # where products take long, and where the first ones warm up
+        factor = torch.outer(row, column).to(dtype)  # much faster than n * n random numbers
+        tries = 3 if device.type == "cpu" else 4  # CPU matmuls are slow; on a GPU the first ones are warm-up
         seconds = min(_time_matmul(factor) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)
     return best

@@ -1,4 +1,4 @@
-"""How much memory a run needed."""
+"""Peak memory of a run."""
 
 import sys
 
@@ -9,11 +9,11 @@ if sys.platform != "win32":
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Most bytes that were in use at once, or None where nobody keeps count.
+    """Peak memory in bytes, or None if it is not available.
 
     Args:
-        device: On a CUDA device the tensors of this process, since training began; on a CPU the whole process
-            (its resident set), since it started.
+        device: For CUDA, tensors of this process since training began; for the CPU, the resident set of the whole
+            process since it started.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Time of a training step by phase: data, generation, forward, backward, optimizer."""
 
 import time
 from collections import deque
@@ -9,48 +9,48 @@ from typing import Any, Protocol
 import torch
 
 STEP_PHASES = ("data", "generation", "forward", "backward", "optimizer", "rest")
-"""Of a step: waiting for the batch, writing what is in it, the three stages of its computation, and all else."""
+"""Phases of a step: waiting for the batch, generating rollouts, the three compute phases, and the rest."""
 
 COLLECT_EVERY = 32
-"""Marks that are read at once: one by one, each between two cold caches, they would take twice as long."""
+"""Number of marks that are read together: one at a time, with cold caches, they would take twice as long."""
 
 
 class TimerEvent(Protocol):
-    """A moment, as ``torch.cuda.Event`` has it."""
+    """A point in time, with the interface of ``torch.cuda.Event``."""
 
     def record(self) -> Any:
-        """It is now: for a device, when all that it was asked for so far is done."""
+        """Record the event: on a device, when all work submitted so far is done."""
 
     def query(self) -> bool:
-        """Whether the moment has come."""
+        """Whether the event has happened."""
 
     def synchronize(self) -> None:
-        """Wait until it has."""
+        """Wait until the event has happened."""
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from here to there."""
+        """Milliseconds from this event to another."""
 
 
 class HostTimerEvent:
-    """A moment on the host's own clock."""
+    """An event on the host's clock."""
 
     def record(self) -> None:
-        """It is now."""
+        """Record the event now."""
         self._at = time.perf_counter()
 
     def query(self) -> bool:
-        """What is recorded is past."""
+        """A recorded event has always happened."""
         return True
 
     def synchronize(self) -> None:
-        """There is nothing to wait for."""
+        """Nothing to wait for."""
 
     def elapsed_time(self, end_event: "HostTimerEvent") -> float:
-        """Milliseconds from here to there."""
+        """Milliseconds from this event to another."""
         return 1000 * (end_event._at - self._at)
 
 
-# Not Apple's: to read the time between two of its events waits for the device.
+# Not MPS: reading the time between two of its events waits for the device.
 EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
     "cpu": HostTimerEvent,
     "cuda": partial(torch.cuda.Event, enable_timing=True),
@@ -58,13 +58,13 @@ EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
 
 
 class StepTimer:
-    """Adds up the seconds between marks by the part of the step that each mark ends.
+    """Accumulates the seconds between marks by the phase that each mark ends.
 
-    On an accelerator marks are events in its stream: they cost the host next to nothing, and the time between two of
-    them is counted once the device has come past both. Only ``finish`` waits for it.
+    On an accelerator, marks are events in its stream: they cost the host almost nothing, and the time between two of
+    them is counted once the device has passed both. Only ``finish`` waits for the device.
 
     Args:
-        device: Where the computation runs; on one whose events cannot be read in passing nothing is counted.
+        device: Device of the computation; on one whose events cannot be read without waiting, nothing is counted.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -75,55 +75,55 @@ class StepTimer:
         self._seconds = dict.fromkeys(STEP_PHASES, 0.0)
 
     def start(self) -> None:
-        """Count from now on."""
+        """Start counting."""
         self.running = True
         self._record(None, {})
 
     def stop(self) -> None:
-        """Count nothing from the last mark on."""
+        """Stop counting; the time since the last mark is discarded."""
         self.running = False
 
-    def mark(self, part: str, apart: Mapping[str, float] | None = None) -> None:
-        """What came since the last mark was ``part``; while stopped, this is nothing.
+    def mark(self, phase: str, waits: Mapping[str, float] | None = None) -> None:
+        """End a phase: the time since the last mark belongs to ``phase``. Does nothing while stopped.
 
         Args:
-            part: One of ``STEP_PHASES``.
-            apart: Seconds of it that count as other parts, as those in which the host waited for data. An accelerator
-                that had still work to do has not waited as long: together they are no more than all.
+            phase: One of ``STEP_PHASES``.
+            waits: Seconds within it that count as other phases, by phase, e.g. while the host waited for data. They are
+                limited to the phase's own time: an accelerator with work left has waited less than the host.
         """
         if self.running:
-            self._record(part, apart or {})
+            self._record(phase, waits or {})
 
     def take(self) -> dict[str, float]:
-        """Seconds by part since the last time, as far as the device has come."""
+        """Seconds by phase since the last call, up to the last event that has happened."""
         self._collect()
         taken, self._seconds = self._seconds, dict.fromkeys(STEP_PHASES, 0.0)
         return taken
 
     def finish(self) -> dict[str, float]:
-        """Wait for the device, and take what is left."""
+        """Stop, wait for the device, and return the remaining seconds by phase."""
         self.stop()
         if self._marks:
             self._marks[-1][2].synchronize()
         return self.take()
 
-    def _record(self, part: str | None, apart: Mapping[str, float]) -> None:
+    def _record(self, phase: str | None, waits: Mapping[str, float]) -> None:
         if self._event is None:
             return
         event = self._event()
         event.record()
-        self._marks.append((part, apart, event))
-        if len(self._marks) > COLLECT_EVERY:  # so that a run without log points does not heap them up
+        self._marks.append((phase, waits, event))
+        if len(self._marks) > COLLECT_EVERY:  # so that they do not accumulate in a run that never logs
             self._collect()
 
     def _collect(self) -> None:
         while self._marks and self._marks[0][2].query():
-            part, apart, event = self._marks.popleft()
-            if part is not None and self._last is not None:
+            phase, waits, event = self._marks.popleft()
+            if phase is not None and self._last is not None:
                 seconds = self._last.elapsed_time(event) / 1000
-                for other, its in apart.items():
-                    taken = min(its, seconds)
+                for other, wait in waits.items():
+                    taken = min(wait, seconds)
                     self._seconds[other] += taken
                     seconds -= taken
-                self._seconds[part] += seconds
+                self._seconds[phase] += seconds
             self._last = event

@@ -1,4 +1,4 @@
-"""Defaults on machines that are not this one."""
+"""Hardware-dependent defaults on simulated machines."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import (
         (False, False, False, False, "auto", "32-true"),
     ],
 )
-def test_precision_follows_the_hardware(
+def test_default_precision_by_hardware(
     monkeypatch: pytest.MonkeyPatch, cuda: bool, cuda_bf16: bool, mps: bool, amx: bool, accelerator: str, precision: str
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
@@ -45,7 +45,7 @@ def test_precision_follows_the_hardware(
     ("quota", "asked", "expected"),
     [("200000 100000\n", None, 2), ("50000 100000\n", None, 1), ("max 100000\n", None, 4), ("200000 100000\n", "4", 4)],
 )
-def test_threads_keep_to_a_containers_quota(
+def test_threads_are_limited_to_a_container_quota(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, quota: str, asked: str | None, expected: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -53,29 +53,29 @@ def test_threads_keep_to_a_containers_quota(
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     file = tmp_path / "cpu.max"
     file.write_text(quota)
-    torch.set_num_threads(4)  # the fixture of all tests sets it back
+    torch.set_num_threads(4)  # restored by the fixture of all tests
     limit_threads(quota=file)
     assert torch.get_num_threads() == expected
 
 
-def test_processes_share_a_containers_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is set back afterwards
+def test_processes_share_a_container_quota(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is restored afterwards
     monkeypatch.delenv("OMP_NUM_THREADS")
     file = tmp_path / "cpu.max"
     file.write_text("400000 100000\n")
     torch.set_num_threads(4)
     limit_threads(processes=2, quota=file)
     assert torch.get_num_threads() == 2
-    assert os.environ["OMP_NUM_THREADS"] == "2"  # what Lightning and the processes to come go by
+    assert os.environ["OMP_NUM_THREADS"] == "2"  # read by Lightning and child processes
 
 
-def test_threads_are_left_alone_where_there_is_no_quota(tmp_path: Path) -> None:
+def test_threads_are_unchanged_without_a_quota(tmp_path: Path) -> None:
     limit_threads(quota=tmp_path / "missing")
     assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize("named", ["no-such-compiler", "ccache g++"])
-def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+def test_reason_not_to_compile(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
     monkeypatch.setenv("CXX", named)
     assert f"no compiler ({named}) is installed" in (explain_no_compile(torch.device("cpu")) or "")
     assert "mps" in (explain_no_compile(torch.device("mps")) or "")
@@ -83,7 +83,7 @@ def test_the_reason_not_to_compile_is_named(monkeypatch: pytest.MonkeyPatch, nam
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Inductor's compiler there is another one")
-def test_a_compiler_that_inductor_would_not_find_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_only_compilers_that_inductor_finds_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "clang++").touch(0o755)
@@ -104,8 +104,8 @@ for _ in range(2):
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
 @pytest.mark.parametrize(("prepare", "times"), [("", 1), ("configure_process()", 2)])
-def test_onednn_forgets_the_products_before_the_last_ones(prepare: str, times: int) -> None:
-    """The variables are read at its first product, after torch is imported, and say what they are meant to say."""
+def test_onednn_cache_capacity(prepare: str, times: int) -> None:
+    """oneDNN reads the variables at its first matmul, after torch is imported."""
     environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
     done = subprocess.run(
         [sys.executable, "-c", MULTIPLY.format(prepare=prepare)],

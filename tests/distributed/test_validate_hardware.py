@@ -1,4 +1,4 @@
-"""What a machine has not is refused by the flag that asks for it, with a flag that works. None of them is this one."""
+"""Unavailable hardware is rejected with the flag that asks for it and one that works, on simulated machines."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from lit_gpt_scratch.errors import UserError
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Let torch find so many GPUs, with bfloat16 or without, or one of Apple's."""
+    """Simulate a number of GPUs, with or without bfloat16, or an Apple GPU."""
 
     def build(gpus: int = 0, bf16: bool = True, mps: bool = False) -> None:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
@@ -52,7 +52,7 @@ def asked(**flags: object) -> dict[str, Any]:
         ({"mps": True}, {"precision": "64-true"}, "--trainer.precision 32-true"),
     ],
 )
-def test_what_is_not_there(
+def test_unavailable_hardware(
     machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any], instead: str
 ) -> None:
     machine(**here)
@@ -77,13 +77,13 @@ def test_what_is_not_there(
         ({"gpus": 1}, {"strategy": object(), "accelerator": object()}),
     ],
 )
-def test_what_is_there(machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any]) -> None:
+def test_available_hardware(machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any]) -> None:
     machine(**here)
     validate_hardware(asked(**flags))
 
 
 class Data:
-    """A data module, as far as it is asked."""
+    """The part of a data module that is read."""
 
     def __init__(self, layout: BatchLayout, tokens_per_step: int | None = None) -> None:
         self.layout, self.tokens_per_step, self.block_size = layout, tokens_per_step, 256
@@ -94,9 +94,13 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
 
 
 @pytest.mark.parametrize(
-    ("error", "data", "said"),
+    ("error", "data", "message"),
     [
-        (CUDA, Data(BatchLayout(8, 1, 1)), "for 2.50 GiB more; the same step in smaller parts: --data.batch_size 4 "),
+        (
+            CUDA,
+            Data(BatchLayout(8, 1, 1)),
+            "for 2.50 GiB more; smaller micro-batches of the same step: --data.batch_size 4 ",
+        ),
         (RuntimeError(CPU), Data(BatchLayout(8, 2, 4)), "64 bytes more"),
         (CUDA, Data(BatchLayout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
         (CUDA, Data(BatchLayout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
@@ -106,12 +110,12 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
         (MemoryError(), None, "a smaller model"),
     ],
 )
-def test_memory_that_is_not_there_is_asked_for_in_smaller_parts(error: Exception, data: Data | None, said: str) -> None:
-    with pytest.raises(UserError, match=r"^out of memory") as refused, explain_out_of_memory(data):
+def test_out_of_memory_suggests_smaller_micro_batches(error: Exception, data: Data | None, message: str) -> None:
+    with pytest.raises(UserError, match=r"^out of memory") as error_info, explain_out_of_memory(data):
         raise error
-    assert said in str(refused.value)
+    assert message in str(error_info.value)
 
 
-def test_another_error_is_left_alone() -> None:
+def test_other_errors_pass_through() -> None:
     with pytest.raises(RuntimeError, match="singular"), explain_out_of_memory(None):
         raise RuntimeError("the matrix is singular")

@@ -1,4 +1,4 @@
-"""The lineage of the README, as it is: what each way of alignment makes of a preference that can be checked."""
+"""The README's alignment experiments, unchanged, with a preference that can be verified."""
 
 import json
 import shutil
@@ -13,10 +13,10 @@ from tests.end_to_end.conftest import Command, Trained
 ALIGN = Path(__file__).parents[2] / "experiments/align"
 
 
-def test_the_dropout_of_a_start_is_left_to_it(
+def test_dropout_of_the_initial_model_is_disabled(
     command: Command, trained: Trained, staged: Callable[[str], list[str]]
 ) -> None:
-    """It comes with the start, whoever aligns it need not know of it; one that is asked for is refused."""
+    """It is in the initial model's config and is ignored; dropout set by a flag is an error."""
     trained(*staged("instructions"), "--model.gpt.dropout=0.1", "--trainer.max_steps=2")
     flags = ["--model=GRPO", "--data=Prompts", "--data.reply_tokens=4", "--data.block_size=96", "--model.group=4"]
     flags += ["--model.init_from=runs/pretrain/version_0", "--model.compile=false", "--trainer.accelerator=cpu"]
@@ -29,7 +29,7 @@ def test_the_dropout_of_a_start_is_left_to_it(
 
 
 Fit = Callable[..., tuple[str, dict[str, Any]]]
-"""Run a shipped config with more flags: the flag to begin with its model, and its summary."""
+"""Run a shipped config with more flags; returns the flag to start from its model, and its summary."""
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ def fit(command: Command) -> Fit:
 
 @pytest.fixture
 def start(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The flag to begin with a model that replies, of the lineage as it is; made once, and copied."""
+    """Flag to start from an instruction-tuned model of the README's experiments; trained once, and copied."""
     kept = tmp_path_factory.getbasetemp() / "lineage"
     if not kept.exists():
         base, _ = fit(ALIGN.parent / "finetune/base.yaml")
@@ -66,14 +66,14 @@ def start(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> str:
         ("grpo", ["--model.reward=full_stop"], {"test/true_reward": 0.9}),
     ],
 )
-def test_each_way_ends_with_what_is_preferred(
+def test_each_method_learns_the_preference(
     fit: Fit, start: str, config: str, flags: list[str], reached: dict[str, float]
 ) -> None:
-    """From a start that does so in at most two of five replies; of held-out pairs nearly all are told."""
+    """From a model with at most two of five preferred replies; nearly all held-out pairs are ranked correctly."""
     _, summary = fit(ALIGN / f"{config}.yaml", start, *flags)
     for figure, least in reached.items():
         assert summary[figure] >= least, (figure, summary)
-    if config != "reward":  # it writes nothing
+    if config != "reward":  # it generates nothing
         before = summary["baselines"]["true_reward"]
         assert before <= 0.4
         assert summary["test/true_reward"] >= before + 0.3

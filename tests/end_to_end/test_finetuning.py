@@ -1,4 +1,4 @@
-"""The experiments of fine-tuning, as they are, for two steps from the base that is made for them."""
+"""The fine-tuning experiments, unchanged, for two steps from their base model."""
 
 import json
 from pathlib import Path
@@ -13,10 +13,10 @@ SHORT = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.limit_
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_an_experiment_goes_on_with_its_base(
+def test_experiment_starts_from_its_base_model(
     command: Command, trained: Trained, name: str, corpus: Path, cache: Path
 ) -> None:
-    """On generated records; with LoRA few parameters are trained."""
+    """On synthetic records; with LoRA few parameters are trained."""
     flags = [f"--data.source={corpus}", f"--data.cache={cache}", "--data.validation_share=0.1", "--data.vocab_size=300"]
     trained(f"--config={FOLDER / 'base.yaml'}", *flags, *SHORT)
     flags = [f"--config={FOLDER / name}.yaml", "--model.init_from=runs/base/version_0", "--trainer.max_epochs=null"]

@@ -1,4 +1,4 @@
-"""Hardware is a config of its own, that goes over any experiment; what this machine has is used."""
+"""Hardware configs combine with any experiment, and those this machine supports train."""
 
 from pathlib import Path
 
@@ -13,16 +13,16 @@ HARDWARE = sorted((ROOT / "experiments/hardware").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
-def test_hardware_changes_nothing_of_what_is_trained(command: Command, path: Path) -> None:
-    """Composed with an experiment; its step is one that these devices can share."""
+def test_hardware_config_changes_only_hardware_flags(command: Command, path: Path) -> None:
+    """Combined with an experiment whose step these devices can share."""
     experiment = ROOT / "experiments/pretrain/gpt2_124m.yaml"
     alone, composed = (
         yaml.safe_load(command("fit", "--config", experiment, *more, "--print_config").out)
         for more in ([], ["--config", path])
     )
     trainer, data = composed["trainer"], composed["data"]["init_args"]
-    for part in ("experiment", "preset", "seed_everything", "model", "data"):
-        assert composed[part] == alone[part]
+    for key in ("experiment", "preset", "seed_everything", "model", "data"):
+        assert composed[key] == alone[key]
     assert {name for name in trainer if trainer[name] != alone["trainer"][name]} <= {
         "accelerator", "devices", "num_nodes", "strategy", "precision",
     }  # fmt: skip
@@ -31,7 +31,7 @@ def test_hardware_changes_nothing_of_what_is_trained(command: Command, path: Pat
 
 
 @pytest.mark.parametrize("path", HARDWARE, ids=lambda path: path.stem)
-def test_hardware_that_is_here_trains(command: Command, small: list[str], path: Path) -> None:
+def test_available_hardware_trains(command: Command, small: list[str], path: Path) -> None:
     trainer = yaml.safe_load(path.read_text(encoding="utf-8"))["trainer"]
     here = {"cpu": 1, "mps": int(torch.backends.mps.is_available()), "gpu": torch.cuda.device_count()}
     if trainer["devices"] > 1:

@@ -1,4 +1,4 @@
-"""Two machines train what one process does: two network namespaces with a cable between them, and no shared disk."""
+"""Two machines train the same as one process: two connected network namespaces without a shared disk."""
 
 import json
 import os
@@ -18,7 +18,7 @@ PORT = 29511
 
 @dataclass
 class Machine:
-    """A network namespace, and a folder in which its processes work."""
+    """A network namespace, and the working directory of its processes."""
 
     name: str
     address: str
@@ -26,7 +26,7 @@ class Machine:
     folder: Path
 
     def start(self, *command: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Run a command there, in a home of its own."""
+        """Start a command in the namespace, with its own home directory."""
         own = {
             "HOME": str(self.folder), "XDG_CACHE_HOME": str(self.folder / "cache"), "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": self.interface, **environment,
@@ -42,13 +42,13 @@ class Machine:
 
     @property
     def errors(self) -> Path:
-        """What its latest command said on standard error."""
+        """Standard error of the latest command."""
         return self.folder / "errors.txt"
 
 
 @pytest.fixture
 def machines(corpus: Path, tmp_path: Path) -> Iterator[list[Machine]]:
-    """Two, each with the texts."""
+    """Two machines, each with the texts."""
     if shutil.which("ip") is None:
         pytest.skip("network namespaces are made with ip (iproute2)")
     made = [
@@ -77,7 +77,7 @@ def machines(corpus: Path, tmp_path: Path) -> Iterator[list[Machine]]:
         yield made
     finally:
         for machine in made:
-            ip("netns", "delete", machine.name)  # and with it its end of the cable
+            ip("netns", "delete", machine.name)  # and with it its end of the link
 
 
 Start = Callable[[Machine, int, list[str]], subprocess.Popen[bytes]]
@@ -97,7 +97,7 @@ def plain(machine: Machine, rank: int, flags: list[str]) -> subprocess.Popen[byt
 
 
 def slurm(machine: Machine, rank: int, flags: list[str]) -> subprocess.Popen[bytes]:
-    """What srun tells a task of a job of two; the address and the port follow from it."""
+    """SLURM's variables of a task in a job of two; address and port are derived from them."""
     job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "job", "SLURM_NODELIST": "10.211.0.[1-2]"}
     sizes = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1", "SLURM_NNODES": "2"}
     task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_NODEID": str(rank)}
@@ -123,7 +123,7 @@ TWO = ["--trainer.num_nodes=2", "--trainer.devices=1", "--trainer.strategy=ddp"]
 def test_two_machines_train_as_one_process(
     machines: list[Machine], small: list[str], tmp_path: Path, start: Start
 ) -> None:
-    """And go on from a run that lies on the first alone, if it is copied to the second."""
+    """And resume a run of the first machine after its folder is copied to the second."""
 
     def summary(folder: Path) -> dict[str, float]:
         [run] = (folder / "pretrain").iterdir()
@@ -133,22 +133,22 @@ def test_two_machines_train_as_one_process(
     own = [flag for flag in small if not flag.startswith(("--data.source", "--data.cache"))]
     flags = [*own, "--data.source=my_texts", "--data.batch_size=2", "--data.tokens_per_step=128"]
     alone = summary(fit(tmp_path / "alone", *small, *flags[-2:]).parent.parent)
-    for code, said in together(machines, start, [*flags, *TWO]):
-        assert code == 0, said
+    for code, stderr in together(machines, start, [*flags, *TWO]):
+        assert code == 0, stderr
     assert summary(machines[0].folder / "runs") == pytest.approx(alone, rel=1e-5)
     assert not (machines[1].folder / "runs").exists()
     assert all((machine.folder / "cache").is_dir() for machine in machines)
 
     again = ["--ckpt_path=last", "--trainer.max_steps=16"]
     shutil.copytree(machines[0].folder / "runs", machines[1].folder / "runs")
-    for code, said in together(machines, start, again):
-        assert code == 0, said
+    for code, stderr in together(machines, start, again):
+        assert code == 0, stderr
     assert summary(machines[0].folder / "runs")["step"] == 16
 
 
 @pytest.mark.slow
-def test_what_the_second_machine_lacks_is_said_there(machines: list[Machine], small: list[str]) -> None:
-    """The run of the first, and a text that is the same."""
+def test_missing_files_are_reported_by_the_machine_that_lacks_them(machines: list[Machine], small: list[str]) -> None:
+    """The first machine's run folder, or identical text."""
 
     def second(flags: list[str]) -> str:
         first, other = (plain(machine, rank, flags) for rank, machine in enumerate(machines))

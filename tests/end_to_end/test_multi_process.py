@@ -1,4 +1,4 @@
-"""Several processes on one machine train what one does."""
+"""Several processes on one machine train the same as one."""
 
 import json
 import re
@@ -16,7 +16,7 @@ TOGETHER = ["--data.batch_size=2", "--trainer.devices=2", "--trainer.strategy=dd
 
 
 def fit(folder: Path, *flags: str) -> Path:
-    """The folder of the one run that the flags make."""
+    """Folder of the single run that the flags create."""
     done = forked.fit(folder, *flags)
     assert done.code == 0, done.err
     [run] = (folder / "pretrain").iterdir()
@@ -34,7 +34,7 @@ def test_two_processes_train_as_one(
 
     def figures(run: Path) -> dict[str, float]:
         summary: dict[str, float] = json.loads((run / "summary.json").read_text())
-        # Texts are filled up to the longest of their batch: how many positions that makes, and the time, may differ.
+        # Texts are padded to the longest of their batch, so the number of positions and the time may differ.
         packed = stage.startswith(("pretraining", "instructions"))
         sides = ("train/loss", "val/", "test/", "step", *(["tokens"] if packed else []))
         return {name: value for name, value in summary.items() if name.startswith(sides) and "per_second" not in name}
@@ -49,7 +49,7 @@ def test_two_processes_train_as_one(
     for name in there:
         if re.match("dynamics|attention|loss_by", name):
             points = [{step: float(value.strip("[]")) for step, value in run[name]} for run in (there, here)]
-            shared = points[0].keys() & points[1].keys()  # a validation comes after so many micro-batches
+            shared = points[0].keys() & points[1].keys()  # validations are scheduled by micro-batches
             assert max(shared) == max(points[0])
             for step in shared:
                 assert points[1][step] == pytest.approx(points[0][step], rel=1e-3, abs=1e-5), name
@@ -57,8 +57,8 @@ def test_two_processes_train_as_one(
 
 
 @pytest.mark.parametrize("more", [[], ["--trainer.limit_val_batches=0"]])
-def test_two_processes_stop_together_when_their_time_is_up(small: list[str], tmp_path: Path, more: list[str]) -> None:
-    """Each has a clock of its own."""
+def test_two_processes_stop_together_at_max_time(small: list[str], tmp_path: Path, more: list[str]) -> None:
+    """Each has its own clock."""
     flags = [flag for flag in small if "max_steps" not in flag]
     limits = ["--trainer.max_time=00:00:00:02", "--checkpoint.every_minutes=0.005"]
     saved = load_checkpoint(fit(tmp_path, *flags, *TOGETHER, *limits, *more) / "checkpoints/last.ckpt")
@@ -79,15 +79,15 @@ class Witness(lightning.Callback):
 
 
 @pytest.mark.slow
-def test_one_two_and_four_processes_in_turn_see_what_one_sees(
+def test_one_then_two_then_four_processes_see_the_windows_of_one(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Steps of 96 windows; an epoch of 401 ends at every fourth. From the first run on, only the hardware is named."""
+    """Steps of 96 windows; an epoch of 401 ends at every fourth. Resuming only changes the hardware flags."""
 
     steps = 20
 
     def seen(folder: Path) -> dict[int, list[str]]:
-        """By step, the windows that all ranks saw."""
+        """Windows that all ranks saw, by step."""
         found: dict[int, list[str]] = {}
         for line in "".join(path.read_text() for path in folder.iterdir()).splitlines():
             step, windows = json.loads(line)

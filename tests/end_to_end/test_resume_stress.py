@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and resumed ends with the bits and the curves of one that nothing disturbed."""
+"""A run killed at any moment and resumed ends with the weights and curves of an uninterrupted one, bit for bit."""
 
 import os
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def kill_and_compare(
     small: list[str], folder: Path, more: list[str], kills: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    aligned = any(f"--model={name}" in small for name in ("DPO", "PPO", "GRPO"))  # they drop nothing
+    aligned = any(f"--model={name}" in small for name in ("DPO", "PPO", "GRPO"))  # they use no dropout
     flags = [
         *small, f"--model.gpt.dropout={0.0 if aligned else 0.1}", "--trainer.max_steps=60",
         "--trainer.log_every_n_steps=2",
@@ -44,10 +44,10 @@ def kill_and_compare(
     assert not report.differences, str(report)
 
 
-def test_a_killed_run_of_two_processes_ends_as_an_undisturbed_one(
+def test_killed_run_of_two_processes_equals_an_uninterrupted_one(
     small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One of a single process is killed by the README's ``doctor --resume``."""
+    """A run of a single process is tested by the README's ``doctor --resume``."""
     kill_and_compare(small, tmp_path, CONFIGURATIONS["two processes"], 1, monkeypatch)
 
 

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the step, saved, with the conventional exit code."""
+"""Ctrl-C, SIGTERM and SLURM's SIGUSR1 end a run after the current step, with a checkpoint and the usual exit code."""
 
 import os
 import random
@@ -32,30 +32,30 @@ def fit(flags: list[str], folder: Path) -> "subprocess.Popen[str]":
 
 
 def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, more: list[str], twice: bool) -> float:
-    """Send a signal at a random moment after the first saved step; seconds until the end."""
+    """Send a signal at a random moment after the first save; returns the seconds until the run ends."""
     rng = random.Random(seed)
     run = RunFolder(folder / "pretrain" / "version_0")
     process = fit([*small, "--trainer.max_steps=100000", "--checkpoint.every_n_steps=1000", *more], folder)
     while not run.last.exists():
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    time.sleep(rng.uniform(0.0, 1.0))  # some steps and validations further
+    time.sleep(rng.uniform(0.0, 1.0))  # some steps and validations later
     members = list_group_processes(process.pid)
-    one = rng.choice(members) if more == TWO else process.pid  # processes that load batches are no ranks
+    one = rng.choice(members) if more == TWO else process.pid  # loader workers are not ranks
     targets = rng.choice([[one], members])
     sent = time.monotonic()
     for pid in targets * (1 + twice):
         os.kill(pid, signum)
-    out, said = process.communicate(timeout=120)
+    out, stderr = process.communicate(timeout=120)
     took = time.monotonic() - sent
-    assert process.returncode == 128 + signum, said
+    assert process.returncode == 128 + signum, stderr
     assert out == ""
-    assert "Traceback" not in said
-    assert f"stopped by {signum.name} after step" in said
+    assert "Traceback" not in stderr
+    assert f"stopped by {signum.name} after step" in stderr
     verify_checksum(run.last)
     step = torch.load(run.last, weights_only=True)["global_step"]
     assert step > 0
-    assert f"after step {step}; resume with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in said
+    assert f"after step {step}; resume with: python -m lit_gpt_scratch.fit --ckpt_path {run.path}" in stderr
     again = forked.fit(folder, f"--ckpt_path={run.path}", f"--trainer.max_steps={step + 2}", *more)
     assert again.code == 0, again.err
     assert torch.load(run.last, weights_only=True)["global_step"] == step + 2
@@ -66,7 +66,7 @@ def stopped(small: list[str], folder: Path, signum: signal.Signals, seed: int, m
     ("signum", "more", "twice"),
     [(signal.SIGINT, [], True), (signal.SIGTERM, TWO, False), (signal.SIGUSR1, ["--data.num_workers=2"], True)],
 )
-def test_a_signal_ends_in_a_checkpoint(
+def test_signal_ends_the_run_with_a_checkpoint(
     small: list[str], tmp_path: Path, signum: signal.Signals, more: list[str], twice: bool
 ) -> None:
     stopped(small, tmp_path, signum, 0, more, twice)
@@ -81,14 +81,14 @@ def test_fifty_signals(small: list[str], tmp_path: Path) -> None:
     print(f"seconds from the signal to the end: median {sorted(times)[25]:.2f}, greatest {max(times):.2f}")
 
 
-def test_a_signal_before_the_first_step_leaves_nothing(small: list[str], tmp_path: Path) -> None:
-    """Nothing was trained: nothing is kept, and there is no traceback."""
+def test_signal_before_the_first_step_leaves_no_run_folder(small: list[str], tmp_path: Path) -> None:
+    """Nothing was trained, so nothing is kept; and there is no traceback."""
     process = fit([*small, "--trainer.max_steps=100000"], tmp_path / "runs")
     assert process.stderr
-    line = process.stderr.readline()  # the first that it says is said before training
+    line = process.stderr.readline()  # the first line is logged before training
     os.kill(process.pid, signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
-    if "stopped by" not in said:  # it may have come to its first steps on the way
-        assert process.returncode == 128 + signal.SIGTERM, line + said
+    _, stderr = process.communicate(timeout=60)
+    if "stopped by" not in stderr:  # it may already have done its first steps
+        assert process.returncode == 128 + signal.SIGTERM, line + stderr
         assert not list(tmp_path.glob("runs/*/*"))
-    assert "Traceback" not in said
+    assert "Traceback" not in stderr

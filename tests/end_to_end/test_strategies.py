@@ -1,4 +1,4 @@
-"""Strategies compute the same, and take each other's checkpoints."""
+"""All strategies compute the same, and resume each other's checkpoints."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ SHAPE = ["--model.gpt.n_head=4", "--model.gpt.initialisation=gpt2"]
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
-    """``doctor --parity``, which says so in a table; that it runs is tested with the README's commands."""
+    """``doctor --parity``; the command itself is tested with the README's commands."""
     flags = [*small, *SHAPE, "--trainer.limit_val_batches=0", "--trainer.max_steps=50"]
     parity = LayoutParity(flags, tmp_path, list(ARITHMETIC_CASES), list(LAYOUTS))
     parity.run()
@@ -32,16 +32,13 @@ def test_layouts_compute_the_same(small: list[str], tmp_path: Path) -> None:
     ("optimizer", "off"),
     [
         (["--model.optimizer=AdamW"], 1e-9),
-        # What it makes orthogonal it does in bfloat16.
+        # Muon orthogonalises in bfloat16.
         pytest.param(["--model.optimizer=Muon", "--model.optimizer.row_beta=0.9"], 1e-2, marks=pytest.mark.slow),
     ],
     ids=["adamw", "normuon"],
 )
-def test_a_run_goes_from_one_strategy_to_the_next(
-    small: list[str], tmp_path: Path, optimizer: list[str], off: float
-) -> None:
-    """Weights, the optimizer and the average of the weights, against a run that stays where it is; all but one
-    validate."""
+def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, optimizer: list[str], off: float) -> None:
+    """Weights, optimizer state and averaged weights against a run that keeps its strategy; all but one validate."""
     everywhere = [
         "--data.tokens_per_step=128", "--trainer.precision=64-true", "--model.schedule.decay=constant",
         "--model.ema_decay=0.9", "--inspect.every_n_steps=3", *optimizer,
@@ -50,7 +47,7 @@ def test_a_run_goes_from_one_strategy_to_the_next(
         [],
         ["--trainer.devices=2", "--trainer.strategy=fsdp2", "--data.batch_size=2"],
         ["--trainer.devices=2", "--trainer.strategy=tp", "--tensor_parallel=2", "--data.batch_size=4"],
-        # Four processes on two cores take longer to write a sample than for all the rest.
+        # Four processes on two cores take longer to generate a sample than for all the rest.
         [
             *("--trainer.devices=4", "--trainer.strategy=fsdp2_tp", "--data.batch_size=2"),
             "--trainer.limit_val_batches=0",
@@ -77,11 +74,11 @@ def test_a_run_goes_from_one_strategy_to_the_next(
     assert len(measured) > 30
     for name in measured:  # TensorBoard keeps float32
         points = [{step: float(value.strip("[]")) for step, value in run[name]} for run in (there, here)]
-        assert points[0].keys() <= points[1].keys()  # the others validated whenever they ended
+        assert points[0].keys() <= points[1].keys()  # each of the others validated at its end
         assert {step: points[1][step] for step in points[0]} == pytest.approx(points[0], rel=max(off, 1e-5), abs=1e-6)
 
 
-def test_half_precision_trains_validates_and_writes_when_it_is_cut(small: list[str], tmp_path: Path) -> None:
+def test_half_precision_trains_validates_and_generates_when_sharded(small: list[str], tmp_path: Path) -> None:
     flags = [
         "--trainer.devices=2",
         "--trainer.strategy=fsdp2",
@@ -93,7 +90,7 @@ def test_half_precision_trains_validates_and_writes_when_it_is_cut(small: list[s
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (
             ["--trainer.strategy=tp", "--model.gpt.n_head=3", "--model.gpt.n_embd=48"],
@@ -109,15 +106,15 @@ def test_half_precision_trains_validates_and_writes_when_it_is_cut(small: list[s
         (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp"),
     ],
 )
-def test_a_model_that_cannot_be_cut_is_one_line(
-    command: Command, small: list[str], flags: list[str], said: str
+def test_model_that_cannot_be_sharded_is_a_one_line_error(
+    command: Command, small: list[str], flags: list[str], message: str
 ) -> None:
-    one_line(command("fit", *small, "--trainer.devices=2", *flags), said)
+    one_line(command("fit", *small, "--trainer.devices=2", *flags), message)
     assert not Path("runs").exists()
 
 
 def last(runs: Path, *flags: str) -> dict[str, object]:
-    """The checkpoint that the run leaves."""
+    """The last checkpoint of the run."""
     done = forked.fit(runs, *flags)
     assert done.code == 0, done.err
     return load_checkpoint(runs / "pretrain" / "version_0" / "checkpoints" / "last.ckpt")

@@ -1,4 +1,4 @@
-"""What a device can do at best, and the most memory it held."""
+"""Peak FLOP/s and peak memory."""
 
 import os
 import re
@@ -30,27 +30,27 @@ from lit_gpt_scratch.profiling.peak_memory import peak_memory
         ("NVIDIA GH200 480GB", None),
         ("NVIDIA A10G", None),
         ("NVIDIA H200 MIG 1g.18gb", None),
-        ("Tesla V100-SXM2-16GB", None),  # it does not know bfloat16
+        ("Tesla V100-SXM2-16GB", None),  # no bfloat16
         ("", None),
     ],
 )
-def test_a_data_sheet_belongs_to_one_gpu(name: str, tera: int | None) -> None:
+def test_nominal_flops_by_gpu_name(name: str, tera: int | None) -> None:
     assert peak_flops.lookup_nominal_flops(name, torch.bfloat16) == (tera and tera * 1e12)
 
 
-def test_a_data_sheet_belongs_to_one_precision() -> None:
+def test_nominal_flops_by_dtype() -> None:
     assert peak_flops.lookup_nominal_flops("Tesla V100-SXM2-16GB", torch.float16) == 125e12
     assert peak_flops.lookup_nominal_flops("Tesla T4", torch.float16) == 65e12
     assert peak_flops.lookup_nominal_flops("NVIDIA H100 80GB HBM3", torch.float32) is None
 
 
 @pytest.mark.parametrize("tera", [0.001, 0.1, 800])
-def test_measuring_finds_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, tera: float) -> None:
+def test_measured_flops_of_a_simulated_device(monkeypatch: pytest.MonkeyPatch, tera: float) -> None:
     sizes = []
 
     def seconds(factor: torch.Tensor) -> float:
         sizes.append(len(factor))
-        return 1e-5 + 2 * len(factor) ** 3 / (tera * 1e12)  # ten microseconds to start it
+        return 1e-5 + 2 * len(factor) ** 3 / (tera * 1e12)  # ten microseconds of overhead
 
     monkeypatch.setattr(peak_flops, "_time_matmul", seconds)
     monkeypatch.setattr(peak_flops, "MAX_MATRIX_SIZE", 2048)
@@ -58,20 +58,20 @@ def test_measuring_finds_what_a_device_reaches(monkeypatch: pytest.MonkeyPatch, 
     assert found <= tera * 1e12
     if max(sizes) < peak_flops.MAX_MATRIX_SIZE:
         assert found == pytest.approx(tera * 1e12, rel=0.01)
-        assert sum(2 * n**3 for n in sizes) / (tera * 1e12) < 0.3  # seconds, but for the slowest that there is
+        assert sum(2 * n**3 for n in sizes) / (tera * 1e12) < 0.3  # seconds, except on the slowest device
 
 
-def test_measuring_draws_none_of_the_runs_random_numbers() -> None:
+def test_measuring_leaves_the_random_state_unchanged() -> None:
     before = torch.get_rng_state()
     found = peak_flops.peak_flops(torch.device("cpu"), torch.float32)
     assert torch.equal(before, torch.get_rng_state())
     assert set(found) == {"measured"}
     assert 1e8 < found["measured"] < 1e15
-    assert peak_flops.peak_flops(torch.device("cpu"), torch.float32) == found  # once a process
+    assert peak_flops.peak_flops(torch.device("cpu"), torch.float32) == found  # measured once per process
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="the truth is Linux's own count")
-def test_peak_memory_is_in_bytes() -> None:
+def test_peak_memory_in_bytes() -> None:
     found = peak_memory(torch.device("cpu"))
     count = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None

@@ -1,4 +1,4 @@
-"""Parts of a step's time, against a device whose time is simulated step by step."""
+"""Times of the phases of a step, on a simulated device."""
 
 import time
 
@@ -10,14 +10,14 @@ from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, StepTimer
 
 
 class Device:
-    """A host that asks for work and a device that does it in order, each with its own clock."""
+    """A host that submits work and a device that runs it in order, each with its own clock."""
 
     def __init__(self) -> None:
         self.host = self.busy_until = 0.0
         self.waits = 0
 
     def ask(self, seconds: float) -> None:
-        """Work for the device; the host goes on."""
+        """Submit work to the device; the host continues."""
         self.busy_until = max(self.busy_until, self.host) + seconds
 
     def event(self) -> "Moment":
@@ -25,7 +25,7 @@ class Device:
 
 
 class Moment:
-    """An event of that device."""
+    """An event of the simulated device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -47,16 +47,16 @@ class Moment:
 
 
 def train(device: Device, clock: StepTimer, steps: int, loading: float, after: float = 0.0) -> None:
-    """Steps of 1 + 2 + 1 seconds of the device's time."""
+    """Steps of 1 + 2 + 1 seconds on the device."""
     clock.start()
     for step in range(steps):
         if step:
             device.host += loading + after
             clock.mark("rest", {"data": loading})
-        for part, seconds in (("forward", 1.0), ("backward", 2.0), ("optimizer", 1.0)):
+        for phase, seconds in (("forward", 1.0), ("backward", 2.0), ("optimizer", 1.0)):
             device.host += 0.01
             device.ask(seconds)
-            clock.mark(part)
+            clock.mark(phase)
 
 
 @pytest.fixture
@@ -69,12 +69,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
 @pytest.mark.parametrize(
     ("loading", "after", "data", "rest"),
     [
-        (0.5, 0.3, 0.0, 0.0),  # all behind the device's own work
-        (6.97, 0.0, 3.0, 0.0),  # of 7 s until the next forward pass is asked for, it was busy for 4
+        (0.5, 0.3, 0.0, 0.0),  # all hidden by the device's work
+        (6.97, 0.0, 3.0, 0.0),  # of 7 s until the next forward pass, the device was busy for 4
         (2.0, 4.97, 2.0, 1.0),  # the same, but callbacks took most of it
     ],
 )
-def test_a_device_waits_for_data_only_while_it_has_nothing_to_do(
+def test_device_waits_for_data_only_while_idle(
     device: Device, loading: float, after: float, data: float, rest: float
 ) -> None:
     clock, steps = StepTimer(torch.device("cuda")), 5
@@ -86,7 +86,7 @@ def test_a_device_waits_for_data_only_while_it_has_nothing_to_do(
     assert (taken["data"], taken["rest"]) == pytest.approx(((steps - 1) * data, (steps - 1) * rest), abs=0.2)
 
 
-def test_what_the_device_has_not_reached_counts_the_next_time(device: Device) -> None:
+def test_events_not_reached_yet_count_later(device: Device) -> None:
     clock = StepTimer(torch.device("cuda"))
     train(device, clock, 5, loading=0.0)
     assert sum(clock.take().values()) == 0  # the host is 20 s ahead
@@ -96,7 +96,7 @@ def test_what_the_device_has_not_reached_counts_the_next_time(device: Device) ->
     assert device.waits == 1
 
 
-def test_a_host_that_keeps_up_heaps_up_no_marks(device: Device) -> None:
+def test_marks_do_not_accumulate(device: Device) -> None:
     clock = StepTimer(torch.device("cuda"))
     clock.start()
     for _ in range(100):
@@ -106,7 +106,7 @@ def test_a_host_that_keeps_up_heaps_up_no_marks(device: Device) -> None:
     assert len(clock._marks) <= step_timer.COLLECT_EVERY
 
 
-def test_nothing_counts_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_counted_while_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     moments = iter([1.0, 3.0, 100.0, 107.0, 200.0, 207.0])
     monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
     clock = StepTimer(torch.device("cpu"))
@@ -125,7 +125,7 @@ def test_nothing_counts_while_it_is_stopped(monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
-def test_a_device_without_such_events_is_left_alone() -> None:
+def test_device_without_suitable_events_is_not_timed() -> None:
     clock = StepTimer(torch.device("mps"))
     clock.start()
     clock.mark("forward")
