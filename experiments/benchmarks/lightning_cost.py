@@ -69,9 +69,8 @@ class Lockstep(L.Callback):
 def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
     """The batches of a run."""
     data = cli.datamodule
-    order = list(data.order)
-    for first in range(0, steps * data.batch_size, data.batch_size):
-        yield data.train_dataset.__getitems__(order[first : first + data.batch_size])
+    for _, micro_batch in zip(range(steps), data.train_sampler, strict=False):
+        yield data.train_dataset.make_batch(micro_batch.rows)
 
 
 def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:

@@ -191,7 +191,7 @@ class ActivationStats(Callback):
         self._batch, self._plots = {}, None
         if self.every_n_steps and isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule):
             rows = max(1, min(MAX_INSPECTED_TOKENS // data.block_size, len(data.validation_dataset)))
-            batch = data.validation_dataset.__getitems__(range(rows))
+            batch = data.validation_dataset.make_batch(range(rows))
             names = {"input_ids", "document_ids", "lengths"} & batch.keys()
             if "input_ids" not in names:  # an RL policy generates its own
                 return

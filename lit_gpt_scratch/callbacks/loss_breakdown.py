@@ -161,7 +161,7 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
-    labels = data.train_dataset.__getitems__(spread)["labels"]
+    labels = data.train_dataset.make_batch(spread)["labels"]
     counts = torch.bincount(labels[labels != IGNORE_INDEX], minlength=data.vocab_size)
     ranks = torch.empty(data.vocab_size, dtype=torch.int64)
     ranks[counts.argsort(descending=True, stable=True)] = torch.arange(data.vocab_size)
@@ -188,7 +188,7 @@ class ConfusionMatrixPlot(Callback):
     def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, Classification):
             return
-        picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.labelled.class_names)
+        picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.class_names)
         for board in tensorboard_writers(trainer):  # the step as Lightning numbers a validation
             board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 

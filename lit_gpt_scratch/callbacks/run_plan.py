@@ -189,9 +189,8 @@ class RunPlan(RunDirCallback):
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
     """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
-    optimizer = task.optimizer.build(task.trained_module)  # the trainer's still has the checkpoint's numbers
-    for group in optimizer.param_groups:  # one of a user's own may have neither rule nor name
-        rule = group.get("rule", type(optimizer).__name__)
+    for group in task.optimizer_groups:  # one of a user's own may have neither rule nor name
+        rule = group.get("rule", type(task.optimizer).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
         yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"

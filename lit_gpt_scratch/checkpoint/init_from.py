@@ -1,7 +1,7 @@
-"""A trained model to begin another training with."""
+"""The pretrained model that a training starts from (``--model.init_from``)."""
 
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,53 +13,60 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
-"""What a network may have otherwise than the one whose weights it begins with."""
+"""Settings in which a network may differ from the one whose weights it is initialised with."""
 
 
-def load_initial_model(place: str, trusted: str | None = None) -> LoadedModel:
-    """The model that ``init_from`` names.
+@dataclass(frozen=True)
+class InitialModel:
+    """A checkpoint that was read, but not built into a network yet. Its memory is freed with this object.
 
-    Args:
-        place: A run folder, a checkpoint, a ``.safetensors`` file, or a folder of Hugging Face's.
-        trusted: The attention class of somebody's own that it may name: to build it is to run that code.
-
-    Raises:
-        UserError: There is none, or none that can be used.
+    Attributes:
+        path: The file or folder that it was read from.
+        checkpoint: As ``load_checkpoint`` returns it.
     """
-    path, checkpoint = _opened(place)
-    try:
-        return build_model(checkpoint, path, trusted)
-    except UserError as error:
-        raise UserError(f"model.init_from: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
 
+    path: Path
+    checkpoint: dict[str, Any]
 
-def load_initial_metadata(place: str) -> CheckpointMetadata:
-    """What it says of itself."""
-    return CheckpointMetadata.from_checkpoint(_opened(place)[1])
+    @classmethod
+    def read(cls, place: str) -> "InitialModel":
+        """Read a checkpoint.
 
+        Args:
+            place: A run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
 
-def load_initial_tokenizer(place: str) -> Tokenizer:
-    """Its tokenizer."""
-    contents = load_initial_metadata(place)
-    return Tokenizer.from_json(contents.tokenizer, contents.start_of_text)
+        Raises:
+            UserError: There is none, or it cannot be used.
+        """
+        try:
+            path = find_checkpoint(place, Path(), None)
+            return cls(path, load_checkpoint(path))
+        except UserError as error:
+            raise UserError(f"model.init_from: {error}") from error
 
+    @cached_property
+    def metadata(self) -> CheckpointMetadata:
+        """Shape, tokenizer and kind of the model."""
+        return CheckpointMetadata.from_checkpoint(self.checkpoint)
 
-def let_go() -> None:
-    """Free the memory of what was opened last: task and data ask for it one after the other."""
-    _read.cache_clear()
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer."""
+        return Tokenizer.from_json(self.metadata.tokenizer, self.metadata.start_of_text)
 
+    def build(self, trusted: str | None = None) -> LoadedModel:
+        """Build the network.
 
-def _opened(place: str) -> tuple[Path, dict[str, Any]]:
-    try:
-        path = find_checkpoint(place, Path(), None)
-        return path, _read(path, path.stat().st_mtime_ns)
-    except UserError as error:
-        raise UserError(f"model.init_from: {error}") from error
+        Args:
+            trusted: The custom attention class that the checkpoint may name: building it runs that code.
 
-
-@lru_cache(maxsize=1)
-def _read(path: Path, written: int) -> dict[str, Any]:
-    return load_checkpoint(path)
+        Raises:
+            UserError: The checkpoint names a class that is not trusted, or its parts don't fit together.
+        """
+        try:
+            return build_model(self.checkpoint, self.path, trusted)
+        except UserError as error:
+            raise UserError(f"model.init_from: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
 
 
 def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import LightningDataModule
 
-from lit_gpt_scratch.checkpoint.init_from import load_initial_metadata
+from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_VOCAB_SIZE
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.errors import UserError
@@ -43,7 +43,9 @@ def apply_preset(parser: ArgumentParser, name: str | None) -> None:
     _set_default_arguments(parser, "model", gpt=asdict(PRESETS[name]))
 
 
-def apply_init_from(parser: ArgumentParser, place: str | None, task: str | None, preset: str | None) -> None:
+def apply_init_from(
+    parser: ArgumentParser, place: str | None, task: str | None, preset: str | None
+) -> InitialModel | None:
     """Make the architecture and the context of the pretrained model that ``model.init_from`` names the defaults.
 
     Args:
@@ -52,20 +54,25 @@ def apply_init_from(parser: ArgumentParser, place: str | None, task: str | None,
         task: The class of the task, a name or a path; None for the default.
         preset: The value of ``--preset``.
 
+    Returns:
+        The pretrained model, if there is one.
+
     Raises:
         UserError: The model cannot be read, or a preset is given as well.
     """
     if place is None:
-        return
+        return None
     if preset is not None:
         raise UserError("--preset and model.init_from both name an architecture; leave one of them out")
-    contents = load_initial_metadata(place)
+    initial = InitialModel.read(place)
+    metadata = initial.metadata
     # A checkpoint must not choose the code that runs; only flags and configs do.
-    gpt = {**asdict(GPTConfig()), **contents.gpt, "attention": None}
+    gpt = {**asdict(GPTConfig()), **metadata.gpt, "attention": None}
     if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
         gpt["dropout"] = 0.0
     _set_default_arguments(parser, "model", gpt=gpt)
-    _set_default_arguments(parser, "data", block_size=contents.block_size)
+    _set_default_arguments(parser, "data", block_size=metadata.block_size)
+    return initial
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:

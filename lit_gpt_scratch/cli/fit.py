@@ -22,6 +22,7 @@ from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_si
 from lit_gpt_scratch.callbacks.spike_guard import GuardMode
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
+from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.cli.config_defaults import (
     MAX_STEPS,
@@ -166,12 +167,13 @@ class FitCLI(LightningCLI):
             resolve_defaults(self.config_before)
         apply_preset(parser, early.get("preset"))
         init_from = early.get("model.init_from")
+        self.initial_model: InitialModel | None = None
         if self.resumed is None:
-            apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
+            self.initial_model = apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
         self.config = parser.parse_args([*before, *early.flags])
         found = self.config.model.init_args.get("init_from")
         if self.resumed is None and found is not None and found != init_from:  # in a file that only the parser opens
-            apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
+            self.initial_model = apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
             self.config = parser.parse_args(early.flags)
         resolve_defaults(self.config)
         for name in ("accumulate_grad_batches", "val_check_interval"):
@@ -244,7 +246,7 @@ class FitCLI(LightningCLI):
                 if folder and self.trainer.is_global_zero:  # before its checkpoint is read: an owner may replace it
                     ownership.enter_context(folder.lock())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
-                self._pass_init_from()
+                self._load_initial_model()
                 # Before the folder is claimed, so that unusable data leaves none behind.
                 self.datamodule.prepare_data()
                 self.datamodule.setup("fit")
@@ -270,11 +272,17 @@ class FitCLI(LightningCLI):
         if not self.config.plan and self.stopping.signum:  # it came after the last step
             self.stopping.leave(self.trainer)
 
-    def _pass_init_from(self) -> None:
-        """Tell the data which pretrained model is used; a resumed run has everything in its own checkpoint."""
-        if (place := getattr(self.model, "init_from", None)) is not None:
-            place = str(self.resumed.checkpoint) if self.resumed else place
-            self.model.init_from = self.datamodule.init_from = place
+    def _load_initial_model(self) -> None:
+        """Read the pretrained model once, for both model and data; a resumed run has everything in its checkpoint."""
+        place = getattr(self.model, "init_from", None)
+        if place is None:
+            return
+        if self.resumed:
+            place = str(self.resumed.checkpoint)
+        initial = self.initial_model or InitialModel.read(place)
+        self.initial_model = None  # the model frees it once its network is built
+        self.model.init_from = self.datamodule.init_from = place
+        self.model.initial_model, self.datamodule.initial_tokenizer = initial, initial.tokenizer
 
     def _compare(self, resumed: ResumedRun) -> None:
         """Report or reject what changed since the run started."""

@@ -39,8 +39,8 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
         colors: Whether the terminal supports them.
     """
     yield LEGEND
-    order = data.order.windows  # not of batches: there may be fewer windows than a batch takes
-    for index in order.windows(0, np.arange(min(n, len(order)))).tolist():
+    order = data.train_sampler.order  # not of batches: there may be fewer windows than a batch takes
+    for index in order.rows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_dataset[index]
         # Without a document mask the batch has no document ids; count end-of-text tokens.
         ids = window["input_ids"][0]

@@ -1,6 +1,6 @@
-"""What every DataModule has in common: batches of windows, in an order that is known, from where the trainer stands.
+"""The base of all data modules: batches of rows in a reproducible order, from wherever the trainer resumes.
 
-A window is what takes a row of a batch: packed documents, or one record that is filled up.
+A row is one sequence of a batch: packed documents, or one padded record.
 """
 
 import atexit
@@ -9,58 +9,49 @@ import os
 import signal
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from lit_gpt_scratch.batch_types import BatchLayout
+from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
+from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
+from lit_gpt_scratch.data.row_dataset import RowDataset
 from lit_gpt_scratch.data.sampler import EvaluationSampler, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
-LARGEST: Final = 2**30
-"""No size comes near it; some libraries end the process when asked for more than there can be."""
-
-
-class RowDataset(Protocol):
-    """What a loader reads: windows, counted through; an index behind the last stands for one without labels."""
-
-    @property
-    def sizes(self) -> list[int]:
-        """Windows of each part."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Any: ...
-
-    def __getitems__(self, indices: Sequence[int]) -> Any:
-        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it."""
+MAX_SIZE: Final = 2**30
+"""No useful size comes near it; some libraries abort the process when asked for an impossible one."""
 
 
 class BaseDataModule(L.LightningDataModule):
-    """Windows, dealt out. Subclasses set ``train_dataset`` and the like in ``setup``, and have a ``tokenizer``.
+    """Rows in batches. Subclasses set ``train_dataset`` and the like in ``setup``, and have a ``tokenizer``.
 
     Args:
-        block_size: Tokens in a window.
-        batch_size: Windows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks, or None for a micro-batch.
-        num_workers: Processes that load batches beside the training.
+        block_size: Tokens of a row.
+        batch_size: Rows per data-parallel rank and micro-batch.
+        tokens_per_step: Tokens per optimizer step over all ranks, or None for one micro-batch.
+        num_workers: Processes that load batches in parallel to training.
         seed: Seed of the order, or None for that of ``seed_everything``.
 
     Raises:
         UserError: A number is out of range.
     """
 
-    train_dataset: RowDataset
-    validation_dataset: RowDataset
-    test_dataset: RowDataset | None = None
-    """None where nothing is held out for a test."""
+    train_dataset: RowDataset[Any]
+    validation_dataset: RowDataset[Any]
+    test_dataset: RowDataset[Any] | None = None
+    """None if there is no test split."""
+    init_from: str | None = None
+    """The pretrained model that training starts from, whose tokenizer is used."""
+    initial_tokenizer: Tokenizer | None = None
+    """Its tokenizer. Whoever has read that model can set it here; otherwise it is read when it is needed."""
     weights: Sequence[float] | None = None
-    """Of each part of ``train_dataset``; None for as many windows as each has."""
+    """Sampling weight of each part of ``train_dataset``; None samples each in proportion to its rows."""
 
     def __init__(
         self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
@@ -80,37 +71,62 @@ class BaseDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """What makes the tokens."""
+        """The tokenizer of the text."""
 
     @property
     def origin(self) -> str:
-        """What it is made of, as a user wrote it."""
+        """The source of the text, as the user gave it."""
         raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all that a run learns from and is measured on."""
+        """A hash of everything that is trained and evaluated on."""
         raise NotImplementedError
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Ids of what a language model is asked to go on with, for samples that show what it has learned."""
+        """Token ids of prompts for the samples that are logged during training."""
         return [[self.tokenizer.start_of_text]]
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, as trained: it can be below what was asked for on a short text."""
+        """Number of token ids; after training on a short text it can be smaller than requested."""
         return self.tokenizer.vocab_size
 
     @property
     def token_bytes(self) -> list[int]:
-        """Bytes of text that each token id stands for."""
+        """UTF-8 bytes of text that each token id stands for."""
         return self.tokenizer.token_bytes()
 
     @property
     def tokenizer_json(self) -> str:
-        """The tokenizer as the text of its file; checkpoints embed it."""
+        """The text of the tokenizer's file; checkpoints embed it."""
         return self.tokenizer.to_json()
+
+    @property
+    def info(self) -> DataInfo:
+        """What a LightningModule needs to know; complete after ``setup``."""
+        return DataInfo(
+            name=type(self).__name__,
+            vocab_size=self.vocab_size,
+            block_size=self.block_size,
+            token_bytes=self.token_bytes,
+            tokenizer_json=self.tokenizer_json,
+            start_of_text=self.tokenizer.start_of_text,
+            end_of_text=self.tokenizer.end_of_text,
+            layout=self.layout,
+            rank=self.shard["rank"],
+        )
+
+    def load_initial_tokenizer(self) -> Tokenizer | None:
+        """The tokenizer of the model of ``init_from``, if there is one.
+
+        Raises:
+            UserError: The model cannot be read.
+        """
+        if self.initial_tokenizer is None and self.init_from is not None:
+            self.initial_tokenizer = InitialModel.read(self.init_from).tokenizer
+        return self.initial_tokenizer
 
     @property
     def tokens_per_batch(self) -> int:
@@ -119,53 +135,69 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def shard(self) -> dict[str, int]:
-        """Which part of the data is this process's; ranks of a tensor-parallel group share theirs."""
+        """The data-parallel size and this process's rank in it; ranks of a tensor-parallel group share theirs."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
     @property
     def layout(self) -> BatchLayout:
-        """How a step is dealt out, once the trainer's accumulation is settled."""
+        """How an optimizer step is distributed; final once gradient accumulation is set."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
     @property
-    def order(self) -> ShuffledSampler:
-        """The training order of this process, from where the trainer stands."""
-        seed = self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-        shuffle = ShuffledOrder(self.train_dataset.sizes, seed, self.weights)
-        batch_size, replicas, accumulate = self.layout
-        return ShuffledSampler(shuffle, batch_size, self.shard["rank"], replicas, self._position(), accumulate)
+    def order_seed(self) -> int:
+        """The seed of the order of rows."""
+        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
-    def describe_row(self, epoch: int, batch: int, place: int) -> str:
-        """What was dealt out at a place of this process's batch, in words: documents or a record, counted from 0."""
-        window = int(self.order.batches(epoch, np.array([batch]))[0, place])
-        windows = self.train_dataset
-        return windows.describe_documents(window) if isinstance(windows, PackedDataset) else f"record {window:,}"
+    @property
+    def train_sampler(self) -> ShuffledSampler:
+        """The training order of this process, starting where the trainer does."""
+        order = ShuffledOrder(self.train_dataset.sizes, self.order_seed, self.weights)
+        return ShuffledSampler(order, **self._sampler_arguments())
+
+    def _sampler_arguments(self) -> dict[str, Any]:
+        batch_size, replicas, accumulate = self.layout
+        return {
+            "batch_size": batch_size,
+            "rank": self.shard["rank"],
+            "world_size": replicas,
+            "start": self._position(),
+            "accumulate": accumulate,
+            "limit": 1.0 if self.trainer is None else self.trainer.limit_train_batches,
+        }
+
+    def describe_row(self, epoch: int, batch: int, row: int) -> str:
+        """Name what a row of one of this process's training batches contains: documents, or a record counted from 0."""
+        sampler = self.train_sampler
+        step, micro_batch = divmod(batch, sampler.accumulate)
+        index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
+        dataset = self.train_dataset
+        return dataset.describe_documents(index) if isinstance(dataset, PackedDataset) else f"record {index:,}"
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Batches in their order."""
-        return self._loader(self.train_dataset, self.order)
+        """Training batches in the sampler's order."""
+        return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation window once."""
-        return self._every(self.validation_dataset)
+        """Every validation row once."""
+        return self._evaluation_loader(self.validation_dataset)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every test window once.
+        """Every test row once.
 
         Raises:
-            UserError: Nothing is held out for a test.
+            UserError: There is no test split.
         """
         if self.test_dataset is None:
-            raise UserError(f"{type(self).__name__} holds nothing out for a test")
-        return self._every(self.test_dataset)
+            raise UserError(f"{type(self).__name__} has no test split")
+        return self._evaluation_loader(self.test_dataset)
 
-    def accumulate(self) -> None:
-        """Settle how many micro-batches make a step.
+    def set_gradient_accumulation(self) -> None:
+        """Set the trainer's ``accumulate_grad_batches`` so that a step has ``tokens_per_step`` tokens.
 
         Raises:
-            UserError: ``tokens_per_step`` cannot be reached, or contradicts the trainer.
+            UserError: ``tokens_per_step`` is not a multiple of a micro-batch, or contradicts the trainer's flag.
         """
         if self.tokens_per_step is None:
             return
@@ -185,32 +217,32 @@ class BaseDataModule(L.LightningDataModule):
         self.trainer.accumulate_grad_batches = batches
 
     def _position(self) -> tuple[int, int]:
-        """The epoch and the micro-batch in it that come next: a resumed trainer knows before it asks for the loader.
+        """The next epoch and micro-batch in it; a resumed trainer has restored them before it asks for the loader.
 
-        Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch
-        was delivered rolls over, whether the trainer had counted it when it was saved or not.
+        Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch was
+        delivered is over, whether or not the trainer had counted it when the checkpoint was saved.
         """
         if self.trainer is None:
             return 0, 0
         loop = self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress.current  # its type is declared on a base class without these counts
+        epochs: Any = loop.epoch_progress.current  # its declared type is a base class without these counts
         if epochs.started == epochs.processed:
             return epochs.processed, 0
         batches = loop.epoch_loop.batch_progress
         return (epochs.processed + 1, 0) if batches.is_last_batch else (epochs.processed, batches.current.ready)
 
-    def _every(self, windows: RowDataset) -> DataLoader[Any]:
+    def _evaluation_loader(self, dataset: RowDataset[Any]) -> DataLoader[Any]:
         shard = self.shard
-        order = EvaluationSampler(len(windows), self.batch_size, shard["rank"], shard["num_replicas"])
-        return self._loader(windows, order)
+        return self._loader(
+            dataset, EvaluationSampler(len(dataset), self.batch_size, shard["rank"], shard["num_replicas"])
+        )
 
-    def _loader(self, windows: RowDataset, order: ShuffledSampler | EvaluationSampler) -> DataLoader[Any]:
+    def _loader(self, dataset: RowDataset[Any], sampler: ShuffledSampler | EvaluationSampler) -> DataLoader[Any]:
         return DataLoader(
-            cast("Dataset[Any]", windows),
-            batch_size=self.batch_size,
-            sampler=order,
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the sampler yields whole batches, and the dataset collates them
             num_workers=self.num_workers,
-            collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
             worker_init_fn=ignore_stop_signals,
@@ -218,22 +250,17 @@ class BaseDataModule(L.LightningDataModule):
 
 
 def reject_null(given: dict[str, Any]) -> None:
-    """The command line lets null pass as any type."""
+    """Reject null for arguments of any type, which the command line accepts."""
     for name, value in given.items():
         if value is None:
             raise UserError(f"data.{name} is null; leave it out for its default")
 
 
 def require_positive_ints(given: dict[str, int | None]) -> None:
-    """Numbers that must be, where they are given at all."""
+    """Reject sizes that are not positive; None is allowed."""
     for name, value in given.items():
-        if value is not None and not 1 <= value < LARGEST:
-            raise UserError(f"data.{name} is {value}; it must be positive, and below {LARGEST:,}")
-
-
-def _as_is(batch: Any) -> Any:
-    """An arrangement makes whole batches: nothing is left to collate."""
-    return batch
+        if value is not None and not 1 <= value < MAX_SIZE:
+            raise UserError(f"data.{name} is {value}; it must be positive, and below {MAX_SIZE:,}")
 
 
 STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -241,9 +268,9 @@ STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Ignore what asks a run to stop: a terminal and SLURM ask all its processes, and the step needs its batch.
+    """Ignore stop signals in a loader's worker process, as the trainer still needs the batches of its last step.
 
-    A worker ends when the trainer closes its loader, or is gone.
+    A terminal and SLURM signal all processes of a run. Workers end when the trainer closes its loader or exits.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -251,13 +278,13 @@ def ignore_stop_signals(worker: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """End workers whose loader nobody closed, as after an error.
+    """Kill workers whose loader was not closed, as after an error.
 
-    At exit ``multiprocessing`` sends its daemons SIGTERM and waits for them; these would not hear it. This runs
-    before: what was registered last is called first.
+    At exit ``multiprocessing`` sends its daemons SIGTERM and waits for them; these workers ignore it. This function
+    runs before that, as exit handlers run in reverse order of registration.
     """
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler mistakes a killed worker for an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

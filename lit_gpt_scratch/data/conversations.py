@@ -63,11 +63,6 @@ class Conversations(RecordDataModule[ConversationExample]):
         return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
-    def uneven(self) -> bool:
-        """True: the number of labels in a window depends on the lengths of its replies."""
-        return True
-
-    @property
     def prompts(self) -> list[list[int]]:
         """Prompts of the first validation conversations that leave room for a reply, without their last reply."""
         prompts = (

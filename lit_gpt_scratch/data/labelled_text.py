@@ -2,17 +2,19 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORE_INDEX, LabelledBatch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, LabelledBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.record_split import shuffled_indices
+from lit_gpt_scratch.data.row_dataset import RowIndices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data
@@ -109,9 +111,9 @@ class LabelledText(RecordDataModule[LabelledExample]):
         super().setup(stage)
 
     @property
-    def uneven(self) -> bool:
-        """False: every training row has one label."""
-        return False
+    def info(self) -> DataInfo:
+        """Adds the classes."""
+        return replace(super().info, class_names=self.class_names, class_counts=self.class_counts)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, preceded by the start of text."""
@@ -132,10 +134,16 @@ class LabelledText(RecordDataModule[LabelledExample]):
 class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
     """Right-padded texts with their classes."""
 
-    def __getitems__(self, indices: Sequence[int]) -> LabelledBatch:
-        """A batch; the index ``len(self)`` stands for a padding row."""
-        rows = [self.items[index] if index < len(self) else None for index in indices]
-        lengths = torch.tensor([len(row.ids) if row else 0 for row in rows])
-        input_ids = pad_rows([row.ids if row else EMPTY_ROW for row in rows], self.fill, self.block_size)
-        labels = torch.tensor([int(row.labels[0]) if row else IGNORE_INDEX for row in rows])
+    def make_batch(self, rows: Sequence[int]) -> LabelledBatch:
+        """A batch of some texts; the index ``len(self)`` stands for a padding row."""
+        texts = [self.items[row] if row < len(self) else None for row in rows]
+        lengths = torch.tensor([len(text.ids) if text else 0 for text in texts])
+        input_ids = pad_rows([text.ids if text else EMPTY_ROW for text in texts], self.fill, self.block_size)
+        labels = torch.tensor([int(text.labels[0]) if text else IGNORE_INDEX for text in texts])
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)
+
+    def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
+        """``step_class_counts``: texts of each class among some rows; every class has training texts."""
+        classes = np.array([int(self.items[row].labels[0]) for row in rows])
+        n_classes = 1 + max(int(item.labels[0]) for item in self.items)
+        return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

@@ -1,4 +1,4 @@
-"""Windows as batches."""
+"""Packed token streams as batches."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -6,22 +6,23 @@ from itertools import accumulate
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data.packing import PackingPlan
+from lit_gpt_scratch.data.row_dataset import RowDataset, RowIndices
 from lit_gpt_scratch.errors import UserError
 
 
-class PackedDataset(Dataset[Batch]):
-    """The windows of one store, or of several, counted through.
+class PackedDataset(RowDataset[Batch]):
+    """Rows of packed documents from one token store, or from several in sequence.
 
     Args:
-        parts: Each store's.
-        block_size: Tokens in a window, ``T``.
-        vocab_size: Tokens that there are.
-        end_of_text: The token that fills what is left of a window.
-        document_mask: Say which document each token is of.
+        parts: The packing plan of each store.
+        block_size: Tokens of a row, ``T``.
+        vocab_size: Number of token ids.
+        end_of_text: The token that pads rows.
+        document_mask: Add ``document_ids`` to the batches, so that no token attends to another document.
     """
 
     def __init__(
@@ -41,73 +42,80 @@ class PackedDataset(Dataset[Batch]):
 
     @property
     def sizes(self) -> list[int]:
-        """Windows of each part."""
+        """Rows of each store."""
         return [len(part) for part in self.parts]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> Batch:
-        return self.__getitems__([index])
+    def make_batch(self, rows: Sequence[int]) -> Batch:
+        """The batch of some rows.
 
-    def __getitems__(self, indices: Sequence[int]) -> Batch:
-        """A whole batch at once: the hook that ``DataLoader`` calls when a dataset has it.
-
-        An index of ``len(self)`` is a window without any label.
+        Raises:
+            UserError: A token id is not in the vocabulary.
         """
-        shape = len(indices), self.block_size
+        shape = len(rows), self.block_size
         ids = np.full(shape, self.end_of_text, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        begins = np.zeros(shape, dtype=bool)  # a document, or its part in this window
-        for row, index in enumerate(indices):
-            column = 0
-            packing, pieces = self.pieces(index)
+        begins = np.zeros(shape, dtype=bool)  # where a document, or its part in this row, begins
+        for b, row in enumerate(rows):
+            t = 0
+            plan, pieces = self.pieces(row)
             for start, length in pieces:
-                inputs, following = packing.stream.read_with_labels(start, length)
-                ids[row, column : column + length] = inputs
-                labels[row, column : column + len(following)] = following
-                begins[row, column] = True
-                if self.document_mask and packing.crosses:
-                    begins[row, column - start + packing.stream.document_starts(start, start + length)] = True
-                column += length
-            begins[row, column:] = True  # what fills the window up is of no document, and each place alone
+                inputs, following = plan.stream.read_with_labels(start, length)
+                ids[b, t : t + length] = inputs
+                labels[b, t : t + len(following)] = following
+                begins[b, t] = True
+                if self.document_mask and plan.crosses:
+                    begins[b, t - start + plan.stream.document_starts(start, start + length)] = True
+                t += length
+            begins[b, t:] = True  # each padding token is a document by itself
         if max(ids.max(), labels.max()) >= self.vocab_size:
-            raise self._beyond(indices)
+            raise self._unknown_token_error(rows)
         batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
         if self.document_mask:
             batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
         return batch
 
-    def pieces(self, index: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
-        """The part that a window is of, and its stretches of that one's stream; see ``Packing.pieces``."""
-        part = min(bisect_right(self._ends, index), len(self.parts) - 1)
-        packing = self.parts[part]
-        return packing, packing.pieces(index - self._ends[part] + len(packing))
+    def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
+        """``step_labels``: labels in some rows, from the packing plans, without reading tokens."""
+        parts = np.searchsorted(self._ends, rows, side="right")
+        counts = (
+            self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))
+            for part in np.unique(parts)
+        )
+        return {"step_labels": torch.tensor(sum(counts))}
 
-    def describe_documents(self, index: int) -> str:
-        """The documents that a window has tokens of, by their numbers in what it is laid from, in words."""
-        packing, pieces = self.pieces(index)
+    def pieces(self, row: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
+        """The plan that a row belongs to, and the row's pieces of that plan's stream; see ``PackingPlan.pieces``."""
+        part = min(bisect_right(self._ends, row), len(self.parts) - 1)
+        plan = self.parts[part]
+        return plan, plan.pieces(row - self._ends[part] + len(plan))
+
+    def describe_documents(self, row: int) -> str:
+        """The documents that a row has tokens of, numbered as in the stream, for a message."""
+        plan, pieces = self.pieces(row)
         numbers: set[int] = set()
         before = 0
-        for starts, _ in packing.stream.document_spans():
+        for starts, _ in plan.stream.document_spans():
             for first, length in pieces:
                 a, b = np.searchsorted(starts, (first, first + length - 1), side="right") - 1
                 numbers.update(range(before + max(int(a), 0), before + int(b) + 1))
             before += len(starts)
-        part = f" of part {bisect_right(self._ends, index)}" if len(self.parts) > 1 else ""
+        part = f" of part {bisect_right(self._ends, row)}" if len(self.parts) > 1 else ""
         return f"document{'s' if len(numbers) > 1 else ''} {', '.join(f'{n:,}' for n in sorted(numbers))}{part}"
 
-    def _beyond(self, indices: Sequence[int]) -> UserError:
-        """Which shard has a token that there is not; on a GPU nothing would tell."""
-        for packing, pieces in map(self.pieces, indices):
+    def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
+        """Name the shard with the unknown token; on a GPU the embedding lookup would fail without naming it."""
+        for plan, pieces in map(self.pieces, rows):
             for start, length in pieces:
-                for shift, tokens in enumerate(packing.stream.read_with_labels(start, length)):
-                    beyond = np.flatnonzero(tokens >= self.vocab_size)
-                    if not len(beyond):
+                for shift, tokens in enumerate(plan.stream.read_with_labels(start, length)):
+                    unknown = np.flatnonzero(tokens >= self.vocab_size)
+                    if not len(unknown):
                         continue
-                    where = packing.stream.describe_position(start + shift + int(beyond[0]))
+                    where = plan.stream.describe_position(start + shift + int(unknown[0]))
                     return UserError(
-                        f"{where} has token {tokens[beyond[0]]}, but its tokenizer only {self.vocab_size} tokens; "
+                        f"{where} has token {tokens[unknown[0]]}, but its tokenizer only {self.vocab_size} tokens; "
                         "delete the folder and prepare it again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

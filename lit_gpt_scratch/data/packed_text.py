@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPlan, PackingPolicy, plan_packing
@@ -171,13 +170,11 @@ class PackedText(BaseDataModule):
         """The token stores: the prepared corpus, made on first use; or the stores of the mixture."""
         if self.mixture_folders:
             return [TokenStore.open(folder) for folder in self.mixture_folders]
-        given = None
         if self.init_from is not None:
             for name, value in self._requested.items():
                 if value is not None:
                     raise UserError(f"model.init_from has its own tokenizer; leave out data.{name}")
-            given = load_initial_tokenizer(self.init_from)
-        return [self.preparation.prepare(self.cache, self.store_folder, given)]
+        return [self.preparation.prepare(self.cache, self.store_folder, self.load_initial_tokenizer())]
 
     @cached_property
     def store(self) -> TokenStore:
@@ -244,7 +241,7 @@ class PackedText(BaseDataModule):
                 f"{self.origin} has no tokens for validation; name more text, or raise --data.validation_share"
             )
         if stage == "fit":
-            self.accumulate()
+            self.set_gradient_accumulation()
 
     def sample_train_tokens(self, n: int) -> TokenIds:
         """About the first ``n`` training tokens, from each store in proportion to its weight."""
@@ -254,11 +251,6 @@ class PackedText(BaseDataModule):
         return np.concatenate(
             [store.train.read(0, math.ceil(share)) for store, share in zip(self.stores, shares, strict=True)]
         )
-
-    @property
-    def uneven(self) -> bool:
-        """Whether training windows differ in their number of labels."""
-        return self.packing != "concatenate"
 
     def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text

@@ -105,6 +105,9 @@ class PackingPlan(Protocol):
     def pieces(self, window: int) -> list[tuple[int, int]]:
         """First token and length of each piece of a window; empty for an index past the last window."""
 
+    def count_labels(self, windows: Integers) -> int:
+        """Number of labels in some windows, given their indices, (n,)."""
+
 
 def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
     """Plan the training windows of a stream.
@@ -152,6 +155,11 @@ class ConcatenatedPlan:
         length = min(self.block_size, self.stream.n_tokens - start)
         return [(start, length)] if window < self.n_windows else []
 
+    def count_labels(self, windows: Integers) -> int:
+        """Number of labels in some windows."""
+        starts = windows * self.block_size
+        return int(self.stream.count_labels(starts, np.full_like(starts, self.block_size)).sum())
+
     @cached_property
     def cost(self) -> PackingCost:
         """The cost, computed by iterating over the documents."""
@@ -173,6 +181,7 @@ class _BinPackingPlan(ABC):
     """A plan stored as two arrays: the pieces in window order, and each window's first piece."""
 
     crosses: ClassVar[bool] = False
+    stream: TokenStream
 
     @cached_property
     @abstractmethod
@@ -191,6 +200,14 @@ class _BinPackingPlan(ABC):
         """Pieces in stream order; empty for an index past the last window."""
         first, end = self._windows[window : window + 2] if window < len(self) else (0, 0)
         return [(int(start), int(length)) for start, length in self._pieces[first:end]]
+
+    def count_labels(self, windows: Integers) -> int:
+        """Number of labels in some windows."""
+        first = self._windows[windows]
+        n = self._windows[windows + 1] - first
+        # The indices first[i] .. first[i] + n[i] - 1 of each window's pieces, concatenated.
+        starts, lengths = self._pieces[np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())].T
+        return int(self.stream.count_labels(starts, lengths).sum())
 
 
 class InMemoryPlan(_BinPackingPlan):

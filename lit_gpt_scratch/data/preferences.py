@@ -1,15 +1,17 @@
 """Pairs of a preferred and a rejected reply: data for reward models and DPO."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, get_args
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORE_INDEX, PairBatch
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, PairBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
-from lit_gpt_scratch.data.prompt_base import OF_GENERATED, PromptedDataModule
+from lit_gpt_scratch.data.prompt_base import DEFAULT_CHECKABLE, PromptedDataModule
+from lit_gpt_scratch.data.row_dataset import RowIndices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, synthetic_data
@@ -42,8 +44,6 @@ class Preferences(PromptedDataModule[PreferencePair]):
         **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``.
     """
 
-    pairs: Final = True
-
     def __init__(self, ties: TiePolicy = "refuse", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if ties not in TIE_POLICIES:
@@ -52,7 +52,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     def default_rows(self) -> Iterator[TableRow]:
         """Synthetic tasks about words, with a reply that satisfies the verifiable preference and one that does not."""
-        return synthetic_data.preferences(self.checkable or OF_GENERATED)
+        return synthetic_data.preferences(self.checkable or DEFAULT_CHECKABLE)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
         """Parse a prompt and two replies."""
@@ -75,6 +75,11 @@ class Preferences(PromptedDataModule[PreferencePair]):
             for each in (record.chosen, record.rejected)
         )
 
+    @property
+    def info(self) -> DataInfo:
+        """Adds that batches are pairs, and whether they are truncated."""
+        return replace(super().info, has_pairs=True, truncates=self.too_long == "cut")
+
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
         """All tokens of a conversation, with labels on the last reply."""
         ids = np.array(self.template.render(messages).ids)
@@ -93,13 +98,17 @@ class Preferences(PromptedDataModule[PreferencePair]):
 class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch]):
     """Right-padded pairs of a preferred and a rejected sequence."""
 
-    def __getitems__(self, indices: Sequence[int]) -> PairBatch:
-        """A batch; the index ``len(self)`` stands for a padding pair."""
-        nothing = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
-        pairs = [self.items[index] if index < len(self) else nothing for index in indices]
-        rows = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred sequences, then the rejected ones
+    def make_batch(self, rows: Sequence[int]) -> PairBatch:
+        """A batch of some pairs; the index ``len(self)`` stands for a padding pair."""
+        padding = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
+        pairs = [self.items[row] if row < len(self) else padding for row in rows]
+        sequences = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the rejected ones
         return PairBatch(
-            input_ids=pad_rows([row.ids for row in rows], self.fill, self.block_size),
-            labels=pad_rows([row.labels for row in rows], IGNORE_INDEX, self.block_size),
-            lengths=torch.tensor([len(row.ids) for row in rows]),
+            input_ids=pad_rows([sequence.ids for sequence in sequences], self.fill, self.block_size),
+            labels=pad_rows([sequence.labels for sequence in sequences], IGNORE_INDEX, self.block_size),
+            lengths=torch.tensor([len(sequence.ids) for sequence in sequences]),
         )
+
+    def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
+        """``step_labels``: the number of pairs."""
+        return {"step_labels": torch.tensor(len(rows))}

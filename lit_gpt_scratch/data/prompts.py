@@ -1,53 +1,52 @@
-"""Prompts alone: the data of a policy that writes the replies itself."""
+"""Prompts only: the data of on-policy training, in which the policy generates the replies itself."""
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 
-from lit_gpt_scratch.batch_types import IGNORE_INDEX, RolloutPhase
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, PromptSource
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.data.record_split import RecordSplit
-from lit_gpt_scratch.data.rollout_sampler import PromptIndexDataset, RolloutSampler, rank_rows
+from lit_gpt_scratch.data.rollout_sampler import PromptIndexDataset, RolloutSampler
 from lit_gpt_scratch.data.sampler import ShuffledOrder
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.text import chat_template, synthetic_data, verifiable_rewards
+from lit_gpt_scratch.text import chat_template, synthetic_data
 from lit_gpt_scratch.text.chat_template import Message
 from lit_gpt_scratch.text.document import TableRow
-from lit_gpt_scratch.text.verifiable_rewards import TextReward, load_text_reward
+from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_PREFERENCES, TextReward, load_text_reward
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages, the last of them the user's."""
+    """Messages that end with the user's."""
 
     prompt: Sequence[Message]
 
     @property
     def texts(self) -> Sequence[str]:
-        """Of every message."""
+        """The text of every message."""
         return [message.content for message in self.prompt]
 
 
 class Prompts(PromptedDataModule[Prompt]):
-    """Rows of a ``prompt``, a text or messages, or of an ``instruction``; what else they have is left unread.
+    """Rows with a ``prompt``, a text or messages, or with an ``instruction``; other columns are ignored.
 
-    A row of a batch is a number: the task asks for its prompt and writes the reply. A prompt may have as many tokens as
-    leave ``reply_tokens`` of ``block_size``.
+    Batches carry indices (``PromptIndexBatch``); the policy looks the prompts up and generates the replies. A prompt
+    has at most ``block_size - reply_tokens`` tokens.
 
     Args:
-        **others: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` cannot be ``cut``.
+        **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` cannot be ``cut``.
 
     Raises:
-        UserError: Also, no token is left for a prompt.
+        UserError: Also, ``reply_tokens`` leaves no token for a prompt.
     """
 
-    def __init__(self, **others: Any) -> None:
-        super().__init__(**others)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
         if self.too_long == "cut":
             raise UserError("data.too_long is cut, but a reply answers the end of its prompt; refuse or drop")
         if self.max_record_tokens < 1:
@@ -61,83 +60,80 @@ class Prompts(PromptedDataModule[Prompt]):
         """The most tokens of a prompt."""
         return self.block_size - self.reply_tokens
 
-    @property
-    def uneven(self) -> bool:
-        """Replies are as long as they are."""
-        return True
-
     def default_rows(self) -> Iterator[TableRow]:
-        """Small tasks about words."""
+        """Small generated tasks about words."""
         return synthetic_data.prompts()
 
     def parse_row(self, fields: dict[str, Any]) -> Prompt:
-        """Its messages."""
+        """The messages of a row."""
         return Prompt(chat_template.parse_prompt(fields))
 
     def encode_record(self, record: Prompt) -> tuple[EncodedSequence, ...]:
-        """Up to where the reply begins; there is nothing to be learned of it."""
+        """The template up to where the reply begins, without labels."""
         ids = np.array(self.template.render_prompt(record.prompt))
         return (EncodedSequence(ids, np.full(len(ids), IGNORE_INDEX)),)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> PromptIndexDataset:
-        """Their numbers."""
+        """The indices of the prompts."""
         return PromptIndexDataset(len(examples))
 
-    def prompt_count(self, side: RecordSplit) -> int:
-        """How many a side has."""
-        return len(self.examples[side])
+    @cached_property
+    def source_of_prompts(self) -> PromptSource:
+        """What a policy needs of the prompts."""
+        return PromptSource(
+            counts={side: len(examples) for side, examples in self.examples.items()},
+            reply_tokens=self.reply_tokens,
+            lookup=self.lookup_prompts,
+            shuffled=self.shuffled_prompts,
+            decode=self.tokenizer.decode,
+            text_reward=self.find_text_reward,
+            reply_check=lambda: self.reply_check,
+        )
 
-    def asked(self, side: RecordSplit, numbers: Sequence[int]) -> tuple[list[list[int]], list[str]]:
-        """Prompts of a side, by their numbers: ids, and what the messages say, each on a line of its own."""
-        examples = [self.examples[side][number] for number in numbers]
+    @property
+    def info(self) -> DataInfo:
+        """Adds the prompts."""
+        return replace(super().info, prompts=self.source_of_prompts)
+
+    def lookup_prompts(self, side: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
+        """Some prompts of a split: their token ids, and the texts of their messages, a line each."""
+        examples = [self.examples[side][index] for index in indices]
         ids = [example.sequences[0].ids.tolist() for example in examples]
-        return ids, ["\n".join(self._by_place[example.where].texts) for example in examples]
+        return ids, ["\n".join(self._records_by_origin[example.where].texts) for example in examples]
 
     @cached_property
-    def _by_place(self) -> dict[str, Prompt]:
+    def _records_by_origin(self) -> dict[str, Prompt]:
         return dict(self.records)
 
-    def drawn(self, numbers: Sequence[int]) -> list[int]:
-        """Which training prompts come as the run's first, second and so on: each once, then each again."""
-        return cast("list[int]", self._shuffle.windows(0, np.asarray(numbers, dtype=np.int64)).tolist())
+    def shuffled_prompts(self, positions: Sequence[int]) -> list[int]:
+        """The training prompts at some positions in the run: every prompt comes once, then every prompt again."""
+        return cast("list[int]", self._prompt_order.rows(0, np.asarray(positions, dtype=np.int64)).tolist())
 
     @property
-    def _shuffle(self) -> ShuffledOrder:
-        return ShuffledOrder(self.train_dataset.sizes, self._seed)
+    def _prompt_order(self) -> ShuffledOrder:
+        return ShuffledOrder(self.train_dataset.sizes, self.order_seed)
 
     @property
-    def _seed(self) -> int:
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
-
-    @property
-    def order(self) -> RolloutSampler:
-        """The rows of this process, in phases, from where the trainer stands.
+    def train_sampler(self) -> RolloutSampler:
+        """The rollouts of this process, phase by phase, starting where the trainer does.
 
         Raises:
-            UserError: The task is no policy that learns in phases.
+            UserError: The model does no on-policy training.
         """
-        task = self.trainer.lightning_module if self.trainer is not None else None
-        if not isinstance(phase := getattr(task, "phase", None), RolloutPhase):
-            raise UserError(f"{type(task).__name__} learns nothing from prompts alone; --model PPO or GRPO does")
-        batch_size, replicas, accumulate = self.layout
-        place = self.shard["rank"], replicas, self._position(), accumulate
-        return RolloutSampler(self._shuffle, phase, self._seed, batch_size, *place)
+        phase = self.source_of_prompts.phase
+        if phase is None:
+            raise UserError("Prompts have no replies to train on; a policy generates them: --model PPO or GRPO")
+        return RolloutSampler(self._prompt_order, phase, self.order_seed, **self._sampler_arguments())
 
-    @property
-    def rank_rows(self) -> list[int]:
-        """Which rows of a phase this process writes: those that it sees first."""
-        order = self.order
-        return cast("list[int]", rank_rows(order.batch_size, order.rank, order.world_size, order.rows).tolist())
+    def find_text_reward(self, name: str | None) -> TextReward:
+        """The reward function of a name; by default the verifiable preference by which replies are checked.
 
-    def scoring(self, name: str | None) -> TextReward:
-        """What says how good a reply is; by default the checkable preference that replies are judged by.
-
-        If it is such a preference, replies are judged by it as well, unless another was asked for.
+        If the name is a verifiable preference, replies are also checked by it, unless ``checkable`` names another one.
 
         Raises:
-            UserError: There is none of that name, or nothing to be judged by.
+            UserError: There is no such reward function, or no default.
         """
-        self.rewarding = name if name in verifiable_rewards.VERIFIABLE_PREFERENCES else None
+        self.rewarding = name if name in VERIFIABLE_PREFERENCES else None
         if (name := name or self.checkable) is None:
             raise UserError("nothing says how good a reply is; name it: --model.reward, or --data.checkable")
         return load_text_reward(name)

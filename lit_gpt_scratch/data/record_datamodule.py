@@ -20,8 +20,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.checkpoint.init_from import load_initial_tokenizer
-from lit_gpt_scratch.data.base_datamodule import BaseDataModule, RowDataset, reject_null, require_positive_ints
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, default_tokenizer
 from lit_gpt_scratch.data.record_split import (
     RECORD_SPLITS,
@@ -32,6 +31,7 @@ from lit_gpt_scratch.data.record_split import (
     validate_shares,
 )
 from lit_gpt_scratch.data.resolve_tokenizer import resolve_tokenizer, train_or_load_tokenizer
+from lit_gpt_scratch.data.row_dataset import RowDataset
 from lit_gpt_scratch.data.tokenized_examples import (
     LENGTH_POLICIES,
     EncodedSequence,
@@ -156,7 +156,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         """Tokenize a record, without a length limit."""
 
     @abstractmethod
-    def build_dataset(self, examples: Sequence[TokenizedExample]) -> RowDataset:
+    def build_dataset(self, examples: Sequence[TokenizedExample]) -> RowDataset[Any]:
         """Build the dataset of one split."""
 
     @abstractmethod
@@ -205,8 +205,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the model to fine-tune, or the given one, or one trained on the training records."""
-        own = load_initial_tokenizer(self.init_from) if self.init_from is not None else None
-        found = resolve_tokenizer(own, self.init_from, self.tokenizer_spec)
+        found = resolve_tokenizer(self.load_initial_tokenizer(), self.init_from, self.tokenizer_spec)
         if found is not None:
             if self.requested_vocab_size is not None:
                 raise UserError("data.vocab_size applies only to a tokenizer that is trained here; leave it out")
@@ -270,4 +269,4 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
                 "more records, or lower --data.batch_size"
             )
         if stage == "fit":
-            self.accumulate()
+            self.set_gradient_accumulation()

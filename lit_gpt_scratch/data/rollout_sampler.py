@@ -1,32 +1,33 @@
-"""Which row comes when, where a policy first writes many rows and then learns from them in several passes."""
+"""The order of rollouts in on-policy training: a phase generates many, and then trains on them in several passes."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import Dataset
+from torch import Tensor
 
 from lit_gpt_scratch.batch_types import PromptIndexBatch, RolloutPhase
+from lit_gpt_scratch.data.row_dataset import RowDataset, RowIndices
 from lit_gpt_scratch.data.sampler import Permutations, ShuffledOrder, ShuffledSampler
 
 
 class RolloutSampler(ShuffledSampler):
-    """The training order of one rank: rows are numbered through the run, and a phase of them comes several times.
+    """The training order of one rank: rollouts are numbered through the run, and a phase of them comes several times.
 
-    The first pass of a phase takes its rows in their order, every later one in another. As in ``ShuffledSampler`` a
-    step sees the same rows however many ranks and micro-batches deal them out. An epoch is the whole phases that have
-    as many rows as there are prompts, at least one.
+    The first pass over a phase takes its rollouts in order, every later one in a different order. As in
+    ``ShuffledSampler`` a step consists of the same rollouts whatever the number of ranks and micro-batches. An epoch is
+    as many whole phases as there are prompts for, at least one.
 
     Args:
-        prompts: The order of the prompts; its length is an epoch's.
-        phase: How a phase is gone through.
-        seed: Of the later passes.
+        prompts: The order of the prompts; its length bounds an epoch's.
+        phase: Length of a phase.
+        seed: Of the order of the later passes.
         batch_size: As for ``ShuffledSampler``, as are the others.
-        rank: This process.
-        world_size: Number of data-parallel processes.
-        start: The epoch and the micro-batch in it at which to begin.
+        rank: The data-parallel rank of this process.
+        world_size: Number of data-parallel ranks.
+        start: Epoch, and micro-batch in it, at which to start.
         accumulate: Micro-batches per optimizer step.
+        limit: ``trainer.limit_train_batches``.
     """
 
     def __init__(
@@ -39,61 +40,47 @@ class RolloutSampler(ShuffledSampler):
         world_size: int = 1,
         start: tuple[int, int] = (0, 0),
         accumulate: int = 1,
+        limit: float = 1.0,
     ) -> None:
-        super().__init__(prompts, batch_size, rank, world_size, start, accumulate)
+        super().__init__(prompts, batch_size, rank, world_size, start, accumulate, limit)
         self.phase = phase
-        self.micro_batches_a_pass = phase.steps * accumulate
-        self.rows = self.micro_batches_a_pass * batch_size * world_size
-        """Of a phase, over all ranks."""
-        self.phases = max(1, len(prompts) // self.rows)
-        """In an epoch."""
-        self._later = Permutations(self.rows, (seed, 2))  # 0 and 1 are of windows and their stores
+        self.phase_rows = phase.steps * accumulate * batch_size * world_size
+        """Rollouts of a phase, over all ranks."""
+        self.phases = max(1, len(prompts) // self.phase_rows)
+        """Phases of an epoch."""
+        self._later_passes = Permutations(self.phase_rows, (seed, 2))  # keys 0 and 1 are ShuffledOrder's
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches in an epoch."""
-        return self.phases * self.phase.passes * self.micro_batches_a_pass
+        """Micro-batches of a whole epoch."""
+        return self.phases * self.phase.passes * self.phase.steps * self.accumulate
 
-    def __iter__(self) -> Iterator[int]:
-        epoch = self.epoch
-        first = self.start[1] if epoch == self.start[0] else 0
-        within = np.arange(self.batch_size)
-        for number in range(first, self.micro_batches):
-            passes, place = divmod(number, self.micro_batches_a_pass)
-            phase, nth = divmod(epoch * self.phases * self.phase.passes + passes, self.phase.passes)
-            rows = (place * self.world_size + self.rank) * self.batch_size + within  # (B,)
-            if nth:
-                rows = self._later.at(phase * self.phase.passes + nth, rows)
-            yield from (phase * self.rows + rows).tolist()
+    def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
+        """The rollouts at some positions of an epoch: (n,) int64 -> (n,) int64."""
+        passes, within = np.divmod(positions, self.phase_rows)  # passes over any phase since the epoch's start
+        passes += epoch * self.phases * self.phase.passes
+        phase, nth = np.divmod(passes, self.phase.passes)
+        within = np.where(nth > 0, self._later_passes.at(passes, within), within)
+        return phase * self.phase_rows + within
 
 
-def rank_rows(batch_size: int, rank: int, world_size: int, rows: int) -> NDArray[np.int64]:
-    """The rows of a phase that a rank sees in the first pass, in that order: (n,)."""
-    dealt = np.arange(rows).reshape(-1, world_size, batch_size)  # (micro-batches, ranks, B)
-    return dealt[:, rank].ravel()
-
-
-class PromptIndexDataset(Dataset[PromptIndexBatch]):
-    """Rows that are their numbers.
+class PromptIndexDataset(RowDataset[PromptIndexBatch]):
+    """Rows that consist of their index: the policy generates rollouts itself.
 
     Args:
-        n: How many; the number behind the last stands for a row of nothing.
+        n: Number of prompts; the index ``n`` stands for a padding row.
     """
 
     def __init__(self, n: int) -> None:
         self.n = n
 
-    @property
-    def sizes(self) -> list[int]:
-        """All in one part."""
-        return [self.n]
-
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, index: int) -> PromptIndexBatch:
-        return self.__getitems__([index])
+    def make_batch(self, rows: Sequence[int]) -> PromptIndexBatch:
+        """The batch of some rows."""
+        return PromptIndexBatch(indices=torch.tensor(rows))
 
-    def __getitems__(self, indices: Sequence[int]) -> PromptIndexBatch:
-        """A whole batch."""
-        return PromptIndexBatch(numbers=torch.tensor(indices))
+    def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
+        """``step_indices``: the policy counts the tokens of these rollouts itself."""
+        return {"step_indices": torch.from_numpy(rows)}

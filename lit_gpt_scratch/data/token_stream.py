@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
+
 Integers = NDArray[np.int64]
 
 
@@ -23,6 +25,9 @@ class TokenStream(Protocol):
 
     def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """``length`` tokens and their labels (``IGNORE_INDEX`` for none); the stream's last token may lack a label."""
+
+    def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
+        """Number of labels of each of several stretches, given their first tokens and lengths: (n,) -> (n,)."""
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """For each shard, the first token and the number of tokens of each of its documents."""
@@ -49,6 +54,7 @@ class RecordTokenStream:
         self._starts = np.cumsum(self._lengths) - self._lengths
         self._inputs = np.concatenate([np.zeros(0, np.int64), *inputs])
         self._labels = np.concatenate([np.zeros(0, np.int64), *labels])
+        self._labels_before = np.concatenate([[0], np.cumsum(self._labels != IGNORE_INDEX)])
 
     @property
     def n_tokens(self) -> int:
@@ -63,6 +69,11 @@ class RecordTokenStream:
     def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
         """``length`` input tokens and their labels."""
         return self._inputs[start : start + length], self._labels[start : start + length]
+
+    def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
+        """Number of labels of each of several stretches: (n,) -> (n,)."""
+        counts: Integers = self._labels_before[starts + lengths] - self._labels_before[starts]
+        return counts
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
         """First token and length of each record, all at once."""

@@ -1,4 +1,4 @@
-"""The LightningModules: what is learned, from which batches, by which optimizer."""
+"""LightningModules: one class per training stage."""
 
 from lit_gpt_scratch.tasks.classification import Classification
 from lit_gpt_scratch.tasks.dpo import DPO

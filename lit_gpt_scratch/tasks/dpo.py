@@ -1,4 +1,4 @@
-"""Direct preference optimisation: a policy that learns from preferences without a reward model."""
+"""Direct preference optimization (Rafailov et al. 2023): alignment with preferences without a reward model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,26 +18,28 @@ from lit_gpt_scratch.tasks.reference_model import ReferenceModel
 
 
 class DPO(PairwiseModule):
-    """A GPT that learns to prefer replies that people prefer, and not to leave its start for anything else.
+    """A GPT trained to prefer chosen replies, with a KL penalty towards the initial model.
 
-    Its reward of a reply is ``beta * log(policy / reference)``, the one for which it would be the best policy.
-    Validation and test measure these as they do those of a reward model; and ``reply_loss``, the nats a token of the
-    preferred replies, which tells whether the model still speaks as it did.
+    The implicit reward of a reply is ``beta * log(policy / reference)``, under which the policy would be optimal.
+    Validation and test compute the metrics of a reward model from it; and ``reply_loss``, nats per token of the chosen
+    replies, which tells whether the model's language degrades.
 
     Args:
         loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.preference``.
-        beta: How dear it is to leave the reference.
-        label_smoothing: The probability that a label is the wrong way round.
-        per_token: Compare means over the tokens of replies instead of sums, so that long replies do not count for more;
-            IPO's authors did.
-        reference_free: Do without a reference: what is held to is a policy that finds all replies equally likely.
-        kwargs: As for ``GPTModule``, without dropout: at the start policy and reference agree.
+        beta: Strength of the KL penalty.
+        label_smoothing: The probability that a label is flipped.
+        per_token: Compare means over the tokens of replies instead of sums, so that long replies don't count for more,
+            as IPO's authors did.
+        reference_free: Use no reference model; the penalty is then towards a policy that finds all replies equally
+            probable.
+        kwargs: As for ``GPTModule``, without dropout: policy and reference agree at the start.
 
     Raises:
-        UserError: There is no such loss, or a number is out of its range.
+        UserError: There is no such loss, or a number is out of range.
     """
 
     allows_dropout = False
+    metrics: MetricCollection
 
     def __init__(
         self,
@@ -61,8 +63,6 @@ class DPO(PairwiseModule):
         self.per_token = per_token
         self.reference_free = reference_free
 
-    metrics: MetricCollection
-
     @override
     def build_auxiliary_networks(self) -> Sequence[GPT]:
         if self.reference_free:
@@ -70,32 +70,31 @@ class DPO(PairwiseModule):
         self.reference = ReferenceModel(self.net, self.trains_only_adapters)
         return self.reference.networks
 
-    @override
-    def build_metrics(self) -> MetricCollection:
-        return MetricCollection([super().build_metrics(), ReplyLoss()])
-
     def logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """What the policy gives the replies of a batch: (2 B,) nats, and how many tokens each has, (2 B,) int64."""
+        """Log-probability of each reply, (2 B,) nats, and its number of tokens, (2 B,) int64."""
         return sequence_logprobs(self.net(batch["input_ids"]), batch["labels"])
 
     @override
     def compare(self, batch: PairBatch) -> PairComparison:
         return self._compare(batch, *self.logprobs(batch))
 
-    def _compare(self, batch: PairBatch, nats: Tensor, tokens: Tensor) -> PairComparison:
-        ratios = nats  # (2 B,), log(policy / reference)
+    def _compare(self, batch: PairBatch, logprobs: Tensor, tokens: Tensor) -> PairComparison:
+        log_ratios = logprobs  # (2 B,), log(policy / reference)
         if not self.reference_free:
-            ratios = nats - self.reference(batch["input_ids"], batch["labels"]).sum(-1)
+            log_ratios = logprobs - self.reference(batch["input_ids"], batch["labels"]).sum(-1)
         if self.per_token:
-            ratios = ratios / tokens.clamp(min=1)
-        chosen, rejected = split_pairs(ratios, batch["lengths"])
+            log_ratios = log_ratios / tokens.clamp(min=1)
+        chosen, rejected = split_pairs(log_ratios, batch["lengths"])
         losses = PREFERENCE_LOSSES[self.loss](chosen - rejected, self.beta, self.label_smoothing)
         return PairComparison(losses, self.beta * chosen.detach(), self.beta * rejected.detach())
 
     @override
+    def build_metrics(self) -> MetricCollection:
+        return MetricCollection([super().build_metrics(), ReplyLoss()])
+
+    @override
     def update_metrics(self, batch: PairBatch) -> None:
-        nats, tokens = self.logprobs(batch)
+        logprobs, tokens = self.logprobs(batch)
+        pairs = self._compare(batch, logprobs, tokens)
         chosen = slice(len(tokens) // 2)
-        losses, liked, others = self._compare(batch, nats, tokens)
-        given = {"losses": losses, "chosen": liked, "rejected": others}
-        self.metrics.update(**given, nats=-nats[chosen].sum(), tokens=tokens[chosen].sum())
+        self.metrics.update(**pairs._asdict(), nats=-logprobs[chosen].sum(), tokens=tokens[chosen].sum())

@@ -1,4 +1,4 @@
-"""Next-token prediction: pretraining, instruction tuning, and whatever else learns from labelled tokens."""
+"""Next-token prediction: pretraining and instruction tuning."""
 
 from collections.abc import Callable
 from functools import cache
@@ -16,59 +16,60 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class LanguageModel(GPTModule):
-    """A GPT that learns to predict the next token, wherever it has a label.
+    """A GPT trained by next-token prediction at every position that has a label.
 
-    Validation and test measure loss, perplexity and bits per byte of the labelled tokens. If compiling is asked for,
-    head and loss are compiled as well, which pays with a large vocabulary.
+    Validation and test compute loss, perplexity and bits per byte of the labelled tokens. With ``compile=True`` the
+    output head and the loss are compiled as well, which pays off for a large vocabulary.
     """
 
     metrics: LikelihoodMetric
     token_bytes: Tensor
+    """(vocab_size,) int64, UTF-8 bytes of each token."""
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
-        self.register_buffer("token_bytes", torch.tensor(self.data.token_bytes), persistent=False)
+        self.register_buffer("token_bytes", torch.tensor(self.data_info.token_bytes), persistent=False)
         return LikelihoodMetric()
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Logits of the next token: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
+        """Next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
         logits: Tensor = self.net(input_ids, document_ids)
         return logits
 
     @override
     def loss_and_count(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        given = batch["input_ids"], batch.get("document_ids")
-        if not self._reads_compiled:
-            return token_cross_entropy(self(*given), batch["labels"])
-        nats, tokens = _compiled(_nats)(self.net, self.net.hidden_states(*given), batch["labels"])
-        return nats, tokens
+        inputs, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
+        if not self._compiles_loss:
+            return token_cross_entropy(self(*inputs), labels)
+        loss, count = _compile(_head_and_loss)(self.net, self.net.hidden_states(*inputs), labels)
+        return loss, count
 
     @override
     def update_metrics(self, batch: Batch) -> Tensor:
-        given, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
-        if self._reads_compiled:
-            lost: Tensor = _compiled(_lost)(self.net, self.net.hidden_states(*given), labels)
+        inputs, labels = (batch["input_ids"], batch.get("document_ids")), batch["labels"]
+        if self._compiles_loss:
+            losses: Tensor = _compile(_head_and_token_losses)(self.net, self.net.hidden_states(*inputs), labels)
         else:
-            lost = -token_logprobs(self(*given), labels)
-        counted = labels != IGNORE_INDEX
-        self.metrics.update(lost.sum(), counted.sum(), self.token_bytes[labels[counted]].sum())
-        return lost
+            losses = -token_logprobs(self(*inputs), labels)  # (B, T)
+        mask = labels != IGNORE_INDEX
+        self.metrics.update(losses.sum(), mask.sum(), self.token_bytes[labels[mask]].sum())
+        return losses
 
     @property
-    def _reads_compiled(self) -> bool:
-        """Whether head and loss are one program, which saves writing the logits back and forth."""
+    def _compiles_loss(self) -> bool:
+        """Whether head and loss are compiled together, which saves writing the logits to memory and back."""
         return bool(self.device_mesh is None and self.compiled and self.compile_network is True)
 
 
-def _nats(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _head_and_loss(net: GPT, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return token_cross_entropy(net.apply_head(x), labels)
 
 
-def _lost(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
+def _head_and_token_losses(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
     return -token_logprobs(net.apply_head(x), labels)
 
 
 @cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Made when it is needed: the compiler takes seconds to import. No method, which a copy of a task would share."""
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile on first use: importing the compiler takes seconds. No method, which copies of a module would share."""
     return torch.compile(function)

@@ -1,4 +1,4 @@
-"""The policy that alignment begins with, and that what is trained is held to."""
+"""The frozen initial policy that alignment penalises divergence from."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,15 @@ from lit_gpt_scratch.model.lora import disable_lora
 
 
 class ReferenceModel(nn.Module):
-    """The start, as it stays: a frozen copy of it, or with adapters the same network while they are switched off.
+    """The initial policy: a frozen copy, or if only adapters are trained, the same network with them disabled.
 
-    A copy is a part of the task: it moves to the task's device and lies in its checkpoints, apart from the weights of
-    ``net``, so that a run that goes on needs nothing beside its checkpoint. It is never trained.
+    A copy is a submodule of the LightningModule: it moves to its device and is saved in its checkpoints, separately
+    from the weights of ``net``, so that a resumed run needs nothing except its checkpoint. It is never trained.
 
     Args:
-        policy: What is trained; as yet it is the start.
-        adapters: Whether nothing but adapters of it is trained. A head that is trained beside them is no such case: it
-            would move under the reference.
+        policy: The network to train, before training.
+        adapters: Whether only its adapters are trained. Not so if the output head is trained as well: the reference
+            would change with it.
     """
 
     frozen: GPT | None
@@ -29,21 +29,21 @@ class ReferenceModel(nn.Module):
     def __init__(self, policy: GPT, adapters: bool) -> None:
         super().__init__()
         self.frozen = None if adapters else copy.deepcopy(policy).requires_grad_(False)
-        self._policy = (policy,)  # no part of this module
+        self._policy = (policy,)  # in a tuple, so that it is no submodule
         self.train(False)
 
     def train(self, mode: bool = True) -> "ReferenceModel":
-        """It always evaluates: nothing is dropped."""
+        """Stay in evaluation mode: no dropout."""
         return super().train(False)
 
     @property
     def networks(self) -> Sequence[GPT]:
-        """Those of its own."""
+        """The networks that only the reference uses."""
         return () if self.frozen is None else (self.frozen,)
 
     @contextmanager
     def network(self) -> Iterator[GPT]:
-        """The network, in evaluation mode; meanwhile the policy is not to be used."""
+        """The network in evaluation mode; don't use the policy inside this context."""
         if self.frozen is not None:
             yield self.frozen
             return

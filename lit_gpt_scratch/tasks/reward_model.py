@@ -1,4 +1,4 @@
-"""A model of what people prefer: a number for each reply, larger the better they would like it."""
+"""Reward models: a scalar per conversation that is larger for replies that people prefer."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -18,10 +18,10 @@ from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split
 
 
 class Reward(PairwiseModule):
-    """A GPT that learns which of two replies is preferred, by Bradley and Terry's model.
+    """A GPT that learns which of two replies is preferred, by the Bradley-Terry model.
 
-    The reward of a conversation is read at its last token, the end of text behind the last reply. Only differences of
-    rewards to the same prompt are learned; where zero lies is left to chance. The head is not tied to the embedding,
+    The reward of a conversation is read at its last token, the end of text after the last reply. Only differences
+    between rewards for the same prompt are learned; their offset is arbitrary. The head is not tied to the embedding,
     whatever ``gpt`` says.
     """
 
@@ -36,19 +36,19 @@ class Reward(PairwiseModule):
         return replace(super().gpt, tied_embeddings=False)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Rewards: (B, T) int64 ids, filled up behind each conversation's (B,) tokens -> (B,) float32."""
+        """Rewards: (B, T) int64 ids, padded after each conversation's (B,) tokens -> (B,) float32."""
         return self.net.forward_pooled(input_ids, lengths)
-
-    @override
-    def build_metrics(self) -> PreferenceMetrics | MetricCollection:
-        if getattr(self.data, "too_long", None) == "cut":
-            raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
-        return super().build_metrics()
 
     @override
     def compare(self, batch: PairBatch) -> PairComparison:
         chosen, rejected = split_pairs(self(batch["input_ids"], batch["lengths"]), batch["lengths"])
         return PairComparison(bradley_terry_loss(chosen, rejected), chosen, rejected)
+
+    @override
+    def build_metrics(self) -> PreferenceMetrics | MetricCollection:
+        if self.data_info.truncates:
+            raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
+        return super().build_metrics()
 
     @override
     def checkpoint_metadata(self) -> CheckpointMetadata:

@@ -155,6 +155,11 @@ class ShardedTokenStream:
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]
 
+    def count_labels(self, starts: Int64Array, lengths: Int64Array) -> Int64Array:
+        """Number of labels of each of several stretches: every token has one but the stream's last, (n,) -> (n,)."""
+        counts: Int64Array = np.minimum(lengths, self.n_tokens - 1 - starts)
+        return counts
+
     def read(self, start: int, stop: int) -> TokenIds:
         """Return the tokens from ``start`` to ``stop``, or to the end; within a shard they are not copied."""
         stop = min(stop, self.n_tokens)

@@ -168,7 +168,7 @@ def test_planted_dead_units_and_the_logit_norm(trainer: Trainers, task: Tasks, p
     assert found["dynamics/dead_units/layer_1"] == 0
     assert found["dynamics/dead_units/layer_2"] == pytest.approx(5 / 20)
     assert found["dynamics/dead_units"] == pytest.approx(5 / 40)
-    ids = data.validation_dataset.__getitems__(range(min(MAX_INSPECTED_TOKENS // 32, len(data.validation_dataset))))[
+    ids = data.validation_dataset.make_batch(range(min(MAX_INSPECTED_TOKENS // 32, len(data.validation_dataset))))[
         "input_ids"
     ]
     with torch.no_grad():
@@ -210,7 +210,7 @@ def test_losses_by_position_and_frequency_are_parts_of_the_validation_loss(
     model = task()
     run = trainer(callbacks=[LossBreakdown(True)], logger=logger, max_steps=6, val_check_interval=6)
     run.fit(model, data)
-    batch = data.validation_dataset.__getitems__(range(len(data.validation_dataset)))
+    batch = data.validation_dataset.make_batch(range(len(data.validation_dataset)))
     labels, counted = batch["labels"], batch["labels"] != IGNORE_INDEX
     with torch.no_grad():
         chances = model.net(batch["input_ids"]).log_softmax(-1)

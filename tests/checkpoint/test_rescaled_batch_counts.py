@@ -1,7 +1,6 @@
 """A run resumed with another number of processes or micro-batches sees the same windows in the same order."""
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +64,7 @@ def test_sessions_with_any_layouts_see_the_windows_of_one_session(
                 )
                 for rank in range(layout.replicas)
             ]
-            batches = [
-                list(islice(rank, layout.batch_size)) for _ in range(layout.accumulate) for rank in ranks
-            ]  # by time, then by rank
+            batches = [next(rank).rows for _ in range(layout.accumulate) for rank in ranks]  # by time, then by rank
             seen.append([window for batch in batches for window in batch])
             current, total = current + layout.accumulate, total + layout.accumulate
             if current == ranks_micro_batches(shuffle, layout):
@@ -75,7 +72,7 @@ def test_sessions_with_any_layouts_see_the_windows_of_one_session(
         loop, before = progress(current, total), layout
 
     expected = [
-        shuffle.windows(step // steps_of_epoch, np.arange(rows_per_step) + step % steps_of_epoch * rows_per_step)
+        shuffle.rows(step // steps_of_epoch, np.arange(rows_per_step) + step % steps_of_epoch * rows_per_step)
         for step in range(sum(steps for _, steps in sessions))
     ]
     assert seen == [windows.tolist() for windows in expected]
@@ -103,7 +100,8 @@ def test_same_layout_changes_no_count() -> None:
 def test_epoch_shorter_than_a_step_is_one_short_step() -> None:
     order = ShuffledSampler(ShuffledOrder([11], seed=0), batch_size=2, rank=0, world_size=1, accumulate=8)
     assert order.micro_batches == 5
-    assert len(set(order)) == len(list(order)) == 10
+    rows = [row for micro_batch in order for row in micro_batch.rows]
+    assert len(set(rows)) == len(rows) == 10
 
 
 class WindowRecorder(L.Callback):

@@ -40,7 +40,7 @@ def test_windows_contain_every_record_unsplit_and_once(
     labels = [np.where(ids % 2 == 0, ids + 1, IGNORE_INDEX) for ids in arrays]
     stream = RecordTokenStream([f"row {n}" for n in range(len(records))], arrays, labels)
     windows = PackedDataset([InMemoryPlan(stream, block_size, policy)], block_size, 7, END, document_mask=True)
-    batch = windows.__getitems__(range(len(windows) + 1))
+    batch = windows.make_batch(range(len(windows) + 1))
     found = [document for row in range(len(windows)) for document in documents(batch, row)]
     expected = [(ids, known.tolist()) for ids, known in zip(records, labels, strict=True)]
     fill = batch["input_ids"][:-1].numel() - sum(map(len, records))
@@ -67,7 +67,7 @@ def test_windows_decode_to_records_and_labels_to_replies(tmp_path: Path, suffix:
     data.prepare_data()
     data.setup("fit")
     decode = data.tokenizer.decode
-    batch = data.train_dataset.__getitems__(range(len(data.train_dataset)))
+    batch = data.train_dataset.make_batch(range(len(data.train_dataset)))
     seen, message = [], []
     for row in range(len(data.train_dataset)):
         for ids, labels in documents(batch, row):
@@ -81,7 +81,6 @@ def test_windows_decode_to_records_and_labels_to_replies(tmp_path: Path, suffix:
         f"<|endoftext|><|user|>Name {n}.\n<|assistant|>It is {n}.<|endoftext|><|user|>Twice!\n<|assistant|>{n} {n}"
         for n in numbers
     )
-    assert data.uneven
     assert data.split_counts["train"].labels == int((batch["labels"] != IGNORE_INDEX).sum())
 
 

@@ -34,7 +34,7 @@ def test_padded_batches_match_brute_force(texts: list[list[int]], block_size: in
         [EncodedSequence(np.array(ids), np.array([len(ids) % 3])) for ids in texts], block_size, FILL
     )
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=12))
-    batch = rows.__getitems__(indices)
+    batch = rows.make_batch(indices)
     width = batch["input_ids"].shape[1]
     chosen = [texts[index] if index < len(texts) else [] for index in indices]
     assert batch["input_ids"].tolist() == [ids + [FILL] * (width - len(ids)) for ids in chosen]
@@ -129,4 +129,3 @@ def test_encode_matches_training(tmp_path: Path) -> None:
     assert data.encode(record.text)[0] == data.tokenizer.start_of_text
     assert data.tokenizer.decode(data.encode(record.text)[1:]) == record.text
     assert data.class_names[int(sequence.labels[0])] == record.label
-    assert not data.uneven

@@ -47,7 +47,7 @@ def test_windows_score_every_token_but_the_first_once(tmp_path: Path, sizes: tup
 def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
     for n in (9, 12, 17):
         windows = concatenated(stream(tmp_path / f"{n}", n), whole=True)
-        batch = windows.__getitems__([0, len(windows)])
+        batch = windows.make_batch([0, len(windows)])
         assert batch["labels"].shape == (2, 8)
         assert (batch["labels"][1] == IGNORE_INDEX).all()
 
@@ -56,7 +56,7 @@ def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
     texts = [stream(tmp_path / "a", 20), stream(tmp_path / "b", 33)]
     both = PackedDataset([ConcatenatedPlan(text, 8) for text in texts], 8, END + 1, END)
     assert len(both) == 2 + 4
-    found = both.__getitems__([1, 2, 5])["input_ids"]
+    found = both.make_batch([1, 2, 5])["input_ids"]
     assert found.tolist() == [list(range(8, 16)), list(range(8)), list(range(24, 32))]
 
 
@@ -72,9 +72,9 @@ def test_a_worker_opens_the_file_and_is_not_sent_the_corpus(tmp_path: Path) -> N
 def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
     """On a GPU it would end in an assertion that names nothing."""
     windows = PackedDataset([ConcatenatedPlan(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
-    windows.__getitems__([0, 1, 2, 3, 4])
+    windows.make_batch([0, 1, 2, 3, 4])
     with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
-        windows.__getitems__([0, 6])
+        windows.make_batch([0, 6])
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -86,8 +86,8 @@ def test_the_loaders_batches(packed_text: Callable[..., PackedText], num_workers
     assert len(train) == len(data.train_dataset) // 4
     assert all(batch["input_ids"].shape == batch["labels"].shape == (4, 32) for batch in train)
     assert all(batch["input_ids"].dtype == torch.int64 for batch in train)
-    order = list(ShuffledSampler(ShuffledOrder([len(data.train_dataset)], seed=0), 4))
-    expected = data.train_dataset.__getitems__(order[:4])
+    first = next(iter(ShuffledSampler(ShuffledOrder([len(data.train_dataset)], seed=0), 4)))
+    expected = data.train_dataset.make_batch(first.rows)
     assert torch.equal(train[0]["input_ids"], expected["input_ids"])
     scored = sum((batch["labels"] != IGNORE_INDEX).sum().item() for batch in data.val_dataloader())
     assert scored == data.store.validation.n_tokens - 1

@@ -27,7 +27,7 @@ IDS = st.lists(st.integers(0, 98), min_size=1, max_size=13)
 def test_padded_batches_match_brute_force(texts: list[tuple[list[int], list[int]]], data: st.DataObject) -> None:
     pairs = [tuple(EncodedSequence(np.array(ids), np.array(ids) + 1) for ids in pair) for pair in texts]
     indices = data.draw(st.lists(st.integers(0, len(texts)), min_size=1, max_size=8))
-    batch = PreferencePairDataset(pairs, 64, FILL).__getitems__(indices)
+    batch = PreferencePairDataset(pairs, 64, FILL).make_batch(indices)
     taken = [texts[index] if index < len(texts) else ([], []) for index in indices]
     rows = [pair[0] for pair in taken] + [pair[1] for pair in taken]
     width = batch["input_ids"].shape[1]

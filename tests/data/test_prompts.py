@@ -1,4 +1,4 @@
-"""Prompts: what a policy replies to, in which order, and what leaves no room for a reply."""
+"""Prompts: their encoding, order and reply checks, and settings that leave no tokens for a reply."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,24 +25,23 @@ def prompts(cache: Path) -> Callable[..., Prompts]:
     return build
 
 
-def test_a_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts]) -> None:
+def test_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts]) -> None:
     data = prompts()
     asked = {"\n".join(message["content"] for message in row.fields["prompt"]) for row in generated()}
     for side in ("train", "validation", "test"):
-        numbers = range(data.prompt_count(side))
-        ids, texts = data.asked(side, numbers)
+        ids, texts = data.lookup_prompts(side, range(data.info.prompts.counts[side]))
         assert ids == data.prompt_ids(side)
         assert set(texts) <= asked
         for row, text in zip(ids, texts, strict=True):
             said = data.tokenizer.decode(row)
             assert said.endswith("<|assistant|>")
             assert all(line in said for line in text.splitlines())
-    assert data.scoring(None).name == "full_stop"
-    assert data.scoring(None).function(["", ""], ["Yes.", "No"]) == [1.0, 0.0]
+    assert data.find_text_reward(None).name == "full_stop"
+    assert data.find_text_reward(None).function(["", ""], ["Yes.", "No"]) == [1.0, 0.0]
 
 
-def test_replies_are_judged_by_what_rewards_unless_something_else_is_asked_for() -> None:
-    """A preference that can be checked tells as much of the user's own prompts; a function or a model is no judge."""
+def test_replies_are_checked_by_the_reward_unless_another_check_is_named() -> None:
+    """A verifiable preference can check replies to the user's own prompts; a function or a model cannot."""
     cases: list[tuple[dict[str, Any], str | None, Any, Any]] = [
         ({}, None, full_stop, full_stop),
         ({}, "shorter", full_stop, shorter),
@@ -55,18 +54,18 @@ def test_replies_are_judged_by_what_rewards_unless_something_else_is_asked_for()
     for settings, reward, before, then in cases:
         data = Prompts(**settings)
         assert data.reply_check is before
-        assert data.scoring(reward).name == (reward or data.checkable)
+        assert data.find_text_reward(reward).name == (reward or data.checkable)
         assert data.reply_check is then
     data = Prompts()
-    data.scoring("shorter")
-    data.scoring("tests.custom_reward.letters")  # of another run
+    data.find_text_reward("shorter")
+    data.find_text_reward("tests.custom_reward.letters")  # of another run
     assert data.reply_check is full_stop
 
 
-def test_each_prompt_comes_once_before_any_comes_again(prompts: Callable[..., Prompts]) -> None:
+def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Prompts]) -> None:
     data = prompts(seed=3)
-    n = data.prompt_count("train")
-    drawn = data.drawn(range(3 * n))
+    n = data.info.prompts.counts["train"]
+    drawn = data.shuffled_prompts(range(3 * n))
     for first in range(0, 3 * n, n):
         assert sorted(drawn[first : first + n]) == list(range(n))
     assert drawn[:n] != drawn[n : 2 * n]
@@ -80,13 +79,15 @@ def test_each_prompt_comes_once_before_any_comes_again(prompts: Callable[..., Pr
         ({"reply_tokens": 96}, "leaves nothing of a data.block_size of 96"),
     ],
 )
-def test_what_leaves_no_room_is_refused(prompts: Callable[..., Prompts], changes: dict[str, Any], said: str) -> None:
+def test_settings_without_room_for_a_reply_are_rejected(
+    prompts: Callable[..., Prompts], changes: dict[str, Any], said: str
+) -> None:
     with pytest.raises(UserError, match=said):
         prompts(**changes)
 
 
-def test_prompts_alone_teach_a_language_model_nothing(
+def test_prompts_alone_cannot_train_a_language_model(
     prompts: Callable[..., Prompts], trainer: Callable[..., L.Trainer]
 ) -> None:
-    with pytest.raises(UserError, match="LanguageModel learns nothing from prompts alone; --model PPO or GRPO"):
+    with pytest.raises(UserError, match=r"Prompts have no replies to train on; a policy .*: --model PPO or GRPO"):
         trainer(limit_val_batches=0).fit(LanguageModel(compile=False), prompts())

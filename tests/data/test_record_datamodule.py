@@ -92,13 +92,13 @@ def test_ranks_divide_the_rows_of_one_process(
 def test_order_can_start_anywhere_and_datasets_pickle(ready: Callable[..., BaseDataModule], stage: type) -> None:
     data = ready(stage)
     batches = list(data.train_dataloader())
-    order = data.order
+    order = data.train_sampler
     order.start = (0, 2)
     later = list(data._loader(data.train_dataset, order))
     assert len(later) == len(batches) - 2
     assert all(same(a, b) for a, b in zip(batches[2:], later, strict=True))
     sent = pickle.loads(pickle.dumps(data.train_dataset))
-    assert same(sent.__getitems__([0, 1]), data.train_dataset.__getitems__([0, 1]))
+    assert same(sent.make_batch([0, 1]), data.train_dataset.make_batch([0, 1]))
 
 
 @pytest.mark.parametrize("stage", STAGES)

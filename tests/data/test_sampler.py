@@ -1,9 +1,10 @@
-"""The order is a bijection, looks like chance, knows no ranks, and is found at any place at once."""
+"""The order of rows: permutations, their statistics, independence of the number of ranks, random access."""
 
 import itertools
 import math
 import tracemalloc
 from collections import Counter
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -12,9 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data import sampler as module
-from lit_gpt_scratch.data.sampler import AT_ONCE, EvaluationSampler, Permutations, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.data.row_dataset import MicroBatch
+from lit_gpt_scratch.data.sampler import ROWS_AT_ONCE, EvaluationSampler, Permutations, ShuffledOrder, ShuffledSampler
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
+
+
+def flat(sampler: Iterable[MicroBatch]) -> list[int]:
+    return [row for micro_batch in sampler for row in micro_batch.rows]
 
 
 def everything(n: int, seed: int, number: int) -> NDArray[np.int64]:
@@ -24,7 +30,7 @@ def everything(n: int, seed: int, number: int) -> NDArray[np.int64]:
 @pytest.mark.parametrize(
     "lengths", [range(1, 1200), [2**k + d for k in range(10, 18) for d in (-1, 0, 1)], SLOW_LENGTHS]
 )
-def test_every_place_has_another_value(lengths: list[int]) -> None:
+def test_permutation_is_a_bijection(lengths: list[int]) -> None:
     for n in lengths:
         seen = np.zeros(n, dtype=bool)
         seen[everything(n, n % 7, n % 5)] = True
@@ -32,7 +38,7 @@ def test_every_place_has_another_value(lengths: list[int]) -> None:
 
 
 @pytest.mark.parametrize("n", [10**12, 2**40, 2**40 + 1, 2**62])
-def test_far_places_are_inside_and_differ(n: int) -> None:
+def test_permutation_of_a_huge_range_is_uniform_and_injective(n: int) -> None:
     rng = np.random.default_rng(0)
     places = np.unique(rng.integers(0, n, 100_000))
     values = Permutations(n, (3, 0)).at(1, places)
@@ -45,7 +51,7 @@ def test_far_places_are_inside_and_differ(n: int) -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_all_orders_of_a_few_come_up_equally_often(n: int) -> None:
+def test_all_orders_of_few_values_are_equally_probable(n: int) -> None:
     draws = 60 * math.factorial(n)
     counts = Counter(tuple(everything(n, seed, 0).tolist()) for seed in range(draws))
     assert len(counts) == math.factorial(n)
@@ -54,8 +60,8 @@ def test_all_orders_of_a_few_come_up_equally_often(n: int) -> None:
     assert abs(chi2 - freedom) < 4 * math.sqrt(2 * freedom)
 
 
-def test_seeds_epochs_and_neighbours_are_uncorrelated() -> None:
-    """Of 66 pairs of orders: rank correlation, and how many places agree, are as chance has them."""
+def test_orders_of_seeds_and_epochs_are_uncorrelated() -> None:
+    """Rank correlations and numbers of fixed points of 66 pairs of orders are those of random permutations."""
     n = 5000
     orders = [everything(n, seed, epoch) for seed in range(4) for epoch in range(3)]
     pairs = list(itertools.combinations(orders, 2))
@@ -77,14 +83,14 @@ def test_seeds_epochs_and_neighbours_are_uncorrelated() -> None:
     seed=st.integers(0, 5),
     epoch=st.integers(0, 5),
 )
-def test_the_global_order_does_not_depend_on_the_number_of_ranks(
+def test_global_order_is_independent_of_the_number_of_ranks(
     sizes: list[int], batch: int, world: int, seed: int, epoch: int
 ) -> None:
     def order(batch_size: int, rank: int, world_size: int) -> list[int]:
         sampler = ShuffledSampler(ShuffledOrder(sizes, seed), batch_size, rank, world_size)
         sampler.set_epoch(epoch)
-        indices = list(sampler)
-        assert len(indices) == len(sampler)
+        indices = flat(sampler)
+        assert len(indices) == len(sampler) * batch_size
         return indices
 
     alone = order(batch * world, 0, 1)
@@ -97,33 +103,33 @@ def test_the_global_order_does_not_depend_on_the_number_of_ranks(
     assert len(set(alone)) == len(alone) == n // (batch * world) * batch * world
     one_by_one = order(1, 0, 1)
     assert sorted(one_by_one) == list(range(n))
-    assert one_by_one[: len(alone)] == alone  # nor on how many make a batch
+    assert one_by_one[: len(alone)] == alone  # and independent of the batch size
 
 
-@pytest.mark.parametrize("n", [100, 3 * AT_ONCE + 7])
-def test_an_order_goes_on_from_any_step(n: int) -> None:
+@pytest.mark.parametrize("n", [100, 3 * ROWS_AT_ONCE + 7])
+def test_sampler_resumes_at_any_micro_batch(n: int) -> None:
     whole = ShuffledSampler(ShuffledOrder([n], seed=3), 10)
     whole.set_epoch(2)
-    everything = list(whole)
+    everything = flat(whole)
     for step in (0, 4, n // 20, n // 10 - 1, n // 10):
         later = ShuffledSampler(ShuffledOrder([n], seed=3), 10, start=(2, step))
-        assert list(later) == everything[10 * step :]
+        assert flat(later) == everything[10 * step :]
         later.set_epoch(3)
         whole.set_epoch(3)
-        assert list(later) == list(whole)
+        assert flat(later) == flat(whole)
 
 
-def test_seeking_and_going_on_need_no_memory_for_the_rest() -> None:
+def test_seeking_and_iterating_need_constant_memory() -> None:
     tracemalloc.start()
     order = iter(ShuffledSampler(ShuffledOrder([10**12], seed=0), 8, start=(0, 10**9)))
-    some = list(itertools.islice(order, 10_000))
+    some = flat(itertools.islice(order, 1250))
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert len(set(some)) == 10_000
     assert most < 2_000_000
 
 
-def test_numbers_may_differ_by_place() -> None:
+def test_permutation_numbers_can_differ_by_position() -> None:
     permutations, places = Permutations(1000, (1, 2)), np.arange(1000)
     numbers = places % 7
     found = permutations.at(numbers, places)
@@ -131,11 +137,11 @@ def test_numbers_may_differ_by_place() -> None:
         assert (found[numbers == number] == permutations.at(number, places)[numbers == number]).all()
 
 
-def test_a_mixture_has_its_shares_all_along() -> None:
-    """3 to 1 of stores of 10,000 and 90,000 windows: the small one is gone through 7 times and a half an epoch."""
+def test_mixture_keeps_its_proportions_throughout() -> None:
+    """3 to 1 from stores of 10,000 and 90,000 rows: the small one is passed through 7.5 times per epoch."""
     shuffle = ShuffledOrder([10_000, 90_000], seed=1, weights=[3, 1])
     for epoch in range(2):
-        small = shuffle.windows(epoch, np.arange(100_000)) < 10_000
+        small = shuffle.rows(epoch, np.arange(100_000)) < 10_000
         for begin in range(0, 90_000, 10_000):
             assert abs(small[begin : begin + 10_000].mean() - 0.75) < 0.03
 
@@ -145,18 +151,18 @@ def test_a_mixture_has_its_shares_all_along() -> None:
     weights=st.lists(st.floats(0, 10), min_size=4, max_size=4),
     block=st.integers(1, 50),
 )
-def test_no_window_of_a_store_comes_again_before_all_have_come(
+def test_no_row_repeats_before_all_rows_of_its_store_have_come(
     sizes: list[int], weights: list[float], block: int
 ) -> None:
-    """In the order of time, and not of epochs: at the end of every block the counts differ by at most one."""
+    """Across epochs: at the end of every block the counts of rows differ by at most one."""
     weights = [*weights[: len(sizes) - 1], 1.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "BLOCK", block)
+        patch.setattr(module, "MIXTURE_BLOCK", block)
         shuffle = ShuffledOrder(sizes, 5, weights)
     exact = [weight / sum(weights) * shuffle.block for weight in weights]
     assert sum(shuffle.quotas) == shuffle.block
     assert all(abs(quota - share) < 1 for quota, share in zip(shuffle.quotas, exact, strict=True))
-    drawn = np.concatenate([shuffle.windows(epoch, np.arange(sum(sizes))) for epoch in range(3)])
+    drawn = np.concatenate([shuffle.rows(epoch, np.arange(sum(sizes))) for epoch in range(3)])
     for end in range(shuffle.block, len(drawn) + 1, shuffle.block):
         first = 0
         for size, quota in zip(sizes, shuffle.quotas, strict=True):
@@ -167,19 +173,45 @@ def test_no_window_of_a_store_comes_again_before_all_have_come(
             first += size
 
 
-def test_a_small_store_with_a_large_weight_costs_no_more() -> None:
-    """Its passes are looked up together: as many calls of numpy for a thousand of them as for one."""
+def test_small_store_with_a_large_weight_is_as_cheap() -> None:
+    """All its passes are computed together: as many numpy calls for a thousand of them as for one."""
     shuffle = ShuffledOrder([100, 10**9], seed=0, weights=[1.0, 1.0])
-    windows = shuffle.windows(5, np.arange(1024))
-    counts = np.bincount(windows[windows < 100], minlength=100)
+    rows = shuffle.rows(5, np.arange(1024))
+    counts = np.bincount(rows[rows < 100], minlength=100)
     assert 300 < counts.sum() < 700
     assert counts.min() > 0
 
 
 @given(n=st.integers(1, 60), batch=st.integers(1, 7), world=st.integers(1, 4))
-def test_validation_sees_every_window_once(n: int, batch: int, world: int) -> None:
-    ranks = [list(EvaluationSampler(n, batch, rank, world)) for rank in range(world)]
+def test_evaluation_sampler_yields_every_row_once(n: int, batch: int, world: int) -> None:
+    ranks = [flat(EvaluationSampler(n, batch, rank, world)) for rank in range(world)]
     assert len({len(rank) for rank in ranks}) == 1
     assert len(ranks[0]) % batch == 0
     assert sorted(index for rank in ranks for index in rank if index < n) == list(range(n))
     assert all(index == n for rank in ranks for index in rank if index >= n)
+
+
+@given(
+    n=st.integers(1, 60),
+    batch=st.integers(1, 4),
+    world=st.integers(1, 3),
+    accumulate=st.integers(1, 4),
+    limit=st.one_of(st.integers(1, 30), st.floats(0.1, 1.0)),
+)
+def test_step_rows_are_those_of_all_micro_batches_and_ranks(
+    n: int, batch: int, world: int, accumulate: int, limit: float
+) -> None:
+    """Also in an epoch's last step, which ``trainer.limit_train_batches`` can shorten."""
+    ranks = [
+        list(ShuffledSampler(ShuffledOrder([n], 1), batch, rank, world, (0, 0), accumulate, limit))
+        for rank in range(world)
+    ]
+    total = len(ShuffledSampler(ShuffledOrder([n], 1), batch, 0, world, (0, 0), accumulate))
+    end = min(total, limit) if isinstance(limit, int) else int(total * limit)
+    for begin in range(0, end, accumulate):
+        step = range(begin, min(begin + accumulate, end))  # the micro-batches before Lightning's optimizer step
+        rows = [row for number in step for rank in ranks for row in rank[number].rows]
+        for number in step:
+            for rank in ranks:
+                assert rank[number].step_rows is not None
+                assert rank[number].step_rows.tolist() == rows

@@ -78,24 +78,24 @@ def nan_batch(patch: pytest.MonkeyPatch) -> None:
 
 
 def slow_loader(patch: pytest.MonkeyPatch) -> None:
-    getitems = PackedDataset.__getitems__
+    getitems = PackedDataset.make_batch
 
     def slow(self: PackedDataset, indices: Any) -> Any:
         time.sleep(0.3)
         return getitems(self, indices)
 
-    patch.setattr(PackedDataset, "__getitems__", slow)
+    patch.setattr(PackedDataset, "make_batch", slow)
 
 
 def shifted(by: int) -> Patch:
-    getitems = PackedDataset.__getitems__
+    getitems = PackedDataset.make_batch
 
     def faulty(self: PackedDataset, indices: Any) -> Any:
         batch = getitems(self, indices)
         batch["labels"] = batch["input_ids"] if by == 0 else batch["labels"].roll(-1, 1)
         return batch
 
-    return lambda patch: patch.setattr(PackedDataset, "__getitems__", faulty)
+    return lambda patch: patch.setattr(PackedDataset, "make_batch", faulty)
 
 
 def dead_relus(patch: pytest.MonkeyPatch) -> None:

@@ -237,7 +237,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
     task, path = tuned(
         Classification(init_from=str(base), class_weights=weights, compile=False), LabelledText, steps=300
     )
-    data: Any = task.data
+    data: Any = task.trainer.datamodule
     logits, labels = [], []
     with torch.no_grad():
         for batch in data.test_dataloader():
@@ -340,13 +340,13 @@ def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
     file = tmp_path / "adapter.safetensors"
     save_adapter(path, file)
     merged = apply_adapter(build_model(load_checkpoint(base), base), file)
-    batch = next(iter(task.data.test_dataloader()))
+    batch = next(iter(task.trainer.datamodule.test_dataloader()))
     with torch.no_grad():
         expected = task.eval()(batch["input_ids"], batch["lengths"])
         stream = POOLINGS["last"](merged.net.hidden_states(batch["input_ids"]), batch["lengths"])
     assert expected.abs().max() > 0.01
     torch.testing.assert_close(merged.net.apply_head(stream).squeeze(1), expected, rtol=0, atol=1e-4)
-    assert merged.metadata.classes == task.data.class_names
+    assert merged.metadata.classes == task.trainer.datamodule.class_names
 
 
 def test_a_new_head_goes_on_being_trained(
@@ -376,7 +376,7 @@ def test_a_part_beside_random_weights_is_warned_of(
     trainer: Build, packed_text: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(max_steps=1, limit_val_batches=0).fit(LanguageModel(SHAPE, compile=False, **how), packed_text())
-    assert ("stays as it was drawn; name a trained model" in caplog.text) == bool(how)
+    assert ("frozen weights stay random; name a pretrained model" in caplog.text) == bool(how)
 
 
 @pytest.mark.parametrize("tied", [False, True])

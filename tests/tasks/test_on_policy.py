@@ -14,13 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORE_INDEX
+from lit_gpt_scratch.batch_types import IGNORE_INDEX, BatchLayout
 from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.summary import RunSummary
 from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.data import Conversations, Preferences, Prompts
-from lit_gpt_scratch.data.rollout_sampler import rank_rows
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.generation.decode_loop import generate
 from lit_gpt_scratch.generation.sampling import Sampling
@@ -30,8 +29,8 @@ from lit_gpt_scratch.model.lora import LoRA
 from lit_gpt_scratch.optim import AdamW
 from lit_gpt_scratch.optim.gradient_clipping import gradients_of, total_grad_norm
 from lit_gpt_scratch.tasks import GRPO, PPO, Reward
-from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS, OnPolicyModule
-from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, merge_ranks, reply_seeds
+from lit_gpt_scratch.tasks.rl.on_policy import ROLLOUTS_KEY, OnPolicyModule
+from lit_gpt_scratch.tasks.rl.rollouts import Rollouts, merge_ranks, rank_rows, reply_seeds
 from lit_gpt_scratch.text.verifiable_rewards import no_digit
 
 Build = Callable[..., L.Trainer]
@@ -82,8 +81,8 @@ class Seen(L.Callback):
         with torch.no_grad():
             self.logprobs.append(pl_module(batch["input_ids"], batch["labels"])[0])
             self.reference_logprobs.append(pl_module.reference_logprobs(batch["input_ids"], batch["labels"]))
-        if not self.rollouts or self.rollouts[-1] is not pl_module._rollouts:
-            self.rollouts.append(pl_module._rollouts)
+        if not self.rollouts or self.rollouts[-1] is not pl_module.rollouts:
+            self.rollouts.append(pl_module.rollouts)
             self.weights.append({name: each.clone() for name, each in pl_module.net.state_dict().items()})
 
 
@@ -113,8 +112,8 @@ def test_before_an_update_the_ratio_is_exactly_one_and_the_kl_exactly_zero(
             assert torch.equal(batch["logprobs"], now) == (number % 4 == 0)
             if number < 4:
                 assert torch.equal(batch["logprobs"], batch["reference"])
-    assert seen.rollouts[0].figures["kl"] == 0.0
-    assert seen.rollouts[1].figures["kl"] != 0.0
+    assert seen.rollouts[0].means["kl"] == 0.0
+    assert seen.rollouts[1].means["kl"] != 0.0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -124,12 +123,12 @@ def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[...
     assert len(seen.rollouts) == 2
     for rollouts, weights in zip(seen.rollouts, seen.weights, strict=True):
         task.net.load_state_dict(weights)
-        rows, end = rollouts.rows, task.data.tokenizer.end_of_text
+        rows, end = rollouts.rows, task.data_info.end_of_text
         n = len(rows["labels"])
         for row in range(n):
             number = rollouts.phase * n + row
-            [place] = task.prompted.drawn([number // 4])
-            [prompt], [asked] = task.prompted.asked("train", [place])
+            [place] = task.prompts.shuffled([number // 4])
+            [prompt], [asked] = task.prompts.lookup("train", [place])
             logprobs: list[list[float]] = [[]]
             sampling = Sampling(temperature=temperature, top_k=None)
             [seed] = reply_seeds(0, 0, numbers=[number])
@@ -143,10 +142,10 @@ def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[...
             assert rows["input_ids"][row, : len(prompt)].tolist() == prompt
             assert within.nonzero()[0].item() == len(prompt) - 1
             torch.testing.assert_close(rows["logprobs"][row][within], torch.tensor(logprobs[0]), rtol=0, atol=1e-5)
-            said = task.data.tokenizer.decode(written)
+            said = task.prompts.decode(written)
             assert rows["scores"][row] == sum(ord(character) % 2 == 0 for character in said)
             assert rows["ended"][row] == ended
-            assert asked.splitlines()[-1] in task.data.tokenizer.decode(prompt)
+            assert asked.splitlines()[-1] in task.prompts.decode(prompt)
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
@@ -164,7 +163,7 @@ def test_a_step_is_the_same_however_it_is_dealt_out(run: Callable[..., Any], nam
 
 def test_rows_of_ranks_are_put_in_the_order_of_the_phase() -> None:
     """Two ranks with three micro-batches of two rows, numbered as they are dealt out."""
-    ranks = torch.stack([torch.from_numpy(rank_rows(2, rank, 2, 12)) for rank in range(2)])
+    ranks = torch.tensor([rank_rows(BatchLayout(2, 2, 3), rank, 12) for rank in range(2)])
     assert merge_ranks(ranks[0], ranks, 2).tolist() == list(range(12))
     assert merge_ranks(ranks[0][:, None], ranks[..., None], 2).squeeze(1).tolist() == list(range(12))
 
@@ -231,7 +230,7 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
     }
     task = policy(name, **settings, steps_per_phase=1, passes=2)
     trainer(max_steps=40, limit_val_batches=0, callbacks=[seen]).fit(task, data(batch_size=32, reply_tokens=2))
-    rewards = [rollouts.figures["reward"] for rollouts in seen.rollouts]
+    rewards = [rollouts.means["reward"] for rollouts in seen.rollouts]
     assert sum(rewards[:2]) / 2 < 0.6
     assert sum(rewards[-2:]) / 2 > 0.85
     first = seen.batches[0]
@@ -252,12 +251,12 @@ def test_a_second_run_of_a_task_learns_from_replies_of_its_own(
     trainer(max_steps=2, limit_val_batches=0, callbacks=[again]).fit(task, other)
     assert torch.equal(again.logprobs[0], again.batches[0]["logprobs"])
     assert again.rollouts[0].coefficient == task.kl_coefficient
-    [prompt], _ = other.asked("train", other.drawn([0]))
+    [prompt], _ = other.lookup_prompts("train", other.shuffled_prompts([0]))
     assert again.batches[0]["input_ids"][0, : len(prompt)].tolist() == prompt
     going_on = trainer(max_steps=4, limit_val_batches=0, callbacks=[resumed])
     going_on.fit(task, data(), ckpt_path=str(tmp_path / "first.ckpt"))
     assert not torch.equal(resumed.logprobs[0], resumed.batches[0]["logprobs"])
-    kept = torch.load(tmp_path / "first.ckpt", weights_only=True)[ROLLOUTS]["rows"]
+    kept = torch.load(tmp_path / "first.ckpt", weights_only=True)[ROLLOUTS_KEY]["rows"]
     assert kept.keys() == resumed.rollouts[0].rows.keys()
     assert all(torch.equal(rows, kept[name]) for name, rows in resumed.rollouts[0].rows.items())
 
@@ -317,10 +316,10 @@ def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Pro
     made = trainer(max_steps=3, limit_val_batches=0)
     made.fit(task, prompts)
     made.test(task, prompts, verbose=False)
-    n = prompts.prompt_count("test")
+    n = task.prompts.counts["test"]
     assert n % 4
     task.eval()
-    rows = task.writer.replies("test", range(n), reply_seeds(0, 1, numbers=range(n)))
+    rows = task.generator.generate("test", range(n), reply_seeds(0, 1, numbers=range(n)))
     within = rows["labels"] != IGNORE_INDEX
     with torch.no_grad():
         logprobs, logits, _ = task(rows["input_ids"], rows["labels"])
@@ -337,7 +336,7 @@ def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Pro
 def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process writes by itself, as many tokens as it happens to need."""
     monkeypatch.setattr(PPO, "device_mesh", object())
-    with pytest.raises(UserError, match=r"PPO writes on each process by itself; --trainer\.strategy ddp"):
+    with pytest.raises(UserError, match=r"PPO supports DDP only: use --trainer\.strategy ddp"):
         policy("PPO").build_auxiliary_networks()
 
 
@@ -376,8 +375,8 @@ def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str,
         ("GRPO", {"unended_score": math.nan}, "model.unended_score is nan; it must be finite"),
         ("PPO", {"unended_score": -math.inf}, "model.unended_score is -inf"),
         ("GRPO", {"kl_target": 3.0, "kl_coefficient": 0.0}, r"model.kl_target is 3.0, but model.kl_coefficient is 0"),
-        ("GRPO", {"gpt": replace(SHAPE, dropout=0.1)}, "model.gpt.dropout is 0.1, but GRPO .* drops nothing"),
-        ("PPO", {"lora": LoRA(2, dropout=0.2)}, "model.lora.dropout is 0.2, but PPO .* drops nothing"),
+        ("GRPO", {"gpt": replace(SHAPE, dropout=0.1)}, "model.gpt.dropout is 0.1, but GRPO .* allows no dropout"),
+        ("PPO", {"lora": LoRA(2, dropout=0.2)}, "model.lora.dropout is 0.2, but PPO .* allows no dropout"),
         ("PPO", {"gamma": 1.5}, "model.gamma is 1.5; it must be between 0 and 1"),
         ("PPO", {"value_clip": 0.0}, "model.value_clip is 0.0"),
         ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
@@ -449,13 +448,13 @@ def test_a_reward_model_is_asked_as_it_was_trained(
     assert 0 < ended.sum() < len(ended)
     expected = torch.where(ended, said, said.min() if unended is None else unended)
     torch.testing.assert_close(rows["scores"], expected, rtol=0, atol=1e-5)
-    assert seen.rollouts[0].figures["reward"] == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert seen.rollouts[0].means["reward"] == pytest.approx(expected.mean().item(), abs=1e-5)
 
     made, prompts = task.trainer, task.trainer.datamodule
     made.test(task, prompts, verbose=False)
-    n = prompts.prompt_count("test")
+    n = task.prompts.counts["test"]
     task.eval()
-    rows = task.writer.replies("test", range(n), reply_seeds(0, 1, numbers=range(n)))
+    rows = task.generator.generate("test", range(n), reply_seeds(0, 1, numbers=range(n)))
     said, ended = asked_alone(model, rows), rows["ended"] > 0
     mean = torch.where(ended, said, said.min() if unended is None else unended).mean()
     torch.testing.assert_close(made.callback_metrics["test/reward"], mean, rtol=0, atol=1e-5)

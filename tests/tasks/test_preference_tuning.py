@@ -78,7 +78,9 @@ def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
     moved(task)
     task.eval()
     reference, _ = load_model(start)
-    batch: PairBatch = task.data.train_dataset.__getitems__([0, 1, 2, 10**9])  # the last is a pair of no text
+    batch: PairBatch = task.trainer.datamodule.train_dataset.make_batch(
+        [0, 1, 2, 10**9]
+    )  # the last is a pair of no text
     ratios = []
     for row, n in enumerate(batch["lengths"].tolist()):
         ids, labels = batch["input_ids"][row, :n], batch["labels"][row, :n]
@@ -178,15 +180,15 @@ def test_a_reward_is_read_at_the_end_and_learned(
     """Whatever a conversation is filled up with; and it can be asked of a checkpoint."""
     task, path = align(Reward(init_from=str(start), optimizer=AdamW(3e-3), compile=False), steps=60)
     task.eval()
-    batch: PairBatch = task.data.test_dataset.__getitems__([0, 1, 2])
+    batch: PairBatch = task.trainer.datamodule.test_dataset.make_batch([0, 1, 2])
     with torch.no_grad():
         together = task(batch["input_ids"], batch["lengths"])
         alone = [task.net(batch["input_ids"][row : row + 1, :n])[0, -1] for row, n in enumerate(batch["lengths"])]
     torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
-    task.trainer.test(task, task.data, verbose=False)
+    task.trainer.test(task, task.trainer.datamodule, verbose=False)
     assert task.trainer.callback_metrics["test/accuracy"] >= 0.95
     assert task.trainer.callback_metrics["test/margin"] > 1
-    tokenizer = task.data.tokenizer_json
+    tokenizer = task.trainer.datamodule.tokenizer_json
     asked = load_reward_model(str(path), tokenizer).forward_pooled(batch["input_ids"], batch["lengths"])
     torch.testing.assert_close(asked, together)
     assert build_model(load_checkpoint(path), path).metadata.rewards
@@ -218,12 +220,12 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
     watching = RewardEval(prompts=8)
     task, _ = align(DPO(init_from=str(start), compile=False), callbacks=[watching])
     assert watching.start == 0.5
-    assert asked == [(task.data.prompt_ids("test")[:8], 8, False)]
-    task.trainer.validate(task, task.data, verbose=False)
-    task.trainer.test(task, task.data, verbose=False)
+    assert asked == [(task.trainer.datamodule.prompt_ids("test")[:8], 8, False)]
+    task.trainer.validate(task, task.trainer.datamodule, verbose=False)
+    task.trainer.test(task, task.trainer.datamodule, verbose=False)
     measured = task.trainer.callback_metrics
     assert (measured["test/true_reward"], measured["test/reply_tokens"]) == (0.5, 4.25)
-    assert asked[1][0] == task.data.prompt_ids("validation")[:8]
+    assert asked[1][0] == task.trainer.datamodule.prompt_ids("validation")[:8]
     again = RewardEval(prompts=8)
     again.load_state_dict(watching.state_dict())
     n = len(asked)
@@ -240,7 +242,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
-        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* drops nothing: leave it out"),
+        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* allows no dropout: leave it out"),
     ],
 )
 def test_impossible_settings_are_refused(how: dict[str, Any], said: str) -> None:

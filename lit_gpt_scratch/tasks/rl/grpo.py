@@ -13,15 +13,15 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class GRPO(OnPolicyModule):
-    """A policy that compares several replies to a prompt with each other, and so needs no critic.
+    """A policy that compares several replies to the same prompt, and so needs no critic.
 
-    Every token of a reply has the same advantage. The KL from the start is a part of the loss: the coefficient times
-    the mean over a reply's tokens of ``k3``, beside advantages that have no unit. It is no price in reward, and a long
-    reply may go as far from the start with each of its tokens as a short one.
+    Every token of a reply has the same advantage. The KL from the initial policy is a term of the loss: the coefficient
+    times the mean over a reply's tokens of the ``k3`` estimator, next to advantages that have no unit. So it isn't
+    priced in reward, and each token of a long reply may diverge as far as a token of a short one.
 
     Args:
-        group: Replies to a prompt.
-        scale: Divide how far a reply is from its group's mean by the group's standard deviation.
+        group: Replies per prompt.
+        scale: Divide a reply's difference from its group's mean by the group's standard deviation.
         kwargs: As for ``OnPolicyModule``.
     """
 
@@ -32,20 +32,25 @@ class GRPO(OnPolicyModule):
         self.scale = scale
 
     @override
-    def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
+    def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
         return {"advantages": grpo_advantages(rollouts.rows["scores"], self.group, self.scale)}
 
     @override
+    def count_labels(self, labels: Tensor) -> Tensor:
+        """The number of replies, as the loss is a mean over replies: (N, T) -> scalar."""
+        return (labels != IGNORE_INDEX).any(1).sum()
+
+    @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean over replies of the mean over their tokens (equation 3)."""
+        """The mean over replies of the mean over their tokens (equation 3), as a sum over replies and their number."""
         labels = batch["labels"]
-        within = labels != IGNORE_INDEX
+        mask = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)
-        policy, held = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], self.clip)
-        self.note(labels, logits, clip_share=held[within].sum())
-        assert self._rollouts is not None
-        lost = policy + self._rollouts.coefficient * kl_k3(logprobs, batch["reference"])
+        policy_loss, clipped = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"][:, None], self.clip)
+        self.accumulate_logs(labels, logits, clip_share=clipped[mask].sum())
+        assert self.rollouts is not None
+        loss = policy_loss + self.rollouts.coefficient * kl_k3(logprobs, batch["reference"])  # (B, T)
         if self.entropy_coefficient:
-            lost = lost - self.entropy_coefficient * token_entropy(logits)
-        each = torch.where(within, lost, 0.0).sum(1) / within.sum(1).clamp(min=1)
-        return each.sum(), within.any(1).sum()
+            loss = loss - self.entropy_coefficient * token_entropy(logits)
+        reply_losses = torch.where(mask, loss, 0.0).sum(1) / mask.sum(1).clamp(min=1)  # (B,)
+        return reply_losses.sum(), self.count_labels(labels)

@@ -1,4 +1,4 @@
-"""Proximal policy optimization of a language model (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2203.02155)."""
+"""Proximal policy optimization of language models (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2203.02155)."""
 
 from typing import Any
 
@@ -23,18 +23,18 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class PPO(OnPolicyModule):
-    """A policy with a critic: a second head on the same stream learns what is still to come.
+    """A policy with a critic: a second head on the same hidden states predicts the return that is still to come.
 
-    Each token is paid its KL from the start (``k1``), negated and times the coefficient, and the last of a reply its
-    reward as well: so a nat of KL of a whole reply costs as much reward as the coefficient says. Generalised advantage
-    estimation shares that out among the tokens.
+    Each token is rewarded with its negated KL from the initial policy (``k1``) times the coefficient, and a reply's
+    last token also with the reply's reward: so one nat of KL of a whole reply costs as much reward as the coefficient
+    says. Generalised advantage estimation distributes that over the tokens.
 
     Args:
-        gamma: Of what is to come, what counts now.
-        gae_lambda: 0 trusts the values, 1 what really came.
-        value_clip: The most that a value moves at a gain; null for no limit.
-        value_coefficient: What the loss of the values counts beside that of the policy.
-        whitening: Give the advantages of a phase mean 0 and variance 1.
+        gamma: Discount factor.
+        gae_lambda: 0 relies on the critic's values, 1 on the observed rewards.
+        value_clip: Clipping range of the change of a value; null for no limit.
+        value_coefficient: Weight of the critic's loss.
+        whitening: Normalise the advantages of a phase to mean 0 and variance 1.
         kwargs: As for ``OnPolicyModule``.
     """
 
@@ -64,7 +64,7 @@ class PPO(OnPolicyModule):
         if not hasattr(self, "net"):
             super().configure_model()
             self.value_head = nn.Linear(self.gpt.n_embd, 1, bias=False)
-            nn.init.zeros_(self.value_head.weight)  # nothing is expected as yet
+            nn.init.zeros_(self.value_head.weight)  # initially no return is expected
 
     @property
     @override
@@ -72,29 +72,29 @@ class PPO(OnPolicyModule):
         return nn.ModuleDict({"net": self.net, "value_head": self.value_head})
 
     @override
-    def values(self, stream: Tensor) -> dict[str, Tensor]:
-        raw = self.value_head(stream.to(self.value_head.weight.dtype))
+    def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
+        raw = self.value_head(hidden.to(self.value_head.weight.dtype))
         return {"values": ScalarHead().finalize(raw.float(), self.gpt, self.net.vocab_size)}
 
     @override
-    def advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        rows, within = rollouts.rows, rollouts.rows["labels"] != IGNORE_INDEX
+    def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
+        rows, mask = rollouts.rows, rollouts.rows["labels"] != IGNORE_INDEX
         kl = kl_k1(rows["logprobs"], rows["reference"])
-        rewards = kl_penalised_rewards(rows["scores"], kl, within, rollouts.coefficient)
-        advantages, returns = gae(rewards, rows["values"], within, self.gamma, self.gae_lambda)
-        return {"advantages": whiten(advantages, within) if self.whitening else advantages, "returns": returns}
+        rewards = kl_penalised_rewards(rows["scores"], kl, mask, rollouts.coefficient)
+        advantages, returns = gae(rewards, rows["values"], mask, self.gamma, self.gae_lambda)
+        return {"advantages": whiten(advantages, mask) if self.whitening else advantages, "returns": returns}
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean over tokens of policy's, values' and entropy's part."""
+        """The mean over tokens of policy loss, value loss and entropy bonus, as a sum and the number of tokens."""
         labels = batch["labels"]
-        within = labels != IGNORE_INDEX
-        logprobs, logits, stream = self(batch["input_ids"], labels)
-        policy, held = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
-        values = self.values(stream)["values"]
-        value = ppo_value_loss(values, batch["values"], batch["returns"], self.value_clip)
-        self.note(labels, logits, clip_share=held[within].sum(), value_loss=value[within].sum())
-        lost = policy + self.value_coefficient * value
+        mask = labels != IGNORE_INDEX
+        logprobs, logits, hidden = self(batch["input_ids"], labels)
+        policy_loss, clipped = ppo_policy_loss(logprobs, batch["logprobs"], batch["advantages"], self.clip)
+        values = self.compute_values(hidden)["values"]
+        value_loss = ppo_value_loss(values, batch["values"], batch["returns"], self.value_clip)
+        self.accumulate_logs(labels, logits, clip_share=clipped[mask].sum(), value_loss=value_loss[mask].sum())
+        loss = policy_loss + self.value_coefficient * value_loss  # (B, T)
         if self.entropy_coefficient:
-            lost = lost - self.entropy_coefficient * token_entropy(logits)
-        return torch.where(within, lost, 0.0).sum(), within.sum()
+            loss = loss - self.entropy_coefficient * token_entropy(logits)
+        return torch.where(mask, loss, 0.0).sum(), self.count_labels(labels)

@@ -1,121 +1,109 @@
-"""How good a reply is: what a reward model says, or a function."""
+"""Rewards of replies: a reward model, or a function of texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from lit_gpt_scratch.batch_types import TextRewardFunction
 from lit_gpt_scratch.checkpoint.loading import load_reward_model
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.tasks.rl.rollouts import Replies
 
 
 class RewardFunction(Protocol):
-    """What gives replies their rewards."""
+    """Scores replies."""
 
     def __call__(self, replies: Replies) -> Tensor:
         """(N,) float32, on the CPU."""
 
 
-class TextScoring(Protocol):
-    """A function of texts, as the data module has it."""
-
-    @property
-    def name(self) -> str:
-        """As it was given."""
-
-    @property
-    def function(self) -> Callable[[Sequence[str], Sequence[str]], Any]:
-        """Prompts, and a reply to each -> a number for each."""
-
-    @property
-    def unended(self) -> float | None:
-        """What a reply counts that does not come to its end; None for what the function says."""
-
-
 def is_checkpoint_path(name: str | None) -> bool:
-    """Whether a reward names a trained model and no function: it is written as a path, or lies there."""
+    """Whether a reward names a trained model rather than a function: it has a slash, or is an existing path."""
     return name is not None and ("/" in name or Path(name).exists())
 
 
 class RewardModelScorer:
-    """What a trained reward model gives whole texts, prompt and reply, at their last token.
+    """A trained reward model, applied to prompt and reply and read at their last token.
 
     Args:
-        place: Its run, or a checkpoint.
-        tokenizer_json: That of the ids which it will be given.
-        longest: The most ids of a text.
-        at_once: Texts that it reads side by side.
-        trusted: The attention class of somebody's own that it may name: to build it is to run that code.
+        place: Its run folder or checkpoint.
+        tokenizer_json: The policy's tokenizer.
+        max_length: The most tokens of a text.
+        batch_size: Texts per forward pass.
+        trusted: The custom attention class that the checkpoint may name: building it runs that code.
 
     Raises:
-        UserError: There is none, it gives no reward, it was trained with another tokenizer, its context is too short,
-            or it names a class that is not trusted.
+        UserError: There is none, it is no reward model, it was trained with another tokenizer, its context is too
+            short, or it names a class that is not trusted.
     """
 
-    def __init__(self, place: str, tokenizer_json: str, longest: int, at_once: int, trusted: str | None) -> None:
+    def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: str | None) -> None:
         try:
             self.net = load_reward_model(place, tokenizer_json, trusted)
         except UserError as error:
             raise UserError(f"model.reward: {str(error).replace('--trust ', '--model.gpt.attention ')}") from error
-        if self.net.block_size < longest:
+        if self.net.block_size < max_length:
             raise UserError(
                 f"model.reward: the reward model {place} has a context of {self.net.block_size} tokens, but "
-                f"data.block_size is {longest}: lower that, or train the reward model with --data.block_size {longest}"
+                f"data.block_size is {max_length}: lower that, or train the reward model with --data.block_size "
+                f"{max_length}"
             )
         self.place = place
-        self.at_once = at_once
+        self.batch_size = batch_size
 
     @torch.no_grad()
     def __call__(self, replies: Replies) -> Tensor:
         """(N,) float32, on the CPU.
 
         Raises:
-            UserError: A reward is no number.
+            UserError: A reward is not finite.
         """
-        texts, scores = replies.whole, []
-        for first in range(0, len(texts), self.at_once):
-            part = texts[first : first + self.at_once]
-            lengths = torch.tensor([len(text) for text in part], device=self.net.embedding.weight.device)
-            filled = [text + [0] * (int(lengths.max()) - len(text)) for text in part]  # behind, where nothing looks
-            scores.append(self.net.forward_pooled(torch.tensor(filled, device=lengths.device), lengths).float().cpu())
-        return _finite(torch.cat(scores), self.place, replies.texts)
+        texts, scores = replies.full_ids, []
+        device = self.net.embedding.weight.device
+        for first in range(0, len(texts), self.batch_size):
+            part = texts[first : first + self.batch_size]
+            lengths = torch.tensor([len(text) for text in part], device=device)
+            padded = [text + [0] * (int(lengths.max()) - len(text)) for text in part]  # no token attends to padding
+            scores.append(self.net.forward_pooled(torch.tensor(padded, device=device), lengths).float().cpu())
+        return _require_finite(torch.cat(scores), self.place, replies.texts)
 
 
 class TextFunctionScorer:
-    """What a function gives replies.
+    """A reward function of texts.
 
     Args:
-        scoring: The function.
+        name: For error messages.
+        function: (prompts, one reply for each) -> one number for each.
     """
 
-    def __init__(self, scoring: TextScoring) -> None:
-        self.scoring = scoring
+    def __init__(self, name: str, function: TextRewardFunction) -> None:
+        self.name = name
+        self.function = function
 
     def __call__(self, replies: Replies) -> Tensor:
         """(N,) float32, on the CPU.
 
         Raises:
-            UserError: It gives something else than a finite number for each.
+            UserError: The function doesn't return one finite number for each reply.
         """
-        name = self.scoring.name
-        given = self.scoring.function(replies.asked, replies.texts)
+        returned = self.function(replies.prompt_texts, replies.texts)
         try:
-            scores = torch.as_tensor(given, dtype=torch.float32).detach().cpu()
+            scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"model.reward: {name} gave {type(given).__name__}, no numbers") from error
+            raise UserError(f"model.reward: {self.name} gave {type(returned).__name__}, no numbers") from error
         if scores.shape != (len(replies.texts),):
             raise UserError(
-                f"model.reward: {name} gave a shape of {tuple(scores.shape)} for {len(replies.texts)} replies; it must "
-                "give one number for each"
+                f"model.reward: {self.name} gave a shape of {tuple(scores.shape)} for {len(replies.texts)} replies; it "
+                "must give one number for each"
             )
-        return _finite(scores, name, replies.texts)
+        return _require_finite(scores, self.name, replies.texts)
 
 
-def _finite(scores: Tensor, name: str, replies: Sequence[str]) -> Tensor:
-    """A reward that is no number would make every weight none."""
+def _require_finite(scores: Tensor, name: str, replies: Sequence[str]) -> Tensor:
+    """A reward that is NaN or infinite would turn every weight into NaN."""
     for score, reply in zip(scores.tolist(), replies, strict=True):
         if not abs(score) < float("inf"):
             raise UserError(f"model.reward: {name} gave {score} for the reply {reply[:60]!r}; it must be finite")
