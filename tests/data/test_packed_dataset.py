@@ -133,7 +133,7 @@ def test_tokens_per_step_sets_the_accumulation(
         ({"tokens_per_step": 0}, "data.tokens_per_step is 0"),
         ({"seed": -1}, "data.seed is -1"),
         ({"packing": "first_fit"}, "data.packing is first_fit; it must be one of concatenate, best_fit, one_document"),
-        ({"mixture": {"a": 1.0}}, "data.mixture is of tokens that are made already; leave out data.source"),
+        ({"mixture": {"a": 1.0}}, "data.mixture uses tokens that were made already; leave out data.source"),
     ],
 )
 def test_data_that_cannot_be_is_refused_by_name(

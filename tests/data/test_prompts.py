@@ -74,7 +74,7 @@ def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Promp
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"block_size": 24, "reply_tokens": 8}, "has room for: 16; raise --data.block_size"),
+        ({"block_size": 24, "reply_tokens": 8}, "more than the 16 of a row; raise --data.block_size"),
         ({"too_long": "cut"}, "data.too_long is cut"),
         ({"reply_tokens": 96}, "leaves nothing of a data.block_size of 96"),
     ],

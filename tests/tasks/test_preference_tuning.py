@@ -216,7 +216,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         ]
         return [kinds[place % 4] for place in range(len(prompts))]
 
-    monkeypatch.setattr("lit_gpt_scratch.callbacks.samples.replies", written)
+    monkeypatch.setattr("lit_gpt_scratch.callbacks.samples.generate_replies", written)
     watching = RewardEval(prompts=8)
     task, _ = align(DPO(init_from=str(start), compile=False), callbacks=[watching])
     assert watching.start == 0.5
