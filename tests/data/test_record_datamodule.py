@@ -113,7 +113,7 @@ def test_common_properties(ready: Callable[..., BaseDataModule], stage: type) ->
         labels = [batch["labels"] for batch in loader]
         assert sum(int((some != IGNORE_INDEX).sum()) for some in labels) == data.split_counts[side].labels
     assert ready(stage, test_share=0).test_dataset is None
-    with pytest.raises(UserError, match="holds nothing out for a test"):
+    with pytest.raises(UserError, match="has no test split"):
         ready(stage, test_share=0).test_dataloader()
 
 
