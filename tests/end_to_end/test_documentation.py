@@ -165,7 +165,7 @@ def runs(command: Command, user_folder: Path, cache: Path, line: str) -> None:
     if name == "fit" and ("--trainer.strategy" in flags or "hardware/" in line):
         assert command(name, *flags, *SHORT[:-1], "--print_config").code == 0
         return
-    if name == "fit" and not {"--print_config", "--model.help"} & set(flags):
+    if name == "fit" and not {"--print_config", "--model.help", "--help", "list"} & set(flags):
         if "finetune/" in line or "--model.init_from" in flags:  # the config or the initial model sets the shape
             tuned = {"vocab_size", "block_size"} if "--model.init_from" in flags else set()
             if "finetune/base" in line and "--data.source" not in flags:
