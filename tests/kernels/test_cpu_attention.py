@@ -1,4 +1,4 @@
-"""The backward pass by hand, against PyTorch in float64."""
+"""The CPU attention kernel against PyTorch in float64."""
 
 import itertools
 
@@ -30,7 +30,7 @@ def gradients(attend: object, dtype: torch.dtype, n_kv_head: int, length: int, s
         pytest.param(33, 2, True, marks=pytest.mark.slow),
     ],
 )
-def test_values_and_gradients_are_right(length: int, n_kv_head: int, compiled: bool) -> None:
+def test_values_and_gradients_match_float64(length: int, n_kv_head: int, compiled: bool) -> None:
     ours = gradients(
         torch.compile(causal_attention) if compiled else causal_attention, torch.bfloat16, n_kv_head, length
     )
@@ -44,7 +44,7 @@ def test_values_and_gradients_are_right(length: int, n_kv_head: int, compiled: b
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
-def test_sharp_attention_is_as_exact_as_the_type_allows(sharpness: float) -> None:
+def test_sharp_attention_is_as_accurate_as_torch(sharpness: float) -> None:
     """Products that were rounded before the largest is subtracted would be off by a tenth and more."""
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_sharp_attention_is_as_exact_as_the_type_allows(sharpness: float) -> Non
         assert (a - c).norm() <= 2.5 * (b - c).norm()
 
 
-def test_the_operators_keep_torchs_rules() -> None:
+def test_operators_pass_opcheck() -> None:
     q, k, v = (torch.randn(2, 3, 8, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     bias = torch.full((2, 1, 8, 8), float("-inf"), dtype=torch.bfloat16).triu(1)
     for given in (None, bias):
@@ -72,7 +72,7 @@ def test_the_operators_keep_torchs_rules() -> None:
 @pytest.mark.parametrize(
     ("n_kv_head", "compiled"), [(6, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
 )
-def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: bool) -> None:
+def test_masked_documents_match_separate_ones(n_kv_head: int, compiled: bool) -> None:
     """Three documents in a window, against each alone in float64; some see none of the first tiles of a kernel."""
     borders = [0, 5, 200, 256]
     ids = torch.bucketize(torch.arange(256), torch.tensor(borders), right=True).expand(2, 256)
@@ -93,7 +93,7 @@ def test_what_is_masked_is_as_if_it_were_not_there(n_kv_head: int, compiled: boo
         assert (a - b).norm() <= 0.01 * b.norm()
 
 
-def test_other_types_and_dropout_go_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_dtypes_and_dropout_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "cpu_attention", lambda *_: pytest.fail("used the CPU kernel"))
     q = torch.randn(1, 2, 8, 4, requires_grad=True)
     causal_attention(q, q, q)

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN, against PyTorch's own."""
+"""Linear layers by oneDNN against PyTorch's."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ OURS = "lit_gpt_scratch.product"
     rows=st.sampled_from([(1,), (7,), (2, 5), (3, 1, 4)]), width=st.integers(1, 40), out=st.integers(1, 40),
     bias=st.booleans(), strided=st.booleans(), frozen=st.sets(st.integers(0, 2)), seed=st.integers(0, 99),
 )  # fmt: skip
-def test_values_gradients_and_their_gradients_are_right(
+def test_values_first_and_second_derivatives_match_float64(
     rows: tuple[int, ...], width: int, out: int, bias: bool, strided: bool, frozen: set[int], seed: int
 ) -> None:
     torch.manual_seed(seed)
@@ -67,7 +67,7 @@ def test_values_gradients_and_their_gradients_are_right(
         assert (a.double() - b).norm() <= 1e-4 * b.norm() + 1e-5
 
 
-def test_gradients_may_come_from_a_sum() -> None:
+def test_gradients_of_a_sum() -> None:
     """That is a tensor whose numbers are one in memory."""
     x, weight = torch.randn(4, 6, 8), torch.randn(5, 8, requires_grad=True)
     linear(x, weight).sum().backward()
@@ -75,7 +75,7 @@ def test_gradients_may_come_from_a_sum() -> None:
     torch.testing.assert_close(weight.grad, x.sum((0, 1)).expand(5, 8))
 
 
-def test_a_whole_network_goes_by_it_forwards_and_backwards() -> None:
+def test_network_uses_onednn_forward_and_backward() -> None:
     net = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, bias=True), vocab_size=97, block_size=16)
     ids = torch.randint(97, (3, 16))
 
@@ -102,7 +102,7 @@ class Share(Tensor):
         *("torch.func", "forward derivative", "oneDNN is off", "processor"),
     ],
 )
-def test_what_it_is_not_for_is_left_to_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_inputs_use_torch(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 8), torch.randn(5, 8), None
     if why in ("float64", "bfloat16"):
@@ -141,7 +141,7 @@ def test_what_it_is_not_for_is_left_to_torch(why: str, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("shapes", [((4, 8), (5, 7)), ((4, 8), (5, 8), (4,)), ((4, 8), (2, 5, 8))])
-def test_what_does_not_fit_is_refused_in_torchs_words(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_mismatched_shapes_raise_torchs_error(shapes: tuple[tuple[int, ...], ...]) -> None:
     given = [torch.randn(shape) for shape in shapes]
     with pytest.raises(RuntimeError) as torchs:
         F.linear(*given)
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_in_torchs_words(shapes: tuple[tuple[int, .
 
 
 @pytest.mark.parametrize("bias", [torch.randn(10)[::2], torch.randn(1).expand(5), torch.randn(5, 3)[:, 1]])
-def test_a_bias_may_lie_in_memory_as_it_likes(bias: Tensor) -> None:
+def test_bias_with_any_strides(bias: Tensor) -> None:
     x, weight = torch.randn(4, 8), torch.randn(5, 8)
     torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
 
@@ -170,14 +170,14 @@ def test_second_factor_is_copied_unless_contiguous_or_transposed(b: Tensor, copi
     assert (found.data_ptr() != b.data_ptr()) == copied
 
 
-def test_many_gradients_may_be_asked_for_at_once() -> None:
+def test_batched_gradients() -> None:
     x, weight = torch.randn(4, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     directions = torch.randn(3, 4, 5)
     found = torch.autograd.grad(linear(x, weight), (x, weight), directions, is_grads_batched=True)
     torch.testing.assert_close(found, (directions @ weight, directions.mT @ x))
 
 
-def test_an_exported_network_runs_elsewhere() -> None:
+def test_exported_network_does_not_use_onednn() -> None:
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(module.Linear(8, 5), (torch.randn(4, 8),), dynamic_shapes=({0: batch},))
     assert "aten.linear" in exported.graph_module.code
@@ -194,7 +194,7 @@ def test_an_exported_network_runs_elsewhere() -> None:
         (None, "AVX512", False),  # an older torch
     ],
 )
-def test_processors_on_which_nobody_measured_are_left_to_torch(
+def test_unmeasured_processors_use_torch(
     known: dict[str, object] | None, capability: str, faster: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch._C, "has_mkl", True)
@@ -206,13 +206,13 @@ def test_processors_on_which_nobody_measured_are_left_to_torch(
     assert onednn_is_faster() is faster
 
 
-def test_a_build_without_mkl_has_nothing_to_replace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_without_mkl_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch._C, "has_mkl", False)
     assert not onednn_is_faster()
 
 
 @pytest.mark.parametrize("frozen", [(), ("x",), ("weight",), ("x", "weight")])
-def test_no_more_is_kept_for_the_backward_pass(frozen: tuple[str, ...]) -> None:
+def test_saves_no_more_tensors_than_torch(frozen: tuple[str, ...]) -> None:
     def kept(layer: Layer) -> int:
         saved: dict[int, int] = {}
 
@@ -229,7 +229,7 @@ def test_no_more_is_kept_for_the_backward_pass(frozen: tuple[str, ...]) -> None:
     assert kept(linear) <= kept(F.linear)
 
 
-def test_compiled_it_is_the_same() -> None:
+def test_compiled_results_are_the_same() -> None:
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((2, 6, 8), (5, 8), (5,)))
 

@@ -1,4 +1,4 @@
-"""Losses and metrics against sums written out."""
+"""Cross-entropy, log-probabilities and likelihood metrics against explicit sums."""
 
 import math
 
@@ -10,7 +10,7 @@ from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs, token_cross_
 from lit_gpt_scratch.losses.metrics import LikelihoodMetric
 
 
-def test_token_nats_sums_over_counted_labels() -> None:
+def test_cross_entropy_sums_over_labels_that_count() -> None:
     logits, labels = torch.randn(3, 4, 7), torch.randint(7, (3, 4))
     labels[0, 1] = labels[2, 3] = IGNORE_INDEX
     expected = sum(
@@ -24,12 +24,12 @@ def test_token_nats_sums_over_counted_labels() -> None:
     assert tokens.item() == 10
 
 
-def test_nothing_to_count_is_zero_not_nan() -> None:
+def test_batch_without_labels_is_zero_not_nan() -> None:
     nats, tokens = token_cross_entropy(torch.randn(1, 2, 5), torch.full((1, 2), IGNORE_INDEX))
     assert (nats.item(), tokens.item()) == (0.0, 0)
 
 
-def test_metric_weighs_batches_by_their_tokens() -> None:
+def test_metric_weights_batches_by_tokens() -> None:
     metric = LikelihoodMetric()
     metric.update(torch.tensor(30.0), torch.tensor(10), torch.tensor(25))
     metric.update(torch.tensor(2.0), torch.tensor(2), torch.tensor(7))
@@ -40,7 +40,7 @@ def test_metric_weighs_batches_by_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_one_loss_that_is_no_number_is_not_lost(bad: float) -> None:
+def test_one_non_finite_loss_makes_the_metric_nan(bad: float) -> None:
     metric = LikelihoodMetric()
     for nats in (3.0, bad, 5.0, bad):
         metric.update(torch.tensor(nats), torch.tensor(1), torch.tensor(1))
@@ -63,7 +63,7 @@ def test_metric_does_not_depend_on_the_order_of_batches() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_sequence_logprobs_are_products_of_chances(dtype: torch.dtype) -> None:
+def test_sequence_logprobs_are_products_of_probabilities(dtype: torch.dtype) -> None:
     logits, labels = torch.randn(4, 5, 7, dtype=torch.float64).to(dtype), torch.randint(7, (4, 5))
     labels[0, 1] = labels[2, 3] = IGNORE_INDEX
     labels[3] = IGNORE_INDEX
@@ -79,7 +79,7 @@ def test_sequence_logprobs_are_products_of_chances(dtype: torch.dtype) -> None:
     assert -nats.sum().item() == pytest.approx(token_cross_entropy(logits, labels)[0].item(), rel=1e-5)
 
 
-def test_the_gradient_of_a_sequence_is_that_of_its_logprobs() -> None:
+def test_gradient_of_sequence_logprobs() -> None:
     """Preferences are learned through it: d log p(y) / d logits = onehot(y) - p where there is a label, else 0."""
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[1, IGNORE_INDEX, 4], [0, 2, IGNORE_INDEX]])

@@ -1,4 +1,4 @@
-"""Losses of preferences: by the papers' equations, worked by hand, and beside trl's on the same log-probabilities."""
+"""Preference losses by hand, and against trl on the same log-probabilities."""
 
 import math
 
@@ -45,13 +45,13 @@ def ratios(per_token: bool = False) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize(("loss", "per_token", "beta"), TRL)
-def test_losses_are_those_of_trl(loss: str, per_token: bool, beta: float) -> None:
+def test_preference_losses_match_trl(loss: str, per_token: bool, beta: float) -> None:
     chosen, rejected = ratios(per_token)
     found = PREFERENCE_LOSSES[loss](chosen - rejected, beta, 0.0).mean()
     assert found.item() == pytest.approx(TRL[loss, per_token, beta], rel=1e-6)
 
 
-def test_figures_are_those_of_trl() -> None:
+def test_preference_metrics_match_trl() -> None:
     chosen, rejected = ratios()
     metric = PreferenceMetrics()
     metric.update(dpo_loss(chosen - rejected, 0.1), 0.1 * chosen, 0.1 * rejected)
@@ -61,7 +61,7 @@ def test_figures_are_those_of_trl() -> None:
     assert figures["accuracy"] == pytest.approx(TRL_ACCURACY)
 
 
-def test_losses_by_hand() -> None:
+def test_preference_losses_by_hand() -> None:
     """One pair: rewards 2 and 0.5; log-probabilities -3 and -4 under the policy, -5 and -4.5 under the reference."""
     right = 1 / (1 + math.exp(-1.5))
     assert bradley_terry_loss(torch.tensor([2.0]), torch.tensor([0.5])).item() == pytest.approx(-math.log(right))
@@ -77,7 +77,7 @@ def test_losses_by_hand() -> None:
 @pytest.mark.parametrize(
     ("loss", "smoothing", "best"), [("ipo", 0.0, 5.0), ("ipo", 0.2, 3.0), ("sigmoid", 0.2, 10 * math.log(4))]
 )
-def test_where_a_loss_is_least(loss: str, smoothing: float, best: float) -> None:
+def test_minimum_of_the_loss(loss: str, smoothing: float, best: float) -> None:
     """IPO: at 1 / (2 beta), or (1 - 2 e) of it; DPO with wrong labels: where sigmoid(beta m) is 1 - e."""
     margin = torch.tensor([best], requires_grad=True)
     PREFERENCE_LOSSES[loss](margin, 0.1, smoothing).sum().backward()
@@ -85,7 +85,7 @@ def test_where_a_loss_is_least(loss: str, smoothing: float, best: float) -> None
     assert margin.grad.item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_a_gradient_of_dpo_is_the_papers() -> None:
+def test_dpo_gradient_matches_the_paper() -> None:
     """After equation 7: beta * sigmoid(rejected reward - chosen reward), up on the one and down on the other."""
     chosen, rejected = torch.tensor([0.3], requires_grad=True), torch.tensor([0.8], requires_grad=True)
     dpo_loss(chosen - rejected, 0.2).sum().backward()
@@ -97,7 +97,7 @@ def test_a_gradient_of_dpo_is_the_papers() -> None:
 
 @given(rewards=st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=60)
-def test_figures_by_brute_force(rewards: list[tuple[int, int]]) -> None:
+def test_preference_metrics_by_brute_force(rewards: list[tuple[int, int]]) -> None:
     """Equal rewards are no right answer; the calibration by its definition, bin by bin."""
     chosen, rejected = torch.tensor(rewards).float().T / 10
     metric = PreferenceMetrics()
@@ -117,7 +117,7 @@ def test_figures_by_brute_force(rewards: list[tuple[int, int]]) -> None:
     assert found["calibration"] == pytest.approx(error, abs=1e-5)
 
 
-def test_what_is_not_a_number_is_not_hidden() -> None:
+def test_nan_is_not_hidden() -> None:
     metric = PreferenceMetrics()
     metric.update(torch.tensor([math.nan]), torch.tensor([1.0]), torch.tensor([0.0]))
     assert metric.compute()["loss"].isnan()
@@ -125,7 +125,7 @@ def test_what_is_not_a_number_is_not_hidden() -> None:
 
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=30)
-def test_filling_never_counts(lengths: list[int]) -> None:
+def test_padding_is_ignored(lengths: list[int]) -> None:
     """A reply's log-probability by a loop over its own tokens, whatever stands behind and before."""
     logits = torch.randn(len(lengths), 7, 11, generator=torch.Generator().manual_seed(0))
     labels = torch.full((len(lengths), 7), IGNORE_INDEX)

@@ -1,4 +1,4 @@
-"""PPO's and GRPO's equations, against the arithmetic by hand, sums over all that can happen, and plain loops."""
+"""PPO and GRPO losses by hand, by exhaustive enumeration, and against plain loops."""
 
 import math
 
@@ -25,13 +25,13 @@ from lit_gpt_scratch.losses.rl import (
 MASK = torch.tensor([[False, True, True, True], [True, True, False, False]])
 
 
-def test_a_policy_has_no_kl_with_itself() -> None:
+def test_kl_of_a_policy_with_itself_is_zero() -> None:
     logprobs = torch.randn(3, 5)
     assert torch.equal(kl_k1(logprobs, logprobs), torch.zeros(3, 5))
     assert torch.equal(kl_k3(logprobs, logprobs), torch.zeros(3, 5))
 
 
-def test_both_estimates_of_the_kl_are_right_on_average_and_the_third_never_negative() -> None:
+def test_kl_estimates_are_unbiased_and_k3_is_not_negative() -> None:
     """The mean over all tokens, each as often as the policy chooses it, is the divergence itself."""
     torch.manual_seed(0)
     policy, reference = torch.randn(2, 50, 7, dtype=torch.float64).log_softmax(-1)
@@ -42,7 +42,7 @@ def test_both_estimates_of_the_kl_are_right_on_average_and_the_third_never_negat
     assert (kl_k1(policy, reference) < 0).any()
 
 
-def test_a_reply_is_paid_at_its_end_and_pays_at_each_token() -> None:
+def test_score_at_the_last_token_and_penalty_at_each() -> None:
     kl = torch.tensor([[9.0, 1.0, 2.0, 3.0], [4.0, 5.0, 9.0, 9.0]])
     found = kl_penalised_rewards(torch.tensor([10.0, 20.0]), kl, MASK, 0.5)
     torch.testing.assert_close(found, torch.tensor([[0.0, -0.5, -1.0, 8.5], [-2.0, 17.5, 0.0, 0.0]]))
@@ -50,7 +50,7 @@ def test_a_reply_is_paid_at_its_end_and_pays_at_each_token() -> None:
     assert not last_token_mask(torch.zeros(1, 3, dtype=torch.bool)).any()
 
 
-def test_advantages_by_hand() -> None:
+def test_gae_by_hand() -> None:
     """Two tokens: r = (1, 2), V = (3, 5), gamma = 1/2, lambda = 1/4."""
     rewards, values = torch.tensor([[7.0, 1.0, 2.0]]), torch.tensor([[7.0, 3.0, 5.0]])
     mask = torch.tensor([[False, True, True]])
@@ -63,7 +63,7 @@ def test_advantages_by_hand() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
-def test_advantages_are_the_papers_mean_of_many_steps(seed: int, gamma: float, gae_lambda: float) -> None:
+def test_gae_matches_the_sum_in_the_paper(seed: int, gamma: float, gae_lambda: float) -> None:
     """Equation 16 as it is written: all discounted surprises, summed; rows with replies anywhere, or with none."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_advantages_are_the_papers_mean_of_many_steps(seed: int, gamma: float, g
     torch.testing.assert_close(returns, torch.where(mask, found + values, 0.0))
 
 
-def test_nothing_outside_of_replies_counts() -> None:
+def test_values_outside_of_replies_are_ignored() -> None:
     """Whatever stands there, be it no number."""
     torch.manual_seed(0)
     rewards, values, logprobs = torch.randn(3, 2, 4)
@@ -100,12 +100,12 @@ def test_nothing_outside_of_replies_counts() -> None:
         assert (dirty[~MASK] == 0).all()
 
 
-def test_whitened_numbers_have_mean_zero_and_variance_one() -> None:
+def test_whitened_values_have_mean_zero_and_variance_one() -> None:
     found = whiten(torch.tensor([[100.0, 1.0, 2.0, 3.0], [4.0, 5.0, -100.0, 100.0]]), MASK)
     torch.testing.assert_close(found[MASK], (torch.arange(1.0, 6.0) - 3.0) / math.sqrt(2.0))
 
 
-def test_a_group_is_compared_with_itself() -> None:
+def test_grpo_advantages_by_hand() -> None:
     """1 and 3 lie one deviation from their mean; a group that agrees teaches nothing, however its mean is rounded."""
     scores = torch.tensor([1.0, 3.0, 0.1, 0.1, 5.0, 1.0])
     torch.testing.assert_close(grpo_advantages(scores, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, -1.0]))
@@ -114,7 +114,7 @@ def test_a_group_is_compared_with_itself() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, -1e4])
-def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
+def test_differences_by_rounding_are_ignored(size: float) -> None:
     """A few units in the last place teach nothing; what differs by a thousandth of its size does."""
     noise = 1 + 2e-7 * torch.tensor([[0.0, 1.0, 3.0, 1.0], [2.0, 0.0, 1.0, 0.0]])
     scores = size * noise
@@ -138,7 +138,7 @@ def test_what_differs_by_rounding_alone_is_alike(size: float) -> None:
         (0.5, -2.0, 1.6, True),
     ],
 )
-def test_the_policy_loss_by_hand(ratio: float, advantage: float, loss: float, held: bool) -> None:
+def test_ppo_policy_loss_by_hand(ratio: float, advantage: float, loss: float, held: bool) -> None:
     logprobs = torch.tensor([[math.log(ratio)]], requires_grad=True)
     found, clipped = ppo_policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([[advantage]]), clip=0.2)
     assert found.item() == pytest.approx(loss)
@@ -156,18 +156,18 @@ def test_the_policy_loss_by_hand(ratio: float, advantage: float, loss: float, he
         (0.0, 0.5 * 2.0**2),  # further from 2 than 0.8 is
     ],
 )
-def test_the_value_loss_by_hand(value: float, loss: float) -> None:
+def test_ppo_value_loss_by_hand(value: float, loss: float) -> None:
     values, old, returns = (torch.tensor([[x]]) for x in (value, 1.0, 2.0))
     assert ppo_value_loss(values, old, returns, clip=0.2).item() == pytest.approx(loss)
     assert ppo_value_loss(values, old, returns, clip=None).item() == pytest.approx(0.5 * (value - 2.0) ** 2)
 
 
-def test_entropy_of_equal_chances_and_of_certainty() -> None:
+def test_entropy_of_uniform_and_one_hot_distributions() -> None:
     logits = torch.tensor([[[0.0] * 8, [1000.0] + [0.0] * 7]])
     torch.testing.assert_close(token_entropy(logits), torch.tensor([[math.log(8), 0.0]]))
 
 
-def test_the_coefficient_follows_the_kl() -> None:
+def test_kl_coefficient_follows_the_kl() -> None:
     """A tenth of how far off it is, and no more than a tenth of a fifth."""
     assert adapted_kl_coefficient(0.2, kl=6.0, target=6.0) == 0.2
     assert adapted_kl_coefficient(0.2, kl=6.6, target=6.0) == pytest.approx(0.2 * 1.01)

@@ -1,4 +1,4 @@
-"""Looking inside a network: what is seen is what the network does, and the network stays as it was."""
+"""Captured activations equal those of the forward pass, and the network is unchanged afterwards."""
 
 import math
 from dataclasses import replace
@@ -39,7 +39,7 @@ def seen(net: GPT, documents: Tensor | None = None) -> CapturedActivations[Block
 
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "two documents"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_what_is_read_is_what_the_network_reads(shape: str, documents: Tensor | None) -> None:
+def test_captured_activations_match_the_forward_pass(shape: str, documents: Tensor | None) -> None:
     net = randomised(SHAPES[shape])
     found = seen(net, documents)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_what_is_read_is_what_the_network_reads(shape: str, documents: Tensor | 
         assert layer.hidden.shape == (2, 24, net.config.ffn_width)
 
 
-def test_units_are_those_that_the_last_matrix_reads() -> None:
+def test_hidden_units_are_the_input_of_the_down_projection() -> None:
     net = randomised(replace(MANUAL, feed_forward="relu"))
     found = seen(net)
     read: list[Tensor] = []
@@ -68,7 +68,7 @@ def test_units_are_those_that_the_last_matrix_reads() -> None:
         assert torch.equal(layer.hidden, expected)
 
 
-def test_the_network_is_left_as_it_was() -> None:
+def test_network_is_unchanged_after_capture() -> None:
     net = randomised(replace(MANUAL, dropout=0.5)).train()
     net.blocks[1].eval()  # a user's own wish
     called: list[int] = []
@@ -89,7 +89,7 @@ def test_the_network_is_left_as_it_was() -> None:
     assert called
 
 
-def test_a_network_whose_reading_fails_is_left_as_it_was_too() -> None:
+def test_network_is_unchanged_after_a_failed_capture() -> None:
     net = randomised(MANUAL).train()
     with pytest.raises(ZeroDivisionError):
         capture_activations(net, IDS, None, lambda layer: 1 / 0)
@@ -98,14 +98,14 @@ def test_a_network_whose_reading_fails_is_left_as_it_was_too() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
 
-def test_attention_that_does_not_tell_is_none() -> None:
+def test_custom_attention_without_recorded_weights_gives_none() -> None:
     net = randomised(replace(MANUAL, attention="tests.custom_attention.AveragingAttention"))
     assert all(layer.weights is None for layer in seen(net).layers)
 
 
 @pytest.mark.parametrize("lengths", [None, [24, 7], [24, 1]])
 @pytest.mark.parametrize("documents", [None, DOCUMENTS], ids=["one document", "two documents"])
-def test_looks_are_means_over_tokens_that_have_a_choice(documents: Tensor | None, lengths: list[int] | None) -> None:
+def test_attention_stats_are_means_over_tokens(documents: Tensor | None, lengths: list[int] | None) -> None:
     weights = seen(randomised(MANUAL), documents).layers[1].weights
     assert weights is not None
     found = attention_stats(weights, documents, None if lengths is None else torch.tensor(lengths))
@@ -125,7 +125,7 @@ def test_looks_are_means_over_tokens_that_have_a_choice(documents: Tensor | None
             assert getattr(found, name)[head].item() == pytest.approx(sum(each) / len(each), rel=1e-5)
 
 
-def test_looks_of_known_weights() -> None:
+def test_attention_stats_of_known_weights() -> None:
     """Even weights over n tokens have an entropy of ln n; all on the first is a sink of 1."""
     T = 5
     even = torch.ones(T, T).tril()
@@ -139,7 +139,7 @@ def test_looks_of_known_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu", "relu2", "swiglu", "gelu"])
-def test_dead_units_are_those_that_were_killed(kind: str) -> None:
+def test_dead_units_are_found(kind: str) -> None:
     net = randomised(replace(MANUAL, feed_forward=kind, bias=True))
     killed = [3, 40, 41]
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_dead_units_are_those_that_were_killed(kind: str) -> None:
             assert silent == (killed if number == 1 else [])
 
 
-def test_what_fills_a_row_up_wakes_no_unit() -> None:
+def test_padding_does_not_activate_units() -> None:
     hidden = torch.zeros(2, 4, 3)
     hidden[0, 1, 0], hidden[1, 3, 2] = -2.0, 5.0
     assert max_unit_activations(hidden).tolist() == [2, 0, 5]
@@ -163,7 +163,7 @@ def test_what_fills_a_row_up_wakes_no_unit() -> None:
     assert dead_units(torch.zeros(3)).tolist() == [True] * 3
 
 
-def test_a_head_for_classes_reads_at_every_depth() -> None:
+def test_logit_lens_of_a_classification_head() -> None:
     torch.manual_seed(0)
     net = GPT(MANUAL, 61, 24, ClassificationHead(3)).eval()
     found = seen(net)

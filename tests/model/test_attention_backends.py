@@ -1,4 +1,4 @@
-"""Every way to compute attention gives the same numbers, and they are the textbook's."""
+"""All attention backends agree with each other and with a reference in plain Python."""
 
 import itertools
 import math
@@ -65,7 +65,7 @@ def values_and_gradients(backend: str, given: list[Tensor], mask: Any, softcap: 
     ("documents", "before"), [(False, None), (True, None), (False, [0, 0]), (False, [5, 5]), (False, [5, 2])]
 )
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_every_backend_gives_the_same_values_and_gradients(
+def test_backends_agree_on_values_and_gradients(
     n_kv_head: int, window: int | None, position: str, documents: bool, before: list[int] | None,
     dtype: torch.dtype, tolerance: float,
 ) -> None:  # fmt: skip
@@ -82,7 +82,7 @@ def test_every_backend_gives_the_same_values_and_gradients(
 @pytest.mark.parametrize("position", ["rotary", "alibi"])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("fixed", [False, True])
-def test_a_cache_gives_the_logits_of_the_whole_in_every_backend(
+def test_cached_logits_match_the_full_forward_pass(
     backend: str, position: str, window: int | None, fixed: bool
 ) -> None:
     """All at once by the textbook's softmax, against pieces of every size; float64, so that nothing hides."""
@@ -120,7 +120,7 @@ def textbook(q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None =
 
 @pytest.mark.parametrize("backend", ["manual", "auto"])
 @pytest.mark.parametrize("softcap", [0.5, 3.0])
-def test_capped_scores_are_the_textbooks(backend: str, softcap: float) -> None:
+def test_softcap_matches_the_reference(backend: str, softcap: float) -> None:
     given = drawn(torch.float64, 2)
     found = causal_attention(*given, softcap=softcap, backend=backend)
     torch.testing.assert_close(found, textbook(*given, lambda *_: True, softcap), rtol=1e-10, atol=1e-12)
@@ -130,7 +130,7 @@ def test_capped_scores_are_the_textbooks(backend: str, softcap: float) -> None:
 @pytest.mark.parametrize("backend", WAYS)
 @pytest.mark.parametrize("window", [1, 2, 5, T, 100])
 @pytest.mark.parametrize("documents", [False, True])
-def test_a_sliding_window_is_itself_and_the_tokens_just_before(backend: str, window: int, documents: bool) -> None:
+def test_sliding_window_matches_the_reference(backend: str, window: int, documents: bool) -> None:
     given = drawn(torch.float64, 3)
     mask = order(shape(n_kv_head=3, sliding_window=window), documents)[1].mask
 
@@ -151,7 +151,7 @@ def test_a_sliding_window_is_itself_and_the_tokens_just_before(backend: str, win
 )  # fmt: skip
 @pytest.mark.parametrize("n_kv_head", [6, 2])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # so it is meant
-def test_flexattention_is_the_same_as_by_hand(
+def test_flex_attention_matches_manual_attention(
     monkeypatch: pytest.MonkeyPatch, documents: bool, changes: dict[str, Any], n_kv_head: int
 ) -> None:
     """Uncompiled, which is its definition, and forward: it has no backward on a CPU."""
@@ -172,7 +172,7 @@ def test_flexattention_is_the_same_as_by_hand(
         torch.testing.assert_close(same, weights, rtol=1e-5, atol=1e-6)
 
 
-def test_blocks_of_flexattention_are_the_same_mask() -> None:
+def test_block_mask_matches_dense_mask() -> None:
     """What a GPU takes, uncompiled and on a CPU, where it has no backward pass."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
@@ -192,9 +192,7 @@ def test_blocks_of_flexattention_are_the_same_mask() -> None:
 @pytest.mark.parametrize(
     ("changes", "documents"), [({}, False), ({"sliding_window": 3}, True), ({"position": "alibi"}, True)]
 )
-def test_recorded_weights_are_those_that_average_the_values(
-    backend: str, changes: dict[str, Any], documents: bool
-) -> None:
+def test_recorded_weights_reproduce_the_output(backend: str, changes: dict[str, Any], documents: bool) -> None:
     torch.manual_seed(0)
     config = shape(n_kv_head=2, attention_backend=backend, **changes)
     attention, (position, places) = Attention(config), order(config, documents)
@@ -217,7 +215,7 @@ def test_recorded_weights_are_those_that_average_the_values(
         torch.testing.assert_close(attention(x, position, places), out, rtol=1e-5, atol=1e-5)
 
 
-def test_weights_are_recorded_once_a_call_and_before_dropout() -> None:
+def test_weights_are_recorded_once_per_call_before_dropout() -> None:
     config = shape(dropout=0.5)
     attention, (position, places) = Attention(config).train(), order(config)
     attention.recorded_weights = []
@@ -228,7 +226,7 @@ def test_weights_are_recorded_once_a_call_and_before_dropout() -> None:
 
 
 @pytest.mark.parametrize("backend", ["manual", "sdpa"])
-def test_dropped_weights_are_scaled_up_to_keep_their_mean(backend: str) -> None:
+def test_attention_dropout_preserves_the_mean(backend: str) -> None:
     given = [x[:1].expand(4000, -1, -1, -1) for x in drawn(torch.float32, 6)]
     torch.manual_seed(0)
     dropped = causal_attention(*given, dropout=0.3, backend=backend)

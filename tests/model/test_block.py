@@ -1,4 +1,4 @@
-"""A block and its feed-forward part, each written out by its equations."""
+"""Block, norms and feed-forward network against their equations."""
 
 import math
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def normed(config: GPTConfig, norm: nn.Module, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("eps", [1e-6, 0.1])
-def test_a_norm_is_its_equation(norm: str, bias: bool, eps: float) -> None:
+def test_norm_matches_its_equation(norm: str, bias: bool, eps: float) -> None:
     config = shape(norm=norm, bias=bias, norm_eps=eps)
     module = drawn(build_norm(config.norm, config.n_embd, config.norm_eps, config.bias))
     assert {name for name, _ in module.named_parameters()} == (
@@ -62,7 +62,7 @@ def test_a_norm_is_its_equation(norm: str, bias: bool, eps: float) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
-def test_a_block_is_its_equations(placement: str, norm: str, bias: bool) -> None:
+def test_block_matches_its_equations(placement: str, norm: str, bias: bool) -> None:
     config = shape(norm=norm, norm_placement=placement, bias=bias)
     block = drawn(Block(config))
     x = torch.randn(2, T, WIDTH, dtype=torch.float64)
@@ -84,20 +84,20 @@ def test_a_block_is_its_equations(placement: str, norm: str, bias: bool) -> None
 
 
 @pytest.mark.parametrize(("placement", "norms"), [("pre", 5), ("post", 4), ("sandwich", 9)])
-def test_a_network_has_as_many_norms_as_its_placement_says(placement: str, norms: int) -> None:
+def test_number_of_norms_by_placement(placement: str, norms: int) -> None:
     """Two or four a block, and one before the head, unless the last block has normalised the stream already."""
     net = GPT(shape(norm_placement=placement, norm="layernorm"), 61, T)
     assert sum(isinstance(module, nn.LayerNorm) for module in net.modules()) == norms
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_bias_is_in_every_linear_layer_but_the_heads(bias: bool) -> None:
+def test_every_linear_layer_except_the_head_has_a_bias(bias: bool) -> None:
     for name, module in GPT(shape(bias=bias), 61, T).named_modules():
         if isinstance(module, nn.Linear):
             assert (module.bias is not None) == (bias and name != "head"), name
 
 
-def test_residual_scalars_mix_the_stream_with_its_start() -> None:
+def test_residual_scalars_mix_the_stream_with_the_embeddings() -> None:
     config = shape()
     block, without = Block(shape(residual_scalars=True)), Block(config)
     x, start = torch.randn(2, 2, T, WIDTH)
@@ -110,7 +110,7 @@ def test_residual_scalars_mix_the_stream_with_its_start() -> None:
     torch.testing.assert_close(block(x, start, *order(config)), without(mixed, mixed, *order(config)))
 
 
-def test_dropout_zeroes_what_a_block_adds_and_never_the_stream() -> None:
+def test_dropout_applies_to_residual_branches_only() -> None:
     config = shape(dropout=0.5)
     block, x = drawn(Block(config)).train(), torch.randn(2, T, WIDTH, dtype=torch.float64)
     with torch.no_grad():
@@ -140,7 +140,7 @@ EQUATIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", FEED_FORWARDS)
-def test_feed_forward_is_its_equation(kind: str, bias: bool) -> None:
+def test_feed_forward_matches_its_equation(kind: str, bias: bool) -> None:
     module = drawn(FEED_FORWARDS[kind](shape(feed_forward=kind, ffn_dim=24, bias=bias)))
     x = torch.randn(2, 3, WIDTH, dtype=torch.float64)
 
@@ -155,7 +155,7 @@ def test_feed_forward_is_its_equation(kind: str, bias: bool) -> None:
     torch.testing.assert_close(module(x), linear("output", hidden))
 
 
-def test_feed_forward_kinds_have_as_many_parameters() -> None:
+def test_feed_forward_kinds_have_equal_parameter_counts() -> None:
     sizes = {
         kind: sum(p.numel() for p in FEED_FORWARDS[kind](shape(n_embd=192, feed_forward=kind)).parameters())
         for kind in FEED_FORWARDS

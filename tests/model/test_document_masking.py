@@ -1,4 +1,4 @@
-"""With the mask a document is as if it were alone in its window; without it, it is not."""
+"""With document masking a document's logits do not depend on others in its window; without it they do."""
 
 import itertools
 from dataclasses import replace
@@ -41,7 +41,7 @@ def texts(seed: int) -> list[list[int]]:
 @pytest.mark.parametrize("extras", [{}, LOOKS_BACK], ids=["plain", "looks-back"])
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("policy", PACKING_POLICIES)
-def test_another_documents_tokens_change_no_logit(
+def test_tokens_of_other_documents_do_not_change_logits(
     tmp_path: Path, policy: PackingPolicy, position: PositionName, extras: dict[str, object]
 ) -> None:
     """Every document is changed in turn; bit for bit, nothing else moves. Without the mask, something does."""
@@ -72,7 +72,7 @@ def test_another_documents_tokens_change_no_logit(
 
 @pytest.mark.parametrize("position", POSITIONS)
 @pytest.mark.parametrize("policy", PACKING_POLICIES)
-def test_a_packed_document_has_the_logits_of_one_alone(
+def test_packed_document_has_the_logits_of_a_separate_one(
     tmp_path: Path, policy: PackingPolicy, position: PositionName
 ) -> None:
     """Whatever stands before it, and however long that is."""
@@ -95,7 +95,7 @@ def test_a_packed_document_has_the_logits_of_one_alone(
 
 
 @given(st.lists(st.lists(st.integers(0, 3), min_size=10, max_size=10), min_size=1, max_size=3))
-def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
+def test_mask_and_positions_match_their_definition(rows: list[list[int]]) -> None:
     ids = torch.tensor([sorted(row) for row in rows])
     config = GPTConfig()
     found = build_attention_layout(config, PositionEncoding(config, 10), torch.zeros_like(ids), ids, None)
@@ -106,7 +106,7 @@ def test_mask_and_positions_are_their_definition(rows: list[list[int]]) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_blocks_take_flexattentions_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_blocks_accept_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's way, as far as a CPU goes: compiled, forward."""
     model = randomised(GPTConfig(n_layer=2, n_head=2, n_embd=32), VOCAB, T)
     input_ids, document_ids = torch.randint(1, VOCAB, (2, T)), torch.randint(0, 4, (2, T)).sort(dim=1).values

@@ -1,4 +1,4 @@
-"""The transformer as a whole: what it starts from, what it may see, and that it is a published one."""
+"""GPT as a whole: initial loss, causality, and equality with Qwen3 in transformers."""
 
 import math
 
@@ -33,7 +33,7 @@ configs = st.builds(
 
 @pytest.mark.parametrize("vocab_size", [257, 1024, 5000])
 @pytest.mark.parametrize("position", ["rotary", "learned"])
-def test_an_untrained_model_knows_nothing(vocab_size: int, position: str) -> None:
+def test_untrained_model_predicts_uniformly(vocab_size: int, position: str) -> None:
     model = GPT(GPTConfig(position=position), vocab_size, 64)
     ids = torch.randint(vocab_size, (4, 65))
     nats, tokens = token_cross_entropy(model(ids[:, :-1]), ids[:, 1:])
@@ -42,7 +42,7 @@ def test_an_untrained_model_knows_nothing(vocab_size: int, position: str) -> Non
 
 @given(config=configs, t=st.integers(0, 10), seed=st.integers(0, 1000))
 @settings(max_examples=40)
-def test_no_logit_depends_on_a_later_token(config: GPTConfig, t: int, seed: int) -> None:
+def test_logits_do_not_depend_on_later_tokens(config: GPTConfig, t: int, seed: int) -> None:
     model = randomised(config, vocab_size=17, block_size=12)
     ids = torch.randint(17, (1, 12), generator=torch.Generator().manual_seed(seed))
     changed = ids.clone()
@@ -53,7 +53,7 @@ def test_no_logit_depends_on_a_later_token(config: GPTConfig, t: int, seed: int)
     assert not torch.equal(before[:, t + 1], after[:, t + 1])  # or the test could not fail
 
 
-def test_a_window_longer_than_the_context_is_refused() -> None:
+def test_input_longer_than_the_context_is_an_error() -> None:
     with pytest.raises(UserError, match="25 tokens do not fit into a context of 24"):
         randomised(TINY)(torch.zeros(1, 25, dtype=torch.int64))
 
@@ -67,7 +67,7 @@ def test_softcap_bounds_the_logits() -> None:
     torch.testing.assert_close(capped, 2.0 * torch.tanh(model(ids) / 2.0))
 
 
-def test_dropout_is_for_training_alone() -> None:
+def test_dropout_is_only_active_in_training() -> None:
     model = randomised(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.5))
     ids = torch.randint(61, (2, 24))
     assert torch.equal(model(ids), model(ids))
@@ -76,7 +76,7 @@ def test_dropout_is_for_training_alone() -> None:
 
 
 @pytest.mark.parametrize("n_kv_head", [4, 2, 1])
-def test_the_default_shape_is_qwen3(n_kv_head: int) -> None:
+def test_default_architecture_matches_qwen3(n_kv_head: int) -> None:
     """Logits and gradients of the default architecture against ``transformers``' Qwen3, with random weights."""
     transformers = pytest.importorskip("transformers")
     config = GPTConfig(n_layer=2, n_head=4, n_kv_head=n_kv_head, n_embd=32)
@@ -126,7 +126,7 @@ def test_the_default_shape_is_qwen3(n_kv_head: int) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_what_is_computed_again_is_what_it_was(dropout: float) -> None:
+def test_activation_checkpointing_preserves_gradients(dropout: float) -> None:
     """Gradients with activation checkpointing are those without, to the last bit, and it does forget."""
 
     def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:

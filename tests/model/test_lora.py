@@ -1,4 +1,4 @@
-"""Adapters against ``peft``, and the base that they leave as it was."""
+"""LoRA against ``peft``, and the base model, which must not change."""
 
 import copy
 import re
@@ -73,7 +73,7 @@ def close(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize("pattern", [PATTERNS["queries-and-values"], PATTERNS["last-block"], "attention|feed_forward"])
-def test_outputs_gradients_and_merged_weights_are_pefts(pattern: str) -> None:
+def test_outputs_gradients_and_merged_weights_match_peft(pattern: str) -> None:
     config = LoRA(rank=3, alpha=12.0, pattern=pattern)
     net = adapted(rank=3, alpha=12.0, pattern=pattern)
     theirs = in_peft(net, randomised(CONFIG), config)
@@ -96,7 +96,7 @@ def test_outputs_gradients_and_merged_weights_are_pefts(pattern: str) -> None:
     close(net(IDS), theirs(IDS))
 
 
-def test_dropout_is_of_what_a_reads_as_in_peft() -> None:
+def test_dropout_matches_peft() -> None:
     config = LoRA(rank=4, dropout=0.5, pattern=PATTERNS["queries-and-values"])
     net = adapted(rank=4, dropout=0.5, pattern=config.pattern).train()
     theirs = in_peft(net, randomised(CONFIG), config)
@@ -111,7 +111,7 @@ def test_dropout_is_of_what_a_reads_as_in_peft() -> None:
     close(net(IDS), theirs(IDS))
 
 
-def test_adapters_begin_as_pefts_do() -> None:
+def test_initial_adapters_match_peft() -> None:
     config = LoRA(rank=64, pattern=PATTERNS["blocks"])
     net = randomised(CONFIG)
     add_lora(net, config)
@@ -124,7 +124,7 @@ def test_adapters_begin_as_pefts_do() -> None:
     assert all(not value.any() for name, value in lora_state_dict(net).items() if name.endswith("lora_b"))
 
 
-def test_in_bfloat16_it_is_peft_with_adapters_in_float32() -> None:
+def test_bfloat16_base_matches_peft_with_float32_adapters() -> None:
     config = LoRA(rank=3, pattern=PATTERNS["blocks"])
     net = adapted(dtype=torch.bfloat16, rank=3, pattern=config.pattern)
     theirs = in_peft(net, randomised(CONFIG).bfloat16(), config)
@@ -138,7 +138,7 @@ def test_in_bfloat16_it_is_peft_with_adapters_in_float32() -> None:
     assert torch.equal(net(IDS), theirs(IDS))
 
 
-def test_a_weight_in_bfloat16_is_rounded_once_when_merged() -> None:
+def test_merged_bfloat16_weight_is_rounded_once() -> None:
     linear = nn.Linear(8, 8, dtype=torch.bfloat16)
     layer = LoRALinear(linear, LoRA(rank=2))
     nn.init.normal_(layer.lora_b)
@@ -149,7 +149,7 @@ def test_a_weight_in_bfloat16_is_rounded_once_when_merged() -> None:
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_switched_off_it_is_the_base_bit_for_bit(dtype: torch.dtype, merged: bool) -> None:
+def test_disabled_adapters_give_the_base_model_bit_for_bit(dtype: torch.dtype, merged: bool) -> None:
     net, base = adapted(dtype=dtype), randomised(CONFIG).to(dtype)
     if merged:
         merge_lora(net)
@@ -167,7 +167,7 @@ def test_switched_off_it_is_the_base_bit_for_bit(dtype: torch.dtype, merged: boo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_unmerging_gives_the_very_weights_back(dtype: torch.dtype) -> None:
+def test_unmerging_restores_the_same_weights(dtype: torch.dtype) -> None:
     net = adapted(dtype=dtype)
     before, outputs = dict(net.named_parameters()), net(IDS)
     for _ in range(2):  # twice is once
@@ -183,7 +183,7 @@ def test_unmerging_gives_the_very_weights_back(dtype: torch.dtype) -> None:
 
 @given(rank=st.integers(1, 20), alpha=st.floats(0.5, 64), pattern=st.sampled_from(sorted(PATTERNS.values())))
 @settings(max_examples=25)
-def test_any_rank_and_pattern_leave_the_base_as_it_was(rank: int, alpha: float, pattern: str) -> None:
+def test_any_rank_and_pattern_preserve_the_base_model(rank: int, alpha: float, pattern: str) -> None:
     base, net = randomised(CONFIG), randomised(CONFIG)
     names = add_lora(net, LoRA(rank, alpha, 0.0, pattern))
     linears = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear) and re.search(pattern, name)}
@@ -211,7 +211,7 @@ def test_any_rank_and_pattern_leave_the_base_as_it_was(rank: int, alpha: float, 
         assert torch.equal(mine, its)
 
 
-def test_a_base_checkpoint_keeps_its_names() -> None:
+def test_base_checkpoint_still_loads() -> None:
     base, net = randomised(CONFIG), adapted()
     found = net.load_state_dict(base.state_dict(), strict=False)
     assert not found.unexpected_keys
@@ -219,7 +219,7 @@ def test_a_base_checkpoint_keeps_its_names() -> None:
     assert net.state_dict().keys() == base.state_dict().keys() | lora_state_dict(net).keys()
 
 
-def test_training_moves_the_adapters_alone() -> None:
+def test_training_changes_only_the_adapters() -> None:
     net, base = adapted(dropout=0.1).train(), randomised(CONFIG)
     before = copy.deepcopy(lora_state_dict(net))
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -231,7 +231,7 @@ def test_training_moves_the_adapters_alone() -> None:
     assert all(p.grad is None for name, p in net.named_parameters() if "lora_" not in name)
 
 
-def test_a_state_dict_is_the_same_while_merged() -> None:
+def test_state_dict_is_the_same_while_merged() -> None:
     net = adapted()
     before, outputs = copy.deepcopy(net.state_dict()), net(IDS)
     merge_lora(net)
@@ -243,7 +243,7 @@ def test_a_state_dict_is_the_same_while_merged() -> None:
     assert torch.equal(net(IDS), outputs)
 
 
-def test_removing_merged_adapters_leaves_a_plain_network_that_has_them() -> None:
+def test_removing_merged_adapters_leaves_a_plain_network() -> None:
     net, base = adapted(), randomised(CONFIG)
     outputs = net(IDS)
     merge_lora(net)
@@ -255,7 +255,7 @@ def test_removing_merged_adapters_leaves_a_plain_network_that_has_them() -> None
     close(base(IDS), outputs)
 
 
-def test_adapters_can_be_loaded_into_another_copy_of_the_base() -> None:
+def test_adapters_load_into_another_copy_of_the_base() -> None:
     net, other = adapted(), randomised(CONFIG)
     add_lora(other, LoRA())
     merge_lora(other)
@@ -271,14 +271,14 @@ def test_adapters_can_be_loaded_into_another_copy_of_the_base() -> None:
         (LoRA(pattern=""), r"head.lora_a is missing in the state dict, but (8, 16) in the network"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_by_name(settings: LoRA, said: str) -> None:
+def test_mismatched_adapters_are_an_error(settings: LoRA, said: str) -> None:
     other = randomised(CONFIG)
     add_lora(other, settings)
     with pytest.raises(UserError, match=re.escape(said)):
         load_lora_state_dict(other, lora_state_dict(adapted()))
 
 
-def test_a_tied_heads_adapter_does_not_touch_the_embedding() -> None:
+def test_adapter_of_a_tied_head_does_not_change_the_embedding() -> None:
     net, base = adapted(TIED, pattern="^head$"), randomised(TIED)
     assert net.head.weight is net.embedding.weight
     hidden, outputs = net.hidden_states(IDS), net(IDS)
@@ -297,7 +297,7 @@ def test_a_tied_heads_adapter_does_not_touch_the_embedding() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_merged_network_can_change_its_type_and_be_copied(tied: bool) -> None:
+def test_merged_network_can_be_cast_and_copied(tied: bool) -> None:
     net = adapted(TIED if tied else CONFIG, pattern="")
     merge_lora(net)
     net = copy.deepcopy(net.double())
@@ -309,7 +309,7 @@ def test_a_merged_network_can_change_its_type_and_be_copied(tied: bool) -> None:
 
 
 @pytest.mark.parametrize("first", ["compile", "add"])
-def test_compiled_blocks_follow_every_switch(first: str) -> None:
+def test_compiled_blocks_follow_merging_and_disabling(first: str) -> None:
     """Whole graphs: no adapter makes the compiler give up. Which kernels it writes is not asked here."""
     torch.compiler.reset()  # what other tests had compiled counts against the compiler's limit
 
@@ -341,7 +341,7 @@ def test_compiled_blocks_follow_every_switch(first: str) -> None:
 
 
 @pytest.mark.parametrize("kind", LINEAR_CLASSES)
-def test_a_layer_in_two_places_has_one_adapter(kind: type[nn.Linear]) -> None:
+def test_shared_layer_has_one_adapter(kind: type[nn.Linear]) -> None:
     shared = kind(4, 4)
     net = nn.ModuleDict({"one": shared, "two": nn.Sequential(shared, kind(4, 4))})
     assert add_lora(net, LoRA(pattern="one|two.0")) == ["one", "two.0"]
@@ -352,20 +352,20 @@ def test_a_layer_in_two_places_has_one_adapter(kind: type[nn.Linear]) -> None:
     assert net["one"] is net["two"][0]
 
 
-def test_what_inherits_from_a_linear_layer_is_left_alone() -> None:
+def test_subclasses_of_linear_are_skipped() -> None:
     """``nn.MultiheadAttention`` reads its output layer's weight and never calls it."""
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
     assert add_lora(net, LoRA(pattern="")) == ["linear"]
 
 
-def test_a_network_without_memory_can_be_adapted() -> None:
+def test_network_on_meta_device_can_be_adapted() -> None:
     with torch.device("meta"):
         net = GPT(CONFIG, 61, 24)
     add_lora(net, LoRA())
     assert {value.device.type for value in lora_state_dict(net).values()} == {"meta"}
 
 
-def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
+def test_pattern_without_matches_lists_the_layers() -> None:
     with pytest.raises(UserError) as error:
         add_lora(randomised(CONFIG), LoRA(pattern="q_proj"))
     assert str(error.value) == (
@@ -377,7 +377,7 @@ def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
         add_lora(nn.Sequential(nn.ReLU()), LoRA())
 
 
-def test_adapters_are_not_added_twice() -> None:
+def test_adding_adapters_twice_is_an_error() -> None:
     with pytest.raises(UserError, match="already has LoRA adapters"):
         add_lora(adapted(), LoRA())
 
@@ -392,6 +392,6 @@ def test_adapters_are_not_added_twice() -> None:
         (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a regular expression: missing )"),
     ],
 )
-def test_impossible_settings_are_refused_by_name(build: Callable[[], LoRA], said: str) -> None:
+def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         build()

@@ -1,4 +1,4 @@
-"""What is read off the stream: shapes and values by hand, padding that is never seen, matrices that are shared."""
+"""Output heads: shapes and values by hand, vocabulary padding, tied embeddings."""
 
 import pytest
 import torch
@@ -28,14 +28,14 @@ def with_head(reads: OutputHead, **changes: object) -> GPT:
 @pytest.mark.parametrize(
     ("vocab_size", "multiple", "rows"), [(61, 1, 61), (61, 64, 64), (64, 64, 64), (65, 64, 128), (50_257, 128, 50_304)]
 )
-def test_rows_are_the_least_multiple_that_holds_the_vocabulary(vocab_size: int, multiple: int, rows: int) -> None:
+def test_vocabulary_is_padded_to_the_multiple(vocab_size: int, multiple: int, rows: int) -> None:
     assert padded_vocab_size(shape(vocab_multiple=multiple), vocab_size) == rows
     assert TokenHead().out_features(shape(vocab_multiple=multiple), vocab_size) == rows
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_rows_beyond_the_vocabulary_are_never_predicted_and_never_learn(tied: bool, softcap: float | None) -> None:
+def test_padding_rows_are_never_predicted_or_trained(tied: bool, softcap: float | None) -> None:
     net = randomised(shape(vocab_multiple=64, tied_embeddings=tied, logit_softcap=softcap))
     assert net.embedding.weight.shape == net.head.weight.shape == (64, 16)
     before = net(IDS)
@@ -53,7 +53,7 @@ def test_rows_beyond_the_vocabulary_are_never_predicted_and_never_learn(tied: bo
     torch.testing.assert_close(after.softmax(-1).sum(-1), torch.ones(2, 20))
 
 
-def test_padding_changes_no_logit() -> None:
+def test_vocabulary_padding_does_not_change_logits() -> None:
     small, large = randomised(shape()), randomised(shape(vocab_multiple=64))
     weights = small.state_dict()
     for name in ("embedding.weight", "head.weight"):
@@ -67,7 +67,7 @@ def gradients(net: GPT, target: Tensor) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in net.named_parameters() if parameter.grad is not None}
 
 
-def test_tied_embeddings_are_one_matrix_with_the_gradient_of_both() -> None:
+def test_tied_embeddings_share_weight_and_gradient() -> None:
     tied, untied = randomised(shape(tied_embeddings=True)), randomised(shape())
     assert tied.head.weight is tied.embedding.weight
     assert "head.weight" not in dict(tied.named_parameters())
@@ -83,7 +83,7 @@ def test_tied_embeddings_are_one_matrix_with_the_gradient_of_both() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_state_dict_of_tied_embeddings_stays_tied_when_loaded(tied: bool) -> None:
+def test_tied_embeddings_stay_tied_after_loading(tied: bool) -> None:
     net, other = (randomised(shape(tied_embeddings=tied)) for _ in range(2))
     with torch.no_grad():
         net.embedding.weight.mul_(2)
@@ -92,7 +92,7 @@ def test_a_state_dict_of_tied_embeddings_stays_tied_when_loaded(tied: bool) -> N
     assert torch.equal(other(IDS), net(IDS))
 
 
-def test_logits_of_tokens_are_products_with_the_rows() -> None:
+def test_token_logits_are_products_with_the_head() -> None:
     net = with_head(TokenHead())
     hidden, logits = net.hidden_states(IDS), net(IDS)
     for token in range(VOCAB):
@@ -100,7 +100,7 @@ def test_logits_of_tokens_are_products_with_the_rows() -> None:
 
 
 @pytest.mark.parametrize("softcap", [None, 0.1])
-def test_classes_are_products_with_a_row_each(softcap: float | None) -> None:
+def test_class_logits_are_products_with_the_head(softcap: float | None) -> None:
     """The cap is for logits of tokens."""
     net = with_head(ClassificationHead(5), logit_softcap=softcap, vocab_multiple=64)
     hidden, found = net.hidden_states(IDS), net(IDS)
@@ -110,7 +110,7 @@ def test_classes_are_products_with_a_row_each(softcap: float | None) -> None:
         torch.testing.assert_close(found[..., number], (hidden * net.head.weight[number]).sum(-1))
 
 
-def test_a_scalar_is_one_number_a_token() -> None:
+def test_scalar_head_gives_one_number_per_token() -> None:
     net = with_head(ScalarHead())
     found = net(IDS)
     assert net.head.weight.shape == (1, 16)
@@ -121,11 +121,11 @@ def test_a_scalar_is_one_number_a_token() -> None:
 
 @pytest.mark.parametrize("reads", [TokenHead(), ClassificationHead(3), ScalarHead()])
 @pytest.mark.parametrize(("weights", "read"), [("bfloat16", "float32"), ("float32", "float32"), ("float64", "float64")])
-def test_what_is_read_has_at_least_32_bits(reads: OutputHead, weights: str, read: str) -> None:
+def test_output_has_at_least_32_bits(reads: OutputHead, weights: str, read: str) -> None:
     assert with_head(reads).to(getattr(torch, weights))(IDS).dtype == getattr(torch, read)
 
 
 @pytest.mark.parametrize("reads", [ClassificationHead(VOCAB), ScalarHead()])
-def test_tying_a_head_that_reads_no_tokens_is_refused(reads: OutputHead) -> None:
+def test_tying_another_head_than_tokens_is_an_error(reads: OutputHead) -> None:
     with pytest.raises(UserError, match=f"tied_embeddings is true, but the output head is {type(reads).__name__}"):
         GPT(shape(tied_embeddings=True), VOCAB, 24, reads)

@@ -1,4 +1,4 @@
-"""Every way to know order, against its paper or the library of those who published it."""
+"""Position encodings against their papers, or the authors' library."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ DOCUMENTS = torch.tensor([[3, 3, 3, 7, 7, 1, 1, 1, 1], [5, 5, 5, 5, 5, 5, 5, 5, 
 PLACES = [[0, 1, 2, 0, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6, 7, 8]]
 
 
-def test_sinusoidal_is_the_papers_equation() -> None:
+def test_sinusoidal_matches_the_paper() -> None:
     config = GPTConfig(n_head=1, n_embd=12, position="sinusoidal")
     x = torch.randn(2, 40, 12, dtype=torch.float64)
     found = SinusoidalPositions(config, 50).embed(x, torch.arange(7, 47)) - x
@@ -37,7 +37,7 @@ def test_sinusoidal_is_the_papers_equation() -> None:
         assert found[1, place, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-5)
 
 
-def test_learned_positions_are_rows_of_a_table() -> None:
+def test_learned_positions_are_added_to_the_embeddings() -> None:
     learned = LearnedPositions(GPTConfig(n_head=1, n_embd=8, position="learned"), 9)
     x = torch.randn(2, 9, 8)
     found = learned.embed(x, torch.tensor(PLACES))
@@ -55,18 +55,18 @@ def authors_slopes(n: int) -> list[float]:
 
 
 @pytest.mark.parametrize("n_head", [1, 2, 3, 4, 6, 7, 8, 12, 16, 25, 32, 40])
-def test_alibis_slopes_are_the_authors(n_head: int) -> None:
+def test_alibi_slopes_match_the_authors_code(n_head: int) -> None:
     config = GPTConfig(n_head=n_head, n_embd=2 * n_head, position="alibi")
     assert ALiBi(config, 8).slopes.tolist() == pytest.approx(authors_slopes(n_head), rel=1e-6)
 
 
-def test_alibis_slopes_for_eight_heads_are_those_in_the_paper() -> None:
+def test_alibi_slopes_for_eight_heads_match_the_paper() -> None:
     slopes = ALiBi(GPTConfig(n_head=8, n_embd=16, position="alibi"), 8).slopes
     assert slopes.tolist() == [1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64, 1 / 128, 1 / 256]
 
 
 @pytest.mark.parametrize("backend", ["manual", "sdpa"])
-def test_alibi_is_subtracted_from_the_scores_of_the_textbook(backend: str) -> None:
+def test_alibi_is_subtracted_from_the_scores(backend: str) -> None:
     config = GPTConfig(n_head=6, n_kv_head=3, n_embd=24, qk_norm=False, position="alibi", attention_backend=backend)
     attention, position = Attention(config).double(), ALiBi(config, 9)
     x = torch.randn(1, 9, 24, dtype=torch.float64)
@@ -84,7 +84,7 @@ def test_alibi_is_subtracted_from_the_scores_of_the_textbook(backend: str) -> No
     torch.testing.assert_close(found[0], attention.output(expected), rtol=1e-6, atol=1e-6)  # slopes are float32
 
 
-def test_rotary_turns_pairs_by_the_papers_angles() -> None:
+def test_rotary_angles_match_the_paper() -> None:
     config = GPTConfig(n_head=1, n_embd=8, rotary_base=100.0)
     x = torch.randn(1, 1, 5, 8, dtype=torch.float64)
     rotary = RotaryPositions(config, 5)
@@ -98,7 +98,7 @@ def test_rotary_turns_pairs_by_the_papers_angles() -> None:
             assert turned[0, 0, t, i + 4].item() == pytest.approx(pair.imag, abs=1e-5)
 
 
-def test_rotary_dot_products_depend_on_the_distance_alone() -> None:
+def test_rotary_dot_products_depend_only_on_the_distance() -> None:
     rotary = RotaryPositions(GPTConfig(n_head=1, n_embd=16), 40)
     q, k = torch.randn(2, 1, 1, 1, 16).expand(2, 1, 1, 40, 16)
     rotation = rotary.cos_sin(torch.arange(40))
@@ -149,9 +149,7 @@ SCALED = [
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(("changes", "rope"), SCALED)
-def test_stretched_frequencies_are_those_of_transformers(
-    changes: dict[str, Any], rope: dict[str, Any], share: float
-) -> None:
+def test_scaled_frequencies_match_transformers(changes: dict[str, Any], rope: dict[str, Any], share: float) -> None:
     pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -164,7 +162,7 @@ def test_stretched_frequencies_are_those_of_transformers(
 
 
 @pytest.mark.parametrize(("changes", "rope"), SCALED)
-def test_stretched_queries_are_those_of_a_llama(changes: dict[str, Any], rope: dict[str, Any]) -> None:
+def test_scaled_rotation_matches_llama(changes: dict[str, Any], rope: dict[str, Any]) -> None:
     """With attention's factor where there is one: twice in a score, once from the query and once from the key."""
     pytest.importorskip("transformers")
     from transformers.models.llama import modeling_llama
@@ -181,9 +179,7 @@ def test_stretched_queries_are_those_of_a_llama(changes: dict[str, Any], rope: d
 
 @given(factor=st.floats(1.0, 64.0), base=st.floats(100.0, 1e6), half=st.integers(2, 64))
 @settings(max_examples=40)
-def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all(
-    factor: float, base: float, half: int
-) -> None:
+def test_ntk_scales_only_the_lowest_frequency_by_the_full_factor(factor: float, base: float, half: int) -> None:
     width = 2 * half
     config = GPTConfig(
         n_head=1, n_embd=width, rotary_base=base, rotary_scaling="ntk", rotary_factor=factor
@@ -197,7 +193,7 @@ def test_ntk_slows_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all(
 
 
 @pytest.mark.parametrize("factor", [2.0, 5.0])
-def test_ntk_is_transformers_dynamic_scaling_at_the_length_where_that_stretches_as_much(factor: float) -> None:
+def test_ntk_matches_dynamic_scaling_of_transformers(factor: float) -> None:
     """It grows with the text: at twice the trained length with a factor of f it is at f + 1."""
     pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -209,7 +205,7 @@ def test_ntk_is_transformers_dynamic_scaling_at_the_length_where_that_stretches_
 
 
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
-def test_a_share_of_the_channels_is_turned_as_in_gpt_neox(share: float) -> None:
+def test_partial_rotation_matches_gpt_neox(share: float) -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.models.gpt_neox import modeling_gpt_neox
 
@@ -238,13 +234,13 @@ def placed(config: GPTConfig, document_ids: Tensor | None, cache: KVCache | None
 
 
 @pytest.mark.parametrize("position", POSITION_ENCODINGS)
-def test_positions_begin_again_with_each_document(position: str) -> None:
+def test_positions_restart_with_each_document(position: str) -> None:
     config = GPTConfig(n_head=2, n_embd=16, position=position)
     assert placed(config, DOCUMENTS)[0].tolist() == PLACES
     assert placed(config, None)[0].tolist() == PLACES[1]
 
 
-def test_rotations_begin_again_with_each_document() -> None:
+def test_rotations_restart_with_each_document() -> None:
     config = GPTConfig(n_head=2, n_embd=16)
     rotary = RotaryPositions(config, 16)
     for of_documents, whole in zip(placed(config, DOCUMENTS)[1], placed(config, None)[1], strict=True):
@@ -259,7 +255,7 @@ def test_rotations_begin_again_with_each_document() -> None:
 @pytest.mark.parametrize(
     ("lengths", "expected"), [([4, 4], [*range(4, 13)]), ([4, 1], [[*range(4, 13)], [*range(1, 10)]])]
 )
-def test_positions_go_on_where_a_cache_ends(lengths: list[int], expected: list[Any]) -> None:
+def test_positions_continue_after_the_cache(lengths: list[int], expected: list[Any]) -> None:
     config = GPTConfig(n_head=2, n_embd=16)
     cache = KVCache(2, 16, torch.device("cpu"), torch.float32)
     cache.lengths = lengths

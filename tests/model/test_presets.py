@@ -1,4 +1,4 @@
-"""Named shapes are the published ones: by their number of parameters, and against ``transformers``."""
+"""Presets against the published parameter counts, and against ``transformers``."""
 
 from typing import Any
 
@@ -69,12 +69,12 @@ def test_every_published_preset_is_tested() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_preset_has_as_many_parameters_as_was_published(name: str) -> None:
+def test_preset_has_the_published_parameter_count(name: str) -> None:
     assert size(on_meta(PRESETS[name], VOCABULARY[name.split("_")[0]])) == PUBLISHED[name]
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_a_preset_is_transformers_model_of_the_published_config(name: str) -> None:
+def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     transformers = pytest.importorskip("transformers")
     family = {"gpt2": "GPT2", "llama3": "Llama", "qwen3": "Qwen3"}[name.split("_")[0]]
     head = "GPT2LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
@@ -110,13 +110,13 @@ def test_a_preset_is_transformers_model_of_the_published_config(name: str) -> No
 
 
 @pytest.mark.parametrize(("name", "millions"), [("nano", 0.8), ("micro", 3.9), ("mini", 17.7)])
-def test_a_laptops_size_has_so_many_parameters_in_blocks(name: str, millions: float) -> None:
+def test_parameter_counts_of_laptop_sizes(name: str, millions: float) -> None:
     net = on_meta(PRESETS[name], 8192)
     assert size(net.blocks) / 1e6 == pytest.approx(millions, abs=0.05)
     assert size(net) == size(net.blocks) + 2 * 8192 * PRESETS[name].n_embd + size(net.norm)
 
 
 @pytest.mark.parametrize("name", ["nano", "micro", "mini"])
-def test_a_laptops_size_is_the_defaults_architecture(name: str) -> None:
+def test_laptop_sizes_have_the_default_architecture(name: str) -> None:
     shape = {key: getattr(PRESETS[name], key) for key in ("n_layer", "n_head", "n_embd")}
     assert PRESETS[name] == GPTConfig(**shape)

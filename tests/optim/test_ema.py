@@ -1,4 +1,4 @@
-"""A moving average of the weights against its recursion, under optimizers that remember and one that does not."""
+"""The moving average of the weights against its recursion, with stateful and stateless optimizers."""
 
 from collections.abc import Callable, Iterator
 
@@ -49,7 +49,7 @@ def averaged(
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("decay", [0.0, 0.7, 0.999])
-def test_the_average_is_its_recursion_and_changes_nothing_else(optimizer: str, decay: float) -> None:
+def test_average_matches_its_recursion_and_does_not_affect_training(optimizer: str, decay: float) -> None:
     net, plain = GPT(TIED, 50, 8), GPT(TIED, 50, 8)
     plain.load_state_dict(net.state_dict())
     followed, alone = OPTIMIZERS[optimizer](net), OPTIMIZERS[optimizer](plain)
@@ -63,7 +63,7 @@ def test_the_average_is_its_recursion_and_changes_nothing_else(optimizer: str, d
         torch.testing.assert_close(followed.state[p][EMA_STATE_KEY].double(), a, atol=1e-5, rtol=1e-5)
 
 
-def test_a_parameter_that_is_never_updated_needs_no_average() -> None:
+def test_parameter_without_updates_has_no_average() -> None:
     """An optimizer that finds something in its state would miss its own moments."""
     used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([used, unused])
@@ -76,7 +76,7 @@ def test_a_parameter_that_is_never_updated_needs_no_average() -> None:
     assert set(optimizer.state[unused]) == {"step", "exp_avg", "exp_avg_sq", EMA_STATE_KEY}
 
 
-def test_weights_and_averages_change_places_and_back() -> None:
+def test_weights_and_averages_are_swapped_and_restored() -> None:
     net = GPT(TIED, 50, 8)
     optimizer = OPTIMIZERS["muon"](net)
     average, expected = averaged(net, optimizer, 0.7, 5)
@@ -90,7 +90,7 @@ def test_weights_and_averages_change_places_and_back() -> None:
         assert all(torch.equal(a, b) for a, b in zip(weights(net), trained, strict=True))
 
 
-def test_saved_weights_and_averages_change_places_by_name() -> None:
+def test_saved_weights_and_averages_are_swapped_by_name() -> None:
     """Live tensors stay where they are, tied ones stay tied."""
     net = GPT(TIED, 50, 8)
     optimizer = OPTIMIZERS["muon"](net)
@@ -118,7 +118,7 @@ def _one_process() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_one_process")
-def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> None:
+def test_sharded_weights_are_averaged_and_resharded_after_a_swap() -> None:
     """FSDP2 keeps the root's whole weights after a forward pass that no backward pass follows."""
     net, plain = nn.Linear(4, 3), nn.Linear(4, 3)
     plain.load_state_dict(net.state_dict())
@@ -141,12 +141,12 @@ def test_sharded_weights_are_averaged_and_gathered_again_after_a_change() -> Non
 
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_decay_that_cannot_be_is_refused_by_name(decay: float) -> None:
+def test_decay_out_of_range_is_an_error(decay: float) -> None:
     with pytest.raises(UserError, match=r"model.ema_decay is .*; it must be at least 0 and below 1"):
         ExponentialMovingAverage(decay)
 
 
-def test_weights_in_16_bits_are_refused() -> None:
+def test_16_bit_weights_are_an_error() -> None:
     """From 1 to 2 with a decay of 0.999 a bfloat16 never moves."""
     stuck = torch.ones(1, dtype=torch.bfloat16)
     assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)

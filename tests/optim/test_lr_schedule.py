@@ -1,4 +1,4 @@
-"""Schedules against their equations and against the schedules of torch and transformers."""
+"""Learning-rate schedules against their equations, torch and transformers."""
 
 import math
 from itertools import pairwise
@@ -21,7 +21,7 @@ def factors(schedule: Schedule, total: float = TOTAL) -> list[float]:
     return [schedule.factor(step, total) for step in range(TOTAL + 1)]
 
 
-def test_the_default_warms_up_holds_and_decays() -> None:
+def test_default_schedule_warms_up_holds_and_decays() -> None:
     """20 steps up, and down over the last 0.4 of the run."""
     found = factors(Schedule())
     assert found[:20] == [(step + 1) / 21 for step in range(20)]
@@ -30,7 +30,7 @@ def test_the_default_warms_up_holds_and_decays() -> None:
     assert found == factors(Schedule(decay="linear", decay_share=0.4))
 
 
-def test_linear_and_cosine_are_their_equations() -> None:
+def test_linear_and_cosine_match_their_equations() -> None:
     linear = factors(Schedule(decay="linear", warmup_steps=10, final=0.2))
     cosine = factors(Schedule(decay="cosine", warmup_steps=10, final=0.2))
     for step in range(10, 101):
@@ -39,7 +39,7 @@ def test_linear_and_cosine_are_their_equations() -> None:
         assert cosine[step] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def test_inverse_sqrt_is_that_of_attention_is_all_you_need() -> None:
+def test_inverse_sqrt_matches_the_paper() -> None:
     """Equation 3, steps counted from 1, with its peak brought to 1."""
     warmup = 11
     peak = warmup**-0.5
@@ -50,7 +50,7 @@ def test_inverse_sqrt_is_that_of_attention_is_all_you_need() -> None:
 
 
 @pytest.mark.parametrize("final", [0.0, 0.25])
-def test_the_decay_is_that_of_torchs_schedulers(final: float) -> None:
+def test_decay_matches_torch_schedulers(final: float) -> None:
     optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0) for _ in range(2)]
     theirs = {
         "linear": lr_scheduler.LinearLR(optimizers[0], 1.0, final, total_iters=TOTAL),
@@ -67,7 +67,7 @@ def test_the_decay_is_that_of_torchs_schedulers(final: float) -> None:
 
 
 @pytest.mark.parametrize("warmup", [1, 10])
-def test_schedules_are_those_of_transformers(warmup: int) -> None:
+def test_schedules_match_transformers(warmup: int) -> None:
     """Theirs begins at a rate of zero, ours a step later; ours keeps to the length of the run in its decay."""
     theirs = pytest.importorskip("transformers.optimization", exc_type=ImportError)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -95,7 +95,7 @@ def test_schedules_are_those_of_transformers(warmup: int) -> None:
     final=st.floats(0, 1),
     total=st.one_of(st.integers(1, 200), st.just(math.inf)),
 )
-def test_a_factor_lies_between_0_and_1_rises_in_warm_up_and_never_again(
+def test_factor_is_between_0_and_1_and_rises_only_in_warmup(
     decay: Decay, warmup: int, share: float | None, final: float, total: float
 ) -> None:
     schedule = Schedule(decay, warmup, share, final)
@@ -118,6 +118,6 @@ def test_a_factor_lies_between_0_and_1_rises_in_warm_up_and_never_again(
         ({"final": -0.5}, "model.schedule.final is -0.5"),
     ],
 )
-def test_a_schedule_that_cannot_be_is_refused_by_name(settings: dict[str, object], said: str) -> None:
+def test_invalid_schedule_is_an_error(settings: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         Schedule(**settings)  # type: ignore[arg-type]

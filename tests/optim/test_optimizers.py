@@ -1,4 +1,4 @@
-"""Optimizers against torch's own and against linear algebra; groups against their description."""
+"""Muon and AdamW against torch and linear algebra, and the parameter groups."""
 
 import copy
 import math
@@ -17,7 +17,7 @@ from tests.conftest import TINY
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 16), (2, 40, 16), (2, 16, 40), (1, 1, 8)])
-def test_orthogonalise_keeps_singular_vectors_and_evens_singular_values(shape: tuple[int, ...]) -> None:
+def test_orthogonalise_keeps_singular_vectors_and_equalises_singular_values(shape: tuple[int, ...]) -> None:
     u, s, vh = torch.linalg.svd(torch.randn(shape), full_matrices=False)
     matrices = u @ torch.diag_embed(torch.linspace(1, 0.05, s.size(-1)).expand_as(s)) @ vh
     result = orthogonalise(matrices).float()
@@ -28,11 +28,11 @@ def test_orthogonalise_keeps_singular_vectors_and_evens_singular_values(shape: t
     assert leftover.abs().max() < 0.1  # bfloat16
 
 
-def test_orthogonalise_leaves_zero_alone() -> None:
+def test_orthogonalise_keeps_zero() -> None:
     assert torch.equal(orthogonalise(torch.zeros(1, 4, 6)).float(), torch.zeros(1, 4, 6))
 
 
-def test_muon_is_momentum_then_orthogonal_then_scaled() -> None:
+def test_muon_update_matches_its_definition() -> None:
     """Two steps by hand, with the exact polar factor from an SVD in place of the iteration."""
     weight = nn.Parameter(torch.randn(12, 4))
     start, momentum = weight.detach().clone(), torch.zeros(12, 4)
@@ -50,7 +50,7 @@ def test_muon_is_momentum_then_orthogonal_then_scaled() -> None:
     assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are near 1, not at it
 
 
-def test_normuon_evens_out_the_rows() -> None:
+def test_normuon_normalises_rows() -> None:
     """Algorithm 1 of https://arxiv.org/abs/2510.05491 over three steps, on Muon's own orthogonal update."""
     plain, even = nn.Parameter(torch.zeros(6, 10)), nn.Parameter(torch.zeros(6, 10))
     settings = {"rule": "muon", "lr": 1.0, "momentum": 0.9, "weight_decay": 0.0}
@@ -70,7 +70,7 @@ def test_normuon_evens_out_the_rows() -> None:
         torch.testing.assert_close(even.detach() - even_before, expected, atol=1e-2, rtol=1e-2)
 
 
-def test_the_rest_is_torchs_adamw() -> None:
+def test_other_parameters_match_torch_adamw() -> None:
     ours = [nn.Parameter(torch.randn(5, 3)), nn.Parameter(torch.randn(7))]
     theirs = copy.deepcopy(ours)
     settings = {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
@@ -87,7 +87,7 @@ def test_the_rest_is_torchs_adamw() -> None:
 
 
 @pytest.mark.parametrize("recipe", [Muon(), AdamW()])
-def test_state_survives_saving(recipe: Muon | AdamW) -> None:
+def test_optimizer_state_can_be_saved_and_loaded(recipe: Muon | AdamW) -> None:
     def run(interrupt: bool) -> list[torch.Tensor]:
         torch.manual_seed(0)
         model = GPT(TINY, 50, 8)
@@ -106,7 +106,7 @@ def test_state_survives_saving(recipe: Muon | AdamW) -> None:
         assert torch.equal(a, b)
 
 
-def test_groups_sort_every_parameter_once() -> None:
+def test_every_parameter_is_in_one_group() -> None:
     model = GPT(GPTConfig(n_layer=2, n_head=2, n_embd=32, position="learned"), 50, 8)
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model)
@@ -118,7 +118,7 @@ def test_groups_sort_every_parameter_once() -> None:
     assert len(parameter_groups(model).vectors) == len(groups.vectors) - 1
 
 
-def test_what_is_no_matrix_goes_to_adamw() -> None:
+def test_parameters_that_are_not_matrices_use_adamw() -> None:
     net = GPT(TINY, 50, 8)
     net.blocks[0].gate = torch.nn.Parameter(torch.zeros(2, 1, 16))
     assert any(p is net.blocks[0].gate for p in parameter_groups(net).tables)
@@ -126,7 +126,7 @@ def test_what_is_no_matrix_goes_to_adamw() -> None:
 
 
 @pytest.mark.parametrize("recipe", [Muon(), AdamW()])
-def test_factors_of_adapters_are_no_matrices(recipe: Muon | AdamW) -> None:
+def test_lora_factors_are_not_matrices(recipe: Muon | AdamW) -> None:
     """Orthogonal steps of A and B would not make their product's step orthogonal; where nothing else is trained, adamw
     is all there is."""
     net = GPT(TINY, 50, 8)
@@ -140,7 +140,7 @@ def test_factors_of_adapters_are_no_matrices(recipe: Muon | AdamW) -> None:
     assert all(any(p is table for table in parameter_groups(net).tables) for p in factors)
 
 
-def test_adamw_decays_matrices_and_tables_alone() -> None:
+def test_adamw_decays_only_matrices_and_tables() -> None:
     optimizer = AdamW(weight_decay=0.3).build(GPT(TINY, 50, 8))
     assert [(group["weight_decay"], {p.ndim for p in group["params"]}) for group in optimizer.param_groups] == [
         (0.3, {2}),
@@ -163,6 +163,6 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
         (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_by_name(build: object, said: str) -> None:
+def test_invalid_optimizer_settings_are_an_error(build: object, said: str) -> None:
     with pytest.raises(UserError, match=said):
         build()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Costs worked out ahead, against PyTorch's own counters."""
+"""FLOPs, parameters and memory against PyTorch's own counters."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_operations_are_those_that_torch_counts(config: GPTConfig) -> None:
+def test_flops_match_torch_flop_counter(config: GPTConfig) -> None:
     net = GPT(config, vocab_size=97, block_size=40)
     ids = torch.randint(97, (3, 40))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -37,7 +37,7 @@ def test_operations_are_those_that_torch_counts(config: GPTConfig) -> None:
 
 
 @pytest.mark.parametrize("config", SHAPES)
-def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
+def test_parts_sum_to_all_parameters(config: GPTConfig) -> None:
     net = GPT(config, vocab_size=97, block_size=40)
     parts = count_parameters_by_part(net)
     assert sum(parts.values()) == sum(p.numel() for p in net.parameters())
@@ -47,7 +47,7 @@ def test_parts_are_all_of_the_parameters(config: GPTConfig) -> None:
 
 @pytest.mark.parametrize("ema_decay", [None, 0.9])
 @pytest.mark.parametrize("recipe", [AdamW(), Muon(), Muon(row_beta=0.95)])
-def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, ema_decay: float | None) -> None:
+def test_state_bytes_match_an_optimizer_after_a_step(recipe: OptimizerRecipe, ema_decay: float | None) -> None:
     net = GPT(SHAPES[0], vocab_size=97, block_size=40)
     optimizer = recipe.build(net)
     ExponentialMovingAverage(ema_decay).attach(optimizer, lambda: 0)
@@ -68,9 +68,7 @@ def test_state_is_what_an_optimizer_holds_after_a_step(recipe: OptimizerRecipe, 
         (torch.bfloat16, False, False), (torch.float32, False, True), (torch.float32, True, True),
     ],
 )  # fmt: skip
-def test_activations_are_what_a_forward_pass_leaves_allocated(
-    dtype: torch.dtype, autocast: bool, recompute: bool
-) -> None:
+def test_activation_bytes_match_a_profiled_forward_pass(dtype: torch.dtype, autocast: bool, recompute: bool) -> None:
     config, shape = GPTConfig(n_layer=2, n_head=2, n_embd=64), (4, 128)
     net = GPT(config, vocab_size=500, block_size=128).to(dtype)
     net.recompute = recompute

@@ -1,0 +1,107 @@
+"""Invalid and contradictory architecture settings."""
+
+from typing import Any
+
+import pytest
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.model import GPTConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"n_embd": 190}, "n_embd (190) is not divisible by model.gpt.n_head (3)"),
+        ({"n_kv_head": 2}, "n_head (3) is not divisible by model.gpt.n_kv_head (2)"),
+        ({"position": "rotry"}, "model.gpt.position is rotry; it must be one of rotary, learned"),
+        ({"feed_forward": "selu"}, "model.gpt.feed_forward is selu; it must be one of relu, relu2"),
+        ({"n_layer": 0}, "model.gpt.n_layer is 0"),
+        ({"n_head": -3}, "model.gpt.n_head is -3"),
+        ({"n_kv_head": 0}, "model.gpt.n_kv_head is 0"),
+        ({"head_dim": 33}, "it would rotate 33 of 33; choose another model.gpt.head_dim"),
+        ({"dropout": 1.0}, "model.gpt.dropout is 1.0"),
+        ({"dropout": -0.1}, "model.gpt.dropout is -0.1"),
+        ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
+    ],
+)
+def test_invalid_config_is_an_error(changes: dict[str, float], said: str) -> None:
+    with pytest.raises(UserError) as error:
+        GPTConfig(**changes)  # type: ignore[arg-type]
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_embd": 190}, ("model.gpt.n_embd (190)", "model.gpt.n_head (3)", "model.gpt.head_dim")),
+        ({"n_kv_head": 2}, ("model.gpt.n_head (3)", "model.gpt.n_kv_head (2)")),
+        ({"rotary_factor": 2.0}, ("model.gpt.rotary_factor is 2.0", "model.gpt.rotary_scaling is not set")),
+        (
+            {"position": "learned", "rotary_scaling": "linear"},
+            ("model.gpt.rotary_scaling is linear", "model.gpt.position is learned"),
+        ),
+        ({"position": "alibi", "rotary_share": 0.5}, ("model.gpt.rotary_share is 0.5", "model.gpt.position is alibi")),
+        (
+            {"position": "sinusoidal", "rotary_scaling": "ntk"},
+            ("model.gpt.rotary_scaling is ntk", "model.gpt.position is sinusoidal"),
+        ),
+        ({"position": "none", "rotary_share": 0.5}, ("model.gpt.rotary_share is 0.5", "model.gpt.position is none")),
+        (
+            {"rotary_scaling": "yarn", "rotary_factor": 4.0},
+            ("model.gpt.rotary_scaling is yarn", "model.gpt.rotary_trained_context is None"),
+        ),
+        (
+            {"rotary_scaling": "llama3", "rotary_factor": 4.0},
+            ("model.gpt.rotary_scaling is llama3", "model.gpt.rotary_trained_context is None"),
+        ),
+        (
+            {"rotary_scaling": "linear", "rotary_factor": 4.0, "rotary_trained_context": 512},
+            ("model.gpt.rotary_scaling is linear", "model.gpt.rotary_trained_context is 512"),
+        ),
+        (
+            {"rotary_trained_context": 512},
+            ("model.gpt.rotary_scaling is None", "model.gpt.rotary_trained_context is 512"),
+        ),
+        ({"rotary_share": 0.26}, ("model.gpt.position rotary", "it would rotate 17 of 64", "rotary_share")),
+        ({"rotary_share": 1.5}, ("model.gpt.position rotary", "it would rotate 96 of 64", "rotary_share")),
+        ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "there are 2")),
+        (
+            {"rotary_scaling": "linear", "rotary_slow": 2.0},
+            ("model.gpt.rotary_slow is 2.0", "model.gpt.rotary_scaling is linear"),
+        ),
+        (
+            {"rotary_scaling": "llama3", "rotary_trained_context": 64, "rotary_slow": 4.0},
+            ("model.gpt.rotary_slow is 4.0", "model.gpt.rotary_fast is 4.0"),
+        ),
+        (
+            {"position": "learned", "rotary_trained_context": 64},
+            ("model.gpt.rotary_trained_context is 64", "model.gpt.position is learned"),
+        ),
+        ({"rotary_base": 1.0}, ("model.gpt.rotary_base is 1.0", "above 1")),
+        (
+            {"n_embd": 15, "position": "sinusoidal"},
+            ("model.gpt.position sinusoidal", "model.gpt.n_embd is 15"),
+        ),
+        (
+            {"attention_backend": "sdpa", "attention_softcap": 30.0},
+            ("model.gpt.attention_backend is sdpa", "model.gpt.attention_softcap is 30.0"),
+        ),
+        (
+            {"attention_backend": "flex", "dropout": 0.1},
+            ("model.gpt.attention_backend is flex", "model.gpt.dropout is 0.1"),
+        ),
+    ],
+)  # fmt: skip
+def test_contradictory_settings_are_an_error_that_names_both(changes: dict[str, Any], named: tuple[str, ...]) -> None:
+    with pytest.raises(UserError) as error:
+        GPTConfig(**changes)
+    assert [part for part in named if part not in str(error.value)] == []
+
+
+@pytest.mark.parametrize(
+    "switch",
+    ["attention_backend", "position", "rotary_scaling", "norm", "norm_placement", "feed_forward", "initialisation"],
+)
+def test_unknown_choice_is_an_error_that_lists_the_choices(switch: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.gpt\.{switch} is quadratic; it must be one of \w+, \w+"):
+        GPTConfig(**{switch: "quadratic"})  # type: ignore[arg-type]  # that is what is tested
