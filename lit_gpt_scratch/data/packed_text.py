@@ -31,6 +31,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
 """Sample prompts: number of documents, tokens of each, and validation tokens searched for document starts."""
+STDLIB_PROMPT = "def "
 
 
 VALIDATION_SHARE: Final = 0.05
@@ -198,14 +199,18 @@ class PackedText(BaseDataModule):
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts for samples: the start of text alone, and the first tokens of some validation documents."""
+        """Prompts for samples: a short one, and the first tokens of some validation documents.
+
+        The short prompt is ``STDLIB_PROMPT`` for the standard library, and the start of text alone for other sources.
+        """
         stream, start = self.store.validation, self.tokenizer.start_of_text
         length = min(SAMPLE_PROMPT_TOKENS, self.block_size // 2)
         found = [
             stream.read(at, at + length)
             for at in stream.document_starts(0, SAMPLE_SEARCH_TOKENS)[:N_SAMPLE_PROMPTS].tolist()
         ]
-        return [[start], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
+        short = self.tokenizer.encode(STDLIB_PROMPT) if self.origin == STDLIB else []
+        return [[start, *short], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
     def prepare_data(self) -> None:
         """Tokenize the corpus unless its store exists."""
