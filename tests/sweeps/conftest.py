@@ -34,13 +34,13 @@ def sweep_process(tmp_path: Path) -> Callable[..., "subprocess.Popen[str]"]:
     return start
 
 
-def rows(runs: Path, name: str) -> Rows:
+def read_rows(runs: Path, name: str) -> Rows:
     """The rows of ``results.csv``, without the columns that depend on time and place."""
     with (runs / name / "results.csv").open() as table:
         return [{k: v for k, v in row.items() if k not in ("seconds", "folder")} for row in csv.DictReader(table)]
 
 
-def starts(runs: Path, name: str) -> dict[str, list[int]]:
+def read_pids(runs: Path, name: str) -> dict[str, list[int]]:
     """Ids of the processes that executed each run of a sweep."""
     return {
         path.parent.name: [int(pid) for pid in path.read_text().split()] for path in (runs / name).glob("*/started")

@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from tests.sweeps.conftest import rows, starts
+from tests.sweeps.conftest import read_pids, read_rows
 
 BINARIES = os.pathsep.join([os.environ.get("PATH", ""), *map(str, Path("/usr/lib/postgresql").glob("*/bin"))])
 INITDB, PG_CTL = (shutil.which(name, path=BINARIES) for name in ("initdb", "pg_ctl"))
@@ -50,7 +50,7 @@ def test_two_machines_share_a_study(
 ) -> None:
     (tmp_path / "s.yaml").write_text("fixed: {seconds: 0.5}\nvary: {x: [1, 2, 3], kind: [a, b]}\nseeds: [1, 2]\n")
     first, second = (sweep_process("s.yaml", "--storage", database, "--runs", runs) for runs in ("one", "two"))
-    while len(starts(tmp_path / "two", "s")) < 3:
+    while len(read_pids(tmp_path / "two", "s")) < 3:
         assert second.poll() is None, second.communicate()[1]
         time.sleep(0.02)
     second.kill()
@@ -60,10 +60,10 @@ def test_two_machines_share_a_study(
     again = sweep_process("s.yaml", "--storage", database, "--runs", "two")
     _, output = again.communicate()
     assert again.returncode == 0, output
-    assert rows(tmp_path / "one", "s") == rows(tmp_path / "two", "s")
-    assert len(rows(tmp_path / "one", "s")) == 12
-    begun = [starts(tmp_path / name, "s") for name in ("one", "two")]
-    twice = begun[0].keys() & begun[1].keys()
+    assert read_rows(tmp_path / "one", "s") == read_rows(tmp_path / "two", "s")
+    assert len(read_rows(tmp_path / "one", "s")) == 12
+    started = [read_pids(tmp_path / name, "s") for name in ("one", "two")]
+    twice = started[0].keys() & started[1].keys()
     assert len(twice) <= 1  # the killed run
-    assert len(begun[0].keys() | begun[1].keys()) == 12
-    assert all(len(pids) == 1 for each in begun for pids in each.values())
+    assert len(started[0].keys() | started[1].keys()) == 12
+    assert all(len(pids) == 1 for each in started for pids in each.values())

@@ -27,21 +27,21 @@ from lit_gpt_scratch.sweeps.run_results import (
 METRIC = "val/bits_per_byte"
 
 
-def events(folder: Path, points: dict[int, float], began: float, name: str = "") -> None:
+def write_events(folder: Path, points: dict[int, float], start: float, name: str = "") -> None:
     """Write the event file of a session that logs one point per second."""
     writer = EventFileWriter(str(folder), filename_suffix=name)
-    writer.add_event(Event(wall_time=began, step=0, summary=Summary()))
+    writer.add_event(Event(wall_time=start, step=0, summary=Summary()))
     for nth, (step, value) in enumerate(points.items(), 1):
         scalar = Summary(value=[Summary.Value(tag=METRIC, simple_value=value)])
-        writer.add_event(Event(wall_time=began + nth, step=step, summary=scalar))
+        writer.add_event(Event(wall_time=start + nth, step=step, summary=scalar))
     writer.close()
 
 
 def test_curve_joins_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "time", lambda: 1000.0)  # names and start times of event files
-    events(tmp_path, {9: 4.0, 19: 3.0, 29: 2.5}, 1000.0)
+    write_events(tmp_path, {9: 4.0, 19: 3.0, 29: 2.5}, 1000.0)
     monkeypatch.setattr(time, "time", lambda: 5000.0)
-    events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a checkpoint at step 25, resumed later
+    write_events(tmp_path, {29: 2.0, 39: 1.0}, 5000.0)  # killed after a checkpoint at step 25, resumed later
     assert list(read_curve(tmp_path, METRIC)) == [
         CurvePoint(10, 1.0, 4.0), CurvePoint(20, 2.0, 3.0), CurvePoint(30, 3.0, 2.0), CurvePoint(40, 4.0, 1.0),
     ]  # fmt: skip
@@ -80,7 +80,7 @@ def test_hparams_tab_shows_every_trial(tmp_path: Path) -> None:
     for (setting, seed), value in values.items():
         folder = tmp_path / f"{setting}_{seed}" / "version_0"
         folder.mkdir(parents=True)
-        events(folder, {9: 3.0, 19: value}, time.time())
+        write_events(folder, {9: 3.0, 19: value}, time.time())
         run = RunResult(seed, "finished" if value < 1.6 else "pruned", folder=str(folder))
         for _ in range(2):  # the second call finds the file
             write_hparams(run, {"what": setting, "lr": 0.5}, f"trial {setting}")

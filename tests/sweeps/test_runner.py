@@ -19,7 +19,7 @@ from lit_gpt_scratch.cli.sweep import main
 from lit_gpt_scratch.sweeps.storage import open_storage
 from lit_gpt_scratch.sweeps.study import Study
 from lit_gpt_scratch.sweeps.sweep_config import load_sweep
-from tests.sweeps.conftest import STUB, rows, starts
+from tests.sweeps.conftest import STUB, read_pids, read_rows
 from tests.sweeps.stub_fit import METRIC, metric_of
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -50,9 +50,9 @@ def is_alive(pid: int) -> bool:
         return False
 
 
-def assert_none_is_alive(begun: dict[str, list[int]]) -> None:
+def assert_none_is_alive(started: dict[str, list[int]]) -> None:
     """A run notices within a second that its sweep is gone; on a busy machine it takes longer."""
-    for pid in (pid for pids in begun.values() for pid in pids):
+    for pid in (pid for pids in started.values() for pid in pids):
         for _ in range(200):
             if not is_alive(pid):
                 break
@@ -69,22 +69,24 @@ def test_sweep_survives_sigkill(tmp_path: Path, sweep_process: Start, kills: int
     runs = tmp_path / "runs"
     for _ in range(kills):
         sweep = sweep_process("killed.yaml", "--workers", "2")
-        before = starts(runs, "killed")
-        while starts(runs, "killed") == before and sweep.poll() is None:
+        before = read_pids(runs, "killed")
+        while read_pids(runs, "killed") == before and sweep.poll() is None:
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 1.2))
         done = {path.parent.parent.name for path in (runs / "killed").glob("*/*/summary.json")}
-        at_kill = starts(runs, "killed")
+        at_kill = read_pids(runs, "killed")
         assert sweep.poll() is None, sweep.communicate()[1]
         sweep.kill()
         sweep.communicate()
-        assert_none_is_alive(starts(runs, "killed"))
-        assert {name: pids for name, pids in starts(runs, "killed").items() if name in done}.items() <= at_kill.items()
+        assert_none_is_alive(read_pids(runs, "killed"))
+        assert {
+            name: pids for name, pids in read_pids(runs, "killed").items() if name in done
+        }.items() <= at_kill.items()
     killed = sweep_process("killed.yaml", "--workers", "2")
     _, output = killed.communicate()
     assert killed.returncode == 0, output
-    assert {name: starts(runs, "killed")[name] for name in done} == {name: at_kill[name] for name in done}
-    found = [(row["x"], row["seed"], row["state"], float(row[METRIC])) for row in rows(runs, "killed")]
+    assert {name: read_pids(runs, "killed")[name] for name in done} == {name: at_kill[name] for name in done}
+    found = [(row["x"], row["seed"], row["state"], float(row[METRIC])) for row in read_rows(runs, "killed")]
     assert found == [(str(x), str(seed), "finished", metric_of(x, "a", seed)) for x in options for seed in (1, 2)]
 
 
@@ -93,9 +95,9 @@ def test_two_processes_share_a_study(tmp_path: Path, sweep_process: Start) -> No
     both = [sweep_process("s.yaml", "--storage", "shared/journal", "--workers", "2") for _ in range(2)]
     outputs = [process.communicate()[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
-    begun = starts(tmp_path / "runs", "s")
-    assert len(begun) == 6
-    assert all(len(pids) == 1 for pids in begun.values())
+    started = read_pids(tmp_path / "runs", "s")
+    assert len(started) == 6
+    assert all(len(pids) == 1 for pids in started.values())
     assert sum(text.count("finished (") for text in outputs) == 6
     assert all("finished (" in text for text in outputs)
 
@@ -104,13 +106,13 @@ def test_two_processes_share_a_study(tmp_path: Path, sweep_process: Start) -> No
 def test_sweep_stops_on_a_signal(tmp_path: Path, sweep_process: Start, signum: signal.Signals) -> None:
     (tmp_path / "s.yaml").write_text("fixed: {seconds: 20}\nvary: {x: [1, 2]}\nseeds: [1]\n")
     sweep = sweep_process("s.yaml")
-    while not starts(tmp_path / "runs", "s"):
+    while not read_pids(tmp_path / "runs", "s"):
         time.sleep(0.05)
     sweep.send_signal(signum)
     _, output = sweep.communicate(timeout=30)
     assert sweep.returncode == 128 + signum, output
     assert "repeat the command to resume" in output
-    assert_none_is_alive(starts(tmp_path / "runs", "s"))
+    assert_none_is_alive(read_pids(tmp_path / "runs", "s"))
     assert (tmp_path / "runs" / "s" / "report.html").is_file()
     assert "1 trials are unfinished" in (tmp_path / "runs" / "s" / "report.md").read_text()
 
@@ -118,16 +120,16 @@ def test_sweep_stops_on_a_signal(tmp_path: Path, sweep_process: Start, signum: s
 def test_failed_runs_are_recorded_and_do_not_stop_the_sweep(run_sweep: RunSweep, tmp_path: Path) -> None:
     text = "vary: {flags: {fine: {x: 1}, broken: {x: 2, fails: 1}}}\nseeds: [1, 2]\n"
     assert run_sweep(text) == 0
-    table = rows(tmp_path / "runs", "s")
+    table = read_rows(tmp_path / "runs", "s")
     assert [(row["flags"], row["seed"], row["state"]) for row in table] == [
         ("fine", "1", "finished"), ("fine", "2", "finished"), ("broken", "1", "failed"),
     ]  # fmt: skip
     assert table[-1]["reason"] == "this seed fails"
     report = (tmp_path / "runs" / "s" / "report.md").read_text()
     assert "| 1 | broken | 1 | failed | this seed fails |" in report
-    begun = starts(tmp_path / "runs", "s")
+    started = read_pids(tmp_path / "runs", "s")
     assert run_sweep(text) == 0  # failed trials are not repeated
-    assert starts(tmp_path / "runs", "s") == begun
+    assert read_pids(tmp_path / "runs", "s") == started
 
 
 def test_unknown_metric(run_sweep: RunSweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -136,9 +138,9 @@ def test_unknown_metric(run_sweep: RunSweep, tmp_path: Path, capsys: pytest.Capt
     assert message.startswith(
         "error: metric: runs do not log val/los; the nearest is val/loss; they log val/bits_per_byte,"
     )
-    assert sum(map(len, starts(tmp_path / "runs", "s").values())) == 1
+    assert sum(map(len, read_pids(tmp_path / "runs", "s").values())) == 1
     assert run_sweep("vary: {x: [1, 2]}\nmetric: val/loss\n") == 0
-    assert all(len(pids) == 1 for pids in starts(tmp_path / "runs", "s").values())  # the finished run is reused
+    assert all(len(pids) == 1 for pids in read_pids(tmp_path / "runs", "s").values())  # the finished run is reused
 
 
 def test_pruning_stops_a_bad_trial(run_sweep: RunSweep, tmp_path: Path) -> None:
@@ -147,7 +149,7 @@ def test_pruning_stops_a_bad_trial(run_sweep: RunSweep, tmp_path: Path) -> None:
         "pruning: {MedianPruner: {n_startup_trials: 1, n_warmup_steps: 0}}\n"
     )
     assert run_sweep(text) == 0
-    good, bad = rows(tmp_path / "runs", "s")
+    good, bad = read_rows(tmp_path / "runs", "s")
     assert (good["state"], bad["state"]) == ("finished", "pruned")
     assert bad["reason"].startswith("val/bits_per_byte was 4")
     sweep = load_sweep(Path("s.yaml"))
@@ -161,14 +163,14 @@ def test_signal_to_a_run_stops_the_sweep(tmp_path: Path, sweep_process: Start) -
     """SLURM signals all processes of a job; a run that was signalled has not failed."""
     (tmp_path / "s.yaml").write_text("fixed: {seconds: 20}\nvary: {x: [1, 2]}\nseeds: [1]\n")
     sweep = sweep_process("s.yaml")
-    while not (begun := starts(tmp_path / "runs", "s")):
+    while not (started := read_pids(tmp_path / "runs", "s")):
         time.sleep(0.05)
-    [[pid]] = begun.values()
+    [[pid]] = started.values()
     time.sleep(0.3)
     os.kill(pid, signal.SIGUSR1)  # the stub exits with 138, as fit does
     _, output = sweep.communicate(timeout=30)
     assert sweep.returncode == 128 + signal.SIGTERM, output
-    assert rows(tmp_path / "runs", "s") == []
+    assert read_rows(tmp_path / "runs", "s") == []
 
 
 @pytest.mark.slow
@@ -177,11 +179,11 @@ def test_two_sweeps_execute_a_shared_run_once(tmp_path: Path, sweep_process: Sta
     text = "fixed: {{seconds: 1.5}}\nvary: {{x: {}}}\nseeds: [1]\n"
     (tmp_path / "s.yaml").write_text(text.format([1]))
     first = sweep_process("s.yaml")
-    while not starts(tmp_path / "runs", "s"):
+    while not read_pids(tmp_path / "runs", "s"):
         time.sleep(0.02)
     (tmp_path / "s.yaml").write_text(text.format([1, 2]))
     second = sweep_process("s.yaml", "--storage", "other.journal")
     outputs = [process.communicate()[1] for process in (first, second)]
     assert [first.returncode, second.returncode] == [0, 0], outputs
-    assert sorted(len(pids) for pids in starts(tmp_path / "runs", "s").values()) == [1, 1]
-    assert [row["state"] for row in rows(tmp_path / "runs", "s")] == ["finished", "finished"]
+    assert sorted(len(pids) for pids in read_pids(tmp_path / "runs", "s").values()) == [1, 1]
+    assert [row["state"] for row in read_rows(tmp_path / "runs", "s")] == ["finished", "finished"]

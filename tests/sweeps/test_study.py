@@ -20,34 +20,34 @@ from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, load_sweep
 METRIC = "val/bits_per_byte"
 
 
-def sweep_of(folder: Path, text: str) -> SweepConfig:
+def load_text(folder: Path, text: str) -> SweepConfig:
     path = folder / "s.yaml"
     path.write_text(text)
     return load_sweep(path)
 
 
-def opened(folder: Path, sweep: SweepConfig, storage: str | None = None) -> Study:
+def open_study(folder: Path, sweep: SweepConfig, storage: str | None = None) -> Study:
     """Open a study as another process would."""
     study = Study(sweep, *open_storage(storage, folder, sweep.name))
     study.create(ResolvedBaseline())
     return study
 
 
-def done(claim: ClaimedRun, value: float = 1.0, **changes: str) -> RunResult:
+def result_of(claim: ClaimedRun, value: float = 1.0, **changes: str) -> RunResult:
     return RunResult(claim.seed, metrics={METRIC: value}, **changes)  # type: ignore[arg-type]  # strings
 
 
 @pytest.mark.parametrize("storage", [None, "sqlite"])
 def test_every_run_is_claimed_once(tmp_path: Path, storage: str | None) -> None:
-    sweep = sweep_of(tmp_path, "vary: {a: [1, 2, 3], b: [x, y]}\n")
+    sweep = load_text(tmp_path, "vary: {a: [1, 2, 3], b: [x, y]}\n")
     where = f"sqlite:///{tmp_path}/study.db" if storage else None
-    studies = [opened(tmp_path, sweep, where) for _ in range(2)]
+    studies = [open_study(tmp_path, sweep, where) for _ in range(2)]
     claimed: list[tuple[int, int, str]] = []
 
     def work(study: Study) -> None:
         while claim := study.claim_run():
             claimed.append((claim.number, claim.seed, str(claim.assignment)))
-            study.record_run(claim, done(claim))
+            study.record_run(claim, result_of(claim))
 
     threads = [threading.Thread(target=work, args=[study]) for study in studies for _ in range(2)]
     for thread in threads:
@@ -64,8 +64,8 @@ def test_every_run_is_claimed_once(tmp_path: Path, storage: str | None) -> None:
 @pytest.mark.parametrize("method", ["grid", "random", "tpe"])
 def test_run_of_a_killed_process_is_claimed_again_with_the_same_settings(tmp_path: Path, method: str) -> None:
     trials = "" if method == "grid" else "trials: 4\n"
-    sweep = sweep_of(tmp_path, f"vary: {{a: [1, 2], b: [x, y]}}\nseeds: [1]\nmethod: {method}\n{trials}")
-    killed, surviving = opened(tmp_path, sweep), opened(tmp_path, sweep)
+    sweep = load_text(tmp_path, f"vary: {{a: [1, 2], b: [x, y]}}\nseeds: [1]\nmethod: {method}\n{trials}")
+    killed, surviving = open_study(tmp_path, sweep), open_study(tmp_path, sweep)
     first, second = killed.claim_run(), killed.claim_run()
     assert first is not None
     assert second is not None
@@ -73,7 +73,7 @@ def test_run_of_a_killed_process_is_claimed_again_with_the_same_settings(tmp_pat
     other = surviving.claim_run()
     assert other is not None
     assert other.number == 2
-    killed.record_run(first, done(first))
+    killed.record_run(first, result_of(first))
     killed.release_run(second)  # as a kill does; Optuna still lists the trial as running
     again = surviving.claim_run()
     assert again is not None
@@ -85,8 +85,8 @@ def test_random_search_does_not_depend_on_the_process(tmp_path: Path) -> None:
     drawn = []
     for name, processes in (("one", 1), ("three", 3)):
         (tmp_path / name).mkdir()
-        sweep = sweep_of(tmp_path / name, text)
-        studies = [opened(tmp_path / name, sweep) for _ in range(processes)]
+        sweep = load_text(tmp_path / name, text)
+        studies = [open_study(tmp_path / name, sweep) for _ in range(processes)]
         claims = [claim for n in range(6) if (claim := studies[n % processes].claim_run())]
         drawn.append([claim.assignment for claim in claims])
     assert drawn[0] == drawn[1]
@@ -95,72 +95,72 @@ def test_random_search_does_not_depend_on_the_process(tmp_path: Path) -> None:
 
 
 def test_tpe_concentrates_near_the_optimum(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, "vary: {a: {low: 0.0, high: 10.0}}\nseeds: [1]\nmethod: tpe\ntrials: 40\n")
-    study = opened(tmp_path, sweep)
+    sweep = load_text(tmp_path, "vary: {a: {low: 0.0, high: 10.0}}\nseeds: [1]\nmethod: tpe\ntrials: 40\n")
+    study = open_study(tmp_path, sweep)
     tried = []
     while claim := study.claim_run():
         tried.append(float(claim.assignment["a"]))
-        study.record_run(claim, done(claim, (tried[-1] - 7.0) ** 2))
+        study.record_run(claim, result_of(claim, (tried[-1] - 7.0) ** 2))
     early, late = tried[1:11], tried[-10:]
     assert sum(abs(a - 7) for a in late) < 0.5 * sum(abs(a - 7) for a in early)
 
 
 def test_trial_ends_after_its_last_run(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, "vary: {a: [1, 2]}\nseeds: [1, 2]\n")
-    study = opened(tmp_path, sweep)
+    sweep = load_text(tmp_path, "vary: {a: [1, 2]}\nseeds: [1, 2]\n")
+    study = open_study(tmp_path, sweep)
     one, two = study.claim_run(), study.claim_run()
     assert one is not None
     assert two is not None
-    study.record_run(one, done(one, 1.0))
+    study.record_run(one, result_of(one, 1.0))
     assert study.trials()[0].state == TrialState.RUNNING
-    study.record_run(two, done(two, 2.0))
+    study.record_run(two, result_of(two, 2.0))
     assert study.trials()[0].value == 1.5
     three, four = study.claim_run(), study.claim_run()
     assert three is not None
     assert four is not None
-    study.record_run(three, done(three, state="failed", reason="no memory"))
+    study.record_run(three, result_of(three, state="failed", reason="no memory"))
     assert study.trials()[1].state == TrialState.RUNNING  # its other run is still executing
-    study.record_run(four, done(four))
+    study.record_run(four, result_of(four))
     assert study.trials()[1].state == TrialState.FAIL
     assert study.claim_run() is None
     assert study.is_finished
 
 
 def test_pruning_by_step(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, "vary: {a: [1, 2, 3]}\nseeds: [1, 2]\npruning: {MedianPruner: {n_startup_trials: 1}}\n")
-    study = opened(tmp_path, sweep)
+    sweep = load_text(tmp_path, "vary: {a: [1, 2, 3]}\nseeds: [1, 2]\npruning: {MedianPruner: {n_startup_trials: 1}}\n")
+    study = open_study(tmp_path, sweep)
     first = study.claim_run()
     assert first is not None
     assert not any(study.should_prune(first, step, 1.0) for step in (10, 20))
-    study.record_run(first, done(first))
+    study.record_run(first, result_of(first))
     second = study.claim_run()
     assert second is not None
     assert (second.number, second.seed) == (0, 2)
     assert not study.should_prune(second, 10, 99.0)  # only the first seed can be pruned
-    study.record_run(second, done(second))
+    study.record_run(second, result_of(second))
     bad = study.claim_run()
     assert bad is not None
     assert study.claim_run() is not None  # of the third trial: the bad one's second seed waits
     assert study.should_prune(bad, 10, 5.0)
-    study.record_run(bad, done(bad, 5.0, state="pruned"))
+    study.record_run(bad, result_of(bad, 5.0, state="pruned"))
     assert study.trials()[1].state == TrialState.PRUNED
     assert study.trials()[1].intermediate_values == {10: 5.0}
 
 
 def test_journal_with_a_half_written_last_line(tmp_path: Path) -> None:
-    sweep = sweep_of(tmp_path, "vary: {a: [1, 2]}\nseeds: [1]\n")
-    study = opened(tmp_path, sweep)
+    sweep = load_text(tmp_path, "vary: {a: [1, 2]}\nseeds: [1]\n")
+    study = open_study(tmp_path, sweep)
     claim = study.claim_run()
     assert claim is not None
-    study.record_run(claim, done(claim, 7.0))
+    study.record_run(claim, result_of(claim, 7.0))
     with (tmp_path / JOURNAL).open("a") as journal:
         journal.write('{"op_code": 5, "wor')
-    study = opened(tmp_path, sweep)
+    study = open_study(tmp_path, sweep)
     after = study.claim_run()
     assert after is not None
     assert after.number == 1
-    study.record_run(after, done(after))
-    assert [trial.value for trial in opened(tmp_path, sweep).trials()] == [7.0, 1.0]
+    study.record_run(after, result_of(after))
+    assert [trial.value for trial in open_study(tmp_path, sweep).trials()] == [7.0, 1.0]
 
 
 @pytest.mark.parametrize(

@@ -29,19 +29,19 @@ pruning: {MedianPruner: {n_startup_trials: 2}}
 
 
 @pytest.fixture
-def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sweep_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("base.yaml").write_text("trainer:\n  log_every_n_steps: 5\n")
     return tmp_path / "sweep.yaml"
 
 
-def read(path: Path, text: str) -> SweepConfig:
+def load_text(path: Path, text: str) -> SweepConfig:
     path.write_text(text)
     return load_sweep(path)
 
 
-def test_example(written: Path) -> None:
-    sweep = read(written, EXAMPLE)
+def test_example(sweep_path: Path) -> None:
+    sweep = load_text(sweep_path, EXAMPLE)
     assert sweep.question == "Which position encoding is best, and at which learning rate?"
     assert sweep.vary["model.optimizer.lr"] == NumericRange("model.optimizer.lr", 1e-4, 1e-2, log=True)
     assert sweep.n_trials == 8
@@ -53,16 +53,16 @@ def test_example(written: Path) -> None:
     ]  # fmt: skip
 
 
-def test_grid_of_two_dimensions(written: Path) -> None:
-    before = read(written, "vary:\n  a: [1, 2]\n")
-    after = read(written, "vary:\n  a: [1, 2]\n  b: [x, y, z]\n")
+def test_grid_of_two_dimensions(sweep_path: Path) -> None:
+    before = load_text(sweep_path, "vary:\n  a: [1, 2]\n")
+    after = load_text(sweep_path, "vary:\n  a: [1, 2]\n  b: [x, y, z]\n")
     assert before.n_trials == 2
     assert after.predefined_assignments == [{"a": a, "b": b} for a in "12" for b in "xyz"]
 
 
-def test_choices_of_flag_sets_and_classes(written: Path) -> None:
-    sweep = read(
-        written,
+def test_choices_of_flag_sets_and_classes(sweep_path: Path) -> None:
+    sweep = load_text(
+        sweep_path,
         "vary:\n"
         "  norm:\n    pre: {}\n    post: {model.gpt.norm_placement: post, model.schedule.warmup_steps: 0}\n"
         "  model.optimizer:\n  - AdamW\n  - {class_path: Muon, init_args: {lr: 0.02}}\n"
@@ -110,33 +110,36 @@ def test_tokens_to_steps(budget: float, flags: dict[str, int], replicas: int, ex
     assert tokens_to_steps(budget, flags, replicas) == expected
 
 
-def test_token_budget_depends_on_batch_size(written: Path) -> None:
-    sweep = read(written, "vary: {data.batch_size: [4, 16]}\nbudget: {tokens: 64000}\n")
+def test_token_budget_depends_on_batch_size(sweep_path: Path) -> None:
+    sweep = load_text(sweep_path, "vary: {data.batch_size: [4, 16]}\nbudget: {tokens: 64000}\n")
     known = ResolvedBaseline({"data.batch_size": 8, "data.block_size": 100, "trainer.accumulate_grad_batches": 1})
     found = [build_arguments(sweep, each, known)[-1] for each in sweep.predefined_assignments]
     assert found == ["--trainer.max_steps=160", "--trainer.max_steps=40"]
-    minutes = read(written, "vary: {a: [1]}\nbudget: {minutes: 90.5}\n")
+    minutes = load_text(sweep_path, "vary: {a: [1]}\nbudget: {minutes: 90.5}\n")
     assert (
         build_arguments(minutes, minutes.baseline_assignment, ResolvedBaseline())[-1]
         == "--trainer.max_time=00:01:30:30"
     )
 
 
-def test_fingerprint_and_experiment_name(written: Path) -> None:
-    sweep = read(written, EXAMPLE)
-    assert read(written, "# Why not?\n" + EXAMPLE.replace("trials: 8", "trials: 9")).fingerprint == sweep.fingerprint
+def test_fingerprint_and_experiment_name(sweep_path: Path) -> None:
+    sweep = load_text(sweep_path, EXAMPLE)
+    assert (
+        load_text(sweep_path, "# Why not?\n" + EXAMPLE.replace("trials: 8", "trials: 9")).fingerprint
+        == sweep.fingerprint
+    )
     for changed in (
         EXAMPLE.replace("val/loss", "val/x"),
         EXAMPLE.replace("learned, ", ""),
         EXAMPLE.replace("200", "201"),
     ):
-        assert read(written, changed).fingerprint != sweep.fingerprint
+        assert load_text(sweep_path, changed).fingerprint != sweep.fingerprint
     first = build_arguments(sweep, sweep.baseline_assignment, ResolvedBaseline())
     name = experiment_name(sweep, sweep.baseline_assignment, first, 1)
     assert name.startswith("learned_0.001_seed_1_")
     assert name != experiment_name(sweep, sweep.baseline_assignment, first, 2)
     Path("base.yaml").write_text("trainer:\n  log_every_n_steps: 6\n")
-    assert load_sweep(written).fingerprint != sweep.fingerprint
+    assert load_sweep(sweep_path).fingerprint != sweep.fingerprint
     assert name != experiment_name(sweep, sweep.baseline_assignment, first, 1)
 
 
@@ -178,8 +181,8 @@ def test_fingerprint_and_experiment_name(written: Path) -> None:
         ("vary: {a: [1\n", "is not YAML"),
     ],
 )  # fmt: skip
-def test_invalid_sweep_file(written: Path, text: str, message: str) -> None:
+def test_invalid_sweep_file(sweep_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
-        read(written, text)
+        load_text(sweep_path, text)
     assert message in str(caught.value)
-    assert str(written) in str(caught.value)
+    assert str(sweep_path) in str(caught.value)
