@@ -11,7 +11,7 @@ COMMANDS = {
     "prepare": "tokenise a text ahead of a run, or compare tokenizers on it",
     "generate": "continue prompts, chat, or collect preferences with a trained model",
     "evaluate": "measure a trained model on a text, a task or a benchmark",
-    "sweep": "run every trial of a sweep file and report what they show; compare runs",
+    "sweep": "run every trial of a sweep file and report the results; compare runs",
     "convert": "convert checkpoints to and from Hugging Face folders and safetensors files",
     "doctor": "diagnose a run, check this machine, test resuming and strategies",
 }

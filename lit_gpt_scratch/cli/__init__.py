@@ -1,1 +1,1 @@
-"""The command line: flags, and a user's mistake as one line."""
+"""The commands: argument parsing, help, config files, resuming, and error messages."""

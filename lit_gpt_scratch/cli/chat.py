@@ -20,11 +20,11 @@ def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iter
     Raises:
         UserError: A question is empty.
     """
-    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
-    asked = [[*told, Message("user", question)] for question in questions]
-    for messages in asked:
+    template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
+    conversations = [[*head, Message("user", question)] for question in questions]
+    for messages in conversations:
         validate_messages(messages)
-    return [template.render_prompt(messages) for messages in asked]
+    return [template.render_prompt(messages) for messages in conversations]
 
 
 def chat_session(
@@ -51,26 +51,26 @@ def chat_session(
         The replies in pieces, as they are generated, each reply followed by an empty piece. The oldest turns are
         dropped when the context is nearly full, and a question that does not fit gets no reply; both are logged.
     """
-    template, told = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
-    said: list[Message] = []
-    room = min(max_new_tokens, model.block_size // 4)
+    template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
+    turns: list[Message] = []
+    reply_tokens = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
-        asked = Message("user", question)
-        if (alone := len(template.render_prompt([*told, asked]))) > model.block_size:  # without earlier turns
+        message = Message("user", question)
+        if (alone := len(template.render_prompt([*head, message]))) > model.block_size:  # without earlier turns
             log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
-        said.append(asked)
-        while len(said) > 1 and len(template.render_prompt([*told, *said])) + room > model.block_size:
+        turns.append(message)
+        while len(turns) > 1 and len(template.render_prompt([*head, *turns])) + reply_tokens > model.block_size:
             log.warning("the context is full; dropping the first question and its reply")
-            said = said[2:]
-        prompt = template.render_prompt([*told, *said])
+            turns = turns[2:]
+        prompt = template.render_prompt([*head, *turns])
         reply = ""
         for _, piece in stream_text(model, tokenizer, [prompt], max_new_tokens, sampling, [seed + turn]):
             reply += piece
             if piece:
                 yield piece
         yield ""
-        said.append(Message(ASSISTANT, reply))
+        turns.append(Message(ASSISTANT, reply))
 
 
 def read_stdin_lines() -> Iterator[str]:

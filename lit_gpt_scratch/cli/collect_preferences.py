@@ -116,5 +116,5 @@ def _count_lines(path: Path) -> int:
 
 def _parse_answer(answers: Iterator[str]) -> str | None:
     """Return ``1``, ``2``, ``s`` or ``q``, or None for anything else; the end of the input means quit."""
-    said = next(answers, "quit").strip().casefold()
-    return said[:1] if said in ("1", "2", "s", "skip", "q", "quit") else None
+    answer = next(answers, "quit").strip().casefold()
+    return answer[:1] if answer in ("1", "2", "s", "skip", "q", "quit") else None

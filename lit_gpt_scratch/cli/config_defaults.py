@@ -1,5 +1,6 @@
 """Defaults that depend on a preset, a pretrained model, a class or the machine, resolved before a config is saved."""
 
+import inspect
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any, Final
@@ -98,7 +99,7 @@ def import_class(name: str, package: str) -> Any:
 def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, Any]:
     """Return the values that a class uses for arguments left at ``None``, by name.
 
-    A class states them in a classmethod ``default_arguments(arguments)``, given its other arguments: they cannot stand
+    A class states them in a classmethod ``default_arguments(arguments)``, given its other arguments: they cannot be
     in the signature, because the parser keeps same-named arguments when a flag swaps the class, and a learning rate of
     Muon would ruin AdamW.
 
@@ -107,9 +108,19 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
         init_from: The value of ``model.init_from``.
     """
     kind = import_class(str(part.get("class_path", "")), "lit_gpt_scratch.optim")
-    arguments = {**(part.get("init_args") or {}), "init_from": init_from} if kind is not None else {}
-    found: dict[str, Any] = kind.default_arguments(arguments) if hasattr(kind, "default_arguments") else {}
-    return found
+    if not hasattr(kind, "default_arguments"):
+        return {}
+    defaults = kind.default_arguments({**(part.get("init_args") or {}), "init_from": init_from})
+    return {name: value for name, value in defaults.items() if _accepts_none(kind, name)}
+
+
+def _accepts_none(kind: type, argument: str) -> bool:
+    """Whether an argument's default is ``None``; a subclass by a user may have changed it."""
+    for base in kind.__mro__:
+        parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
+        if argument in parameters:
+            return parameters[argument].default is None
+    return False
 
 
 def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
@@ -156,16 +167,12 @@ def resolve_built_defaults(config: Namespace, device: torch.device, data: Lightn
     A vocabulary that came out smaller than the default stays ``None``: the text has no more tokens, and asking for a
     number that it does not have is an error.
     """
-    model, arguments = config.model.init_args, config.data.init_args
-    if "compile" in model and model.compile is None:
-        model.compile = "blocks" if explain_no_compile(device) is None else False
-    defaults = class_defaults(config.data, model.get("init_from"))
-    if (
-        "vocab_size" in defaults
-        and arguments.vocab_size is None
-        and getattr(data, "vocab_size", None) == DEFAULT_VOCAB_SIZE
-    ):
-        arguments.vocab_size = DEFAULT_VOCAB_SIZE
+    if "model.init_args.compile" in config and config.model.init_args.compile is None:
+        config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False
+    trained = "vocab_size" in class_defaults(config.data, config.get("model.init_args.init_from"))
+    is_default = getattr(data, "vocab_size", None) == DEFAULT_VOCAB_SIZE
+    if trained and is_default and config.data.init_args.vocab_size is None:
+        config.data.init_args.vocab_size = DEFAULT_VOCAB_SIZE
 
 
 def describe_presets() -> str:

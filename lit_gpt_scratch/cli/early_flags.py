@@ -12,6 +12,7 @@ LIST: Final = "list"
 """The value of ``--config`` and ``--preset`` that lists what there is."""
 CONFIG: Final = ("--config", "-c")
 HELP: Final = ("--help", "-h")
+PRINT_CONFIG: Final = "--print_config"
 
 
 @dataclass
@@ -24,12 +25,14 @@ class EarlyFlags:
     Attributes:
         flags: All flags, with names of shipped experiments replaced by their paths and old class paths by new ones.
         help: What follows ``--help``: ``None`` without that flag, ``""`` with nothing after it.
+        print_config: Whether ``--print_config`` is given, without options of its own.
         lists: ``--config`` or ``--preset``, if its value is ``list``.
     """
 
     flags: list[str]
     help: str | None = None
     lists: str | None = None
+    print_config: bool = False
     _given: dict[str, str] = field(default_factory=dict)
     _configs: list[dict[str, Any]] = field(default_factory=list)
 
@@ -52,10 +55,12 @@ class EarlyFlags:
             early._given[name] = value
             if name in (*CONFIG, "--preset") and value == LIST:
                 early.lists = CONFIG[0] if name in CONFIG else name
-            elif name in CONFIG and (equals or after is not None) and early.help is None:
+            elif name in CONFIG and (equals or after is not None):
                 path = find_config(value)
                 early.flags[place if equals else place + 1] = f"{name}={path}" if equals else path
                 early._configs.append(read_config(path))
+        early.print_config = PRINT_CONFIG in early.flags
+        early.flags = [flag for flag in early.flags if flag != PRINT_CONFIG]
         return early
 
     def get(self, name: str) -> str | None:

@@ -91,7 +91,7 @@ def _evaluate(given: Namespace, task: str) -> None:
     options = {name: getattr(given, name) for name in OPTIONS if name in given}
     asked = EvalRequest(given.source, **options | {"stop": tuple(options.get("stop", ()))})
     kind = EVAL_TASKS[task]
-    kind.read(asked)  # a source that is not there is said to be missing before a model is looked for
+    kind.read(asked)  # report a missing source before loading the model
     model, tokenizer, classes, pooling = _open_checkpoint(given)
     classifies = isinstance(model.output_head, ClassificationHead)
     if kind.needs_classifier != classifies:
@@ -133,8 +133,8 @@ def _classify(given: Namespace) -> None:
     for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
         chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
         if given.json:
-            said = {"text": text, "class": next(iter(chances)), "probabilities": chances}
-            print(json.dumps(said, ensure_ascii=False))
+            result = {"text": text, "class": next(iter(chances)), "probabilities": chances}
+            print(json.dumps(result, ensure_ascii=False))
         else:
             lines = [["class", "probability"], *([name, f"{chance:.4f}"] for name, chance in chances.items())]
             print(f"{text}\n{format_markdown_table(lines, '<>')}\n")

@@ -149,9 +149,9 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the flags, after those of the run that is resumed, if one is: only changes need to be given.
+        """Parse the flags on top of those of a resumed run, so that only changes need to be given.
 
-        Everything is parsed once, and a resumed run's own config once more by itself, to compare with.
+        Everything is parsed once; the config of a resumed run also alone, for comparison.
         """
         early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
         self._answer_questions(parser, early)
@@ -171,7 +171,7 @@ class FitCLI(LightningCLI):
         if self.resumed is None:
             self.initial_model = apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
         self.config = parser.parse_args([*before, *early.flags])
-        found = self.config.model.init_args.get("init_from")
+        found = self.config.get("model.init_args.init_from")
         if self.resumed is None and found is not None and found != init_from:  # in a file that only the parser opens
             self.initial_model = apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
             self.config = parser.parse_args(early.flags)
@@ -182,6 +182,9 @@ class FitCLI(LightningCLI):
                 raise UserError(f"--trainer.{name} is {value}; it must be positive")
         if self.config.seed_everything < 0:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
+        if early.print_config:  # here and not by the parser, so that defaults are resolved
+            sys.stdout.write(parser.dump(self.config, skip_unset=False))
+            sys.exit(0)
 
     def _answer_questions(self, parser: LightningArgumentParser, early: EarlyFlags) -> None:
         """Print help, or a list of presets or experiments, and exit, if the flags ask for it."""

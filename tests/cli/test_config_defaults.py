@@ -132,6 +132,18 @@ def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, c
     assert data["data.init_args.test_share"] == 0.1
 
 
+class OwnMuon(Muon):
+    """A user's optimizer, with a default of its own for one argument."""
+
+    def __init__(self, lr: float = 0.5, weight_decay: float | None = None) -> None:
+        super().__init__(lr=lr, weight_decay=weight_decay)
+
+
+def test_defaults_of_a_users_subclass_are_left_alone() -> None:
+    part = Namespace(class_path=f"{__name__}.OwnMuon", init_args=Namespace())  # type: ignore[no-untyped-call]
+    assert class_defaults(part) == {"weight_decay": 0.0}
+
+
 def test_classes_built_by_hand_use_the_same_defaults() -> None:
     for kind in (Muon, AdamW):
         part = Namespace(class_path=f"lit_gpt_scratch.optim.{kind.__name__}", init_args=Namespace())  # type: ignore[no-untyped-call]

@@ -286,8 +286,12 @@ def test_configs_compose_and_flags_override_them(command: Command, small: list[s
     assert config["trainer"]["max_steps"] == 3
     assert config["data"]["init_args"]["batch_size"] == 3
     assert command("fit", f"--config={RUN / 'config.yaml'}").code == 0
-    again = json.loads(Path("runs/pretrain/version_1/summary.json").read_text())
-    assert again["val/loss"] == json.loads((RUN / "summary.json").read_text())["val/loss"]
+    again = Path("runs/pretrain/version_1")
+    assert (again / "config.yaml").read_text() == (RUN / "config.yaml").read_text()
+    first, second = (weights(run / "checkpoints/last.ckpt") for run in (RUN, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    summary = json.loads((again / "summary.json").read_text())
+    assert summary["val/loss"] == json.loads((RUN / "summary.json").read_text())["val/loss"]
 
 
 def test_print_config_prints_a_usable_config(command: Command, small: list[str]) -> None:
@@ -296,6 +300,7 @@ def test_print_config_prints_a_usable_config(command: Command, small: list[str])
     config = yaml.safe_load(outcome.out)
     assert config["model"]["init_args"]["optimizer"]["class_path"].endswith("AdamW")
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 0.001
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["weight_decay"] == 0.1
     Path("printed.yaml").write_text(outcome.out)
     assert command("fit", "--config=printed.yaml").code == 0
 
