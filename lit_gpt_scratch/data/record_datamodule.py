@@ -1,7 +1,7 @@
 """Base data module for rows of a table: read, split, tokenize, batch. Each stage of fine-tuning is a subclass.
 
 =================== ======================== ============================================ =================
-class               ``parse_row`` returns        ``encode_record`` returns                    ``build_dataset``
+class               ``parse_row`` returns    ``encode_record`` returns                    ``build_dataset``
 =================== ======================== ============================================ =================
 ``LabelledText``    a text and its label     its ids and its class                        padded rows
 ``Conversations``   messages                 the rendered template; labels on replies     packed windows

@@ -1,6 +1,7 @@
 """Every packing policy keeps every token and reports its true cost."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -188,3 +189,11 @@ def test_plan_is_cached_and_packs_each_shard_separately(tmp_path: Path, monkeypa
     assert [plan_packing(text, 8, "best_fit", tmp_path).pieces(i) for i in range(3)] == [
         first.pieces(i) for i in range(3)
     ]
+
+
+def test_cost_file_keeps_the_keys_of_version_0_1(tmp_path: Path) -> None:
+    """A cache of 0.1 is read, and 0.1 can read ours."""
+    plan = plan_packing(stream(tmp_path, [14, 7, 5, 2, 3]), 8, "best_fit", tmp_path)
+    [path] = tmp_path.glob("packing/*/cost.json")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    assert (stored["cut"], stored["cut_needlessly"]) == (plan.cost.split, plan.cost.split_needlessly) == (1, 0)
