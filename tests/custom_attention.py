@@ -1,4 +1,4 @@
-"""A user's own attention, found by its path."""
+"""Custom attention classes, for ``model.gpt.attention``."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from lit_gpt_scratch.model.attention import Attention
 
 
 class DoubledAttention(Attention):
-    """Every head twice as loud."""
+    """Doubles the output of every head."""
 
     def attend(self, *args: Any) -> Tensor:
         return 2 * super().attend(*args)
 
 
 class AveragingAttention(Attention):
-    """Its mean over all before, and no weights to tell of."""
+    """Averages all preceding values, and records no attention weights."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> Tensor:
         return v.cumsum(2) / torch.arange(1, v.size(2) + 1, device=v.device)[:, None]

@@ -39,13 +39,13 @@ def test_values_and_gradients_match_float64(length: int, n_kv_head: int, compile
         torch.float64, n_kv_head, length,
     )  # fmt: skip
     for a, b in zip(ours, exact, strict=True):
-        # bfloat16 has 8 bits; a lone token's query and key have no gradient, but for what rounding leaves.
+        # bfloat16 has 8 bits; for a single token, the gradients of query and key are only rounding errors.
         assert (a - b).norm() <= 0.01 * max(b.norm(), exact[0].norm())
 
 
 @pytest.mark.parametrize("sharpness", [1.0, 4.0, 16.0])
 def test_sharp_attention_is_as_accurate_as_torch(sharpness: float) -> None:
-    """Products that were rounded before the largest is subtracted would be off by a tenth and more."""
+    """Rounding the products before subtracting the log-sum-exp would give errors of a tenth and more."""
 
     def torchs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -73,7 +73,7 @@ def test_operators_pass_opcheck() -> None:
     ("n_kv_head", "compiled"), [(6, False), (2, False), pytest.param(2, True, marks=pytest.mark.slow)]
 )
 def test_masked_documents_match_separate_ones(n_kv_head: int, compiled: bool) -> None:
-    """Three documents in a window, against each alone in float64; some see none of the first tiles of a kernel."""
+    """Three documents in a window against each in float64; some rows see nothing in a kernel's first tiles."""
     borders = [0, 5, 200, 256]
     ids = torch.bucketize(torch.arange(256), torch.tensor(borders), right=True).expand(2, 256)
     config = GPTConfig()

@@ -68,7 +68,7 @@ def test_values_first_and_second_derivatives_match_float64(
 
 
 def test_gradients_of_a_sum() -> None:
-    """That is a tensor whose numbers are one in memory."""
+    """Such a gradient is an expanded tensor with stride 0."""
     x, weight = torch.randn(4, 6, 8), torch.randn(5, 8, requires_grad=True)
     linear(x, weight).sum().backward()
     assert weight.grad is not None
@@ -92,7 +92,7 @@ def test_network_uses_onednn_forward_and_backward() -> None:
 
 
 class Share(Tensor):
-    """A tensor that brings its own arithmetic, as a process's share of one does."""
+    """A tensor subclass with its own arithmetic, such as ``DTensor``."""
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_bias_with_any_strides(bias: Tensor) -> None:
     ],
 )  # fmt: skip
 def test_second_factor_is_copied_unless_contiguous_or_transposed(b: Tensor, copied: bool) -> None:
-    """oneDNN would give the right answer, a thousand times as slowly."""
+    """Without the copy oneDNN gives the same result, a thousand times slower."""
     found = module._contiguous_or_transposed(b)
     assert torch.equal(found, b)
     assert found.is_contiguous() or found.t().is_contiguous()
@@ -188,10 +188,10 @@ def test_exported_network_does_not_use_onednn() -> None:
     ("known", "capability", "faster"),
     [
         ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, "AVX512", True),
-        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, "AVX2", False),  # as a variable of torch's asks for
+        ({"cpu_name": "AMD EPYC", "avx512_vp2intersect": True}, "AVX2", False),  # as set by ATEN_CPU_CAPABILITY
         ({"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_vp2intersect": False}, "AVX512", False),  # Zen 4
         ({"cpu_name": "Intel(R) Xeon(R) Platinum 8480+", "avx512_vp2intersect": True}, "AVX512", False),
-        (None, "AVX512", False),  # an older torch
+        (None, "AVX512", False),  # an older version of torch
     ],
 )
 def test_unmeasured_processors_use_torch(

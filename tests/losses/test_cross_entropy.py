@@ -80,7 +80,7 @@ def test_sequence_logprobs_are_products_of_probabilities(dtype: torch.dtype) -> 
 
 
 def test_gradient_of_sequence_logprobs() -> None:
-    """Preferences are learned through it: d log p(y) / d logits = onehot(y) - p where there is a label, else 0."""
+    """d log p(y) / d logits = onehot(y) - p where there is a label, else 0."""
     logits = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([[1, IGNORE_INDEX, 4], [0, 2, IGNORE_INDEX]])
     sequence_logprobs(logits, labels)[0].sum().backward()

@@ -26,14 +26,14 @@ REFERENCE = torch.tensor(
     ]
 )  # fmt: skip
 LENGTHS = torch.tensor([3, 5, 2, 4, 1, 2])
-"""Log-probabilities of the tokens of six replies, the first three preferred to the others."""
+"""Token log-probabilities of six replies: three chosen ones, then the rejected ones."""
 
 TRL = {
     ("sigmoid", False, 0.1): 0.6761836409568787, ("sigmoid", False, 0.5): 0.6593548059463501,
     ("ipo", True, 0.1): 23.891931533813477, ("ipo", True, 0.5): 1.0297092199325562,
     ("sigmoid", True, 0.1): 0.6864287257194519, ("sigmoid", True, 0.5): 0.6673738360404968,
 }  # fmt: skip
-"""What ``DPOTrainer._compute_loss`` of trl 1.16.0 gives for these, with ``completion_mask`` by their lengths: by loss
+"""Results of ``DPOTrainer._compute_loss`` in trl 1.16.0, with ``completion_mask`` by their lengths: by loss
 ("sigmoid_norm" is what it calls the third), whether it compares means over tokens, and beta. Its rewards at 0.1:"""
 TRL_REWARDS = {"chosen_reward": -0.023333340883255005, "rejected_reward": -0.0625, "margin": 0.039166659116744995}
 TRL_ACCURACY = 2 / 3
@@ -78,7 +78,7 @@ def test_preference_losses_by_hand() -> None:
     ("loss", "smoothing", "best"), [("ipo", 0.0, 5.0), ("ipo", 0.2, 3.0), ("sigmoid", 0.2, 10 * math.log(4))]
 )
 def test_minimum_of_the_loss(loss: str, smoothing: float, best: float) -> None:
-    """IPO: at 1 / (2 beta), or (1 - 2 e) of it; DPO with wrong labels: where sigmoid(beta m) is 1 - e."""
+    """IPO: at 1 / (2 beta), or (1 - 2 e) times that; DPO with label smoothing: where sigmoid(beta m) is 1 - e."""
     margin = torch.tensor([best], requires_grad=True)
     PREFERENCE_LOSSES[loss](margin, 0.1, smoothing).sum().backward()
     assert margin.grad is not None
@@ -86,7 +86,7 @@ def test_minimum_of_the_loss(loss: str, smoothing: float, best: float) -> None:
 
 
 def test_dpo_gradient_matches_the_paper() -> None:
-    """After equation 7: beta * sigmoid(rejected reward - chosen reward), up on the one and down on the other."""
+    """After equation 7: beta * sigmoid(rejected reward - chosen reward), with opposite signs for the two replies."""
     chosen, rejected = torch.tensor([0.3], requires_grad=True), torch.tensor([0.8], requires_grad=True)
     dpo_loss(chosen - rejected, 0.2).sum().backward()
     weight = 0.2 / (1 + math.exp(-0.2 * (0.8 - 0.3)))
@@ -98,7 +98,7 @@ def test_dpo_gradient_matches_the_paper() -> None:
 @given(rewards=st.lists(st.tuples(st.integers(-40, 40), st.integers(-40, 40)), min_size=1, max_size=30))
 @settings(deadline=None, max_examples=60)
 def test_preference_metrics_by_brute_force(rewards: list[tuple[int, int]]) -> None:
-    """Equal rewards are no right answer; the calibration by its definition, bin by bin."""
+    """Equal rewards are not counted as correct; calibration by its definition, bin by bin."""
     chosen, rejected = torch.tensor(rewards).float().T / 10
     metric = PreferenceMetrics()
     for start in range(0, len(rewards), 4):  # in batches, one of which may be empty
@@ -126,7 +126,7 @@ def test_nan_is_not_hidden() -> None:
 @given(lengths=st.lists(st.integers(1, 5), min_size=1, max_size=4))
 @settings(deadline=None, max_examples=30)
 def test_padding_is_ignored(lengths: list[int]) -> None:
-    """A reply's log-probability by a loop over its own tokens, whatever stands behind and before."""
+    """Log-probability of a reply by a loop over its tokens, with any values before and after it."""
     logits = torch.randn(len(lengths), 7, 11, generator=torch.Generator().manual_seed(0))
     labels = torch.full((len(lengths), 7), IGNORE_INDEX)
     expected = []

@@ -32,7 +32,7 @@ def test_kl_of_a_policy_with_itself_is_zero() -> None:
 
 
 def test_kl_estimates_are_unbiased_and_k3_is_not_negative() -> None:
-    """The mean over all tokens, each as often as the policy chooses it, is the divergence itself."""
+    """The expectation under the policy, by summing over all tokens, is the divergence."""
     torch.manual_seed(0)
     policy, reference = torch.randn(2, 50, 7, dtype=torch.float64).log_softmax(-1)
     exact = (policy.exp() * (policy - reference)).sum(-1)
@@ -64,7 +64,7 @@ def test_gae_by_hand() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10_000), st.floats(0.0, 1.0), st.floats(0.0, 1.0))
 def test_gae_matches_the_sum_in_the_paper(seed: int, gamma: float, gae_lambda: float) -> None:
-    """Equation 16 as it is written: all discounted surprises, summed; rows with replies anywhere, or with none."""
+    """Equation 16 literally, as a discounted sum of deltas; with replies at any position, or none."""
     generator = torch.Generator().manual_seed(seed)
     rewards, values = torch.randn(2, 3, 6, generator=generator, dtype=torch.float64)
     first, length = torch.randint(0, 4, (2, 3), generator=generator)
@@ -85,7 +85,7 @@ def test_gae_matches_the_sum_in_the_paper(seed: int, gamma: float, gae_lambda: f
 
 
 def test_values_outside_of_replies_are_ignored() -> None:
-    """Whatever stands there, be it no number."""
+    """Even if they are NaN."""
     torch.manual_seed(0)
     rewards, values, logprobs = torch.randn(3, 2, 4)
 
@@ -106,7 +106,7 @@ def test_whitened_values_have_mean_zero_and_variance_one() -> None:
 
 
 def test_grpo_advantages_by_hand() -> None:
-    """1 and 3 lie one deviation from their mean; a group that agrees teaches nothing, however its mean is rounded."""
+    """1 and 3 are one deviation from their mean; equal scores give 0, however their mean is rounded."""
     scores = torch.tensor([1.0, 3.0, 0.1, 0.1, 5.0, 1.0])
     torch.testing.assert_close(grpo_advantages(scores, 2), torch.tensor([-1.0, 1.0, 0.0, 0.0, 1.0, -1.0]))
     torch.testing.assert_close(grpo_advantages(scores, 2, scale=False), torch.tensor([-1.0, 1.0, 0.0, 0.0, 2.0, -2.0]))
@@ -115,7 +115,7 @@ def test_grpo_advantages_by_hand() -> None:
 
 @pytest.mark.parametrize("size", [1e-3, 1.0, -1e4])
 def test_differences_by_rounding_are_ignored(size: float) -> None:
-    """A few units in the last place teach nothing; what differs by a thousandth of its size does."""
+    """Differences of a few units in the last place are ignored, relative differences of 1e-3 are not."""
     noise = 1 + 2e-7 * torch.tensor([[0.0, 1.0, 3.0, 1.0], [2.0, 0.0, 1.0, 0.0]])
     scores = size * noise
     assert len(scores.unique()) > 1
@@ -132,8 +132,8 @@ def test_differences_by_rounding_are_ignored(size: float) -> None:
     ("ratio", "advantage", "loss", "held"),
     [
         (1.0, 2.0, -2.0, False),
-        (1.5, 2.0, -2.4, True),  # no more than 1.2 times is gained
-        (1.5, -2.0, 3.0, False),  # what became likelier and is bad is felt in full
+        (1.5, 2.0, -2.4, True),  # the gain is clipped at a ratio of 1.2
+        (1.5, -2.0, 3.0, False),  # a bad action that became more probable is not clipped
         (0.5, 2.0, -1.0, False),
         (0.5, -2.0, 1.6, True),
     ],
@@ -151,9 +151,9 @@ def test_ppo_policy_loss_by_hand(ratio: float, advantage: float, loss: float, he
 @pytest.mark.parametrize(
     ("value", "loss"),
     [
-        (1.1, 0.5 * 0.9**2),  # within the clip of 0.2 around 1: as it is
-        (1.9, 0.5 * 0.8**2),  # nearer to 2, but too far from 1: counted as if at 1.2
-        (0.0, 0.5 * 2.0**2),  # further from 2 than 0.8 is
+        (1.1, 0.5 * 0.9**2),  # within 0.2 of the old value 1: not clipped
+        (1.9, 0.5 * 0.8**2),  # closer to the target 2, but clipped to 1.2
+        (0.0, 0.5 * 2.0**2),  # further from 2 than the clipped value 0.8
     ],
 )
 def test_ppo_value_loss_by_hand(value: float, loss: float) -> None:
@@ -168,7 +168,7 @@ def test_entropy_of_uniform_and_one_hot_distributions() -> None:
 
 
 def test_kl_coefficient_follows_the_kl() -> None:
-    """A tenth of how far off it is, and no more than a tenth of a fifth."""
+    """By a tenth of the relative deviation, which is clipped at a fifth."""
     assert adapted_kl_coefficient(0.2, kl=6.0, target=6.0) == 0.2
     assert adapted_kl_coefficient(0.2, kl=6.6, target=6.0) == pytest.approx(0.2 * 1.01)
     assert adapted_kl_coefficient(0.2, kl=600.0, target=6.0) == pytest.approx(0.2 * 1.02)

@@ -27,7 +27,7 @@ SHAPES = {
     "window, caps, tied": replace(
         MANUAL, sliding_window=5, attention_softcap=9.0, logit_softcap=7.0, tied_embeddings=True, vocab_multiple=8
     ),
-    "beside": replace(MANUAL, value_embeddings=True, bigram_rows=50, smear=True, residual_scalars=True, dropout=0.2),
+    "additions": replace(MANUAL, value_embeddings=True, bigram_rows=50, smear=True, residual_scalars=True, dropout=0.2),
 }
 IDS = torch.arange(2 * 24).view(2, 24) * 7 % 61
 DOCUMENTS = torch.tensor([[0] * 10 + [1] * 14, [0] * 24])
@@ -44,7 +44,7 @@ def test_captured_activations_match_the_forward_pass(shape: str, documents: Tens
     found = seen(net, documents)
     with torch.no_grad():
         assert torch.equal(found.output, net(IDS, documents))
-        # The logit lens behind the last block is the model's own answer, and so it is read before the first.
+        # The logit lens after the last block is the model's output, and before the first block it is not.
         last = found.layers[-1].stream
         assert torch.equal(net.logit_lens(last), found.output)
         assert not torch.equal(net.logit_lens(found.embeddings), found.output)
@@ -70,7 +70,7 @@ def test_hidden_units_are_the_input_of_the_down_projection() -> None:
 
 def test_network_is_unchanged_after_capture() -> None:
     net = randomised(replace(MANUAL, dropout=0.5)).train()
-    net.blocks[1].eval()  # a user's own wish
+    net.blocks[1].eval()  # set by the user
     called: list[int] = []
     net.blocks[0]._compiled_call_impl = lambda *given: called.append(1) or net.blocks[0]._call_impl(*given)
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -79,7 +79,7 @@ def test_network_is_unchanged_after_capture() -> None:
     drawn = torch.random.get_rng_state()
     seen(net)
     assert torch.equal(torch.random.get_rng_state(), drawn)
-    assert not called  # compiled code has no hooks to call
+    assert not called  # compiled code does not call hooks
     assert [module.training for module in net.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
     assert all(block.attention.recorded_weights is None for block in net.blocks)
@@ -126,7 +126,7 @@ def test_attention_stats_are_means_over_tokens(documents: Tensor | None, lengths
 
 
 def test_attention_stats_of_known_weights() -> None:
-    """Even weights over n tokens have an entropy of ln n; all on the first is a sink of 1."""
+    """Uniform weights over n tokens have an entropy of ln n; all weight on the first token is a sink of 1."""
     T = 5
     even = torch.ones(T, T).tril()
     even = even / even.sum(-1, keepdim=True)
@@ -151,7 +151,7 @@ def test_dead_units_are_found(kind: str) -> None:
         assert dead_units(max_unit_activations(layer.hidden)).nonzero().flatten().tolist() == silent
         if number == 1:
             assert set(killed) <= set(silent)
-        if not kind.startswith("relu"):  # of 48 tokens some reach no ReLU by chance
+        if not kind.startswith("relu"):  # with 48 tokens some ReLUs are never active by chance
             assert silent == (killed if number == 1 else [])
 
 

@@ -38,5 +38,5 @@ def test_value_embeddings_are_added_to_the_values() -> None:
     attention, order = Attention(config), causal_layout(config, 5)
     x, added = torch.randn(1, 5, 8), torch.randn(8)
     without, shifted = attention(x, *order), attention(x, *order, added.expand(1, 5, 8))
-    # Attention is an average of values: what is added to all of them is added to the average.
+    # Attention averages values: a vector added to all values is added to the average.
     torch.testing.assert_close(shifted - without, (added @ attention.output.weight.T).expand(1, 5, 8))

@@ -35,7 +35,7 @@ def shape(**changes: Any) -> GPTConfig:
 def order(
     config: GPTConfig, documents: bool = False, before: list[int] | None = None
 ) -> tuple[PositionEncoding, AttentionLayout]:
-    """Who sees whom: of ``T`` tokens in two rows, which may be packed, or come after others."""
+    """Position encoding and layout of ``T`` tokens in two rows, which may be packed or follow cached tokens."""
     position = POSITION_ENCODINGS[config.position](config, 64)
     ids, cache = torch.zeros(2, T, dtype=torch.int64), None
     if before is not None:
@@ -85,7 +85,7 @@ def test_backends_agree_on_values_and_gradients(
 def test_cached_logits_match_the_full_forward_pass(
     backend: str, position: str, window: int | None, fixed: bool
 ) -> None:
-    """All at once by the textbook's softmax, against pieces of every size; float64, so that nothing hides."""
+    """Pieces of several sizes against a full forward pass with the manual backend, in float64."""
     config = GPTConfig(
         n_layer=2, n_head=4, n_kv_head=2, n_embd=32, position=position, sliding_window=window,
         attention_backend=backend,
@@ -101,7 +101,7 @@ def test_cached_logits_match_the_full_forward_pass(
 
 
 def textbook(q: Tensor, k: Tensor, v: Tensor, sees: Any, softcap: float | None = None) -> Tensor:
-    """Attention in loops over Python's numbers; ``sees(row, query, key)`` says who sees whom."""
+    """Attention in Python loops; ``sees(row, query, key)`` is the mask."""
     out = torch.zeros_like(q)
     for row, head, t in itertools.product(range(q.size(0)), range(q.size(1)), range(q.size(2))):
         shared = head // (q.size(1) // k.size(1))
@@ -150,11 +150,11 @@ def test_sliding_window_matches_the_reference(backend: str, window: int, documen
     ids=["plain", "window", "softcap", "alibi", "all"],
 )  # fmt: skip
 @pytest.mark.parametrize("n_kv_head", [6, 2])
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # so it is meant
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # intended
 def test_flex_attention_matches_manual_attention(
     monkeypatch: pytest.MonkeyPatch, documents: bool, changes: dict[str, Any], n_kv_head: int
 ) -> None:
-    """Uncompiled, which is its definition, and forward: it has no backward on a CPU."""
+    """Uncompiled and forward only: FlexAttention has no backward pass on a CPU."""
     monkeypatch.setattr(module, "_compiled_flex_attention", lambda: flex_attention)
     config = shape(n_kv_head=n_kv_head, attention_backend="flex", **changes)
     position, blocks = order(config, documents)
@@ -166,14 +166,14 @@ def test_flex_attention_matches_manual_attention(
         found = causal_attention(*given, mask=blocks.mask, softcap=cap, bias=bias, backend="flex")
         expected, weights = manual_attention(*given, mask=dense, softcap=cap)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-        # By hand from the same blocks, for whoever wants to look at the weights.
+        # Manual attention with the same block mask, as used to record the weights.
         again, same = manual_attention(*given, mask=blocks.mask, softcap=cap, bias=bias)
         torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(same, weights, rtol=1e-5, atol=1e-6)
 
 
 def test_block_mask_matches_dense_mask() -> None:
-    """What a GPU takes, uncompiled and on a CPU, where it has no backward pass."""
+    """FlexAttention's block mask, as used on a GPU; uncompiled on a CPU, where it has no backward pass."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 6, 40, 16), torch.randn(2, 3, 40, 16), torch.randn(2, 3, 40, 16)
     ids = torch.randint(0, 5, (2, 40)).sort(dim=1).values
@@ -210,7 +210,7 @@ def test_recorded_weights_reproduce_the_output(backend: str, changes: dict[str, 
     values = attention.value(x).view(2, T, 2, WIDTH).repeat_interleave(3, dim=2)  # (2, T, HEADS, WIDTH)
     averaged = torch.einsum("bhts,bshd->bthd", weights, values).reshape(2, T, HEADS * WIDTH)
     torch.testing.assert_close(attention.output(averaged), out, rtol=1e-5, atol=1e-5)
-    if backend != "flex":  # whose own way is compared above
+    if backend != "flex":  # compared above
         attention.recorded_weights = None
         torch.testing.assert_close(attention(x, position, places), out, rtol=1e-5, atol=1e-5)
 
@@ -231,6 +231,6 @@ def test_attention_dropout_preserves_the_mean(backend: str) -> None:
     torch.manual_seed(0)
     dropped = causal_attention(*given, dropout=0.3, backend=backend)
     torch.testing.assert_close(dropped.mean(0), causal_attention(*given)[0], rtol=0, atol=0.1)
-    alone = dropped[:, 0, 0] / given[2][0, 0, 0]  # the first token sees itself: all or nothing
+    alone = dropped[:, 0, 0] / given[2][0, 0, 0]  # the first token sees only itself: its weight is kept or dropped
     assert {round(share, 4) for share in alone.flatten().tolist()} == {0.0, round(1 / 0.7, 4)}
     assert (alone == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)

@@ -13,10 +13,10 @@ def test_bigram_embedding_depends_on_both_tokens() -> None:
     bigrams = BigramEmbedding(rows=1000, width=4)
     torch.nn.init.normal_(bigrams.table.weight)
     vectors = embed_bigrams(bigrams, torch.tensor([[5, 7, 5, 7], [9, 7, 5, 2]]))  # (2, 4, 4)
-    torch.testing.assert_close(vectors[:, 0], bigrams.table.weight[[0, 0]])  # nothing before it
+    torch.testing.assert_close(vectors[:, 0], bigrams.table.weight[[0, 0]])  # no predecessor
     torch.testing.assert_close(vectors[0, 1], vectors[0, 3])  # 5 7
     torch.testing.assert_close(vectors[0, 2], vectors[1, 2])  # 7 5
-    assert not torch.allclose(vectors[0, 1], vectors[0, 2])  # order counts
+    assert not torch.allclose(vectors[0, 1], vectors[0, 2])  # the order matters
     assert not torch.allclose(vectors[0, 1], vectors[1, 1])
 
 
@@ -28,12 +28,12 @@ def test_bigram_hash_uses_most_rows() -> None:
         rows = embed_bigrams(bigrams, pairs)[:, 1, 0].long()
     load = torch.bincount(rows, minlength=9001)
     assert load[0] == 0
-    assert load[1:].max() < 60  # 10 on average; were rows drawn by chance, over 40 would hardly be seen
+    assert load[1:].max() < 60  # 10 on average; with random rows more than 40 would be very rare
 
 
 def test_smear_adds_a_gated_share_of_the_previous_token() -> None:
     smear, x, before = Smear(4), *torch.randn(2, 2, 3, 4)
-    torch.testing.assert_close(smear(x, before), x)  # where it begins
+    torch.testing.assert_close(smear(x, before), x)  # initially the identity
     with torch.no_grad():
         smear.share.copy_(torch.tensor([1.0, 0.0, -2.0, 0.5]))
     gate = 1 / (1 + torch.exp(-(x * smear.gate.weight[0]).sum(-1, keepdim=True)))

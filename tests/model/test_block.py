@@ -23,7 +23,7 @@ def shape(**changes: Any) -> GPTConfig:
 
 
 def drawn(module: nn.Module) -> nn.Module:
-    """In float64, and with no weight at zero or one."""
+    """In float64, with random weights and gains."""
     torch.manual_seed(0)
     for parameter in module.double().parameters():
         nn.init.normal_(parameter, mean=1.0 if parameter.ndim == 1 else 0.0, std=0.5)
@@ -36,7 +36,7 @@ def order(config: GPTConfig) -> tuple[PositionEncoding, AttentionLayout]:
 
 
 def normed(config: GPTConfig, norm: nn.Module, x: Tensor) -> Tensor:
-    """The papers' equations."""
+    """The norm by the equations of its paper."""
     weights = dict(norm.named_parameters())
     if config.norm == "rmsnorm":
         return x / (x.pow(2).mean(-1, keepdim=True) + config.norm_eps).sqrt() * weights["weight"]
@@ -71,13 +71,13 @@ def test_block_matches_its_equations(placement: str, norm: str, bias: bool) -> N
         return block.attention(x, *order(config))
 
     first, second = block.attention_norm, block.feed_forward_norm
-    if placement == "pre":  # GPT-2: x + part(norm(x))
+    if placement == "pre":  # GPT-2: x + f(norm(x))
         h = x + attend(normed(config, first, x))
         expected = h + block.feed_forward(normed(config, second, h))
-    elif placement == "post":  # the original Transformer: norm(x + part(x))
+    elif placement == "post":  # the original Transformer: norm(x + f(x))
         h = normed(config, first, x + attend(x))
         expected = normed(config, second, h + block.feed_forward(h))
-    else:  # Gemma 2: x + norm(part(norm(x)))
+    else:  # Gemma 2: x + norm(f(norm(x)))
         h = x + normed(config, block.attention_end, attend(normed(config, first, x)))
         expected = h + normed(config, block.feed_forward_end, block.feed_forward(normed(config, second, h)))
     torch.testing.assert_close(block(x, x, *order(config)), expected)
@@ -85,7 +85,7 @@ def test_block_matches_its_equations(placement: str, norm: str, bias: bool) -> N
 
 @pytest.mark.parametrize(("placement", "norms"), [("pre", 5), ("post", 4), ("sandwich", 9)])
 def test_number_of_norms_by_placement(placement: str, norms: int) -> None:
-    """Two or four a block, and one before the head, unless the last block has normalised the stream already."""
+    """Two or four per block, and one before the head, except with post-norm."""
     net = GPT(shape(norm_placement=placement, norm="layernorm"), 61, T)
     assert sum(isinstance(module, nn.LayerNorm) for module in net.modules()) == norms
 
@@ -102,7 +102,7 @@ def test_residual_scalars_mix_the_stream_with_the_embeddings() -> None:
     block, without = Block(shape(residual_scalars=True)), Block(config)
     x, start = torch.randn(2, 2, T, WIDTH)
     without.load_state_dict({name: value for name, value in block.state_dict().items() if name != "mixing"})
-    torch.testing.assert_close(block(x, start, *order(config)), without(x, start, *order(config)))  # where it begins
+    torch.testing.assert_close(block(x, start, *order(config)), without(x, start, *order(config)))  # at initialisation
     assert block.mixing is not None
     with torch.no_grad():
         block.mixing.copy_(torch.tensor([0.5, 2.0]))

@@ -9,7 +9,7 @@ from lit_gpt_scratch.model import GPTConfig
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"n_embd": 190}, "n_embd (190) is not divisible by model.gpt.n_head (3)"),
         ({"n_kv_head": 2}, "n_head (3) is not divisible by model.gpt.n_kv_head (2)"),
@@ -24,10 +24,10 @@ from lit_gpt_scratch.model import GPTConfig
         ({"logit_softcap": -1.0}, "model.gpt.logit_softcap is -1.0"),
     ],
 )
-def test_invalid_config_is_an_error(changes: dict[str, float], said: str) -> None:
+def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> None:
     with pytest.raises(UserError) as error:
         GPTConfig(**changes)  # type: ignore[arg-type]
-    assert said in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -104,4 +104,4 @@ def test_contradictory_settings_are_an_error_that_names_both(changes: dict[str, 
 )
 def test_unknown_choice_is_an_error_that_lists_the_choices(switch: str) -> None:
     with pytest.raises(UserError, match=rf"model\.gpt\.{switch} is quadratic; it must be one of \w+, \w+"):
-        GPTConfig(**{switch: "quadratic"})  # type: ignore[arg-type]  # that is what is tested
+        GPTConfig(**{switch: "quadratic"})  # type: ignore[arg-type]  # the error under test

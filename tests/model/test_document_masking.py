@@ -24,7 +24,7 @@ from tests.conftest import randomised, token_stream
 VOCAB, T = 61, 24
 POSITIONS = get_args(PositionName)
 LOOKS_BACK = {"smear": True, "bigram_rows": 50, "value_embeddings": True, "residual_scalars": True}
-"""All else that may know of the token before."""
+"""The other modules that depend on the previous token."""
 
 
 def windows(folder: Path, texts: list[list[int]], policy: PackingPolicy, mask: bool) -> PackedDataset:
@@ -44,13 +44,13 @@ def texts(seed: int) -> list[list[int]]:
 def test_tokens_of_other_documents_do_not_change_logits(
     tmp_path: Path, policy: PackingPolicy, position: PositionName, extras: dict[str, object]
 ) -> None:
-    """Every document is changed in turn; bit for bit, nothing else moves. Without the mask, something does."""
+    """Change each document in turn: logits of others stay bitwise the same, but without the mask some change."""
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **extras)
     model = randomised(config, VOCAB, T)
     moved = {True: 0, False: 0}
 
     def read(folder: Path, documents: list[list[int]], mask: bool) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        """All windows as one batch, and their logits."""
+        """All windows as one batch, with their logits."""
         found = windows(folder, documents, policy, mask)
         each = [found[index] for index in range(len(found))]
         batch = {name: torch.cat([window[name] for window in each]) for name in each[0]}
@@ -64,10 +64,10 @@ def test_tokens_of_other_documents_do_not_change_logits(
             other = texts(0)
             other[changed] = [1 + token % (VOCAB - 1) for token in other[changed]]
             b, after = read(tmp_path / f"{mask}-{changed}", other, mask)
-            its_own = a["input_ids"] != b["input_ids"]  # (B, T), but for its first, which knows nothing of the rest
+            its_own = a["input_ids"] != b["input_ids"]  # (B, T), except its first token, which does not see the rest
             moved[mask] += int((before != after).any(-1)[~its_own & ~padding].sum())
     assert moved[True] == 0
-    assert (moved[False] > 0) == (policy != "one_document")  # there it has the window to itself
+    assert (moved[False] > 0) == (policy != "one_document")  # where each document has its own window
 
 
 @pytest.mark.parametrize("position", POSITIONS)
@@ -75,7 +75,7 @@ def test_tokens_of_other_documents_do_not_change_logits(
 def test_packed_document_has_the_logits_of_a_separate_one(
     tmp_path: Path, policy: PackingPolicy, position: PositionName
 ) -> None:
-    """Whatever stands before it, and however long that is."""
+    """For any documents of any length before it."""
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **LOOKS_BACK)
     model = randomised(config, VOCAB, T)
     batches = windows(tmp_path, texts(0), policy, mask=True)
@@ -107,7 +107,7 @@ def test_mask_and_positions_match_their_definition(rows: list[list[int]]) -> Non
 
 @pytest.mark.slow
 def test_compiled_blocks_accept_a_block_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU's way, as far as a CPU goes: compiled, forward."""
+    """As on a GPU, as far as a CPU can: compiled, forward only."""
     model = randomised(GPTConfig(n_layer=2, n_head=2, n_embd=32), VOCAB, T)
     input_ids, document_ids = torch.randint(1, VOCAB, (2, T)), torch.randint(0, 4, (2, T)).sort(dim=1).values
     with torch.no_grad():

@@ -50,7 +50,7 @@ def test_logits_do_not_depend_on_later_tokens(config: GPTConfig, t: int, seed: i
     with torch.no_grad():
         before, after = model(ids), model(changed)
     assert torch.equal(before[:, : t + 1], after[:, : t + 1])
-    assert not torch.equal(before[:, t + 1], after[:, t + 1])  # or the test could not fail
+    assert not torch.equal(before[:, t + 1], after[:, t + 1])  # otherwise the test could not fail
 
 
 def test_input_longer_than_the_context_is_an_error() -> None:
@@ -127,7 +127,7 @@ def test_default_architecture_matches_qwen3(n_kv_head: int) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_activation_checkpointing_preserves_gradients(dropout: float) -> None:
-    """Gradients with activation checkpointing are those without, to the last bit, and it does forget."""
+    """Activation checkpointing gives bitwise the same gradients, and keeps fewer tensors."""
 
     def gradients(recompute: bool) -> tuple[list[torch.Tensor], int]:
         torch.manual_seed(0)

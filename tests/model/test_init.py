@@ -28,37 +28,45 @@ def spread(weights: list[Tensor]) -> float:
 
 
 def matrices(net: GPT) -> dict[str, list[Tensor]]:
-    """Of the blocks, by what they do: read the stream at its width, write to it from as many channels, or from more."""
+    """Matrices of the blocks by role: inputs from the residual stream, and outputs of attention and feed-forward."""
     blocks = [(block.attention, block.feed_forward) for block in net.blocks]
     return {
-        "reads": [
+        "inputs": [
             linear.weight for a, f in blocks for linear in (a.query, a.key, a.value, f.input, f.gate)
         ],
-        "attention writes": [a.output.weight for a, _ in blocks],
-        "feed-forward writes": [f.output.weight for _, f in blocks],
+        "attention outputs": [a.output.weight for a, _ in blocks],
+        "feed-forward outputs": [f.output.weight for _, f in blocks],
     }  # fmt: skip
 
 
-DRAWN: dict[str, dict[str, float]] = {
-    "zero": {"embedding": 1.0, "tied": 0.02, "reads": WIDTH**-0.5, "attention writes": 0.0, "feed-forward writes": 0.0,
-             "head": 0.0},
-    "normal": {"embedding": 0.02, "tied": 0.02, "reads": 0.02, "attention writes": 0.02, "feed-forward writes": 0.02,
-               "head": 0.02},
-    "gpt2": {"embedding": 0.02, "tied": 0.02, "reads": 0.02, "attention writes": 0.02 / math.sqrt(2 * LAYERS),
-             "feed-forward writes": 0.02 / math.sqrt(2 * LAYERS), "head": 0.02},
-    "xavier": {"embedding": 1.0, "tied": WIDTH**-0.5, "attention writes": math.sqrt(2 / (2 * WIDTH)),
-               "feed-forward writes": math.sqrt(2 / (WIDTH + HIDDEN)), "head": math.sqrt(2 / (WIDTH + VOCAB))},
+EXPECTED_STD: dict[str, dict[str, float]] = {
+    "zero": {
+        "embedding": 1.0, "tied": 0.02, "inputs": WIDTH**-0.5, "attention outputs": 0.0, "feed-forward outputs": 0.0,
+        "head": 0.0,
+    },
+    "normal": {
+        "embedding": 0.02, "tied": 0.02, "inputs": 0.02, "attention outputs": 0.02, "feed-forward outputs": 0.02,
+        "head": 0.02,
+    },
+    "gpt2": {
+        "embedding": 0.02, "tied": 0.02, "inputs": 0.02, "attention outputs": 0.02 / math.sqrt(2 * LAYERS),
+        "feed-forward outputs": 0.02 / math.sqrt(2 * LAYERS), "head": 0.02,
+    },
+    "xavier": {
+        "embedding": 1.0, "tied": WIDTH**-0.5, "attention outputs": math.sqrt(2 / (2 * WIDTH)),
+        "feed-forward outputs": math.sqrt(2 / (WIDTH + HIDDEN)), "head": math.sqrt(2 / (WIDTH + VOCAB)),
+    },
 }  # fmt: skip
 
 
 def test_every_initialisation_is_tested() -> None:
-    assert DRAWN.keys() == INITIALISATIONS.keys()
+    assert EXPECTED_STD.keys() == INITIALISATIONS.keys()
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("scheme", DRAWN)
+@pytest.mark.parametrize("scheme", EXPECTED_STD)
 def test_standard_deviations_of_initial_weights(scheme: str, tied: bool) -> None:
-    net, named = network(initialisation=scheme, tied_embeddings=tied), DRAWN[scheme]
+    net, named = network(initialisation=scheme, tied_embeddings=tied), EXPECTED_STD[scheme]
     found = {part: spread(weights) for part, weights in matrices(net).items() if part in named}
     found["embedding"] = spread([net.embedding.weight])
     expected = {part: std for part, std in named.items() if part in found}
@@ -94,7 +102,7 @@ def test_learned_positions_are_initialised_as_in_gpt2(scheme: str) -> None:
 
 @pytest.mark.parametrize("scheme", INITIALISATIONS)
 def test_optional_additions_start_at_zero(scheme: str) -> None:
-    """Two networks with the same weights, but that one has the switches as well."""
+    """Two networks with the same weights, one of them with the optional additions."""
     plain, more = network(initialisation=scheme), network(initialisation=scheme, **SWITCHES)
     found = more.load_state_dict(plain.state_dict(), strict=False)
     assert {name.split(".")[0] for name in found.missing_keys} == {"blocks", "value_tables", "bigrams", "smear"}
@@ -117,7 +125,7 @@ def test_zero_starts_with_identity_blocks_and_a_loss_of_ln_vocab(placement: str,
     assert loss.item() == pytest.approx(math.log(VOCAB), rel=1e-6)
     first, *others = stream
     assert first.std() > 0.5
-    if placement == "post":  # what comes in leaves normalised, and is that already from the second block on
+    if placement == "post":  # the output is the normalised input, from the second block on unchanged
         first = (first - first.mean(-1, keepdim=True)) if norm == "layernorm" else first
         first = first / first.square().mean(-1, keepdim=True).sqrt()
     for x in others:
@@ -126,11 +134,11 @@ def test_zero_starts_with_identity_blocks_and_a_loss_of_ln_vocab(placement: str,
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_zero_sets_the_gain_of_sandwich_norms(norm: str) -> None:
-    """Of a zero vector the norm's slope is one by the root of eps: 1000, where others have about one."""
+    """The slope of a norm at zero is 1 / sqrt(eps) = 1000, instead of about 1 elsewhere."""
     net = network(norm_placement="sandwich", norm=norm)
-    writes = matrices(net)
-    assert spread(writes["attention writes"]) == pytest.approx(WIDTH**-0.5, rel=0.02)
-    assert spread(writes["feed-forward writes"]) == pytest.approx(HIDDEN**-0.5, rel=0.02)
+    by_role = matrices(net)
+    assert spread(by_role["attention outputs"]) == pytest.approx(WIDTH**-0.5, rel=0.02)
+    assert spread(by_role["feed-forward outputs"]) == pytest.approx(HIDDEN**-0.5, rel=0.02)
     for block in net.blocks:
         assert not block.attention_end.weight.any()
         assert not block.feed_forward_end.weight.any()
@@ -140,7 +148,7 @@ def test_zero_sets_the_gain_of_sandwich_norms(norm: str) -> None:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("placement", NORM_PLACEMENTS)
 def test_zero_leaves_every_parameter_trainable(placement: str, norm: str) -> None:
-    """Four steps of plain descent, and everything has moved: what is zero has a gradient, or gets one."""
+    """After four steps of gradient descent every parameter has changed: zeros have a gradient, or get one."""
     net = network(norm_placement=placement, norm=norm)
     before = {name: parameter.clone() for name, parameter in net.named_parameters()}
     ids = torch.randint(VOCAB, (4, 64))

@@ -39,9 +39,9 @@ PATTERNS = {
 
 
 def adapted(config: GPTConfig = CONFIG, dtype: torch.dtype = torch.float32, **settings: object) -> GPT:
-    """A network with adapters that do something; evaluated, not trained."""
+    """A network in evaluation mode with nonzero adapters."""
     net = randomised(config).to(dtype)
-    add_lora(net, LoRA(**settings))  # type: ignore[arg-type]  # each test gives what the dataclass takes
+    add_lora(net, LoRA(**settings))  # type: ignore[arg-type]  # fields of the dataclass
     with torch.no_grad():
         for module in net.modules():
             if isinstance(module, LoRALinear):
@@ -50,7 +50,7 @@ def adapted(config: GPTConfig = CONFIG, dtype: torch.dtype = torch.float32, **se
 
 
 def in_peft(net: GPT, base: GPT, settings: LoRA) -> nn.Module:
-    """The same base with the same adapters, by ``peft``."""
+    """The same base model with the same adapters in ``peft``."""
     peft = pytest.importorskip("peft")
     linears = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     config = peft.LoraConfig(
@@ -63,7 +63,7 @@ def in_peft(net: GPT, base: GPT, settings: LoRA) -> nn.Module:
         for name, value in lora_state_dict(net).items()
     }
     there = {name for name in theirs.state_dict() if "lora_" in name}
-    assert there == weights.keys()  # the pattern chose the same layers
+    assert there == weights.keys()  # the pattern matched the same layers
     theirs.load_state_dict(weights, strict=False)
     return theirs.train(net.training)
 
@@ -118,7 +118,7 @@ def test_initial_adapters_match_peft() -> None:
     theirs = in_peft(net, randomised(CONFIG), config)
     for layer in (net.blocks[0].feed_forward.output, theirs.blocks[0].feed_forward.output.lora_A.default):
         a = layer.lora_a if isinstance(layer, LoRALinear) else layer.weight
-        bound = 1 / layer.in_features**0.5  # of the uniform distribution that a = sqrt(5) comes down to
+        bound = 1 / layer.in_features**0.5  # of the uniform distribution that a = sqrt(5) amounts to
         assert 0.95 * bound < a.abs().max() <= bound
         assert a.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
     assert all(not value.any() for name, value in lora_state_dict(net).items() if name.endswith("lora_b"))
@@ -129,7 +129,7 @@ def test_bfloat16_base_matches_peft_with_float32_adapters() -> None:
     net = adapted(dtype=torch.bfloat16, rank=3, pattern=config.pattern)
     theirs = in_peft(net, randomised(CONFIG).bfloat16(), config)
     for name, parameter in theirs.named_parameters():
-        if "lora_" in name:  # what get_peft_model does by default
+        if "lora_" in name:  # as get_peft_model does by default
             parameter.data = lora_state_dict(net)[
                 re.sub(r"lora_([AB])\.default\.weight", lambda f: f"lora_{f[1].lower()}", name)
             ]
@@ -144,7 +144,7 @@ def test_merged_bfloat16_weight_is_rounded_once() -> None:
     nn.init.normal_(layer.lora_b)
     exact = linear.weight.double() + layer.scaling * layer.lora_b.double() @ layer.lora_a.double()
     layer.merge()
-    torch.testing.assert_close(layer.weight.double(), exact, rtol=2**-8, atol=0)  # half of the last of 8 bits
+    torch.testing.assert_close(layer.weight.double(), exact, rtol=2**-8, atol=0)  # half a unit in the last of 8 bits
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -158,7 +158,7 @@ def test_disabled_adapters_give_the_base_model_bit_for_bit(dtype: torch.dtype, m
         assert torch.equal(net(IDS), base(IDS))
         with disable_lora(net):
             pass
-        assert torch.equal(net(IDS), base(IDS))  # still off
+        assert torch.equal(net(IDS), base(IDS))  # still disabled
     assert torch.equal(net(IDS), on)
     assert not torch.equal(on, base(IDS))
     with pytest.raises(ZeroDivisionError), disable_lora(net):
@@ -170,7 +170,7 @@ def test_disabled_adapters_give_the_base_model_bit_for_bit(dtype: torch.dtype, m
 def test_unmerging_restores_the_same_weights(dtype: torch.dtype) -> None:
     net = adapted(dtype=dtype)
     before, outputs = dict(net.named_parameters()), net(IDS)
-    for _ in range(2):  # twice is once
+    for _ in range(2):  # the second time has no effect
         merge_lora(net)
     close(net(IDS), outputs, 1e-5 if dtype == torch.float32 else 0.1)
     for _ in range(2):
@@ -200,7 +200,7 @@ def test_any_rank_and_pattern_preserve_the_base_model(rank: int, alpha: float, p
     added = net(IDS)
     assert not torch.equal(added, base(IDS))
     merge_lora(net)
-    close(net(IDS), added, 1e-4)  # of weights and sums that alpha makes large
+    close(net(IDS), added, 1e-4)  # a large alpha amplifies rounding
     unmerge_lora(net)
     assert torch.equal(net(IDS), added)
     remove_lora(net)
@@ -238,7 +238,7 @@ def test_state_dict_is_the_same_while_merged() -> None:
     merged = net.state_dict()
     assert list(merged) == list(before)
     assert all(torch.equal(merged[name], before[name]) for name in before)
-    net.load_state_dict(before)  # which takes the adapters out of the weights, or they would count twice
+    net.load_state_dict(before)  # unmerges first, else the adapters would count twice
     torch.testing.assert_close(net(IDS), outputs)
     assert torch.equal(net(IDS), outputs)
 
@@ -264,17 +264,17 @@ def test_adapters_load_into_another_copy_of_the_base() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         (LoRA(rank=4), r"blocks.0.attention.key.lora_a is (8, 16) in the state dict, but (4, 16) in the network"),
         (LoRA(pattern="query"), r"blocks.0.attention.key.lora_a is (8, 16) in the state dict, but missing in the"),
         (LoRA(pattern=""), r"head.lora_a is missing in the state dict, but (8, 16) in the network"),
     ],
 )
-def test_mismatched_adapters_are_an_error(settings: LoRA, said: str) -> None:
+def test_mismatched_adapters_are_an_error(settings: LoRA, message: str) -> None:
     other = randomised(CONFIG)
     add_lora(other, settings)
-    with pytest.raises(UserError, match=re.escape(said)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_lora_state_dict(other, lora_state_dict(adapted()))
 
 
@@ -310,8 +310,8 @@ def test_merged_network_can_be_cast_and_copied(tied: bool) -> None:
 
 @pytest.mark.parametrize("first", ["compile", "add"])
 def test_compiled_blocks_follow_merging_and_disabling(first: str) -> None:
-    """Whole graphs: no adapter makes the compiler give up. Which kernels it writes is not asked here."""
-    torch.compiler.reset()  # what other tests had compiled counts against the compiler's limit
+    """No graph breaks; a backend without code generation is enough for that."""
+    torch.compiler.reset()  # earlier tests count towards the recompilation limit
 
     def compiled(net: GPT) -> None:
         for block in net.blocks:
@@ -353,7 +353,7 @@ def test_shared_layer_has_one_adapter(kind: type[nn.Linear]) -> None:
 
 
 def test_subclasses_of_linear_are_skipped() -> None:
-    """``nn.MultiheadAttention`` reads its output layer's weight and never calls it."""
+    """``nn.MultiheadAttention`` uses the weight of its output layer without calling the layer."""
     net = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
     assert add_lora(net, LoRA(pattern="")) == ["linear"]
 
@@ -383,7 +383,7 @@ def test_adding_adapters_twice_is_an_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (lambda: LoRA(rank=0), "lora.rank is 0; it must be positive"),
         (lambda: LoRA(alpha=-1.0), "lora.alpha is -1.0; it must be positive"),
@@ -392,6 +392,6 @@ def test_adding_adapters_twice_is_an_error() -> None:
         (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a regular expression: missing )"),
     ],
 )
-def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], said: str) -> None:
-    with pytest.raises(UserError, match=re.escape(said)):
+def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
         build()

@@ -15,7 +15,7 @@ IDS = torch.arange(40).view(2, 20)
 
 
 def shape(**changes: object) -> GPTConfig:
-    return GPTConfig(**({"n_layer": 1, "n_head": 2, "n_embd": 16} | changes))  # type: ignore[arg-type]  # any field's
+    return GPTConfig(**({"n_layer": 1, "n_head": 2, "n_embd": 16} | changes))  # type: ignore[arg-type]  # of any field
 
 
 def with_head(reads: OutputHead, **changes: object) -> GPT:
@@ -49,7 +49,7 @@ def test_padding_rows_are_never_predicted_or_trained(tied: bool, softcap: float 
         assert table.grad is not None
         assert not table.grad[VOCAB:].any()
         assert table.grad[:VOCAB].any()
-    # The probabilities of the vocabulary are all there are.
+    # The probabilities of the vocabulary sum to one.
     torch.testing.assert_close(after.softmax(-1).sum(-1), torch.ones(2, 20))
 
 
@@ -101,7 +101,7 @@ def test_token_logits_are_products_with_the_head() -> None:
 
 @pytest.mark.parametrize("softcap", [None, 0.1])
 def test_class_logits_are_products_with_the_head(softcap: float | None) -> None:
-    """The cap is for logits of tokens."""
+    """The soft cap applies to token logits only."""
     net = with_head(ClassificationHead(5), logit_softcap=softcap, vocab_multiple=64)
     hidden, found = net.hidden_states(IDS), net(IDS)
     assert net.head.weight.shape == (5, 16)
@@ -116,7 +116,7 @@ def test_scalar_head_gives_one_number_per_token() -> None:
     assert net.head.weight.shape == (1, 16)
     assert found.shape == (2, 20)
     torch.testing.assert_close(found, (net.hidden_states(IDS) * net.head.weight[0]).sum(-1))
-    assert with_head(ScalarHead())(IDS[:1, :1]).shape == (1, 1)  # no dimension more is lost
+    assert with_head(ScalarHead())(IDS[:1, :1]).shape == (1, 1)  # no other dimension is squeezed
 
 
 @pytest.mark.parametrize("reads", [TokenHead(), ClassificationHead(3), ScalarHead()])

@@ -46,7 +46,7 @@ def test_learned_positions_are_added_to_the_embeddings() -> None:
 
 
 def authors_slopes(n: int) -> list[float]:
-    """As the authors of ALiBi wrote it (https://github.com/ofirpress/attention_with_linear_biases)."""
+    """The code of ALiBi's authors (https://github.com/ofirpress/attention_with_linear_biases)."""
     if math.log2(n).is_integer():
         start = 2 ** (-(2 ** -(math.log2(n) - 3)))
         return [start * start**i for i in range(n)]
@@ -109,7 +109,7 @@ def test_rotary_dot_products_depend_only_on_the_distance() -> None:
 
 
 def llamas(config: GPTConfig, **rope: Any) -> Any:
-    """The same rotary positions as ``transformers`` says them, in a Llama's config."""
+    """The config of a Llama in ``transformers`` with the same rotary positions."""
     transformers = pytest.importorskip("transformers")
     return transformers.LlamaConfig(
         hidden_size=config.n_embd, num_attention_heads=config.n_head, head_dim=config.head_width,
@@ -163,7 +163,7 @@ def test_scaled_frequencies_match_transformers(changes: dict[str, Any], rope: di
 
 @pytest.mark.parametrize(("changes", "rope"), SCALED)
 def test_scaled_rotation_matches_llama(changes: dict[str, Any], rope: dict[str, Any]) -> None:
-    """With attention's factor where there is one: twice in a score, once from the query and once from the key."""
+    """Including the attention factor, which enters a score twice, by the query and by the key."""
     pytest.importorskip("transformers")
     from transformers.models.llama import modeling_llama
 
@@ -194,7 +194,7 @@ def test_ntk_scales_only_the_lowest_frequency_by_the_full_factor(factor: float, 
 
 @pytest.mark.parametrize("factor", [2.0, 5.0])
 def test_ntk_matches_dynamic_scaling_of_transformers(factor: float) -> None:
-    """It grows with the text: at twice the trained length with a factor of f it is at f + 1."""
+    """Dynamic scaling grows with the length: at twice the trained length, factor f acts as f + 1."""
     pytest.importorskip("transformers")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 

@@ -17,7 +17,7 @@ PUBLISHED = {
     "qwen3_0.6b": 596_049_920, "qwen3_1.7b": 1_720_574_976, "qwen3_8b": 8_190_735_360,
 }  # fmt: skip
 
-# What the published config.json files say.
+# From the published config.json files.
 LLAMA = {"rms_norm_eps": 1e-5, "vocab_size": 128_256, "max_position_embeddings": 131_072, "num_key_value_heads": 8}
 QWEN = {"rms_norm_eps": 1e-6, "vocab_size": 151_936, "max_position_embeddings": 40_960, "num_key_value_heads": 8}
 ROTARY = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -85,7 +85,7 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     net = on_meta(ours, config.vocab_size)
     assert size(net) == size(theirs) == PUBLISHED[name]
     assert (net.head.weight is net.embedding.weight) == config.tie_word_embeddings
-    if family == "GPT2":  # which keeps queries, keys and values in one matrix
+    if family == "GPT2":  # has queries, keys and values in one matrix
         block, other = net.blocks[-1], theirs.transformer.h[-1]
         assert sorted(tuple(p.shape) for p in block.feed_forward.parameters()) == sorted(
             tuple(p.shape[::-1]) if p.ndim == 2 else tuple(p.shape) for p in other.mlp.parameters()
@@ -102,7 +102,7 @@ def test_preset_matches_the_published_config_in_transformers(name: str) -> None:
     assert ours.norm_eps == config.rms_norm_eps
     assert (ours.feed_forward, config.hidden_act) == ("swiglu", "silu")
     assert ours.qk_norm == hasattr(theirs.model.layers[0].self_attn, "q_norm")
-    rotary = type(theirs.model.rotary_emb)(config)  # not on meta: these are numbers
+    rotary = type(theirs.model.rotary_emb)(config)  # not on the meta device: its values are compared
     expected, factor = rotary.inv_freq, rotary.attention_scaling
     found, ours_factor = rotary_frequencies(ours, ours.rotary_width)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)

@@ -34,7 +34,7 @@ def weights(net: nn.Module) -> list[Tensor]:
 def averaged(
     net: nn.Module, optimizer: Optimizer, decay: float, steps: int
 ) -> tuple[ExponentialMovingAverage, list[Tensor]]:
-    """The average after so many steps, and what it has to be, in float64."""
+    """The average after some steps, and the expected one in float64."""
     average = ExponentialMovingAverage(decay)
     done = 0
     average.attach(optimizer, lambda: done)
@@ -64,7 +64,7 @@ def test_average_matches_its_recursion_and_does_not_affect_training(optimizer: s
 
 
 def test_parameter_without_updates_has_no_average() -> None:
-    """An optimizer that finds something in its state would miss its own moments."""
+    """An optimizer that finds a nonempty state would not initialise its moments."""
     used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([used, unused])
     average = ExponentialMovingAverage(0.9)
@@ -81,7 +81,7 @@ def test_weights_and_averages_are_swapped_and_restored() -> None:
     optimizer = OPTIMIZERS["muon"](net)
     average, expected = averaged(net, optimizer, 0.7, 5)
     trained = weights(net)
-    for _ in range(2):  # what is so already stays
+    for _ in range(2):  # the second time has no effect
         average.set_active(True, [optimizer], net)
         for found, a in zip(weights(net), expected, strict=True):
             torch.testing.assert_close(found.double(), a, atol=1e-5, rtol=1e-5)
@@ -91,7 +91,7 @@ def test_weights_and_averages_are_swapped_and_restored() -> None:
 
 
 def test_saved_weights_and_averages_are_swapped_by_name() -> None:
-    """Live tensors stay where they are, tied ones stay tied."""
+    """Live tensors are unchanged, and tied weights stay tied."""
     net = GPT(TIED, 50, 8)
     optimizer = OPTIMIZERS["muon"](net)
     averaged(net, optimizer, 0.7, 5)
@@ -119,7 +119,7 @@ def _one_process() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_one_process")
 def test_sharded_weights_are_averaged_and_resharded_after_a_swap() -> None:
-    """FSDP2 keeps the root's whole weights after a forward pass that no backward pass follows."""
+    """FSDP2 keeps the unsharded weights of the root after a forward pass without a backward pass."""
     net, plain = nn.Linear(4, 3), nn.Linear(4, 3)
     plain.load_state_dict(net.state_dict())
     fully_shard(net, mesh=distributed.init_device_mesh("cpu", (1,)))
@@ -147,7 +147,7 @@ def test_decay_out_of_range_is_an_error(decay: float) -> None:
 
 
 def test_16_bit_weights_are_an_error() -> None:
-    """From 1 to 2 with a decay of 0.999 a bfloat16 never moves."""
+    """A bfloat16 average of 1 does not move towards 2 with a decay of 0.999."""
     stuck = torch.ones(1, dtype=torch.bfloat16)
     assert torch.equal(stuck.clone().lerp_(stuck + 1, 0.001), stuck)
     net = nn.Linear(2, 2, dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ def factors(schedule: Schedule, total: float = TOTAL) -> list[float]:
 
 
 def test_default_schedule_warms_up_holds_and_decays() -> None:
-    """20 steps up, and down over the last 0.4 of the run."""
+    """20 warmup steps, and decay over the last 40% of the run."""
     found = factors(Schedule())
     assert found[:20] == [(step + 1) / 21 for step in range(20)]
     assert found[20:61] == [1.0] * 41
@@ -40,7 +40,7 @@ def test_linear_and_cosine_match_their_equations() -> None:
 
 
 def test_inverse_sqrt_matches_the_paper() -> None:
-    """Equation 3, steps counted from 1, with its peak brought to 1."""
+    """Equation 3 with steps counted from 1, normalised to a peak of 1."""
     warmup = 11
     peak = warmup**-0.5
     expected = [min(step**-0.5, step * warmup**-1.5) / peak for step in range(1, TOTAL + 2)]
@@ -68,7 +68,7 @@ def test_decay_matches_torch_schedulers(final: float) -> None:
 
 @pytest.mark.parametrize("warmup", [1, 10])
 def test_schedules_match_transformers(warmup: int) -> None:
-    """Theirs begins at a rate of zero, ours a step later; ours keeps to the length of the run in its decay."""
+    """Those of transformers start one step earlier, at zero; ours ends its decay with the run."""
     theirs = pytest.importorskip("transformers.optimization", exc_type=ImportError)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     lengths = {"num_warmup_steps": warmup, "num_training_steps": TOTAL}
@@ -110,7 +110,7 @@ def test_factor_is_between_0_and_1_and_rises_only_in_warmup(
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"decay": "exp"}, "model.schedule.decay is exp; it must be one of wsd, linear, cosine, constant"),
         ({"warmup_steps": -1}, "model.schedule.warmup_steps is -1"),
@@ -118,6 +118,6 @@ def test_factor_is_between_0_and_1_and_rises_only_in_warmup(
         ({"final": -0.5}, "model.schedule.final is -0.5"),
     ],
 )
-def test_invalid_schedule_is_an_error(settings: dict[str, object], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_schedule_is_an_error(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         Schedule(**settings)  # type: ignore[arg-type]

@@ -47,11 +47,11 @@ def test_muon_update_matches_its_definition() -> None:
         u, _, vh = torch.linalg.svd(0.1 * gradient + 0.9 * momentum, full_matrices=False)
         expected = expected * (1 - 0.1 * 0.5) - 0.1 * math.sqrt(12 / 4) * (u @ vh)
     moved = (weight.detach() - start).norm()
-    assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are near 1, not at it
+    assert (weight.detach() - expected).norm() / moved < 0.25  # singular values are close to 1, not exactly 1
 
 
 def test_normuon_normalises_rows() -> None:
-    """Algorithm 1 of https://arxiv.org/abs/2510.05491 over three steps, on Muon's own orthogonal update."""
+    """Algorithm 1 of https://arxiv.org/abs/2510.05491 over three steps, given Muon's orthogonalised update."""
     plain, even = nn.Parameter(torch.zeros(6, 10)), nn.Parameter(torch.zeros(6, 10))
     settings = {"rule": "muon", "lr": 1.0, "momentum": 0.9, "weight_decay": 0.0}
     muon = MuonAdamW([{"params": [plain], **settings}])
@@ -154,7 +154,7 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "message"),
     [
         (lambda: Muon(lr=0.0), "model.optimizer.lr is 0.0"),
         (lambda: Muon(adamw_lr=-1.0), "model.optimizer.adamw_lr is -1.0"),
@@ -163,6 +163,6 @@ def test_each_optimizer_has_its_own_learning_rate() -> None:
         (lambda: Muon(momentum=1.0), "model.optimizer.momentum is 1.0"),
     ],
 )
-def test_invalid_optimizer_settings_are_an_error(build: object, said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_optimizer_settings_are_an_error(build: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build()  # type: ignore[operator]

@@ -55,7 +55,7 @@ def test_state_bytes_match_an_optimizer_after_a_step(recipe: OptimizerRecipe, em
     optimizer.step()
     moments = sum(
         tensor.nbytes for state in optimizer.state.values() for tensor in state.values() if tensor.numel() > 64
-    )  # step counters and NorMuon's one number a neuron are left out
+    )  # without step counters and NorMuon's statistic per neuron
     weights = sum(p.nbytes for p in net.parameters())
     gradients = sum(p.grad.nbytes for p in net.parameters() if p.grad is not None)
     assert state_bytes(optimizer, ema_decay is not None) == pytest.approx(weights + gradients + moments, rel=0.02)
