@@ -219,25 +219,25 @@ class CorpusSpec:
         fingerprint = hashlib.sha256(f"cut {parts.tail}\n".encode())
         train_path, validation_path = (folder / f"{split}.parquet" for split in SPLITS)
         with ParquetDocumentWriter(train_path) as train, ParquetDocumentWriter(validation_path) as validation:
-            for place, document in enumerate(read_parquet_documents(cleaned)):
+            for index, document in enumerate(read_parquet_documents(cleaned)):
                 size = len(document.text.encode())
-                reason = None if selected[place] else "over the weight of its source"
+                reason = None if selected[index] else "over the weight of its source"
                 later_step = 0
                 if len(self.sources) > 1:
                     report.add_later_step(document.id, document.text, size, later_step, reason)
                     later_step += 1
                 for rejection_of in filters:
                     if reason is None:
-                        reason = None if parts.validation[place] else rejection_of(document)
+                        reason = None if parts.validation[index] else rejection_of(document)
                         report.add_later_step(document.id, document.text, size, later_step, reason)
                         later_step += 1
                 if reason is not None:
                     continue
-                texts = parts.split_text(place, document.text)
+                texts = parts.split_text(index, document.text)
                 for writer, text in zip((train, validation), texts, strict=True):
                     if text:
                         writer.add(replace(document, text=text), len(text.encode()))
-                side = "validation" if parts.validation[place] else "train"
+                side = "validation" if parts.validation[index] else "train"
                 fingerprint.update(f"{side} {document.id}\0".encode() + sha256_text(document.text))
         self._require_documents(report, train.n_documents)
         return fingerprint.hexdigest(), {"train": train, "validation": validation}
@@ -271,4 +271,4 @@ def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
 
 
 def _validation_documents(cleaned: Path, parts: TrainValidationSplit) -> Iterator[Document]:
-    return (document for place, document in enumerate(read_parquet_documents(cleaned)) if parts.validation[place])
+    return (document for index, document in enumerate(read_parquet_documents(cleaned)) if parts.validation[index])
