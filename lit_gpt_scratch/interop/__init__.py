@@ -1,1 +1,1 @@
-"""Published models in their own folders, read and written without the library that they are made for."""
+"""Import and export of Hugging Face models, without the ``transformers`` library."""

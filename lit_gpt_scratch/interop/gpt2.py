@@ -1,4 +1,4 @@
-"""GPT-2 (Radford et al. 2019), whose linear layers keep one row an input, and query, key and value in one matrix."""
+"""GPT-2 (Radford et al. 2019): transposed linear weights (Conv1D), and one matrix for query, key and value."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar, Final
@@ -25,19 +25,19 @@ MODULE_NAMES: Final[dict[str, tuple[str, ...]]] = {
     "mlp.c_fc": ("feed_forward.input",),
     "mlp.c_proj": ("feed_forward.output",),
 }
-"""Theirs to ours; each has a weight and a bias."""
+"""Modules of a block, Hugging Face name to ours; each has a weight and a bias."""
 
 
 class GPT2Family(ModelFamily):
-    """Learned positions, LayerNorm before each part, GELU, biases everywhere."""
+    """Learned positions, pre-LayerNorm, GELU, biases everywhere."""
 
-    model_type, architecture, prefix, context = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
-    tied = drops = True
+    model_type, architecture, prefix, context_field = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
+    tied_by_default = has_dropout = True
     fixed: ClassVar[dict[str, Any]] = {
         "position": "learned", "norm": "layernorm", "norm_placement": "pre", "feed_forward": "gelu", "bias": True,
         "qk_norm": False, "sliding_window": None,
     }  # fmt: skip
-    free = frozenset({"n_kv_head", "head_dim"})  # in other words: see ``obstacles``
+    configurable = frozenset({"n_kv_head", "head_dim"})  # checked in ``unsupported_settings``
 
     @override
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
@@ -48,7 +48,7 @@ class GPT2Family(ModelFamily):
         dropouts = [fields.number(name, 0.1) for name in DROPOUT_FIELDS]
         if len(set(dropouts)) > 1:
             found = ", ".join(f"{name} is {p}" for name, p in zip(DROPOUT_FIELDS, dropouts, strict=True))
-            fields.unsupported.append(f"{found} (here they are one)")
+            fields.unsupported.append(f"{found} (they must be equal)")
         width = fields.positive_int("n_embd")
         return {
             **self.fixed,
@@ -85,9 +85,9 @@ class GPT2Family(ModelFamily):
         yield TensorMapping("transformer.wpe.weight", ("position.table.weight",))
         for layer in range(gpt.n_layer):
             for kind in ("weight", "bias"):
-                names = {f"{t}.{kind}": tuple(f"{name}.{kind}" for name in ours) for t, ours in MODULE_NAMES.items()}
-                for theirs, inner in map_layer_names("transformer.h.{}.", layer, {**names}):
-                    yield TensorMapping(theirs, inner, transposed=kind == "weight" and "ln_" not in theirs)
+                inner = {f"{m}.{kind}": tuple(f"{name}.{kind}" for name in ours) for m, ours in MODULE_NAMES.items()}
+                for hf_name, names in map_layer_names("transformer.h.{}.", layer, {**inner}):
+                    yield TensorMapping(hf_name, names, transposed=kind == "weight" and "ln_" not in hf_name)
         for kind in ("weight", "bias"):
             yield TensorMapping(f"transformer.ln_f.{kind}", (NORM.replace("weight", kind),))
 

@@ -1,4 +1,4 @@
-"""A published model's folder, as ``transformers`` reads and writes it, to a model of this package and back."""
+"""Import and export of Hugging Face model folders (config, weights, tokenizer), as ``transformers`` uses them."""
 
 import json
 import logging
@@ -15,11 +15,9 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.interop.gpt2 import GPT2Family
 from lit_gpt_scratch.interop.hf_config import HFConfigReader
-from lit_gpt_scratch.interop.llama import LlamaFamily
-from lit_gpt_scratch.interop.mistral import MistralFamily
+from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, expected_tensors, read_tensors, validate_tensors
+from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
-from lit_gpt_scratch.interop.qwen3 import Qwen3Family
-from lit_gpt_scratch.interop.weight_mapping import WEIGHTS_FILE, expected_tensors, read_tensors, validate_tensors
 from lit_gpt_scratch.model.init import INIT_STD
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
 from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
@@ -30,17 +28,17 @@ log = logging.getLogger(__name__)
 FAMILIES: Final[dict[str, ModelFamily]] = {
     family.model_type: family for family in (Qwen3Family(), LlamaFamily(), MistralFamily(), GPT2Family())
 }
-"""By ``model_type``. Of those that can say a config, the first is written."""
+"""By ``model_type``. The first that can express a config is used for export."""
 CONFIG_FILE: Final = "config.json"
 
 
 class PortableModel(NamedTuple):
-    """A trained model.
+    """A trained model as plain parts, to import or export.
 
     Attributes:
-        shape: What the network is built from.
+        shape: The arguments of ``GPT``.
         weights: The network's state dict.
-        tokenizer: What makes its ids.
+        tokenizer: The model's tokenizer.
     """
 
     shape: ModelShape
@@ -49,69 +47,69 @@ class PortableModel(NamedTuple):
 
 
 def read_hf_checkpoint(folder: Path) -> PortableModel:
-    """The model in a folder; its weights keep their type.
+    """Read the model in a folder; its weights keep their dtype.
 
     Raises:
-        UserError: A file is missing, or the model is none that this package can compute.
+        UserError: A file is missing, or the model is not supported.
     """
     config = _read_config(folder)
     family = FAMILIES.get(config.values["model_type"])
     if family is None:
         raise UserError(
-            f"{config.path}: model_type is {config.values['model_type']}; known are {', '.join(sorted(FAMILIES))}"
+            f"{config.path}: model_type is {config.values['model_type']}; supported are {', '.join(sorted(FAMILIES))}"
         )
     shape = family.read_config(config)
     tokenizer = _read_tokenizer(folder, family)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
-            f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer beside it has ids up to "
+            f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer in the same folder has ids up to "
             f"{tokenizer.vocab_size - 1}; the two belong to different models"
         )
-    # What the tokenizer writes before a text, or else what the model was told.
+    # The token that the tokenizer prepends, or else the config's.
     start = next(iter(tokenizer.post_processor_ids), config.values.get("bos_token_id"))
     if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
         tokenizer.start_of_text = start
     found = read_tensors(folder)
-    if not any(name.startswith(family.prefix) for name in found):  # saved without the head's class around it
+    if not any(name.startswith(family.prefix) for name in found):  # the bare model without its head
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
     if shape.gpt.tied_embeddings:
-        _take_tied_head(found, next(family.tensor_mappings(shape.gpt)).theirs, folder)
+        _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
     validate_tensors(found, family.to_hf_weights(shape.gpt, expected_tensors(shape)), str(folder))
     return PortableModel(shape, family.from_hf_weights(shape.gpt, found), tokenizer)
 
 
 def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
-    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` load.
+    """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` can load.
 
     Args:
-        model: What to write. The rows of its embeddings beyond the vocabulary are left out.
-        folder: All of it is there or none.
+        model: The model. Padding rows of its embeddings are removed.
+        folder: Folder to create; it is written atomically.
 
     Returns:
-        The class of ``transformers`` that it is written for.
+        Name of the ``transformers`` class.
 
     Raises:
-        UserError: There is something in the folder, it cannot be written, or no family has words for the model.
+        UserError: The folder is not empty or cannot be written, or no family can express the model.
     """
     shape, weights = model.shape, dict(model.weights)
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} is there already and is not an empty folder; name another, or remove it")
+            raise UserError(f"{folder} already exists and is not an empty folder; choose another, or remove it")
     except OSError as error:
         raise UserError(f"cannot read {folder}: {error.strerror}") from error
     family = _choose_family(shape)
     validate_tensors(weights, expected_tensors(shape), "the checkpoint")
     if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
         weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
-    theirs = family.to_hf_weights(shape.gpt, weights)
-    if shape.gpt.dropout and not family.drops:
-        log.warning("dropout is %s; %s has none, and would train on without", shape.gpt.dropout, family.model_type)
+    hf_weights = family.to_hf_weights(shape.gpt, weights)
+    if shape.gpt.dropout and not family.has_dropout:
+        log.warning("dropout is %s, but %s has none: it is not exported", shape.gpt.dropout, family.model_type)
 
     def fill(place: Path) -> None:
-        for name, content in _build_json_files(family, model, theirs).items():
+        for name, content in _build_json_files(family, model, hf_weights).items():
             (place / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
         (place / TOKENIZER_FILE).write_text(model.tokenizer.to_json(), encoding="utf-8")
-        save_file(theirs, place / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(hf_weights, place / WEIGHTS_FILE, metadata={"format": "pt"})
 
     try:
         place = folder.resolve()
@@ -125,24 +123,25 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
 
 
 def _choose_family(shape: ModelShape) -> ModelFamily:
-    obstacles = {family: family.unsupported_settings(shape.gpt) for family in FAMILIES.values()}
-    nearest = min(obstacles, key=lambda family: len(obstacles[family]))
-    if obstacles[nearest]:
+    unsupported = {family: family.unsupported_settings(shape.gpt) for family in FAMILIES.values()}
+    nearest = min(unsupported, key=lambda family: len(unsupported[family]))
+    if unsupported[nearest]:
         raise UserError(
-            f"no family can say this model ({', '.join(sorted(FAMILIES))}); in the nearest, {nearest.model_type}, "
-            f"these of model.gpt stand in the way: {'; '.join(obstacles[nearest])}"
+            f"no supported family ({', '.join(sorted(FAMILIES))}) can express this model; the nearest is "
+            f"{nearest.model_type}, which does not support these settings of model.gpt: "
+            f"{'; '.join(unsupported[nearest])}"
         )
     return nearest
 
 
 def _build_json_files(
-    family: ModelFamily, model: PortableModel, theirs: dict[str, Tensor]
+    family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """The files that are JSON, by name."""
+    """Content of the JSON files, by name."""
     shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
-    ends = {"bos_token_id": start, "eos_token_id": end}
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in theirs.values()))
-    named = Backend.from_str(model.tokenizer.to_json()).id_to_token
+    special_ids = {"bos_token_id": start, "eos_token_id": end}
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
+    token_of = Backend.from_str(model.tokenizer.to_json()).id_to_token
     return {
         CONFIG_FILE: {
             "architectures": [family.architecture],
@@ -152,23 +151,23 @@ def _build_json_files(
             "tie_word_embeddings": shape.gpt.tied_embeddings,
             "initializer_range": INIT_STD,
             "use_cache": True,
-            **ends,
+            **special_ids,
             **family.build_config(shape),
         },
-        # For generation alone: a config's padding token would have no gradient in the embedding.
-        "generation_config.json": {**ends, "pad_token_id": end},
+        # Only for generation: a padding token in the config would get no gradient in the embedding.
+        "generation_config.json": {**special_ids, "pad_token_id": end},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": named(start),
-            "eos_token": named(end),
+            "bos_token": token_of(start),
+            "eos_token": token_of(end),
             "model_max_length": shape.block_size,
             "clean_up_tokenization_spaces": False,
         },
     }
 
 
-def _take_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
-    """Some files hold a tied head a second time."""
+def _pop_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
+    """Remove a tied head, which some files contain in addition to the embedding."""
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get(embedding, head)):
         raise UserError(
@@ -181,27 +180,27 @@ def _read_config(folder: Path) -> HFConfigReader:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise UserError(
-            f"no folder at {folder}; a model of the Hub is downloaded first: hf download NAME --local-dir FOLDER"
+            f"no folder at {folder}; download a model of the Hub first: hf download NAME --local-dir FOLDER"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no {CONFIG_FILE} in {folder}; FOLDER is one that save_pretrained wrote") from error
+        raise UserError(f"no {CONFIG_FILE} in {folder}; FOLDER must be written by save_pretrained") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON, or cannot be read ({error})") from error
+        raise UserError(f"{path} is not JSON, or cannot be read ({error})") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise UserError(f"{path} has no model_type; known are {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{path} has no model_type; supported are {', '.join(sorted(FAMILIES))}")
     return HFConfigReader(path, values)
 
 
 def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.load(folder / TOKENIZER_FILE)
-    # The two files do not say how text is split into words; of GPT-2 it is known.
+    # vocab.json and merges.txt do not say how text is split into words; for GPT-2 it is known.
     if not isinstance(family, GPT2Family) or not any(
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):
         raise UserError(
-            f"no {TOKENIZER_FILE} in {folder}; write one there with save_pretrained of transformers' AutoTokenizer"
+            f"no {TOKENIZER_FILE} in {folder}; save one there with AutoTokenizer.save_pretrained of transformers"
         )
     return Tokenizer.load(folder)

@@ -1,4 +1,4 @@
-"""The fields of a ``config.json``, read one by one."""
+"""Read and validate the fields of a Hugging Face ``config.json``."""
 
 import math
 from pathlib import Path
@@ -10,95 +10,97 @@ MAX_SIZE: Final = 1 << 31
 
 
 class HFConfigReader:
-    """Fields by name. What there is no switch for is gathered, so that one message can name all of it.
+    """Typed access to config fields. Unsupported values are collected, so that one error can list all of them.
 
     Args:
-        path: The file, for messages.
-        values: What is in it.
-        within: Of fields in a field: the outer one's name and a dot.
-        refused: Where to gather.
+        path: The file, for error messages.
+        values: Its content.
+        prefix: Path of a nested object, ending with a dot.
+        unsupported: List that collects unsupported values.
     """
 
-    def __init__(self, path: Path, values: dict[str, Any], within: str = "", refused: list[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, values: dict[str, Any], prefix: str = "", unsupported: list[str] | None = None
+    ) -> None:
         self.path = path
         self.values = values
-        self.within = within
-        self.unsupported: list[str] = [] if refused is None else refused
+        self.prefix = prefix
+        self.unsupported: list[str] = [] if unsupported is None else unsupported
 
     def nested(self, name: str) -> "HFConfigReader":
-        """The fields in a field, none where it is absent or null."""
+        """Reader of a nested object; empty if the field is missing or null."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
-            self._wrong(name, "null or an object")
-        return HFConfigReader(self.path, value or {}, f"{self.within}{name}.", self.unsupported)
+            self._raise_invalid(name, "null or an object")
+        return HFConfigReader(self.path, value or {}, f"{self.prefix}{name}.", self.unsupported)
 
-    def positive_int(self, name: str, absent: int | None = None, null: int | None = None) -> int:
-        """A positive whole number.
+    def positive_int(self, name: str, default: int | None = None, if_null: int | None = None) -> int:
+        """A positive integer.
 
         Args:
-            name: Of the field.
-            absent: What it is where the file does not have it; by default the file must.
-            null: What it is where the file says null.
+            name: Field name.
+            default: Value if the field is missing; without it, the field is required.
+            if_null: Value if the field is null.
 
         Raises:
-            UserError: It is something else.
+            UserError: The value is something else.
         """
-        value = self.values.get(name, absent)
-        value = null if value is None else value
+        value = self.values.get(name, default)
+        value = if_null if value is None else value
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < MAX_SIZE:
-            self._wrong(name, "a positive whole number that a tensor can have")
+            self._raise_invalid(name, f"a positive integer below {MAX_SIZE}")
         return value
 
-    def number(self, name: str, absent: float | None = None) -> float:
-        """Any number; null counts as absent.
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number; null counts as missing.
 
         Raises:
-            UserError: It is something else.
+            UserError: The value is something else.
         """
         value = self.values.get(name)
-        value = absent if value is None else value
+        value = default if value is None else value
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-            self._wrong(name, "a number")
+            self._raise_invalid(name, "a number")
         return float(value)
 
-    def boolean(self, name: str, absent: bool) -> bool:
-        """True or false; null counts as absent.
+    def boolean(self, name: str, default: bool) -> bool:
+        """True or false; null counts as missing.
 
         Raises:
-            UserError: It is something else.
+            UserError: The value is something else.
         """
         value = self.values.get(name)
-        value = absent if value is None else value
+        value = default if value is None else value
         if not isinstance(value, bool):
-            self._wrong(name, "true or false")
+            self._raise_invalid(name, "true or false")
         return value
 
-    def allow_only(self, name: str, *known: Any) -> None:
-        """Gather a field that is there, is not null and is none of what is known."""
+    def allow_only(self, name: str, *supported: Any) -> None:
+        """Collect a field as unsupported, unless it is missing, null or one of the supported values."""
         value = self.values.get(name)
-        if value is not None and value not in known:
-            self.reject(name, f"only {' or '.join(map(str, known))}" if known else "only null")
+        if value is not None and value not in supported:
+            self.reject(name, f"only {' or '.join(map(str, supported))}" if supported else "only null")
 
-    def reject(self, name: str, instead: str) -> None:
-        """Gather a field, with its value and what it could be."""
-        self.unsupported.append(f"{self.within}{name} is {_shorten(self.values.get(name))} ({instead})")
+    def reject(self, name: str, requirement: str) -> None:
+        """Collect a field as unsupported, with its value and what is supported."""
+        self.unsupported.append(f"{self.prefix}{name} is {_shorten(self.values.get(name))} ({requirement})")
 
     def raise_if_unsupported(self) -> None:
-        """Say what was gathered.
+        """Report everything that was collected.
 
         Raises:
-            UserError: Something was.
+            UserError: There are unsupported values.
         """
         if self.unsupported:
-            raise UserError(f"{self.path} asks for what this package does not have: {'; '.join(self.unsupported)}")
+            raise UserError(f"{self.path} has unsupported values: {'; '.join(self.unsupported)}")
 
-    def _wrong(self, name: str, wanted: str) -> NoReturn:
-        said = _shorten(self.values[name]) if name in self.values else "missing"
-        raise UserError(f"{self.path}: {self.within}{name} is {said}; it must be {wanted}")
+    def _raise_invalid(self, name: str, requirement: str) -> NoReturn:
+        value = _shorten(self.values[name]) if name in self.values else "missing"
+        raise UserError(f"{self.path}: {self.prefix}{name} is {value}; it must be {requirement}")
 
 
 def _shorten(value: Any) -> str:
-    if isinstance(value, list) and all(isinstance(part, str) for part in value):
-        return " and ".join(dict.fromkeys(value)) or "empty"  # of layers: which kinds there are
-    said = str(value)
-    return said if len(said) <= 80 else f"{said[:77]}..."
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return " and ".join(dict.fromkeys(value)) or "empty"  # the distinct types of a list of layers
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

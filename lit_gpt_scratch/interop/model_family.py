@@ -1,4 +1,4 @@
-"""What a family of published models is to this package: a config in other words, and tensors under other names."""
+"""Base class of model families: conversion of configs and weights between Hugging Face and this package."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -17,32 +17,32 @@ COMMON_FIELDS: Final = frozenset({
     "dropout", "attention_backend", "rotary_base", "rotary_factor", "rotary_trained_context", "rotary_slow",
     "rotary_fast",
 })  # fmt: skip
-"""Switches that every family either can say, or that change nothing in what a trained model computes."""
+"""``GPTConfig`` fields that every family can express, or that do not affect what a trained model computes."""
 NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "quantization_config": (), "auto_map": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
     "num_experts": (0,), "num_local_experts": (0,), "partial_rotary_factor": (1,), "is_encoder_decoder": (False,),
     "add_cross_attention": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
-"""Fields that change what a model computes in some family, and the values with which they do not."""
+"""``config.json`` fields that change the computation in some family, and their values that do not."""
 EMBEDDING, HEAD, NORM = "embedding.weight", "head.weight", "norm.weight"
 
 
 class TensorMapping(NamedTuple):
-    """A tensor of theirs and what it is made of.
+    """A Hugging Face tensor and the tensors of this package it consists of.
 
     Attributes:
-        theirs: Its name.
-        ours: Names here; of several, the rows stand one below the other.
-        transposed: They keep one row an input, as the first GPTs did.
+        hf_name: Its name in the Hugging Face file.
+        names: Names in this package's state dict; several are concatenated along the rows.
+        transposed: The file stores (in_features, out_features), as GPT-2's Conv1D does.
     """
 
-    theirs: str
-    ours: tuple[str, ...]
+    hf_name: str
+    names: tuple[str, ...]
     transposed: bool = False
 
 
 class ModelShape(NamedTuple):
-    """All that a network is built from."""
+    """The arguments of ``GPT``: config, number of token ids, and context length in tokens."""
 
     gpt: GPTConfig
     vocab_size: int
@@ -50,48 +50,49 @@ class ModelShape(NamedTuple):
 
 
 class ModelFamily(ABC):
-    """One ``model_type``.
+    """One ``model_type`` of Hugging Face.
 
     Attributes:
         model_type: Its name in ``config.json``.
-        architecture: The class that ``transformers`` builds.
-        prefix: What the names of all tensors but the head's begin with; bare files leave it out.
-        context: The field with the longest window.
-        tied: Whether embeddings are tied where ``config.json`` does not say.
-        drops: Whether it drops out what this package does.
-        fixed: Switches that it has only one value of; those neither here nor free stay as they are by default.
-        free: Switches that it can say, beside ``COMMON_FIELDS``.
+        architecture: The ``transformers`` class.
+        prefix: Prefix of all tensor names except the head's; files of the bare model omit it.
+        context_field: Field with the context length.
+        tied_by_default: Whether embeddings are tied if ``config.json`` does not say.
+        has_dropout: Whether it has the same dropout as this package.
+        fixed: ``GPTConfig`` fields with only one supported value. Fields neither here nor in ``configurable`` must have
+            their default.
+        configurable: Fields it can express in addition to ``COMMON_FIELDS``.
     """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]
     prefix: ClassVar[str]
-    context: ClassVar[str] = "max_position_embeddings"
-    tied: ClassVar[bool] = False
-    drops: ClassVar[bool] = False
+    context_field: ClassVar[str] = "max_position_embeddings"
+    tied_by_default: ClassVar[bool] = False
+    has_dropout: ClassVar[bool] = False
     fixed: ClassVar[dict[str, Any]]
-    free: ClassVar[frozenset[str]] = frozenset()
+    configurable: ClassVar[frozenset[str]] = frozenset()
 
     def read_config(self, fields: HFConfigReader) -> ModelShape:
-        """What a ``config.json`` describes.
+        """Convert a ``config.json``.
 
         Raises:
-            UserError: A field is missing, is none, or asks for what there is no switch for.
+            UserError: A field is missing, invalid, or asks for something unsupported.
         """
-        for name, harmless in NEUTRAL_VALUES.items():
-            fields.allow_only(name, *harmless)
-        switches = self.parse_config(fields)
-        kind = "full_attention" if switches.get("sliding_window") is None else "sliding_attention"
+        for name, neutral in NEUTRAL_VALUES.items():
+            fields.allow_only(name, *neutral)
+        config = self.parse_config(fields)
+        layer_type = "full_attention" if config.get("sliding_window") is None else "sliding_attention"
         layers = fields.values.get("layer_types")
-        if layers is not None and not (isinstance(layers, list) and all(layer == kind for layer in layers)):
-            fields.reject("layer_types", f"here {kind} in every layer")
-        switches["tied_embeddings"] = fields.boolean("tie_word_embeddings", self.tied)
-        vocab_size, block_size = fields.positive_int("vocab_size"), fields.positive_int(self.context)
+        if layers is not None and not (isinstance(layers, list) and all(layer == layer_type for layer in layers)):
+            fields.reject("layer_types", f"only {layer_type} in every layer")
+        config["tied_embeddings"] = fields.boolean("tie_word_embeddings", self.tied_by_default)
+        vocab_size, block_size = fields.positive_int("vocab_size"), fields.positive_int(self.context_field)
         fields.raise_if_unsupported()
         try:
-            return ModelShape(GPTConfig(**switches), vocab_size, block_size)
+            return ModelShape(GPTConfig(**config), vocab_size, block_size)
         except UserError as error:
-            raise UserError(f"{fields.path} describes no model of this package: {error}") from error
+            raise UserError(f"{fields.path} describes a model that is not supported: {error}") from error
 
     @abstractmethod
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
@@ -99,52 +100,58 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
-        """The fields of ``config.json`` that are the family's own."""
+        """The family's own fields of ``config.json``."""
 
     @abstractmethod
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Every tensor but the head's."""
+        """Every tensor except the head's."""
 
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
-        """What of a config the family has no words for. A switch that is new to all families is among it."""
+        """Settings of a config that the family cannot express, including any ``GPTConfig`` field unknown here."""
         found = []
         for field in dataclass_fields(GPTConfig):
-            value, wanted = getattr(gpt, field.name), self.fixed.get(field.name, field.default)
-            if field.name not in COMMON_FIELDS | self.free and value != wanted:
-                found.append(f"{field.name} is {value} (there {wanted})")
+            value, required = getattr(gpt, field.name), self.fixed.get(field.name, field.default)
+            if field.name not in COMMON_FIELDS | self.configurable and value != required:
+                found.append(f"{field.name} is {value} (there {required})")
         return found
 
     def all_tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Every tensor; a tied head is none of its own."""
+        """Every tensor; a tied head has none of its own."""
         yield from self.tensor_mappings(gpt)
         if not gpt.tied_embeddings:
             yield TensorMapping("lm_head.weight", (HEAD,))
 
     def to_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors under the names, and in the order of rows and columns, that the family has."""
-        made = {}
-        for piece in self.all_tensor_mappings(gpt):
-            parts = [weights[name] for name in piece.ours]
+        """Convert a state dict of ``GPT`` to the family's names and layouts."""
+        converted = {}
+        for mapping in self.all_tensor_mappings(gpt):
+            parts = [weights[name] for name in mapping.names]
             tensor = parts[0] if len(parts) == 1 else torch.cat(parts)
-            made[piece.theirs] = (tensor.T if piece.transposed else tensor).contiguous()
-        return made
+            converted[mapping.hf_name] = (tensor.T if mapping.transposed else tensor).contiguous()
+        return converted
 
     def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of ``to_hf_weights``; a tied head is there a second time, as in a state dict of the network."""
-        made = {}
-        for piece in self.all_tensor_mappings(gpt):
-            tensor = weights[piece.theirs].T if piece.transposed else weights[piece.theirs]
-            for name, part in zip(piece.ours, tensor.chunk(len(piece.ours)), strict=True):
-                made[name] = part.contiguous()
+        """The inverse of ``to_hf_weights``; a tied head is included, as in a state dict of ``GPT``."""
+        converted = {}
+        for mapping in self.all_tensor_mappings(gpt):
+            tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
+            for name, part in zip(mapping.names, tensor.chunk(len(mapping.names)), strict=True):
+                converted[name] = part.contiguous()
         if gpt.tied_embeddings:
-            made[HEAD] = made[EMBEDDING]
-        return made
+            converted[HEAD] = converted[EMBEDDING]
+        return converted
 
 
 def map_layer_names(
     template: str, layer: int, names: dict[str, tuple[str, ...] | str]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of one layer, theirs to ours, each behind what names of the layer begin with."""
-    for theirs, ours in names.items():
+    """Names of one layer with their prefixes, Hugging Face name to ours.
+
+    Args:
+        template: Prefix of the Hugging Face names, with ``{}`` for the layer.
+        layer: Index of the layer.
+        names: Names within a layer.
+    """
+    for hf_name, ours in names.items():
         inner = (ours,) if isinstance(ours, str) else ours
-        yield template.format(layer) + theirs, tuple(f"blocks.{layer}.{name}" for name in inner)
+        yield template.format(layer) + hf_name, tuple(f"blocks.{layer}.{name}" for name in inner)

@@ -1,4 +1,4 @@
-"""Tiny published models with random weights, saved by the library that they are made for."""
+"""Tiny Hugging Face models with random weights, saved by ``transformers``."""
 
 import json
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 from tests.conftest import sentences
 
 VOCABULARY = 320
-"""More than the tokenizer has."""
+"""More ids than the tokenizer has."""
 LENGTH = 48
 LLAMA = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,7 +71,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture
 def published(tmp_path: Path, tokenizer: Tokenizer) -> Published:
-    """Save a case, with ``changes`` of its config; the model and its folder."""
+    """Save a case, with ``changes`` to its config; returns the model and its folder."""
 
     def build(case: str, dtype: torch.dtype = torch.float32, name: str = "published", **save: Any) -> tuple[Any, Path]:
         family, settings = CASES[case]
@@ -89,7 +89,7 @@ def published(tmp_path: Path, tokenizer: Tokenizer) -> Published:
 
 @torch.no_grad()
 def randomised(model: Any) -> Any:
-    """Nothing is zero or one, so that nothing that is left out can go unseen."""
+    """Randomise all weights: none is zero or one, so that a missing one changes the result."""
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -99,14 +99,14 @@ def randomised(model: Any) -> Any:
 
 
 def network(model: PortableModel) -> GPT:
-    """The network, ready to use."""
+    """The network in evaluation mode."""
     built = GPT(*model.shape)
     built.load_state_dict(model.weights)
     return built.eval()
 
 
 def change(folder: Path, **fields: Any) -> None:
-    """Write other fields into a folder's ``config.json``; ``...`` takes one out."""
+    """Change fields of a folder's ``config.json``; ``...`` removes one."""
     path = folder / "config.json"
     values = json.loads(path.read_text(encoding="utf-8")) | fields
     path.write_text(json.dumps({n: v for n, v in values.items() if v is not ...}), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Models from here, in a folder for others: what can be said is said in full, and what cannot is named."""
+"""Export to Hugging Face folders: supported models compute the same, unsupported settings are reported."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ TEXT = "the cat sees <|endoftext| a dog.\r\n\t Çé 東京 🎉  x"
 
 
 def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> PortableModel:
-    """A model of this package with random weights, in a vocabulary that the tokenizer does not fill."""
+    """A model of this package with random weights, and more ids than the tokenizer uses."""
     from lit_gpt_scratch.model import GPT
 
     shape = ModelShape(gpt, vocab_size, LENGTH)
@@ -29,7 +29,7 @@ def made(gpt: GPTConfig, tokenizer: Tokenizer, vocab_size: int = 307) -> Portabl
 
 
 def any_config(seed: int) -> GPTConfig:
-    """One that some family can say."""
+    """A random config that some family can express."""
     rng = random.Random(seed)
     kind = ("gpt2", "qwen3", "llama", "mistral")[seed % 4]
     heads, group, width = rng.choice([1, 2, 3]), rng.choice([1, 2, 3]), 2 * rng.randint(2, 6)
@@ -52,7 +52,7 @@ def any_config(seed: int) -> GPTConfig:
         settings |= {"rotary_trained_context": rng.choice([12, 32]), "rotary_fast": rng.choice([None, 5.0])}
     if kind == "mistral":
         settings["sliding_window"] = rng.randint(1, 20)
-        if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config refuses
+        if rng.random() < 0.5:  # heads that do not divide the width, which Llama's config rejects
             settings |= {"sliding_window": None, "n_embd": settings["n_embd"] + 1, "head_dim": 6, "n_head": 2 * heads}
     elif kind == "llama":
         settings["bias"] = rng.random() < 0.5
@@ -60,7 +60,7 @@ def any_config(seed: int) -> GPTConfig:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
+def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int) -> None:
     transformers = library()
     model = made(any_config(seed), tokenizer)
     architecture = write_hf_checkpoint(model, tmp_path / "hf")
@@ -77,7 +77,7 @@ def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int
 
 
 @pytest.mark.parametrize(
-    ("switches", "architecture"),
+    ("settings", "architecture"),
     [
         ({}, "Qwen3ForCausalLM"),
         ({"qk_norm": False}, "LlamaForCausalLM"),
@@ -89,11 +89,11 @@ def test_others_compute_the_same(tmp_path: Path, tokenizer: Tokenizer, seed: int
         ),
     ],
 )
-def test_the_family_follows_from_the_config(
-    tmp_path: Path, tokenizer: Tokenizer, switches: dict[str, Any], architecture: str
+def test_family_is_chosen_by_the_config(
+    tmp_path: Path, tokenizer: Tokenizer, settings: dict[str, Any], architecture: str
 ) -> None:
-    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
-    (tmp_path / "hf").mkdir()  # an empty one counts as none
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **settings), tokenizer)
+    (tmp_path / "hf").mkdir()  # an empty folder may exist
     assert write_hf_checkpoint(model, tmp_path / "hf") == architecture
     config = json.loads((tmp_path / "hf" / "config.json").read_text(encoding="utf-8"))
     assert config["architectures"] == [architecture]
@@ -106,7 +106,7 @@ def test_the_family_follows_from_the_config(
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram", "char", "byte"])
 @pytest.mark.parametrize("family", [{}, {"qk_norm": False}, {"qk_norm": False, "sliding_window": 7}])
-def test_the_tokenizer_is_read_by_others(tmp_path: Path, kind: str, family: dict[str, Any]) -> None:
+def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, family: dict[str, Any]) -> None:
     transformers = library()
     tokenizer = Tokenizer.train([sentences(seed) for seed in range(5)], 600, kind)
     gpt = GPTConfig(n_layer=1, n_head=1, n_embd=8, **family)
@@ -120,7 +120,7 @@ def test_the_tokenizer_is_read_by_others(tmp_path: Path, kind: str, family: dict
 
 
 @pytest.mark.parametrize(
-    ("switches", "said"),
+    ("settings", "messages"),
     [
         ({"smear": True, "bigram_rows": 50}, ["qwen3", "smear is True", "bigram_rows is 50"]),
         ({"value_embeddings": True}, ["value_embeddings"]),
@@ -143,20 +143,20 @@ def test_the_tokenizer_is_read_by_others(tmp_path: Path, kind: str, family: dict
         ),
     ],
 )  # fmt: skip
-def test_what_no_family_can_say(
-    tmp_path: Path, tokenizer: Tokenizer, switches: dict[str, Any], said: list[str]
+def test_unsupported_settings_are_reported(
+    tmp_path: Path, tokenizer: Tokenizer, settings: dict[str, Any], messages: list[str]
 ) -> None:
-    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **switches), tokenizer)
-    with pytest.raises(UserError) as refused:
+    model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32, **settings), tokenizer)
+    with pytest.raises(UserError) as error:
         write_hf_checkpoint(model, tmp_path / "hf")
-    for part in said:
-        assert part in str(refused.value)
-    assert "\n" not in str(refused.value)
+    for message in messages:
+        assert message in str(error.value)
+    assert "\n" not in str(error.value)
     assert not any(tmp_path.iterdir())
 
 
-def test_a_switch_that_is_new_is_refused(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of every switch some value can be said, or it is named; none is passed over because nobody thought of it."""
+def test_new_config_field_is_unsupported(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ``GPTConfig`` field that no family knows is reported, never ignored."""
     from lit_gpt_scratch.interop import model_family
     from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES
 
@@ -164,28 +164,28 @@ def test_a_switch_that_is_new_is_refused(tmp_path: Path, tokenizer: Tokenizer, m
     assert all("n_layer is 1 (there 4)" in one.unsupported_settings(GPTConfig(n_layer=1)) for one in FAMILIES.values())
 
 
-def test_dropout_that_would_be_lost_is_told(
+def test_dropout_that_is_not_exported_is_reported(
     tmp_path: Path, tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, "lit_gpt_scratch"):
         write_hf_checkpoint(made(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.1), tokenizer), tmp_path / "hf")
-    assert "dropout is 0.1; qwen3 has none" in caplog.text
+    assert "dropout is 0.1, but qwen3 has none" in caplog.text
 
 
-def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_non_empty_folder_is_unchanged(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
     (tmp_path / "hf").mkdir()
     (tmp_path / "hf" / "notes.txt").write_text("mine", encoding="utf-8")
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     for place in ("hf", "file"):
-        with pytest.raises(UserError, match="is there already and is not an empty folder"):
+        with pytest.raises(UserError, match="already exists and is not an empty folder"):
             write_hf_checkpoint(model, tmp_path / place)
     with pytest.raises(UserError, match="cannot write"):
         write_hf_checkpoint(model, tmp_path / "file" / "hf")
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "hf", "notes.txt"]
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_export_leaves_no_folder(tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     from lit_gpt_scratch.interop import hf_checkpoint
 
     def full(*_: object, **__: object) -> None:
@@ -197,8 +197,8 @@ def test_a_failure_leaves_nothing(tmp_path: Path, tokenizer: Tokenizer, monkeypa
     assert not any(tmp_path.iterdir())
 
 
-def test_weights_of_another_shape(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_of_another_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
     del model.weights["norm.weight"]
-    with pytest.raises(UserError, match=r"tensors in the checkpoint are not those .* missing: norm\.weight"):
+    with pytest.raises(UserError, match=r"tensors in the checkpoint do not match its config; missing: norm\.weight"):
         write_hf_checkpoint(model, tmp_path / "hf")

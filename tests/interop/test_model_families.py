@@ -1,4 +1,4 @@
-"""Published architectures, computed here: the same logits, the same gradients, the same tensors on the way back."""
+"""Imported models have the logits and gradients of ``transformers``, and export to the same tensors."""
 
 import json
 from pathlib import Path
@@ -16,19 +16,19 @@ EXACT = 1e-5
 
 
 def logits(model: Any, x: torch.Tensor) -> torch.Tensor:
-    """Of theirs, in float32."""
+    """Logits of the ``transformers`` model, in float32."""
     out: torch.Tensor = model(x).logits
     return out
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_logits_and_gradients_are_theirs(published: Published, case: str) -> None:
+def test_logits_and_gradients_equal_transformers(published: Published, case: str) -> None:
     theirs, folder = published(case)
     model = read_hf_checkpoint(folder)
     ours = network(model)
     x = ids()
     got, expected = ours(x), logits(theirs, x)
-    assert expected.std() > 0.3  # of what is near zero, everything is near
+    assert expected.std() > 0.3  # so that the comparison is not between values near zero
     assert (got - expected).abs().max() <= EXACT
     target = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
     (got * target).sum().backward()
@@ -46,7 +46,7 @@ def test_logits_and_gradients_are_theirs(published: Published, case: str) -> Non
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back_no_bit_changes(published: Published, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
+def test_round_trip_is_bitwise_exact(published: Published, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
     theirs, folder = published(case, dtype)
     model = read_hf_checkpoint(folder)
     assert {tensor.dtype for tensor in model.weights.values()} == {dtype}
@@ -58,7 +58,7 @@ def test_there_and_back_no_bit_changes(published: Published, tmp_path: Path, cas
         assert before[name].dtype == after[name].dtype
         assert torch.equal(before[name], after[name]), name
     assert read_hf_checkpoint(again).shape == model.shape
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "published"]  # nothing half-written
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "published"]  # no partial files
     loaded, told = load(again)
     assert loaded.dtype == dtype
     assert not any(told.values()), told
@@ -66,13 +66,13 @@ def test_there_and_back_no_bit_changes(published: Published, tmp_path: Path, cas
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The model as anyone would load it, and what the library has to say of names."""
+    """The model loaded by ``AutoModel``, and its report of missing and unexpected names."""
     model, told = library().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     return model.eval(), told
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3, tied"])
-def test_a_sharded_folder(published: Published, case: str) -> None:
+def test_sharded_folder(published: Published, case: str) -> None:
     _, whole = published(case)
     _, sharded = published(case, name="sharded", max_shard_size="20KB")
     assert (sharded / "model.safetensors.index.json").is_file()
@@ -83,7 +83,7 @@ def test_a_sharded_folder(published: Published, case: str) -> None:
     assert all(torch.equal(one.weights[name], many.weights[name]) for name in one.weights)
 
 
-def test_a_model_that_was_read_is_no_window_into_its_file(published: Published) -> None:
+def test_weights_are_not_a_memory_map_of_the_file(published: Published) -> None:
     _, folder = published("llama")
     model, path = read_hf_checkpoint(folder), folder / "model.safetensors"
     before = {name: tensor.clone() for name, tensor in model.weights.items()}
@@ -93,8 +93,8 @@ def test_a_model_that_was_read_is_no_window_into_its_file(published: Published) 
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama, biases, tied", "qwen3, tied"])
-def test_names_without_the_prefix_and_with_tables(published: Published, case: str) -> None:
-    """The first published files: the bare network's names, masks and frequencies among the weights."""
+def test_bare_names_and_derived_buffers(published: Published, case: str) -> None:
+    """The first published files: names of the bare model, with masks and rotary frequencies."""
     theirs, folder = published(case)
     path = folder / "model.safetensors"
     weights = {name.split(".", 1)[1]: tensor for name, tensor in load_file(path).items()}
@@ -105,7 +105,7 @@ def test_names_without_the_prefix_and_with_tables(published: Published, case: st
     assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
 
 
-def test_a_tied_head_may_be_there_twice(published: Published) -> None:
+def test_tied_head_may_be_stored_twice(published: Published) -> None:
     theirs, folder = published("gpt2")
     path = folder / "model.safetensors"
     weights = load_file(path)
@@ -115,7 +115,7 @@ def test_a_tied_head_may_be_there_twice(published: Published) -> None:
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}, LLAMA3, YARN])
 @pytest.mark.parametrize("word", ["rope_type", "type"])
-def test_the_old_layout_of_rotary_positions(published: Published, rope: dict[str, Any] | None, word: str) -> None:
+def test_old_rope_layout(published: Published, rope: dict[str, Any] | None, word: str) -> None:
     theirs, folder = published("llama")
     inner = None if rope is None else {**rope, word: rope["rope_type"]}
     for name in ("rope_theta", *(["rope_type"] if word == "type" else [])):
@@ -126,8 +126,8 @@ def test_the_old_layout_of_rotary_positions(published: Published, rope: dict[str
     assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
 
 
-def test_what_a_file_leaves_out(published: Published) -> None:
-    """Fields with the values that the library gives them."""
+def test_missing_fields_have_the_defaults_of_transformers(published: Published) -> None:
+    """Fields with the defaults of ``transformers``."""
     _, folder = published("llama")
     absent = "tie_word_embeddings rms_norm_eps attention_bias mlp_bias attention_dropout hidden_act rope_parameters"
     change(folder, **dict.fromkeys(absent.split(), ...))
@@ -143,7 +143,7 @@ def test_what_a_file_leaves_out(published: Published) -> None:
     assert (gpt.ffn_width, gpt.dropout, gpt.tied_embeddings) == (128, 0.1, True)
 
 
-def test_the_trained_context_may_stand_outside(published: Published) -> None:
+def test_trained_context_at_the_top_level(published: Published) -> None:
     _, folder = published("llama, yarn")
     change(folder, original_max_position_embeddings=24)
     assert read_hf_checkpoint(folder).shape.gpt.rotary_trained_context == 24
@@ -155,7 +155,7 @@ def test_the_trained_context_may_stand_outside(published: Published) -> None:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3", "Mistral"])
-def test_a_file_that_says_no_more_than_it_must(family: str) -> None:
+def test_minimal_config(family: str) -> None:
     known = {
         "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 64,
         "intermediate_size": 32, "max_position_embeddings": 48,
@@ -170,7 +170,7 @@ def test_a_file_that_says_no_more_than_it_must(family: str) -> None:
     assert gpt.sliding_window == getattr(theirs, "sliding_window", None)
 
 
-def test_gpt2s_own_files_of_a_tokenizer(published: Published) -> None:
+def test_gpt2_tokenizer_files(published: Published) -> None:
     _, folder = published("gpt2")
     path = folder / "tokenizer.json"
     model = json.loads(path.read_text(encoding="utf-8"))["model"]

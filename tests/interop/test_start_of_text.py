@@ -1,4 +1,4 @@
-"""Published models whose documents begin with another token than the one that ends them."""
+"""Models with different start-of-text and end-of-text tokens."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.interop.conftest import Published, library
 
 @pytest.fixture
 def with_start(published: Published, tokenizer: Tokenizer) -> tuple[torch.nn.Module, Path, int]:
-    """A Llama whose tokenizer puts ``<|begin_of_text|>`` before each text."""
+    """A Llama whose tokenizer prepends ``<|begin_of_text|>`` to each text."""
     model, folder = published("llama")
     backend = Backend.from_str(tokenizer.to_json())
     backend.add_special_tokens(["<|begin_of_text|>"])
@@ -34,7 +34,7 @@ def with_start(published: Published, tokenizer: Tokenizer) -> tuple[torch.nn.Mod
     return model, folder, start
 
 
-def test_a_text_is_scored_behind_the_token_that_it_was_trained_behind(
+def test_texts_are_scored_after_the_start_of_text(
     with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path
 ) -> None:
     model, folder, start = with_start
@@ -51,9 +51,7 @@ def test_a_text_is_scored_behind_the_token_that_it_was_trained_behind(
     assert score_documents(ours, tokenizer, [text])["bits_per_byte"] == pytest.approx(bits, abs=1e-4)
 
 
-def test_the_token_survives_the_way_there_and_back(
-    with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path
-) -> None:
+def test_start_of_text_survives_a_round_trip(with_start: tuple[torch.nn.Module, Path, int], tmp_path: Path) -> None:
     _, folder, start = with_start
     convert.main(["from-hf", str(folder), str(tmp_path / "a.safetensors")])
     convert.main(["to-hf", str(tmp_path / "a.safetensors"), str(tmp_path / "again")])
@@ -64,9 +62,9 @@ def test_the_token_survives_the_way_there_and_back(
     assert theirs("the cat").input_ids[0] == start
 
 
-@pytest.mark.parametrize(("said", "start"), [(7, 7), (None, 0), (10_000, 0), ("7", 0)])
-def test_without_a_template_the_config_says_it(published: Published, said: object, start: int) -> None:
+@pytest.mark.parametrize(("bos_token_id", "start"), [(7, 7), (None, 0), (10_000, 0), ("7", 0)])
+def test_start_of_text_from_the_config(published: Published, bos_token_id: object, start: int) -> None:
     _, folder = published("llama")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": said}))
+    (folder / "config.json").write_text(json.dumps(config | {"bos_token_id": bos_token_id}))
     assert read_hf_checkpoint(folder).tokenizer.start_of_text == start

@@ -1,4 +1,4 @@
-"""Llama, and the shape that it shares with its descendants."""
+"""Llama, Mistral and Qwen3: rotary positions, RMSNorm, SwiGLU and grouped-query attention."""
 
 from collections.abc import Iterator
 from typing import Any, ClassVar
@@ -22,22 +22,22 @@ LINEAR_NAMES = {
     "self_attn.o_proj": "attention.output", "mlp.gate_proj": "feed_forward.gate", "mlp.up_proj": "feed_forward.input",
     "mlp.down_proj": "feed_forward.output",
 }  # fmt: skip
-"""Theirs to ours."""
+"""Linear layers of a block, Hugging Face name to ours."""
 
 
 class LlamaLikeFamily(ModelFamily):
-    """Rotary positions, RMSNorm before each part, SwiGLU, grouped-query attention.
+    """The architecture that these families share; norms come before each sublayer.
 
     Attributes:
-        key_value_heads: Where ``config.json`` does not say; None is as many as there are heads.
-        head_width: The same of ``head_dim``; None is what the heads' number makes of the width.
-        norms: Of each layer, theirs to ours.
+        default_kv_heads: Number of key-value heads if ``config.json`` does not say; None is the number of heads.
+        default_head_dim: Head size if ``config.json`` does not say; None is the width divided by the number of heads.
+        norm_names: Norms of a block, Hugging Face name to ours.
     """
 
     prefix = "model."
-    key_value_heads: ClassVar[int | None] = None
-    head_width: ClassVar[int | None] = None
-    norms: ClassVar[dict[str, tuple[str, ...] | str]] = {
+    default_kv_heads: ClassVar[int | None] = None
+    default_head_dim: ClassVar[int | None] = None
+    norm_names: ClassVar[dict[str, tuple[str, ...] | str]] = {
         "input_layernorm.weight": "attention_norm.weight",
         "post_attention_layernorm.weight": "feed_forward_norm.weight",
     }
@@ -45,7 +45,7 @@ class LlamaLikeFamily(ModelFamily):
         "position": "rotary", "norm": "rmsnorm", "norm_placement": "pre", "feed_forward": "swiglu", "bias": False,
         "qk_norm": False, "sliding_window": None, "rotary_share": 1.0,
     }  # fmt: skip
-    free = frozenset({"n_kv_head", "head_dim", "rotary_scaling"})
+    configurable = frozenset({"n_kv_head", "head_dim", "rotary_scaling"})
 
     @override
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
@@ -57,8 +57,8 @@ class LlamaLikeFamily(ModelFamily):
             "n_layer": fields.positive_int("num_hidden_layers"),
             "n_head": heads,
             "n_embd": width,
-            "n_kv_head": fields.positive_int("num_key_value_heads", self.key_value_heads or heads, heads),
-            "head_dim": fields.positive_int("head_dim", self.head_width or width // heads, width // heads),
+            "n_kv_head": fields.positive_int("num_key_value_heads", self.default_kv_heads or heads, heads),
+            "head_dim": fields.positive_int("head_dim", self.default_head_dim or width // heads, width // heads),
             "ffn_dim": fields.positive_int("intermediate_size"),
             "norm_eps": fields.number("rms_norm_eps", 1e-6),
             "initialisation": "normal",
@@ -85,11 +85,11 @@ class LlamaLikeFamily(ModelFamily):
     @override
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
         kinds = ("weight", "bias") if gpt.bias else ("weight",)
-        linear = {f"{theirs}.{kind}": f"{ours}.{kind}" for theirs, ours in LINEAR_NAMES.items() for kind in kinds}
+        linear = {f"{hf_name}.{kind}": f"{name}.{kind}" for hf_name, name in LINEAR_NAMES.items() for kind in kinds}
         yield TensorMapping("model.embed_tokens.weight", (EMBEDDING,))
         for layer in range(gpt.n_layer):
-            for theirs, ours in map_layer_names("model.layers.{}.", layer, {**self.norms, **linear}):
-                yield TensorMapping(theirs, ours)
+            for hf_name, names in map_layer_names("model.layers.{}.", layer, {**self.norm_names, **linear}):
+                yield TensorMapping(hf_name, names)
         yield TensorMapping("model.norm.weight", (NORM,))
 
 
@@ -97,13 +97,13 @@ class LlamaFamily(LlamaLikeFamily):
     """Llama 1 to 3 (https://arxiv.org/abs/2302.13971, https://arxiv.org/abs/2407.21783)."""
 
     model_type, architecture = "llama", "LlamaForCausalLM"
-    free = LlamaLikeFamily.free | {"bias"}
+    configurable = LlamaLikeFamily.configurable | {"bias"}
 
     @override
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
         attention, feed_forward = fields.boolean("attention_bias", False), fields.boolean("mlp_bias", False)
         if attention != feed_forward:
-            fields.reject("attention_bias", f"here the same as mlp_bias, which is {feed_forward}")
+            fields.reject("attention_bias", f"must be equal to mlp_bias, which is {feed_forward}")
         fields.allow_only("sliding_window")
         return super().parse_config(fields) | {"bias": attention}
 
@@ -114,6 +114,56 @@ class LlamaFamily(LlamaLikeFamily):
     @override
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         found = super().unsupported_settings(gpt)
-        if gpt.n_embd % gpt.n_head:  # the library's config of this family refuses it, whatever head_dim says
+        if gpt.n_embd % gpt.n_head:  # transformers' LlamaConfig rejects this, even with head_dim set
             found.append(f"n_embd is {gpt.n_embd} (there a multiple of n_head, which is {gpt.n_head})")
         return found
+
+
+class MistralFamily(LlamaLikeFamily):
+    """Dense Mistral models (https://arxiv.org/abs/2310.06825): a sliding window, which later models do without."""
+
+    model_type, architecture = "mistral", "MistralForCausalLM"
+    default_kv_heads = 8
+    configurable = LlamaLikeFamily.configurable | {"sliding_window"}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        fields.allow_only("mlp_bias", False)
+        unlimited = fields.values.get("sliding_window", 0) is None
+        return super().parse_config(fields) | {
+            "sliding_window": None if unlimited else fields.positive_int("sliding_window", default=4096)
+        }
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        return super().build_config(shape) | {"sliding_window": shape.gpt.sliding_window}
+
+
+class Qwen3Family(LlamaLikeFamily):
+    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388): queries and keys are normalised per head."""
+
+    model_type, architecture = "qwen3", "Qwen3ForCausalLM"
+    default_kv_heads, default_head_dim = 32, 128
+    norm_names = {  # noqa: RUF012 - annotated as a ClassVar in LlamaLikeFamily
+        **LlamaLikeFamily.norm_names,
+        "self_attn.q_norm.weight": "attention.query_norm.weight",
+        "self_attn.k_norm.weight": "attention.key_norm.weight",
+    }
+    fixed = LlamaLikeFamily.fixed | {"qk_norm": True}
+
+    @override
+    def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
+        fields.allow_only("attention_bias", False)
+        return super().parse_config(fields)
+
+    @override
+    def build_config(self, shape: ModelShape) -> dict[str, Any]:
+        layers = shape.gpt.n_layer
+        return super().build_config(shape) | {
+            "attention_bias": False,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": layers,
+            "layer_types": ["full_attention"] * layers,
+        }

@@ -1,0 +1,112 @@
+"""Read the safetensors files of a Hugging Face folder, and check them against a model's tensors."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.interop.model_family import ModelShape
+from lit_gpt_scratch.model import GPT
+
+WEIGHTS_FILE: Final = "model.safetensors"
+INDEX_FILE: Final = "model.safetensors.index.json"
+PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
+"""Masks and rotary frequencies in older files; they follow from the config."""
+MAX_LISTED: Final = 4
+
+
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Read every tensor in a folder, in its stored dtype.
+
+    Raises:
+        UserError: A file is missing or damaged, or the weights are in a format that can run code when loaded.
+    """
+    if (folder / WEIGHTS_FILE).is_file():
+        found = _read_file(folder / WEIGHTS_FILE)
+    elif (folder / INDEX_FILE).is_file():
+        found = _read_shards(folder)
+    elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
+        raise UserError(
+            f"{folder} contains {pickles[0]}, which can run code when loaded, and no {WEIGHTS_FILE}; "
+            "save it again with safe_serialization in transformers"
+        )
+    else:
+        raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; FOLDER must be written by save_pretrained")
+    found = {name: tensor for name, tensor in found.items() if not DERIVED_BUFFERS.search(name)}
+    if quantised := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
+        raise UserError(f"{folder} contains quantised weights: {_list_some(quantised)}; save it unquantised")
+    return found
+
+
+def _read_shards(folder: Path) -> dict[str, Tensor]:
+    path = folder / INDEX_FILE
+    try:
+        file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(file_of.values()))
+        if any(Path(name).name != name for name in files):  # no paths outside of the folder
+            raise ValueError("it names files in other folders")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not an index of weights ({error})") from error
+    found: dict[str, Tensor] = {}
+    for name in files:
+        found |= _read_file(folder / name)
+    if missing := sorted(set(file_of) - set(found)):
+        raise UserError(f"{path} lists tensors that are in no file: {_list_some(missing)}; download the folder again")
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            # Copy: a tensor could otherwise remain a memory map of the file, which may change or be deleted.
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing; download the folder again") from error
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a safetensors file, or is damaged; download it again") from error
+
+
+def expected_tensors(shape: ModelShape) -> dict[str, Tensor]:
+    """The network's state dict on the meta device: names, shapes and dtypes without memory."""
+    with torch.device("meta"):
+        return GPT(*shape).state_dict()
+
+
+def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Compare names and shapes of tensors.
+
+    Raises:
+        UserError: They differ; the message lists missing, unexpected and misshapen tensors.
+    """
+    wrong_shape = [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    differences = [
+        f"{problem}: {_list_some(names)}"
+        for problem, names in (
+            ("missing", [name for name in expected if name not in found]),
+            ("unexpected", [name for name in found if name not in expected]),
+            ("wrong shape", wrong_shape),
+        )
+        if names
+    ]
+    if differences:
+        raise UserError(f"the tensors in {where} do not match its config; {'; '.join(differences)}")
+
+
+def _is_plain_float(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and tensor.element_size() > 1  # 8-bit weights have scales in other tensors
+
+
+def _list_some(names: list[str]) -> str:
+    more = len(names) - MAX_LISTED
+    return ", ".join(names[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
