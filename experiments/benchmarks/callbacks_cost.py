@@ -29,7 +29,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lit_gpt_scratch.callbacks.default_callbacks import HOOKS_OF_A_BATCH
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
@@ -38,6 +37,10 @@ LOG, LOOK, VALIDATE = 5, 10, 60
 KINDS = {"ordinary": None, "log point": 10, "look inside": 100, "validation": 300}
 """Every how many steps they come in a run without flags."""
 WARM = 3
+HOOKS_OF_A_BATCH = (
+    "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
+    "on_before_zero_grad", "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end",
+)  # fmt: skip
 RESAMPLED = 2000
 
 

@@ -1,7 +1,6 @@
-"""All that watches and guards a run of ``fit``, in order."""
+"""The callbacks of every run of ``fit``."""
 
 from collections.abc import Sequence
-from typing import Final
 
 from lightning.pytorch import Callback
 
@@ -17,57 +16,45 @@ from lit_gpt_scratch.callbacks.spike_guard import GuardMode, SpikeGuard
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunSummary
 from lit_gpt_scratch.callbacks.throughput import Throughput
 
-HOOKS_OF_A_BATCH: Final = (
-    "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
-    "on_before_zero_grad", "on_train_batch_end", "on_validation_batch_start", "on_validation_batch_end",
-)  # fmt: skip
-
 
 def default_callbacks(
-    written: Sequence[Callback],
+    run_files: Sequence[Callback],
     inspection: ActivationStats,
-    stopping: SignalHandling,
-    saving: Checkpointing | None,
+    signals: SignalHandling,
+    checkpointing: Checkpointing | None,
     shows_progress: bool,
     guard: GuardMode,
 ) -> list[Callback]:
-    """Those that suit the task do something; the others know that they have nothing to say.
+    """The callbacks, in order; those that do not apply to a task do nothing.
 
     Args:
-        written: What puts the run's flags and origin into its folder.
-        inspection: What looks into the network, and says how often.
-        stopping: What ends it by signal.
-        saving: What keeps checkpoints, if anything does.
-        shows_progress: Whether there is a bar.
-        guard: What to do about steps that would spoil the weights.
+        run_files: Callbacks that write the run's flags and origin to its directory.
+        inspection: Logs activation statistics; its intervals and prompts apply to related callbacks.
+        signals: Stops the run on signals.
+        checkpointing: Saves checkpoints; None if the run saves none.
+        shows_progress: Whether to show a progress bar.
+        guard: What to do about steps with spikes or non-finite values.
     """
-    guarding = SpikeGuard(guard, saving.every_n_steps if saving else None)
-    losses = LossBreakdown(inspection.every_n_steps > 0, inspection.pictures)
-    inside = [GradientStats(inspection.every_n_steps), inspection, losses]
-    measures = [
-        guarding,
+    measuring = [
+        SpikeGuard(guard, checkpointing.every_n_steps if checkpointing else None),
         Throughput(),
-        *inside,
+        GradientStats(inspection.every_n_steps),
+        inspection,
+        LossBreakdown(inspection.every_n_steps > 0, inspection.pictures),
         Samples(inspection.prompts),
         ConfusionMatrixPlot(),
         RewardEval(),
         ValidateAtEnd(),
     ]
     progress = [RunProgressBar()] if shows_progress else []
-    # The plan names the baselines, and the description has the plan; doctor and summary speak when the bar is closed.
-    said = [*written, BaselineMetrics(), RunPlan(), TensorBoardLayout(), *progress, DiagnosticsCallback(), RunSummary()]
-    all_of_them = [*measures, *said, stopping, *([saving] if saving else [])]
-    for callback in all_of_them:
-        drop_idle_hooks(callback)
-    return all_of_them
-
-
-def drop_idle_hooks(callback: Callback) -> None:
-    """Let the trainer pass over what a callback does not do with a batch.
-
-    It goes through a profiler to call even an empty hook, some ten microseconds with the caches full of weights; twenty
-    callbacks with six hooks each cost half a percent of a laptop's step. A hook that is None it does not call.
-    """
-    for hook in HOOKS_OF_A_BATCH:
-        if getattr(type(callback), hook) is getattr(Callback, hook):
-            setattr(callback, hook, None)
+    # The plan prints the baselines, and the layout logs the plan; diagnostics and summary print below the closed bar.
+    reporting = [
+        *run_files,
+        BaselineMetrics(),
+        RunPlan(),
+        TensorBoardLayout(),
+        *progress,
+        DiagnosticsCallback(),
+        RunSummary(),
+    ]
+    return [*measuring, *reporting, signals, *([checkpointing] if checkpointing else [])]

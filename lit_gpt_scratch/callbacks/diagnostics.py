@@ -1,4 +1,4 @@
-"""Saying what is wrong with a run while it can still be helped."""
+"""Diagnostics of a running training: evaluates the rules on its metrics, and reports what they find."""
 
 import json
 import logging
@@ -23,62 +23,62 @@ from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
 from lit_gpt_scratch.diagnostics.rules import REPORTED_BY_PLAN, RULES
 from lit_gpt_scratch.diagnostics.tensorboard_reader import replay_events
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
-from lit_gpt_scratch.tasks.rl.on_policy import OnPolicyModule
 
 log = logging.getLogger(__name__)
 
 MAX_SEARCHED_TOKENS: Final = 250_000
-"""Tokens of the training text that are searched for passages that come again, in a tenth of a second."""
+"""Tokens of the training text searched for repeated passages, which takes a tenth of a second."""
 FILE_NAME: Final = "doctor.json"
 FIRST_BATCH_FACTS: Final = "run/labels_next", "run/labels_own"
-"""Facts of the first batch that was seen."""
+"""Facts about the first batch of a run."""
 
 
 class DiagnosticsCallback(RunDirCallback):
-    """State, from what is measured, symptom, likely cause and the flag to try, each as soon as it is known.
+    """Reports symptom, likely cause and the flag to try, as soon as a rule finds something.
 
-    What it says goes to the terminal, to TensorBoard's tab of texts, and into ``doctor.json``: a list of ``{symptom,
-    cause, flag, step}``, empty where nothing was found. It hears what the loggers are told, and puts beside it facts of
-    the run that no curve has, as points of step 0 named ``run/...``; so ``python -m lit_gpt_scratch.doctor RUN`` finds
-    the same in a run's events. Which evidence speaks for what is the table's (``diagnosis/symptoms.py``).
+    Diagnoses go to the terminal, to TensorBoard's text tab, and to ``doctor.json``: a list of ``{symptom, cause, flag,
+    step}``, empty if nothing was found. Metrics come from a ``MetricTap`` among the loggers; facts about the run that
+    are no curve are logged as points named ``run/...``, so that ``python -m lit_gpt_scratch.doctor RUN`` finds the same
+    in a run's events. The rules are in ``diagnostics/rules.py``.
     """
 
     def __init__(self) -> None:
         self.engine = RuleEngine(RULES)
-        self._told = 0
+        self._n_reported = 0
         self._facts_due = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Listen."""
+        """Add the tap to the loggers."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self.engine, self._told = RuleEngine(RULES), 0
+            self.engine, self._n_reported = RuleEngine(RULES), 0
             trainer.loggers = [*trainer.loggers, MetricTap(self.engine)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Stop listening."""
+        """Remove the tap."""
         trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricTap)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Learn what was before, or what the run begins with."""
+        """Replay the events of earlier sessions."""
         if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
             replay_events(self.folder.path, self.engine)
             self.engine.drop_from(trainer.global_step)
-            self._told = len(self.engine.diagnoses)
+            self._n_reported = len(self.engine.diagnoses)
         self._facts_due = True
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Judge what the step before has measured."""
+        """Evaluate the metrics of the previous step."""
         if self._facts_due:
             self._facts_due = False
             self._log_facts(trainer, pl_module, batch)
-        self.engine.evaluate()
-        self._tell(trainer)
+        if self.engine.pending:
+            self.engine.evaluate()
+            self._report(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure how much of what the model has just written repeats itself."""
+        """Log how much of the newest sample is repeated."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         written = next((callback.latest for callback in callbacks if isinstance(callback, Samples)), "")
         if written and not trainer.sanity_checking:
@@ -86,25 +86,25 @@ class DiagnosticsCallback(RunDirCallback):
                 logger.log_metrics({"samples/repetition": repeated_phrase_share(written)}, trainer.global_step - 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The last word."""
+        """Evaluate the finished run."""
         self.engine.finish()
-        self._tell(trainer, last=True)
+        self._report(trainer, last=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """What was found is worth most when the run fails."""
+        """Report before the exception ends the run."""
         self.engine.evaluate()
-        self._tell(trainer)
+        self._report(trainer)
 
-    def _tell(self, trainer: L.Trainer, last: bool = False) -> None:
-        found, told = self.engine.diagnoses, self._told
+    def _report(self, trainer: L.Trainer, last: bool = False) -> None:
+        found, told = self.engine.diagnoses, self._n_reported
         if len(found) == told and not last:
             return
-        self._told = len(found)
+        self._n_reported = len(found)
         if not trainer.is_global_zero:
             return
         known = {diagnosis.name for diagnosis in found[:told]}
         for diagnosis in found[told:]:
-            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # the plan has just said those
+            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # the run plan has printed those
                 log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
             known.add(diagnosis.name)
         if found:
@@ -113,10 +113,10 @@ class DiagnosticsCallback(RunDirCallback):
             write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
-        """Those that are not known yet, or not any more: a run that goes on may be longer than it was to be."""
+        """Log facts that are new or have changed: a resumed run may have another length."""
         known = self.engine.history
         facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.latest(name) != value}
-        if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # another batch says as much
+        if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # the first batch is enough
             facts = {name: value for name, value in facts.items() if name not in FIRST_BATCH_FACTS}
         if facts:
             for logger in trainer.loggers:
@@ -124,20 +124,20 @@ class DiagnosticsCallback(RunDirCallback):
 
 
 def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
-    """A file like ``doctor.json``; one that is there is replaced when the new one is whole."""
+    """Write ``doctor.json``, atomically."""
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def format_table(found: list[Diagnosis]) -> str:
-    """Markdown."""
+    """A Markdown table of diagnoses."""
     rows = [f"| {d.step} | {d.symptom} | {d.cause} | `{d.flag}` |".replace("\n", " ") for d in found]
     return "\n".join(["| step | symptom | likely cause | try |", "| --- | --- | --- | --- |", *rows])
 
 
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
-    """What the rows of the table want to know of a run beside its curves, as single-precision numbers."""
+    """Facts about a run that rules read in addition to its curves, rounded to float32 as events are."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
@@ -155,8 +155,8 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
         }
         if isinstance(batch, dict) and "input_ids" in batch:
             facts |= _label_facts(batch["input_ids"], batch["labels"])
-    if isinstance(task, OnPolicyModule) and task.kl_target is not None:
-        facts["run/kl_target"] = task.kl_target
+    if getattr(task, "kl_target", None) is not None:
+        facts["run/kl_target"] = float(task.kl_target)  # type: ignore[arg-type]
     if isinstance(data, PackedText):
         batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
         validated = batches * data.tokens_per_batch
@@ -169,7 +169,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
 
 
 def _label_facts(ids: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of the labels that count, how many are the token that the next position reads, and how many that of their own."""
+    """Share of the labels that equal the next input token, and share that equal their position's own."""
     if ids.shape != labels.shape:
         return {}
     inner, scored = labels[:, :-1], labels[:, :-1] != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""The guard, against faults that are planted in real small runs."""
+"""The spike guard, on faults planted in small real runs."""
 
 import math
 from collections.abc import Callable
@@ -92,7 +92,7 @@ def run(
 def test_a_step_that_is_not_finite_leaves_no_trace(run: Build, what: float, optimizer: str) -> None:
     recipe = {"optimizer": AdamW()} if optimizer == "AdamW" else {}
     _, _, guard, weights, doctor = run("act", {7: what}, ema_decay=0.9, max_steps=12, **recipe)
-    assert guard.refused == 1
+    assert guard.n_skipped == 1
     assert alike(weights.after[6], weights.after[7])  # step 7 is the eighth
     assert not alike(weights.after[7], weights.after[8])
     assert [(d.name, d.step) for d in doctor.engine.diagnoses if d.name == "not finite"] == [("not finite", 7)]
@@ -105,9 +105,9 @@ def test_without_faults_the_guard_changes_nothing(run: Build) -> None:
 
 
 @pytest.mark.parametrize("mode", ["off", "warn"])
-def test_where_it_does_not_act_the_guard_only_reports(run: Build, mode: str) -> None:
+def test_without_act_the_guard_only_reports(run: Build, mode: str) -> None:
     _, model, guard, _, doctor = run(mode, {7: math.nan}, folder=mode, max_steps=12)
-    assert guard.refused == 0
+    assert guard.n_skipped == 0
     assert not all(p.isfinite().all() for p in model.parameters())
     found = [d for d in doctor.engine.diagnoses if d.name == "not finite"]
     assert found[0].step == (7 if mode == "warn" else 9)
@@ -116,26 +116,26 @@ def test_where_it_does_not_act_the_guard_only_reports(run: Build, mode: str) -> 
         assert "whole gradient" in found[0].symptom
 
 
-def test_a_spike_is_left_out_and_its_documents_are_named(run: Build) -> None:
+def test_a_spike_is_skipped_and_its_documents_are_named(run: Build) -> None:
     _, _, guard, weights, doctor = run("act", {30: 40.0}, data={"validation_share": 0.2})
-    assert guard.refused == 1
+    assert guard.n_skipped == 1
     assert alike(weights.after[29], weights.after[30])
     (found,) = [d for d in doctor.engine.diagnoses if d.name == "loss spike"]
     assert found.step == 30
     assert "document" in found.symptom
 
 
-def test_accumulated_gradients_are_judged_as_one(run: Build) -> None:
+def test_accumulated_gradients_are_one_step(run: Build) -> None:
     _, _, guard, weights, _ = run("act", {5: math.nan}, max_steps=8, accumulate_grad_batches=3)
-    assert guard.refused == 1
+    assert guard.n_skipped == 1
     assert alike(weights.after[4], weights.after[5])
 
 
-def test_when_leaving_out_does_not_help_the_run_goes_back(run: Build, tmp_path: Path) -> None:
+def test_when_skipping_does_not_help_the_run_is_rewound(run: Build, tmp_path: Path) -> None:
     faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0)
     own, model, guard, weights, _ = run("act", faults, max_steps=50)
     folder = tmp_path / "run" / "version_0" / "checkpoints"
-    assert guard.refused == PATIENCE
+    assert guard.n_skipped == PATIENCE
     rewound = weights.after[34 + PATIENCE - 1]
     assert [path.name for path in folder.glob("good-*")] == [f"good-{guard.good}.ckpt"]
     assert alike(rewound, weights.after[29])  # the thirtieth
@@ -143,7 +143,7 @@ def test_when_leaving_out_does_not_help_the_run_goes_back(run: Build, tmp_path: 
     assert all(p.isfinite().all() for p in model.parameters())
 
 
-def test_what_is_never_finite_is_rewound_and_then_stopped_and_said(
+def test_a_run_that_stays_non_finite_is_rewound_then_stopped_and_reported(
     run: Build, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(guard_module, "MAX_SKIPPED_IN_A_ROW", 12)
@@ -155,12 +155,12 @@ def test_what_is_never_finite_is_rewound_and_then_stopped_and_said(
     rewound = [d.step for d in doctor.engine.diagnoses if d.name == "rewound"]
     assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.MAX_REWINDS + 1)]
     refused = doctor.engine.history["guard/refused"]
-    assert (refused.step, refused.last) == (own.global_step - 1, guard.refused)
-    assert caplog.text.count("stood out; back to the weights of step 30") == guard_module.MAX_REWINDS
-    assert "12 steps in a row were left out after 3 rewinds: nothing is learned" in caplog.text
+    assert (refused.step, refused.last) == (own.global_step - 1, guard.n_skipped)
+    assert caplog.text.count("outliers in a row; rewinding to the weights of step 30") == guard_module.MAX_REWINDS
+    assert "12 steps in a row were skipped after 3 rewinds: nothing is learned" in caplog.text
 
 
-def test_a_killed_run_goes_on_as_if_it_had_not_been(run: Build, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_exactly(run: Build, tmp_path: Path) -> None:
     faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0) | {12: math.nan, 47: 30.0}
     whole = run("act", faults, folder="whole", max_steps=50, ema_decay=0.9)[3]
     for stop in (33, 37, 44):
@@ -188,9 +188,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
-    kind: str, packed_text: Build, trainer: Build, cache: Path
-) -> None:
+def test_every_task_gets_a_report_and_no_run_ends(kind: str, packed_text: Build, trainer: Build, cache: Path) -> None:
     """A batch may be windows, texts with a class, pairs of rows, or replies that no data module has."""
     base, settings, data_class = KINDS[kind]
 
@@ -223,7 +221,7 @@ def test_of_every_stage_it_says_what_it_can_and_ends_no_run(
     assert modes == [{True}] * 4
 
 
-def test_a_scaler_may_overflow_and_a_gradient_that_is_large_is_still_seen() -> None:
+def test_a_gradient_scaler_may_overflow_but_large_gradients_are_still_seen() -> None:
     guard = SpikeGuard("warn")
     guard._scales, guard._reads_at_once = True, False
     guard._trainer = SimpleNamespace(loggers=[])
@@ -233,7 +231,7 @@ def test_a_scaler_may_overflow_and_a_gradient_that_is_large_is_still_seen() -> N
         assert guard.detector.in_a_row == row
 
 
-def test_a_good_checkpoint_that_is_gone_is_known_to_be_and_none_is_left_behind(run: Build, tmp_path: Path) -> None:
+def test_a_missing_good_checkpoint_is_noticed_and_none_is_left_behind(run: Build, tmp_path: Path) -> None:
     folder = tmp_path / "run" / "version_0" / "checkpoints"
     guard = run("act", {}, max_steps=31)[2]
     assert guard.good == 30
@@ -242,7 +240,7 @@ def test_a_good_checkpoint_that_is_gone_is_known_to_be_and_none_is_left_behind(r
     faults = dict.fromkeys(range(31, 31 + PATIENCE), 40.0)
     guard = run("act", faults, max_steps=39, ckpt_path=folder / "last.ckpt")[2]
     assert guard.good is None
-    assert guard.refused == PATIENCE
+    assert guard.n_skipped == PATIENCE
     assert not list(folder.glob("good-*"))
 
 
@@ -262,10 +260,10 @@ def test_two_hundred_faults_leave_no_trace(run: Build, monkeypatch: pytest.Monke
     monkeypatch.setattr(L.Trainer, "save_checkpoint", looked_at)
     _, _, guard, weights, doctor = run("act", faults, max_steps=440, ema_decay=0.9)
     poisoned = [step for step in steps if not alike(weights.after[step - 1], weights.after[step])]
-    print(f"{len(steps)} faults: {guard.refused} left out, {len(poisoned)} in the weights, {saved.count(False)} of "
+    print(f"{len(steps)} faults: {guard.n_skipped} left out, {len(poisoned)} in the weights, {saved.count(False)} of "
           f"{len(saved)} checkpoints not finite")  # fmt: skip
-    assert (guard.refused, poisoned, saved.count(False)) == (200, [], 0)
+    assert (guard.n_skipped, poisoned, saved.count(False)) == (200, [], 0)
     assert {d.name for d in doctor.engine.diagnoses} >= {"not finite", "loss spike"}
     _, model, guard, _, _ = run("off", faults, folder="off", max_steps=40)
-    assert guard.refused == 0
+    assert guard.n_skipped == 0
     assert not all(p.isfinite().all() for p in model.parameters())
