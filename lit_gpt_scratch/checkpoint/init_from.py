@@ -70,38 +70,36 @@ class InitialModel:
 
 
 def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:
-    """The longest window of a network that begins with it and is to see windows of ``block_size``.
-
-    It keeps its own, if that is longer.
+    """Context length of a network initialised from a model and trained on ``block_size`` tokens: the larger of the two.
 
     Raises:
-        UserError: Every place in a window has a learned vector, and there are fewer of them.
+        UserError: The model has learned positions, and fewer of them than ``block_size``.
     """
     if gpt.position == "learned" and block_size > trained.net.block_size:
         raise UserError(
             f"data.block_size is {block_size}, but the model of model.init_from has learned "
-            f"{trained.net.block_size} positions; choose at most so many"
+            f"{trained.net.block_size} positions; set --data.block_size to at most {trained.net.block_size}"
         )
     return max(block_size, trained.net.block_size)
 
 
 def copy_weights(trained: LoadedModel, net: GPT) -> bool:
-    """Copy the weights; a head that reads something else stays as it is.
+    """Copy a trained model's weights into a network; a different kind of head keeps its initial weights.
 
     Args:
-        trained: Where they are.
-        net: Where they go.
+        trained: The source.
+        net: The destination.
 
     Returns:
-        Whether the head is the trained one.
+        Whether the head's weights were copied.
 
     Raises:
-        UserError: The two networks are not alike.
+        UserError: The two configs differ in more than ``MAY_DIFFER``.
     """
     own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
     same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape
-    free = MAY_DIFFER if same_head else (*MAY_DIFFER, "tied_embeddings")
-    require_same_model(replace(trained.metadata, lora=None), own, free)
+    may_differ = MAY_DIFFER if same_head else (*MAY_DIFFER, "tied_embeddings")
+    require_same_model(replace(trained.metadata, lora=None), own, may_differ)
     weights = trained.net.state_dict()
     if not same_head:
         weights.pop("head.weight")

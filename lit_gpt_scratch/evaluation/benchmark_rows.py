@@ -13,9 +13,9 @@ def read_rows(source: str) -> Iterator[TableRow]:
     Raises:
         UserError: The source is missing or contains no rows, or a row cannot be read.
     """
-    found = DocumentSource(source)
-    found.fingerprint()  # a source that is not there is said to be missing at once
-    return found.rows()
+    rows = DocumentSource(source)
+    rows.fingerprint()  # raises at once if the source is missing
+    return rows.rows()
 
 
 def get_text(row: TableRow, *columns: str) -> str:

@@ -73,7 +73,7 @@ class ChatReply(NamedTuple):
 
 
 def evaluate_chat(
-    model: GPT, tokenizer: Tokenizer, asked: Sequence[ChatExample], max_new_tokens: int = 200
+    model: GPT, tokenizer: Tokenizer, examples: Sequence[ChatExample], max_new_tokens: int = 200
 ) -> Measurements:
     """Generate greedy replies in the chat template and compare them with the references.
 
@@ -85,15 +85,16 @@ def evaluate_chat(
         UserError: A conversation is longer than the context.
     """
     template = ChatTemplate(tokenizer)
-    prompts = [template.render_prompt(each.messages) for each in asked]
-    for each, prompt in zip(asked, prompts, strict=True):
+    prompts = [template.render_prompt(example.messages) for example in examples]
+    for example, prompt in zip(examples, prompts, strict=True):
         if len(prompt) > model.block_size:
             raise UserError(
-                f"{each.where} has {len(prompt)} tokens before the reply, but the context is {model.block_size}"
+                f"{example.where} has {len(prompt)} tokens before the reply, but the context is {model.block_size}"
             )
-    found = generate_replies(model, tokenizer, prompts, max_new_tokens)
-    in_form = np.array([reply.well_formed for reply in found])
-    return compare_with_references([reply.text for reply in found], [each.reference for each in asked], in_form=in_form)
+    replies = generate_replies(model, tokenizer, prompts, max_new_tokens)
+    in_form = np.array([reply.well_formed for reply in replies])
+    references = [example.reference for example in examples]
+    return compare_with_references([reply.text for reply in replies], references, in_form=in_form)
 
 
 def generate_replies(

@@ -54,7 +54,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         """
         sequences = [encode_continuation(self.tokenizer, *request.args) for request in requests]
         most = self.model.block_size + 1
-        sequences = [ScoredSequence(sequence.ids[-most:], min(sequence.scored, most - 1)) for sequence in sequences]
+        sequences = [ScoredSequence(sequence.ids[-most:], min(sequence.n_scored, most - 1)) for sequence in sequences]
         return [(score.nats, score.greedy) for score in compute_loglikelihoods(self.model, sequences)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:

@@ -26,11 +26,11 @@ class ScoredSequence:
 
     Attributes:
         ids: Token ids of context and continuation.
-        scored: Number of scored tokens at the end; the first token is never scored.
+        n_scored: Number of scored tokens at the end; the first token is never scored.
     """
 
     ids: Sequence[int]
-    scored: int
+    n_scored: int
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def compute_loglikelihoods(
     found: list[LogLikelihood | None] = [None] * len(sequences)
     lengths = [len(sequence.ids) for sequence in sequences]
     sizes = [
-        max(len(sequence.ids) / TOKENS_PER_BATCH, sequence.scored * model.vocab_size / LOGITS_PER_BATCH)
+        max(len(sequence.ids) / TOKENS_PER_BATCH, sequence.n_scored * model.vocab_size / LOGITS_PER_BATCH)
         for sequence in sequences
     ]
     with tqdm(
@@ -121,10 +121,10 @@ def _score_batch(model: GPT, sequences: Sequence[ScoredSequence]) -> Iterator[Lo
     device = next(model.parameters()).device
     # Right padding: no token attends to it, and it is not scored.
     inputs = _pad([sequence.ids[:-1] or [0] for sequence in sequences], 0).to(device)  # (B, T)
-    labels = _pad([sequence.ids[len(sequence.ids) - sequence.scored :] for sequence in sequences], IGNORE_INDEX).to(
+    labels = _pad([sequence.ids[len(sequence.ids) - sequence.n_scored :] for sequence in sequences], IGNORE_INDEX).to(
         device
     )  # (B, S)
-    first = torch.tensor([len(sequence.ids) - 1 - sequence.scored for sequence in sequences], device=device)  # (B,)
+    first = torch.tensor([len(sequence.ids) - 1 - sequence.n_scored for sequence in sequences], device=device)  # (B,)
     positions = first[:, None] + torch.arange(labels.size(1), device=device)  # (B, S)
     x = model.hidden_states(inputs)  # (B, T, n_embd)
     scored = positions.clamp(max=inputs.size(1) - 1)[..., None].expand(-1, -1, x.size(-1))

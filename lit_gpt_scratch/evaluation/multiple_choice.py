@@ -106,7 +106,7 @@ def evaluate_multiple_choice(
     bare = [choice[1:] if question.context else choice for question in scored for choice in question.choices]
     lengths = {
         "accuracy": np.ones(len(sequences)),
-        "accuracy_per_token": np.array([sequence.scored for sequence in sequences]),
+        "accuracy_per_token": np.array([sequence.n_scored for sequence in sequences]),
         "accuracy_per_character": np.array([len(choice) for choice in bare]),
         "accuracy_per_byte": np.array([len(choice.encode()) for choice in bare]),
     }

@@ -125,7 +125,7 @@ def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool =
         model: The network.
         texts: Token ids, at least one per text.
         capacity: Number of tokens that each row of the cache can hold.
-        fixed: Allocate the whole cache at once, as a compiled step requires; see ``KVCache``.
+        fixed: Keep shapes constant for a compiled step; see ``KVCache``.
 
     Returns:
         The cache, and the logits after the last token of each text, (B, vocab_size).

@@ -85,7 +85,7 @@ def test_likelihoods_are_independent_of_the_batch(model: GPT, tokenizer: Tokeniz
         assert score.nats == pytest.approx(alone.nats, rel=1e-5)
         ids = torch.tensor([tail.ids])
         best = model(ids[:, :-1]).argmax(-1)[0]
-        assert score.greedy == alone.greedy == bool((best == ids[0, 1:])[-tail.scored :].all())
+        assert score.greedy == alone.greedy == bool((best == ids[0, 1:])[-tail.n_scored :].all())
 
 
 def test_greedy_continuations_are_marked(model: GPT, tokenizer: Tokenizer) -> None:
