@@ -40,29 +40,30 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 log = logging.getLogger(__name__)
 
 TIMED_STEPS = 8
+"""Steps after the first whose median time the plan reports."""
 
 
 class RunPlan(RunDirCallback):
-    """Say what is about to happen, and after the first steps how long it will take.
+    """Prints what the run will do, and after the first steps how long it will take.
 
     Args:
-        only: Stop when that is said; for a trainer without logger, checkpoints and validations.
-        validates: Whether the run that is planned validates.
+        only: Stop after that (``--plan``); for a trainer without logger, checkpoints and validations.
+        validates: Whether the planned run validates.
     """
 
     def __init__(self, only: bool = False, validates: bool = True) -> None:
         self.only = only
         self.validates = validates
         self.lines: list[tuple[str, str]] = []
-        """What was said, each line with its name; only on the first rank."""
+        """Name and text of each printed line; only on rank 0."""
         self._times: list[float] = []
-        self._began: float | None = None
+        self._step_started: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the plan and the warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._first_step = self._step = trainer.global_step
-        self._told = not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule))
+        self._is_done = not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule))
         if isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule) and trainer.is_global_zero:
             self.lines = list(self._lines(trainer, pl_module, data))
             for name, text in self.lines:
@@ -73,32 +74,32 @@ class RunPlan(RunDirCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the clock of a step at its first micro-batch."""
-        if self._began is None and not self._told:
-            self._began = time.perf_counter()
+        """Start timing a step at its first micro-batch."""
+        if self._step_started is None and not self._is_done:
+            self._step_started = time.perf_counter()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stop the clock; the first step compiles and does not count."""
-        if self._told or trainer.global_step == self._step:
+        """Stop timing; the first step compiles and is left out."""
+        if self._is_done or trainer.global_step == self._step:
             return
         self._step = trainer.global_step
         if pl_module.device.type != "cpu":
-            torch.accelerator.synchronize(pl_module.device)  # it may be far behind; these few steps wait for it
-        self._times.append(time.perf_counter() - (self._began or 0.0))
-        self._began = None
+            torch.accelerator.synchronize(pl_module.device)  # only these few steps are synchronized
+        self._times.append(time.perf_counter() - (self._step_started or 0.0))
+        self._step_started = None
         if len(self._times) == 1 + TIMED_STEPS:
-            self._tell_time(trainer)
+            self._print_time(trainer)
             trainer.should_stop = trainer.should_stop or self.only
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """A plan for fewer steps is told by those there were."""
-        if self.only and not self._told and len(self._times) > 1:
-            self._tell_time(trainer)
+        """Report the time of a plan with fewer steps."""
+        if self.only and not self._is_done and len(self._times) > 1:
+            self._print_time(trainer)
 
-    def _tell_time(self, trainer: L.Trainer) -> None:
-        self._told = True
+    def _print_time(self, trainer: L.Trainer) -> None:
+        self._is_done = True
         if trainer.is_global_zero:
             log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
 
@@ -108,7 +109,7 @@ class RunPlan(RunDirCallback):
         threads = f", {pluralize(torch.get_num_threads(), 'thread')}" if device.type == "cpu" else ""
         processes = f"{trainer.world_size} x " if trainer.world_size > 1 else ""
         default = default_precision(device.type)
-        why = default.reason if trainer.precision == default.value else "as asked"
+        why = default.reason if trainer.precision == default.value else "as requested"
         no_compiler = explain_no_compile(device)
         compiled = "compiled" if task.compiled else f"not compiled{f': {no_compiler}' if no_compiler else ''}"
         yield "device", f"{processes}{name}{threads}; {trainer.precision}: {why}; {compiled}"
@@ -122,23 +123,24 @@ class RunPlan(RunDirCallback):
 
         if task.init_from is not None:
             trained = sum(p.numel() for p in task.net.parameters() if p.requires_grad)
-            head = "; its head begins anew" if task.head_is_new else ""
+            head = "; new head" if task.head_is_new else ""
             yield (
                 "begins with",
-                f"{task.init_from}{head}; {format_count(trained)} parameters are trained, {trained / total:.1%}",
+                f"{task.init_from}{head}; {format_count(trained)} parameters trained, {trained / total:.1%}",
             )
         yield "optimizer", "; ".join(_describe_optimizer(task))
 
         yield from describe_data(data)
         tokens = tokens_per_step(trainer, data)
         steps = trainer.estimated_stepping_batches
-        length = "until it is stopped"
+        length = "until stopped"
+        unit, note = _describe_padding(data)
         if math.isfinite(steps):
             epochs = steps * tokens / (len(data.train_dataset) * data.block_size)
             done = f" ({self._first_step:,} done)" if self._first_step else ""
             length = (
-                f"{pluralize(steps, 'step')}{done} of {tokens:,} tokens: {format_count(steps * tokens)} tokens, "
-                f"{format_count(epochs)} epochs, {format_count(steps * tokens / total)} tokens a parameter"
+                f"{pluralize(steps, 'step')}{done} of {tokens:,} {unit}: {format_count(steps * tokens)} {unit}{note}, "
+                f"{format_count(epochs)} epochs, {format_count(steps * tokens / total)} {unit} per parameter"
             )
         yield "run", length
 
@@ -146,23 +148,23 @@ class RunPlan(RunDirCallback):
         sizes = task.net.vocab_size, data.block_size, data.batch_size
         kept = activation_bytes(task.gpt, *sizes, device, dtype, autocast, task.activation_checkpointing)
         held = state_bytes(trainer.optimizers[0], task.ema.decay is not None)
-        per = " of each process" if trainer.world_size > 1 else ""
+        per = " per process" if trainer.world_size > 1 else ""
         yield (
             "cost",
-            f"{format_count(training_flops_per_token(task.net))} floating-point operations a token; "
+            f"{format_count(training_flops_per_token(task.net))} floating-point operations per token; "
             f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, "
             f"up to {format_bytes(kept)} for activations",
         )
         for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, BaselineMetrics) and callback.figures:
-                bars = ", ".join(f"{name} {value:.3f}" for name, value in callback.figures.items())
-                yield "to beat", f"{bars} {callback.what}"
+                baselines = ", ".join(f"{name} {value:.3f}" for name, value in callback.figures.items())
+                yield "baselines", f"{baselines} {callback.what}"
         yield "folder", "none (--plan)" if self.only else str(self.folder.path if self.folder else "none")
 
     def _time(self, trainer: L.Trainer, seconds: float) -> str:
         data: BaseDataModule = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         tokens = tokens_per_step(trainer, data)
-        measured = f"{1000 * seconds:.0f} ms a step, {tokens / seconds:,.0f} tokens a second"
+        measured = f"{1000 * seconds:.0f} ms per step, {tokens / seconds:,.0f} tokens per second"
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             return measured
@@ -178,7 +180,7 @@ class RunPlan(RunDirCallback):
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """How many validations there will be after ``done`` of ``steps``: at the interval, and at the end."""
+        """Validations after ``done`` of ``steps`` steps: at the interval, and at the end."""
         if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
             return 0
         if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
@@ -188,9 +190,9 @@ class RunPlan(RunDirCallback):
 
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
-    """What updates each group of parameters, as the flags say it, and whether there is an average of them."""
-    for group in task.optimizer_groups:  # one of a user's own may have neither rule nor name
-        rule = group.get("rule", type(task.optimizer).__name__)
+    """Each parameter group of the optimizer, and the moving average if there is one."""
+    for group in task.optimizer_groups:  # those of a custom optimizer may have neither rule nor name
+        rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
         yield f"{rule} {what} {group.get('name', 'tensors')} at {group['lr']:g}{decay}"
@@ -200,11 +202,11 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
 
 MIN_VALIDATION_RECORDS = 100
 MAX_USEFUL_EPOCHS = 4
-"""Epochs over which repeated text teaches about as much as new text (https://arxiv.org/abs/2305.16264)."""
+"""Epochs up to which repeated text is about as good as new text (https://arxiv.org/abs/2305.16264)."""
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
-    """Lines of the plan, each with its name."""
+    """The plan's lines about the data, each with its name."""
     if isinstance(data, PackedText):
         yield "data", f"{data.origin}: {_describe_documents(data)}"
     if isinstance(data, RecordDataModule):
@@ -220,14 +222,14 @@ def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
 def _describe_documents(data: PackedText) -> str:
     sides = [
         f"{pluralize(side.n_documents, 'document')} of {format_count(side.n_tokens)} tokens to {purpose}"
-        for side, purpose in ((data.store.train, "learn from"), (data.store.validation, "validate on"))
+        for side, purpose in ((data.store.train, "train on"), (data.store.validation, "validate on"))
     ]
     each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
-    return f"{', '.join(sides)}; {each:.2f} bytes a token"
+    return f"{', '.join(sides)}; {each:.2f} bytes per token"
 
 
 def _describe_records(data: RecordDataModule[Any]) -> str:
-    purposes = {"train": "learn from", "validation": "validate on", "test": "test on"}
+    purposes = {"train": "train on", "validation": "validate on", "test": "test on"}
     return ", ".join(
         f"{pluralize(held.records, 'record')} of {format_count(held.tokens)} tokens to {purposes[side]}"
         for side, held in data.split_counts.items()
@@ -240,18 +242,26 @@ def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> 
     return (
         f"{format_count(len(windows))} of {block_size} tokens, {packing}: "
         f"{min(part.used for part in cost):.1%} of their positions used, "
-        f"{pluralize(sum(part.split for part in cost), 'document')} cut, {crossing:.0%} with several documents"
-        f"{', which see nothing of each other' if windows.document_mask else ''}"
+        f"{pluralize(sum(part.split for part in cost), 'document')} split, {crossing:.0%} with several documents"
+        f"{', masked from each other' if windows.document_mask else ''}"
     )
 
 
+def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
+    """Unit in which steps are counted, and a note on padding: tokens, or positions if some of them are padding."""
+    if isinstance(data.train_dataset, PackedDataset):
+        used = min(part.cost.used for part in data.train_dataset.parts)
+        return ("tokens", "") if used > 0.9995 else ("positions", f" ({used:.1%} tokens, the rest padding)")
+    return "positions", " (padding included)"
+
+
 def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
-    """Tokens of an optimizer step over all ranks."""
+    """Token positions of an optimizer step over all ranks, padding included."""
     return data.tokens_per_batch * trainer.accumulate_grad_batches
 
 
 def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
-    """What looks like a mistake, though it can be done."""
+    """Settings that are possible but look like a mistake."""
     if isinstance(data, PackedText):
         yield from _warn_small_validation(data)
     if isinstance(data, RecordDataModule):
@@ -265,20 +275,21 @@ def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> 
         what = "the text" if isinstance(data, PackedText) else "the records"
         enough = max(1, int(steps * MAX_EPOCHS / 10 / epochs))
         yield (
-            f"{format_count(epochs)} epochs: the model will learn {what} by heart; name more, or take fewer steps: "
+            f"{format_count(epochs)} epochs: the model will memorize {what}; use more, or fewer steps: "
             f"--trainer.max_steps {enough}"
         )
-        return  # of a text this short nothing else is worth saying
+        return  # no other warning matters for a text this short
     if task.init_from is not None:
-        return  # it has seen others before
+        return  # a pretrained model has seen other tokens before
+    unit, _ = _describe_padding(data)
     each = tokens / sum(p.numel() for p in task.net.parameters())
     if not CHINCHILLA_RATIO / MAX_BUDGET_FACTOR <= each <= CHINCHILLA_RATIO * MAX_BUDGET_FACTOR:
         change = "a larger model or fewer steps"
         if each < CHINCHILLA_RATIO:
             change = f"a smaller model or more {'text' if epochs > MAX_USEFUL_EPOCHS else 'steps'}"
         yield (
-            f"{format_count(each)} tokens a parameter; about {CHINCHILLA_RATIO} make the most of the computation "
-            f"(https://arxiv.org/abs/2203.15556): take {change}"
+            f"{format_count(each)} {unit} per parameter; about {CHINCHILLA_RATIO} are compute-optimal "
+            f"(https://arxiv.org/abs/2203.15556): use {change}"
         )
 
 
@@ -286,12 +297,12 @@ def _warn_small_validation(data: PackedText) -> Iterator[str]:
     held_out = data.store.validation.n_tokens
     if held_out < data.block_size:
         yield (
-            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its figures say "
-            f"little; name more text, or raise --data.validation_share"
+            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its metrics are "
+            f"mostly noise; use more text, or raise --data.validation_share"
         )
     elif held_out < MIN_VALIDATION_TOKENS:
         yield (
-            f"the validation text is only {held_out:,} tokens: differences of a few percent mean nothing; name more "
+            f"the validation text is only {held_out:,} tokens: differences of a few percent are noise; use more "
             f"text, or raise --data.validation_share"
         )
 
@@ -300,17 +311,17 @@ def _warn_few_records(data: RecordDataModule[Any]) -> Iterator[str]:
     held_out = data.split_counts["validation"].records
     if held_out < MIN_VALIDATION_RECORDS:
         yield (
-            f"there are only {pluralize(held_out, 'record')} to validate on: one more that is right changes a share by "
-            f"{1 / held_out:.1%}; name more, or raise --data.validation_share"
+            f"only {pluralize(held_out, 'record')} to validate on: one more correct answer changes accuracy by "
+            f"{1 / held_out:.1%}; use more records, or raise --data.validation_share"
         )
 
 
 N_LONGEST_TOKENS: Final = 30
-"""Tokens that are shown for being the longest; rubbish in a text shows there first."""
+"""Longest tokens shown; garbage in a text is visible there first."""
 CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     "dynamics": {
         "gradient norm by part": ["Multiline", [f"dynamics/gradient_norm/({'|'.join(PARAMETER_PARTS)})"]],
-        "update by weight, by part": ["Multiline", ["dynamics/update_ratio/.*"]],
+        "update ratio by part": ["Multiline", ["dynamics/update_ratio/.*"]],
         "gradient norm by layer": ["Multiline", ["dynamics/gradient_norm/layer_.*"]],
     },
     "attention": {
@@ -318,33 +329,33 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
         "entropy": ["Multiline", ["attention/entropy/.*"]],
         "distance": ["Multiline", ["attention/distance/.*"]],
     },
-    "where it loses": {
-        "loss by place in the window": ["Multiline", ["loss_by_position/.*"]],
+    "loss breakdown": {
+        "loss by position in the window": ["Multiline", ["loss_by_position/.*"]],
         "loss by frequency of the token": ["Multiline", ["loss_by_frequency/.*"]],
     },
     "throughput": {"shares of a step's time": ["Multiline", list(TIME_SHARE_TAGS)]},
 }
-"""Of TensorBoard's custom scalars, behind the losses: charts by group, their curves named or as patterns."""
+"""TensorBoard's custom scalars after the losses: charts by group, their curves by name or pattern."""
 
 
 class TensorBoardLayout(Callback):
-    """Write down the plan, the audit of the text and the longest tokens, and lay out the charts.
+    """Logs the plan, the audit of the text and the longest tokens to TensorBoard, and its custom-scalar charts.
 
-    To be called after what makes the plan and the baselines. A run that goes on has the texts already.
+    To be placed after ``RunPlan`` and ``BaselineMetrics``. A resumed run has the texts already.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write all of it."""
+        """Log all of it."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
-            board.add_custom_scalars(chart_layout(trainer))  # of a run TensorBoard reads one layout only
+            board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run
             if trainer.global_step == 0:
                 for name, text in _run_texts(trainer, data):
                     board.add_text(f"run/{name}", text, 0)
 
 
 def chart_layout(trainer: L.Trainer) -> dict[str, dict[str, list[Any]]]:
-    """The layout: losses first, and what they are to be compared with."""
+    """The charts: losses first, and the baselines they are compared with."""
     first: dict[str, list[Any]] = {"loss": ["Multiline", ["train/loss", "val/loss"]]}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, BaselineMetrics) and callback.figures:
@@ -357,7 +368,7 @@ def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, RunPlan) and callback.lines:
             rows = [[name, text.replace("|", "¦")] for name, text in callback.lines if name != "folder"]
-            yield "plan", format_markdown_table([["what", "how"], *rows], "<<")
+            yield "plan", format_markdown_table([["item", "value"], *rows], "<<")
     if isinstance(data, PackedText):
         audits = [store.folder / "audit.md" for store in data.stores]
         told = [audit.read_text(encoding="utf-8") for audit in audits if audit.is_file()]

@@ -1,6 +1,7 @@
-"""The plan's figures and its warnings."""
+"""The run plan's lines and warnings."""
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.progress import format_count
 from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, RunPlan
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
@@ -33,7 +35,7 @@ def said(
     return lines
 
 
-def test_the_plan_says_what_will_happen(
+def test_the_plan_describes_the_run(
     caplog: pytest.LogCaptureFixture,
     trainer: Callable[..., L.Trainer],
     task: Callable[..., LanguageModel],
@@ -50,15 +52,32 @@ def test_the_plan_says_what_will_happen(
     assert lines["optimizer"] == [
         "muon 26.6 k in 14 matrices at 0.02; adamw 19.2 k in 2 tables at 0.008; adamw 224 in 9 vectors at 0.008"
     ]
-    assert "operations a token" in lines["cost"][0]
-    assert "uniform" in lines["to beat"][0]
-    assert "xz" in lines["to beat"][0]
-    assert "ms a step" in lines["time"][0]
-    assert lines["time"][0].endswith("tokens a second")  # and no step is left
+    assert "operations per token" in lines["cost"][0]
+    assert "uniform" in lines["baselines"][0]
+    assert "xz" in lines["baselines"][0]
+    assert "ms per step" in lines["time"][0]
+    assert lines["time"][0].endswith("tokens per second")  # and no step is left
+
+
+def test_padding_is_not_counted_as_tokens(
+    caplog: pytest.LogCaptureFixture,
+    trainer: Callable[..., L.Trainer],
+    task: Callable[..., LanguageModel],
+    packed_text: Callable[..., PackedText],
+) -> None:
+    data = packed_text(packing="one_document", block_size=48)
+    [line] = said(caplog, trainer, task(), data, max_steps=1, limit_val_batches=0)["run"]
+    [used] = re.findall(r"positions \(([\d.]+)% tokens, the rest padding\)", line)
+    labels = [data.train_dataset[n]["labels"] for n in range(len(data.train_dataset))]
+    counted = sum(int((row != IGNORE_INDEX).sum()) for row in labels)
+    # A document's last token is in the window, but has no label.
+    assert float(used) == pytest.approx(100 * counted / (len(labels) * 48), abs=3)
+    assert float(used) < 99
+    assert "positions per parameter" in line
 
 
 class Own(OptimizerRecipe):
-    """A recipe of somebody's own, around any optimizer."""
+    """A user's recipe, around any optimizer."""
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.SGD(model.parameters(), lr=0.5)
@@ -101,14 +120,14 @@ class AfterOneStep(L.Callback):
 @pytest.mark.parametrize(
     ("changes", "flags", "warning"),
     [
-        ({}, {}, "differences of a few percent mean nothing"),
+        ({}, {}, "differences of a few percent are noise"),
         ({"validation_share": 0.0001, "block_size": 600, "batch_size": 1}, {}, "less than one window of 600"),
-        ({}, {"max_steps": 100_000}, "epochs: the model will learn the text by heart"),
-        ({}, {"max_steps": 1}, "take a smaller model or more steps"),
-        ({"validation_share": 0.8}, {"max_steps": 150}, "take a smaller model or more text"),
+        ({}, {"max_steps": 100_000}, "epochs: the model will memorize the text"),
+        ({}, {"max_steps": 1}, "use a smaller model or more steps"),
+        ({"validation_share": 0.8}, {"max_steps": 150}, "use a smaller model or more text"),
     ],
 )
-def test_nonsense_is_warned_of(
+def test_likely_mistakes_are_warned_of(
     caplog: pytest.LogCaptureFixture,
     trainer: Callable[..., L.Trainer],
     task: Callable[..., LanguageModel],
@@ -123,7 +142,7 @@ def test_nonsense_is_warned_of(
     assert any(warning in line for line in warnings), warnings
 
 
-def test_a_healthy_run_is_not_warned_of(
+def test_a_healthy_run_has_no_warning(
     caplog: pytest.LogCaptureFixture,
     trainer: Callable[..., L.Trainer],
     task: Callable[..., LanguageModel],

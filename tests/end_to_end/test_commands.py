@@ -57,7 +57,7 @@ def test_a_run_leaves_the_documented_files_and_metrics(command: Command, small: 
 
 ALWAYS = {"config.yaml", "tokenizer.json", "tokenizer.json.sha256", "provenance.json", "summary.json", "doctor.json"}
 PROJECTOR = {"projector", "projector_config.pbtxt"}
-PLAN = ["device", "model", "optimizer", "data", "run", "cost", "to beat", "folder", "time"]
+PLAN = ["device", "model", "optimizer", "data", "run", "cost", "baselines", "folder", "time"]
 
 
 def test_a_plan_is_printed_and_nothing_is_left(command: Command, small: list[str]) -> None:
@@ -66,9 +66,9 @@ def test_a_plan_is_printed_and_nothing_is_left(command: Command, small: list[str
     labels = [line[:11].strip() for line in outcome.err.splitlines()]
     assert [label for label in labels if label in PLAN] == PLAN
     assert "12 steps of 128 tokens" in outcome.err
-    assert "ms a step" in outcome.err
+    assert "ms per step" in outcome.err
     assert "for 12 steps and 2 validations" in outcome.err
-    assert "ms a step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
+    assert "ms per step" in command("fit", *small, "--plan", "--trainer.max_steps=3").err
     assert not Path("runs").exists()
     assert command("fit", *small).code == 0  # the same flags without --plan train
     resumed = command("fit", "--plan", "--ckpt_path=last", "--trainer.max_steps=20")

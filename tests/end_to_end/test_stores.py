@@ -50,7 +50,7 @@ def test_mixture_block_size_and_packing_change_without_retokenizing(
         done = command("fit", *flags, f"--data.mixture={json.dumps(mixture)}", *more)
         assert done.code == 0, done.err
         assert f"{one}, {two}: " in done.err
-        assert "see nothing of each other" in done.err
+        assert "masked from each other" in done.err
     assert {path: path.stat().st_mtime_ns for path in made} == made
     resumed = command("fit", "--ckpt_path=last", "--trainer.max_steps=14")
     assert resumed.code == 0, resumed.err
