@@ -131,7 +131,7 @@ class Classification(GPTModule):
     def update_metrics(self, batch: LabelledBatch) -> Tensor:
         logits, labels = self(batch["input_ids"], batch["lengths"]), batch["labels"]
         loss, weight = self._loss_and_weight(logits, labels)
-        self.metrics.update(preds=logits.softmax(-1), target=labels, lost=loss, counted=weight)
+        self.metrics.update(preds=logits.softmax(-1), target=labels, loss_sum=loss, weight_sum=weight)
         return F.cross_entropy(logits, labels, self.weights, ignore_index=IGNORE_INDEX, reduction="none")
 
     @override
