@@ -33,28 +33,28 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Tokens of validation text beyond which ``xz`` would keep the user waiting for more than some ten seconds."""
+"""Validation tokens beyond which ``xz`` would take more than about ten seconds."""
 
 
 class BaselineMetrics(Callback):
-    """Score what is measured without the training: text by counts of tokens and ``xz -9``, classes by the commonest.
+    """Baselines that need no training: token counts and ``xz -9`` for text, the majority class for classification.
 
-    Replies are scored by the model that an alignment begins with.
+    For RL and preference tuning, the true reward of the initial model.
 
-    Beside every validation they are logged as ``baselines/<name>``; TensorBoard's tab of custom scalars draws them
-    and the model's own figure into one chart.
+    They are logged at every validation as ``baselines/<name>``; TensorBoard's custom-scalars tab shows them and the
+    model's own metric in one chart.
     """
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
-        """By name, from the start of training on; only on the first rank."""
+        """Baselines by name, from the start of training on; only on rank 0."""
         self.metric = ""
-        """The model's own figure that they are to be compared with."""
+        """The model's own metric that they are compared with."""
         self.what = ""
-        """In words, what they are."""
+        """Description of the metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count and compress; half a second for half a megabyte."""
+        """Compute the baselines; half a second for half a megabyte."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not trainer.is_global_zero:
             return
@@ -65,11 +65,11 @@ class BaselineMetrics(Callback):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": _majority_class_accuracy(data)}
         elif (start := _initial_true_reward(trainer)) is not None:
-            self.metric, self.what = "val/true_reward", "share of replies as they should be"
+            self.metric, self.what = "val/true_reward", "true reward (share of correct replies)"
             self.figures = {"true_reward": start}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the same figures again, so that they are lines in a chart."""
+        """Log the same values again, so that they are lines in a chart."""
         figures = {f"baselines/{name}": value for name, value in self.figures.items()}
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
@@ -77,7 +77,7 @@ class BaselineMetrics(Callback):
 
 
 def _initial_true_reward(trainer: L.Trainer) -> float | None:
-    """What ``RewardEval`` measured of the model before its training."""
+    """True reward of the model before training, as ``RewardEval`` measured it."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
@@ -87,28 +87,28 @@ def _text_baselines(data: PackedText) -> dict[str, float]:
     ids = validation.read(0, validation.n_tokens)
     counted = data.sample_train_tokens(MAX_TRAINING_TOKENS), ids, data.vocab_size, validation.n_bytes
     if len(ids) > MAX_XZ_TOKENS:
-        log.info("no figure of xz -9 to compare with: the validation text is longer than it takes in a few seconds")
+        log.info("no xz baseline: the validation text is too long to compress in a few seconds")
         return compute_token_baselines(*counted)
     text = data.tokenizer.decode(ids[ids != data.tokenizer.end_of_text].tolist())
-    with ThreadPoolExecutor(1) as beside:
-        xz = beside.submit(measure_xz_bits_per_byte, text)
+    with ThreadPoolExecutor(1) as pool:
+        xz = pool.submit(measure_xz_bits_per_byte, text)
         return {**compute_token_baselines(*counted), "xz": xz.result()}
 
 
 def _majority_class_accuracy(data: LabelledText) -> float:
-    """The accuracy of whoever always says the class that is commonest in training."""
+    """Validation accuracy of always predicting the most common training class."""
     commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
     labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]
     return labels.count(commonest) / len(labels)
 
 
 class RunMetadata(RunDirCallback):
-    """Add this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
+    """Adds this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
 
-    What could change a result is in each checkpoint, too.
+    Everything that could change a result is also in each checkpoint.
 
     Args:
-        changed: What a resumed run changed: the value before and now, by name.
+        changed: Settings that a resumed run changed: old and new value by name.
     """
 
     STATE_KEY: ClassVar = "Provenance"
@@ -119,22 +119,22 @@ class RunMetadata(RunDirCallback):
         """Code, versions, hardware, seed and data of this session."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make sure that all ranks go on from one checkpoint and learn from one text: each has looked for them.
+        """Check that all ranks, each of which has searched for them, found the same checkpoint and the same data.
 
         Raises:
-            UserError: Another run was saved meanwhile, or another machine has other files.
+            UserError: Another run was saved in the meantime, or a machine has other files.
         """
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
         if first != own:
-            raise UserError(f"one process would go on from {first}, another from {own}; name it: --ckpt_path {first}")
+            raise UserError(f"one process would resume from {first}, another from {own}; pass --ckpt_path {first}")
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
-            raise UserError(f"{data.origin} is not the same on this machine as on the first; copy it from there")
+            raise UserError(f"{data.origin} differs between this machine and that of rank 0; copy it from there")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it when nothing can be refused any more."""
+        """Write the session, after all checks have passed."""
         self.origin = collect_environment()
         session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
@@ -153,14 +153,14 @@ class RunMetadata(RunDirCallback):
         return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run that goes on from the checkpoint alone compares itself with."""
+        """What a run resumed from the checkpoint file alone is compared with."""
         return self.origin
 
 
 class LossTrace(RunDirCallback):
-    """Write ``trace.pt``: the loss of every step, and the whole gradient of the first, as it went into the optimizer.
+    """Writes ``trace.pt``: the loss of every step, and the full gradient of the first, as the optimizer sees it.
 
-    For ``--trainer.log_every_n_steps 1``: TensorBoard keeps float32, which is too coarse to compare two runs by.
+    For ``--trainer.log_every_n_steps 1``. TensorBoard stores float32, which is too coarse to compare two runs.
     """
 
     def __init__(self) -> None:
@@ -193,7 +193,6 @@ def _full_tensor(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
 
 
-log = logging.getLogger(__name__)
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
 GENERATE_COMMAND = 'generate {} --prompt "def "'
@@ -203,32 +202,32 @@ NEXT_COMMANDS: dict[type, str] = {
     LabelledText: 'evaluate {} --text "..."',
     PromptedDataModule: "generate {} --chat",
 }
-"""What one does with a model, by what it is, or by the data that it has learned from."""
+"""Suggested next command, by class of the task or of the data."""
 
 
 class RunSummary(RunDirCallback):
-    """Write ``summary.json`` at the end: final metrics, baselines, tokens, seconds, tokens per second, and why.
+    """Writes ``summary.json`` at the end: final metrics, baselines, tokens, seconds, throughput and what limits it.
 
-    Beside it ``tokenizer.json`` from the start on; in the terminal the result, a sample, and what to do next.
+    Also writes ``tokenizer.json`` at the start, and prints the result, a sample, and the next commands to try.
     """
 
     STATE_KEY: ClassVar = "Summary"
 
     def __init__(self) -> None:
         self.seconds_before = 0.0
-        """Seconds that earlier sessions of the run took."""
-        self._began = time.perf_counter()
+        """Seconds of earlier sessions of the run."""
+        self._started = time.perf_counter()
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start the clock, and store the tokenizer."""
-        self._began, self._first_step = time.perf_counter(), trainer.global_step
+        """Start timing, and save the tokenizer."""
+        self._started, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.is_global_zero and self.folder and isinstance(data, BaseDataModule):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the summary and say it, unless there is one and nothing was done."""
+        """Write and print the summary, unless there is one and no step was done."""
         if not trainer.is_global_zero or self.folder is None:
             return
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
@@ -249,10 +248,10 @@ class RunSummary(RunDirCallback):
         }
         self.folder.write_text("summary.json", json.dumps(summary, indent=2) + "\n")
         samples = _find_callback(trainer, Samples)
-        self._say(summary, samples.latest if samples else "", self.folder, trainer)
+        self._print(summary, samples.latest if samples else "", self.folder, trainer)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Say what the test measured, and add it to the summary."""
+        """Print the test metrics, and add them to the summary."""
         if not trainer.is_global_zero or self.folder is None:
             return
         found = {name: value.item() for name, value in trainer.callback_metrics.items() if name.startswith("test/")}
@@ -268,38 +267,38 @@ class RunSummary(RunDirCallback):
         return self.STATE_KEY
 
     def state_dict(self) -> dict[str, float]:
-        """Time so far, so that a resumed run counts on."""
+        """Seconds so far, which a resumed run continues."""
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Count on."""
+        """Restore the seconds."""
         self.seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:
-        return self.seconds_before + time.perf_counter() - self._began
+        return self.seconds_before + time.perf_counter() - self._started
 
-    def _say(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
+    def _print(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         both = data, trainer.lightning_module
-        doors = (door for kind, door in NEXT_COMMANDS.items() if any(isinstance(each, kind) for each in both))
-        next_door = next(doors, GENERATE_COMMAND)
+        commands = (command for kind, command in NEXT_COMMANDS.items() if any(isinstance(each, kind) for each in both))
+        next_command = next(commands, GENERATE_COMMAND)
         baselines = _find_callback(trainer, BaselineMetrics)
         if baselines and isinstance(value := summary.get(baselines.metric), float):
-            beside = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
-            log.info("\n%s: this model %.3f%s", baselines.what, value, beside)
+            others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())
+            log.info("\n%s: this model %.3f%s", baselines.what, value, others)
         if sample:
             log.info("\nA sample:\n\n%s", "\n".join("    " + line for line in sample.splitlines()))
         further = f"max_steps {2 * summary['step']}"
         if trainer.max_steps == -1 and trainer.max_epochs and trainer.max_epochs > 0:
             further = f"max_epochs {2 * trainer.max_epochs}"
         log.info(
-            "\n%.0f s. Everything is in %s\n\nNext:\n"
+            "\n%.0f s. Run directory: %s\n\nNext:\n"
             "  python -m lit_gpt_scratch.%s\n"
             "  python -m lit_gpt_scratch.fit --ckpt_path %s --trainer.%s\n"
             "  tensorboard --logdir %s",
             summary["seconds"],
             folder.path,
-            next_door.format(folder.path),
+            next_command.format(folder.path),
             folder.path,
             further,
             folder.path.parent.parent,
