@@ -56,12 +56,12 @@ def test_unavailable_hardware(
     machine: Callable[..., None], here: dict[str, Any], flags: dict[str, Any], instead: str
 ) -> None:
     machine(**here)
-    with pytest.raises(UserError) as refused:
+    with pytest.raises(UserError) as error:
         validate_hardware(asked(**flags))
-    assert instead in str(refused.value)
+    assert instead in str(error.value)
     name, value = list(flags.items())[-1]
-    spoken = type(value).__name__ if isinstance(value, Strategy) else value
-    assert f"--trainer.{name} {spoken}" in str(refused.value)
+    flag_value = type(value).__name__ if isinstance(value, Strategy) else value
+    assert f"--trainer.{name} {flag_value}" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -22,10 +22,10 @@ def test_dropout_of_the_initial_model_is_disabled(
     flags += ["--model.init_from=runs/pretrain/version_0", "--model.compile=false", "--trainer.accelerator=cpu"]
     done = command("fit", *flags, "--trainer.fast_dev_run=1")
     assert done.code == 0, done.err
-    refused = command("fit", *flags, "--trainer.fast_dev_run=1", "--model.gpt.dropout=0.1")
-    assert refused.code == 2
-    assert refused.err.count("\n") == 1
-    assert "model.gpt.dropout is 0.1, but GRPO" in refused.err
+    outcome = command("fit", *flags, "--trainer.fast_dev_run=1", "--model.gpt.dropout=0.1")
+    assert outcome.code == 2
+    assert outcome.err.count("\n") == 1
+    assert "model.gpt.dropout is 0.1, but GRPO" in outcome.err
 
 
 Fit = Callable[..., tuple[str, dict[str, Any]]]
@@ -46,7 +46,7 @@ def fit(command: Command) -> Fit:
 @pytest.fixture
 def start(fit: Fit, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Flag to start from an instruction-tuned model of the README's experiments; trained once, and copied."""
-    kept = tmp_path_factory.getbasetemp() / "lineage"
+    kept = tmp_path_factory.getbasetemp() / "instructed"
     if not kept.exists():
         base, _ = fit(ALIGN.parent / "finetune/base.yaml")
         fit(ALIGN / "start.yaml", base)

@@ -49,8 +49,8 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
     pairs = list(zip(true, given, strict=True))
     f1 = []
     for label in range(3):
-        both, said, is_ = pairs.count((label, label)), given.count(label), true.count(label)
-        f1.append(2 * both / (said + is_))
+        both, predicted, is_ = pairs.count((label, label)), given.count(label), true.count(label)
+        f1.append(2 * both / (predicted + is_))
     assert found.metrics["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / 40)
     assert found.metrics["f1"] == pytest.approx(sum(f1) / 3)
     auroc = []

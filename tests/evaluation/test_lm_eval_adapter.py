@@ -44,7 +44,7 @@ def _own_tasks_alone(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def theirs(adapter: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Any]:
+def reference(adapter: Any, model: GPT, tokenizer: Tokenizer, tmp_path: Path) -> Iterator[Any]:
     """HFLM with the same weights, without its cache of logits: with the cache, 20 of the 71 requests below give other
     results than alone (0.4.13)."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface", exc_type=ImportError)
@@ -63,26 +63,28 @@ def requests(kind: str, *args: tuple[Any, ...]) -> list[Any]:
     return [Instance(request_type=kind, doc={}, arguments=each, idx=0) for each in args]
 
 
-def test_loglikelihood_of_continuations(adapter: Any, theirs: Any) -> None:
+def test_loglikelihood_of_continuations(adapter: Any, reference: Any) -> None:
     """HFLM prepends the start of text to each context, as this package does for each document."""
     pairs = [(" ".join(words[:2]), " " + " ".join(words[2:])) for words in map(str.split, LINES)]
     pairs += [("", line) for line in LINES[:9]] + [("the cat ", "sees"), (" ".join(LINES[:9]), " a dog")]
-    asked = requests("loglikelihood", *pairs)
-    ours, expected = adapter.loglikelihood(asked), theirs(add_bos_token=True).loglikelihood(asked)
+    instances = requests("loglikelihood", *pairs)
+    ours, expected = adapter.loglikelihood(instances), reference(add_bos_token=True).loglikelihood(instances)
     assert [nats for nats, _ in ours] == pytest.approx([nats for nats, _ in expected], abs=1e-3, rel=1e-5)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in expected]
 
 
-def test_rolling_loglikelihood_of_texts(adapter: Any, theirs: Any) -> None:
+def test_rolling_loglikelihood_of_texts(adapter: Any, reference: Any) -> None:
     texts = [("\n".join(LINES[:n]),) for n in (1, 2, 7, 20, 60)]
-    asked = requests("loglikelihood_rolling", *texts)
-    assert adapter.loglikelihood_rolling(asked) == pytest.approx(theirs().loglikelihood_rolling(asked), rel=1e-5)
+    instances = requests("loglikelihood_rolling", *texts)
+    assert adapter.loglikelihood_rolling(instances) == pytest.approx(
+        reference().loglikelihood_rolling(instances), rel=1e-5
+    )
 
 
-def test_greedy_continuations(adapter: Any, theirs: Any) -> None:
+def test_greedy_continuations(adapter: Any, reference: Any) -> None:
     settings = [{"until": ["q"], "max_gen_toks": 12}, {"until": ["z", "b"], "max_gen_toks": 20}]
-    asked = requests("generate_until", *((line[: 4 + k], settings[k % 2]) for k, line in enumerate(LINES[:10])))
-    both = adapter.generate_until(asked), theirs(add_bos_token=True).generate_until(asked)
+    instances = requests("generate_until", *((line[: 4 + k], settings[k % 2]) for k, line in enumerate(LINES[:10])))
+    both = adapter.generate_until(instances), reference(add_bos_token=True).generate_until(instances)
     # Trailing bytes of an incomplete character are dropped here, and are U+FFFD in HFLM.
     ours, expected = ([text.rstrip("\ufffd") for text in texts] for texts in both)
     assert ours == expected
@@ -104,9 +106,11 @@ def test_benchmark_scores_equal_those_of_our_tasks(model: GPT, tokenizer: Tokeni
     from lit_gpt_scratch.evaluation.lm_eval_adapter import run_lm_eval
 
     model.block_size = 512  # rotary positions are not limited
-    asked = [{"question": q.context, "choices": [c[1:] for c in q.choices], "answer": q.answer} for q in questions(40)]
+    records = [
+        {"question": q.context, "choices": [c[1:] for c in q.choices], "answer": q.answer} for q in questions(40)
+    ]
     pairs = [{"sentence_good": line, "sentence_bad": line[::-1]} for line in LINES]
-    for name, content in (("all", asked), ("first", asked[:2]), ("others", asked[2:]), ("pairs", pairs)):
+    for name, content in (("all", records), ("first", records[:2]), ("others", records[2:]), ("pairs", pairs)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content), encoding="utf-8")
     choices = {
         "doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer",
@@ -118,21 +122,21 @@ def test_benchmark_scores_equal_those_of_our_tasks(model: GPT, tokenizer: Tokeni
     task("own_few_shot", tmp_path / "others.jsonl", **choices, **few, num_fewshot=2)
     good_and_bad = {"doc_to_choice": "{{[sentence_good, sentence_bad]}}", "doc_to_target": 0}
     task("own_pairs", tmp_path / "pairs.jsonl", doc_to_text="", target_delimiter="", **good_and_bad)
-    theirs = run_lm_eval(model, tokenizer, ["own_questions", "own_few_shot", "own_pairs"], include_path=tmp_path)
-    rows = [MultipleChoiceQuestion.from_row(TableRow("", "", row)) for row in asked]
+    reference = run_lm_eval(model, tokenizer, ["own_questions", "own_few_shot", "own_pairs"], include_path=tmp_path)
+    rows = [MultipleChoiceQuestion.from_row(TableRow("", "", row)) for row in records]
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
     for name, shots in (("own_questions", 0), ("own_few_shot", 2)):
         ours = summarize(evaluate_multiple_choice(model, tokenizer, rows, shots))
-        assert theirs[name].rows == ours.rows
-        for their_name, own in names.items():
-            assert theirs[name].metrics[their_name] == pytest.approx(ours.metrics[own])
-            assert theirs[name].intervals[their_name] == pytest.approx(ours.intervals[own])
+        assert reference[name].rows == ours.rows
+        for reference_name, own in names.items():
+            assert reference[name].metrics[reference_name] == pytest.approx(ours.metrics[own])
+            assert reference[name].intervals[reference_name] == pytest.approx(ours.intervals[own])
     ours = summarize(
         evaluate_minimal_pairs(
             model, tokenizer, [MultipleChoiceQuestion.from_pair(TableRow("", "", row)) for row in pairs]
         )
     )
-    assert theirs["own_pairs"].metrics == {"acc": pytest.approx(ours.metrics["accuracy"])}
+    assert reference["own_pairs"].metrics == {"acc": pytest.approx(ours.metrics["accuracy"])}
 
 
 @pytest.mark.usefixtures("_own_tasks_alone")

@@ -64,11 +64,13 @@ def test_transformers_computes_the_same(tmp_path: Path, tokenizer: Tokenizer, se
     transformers = library()
     model = made(any_config(seed), tokenizer)
     architecture = write_hf_checkpoint(model, tmp_path / "hf")
-    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
-    assert type(theirs).__name__ == architecture
-    assert not any(told.values()), told
+    reference, loading_info = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "hf", output_loading_info=True
+    )
+    assert type(reference).__name__ == architecture
+    assert not any(loading_info.values()), loading_info
     x = torch.randint(model.shape.vocab_size, (2, LENGTH), generator=torch.Generator().manual_seed(seed))
-    ours, expected = network(model), theirs.eval()(x).logits.detach()
+    ours, expected = network(model), reference.eval()(x).logits.detach()
     assert expected.shape == (2, LENGTH, model.shape.vocab_size)
     got = ours(x).detach()
     assert got.std() > 0.1
@@ -111,12 +113,12 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
     tokenizer = Tokenizer.train([sentences(seed) for seed in range(5)], 600, kind)
     gpt = GPTConfig(n_layer=1, n_head=1, n_embd=8, **family)
     write_hf_checkpoint(made(gpt, tokenizer, tokenizer.vocab_size), tmp_path / "hf")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert theirs(TEXT)["input_ids"] == tokenizer.encode(TEXT)
-    assert theirs.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
-    assert theirs.eos_token_id == theirs.bos_token_id == tokenizer.end_of_text
-    assert len(theirs) == tokenizer.vocab_size
-    assert theirs.model_max_length == LENGTH
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert reference(TEXT)["input_ids"] == tokenizer.encode(TEXT)
+    assert reference.decode(tokenizer.encode(TEXT)) == tokenizer.decode(tokenizer.encode(TEXT))
+    assert reference.eos_token_id == reference.bos_token_id == tokenizer.end_of_text
+    assert len(reference) == tokenizer.vocab_size
+    assert reference.model_max_length == LENGTH
 
 
 @pytest.mark.parametrize(

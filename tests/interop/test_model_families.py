@@ -23,20 +23,20 @@ def logits(model: Any, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("case", CASES)
 def test_logits_and_gradients_equal_transformers(published: Published, case: str) -> None:
-    theirs, folder = published(case)
+    reference, folder = published(case)
     model = read_hf_checkpoint(folder)
     ours = network(model)
     x = ids()
-    got, expected = ours(x), logits(theirs, x)
+    got, expected = ours(x), logits(reference, x)
     assert expected.std() > 0.3  # so that the comparison is not between values near zero
     assert (got - expected).abs().max() <= EXACT
     target = torch.randn(got.shape, generator=torch.Generator().manual_seed(2))
     (got * target).sum().backward()
     (expected * target).sum().backward()
-    family = FAMILIES[theirs.config.model_type]
+    family = FAMILIES[reference.config.model_type]
     gradients = {name: parameter.grad for name, parameter in ours.named_parameters(remove_duplicate=False)}
     translated = family.to_hf_weights(model.shape.gpt, gradients)
-    known = dict(theirs.named_parameters())
+    known = dict(reference.named_parameters())
     assert translated.keys() == known.keys()
     for name, parameter in known.items():
         scale = parameter.grad.abs().max()
@@ -47,11 +47,11 @@ def test_logits_and_gradients_equal_transformers(published: Published, case: str
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_round_trip_is_bitwise_exact(published: Published, tmp_path: Path, case: str, dtype: torch.dtype) -> None:
-    theirs, folder = published(case, dtype)
+    reference, folder = published(case, dtype)
     model = read_hf_checkpoint(folder)
     assert {tensor.dtype for tensor in model.weights.values()} == {dtype}
     again = tmp_path / "again"
-    assert write_hf_checkpoint(model, again) == type(theirs).__name__ or case == "mistral, no window"
+    assert write_hf_checkpoint(model, again) == type(reference).__name__ or case == "mistral, no window"
     before, after = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
     assert before.keys() == after.keys()
     for name in before:
@@ -59,16 +59,16 @@ def test_round_trip_is_bitwise_exact(published: Published, tmp_path: Path, case:
         assert torch.equal(before[name], after[name]), name
     assert read_hf_checkpoint(again).shape == model.shape
     assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "published"]  # no partial files
-    loaded, told = load(again)
+    loaded, loading_info = load(again)
     assert loaded.dtype == dtype
-    assert not any(told.values()), told
+    assert not any(loading_info.values()), loading_info
     assert torch.equal(logits(loaded, ids()), logits(load(folder)[0], ids()))
 
 
 def load(folder: Path) -> tuple[Any, dict[str, Any]]:
     """The model loaded by ``AutoModel``, and its report of missing and unexpected names."""
-    model, told = library().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    return model.eval(), told
+    model, loading_info = library().AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    return model.eval(), loading_info
 
 
 @pytest.mark.parametrize("case", ["gpt2", "llama", "qwen3, tied"])
@@ -95,35 +95,35 @@ def test_weights_are_not_a_memory_map_of_the_file(published: Published) -> None:
 @pytest.mark.parametrize("case", ["gpt2", "llama, biases, tied", "qwen3, tied"])
 def test_bare_names_and_derived_buffers(published: Published, case: str) -> None:
     """The first published files: names of the bare model, with masks and rotary frequencies."""
-    theirs, folder = published(case)
+    reference, folder = published(case)
     path = folder / "model.safetensors"
     weights = {name.split(".", 1)[1]: tensor for name, tensor in load_file(path).items()}
     weights |= {
         f"h.0.attn.{mask}": torch.ones(1, 1, 4, 4, dtype=torch.bool) for mask in ("bias", "masked_bias")
     } | {"layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}  # fmt: skip
     save_file(weights, path)
-    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(reference, ids())).abs().max() <= EXACT
 
 
 def test_tied_head_may_be_stored_twice(published: Published) -> None:
-    theirs, folder = published("gpt2")
+    reference, folder = published("gpt2")
     path = folder / "model.safetensors"
     weights = load_file(path)
     save_file(weights | {"lm_head.weight": weights["transformer.wte.weight"].clone()}, path)
-    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(reference, ids())).abs().max() <= EXACT
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "linear", "factor": 2.5, "rope_theta": 500.0}, LLAMA3, YARN])
 @pytest.mark.parametrize("word", ["rope_type", "type"])
 def test_old_rope_layout(published: Published, rope: dict[str, Any] | None, word: str) -> None:
-    theirs, folder = published("llama")
+    reference, folder = published("llama")
     inner = None if rope is None else {**rope, word: rope["rope_type"]}
     for name in ("rope_theta", *(["rope_type"] if word == "type" else [])):
         if inner:
             inner.pop(name)
     change(folder, rope_parameters=..., rope_theta=500.0, rope_scaling=inner)
-    theirs, _ = load(folder)
-    assert (network(read_hf_checkpoint(folder))(ids()) - logits(theirs, ids())).abs().max() <= EXACT
+    reference, _ = load(folder)
+    assert (network(read_hf_checkpoint(folder))(ids()) - logits(reference, ids())).abs().max() <= EXACT
 
 
 def test_missing_fields_have_the_defaults_of_transformers(published: Published) -> None:
@@ -160,14 +160,14 @@ def test_minimal_config(family: str) -> None:
         "vocab_size": 64, "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 64,
         "intermediate_size": 32, "max_position_embeddings": 48,
     }  # fmt: skip
-    theirs = getattr(library(), f"{family}Config")(**known)
+    reference = getattr(library(), f"{family}Config")(**known)
     gpt = FAMILIES[family.lower()].read_config(HFConfigReader(Path("config.json"), dict(known))).gpt
-    assert gpt.kv_heads == theirs.num_key_value_heads
-    assert gpt.head_width == theirs.head_dim
-    assert gpt.norm_eps == theirs.rms_norm_eps
-    assert gpt.tied_embeddings == theirs.tie_word_embeddings
-    assert gpt.rotary_base == theirs.rope_parameters["rope_theta"]
-    assert gpt.sliding_window == getattr(theirs, "sliding_window", None)
+    assert gpt.kv_heads == reference.num_key_value_heads
+    assert gpt.head_width == reference.head_dim
+    assert gpt.norm_eps == reference.rms_norm_eps
+    assert gpt.tied_embeddings == reference.tie_word_embeddings
+    assert gpt.rotary_base == reference.rope_parameters["rope_theta"]
+    assert gpt.sliding_window == getattr(reference, "sliding_window", None)
 
 
 def test_gpt2_tokenizer_files(published: Published) -> None:

@@ -57,9 +57,9 @@ def test_start_of_text_survives_a_round_trip(with_start: tuple[torch.nn.Module, 
     convert.main(["to-hf", str(tmp_path / "a.safetensors"), str(tmp_path / "again")])
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (start, 0)
-    theirs = library().AutoTokenizer.from_pretrained(tmp_path / "again")
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (start, 0)
-    assert theirs("the cat").input_ids[0] == start
+    reference = library().AutoTokenizer.from_pretrained(tmp_path / "again")
+    assert (reference.bos_token_id, reference.eos_token_id) == (start, 0)
+    assert reference("the cat").input_ids[0] == start
 
 
 @pytest.mark.parametrize(("bos_token_id", "start"), [(7, 7), (None, 0), (10_000, 0), ("7", 0)])
