@@ -51,11 +51,19 @@ class TqdmLoggingHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Append defaults to the help of arguments, except of those that are off or not given by default."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        is_off = action.default is None or action.default is False or action.default == []
+        return action.help if is_off else super()._get_help_string(action)
+
+
 class CommandParser(argparse.ArgumentParser):
     """Argument parser of the commands that need no trainer: a mistake raises ``UserError``, as everywhere."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=DefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise instead of printing several lines of usage before the message."""

@@ -44,7 +44,7 @@ PACKAGES: Final = {"model": "lit_gpt_scratch.tasks", "data": "lit_gpt_scratch.da
 DEFAULT_CLASSES: Final = {"model": "LanguageModel", "data": "PackedText"}
 WITHOUT: Final = {
     "model.init_from": "random weights",
-    "model.lora.rank": "no adapters; 8 with --model.lora {}",
+    "model.lora.rank": "no adapters",
     "data.store": "a cache folder",
     "data.tokens_per_step": "one micro-batch",
     "model.gpt.n_kv_head": "as n_head",
@@ -215,7 +215,8 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
         yield Flag(prefix, "CLASS", kind.__name__, f"{purpose}: {names}, or a class of your own by its path.")
     parser = ArgumentParser()
     parser.add_class_arguments(kind, prefix)
-    own = kind.default_arguments({"decay": "wsd"}) if hasattr(kind, "default_arguments") else {}
+    arguments = {action.dest.removeprefix(f"{prefix}."): action.default for action in parser._actions}
+    own = kind.default_arguments(arguments) if hasattr(kind, "default_arguments") else {}
     for action in parser._actions:
         name = action.dest
         if name == "help" or name.endswith(".help") or type(action).__name__ == "_ActionConfigLoad":
@@ -260,6 +261,8 @@ def _values(action: Any) -> str:
         text = "|".join(choices)
         return text if len(text) <= 40 else "NAME"
     named = {int: "N", float: "X", bool: "true|false", str: "TEXT"}
+    if inspect.isclass(hint) and hint not in named:
+        return "CLASS"
     return next((named[each] for each in kinds if each in named), "TEXT" if hint is None else "VALUE")
 
 
