@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
@@ -87,7 +87,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         UserError: A number is out of range.
     """
 
-    STATE_KEY: ClassVar = "Checkpoints"
+    state_key = "Checkpoints"  # of its state in checkpoints, unchanged since 0.1
 
     def __init__(
         self,
@@ -254,11 +254,6 @@ class Checkpointing(RunDirCallback, Checkpoint):
             trainer.save_checkpoint(folder.checkpoints / name)
         for old in dropped:  # only after the new one is complete
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
-
-    @property
-    def state_key(self) -> str:
-        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
-        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
         """The best models, whether a validation or test is still due, and whether a callback stopped the run."""

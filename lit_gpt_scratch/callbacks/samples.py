@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import lightning as L
 import torch
@@ -105,7 +105,7 @@ class RewardEval(Callback):
         prompts: Prompts of a split to reply to, at most: the first ones.
     """
 
-    STATE_KEY: ClassVar = "TrueReward"
+    state_key = "TrueReward"  # of its state in checkpoints, unchanged since 0.1
 
     def __init__(self, prompts: int = 256) -> None:
         self.prompts = prompts
@@ -127,11 +127,6 @@ class RewardEval(Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate on the test prompts."""
         self._evaluate(trainer, pl_module, "test", "test")
-
-    @property
-    def state_key(self) -> str:
-        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
-        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, float | None]:
         """The initial model's true reward; a resumed run can no longer measure it."""

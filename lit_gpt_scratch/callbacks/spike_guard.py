@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 import lightning as L
 import torch
@@ -52,7 +52,7 @@ class SpikeGuard(RunDirCallback):
         every_n_steps: Optimizer steps between good checkpoints; None saves them at validations only.
     """
 
-    STATE_KEY: ClassVar = "Guard"
+    state_key = "Guard"  # of its state in checkpoints, unchanged since 0.1
 
     def __init__(self, mode: GuardMode = "warn", every_n_steps: int | None = None) -> None:
         self.mode = mode
@@ -220,11 +220,6 @@ class SpikeGuard(RunDirCallback):
     def _path(self, step: int) -> Path:
         assert self.folder is not None
         return self.folder.checkpoints / f"good-{step}.ckpt"
-
-    @property
-    def state_key(self) -> str:
-        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
-        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
         """What later steps are compared with, and where to rewind to."""

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -111,7 +111,7 @@ class RunMetadata(RunDirCallback):
         changed: Settings that a resumed run changed: old and new value by name.
     """
 
-    STATE_KEY: ClassVar = "Provenance"
+    state_key = "Provenance"  # of its state in checkpoints, unchanged since 0.1
 
     def __init__(self, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         self.changed = changed or {}
@@ -146,11 +146,6 @@ class RunMetadata(RunDirCallback):
             session = {"from_step": trainer.global_step, **session, **self.origin, "changed": self.changed}
             sessions = [*self.folder.read_sessions(), session]
             self.folder.write_text("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
-
-    @property
-    def state_key(self) -> str:
-        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
-        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, Any]:
         """What a run resumed from the checkpoint file alone is compared with."""
@@ -211,7 +206,7 @@ class RunSummary(RunDirCallback):
     Also writes ``tokenizer.json`` at the start, and prints the result, a sample, and the next commands to try.
     """
 
-    STATE_KEY: ClassVar = "Summary"
+    state_key = "Summary"  # of its state in checkpoints, unchanged since 0.1
 
     def __init__(self) -> None:
         self.seconds_before = 0.0
@@ -260,11 +255,6 @@ class RunSummary(RunDirCallback):
         before = json.loads(path.read_text("utf-8")) if path.exists() else {}
         self.folder.write_text("summary.json", json.dumps({**before, **measured}, indent=2) + "\n")
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
-
-    @property
-    def state_key(self) -> str:
-        """Name of this callback's state in checkpoints, unchanged since 0.1 so that older checkpoints load."""
-        return self.STATE_KEY
 
     def state_dict(self) -> dict[str, float]:
         """Seconds so far, which a resumed run continues."""

@@ -98,12 +98,12 @@ class ResumedRun:
             raise UserError(
                 f"{self.checkpoint} holds only weights, not a run to resume; start a run from it with --model.init_from"
             )
-        self.origin = next(iter(_states(checkpoint, RunMetadata.STATE_KEY)), {})
+        self.origin = next(iter(_states(checkpoint, RunMetadata.state_key)), {})
         self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None
         step: int = checkpoint["global_step"]
         loop = checkpoint["loops"]["fit_loop"]
         normalize_progress(loop)
-        if any(state.get("validation_due") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
+        if any(state.get("validation_due") for state in _states(checkpoint, Checkpointing.state_key)):
             return step
         epochs = count_finished_epochs(loop)
         seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
@@ -114,7 +114,7 @@ class ResumedRun:
             more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
         elif _seconds(trainer) <= seconds:
             more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, which counts all sessions"
-        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.STATE_KEY)):
+        elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.state_key)):
             more = f"been stopped early by a callback, at step {step}", "--force"
         if more and self._untested(checkpoint):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
@@ -126,7 +126,7 @@ class ResumedRun:
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
         """Whether the run has a test stage that it has not finished."""
-        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.STATE_KEY)):
+        if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
             return False
         summary = self.folder.path / "summary.json"
         measured = json.loads(summary.read_text("utf-8")) if summary.exists() else {}
