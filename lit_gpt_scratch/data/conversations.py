@@ -10,9 +10,8 @@ import numpy as np
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import InMemoryPlan
+from lit_gpt_scratch.data.packing import InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
-from lit_gpt_scratch.data.token_stream import RecordTokenStream
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data
 from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Message, parse_conversation

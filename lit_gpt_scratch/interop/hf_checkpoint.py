@@ -18,8 +18,8 @@ from lit_gpt_scratch.interop.hf_config import HFConfigReader
 from lit_gpt_scratch.interop.hf_weights import WEIGHTS_FILE, expected_tensors, read_tensors, validate_tensors
 from lit_gpt_scratch.interop.llama_family import LlamaFamily, MistralFamily, Qwen3Family
 from lit_gpt_scratch.interop.model_family import EMBEDDING, HEAD, ModelFamily, ModelShape
-from lit_gpt_scratch.model.init import INIT_STD
 from lit_gpt_scratch.model.output_heads import padded_vocab_size
+from lit_gpt_scratch.model.weight_init import INIT_STD
 from lit_gpt_scratch.text.atomic_files import fill_folder_atomically
 from lit_gpt_scratch.text.tokenizer import GPT2_FILES, TOKENIZER_FILE, Tokenizer
 

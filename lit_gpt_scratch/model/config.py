@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, get_args, get_type_hints
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
-from lit_gpt_scratch.model.init import INITIALISATIONS
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, ROTARY_SCALINGS
+from lit_gpt_scratch.model.weight_init import INITIALISATIONS
 
 BackendName = Literal["auto", "sdpa", "manual", "flex"]
 if TYPE_CHECKING:  # mypy needs literals; at run time the choices, also those of --help, come from the tables

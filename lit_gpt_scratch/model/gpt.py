@@ -14,12 +14,12 @@ from lit_gpt_scratch.model.attention import AttentionLayout, build_attention_lay
 from lit_gpt_scratch.model.bigram_embedding import BigramEmbedding, Smear
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.feed_forward import FEED_FORWARDS
-from lit_gpt_scratch.model.init import INITIALISATIONS, ResidualBranch, WeightsByRole
 from lit_gpt_scratch.model.kv_cache import KVCache
 from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 from lit_gpt_scratch.model.norms import build_norm
 from lit_gpt_scratch.model.output_heads import POOLINGS, OutputHead, TokenHead, padded_vocab_size
 from lit_gpt_scratch.model.positions import POSITION_ENCODINGS, PositionEncoding
+from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, WeightsByRole
 
 
 class Block(nn.Module):

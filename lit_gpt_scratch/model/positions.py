@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.model.init import INIT_STD
+from lit_gpt_scratch.model.weight_init import INIT_STD
 
 if TYPE_CHECKING:
     from lit_gpt_scratch.model.config import GPTConfig

@@ -1,4 +1,7 @@
-"""Optimizers by name, with their hyperparameters: the choices of ``--model.optimizer NAME``.
+"""The optimizer step, Muon and AdamW in one object, and the optimizers by name: the choices of ``--model.optimizer``.
+
+One object, because two would force Lightning into manual optimization, without its gradient clipping, gradient
+accumulation and correct ``global_step``.
 
 A recipe holds plain numbers until there is a model to build the optimizer for. Defaults that differ between recipes are
 ``None`` in the signature: a config that swaps the class keeps arguments of the same name, and Muon's learning rate
@@ -6,16 +9,144 @@ would be far too large for AdamW.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.optimizer import Optimizer
 from typing_extensions import override
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.optim.muon import MuonAdamW
+from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of, to_local
 from lit_gpt_scratch.optim.param_groups import parameter_groups
+
+# Keller Jordan's quintic: five iterations bring any singular value to about [0.7, 1.2], which trains as well as exactly
+# 1 and needs no decomposition.
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+
+
+def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
+    """Approximately the nearest (semi-)orthogonal matrices, by Newton-Schulz iteration.
+
+    Singular vectors are kept and singular values brought close to 1: an update of equal size in all directions.
+
+    Args:
+        matrices: (N, rows, columns) float; a zero matrix stays zero.
+        steps: Iterations.
+
+    Returns:
+        (N, rows, columns) bfloat16, in which the iteration is stable (https://kellerjordan.github.io/posts/muon).
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    x = matrices.bfloat16()
+    tall = x.size(-2) > x.size(-1)
+    if tall:  # the products below are rows x rows: keep them small
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the spectral norm is at most this norm
+    for _ in range(steps):
+        gram = x @ x.mT  # (N, rows, rows)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class MuonAdamW(Optimizer):
+    """Muon or AdamW, as each parameter group's ``rule`` says: ``muon`` (matrices only) or ``adamw``.
+
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised, scaled by
+    sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised as one batch; if they are sharded, each
+    process gathers and orthogonalises a share of them, or with NorMuon, which keeps a statistic per row, all.
+    AdamW (https://arxiv.org/abs/1711.05101): PyTorch's fused kernel.
+
+    Args:
+        groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` (with
+            ``row_beta`` it is NorMuon) or ``betas``, ``eps`` and ``fused`` for ``adamw``.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, defaults={})
+        for group in self.param_groups:
+            if group["rule"] == "muon" and any(p.ndim != 2 for p in group["params"]):
+                raise ValueError("muon updates matrices only")
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if parameters:
+                (self._muon if group["rule"] == "muon" else self._adamw)(parameters, group)
+        return loss
+
+    def _muon(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        batches: dict[tuple[Any, ...], list[Tensor]] = defaultdict(list)
+        for p in parameters:
+            batches[p.shape, sharding_of(p)].append(p)
+        for (shape, _), batch in batches.items():
+            weights = [to_local(p) for p in batch]
+            gradients = [to_local(p.grad) for p in batch if p.grad is not None]
+            momenta = [to_local(self._state(p, "momentum")["momentum"]) for p in batch]
+            torch._foreach_lerp_(momenta, gradients, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(gradients, momenta, group["momentum"])
+            row_beta = group.get("row_beta")
+            matrices = ShardedMatrices(batch[0], len(batch), replicate=row_beta is not None)
+            updates = orthogonalise(matrices.gather(torch.stack(nesterov).bfloat16()))  # (n, rows, columns)
+            if row_beta is not None:
+                updates = updates.to(weights[0].dtype)
+                self._normalise_rows(updates, batch, row_beta)
+            updates = matrices.shard(updates).to(weights[0].dtype)  # (N, local rows, local columns)
+            scale = max(1.0, shape[0] / shape[1]) ** 0.5
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
+
+    def _normalise_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
+        """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its running root mean square.
+
+        The norm of each matrix is preserved.
+        """
+        squares = updates.square().mean(-1, keepdim=True)  # (N, rows, 1)
+        for p, square in zip(parameters, squares, strict=True):
+            self.state[p].setdefault("row_square", torch.zeros_like(square)).lerp_(square, 1 - beta)
+        mean_squares = torch.stack([self.state[p]["row_square"] for p in parameters])  # (N, rows, 1)
+        norm = updates.norm(dim=(-2, -1), keepdim=True)  # (N, 1, 1)
+        updates.mul_(torch.rsqrt(mean_squares + 1e-10))
+        updates.mul_(norm / (updates.norm(dim=(-2, -1), keepdim=True) + 1e-7))
+
+    def _adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self._state(p, "exp_avg", "exp_avg_sq") for p in parameters]
+        for p, state in zip(parameters, states, strict=True):
+            if "step" not in state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        adamw(
+            [to_local(p) for p in parameters],
+            [to_local(p.grad) for p in parameters if p.grad is not None],
+            [to_local(state["exp_avg"]) for state in states],
+            [to_local(state["exp_avg_sq"]) for state in states],
+            [],
+            [state["step"] for state in states],
+            fused=group["fused"],
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, parameter: Tensor, *names: str) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[parameter]
+        for name in names:
+            if name not in state:
+                state[name] = torch.zeros_like(parameter)
+        return state
 
 
 class OptimizerRecipe(ABC):

@@ -11,7 +11,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.lora import LoRA, add_lora
 from lit_gpt_scratch.optim import AdamW, Muon
-from lit_gpt_scratch.optim.muon import MuonAdamW, orthogonalise
+from lit_gpt_scratch.optim.optimizers import MuonAdamW, orthogonalise
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 from tests.conftest import TINY
 

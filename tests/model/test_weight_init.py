@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_gpt_scratch.model import GPT, GPTConfig
-from lit_gpt_scratch.model.init import INITIALISATIONS
 from lit_gpt_scratch.model.norms import NORM_PLACEMENTS, NORMS
+from lit_gpt_scratch.model.weight_init import INITIALISATIONS
 
 WIDTH, HIDDEN, LAYERS, VOCAB = 128, 512, 3, 1000
 SWITCHES = {"value_embeddings": True, "bigram_rows": 50, "smear": True, "residual_scalars": True}
