@@ -1,6 +1,6 @@
-"""Faults that are planted in real small runs, and what the doctor says; and what it says of runs without one.
+"""Diagnoses of faults planted in small real runs, and of healthy runs.
 
-Seeds and shapes are others than those of the runs that the thresholds were taken from.
+Seeds and shapes differ from those of the runs that the thresholds were derived from.
 """
 
 import json
@@ -43,7 +43,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def examine(command: Any, sources: Path, cache: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Train with some flags; what ``doctor.json`` says."""
+    """Train with some flags; returns the diagnoses of ``doctor.json``."""
 
     def run(*flags: str, source: Path = sources) -> list[dict[str, Any]]:
         classes = [flag for flag in flags if flag.count(".") == 1 and flag.startswith("--model.optimizer=")]
@@ -53,7 +53,7 @@ def examine(command: Any, sources: Path, cache: Path) -> Callable[..., list[dict
         folder = max(Path("runs/pretrain").glob("version_*"), key=lambda path: path.stat().st_mtime)
         found: list[dict[str, Any]] = json.loads((folder / "doctor.json").read_text())
         replayed = command("doctor", folder, "--json")
-        assert json.loads(replayed.out) == found  # from its events alone the same
+        assert json.loads(replayed.out) == found  # the same from its events alone
         return found
 
     return run
@@ -111,7 +111,7 @@ def dead_relus(patch: pytest.MonkeyPatch) -> None:
 
 
 RATE = {"loss not falling", "steps too large"}
-"""Which of them is seen first depends on when the run is looked into."""
+"""Which of them is found first depends on when the run is inspected."""
 HIGH, LOW = ["--model.optimizer.lr=20"], ["--model.optimizer.lr=2e-5"]
 FAULTS: dict[str, tuple[set[str], list[str], Patch | None]] = {
     "rate x 1000": (RATE, ["--model.optimizer=AdamW", "--model.optimizer.lr=3"], None),
@@ -133,7 +133,7 @@ SAYS = {"x 1000": "too high", "/ 1000": "too low"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_answered_by_its_diagnosis(examine: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_fault_has_its_diagnosis(examine: Any, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     expected, flags, patch = FAULTS[fault]
     if patch is not None:
         patch(monkeypatch)
@@ -146,7 +146,7 @@ def test_each_fault_is_answered_by_its_diagnosis(examine: Any, fault: str, monke
             assert all(word in diagnosis["cause"] for diagnosis in found), found
 
 
-def test_duplicated_text_is_told_from_other_overfitting(examine: Any, sources: Path, tmp_path: Path) -> None:
+def test_duplicated_text_is_distinguished_from_other_overfitting(examine: Any, sources: Path, tmp_path: Path) -> None:
     rows = [path.read_text(encoding="utf-8") for path in sorted(sources.iterdir())]
     source = tmp_path / "rows.jsonl"
     copies = [text for text in rows[:8] for _ in range(20)] + rows[8:16]
@@ -175,7 +175,7 @@ START = [
     "--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=160",
     "--trainer.val_check_interval=160", "--seed_everything=51", "--runs=start",
 ]  # fmt: skip
-"""Of a model that replies, and not always to what it was asked."""
+"""Flags of a model that replies, but not always to the prompt."""
 SMALL_PHASES = [
     "--model.init_from=start/pretrain/version_0", "--data.reply_tokens=16", "--data.batch_size=32",
     "--trainer.accelerator=cpu", "--inspect.every_n_steps=0", "--inspect.pictures=false", "--inspect.prompts=[]",
@@ -185,7 +185,7 @@ SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
     "no penalty, high rate": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_coefficient=0"]),
     "high rate": ("ppo", {"KL blow-up", "entropy collapse"}, [FULL_STOP, HIGH_RATE]),
     "high rate, with a target": ("ppo", {"KL blow-up"}, [FULL_STOP, HIGH_RATE, "--model.kl_target=1"]),
-    "what these three are told, done": (
+    "the flags that these three suggest": (
         "ppo", set(), [FULL_STOP, "--model.optimizer.lr=6.3e-3", "--model.entropy_coefficient=0.01"],
     ),
     "less pays": ("ppo", {"reward hacking", "length collapse"}, ["--model.reward=tests.custom_reward.brevity"]),
@@ -204,7 +204,7 @@ SPOILT: dict[str, tuple[str, set[str], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", SPOILT)
-def test_what_spoils_a_policy_is_said(command: Any, trained: Any, cache: Path, fault: str) -> None:
+def test_each_fault_of_a_policy_is_diagnosed(command: Any, trained: Any, cache: Path, fault: str) -> None:
     kind, expected, flags = SPOILT[fault]
     trained(*START, f"--data.cache={cache}")
     config = Path(__file__).parents[2] / f"experiments/align/{kind}.yaml"
