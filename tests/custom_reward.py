@@ -1,4 +1,4 @@
-"""Rewards of somebody's own, as a config names them."""
+"""Custom reward functions, as a config names them."""
 
 import math
 from collections.abc import Sequence
@@ -13,17 +13,17 @@ def letters(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
 
 
 def even_tokens(prompts: Sequence[str], replies: Sequence[str]) -> Tensor:
-    """How many characters of each reply have an even number."""
+    """The number of characters of each reply with an even code point."""
     return torch.tensor([float(sum(ord(character) % 2 == 0 for character in reply)) for reply in replies])
 
 
 def brevity(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
-    """The shorter, the better: to say nothing is best."""
+    """Rewards short replies: an empty one is best."""
     return [-float(len(reply)) for reply in replies]
 
 
 def length(prompts: Sequence[str], replies: Sequence[str]) -> list[float]:
-    """The longer, the better: to come to no end is best."""
+    """Rewards long replies: one that never ends is best."""
     return [float(len(reply)) for reply in replies]
 
 

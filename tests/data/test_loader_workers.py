@@ -1,4 +1,4 @@
-"""Worker processes neither end a run before its step is done, nor keep it from ending."""
+"""Loader workers ignore stop signals, and end with the program."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def run(code: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(7)", 7), ("raise KeyError", 1)])
 def test_workers_end_with_the_program(end: str, code: int) -> None:
-    """Even if something still holds their loader, and nobody closed it."""
+    """Even if their loader is still referenced and was not closed."""
     done = run(end)
     assert done.returncode == code
     assert ("Traceback" in done.stderr) == (code == 1)
@@ -31,7 +31,7 @@ def test_workers_end_with_the_program(end: str, code: int) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
-def test_workers_outlive_what_asks_the_run_to_stop() -> None:
+def test_workers_ignore_stop_signals() -> None:
     signals = [signum.value for signum in STOP_SIGNALS]
     asked = f"[os.kill(worker.pid, n) for worker in batches._workers for n in {signals}]; print(sum(map(len, batches)))"
     assert run(asked).stdout.split() == ["98"]

@@ -1,4 +1,4 @@
-"""Windows cover the stream, and batches are the windows of the order."""
+"""Packed rows cover the token stream, and loaders yield them in the sampler's order."""
 
 import itertools
 import pickle
@@ -22,7 +22,7 @@ END = 60_000
 
 
 def stream(folder: Path, *sizes: int) -> ShardedTokenStream:
-    """Shards of one document of so many tokens, which count from 0 through all of them."""
+    """Shards of one document each with the given number of tokens, whose ids count from 0 through all shards."""
     numbers = itertools.count()
     return token_stream(folder, *([list(itertools.islice(numbers, n))] for n in sizes))
 
@@ -32,7 +32,7 @@ def concatenated(text: ShardedTokenStream, whole: bool = False) -> PackedDataset
 
 
 @pytest.mark.parametrize("sizes", [(1,), (2,), (8,), (9,), (10,), (16,), (17,), (100,), (5, 1, 1, 40), (16, 16)])
-def test_windows_score_every_token_but_the_first_once(tmp_path: Path, sizes: tuple[int, ...]) -> None:
+def test_every_token_except_the_first_is_a_label_once(tmp_path: Path, sizes: tuple[int, ...]) -> None:
     text, n = stream(tmp_path, *sizes), sum(sizes)
     whole = concatenated(text, whole=True)
     labels = [label for i in range(len(whole)) for label in whole[i]["labels"].ravel().tolist()]
@@ -44,7 +44,7 @@ def test_windows_score_every_token_but_the_first_once(tmp_path: Path, sizes: tup
         assert window["labels"].tolist() == [list(range(8 * i + 1, 8 * i + 9))]
 
 
-def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
+def test_padding_row_has_no_labels(tmp_path: Path) -> None:
     for n in (9, 12, 17):
         windows = concatenated(stream(tmp_path / f"{n}", n), whole=True)
         batch = windows.make_batch([0, len(windows)])
@@ -52,7 +52,7 @@ def test_the_window_behind_the_last_has_no_labels(tmp_path: Path) -> None:
         assert (batch["labels"][1] == IGNORE_INDEX).all()
 
 
-def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
+def test_rows_of_several_stores_are_numbered_in_sequence(tmp_path: Path) -> None:
     texts = [stream(tmp_path / "a", 20), stream(tmp_path / "b", 33)]
     both = PackedDataset([ConcatenatedPlan(text, 8) for text in texts], 8, END + 1, END)
     assert len(both) == 2 + 4
@@ -60,7 +60,7 @@ def test_windows_of_several_stores_are_counted_through(tmp_path: Path) -> None:
     assert found.tolist() == [list(range(8, 16)), list(range(8)), list(range(24, 32))]
 
 
-def test_a_worker_opens_the_file_and_is_not_sent_the_corpus(tmp_path: Path) -> None:
+def test_pickled_dataset_does_not_contain_the_corpus(tmp_path: Path) -> None:
     windows = concatenated(stream(tmp_path, 60_000))
     expected = windows[5]["labels"]
     pickled = pickle.dumps(windows)
@@ -69,8 +69,8 @@ def test_a_worker_opens_the_file_and_is_not_sent_the_corpus(tmp_path: Path) -> N
     assert torch.equal(again[5]["labels"], expected)
 
 
-def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
-    """On a GPU it would end in an assertion that names nothing."""
+def test_token_outside_the_vocabulary_is_rejected_and_names_its_shard(tmp_path: Path) -> None:
+    """On a GPU the lookup would fail with an assertion that names nothing."""
     windows = PackedDataset([ConcatenatedPlan(stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.make_batch([0, 1, 2, 3, 4])
     with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
@@ -78,7 +78,7 @@ def test_a_token_that_there_is_not_is_refused_by_shard(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_the_loaders_batches(packed_text: Callable[..., PackedText], num_workers: int) -> None:
+def test_loaders_yield_the_samplers_batches(packed_text: Callable[..., PackedText], num_workers: int) -> None:
     data = packed_text(num_workers=num_workers)
     data.prepare_data()
     data.setup("fit")
@@ -95,7 +95,7 @@ def test_the_loaders_batches(packed_text: Callable[..., PackedText], num_workers
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("policy", PACKING_POLICIES)
-def test_every_policy_trains(
+def test_every_packing_policy_trains(
     packed_text: Callable[..., PackedText], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule],
     policy: PackingPolicy, num_workers: int,
 ) -> None:  # fmt: skip
@@ -108,7 +108,20 @@ def test_every_policy_trains(
     )  # the same tokens are scored whatever the packing
 
 
-def test_tokens_per_step_sets_the_accumulation(
+@pytest.mark.parametrize("policy", PACKING_POLICIES)
+def test_training_batches_carry_the_label_count_of_their_step(
+    packed_text: Callable[..., PackedText], policy: PackingPolicy
+) -> None:
+    """Counted from the packing plan; without a trainer a step is one micro-batch."""
+    data = packed_text(packing=policy)
+    data.prepare_data()
+    data.setup("fit")
+    for batch in data.train_dataloader():
+        assert batch["step_labels"] == (batch["labels"] != IGNORE_INDEX).sum()
+    assert all("step_labels" not in batch for batch in data.val_dataloader())
+
+
+def test_tokens_per_step_sets_gradient_accumulation(
     packed_text: Callable[..., PackedText], trainer: Callable[..., L.Trainer], task: Callable[..., L.LightningModule]
 ) -> None:
     run = trainer(max_steps=2)
@@ -136,7 +149,7 @@ def test_tokens_per_step_sets_the_accumulation(
         ({"mixture": {"a": 1.0}}, "data.mixture uses tokens that were made already; leave out data.source"),
     ],
 )
-def test_data_that_cannot_be_is_refused_by_name(
+def test_invalid_settings_are_rejected(
     packed_text: Callable[..., PackedText], changes: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):

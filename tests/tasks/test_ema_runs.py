@@ -1,4 +1,4 @@
-"""A run with a moving average: what validates, what is saved, and what goes on being trained."""
+"""Runs with an exponential moving average: validation, checkpoints and resuming."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ TIED = GPTConfig(n_layer=1, n_head=2, n_embd=32, tied_embeddings=True)
 
 
 class Recursion(L.Callback):
-    """Average by the equation, and save in many hooks."""
+    """Averages by the equation, and saves in many hooks."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -41,7 +41,7 @@ class Recursion(L.Callback):
         self.save(trainer, "before")
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: object) -> None:
-        self.save(trainer, "amid")
+        self.save(trainer, "during")
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.save(trainer, "after")
@@ -68,8 +68,8 @@ def run(
     return fit
 
 
-def test_every_checkpoint_holds_the_average_as_its_weights(run: Callable[..., Any], tmp_path: Path) -> None:
-    """Whether it was saved between two steps or amid a validation."""
+def test_every_checkpoint_has_the_average_as_its_weights(run: Callable[..., Any], tmp_path: Path) -> None:
+    """Whether it was saved between two steps or during a validation."""
     recursion = Recursion(tmp_path)
     _, model, _ = run(callbacks=[ValidateAtEnd(), recursion])
     assert {path.stem for path in recursion.saved} >= {"step-1", "before-3", "amid-3", "after-3", "step-9", "after-9"}
@@ -84,7 +84,7 @@ def test_every_checkpoint_holds_the_average_as_its_weights(run: Callable[..., An
         assert all(any(torch.equal(kept, weight) for weight in trained.values()) for kept in beside)
 
 
-def test_the_average_validates_and_trains_nothing(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_average_is_used_in_validation_and_does_not_affect_training(run: Callable[..., Any], tmp_path: Path) -> None:
     recursion, plain = Recursion(tmp_path), Recursion(tmp_path)
     averaged, model, data = run(callbacks=[ValidateAtEnd(), recursion])
     run(ema_decay=None, callbacks=[ValidateAtEnd(), plain])
@@ -100,7 +100,7 @@ def test_the_average_validates_and_trains_nothing(run: Callable[..., Any], tmp_p
     assert torch.equal(load_model(last)[0].head.weight, model.net.head.weight)
 
 
-def test_an_average_can_begin_later_and_not_end(run: Callable[..., Any], tmp_path: Path) -> None:
+def test_averaging_can_start_in_a_resumed_run_but_not_end(run: Callable[..., Any], tmp_path: Path) -> None:
     first, _, _ = run(ema_decay=None, max_steps=4)
     first.save_checkpoint(tmp_path / "plain.ckpt")
     later, _, _ = run(ckpt_path=tmp_path / "plain.ckpt", max_steps=6)

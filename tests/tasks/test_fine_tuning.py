@@ -1,4 +1,4 @@
-"""Beginning with a trained model, training a part of it, telling classes apart, and adapters in files of their own."""
+"""Fine-tuning: initial models, frozen layers, adapters and their files, and classification."""
 
 import re
 from collections.abc import Callable
@@ -37,7 +37,7 @@ SHAPE = GPTConfig(n_layer=2, n_head=2, n_embd=32)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path) -> Path:
-    """The checkpoint of a model that was trained on a corpus."""
+    """The checkpoint of a model pretrained on a corpus."""
     folder = tmp_path_factory.mktemp("base")
     data = PackedText(str(corpus), vocab_size=300, block_size=144, batch_size=4, cache=str(cache), validation_share=0.1)
     trainer = L.Trainer(
@@ -52,7 +52,7 @@ def base(tmp_path_factory: pytest.TempPathFactory, corpus: Path, cache: Path) ->
 
 @pytest.fixture
 def tuned(trainer: Build, base: Path, tmp_path: Path, cache: Path) -> Callable[..., tuple[Any, Path]]:
-    """Tune the base on generated records; the task and its checkpoint."""
+    """Fine-tune the base on generated records; returns the module and its checkpoint."""
 
     def build_and_fit(task: Any, data: type = Conversations, steps: int = 4, **more: Any) -> tuple[Any, Path]:
         records = data(init_from=str(base), cache=str(cache), block_size=128, batch_size=2, **more)
@@ -66,7 +66,7 @@ def tuned(trainer: Build, base: Path, tmp_path: Path, cache: Path) -> Callable[.
 
 
 class FirstOutput(L.Callback):
-    """The logits of the first batch of a training, before anything was learned."""
+    """Records the logits of the first training batch, before any update."""
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -77,7 +77,7 @@ class FirstOutput(L.Callback):
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": LoRA(4)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
-def test_the_first_output_is_that_of_the_start_bit_for_bit(
+def test_first_output_equals_the_initial_models_bit_for_bit(
     trainer: Build, base: Path, cache: Path, how: dict[str, Any]
 ) -> None:
     first = FirstOutput()
@@ -99,7 +99,7 @@ def test_the_first_output_is_that_of_the_start_bit_for_bit(
         ({"lora": LoRA(2, pattern="query|value")}, r"blocks\.\d\.attention\.(query|value)\.lora_[ab]"),
     ],
 )
-def test_what_is_to_be_trained_moves_and_nothing_else(
+def test_only_unfrozen_weights_change(
     tuned: Callable[..., tuple[Any, Path]], base: Path, how: dict[str, Any], trained: str
 ) -> None:
     task, _ = tuned(LanguageModel(init_from=str(base), compile=False, **how))
@@ -112,7 +112,7 @@ def test_what_is_to_be_trained_moves_and_nothing_else(
             assert torch.equal(parameter, start[name]) != asked, name
 
 
-def test_adapters_are_kept_alone_and_merge_into_their_base_only(
+def test_adapter_file_holds_adapters_only_and_merges_into_its_base_only(
     tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
 ) -> None:
     task, path = tuned(LanguageModel(init_from=str(base), lora=LoRA(4), compile=False), steps=8)
@@ -132,9 +132,7 @@ def test_adapters_are_kept_alone_and_merge_into_their_base_only(
         save_adapter(base, file)
 
 
-def test_adapters_are_merged_in_a_file_for_others(
-    tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
-) -> None:
+def test_safetensors_export_merges_adapters(tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path) -> None:
     task, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=8)
     file = tmp_path / "model.safetensors"
     convert.main(["to-safetensors", str(path), str(file)])
@@ -145,8 +143,8 @@ def test_adapters_are_merged_in_a_file_for_others(
     assert shared.metadata == replace(own.metadata, lora=None, base=None, new_head=False)
 
 
-def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
-    """The file, in bytes, beside the base's weights in float32; nothing in it but adapters."""
+def test_rank_eight_adapter_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
+    """Bytes of the file, compared with the base's weights in float32; it has nothing but adapters."""
     with torch.device("meta"):
         net = GPT(PRESETS["gpt2_124m"], 50257, 1024)
     whole = 4 * sum(parameter.numel() for parameter in net.parameters())
@@ -165,10 +163,10 @@ def test_an_adapter_of_rank_eight_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
     assert 0.005 * whole < file.stat().st_size <= 0.02 * whole
 
 
-def test_an_adapter_beside_the_bases_head_is_for_that_head(
+def test_adapter_without_a_head_requires_its_bases_head(
     tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
 ) -> None:
-    """Bases that differ in the head alone are two, unless the adapter comes with a head of its own."""
+    """Bases that differ only in the head are different, unless the adapter has its own head."""
     for task, data, relies in ((LanguageModel, Conversations, True), (Classification, LabelledText, False)):
         _, path = tuned(task(init_from=str(base), lora=LoRA(2), compile=False), data, steps=1)
         file = tmp_path / "adapter.safetensors"
@@ -185,7 +183,7 @@ def test_an_adapter_beside_the_bases_head_is_for_that_head(
 
 
 @pytest.mark.parametrize("left_out", [".lora_a", "head.weight"])
-def test_an_adapter_that_is_not_whole_is_refused(
+def test_incomplete_adapter_is_rejected(
     tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path, left_out: str
 ) -> None:
     _, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=1)
@@ -208,7 +206,7 @@ def test_an_adapter_that_is_not_whole_is_refused(
         ({"lora": LoRA(4), "train_layers": 1}, {}, "give one of them"),
     ],
 )
-def test_what_does_not_fit_the_start_is_refused(
+def test_settings_that_contradict_the_initial_model_are_rejected(
     trainer: Build, base: Path, cache: Path, task: dict[str, Any], data: dict[str, Any], said: str
 ) -> None:
     records = {"init_from": str(base), "cache": str(cache), "block_size": 128, "batch_size": 2}
@@ -219,8 +217,8 @@ def test_what_does_not_fit_the_start_is_refused(
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-def test_a_text_is_read_whatever_it_is_filled_up_with(pooling: str) -> None:
-    """Each alone, by a loop, against all at once."""
+def test_class_logits_do_not_depend_on_padding(pooling: str) -> None:
+    """Each text alone, against all in one batch."""
     x, lengths = torch.randn(3, 7, 5), torch.tensor([7, 1, 4])
     expected = [
         row[n - 1] if pooling == "last" else row[:n].mean(0) for row, n in zip(x, lengths.tolist(), strict=True)
@@ -229,8 +227,10 @@ def test_a_text_is_read_whatever_it_is_filled_up_with(pooling: str) -> None:
 
 
 @pytest.mark.parametrize("weights", [None, "balanced", {"cats": 3.0}])
-def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]], base: Path, weights: Any) -> None:
-    """The loss and the figures, by hand, of what the task was given."""
+def test_classification_learns_and_its_metrics_match_a_computation_by_hand(
+    tuned: Callable[..., tuple[Any, Path]], base: Path, weights: Any
+) -> None:
+    """Loss and metrics, recomputed from the test batches."""
     L.seed_everything(0)
     names = LabelledText(init_from=str(base)).class_names
     weights = {names[0]: 3.0} if isinstance(weights, dict) else weights
@@ -273,7 +273,7 @@ def test_classes_are_learned_and_measured(tuned: Callable[..., tuple[Any, Path]]
         load_model(path)
 
 
-def test_there_is_no_curve_of_a_class_without_others() -> None:
+def test_auroc_ignores_classes_without_positives_or_negatives() -> None:
     each = torch.tensor([0.0, 0.25, 0.75])
     assert mean_auroc(each, torch.tensor([7, 0, 0])).isnan()
     assert mean_auroc(each, torch.tensor([0, 1, 3])) == 0.5
@@ -281,10 +281,10 @@ def test_there_is_no_curve_of_a_class_without_others() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}], ids=["all", "adapters"])
-def test_a_head_for_other_classes_is_new(
+def test_head_for_different_classes_is_initialised_from_scratch(
     trainer: Build, base: Path, cache: Path, tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    """As many classes are not the same classes."""
+    """Even if the number of classes is the same."""
 
     def fit(start: Path, *classes: str) -> tuple[Classification, Path]:
         table = tmp_path / "rows.tsv"
@@ -310,8 +310,8 @@ def test_a_head_for_other_classes_is_new(
     assert fit(path, "bad", "good")[0].net.head.weight.requires_grad
 
 
-def test_a_gradient_does_not_depend_on_the_unit_of_the_weights(trainer: Build, base: Path, cache: Path) -> None:
-    """It is that of the weighed mean, which is what is logged: twice all weights are the same weights."""
+def test_gradient_is_invariant_to_scaling_the_class_weights(trainer: Build, base: Path, cache: Path) -> None:
+    """It is that of the weighted mean, which is what is logged."""
 
     class Norms(L.Callback):
         def __init__(self) -> None:
@@ -332,7 +332,7 @@ def test_a_gradient_does_not_depend_on_the_unit_of_the_weights(trainer: Build, b
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
-def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
+def test_new_head_is_trained_and_saved_with_the_adapters(
     tuned: Callable[..., tuple[Any, Path]], base: Path, tmp_path: Path
 ) -> None:
     task, path = tuned(Classification(init_from=str(base), lora=LoRA(2), compile=False), LabelledText, steps=20)
@@ -349,10 +349,10 @@ def test_a_head_that_is_new_is_trained_and_kept_beside_the_adapters(
     assert merged.metadata.classes == task.trainer.datamodule.class_names
 
 
-def test_a_new_head_goes_on_being_trained(
+def test_new_head_stays_trainable_after_resuming(
     trainer: Build, tuned: Callable[..., tuple[Any, Path]], base: Path, cache: Path, tmp_path: Path
 ) -> None:
-    """As ``fit`` goes on with a run: from its own checkpoint, whatever it began with."""
+    """As ``fit`` resumes a run: from its own checkpoint, not the initial model."""
 
     def task(start: Path) -> Classification:
         L.seed_everything(0)
@@ -372,7 +372,7 @@ def test_a_new_head_goes_on_being_trained(
 
 
 @pytest.mark.parametrize("how", [{}, {"lora": LoRA(2)}, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
-def test_a_part_beside_random_weights_is_warned_of(
+def test_partial_training_of_random_weights_warns(
     trainer: Build, packed_text: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(max_steps=1, limit_val_batches=0).fit(LanguageModel(SHAPE, compile=False, **how), packed_text())
@@ -380,8 +380,8 @@ def test_a_part_beside_random_weights_is_warned_of(
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_tied_embedding_is_no_part_of_a_head(trainer: Build, packed_text: Any, tmp_path: Path, tied: bool) -> None:
-    """It is neither trained as one, nor changed by way of an adapter, nor taken from one."""
+def test_tied_embedding_is_not_part_of_the_head(trainer: Build, packed_text: Any, tmp_path: Path, tied: bool) -> None:
+    """It is neither trained with the head, nor changed by an adapter, nor read from one."""
     shape, data = replace(SHAPE, tied_embeddings=tied), packed_text()
     made = trainer(max_steps=1, limit_val_batches=0)
     made.fit(LanguageModel(shape, compile=False), data)
@@ -401,7 +401,7 @@ def test_a_tied_embedding_is_no_part_of_a_head(trainer: Build, packed_text: Any,
             task(lora=LoRA(2, pattern="."))
 
 
-def test_samples_are_of_conversations_that_have_room(base: Path, cache: Path) -> None:
+def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
     data = Conversations(init_from=str(base), cache=str(cache), block_size=40, too_long="drop", batch_size=1)
     assert all(len(prompt) < 40 for prompt in data.prompts)
     assert len(data.prompts) == 3
@@ -417,13 +417,13 @@ def test_samples_are_of_conversations_that_have_room(base: Path, cache: Path) ->
         ({"class_weights": {"x": -1.0}}, "must be 0 or more"),
     ],
 )
-def test_impossible_classifications_are_refused(
+def test_invalid_classification_settings_are_rejected(
     tuned: Callable[..., tuple[Any, Path]], base: Path, task: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         tuned(Classification(init_from=str(base), compile=False, **task), LabelledText)
 
 
-def test_data_without_classes_is_refused(tuned: Callable[..., tuple[Any, Path]], base: Path) -> None:
+def test_data_without_classes_is_rejected(tuned: Callable[..., tuple[Any, Path]], base: Path) -> None:
     with pytest.raises(UserError, match="has no classes"):
         tuned(Classification(init_from=str(base), compile=False), Conversations)

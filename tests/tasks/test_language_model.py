@@ -1,4 +1,4 @@
-"""The task learns, repeats itself, and counts what it says it counts."""
+"""LanguageModel: overfitting, determinism, gradient scaling, logging and validation metrics."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ Build = Callable[..., L.Trainer]
 
 
 class OneBatch(PackedText):
-    """The same batch, over and over."""
+    """The same batch at every step."""
 
     def train_dataloader(self) -> DataLoader[Batch]:
         self.batch = next(iter(super().train_dataloader()))
@@ -35,7 +35,7 @@ class OneBatch(PackedText):
 
 
 @pytest.mark.parametrize("optimizer", [Muon(), AdamW(lr=1e-2)])
-def test_one_batch_is_learned_by_heart(
+def test_one_batch_can_be_memorised(
     trainer: Build, packed_text: Callable[..., PackedText], optimizer: Muon | AdamW
 ) -> None:
     settings = packed_text()
@@ -69,7 +69,7 @@ def read(folder: str | Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
-def test_train_loss_is_the_mean_over_the_steps_micro_batches(
+def test_train_loss_is_the_mean_over_a_steps_micro_batches(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path
 ) -> None:
     def losses(batch_size: int, accumulate: int) -> list[float]:
@@ -83,7 +83,7 @@ def test_train_loss_is_the_mean_over_the_steps_micro_batches(
 
 
 class Gradients(L.Callback):
-    """Compare each step's gradient with that of the mean over all labels that came since the last step."""
+    """Compares each step's gradient with that of the mean over all labels since the last step."""
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -110,10 +110,10 @@ class Gradients(L.Callback):
 
 
 @pytest.mark.parametrize("policy", PACKING_POLICIES)
-def test_a_gradient_is_that_of_the_mean_over_the_steps_labels(
+def test_gradient_is_that_of_the_mean_over_a_steps_labels(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], policy: PackingPolicy
 ) -> None:
-    """Windows that are filled up have fewer labels, and the last step of an epoch fewer micro-batches."""
+    """Padded rows have fewer labels, and the last step of an epoch has fewer micro-batches."""
     gradients = Gradients()
     run = trainer(
         max_steps=-1, max_epochs=1, limit_train_batches=7, accumulate_grad_batches=3, callbacks=[gradients],
@@ -125,7 +125,7 @@ def test_a_gradient_is_that_of_the_mean_over_the_steps_labels(
         assert len({n for step in gradients.labels for n in step}) > 1
 
 
-def test_what_is_logged(
+def test_loss_learning_rate_and_gradient_norm_are_logged(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], tmp_path: Path
 ) -> None:
     logger = TensorBoardLogger(tmp_path)
@@ -142,7 +142,7 @@ def test_what_is_logged(
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-def test_validation_weighs_tokens_and_bytes_as_an_independent_count_does(
+def test_validation_metrics_match_a_computation_by_hand(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
 ) -> None:
     model, data = task(), packed_text(block_size=64)
@@ -159,7 +159,7 @@ def test_validation_weighs_tokens_and_bytes_as_an_independent_count_does(
     assert run.callback_metrics["val/bits_per_byte"].item() == pytest.approx(bits, rel=1e-5)
 
 
-def test_validation_of_one_document_is_what_evaluate_says(
+def test_validation_of_one_document_matches_evaluate(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], corpus: Path
 ) -> None:
     model, data = task(), packed_text(source=str(corpus / "00.txt"), validation_share=0.3)
@@ -183,7 +183,7 @@ def test_validation_of_one_document_is_what_evaluate_says(
         {"max_steps": -1, "max_epochs": 1},
     ],
 )
-def test_a_run_ends_with_one_validation(
+def test_run_ends_with_exactly_one_validation(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], flags: dict[str, int]
 ) -> None:
     validated: list[int] = []
@@ -200,7 +200,7 @@ def test_a_run_ends_with_one_validation(
         assert run.global_step == flags["max_steps"]
 
 
-def test_building_twice_is_building_once(
+def test_configure_model_builds_once(
     task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText], trainer: Build
 ) -> None:
     model = task()
@@ -210,13 +210,13 @@ def test_building_twice_is_building_once(
     assert model.net is net
 
 
-def test_bare_loaders_are_refused(task: Callable[..., LanguageModel], trainer: Build) -> None:
+def test_bare_loaders_are_rejected(task: Callable[..., LanguageModel], trainer: Build) -> None:
     with pytest.raises(UserError, match="from a data module"):
         trainer().fit(task(), torch.utils.data.DataLoader([1]))
 
 
 @pytest.mark.skipif(bool(explain_no_compile(torch.device("cpu"))), reason="torch.compile needs a compiler")
-def test_compiled_and_eager_agree_and_compiled_repeats_itself(
+def test_compiled_and_eager_agree_and_compiled_is_deterministic(
     trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText]
 ) -> None:
     def loss(compile: bool) -> float:

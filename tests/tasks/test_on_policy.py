@@ -1,4 +1,4 @@
-"""Policies that learn from their own replies: what is kept of a phase, against the decoder and loops."""
+"""On-policy training: rollouts against the decoder, losses, rewards, KL penalty and invalid settings."""
 
 import json
 import logging
@@ -58,7 +58,7 @@ def policy(name: str, **changes: Any) -> OnPolicyModule:
 
 
 class Seen(L.Callback):
-    """The batches of a training, and what the policy says of each before it is learned from."""
+    """Records training batches, and the policy's log-probabilities before it trains on them."""
 
     def __init__(self) -> None:
         self.batches: list[dict[str, Tensor]] = []
@@ -100,10 +100,10 @@ def run(trainer: Build, data: Callable[..., Prompts]) -> Callable[..., tuple[OnP
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("name", POLICIES)
-def test_before_an_update_the_ratio_is_exactly_one_and_the_kl_exactly_zero(
+def test_before_an_update_ratio_is_exactly_one_and_kl_exactly_zero(
     run: Callable[..., Any], name: str, accumulate: int
 ) -> None:
-    """Bit for bit, rows of any lengths, at the first step of each phase; the KL in the first phase."""
+    """Bit for bit, for rows of any length, at the first step of each phase; the KL in the first phase."""
     _, seen = run(name, 8, accumulate)
     assert len(seen.rollouts) == 2
     steps = range(0, len(seen.batches), accumulate)
@@ -117,8 +117,8 @@ def test_before_an_update_the_ratio_is_exactly_one_and_the_kl_exactly_zero(
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[..., Any], temperature: float) -> None:
-    """A reply depends on weights, prompt, seed and its number; its log-probabilities agree within 1e-5."""
+def test_rollouts_match_replies_generated_one_by_one(run: Callable[..., Any], temperature: float) -> None:
+    """A reply depends on weights, prompt, seed and its index; its log-probabilities agree within 1e-5."""
     task, seen = run("GRPO", 8, temperature=temperature, rows_at_once=3)
     assert len(seen.rollouts) == 2
     for rollouts, weights in zip(seen.rollouts, seen.weights, strict=True):
@@ -149,8 +149,8 @@ def test_the_rows_of_a_phase_are_what_the_decoder_writes_alone(run: Callable[...
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
-def test_a_step_is_the_same_however_it_is_dealt_out(run: Callable[..., Any], name: str) -> None:
-    """In micro-batches of other widths, with other numbers of tokens."""
+def test_step_is_independent_of_gradient_accumulation(run: Callable[..., Any], name: str) -> None:
+    """In micro-batches of different widths and numbers of tokens."""
     found = []
     for accumulate, batch_size in ((1, 12), (3, 4)):
         _, seen = run(name, 4, accumulate, more={"batch_size": batch_size}, temperature=3.0)
@@ -161,16 +161,16 @@ def test_a_step_is_the_same_however_it_is_dealt_out(run: Callable[..., Any], nam
     assert three == pytest.approx(one, rel=1e-4)
 
 
-def test_rows_of_ranks_are_put_in_the_order_of_the_phase() -> None:
-    """Two ranks with three micro-batches of two rows, numbered as they are dealt out."""
+def test_merge_ranks_restores_the_order_of_the_phase() -> None:
+    """Two ranks with three micro-batches of two rows each."""
     ranks = torch.tensor([rank_rows(BatchLayout(2, 2, 3), rank, 12) for rank in range(2)])
     assert merge_ranks(ranks[0], ranks, 2).tolist() == list(range(12))
     assert merge_ranks(ranks[0][:, None], ranks[..., None], 2).squeeze(1).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
-def test_what_fills_rows_up_counts_for_nothing(run: Callable[..., Any], name: str) -> None:
-    """Other tokens behind the replies, other numbers at prompts and behind: the loss and its gradient are the same."""
+def test_padding_does_not_affect_loss_or_gradient(run: Callable[..., Any], name: str) -> None:
+    """Different tokens after the replies, and different values at prompts and padding, change nothing."""
     task, seen = run(name, 2, entropy_coefficient=0.1)
     batch = seen.batches[-1]
     labels = batch["labels"]
@@ -193,7 +193,7 @@ def test_what_fills_rows_up_counts_for_nothing(run: Callable[..., Any], name: st
         torch.testing.assert_close(clean, other, rtol=1e-4, atol=1e-6)
 
 
-def test_replies_to_a_prompt_stand_together_and_are_compared(run: Callable[..., Any]) -> None:
+def test_grpo_groups_the_replies_to_each_prompt(run: Callable[..., Any]) -> None:
     _, seen = run("GRPO", 4, steps_per_phase=4, group=8)
     rows = seen.rollouts[0].rows
     assert len(rows["scores"]) == 16
@@ -208,8 +208,8 @@ def test_replies_to_a_prompt_stand_together_and_are_compared(run: Callable[..., 
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
-def test_the_coefficient_follows_its_target(run: Callable[..., Any], name: str) -> None:
-    """The first KL is 0, which is a fifth too little and more: less by 2 % in the next phase. And it is what counts."""
+def test_kl_coefficient_adapts_to_its_target(run: Callable[..., Any], name: str) -> None:
+    """The first KL is 0, more than a fifth below the target: the coefficient decreases by 2 % per phase."""
     _, seen = run(name, 9, kl_target=1.0, kl_coefficient=0.5)
     assert [rollouts.coefficient for rollouts in seen.rollouts] == pytest.approx([0.5, 0.5 * 0.98, 0.5 * 0.98**2])
     _, fixed = run(name, 9, kl_coefficient=0.5)
@@ -217,10 +217,10 @@ def test_the_coefficient_follows_its_target(run: Callable[..., Any], name: str) 
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
+def test_rewarded_replies_become_more_probable_and_the_reference_stays(
     trainer: Build, data: Callable[..., Prompts], name: str
 ) -> None:
-    """What is written by chance has letters for half of its characters. Nobody trained the head; adapters leave it."""
+    """Random replies consist of letters by half. The head is not pretrained; adapters leave it frozen."""
     L.seed_everything(0)
     seen = Seen()
     settings = {
@@ -239,10 +239,10 @@ def test_what_is_rewarded_becomes_likelier_and_the_start_stays(
         assert not torch.equal(task(first["input_ids"], first["labels"])[0], seen.logprobs[0])
 
 
-def test_a_second_run_of_a_task_learns_from_replies_of_its_own(
+def test_second_run_of_a_module_generates_its_own_rollouts(
     trainer: Build, data: Callable[..., Prompts], tmp_path: Path
 ) -> None:
-    """Its first phase is written by the network as it then is, to its own prompts; a checkpoint's is gone on with."""
+    """Its first phase uses the network as it is, and its own prompts; a checkpoint's phase is continued."""
     task, again, resumed = policy("PPO", kl_target=1.0, steps_per_phase=2), Seen(), Seen()
     made = trainer(max_steps=3, limit_val_batches=0)
     made.fit(task, data())
@@ -261,8 +261,8 @@ def test_a_second_run_of_a_task_learns_from_replies_of_its_own(
     assert all(torch.equal(rows, kept[name]) for name, rows in resumed.rollouts[0].rows.items())
 
 
-def test_what_rewards_is_what_judges(trainer: Build, data: Callable[..., Prompts], tmp_path: Path) -> None:
-    """In the run, when it goes on, and in a test on other data."""
+def test_replies_are_checked_by_the_reward(trainer: Build, data: Callable[..., Prompts], tmp_path: Path) -> None:
+    """In training, after resuming, and in a test on other data."""
     task, seen, made = policy("GRPO", reward="no_digit"), Seen(), trainer(max_steps=1, limit_val_batches=0)
     made.callbacks.append(seen)
     made.fit(task, data(batch_size=16))
@@ -277,8 +277,8 @@ def test_what_rewards_is_what_judges(trainer: Build, data: Callable[..., Prompts
     assert going_on.reply_check is no_digit
 
 
-def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> None:
-    """All replies are worth the same: a critic knows it, and nothing is left to be surprised of."""
+def test_critic_learns_a_constant_return(trainer: Build, data: Callable[..., Prompts]) -> None:
+    """All replies have the same reward, which the critic learns to predict."""
     L.seed_everything(0)
     seen = Seen()
     task = policy("PPO", reward="python_expression", unended_score=0.5, gae_lambda=1.0, kl_coefficient=0.0,
@@ -291,10 +291,10 @@ def test_values_are_learned(trainer: Build, data: Callable[..., Prompts]) -> Non
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_the_start_is_none_of_a_policys_parameters(
+def test_reference_is_not_among_the_parameters(
     trainer: Build, data: Callable[..., Prompts], tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """A critic is, in the plan as in the summary."""
+    """The critic is, in the plan and in the summary."""
     summary, task = RunSummary(), policy(name, steps_per_phase=2)
     summary.folder = RunFolder.create(tmp_path, "run")
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
@@ -310,8 +310,8 @@ def test_the_start_is_none_of_a_policys_parameters(
 
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
-def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Prompts], name: str) -> None:
-    """In batches, of which the last is filled up; against all prompts at once."""
+def test_test_metrics_cover_each_prompt_once(trainer: Build, data: Callable[..., Prompts], name: str) -> None:
+    """In batches, of which the last is padded, against all prompts at once."""
     prompts, task = data(), policy(name, kl_coefficient=0.3)
     made = trainer(max_steps=3, limit_val_batches=0)
     made.fit(task, prompts)
@@ -333,8 +333,8 @@ def test_the_test_is_of_each_prompt_once(trainer: Build, data: Callable[..., Pro
         torch.testing.assert_close(made.callback_metrics[f"test/{figure}"], value, rtol=1e-4, atol=1e-5)
 
 
-def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each process writes by itself, as many tokens as it happens to need."""
+def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process generates by itself, as many tokens as its replies need."""
     monkeypatch.setattr(PPO, "device_mesh", object())
     with pytest.raises(UserError, match=r"PPO supports DDP only: use --trainer\.strategy ddp"):
         policy("PPO").build_auxiliary_networks()
@@ -353,7 +353,7 @@ def test_models_that_are_dealt_out_are_refused(monkeypatch: pytest.MonkeyPatch) 
         ("runs/nowhere", "model.reward: no checkpoint"),
     ],
 )
-def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str, said: str) -> None:
+def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         run("PPO", reward=reward)
     assert "\n" not in str(raised.value)
@@ -382,15 +382,13 @@ def test_rewards_that_are_none_are_refused(run: Callable[..., Any], reward: str,
         ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
     ],
 )
-def test_impossible_policies_are_refused(
-    run: Callable[..., Any], name: str, changes: dict[str, Any], said: str
-) -> None:
+def test_invalid_settings_are_rejected(run: Callable[..., Any], name: str, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said) as raised:
         run(name, **changes)
     assert "\n" not in str(raised.value)
 
 
-def test_a_policy_needs_prompts_and_something_that_judges(
+def test_policy_needs_prompts_and_a_reward(
     run: Callable[..., Any], trainer: Build, tmp_path: Path, cache: Path
 ) -> None:
     with pytest.raises(UserError, match="Conversations has no prompts; PPO needs Prompts"):
@@ -401,30 +399,30 @@ def test_a_policy_needs_prompts_and_something_that_judges(
 
 
 @pytest.fixture
-def judge(trainer: Build, cache: Path, tmp_path: Path) -> Callable[..., tuple[Reward, str]]:
+def reward_run(trainer: Build, cache: Path, tmp_path: Path) -> Callable[..., tuple[Reward, str]]:
     """A reward model and its checkpoint."""
 
     def trained(**changes: Any) -> tuple[Reward, str]:
         settings = {"cache": str(cache), "vocab_size": 300, "block_size": 96, "batch_size": 4}
         task, made = Reward(SHAPE, compile=False), trainer(max_steps=2, limit_val_batches=0)
         made.fit(task, Preferences(**(settings | changes)))
-        made.save_checkpoint(tmp_path / "judge.ckpt")
-        return task, str(tmp_path / "judge.ckpt")
+        made.save_checkpoint(tmp_path / "reward.ckpt")
+        return task, str(tmp_path / "reward.ckpt")
 
     return trained
 
 
 @pytest.fixture
 def same(data: Callable[..., Prompts], tmp_path: Path) -> dict[str, Any]:
-    """Settings of data with one tokenizer."""
+    """Data settings with a shared tokenizer."""
     tokens = data()
     tokens.prepare_data()
     tokens.tokenizer.save(tmp_path / "tokenizer.json")
     return {"tokenizer": str(tmp_path / "tokenizer.json"), "vocab_size": None}
 
 
-def asked_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
-    """What a reward model says of each row's text, without its neighbours."""
+def score_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
+    """The rewards of each row's text alone."""
     found = []
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
         last = int((labels != IGNORE_INDEX).nonzero()[-1])
@@ -434,17 +432,17 @@ def asked_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("unended", [None, -7.0])
-def test_a_reward_model_is_asked_as_it_was_trained(
+def test_reward_model_is_read_at_the_end_of_replies(
     run: Callable[..., Any],
-    judge: Callable[..., tuple[Reward, str]],
+    reward_run: Callable[..., tuple[Reward, str]],
     same: dict[str, Any],
     unended: float | None,
 ) -> None:
-    """Where a reply ends. One that does not counts as the least of its phase, or what it was given."""
-    model, path = judge(**same)
+    """A truncated reply gets the minimum of its phase, or the configured score."""
+    model, path = reward_run(**same)
     task, seen = run("PPO", reward=path, unended_score=unended, more=same)
     rows = seen.rollouts[0].rows
-    said, ended = asked_alone(model, rows), rows["ended"] > 0
+    said, ended = score_alone(model, rows), rows["ended"] > 0
     assert 0 < ended.sum() < len(ended)
     expected = torch.where(ended, said, said.min() if unended is None else unended)
     torch.testing.assert_close(rows["scores"], expected, rtol=0, atol=1e-5)
@@ -455,15 +453,15 @@ def test_a_reward_model_is_asked_as_it_was_trained(
     n = task.prompts.counts["test"]
     task.eval()
     rows = task.generator.generate("test", range(n), reply_seeds(0, 1, numbers=range(n)))
-    said, ended = asked_alone(model, rows), rows["ended"] > 0
+    said, ended = score_alone(model, rows), rows["ended"] > 0
     mean = torch.where(ended, said, said.min() if unended is None else unended).mean()
     torch.testing.assert_close(made.callback_metrics["test/reward"], mean, rtol=0, atol=1e-5)
 
 
-def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_refused(
-    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]]
+def test_reward_model_with_another_tokenizer_or_untrusted_code_is_rejected(
+    run: Callable[..., Any], reward_run: Callable[..., tuple[Reward, str]]
 ) -> None:
-    _, path = judge(vocab_size=280)
+    _, path = reward_run(vocab_size=280)
     with pytest.raises(UserError, match=r"model.reward: the reward model .* has another tokenizer"):
         run("PPO", reward=path)
     contents = torch.load(path, weights_only=True)
@@ -475,10 +473,10 @@ def test_a_reward_model_of_another_tokenizer_or_of_code_that_nobody_trusts_is_re
         run("PPO", reward=path, gpt=replace(SHAPE, attention=own))
 
 
-def test_a_reward_model_that_could_not_read_a_reply_is_refused_before_one_is_written(
-    run: Callable[..., Any], judge: Callable[..., tuple[Reward, str]], same: dict[str, Any]
+def test_reward_model_with_a_shorter_context_is_rejected_before_generating(
+    run: Callable[..., Any], reward_run: Callable[..., tuple[Reward, str]], same: dict[str, Any]
 ) -> None:
-    _, path = judge(**same, block_size=88)
+    _, path = reward_run(**same, block_size=88)
     said = "has a context of 88 tokens, but data.block_size is 96: lower that, or train .* --data.block_size 96"
     with pytest.raises(UserError, match=said):
         run("PPO", 0, reward=path, more=same)

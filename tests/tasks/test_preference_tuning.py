@@ -1,4 +1,4 @@
-"""Reward models and DPO: what is lost and measured, the reference, what is filled up, and replies that are judged."""
+"""Reward models and DPO: losses, metrics, the reference model, padding, and checked replies."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +29,7 @@ HOW: list[dict[str, Any]] = [{}, {"lora": LoRA(2)}]
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    """The checkpoint of a model that has begun to learn how to reply."""
+    """The checkpoint of a model that was instruction-tuned for a few steps."""
     folder = tmp_path_factory.mktemp("start")
     trainer = L.Trainer(
         accelerator="cpu", devices=1, max_steps=30, max_epochs=-1, logger=False, enable_checkpointing=False,
@@ -43,7 +43,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
 
 @pytest.fixture
 def align(trainer: Build, start: Path, cache: Path, tmp_path: Path) -> Callable[..., tuple[Any, Path]]:
-    """Align the start; the task and its checkpoint."""
+    """Align the initial model; returns the module and its checkpoint."""
 
     def fitted(task: Any, steps: int = 3, **more: Any) -> tuple[Any, Path]:
         settings = {"init_from": str(start), "cache": str(cache), "block_size": 96, "batch_size": 8, "reply_tokens": 8}
@@ -56,7 +56,7 @@ def align(trainer: Build, start: Path, cache: Path, tmp_path: Path) -> Callable[
 
 
 def moved(task: L.LightningModule, scale: float = 0.05) -> None:
-    """Away from the start, wherever it is trained."""
+    """Move the trained weights away from the initial model."""
     with torch.no_grad():
         for parameter in task.parameters():
             if parameter.requires_grad:
@@ -64,16 +64,16 @@ def moved(task: L.LightningModule, scale: float = 0.05) -> None:
 
 
 def logprobs(net: Any, ids: Tensor, labels: Tensor) -> float:
-    """Of one row, token by token."""
+    """The log-probability of one row's labels, token by token."""
     chances = net(ids[None])[0].log_softmax(-1)
     return sum(chances[t, label].item() for t, label in enumerate(labels.tolist()) if label != IGNORE_INDEX)
 
 
 @pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
-def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
+def test_dpo_loss_matches_a_loop_over_pairs(
     align: Callable[..., tuple[Any, Path]], start: Path, how: dict[str, Any]
 ) -> None:
-    """Each row alone and without what fills it up; the reference is the checkpoint that it began with."""
+    """Each row alone and without padding; the reference is the initial checkpoint."""
     task, _ = align(DPO(init_from=str(start), beta=0.3, compile=False, **how))
     moved(task)
     task.eval()
@@ -98,10 +98,10 @@ def test_the_loss_is_that_of_the_paper_by_a_loop_over_pairs(
 
 
 @pytest.mark.parametrize("how", HOW, ids=["all", "adapters"])
-def test_a_policy_is_no_distance_from_itself(
+def test_initial_policy_equals_the_reference(
     trainer: Build, start: Path, cache: Path, tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    """At the start its log-probabilities are those of the reference, bit for bit, and what is lost is log 2 a pair."""
+    """Its log-probabilities are the reference's, bit for bit, and the loss is log 2 per pair."""
 
     class First(L.Callback):
         def on_train_batch_start(
@@ -123,10 +123,10 @@ def test_a_policy_is_no_distance_from_itself(
 
 
 @pytest.mark.parametrize("how", [*HOW, {"train_layers": 1}], ids=["all", "adapters", "last layer"])
-def test_the_reference_stays_and_is_no_part_of_what_is_trained(
+def test_reference_is_not_trained(
     align: Callable[..., tuple[Any, Path]], trainer: Build, start: Path, tmp_path: Path, how: dict[str, Any]
 ) -> None:
-    """Also when the run goes on from its own checkpoint, as ``fit`` lets it."""
+    """Also after resuming from its own checkpoint, as ``fit`` does."""
     begun = load_model(start)[0]
     task, path = align(DPO(init_from=str(start), compile=False, **{"gpt": None} | how), steps=4)
     saved = load_checkpoint(path)["state_dict"]
@@ -149,10 +149,8 @@ def test_the_reference_stays_and_is_no_part_of_what_is_trained(
 
 
 @pytest.mark.parametrize("build_task", [Reward, DPO])
-def test_a_loss_is_the_mean_over_pairs_in_any_batches(
-    trainer: Build, start: Path, cache: Path, build_task: type
-) -> None:
-    """Rows of another batch are filled up to another width; the gradient of a step must not know of it."""
+def test_loss_is_the_mean_over_pairs_in_any_batches(trainer: Build, start: Path, cache: Path, build_task: type) -> None:
+    """Rows of different batches are padded to different widths; a step's gradient must not depend on it."""
 
     class Gradients(L.Callback):
         def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -174,10 +172,10 @@ def test_a_loss_is_the_mean_over_pairs_in_any_batches(
         torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-6)
 
 
-def test_a_reward_is_read_at_the_end_and_learned(
+def test_reward_is_read_at_the_last_token_and_learned(
     align: Callable[..., tuple[Any, Path]], start: Path, tmp_path: Path
 ) -> None:
-    """Whatever a conversation is filled up with; and it can be asked of a checkpoint."""
+    """Whatever the padding; and a checkpoint computes the same."""
     task, path = align(Reward(init_from=str(start), optimizer=AdamW(3e-3), compile=False), steps=60)
     task.eval()
     batch: PairBatch = task.trainer.datamodule.test_dataset.make_batch([0, 1, 2])
@@ -200,10 +198,10 @@ def test_a_reward_is_read_at_the_end_and_learned(
         load_reward_model(str(start), tokenizer)
 
 
-def test_true_reward_is_the_share_of_ended_replies_that_hold(
+def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
     align: Callable[..., tuple[Any, Path]], start: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The start's is measured once, on prompts of the test, and goes on with the run."""
+    """The initial model's is measured once, on test prompts, and kept when the run resumes."""
     asked = []
 
     def written(net: Any, tokenizer: Any, prompts: list[list[int]], tokens: int, sampling: Any) -> list[ChatReply]:
@@ -245,19 +243,19 @@ def test_true_reward_is_the_share_of_ended_replies_that_hold(
         ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* allows no dropout: leave it out"),
     ],
 )
-def test_impossible_settings_are_refused(how: dict[str, Any], said: str) -> None:
+def test_invalid_settings_are_rejected(how: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         DPO(**how)
 
 
-def test_data_without_pairs_is_refused(trainer: Build, start: Path, cache: Path) -> None:
+def test_data_without_pairs_is_rejected(trainer: Build, start: Path, cache: Path) -> None:
     data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
     with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO needs Preferences"):
         trainer().fit(DPO(init_from=str(start), compile=False), data)
 
 
-def test_a_reward_is_not_learned_of_replies_without_an_end(trainer: Build, start: Path, cache: Path) -> None:
-    """One of a pair that was cut would end and the other not, by which they could be told apart."""
+def test_reward_model_rejects_truncated_replies(trainer: Build, start: Path, cache: Path) -> None:
+    """Of a truncated pair one could end and the other not, which would give the preference away."""
     data = Preferences(init_from=str(start), cache=str(cache), block_size=96, too_long="cut")
     with pytest.raises(UserError, match=r"data\.too_long is cut, but a reward is read where a reply ends"):
         trainer().fit(Reward(init_from=str(start), compile=False), data)
