@@ -317,7 +317,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_not_overwritten(
     monkeypatch.syspath_prepend(tmp_path)
     done = command("fit", *small, "--trainer.callbacks=mine.Mine")
     assert done.code == 2
-    assert "last.ckpt: it would hold numpy." in done.err
+    assert "last.ckpt: it would contain numpy." in done.err
     assert not list(RUN.glob("checkpoints/*"))
 
 
