@@ -61,7 +61,7 @@ def one_line(outcome: Outcome, *expected: str) -> None:
         (["--trainer.strategy", "teleport"], ["strategy", "teleport"]),
         (["--trainer.accelerator", "abacus"], ["abacus"]),
         (["--trainer.precision", "3-mixed"], ["precision", "3-mixed"]),
-        (["--trainer.precision", "16-mixed"], ["--trainer.precision 16-mixed", "--trainer.precision bf16-mixed works"]),
+        (["--trainer.precision", "16-mixed"], ["--trainer.precision 16-mixed", "use --trainer.precision bf16-mixed"]),
         (["--trainer.strategy", "fsdp"], ["--trainer.strategy fsdp", "fsdp2"]),
         (["--trainer.max_steps", "-7"], ["max_steps", "-7"]),
         (["--ckpt_path", "last"], ["no run with a checkpoint", "lit_gpt_scratch.fit"]),
