@@ -335,5 +335,7 @@ def test_architecture_page_lists_every_folder_and_command() -> None:
         f"{path.name}/" if path.is_dir() else path.name for path in package.iterdir() if path.name[0] not in "_."
     }
     assert {entry for entry in entries if f"`{entry}`" not in ARCHITECTURE} == set()
+    for name in re.findall(r"`((?:\w+/)+\w+\.py)`", ARCHITECTURE):
+        assert (package / name).is_file(), name
     for command in COMMANDS:
         assert (package / f"{command}.py").is_file()
