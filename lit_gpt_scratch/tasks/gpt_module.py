@@ -354,12 +354,13 @@ class GPTModule(L.LightningModule):
         """This micro-batch's share of the mean loss over all labels of the optimizer step."""
         loss_sum, _ = self.loss_and_count(batch)
         self._loss_sum = self._loss_sum + loss_sum.detach()
-        layout, count = self.data_info.layout, self.step_count(batch).to(loss_sum.dtype)
-        self._rank_labels = torch.where(count > 0, count, 1.0) / layout.replicas
+        step_count = self.step_count(batch).to(loss_sum.dtype)
+        layout = self.data_info.layout
         # Lightning divides the loss by the micro-batches of a step, and DDP and FSDP average gradients over the ranks.
         # So this divides by the labels of the average micro-batch: the step's gradient is that of the mean over all its
-        # labels, however unevenly they are spread.
-        return loss_sum / (self._rank_labels / layout.accumulate)
+        # labels, however unevenly they are distributed.
+        self._labels_per_rank = torch.where(step_count > 0, step_count, 1.0) / layout.replicas
+        return loss_sum / (self._labels_per_rank / layout.accumulate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Finish the gradient, and log at log steps only, because reading values waits for the device.
@@ -370,7 +371,8 @@ class GPTModule(L.LightningModule):
         if self.device_mesh is not None:
             reduce_tp_gradients(self.net, self.device_mesh)
         if self.is_log_step or self.step_filter is not None:
-            self.step_loss = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean") / self._rank_labels
+            rank_mean = self.trainer.strategy.reduce(self._loss_sum.clone(), reduce_op="mean")  # it reduces in place
+            self.step_loss = rank_mean / self._labels_per_rank
         if self.is_log_step and self.step_loss is not None:
             self.log("train/loss", self.step_loss)
             self.log("train/learning_rate", optimizer.param_groups[0]["lr"])
