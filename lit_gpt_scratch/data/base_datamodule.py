@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.row_dataset import RowDataset
-from lit_gpt_scratch.data.sampler import EvaluationSampler, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 

@@ -14,7 +14,7 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, LabelledBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.record_split import shuffled_indices
-from lit_gpt_scratch.data.row_dataset import RowIndices
+from lit_gpt_scratch.data.sampler import RowIndices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import synthetic_data

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data.packing import PackingPlan
-from lit_gpt_scratch.data.row_dataset import RowDataset, RowIndices
+from lit_gpt_scratch.data.sampler import RowDataset, RowIndices
 from lit_gpt_scratch.errors import UserError
 
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import PADDING_MULTIPLE
-from lit_gpt_scratch.data.row_dataset import BatchT, RowDataset
+from lit_gpt_scratch.data.sampler import BatchT, RowDataset
 
 EMPTY_ROW: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
 """The token ids of a padding row."""

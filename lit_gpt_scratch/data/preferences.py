@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataInfo, PairBatch
 from lit_gpt_scratch.data.padding import EMPTY_ROW, PaddedDataset, pad_rows
 from lit_gpt_scratch.data.prompt_base import DEFAULT_CHECKABLE, PromptedDataModule
-from lit_gpt_scratch.data.row_dataset import RowIndices
+from lit_gpt_scratch.data.sampler import RowIndices
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text import chat_template, synthetic_data

@@ -31,7 +31,7 @@ from lit_gpt_scratch.data.record_split import (
     validate_shares,
 )
 from lit_gpt_scratch.data.resolve_tokenizer import resolve_tokenizer, train_or_load_tokenizer
-from lit_gpt_scratch.data.row_dataset import RowDataset
+from lit_gpt_scratch.data.sampler import RowDataset
 from lit_gpt_scratch.data.tokenized_examples import (
     LENGTH_POLICIES,
     EncodedSequence,

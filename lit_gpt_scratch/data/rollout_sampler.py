@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import PromptIndexBatch, RolloutPhase
-from lit_gpt_scratch.data.row_dataset import RowDataset, RowIndices
-from lit_gpt_scratch.data.sampler import Permutations, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.data.sampler import Permutations, RowDataset, RowIndices, ShuffledOrder, ShuffledSampler
 
 
 class RolloutSampler(ShuffledSampler):

@@ -13,8 +13,14 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from lit_gpt_scratch.data import sampler as module
-from lit_gpt_scratch.data.row_dataset import MicroBatch
-from lit_gpt_scratch.data.sampler import ROWS_AT_ONCE, EvaluationSampler, Permutations, ShuffledOrder, ShuffledSampler
+from lit_gpt_scratch.data.sampler import (
+    ROWS_AT_ONCE,
+    EvaluationSampler,
+    MicroBatch,
+    Permutations,
+    ShuffledOrder,
+    ShuffledSampler,
+)
 
 SLOW_LENGTHS = pytest.param(range(1, 100_001), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])
 
