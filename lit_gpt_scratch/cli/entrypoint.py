@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from lit_gpt_scratch.errors import UserError
 
@@ -28,27 +28,22 @@ def run(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # the encoding of a pipe may lack characters that a model generates
             stream.reconfigure(encoding="utf-8", errors="replace")
-    handler = TqdmLoggingHandler()
+    handler = logging.StreamHandler()  # to standard error
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("lit_gpt_scratch")
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     try:
-        main()
+        with logging_redirect_tqdm([logger]):  # above a progress bar instead of into it
+            main()
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
     except BrokenPipeError:  # the reader of standard output closed it, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
-
-
-class TqdmLoggingHandler(logging.Handler):
-    """Write log lines to standard error, above a progress bar instead of into it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Clear the bar, print the line, redraw the bar."""
-        tqdm.write(self.format(record), file=sys.stderr)
+    finally:
+        logger.removeHandler(handler)
 
 
 class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
