@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, Checkpoint, Timer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from lit_gpt_scratch.checkpoint.loop_state import count_finished_epochs
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import (
     can_stop_early,
@@ -38,6 +39,26 @@ class RunDirCallback(Callback):
             log_dir = trainer.log_dir
             fast_dev_run: int = trainer.fast_dev_run  # type: ignore[attr-defined]  # the trainer sets it late
             self.folder = RunFolder(Path(log_dir)) if log_dir and not fast_dev_run else None
+
+
+class HostReducer:
+    """All-reduce of small integers over all ranks, through gloo, without synchronising the accelerator.
+
+    Create it on all ranks at the same point, after the process group is initialised.
+    """
+
+    def __init__(self) -> None:
+        distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        # With NCCL the host would wait for the device at every step.
+        self._group = dist.new_group(backend="gloo") if distributed else None
+
+    def max(self, value: int) -> int:
+        """Maximum of the values of all ranks; every rank must call it."""
+        if self._group is None:
+            return value
+        values = torch.tensor(int(value))
+        dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group)
+        return int(values.item())
 
 
 class ValidateAtEnd(Callback):

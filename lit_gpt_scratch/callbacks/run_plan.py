@@ -2,9 +2,8 @@
 
 import logging
 import math
-import statistics
-import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Final
 
 import lightning as L
@@ -16,7 +15,7 @@ from lit_gpt_scratch.callbacks.introspection import PARAMETER_PARTS, markdown_co
 from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration, pluralize
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
-from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS
+from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
@@ -39,12 +38,11 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 log = logging.getLogger(__name__)
 
-TIMED_STEPS = 8
-"""Steps after the first whose median time the plan reports."""
-
 
 class RunPlan(RunDirCallback):
     """Prints what the run will do, and after the first steps how long it will take.
+
+    A ``Throughput`` callback before this one measures the time.
 
     Args:
         only: Stop after that (``--plan``); for a trainer without logger, checkpoints and validations.
@@ -56,52 +54,34 @@ class RunPlan(RunDirCallback):
         self.validates = validates
         self.lines: list[tuple[str, str]] = []
         """Name and text of each printed line; only on rank 0."""
-        self._times: list[float] = []
-        self._step_started: float | None = None
+        self._throughput: Throughput | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the plan and the warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        self._first_step = self._step = trainer.global_step
-        self._is_done = not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule))
-        if isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule) and trainer.is_global_zero:
+        self._first_step = trainer.global_step
+        if not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule)):
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
+            if isinstance(callback, Throughput):
+                self._throughput, callback.on_first_steps = callback, partial(self._report_time, trainer)
+        if trainer.is_global_zero:
             self.lines = list(self._lines(trainer, pl_module, data))
             for name, text in self.lines:
                 log.info("%-11s %s", name, text)
             for warning in plan_warnings(trainer, pl_module, data):
                 log.warning("%-11s %s", "careful", warning)
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Start timing a step at its first micro-batch."""
-        if self._step_started is None and not self._is_done:
-            self._step_started = time.perf_counter()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop timing; the first step compiles and is left out."""
-        if self._is_done or trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        if pl_module.device.type != "cpu":
-            torch.accelerator.synchronize(pl_module.device)  # only these few steps are synchronized
-        self._times.append(time.perf_counter() - (self._step_started or 0.0))
-        self._step_started = None
-        if len(self._times) == 1 + TIMED_STEPS:
-            self._print_time(trainer)
-            trainer.should_stop = trainer.should_stop or self.only
-
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the time of a plan with fewer steps."""
-        if self.only and not self._is_done and len(self._times) > 1:
-            self._print_time(trainer)
+        if self.only and self._throughput and self._throughput.on_first_steps is not None:
+            self._report_time(trainer)
 
-    def _print_time(self, trainer: L.Trainer) -> None:
-        self._is_done = True
-        if trainer.is_global_zero:
-            log.info("%-11s %s", "time", self._time(trainer, statistics.median(self._times[1:])))
+    def _report_time(self, trainer: L.Trainer) -> None:
+        seconds = self._throughput and self._throughput.median_step_seconds
+        if seconds and trainer.is_global_zero:
+            log.info("%-11s %s", "time", self._time(trainer, seconds))
+        trainer.should_stop = trainer.should_stop or self.only
 
     def _lines(self, trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[tuple[str, str]]:
         device = trainer.strategy.root_device
@@ -168,7 +148,7 @@ class RunPlan(RunDirCallback):
         steps = trainer.estimated_stepping_batches
         if not math.isfinite(steps):
             return measured
-        done = self._first_step if self.only else self._step
+        done = self._first_step if self.only else trainer.global_step
         if steps == done:
             return measured
         # A forward pass is about a third of a training step.

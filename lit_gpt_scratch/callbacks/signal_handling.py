@@ -11,9 +11,8 @@ from typing import Any, NoReturn
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.checkpointing import Checkpointing
+from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, HostReducer
 from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
-from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.lightning_compat import disable_signal_handlers, is_validating_between_steps
 
 log = logging.getLogger(__name__)

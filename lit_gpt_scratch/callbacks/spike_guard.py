@@ -10,11 +10,10 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.checkpointing import HostReducer, RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_text
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.spike_detector import PATIENCE, SpikeDetector
-from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.lightning_compat import is_validating_between_steps, restore_weights_and_optimizers
 from lit_gpt_scratch.model.activation_hooks import eager_eval_mode
 from lit_gpt_scratch.tasks.gpt_module import GPTModule

@@ -1,6 +1,10 @@
 """Training throughput: tokens per second, shares of a step's time, model FLOP utilisation, peak memory."""
 
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
@@ -10,32 +14,30 @@ from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import Batch
+from lit_gpt_scratch.callbacks.checkpointing import HostReducer
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics
-from lit_gpt_scratch.distributed.collectives import HostReducer
 from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.profiling.flops_and_memory import training_flops_per_token
 from lit_gpt_scratch.profiling.peak_flops import peak_flops
 from lit_gpt_scratch.profiling.peak_memory import peak_memory
-from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, StepTimer
 
+STEP_PHASES = ("data", "generation", "forward", "backward", "optimizer", "rest")
+"""Phases of a step: waiting for the batch, generating rollouts, the three compute phases, and the rest."""
 TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 """Names of the time shares in TensorBoard."""
 
 
-class Stopwatch(Protocol):
-    """Accumulates seconds."""
-
-    def take(self) -> float:
-        """Seconds since the last call."""
+FIRST_STEPS = 8
+"""Steps after the first, which compiles, whose median time ``Throughput`` measures on request."""
 
 
 @runtime_checkable
 class GeneratesBatches(Protocol):
     """A task that generates what it learns from, such as an RL policy."""
 
-    generation_stopwatch: Stopwatch
-    """Seconds spent on generating and scoring."""
+    def take_generation_seconds(self) -> float:
+        """Seconds spent on generating and scoring since the last call."""
 
 
 class Throughput(Callback):
@@ -55,7 +57,7 @@ class Throughput(Callback):
     - ``throughput/peak_memory_gigabytes``: the maximum over ranks, validations included; see ``peak_memory``.
 
     Only training is timed: not validation, sampling and checkpointing, nor the first step, which compiles. The device
-    is synchronized only at the end of training.
+    is synchronized only at the end of training, and at the end of the first steps if ``on_first_steps`` is set.
     """
 
     def __init__(self) -> None:
@@ -67,6 +69,10 @@ class Throughput(Callback):
         self.tokens_per_second = 0.0
         self.peaks: dict[str, float] = {}
         """Peak FLOP/s of all devices together: ``nominal``, if it is known, and ``measured``."""
+        self.on_first_steps: Callable[[], None] | None = None
+        """To be set when training starts, by whoever needs ``median_step_seconds``: called once, after these steps."""
+        self._step_seconds: list[float] = []
+        self._step_started: float | None = None
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
         self._memory: float | None = None
         self._flops_per_token = 0
@@ -80,6 +86,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure the devices' peak; the first step of this process compiles and is not timed."""
+        self._step_seconds, self._step_started = [], None
         self._is_warm, self._step = False, trainer.global_step
         self._timer = StepTimer(pl_module.device)
         self._reducer = HostReducer()
@@ -99,12 +106,14 @@ class Throughput(Callback):
         """Start the timer where validation or the start of the run had stopped it."""
         waited = {"data": self._loader_timer.take()}
         if isinstance(pl_module, GeneratesBatches):
-            waited["generation"] = pl_module.generation_stopwatch.take()
+            waited["generation"] = pl_module.take_generation_seconds()
         if self._timer.running:
             self._timer.mark("rest", waited)
         elif self._is_warm:
             self._batch_started = time.perf_counter()
             self._timer.start()
+        if self.on_first_steps is not None and self._step_started is None:
+            self._step_started = time.perf_counter()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """The forward pass is done."""
@@ -132,6 +141,22 @@ class Throughput(Callback):
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         if stepped and every and trainer.global_step % every == 0:
             self._log(trainer, pl_module)
+        if stepped and self.on_first_steps is not None:
+            self._time_first_step(pl_module.device, self.on_first_steps)
+
+    def _time_first_step(self, device: torch.device, report: Callable[[], None]) -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # only these few steps are synchronized
+        self._step_seconds.append(time.perf_counter() - (self._step_started or 0.0))
+        self._step_started = None
+        if len(self._step_seconds) == 1 + FIRST_STEPS:
+            self.on_first_steps = None
+            report()
+
+    @property
+    def median_step_seconds(self) -> float | None:
+        """Median time of the first steps, without the very first; None before the second step."""
+        return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         phases = self._timer.take()
@@ -246,3 +271,121 @@ class DataLoaderTimer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.profiler, name)
+
+
+COLLECT_EVERY = 32
+"""Number of marks that are read together: one at a time, with cold caches, they would take twice as long."""
+
+
+class TimerEvent(Protocol):
+    """A point in time, with the interface of ``torch.cuda.Event``."""
+
+    def record(self) -> Any:
+        """Record the event: on a device, when all work submitted so far is done."""
+
+    def query(self) -> bool:
+        """Whether the event has happened."""
+
+    def synchronize(self) -> None:
+        """Wait until the event has happened."""
+
+    def elapsed_time(self, end_event: Any) -> float:
+        """Milliseconds from this event to another."""
+
+
+class HostTimerEvent:
+    """An event on the host's clock."""
+
+    def record(self) -> None:
+        """Record the event now."""
+        self._at = time.perf_counter()
+
+    def query(self) -> bool:
+        """A recorded event has always happened."""
+        return True
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def elapsed_time(self, end_event: "HostTimerEvent") -> float:
+        """Milliseconds from this event to another."""
+        return 1000 * (end_event._at - self._at)
+
+
+# Not MPS: reading the time between two of its events waits for the device.
+EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
+    "cpu": HostTimerEvent,
+    "cuda": partial(torch.cuda.Event, enable_timing=True),
+}
+
+
+class StepTimer:
+    """Accumulates the seconds between marks by the phase that each mark ends.
+
+    On an accelerator, marks are events in its stream: they cost the host almost nothing, and the time between two of
+    them is counted once the device has passed both. Only ``finish`` waits for the device.
+
+    Args:
+        device: Device of the computation; on one whose events cannot be read without waiting, nothing is counted.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.running = False
+        self._event = EVENT_TYPES.get(device.type)
+        self._marks: deque[tuple[str | None, Mapping[str, float], TimerEvent]] = deque()
+        self._last: TimerEvent | None = None
+        self._seconds = dict.fromkeys(STEP_PHASES, 0.0)
+
+    def start(self) -> None:
+        """Start counting."""
+        self.running = True
+        self._record(None, {})
+
+    def stop(self) -> None:
+        """Stop counting; the time since the last mark is discarded."""
+        self.running = False
+
+    def mark(self, phase: str, waits: Mapping[str, float] | None = None) -> None:
+        """End a phase: the time since the last mark belongs to ``phase``. Does nothing while stopped.
+
+        Args:
+            phase: One of ``STEP_PHASES``.
+            waits: Seconds within it that count as other phases, by phase, e.g. while the host waited for data. They are
+                limited to the phase's own time: an accelerator with work left has waited less than the host.
+        """
+        if self.running:
+            self._record(phase, waits or {})
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase since the last call, up to the last event that has happened."""
+        self._collect()
+        taken, self._seconds = self._seconds, dict.fromkeys(STEP_PHASES, 0.0)
+        return taken
+
+    def finish(self) -> dict[str, float]:
+        """Stop, wait for the device, and return the remaining seconds by phase."""
+        self.stop()
+        if self._marks:
+            self._marks[-1][2].synchronize()
+        return self.take()
+
+    def _record(self, phase: str | None, waits: Mapping[str, float]) -> None:
+        if self._event is None:
+            return
+        event = self._event()
+        event.record()
+        self._marks.append((phase, waits, event))
+        if len(self._marks) > COLLECT_EVERY:  # so that they do not accumulate in a run that never logs
+            self._collect()
+
+    def _collect(self) -> None:
+        while self._marks and self._marks[0][2].query():
+            phase, waits, event = self._marks.popleft()
+            if phase is not None and self._last is not None:
+                seconds = self._last.elapsed_time(event) / 1000
+                for other, wait in waits.items():
+                    taken = min(wait, seconds)
+                    self._seconds[other] += taken
+                    seconds -= taken
+                self._seconds[phase] += seconds
+            self._last = event

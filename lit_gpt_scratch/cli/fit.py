@@ -21,6 +21,7 @@ from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.signal_handling import SignalHandling, exit_on_signal
 from lit_gpt_scratch.callbacks.spike_guard import GuardMode
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics, RunMetadata
+from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.checkpoint_io import AtomicCheckpointIO, BackgroundCheckpointIO
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
@@ -206,7 +207,8 @@ class FitCLI(LightningCLI):
         if self.config_init.plan:
             config |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
             plan = RunPlan(only=True, validates=config["limit_val_batches"] != 0)
-            config |= {"limit_val_batches": 0, "callbacks": [*(config["callbacks"] or []), BaselineMetrics(), plan]}
+            callbacks = [*(config["callbacks"] or []), Throughput(), BaselineMetrics(), plan]
+            config |= {"limit_val_batches": 0, "callbacks": callbacks}
         else:
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:

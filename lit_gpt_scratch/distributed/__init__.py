@@ -1,1 +1,1 @@
-"""Strategies (FSDP2, tensor parallelism), collectives, and defaults and checks that depend on the hardware."""
+"""Strategies (FSDP2, tensor parallelism) and defaults and checks that depend on the hardware."""

@@ -1,1 +1,1 @@
-"""FLOPs, memory, peak throughput and step timing."""
+"""FLOPs, memory and peak throughput."""

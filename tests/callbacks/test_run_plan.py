@@ -12,8 +12,9 @@ from torch import nn
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks.progress import format_count
-from lit_gpt_scratch.callbacks.run_plan import TIMED_STEPS, RunPlan
+from lit_gpt_scratch.callbacks.run_plan import RunPlan
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
+from lit_gpt_scratch.callbacks.throughput import FIRST_STEPS, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.optim import AdamW, OptimizerRecipe
 from lit_gpt_scratch.tasks import LanguageModel
@@ -28,7 +29,7 @@ def said(
     **flags: object,
 ) -> dict[str, list[str]]:
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
-        trainer(callbacks=[BaselineMetrics(), RunPlan()], **flags).fit(task, data)
+        trainer(callbacks=[Throughput(), BaselineMetrics(), RunPlan()], **flags).fit(task, data)
     lines: dict[str, list[str]] = {}
     for record in caplog.records:
         lines.setdefault(record.getMessage()[:11].strip(), []).append(record.getMessage()[12:])
@@ -42,13 +43,13 @@ def test_the_plan_describes_the_run(
     packed_text: Callable[..., PackedText],
 ) -> None:
     data, model = packed_text(tokens_per_step=256), task()
-    lines = said(caplog, trainer, model, data, max_steps=TIMED_STEPS + 1, accumulate_grad_batches=1)
+    lines = said(caplog, trainer, model, data, max_steps=FIRST_STEPS + 1, accumulate_grad_batches=1)
     assert "1 thread; 32-true" in lines["device"][0]
     assert "not compiled" in lines["device"][0]
     assert format_count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
     assert f"{data.store.train.n_documents} documents" in lines["data"][0]
     # Two micro-batches of 4 windows of 32 tokens.
-    assert f"{TIMED_STEPS + 1} steps of 256 tokens: 2.3 k tokens" in lines["run"][0]
+    assert f"{FIRST_STEPS + 1} steps of 256 tokens: 2.3 k tokens" in lines["run"][0]
     assert lines["optimizer"] == [
         "muon 26.6 k in 14 matrices at 0.02; adamw 19.2 k in 2 tables at 0.008; adamw 224 in 9 vectors at 0.008"
     ]

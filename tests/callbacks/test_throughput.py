@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_gpt_scratch.callbacks import throughput
-from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
+from lit_gpt_scratch.callbacks.throughput import STEP_PHASES, TIME_SHARE_TAGS, HostTimerEvent, StepTimer, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.lightning_compat import FETCH_BATCH_ACTION
-from lit_gpt_scratch.profiling import step_timer
-from lit_gpt_scratch.profiling.step_timer import STEP_PHASES, HostTimerEvent
 from lit_gpt_scratch.tasks import LanguageModel
 
 MILLISECONDS = {"data": 20, "generation": 0, "forward": 10, "backward": 30, "optimizer": 25, "rest": 15}
@@ -210,7 +208,7 @@ def test_no_one_waits_for_the_device_before_the_end(
         def query(self) -> bool:
             return bool(waits)  # it is behind by the whole run
 
-    monkeypatch.setitem(step_timer.EVENT_TYPES, "cpu", Device)
+    monkeypatch.setitem(throughput.EVENT_TYPES, "cpu", Device)
     watch, notes = Throughput(), Notes()
     run = trainer(callbacks=[watch], logger=notes, log_every_n_steps=1, limit_val_batches=0)
     run.fit(task(), packed_text())
@@ -218,3 +216,126 @@ def test_no_one_waits_for_the_device_before_the_end(
     assert len(notes.said["tokens_per_second"]) == 7
     assert not notes.said.keys() & set(TIME_SHARE_TAGS)  # at no log point was anything known
     assert sum(watch.figures[part] for part in STEP_PHASES) == pytest.approx(1)
+
+
+class SimulatedDevice:
+    """A host that submits work and a device that runs it in order, each with its own timer."""
+
+    def __init__(self) -> None:
+        self.host = self.busy_until = 0.0
+        self.waits = 0
+
+    def ask(self, seconds: float) -> None:
+        """Submit work to the device; the host continues."""
+        self.busy_until = max(self.busy_until, self.host) + seconds
+
+    def event(self) -> "Moment":
+        return Moment(self)
+
+
+class Moment:
+    """An event of the simulated device."""
+
+    def __init__(self, device: SimulatedDevice) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        self.at = max(self.device.busy_until, self.device.host)
+
+    def query(self) -> bool:
+        return self.at <= self.device.host
+
+    def synchronize(self) -> None:
+        self.device.waits += 1
+        self.device.host = max(self.device.host, self.at)
+
+    def elapsed_time(self, end_event: "Moment") -> float:
+        assert self.query(), "reading an event that is to come waits for the device"
+        assert end_event.query(), "reading an event that is to come waits for the device"
+        return 1000 * (end_event.at - self.at)
+
+
+def train(device: SimulatedDevice, timer: StepTimer, steps: int, loading: float, after: float = 0.0) -> None:
+    """Steps of 1 + 2 + 1 seconds on the device."""
+    timer.start()
+    for step in range(steps):
+        if step:
+            device.host += loading + after
+            timer.mark("rest", {"data": loading})
+        for phase, seconds in (("forward", 1.0), ("backward", 2.0), ("optimizer", 1.0)):
+            device.host += 0.01
+            device.ask(seconds)
+            timer.mark(phase)
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    device = SimulatedDevice()
+    monkeypatch.setitem(throughput.EVENT_TYPES, "cuda", device.event)
+    return device
+
+
+@pytest.mark.parametrize(
+    ("loading", "after", "data", "rest"),
+    [
+        (0.5, 0.3, 0.0, 0.0),  # all hidden by the device's work
+        (6.97, 0.0, 3.0, 0.0),  # of 7 s until the next forward pass, the device was busy for 4
+        (2.0, 4.97, 2.0, 1.0),  # the same, but callbacks took most of it
+    ],
+)
+def test_device_waits_for_data_only_while_idle(
+    device: SimulatedDevice, loading: float, after: float, data: float, rest: float
+) -> None:
+    timer, steps = StepTimer(torch.device("cuda")), 5
+    train(device, timer, steps, loading, after)
+    assert device.waits == 0
+    taken = timer.finish()
+    assert device.waits == 1
+    assert (taken["forward"], taken["backward"], taken["optimizer"]) == pytest.approx((5, 10, 5), abs=0.2)
+    assert (taken["data"], taken["rest"]) == pytest.approx(((steps - 1) * data, (steps - 1) * rest), abs=0.2)
+
+
+def test_events_not_reached_yet_count_later(device: SimulatedDevice) -> None:
+    timer = StepTimer(torch.device("cuda"))
+    train(device, timer, 5, loading=0.0)
+    assert sum(timer.take().values()) == 0  # the host is 20 s ahead
+    device.host = 10.5  # two steps, and half of the third
+    assert sum(timer.take().values()) == pytest.approx(9, abs=0.1)
+    assert sum(timer.finish().values()) == pytest.approx(11, abs=0.1)
+    assert device.waits == 1
+
+
+def test_marks_do_not_accumulate(device: SimulatedDevice) -> None:
+    timer = StepTimer(torch.device("cuda"))
+    timer.start()
+    for _ in range(100):
+        device.ask(0.1)
+        timer.mark("forward")
+        device.host += 0.1
+    assert len(timer._marks) <= throughput.COLLECT_EVERY
+
+
+def test_nothing_is_counted_while_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    moments = iter([1.0, 3.0, 100.0, 107.0, 200.0, 207.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(moments))
+    timer = StepTimer(torch.device("cpu"))
+    timer.mark("rest")
+    timer.start()
+    timer.mark("forward")
+    timer.stop()
+    timer.mark("backward")
+    timer.start()
+    timer.mark("rest", {"data": 3.0, "generation": 2.0})
+    assert timer.take() == dict.fromkeys(STEP_PHASES, 0.0) | {
+        "forward": 2.0,
+        "data": 3.0,
+        "generation": 2.0,
+        "rest": 2.0,
+    }
+
+
+def test_device_without_suitable_events_is_not_timed() -> None:
+    timer = StepTimer(torch.device("mps"))
+    timer.start()
+    timer.mark("forward")
+    assert not any(timer.finish().values())

@@ -122,7 +122,7 @@ class OnPolicyModule(GPTModule):
         self.kl_target = kl_target
         self.entropy_coefficient = entropy_coefficient
         self.generator: RolloutGenerator | None = None
-        self.generation_stopwatch = Stopwatch()
+        self._generation_stopwatch = Stopwatch()
         """Measures the time spent generating rollouts."""
         self.rollouts: Rollouts | None = None
         """Of the current phase."""
@@ -159,7 +159,11 @@ class OnPolicyModule(GPTModule):
         if stage == "fit":
             self.rollouts = None
             self._log_sums.clear()
-            self.generation_stopwatch = Stopwatch()
+            self._generation_stopwatch = Stopwatch()
+
+    def take_generation_seconds(self) -> float:
+        """Seconds spent on generating and scoring since the last call."""
+        return self._generation_stopwatch.take()
 
     @property
     def prompts(self) -> PromptSource:
@@ -222,7 +226,7 @@ class OnPolicyModule(GPTModule):
         n = self.phase.steps * self.data_info.layout.rows_per_step
         phase = int(batch["indices"][0]) // n
         if self.rollouts is None or self.rollouts.phase != phase or len(self.rollouts.rows["labels"]) != n:
-            with self.generation_stopwatch.running(), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            with self._generation_stopwatch.running(), torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self.rollouts = self._generate_phase(phase, n)
         step_labels = self.count_labels(self.rollouts.rows["labels"][batch["step_indices"] % n])
         return self.rollouts.take(batch["indices"] % n) | {"step_labels": step_labels}
