@@ -41,6 +41,45 @@ class RunDirCallback(Callback):
             self.folder = RunFolder(Path(log_dir)) if log_dir and not fast_dev_run else None
 
 
+class PeriodicCallback(Callback):
+    """A callback that measures optimizer steps at an interval, the first step included.
+
+    Attributes:
+        every_n_steps: Optimizer steps between measurements; 0 for never.
+    """
+
+    every_n_steps: int
+    _step = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the step that training starts from."""
+        self._step = trainer.global_step
+
+    def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called by ``GPTModule`` with the finished gradient."""
+        if self._is_due(trainer.global_step + 1):
+            self.measure_gradient(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Called after each micro-batch."""
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            if self._is_due(self._step):
+                self.measure_step(trainer, pl_module)
+
+    def measure_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure before the gradient is clipped and the step is taken; only of a ``GPTModule``."""
+
+    def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure after the step, ``trainer.global_step - 1`` as Lightning counts."""
+
+    def _is_due(self, step: int) -> bool:
+        """Whether a measurement is due after this step, counted from 1."""
+        return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
+
+
 class HostReducer:
     """All-reduce of small integers over all ranks, through gloo, without synchronising the accelerator.
 

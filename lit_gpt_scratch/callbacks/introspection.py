@@ -3,18 +3,18 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
+from lit_gpt_scratch.callbacks.checkpointing import PeriodicCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
@@ -42,7 +42,7 @@ EMBEDDING_MODULES: Final = ("embedding", "bigrams", "smear", "position", "value_
 """Modules that embed tokens or positions."""
 
 
-class GradientStats(Callback):
+class GradientStats(PeriodicCallback):
     """Logs the gradient norm of each part and layer, and the update norm of each part.
 
     With a suitable learning rate a step changes weights by about a thousandth of their norm; a part that changes far
@@ -58,18 +58,15 @@ class GradientStats(Callback):
         self._groups: dict[str, list[nn.Parameter]] = {}
         self._before: dict[str, list[Tensor]] = {}
         self._norms: dict[str, Tensor] = {}
-        self._step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Group the parameters."""
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         net = getattr(pl_module, "net", None)
         self._groups = group_parameters(net) if isinstance(net, GPT) else {}
 
-    def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def measure_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute gradient norms, before clipping, and copy the weights."""
-        if not is_due(self.every_n_steps, trainer.global_step + 1):
-            return
         for name, parameters in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
@@ -77,13 +74,8 @@ class GradientStats(Callback):
             if name in PARAMETER_PARTS:
                 self._before[name] = [p.detach().clone() for p in parameters]
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute update norms."""
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
         if not self._before:
             return
         n_gradients = len(self._norms)
@@ -97,13 +89,8 @@ class GradientStats(Callback):
         for name in self._before:
             if (norm := figures[f"before {name}"]) != 0:  # weights initialised to zero have no ratio at first
                 values[f"dynamics/update_ratio/{name}"] = figures[f"dynamics/update_ratio/{name}"] / norm
-        log_metrics(trainer, values, self._step - 1)
+        log_metrics(trainer, values, trainer.global_step - 1)
         self._before, self._norms = {}, {}
-
-
-def is_due(every_n_steps: int, step: int) -> bool:
-    """Whether a measurement every ``every_n_steps`` is due after this step, counted from 1."""
-    return every_n_steps > 0 and (step == 1 or step % every_n_steps == 0)
 
 
 def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -154,7 +141,7 @@ class LayerStats(NamedTuple):
     hidden: Tensor | None = None
 
 
-class ActivationStats(Callback):
+class ActivationStats(PeriodicCallback):
     """Runs the network on the first validation windows, and logs statistics and plots of its activations.
 
     Statistics are logged every so many steps, of the weights being trained; names: ``metric_logging.py``. Plots,
@@ -182,11 +169,11 @@ class ActivationStats(Callback):
         self.prompts = prompts
         self._batch: dict[str, Tensor] = {}
         self._plots: ActivationPlots | None = None
-        self._n_plotted = self._step = 0
+        self._n_plotted = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep a batch of validation windows."""
-        self._step = trainer.global_step
+        super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._batch, self._plots = {}, None
         if self.every_n_steps and isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule):
@@ -207,16 +194,11 @@ class ActivationStats(Callback):
                 targets = labels[0, : self._n_plotted].tolist() if has_next_tokens else []
                 self._plots = ActivationPlots(data, ids[0, : self._n_plotted].tolist(), targets)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the statistics."""
-        if trainer.global_step == self._step:
-            return
-        self._step = trainer.global_step
-        if self._batch and isinstance(pl_module, GPTModule) and is_due(self.every_n_steps, self._step):
+        if self._batch and isinstance(pl_module, GPTModule):
             captured = self._capture(trainer, pl_module, for_plots=False)
-            log_metrics(trainer, activation_metrics(captured, self._batch.get("lengths")), self._step - 1)
+            log_metrics(trainer, activation_metrics(captured, self._batch.get("lengths")), trainer.global_step - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log the plots."""
