@@ -1,9 +1,10 @@
-"""Checkpoints of a run, and the run directory they are written to."""
+"""Whether to save and to stop after each optimizer step; the run directory, and other bases of callbacks."""
 
 import math
 import time
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -324,3 +325,54 @@ class Checkpointing(RunDirCallback, Checkpoint):
         """Restore the best models and whether a validation is due."""
         self.best = dict(state_dict["best"])
         self._validation_due = state_dict.get("validation_due", False)
+
+
+class StopBetweenSteps(Callback, ABC):
+    """Stops all ranks after the same optimizer step once one of them received a signal, and saves ``last.ckpt`` first.
+
+    Args:
+        checkpoints: Saves ``last.ckpt``; None if the run saves nothing.
+    """
+
+    def __init__(self, checkpoints: Checkpointing | None) -> None:
+        self.checkpoints = checkpoints
+        self.signum = 0
+        """The signal received, or 0."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Prepare for the ranks to agree (a collective)."""
+        self._reducer, self._first_step = HostReducer(), -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember the step that this process starts from."""
+        self._first_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Between two steps: save and stop if any rank received a signal."""
+        if batch_idx % trainer.accumulate_grad_batches == 0 and self._signal_received():
+            if self.checkpoints and trainer.global_step > self._first_step:
+                self.checkpoints.save_last(trainer)
+            self.stop(trainer)
+
+    def on_validation_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """During validation: stop at once; the weights were saved before it began."""
+        if is_validating_between_steps(trainer) and self._signal_received():
+            self.stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Agree on a signal that came too late to stop the run, so that all ranks exit alike."""
+        self._signal_received()
+
+    @abstractmethod
+    def stop(self, trainer: L.Trainer) -> NoReturn:
+        """Exit this process; called on every rank."""
+
+    def _signal_received(self) -> bool:
+        """Whether any rank received a signal (a collective)."""
+        agreed = self._reducer.max(self.signum)
+        self.signum = self.signum or agreed  # a signal during the collective counts next time
+        return bool(agreed)

@@ -6,14 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback
 
-from lit_gpt_scratch.callbacks.checkpointing import Checkpointing, HostReducer
+from lit_gpt_scratch.callbacks.checkpointing import StopBetweenSteps
 from lit_gpt_scratch.data.base_datamodule import STOP_SIGNALS
-from lit_gpt_scratch.lightning_compat import disable_signal_handlers, is_validating_between_steps
+from lit_gpt_scratch.lightning_compat import disable_signal_handlers
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ def _exit(signum: int, frame: FrameType | None = None) -> None:
     raise SystemExit(128 + signum)
 
 
-class SignalHandling(Callback):
+class SignalHandling(StopBetweenSteps):
     """On a signal: finish the step, save ``last.ckpt``, print how to resume, and exit with 128 + the signal's number.
 
     A signal to one rank stops all of them after the same step. A second signal changes nothing. Before the first step
@@ -45,18 +44,13 @@ class SignalHandling(Callback):
         checkpoints: Saves ``last.ckpt``; None if the run saves nothing.
     """
 
-    def __init__(self, checkpoints: Checkpointing | None) -> None:
-        self.checkpoints = checkpoints
-        self.signum = 0
-        """The signal received, or 0."""
-
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Install the handlers; from here on all ranks exist and can agree to stop.
 
         They replace Lightning's, which run a broadcast inside the handler, whatever collective the rank was in.
         """
-        self._reducer = HostReducer()
-        self._trainer, self._first_step = trainer, -1
+        super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
         self._before = {}
         if threading.current_thread() is threading.main_thread():
             disable_signal_handlers(trainer)
@@ -67,34 +61,10 @@ class SignalHandling(Callback):
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the step that this process starts from."""
-        self._first_step = trainer.global_step
-
     def _record_signal(self, signum: int, frame: FrameType | None) -> None:
         if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
             _exit(signum)
         self.signum = self.signum or signum
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Between two steps: save and stop if any rank received a signal."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._signal_received():
-            if self.checkpoints and trainer.global_step > self._first_step:
-                self.checkpoints.save_last(trainer)
-            self._stop(trainer)
-
-    def on_validation_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """During validation: stop at once; the weights were saved before it began."""
-        if is_validating_between_steps(trainer) and self._signal_received():
-            self._stop(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Agree on a signal that came too late to stop the run, so that all ranks exit alike."""
-        self._signal_received()
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
         """Exit this process with the signal's exit code."""
@@ -102,13 +72,8 @@ class SignalHandling(Callback):
             raise SystemExit(0)  # Lightning's launcher kills rank 0 when a process that it started fails
         raise SystemExit(128 + self.signum)
 
-    def _signal_received(self) -> bool:
-        """Whether any rank received a signal (a collective)."""
-        agreed = self._reducer.max(self.signum)
-        self.signum = self.signum or agreed  # a signal during the collective counts next time
-        return bool(agreed)
-
-    def _stop(self, trainer: L.Trainer) -> None:
+    def stop(self, trainer: L.Trainer) -> NoReturn:
+        """Print how to resume, and exit."""
         if trainer.is_global_zero:
             folder = self.checkpoints and self.checkpoints.folder
             saved = folder and (folder.last.exists() or trainer.global_step > self._first_step)
