@@ -42,6 +42,33 @@ class RunDirCallback(Callback):
             self.folder = RunFolder(Path(log_dir)) if log_dir and not fast_dev_run else None
 
 
+class BetweenSteps(Callback):
+    """A callback that acts between two optimizer steps: before the first micro-batch of a step.
+
+    Attributes:
+        due: Whether to act before the next step.
+    """
+
+    due: bool = True
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Called before each micro-batch."""
+        if self.due and batch_idx % trainer.accumulate_grad_batches == 0:
+            self.between_steps(trainer, pl_module, batch)
+
+    def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Act.
+
+        Args:
+            trainer: The run's trainer.
+            pl_module: The task.
+            batch: The next micro-batch.
+        """
+        raise NotImplementedError
+
+
 class PeriodicCallback(Callback):
     """A callback that measures optimizer steps at an interval, the first step included.
 
@@ -130,7 +157,7 @@ def time_is_up(trainer: L.Trainer) -> bool:
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
-class Checkpointing(RunDirCallback, Checkpoint):
+class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     """Saves ``last.ckpt`` to resume from, and the best models by validation loss.
 
     ``last.ckpt`` is saved between two optimizer steps, after the earlier one was logged, and never between the
@@ -238,11 +265,9 @@ class Checkpointing(RunDirCallback, Checkpoint):
             loop.epoch_progress.increment_completed()
         self._validation_due = False  # also if validation has been switched off
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
         """Save ``last.ckpt`` at its intervals."""
-        if batch_idx % trainer.accumulate_grad_batches or self._saved == trainer.global_step or not trainer.global_step:
+        if self._saved == trainer.global_step or not trainer.global_step:
             return
         if trainer.global_step % self.every_n_steps == 0 or self._is_time():
             self.save_last(trainer)
@@ -327,7 +352,7 @@ class Checkpointing(RunDirCallback, Checkpoint):
         self._validation_due = state_dict.get("validation_due", False)
 
 
-class StopBetweenSteps(Callback, ABC):
+class StopBetweenSteps(BetweenSteps, ABC):
     """Stops all ranks after the same optimizer step once one of them received a signal, and saves ``last.ckpt`` first.
 
     Args:
@@ -347,11 +372,9 @@ class StopBetweenSteps(Callback, ABC):
         """Remember the step that this process starts from."""
         self._first_step = trainer.global_step
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Between two steps: save and stop if any rank received a signal."""
-        if batch_idx % trainer.accumulate_grad_batches == 0 and self._signal_received():
+    def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Save and stop if any rank received a signal."""
+        if self._signal_received():
             if self.checkpoints and trainer.global_step > self._first_step:
                 self.checkpoints.save_last(trainer)
             self.stop(trainer)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.callbacks.checkpointing import RunDirCallback
+from lit_gpt_scratch.callbacks.checkpointing import BetweenSteps, RunDirCallback
 from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
@@ -33,7 +33,7 @@ FIRST_BATCH_FACTS: Final = "run/labels_next", "run/labels_own"
 """Facts about the first batch of a run."""
 
 
-class DiagnosticsCallback(RunDirCallback):
+class DiagnosticsCallback(BetweenSteps, RunDirCallback):
     """Reports symptom, likely cause and the flag to try, as soon as a rule finds something.
 
     Diagnoses go to the terminal, to TensorBoard's text tab, and to ``doctor.json``: a list of ``{symptom, cause, flag,
@@ -52,7 +52,7 @@ class DiagnosticsCallback(RunDirCallback):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.engine, self._n_reported = RuleEngine(RULES), 0
-            trainer.loggers = [*trainer.loggers, MetricTap(self.engine)]
+            trainer.loggers = [*trainer.loggers, MetricTap(self.engine, self._set_due)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Remove the tap."""
@@ -64,18 +64,20 @@ class DiagnosticsCallback(RunDirCallback):
             replay_events(self.folder.path, self.engine)
             self.engine.drop_from(trainer.global_step)
             self._n_reported = len(self.engine.diagnoses)
-        self._facts_due = True
+        self.due = self._facts_due = True
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        """Evaluate the metrics of the previous step."""
+    def _set_due(self) -> None:
+        self.due = True
+
+    def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
+        """Evaluate the metrics of the previous step, once all of them are logged."""
         if self._facts_due:
             self._facts_due = False
             self._log_facts(trainer, pl_module, batch)
         if self.engine.pending:
             self.engine.evaluate()
             self._report(trainer)
+        self.due = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log how much of the newest sample is repeated."""

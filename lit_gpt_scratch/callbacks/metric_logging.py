@@ -28,7 +28,7 @@ At log points (``throughput.py``): ``throughput/...``.
 """
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
@@ -71,15 +71,22 @@ def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
 
 
 class MetricTap(Logger):
-    """A logger that passes every metric to a rule engine, and writes nothing to disk."""
+    """A logger that passes every metric to a rule engine, and writes nothing to disk.
 
-    def __init__(self, engine: RuleEngine) -> None:
+    Args:
+        engine: The rule engine.
+        on_metrics: Called after each call of ``log_metrics``.
+    """
+
+    def __init__(self, engine: RuleEngine, on_metrics: Callable[[], None] = lambda: None) -> None:
         super().__init__()
         self.engine = engine
+        self.on_metrics = on_metrics
 
     @override
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         self.engine.add_metrics(step or 0, {name: float(value) for name, value in metrics.items()})
+        self.on_metrics()
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
