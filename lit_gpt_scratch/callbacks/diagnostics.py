@@ -16,7 +16,7 @@ from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.spike_guard import GUARD_MODES, SpikeGuard
-from lit_gpt_scratch.data import LabelledText, PackedText
+from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.repetition import repeated_passage_share, repeated_phrase_share
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
@@ -145,6 +145,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
     facts: dict[str, float] = {"run/guard": GUARD_MODES.index(guard), "run/steps": trainer.estimated_stepping_batches}
     if isinstance(data, BaseDataModule) and isinstance(task, GPTModule):
+        classes = task.data_info.class_names
         facts |= {
             "run/parameters": sum(p.numel() for p in task.net.parameters()),
             "run/begins_trained": task.init_from is not None,
@@ -153,7 +154,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
             "run/tokens_per_step": tokens_per_step(trainer, data),
             "run/train_tokens": len(data.train_dataset) * data.block_size,
             "run/loader_processes": data.num_workers,
-            "run/chance_loss": math.log(len(data.class_names) if isinstance(data, LabelledText) else data.vocab_size),
+            "run/chance_loss": math.log(data.vocab_size if classes is None else len(classes)),
         }
         if isinstance(batch, dict) and "input_ids" in batch:
             facts |= _label_facts(batch["input_ids"], batch["labels"])

@@ -16,7 +16,6 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.checkpointing import PeriodicCallback
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
-from lit_gpt_scratch.data import LabelledText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.distributed.parallelize import gather_heads
 from lit_gpt_scratch.errors import UserError
@@ -365,8 +364,8 @@ class ActivationPlots:
 
     def _output_name(self, net: GPT, number: int) -> str:
         """Name of an output of the head: a token, or a class."""
-        if isinstance(net.output_head, ClassificationHead) and isinstance(self.data, LabelledText):
-            return self.data.class_names[number]
+        if isinstance(net.output_head, ClassificationHead):
+            return net.output_head.class_names[number] if net.output_head.class_names else str(number)
         return printable_token(self.data.tokenizer, number)
 
     @torch.no_grad()

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
-from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.tokenizer import Tokenizer
@@ -171,8 +170,7 @@ class BaseDataModule(L.LightningDataModule):
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
-        dataset = self.train_dataset
-        return dataset.describe_documents(index) if isinstance(dataset, PackedDataset) else f"record {index:,}"
+        return self.train_dataset.describe_row(index)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Training batches in the sampler's order."""

@@ -13,8 +13,14 @@ import torch
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
-from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.packing import PACKING_POLICIES, ConcatenatedPlan, PackingPlan, PackingPolicy, plan_packing
+from lit_gpt_scratch.data.packing import (
+    PACKING_POLICIES,
+    ConcatenatedPlan,
+    PackedDataset,
+    PackingPlan,
+    PackingPolicy,
+    plan_packing,
+)
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, default_tokenizer
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
 from lit_gpt_scratch.errors import UserError

@@ -55,6 +55,10 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
         """The batch entries that normalise the loss of an optimizer step, given its (N,) rows."""
 
+    def describe_row(self, row: int) -> str:
+        """Name what a row contains, for a message."""
+        return f"record {row:,}"
+
     def __getitem__(self, index: int | MicroBatch) -> BatchT:
         if not isinstance(index, MicroBatch):
             return self.make_batch([index])
