@@ -30,7 +30,7 @@ def _dispatch() -> None:
         print("\nEach command explains its flags with --help.")
         return
     if name not in COMMANDS:
-        raise UserError(f"there is no command {name}; choose from {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {name}; choose from {', '.join(COMMANDS)}")
     import_module(f"lit_gpt_scratch.cli.{name}").main(args)
 
 

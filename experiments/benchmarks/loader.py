@@ -75,8 +75,8 @@ def loading() -> None:
 def step() -> None:
     """The step time to compare a batch with."""
     command = [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu"]
-    said = subprocess.run(command, capture_output=True, text=True, check=True)
-    found = re.search(r"(\d+) ms (?:a|per) step", said.stdout + said.stderr)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    found = re.search(r"(\d+) ms (?:a|per) step", done.stdout + done.stderr)
     print(f"the default's step, of 8 x 256: {found[1] if found else '?'} ms")
 
 
@@ -117,8 +117,8 @@ def opening() -> None:
         gigabytes = sum(json.loads((folder / "checked.json").read_text())[f"{s['name']}.tokens.npy"][0] for s in shards)
         times = []
         for _ in range(ROUNDS):
-            said = subprocess.run([sys.executable, "-c", OPEN, name], capture_output=True, text=True, check=True)
-            times.append([float(word) for word in said.stdout.split()])
+            done = subprocess.run([sys.executable, "-c", OPEN, name], capture_output=True, text=True, check=True)
+            times.append([float(word) for word in done.stdout.split()])
         opened, read = zip(*times, strict=True)
         print(
             f"a store of {gigabytes / 1e9:.0f} GB in {SHARDS:,} shards: opened in {milliseconds(list(opened))}, "

@@ -43,7 +43,10 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
     if metadata.lora is None:
         raise UserError(f"{checkpoint} has no adapters; train some with --model.lora.rank")
     if metadata.base is None:
-        raise UserError(f"{checkpoint} was trained from scratch, without --model.init_from: its adapters have no base")
+        raise UserError(
+            f"{checkpoint} was trained without --model.init_from, "
+            "so its adapters have no base model; use to-safetensors"
+        )
     trained = {
         name: weight
         for name, weight in loaded["state_dict"].items()
@@ -66,9 +69,14 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
     loaded = load_safetensors(adapter, "")
     metadata = CheckpointMetadata.from_checkpoint(loaded)
     if metadata.lora is None or metadata.tokenizer:
-        raise UserError(f"{adapter} contains a complete model, not adapters")
+        raise UserError(
+            f"{adapter} contains a complete model, not adapters; pass it as the checkpoint, without --adapter"
+        )
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
-        raise UserError(f"{adapter} belongs to another base model: it was trained on different weights")
+        raise UserError(
+            f"{adapter} belongs to another base model: it was trained on different weights; "
+            "pass that model as the checkpoint"
+        )
     net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
     copy_weights(base, net)
     add_lora(net, LoRA(**metadata.lora))

@@ -60,7 +60,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffix == SAFETENSORS_SUFFIX:
         return load_safetensors(path, STATE_PREFIX)
     if not verify_checksum(path):
-        log.warning("%s has no checksum (another program wrote it): it may have been changed since", path)
+        log.warning("%s has no checksum (another program wrote it), so damage cannot be detected", path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything

@@ -26,7 +26,7 @@ EXIT_GRACE_SECONDS: Final = 8.0
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 FINISHED_MESSAGE: Final = "to continue, set"
-"""Part of the error with which ``fit`` refuses to resume a finished run."""
+"""Part of the error with which ``fit`` reports that a finished run cannot be resumed."""
 
 
 @dataclass
@@ -87,7 +87,7 @@ class ResumeStressTest:
                 _kill_group(process)
 
     def _run(self, kills: int, on_kill: Callable[[], object]) -> StressTestReport:
-        reference = RunFolder(self.folder / "whole" / "pretrain" / "version_0")
+        reference = RunFolder(self.folder / "uninterrupted" / "pretrain" / "version_0")
         began = time.monotonic()
         self._wait_until_finished(self._start(reference))
         if not (reference.last.exists() and reference.config.exists()):

@@ -63,7 +63,9 @@ class RunFolder:
         try:
             version = max((run.version for run in _list_runs(runs / experiment)), default=-1) + 1
         except OSError as error:  # e.g. the name is too long
-            raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs, --experiment)") from error
+            raise UserError(
+                f"cannot create a run folder in {runs}: {error.strerror}; change --runs or --experiment"
+            ) from error
         while True:
             path = runs / experiment / f"version_{version}"
             try:
@@ -71,10 +73,12 @@ class RunFolder:
                 return cls(path)
             except FileExistsError:
                 if not path.exists():  # a parent is a file
-                    raise UserError(f"cannot make a run folder in {runs}: it is not a folder (--runs)") from None
+                    raise UserError(
+                        f"cannot create a run folder in {runs}: it is not a folder; change --runs"
+                    ) from None
                 version += 1
             except OSError as error:
-                raise UserError(f"cannot make a run folder in {runs}: {error.strerror} (--runs)") from error
+                raise UserError(f"cannot create a run folder in {runs}: {error.strerror}; change --runs") from error
 
     def delete(self) -> None:
         """Delete the folder, and its two parents if they are empty."""
@@ -94,7 +98,9 @@ class RunFolder:
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
-            raise UserError(f"{self.path} is in use: another process trains in it") from error
+            raise UserError(
+                f"{self.path} is in use by another training process; wait until it ends, or start another run"
+            ) from error
         except OSError as error:
             raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
         try:
@@ -158,7 +164,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         experiment: Experiment to look for the newest run in; None searches all.
 
     Raises:
-        UserError: There is no such checkpoint.
+        UserError: No such checkpoint.
     """
     if given not in (None, "last"):
         path = Path(given).expanduser()
@@ -184,7 +190,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     chosen = max(newest, key=RunFolder.last_saved_at)
     for run in _list_runs(chosen.path.parent):
         if run.version > chosen.version:
-            log.warning("%s has no checkpoint; taking %s", run.path, chosen.path)
+            log.warning("%s has no checkpoint; using %s", run.path, chosen.path)
     return _newest_intact_checkpoint(chosen.path)
 
 

@@ -60,7 +60,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not a model of lit_gpt_scratch, or is damaged") from error
     if header.get("sha256") != compute_digest(metadata, weights):
-        raise UserError(f"{path} is damaged: its checksum does not match")
+        raise UserError(f"{path} is damaged: its checksum does not match; export it again")
     state = {prefix + name: weight for name, weight in weights.items()}
     return {METADATA_KEY: json.loads(metadata), "state_dict": state}
 

@@ -35,7 +35,7 @@ def apply_preset(parser: ArgumentParser, name: str | None) -> None:
     """Make the architecture of a preset the parser's default, which configs and flags override.
 
     Raises:
-        UserError: There is no preset of this name.
+        UserError: Unknown preset.
     """
     if name is None:
         return

@@ -41,7 +41,7 @@ def find_config(name: str) -> str:
         name: A path, or a shipped experiment such as ``finetune/spam``. A path that exists wins.
 
     Raises:
-        UserError: There is no such file.
+        UserError: No such file.
     """
     if Path(name).exists() or "{" in name or "://" in name:  # a config may also be given as text or as a URL
         return name

@@ -95,7 +95,7 @@ def _to_hf(given: Namespace) -> None:
     if given.folder.suffix == SAFETENSORS_SUFFIX:
         raise UserError(f"argument FOLDER: to-hf writes a folder; to write the file {given.folder}, use to-safetensors")
     architecture = write_hf_checkpoint(_open_model(find_checkpoint(given.checkpoint, Path(), None)), given.folder)
-    log.info("%s holds a %s", given.folder, architecture)
+    log.info("%s contains a %s", given.folder, architecture)
 
 
 def _from_hf(given: Namespace) -> None:

@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.exit(1)
         return
     if given.kills < 1:
-        raise UserError(f"argument --kills: {given.kills}; it must be at least 1")
+        raise UserError(f"argument --kills: {given.kills} is below 1")
     taken = [flag for flag in fit_flags if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
         raise UserError(f"{taken[0]} cannot be set here: the doctor's runs are temporary; leave it out")

@@ -96,7 +96,7 @@ def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
     """Load the language model that ``add_checkpoint_arguments``' flags name, and its tokenizer.
 
     Raises:
-        UserError: There is no such model, or no such device.
+        UserError: No such model or device.
     """
     return load_trained_model(given).require_language_model()
 
@@ -105,7 +105,7 @@ def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
     """Load the model that ``add_checkpoint_arguments``' flags name, of any task, onto the device they name.
 
     Raises:
-        UserError: There is no such checkpoint, or no such device.
+        UserError: No such checkpoint or device.
     """
     import torch
 

@@ -151,7 +151,9 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
     if contents.rewards:
         raise UserError(f"{path} is a reward model; fit reports its metrics on pairs, evaluate does not support it")
     if tokenizer.round_trip_loss:
-        log.warning("the tokenizer loses text, and metrics are of what it keeps: %s", tokenizer.round_trip_loss)
+        log.warning(
+            "the tokenizer is lossy, and metrics cover only the text that it preserves: %s", tokenizer.round_trip_loss
+        )
     return model, tokenizer, tuple(contents.classes or ()), contents.pooling or "last"
 
 

@@ -130,7 +130,7 @@ class FitCLI(LightningCLI):
             "--force",
             action="store_true",
             help="Resume although flags, seed or text differ from the checkpoint's run. A different architecture, "
-            "tokenizer or optimizer class is refused all the same.",
+            "tokenizer or optimizer class is an error even so.",
         )
         parser.add_argument(
             "--plan",
@@ -265,7 +265,7 @@ class FitCLI(LightningCLI):
                 checkpoint = self.resumed.checkpoint if self.resumed else None
                 self.trainer.fit(self.model, self.datamodule, ckpt_path=checkpoint)
                 if self.trainer.global_step == 0:
-                    raise UserError("there was no step to do; raise --trainer.max_steps or --trainer.max_epochs")
+                    raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
                 if getattr(self.datamodule, "test_dataset", None) and not writes_nothing and not self.stopping.signum:
                     self.trainer.test(self.model, self.datamodule, verbose=False)
         except BaseException:  # signals included: other ranks would wait for this one

@@ -52,19 +52,21 @@ def main(args: Sequence[str] | None = None) -> None:
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
     if given.samples < 1:
-        raise UserError(f"argument --samples: {given.samples} is not positive")
+        raise UserError(f"argument --samples: {given.samples} is below 1")
     if given.seed < 0:
-        raise UserError(f"argument --seed: {given.seed} is negative")
+        raise UserError(f"argument --seed: {given.seed} is negative; it must be 0 or more")
     validate_utf8(given, "prompt", "stop", "system")
     if given.system is not None and not (given.chat or given.rank):
-        raise UserError("argument --system: it needs --chat or --rank")
+        raise UserError("argument --system: it has an effect only with --chat or --rank")
     if given.system is not None and not given.system.strip():
         raise UserError("argument --system: it is empty")
     interactive = given.chat and given.prompt is None
     if interactive and (given.json or given.stop or given.compile or given.samples > 1):
-        raise UserError("argument --chat: without --prompt it excludes --json, --stop, --samples and --compile")
+        raise UserError(
+            "argument --chat: without --prompt it cannot be combined with --json, --stop, --samples or --compile"
+        )
     if given.rank and (given.chat or given.json or given.stop or given.compile or given.samples > 1):
-        raise UserError("argument --rank: it excludes --chat, --json, --stop, --samples and --compile")
+        raise UserError("argument --rank: it cannot be combined with --chat, --json, --stop, --samples or --compile")
     prompts = [prompt for prompt in given.prompt or [""] for _ in range(given.samples)]
     seeds = [given.seed + n for n in range(len(prompts))]
     model, tokenizer = load_language_model(given)

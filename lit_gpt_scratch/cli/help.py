@@ -51,7 +51,7 @@ WITHOUT: Final = {
     "trainer.max_epochs": "no limit",
     "trainer.max_time": "no limit",
 }
-"""What holds if a flag is not given, where that is no value of the flag."""
+"""The behaviour if a flag is not given, where the default is not a value of the flag."""
 REWORDED: Final = {
     "seed_everything": "Seed of the initial weights, the order of the data and everything else that is random.",
     "trainer.devices": "Number of devices or processes, a list of device numbers, or 'auto' for all devices.",
@@ -130,7 +130,9 @@ class HelpPage:
         for part, name in chosen.items():
             kind = import_class(name, PACKAGES[part])
             if kind is None:
-                raise UserError(f"--{part} {name}: there is no such class")
+                raise UserError(
+                    f"--{part} {name}: no such class in {PACKAGES[part]}; give one of its classes, or a full path"
+                )
             flags += class_flags(kind, part)
         sections = {"": [each for each in flags if not each.name.startswith(self.without)]}
         if topic:

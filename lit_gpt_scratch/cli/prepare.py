@@ -81,9 +81,9 @@ def main(args: ArgsType = None) -> None:
         )
     config = cli.config
     if config.show < 0:
-        raise UserError(f"argument --show: {config.show} is negative")
+        raise UserError(f"argument --show: {config.show} is negative; give a number of windows")
     if (config.compare is not None) + config.verify + (config.show > 0) > 1:
-        raise UserError("--compare, --verify and --show exclude each other; give one of them")
+        raise UserError("--compare, --verify and --show are mutually exclusive; give one of them")
     try:
         if config.compare is not None:
             _compare(cli.datamodule, config.compare.split(","))
@@ -92,7 +92,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; run the same command again to continue from the tokens that exist")
+        log.warning("stopped; run the same command again to resume from the finished shards")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -141,7 +141,7 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     unknown = [kind for kind in kinds if kind not in TOKENIZER_KINDS]
     if unknown:
         raise UserError(
-            f"argument --compare: '{unknown[0]}' is no kind of tokenizer; choose from {', '.join(TOKENIZER_KINDS)}"
+            f"argument --compare: '{unknown[0]}' is not a kind of tokenizer; choose from {', '.join(TOKENIZER_KINDS)}"
         )
     if data.store_folder is not None:
         raise UserError("argument --compare: it saves no tokens, so --data.store has no effect; leave it out")

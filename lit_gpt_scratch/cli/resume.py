@@ -67,7 +67,7 @@ class ResumedRun:
         """Find the run that ``--ckpt_path`` names; None for ``auto`` if there is no run yet.
 
         Raises:
-            UserError: There is no such checkpoint, or no undamaged one.
+            UserError: No such checkpoint, or no undamaged one.
         """
         if given == "auto" and not RunFolder.has_checkpoint(runs, experiment):
             return None
@@ -91,12 +91,13 @@ class ResumedRun:
             force: Resume although a callback stopped the run.
 
         Raises:
-            UserError: The file is no training checkpoint, or its run has reached its limits.
+            UserError: The file is not a training checkpoint, or its run has reached its limits.
         """
         checkpoint = load_checkpoint(self.checkpoint)
         if "loops" not in checkpoint:
             raise UserError(
-                f"{self.checkpoint} holds only weights, not a run to resume; start a run from it with --model.init_from"
+                f"{self.checkpoint} contains only weights, not a run to resume; "
+                "start a run from it with --model.init_from"
             )
         self.origin = next(iter(_states(checkpoint, RunMetadata.state_key)), {})
         self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None

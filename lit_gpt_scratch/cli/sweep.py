@@ -35,7 +35,7 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
     if (arguments.file is None) == (arguments.compare is None):
         raise UserError("give a sweep file, or runs after --compare (see --help)")
     if arguments.workers < 1:
-        raise UserError(f"argument --workers: {arguments.workers}; it must be at least 1")
+        raise UserError(f"argument --workers: {arguments.workers} is below 1")
     missing = [name for name in REQUIRED_MODULES if find_spec(name) is None]
     if missing:
         raise UserError(f"sweep requires {', '.join(missing)}: python -m pip install -e '.[sweep]'")

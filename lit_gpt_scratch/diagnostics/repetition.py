@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PASSAGE_LENGTH: Final = 32
-"""Tokens of a passage; repeating one is no coincidence."""
+"""Tokens of a passage; longer repetitions are not a coincidence."""
 HASH_BASE: Final = 0x9E3779B97F4A7C15
 """Any large odd number."""
 PHRASE_LENGTH: Final = 4

@@ -89,7 +89,8 @@ def evaluate_chat(
     for example, prompt in zip(examples, prompts, strict=True):
         if len(prompt) > model.block_size:
             raise UserError(
-                f"{example.where} has {len(prompt)} tokens before the reply, but the context is {model.block_size}"
+                f"{example.where} has {len(prompt)} tokens before the reply, but the context is "
+                f"{model.block_size}; remove it"
             )
     replies = generate_replies(model, tokenizer, prompts, max_new_tokens)
     in_form = np.array([reply.well_formed for reply in replies])

@@ -74,7 +74,9 @@ def evaluate_generation(
     """
     for example in examples:
         if (length := 1 + len(tokenizer.encode(example.prompt))) > model.block_size:
-            raise UserError(f"{example.where}: its prompt has {length} tokens, but the context is {model.block_size}")
+            raise UserError(
+                f"{example.where}: its prompt has {length} tokens, but the context is {model.block_size}; shorten it"
+            )
     written = generate_continuations(model, tokenizer, [example.prompt for example in examples], max_new_tokens, stop)
     return compare_with_references(written, [example.reference for example in examples])
 

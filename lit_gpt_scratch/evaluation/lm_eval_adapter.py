@@ -130,14 +130,16 @@ def run_lm_eval(
         library's standard errors, if it reports them.
 
     Raises:
-        UserError: There is no such task, or its data cannot be loaded.
+        UserError: No such task, or its data cannot be loaded.
     """
     # Keep its output off standard output, which a program may parse; and it needs no worker processes.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
         tasks = TaskManager(include_path=str(include_path) if include_path else None)
         if unknown := [name for name in names if name not in tasks.all_tasks]:
-            raise UserError(f"argument --benchmark: lm-eval has no task {', '.join(unknown)}; see: lm-eval ls tasks")
+            raise UserError(
+                f"argument --benchmark: lm-eval has no task {', '.join(unknown)}; to list all: lm-eval ls tasks"
+            )
         try:
             found = simple_evaluate(
                 LMEvalAdapter(model, tokenizer),

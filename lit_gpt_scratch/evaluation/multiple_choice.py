@@ -94,7 +94,9 @@ def evaluate_multiple_choice(
         UserError: A question is longer than the context, or no questions are left to score.
     """
     if not 0 <= few_shot < len(questions):
-        raise UserError(f"argument --few_shot: {few_shot} examples of {len(questions)} rows leave none to score")
+        raise UserError(
+            f"argument --few_shot: {few_shot} examples leave none of the {len(questions)} rows to score; lower it"
+        )
     examples = "".join(example.text + EXAMPLE_SEPARATOR for example in questions[:few_shot])
     scored = questions[few_shot:]
     sequences = [

@@ -66,7 +66,7 @@ class Sampling:
             logits = torch.where(seen, penalised, logits)
         top, argmax = logits.max(-1, keepdim=True)  # (B, 1)
         if not top.isfinite().all():
-            raise UserError("the model's logits are NaN or infinite: it diverged in training")
+            raise UserError("the model's logits are NaN or infinite: training diverged; use an earlier checkpoint")
         if self.temperature == 0:
             return argmax.squeeze(-1)
         # Subtract the maximum first, so that the smallest temperature does not overflow.

@@ -61,7 +61,7 @@ def require_model_fits_memory(
         return
     if needed > memory * processes:
         raise UserError(
-            f"model.gpt: weights and gradients alone need {needed / 2**30:,.1f} GiB, and there are "
+            f"model.gpt: weights and gradients alone need {needed / 2**30:,.1f} GiB, but the machine has "
             f"{memory * processes / 2**30:,.1f}; choose a smaller n_layer, n_embd or vocabulary"
         )
 

@@ -77,7 +77,7 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
         run = _read_finished_run(folder, int(config["seed_everything"]), metric)
         same = next((other for other in trial.runs if other.seed == run.seed), None)
         if same is not None:
-            raise UserError(f"{same.folder} and {folder} have the same flags and the same seed; name one of them")
+            raise UserError(f"{same.folder} and {folder} have the same flags and seed; pass only one of them")
         trial.runs.append(run)
     compared = list(trials.values())
     return SweepReport(

@@ -161,7 +161,7 @@ def parse_dimension(name: str, given: Any) -> SearchDimension:
     if isinstance(given, Mapping):
         for label, flags in given.items():
             if not isinstance(flags, Mapping):
-                raise UserError(f"{where}: {label} is {flags}; give a mapping of the flags that it stands for")
+                raise UserError(f"{where}: {label} is {flags}; it must be a mapping of flags to values")
         return _parse_choices(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
         return _parse_choices(where, [(format_label(value), {name: value}) for value in given])
@@ -177,7 +177,9 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
     axes = {name: dimension.grid() for name, dimension in dimensions.items()}
     for name, axis in axes.items():
         if not axis:
-            raise UserError(f"vary: {name} is a range without a step, which is no grid; add step, or list the values")
+            raise UserError(
+                f"vary: {name} is a range without a step, which a grid cannot enumerate; add step, or list the values"
+            )
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
 

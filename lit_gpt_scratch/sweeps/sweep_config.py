@@ -81,11 +81,11 @@ class SweepConfig:
         _require_one_of("method", self.method, METHODS)
         _require_one_of("direction", self.direction, DIRECTIONS)
         if not self.vary:
-            raise UserError("vary is empty, so the grid is empty; add a dimension")
+            raise UserError("vary is empty; add at least one flag to vary")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
             raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once, 0 or more")
         if self.method == "grid" and self.trials is not None:
-            raise UserError("trials: a grid has as many as there are combinations; remove it, or set method")
+            raise UserError("trials: grid search runs every combination; remove it, or set method to random or tpe")
         if self.method != "grid" and (self.trials is None or self.trials < 1):
             raise UserError(f"trials is {self.trials}; give the number of trials for method {self.method}")
         for path in self.base:

@@ -214,7 +214,10 @@ class CorpusSpec:
         """Run the steps after the split and write both splits; returns the fingerprint and the closed writers."""
         cleaned = scratch / CLEANED_FILE
         if after and parts.tail is not None:
-            raise UserError(f"data.cleaning: {after[0].name} needs validation documents, but the corpus is one text")
+            raise UserError(
+                f"data.cleaning: {after[0].name} needs validation documents, but the corpus is a single "
+                "document; remove the step"
+            )
         filters = [step.build_filter(_validation_documents(cleaned, parts)) for step in after]
         fingerprint = hashlib.sha256(f"cut {parts.tail}\n".encode())
         train_path, validation_path = (folder / f"{split}.parquet" for split in SPLITS)

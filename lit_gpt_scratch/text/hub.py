@@ -20,7 +20,7 @@ def read_dataset_rows(
     """Yield the rows of a dataset; the id ``owner/name:3`` is the third row.
 
     Raises:
-        UserError: There is no such dataset, configuration, split or column, or the Hub cannot be reached.
+        UserError: No such dataset, configuration, split or column, or the Hub cannot be reached.
     """
     import datasets
 

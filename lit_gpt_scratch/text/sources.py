@@ -90,7 +90,7 @@ class DocumentSource:
         files = list(self._files())
         tables = [(name, path) for name, path in files if is_table(path, in_folder=False)]
         if not tables or (len(tables) < len(files) and not self._is_folder):
-            raise UserError(f"{self.name} holds no rows; name a file of {', '.join(TABLE_FORMATS)}, or a dataset")
+            raise UserError(f"{self.name} is not a table; name a file of type {', '.join(TABLE_FORMATS)}, or a dataset")
         for name, path in tables:
             yield from read_rows(path, name, columns)
 

@@ -201,7 +201,10 @@ class DocumentIndex:
         available = np.array([sizes[sources == source].sum() for source in range(len(names))])
         for name, size in zip(names, available, strict=True):
             if not size:
-                raise UserError(f"data.source: no document of {name} is left to be mixed with others")
+                raise UserError(
+                    f"data.source: cleaning left no document of {name} to mix; remove it, or choose other "
+                    "steps in data.cleaning"
+                )
         scale = min(available / weights)
         selected = np.zeros(self.n_documents, dtype=bool)
         for source, (name, weight) in enumerate(zip(names, weights, strict=True)):

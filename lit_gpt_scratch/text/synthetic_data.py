@@ -68,7 +68,7 @@ def preferences(name: str) -> Iterator[TableRow]:
         name: The verifiable preference that decides between the replies.
 
     Raises:
-        UserError: There is no such preference.
+        UserError: No such preference.
     """
     preference = get_verifiable_preference(name)
     for row, prompt, reply in _last_turns():

@@ -134,7 +134,7 @@ def load_text_reward(name: str) -> TextReward:
             ``my_file.my_function``.
 
     Raises:
-        UserError: There is no such function, or it is not callable.
+        UserError: No such function, or it is not callable.
     """
     if name in VERIFIABLE_PREFERENCES:
         satisfied = VERIFIABLE_PREFERENCES[name].satisfied

@@ -214,13 +214,13 @@ def test_losses_by_position_and_frequency_are_parts_of_the_validation_loss(
     labels, counted = batch["labels"], batch["labels"] != IGNORE_INDEX
     with torch.no_grad():
         chances = model.net(batch["input_ids"]).log_softmax(-1)
-    lost = torch.where(counted, -chances.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), 0.0)
+    losses = torch.where(counted, -chances.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1), 0.0)
     found = {name: float(value) for name, value in run.logged_metrics.items()}
 
     whole = 0.0
     for begin, end in position_bands(block_size):
         here = counted[:, begin : end + 1].sum()
-        mean = lost[:, begin : end + 1].sum() / here
+        mean = losses[:, begin : end + 1].sum() / here
         assert found[f"loss_by_position/{begin}-{end}"] == pytest.approx(float(mean), rel=1e-5)
         whole += found[f"loss_by_position/{begin}-{end}"] * int(here) / int(counted.sum())
     assert whole == pytest.approx(found["val/loss"], rel=1e-5)
@@ -229,12 +229,12 @@ def test_losses_by_position_and_frequency_are_parts_of_the_validation_loss(
     ranked = sorted(range(data.vocab_size), key=lambda id_: (-train.count(id_), id_))
     for name, tokens in (("1-10", ranked[:10]), ("11-100", ranked[10:100])):
         of_band = torch.isin(labels, torch.tensor(tokens))
-        assert found[f"loss_by_frequency/{name}"] == pytest.approx(float(lost[of_band].mean()), rel=1e-5)
+        assert found[f"loss_by_frequency/{name}"] == pytest.approx(float(losses[of_band].mean()), rel=1e-5)
 
     text = EventAccumulator(logger.log_dir).Reload().Tensors("views/hardest_passages/text_summary")[-1]
     told = [float(number) for number in re.findall(r"\*\*([\d.]+) nats", text.tensor_proto.string_val[0].decode())]
     n = block_size // PASSAGE_LENGTH * PASSAGE_LENGTH
-    spans, full = (x[:, :n].reshape(-1, PASSAGE_LENGTH) for x in (lost, counted))
+    spans, full = (x[:, :n].reshape(-1, PASSAGE_LENGTH) for x in (losses, counted))
     expected = spans[full.all(-1)].mean(-1).sort(descending=True).values[:N_PASSAGES].tolist()
     assert told == pytest.approx(expected, abs=0.006)
 

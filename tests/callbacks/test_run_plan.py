@@ -21,7 +21,7 @@ from lit_gpt_scratch.tasks import LanguageModel
 from tests.conftest import sentences
 
 
-def said(
+def plan_lines(
     caplog: pytest.LogCaptureFixture,
     trainer: Callable[..., L.Trainer],
     task: LanguageModel,
@@ -43,7 +43,7 @@ def test_the_plan_describes_the_run(
     packed_text: Callable[..., PackedText],
 ) -> None:
     data, model = packed_text(tokens_per_step=256), task()
-    lines = said(caplog, trainer, model, data, max_steps=FIRST_STEPS + 1, accumulate_grad_batches=1)
+    lines = plan_lines(caplog, trainer, model, data, max_steps=FIRST_STEPS + 1, accumulate_grad_batches=1)
     assert "1 thread; 32-true" in lines["device"][0]
     assert "not compiled" in lines["device"][0]
     assert format_count(sum(p.numel() for p in model.net.parameters())) in lines["model"][0]
@@ -67,7 +67,7 @@ def test_padding_is_not_counted_as_tokens(
     packed_text: Callable[..., PackedText],
 ) -> None:
     data = packed_text(packing="one_document", block_size=48)
-    [line] = said(caplog, trainer, task(), data, max_steps=1, limit_val_batches=0)["run"]
+    [line] = plan_lines(caplog, trainer, task(), data, max_steps=1, limit_val_batches=0)["run"]
     [used] = re.findall(r"positions \(([\d.]+)% tokens, the rest padding\)", line)
     labels = [data.train_dataset[n]["labels"] for n in range(len(data.train_dataset))]
     counted = sum(int((row != IGNORE_INDEX).sum()) for row in labels)
@@ -105,7 +105,7 @@ def test_the_plan_names_the_groups_of_the_optimizer(
     expected: str,
 ) -> None:
     model = task(optimizer=recipe, ema_decay=average)
-    [line] = said(caplog, trainer, model, packed_text(), max_steps=1, limit_val_batches=0)["optimizer"]
+    [line] = plan_lines(caplog, trainer, model, packed_text(), max_steps=1, limit_val_batches=0)["optimizer"]
     sizes = {ndim: sum(p.numel() for p in model.net.parameters() if p.ndim == ndim) for ndim in (1, 2)}
     numbers = {"decayed": sizes[2], "vectors": sizes[1], "all": sum(sizes.values())}
     assert line == expected.format(**{name: format_count(n) for name, n in numbers.items()})

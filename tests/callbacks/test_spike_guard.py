@@ -33,10 +33,10 @@ class Faulty(LanguageModel):
     seen: list[int]
 
     def loss_and_count(self, batch: Any) -> Any:
-        lost, counted = super().loss_and_count(batch)
+        loss, counted = super().loss_and_count(batch)
         if self.training and torch.is_grad_enabled():
-            lost = lost * self.faults.get(self.trainer.global_step, 1.0)
-        return lost, counted
+            loss = loss * self.faults.get(self.trainer.global_step, 1.0)
+        return loss, counted
 
 
 class Weights(Callback):
@@ -54,7 +54,7 @@ class Weights(Callback):
             self.after.append(kept)
 
 
-def alike(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+def all_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -93,15 +93,15 @@ def test_a_step_that_is_not_finite_leaves_no_trace(run: Build, what: float, opti
     recipe = {"optimizer": AdamW()} if optimizer == "AdamW" else {}
     _, _, guard, weights, doctor = run("act", {7: what}, ema_decay=0.9, max_steps=12, **recipe)
     assert guard.n_skipped == 1
-    assert alike(weights.after[6], weights.after[7])  # step 7 is the eighth
-    assert not alike(weights.after[7], weights.after[8])
+    assert all_equal(weights.after[6], weights.after[7])  # step 7 is the eighth
+    assert not all_equal(weights.after[7], weights.after[8])
     assert [(d.name, d.step) for d in doctor.engine.diagnoses if d.name == "not finite"] == [("not finite", 7)]
 
 
 def test_without_faults_the_guard_changes_nothing(run: Build) -> None:
     ends = [run(mode, {}, folder=mode, max_steps=25)[3].after[-1] for mode in ("off", "warn", "act")]
-    assert alike(ends[0], ends[1])
-    assert alike(ends[0], ends[2])
+    assert all_equal(ends[0], ends[1])
+    assert all_equal(ends[0], ends[2])
 
 
 @pytest.mark.parametrize("mode", ["off", "warn"])
@@ -119,7 +119,7 @@ def test_without_act_the_guard_only_reports(run: Build, mode: str) -> None:
 def test_a_spike_is_skipped_and_its_documents_are_named(run: Build) -> None:
     _, _, guard, weights, doctor = run("act", {30: 40.0}, data={"validation_share": 0.2})
     assert guard.n_skipped == 1
-    assert alike(weights.after[29], weights.after[30])
+    assert all_equal(weights.after[29], weights.after[30])
     (found,) = [d for d in doctor.engine.diagnoses if d.name == "loss spike"]
     assert found.step == 30
     assert "document" in found.symptom
@@ -128,7 +128,7 @@ def test_a_spike_is_skipped_and_its_documents_are_named(run: Build) -> None:
 def test_accumulated_gradients_are_one_step(run: Build) -> None:
     _, _, guard, weights, _ = run("act", {5: math.nan}, max_steps=8, accumulate_grad_batches=3)
     assert guard.n_skipped == 1
-    assert alike(weights.after[4], weights.after[5])
+    assert all_equal(weights.after[4], weights.after[5])
 
 
 def test_when_skipping_does_not_help_the_run_is_rewound(run: Build, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_when_skipping_does_not_help_the_run_is_rewound(run: Build, tmp_path: Pa
     assert guard.n_skipped == PATIENCE
     rewound = weights.after[34 + PATIENCE - 1]
     assert [path.name for path in folder.glob("good-*")] == [f"good-{guard.good}.ckpt"]
-    assert alike(rewound, weights.after[29])  # the thirtieth
+    assert all_equal(rewound, weights.after[29])  # the thirtieth
     assert own.global_step == 50
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -149,20 +149,20 @@ def test_a_run_that_stays_non_finite_is_rewound_then_stopped_and_reported(
     monkeypatch.setattr(guard_module, "MAX_SKIPPED_IN_A_ROW", 12)
     faults = dict.fromkeys(range(34, 100), math.nan)
     own, model, guard, weights, doctor = run("act", faults, max_steps=100)
-    assert alike(weights.after[34 + PATIENCE - 1], weights.after[29])
+    assert all_equal(weights.after[34 + PATIENCE - 1], weights.after[29])
     assert own.global_step == 34 + guard_module.MAX_REWINDS * PATIENCE + 12
     assert all(p.isfinite().all() for p in model.parameters())
     rewound = [d.step for d in doctor.engine.diagnoses if d.name == "rewound"]
     assert rewound == [34 + PATIENCE * n - 1 for n in range(1, guard_module.MAX_REWINDS + 1)]
-    refused = doctor.engine.history["guard/refused"]
-    assert (refused.step, refused.last) == (own.global_step - 1, guard.n_skipped)
+    skipped = doctor.engine.history["guard/refused"]
+    assert (skipped.step, skipped.last) == (own.global_step - 1, guard.n_skipped)
     assert caplog.text.count("outliers in a row; rewinding to the weights of step 30") == guard_module.MAX_REWINDS
     assert "12 steps in a row were skipped after 3 rewinds: nothing is learned" in caplog.text
 
 
 def test_a_killed_run_resumes_exactly(run: Build, tmp_path: Path) -> None:
     faults = dict.fromkeys(range(34, 34 + PATIENCE), 40.0) | {12: math.nan, 47: 30.0}
-    whole = run("act", faults, folder="whole", max_steps=50, ema_decay=0.9)[3]
+    uninterrupted = run("act", faults, folder="uninterrupted", max_steps=50, ema_decay=0.9)[3]
     for stop in (33, 37, 44):
         run("act", faults, folder=f"part{stop}", max_steps=stop, ema_decay=0.9, schedule=Schedule(decay="constant"))
     kept = run("act", faults, folder="constant", max_steps=50, ema_decay=0.9, schedule=Schedule(decay="constant"))[3]
@@ -172,8 +172,8 @@ def test_a_killed_run_resumes_exactly(run: Build, tmp_path: Path) -> None:
             "act", faults, folder=f"part{stop}", max_steps=50, ema_decay=0.9, schedule=Schedule(decay="constant"),
             ckpt_path=folder / "checkpoints" / "last.ckpt",
         )[3]  # fmt: skip
-        assert alike(rest.after[-1], kept.after[-1]), stop
-    assert not alike(whole.after[-1], kept.after[-1])
+        assert all_equal(rest.after[-1], kept.after[-1]), stop
+    assert not all_equal(uninterrupted.after[-1], kept.after[-1])
 
 
 REPLIES = {"reward": "tests.custom_reward.even_tokens", "steps_per_phase": 2}
@@ -193,8 +193,8 @@ def test_every_task_gets_a_report_and_no_run_ends(kind: str, packed_text: Build,
     base, settings, data_class = KINDS[kind]
 
     def loss_and_count(self: Any, batch: Any) -> Any:
-        lost, counted = base.loss_and_count(self, batch)
-        return lost * (math.nan if torch.is_grad_enabled() and self.trainer.global_step == 2 else 1.0), counted
+        loss, counted = base.loss_and_count(self, batch)
+        return loss * (math.nan if torch.is_grad_enabled() and self.trainer.global_step == 2 else 1.0), counted
 
     L.seed_everything(1, verbose=False)
     faulty = type("Faulty", (base,), {"loss_and_count": loss_and_count})
@@ -212,12 +212,12 @@ def test_every_task_gets_a_report_and_no_run_ends(kind: str, packed_text: Build,
     own = trainer(max_steps=4, limit_val_batches=0, log_every_n_steps=1, callbacks=[SpikeGuard("act"), After(), doctor])
     own.fit(model, data)
     assert own.global_step == 4
-    said = doctor.engine.history.text("guard/non_finite/where", 2)
-    assert "whole gradient" in said
-    assert (said.count("- loss"), "record" in said) == {
+    report = doctor.engine.history.text("guard/non_finite/where", 2)
+    assert "whole gradient" in report
+    assert (report.count("- loss"), "record" in report) == {
         "language model": (3, False), "classes": (3, True), "reward": (3, True), "DPO": (3, True),
     }.get(kind, (0, False))  # fmt: skip
-    assert not any(noted)  # looking is no step that is logged
+    assert not any(noted)  # the inspected step is not a logging step
     assert modes == [{True}] * 4
 
 
@@ -259,7 +259,7 @@ def test_two_hundred_faults_leave_no_trace(run: Build, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(L.Trainer, "save_checkpoint", looked_at)
     _, _, guard, weights, doctor = run("act", faults, max_steps=440, ema_decay=0.9)
-    poisoned = [step for step in steps if not alike(weights.after[step - 1], weights.after[step])]
+    poisoned = [step for step in steps if not all_equal(weights.after[step - 1], weights.after[step])]
     print(f"{len(steps)} faults: {guard.n_skipped} left out, {len(poisoned)} in the weights, {saved.count(False)} of "
           f"{len(saved)} checkpoints not finite")  # fmt: skip
     assert (guard.n_skipped, poisoned, saved.count(False)) == (200, [], 0)

@@ -25,7 +25,7 @@ MILLISECONDS = {"data": 20, "generation": 0, "forward": 10, "backward": 30, "opt
 
 
 now = [0.0]
-"""Seconds, on a clock that stands still but for ``sleep``: no other load of the machine counts."""
+"""Seconds, on a clock that only ``sleep`` advances, so that other load does not count."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ class SlowSGD(torch.optim.SGD):
 
 
 class Sleeping(L.LightningModule):
-    """A task that is no language model, and does nothing but take its time."""
+    """A task that is not a language model and only takes time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,20 +83,20 @@ class Sleeping(L.LightningModule):
 
 
 class Busy(L.Callback):
-    """Another callback, that takes its time too."""
+    """Another callback that takes time."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         sleep("rest")
 
 
-class Notes(Logger):
-    """Keeps what it is told."""
+class RecordingLogger(Logger):
+    """Keeps the logged metrics by name and step."""
 
     name, version = "notes", 0
 
     def __init__(self) -> None:
         super().__init__()
-        self.said: dict[str, dict[int, float]] = {}
+        self.logged: dict[str, dict[int, float]] = {}
 
     @property
     @rank_zero_experiment
@@ -106,7 +106,7 @@ class Notes(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         for name, value in metrics.items():
-            self.said.setdefault(name, {})[step or 0] = value
+            self.logged.setdefault(name, {})[step or 0] = value
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         pass
@@ -115,7 +115,7 @@ class Notes(Logger):
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.usefixtures("clock")
 def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.Trainer], accumulate: int) -> None:
-    watch, notes, profiler = Throughput(), Notes(), SimpleProfiler()
+    watch, notes, profiler = Throughput(), RecordingLogger(), SimpleProfiler()
     batches, between_validations = 16, 8
     steps = batches // accumulate
     run = trainer(
@@ -134,14 +134,14 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     expected = {part: seconds[part] / sum(seconds.values()) for part in STEP_PHASES}
     assert {part: watch.figures[part] for part in STEP_PHASES} == pytest.approx(expected)
     assert sum(watch.figures[part] for part in STEP_PHASES) == pytest.approx(1)
-    for step in notes.said[TIME_SHARE_TAGS[0]]:
-        assert sum(notes.said[share][step] for share in TIME_SHARE_TAGS) == pytest.approx(1)
+    for step in notes.logged[TIME_SHARE_TAGS[0]]:
+        assert sum(notes.logged[share][step] for share in TIME_SHARE_TAGS) == pytest.approx(1)
     assert watch.mean is not None
     assert watch.mean == pytest.approx(16 * len(timed) / sum(seconds.values()))
     assert watch.tokens == 16 * batches
 
-    assert watch.figures["model_flops_utilisation"] == {}  # of a task that is no language model nothing is known
-    assert "throughput/model_flops_utilisation" not in notes.said
+    assert watch.figures["model_flops_utilisation"] == {}  # unknown for a task that is not a language model
+    assert "throughput/model_flops_utilisation" not in notes.logged
     assert run.profiler is profiler
     assert len(profiler.recorded_durations[FETCH_BATCH_ACTION]) >= batches
 
@@ -153,12 +153,12 @@ def test_utilisation_is_the_paper_formula_of_the_speed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: {"nominal": 3e12, "measured": 2e12})
-    watch, notes, model = Throughput(), Notes(), task()
+    watch, notes, model = Throughput(), RecordingLogger(), task()
     trainer(callbacks=[watch], logger=notes, log_every_n_steps=2, limit_val_batches=0).fit(model, packed_text())
 
     matrices = sum(p.numel() for p in model.net.parameters() if p.ndim == 2)
     operations = 6 * (matrices - model.net.embedding.weight.numel()) + 12 * 2 * 32 * 32  # 6 N + 12 L d T
-    speeds, logged = notes.said["tokens_per_second"], notes.said["throughput/model_flops_utilisation"]
+    speeds, logged = notes.logged["tokens_per_second"], notes.logged["throughput/model_flops_utilisation"]
     assert list(logged) == list(speeds) == [1, 3, 5, 7]
     for step, utilisation in logged.items():
         assert utilisation == pytest.approx(speeds[step] * operations / 3e12, rel=1e-5)
@@ -167,7 +167,7 @@ def test_utilisation_is_the_paper_formula_of_the_speed(
         {"nominal": watch.mean * operations / 3e12, "measured": watch.mean * operations / 2e12}
     )
     assert watch.figures["peak_teraflops"] == {"nominal": 3, "measured": 2}
-    assert notes.said["throughput/peak_memory_gigabytes"][7] <= watch.figures["peak_memory_gigabytes"] < 1000
+    assert notes.logged["throughput/peak_memory_gigabytes"][7] <= watch.figures["peak_memory_gigabytes"] < 1000
 
 
 def test_a_peak_is_that_of_the_runs_precision(
@@ -209,12 +209,12 @@ def test_no_one_waits_for_the_device_before_the_end(
             return bool(waits)  # it is behind by the whole run
 
     monkeypatch.setitem(throughput.EVENT_TYPES, "cpu", Device)
-    watch, notes = Throughput(), Notes()
+    watch, notes = Throughput(), RecordingLogger()
     run = trainer(callbacks=[watch], logger=notes, log_every_n_steps=1, limit_val_batches=0)
     run.fit(task(), packed_text())
     assert waits == [8]
-    assert len(notes.said["tokens_per_second"]) == 7
-    assert not notes.said.keys() & set(TIME_SHARE_TAGS)  # at no log point was anything known
+    assert len(notes.logged["tokens_per_second"]) == 7
+    assert not notes.logged.keys() & set(TIME_SHARE_TAGS)  # no shares were known at any log point
     assert sum(watch.figures[part] for part in STEP_PHASES) == pytest.approx(1)
 
 

@@ -69,7 +69,7 @@ def test_checkpoints_of_all_hooks_resume_identically(
         return {name: value.clone() for name, value in model.state_dict().items()}, trace
 
     saving = SaveInHook(hook, tmp_path)
-    whole, expected = run(None, saving)
+    uninterrupted, expected = run(None, saving)
     assert len(saving.saved) > 2
     for path in saving.saved[:: max(1, len(saving.saved) // 5)]:
         loaded = torch.load(path, weights_only=True)
@@ -78,7 +78,7 @@ def test_checkpoints_of_all_hooks_resume_identically(
             continue
         resumed, trace = run(path)
         assert trace.batches == expected.batches[step:], path
-        assert all(torch.equal(whole[name], resumed[name]) for name in whole), path
+        assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted), path
 
 
 def test_normalizing_is_idempotent(

@@ -122,7 +122,7 @@ def test_last_falls_back_to_the_best_checkpoint(tmp_path: Path, caplog: pytest.L
     (tmp_path / "pretrain/version_2").mkdir()
     found = find_checkpoint("last", tmp_path, "pretrain")
     assert found == tmp_path / "pretrain/version_1/checkpoints/step=3.ckpt"
-    assert f"{tmp_path}/pretrain/version_2 has no checkpoint; taking {tmp_path}/pretrain/version_1" in caplog.text
+    assert f"{tmp_path}/pretrain/version_2 has no checkpoint; using {tmp_path}/pretrain/version_1" in caplog.text
 
 
 def test_errors_inside_the_lock_are_not_mistaken_for_lock_errors(tmp_path: Path) -> None:

@@ -24,6 +24,6 @@ def test_auto_takes_a_gpu_if_there_is_one(
             find_device("cuda:1")
 
 
-def test_unknown_devices_are_refused() -> None:
+def test_unknown_devices_are_rejected() -> None:
     with pytest.raises(UserError, match="--device: tpu is not one of auto, cpu"):
         find_device("tpu")

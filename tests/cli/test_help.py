@@ -69,7 +69,7 @@ def test_presets_and_experiments_are_listed(capsys: pytest.CaptureFixture[str]) 
     assert "124.4 M" in presets[4]
     experiments = shown(capsys, "--config=list")
     assert "\nfinetune/spam " in experiments
-    assert "sweeps/positions" not in experiments  # a sweep file is no config of fit
+    assert "sweeps/positions" not in experiments  # a sweep file is not a config of fit
 
 
 def test_a_shipped_experiment_is_found_by_its_short_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,14 +48,14 @@ def windows(
 
 def naive_best_fit(lengths: list[int], capacity: int) -> list[int]:
     """Free space in each bin, computed from the definition."""
-    rooms: list[int] = []
+    free: list[int] = []
     for length in sorted(lengths, reverse=True):
-        best = min((room for room in rooms if room >= length), default=None)
+        best = min((space for space in free if space >= length), default=None)
         if best is None:
-            rooms.append(capacity - length)
+            free.append(capacity - length)
         else:
-            rooms[rooms.index(best)] -= length
-    return sorted(rooms)
+            free[free.index(best)] -= length
+    return sorted(free)
 
 
 @given(st.integers(1, 40).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(1, n), min_size=1))))

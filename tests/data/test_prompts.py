@@ -33,9 +33,9 @@ def test_prompt_is_the_template_up_to_the_reply(prompts: Callable[..., Prompts])
         assert ids == data.prompt_ids(side)
         assert set(texts) <= asked
         for row, text in zip(ids, texts, strict=True):
-            said = data.tokenizer.decode(row)
-            assert said.endswith("<|assistant|>")
-            assert all(line in said for line in text.splitlines())
+            prompt = data.tokenizer.decode(row)
+            assert prompt.endswith("<|assistant|>")
+            assert all(line in prompt for line in text.splitlines())
     assert data.find_text_reward(None).name == "full_stop"
     assert data.find_text_reward(None).function(["", ""], ["Yes.", "No"]) == [1.0, 0.0]
 
@@ -72,7 +72,7 @@ def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Promp
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"block_size": 24, "reply_tokens": 8}, "more than the 16 of a row; raise --data.block_size"),
         ({"too_long": "cut"}, "data.too_long is cut"),
@@ -80,9 +80,9 @@ def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Promp
     ],
 )
 def test_settings_without_room_for_a_reply_are_rejected(
-    prompts: Callable[..., Prompts], changes: dict[str, Any], said: str
+    prompts: Callable[..., Prompts], changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         prompts(**changes)
 
 

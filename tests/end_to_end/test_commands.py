@@ -102,7 +102,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     command: Command, small: list[str], trained: Trained, how: str
 ) -> None:
     """In the same folder and on the same curve; only changed flags need to be given."""
-    trained(*small, "--trainer.max_steps=20", "--model.schedule.decay=constant", "--runs=whole")
+    trained(*small, "--trainer.max_steps=20", "--model.schedule.decay=constant", "--runs=uninterrupted")
     trained(*small, "--trainer.max_steps=12", "--model.schedule.decay=constant")
     given = {"last": "last", "folder": RUN, "file": RUN / "checkpoints" / "last.ckpt"}[how]
     again = command("fit", "--ckpt_path", given, "--trainer.max_steps=20")
@@ -110,11 +110,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(
     assert [path.name for path in Path("runs/pretrain").iterdir()] == ["version_0"]
     assert scalars(RUN)["train/loss"] == [3, 7, 11, 15, 19]
     assert yaml.safe_load((RUN / "config.yaml").read_text())["ckpt_path"] is None  # so that the config starts a new run
-    whole, resumed = (
-        weights(Path("whole/pretrain/version_0/checkpoints/last.ckpt")),
+    uninterrupted, resumed = (
+        weights(Path("uninterrupted/pretrain/version_0/checkpoints/last.ckpt")),
         weights(RUN / "checkpoints/last.ckpt"),
     )
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     assert json.loads((RUN / "summary.json").read_text())["tokens"] == 20 * 4 * 32
 
 
@@ -122,9 +122,9 @@ def test_two_processes_do_not_train_in_one_folder(command: Command, small: list[
     trained(*small)
     before = sorted(path.stat().st_mtime_ns for path in RUN.rglob("*") if path.name != ".lock")
     with FileLock(RUN / ".lock"):
-        refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
-        assert refused.code == 2
-        assert f"{RUN} is in use" in refused.err
+        rejected = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
+        assert rejected.code == 2
+        assert f"{RUN} is in use" in rejected.err
         assert sorted(path.stat().st_mtime_ns for path in RUN.rglob("*") if path.name != ".lock") == before
         assert command("fit", "--ckpt_path=last", "--trainer.max_steps=20", "--plan").code == 0
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=20").code == 0
@@ -136,9 +136,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(command: 
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 1
     last.write_bytes(content)
-    refused = command("fit", "--ckpt_path", last, "--trainer.max_steps=20")
-    assert refused.code == 2
-    assert f"{last} is not a checkpoint, or is damaged" in refused.err
+    rejected = command("fit", "--ckpt_path", last, "--trainer.max_steps=20")
+    assert rejected.code == 2
+    assert f"{last} is not a checkpoint, or is damaged" in rejected.err
     resumed = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")
     assert resumed.code == 0, resumed.err
     assert f"{last} is not a checkpoint, or is damaged" in resumed.err
@@ -155,13 +155,15 @@ def test_resuming_near_the_end_of_an_epoch(
     flags = [*small, "--trainer.max_steps=-1", "--trainer.max_epochs=3", "--trainer.limit_train_batches=8",
              f"--data.num_workers={num_workers}", "--model.schedule.decay=constant", "--trainer.val_check_interval=5",
              validate]  # fmt: skip
-    trained(*flags, "--runs=whole")
+    trained(*flags, "--runs=uninterrupted")
     assert command("fit", *flags, f"--trainer.{stop}").code == 0
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=-1", "--trainer.max_epochs=3")
     assert again.code == 0, again.err
-    whole, resumed = (weights(Path(runs, "pretrain/version_0/checkpoints/last.ckpt")) for runs in ("whole", "runs"))
+    uninterrupted, resumed = (
+        weights(Path(runs, "pretrain/version_0/checkpoints/last.ckpt")) for runs in ("uninterrupted", "runs")
+    )
     assert json.loads((RUN / "summary.json").read_text())["step"] == 24
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
 
 
 def test_resuming_a_finished_run_explains_how_to_extend_it(
@@ -225,11 +227,11 @@ def test_a_command_is_dispatched_by_its_name(
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "generate", "--samples", "0"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert capsys.readouterr().err == "error: argument --samples: 0 is not positive\n"
+    assert capsys.readouterr().err == "error: argument --samples: 0 is below 1\n"
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "train"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "there is no command train; choose from fit" in capsys.readouterr().err
+    assert "unknown command train; choose from fit" in capsys.readouterr().err
 
 
 def test_help_lists_common_flags_and_how_to_list_all(command: Command) -> None:
@@ -252,18 +254,18 @@ def test_help_lists_common_flags_and_how_to_list_all(command: Command) -> None:
         (["--data.vocab_size=290"], "vocab_size 300 there, 290 here"),
     ],
 )
-def test_resuming_another_architecture_is_refused_by_field(
+def test_resuming_another_architecture_is_rejected_by_field(
     command: Command, small: list[str], trained: Trained, change: list[str], expected: str
 ) -> None:
     trained(*small)
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", *change)
     assert outcome.code == 2
     assert expected in outcome.err
-    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the refusal changed nothing
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the error changed nothing
     assert again.code == 0, again.err
 
 
-def test_resuming_on_another_text_is_refused(
+def test_resuming_on_another_text_is_rejected(
     command: Command, small: list[str], trained: Trained, tmp_path: Path
 ) -> None:
     trained(*small)
@@ -362,7 +364,7 @@ def test_generate_is_deterministic_for_a_seed(command: Command, small: list[str]
     )
 
 
-def test_generate_refuses_a_prompt_longer_than_the_context(
+def test_generate_rejects_a_prompt_longer_than_the_context(
     command: Command, small: list[str], trained: Trained
 ) -> None:
     trained(*small)

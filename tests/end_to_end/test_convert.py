@@ -65,7 +65,7 @@ def test_a_run_is_exported_and_imported_again(command: Command, small: list[str]
     assert trained.code == 0, trained.err
     outcome = command("convert", "to-hf", "runs/pretrain/version_0", "shared/qwen")
     assert outcome.code == 0, outcome.err
-    assert "shared/qwen holds a Qwen3ForCausalLM" in outcome.err
+    assert "shared/qwen contains a Qwen3ForCausalLM" in outcome.err
     model, own = load_model(Path("runs/pretrain/version_0/checkpoints/last.ckpt"))
     theirs = transformers.AutoModelForCausalLM.from_pretrained("shared/qwen").eval()
     text = corpus.joinpath("01.txt").read_text(encoding="utf-8")

@@ -67,11 +67,11 @@ def nan_batch(patch: pytest.MonkeyPatch) -> None:
     loss_and_count = LanguageModel.loss_and_count
 
     def faulty(self: LanguageModel, batch: Any) -> Any:
-        lost, counted = loss_and_count(self, batch)
+        loss, counted = loss_and_count(self, batch)
         return (
-            (lost * float("nan"), counted)
+            (loss * float("nan"), counted)
             if torch.is_grad_enabled() and self.trainer.global_step == 77
-            else (lost, counted)
+            else (loss, counted)
         )
 
     patch.setattr(LanguageModel, "loss_and_count", faulty)
@@ -129,7 +129,7 @@ FAULTS: dict[str, tuple[set[str], list[str], Patch | None]] = {
     "labels shifted twice": ({"labels out of place"}, [], shifted(2)),
     "dead ReLUs": ({"dead units"}, ["--model.gpt.feed_forward=relu", "--model.gpt.bias=true"], dead_relus),
 }  # fmt: skip
-SAYS = {"x 1000": "too high", "/ 1000": "too low"}
+EXPECTED_CAUSE = {"x 1000": "too high", "/ 1000": "too low"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -139,9 +139,9 @@ def test_each_fault_has_its_diagnosis(examine: Any, fault: str, monkeypatch: pyt
         patch(monkeypatch)
     found = examine("--seed_everything=51", *flags)
     few_steps = {"far from compute-optimal"} if "--trainer.max_steps=40" in flags else set()
-    said = names(found) - few_steps
-    assert said == expected or (expected == RATE and len(said) == 1 and said < RATE), found
-    for part, word in SAYS.items():
+    symptoms = names(found) - few_steps
+    assert symptoms == expected or (expected == RATE and len(symptoms) == 1 and symptoms < RATE), found
+    for part, word in EXPECTED_CAUSE.items():
         if part in fault:
             assert all(word in diagnosis["cause"] for diagnosis in found), found
 

@@ -256,9 +256,9 @@ def test_adding_a_component_changes_one_file(user_folder: Path, small: list[str]
     assert done.stdout.splitlines()[-4:] == ["ended with 0", "ended with 0", "ended with 2", "ended with 2"], (
         done.stderr
     )
-    for flag, said in zip(own, done.stderr.splitlines()[-2:], strict=True):
-        assert said.startswith("error: ")
-        assert flag.partition("=")[2] in said
+    for flag, message in zip(own, done.stderr.splitlines()[-2:], strict=True):
+        assert message.startswith("error: ")
+        assert flag.partition("=")[2] in message
 
 
 RUN_COMMANDS = """

@@ -162,7 +162,7 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "--few_shot: 20 examples of 20"),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "lower --few_shot"),
         (["--task=generation", "--data.source=none.jsonl"], "none.jsonl"),
-        (["--task=generation", "--data.source=text.txt"], "text.txt holds no rows"),
+        (["--task=generation", "--data.source=text.txt"], "text.txt is not a table"),
         (
             ["--task=generation", "--data.source=prompts.jsonl", "--few_shot=1"],
             "--few_shot: it has no effect with",

@@ -72,14 +72,14 @@ def test_compile_compiles_the_decoding_step(command: Command, monkeypatch: pytes
 def test_a_checkpoint_runs_user_code_only_with_trust(command: Command, small: list[str]) -> None:
     assert command("fit", *small, f"--model.gpt.attention={OWN}").code == 0
     for args in (["--max_new_tokens=3"], ["--trust=os.system"]):
-        refused = command("generate", RUN, *args)
-        assert refused.code == 2
-        assert f"--trust {OWN}" in refused.err
+        rejected = command("generate", RUN, *args)
+        assert rejected.code == 2
+        assert f"--trust {OWN}" in rejected.err
     assert command("generate", RUN, "--max_new_tokens=3", f"--trust={OWN}").code == 0
     assert command("fit", "--ckpt_path=last", "--trainer.max_steps=14").code == 0
-    refused = command("convert", "to-hf", RUN, "exported")
-    assert refused.code == 2
-    assert "attention" in refused.err
+    rejected = command("convert", "to-hf", RUN, "exported")
+    assert rejected.code == 2
+    assert "attention" in rejected.err
     assert not Path("exported").exists()
 
 

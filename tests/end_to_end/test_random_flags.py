@@ -67,7 +67,7 @@ def accept(self: object, function: Any, *args: Any, trainer: object = None, **kw
 
 
 def outcome_of(command: Command, flags: list[str]) -> str:
-    """Return ``accepted``, ``refused``, or a description of wrong output."""
+    """Return ``accepted``, ``rejected``, or a description of wrong output."""
     try:
         outcome = command("fit", *flags)
     except BuiltError:
@@ -77,7 +77,7 @@ def outcome_of(command: Command, flags: list[str]) -> str:
     lines = [line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding"))]
     if outcome.code != 2 or len(lines) != 1 or not lines[0].startswith("error: "):
         return f"exit code {outcome.code}, and it says: {lines}"
-    return "refused"
+    return "rejected"
 
 
 def random_flags(command: Command, small: list[str], n: int, seed: int) -> Counter[str]:
@@ -86,8 +86,8 @@ def random_flags(command: Command, small: list[str], n: int, seed: int) -> Count
     for _ in range(n):
         flags = [f"{name}={rng.choice(FLAGS[name])}" for name in rng.sample(list(FLAGS), rng.choice([1, 1, 1, 2, 3]))]
         answer = outcome_of(command, [*small, *flags])
-        found[answer if answer in ("accepted", "refused") else "wrong"] += 1
-        if answer not in ("accepted", "refused"):
+        found[answer if answer in ("accepted", "rejected") else "wrong"] += 1
+        if answer not in ("accepted", "rejected"):
             wrong.append(f"{[flag[:80] for flag in flags]}: {answer[:400]}")
     assert not wrong, "\n".join(wrong)
     assert not Path("exploded").exists()
@@ -99,7 +99,7 @@ def random_flags(command: Command, small: list[str], n: int, seed: int) -> Count
 def test_random_flags(command: Command, small: list[str]) -> None:
     found = random_flags(command, small, 50, seed=0)
     assert found["accepted"] > 3
-    assert found["refused"] > 15
+    assert found["rejected"] > 15
 
 
 @pytest.mark.slow

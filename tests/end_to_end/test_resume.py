@@ -53,13 +53,13 @@ def test_every_session_is_recorded(command: Command, small: list[str]) -> None:
         ("--trainer.precision=bf16-mixed", "trainer.precision 32-true, now bf16-mixed"),
     ],
 )
-def test_a_change_that_matters_is_refused_unless_forced(
+def test_a_change_that_matters_is_rejected_unless_forced(
     command: Command, small: list[str], trained: Trained, change: str, expected: str
 ) -> None:
     trained(*small)
-    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change)
-    assert refused.code == 2
-    [line] = refused.err.splitlines()
+    rejected = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change)
+    assert rejected.code == 2
+    [line] = rejected.err.splitlines()
     assert expected in line
     assert line.endswith("--force")
     forced = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", change, "--force")
@@ -77,11 +77,11 @@ def test_a_forced_learning_rate_is_used(command: Command, small: list[str]) -> N
     assert set(state["lr_schedulers"][0]["base_lrs"]) == {0.001}
 
 
-def test_another_optimizer_is_refused_even_with_force(command: Command, small: list[str], trained: Trained) -> None:
+def test_another_optimizer_is_rejected_even_with_force(command: Command, small: list[str], trained: Trained) -> None:
     trained(*small)
-    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
-    assert refused.code == 2
-    assert "AdamW: the states of different optimizers are incompatible" in refused.err
+    rejected = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--model.optimizer=AdamW", "--force")
+    assert rejected.code == 2
+    assert "AdamW: the states of different optimizers are incompatible" in rejected.err
 
 
 def test_auto_starts_a_run_and_then_resumes_it(command: Command, small: list[str]) -> None:
@@ -108,17 +108,17 @@ def test_the_time_limit_counts_all_sessions(command: Command, small: list[str]) 
     assert json.loads((RUN / "summary.json").read_text())["step"] == step + 2
 
 
-def test_another_number_of_processes_is_refused(command: Command, small: list[str], trained: Trained) -> None:
+def test_another_number_of_processes_is_rejected(command: Command, small: list[str], trained: Trained) -> None:
     """A step would have half as many samples."""
     trained(*small)
     saved = load_checkpoint(RUN / "checkpoints/last.ckpt")
     saved["callbacks"]["Provenance"]["hardware"]["processes"] = saved["layout"]["replicas"] = 2
     save_checkpoint(saved, RUN / "checkpoints/last.ckpt")
     again = "--ckpt_path=last", "--trainer.max_steps=14"
-    refused = command("fit", *again)
-    assert refused.code == 2
+    rejected = command("fit", *again)
+    assert rejected.code == 2
     assert "with processes 2, now 1; samples per step 8, now 4; to keep the step size: --data.tokens_per_step 256" in (
-        refused.err
+        rejected.err
     )
     shutil.copytree(RUN, RUN.parent / "version_1")
     forced = command("fit", f"--ckpt_path={RUN}", again[1], "--force")
@@ -145,9 +145,9 @@ def test_an_epoch_limited_to_micro_batches_keeps_their_size(command: Command, sm
     """It would end at another sample."""
     assert command("fit", *small, "--trainer.limit_train_batches=7").code == 0
     more = "--data.batch_size=2", "--trainer.accumulate_grad_batches=2"
-    refused = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", *more)
-    assert refused.code == 2
-    assert "data.batch_size 4, now 2" in refused.err
+    rejected = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", *more)
+    assert rejected.code == 2
+    assert "data.batch_size 4, now 2" in rejected.err
 
 
 def test_a_checkpoint_without_a_batch_layout_is_resumed_with_the_same_one(
@@ -158,9 +158,9 @@ def test_a_checkpoint_without_a_batch_layout_is_resumed_with_the_same_one(
     del saved["layout"]
     save_checkpoint(saved, RUN / "checkpoints/last.ckpt")
     again = "--ckpt_path=last", "--trainer.max_steps=14"
-    refused = command("fit", *again, "--data.batch_size=2", "--data.tokens_per_step=128")
-    assert refused.code == 2
-    assert "data.batch_size 4, now 2" in refused.err
+    rejected = command("fit", *again, "--data.batch_size=2", "--data.tokens_per_step=128")
+    assert rejected.code == 2
+    assert "data.batch_size 4, now 2" in rejected.err
     assert command("fit", *again).code == 0
 
 
@@ -220,7 +220,7 @@ def test_the_checkpoint_is_read_while_the_folder_is_locked(
     read = ResumedRun.steps_done
 
     def steps_done(*args: object) -> int:
-        with pytest.raises(UserError, match="another process trains in it"), RunFolder(RUN.resolve()).lock():
+        with pytest.raises(UserError, match="is in use by another training process"), RunFolder(RUN.resolve()).lock():
             pass
         return read(*args)  # type: ignore[arg-type]  # forwarded
 
@@ -257,7 +257,7 @@ def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
 ) -> None:
     """Once, with the same step and epoch."""
     flags = [*staged("classes"), *ENDS[end]]
-    assert command("fit", *flags, "--experiment=whole").code == 0
+    assert command("fit", *flags, "--experiment=uninterrupted").code == 0
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -268,17 +268,19 @@ def test_a_run_killed_in_its_last_validation_or_test_is_tested_when_resumed(
     assert load_checkpoint(Path("runs/again/version_0/checkpoints/last.ckpt"))["global_step"] == 8
     ended = command("fit", "--ckpt_path=last", "--experiment=again")
     assert ended.code == 0, ended.err
-    whole, again = (read_curves(Path(f"runs/{name}/version_0")) for name in ("whole", "again"))
-    assert "test/accuracy" in whole
-    for name in (name for name in whole if name.startswith(("val/", "test/"))):
-        assert again[name] == whole[name]
-    assert again["epoch"][-1] == whole["epoch"][-1]
+    uninterrupted, again = (read_curves(Path(f"runs/{name}/version_0")) for name in ("uninterrupted", "again"))
+    assert "test/accuracy" in uninterrupted
+    for name in (name for name in uninterrupted if name.startswith(("val/", "test/"))):
+        assert again[name] == uninterrupted[name]
+    assert again["epoch"][-1] == uninterrupted["epoch"][-1]
     path = Path("runs/again/version_0")
-    summaries = [json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("whole", "again")]
+    summaries = [
+        json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("uninterrupted", "again")
+    ]
     known = [{name for name in summary if not name.startswith("train/")} for summary in summaries]
     assert known[0] == known[1]
     assert not compare_checkpoints(
-        *(load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("whole", "again"))
+        *(load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("uninterrupted", "again"))
     )
     assert command("fit", f"--ckpt_path={path}").code == 2
 
@@ -301,9 +303,9 @@ def test_a_copy_of_only_the_checkpoints_is_compared(
     trained(*small)
     shutil.copytree(RUN / "checkpoints", tmp_path / "backup/version_7/checkpoints")
     more = [f"--ckpt_path={tmp_path}/backup/version_7", "--trainer.max_steps=14", "--seed_everything=7"]
-    refused = command("fit", *small, *more)
-    assert refused.code == 2
-    assert "with seed 0, now 7" in refused.err
+    rejected = command("fit", *small, *more)
+    assert rejected.code == 2
+    assert "with seed 0, now 7" in rejected.err
 
 
 def test_a_checkpoint_that_cannot_be_loaded_is_not_overwritten(
@@ -330,9 +332,9 @@ def test_a_single_checkpoint_file_stores_its_seed_and_its_text(
     shutil.copy(RUN / "checkpoints/last.ckpt", alone)
     shutil.rmtree(RUN)
     again = [*small, f"--ckpt_path={alone}", "--trainer.max_steps=18", "--checkpoint.keep_best=3"]
-    refused = command("fit", *again, change)
-    assert refused.code == 2
-    assert ("with seed 0, now 7" if "seed" in change else "with data ") in refused.err
+    rejected = command("fit", *again, change)
+    assert rejected.code == 2
+    assert ("with seed 0, now 7" if "seed" in change else "with data ") in rejected.err
     done = command("fit", *again)
     assert done.code == 0, done.err
     assert "is not in a run folder" in done.err
@@ -346,21 +348,23 @@ def test_every_stage_resumes_exactly(command: Command, staged: Callable[[str], l
     flags = [*staged(stage), "--model.schedule.decay=constant", "--inspect.every_n_steps=3"]
     if not stage.startswith(("preferences", "on-policy")):  # these stages have no dropout
         flags.append("--model.gpt.dropout=0.1")
-    for experiment, steps in (("whole", 12), ("halves", 5)):
+    for experiment, steps in (("uninterrupted", 12), ("halves", 5)):
         assert command("fit", *flags, f"--experiment={experiment}", f"--trainer.max_steps={steps}").code == 0
     ended = command("fit", "--ckpt_path=last", "--experiment=halves", "--trainer.max_steps=12")
     assert ended.code == 0, ended.err
-    whole, halves = (
-        load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("whole", "halves")
+    uninterrupted, halves = (
+        load_checkpoint(Path(f"runs/{name}/version_0/checkpoints/last.ckpt")) for name in ("uninterrupted", "halves")
     )
-    different = compare_checkpoints(whole, halves)
+    different = compare_checkpoints(uninterrupted, halves)
     assert not [name for name in different if name.startswith(("state_dict", "optimizer_states", "lr_schedulers"))]
-    figures = [json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("whole", "halves")]
+    figures = [
+        json.loads(Path(f"runs/{name}/version_0/summary.json").read_text()) for name in ("uninterrupted", "halves")
+    ]
     measured = [{name: value for name, value in each.items() if name.startswith(("val/", "test/"))} for each in figures]
     assert measured[0] == measured[1]
     assert any(name.startswith("test/") for name in measured[0]) == (stage != "pretraining")
 
-    shown = [read_curves(Path(f"runs/{name}/version_0")) for name in ("whole", "halves")]
+    shown = [read_curves(Path(f"runs/{name}/version_0")) for name in ("uninterrupted", "halves")]
     inside = [{n: points for n, points in each.items() if n.startswith(("dynamics/", "attention/"))} for each in shown]
     assert inside[0] == inside[1]
     assert "dynamics/gradient_norm/head" in inside[0]

@@ -1,4 +1,4 @@
-"""Export to safetensors: the same model, and damaged files are refused."""
+"""Export to safetensors: the same model, and damaged files are rejected."""
 
 import random
 from pathlib import Path
@@ -23,14 +23,14 @@ def test_an_exported_model_generates_and_scores_like_its_checkpoint(
         shared, own = command(name, "m.safetensors", *flags), command(name, *flags)
         assert shared.code == 0, shared.err
         assert shared.out == own.out
-    refused = command("fit", *small, "--ckpt_path=m.safetensors")
-    assert refused.code == 2
-    assert "m.safetensors holds only weights" in refused.err
+    rejected = command("fit", *small, "--ckpt_path=m.safetensors")
+    assert rejected.code == 2
+    assert "m.safetensors contains only weights" in rejected.err
     assert command("convert", "to-safetensors", "runs/pretrain/version_0", "m.bin").code == 2
     assert command("convert", "to-safetensors", "none", "m.safetensors").code == 2
 
 
-def test_a_damaged_file_is_refused_by_name(command: Command, small: list[str]) -> None:
+def test_a_damaged_file_is_rejected_by_name(command: Command, small: list[str]) -> None:
     assert command("fit", *small, "--trainer.max_steps=1").code == 0
     path = Path("m.safetensors")
     assert command("convert", "to-safetensors", "runs/pretrain/version_0", path).code == 0
@@ -45,7 +45,7 @@ def test_a_damaged_file_is_refused_by_name(command: Command, small: list[str]) -
             whole[:here], whole[:here] + whole[there:], whole[there:] + whole[:there], whole + b"\0",
         ]  # fmt: skip
         path.write_bytes(rng.choice(ways))
-        message = refusal(path)
+        message = error_message(path)
         if message is None:  # an undetected change, such as a space in the header, has no effect
             loaded, loaded_tokenizer = load_model(path)
             assert loaded_tokenizer.to_json() == tokenizer.to_json()
@@ -55,7 +55,7 @@ def test_a_damaged_file_is_refused_by_name(command: Command, small: list[str]) -
             assert "\n" not in message
 
 
-def refusal(path: Path) -> str | None:
+def error_message(path: Path) -> str | None:
     try:
         load_model(path)
     except UserError as error:

@@ -59,17 +59,19 @@ def test_run_resumes_with_another_strategy(small: list[str], tmp_path: Path, opt
         ["--trainer.devices=1", "--trainer.strategy=auto", "--data.batch_size=4"],
     ]
     steps = 3
-    whole = last(tmp_path / "whole", *small, *SHAPE, *everywhere, f"--trainer.max_steps={steps * len(ways)}")
+    uninterrupted = last(
+        tmp_path / "uninterrupted", *small, *SHAPE, *everywhere, f"--trainer.max_steps={steps * len(ways)}"
+    )
     for turn, way in enumerate(ways, 1):
         flags = ["--ckpt_path=last"] if turn > 1 else [*small, *SHAPE, *everywhere]
         found = last(tmp_path / "moved", *flags, *way, f"--trainer.max_steps={steps * turn}")
     for part in ("state_dict", "optimizer_states"):
-        expected, values = dict(iterate_leaves(whole[part])), dict(iterate_leaves(found[part]))
+        expected, values = dict(iterate_leaves(uninterrupted[part])), dict(iterate_leaves(found[part]))
         assert expected.keys() == values.keys()
         for name, value in expected.items():
             if isinstance(value, torch.Tensor):
                 torch.testing.assert_close(values[name], value, rtol=off, atol=off * float(value.abs().max()))
-    there, here = (read_curves(tmp_path / name / "pretrain" / "version_0") for name in ("whole", "moved"))
+    there, here = (read_curves(tmp_path / name / "pretrain" / "version_0") for name in ("uninterrupted", "moved"))
     measured = {name for name in there if re.match("dynamics|attention|loss_by", name)}
     assert len(measured) > 30
     for name in measured:  # TensorBoard keeps float32

@@ -27,7 +27,7 @@ def test_any_kind_trains_generates_and_evaluates(command: Command, small: list[s
     assert evaluated.code == 0, evaluated.err
     metrics = json.loads(evaluated.out)
     assert 0 < metrics["bits_per_byte"] < 20
-    assert ("the tokenizer loses text" in evaluated.err) == (kind == "char")
+    assert ("the tokenizer is lossy" in evaluated.err) == (kind == "char")
     again = command("fit", "--ckpt_path=last", "--trainer.max_steps=14", "--data.tokenizer=byte")
     assert again.code == (0 if kind == "byte" else 2)
 
@@ -58,7 +58,7 @@ def test_compare_measures_on_held_out_text(command: Command, small: list[str]) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compare=bpe,wordpeace"], "'wordpeace' is no kind of tokenizer"),
+        (["--compare=bpe,wordpeace"], "'wordpeace' is not a kind of tokenizer"),
         (["--data.tokenizer=wordpiece", "--data.vocab_size=300"], "a tokenizer of kind wordpiece has at least 513"),
         (["--data.tokenizer=wordpeace"], "wordpeace is not a usable tokenizer file"),
         (["--data.special_tokens=['<|endoftext|>']"], "is empty or repeated"),

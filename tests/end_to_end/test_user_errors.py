@@ -75,8 +75,8 @@ def one_line(outcome: Outcome, *expected: str) -> None:
         (["--trainer.val_check_interval=0"], ["--trainer.val_check_interval is 0"]),
         (["--trainer.accumulate_grad_batches=0"], ["--trainer.accumulate_grad_batches is 0"]),
         (["--trainer.check_val_every_n_epoch=1", "--trainer.val_check_interval=800"], ["val_check_interval"]),
-        (["--trainer.limit_train_batches=0"], ["no step to do"]),
-        (["--trainer.max_steps=0"], ["no step to do"]),
+        (["--trainer.limit_train_batches=0"], ["no steps to train"]),
+        (["--trainer.max_steps=0"], ["no steps to train"]),
     ],
 )
 def test_invalid_flags(

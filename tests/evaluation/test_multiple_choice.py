@@ -176,5 +176,5 @@ def test_too_long_questions_are_reported(model: GPT, tokenizer: Tokenizer) -> No
     long = MultipleChoiceQuestion.from_row(row(question="word " * 60, choices=["a", "b"], answer=0))
     with pytest.raises(UserError, match=r"line 3 has .* but the context is 64"):
         evaluate_multiple_choice(model, tokenizer, [long])
-    with pytest.raises(UserError, match="--few_shot: 3 examples of 3 rows"):
+    with pytest.raises(UserError, match="--few_shot: 3 examples leave none of the 3 rows to score"):
         evaluate_multiple_choice(model, tokenizer, questions(3), few_shot=3)

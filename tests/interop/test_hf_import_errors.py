@@ -14,11 +14,11 @@ from lit_gpt_scratch.interop.hf_checkpoint import read_hf_checkpoint
 from tests.interop.conftest import YARN, Published, change
 
 
-def refusal(folder: Path) -> str:
-    with pytest.raises(UserError) as refused:
+def error_message(folder: Path) -> str:
+    with pytest.raises(UserError) as rejected:
         read_hf_checkpoint(folder)
-    assert "\n" not in str(refused.value)
-    return str(refused.value)
+    assert "\n" not in str(rejected.value)
+    return str(rejected.value)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def refusal(folder: Path) -> str:
 def test_unsupported_config(published: Published, case: str, fields: dict[str, Any], messages: list[str]) -> None:
     _, folder = published(case)
     change(folder, **fields)
-    message = refusal(folder)
+    message = error_message(folder)
     assert str(folder / "config.json") in message
     for part in messages:
         assert part in message
@@ -122,33 +122,33 @@ def test_mismatched_tensors(
 ) -> None:
     _, folder = published(case)
     edit(folder, change_)
-    message = refusal(folder)
+    message = error_message(folder)
     assert problem in message
     assert str(folder) in message
 
 
 def test_missing_or_damaged_files(published: Published, tmp_path: Path) -> None:
-    assert "no folder at" in refusal(tmp_path / "none")
+    assert "no folder at" in error_message(tmp_path / "none")
     (tmp_path / "empty").mkdir()
-    assert f"no config.json in {tmp_path / 'empty'}" in refusal(tmp_path / "empty")
+    assert f"no config.json in {tmp_path / 'empty'}" in error_message(tmp_path / "empty")
     _, folder = published("llama")
     whole = (folder / "tokenizer.json").read_bytes()
     (folder / "tokenizer.json").write_bytes(b"{}")
-    assert "is not a usable tokenizer file" in refusal(folder)
+    assert "is not a usable tokenizer file" in error_message(folder)
     (folder / "tokenizer.json").unlink()
-    assert "no tokenizer.json in" in refusal(folder)
+    assert "no tokenizer.json in" in error_message(folder)
     (folder / "tokenizer.json").write_bytes(whole)
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:100])
-    assert "model.safetensors is not a safetensors file, or is damaged" in refusal(folder)
+    assert "model.safetensors is not a safetensors file, or is damaged" in error_message(folder)
     (folder / "model.safetensors").unlink()
-    assert "no model.safetensors and no model.safetensors.index.json in" in refusal(folder)
+    assert "no model.safetensors and no model.safetensors.index.json in" in error_message(folder)
     (folder / "pytorch_model.bin").write_bytes(b"")
-    assert "contains pytorch_model.bin, which can run code" in refusal(folder)
+    assert "contains pytorch_model.bin, which can run code" in error_message(folder)
     (folder / "config.json").write_text("{", encoding="utf-8")
-    assert "config.json is not JSON" in refusal(folder)
+    assert "config.json is not JSON" in error_message(folder)
     (folder / "config.json").write_text("[]", encoding="utf-8")
-    assert "config.json has no model_type" in refusal(folder)
+    assert "config.json has no model_type" in error_message(folder)
 
 
 def test_missing_shards_and_paths_outside_the_folder(published: Published) -> None:
@@ -165,7 +165,7 @@ def test_missing_shards_and_paths_outside_the_folder(published: Published) -> No
         ),
     ):
         index.write_text(content, encoding="utf-8")
-        assert problem in refusal(folder)
+        assert problem in error_message(folder)
     index.write_text(json.dumps(known), encoding="utf-8")
     next(folder.glob("model-*.safetensors")).unlink()
-    assert "is missing; download the folder again" in refusal(folder)
+    assert "is missing; download the folder again" in error_message(folder)

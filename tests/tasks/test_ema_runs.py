@@ -72,16 +72,16 @@ def test_every_checkpoint_has_the_average_as_its_weights(run: Callable[..., Any]
     """Whether it was saved between two steps or during a validation."""
     recursion = Recursion(tmp_path)
     _, model, _ = run(callbacks=[ValidateAtEnd(), recursion])
-    assert {path.stem for path in recursion.saved} >= {"step-1", "before-3", "amid-3", "after-3", "step-9", "after-9"}
+    assert {path.stem for path in recursion.saved} >= {"step-1", "before-3", "during-3", "after-3", "step-9", "after-9"}
     named = dict(model.named_parameters())
     for path in set(recursion.saved):
         saved = torch.load(path, weights_only=True)
         expected, trained = (made[saved["global_step"]] for made in (recursion.expected, recursion.trained))
         for name, weight in saved["state_dict"].items():
             torch.testing.assert_close(weight, expected[name], msg=f"{path.name} {name}")
-        beside = [state["average"] for state in saved["optimizer_states"][0]["state"].values()]
-        assert len(beside) == len(named)
-        assert all(any(torch.equal(kept, weight) for weight in trained.values()) for kept in beside)
+        averages = [state["average"] for state in saved["optimizer_states"][0]["state"].values()]
+        assert len(averages) == len(named)
+        assert all(any(torch.equal(kept, weight) for weight in trained.values()) for kept in averages)
 
 
 def test_average_is_used_in_validation_and_does_not_affect_training(run: Callable[..., Any], tmp_path: Path) -> None:

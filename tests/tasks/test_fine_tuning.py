@@ -190,15 +190,15 @@ def test_incomplete_adapter_is_rejected(
     file = tmp_path / "adapter.safetensors"
     save_adapter(path, file)
     part = load_safetensors(file, "")
-    lost = next(name for name in part["state_dict"] if name.endswith(left_out))
-    del part["state_dict"][lost]
+    missing = next(name for name in part["state_dict"] if name.endswith(left_out))
+    del part["state_dict"][missing]
     export_safetensors(part, "", file)
-    with pytest.raises(UserError, match=f"has missing or unexpected weights: {re.escape(lost)}"):
+    with pytest.raises(UserError, match=f"has missing or unexpected weights: {re.escape(missing)}"):
         apply_adapter(build_model(load_checkpoint(base), base), file)
 
 
 @pytest.mark.parametrize(
-    ("task", "data", "said"),
+    ("task", "data", "message"),
     [
         ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer 2 there, 3 here"),
         ({}, {"init_from": None, "vocab_size": 280}, "another tokenizer"),
@@ -207,10 +207,10 @@ def test_incomplete_adapter_is_rejected(
     ],
 )
 def test_settings_that_contradict_the_initial_model_are_rejected(
-    trainer: Build, base: Path, cache: Path, task: dict[str, Any], data: dict[str, Any], said: str
+    trainer: Build, base: Path, cache: Path, task: dict[str, Any], data: dict[str, Any], message: str
 ) -> None:
     records = {"init_from": str(base), "cache": str(cache), "block_size": 128, "batch_size": 2}
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         trainer().fit(
             LanguageModel(**({"init_from": str(base), "compile": False} | task)), Conversations(**(records | data))
         )
@@ -263,7 +263,7 @@ def test_classification_learns_and_its_metrics_match_a_computation_by_hand(
         given, is_ = found.argmax(-1) == name, true == name
         f1.append(2 * (given & is_).sum().item() / (given.sum() + is_.sum()).item())
         chance = found.softmax(-1)[:, name]
-        above = chance[is_][:, None] - chance[~is_]  # how often one of the class is found likelier than another's
+        above = chance[is_][:, None] - chance[~is_]  # whether a text of the class has a higher probability than another
         auroc.append(((above > 0).float() + (above == 0) / 2).mean().item())
     assert measured["test/f1"].item() == pytest.approx(sum(f1) / len(names))
     assert measured["test/auroc"].item() == pytest.approx(sum(auroc) / len(names), abs=1e-5)
@@ -409,7 +409,7 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ({"class_weights": {"animals": 0.0}}, "all are 0|no class animals"),
         ({"pooling": "first"}, "model.pooling is first"),
@@ -418,9 +418,9 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
     ],
 )
 def test_invalid_classification_settings_are_rejected(
-    tuned: Callable[..., tuple[Any, Path]], base: Path, task: dict[str, Any], said: str
+    tuned: Callable[..., tuple[Any, Path]], base: Path, task: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         tuned(Classification(init_from=str(base), compile=False, **task), LabelledText)
 
 

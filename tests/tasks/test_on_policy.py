@@ -142,8 +142,8 @@ def test_rollouts_match_replies_generated_one_by_one(run: Callable[..., Any], te
             assert rows["input_ids"][row, : len(prompt)].tolist() == prompt
             assert within.nonzero()[0].item() == len(prompt) - 1
             torch.testing.assert_close(rows["logprobs"][row][within], torch.tensor(logprobs[0]), rtol=0, atol=1e-5)
-            said = task.prompts.decode(written)
-            assert rows["scores"][row] == sum(ord(character) % 2 == 0 for character in said)
+            reply = task.prompts.decode(written)
+            assert rows["scores"][row] == sum(ord(character) % 2 == 0 for character in reply)
             assert rows["ended"][row] == ended
             assert asked.splitlines()[-1] in task.prompts.decode(prompt)
 
@@ -184,9 +184,9 @@ def test_padding_does_not_affect_loss_or_gradient(run: Callable[..., Any], name:
 
     def learned(given: dict[str, Tensor]) -> list[Tensor]:
         task.zero_grad()
-        lost, counted = task.loss_and_count(given)
-        (lost / counted).backward()
-        return [lost.detach(), *(p.grad for p in task.parameters() if p.grad is not None)]
+        loss, counted = task.loss_and_count(given)
+        (loss / counted).backward()
+        return [loss.detach(), *(p.grad for p in task.parameters() if p.grad is not None)]
 
     task.trainer.training = True
     for clean, other in zip(learned(batch), learned(dirty), strict=True):
@@ -299,11 +299,11 @@ def test_reference_is_not_among_the_parameters(
     summary.folder = RunFolder.create(tmp_path, "run")
     with caplog.at_level(logging.INFO, logger="lit_gpt_scratch"):
         trainer(max_steps=1, limit_val_batches=0, callbacks=[summary, RunPlan()]).fit(task, data())
-    said = json.loads((summary.folder.path / "summary.json").read_text(encoding="utf-8"))
+    contents = json.loads((summary.folder.path / "summary.json").read_text(encoding="utf-8"))
     network, critic = sum(p.numel() for p in task.net.parameters()), SHAPE.n_embd if name.startswith("PPO") else 0
-    assert said["parameters"] == network + critic
+    assert contents["parameters"] == network + critic
     frozen = sum(p.numel() for p in task.net.parameters() if not p.requires_grad)
-    assert said["trained_parameters"] == network + critic - frozen
+    assert contents["trained_parameters"] == network + critic - frozen
     [groups] = [text for record in caplog.records if (text := record.getMessage()).startswith("optimizer")]
     tensors = [int(n) for n in re.findall(r" in (\d+) ", groups)]
     assert sum(tensors) == sum(p.requires_grad for p in task.net.parameters()) + bool(critic)
@@ -341,7 +341,7 @@ def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("reward", "said"),
+    ("reward", "message"),
     [
         ("tests.custom_reward.not_a_number", "tests.custom_reward.not_a_number gave nan for the reply"),
         ("tests.custom_reward.too_few", r"gave a shape of \(1,\) for 8 replies; it must give one number for each"),
@@ -353,14 +353,14 @@ def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         ("runs/nowhere", "model.reward: no checkpoint"),
     ],
 )
-def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, said: str) -> None:
-    with pytest.raises(UserError, match=said) as raised:
+def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         run("PPO", reward=reward)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("name", "changes", "said"),
+    ("name", "changes", "message"),
     [
         ("GRPO", {"group": 3}, "model.group is 3, but a phase has 8 replies"),
         ("GRPO", {"group": 1}, "model.group is 1; it must be 2 or more"),
@@ -382,8 +382,10 @@ def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, said
         ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
     ],
 )
-def test_invalid_settings_are_rejected(run: Callable[..., Any], name: str, changes: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said) as raised:
+def test_invalid_settings_are_rejected(
+    run: Callable[..., Any], name: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
         run(name, **changes)
     assert "\n" not in str(raised.value)
 
@@ -442,9 +444,9 @@ def test_reward_model_is_read_at_the_end_of_replies(
     model, path = reward_run(**same)
     task, seen = run("PPO", reward=path, unended_score=unended, more=same)
     rows = seen.rollouts[0].rows
-    said, ended = score_alone(model, rows), rows["ended"] > 0
+    scores, ended = score_alone(model, rows), rows["ended"] > 0
     assert 0 < ended.sum() < len(ended)
-    expected = torch.where(ended, said, said.min() if unended is None else unended)
+    expected = torch.where(ended, scores, scores.min() if unended is None else unended)
     torch.testing.assert_close(rows["scores"], expected, rtol=0, atol=1e-5)
     assert seen.rollouts[0].means["reward"] == pytest.approx(expected.mean().item(), abs=1e-5)
 
@@ -453,8 +455,8 @@ def test_reward_model_is_read_at_the_end_of_replies(
     n = task.prompts.counts["test"]
     task.eval()
     rows = task.generator.generate("test", range(n), reply_seeds(0, 1, numbers=range(n)))
-    said, ended = score_alone(model, rows), rows["ended"] > 0
-    mean = torch.where(ended, said, said.min() if unended is None else unended).mean()
+    scores, ended = score_alone(model, rows), rows["ended"] > 0
+    mean = torch.where(ended, scores, scores.min() if unended is None else unended).mean()
     torch.testing.assert_close(made.callback_metrics["test/reward"], mean, rtol=0, atol=1e-5)
 
 
@@ -477,7 +479,7 @@ def test_reward_model_with_a_shorter_context_is_rejected_before_generating(
     run: Callable[..., Any], reward_run: Callable[..., tuple[Reward, str]], same: dict[str, Any]
 ) -> None:
     _, path = reward_run(**same, block_size=88)
-    said = "has a context of 88 tokens, but data.block_size is 96: lower that, or train .* --data.block_size 96"
-    with pytest.raises(UserError, match=said):
+    message = "has a context of 88 tokens, but data.block_size is 96: lower that, or train .* --data.block_size 96"
+    with pytest.raises(UserError, match=message):
         run("PPO", 0, reward=path, more=same)
     run("PPO", 1, reward=path, more=same | {"block_size": 88})

@@ -86,9 +86,9 @@ def test_dpo_loss_matches_a_loop_over_pairs(
         ids, labels = batch["input_ids"][row, :n], batch["labels"][row, :n]
         ratios.append(logprobs(task.net, ids, labels) - logprobs(reference, ids, labels) if n else 0.0)
     margins = torch.tensor([ratios[place] - ratios[4 + place] for place in range(3)])
-    lost, counted = task.loss_and_count(batch)
+    loss, counted = task.loss_and_count(batch)
     assert counted == 3
-    assert lost.item() == pytest.approx(-F.logsigmoid(0.3 * margins).sum().item(), rel=1e-4)
+    assert loss.item() == pytest.approx(-F.logsigmoid(0.3 * margins).sum().item(), rel=1e-4)
     free = DPO(reference_free=True)
     free.net = task.net
     nats = [logprobs(task.net, *(batch[name][row, :n] for name in ("input_ids", "labels")))
@@ -235,7 +235,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
+    ("how", "message"),
     [
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
@@ -243,8 +243,8 @@ def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
         ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* allows no dropout: leave it out"),
     ],
 )
-def test_invalid_settings_are_rejected(how: dict[str, Any], said: str) -> None:
-    with pytest.raises(UserError, match=said):
+def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
         DPO(**how)
 
 

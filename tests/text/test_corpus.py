@@ -267,7 +267,7 @@ def test_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for its weight"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
-    with pytest.raises(UserError, match=r"no document of .*empty\.jsonl is left to be mixed"):
+    with pytest.raises(UserError, match=r"cleaning left no document of .*empty\.jsonl to mix"):
         CorpusSpec(((small, 1.0), (empty, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
 
 
@@ -340,7 +340,7 @@ def test_nul_byte_is_rejected_unless_a_step_removes_it(tmp_path: Path) -> None:
 def test_decontamination_steps_come_last(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="put Length before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
-    with pytest.raises(UserError, match="Leakage needs validation documents, but the corpus is one text"):
+    with pytest.raises(UserError, match="Leakage needs validation documents, but the corpus is a single document"):
         corpus_of(tmp_path, [sentences(0)], Leakage())
 
 
