@@ -323,7 +323,7 @@ def test_tokens_per_step_sets_gradient_accumulation(
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"block_size": 100_000}, "fewer than one window of 100000"),
         ({"batch_size": 10_000}, "fewer than one batch of 10000"),
@@ -338,7 +338,7 @@ def test_tokens_per_step_sets_gradient_accumulation(
     ],
 )
 def test_invalid_settings_are_rejected(
-    packed_text: Callable[..., PackedText], changes: dict[str, float], said: str
+    packed_text: Callable[..., PackedText], changes: dict[str, float], message: str
 ) -> None:
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         packed_text(**changes).setup("fit")
