@@ -29,9 +29,9 @@ BUDGET: Final = 10.0
 def main() -> None:
     """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", help="for the base; by default the standard library")
+    parser.add_argument("--text", help="training text of the base model; by default the standard library")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, help="reuse the runs that exist here")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; existing ones are reused")
     parser.add_argument("--reward", choices=["checkable", "model"], default="checkable")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()
@@ -52,7 +52,7 @@ def main() -> None:
             path, learned = fit(runs, "reward", given.threads, f"--config={ALIGN / 'reward.yaml'}", *from_start)
             reward = [f"--model.reward={path}"]
             print(f"reward model: accuracy {learned['test/accuracy']:.1%} on held-out pairs, {learned['wall']:.0f} s")
-        print(f"\n{'':6}{'seed':>5}{'start':>8}{'true reward':>13}{'KL':>7}{'tokens':>8}{'writing':>9}{'seconds':>9}")
+        print(f"\n{'':6}{'seed':>5}{'start':>8}{'true reward':>13}{'KL':>7}{'tokens':>8}{'sampling':>9}{'seconds':>9}")
         for task in ("ppo", "grpo"):
             reached = 0
             for seed in range(given.seeds):

@@ -34,7 +34,7 @@ from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60
 """Steps between two of a kind; a kind includes the work of the more frequent kinds, as in a run without flags."""
-KINDS = {"ordinary": None, "log point": 10, "look inside": 100, "validation": 300}
+KINDS = {"ordinary": None, "log point": 10, "inspection": 100, "validation": 300}
 """Every how many steps they come in a run without flags."""
 WARM = 3
 HOOKS_OF_A_BATCH = (
@@ -75,7 +75,7 @@ class Switch(L.Callback):
         if self._now is not None:
             self.seconds[self._now].append(came - self._began)
         step = trainer.global_step + 1
-        kind = next(k for k, every in (("validation", VALIDATE), ("look inside", LOOK), ("log point", LOG),
+        kind = next(k for k, every in (("validation", VALIDATE), ("inspection", LOOK), ("log point", LOG),
                                        ("ordinary", 1)) if step % every == 0)  # fmt: skip
         # With, without, without, with: so that half of the steps after each other kind have callbacks, too.
         with_them = self._turn[kind] % 4 in (0, 3)
@@ -146,7 +146,7 @@ def main() -> None:
     before = imports + switch.ready - launched
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     print(f"{platform.machine()}, {threads}, torch {torch.__version__}, wall seconds")
-    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians; cost: of neighbours)")
+    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians; cost from neighbours)")
     whole = cost = 0.0
     doubt = np.zeros(RESAMPLED)
     left, coarser = MAX_STEPS, 0
@@ -165,7 +165,7 @@ def main() -> None:
             f"{kind:14} {1000 * with_them:9.1f} {1000 * without:9.1f} {1000 * more:8.2f} "
             f"{1 + more / without:7.3f}   ({len(pairs)} pairs; {n} in a run without flags)"
         )
-    print(f"before the steps, in the first {WARM} and behind the last: {sum(ends.values()):.2f} s: {_most(ends)}")
+    print(f"before the steps, in the first {WARM} steps and after the last: {sum(ends.values()):.2f} s: {_most(ends)}")
     half = max(len(switch.seconds["validation", True]), 1)
     print(f"at a validation, in milliseconds: {_most(Counter({k: v * 1000 / half for k, v in inside.items()}))}")
     every = cost + sum(ends.values())
@@ -173,7 +173,7 @@ def main() -> None:
     low, high = ((quantile + sum(ends.values())) / first for quantile in np.quantile(doubt, (0.025, 0.975)))
     print(
         f"of {whole:.1f} s of steps and validations: {cost:.2f} s, {cost / whole:.2%}; of {first:.1f} s of a first run "
-        f"without any, all in all {every:.2f} s, {every / first:.2%} (95% interval {low:.2%} to {high:.2%})"
+        f"without callbacks, in total {every:.2f} s, {every / first:.2%} (95% interval {low:.2%} to {high:.2%})"
     )
 
 

@@ -85,7 +85,7 @@ def main() -> None:
     """Measure all steps at all sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument("--folder", default=None, help="for text and tokens, some three times the text")
+    parser.add_argument("--folder", default=None, help="folder for text and tokens, about three times the text's size")
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
@@ -109,8 +109,9 @@ def main() -> None:
                 if gigabytes != SMALL:
                     above = most - small[name]
                     print(
-                        f"{gigabytes:g} GB, {n_documents:,} documents, {name}: {above / 1e9:.2f} GB above the start, "
-                        f"{above / n_documents:,.0f} bytes a document; {seconds:.0f} s, "
+                        f"{gigabytes:g} GB, {n_documents:,} documents, {name}: "
+                        f"{above / 1e9:.2f} GB above the baseline, "
+                        f"{above / n_documents:,.0f} bytes per document; {seconds:.0f} s, "
                         f"{1000 * gigabytes / seconds:.1f} MB/s with tokens",
                         flush=True,
                     )

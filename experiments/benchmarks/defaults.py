@@ -51,7 +51,9 @@ def main() -> None:
         for name, (flags, environment) in CHOICES.items():
             times[name].append(milliseconds(flags, environment))
     default = statistics.median(times["the default"])
-    print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; milliseconds a step, {given.turns} turns")
+    print(
+        f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores; milliseconds per step, {given.turns} turns"
+    )
     for name, values in times.items():
         median = statistics.median(values)
         print(

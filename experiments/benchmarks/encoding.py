@@ -83,7 +83,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="stdlib")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[8192, 32000])
-    parser.add_argument("--cores", type=int, help="measure here, on so many cores")
+    parser.add_argument("--cores", type=int, help="measure in this process, on this many cores")
     given = parser.parse_args()
     if given.cores:
         for vocab_size in given.vocab_size:

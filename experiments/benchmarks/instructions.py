@@ -51,7 +51,7 @@ def main() -> None:
     """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
-    parser.add_argument("--text", required=True, help="for the base")
+    parser.add_argument("--text", required=True, help="training text of the base model")
     given = parser.parse_args()
     quiet()
     threads = os.cpu_count() or 1
@@ -67,7 +67,7 @@ def main() -> None:
             f"base: {summary['parameters']:,} parameters, {summary['tokens']:,} tokens in {summary['step']} steps, "
             f"{summary['wall']:.0f} s, val/bits_per_byte {summary['val/bits_per_byte']:.3f}\n"
             f"test: {n} records, {data.training_copies['test']} of them also in training\n\n"
-            f"{'':28}{'loss on replies':>16}{'in form':>10}{'parameters trained':>20}{'seconds':>9}"
+            f"{'':28}{'loss on replies':>16}{'in format':>10}{'parameters trained':>20}{'seconds':>9}"
         )
         report("before", before, test_replies(base, data), 0.0, 0.0)
         for name, config in {"all parameters": "instructions.yaml", "LoRA": "instructions_lora.yaml"}.items():

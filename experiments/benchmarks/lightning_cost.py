@@ -152,9 +152,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        f"{'milliseconds a step':48} {'bare':>8} {'trainer':>8}   difference (median of the pairs, and its quartiles)"
-    )
+    print(f"{'milliseconds per step':48} {'bare':>8} {'trainer':>8}   difference (median and quartiles of the pairs)")
     for shape, (flags, steps) in SHAPES.items():
         for name, go in {"fit": through_fit, "a Trainer, barebones": through_barebones}.items():
             with tempfile.TemporaryDirectory() as runs:

@@ -67,8 +67,8 @@ def loading() -> None:
                     speeds.append(n * batch_size * block_size / seconds / 1e6)
                     each.append(seconds / n)
                 print(
-                    f"{policy}, {batch_size} x {block_size}: {statistics.median(speeds):.0f} million tokens a second "
-                    f"({min(speeds):.0f} to {max(speeds):.0f}), {milliseconds(each)} a batch"
+                    f"{policy}, {batch_size} x {block_size}: {statistics.median(speeds):.0f} million tokens per second "
+                    f"({min(speeds):.0f} to {max(speeds):.0f}), {milliseconds(each)} per batch"
                 )
 
 
@@ -77,7 +77,7 @@ def step() -> None:
     command = [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"(\d+) ms (?:a|per) step", done.stdout + done.stderr)
-    print(f"the default's step, of 8 x 256: {found[1] if found else '?'} ms")
+    print(f"step of the default run, 8 x 256: {found[1] if found else '?'} ms")
 
 
 def seeking() -> None:
@@ -91,7 +91,8 @@ def seeking() -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in islice(iter(ShuffledSampler(ShuffledOrder([10**12], 0), 8)), 1_000_000):
         pass
-    print(f"memory for a million places more: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before} kB")
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(f"additional memory for a million more positions: {after - before} kB")
 
 
 def opening() -> None:
@@ -122,7 +123,7 @@ def opening() -> None:
         opened, read = zip(*times, strict=True)
         print(
             f"a store of {gigabytes / 1e9:.0f} GB in {SHARDS:,} shards: opened in {milliseconds(list(opened))}, "
-            f"its first window in {milliseconds(list(read))} more"
+            f"its first window {milliseconds(list(read))} later"
         )
 
 

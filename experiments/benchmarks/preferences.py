@@ -43,8 +43,8 @@ def main() -> None:
     """Run all stages and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
-    parser.add_argument("--text", help="for the base; by default the standard library")
-    parser.add_argument("--runs", type=Path, help="keep the runs there; those that are there are not made again")
+    parser.add_argument("--text", help="training text of the base model; by default the standard library")
+    parser.add_argument("--runs", type=Path, help="folder of the runs; existing ones are reused")
     given = parser.parse_args()
     quiet()
     threads = os.cpu_count() or 1

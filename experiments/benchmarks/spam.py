@@ -79,8 +79,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--splits", type=int, default=5)
-    parser.add_argument("--first_seed", type=int, default=0, help="of the splits; settings were chosen on 100 to 104")
-    parser.add_argument("--runs", type=Path, help="keep the runs here, and do none again that was done")
+    parser.add_argument(
+        "--first_seed", type=int, default=0, help="seed of the first split; settings were chosen on seeds 100 to 104"
+    )
+    parser.add_argument("--runs", type=Path, help="folder of the runs; existing ones are reused")
     given = parser.parse_args()
     seeds = range(given.first_seed, given.first_seed + given.splits)
     splits = [LabelledText(source=given.source, balance=True, split_seed=seed, **COLUMNS) for seed in seeds]
@@ -114,7 +116,7 @@ def main() -> None:
     copies = ", ".join(f"{data.training_copies['test']} of {len(data.split_indices['test'])}" for data in splits)
     print(f"test messages that are also in training: {copies}")
     tuning = sum(one["wall"] for summaries in found.values() for one in summaries) / 2
-    print(f"seconds: base {summary['wall']:.0f}, all others, two side by side, {tuning:.0f}")
+    print(f"seconds: base {summary['wall']:.0f}, all others, two in parallel, {tuning:.0f}")
     print(f"\n{'test accuracy, %':34}" + "  ".join(f"{seed:5}" for seed in seeds) + "    mean ± sd")
     for name, accuracies in ngrams.items():
         print(row(name, accuracies, "TF-IDF, logistic regression"))
@@ -122,7 +124,7 @@ def main() -> None:
         share = summaries[0]["trained_parameters"] / summaries[0]["parameters"]
         seconds = mean(one["wall"] for one in summaries)
         accuracies = [one["test/accuracy"] for one in summaries]
-        print(row(stage, accuracies, f"{share:.2%} of the parameters trained; {seconds:.0f} s a run"))
+        print(row(stage, accuracies, f"{share:.2%} of the parameters trained; {seconds:.0f} s per run"))
         for name in ("3 to 5 characters", "1 to 5 characters"):
             gains = [ours - theirs for ours, theirs in zip(accuracies, ngrams[name], strict=True)]
             print(row(f"  less that of {name}", gains))
