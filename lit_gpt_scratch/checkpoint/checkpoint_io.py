@@ -122,7 +122,7 @@ def _compute_checksum(file: BinaryIO, size: int) -> str:
 
 
 class _HashingWriter:
-    """A file that hashes what is written to it."""
+    """A file wrapper that hashes the data written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file

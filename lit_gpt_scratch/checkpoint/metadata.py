@@ -50,7 +50,7 @@ class CheckpointMetadata:
 
     @property
     def non_lm_task(self) -> str | None:
-        """What the model does if it is not a language model, as a verb phrase; None for a language model."""
+        """The model's purpose as a verb phrase if it is not a language model, else None."""
         if self.classes is not None:
             return f"classifies texts as {', '.join(self.classes)}"
         return "predicts rewards" if self.rewards else None

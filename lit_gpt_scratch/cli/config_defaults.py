@@ -162,7 +162,7 @@ def resolve_defaults(config: Namespace) -> None:
 
 
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
-    """Set what only the device and the prepared data decide: whether the network is compiled, and the vocabulary.
+    """Set the defaults that depend on the device and the prepared data: compilation and the vocabulary size.
 
     A vocabulary that came out smaller than the default stays ``None``: the text has no more tokens, and asking for a
     number that it does not have is an error.

@@ -44,8 +44,8 @@ def main(args: Sequence[str] | None = None) -> None:
     to_adapter = formats.add_parser(
         "to-adapter",
         help="export the LoRA adapters of a run",
-        description="Write what a run with --model.lora.rank trained as one .safetensors file, which generate and "
-        "evaluate apply to the weights of its base model with --adapter FILE.",
+        description="Write the weights trained by a run with --model.lora.rank as one .safetensors file, which "
+        "generate and evaluate apply to the weights of its base model with --adapter FILE.",
     )
     to_adapter.add_argument("checkpoint", **checkpoint)
     to_adapter.add_argument("file", **file)

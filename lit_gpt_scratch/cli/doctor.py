@@ -38,10 +38,10 @@ def main(args: Sequence[str] | None = None) -> None:
     args = sys.argv[1:] if args is None else list(args)
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.doctor",
-        description="Without flags: describe this machine, and check that its devices compute what a CPU does in "
+        description="Without flags: describe this machine, and check that its devices match a CPU in "
         "float32. RUN: diagnose the curves of a run. --resume: kill a run with SIGKILL at random moments, resume it, "
-        "and compare its last checkpoint and its curves bit for bit with those of an undisturbed run. --parity: run "
-        "the same steps with every split over processes and micro-batches, and compare losses and gradients.",
+        "and compare its last checkpoint and its curves bit for bit with those of an uninterrupted run. --parity: run "
+        "the same steps in every layout of processes and micro-batches, and compare losses and gradients.",
         epilog=f"All other flags are those of fit. They override {' '.join(RESUME_DEFAULTS)} for --resume, and "
         f"{' '.join(PARITY_DEFAULTS)} for --parity.",
     )
@@ -53,7 +53,7 @@ def main(args: Sequence[str] | None = None) -> None:
         parser.add_argument("--json", action="store_true", help="with RUN: print the diagnoses as in doctor.json")
     resume, parity = parser.add_argument_group("with --resume"), parser.add_argument_group("with --parity")
     resume.add_argument("--kills", type=int, default=6, help="number of kills")
-    resume.add_argument("--seed", type=int, default=0, help="seed of the moments of the kills")
+    resume.add_argument("--seed", type=int, default=0, help="seed of the random kill times")
     parity.add_argument(
         "--kinds",
         nargs="+",

@@ -9,7 +9,7 @@ from lit_gpt_scratch.cli.config_files import find_config, read_config
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 
 LIST: Final = "list"
-"""The value of ``--config`` and ``--preset`` that lists what there is."""
+"""The value of ``--config`` and ``--preset`` that lists all choices."""
 CONFIG: Final = ("--config", "-c")
 HELP: Final = ("--help", "-h")
 PRINT_CONFIG: Final = "--print_config"
@@ -17,15 +17,15 @@ PRINT_CONFIG: Final = "--print_config"
 
 @dataclass
 class EarlyFlags:
-    """What the command line and its configs say about the flags that change the parser's defaults.
+    """Values, on the command line and in its configs, of the flags that change the parser's defaults.
 
     The parser has to know a preset, a pretrained model or a resumed run before it reads the other flags, because these
     override values of it. Reading them first means that everything is parsed once.
 
     Attributes:
         flags: All flags, with names of shipped experiments replaced by their paths and old class paths by new ones.
-        help: What follows ``--help``: ``None`` without that flag, ``""`` with nothing after it.
-        print_config: Whether ``--print_config`` is given, without options of its own.
+        help: Argument of ``--help``: ``None`` without that flag, ``""`` without an argument.
+        print_config: Whether ``--print_config`` is given without options.
         lists: ``--config`` or ``--preset``, if its value is ``list``.
     """
 

@@ -75,7 +75,7 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="dtype of the weights")
         self.add_argument("--adapter", metavar="FILE", type=Path, help="LoRA adapter to add; see convert to-adapter")
         self.add_argument(
-            "--trust", metavar="CLASS", help="import this attention class of your own, which the checkpoint names"
+            "--trust", metavar="CLASS", help="import this custom attention class, which the checkpoint names"
         )
 
 

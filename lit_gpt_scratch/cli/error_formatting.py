@@ -26,7 +26,7 @@ def silence_libraries() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
     # FSDP2 of the logits, which nothing changes in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
-    # The number of messages that redistributing a doubly sharded tensor takes, and that gloo has no faster way.
+    # Redistributing a doubly sharded tensor takes several messages; gloo has no faster way.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
     # PPO and GRPO generate in that hook; the data module has none.
     warnings.filterwarnings("ignore", message="You have overridden .on_after_batch_transfer. in .LightningModule.*")

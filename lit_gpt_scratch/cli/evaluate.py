@@ -56,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
     asked = flags.add_mutually_exclusive_group()
     asked.add_argument("--data.source", dest="source", help="a text file, a folder, a file of rows, or 'stdlib'")
     asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="tasks of lm-eval (needs the extra [eval])")
-    asked.add_argument("--text", action="append", help="text to classify; may be given several times")
+    asked.add_argument("--text", action="append", help="text to classify; may be repeated")
     flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():
         flags.add_argument(flag, dest=name, default=argparse.SUPPRESS, **settings)

@@ -58,7 +58,7 @@ class FitCLI(LightningCLI):
     """Parse flags and configs, build the trainer, the task and the data, and claim a run folder.
 
     Raises:
-        UserError: A flag, a config or a file is unusable; nothing is left on the disk then.
+        UserError: A flag, a config or a file is unusable; no files are left on disk.
     """
 
     help_page = HelpPage(
@@ -198,7 +198,7 @@ class FitCLI(LightningCLI):
         sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; what it rejects is a mistake in the flags."""
+        """Build the trainer; its errors are reported as mistakes in the flags."""
         config = {**self.config_init.trainer, **kwargs}
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
@@ -221,7 +221,7 @@ class FitCLI(LightningCLI):
             adapters = self.model.lora is not None
             size = resolve_tensor_parallel_size(trainer.strategy)
             validate_tensor_parallel(self.model.gpt, size, str(trainer.precision), adapters)
-        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # a user's plugin stays
+        if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # keep a user's plugin
             background = self.config_init.checkpoint.background
             trainer.strategy.checkpoint_io = BackgroundCheckpointIO() if background else AtomicCheckpointIO()
         return trainer
@@ -290,7 +290,7 @@ class FitCLI(LightningCLI):
         self.model.initial_model, self.datamodule.initial_tokenizer = initial, initial.tokenizer
 
     def _compare(self, resumed: ResumedRun) -> None:
-        """Report or reject what changed since the run started."""
+        """Report or reject changes since the run started."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,

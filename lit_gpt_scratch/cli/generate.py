@@ -15,12 +15,12 @@ from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``generate``; standard output has the prompts and what was generated, and nothing else."""
+    """Run the command ``generate``; standard output has only the prompts and the generated text."""
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
     flags.add_argument(
-        "--prompt", action="append", help="text to continue; empty starts a new document; may be given several times"
+        "--prompt", action="append", help="text to continue; empty starts a new document; may be repeated"
     )
     flags.add_argument(
         "--chat",
@@ -36,18 +36,21 @@ def main(args: Sequence[str] | None = None) -> None:
     )
     flags.add_argument("--samples", type=int, default=1, help="continuations per prompt")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
-    flags.add_argument(
-        "--stop", action="append", default=[], help="stop before this string; may be given several times"
-    )
+    flags.add_argument("--stop", action="append", default=[], help="stop before this string; may be repeated")
     flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most probable token")
     flags.add_argument("--top_k", type=int, default=50, help="sample from the k most probable tokens")
     flags.add_argument("--top_p", type=float, help="sample from the most probable tokens that sum to this probability")
     flags.add_argument("--min_p", type=float, help="sample from tokens with this share of the highest probability")
     flags.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: penalize tokens already present")
     flags.add_argument(
-        "--seed", type=int, default=0, help="of the first text; each further text uses the next; same seed, same text"
+        "--seed",
+        type=int,
+        default=0,
+        help="seed of the first text; each further text uses the next one; the same seed gives the same text",
     )
-    flags.add_argument("--compile", action="store_true", help="compile: a slow start, then faster; for long texts")
+    flags.add_argument(
+        "--compile", action="store_true", help="compile the decoding step: a slow start, then faster; for long texts"
+    )
     flags.add_argument("--json", action="store_true", help="print one JSON object per text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)

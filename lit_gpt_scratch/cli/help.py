@@ -71,7 +71,7 @@ class Flag:
 
     Attributes:
         name: Without dashes: ``model.gpt.n_layer``.
-        values: What it takes, in a few characters.
+        values: Its type or choices, in a few characters.
         default: Its value if it is not given, as text; empty for none.
         help: One or more sentences.
     """
@@ -82,7 +82,7 @@ class Flag:
     help: str
 
     def lines(self, brief: bool) -> Iterator[str]:
-        """Lay the flag out for a terminal; ``brief`` keeps the first sentence alone."""
+        """Format the flag for a terminal; ``brief`` keeps only the first sentence."""
         text = re.split(r"(?<=[^.])[.] ", self.help)[0].rstrip(".") if brief else self.help
         default = f" [{self.default}]" if self.default else ""
         name = f"  --{self.name} {self.values}".rstrip()
@@ -103,9 +103,9 @@ class HelpPage:
 
     Args:
         usage: How to call it.
-        description: What it does.
+        description: The purpose of the command.
         first: Headings and flags of the first page.
-        without: Prefixes of flags that mean nothing to the command.
+        without: Prefixes of flags that do not apply to the command.
     """
 
     usage: str
@@ -118,7 +118,7 @@ class HelpPage:
 
         Args:
             parser: The command's own.
-            topic: What follows ``--help``.
+            topic: Argument of ``--help``.
             model: The class that ``--model`` names, whose flags are shown; None for the default.
             data: The class that ``--data`` names.
 
@@ -205,7 +205,7 @@ def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
 
 
 def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
-    """Yield the flags of a class and of what is nested in it.
+    """Yield the flags of a class and of its nested classes.
 
     Args:
         kind: A class whose arguments are flags.
@@ -229,7 +229,7 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
             yield from class_flags(nested, name)
             continue
         default = action.default
-        if isinstance(default, Namespace) and "class_path" in default:  # an optimizer: a class with flags of its own
+        if isinstance(default, Namespace) and "class_path" in default:  # an optimizer: a class with its own flags
             chosen = import_class(default.class_path, "lit_gpt_scratch.optim")
             yield _flag(action, name, chosen.__name__)
             yield from class_flags(chosen, name)

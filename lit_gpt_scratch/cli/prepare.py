@@ -44,7 +44,7 @@ class PrepareCLI(FitCLI):
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.prepare [--config FILE ...] [--flag value ...]",
-        description="Clean a text, tokenise it and report what was done, ahead of a run: fit with the same flags and "
+        description="Clean and tokenize a text ahead of a run, and report every step: fit with the same flags and "
         "configs\nfinds the tokens. Or train tokenizers of several kinds and compare them on held-out text. Flags of "
         "the model\nand the trainer are accepted and ignored, so that the configs of fit can be used.",
         first=HELP,

@@ -38,7 +38,7 @@ MUST_MATCH: Final = (
     r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
     r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
 )
-"""Flags that must not change: they determine the text, its order, and what a step computes."""
+"""Flags that must not change: they determine the text, its order, and the computation of a step."""
 BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
 """How the samples of a step are split into micro-batches and over processes; only their number per step must match."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
@@ -136,7 +136,7 @@ class ResumedRun:
     def compare(
         self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
     ) -> None:
-        """Report what changed since the run started, and reject what would make it a different run.
+        """Report changes since the run started, and reject those that would make it a different run.
 
         Args:
             config_before: All flags of the run so far.
@@ -200,7 +200,7 @@ class ResumedRun:
 def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
     """Samples of an optimizer step over all processes; None for a user's data module without these arguments.
 
-    Replicas are the data-parallel processes, each of which reads samples of its own.
+    Replicas are the data-parallel processes, each of which reads its own samples.
     """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():

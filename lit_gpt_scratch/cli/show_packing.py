@@ -39,7 +39,7 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
         colors: Whether the terminal supports them.
     """
     yield LEGEND
-    order = data.train_sampler.order  # not of batches: there may be fewer windows than a batch takes
+    order = data.train_sampler.order  # windows, not batches: there may be fewer windows than one batch
     for index in order.rows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_dataset[index]
         # Without a document mask the batch has no document ids; count end-of-text tokens.

@@ -26,7 +26,7 @@ def dead_units(e: MetricHistory) -> Finding | None:
 
 
 def attention_sink(e: MetricHistory) -> Finding | None:
-    """Most attention goes to the first token, whatever it is."""
+    """Most attention goes to the first token, independent of its content."""
     sink = e["attention/sink"]
     if len(sink) < 2 or not min(sink.values[-2:]) > MAX_SINK:
         return None

@@ -9,7 +9,7 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Within this factor of it nothing is reported: a first run is short on purpose, a model for use is trained long."""
+"""Within this factor of it nothing is reported: a first run is short, a model for use is trained longer."""
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
 """Share of the labels. Where windows hold many short documents, one label per document is not the next input."""

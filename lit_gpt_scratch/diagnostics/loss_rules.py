@@ -20,7 +20,7 @@ MIN_DECREASE: Final = 0.1
 """Relative to the loss of uniform predictions. After ``MIN_STEPS_FINISHED`` steps the loss of healthy runs has
 decreased by 0.14 to 0.34, after ``MIN_STEPS_RUNNING`` by 0.27 to 0.4."""
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Relative to the loss of uniform predictions: only too large steps lead above. Healthy runs stay within 1.01."""
+"""Relative to the loss of uniform predictions: only oversized steps exceed it. Healthy runs stay within 1.01."""
 MAX_ABOVE_INITIAL: Final = 1.5
 """Relative to the initial loss of a pretrained model, which may see other text than before."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
@@ -54,7 +54,7 @@ def initial_loss(e: MetricHistory) -> float:
     """The loss that a run begins with: that of uniform predictions, or of the pretrained model.
 
     NaN, with which every comparison is false, for an RL policy: its loss measures how much better than expected its
-    last replies were, not what it has learned. ``rl_rules.py`` covers policies.
+    last replies were, not its progress. ``rl_rules.py`` covers policies.
     """
     if len(e["train/kl"]):
         return math.nan
@@ -134,7 +134,7 @@ def steps_too_small(e: MetricHistory) -> Finding | None:
     rate = e["train/learning_rate"]
     peak = max(rate.values, default=math.nan)
     is_warm = e.step >= e.latest("run/warmup_steps") and rate.last >= PEAK_SHARE * peak
-    # A skipped step changes nothing at all, and does not count.
+    # A skipped step changes no weights, and does not count.
     ratios = [
         (e[name].last, name.rpartition("/")[2])
         for name in UPDATE_RATIO_TAGS
@@ -193,6 +193,6 @@ def suspiciously_low_loss(e: MetricHistory) -> Finding | None:
     return Finding(
         f"{bits.last:.3f} bits per byte of the validation text; compressing it or counting its tokens needs "
         f"{baseline:.2f}",
-        "the model sees what it has to predict, or was trained on the validation text",
+        "the model sees the tokens that it has to predict, or was trained on the validation text",
         "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
     )

@@ -95,7 +95,7 @@ class MetricHistory:
         self.step = min(self.step, step - 1)
 
     def __getitem__(self, name: str) -> MetricCurve:
-        """A curve; empty if nothing of that name was measured."""
+        """A curve; empty if there is no metric of that name."""
         return self._curves.setdefault(name, MetricCurve())
 
     def latest(self, name: str) -> float:

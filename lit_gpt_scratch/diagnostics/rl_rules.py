@@ -1,4 +1,4 @@
-"""Rules about RL policies: how far they move, what they gain, and how their replies change.
+"""Rules about RL policies: KL from the initial policy, reward, and changes in the replies.
 
 Metrics of a phase's replies are logged at each of its steps, and count once. Healthy runs are those of
 ``experiments/align/ppo.yaml`` and ``grpo.yaml``, with a program and with a reward model as the reward.
@@ -20,7 +20,7 @@ in 125 times, in a simulation with normal noise."""
 MIN_REWARD_DROP: Final = 0.15
 """Share of all replies, from the best there was. The share of 115 replies, as validation has, fluctuates by 0.05."""
 MIN_REWARD_GAIN: Final = 0.1
-"""Share of what the true reward could still gain. Healthy runs gain 0.6 and more."""
+"""Share of the possible gain in true reward. Healthy runs gain 0.6 and more."""
 MAX_KL: Final = 30.0
 """Nats per reply. Healthy runs reach 5 to 12, and 19 for GRPO with a reward model; a run without a penalty, at ten
 times the learning rate, 75."""
@@ -171,7 +171,7 @@ def entropy_collapse(e: MetricHistory) -> Finding | None:
 
 
 def _reward_was_kept(e: MetricHistory) -> bool:
-    """Whether most of the reward ever gained is still there."""
+    """Whether most of the highest gain in reward is retained."""
     reward = [value for _, value in _phases(e, "train/reward")]
     if len(reward) <= N_RECENT:
         return False
@@ -187,7 +187,9 @@ def length_collapse(e: MetricHistory) -> Finding | None:
         return None
     evidence = f"{now:.1f} tokens per reply including its end, {initial:.1f} in the first phase"
     if ended < MIN_ENDED_SHARE:
-        evidence = f"{ended:.0%} of the replies end, {initially_ended:.0%} in the first phase; {now:.1f} tokens each"
+        evidence = (
+            f"{ended:.0%} of the replies end, {initially_ended:.0%} in the first phase; {now:.1f} tokens per reply"
+        )
     is_rewarded = _reward_was_kept(e)
     if not is_rewarded and kl_blow_up(e):
         return None  # which explains it

@@ -11,10 +11,10 @@ MAX_REPEATED_DIAGNOSES: Final = 100
 
 
 class Finding(NamedTuple):
-    """What a rule found.
+    """The result of a rule that found a problem.
 
     Attributes:
-        evidence: What was measured, with its numbers.
+        evidence: The measurement, with its numbers.
         cause: The likely cause.
         flag: What to try, as typed on the command line.
     """
@@ -33,7 +33,7 @@ class Rule:
         reads: Names of metrics; the rule is evaluated when one of them has a new point, and when the run is over.
         find: Returns a finding for a metric history, or None.
         unless: Symptoms that explain this one: the rule is skipped once one of them was found.
-        repeatable: Whether each point of its metrics may be a case of its own; other symptoms are reported once.
+        repeatable: Whether each point of its metrics may be a separate case; other symptoms are reported once.
         harmless: Whether the symptom explains no other, given the history, because it left no trace in the weights.
     """
 
@@ -79,7 +79,7 @@ class RuleEngine:
         self.history = MetricHistory()
         self.diagnoses: list[Diagnosis] = []
         self.pending: set[str] = set()
-        """Names of metrics with points that no rule has seen yet."""
+        """Names of metrics with points that no rule has read yet."""
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Add metrics of a step; those of an earlier step are complete then, and evaluated first."""

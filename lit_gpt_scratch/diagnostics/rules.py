@@ -1,7 +1,7 @@
 """The table of diagnostic rules. To recognise a new symptom, add a rule.
 
 A rule reads metrics by name (``callbacks/metric_logging.py`` lists them; facts about a run are curves of one point,
-``run/...``), and returns what it found with its numbers, the likely cause, and the flag to try. A symptom that explains
+``run/...``), and returns the evidence with its numbers, the likely cause, and the flag to try. A symptom that explains
 another one comes before it in the table, and is named in the other one's ``unless``.
 """
 
@@ -11,7 +11,7 @@ from lit_gpt_scratch.diagnostics import activation_rules, config_rules, loss_rul
 from lit_gpt_scratch.diagnostics.rule_engine import Rule
 
 RATE_SYMPTOMS: Final = ("steps too large", "steps too small", "loss not falling")
-"""All are caused by the learning rate: the first one found explains the others."""
+"""All are caused by the learning rate, so only the first one found is reported."""
 MISALIGNED_LABELS: Final = "labels out of place"
 RULES: Final = (
     Rule(MISALIGNED_LABELS, ("run/labels_next",), config_rules.misaligned_labels),

@@ -107,7 +107,7 @@ def exploding_gradients(e: MetricHistory) -> Finding | None:
         return None
     rate = max(e["train/learning_rate"].values, default=math.nan)
     return Finding(
-        f"the gradient norm is {now:.3g}, {now / before:.0f} times what it was",
+        f"the gradient norm is {now:.3g}, {now / before:.0f} times its earlier value",
         "a learning rate that drives the weights to where the loss is steep",
         f"--model.optimizer.lr {rate / 3:.2g}",
     )

@@ -81,7 +81,7 @@ def explain_no_compile(device: torch.device, requested: bool = False) -> str | N
 
     Args:
         device: The network's device.
-        requested: The user asked for it: then only report what makes it impossible, not what makes it a poor default.
+        requested: The user requested it: report only obstacles, not reasons against it as a default.
     """
     if sys.platform == "win32":
         return None if requested else "torch.compile is not set up on Windows"

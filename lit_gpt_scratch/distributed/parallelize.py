@@ -117,7 +117,7 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 
 @torch.no_grad()
 def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
-    """Complete the gradients of tensor parallelism in place, so that each is what a single process would have.
+    """Complete the gradients of tensor parallelism in place, so that each equals that of a single process.
 
     A replicated module that is applied to heads has, on each process, the gradient of its own heads only; and PyTorch
     leaves the gradient of a row-sharded embedding unsharded.

@@ -56,7 +56,7 @@ class ScoreSummary:
         rows: Number of rows.
         metrics: Values by name.
         intervals: Lower and upper end of each metric's 95% confidence interval. None if it is unknown: for a single
-            row, or if the metric is the same whatever rows are left out, e.g. when all rows have the same value. The
+            row, or if the metric does not depend on the rows left out, e.g. when all rows have the same value. The
             true value is then probably near, but how near is unknown.
         extra: Values without an interval.
         from_parts: Whether the intervals are from the spread among parts of rows, because there are too few rows.

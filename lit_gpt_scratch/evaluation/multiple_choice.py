@@ -125,7 +125,7 @@ def evaluate_multiple_choice(
 
 
 def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
-    """How often the good sentence has a higher likelihood than the bad one, each as a whole document.
+    """The share of pairs in which the good sentence has a higher likelihood than the bad one, each as a whole document.
 
     Returns:
         ``accuracy``; and ``chance``.

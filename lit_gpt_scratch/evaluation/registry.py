@@ -66,7 +66,7 @@ class EvalTask:
     """One evaluation task.
 
     Attributes:
-        description: What it measures, and the columns it reads.
+        description: The metric, and the columns it reads.
         read: Reads rows or documents.
         text: Plain text of a row, to search for in the training data.
         measure: Runs the model on the rows.
@@ -93,7 +93,7 @@ EVAL_TASKS: Final = {
         ("text_column", "window", "stride"),
     ),
     "multiple_choice": EvalTask(
-        "accuracy of the most likely choice; columns: question or context, choices, answer",
+        "accuracy of the most probable choice; columns: question or context, choices, answer",
         lambda request: map(MultipleChoiceQuestion.from_row, benchmark_rows.read_rows(request.source)),
         lambda question: str(question.text),
         lambda model, tokenizer, rows, request: multiple_choice.evaluate_multiple_choice(
@@ -102,7 +102,7 @@ EVAL_TASKS: Final = {
         ("few_shot",),
     ),
     "minimal_pairs": EvalTask(
-        "how often the good sentence is more likely; columns: sentence_good, sentence_bad",
+        "share of pairs in which the good sentence is more probable; columns: sentence_good, sentence_bad",
         lambda request: map(MultipleChoiceQuestion.from_pair, benchmark_rows.read_rows(request.source)),
         lambda pair: str(pair.text),
         lambda model, tokenizer, rows, request: multiple_choice.evaluate_minimal_pairs(model, tokenizer, rows),

@@ -171,7 +171,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
 
 
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Recompute full rows of the cache from the last half of their context, without the token that comes next."""
+    """Recompute full rows of the cache from the last half of their context, without the next token."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:

@@ -63,7 +63,7 @@ def _emit_pieces(
 
 
 class _StopStringBuffer:
-    """Decodes one text, and holds back what may be the beginning of a stop string."""
+    """Decodes one text, and holds back a possible beginning of a stop string."""
 
     def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:
         self.decode = decode

@@ -82,7 +82,7 @@ class HFConfigReader:
             self.reject(name, f"only {' or '.join(map(str, supported))}" if supported else "only null")
 
     def reject(self, name: str, requirement: str) -> None:
-        """Collect a field as unsupported, with its value and what is supported."""
+        """Collect a field as unsupported, with its value and the supported ones."""
         self.unsupported.append(f"{self.prefix}{name} is {_shorten(self.values.get(name))} ({requirement})")
 
     def raise_if_unsupported(self) -> None:

@@ -17,7 +17,7 @@ COMMON_FIELDS: Final = frozenset({
     "dropout", "attention_backend", "rotary_base", "rotary_factor", "rotary_trained_context", "rotary_slow",
     "rotary_fast",
 })  # fmt: skip
-"""``GPTConfig`` fields that every family can express, or that do not affect what a trained model computes."""
+"""``GPTConfig`` fields that every family can express, or that do not affect a trained model's output."""
 NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "quantization_config": (), "auto_map": (), "attn_logit_softcapping": (), "final_logit_softcapping": (),
     "num_experts": (0,), "num_local_experts": (0,), "partial_rotary_factor": (1,), "is_encoder_decoder": (False,),
@@ -116,7 +116,7 @@ class ModelFamily(ABC):
         return found
 
     def all_tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Every tensor; a tied head has none of its own."""
+        """Every tensor; a tied head has no separate tensor."""
         yield from self.tensor_mappings(gpt)
         if not gpt.tied_embeddings:
             yield TensorMapping("lm_head.weight", (HEAD,))

@@ -114,7 +114,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # Save only what the gradients of trainable inputs need.
+        # Save only the tensors that the gradients of trainable inputs need.
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight if ctx.needs_input_grad[0] else None)
         return _multiply(x, weight, bias)
 

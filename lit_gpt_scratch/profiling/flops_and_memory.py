@@ -117,7 +117,7 @@ def activation_bytes(
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    # FlexAttention is compiled and cannot be simulated; it keeps no more than the fused kernel.
+    # FlexAttention is compiled and cannot be simulated; it saves at most as much as the fused kernel.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)

@@ -96,7 +96,7 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
 
 
 def describe_setup(sweep: SweepConfig) -> dict[str, str]:
-    """What a sweep varies, fixes and measures, as text by key."""
+    """The varied flags, fixed flags and metric of a sweep, as text by key."""
     setup = {name: _describe_dimension(dimension) for name, dimension in sweep.vary.items()}
     setup |= {"base": ", ".join(map(str, sweep.base)) or "the defaults of fit"}
     setup |= {f"fixed: {name}": format_flag_value(value) for name, value in sweep.fixed.items()}

@@ -51,7 +51,7 @@ def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: Resolv
 
 
 def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
-    """The number of optimizer steps, at least 1, that process so many tokens.
+    """The number of optimizer steps, at least 1, that process this many tokens.
 
     Args:
         tokens: Tokens of the whole run.

@@ -31,7 +31,7 @@ MARKER_LABELS: Final = {
 MAX_CURVES: Final = 10
 """Maximum number of trials in one plot of curves."""
 OUTLIER_RATIO: Final = 5.0
-"""Trials that reach so many times farther than the next one are clipped."""
+"""A trial whose values reach this many times farther than the next one's is clipped."""
 
 
 @dataclass(frozen=True)

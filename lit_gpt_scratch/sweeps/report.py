@@ -34,12 +34,12 @@ class SweepReport:
 
     Args:
         title: Title of the document.
-        question: Why the runs were made.
+        question: The question that the sweep answers.
         metric: The metric that trials are compared by.
         direction: ``minimize`` or ``maximize``.
         trials: All trials, finished or not.
         baseline: The trial that the others are compared with; None if it does not exist yet.
-        setup: What was varied and what was fixed, as text.
+        setup: The varied and the fixed flags, as text.
         command: The command that reproduces the sweep.
         importance: Share of the variance between trials that each dimension explains.
     """
@@ -170,7 +170,7 @@ class SweepReport:
         best = self.ranked[0]
         text = f"Best mean: {best.label}, {self.metric} {best.mean(self.metric)}. "
         if self.baseline is None or self.baseline not in self.ranked:
-            return text + "The baseline has not finished, so there is nothing to compare with."
+            return text + "The baseline has not finished, so there are no differences to report."
         if best is self.baseline:
             text += "That is the baseline. "
         by_verdict = {
@@ -228,7 +228,7 @@ class SweepReport:
 def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
     """One line per trial and symptom, to explain differences between trials; nothing if there are no diagnoses.
 
-    A symptom that all runs share says nothing about the trials and is listed once. For the others, the text of the
+    A symptom that all runs share does not distinguish the trials and is listed once. For the others, the text of the
     trial's first run stands for all its runs, as only the numbers differ.
     """
     found: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)

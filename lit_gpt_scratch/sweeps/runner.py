@@ -85,7 +85,7 @@ class SweepRunner:
         while not self.stopping.is_set() and (claim := self.study.claim_run()):
             try:
                 result = self._run(claim)
-            except BaseException:  # whatever it is, an unfinished run must not stay claimed
+            except BaseException:  # on any error: an unfinished run must not stay claimed
                 self.study.release_run(claim)
                 raise
             if result is None:

@@ -19,7 +19,7 @@ Setting = str | float
 
 
 class SearchDimension(ABC):
-    """One thing that a sweep varies."""
+    """One dimension of the search space."""
 
     @property
     @abstractmethod
@@ -105,7 +105,7 @@ class NumericRange(SearchDimension):
 
     @property
     def is_integer(self) -> bool:
-        """Whether the range holds integers only."""
+        """Whether the range has integers only."""
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
     @property

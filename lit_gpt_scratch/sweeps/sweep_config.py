@@ -1,4 +1,4 @@
-"""The sweep file: what to vary, how to search, and how to compare."""
+"""The sweep file: search space, search method and comparison."""
 
 import hashlib
 import inspect

@@ -16,7 +16,7 @@ from filelock import FileLock
 from lit_gpt_scratch.errors import UserError
 
 PURPOSE_FILE: Final = "begun"
-"""A file in an unfinished folder that holds its purpose; see ``create_folder_atomically``."""
+"""A file in an unfinished folder that stores its purpose; see ``create_folder_atomically``."""
 TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
@@ -39,14 +39,14 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
 
     The folder is filled under a temporary name and renamed when it is complete, so a kill leaves either no folder or
     a complete one. A lock, which a kill releases, keeps a second process from doing the same work. A failure removes
-    what was written, so a full disk is left as it was found.
+    what was written, so that a failed write takes up no disk space.
 
     Args:
         folder: The folder to create; an empty one counts as missing.
         fill: Writes the contents into the path it is given.
         flag: The flag that chooses another location, for error messages.
-        purpose: What the contents are made from. If given, a folder left by an interrupted call (a kill, Ctrl-C or the
-            death of a worker process) with the same purpose is passed to ``fill`` again to be completed; by default
+        purpose: The inputs of the contents, as text. If given, a folder left by an interrupted call (a kill, Ctrl-C or
+            the death of a worker process) with the same purpose is passed to ``fill`` again to be completed; by default
             the work starts over.
 
     Raises:

@@ -1,7 +1,7 @@
 """Cleaning filters: each maps a document to a document, or to the reason why it is rejected.
 
 The pipeline is a list of steps, chosen and ordered in a config; by default only exact duplicates are removed. A step is
-a frozen dataclass: its arguments define what it does, and are part of the cache key of the cleaned corpus.
+a frozen dataclass: its arguments define its behaviour and are part of the cache key of the cleaned corpus.
 """
 
 import hashlib
@@ -47,7 +47,7 @@ class CleaningStep:
 
 
 class PerDocumentStep(CleaningStep, ABC):
-    """A step that edits or rejects a document, looking at that document alone."""
+    """A step that edits or rejects a document, from that document alone."""
 
     @abstractmethod
     def __call__(self, document: Document) -> Document | RejectionReason:
@@ -65,7 +65,7 @@ class DeduplicationStep(CleaningStep, ABC):
 
     @abstractmethod
     def sketch(self, document: Document) -> Any:
-        """Return what is needed to compare a document with others."""
+        """Return the data needed to compare a document with others."""
 
     @abstractmethod
     def build_filter(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
@@ -200,7 +200,7 @@ def _is_ipv6(candidate: str) -> bool:
 
 
 def validate_steps(steps: Sequence[CleaningStep]) -> None:
-    """Check that every entry is a cleaning step, has all its settings, and comes in a possible order.
+    """Check that every entry is a cleaning step with all its settings, and that their order is valid.
 
     Raises:
         UserError: A step fails the check; the message names it.

@@ -1,6 +1,6 @@
 """Runs documents through cleaning steps: per-document steps in parallel, deduplication in document order.
 
-The same documents come out, in the same order, whatever the number of processes.
+The output and its order do not depend on the number of processes.
 """
 
 from collections import deque

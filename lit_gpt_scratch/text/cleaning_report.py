@@ -1,4 +1,4 @@
-"""The cleaning report: what happened to every document, step by step (``audit.json`` and ``audit.md``)."""
+"""The cleaning report: the outcome of every step for every document (``audit.json`` and ``audit.md``)."""
 
 import hashlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Documents, and rows of tables: what a corpus consists of and what it is read from."""
+"""Documents, of which a corpus consists, and table rows, from which they are read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Maximum bytes of a document, a row or a line; anything longer is not text that a person wrote."""
+"""Maximum bytes of a document, a row or a line; anything longer is not written by a person."""
 
 
 def is_blank(text: str) -> bool:
@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text with an id by which it can be found again: a file, or a file and a row."""
+    """A text with an id that locates it: a file, or a file and a row."""
 
     id: str
     text: str
@@ -37,7 +37,7 @@ class TableRow:
     """One row of a table.
 
     Attributes:
-        id: An id by which it can be found again: the file and the row number, from 1.
+        id: Locates the row: the file and the row number, from 1.
         where: Its location for error messages: the file, and the line in it if the file has lines.
         fields: Its values by column name.
     """

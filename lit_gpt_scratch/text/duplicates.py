@@ -46,7 +46,7 @@ def minhash_signature(text: str, permutations: int) -> RMinHash:
 
 @dataclass(frozen=True)
 class ExactDuplicates(DeduplicationStep):
-    """Remove every document whose text, byte for byte, occurred before. The hashes seen so far are kept on disk."""
+    """Remove every document whose text is byte-identical to an earlier one. The hashes seen so far are kept on disk."""
 
     cheap: ClassVar[bool] = True
 

@@ -71,7 +71,7 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
         return
     except UserError:
         raise
-    except Exception as error:  # whatever the readers of five formats raise
+    except Exception as error:  # the readers of five formats have no common exception type
         reason = error
     for number, (where, fields) in enumerate(_read_rest(path, columns, reason, skip=n_read), n_read + 1):
         yield TableRow(f"{name}:{number}", where, fields)
@@ -93,7 +93,7 @@ def row_to_document(row: TableRow, column: str) -> Document:
 
 
 def is_table(path: Path, in_folder: bool) -> bool:
-    """Whether a file holds rows, by its name; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
+    """Whether a file contains rows, by its name; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
     return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
 

@@ -80,7 +80,7 @@ def _resolve_revision(name: str) -> str | None:
 
 @contextmanager
 def _as_user_errors(name: str) -> Iterator[None]:
-    """Turn every exception of ``datasets`` into one line: it has its own type for most of what can go wrong."""
+    """Turn every exception of ``datasets`` into one line: it has a different type for most failures."""
     import datasets
 
     try:

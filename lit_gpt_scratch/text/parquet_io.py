@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.text.document import Document
 
 ROW_GROUP_CHARACTERS: Final = 2**22
-"""Characters of text in a row group, which is what a reader holds in memory."""
+"""Characters of text in a row group; a reader holds one row group in memory."""
 
 
 class ParquetDocumentWriter:

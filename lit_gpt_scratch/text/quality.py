@@ -14,7 +14,7 @@ STOP_WORDS: Final = frozenset({"the", "be", "to", "of", "and", "that", "have", "
 
 @dataclass(frozen=True)
 class GopherQuality(PerDocumentStep):
-    """Reject what does not look like English prose: Gopher's rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
+    """Reject text that does not look like English: Gopher's rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
 
     Args:
         words_at_least: Minimum number of words.

@@ -27,7 +27,7 @@ STDLIB: Final = "stdlib"
 """The default source: the source code of the Python standard library, real text that is always available."""
 
 # Skipped: text that no person wrote (generated tables would be memorised, and their near-identical copies would
-# end up on both sides of the split), tests, and what is not the standard library.
+# end up on both sides of the split), tests, and packages outside the standard library.
 STDLIB_SKIPPED = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"
 }  # fmt: skip
@@ -66,7 +66,7 @@ class DocumentSource:
         """Yield every document, and a ``RejectedDocument`` for everything that was skipped.
 
         Raises:
-            UserError: The source is missing, is not what its name says, or has a row that cannot be read.
+            UserError: The source is missing, does not match its type, or has a row that cannot be read.
         """
         columns = {"text_column": self.column}
         if self.on_hub:

@@ -230,7 +230,7 @@ class DocumentIndex:
 
 
 def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
-    """Return what ``DocumentIndex`` needs of a cleaned document: its SHA-256 and its MinHash signature.
+    """Return the SHA-256 and the MinHash signature of a cleaned document, for ``DocumentIndex``.
 
     Raises:
         UserError: The text has a NUL byte.

@@ -122,7 +122,7 @@ class Tokenizer:
 
         Args:
             texts: The texts.
-            fast: Spend a second on finding out whether a several times faster encoder gives the same ids.
+            fast: Spend a second to check whether a several times faster encoder gives the same ids.
             threads: Of the fast encoder; by default as many as there are cores.
         """
         return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
@@ -149,7 +149,7 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """A sentence about what changes when text is encoded and decoded; empty if nothing does."""
+        """A sentence about the differences after encoding and decoding a text; empty if there are none."""
         decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
         if decoded == ROUND_TRIP_TEXT:
             return ""

@@ -27,7 +27,7 @@ def compare_tokenizers(
     Yields:
         A row per kind: ``tokenizer``, ``tokens`` in its vocabulary, ``bytes per token``, ``unknown`` as a share of
         tokens, ``used`` as a share of the vocabulary, ``trained in`` seconds, ``MB/s`` of encoding, ``longest tokens``
-        that occur, not counting spaces, and ``loses``, what does not survive a round trip.
+        that occur, not counting spaces, and ``loses``, the text changed by a round trip.
     """
     n_bytes = sum(len(text.encode()) for text in held_out)
     for kind in kinds:

@@ -22,7 +22,7 @@ def train_wordpiece(
         alphabet: Characters to include even if they do not occur, both as start and as continuation.
         size: Maximum number of pieces.
         min_count: Pairs that occur less often are not merged. The score alone favours rare pairs: it would first merge
-            whatever occurs once, and fill the vocabulary with that. By default the bound starts at the count of the
+            pairs that occur once, and fill the vocabulary with them. By default the bound starts at the count of the
             most frequent pair and is halved, down to 2, each time that no pair reaches it.
         prefix: Marks a piece that continues a word. It must not occur in a word.
     """
