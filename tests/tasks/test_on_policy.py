@@ -469,7 +469,7 @@ def test_reward_model_with_another_tokenizer_or_untrusted_code_is_rejected(
     contents = torch.load(path, weights_only=True)
     contents[METADATA_KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"
     torch.save(contents, path)
-    with pytest.raises(UserError, match=f"model.reward: .* let it run: --model.gpt.attention {own}"):
+    with pytest.raises(UserError, match=f"model.reward: .* pass --model.gpt.attention {own}"):
         run("PPO", reward=path)
     with pytest.raises(UserError, match="another tokenizer"):  # to be trusted with the code is not enough
         run("PPO", reward=path, gpt=replace(SHAPE, attention=own))
