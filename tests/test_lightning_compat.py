@@ -39,7 +39,7 @@ Build = Callable[..., Any]
 
 
 class Hooks(L.Callback):
-    """Records hooks, and what the trainer reports in them."""
+    """Records hooks and the trainer's state in them."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, Any]] = []
@@ -273,13 +273,13 @@ def test_a_task_seeds_each_batch_by_its_position(
     step = LanguageModel.training_step
 
     def record(self: LanguageModel, *args: Any) -> torch.Tensor:
-        drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002 - what is seeded
+        drawn.append((torch.rand(()).item(), random.random(), float(np.random.rand())))  # noqa: NPY002 - the seeded generators
         return step(self, *args)
 
     monkeypatch.setattr(LanguageModel, "training_step", record)
     for _ in range(2):
         L.seed_everything(1)
-        torch.rand(len(drawn))  # whatever was drawn before
+        torch.rand(len(drawn))  # numbers drawn before
         trainer(max_steps=3).fit(task(), packed_text())
     assert drawn[:3] == drawn[3:]
     assert len(set(drawn)) == 3

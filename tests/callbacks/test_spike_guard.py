@@ -27,7 +27,7 @@ Build = Callable[..., Any]
 
 
 class Faulty(LanguageModel):
-    """Makes some losses something else: ``faults`` maps a step to what its loss is multiplied by."""
+    """Corrupts the loss of some steps: ``faults`` maps a step to a factor of its loss."""
 
     faults: dict[int, float] = {}  # noqa: RUF012 - each test sets its own
     seen: list[int]
@@ -236,7 +236,7 @@ def test_a_missing_good_checkpoint_is_noticed_and_none_is_left_behind(run: Build
     guard = run("act", {}, max_steps=31)[2]
     assert guard.good == 30
     own = folder / "good-30.ckpt"
-    own.rename(folder / "good-37.ckpt")  # as if it had been written, and the run killed before last.ckpt was
+    own.rename(folder / "good-37.ckpt")  # as after a kill between writing it and writing last.ckpt
     faults = dict.fromkeys(range(31, 31 + PATIENCE), 40.0)
     guard = run("act", faults, max_steps=39, ckpt_path=folder / "last.ckpt")[2]
     assert guard.good is None
@@ -246,7 +246,7 @@ def test_a_missing_good_checkpoint_is_noticed_and_none_is_left_behind(run: Build
 
 @pytest.mark.slow
 def test_two_hundred_faults_leave_no_trace(run: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half of them not finite, half spikes; every checkpoint is looked at as it is written."""
+    """Half are not finite, half are spikes; every checkpoint is checked when it is written."""
     steps = list(range(30, 430, 2))
     faults = {step: (math.nan, 40.0, math.inf, 60.0)[place % 4] for place, step in enumerate(steps)}
     saved = []

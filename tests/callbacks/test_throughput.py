@@ -126,7 +126,7 @@ def test_shares_are_those_of_the_time_that_parts_take(trainer: Callable[..., L.T
     run.fit(Sleeping(), DataLoader(Slow(), batch_size=None), DataLoader(Slow(), batch_size=None))
 
     timed = range(accumulate, batches)  # the first step is not
-    # What comes before a batch counts, but where the clock starts: after the first step and after validations.
+    # Time before a batch counts, except where the clock starts: after the first step and after validations.
     gaps = [batch for batch in timed if batch != accumulate and batch % between_validations]
     times = {"data": len(gaps), "generation": 0, "rest": len(gaps), "forward": len(timed), "backward": len(timed)}
     times["optimizer"] = len(timed) // accumulate

@@ -245,7 +245,7 @@ def may_mount() -> bool:
 
 @pytest.mark.skipif(not may_mount(), reason="mounts a small file system")
 def test_full_file_system(tmp_path: Path) -> None:
-    """A file system of 2 MB holds one checkpoint of 1.2 MB, but not a second one."""
+    """A file system of 2 MB has space for one checkpoint of 1.2 MB, but not for a second one."""
     mounted = ["unshare", "-rm", sys.executable, "-c", SAVE_TWICE, str(tmp_path)]
     done = subprocess.run(mounted, capture_output=True, text=True, timeout=60)
     error, left = done.stdout.splitlines()

@@ -84,7 +84,7 @@ def ranks_micro_batches(shuffle: ShuffledOrder, layout: BatchLayout) -> int:
 
 
 def test_another_step_size_continues_after_the_windows_already_seen() -> None:
-    """7 steps of 4 windows are 28: the fourth step of 10 is the first that has none of them."""
+    """7 steps of 4 windows are 28 windows: the fourth step of 10 is the first without any of them."""
     loop = progress(7, 107)
     rescale_batch_counts(loop, BatchLayout(4, 1, 1), BatchLayout(1, 2, 5))
     assert loop == progress(3 * 5, 43 * 5)

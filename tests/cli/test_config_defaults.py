@@ -133,7 +133,7 @@ def test_a_saved_config_gives_a_swapped_class_its_own_defaults(tmp_path: Path, c
 
 
 class OwnMuon(Muon):
-    """A user's optimizer, with a default of its own for one argument."""
+    """A user's optimizer, with a different default for one argument."""
 
     def __init__(self, lr: float = 0.5, weight_decay: float | None = None) -> None:
         super().__init__(lr=lr, weight_decay=weight_decay)

@@ -73,7 +73,7 @@ def test_example_from_the_paper(tmp_path: Path) -> None:
     Best-fit packing splits only the one that does not fit.
     """
     text = stream(tmp_path, [14, 7, 5, 2, 3])
-    # The paper pads the last window of 31 tokens; here it would be scored in validation alone.
+    # The paper pads the last window of 31 tokens; here it would be scored only in validation.
     concatenated = ConcatenatedPlan(text, 8, keep_last=True).cost
     assert (concatenated.split, concatenated.split_needlessly, concatenated.windows) == (3, 2, 4)
     best = plan_packing(text, 8, "best_fit", tmp_path).cost
@@ -258,7 +258,7 @@ def test_pickled_dataset_does_not_contain_the_corpus(tmp_path: Path) -> None:
 
 
 def test_token_outside_the_vocabulary_is_rejected_and_names_its_shard(tmp_path: Path) -> None:
-    """On a GPU the lookup would fail with an assertion that names nothing."""
+    """On a GPU the lookup would fail with an assertion without context."""
     windows = PackedDataset([ConcatenatedPlan(numbered_stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.make_batch([0, 1, 2, 3, 4])
     with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):

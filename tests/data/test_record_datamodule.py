@@ -208,7 +208,7 @@ def test_too_long_records_are_rejected_truncated_or_dropped(
         data = build(Conversations, source=source, tokenizer="byte", **changes)
         return sorted(len(one.sequences[0].ids) for examples in data.examples.values() for one in examples)
 
-    # <|endoftext|><|user|>Say 7\n<|assistant|>, and 99 digits; the end of text is a label alone
+    # <|endoftext|><|user|>Say 7\n<|assistant|>, and 99 digits; the end of text is only a label
     with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than the 64 of a row; raise"):
         sizes()
     assert len(sizes(too_long="drop")) == 38

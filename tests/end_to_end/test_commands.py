@@ -261,7 +261,7 @@ def test_resuming_another_architecture_is_rejected_by_field(
     outcome = command("fit", "--ckpt_path=last", "--trainer.max_steps=20", *change)
     assert outcome.code == 2
     assert expected in outcome.err
-    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the error changed nothing
+    again = command("fit", "--ckpt_path=last", "--trainer.max_steps=20")  # the failed call changed nothing
     assert again.code == 0, again.err
 
 

@@ -22,7 +22,7 @@ from tests.interop.conftest import (
 
 @torch.no_grad()
 def bits_per_byte(model: Any, tokenizer_: Any, text: str, context: int) -> float:
-    """Computed with the library alone: every token once, in consecutive windows."""
+    """Computed only with the library: every token once, in consecutive windows."""
     tokens = torch.tensor([tokenizer_.bos_token_id, *tokenizer_(text)["input_ids"]])
     nats = 0.0
     for start in range(0, len(tokens) - 1, context):

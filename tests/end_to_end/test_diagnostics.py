@@ -53,7 +53,7 @@ def examine(command: Any, sources: Path, cache: Path) -> Callable[..., list[dict
         folder = max(Path("runs/pretrain").glob("version_*"), key=lambda path: path.stat().st_mtime)
         found: list[dict[str, Any]] = json.loads((folder / "doctor.json").read_text())
         replayed = command("doctor", folder, "--json")
-        assert json.loads(replayed.out) == found  # the same from its events alone
+        assert json.loads(replayed.out) == found  # the same from its events only
         return found
 
     return run

@@ -82,7 +82,7 @@ def test_fifty_signals(small: list[str], tmp_path: Path) -> None:
 
 
 def test_signal_before_the_first_step_leaves_no_run_folder(small: list[str], tmp_path: Path) -> None:
-    """Nothing was trained, so nothing is kept; and there is no traceback."""
+    """Nothing was trained, so no folder is kept; there is no traceback."""
     process = fit([*small, "--trainer.max_steps=100000"], tmp_path / "runs")
     assert process.stderr
     line = process.stderr.readline()  # the first line is logged before training

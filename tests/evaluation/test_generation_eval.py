@@ -43,7 +43,7 @@ def test_metrics_by_hand(model: GPT, tokenizer: Tokenizer, monkeypatch: pytest.M
     assert found["distinct_2"] == pytest.approx(5 / 9)  # ab ba bc cd de, of 5 + 4
     assert found["repetition_4"] == pytest.approx(
         (1 - 2 / 3) / 4
-    )  # abab baba abab in the first; the second repeats none
+    )  # abab baba abab in the first; the second has no repetition
 
 
 def test_invalid_rows_are_reported(model: GPT, tokenizer: Tokenizer) -> None:

@@ -43,7 +43,7 @@ def texts(seed: int) -> list[list[int]]:
 def test_tokens_of_other_documents_do_not_change_logits(
     tmp_path: Path, policy: PackingPolicy, position: PositionName, extras: dict[str, object]
 ) -> None:
-    """Change each document in turn: logits of others stay bitwise the same, but without the mask some change."""
+    """Change each document in turn: the others' logits stay bitwise the same; without the mask some change."""
     config = replace(GPTConfig(n_layer=2, n_head=2, n_embd=16, position=position), **extras)
     model = randomised(config, VOCAB, T)
     moved = {True: 0, False: 0}

@@ -79,7 +79,7 @@ def test_holm_correction_by_hand() -> None:
 
 
 def test_verdict_follows_the_corrected_p_value() -> None:
-    """A difference that is significant alone is within noise when Holm's correction takes it back.
+    """A difference that is significant by itself is within noise after Holm's correction.
 
     With two degrees of freedom, P(|T| > t) = 1 - t / sqrt(2 + t²). Trial 1: mean 0.10, standard error 0.02, t = 5,
     p = 0.03775. Trial 2: mean 0.001, standard error 0.01, p = 0.929. Trial 3: mean 0.5, standard error 0.01, t = 50,

@@ -87,7 +87,7 @@ def test_first_output_equals_the_initial_models_bit_for_bit(
     start, _ = load_model(base)
     assert torch.equal(first.logits, start(first.batch["input_ids"], first.batch["document_ids"]))
     assert task.gpt == SHAPE
-    assert task.net.block_size == 144  # the start's own, though the data's windows are shorter
+    assert task.net.block_size == 144  # the initial model's, although the data's windows are shorter
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_safetensors_export_merges_adapters(tuned: Callable[..., tuple[Any, Path
 
 
 def test_rank_eight_adapter_is_a_fiftieth_of_gpt2(tmp_path: Path) -> None:
-    """Bytes of the file, compared with the base's weights in float32; it has nothing but adapters."""
+    """Bytes of the file, compared with the base's weights in float32; it contains only adapters."""
     with torch.device("meta"):
         net = GPT(PRESETS["gpt2_124m"], 50257, 1024)
     whole = 4 * sum(parameter.numel() for parameter in net.parameters())
     add_lora(net, LoRA(8))
     shapes = {name: weight.shape for name, weight in net.state_dict().items()}
     lora = lora_state_dict(net).keys()
-    # Of the base's own weights a single number each is kept, or the test would write half a gigabyte.
+    # Keep one number of each base weight; otherwise the test would write half a gigabyte.
     state = {f"net.{name}": torch.zeros(shape if name in lora else 1) for name, shape in shapes.items()}
     contents = CheckpointMetadata(
         asdict(PRESETS["gpt2_124m"]), 50257, 1024, "{}", lora=asdict(LoRA(8)), base="its hash"
@@ -218,7 +218,7 @@ def test_settings_that_contradict_the_initial_model_are_rejected(
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_class_logits_do_not_depend_on_padding(pooling: str) -> None:
-    """Each text alone, against all in one batch."""
+    """Each text by itself, compared with all in one batch."""
     x, lengths = torch.randn(3, 7, 5), torch.tensor([7, 1, 4])
     expected = [
         row[n - 1] if pooling == "last" else row[:n].mean(0) for row, n in zip(x, lengths.tolist(), strict=True)
@@ -311,7 +311,7 @@ def test_head_for_different_classes_is_initialised_from_scratch(
 
 
 def test_gradient_is_invariant_to_scaling_the_class_weights(trainer: Build, base: Path, cache: Path) -> None:
-    """It is that of the weighted mean, which is what is logged."""
+    """It is the gradient of the weighted mean, which is logged."""
 
     class Norms(L.Callback):
         def __init__(self) -> None:

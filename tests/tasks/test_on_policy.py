@@ -69,7 +69,7 @@ class Seen(L.Callback):
         self.norms: list[float] = []
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: Any, optimizer: Any) -> None:
-        """Before the gradient is weighed; its norm is looked at when it was."""
+        """Mark the step; its gradient norm is recorded at the end of the batch."""
         self._due = True
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
@@ -311,7 +311,7 @@ def test_reference_is_not_among_the_parameters(
 
 @pytest.mark.parametrize("name", ["PPO", "GRPO"])
 def test_test_metrics_cover_each_prompt_once(trainer: Build, data: Callable[..., Prompts], name: str) -> None:
-    """In batches, of which the last is padded, against all prompts at once."""
+    """In batches, the last one padded, compared with all prompts at once."""
     prompts, task = data(), policy(name, kl_coefficient=0.3)
     made = trainer(max_steps=3, limit_val_batches=0)
     made.fit(task, prompts)
@@ -424,7 +424,7 @@ def same(data: Callable[..., Prompts], tmp_path: Path) -> dict[str, Any]:
 
 
 def score_alone(model: Reward, rows: dict[str, Tensor]) -> Tensor:
-    """The rewards of each row's text alone."""
+    """The reward of each row's text, scored by itself."""
     found = []
     for ids, labels in zip(rows["input_ids"], rows["labels"], strict=True):
         last = int((labels != IGNORE_INDEX).nonzero()[-1])

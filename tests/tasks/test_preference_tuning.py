@@ -73,7 +73,7 @@ def logprobs(net: Any, ids: Tensor, labels: Tensor) -> float:
 def test_dpo_loss_matches_a_loop_over_pairs(
     align: Callable[..., tuple[Any, Path]], start: Path, how: dict[str, Any]
 ) -> None:
-    """Each row alone and without padding; the reference is the initial checkpoint."""
+    """Each row by itself and without padding; the reference is the initial checkpoint."""
     task, _ = align(DPO(init_from=str(start), beta=0.3, compile=False, **how))
     moved(task)
     task.eval()

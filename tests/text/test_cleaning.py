@@ -1,4 +1,4 @@
-"""Cleaning steps: each does what it documents and nothing else."""
+"""Cleaning steps: each has its documented effect and no other."""
 
 import random
 import sys

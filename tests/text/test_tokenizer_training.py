@@ -1,4 +1,4 @@
-"""Tokenizer training: what each kind learns, and what it cannot represent."""
+"""Tokenizer training: the learned tokens of each kind, and the texts that it cannot represent."""
 
 import json
 from collections import Counter
