@@ -72,7 +72,7 @@ class LossBreakdown(Callback):
         if not self._active or outputs is None:
             return
         assert self._bands is not None
-        losses, labels = outputs["token_losses"].float(), batch["labels"]  # (B, T)
+        losses, labels = outputs["label_losses"].float(), batch["labels"]  # (B, T)
         counted = (labels != IGNORE_INDEX).float()
         self._positions += torch.stack((losses.sum(0), counted.sum(0)))
         bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)

@@ -171,7 +171,7 @@ class RunPlan(RunDirCallback):
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
     """Each parameter group of the optimizer, and the moving average if there is one."""
-    for group in task.optimizer_groups:  # those of a custom optimizer may have neither rule nor name
+    for group in task.configured_groups:  # those of a custom optimizer may have neither rule nor name
         rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""

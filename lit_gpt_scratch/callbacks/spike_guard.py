@@ -115,10 +115,10 @@ class SpikeGuard(RunDirCallback):
         if self._unread and (len(self._unread) >= (every or 50)):
             self._read()
 
-    def _filter_step(self, loss: Tensor | None, norm: Tensor) -> bool:
+    def _filter_step(self, loss: Tensor, norm: Tensor) -> bool:
         """The step filter: whether the optimizer may apply the step."""
-        known = norm.new_zeros(()) if loss is None else loss.to(norm.device)
-        self._unread.append((self._trainer.global_step, torch.stack((known.float(), norm.float())).detach()))
+        values = torch.stack((loss.to(norm.device).float(), norm.float())).detach()
+        self._unread.append((self._trainer.global_step, values))
         return self._read() if self._reads_at_once else True
 
     def _read(self) -> bool:

@@ -44,7 +44,7 @@ from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 log = logging.getLogger(__name__)
 
 TRAIN_STREAM, VALIDATION_STREAM = 5, 10
-"""Purposes of random numbers, as part of their seed. Other values would change every run."""
+"""Random-number streams, part of every seed: changing a value changes the numbers that runs draw."""
 
 
 class StepFilter(Protocol):
@@ -98,7 +98,7 @@ class GPTModule(L.LightningModule):
     metrics: Metric | MetricCollection
     """Validation and test metrics, built by ``build_metrics``."""
     data_info: DataInfo
-    """What the data module tells about the data, since ``setup``."""
+    """Facts about the data, from the data module; set in ``setup``."""
     allows_dropout: ClassVar[bool] = True
     """Whether training may use dropout. Not if the loss compares log-probabilities with earlier ones: dropout would add
     noise to their ratio. Then an initial model's dropout is switched off, and an explicit one is an error."""
@@ -133,8 +133,8 @@ class GPTModule(L.LightningModule):
         self.schedule = schedule
         self.init_from = init_from
         self.initial_model: InitialModel | None = None
-        """The checkpoint of ``init_from``, until the network is built. Whoever has read it can set it here; else it
-        is read when it is needed."""
+        """The checkpoint of ``init_from``, until the network is built. Set it if the checkpoint has already been
+        read; otherwise it is read when needed."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
@@ -201,7 +201,7 @@ class GPTModule(L.LightningModule):
     # Setup: data, network, optimizer.
 
     def setup(self, stage: str) -> None:
-        """Take over the facts about the data: the only place where a LightningModule meets the data module.
+        """Read ``data_info`` from the data module, which is not accessed anywhere else.
 
         Lightning calls it after the data module's own ``setup``, and before ``configure_model``.
 
@@ -317,7 +317,7 @@ class GPTModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The recipe's optimizer, and a schedule that is stepped after every update."""
         optimizer = self.optimizer.build(self.trained_module)
-        self.optimizer_groups = [dict(group) for group in optimizer.param_groups]
+        self.configured_groups = [dict(group) for group in optimizer.param_groups]
         """Parameters and hyperparameters as configured, whatever a checkpoint's optimizer state says."""
         self.ema.attach(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
@@ -339,9 +339,9 @@ class GPTModule(L.LightningModule):
     def _apply_configured_hyperparameters(self) -> None:
         """Let the flags win over a checkpoint's hyperparameters, of which only the optimizer's state is kept."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-        scheduler.base_lrs = [group["lr"] for group in self.optimizer_groups]
+        scheduler.base_lrs = [group["lr"] for group in self.configured_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
-        for group, configured in zip(self.trainer.optimizers[0].param_groups, self.optimizer_groups, strict=True):
+        for group, configured in zip(self.trainer.optimizers[0].param_groups, self.configured_groups, strict=True):
             group.update({name: value for name, value in configured.items() if name != "params"})
             group["initial_lr"], group["lr"] = configured["lr"], configured["lr"] * factor
 
@@ -352,15 +352,18 @@ class GPTModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """This micro-batch's share of the mean loss over all labels of the optimizer step."""
-        loss_sum, _ = self.loss_and_count(batch)
+        loss_sum, count = self.loss_and_count(batch)
         self._loss_sum = self._loss_sum + loss_sum.detach()
-        step_count = self.step_count(batch).to(loss_sum.dtype)
-        layout = self.data_info.layout
+        layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
+        if accumulate == layout.accumulate and not STEP_KEYS.isdisjoint(batch):
+            step_count = self.step_count(batch).to(loss_sum.dtype)
+        else:  # Lightning replaced the sampler (overfit_batches), or a callback schedules the accumulation
+            step_count = count.to(loss_sum.dtype) * (accumulate * layout.replicas)  # of equal micro-batches
         # Lightning divides the loss by the micro-batches of a step, and DDP and FSDP average gradients over the ranks.
         # So this divides by the labels of the average micro-batch: the step's gradient is that of the mean over all its
         # labels, however unevenly they are distributed.
         self._labels_per_rank = torch.where(step_count > 0, step_count, 1.0) / layout.replicas
-        return loss_sum / (self._labels_per_rank / layout.accumulate)
+        return loss_sum / (self._labels_per_rank / accumulate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Finish the gradient, and log at log steps only, because reading values waits for the device.
@@ -397,7 +400,7 @@ class GPTModule(L.LightningModule):
     ) -> None:
         """Clip as the trainer's flags say, under every strategy by the norm of the whole gradient.
 
-        This is the last hook before the optimizer's step, so ``step_filter`` is asked here.
+        This is the last hook before the optimizer's step, so it calls ``step_filter``.
         """
         gradients = gradients_of(self)
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
@@ -424,8 +427,8 @@ class GPTModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Add the batch to the metrics."""
-        token_losses = self.update_metrics(batch)
-        return None if token_losses is None else {"token_losses": token_losses}
+        label_losses = self.update_metrics(batch)
+        return None if label_losses is None else {"label_losses": label_losses}
 
     def on_validation_epoch_end(self) -> None:
         """Log the metrics of all validation data."""
@@ -443,10 +446,10 @@ class GPTModule(L.LightningModule):
         """Log the metrics of all test data."""
         self.log_metrics("test")
 
-    def log_metrics(self, side: str) -> None:
-        """Log the metrics as ``side/name``, and reset them."""
+    def log_metrics(self, split: str) -> None:
+        """Log the metrics as ``split/name``, and reset them."""
         for name, value in self.compute_metrics().items():
-            self.log(f"{side}/{name}", value, sync_dist=True)
+            self.log(f"{split}/{name}", value, sync_dist=True)
         self.metrics.reset()
 
     def _use_ema(self, active: bool) -> None:

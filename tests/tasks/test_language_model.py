@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
@@ -123,6 +124,25 @@ def test_gradient_is_that_of_the_mean_over_a_steps_labels(
     assert [len(step) for step in gradients.labels] == [3, 3, 1]
     if policy == "one_document":
         assert len({n for step in gradients.labels for n in step}) > 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "callbacks", "micro_batches"),
+    [
+        ({"max_epochs": 2, "overfit_batches": 4, "accumulate_grad_batches": 2}, [], [2, 2, 2, 2]),
+        ({"max_epochs": 2, "limit_train_batches": 2}, [GradientAccumulationScheduler({0: 1, 1: 2})], [1, 1, 2]),
+    ],
+    ids=["overfit_batches", "scheduled_accumulation"],
+)
+def test_gradient_is_a_mean_where_lightning_changes_the_batches(
+    trainer: Build, task: Callable[..., LanguageModel], packed_text: Callable[..., PackedText],
+    settings: dict[str, int], callbacks: list[L.Callback], micro_batches: list[int],
+) -> None:  # fmt: skip
+    """``overfit_batches`` replaces the sampler, and the scheduler changes a step, so no batch has the step's count."""
+    gradients = Gradients()
+    run = trainer(max_steps=-1, limit_val_batches=0, callbacks=[gradients, *callbacks], **settings)
+    run.fit(task(), packed_text(batch_size=2, document_mask=True))
+    assert [len(step) for step in gradients.labels] == micro_batches
 
 
 def test_loss_learning_rate_and_gradient_norm_are_logged(

@@ -228,8 +228,10 @@ class OnPolicyModule(GPTModule):
         if self.rollouts is None or self.rollouts.phase != phase or len(self.rollouts.rows["labels"]) != n:
             with self._generation_stopwatch.running(), torch.no_grad(), self.trainer.precision_plugin.forward_context():
                 self.rollouts = self._generate_phase(phase, n)
-        step_labels = self.count_labels(self.rollouts.rows["labels"][batch["step_indices"] % n])
-        return self.rollouts.take(batch["indices"] % n) | {"step_labels": step_labels}
+        rows = self.rollouts.take(batch["indices"] % n)
+        if "step_indices" in batch:
+            rows["step_labels"] = self.count_labels(self.rollouts.rows["labels"][batch["step_indices"] % n])
+        return rows
 
     def _generate_phase(self, phase: int, n: int) -> Rollouts:
         if n % self.group:
@@ -307,14 +309,14 @@ class OnPolicyModule(GPTModule):
 
     @override
     def update_metrics(self, batch: PromptIndexBatch) -> None:
-        side: DataSplit = "test" if self.trainer.testing else "validation"
-        n = self.prompts.counts[side]
+        split: DataSplit = "test" if self.trainer.testing else "validation"
+        n = self.prompts.counts[split]
         indices = [index for index in batch["indices"].tolist() if index < n]  # others are padding rows
         if not indices:
             return
         assert self.generator is not None
         seeds = reply_seeds(0, EVALUATION_REPLIES, numbers=indices)
-        rows = trim_padding(self.generator.generate(side, indices, seeds))
+        rows = trim_padding(self.generator.generate(split, indices, seeds))
         logprobs, logits, _ = self(rows["input_ids"], rows["labels"])
         mask = rows["labels"] != IGNORE_INDEX
         sums = {

@@ -32,11 +32,11 @@ class RolloutGenerator:
     temperature: float
     batch_size: int
 
-    def generate(self, side: DataSplit, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
+    def generate(self, split: DataSplit, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
         """A reply to each prompt; the network has to be in evaluation mode.
 
         Args:
-            side: The prompts' split.
+            split: The prompts' split.
             indices: Indices of the prompts, (N,).
             seeds: One for each reply.
 
@@ -49,7 +49,7 @@ class RolloutGenerator:
         """
         prompts, end = self.data.prompts, self.data.end_of_text
         assert prompts is not None
-        prompt_ids, prompt_texts = prompts.lookup(side, indices)
+        prompt_ids, prompt_texts = prompts.lookup(split, indices)
         ids = generate_replies(
             self.net, prompt_ids, prompts.reply_tokens, self.temperature, seeds, end, self.batch_size
         )
