@@ -28,7 +28,7 @@ TRAINER_DEFAULTS: Final[dict[str, Any]] = {
     "limit_predict_batches": 1.0,
     "gradient_clip_algorithm": "norm",
 }
-"""What ``null`` means to Lightning."""
+"""The values that Lightning uses for ``null``."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
@@ -85,7 +85,7 @@ def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) 
 
 
 def import_class(name: str, package: str) -> Any:
-    """Import a class by its path, or by its name from one of our packages; None if there is none: the parser reports.
+    """Import a class by its path, or by its name in one of our packages; None if there is none.
 
     Importing the class that a flag names runs its module, as the parser would a moment later.
     """

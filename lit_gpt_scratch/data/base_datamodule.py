@@ -47,7 +47,7 @@ class BaseDataModule(L.LightningDataModule):
     init_from: str | None = None
     """The pretrained model that training starts from, whose tokenizer is used."""
     initial_tokenizer: Tokenizer | None = None
-    """Its tokenizer. Whoever has read that model can set it here; otherwise it is read when it is needed."""
+    """Its tokenizer. Set it if the model has already been read; otherwise it is read when needed."""
     weights: Sequence[float] | None = None
     """Sampling weight of each part of ``train_dataset``; None samples each in proportion to its rows."""
 
@@ -166,7 +166,7 @@ class BaseDataModule(L.LightningDataModule):
         }
 
     def describe_row(self, epoch: int, batch: int, row: int) -> str:
-        """Name what a row of one of this process's training batches contains: documents, or a record counted from 0."""
+        """Name the content of a row of one of this process's training batches; see ``RowDataset.describe_row``."""
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])

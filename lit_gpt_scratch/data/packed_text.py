@@ -53,7 +53,7 @@ class PackedText(BaseDataModule):
         text_column: The column with the text, for sources with columns.
         config: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
-        streaming: ShardedTokenStream a Hub dataset instead of downloading it.
+        streaming: Stream a Hub dataset instead of downloading it.
         max_bytes: Stop reading each source after the document that reaches this many bytes of text.
         cleaning: Steps that filter or edit documents, in order; by default only exact duplicates are removed.
             See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.

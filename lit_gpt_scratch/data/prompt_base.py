@@ -73,9 +73,9 @@ class PromptedDataModule(RecordDataModule[P], ABC):
         """The chat template in this data's tokens."""
         return ChatTemplate(self.tokenizer)
 
-    def prompt_ids(self, side: RecordSplit) -> list[list[int]]:
+    def prompt_ids(self, split: RecordSplit) -> list[list[int]]:
         """The prompts of a split as token ids, without those that leave no token for a reply."""
-        indices = self.split_indices.get(side, ())
+        indices = self.split_indices.get(split, ())
         prompts = (self.template.render_prompt(self.records[index][1].prompt) for index in indices)
         return [prompt for prompt in prompts if len(prompt) < self.block_size]
 

@@ -48,7 +48,7 @@ class Prompts(PromptedDataModule[Prompt]):
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.too_long == "cut":
-            raise UserError("data.too_long is cut, but a reply answers the end of its prompt; refuse or drop")
+            raise UserError("data.too_long is cut, but a reply answers the end of its prompt; set it to refuse or drop")
         if self.max_record_tokens < 1:
             raise UserError(
                 f"data.reply_tokens is {self.reply_tokens}, which leaves nothing of a data.block_size of "
@@ -79,9 +79,9 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @cached_property
     def source_of_prompts(self) -> PromptSource:
-        """What a policy needs of the prompts."""
+        """The prompts, as a policy accesses them."""
         return PromptSource(
-            counts={side: len(examples) for side, examples in self.examples.items()},
+            counts={split: len(examples) for split, examples in self.examples.items()},
             reply_tokens=self.reply_tokens,
             lookup=self.lookup_prompts,
             shuffled=self.shuffled_prompts,
@@ -95,9 +95,9 @@ class Prompts(PromptedDataModule[Prompt]):
         """Adds the prompts."""
         return replace(super().info, prompts=self.source_of_prompts)
 
-    def lookup_prompts(self, side: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
+    def lookup_prompts(self, split: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
         """Some prompts of a split: their token ids, and the texts of their messages, a line each."""
-        examples = [self.examples[side][index] for index in indices]
+        examples = [self.examples[split][index] for index in indices]
         ids = [example.sequences[0].ids.tolist() for example in examples]
         return ids, ["\n".join(self._records_by_origin[example.where].texts) for example in examples]
 

@@ -63,7 +63,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             or a pattern with ``*``; ``owner/name`` of a dataset of the Hub. By default a few hundred synthetic records.
         config: Configuration of a Hub dataset.
         split: Split of a Hub dataset.
-        streaming: ShardedTokenStream a Hub dataset instead of downloading it.
+        streaming: Stream a Hub dataset instead of downloading it.
         validation_share: Share of the records for validation; the default depends on the class.
         test_share: Share of the records for test; 0 for no test split; the default depends on the class.
         split_seed: Seed of the split, independent of the run's seed.

@@ -87,7 +87,7 @@ class GPTConfig:
         dropout: Dropout probability of embeddings, attention weights and residual branches, as in GPT-2.
         initialisation: ``zero`` starts blocks as the identity and logits at zero, ``gpt2`` and ``normal`` draw from a
             normal distribution with standard deviation 0.02 (GPT-2, Llama), ``xavier`` is that of the original
-            Transformer (see ``model.init``).
+            Transformer (see ``model.weight_init``).
 
     Raises:
         UserError: A size is not positive, sizes are not divisible, a probability is out of range, or two settings

@@ -47,7 +47,9 @@ class Reward(PairwiseModule):
     @override
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if self.data_info.truncates:
-            raise UserError("data.too_long is cut, but a reward is read where a reply ends; refuse or drop")
+            raise UserError(
+                "data.too_long is cut, but a reward is read at the end of a reply; set it to refuse or drop"
+            )
         return super().build_metrics()
 
     @override
