@@ -1,9 +1,10 @@
-"""Every private attribute of Lightning that this package needs, each behind a function or class with a plain name.
+"""Every internal of Lightning that this package needs, each behind a function or class with a plain name.
 
 Lightning may change these without notice; ``tests/test_lightning_compat.py`` fails when one changes, and when another
 module of the package touches a private attribute.
 """
 
+import os
 import signal
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,6 +19,11 @@ from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
 """Profiler action around fetching a training batch: no callback hook tells when fetching begins."""
+
+
+def global_seed() -> int:
+    """The seed of ``seed_everything``, which Lightning also passes to the processes that it starts; 0 without one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def is_accumulating(trainer: Trainer) -> bool:

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
+from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.tasks import Reward
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
@@ -138,7 +138,7 @@ class RunMetadata(RunDirCallback):
         self.origin = collect_environment()
         session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
-        self.origin["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        self.origin["seed"] = global_seed()
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(data, BaseDataModule):
             self.origin["data"] = data.fingerprint

@@ -5,7 +5,6 @@ A row is one sequence of a batch: packed documents, or one padded record.
 
 import atexit
 import multiprocessing
-import os
 import signal
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
 from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
@@ -146,7 +146,7 @@ class BaseDataModule(L.LightningDataModule):
     @property
     def order_seed(self) -> int:
         """The seed of the order of rows."""
-        return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
+        return self.seed if self.seed is not None else global_seed()
 
     @property
     def train_sampler(self) -> ShuffledSampler:

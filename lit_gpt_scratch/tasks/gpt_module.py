@@ -1,7 +1,7 @@
 """The base LightningModule: a GPT with its optimizer, loss scaling, clipping, metrics and exact resuming."""
 
+import inspect
 import logging
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -31,7 +31,7 @@ from lit_gpt_scratch.distributed.hardware_defaults import explain_no_compile
 from lit_gpt_scratch.distributed.parallelize import parallelize, reduce_tp_gradients
 from lit_gpt_scratch.distributed.strategies import ModelParallel as ModelParallel  # registers the strategies' names
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.lightning_compat import set_logging_step
+from lit_gpt_scratch.lightning_compat import global_seed, set_logging_step
 from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.model.attention import resolve_attention_class, validate_attention_backend
 from lit_gpt_scratch.model.lora import LoRA, add_lora
@@ -208,12 +208,12 @@ class GPTModule(L.LightningModule):
         Raises:
             UserError: The trainer was given bare loaders, which don't know their vocabulary.
         """
-        info = getattr(getattr(self.trainer, "datamodule", None), "info", None)
-        if not isinstance(info, DataInfo):
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if inspect.getattr_static(data, "info", None) is None:  # static: an error inside of ``info`` is not hidden
             raise UserError(
                 f"{type(self).__name__} takes its vocabulary from a data module: trainer.fit(model, datamodule)"
             )
-        self.data_info = info
+        self.data_info = data.info
         if stage == "fit":
             self.ema.active = False  # train the weights as they are, even if an earlier run left the average in them
 
@@ -457,8 +457,8 @@ class GPTModule(L.LightningModule):
             self.ema.set_active(active, self.trainer.optimizers, self)
 
     def _seed(self, batch: int, stream: int) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        key = (seed, batch + 1, self.data_info.rank, stream)  # ranks that share their data share random numbers
+        rank = self.data_info.rank  # ranks that share their data share random numbers
+        key = (global_seed(), batch + 1, rank, stream)
         torch_seed, python_seed, numpy_seed = np.random.SeedSequence(key).generate_state(3).tolist()
         if self.device.type == "cpu":  # torch.manual_seed formats a stack trace for each kind of device that is absent
             torch.default_generator.manual_seed(torch_seed)

@@ -1,7 +1,6 @@
 """The base of on-policy reinforcement learning: generate replies, score them, train on them for a few passes."""
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from typing_extensions import override
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, DataSplit, PromptIndexBatch, PromptSource, RolloutPhase
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.losses.cross_entropy import token_logprobs
 from lit_gpt_scratch.losses.metrics import NamedSums
 from lit_gpt_scratch.losses.rl import adapted_kl_coefficient, kl_k1, token_entropy
@@ -244,7 +244,7 @@ class OnPolicyModule(GPTModule):
         indices = [phase * n + row for row in rank_rows(layout, self.data_info.rank, n)]
         prompts = self.prompts.shuffled([index // self.group for index in indices])
         with eval_mode(self.net):
-            seeds = reply_seeds(_run_seed(), TRAIN_REPLIES, numbers=indices)
+            seeds = reply_seeds(global_seed(), TRAIN_REPLIES, numbers=indices)
             rows = self.generator.generate("train", prompts, seeds)
             # In the micro-batches of the first pass: uncompiled, training gets the same log-probabilities bit for bit.
             parts = [
@@ -381,7 +381,3 @@ def require_positive(**given: float | None) -> None:
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"model.{name} is {value}; it must be positive and finite")
-
-
-def _run_seed() -> int:
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))
