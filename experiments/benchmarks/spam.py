@@ -43,7 +43,7 @@ def key(text: str) -> str:
 
 
 def base_text(source: str, splits: list[LabelledText], path: Path) -> int:
-    """Write the messages on which nothing is measured; returns their number."""
+    """Write the messages that are in no validation or test split; returns their number."""
     held_out = {
         key(data.records[place][1].text)
         for data in splits

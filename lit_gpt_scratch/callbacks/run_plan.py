@@ -70,7 +70,7 @@ class RunPlan(RunDirCallback):
             for name, text in self.lines:
                 log.info("%-11s %s", name, text)
             for warning in plan_warnings(trainer, pl_module, data):
-                log.warning("%-11s %s", "careful", warning)
+                log.warning("%-11s %s", "warning", warning)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Report the time of a plan with fewer steps."""

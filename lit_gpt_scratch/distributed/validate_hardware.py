@@ -110,10 +110,10 @@ def _suggest_smaller_step(data: Any) -> str:
     """Flags with which the same optimizer step needs less memory."""
     layout = getattr(data, "layout", None)
     if not isinstance(layout, BatchLayout) or layout.batch_size == 1:
-        return f"{CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size needs less memory"
+        return f"use {CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size"
     own = layout.batch_size * layout.accumulate  # rows per rank
     fewer = next(n for n in range(layout.batch_size // 2, 0, -1) if own % n == 0)
     step = f"--data.tokens_per_step {layout.rows_per_step * data.block_size}"
     if data.tokens_per_step is None and layout.accumulate > 1:  # then accumulation is set by the Trainer's flag
         step = f"--trainer.accumulate_grad_batches {own // fewer}"
-    return f"smaller micro-batches of the same step: --data.batch_size {fewer} {step}; or {CHECKPOINTING_FLAG}"
+    return f"use smaller micro-batches for the same step: --data.batch_size {fewer} {step}; or {CHECKPOINTING_FLAG}"

@@ -102,7 +102,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         ids, kept = self.tokenizer.encode(context), limit
         while len(ids) > limit:
             context = self.tokenizer.decode(ids[len(ids) - kept :])
-            # A character split at the cut may encode to more tokens than before: try again with one token less.
+            # A character split at the boundary may encode to more tokens than before: try again with one token less.
             ids, kept = self.tokenizer.encode(context), kept - 1
         return context
 

@@ -20,7 +20,7 @@ KNOWN_FIELDS: Final = {
     *SCALING_FIELDS["llama3"], *SCALING_FIELDS["yarn"],
 }  # fmt: skip
 TOLERANCE: Final = 1e-6
-"""Relative tolerance: files contain numbers with different precision, and float32 cannot tell closer ones apart."""
+"""Relative tolerance: files contain numbers with different precision, and float32 cannot distinguish closer ones."""
 
 
 def read_rope(fields: HFConfigReader) -> dict[str, Any]:

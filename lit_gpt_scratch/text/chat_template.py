@@ -79,7 +79,7 @@ class ChatTemplate:
 
 
 def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a record; its columns tell the format.
+    """Return the messages of a record; its columns determine the format.
 
     Args:
         fields: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al. 2023),

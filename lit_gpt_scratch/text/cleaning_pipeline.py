@@ -35,7 +35,7 @@ class PipelineItem:
         sizes: UTF-8 bytes before the first step, and after each step that it passed.
         texts: The texts of these sizes, if the document is in the sample whose tokens are counted.
         reason: Why the next step rejected it, if it did.
-        sketch: What the next deduplication step compares.
+        sketch: The data that the next deduplication step compares.
     """
 
     document: Document

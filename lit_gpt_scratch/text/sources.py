@@ -187,7 +187,7 @@ def no_text_message(name: str) -> str:
     """Return the error message for a source without documents."""
     if name == STDLIB:
         return "this Python installation has no standard library sources; name another text: --data.source PATH"
-    return f"{name} holds no text: no UTF-8 text file, no row with text; name another data.source"
+    return f"{name} contains no text: no UTF-8 text file, no row with text; name another data.source"
 
 
 def _stdlib_files() -> Iterator[tuple[str, Path]]:

@@ -16,7 +16,7 @@ from lit_gpt_scratch.optim import AdamW, Muon, Schedule
 PACKAGE = Path(__file__).parents[2] / "lit_gpt_scratch"
 NULLS = {
     # trainer
-    "trainer.callbacks": "none besides those of fit",
+    "trainer.callbacks": "none in addition to those of fit",
     "trainer.max_epochs": "no limit",
     "trainer.min_epochs": "no minimum",
     "trainer.min_steps": "no minimum",
@@ -49,7 +49,7 @@ NULLS = {
     "model.init_args.ema_decay": "off",
     "model.init_args.class_weights": "off",
     "model.init_args.reward": "not given: the reward that belongs to the data",
-    "model.init_args.unended_score": "off: no score of its own for replies that do not end",
+    "model.init_args.unended_score": "off: no separate score for replies that do not end",
     "model.init_args.kl_target": "off",
     # data
     "data.init_args.source": "not given: examples that the data module generates",

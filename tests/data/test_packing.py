@@ -100,10 +100,10 @@ def brute_force(text: ShardedTokenStream, batches: PackedDataset) -> dict[str, i
     for index in range(len(batches)):
         crossing += sum(index in document for document in documents) > 1
     lengths = np.diff(begins)
-    cut = [len(document) > 1 for document in documents]
+    split = [len(document) > 1 for document in documents]
     return {
-        "padding": padding, "crossing": crossing, "split": sum(cut),
-        "split_needlessly": sum(parted and n <= batches.block_size for parted, n in zip(cut, lengths, strict=True)),
+        "padding": padding, "crossing": crossing, "split": sum(split),
+        "split_needlessly": sum(parted and n <= batches.block_size for parted, n in zip(split, lengths, strict=True)),
         "discarded": max(len(every) - 1 - len(where), 0),
     }  # fmt: skip
 

@@ -99,14 +99,14 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
         (
             CUDA,
             Data(BatchLayout(8, 1, 1)),
-            "for 2.50 GiB more; smaller micro-batches of the same step: --data.batch_size 4 ",
+            "for 2.50 GiB more; use smaller micro-batches for the same step: --data.batch_size 4 ",
         ),
         (RuntimeError(CPU), Data(BatchLayout(8, 2, 4)), "64 bytes more"),
         (CUDA, Data(BatchLayout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
         (CUDA, Data(BatchLayout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
         (CUDA, Data(BatchLayout(9, 1, 1)), "--data.batch_size 3 --data.tokens_per_step 2304"),
         (CUDA, Data(BatchLayout(12, 8, 5), 491520), "--data.batch_size 6 --data.tokens_per_step"),
-        (CUDA, Data(BatchLayout(1, 1, 1)), "--data.block_size needs less"),
+        (CUDA, Data(BatchLayout(1, 1, 1)), "a smaller model or a smaller --data.block_size"),
         (MemoryError(), None, "a smaller model"),
     ],
 )

@@ -76,7 +76,7 @@ def outcome_of(command: Command, flags: list[str]) -> str:
         return f"a traceback: {error!r}"
     lines = [line for line in outcome.err.splitlines() if not line.startswith(("training a", "encoding"))]
     if outcome.code != 2 or len(lines) != 1 or not lines[0].startswith("error: "):
-        return f"exit code {outcome.code}, and it says: {lines}"
+        return f"exit code {outcome.code}, output: {lines}"
     return "rejected"
 
 

@@ -74,10 +74,10 @@ def test_every_normalisation_equals_the_loop(model: GPT, tokenizer: Tokenizer, f
 
 def test_likelihoods_are_independent_of_the_batch(model: GPT, tokenizer: Tokenizer) -> None:
     lines = [line.split(" ") for line in sentences(1, 30).splitlines()]
-    cut = [k % len(words) for k, words in enumerate(lines)]
+    boundary = [k % len(words) for k, words in enumerate(lines)]
     tails = [
         encode_continuation(tokenizer, " ".join(words[:k]), " " * (k > 0) + " ".join(words[k:]))
-        for words, k in zip(lines, cut, strict=True)
+        for words, k in zip(lines, boundary, strict=True)
     ]
     together = compute_loglikelihoods(model, tails)
     for tail, score in zip(tails, together, strict=True):

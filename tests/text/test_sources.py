@@ -89,8 +89,8 @@ def test_glob_pattern_across_folders(tmp_path: Path) -> None:
     [
         (lambda path: None, "no such file or folder"),
         (lambda path: path.mkdir(), "no UTF-8 text file"),
-        (lambda path: path.write_bytes(b""), "holds no text"),
-        (lambda path: path.write_bytes(b" \n\t"), "holds no text"),
+        (lambda path: path.write_bytes(b""), "contains no text"),
+        (lambda path: path.write_bytes(b" \n\t"), "contains no text"),
         (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), "is not UTF-8 text: line 2 has the byte 0xff"),
     ],
 )
