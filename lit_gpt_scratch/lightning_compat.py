@@ -102,7 +102,7 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
 
     @property
     def error(self) -> BaseException | None:
-        """What the first failed call raised; ``teardown`` raises it."""
+        """The exception of the first failed call; ``teardown`` raises it."""
         return self._error
 
     def submit(self, method: str, *args: Any) -> "Future[None]":
@@ -115,5 +115,5 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
         if self._error is None:
             try:
                 getattr(self.checkpoint_io, method)(*args)
-            except Exception as error:  # whatever a save can fail with is for the training's thread to raise
+            except Exception as error:  # any error of a save is raised in the main thread
                 self._error = error

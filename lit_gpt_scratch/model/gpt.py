@@ -96,7 +96,7 @@ class GPT(nn.Module):
         config: The architecture.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
-        output_head: What the model predicts; next-token logits by default.
+        output_head: The kind of output; next-token logits by default.
 
     Raises:
         UserError: The embeddings are tied to a head that does not predict tokens.

@@ -11,7 +11,7 @@ from lit_gpt_scratch.model.config import GPTConfig
 
 
 class OutputHead(Protocol):
-    """The size of the output projection ``GPT.head``, and what is done to its output."""
+    """The size of the output projection ``GPT.head``, and the postprocessing of its output."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
         """Output features of the projection."""

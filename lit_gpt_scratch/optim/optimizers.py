@@ -1,6 +1,6 @@
-"""The optimizer step, Muon and AdamW in one object, and the optimizers by name: the choices of ``--model.optimizer``.
+"""``MuonAdamW``, one optimizer with both update rules, and the recipes that ``--model.optimizer`` chooses from.
 
-One object, because two would force Lightning into manual optimization, without its gradient clipping, gradient
+One optimizer, because two would force Lightning into manual optimization, without its gradient clipping, gradient
 accumulation and correct ``global_step``.
 
 A recipe holds plain numbers until there is a model to build the optimizer for. Defaults that differ between recipes are
@@ -54,7 +54,7 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 
 
 class MuonAdamW(Optimizer):
-    """Muon or AdamW, as each parameter group's ``rule`` says: ``muon`` (matrices only) or ``adamw``.
+    """Updates each parameter group by its ``rule``: ``muon`` (matrices only) or ``adamw``.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised, scaled by
     sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised as one batch; if they are sharded, each

@@ -35,7 +35,7 @@ class Classification(GPTModule):
         pooling: Which hidden state the head reads: that of a text's ``last`` token, or the ``mean`` over all.
         class_weights: Weight in the loss of each class's labels, by the class's name; or ``balanced``, which gives
             every class the same total weight however rare it is. By default every label has weight 1.
-        kwargs: As for ``GPTModule``. The head is not tied to the embedding, whatever ``gpt`` says.
+        kwargs: As for ``GPTModule``. The head is not tied to the embedding, regardless of ``gpt``.
 
     Raises:
         UserError: There is no such pooling, or a weight is out of range.

@@ -117,7 +117,9 @@ class GPTModule(L.LightningModule):
     ) -> None:
         super().__init__()
         if lora is not None and train_layers is not None:
-            raise UserError("model.lora and model.train_layers both say what is trained; give one of them")
+            raise UserError(
+                "model.lora and model.train_layers both select the trained parameters; set only one of them"
+            )
         if train_layers is not None and train_layers < 0:
             raise UserError(f"model.train_layers is {train_layers}; it must be 0 or more")
         for part, dropout in {"gpt": gpt and gpt.dropout, "lora": lora and lora.dropout}.items():
@@ -150,7 +152,7 @@ class GPTModule(L.LightningModule):
         """Whether the initial model's output head doesn't fit, so that the head was initialised from scratch."""
         self._base_hash: str | None = None
 
-    # What a stage defines.
+    # To be overridden by a stage.
 
     @property
     def output_head(self) -> OutputHead:
@@ -185,7 +187,7 @@ class GPTModule(L.LightningModule):
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build what else a stage needs, such as a reference model; returns the networks that are to be sharded."""
+        """Build the other networks of a stage, such as a reference model; returns those that are to be sharded."""
         return ()
 
     @property
@@ -267,7 +269,7 @@ class GPTModule(L.LightningModule):
         self.metrics = self.build_metrics()
 
     def _freeze(self) -> None:
-        """Freeze what the arguments don't train; a head that is not pretrained is always trained.
+        """Freeze the parameters that ``lora`` or ``train_layers`` excludes, except a head that is not pretrained.
 
         Raises:
             UserError: An adapter would change the embedding through the tied head.
@@ -318,7 +320,7 @@ class GPTModule(L.LightningModule):
         """The recipe's optimizer, and a schedule that is stepped after every update."""
         optimizer = self.optimizer.build(self.trained_module)
         self.configured_groups = [dict(group) for group in optimizer.param_groups]
-        """Parameters and hyperparameters as configured, whatever a checkpoint's optimizer state says."""
+        """Parameters and hyperparameters as configured, regardless of a checkpoint's optimizer state."""
         self.ema.attach(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -470,7 +472,7 @@ class GPTModule(L.LightningModule):
     # Checkpoints.
 
     def checkpoint_metadata(self) -> CheckpointMetadata:
-        """Whatever else is needed to use a checkpoint's weights without this run."""
+        """Everything except the weights that is needed to use a checkpoint without this run."""
         data, net = self.data_info, self.net
         return CheckpointMetadata(
             gpt=asdict(self.gpt),

@@ -22,7 +22,7 @@ class Reward(PairwiseModule):
 
     The reward of a conversation is read at its last token, the end of text after the last reply. Only differences
     between rewards for the same prompt are learned; their offset is arbitrary. The head is not tied to the embedding,
-    whatever ``gpt`` says.
+    regardless of ``gpt``.
     """
 
     @property

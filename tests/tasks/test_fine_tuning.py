@@ -203,7 +203,7 @@ def test_incomplete_adapter_is_rejected(
         ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer 2 there, 3 here"),
         ({}, {"init_from": None, "vocab_size": 280}, "another tokenizer"),
         ({"init_from": "nowhere.ckpt"}, {}, "no checkpoint at nowhere.ckpt"),
-        ({"lora": LoRA(4), "train_layers": 1}, {}, "give one of them"),
+        ({"lora": LoRA(4), "train_layers": 1}, {}, "set only one of them"),
     ],
 )
 def test_settings_that_contradict_the_initial_model_are_rejected(

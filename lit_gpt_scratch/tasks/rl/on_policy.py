@@ -39,7 +39,7 @@ from lit_gpt_scratch.tasks.rl.rollouts import (
 )
 
 TRAIN_REPLIES, EVALUATION_REPLIES = 0, 1
-"""Purposes of a reply's seed. Evaluation uses the same seeds in every run."""
+"""Random-number streams, part of a reply's seed. Evaluation uses the same seeds in every run."""
 ROLLOUTS_KEY: Final = "rollouts"
 """Key of the current phase's rollouts in a checkpoint."""
 
@@ -65,7 +65,7 @@ class OnPolicyModule(GPTModule):
             any other, and a verifiable preference gives it 0. A reward model reads where a reply ends, and cannot score
             it: it gets the minimum over the other replies of the phase or the evaluation, so that nothing is gained by
             never ending.
-        kl_coefficient: Strength of the KL penalty; PPO and GRPO say which KL that is.
+        kl_coefficient: Strength of the KL penalty; see PPO and GRPO for which KL it penalises.
         temperature: Sampling temperature of replies, also used for their log-probabilities.
         rows_at_once: Replies that are generated in one batch.
         steps_per_phase: Optimizer steps of one pass over the replies of a phase.
@@ -128,7 +128,7 @@ class OnPolicyModule(GPTModule):
         """Of the current phase."""
         self._log_sums: dict[str, Tensor] = {}
 
-    # What an algorithm defines.
+    # To be overridden by an algorithm.
 
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
         """``advantages``, (N,) per reply or (N, T) per token, and whatever other targets the loss needs."""
@@ -279,7 +279,7 @@ class OnPolicyModule(GPTModule):
     # Logging.
 
     def accumulate_logs(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Add sums over tokens to what is logged of this step; only at log steps, and not without gradients."""
+        """Add sums over tokens to the logged values of this step; only at log steps, with gradients enabled."""
         if not (self.is_log_step and torch.is_grad_enabled()):
             return
         with torch.no_grad():

@@ -26,8 +26,8 @@ class PPO(OnPolicyModule):
     """A policy with a critic: a second head on the same hidden states predicts the return that is still to come.
 
     Each token is rewarded with its negated KL from the initial policy (``k1``) times the coefficient, and a reply's
-    last token also with the reply's reward: so one nat of KL of a whole reply costs as much reward as the coefficient
-    says. Generalised advantage estimation distributes that over the tokens.
+    last token also with the reply's reward: so one nat of KL over a whole reply costs the coefficient in
+    reward. Generalised advantage estimation distributes that over the tokens.
 
     Args:
         gamma: Discount factor.

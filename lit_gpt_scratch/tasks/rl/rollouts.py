@@ -19,7 +19,7 @@ from lit_gpt_scratch.model import GPT
 
 @dataclass
 class Rollouts:
-    """The rollouts of one phase, those of all ranks on every rank.
+    """The rollouts of one phase; every rank holds those of all ranks.
 
     Attributes:
         phase: Its number in the run.
