@@ -276,8 +276,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Postpone ``should_stop`` to the end of the optimizer step; a timer can set it between micro-batches."""
+        if not (trainer.should_stop or self._stop_requested):
+            return
         if is_accumulating(trainer):
-            self._stop_requested, trainer.should_stop = self._stop_requested or trainer.should_stop, False
+            self._stop_requested, trainer.should_stop = True, False
         elif self._stop_requested:
             trainer.should_stop = True
 

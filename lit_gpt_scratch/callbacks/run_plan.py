@@ -18,7 +18,7 @@ from lit_gpt_scratch.callbacks.summary import BaselineMetrics
 from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.data.packing import PackedDataset
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.diagnostics.config_rules import (
     CHINCHILLA_RATIO,

@@ -9,7 +9,8 @@ from typing import Any, Final
 import numpy as np
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.data.packing import InMemoryPlan, PackedDataset, RecordTokenStream
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
+from lit_gpt_scratch.data.packing import InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.data.tokenized_examples import EncodedSequence, TokenizedExample
 from lit_gpt_scratch.text import synthetic_data

@@ -13,10 +13,10 @@ import torch
 from platformdirs import user_cache_path
 
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import (
     PACKING_POLICIES,
     ConcatenatedPlan,
-    PackedDataset,
     PackingPlan,
     PackingPolicy,
     plan_packing,

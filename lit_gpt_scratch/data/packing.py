@@ -17,19 +17,14 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, astuple, dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, Protocol, get_args
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
-from lit_gpt_scratch.data.sampler import RowDataset, RowIndices
+from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data.token_store import hash_json
-from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.atomic_files import create_folder_atomically
 from lit_gpt_scratch.text.token_shards import PicklableMemmaps, ShardedTokenStream
 
@@ -441,110 +436,3 @@ def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
                     open_bins.setdefault(left, []).extend(group)
                     has_open[left] = True
     return bins
-
-
-class PackedDataset(RowDataset[Batch]):
-    """Rows of packed documents from one token store, or from several in sequence.
-
-    Args:
-        parts: The packing plan of each store.
-        block_size: Tokens of a row, ``T``.
-        vocab_size: Number of token ids.
-        end_of_text: The token that pads rows.
-        document_mask: Add ``document_ids`` to the batches, so that no token attends to another document.
-    """
-
-    def __init__(
-        self,
-        parts: Sequence[PackingPlan],
-        block_size: int,
-        vocab_size: int,
-        end_of_text: int,
-        document_mask: bool = False,
-    ) -> None:
-        self.parts = parts
-        self.block_size = block_size
-        self.vocab_size = vocab_size
-        self.end_of_text = end_of_text
-        self.document_mask = document_mask
-        self._ends = list(accumulate(len(part) for part in parts))
-
-    @property
-    def sizes(self) -> list[int]:
-        """Rows of each store."""
-        return [len(part) for part in self.parts]
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def make_batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of some rows.
-
-        Raises:
-            UserError: A token id is not in the vocabulary.
-        """
-        shape = len(rows), self.block_size
-        ids = np.full(shape, self.end_of_text, dtype=np.int64)
-        labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        begins = np.zeros(shape, dtype=bool)  # where a document, or its part in this row, begins
-        for b, row in enumerate(rows):
-            t = 0
-            plan, pieces = self.pieces(row)
-            for start, length in pieces:
-                inputs, following = plan.stream.read_with_labels(start, length)
-                ids[b, t : t + length] = inputs
-                labels[b, t : t + len(following)] = following
-                begins[b, t] = True
-                if self.document_mask and plan.crosses:
-                    begins[b, t - start + plan.stream.document_starts(start, start + length)] = True
-                t += length
-            begins[b, t:] = True  # each padding token is a document by itself
-        if max(ids.max(), labels.max()) >= self.vocab_size:
-            raise self._unknown_token_error(rows)
-        batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
-        if self.document_mask:
-            batch["document_ids"] = torch.from_numpy(np.cumsum(begins, axis=1))
-        return batch
-
-    def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """``step_labels``: labels in some rows, from the packing plans, without reading tokens."""
-        parts = np.searchsorted(self._ends, rows, side="right")
-        counts = (
-            self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))
-            for part in np.unique(parts)
-        )
-        return {"step_labels": torch.tensor(sum(counts))}
-
-    def pieces(self, row: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
-        """The plan that a row belongs to, and the row's pieces of that plan's stream; see ``PackingPlan.pieces``."""
-        part = min(bisect_right(self._ends, row), len(self.parts) - 1)
-        plan = self.parts[part]
-        return plan, plan.pieces(row - self._ends[part] + len(plan))
-
-    def describe_row(self, row: int) -> str:
-        """The documents that a row has tokens of, numbered as in the stream, for a message."""
-        plan, pieces = self.pieces(row)
-        numbers: set[int] = set()
-        before = 0
-        for starts, _ in plan.stream.document_spans():
-            for first, length in pieces:
-                a, b = np.searchsorted(starts, (first, first + length - 1), side="right") - 1
-                numbers.update(range(before + max(int(a), 0), before + int(b) + 1))
-            before += len(starts)
-        part = f" of part {bisect_right(self._ends, row)}" if len(self.parts) > 1 else ""
-        return f"document{'s' if len(numbers) > 1 else ''} {', '.join(f'{n:,}' for n in sorted(numbers))}{part}"
-
-    def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
-        """Name the shard with the unknown token; on a GPU the embedding lookup would fail without naming it."""
-        for plan, pieces in map(self.pieces, rows):
-            for start, length in pieces:
-                for shift, tokens in enumerate(plan.stream.read_with_labels(start, length)):
-                    unknown = np.flatnonzero(tokens >= self.vocab_size)
-                    if not len(unknown):
-                        continue
-                    where = plan.stream.describe_position(start + shift + int(unknown[0]))
-                    return UserError(
-                        f"{where} has token {tokens[unknown[0]]}, but its tokenizer only {self.vocab_size} tokens; "
-                        "delete the folder and prepare it again"
-                    )
-        raise AssertionError("all tokens are in the vocabulary")

@@ -10,8 +10,8 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
+from lit_gpt_scratch.losses.dpo_loss import PREFERENCE_LOSSES
 from lit_gpt_scratch.losses.metrics import ReplyLoss
-from lit_gpt_scratch.losses.preference import PREFERENCE_LOSSES
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs
 from lit_gpt_scratch.tasks.reference_model import ReferenceModel
@@ -25,7 +25,7 @@ class DPO(PairwiseModule):
     replies, which tells whether the model's language degrades.
 
     Args:
-        loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.preference``.
+        loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.
         beta: Strength of the KL penalty.
         label_smoothing: The probability that a label is flipped.
         per_token: Compare means over the tokens of replies instead of sums, so that long replies don't count for more,

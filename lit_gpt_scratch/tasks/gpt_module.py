@@ -337,6 +337,7 @@ class GPTModule(L.LightningModule):
         self.total_steps = self.trainer.estimated_stepping_batches
         self._apply_configured_hyperparameters()
         self._loss_sum = torch.zeros((), device=self.device)
+        self._starts = True
 
     def _apply_configured_hyperparameters(self) -> None:
         """Let the flags win over a checkpoint's hyperparameters, of which only the optimizer's state is kept."""
@@ -349,7 +350,9 @@ class GPTModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Seed this batch's random numbers by its position in the run."""
-        set_logging_step(self.trainer, self.trainer.global_step)
+        if self._starts:  # after a restart Lightning's own count is one off, from the moment its loop is reset
+            set_logging_step(self.trainer, self.trainer.global_step)
+            self._starts = False
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, TRAIN_STREAM)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:

@@ -10,8 +10,8 @@ from typing_extensions import override
 from lit_gpt_scratch.batch_types import PairBatch
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.losses.dpo_loss import bradley_terry_loss
 from lit_gpt_scratch.losses.metrics import PreferenceMetrics
-from lit_gpt_scratch.losses.preference import bradley_terry_loss
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.output_heads import ScalarHead
 from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split_pairs

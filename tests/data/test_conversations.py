@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import Conversations
-from lit_gpt_scratch.data.packing import BinPackingPolicy, InMemoryPlan, PackedDataset, RecordTokenStream
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
+from lit_gpt_scratch.data.packing import BinPackingPolicy, InMemoryPlan, RecordTokenStream
 from lit_gpt_scratch.text.chat_template import Message
 
 END = 0

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data import packing as module
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import (
     PACKING_POLICIES,
     ConcatenatedPlan,
-    PackedDataset,
     PackingPolicy,
     best_fit_decreasing,
     compute_packing_cost,

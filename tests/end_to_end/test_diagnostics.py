@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lit_gpt_scratch.data.packing import PackedDataset
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.tasks import LanguageModel
 

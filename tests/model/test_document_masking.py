@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
-from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackedDataset, PackingPolicy, plan_packing
+from lit_gpt_scratch.data.packed_dataset import PackedDataset
+from lit_gpt_scratch.data.packing import PACKING_POLICIES, PackingPolicy, plan_packing
 from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model import attention as layout_module
 from lit_gpt_scratch.model.attention import build_attention_layout

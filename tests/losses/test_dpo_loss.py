@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.losses.cross_entropy import sequence_logprobs
+from lit_gpt_scratch.losses.dpo_loss import PREFERENCE_LOSSES, bradley_terry_loss, dpo_loss, ipo_loss
 from lit_gpt_scratch.losses.metrics import PreferenceMetrics, ReplyLoss
-from lit_gpt_scratch.losses.preference import PREFERENCE_LOSSES, bradley_terry_loss, dpo_loss, ipo_loss
 
 POLICY = torch.tensor(
     [

@@ -1,4 +1,4 @@
-"""Pairwise preference losses: Bradley-Terry, DPO and IPO.
+"""DPO, IPO and Bradley-Terry: losses of pairs of replies, one preferred to the other.
 
 All arguments are (B,) tensors with one pair of replies per element, in nats: rewards, or log-probabilities of whole
 replies. Losses are returned per pair, to be summed or weighted by the caller.
