@@ -1,4 +1,4 @@
-"""LoRA adapters in their own ``.safetensors`` file, a small fraction of the base model's size."""
+"""Save LoRA adapters to their own small ``.safetensors`` file, and merge them into their base model."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,22 +18,22 @@ ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
 
 
 def hash_base_weights(net: nn.Module, new_head: bool) -> str:
-    """Hash of the weights that adapters were trained on.
+    """Hash the base model weights that adapters were trained on.
 
     Args:
         net: The base model.
-        new_head: The head was trained together with the adapters; leave the base's head out.
+        new_head: Whether the head was trained together with the adapters. If so, the base model's head is not hashed.
     """
     weights = {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD_WEIGHT)}
     return compute_digest("", weights)
 
 
 def save_adapter(checkpoint: Path, path: Path) -> None:
-    """Write only the weights that a LoRA run has trained; the tokenizer is the base model's.
+    """Save only the weights that a LoRA run trained. The tokenizer is not saved; the base model has it.
 
     Args:
-        checkpoint: Checkpoint of the run.
-        path: The ``.safetensors`` file to write.
+        checkpoint: Path of the run's checkpoint.
+        path: Path of the ``.safetensors`` file to write.
 
     Raises:
         UserError: The checkpoint has no adapters, the adapters have no base model, or the file cannot be written.
@@ -60,11 +60,14 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
     """Merge an adapter into a copy of its base model.
 
     Args:
-        base: The model that the adapter was trained on.
-        adapter: A file written by ``save_adapter``.
+        base: The base model that the adapter was trained on.
+        adapter: Path of a file written by ``save_adapter``.
+
+    Returns:
+        The merged model; ``base`` is unchanged.
 
     Raises:
-        UserError: The file contains no adapter or an incomplete one, or the adapter belongs to another base model.
+        UserError: The file contains no adapter, the adapter is incomplete, or it belongs to another base model.
     """
     loaded = load_safetensors(adapter, "")
     metadata = CheckpointMetadata.from_checkpoint(loaded)
@@ -75,7 +78,7 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
         raise UserError(
             f"{adapter} belongs to another base model: it was trained on different weights; "
-            "pass that model as the checkpoint"
+            "pass the model it was trained on as the checkpoint"
         )
     net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
     copy_weights(base, net)

@@ -1,7 +1,7 @@
-"""Checkpoint writing and reading: atomic files with a checksum, and the Lightning plugins that use them.
+"""Atomic, checksummed checkpoint files, and the Lightning plugins that read and write them.
 
-A checkpoint is what ``torch.save`` writes: a zip archive. A zip archive ends with a comment, and the checksum is stored
-there: the SHA-256 of everything before it. It travels with the file, and other readers of the archive ignore it.
+A checkpoint is a file written by ``torch.save``, i.e. a zip archive. The checksum, a SHA-256 of the archive, is stored
+in the comment at the end of the archive. This keeps it in the same file, and other readers of the archive ignore it.
 """
 
 import hashlib
@@ -24,10 +24,13 @@ CHECKSUM_PREFIX: Final = b"sha256:"
 COMMENT_BYTES: Final = len(CHECKSUM_PREFIX) + 64
 COMMENT_LENGTH: Final = struct.pack("<H", COMMENT_BYTES)
 NO_COMMENT: Final = b"\0\0"
-"""Comment length of an archive without a comment; ``torch.save`` writes this."""
+"""Comment length field of an archive without a comment, as written by ``torch.save``."""
 END_RECORD_SIGNATURE: Final = b"PK\5\6"
 END_RECORD_BYTES: Final = 22
-"""A zip archive's last record begins with ``END_RECORD_SIGNATURE`` and ends with the length of the comment."""
+"""Size of a zip archive's last record without the comment.
+
+The record begins with ``END_RECORD_SIGNATURE`` and ends with the length of the comment.
+"""
 READ_BYTES: Final = 1 << 20
 PARTIAL_SUFFIX: Final = ".part"
 """Suffix of a file that is still being written."""
@@ -36,19 +39,19 @@ PARTIAL_SUFFIX: Final = ".part"
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
     """Write a checkpoint atomically, with its checksum.
 
-    The data goes to a temporary file that is synced and then renamed, so a kill or a full disk at any moment leaves the
-    previous file in place.
+    The data is written to a temporary file, which is synced and then renamed. If the process is killed or the disk is
+    full, the previous file stays in place.
 
     Raises:
-        UserError: The file cannot be written, or could not be loaded again.
+        UserError: The file cannot be written, or the checkpoint contains objects that could not be loaded again.
     """
-    # In the same folder: a rename across file systems would be a copy.
+    # In the same folder, because a rename across file systems would not be atomic.
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             writer = _HashingWriter(file)
-            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # it only calls write and flush
+            torch.save(checkpoint, writer)  # type: ignore[arg-type]  # torch.save only calls write and flush
             file.seek(-len(NO_COMMENT), os.SEEK_CUR)
             file.write(COMMENT_LENGTH + CHECKSUM_PREFIX + writer.digest.hexdigest().encode())
             file.flush()
@@ -74,7 +77,10 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _reject_unsafe_globals(partial: Path, path: Path) -> None:
-    """Loading accepts only tensors and plain data; a user's callback may have added something else to its state."""
+    """Raise an error if a checkpoint contains anything but tensors and plain data, e.g. in a callback's state.
+
+    Such a file could not be loaded again, because checkpoints are loaded with ``weights_only=True``.
+    """
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
         raise UserError(
             f"cannot save {path}: it would contain {', '.join(sorted(unsafe))}, but only tensors and plain data can be "
@@ -83,7 +89,7 @@ def _reject_unsafe_globals(partial: Path, path: Path) -> None:
 
 
 def verify_checksum(path: Path) -> bool:
-    """Compare a checkpoint with its checksum. A file saved without one, e.g. by a plain Trainer, passes.
+    """Verify a checkpoint's checksum. A file without a checksum, e.g. one saved by a plain Trainer, is accepted.
 
     Returns:
         Whether the file has a checksum.
@@ -109,7 +115,7 @@ def verify_checksum(path: Path) -> bool:
 
 
 def _compute_checksum(file: BinaryIO, size: int) -> str:
-    """SHA-256 of the archive as it was before the comment was appended."""
+    """Compute the SHA-256 of the archive as it was before the comment was appended."""
     digest = hashlib.sha256()
     file.seek(0)
     left = size - COMMENT_BYTES - len(COMMENT_LENGTH)
@@ -129,20 +135,20 @@ class _HashingWriter:
         self.digest = hashlib.sha256()
 
     def write(self, data: bytes) -> int:
-        """Write and hash."""
+        """Write data to the file and add it to the hash."""
         self.digest.update(data)
         return self.file.write(data)
 
     def flush(self) -> None:
-        """Flush the file."""
+        """Flush the underlying file."""
         self.file.flush()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning plugin for atomic, checksummed checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
-    Only tensors and plain data are loaded (``weights_only=True``), whatever the trainer asks: checkpoints cannot run
-    code.
+    Only tensors and plain data are loaded: ``weights_only=True`` is always used, regardless of the Trainer's argument,
+    so that checkpoints cannot run code.
     """
 
     @override
@@ -159,10 +165,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BackgroundCheckpointIO(SingleThreadCheckpointIO):
-    """``AtomicCheckpointIO`` in a background thread; an error is raised by the next save or at the end.
+    """Runs ``AtomicCheckpointIO`` in a background thread. An error is raised by the next save or at the end of the run.
 
-    A save waits for the previous one, so at most one copy of the state is held in host memory. Removals are queued
-    behind the saves, and skipped if one of those failed.
+    Each save waits for the previous one, so at most one copy of the state is held in host memory. Removals are queued
+    after the saves, and skipped if a save failed.
     """
 
     def __init__(self) -> None:

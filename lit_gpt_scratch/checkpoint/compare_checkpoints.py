@@ -1,4 +1,4 @@
-"""Compare two runs: checkpoints bit by bit, curves point by point."""
+"""Compare the checkpoints of two runs bit by bit, and their logged curves point by point."""
 
 import re
 from collections import Counter
@@ -14,19 +14,19 @@ from tensorboard.util.tensor_util import make_ndarray
 from lit_gpt_scratch.checkpoint.loop_state import normalize_progress
 
 TIMING_NAMES: Final = r"seconds|time_elapsed|tokens_per_second|throughput/.*"
-"""Keys and tags of wall-clock measurements, which differ between any two runs."""
+"""Pattern for keys and tags of wall-clock measurements, which differ between any two runs."""
 REPEATABLE_TAGS: Final = (
     r"(val|baselines|samples?|views|weights|activations|doctor|loss_by_\w+)/.*|epoch|custom_scalars.*"
 )
-"""Tags whose points may occur twice with the same value.
+"""Pattern for tags whose points may be logged twice with the same value.
 
-A kill can come after a validation is logged and before it is recorded as done; and every session logs its layout of
-charts.
+A process can be killed after a validation is logged but before it is recorded as done. Also, each process that trains
+in a run logs the chart layout.
 """
 
 
 def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every tensor and number of a checkpoint with its path, without wall-clock measurements."""
+    """Iterate over all leaf values of a checkpoint as (path, value), without wall-clock measurements."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not re.fullmatch(TIMING_NAMES, str(key)):
@@ -39,7 +39,7 @@ def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def count_differing_bits(one: Any, other: Any) -> int:
-    """Number of bits in which two leaves differ; all of them if their types or shapes differ."""
+    """Count the bits in which two leaves differ; all bits count if the types or shapes differ."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.shape == other.shape and one.dtype == other.dtype:
             a, b = (t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in (one, other))
@@ -49,9 +49,12 @@ def count_differing_bits(one: Any, other: Any) -> int:
 
 
 def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
-    """Differing bits by path, over weights, optimizer, schedule, counters, callbacks and everything else.
+    """Count differing bits between all state of two checkpoints: weights, optimizer, schedule, counters, callbacks, etc.
 
-    Loop counters are compared as a resumed run would read them.
+    Loop counters are normalized first, as they are when a run is resumed.
+
+    Returns:
+        Number of differing bits by path, for the paths that differ.
     """
     a, b = dict(iterate_leaves(_normalize_counters(one))), dict(iterate_leaves(_normalize_counters(other)))
     bits = {name: count_differing_bits(a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())}
@@ -65,7 +68,7 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """Scalars and texts of a run as TensorBoard shows them: (step, value) by tag, without wall-clock measurements."""
+    """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements."""
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
@@ -75,7 +78,10 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """Number of points in which two runs differ, by tag; a duplicate point of a training metric is a difference."""
+    """Count the points in which the curves of two runs differ, by tag.
+
+    A point that is logged twice counts as a difference, except for ``REPEATABLE_TAGS``.
+    """
     a, b = read_curves(one), read_curves(other)
     differences: dict[str, int] = {}
     for tag in sorted(a.keys() | b.keys()):

@@ -1,4 +1,4 @@
-"""Differences between two nested mappings, such as configs or the environments of runs."""
+"""Compare two nested mappings, such as the configs or environments of two runs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,7 +16,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def diff_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Values that differ, by dotted name: (before, now), with None for a missing one."""
+    """Return the values that differ as (before, now) by dotted name; a missing value is None."""
     old, new = flatten(before), flatten(now)
     return {
         name: (old.get(name), new.get(name))

@@ -1,4 +1,4 @@
-"""The environment of a run: code, library versions and hardware, all of which can affect its results."""
+"""Record the environment of a run: code, library versions and hardware, all of which can affect its results."""
 
 import hashlib
 import platform
@@ -16,7 +16,7 @@ LIBRARIES: Final = ("torch", "lightning", "numpy", "tokenizers", "torchmetrics",
 
 
 def collect_environment() -> dict[str, Any]:
-    """Code, versions and hardware of this process, as plain data."""
+    """Return the code version, library versions and hardware of this process as plain data."""
     return {
         "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -36,7 +36,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def _hash_sources() -> str:
-    """SHA-256 of the package's modules. It works without git, and covers uncommitted changes."""
+    """Compute the SHA-256 of the package's source files. It works without git and includes uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
@@ -49,7 +49,7 @@ def _has_uncommitted_changes() -> bool | None:
 
 
 def _run_git(*command: str) -> str | None:
-    """Output of git in the package's checkout, or None if the package is not in one."""
+    """Return the output of a git command in the package's checkout, or None if the package is not in a git checkout."""
     try:
         done = subprocess.run(["git", *command], cwd=PACKAGE, capture_output=True, text=True, timeout=10, check=True)
     except (OSError, subprocess.SubprocessError):

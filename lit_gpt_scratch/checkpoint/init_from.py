@@ -1,4 +1,4 @@
-"""The pretrained model that a training starts from (``--model.init_from``)."""
+"""Load the pretrained model that initialises a run (``--model.init_from``)."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,16 +13,16 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
-"""Settings in which a network may differ from the one whose weights it is initialised with."""
+"""Settings in which a network may differ from the model whose weights it is initialised with."""
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A checkpoint that was read, but not built into a network yet. Its memory is freed with this object.
+    """A loaded checkpoint whose network has not been built yet. Its memory is freed together with this object.
 
     Attributes:
-        path: The file or folder that it was read from.
-        checkpoint: As ``load_checkpoint`` returns it.
+        path: The file or folder that the checkpoint was read from.
+        checkpoint: The result of ``load_checkpoint``.
     """
 
     path: Path
@@ -36,7 +36,7 @@ class InitialModel:
             place: A run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
 
         Raises:
-            UserError: There is none, or it cannot be used.
+            UserError: The checkpoint does not exist, or cannot be used.
         """
         try:
             path = find_checkpoint(place, Path(), None)
@@ -46,7 +46,7 @@ class InitialModel:
 
     @cached_property
     def metadata(self) -> CheckpointMetadata:
-        """Shape, tokenizer and kind of the model."""
+        """The checkpoint's metadata: model config, tokenizer and type of head."""
         return CheckpointMetadata.from_checkpoint(self.checkpoint)
 
     @property
@@ -58,10 +58,11 @@ class InitialModel:
         """Build the network.
 
         Args:
-            trusted: The custom attention class that the checkpoint may name: building it runs that code.
+            trusted: Import path of a custom attention class that the checkpoint may use. Building the network runs its
+                code.
 
         Raises:
-            UserError: The checkpoint names a class that is not trusted, or its parts don't fit together.
+            UserError: The checkpoint uses a class that is not trusted, or its parts are inconsistent.
         """
         try:
             return build_model(self.checkpoint, self.path, trusted)
@@ -70,10 +71,15 @@ class InitialModel:
 
 
 def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> int:
-    """Context length of a network initialised from a model and trained on ``block_size`` tokens: the larger of the two.
+    """Return the context length of a new network: the larger of the pretrained model's context and ``block_size``.
+
+    Args:
+        trained: The pretrained model.
+        gpt: Config of the new network.
+        block_size: Tokens per training sequence.
 
     Raises:
-        UserError: The model has learned positions, and fewer of them than ``block_size``.
+        UserError: The model has learned positions, but fewer than ``block_size``.
     """
     if gpt.position == "learned" and block_size > trained.net.block_size:
         raise UserError(
@@ -87,14 +93,14 @@ def copy_weights(trained: LoadedModel, net: GPT) -> bool:
     """Copy a trained model's weights into a network; a different kind of head keeps its initial weights.
 
     Args:
-        trained: The source.
-        net: The destination.
+        trained: The model to copy from.
+        net: The network to copy to.
 
     Returns:
         Whether the head's weights were copied.
 
     Raises:
-        UserError: The two configs differ in more than ``MAY_DIFFER``.
+        UserError: The two configs differ in settings other than ``MAY_DIFFER``.
     """
     own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
     same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape

@@ -27,10 +27,10 @@ class LoadedModel(NamedTuple):
     """A trained model.
 
     Attributes:
-        net: The network in evaluation mode; adapters are merged into its weights.
+        net: The network in evaluation mode, with any adapters merged into its weights.
         tokenizer: The model's tokenizer.
         metadata: Metadata of the checkpoint.
-        step: Optimizer steps it was trained for; 0 if unknown.
+        step: Number of optimizer steps it was trained for; 0 if unknown.
     """
 
     net: GPT
@@ -39,10 +39,10 @@ class LoadedModel(NamedTuple):
     step: int = 0
 
     def require_language_model(self) -> tuple[GPT, Tokenizer]:
-        """The network and the tokenizer of a language model.
+        """Return the network and the tokenizer, after checking that the model is a language model.
 
         Raises:
-            UserError: The model has another head.
+            UserError: The model has a different type of head.
         """
         if self.metadata.non_lm_task is not None:
             raise UserError(f"the model is not a language model: it {self.metadata.non_lm_task}")
@@ -50,10 +50,10 @@ class LoadedModel(NamedTuple):
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, a ``.safetensors`` file or a Hugging Face folder onto the CPU, without running code from it.
+    """Load a checkpoint, a ``.safetensors`` file or a Hugging Face folder onto the CPU, without running code from it.
 
     Raises:
-        UserError: The file is missing, damaged, or something else.
+        UserError: The file is missing, damaged, or not a checkpoint.
     """
     if (path / hf_checkpoint.CONFIG_FILE).is_file():
         return load_hf_checkpoint(path)
@@ -71,7 +71,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a Hugging Face folder into the form of a checkpoint without optimizer and counters.
+    """Load a Hugging Face folder in the format of a checkpoint, without optimizer state and counters.
 
     Raises:
         UserError: The folder is missing, or its model is not supported.
@@ -82,19 +82,19 @@ def load_hf_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = None) -> LoadedModel:
-    """Build the model of a loaded checkpoint.
+    """Build the model from a loaded checkpoint.
 
     Args:
         checkpoint: The result of ``load_checkpoint``.
-        path: Its file, for error messages.
-        trusted: Class path of a custom attention class that the checkpoint may name. Building it runs that code.
+        path: Path of the checkpoint, for error messages.
+        trusted: Import path of a custom attention class that the checkpoint may use. Building the model runs its code.
 
     Raises:
-        UserError: The checkpoint names a class that is not trusted, or its parts are inconsistent.
+        UserError: The checkpoint uses a class that is not trusted, or its parts are inconsistent.
     """
     metadata = CheckpointMetadata.from_checkpoint(checkpoint)
     if not metadata.tokenizer:
-        raise UserError(f"{path} contains only adapters; give the base model, and this file as --adapter")
+        raise UserError(f"{path} contains only adapters; pass the base model, and this file as --adapter")
     if (attention := metadata.gpt.get("attention")) not in (None, trusted):
         raise UserError(f"{path} has custom attention, {attention}; if you trust that code, pass --trust {attention}")
     weights = {
@@ -120,12 +120,12 @@ def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
     """Load a language model in evaluation mode, and its tokenizer.
 
     Args:
-        path: A checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
-        trusted: As for ``build_model``.
+        path: Path of a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
+        trusted: See ``build_model``.
 
     Raises:
-        UserError: The file is missing or something else, names a class that is not trusted, has inconsistent parts, or
-            its model is not a language model.
+        UserError: The file is missing or not a checkpoint, uses a class that is not trusted, has inconsistent parts, or
+            does not contain a language model.
     """
     return build_model(load_checkpoint(path), path, trusted).require_language_model()
 
@@ -134,12 +134,12 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: str | None = Non
     """Load a reward model (a network with a ``ScalarHead``), frozen and in evaluation mode.
 
     Args:
-        place: A run folder, a checkpoint or a ``.safetensors`` file.
-        tokenizer_json: The policy's tokenizer.
-        trusted: As for ``build_model``.
+        place: Path of a run folder, a checkpoint or a ``.safetensors`` file.
+        tokenizer_json: The policy's tokenizer, as the text of a ``tokenizer.json``.
+        trusted: See ``build_model``.
 
     Raises:
-        UserError: The file is missing, is not a reward model, or has another tokenizer than the policy.
+        UserError: The file is missing, is not a reward model, or has a different tokenizer than the policy.
     """
     path = find_checkpoint(place, Path(), None)
     loaded = build_model(load_checkpoint(path), path, trusted)
@@ -148,7 +148,7 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: str | None = Non
         raise UserError(f"{path} is not a reward model: it {task}; train one with fit --model Reward")
     if loaded.metadata.tokenizer != tokenizer_json:
         raise UserError(
-            f"the reward model {path} has another tokenizer than the policy: start both from the same model "
+            f"the reward model {path} has a different tokenizer than the policy; initialise both from the same model "
             "(--model.init_from)"
         )
     return loaded.net.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Loop counters in a Trainer's checkpoint: make them consistent, and convert them to another batch layout."""
+"""Normalize the loop counters in a Trainer's checkpoint, and convert them to another batch layout."""
 
 from typing import Any, Final
 
@@ -8,17 +8,17 @@ from lit_gpt_scratch.lightning_compat import set_saved_logging_step
 Counts = dict[str, int]
 
 BATCH_LAYOUT_KEY: Final = "layout"
-"""Checkpoint key of the ``BatchLayout`` that its batches were counted in."""
+"""Checkpoint key for the ``BatchLayout`` that the batch counters refer to."""
 
 
 def normalize_progress(fit_loop: dict[str, Any]) -> None:
     """Set the counters of a saved training loop, in place, to their values between two steps.
 
-    A checkpoint may have been written in a hook before a batch or after it, during a validation or at the end of a run,
-    and Lightning 2.6 increments its counters at four different moments of an event. Resumed from counters halfway
-    through an event, it repeats or skips a batch, a validation or the rest of an epoch, depending on the moment. Here
-    only completed events count, and an epoch whose last batch is completed is completed; so checkpoints of all moments
-    resume the same way.
+    A checkpoint can be saved before or after a batch, during validation, or at the end of a run, and Lightning 2.6
+    increments its counters at four different points of each event. If a run is resumed from counters saved halfway
+    through an event, Lightning repeats or skips a batch, a validation or the rest of an epoch. Therefore, only
+    completed events are counted here, and an epoch is complete once its last batch is. Checkpoints then resume the same
+    way no matter when they were saved.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a Trainer's checkpoint.
@@ -48,14 +48,14 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
 def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
     """Convert the batch counts of a normalized loop, in place, to another batch layout.
 
-    Everything else is counted in steps or epochs, which do not change. If a step still has as many rows, training
-    continues with the row that would have come next. Otherwise it continues with the first full step that contains
-    no row already seen, so that no row occurs twice in an epoch.
+    All other counters are in steps or epochs, which do not change. If the number of rows per step is unchanged,
+    training continues with the next row. Otherwise it continues with the first full step that contains no row already
+    seen, so that no row occurs twice in an epoch.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]``, normalized.
-        before: Batch layout when the checkpoint was saved.
-        now: Batch layout from here on.
+        before: The batch layout when the checkpoint was saved.
+        now: The batch layout of the resumed run.
     """
     if before == now:
         return
@@ -65,7 +65,7 @@ def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: Bat
 
 
 def count_finished_epochs(fit_loop: dict[str, Any]) -> int:
-    """Completed epochs of a saved training loop whose counters are normalized."""
+    """Return the number of completed epochs of a saved training loop whose counters are normalized."""
     done: int = fit_loop["epoch_progress"]["current"]["processed"]
     return done
 

@@ -1,4 +1,4 @@
-"""What this package adds to a Lightning checkpoint: model config, tokenizer and adapter settings."""
+"""Metadata that this package adds to a Lightning checkpoint: model config, tokenizer and adapter settings."""
 
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
@@ -13,19 +13,19 @@ METADATA_KEY: Final = "lit_gpt_scratch"
 
 @dataclass(frozen=True)
 class CheckpointMetadata:
-    """Model config and tokenizer as plain data: enough to use the weights without the run.
+    """Model config and tokenizer as plain data, so that the weights can be used without the run's other files.
 
     Attributes:
         gpt: The fields of a ``GPTConfig``.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
         tokenizer: The text of a ``tokenizer.json``.
-        start_of_text: Id of the token before every document, if it is not the end of text.
-        lora: The fields of a ``LoRA``, if the state dict contains adapters.
-        base: Hash of the weights that the adapters were trained on, without the head if that is new.
+        start_of_text: Id of the token that precedes every document; None if it is the end-of-text token.
+        lora: The fields of a ``LoRA``; None if the state dict contains no adapters.
+        base: Hash of the base model weights that the adapters were trained on, without the head if ``new_head``.
         new_head: Whether the head was trained together with the adapters.
         classes: Class names of a classification head; None for other heads.
-        pooling: Position that a classifier reads, a name in ``model.output_heads.POOLINGS``.
+        pooling: Pooling of a classifier, a name in ``model.output_heads.POOLINGS``.
         rewards: Whether the head predicts the reward of a conversation.
     """
 
@@ -50,18 +50,18 @@ class CheckpointMetadata:
 
     @property
     def non_lm_task(self) -> str | None:
-        """The model's purpose as a verb phrase if it is not a language model, else None."""
+        """Verb phrase that describes the model's task, for error messages; None for a language model."""
         if self.classes is not None:
             return f"classifies texts as {', '.join(self.classes)}"
         return "predicts rewards" if self.rewards else None
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Everything but the tokenizer, by the names of the flags."""
+        """All settings except the tokenizer, keyed by flag name."""
         sizes = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
         head = {"pooling": self.pooling, "rewards": self.rewards}
-        # A checkpoint older than a GPTConfig field has that field's default.
+        # Fields of GPTConfig that are newer than the checkpoint get their defaults.
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     @classmethod
@@ -80,15 +80,15 @@ class CheckpointMetadata:
 def require_same_model(
     checkpoint: CheckpointMetadata, network: CheckpointMetadata, may_differ: Collection[str] = ()
 ) -> None:
-    """Compare everything but the tokenizer, before weights are loaded.
+    """Check that a checkpoint and a network have the same settings, before weights are loaded; tokenizers may differ.
 
     Args:
         checkpoint: Metadata of the checkpoint.
         network: Metadata of the network that will load the weights.
-        may_differ: Fields that are not compared.
+        may_differ: Names of fields that are not compared.
 
     Raises:
-        UserError: Fields differ; all of them are listed.
+        UserError: Some fields differ; the message lists all of them.
     """
     there, here = checkpoint.fields, network.fields
     different = [
@@ -101,7 +101,7 @@ def require_same_model(
 
 
 def require_same_tokenizer(metadata: CheckpointMetadata, tokenizer_json: str) -> None:
-    """Check that a checkpoint was trained with this tokenizer: the ids of another one would be meaningless.
+    """Check that a checkpoint was trained with this tokenizer; with another one, token ids would have other meanings.
 
     Raises:
         UserError: The tokenizers differ.

@@ -1,4 +1,4 @@
-"""Kill a run at random moments, resume it, and check that it ends bit for bit like an uninterrupted run."""
+"""Kill a run at random times, resume it, and check that its results are bitwise equal to an uninterrupted run's."""
 
 import os
 import random
@@ -20,13 +20,13 @@ from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 from lit_gpt_scratch.errors import UserError
 
 STARTUP_KILL_SHARE: Final = 0.2
-"""Share of the kills that may come before the first step."""
+"""Fraction of the kills that are scheduled during startup, before the first step."""
 EXIT_GRACE_SECONDS: Final = 8.0
-"""Time for the other processes of a run to notice that one has died."""
+"""Time given to the other processes of a run to exit after one was killed."""
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 FINISHED_MESSAGE: Final = "to continue, set"
-"""Part of the error with which ``fit`` reports that a finished run cannot be resumed."""
+"""Part of the error message of ``fit`` for a run that is already finished and cannot be resumed."""
 
 
 @dataclass
@@ -34,10 +34,10 @@ class StressTestReport:
     """Result of a stress test.
 
     Attributes:
-        kills: Number of kills by phase of the run.
-        runs: Runs that were killed and resumed until they finished.
-        bits: Bits compared in each run.
-        differences: Number of differing bits or points, by name.
+        kills: Number of kills, keyed by the phase of the run in which they occurred.
+        runs: Number of runs that were killed and resumed until they finished.
+        bits: Number of bits compared per run.
+        differences: Number of differing bits or curve points, by name.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -55,12 +55,12 @@ class StressTestReport:
 
 
 class ResumeStressTest:
-    """Runs of ``fit`` with the same flags: one uninterrupted, the others killed and resumed.
+    """Runs ``fit`` several times with the same flags: once uninterrupted, then killed and resumed.
 
     Args:
-        flags: Flags of ``fit``.
+        flags: Command-line flags for ``fit``.
         folder: Folder for the runs.
-        seed: Seed of the random moments.
+        seed: Seed for the random times of the kills.
     """
 
     def __init__(self, flags: Sequence[str], folder: Path, seed: int = 0) -> None:
@@ -71,14 +71,14 @@ class ResumeStressTest:
         self.started: list[subprocess.Popen[str]] = []
 
     def run(self, kills: int, on_kill: Callable[[], object] = lambda: None) -> StressTestReport:
-        """Kill runs this many times in total, and compare every run that finishes.
+        """Kill and resume runs, and compare every run that finishes with the uninterrupted one.
 
         Args:
-            kills: Number of kills.
-            on_kill: Called after each kill.
+            kills: Total number of kills.
+            on_kill: Callback that is called after each kill.
 
         Raises:
-            UserError: The run fails without being killed.
+            UserError: A run fails without being killed.
         """
         try:
             return self._run(kills, on_kill)
@@ -115,7 +115,7 @@ class ResumeStressTest:
         return self.report
 
     def _start(self, run: RunFolder) -> "subprocess.Popen[str]":
-        """Start or resume the run, in its own process session so that all its processes can be killed."""
+        """Start or resume a run in its own process session, so that all its processes can be killed."""
         resume = []
         if run.last.exists():
             resume = [f"--ckpt_path={run.path}"]
@@ -139,7 +139,11 @@ class ResumeStressTest:
             raise UserError(f"the run failed without being killed, with exit code {process.returncode}: {lines[-1]}")
 
     def _kill(self, process: "subprocess.Popen[str]", run: RunFolder) -> str | None:
-        """Kill one process of the run at a random moment; returns the phase of the run, or None if it had finished."""
+        """Kill one process of a run at a random time.
+
+        Returns:
+            The phase of the run at that time, or None if the run had already finished.
+        """
         config_time = _modified_at(run.config)
         if self.random.random() < STARTUP_KILL_SHARE:
             training, wait = False, self.random.uniform(0.0, self.startup_seconds)
@@ -164,7 +168,7 @@ class ResumeStressTest:
 
 
 def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
-    """Differing bits of all checkpoints other than the last, by file and path; 1 for a file that one run lacks."""
+    """Count differing bits by file and path, in all checkpoints but ``last.ckpt``; 1 for a file that one run lacks."""
     names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (reference, run)]
     found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
     for name in (names[0] & names[1]) - {reference.last.name}:
@@ -193,7 +197,7 @@ def _modified_at(path: Path) -> float:
 
 
 def list_group_processes(leader: int) -> list[int]:
-    """Process ids of the leader's process group that are alive; only the leader on a system without ``/proc``."""
+    """Return the ids of live processes in the leader's process group; only the leader on a system without ``/proc``."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

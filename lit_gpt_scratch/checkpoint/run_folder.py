@@ -1,4 +1,4 @@
-"""The folder of a run, ``<runs>/<experiment>/version_N``, and how its checkpoint is found."""
+"""Manage run folders, ``<runs>/<experiment>/version_N``, and find their checkpoints."""
 
 import json
 import logging
@@ -21,31 +21,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder with all files of a run.
+    """The folder that contains all files of a run.
 
-    ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events, ``checkpoints/``.
+    These are ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events and
+    ``checkpoints/``.
     """
 
     path: Path
 
     @property
     def version(self) -> int:
-        """The ``N`` of ``version_N``."""
+        """The number ``N`` in the folder's name, ``version_N``."""
         return int(self.path.name.removeprefix("version_"))
 
     @property
     def config(self) -> Path:
-        """File with every flag of the run."""
+        """Path of the file that contains all flags of the run."""
         return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
+        """Path of the folder that contains the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def last(self) -> Path:
-        """The checkpoint to resume from."""
+        """Path of the checkpoint to resume from."""
         return self.checkpoints / "last.ckpt"
 
     @classmethod
@@ -59,7 +60,7 @@ class RunFolder:
             raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
         for flag, name in (("--runs", str(runs)), ("--experiment", experiment)):
             if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would expand it
-                raise UserError(f"{flag} is '{name}'; ~ and variables are not expanded, give the folder's full name")
+                raise UserError(f"{flag} is '{name}'; ~ and variables are not expanded; pass the full path")
         try:
             version = max((run.version for run in _list_runs(runs / experiment)), default=-1) + 1
         except OSError as error:  # e.g. the name is too long
@@ -89,10 +90,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder against other training processes; the lock of a killed process is released.
+        """Lock the folder against other training processes. A lock is released when its process is killed.
 
         Raises:
-            UserError: Another process has the lock.
+            UserError: Another process holds the lock.
         """
         lock = FileLock(self.path / ".lock")
         try:
@@ -122,7 +123,7 @@ class RunFolder:
             raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
 
     def read_sessions(self) -> list[dict[str, Any]]:
-        """Environment of each process that trained in the folder, from ``provenance.json``, oldest first."""
+        """Read the environments of all processes that trained in this folder from ``provenance.json``, oldest first."""
         try:
             found: list[dict[str, Any]] = json.loads((self.path / "provenance.json").read_text("utf-8"))["sessions"]
         except FileNotFoundError:
@@ -133,38 +134,38 @@ class RunFolder:
         return found
 
     def remove_unfinished(self) -> None:
-        """Remove partial files of killed processes. Only call it with the folder locked."""
+        """Remove partial files left by killed processes. The folder must be locked."""
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink(missing_ok=True)
 
     def last_saved_at(self) -> float:
-        """Time of the newest checkpoint, intact or not, in seconds since 1970; 0 if there is none."""
+        """Return the time of the newest checkpoint, intact or not, in seconds since the epoch; 0 if there is none."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Whether any run of an experiment has a checkpoint, intact or not."""
+        """Return whether any run of an experiment has a checkpoint, intact or not."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod
     def containing(cls, checkpoint: Path) -> "RunFolder | None":
-        """The run folder that contains a checkpoint, or None if it is outside of one."""
+        """Return the run folder that contains a checkpoint, or None if the checkpoint is not in a run folder."""
         path = checkpoint.resolve().parent.parent
         return cls(path) if re.fullmatch(r"version_\d+", path.name) else None
 
 
 def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Path:
-    """Find the checkpoint that the user named.
+    """Find the checkpoint that the user specified.
 
     Args:
-        given: A file; a run folder, for its last checkpoint; a Hugging Face folder, for itself; or ``last`` or None,
-            for the last checkpoint of the newest run.
-        runs: Folder of all experiments.
-        experiment: Experiment to look for the newest run in; None searches all.
+        given: Path of a checkpoint file or a Hugging Face folder, which is returned as it is; path of a run folder, to
+            use its last checkpoint; or ``last`` or None, to use the last checkpoint of the newest run.
+        runs: Folder that contains all experiments.
+        experiment: Name of the experiment to search for the newest run; None searches all experiments.
 
     Raises:
-        UserError: No such checkpoint.
+        UserError: No such checkpoint exists.
     """
     if given not in (None, "last"):
         path = Path(given).expanduser()
@@ -195,13 +196,13 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
 
 
 def _newest_intact_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run with a valid checksum, ``last.ckpt`` first; damaged ones are reported.
+    """Return the newest checkpoint of a run that is not damaged, ``last.ckpt`` first; log a warning for damaged ones.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no intact checkpoint.
     """
     last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.is_file()]
-    # The best checkpoints, or those of a Trainer built by hand, which have other names.
+    # The best checkpoints, or checkpoints of a user-built Trainer, which have other names.
     others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
     for path in (*last, *others):
         try:

@@ -1,4 +1,4 @@
-"""A model as one ``.safetensors`` file: weights to share, which cannot contain code."""
+"""Export a model as a single ``.safetensors`` file that can be shared, since it cannot contain code."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ SAFETENSORS_SUFFIX: Final = ".safetensors"
 
 
 def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
-    """Write the weights of a checkpoint with their config and tokenizer, without optimizer state and counters.
+    """Write a checkpoint's weights, config and tokenizer to a file, without optimizer state and counters.
 
-    The file's metadata contain the checkpoint metadata as JSON, and a SHA-256 of metadata and weights.
+    The file's header contains the checkpoint metadata as JSON, and a SHA-256 of the metadata and weights.
 
     Args:
         checkpoint: The result of ``loading.load_checkpoint``.
-        prefix: Prefix of the network's names in the checkpoint's state dict.
-        path: The file to write.
+        prefix: Prefix of the network's weights in the checkpoint's state dict.
+        path: Path of the file to write.
 
     Raises:
         UserError: The file cannot be written.
@@ -45,10 +45,14 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
 
 
 def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
-    """Read a file of ``export_safetensors`` into the form of a checkpoint without optimizer state and counters.
+    """Load a file written by ``export_safetensors`` as a checkpoint without optimizer state and counters.
+
+    Args:
+        path: Path of the file.
+        prefix: Prefix to add to the names of the weights.
 
     Raises:
-        UserError: The file is missing, damaged, or something else.
+        UserError: The file is missing, damaged, or was not written by ``export_safetensors``.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -66,7 +70,7 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
 
 
 def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:
-    """SHA-256 of a text and of tensors with their names, dtypes and shapes."""
+    """Compute the SHA-256 of a text and of tensors, including their names, dtypes and shapes."""
     sha256 = hashlib.sha256(metadata.encode())
     for name, weight in sorted(weights.items()):
         sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())

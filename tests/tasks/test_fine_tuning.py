@@ -126,7 +126,7 @@ def test_adapter_file_holds_adapters_only_and_merges_into_its_base_only(
     torch.testing.assert_close(load_model(path)[0](ids), merged.net(ids), rtol=0, atol=0)
     with pytest.raises(UserError, match="belongs to another base model"):
         apply_adapter(merged, file)
-    with pytest.raises(UserError, match="contains only adapters; give the base model"):
+    with pytest.raises(UserError, match="contains only adapters; pass the base model"):
         load_model(file)
     with pytest.raises(UserError, match="has no adapters"):
         save_adapter(base, file)
