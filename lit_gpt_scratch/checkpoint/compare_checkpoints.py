@@ -49,7 +49,7 @@ def count_differing_bits(one: Any, other: Any) -> int:
 
 
 def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
-    """Count differing bits between all state of two checkpoints: weights, optimizer, schedule, counters, callbacks, etc.
+    """Count differing bits between two checkpoints, including weights, optimizer, schedule, counters and callbacks.
 
     Loop counters are normalized first, as they are when a run is resumed.
 
