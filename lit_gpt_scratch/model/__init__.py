@@ -1,4 +1,4 @@
-"""The transformer in plain PyTorch; knows neither Lightning nor devices."""
+"""The transformer in plain PyTorch, independent of Lightning and of devices."""
 
 from lit_gpt_scratch.model.config import GPTConfig
 from lit_gpt_scratch.model.gpt import GPT

@@ -1,4 +1,4 @@
-"""Activations inside a network: residual stream, feed-forward units and attention weights, and statistics of them."""
+"""Capture activations inside a network (residual stream, feed-forward units, attention weights) and summarise them."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,13 +14,13 @@ Kept = TypeVar("Kept")
 
 
 class BlockActivations(NamedTuple):
-    """Activations of a block; a tensor-parallel process has those of its own heads and units.
+    """Activations of one block. Under tensor parallelism each process holds only its own heads and units.
 
     Attributes:
         stream: (B, T, n_embd), the residual stream after the block.
-        hidden: (B, T, ffn_dim), the feed-forward units, as input to the down-projection.
-        weights: (B, n_head, T, T) in at least float32, the attention weights; None if a custom attention class does not
-            record any.
+        hidden: (B, T, ffn_dim), the feed-forward activations that are fed to the down-projection.
+        weights: (B, n_head, T, T), the attention weights in at least float32; None if a custom attention class does not
+            record them.
     """
 
     stream: Tensor
@@ -29,11 +29,11 @@ class BlockActivations(NamedTuple):
 
 
 class CapturedActivations(NamedTuple, Generic[Kept]):
-    """Activations of a forward pass.
+    """Activations captured in one forward pass.
 
     Attributes:
         embeddings: (B, T, n_embd), the residual stream before the first block.
-        layers: What ``keep`` returned for each block.
+        layers: The return value of ``keep`` for each block.
         output: The output of ``GPT.forward``.
     """
 
@@ -46,17 +46,17 @@ class CapturedActivations(NamedTuple, Generic[Kept]):
 def capture_activations(
     net: GPT, input_ids: Tensor, document_ids: Tensor | None, keep: Callable[[BlockActivations], Kept]
 ) -> CapturedActivations[Kept]:
-    """Run a forward pass in evaluation mode, uncompiled, and capture the activations of each block.
+    """Run an uncompiled forward pass in evaluation mode and capture the activations of each block.
 
-    The network's weights, modes and compiled code are unchanged afterwards. With FSDP2 or tensor parallelism all
-    processes have to call this.
+    The network's weights, modes and compiled code are left unchanged. With FSDP2 or tensor parallelism, all processes
+    must call this function.
 
     Args:
         net: The network.
         input_ids: (B, T) int64.
-        document_ids: As for ``GPT.forward``.
-        keep: Called after each block; returns what to keep of its activations. Attention weights grow with the square
-            of the length, and are freed after this call unless kept.
+        document_ids: See ``GPT.forward``.
+        keep: Function that is called with each block's activations and returns the part to keep. Attention weights grow
+            quadratically with the sequence length and are freed after the call unless ``keep`` returns them.
     """
     layers: list[Kept] = []
     embeddings: list[Tensor] = []
@@ -73,14 +73,14 @@ def capture_activations(
 
 @contextmanager
 def _capture_block(block: Block, report: Callable[[BlockActivations], None]) -> Iterator[None]:
-    """Report a block's activations after each of its calls."""
+    """Call ``report`` with the block's activations after each forward pass of the block."""
     hidden: list[Tensor] = []
     weights = block.attention.recorded_weights = []
 
     def after_block(_: nn.Module, inputs: object, stream: Tensor) -> None:
         report(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
 
-    # Before other hooks: that of tensor parallelism converts the input to a DTensor.
+    # Prepended, because tensor parallelism's hook converts the input to a DTensor.
     output_handle = block.feed_forward.output.register_forward_pre_hook(
         lambda _, inputs: hidden.append(inputs[0]), prepend=True
     )
@@ -95,9 +95,9 @@ def _capture_block(block: Block, report: Callable[[BlockActivations], None]) -> 
 
 @contextmanager
 def eager_eval_mode(net: nn.Module) -> Iterator[None]:
-    """Evaluation mode without compiled code, which calls no hooks and would be recompiled for them.
+    """Temporarily switch to evaluation mode and disable compiled code; restore the previous state on exit.
 
-    The previous state is restored afterwards.
+    Compiled code would either not call the hooks or be recompiled because of them.
     """
     training = [module for module in net.modules() if module.training]
     compiled = [(module, module._compiled_call_impl) for module in net.modules() if module._compiled_call_impl]
@@ -115,10 +115,10 @@ def eager_eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 class AttentionStats(NamedTuple):
-    """Statistics of a layer's attention weights, as means over tokens: (n_head,) each.
+    """Statistics of a layer's attention weights, averaged over tokens; each has shape (n_head,).
 
     Attributes:
-        entropy: Entropy of the weights in nats: 0 for a single token, ln(n) for n equal weights.
+        entropy: Entropy of the weights in nats: 0 if one token has all the weight, ln(n) for n equal weights.
         distance: Mean distance to the attended tokens, weighted by the attention weights.
         sink: Weight of the first token of the window or document (attention sink, https://arxiv.org/abs/2309.17453).
     """
@@ -131,15 +131,17 @@ class AttentionStats(NamedTuple):
 def attention_stats(
     weights: Tensor, document_ids: Tensor | None = None, lengths: Tensor | None = None
 ) -> AttentionStats:
-    """Statistics of attention weights; the first token of a window or document sees only itself and is not counted.
+    """Compute statistics of attention weights.
+
+    The first token of each window or document attends only to itself and is excluded.
 
     Args:
-        weights: (B, n_head, T, T), rows are queries.
-        document_ids: (B, T) int64, if attention is within documents.
-        lengths: (B,) int64, tokens of each row without padding; T by default.
+        weights: (B, n_head, T, T), with one row per query.
+        document_ids: (B, T) int64, if attention is restricted to documents.
+        lengths: (B,) int64, number of tokens in each row, excluding padding; T by default.
 
     Returns:
-        Float32; NaN if every token sees only itself.
+        Float32 statistics; NaN if every token attends only to itself.
     """
     B, _, T, _ = weights.shape
     index = torch.arange(T, device=weights.device)
@@ -158,11 +160,11 @@ def attention_stats(
 
 
 def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tensor:
-    """Largest magnitude of each feed-forward unit over all tokens.
+    """Return the maximum absolute activation of each feed-forward unit over all tokens.
 
     Args:
         hidden: (B, T, ffn_dim).
-        lengths: As for ``attention_stats``.
+        lengths: See ``attention_stats``.
 
     Returns:
         (ffn_dim,) float32.
@@ -175,13 +177,19 @@ def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
 
 
 DEAD_UNIT_THRESHOLD: Final = 1e-6
-"""A unit is dead if its largest activation is below this share of the largest in its layer."""
+"""A unit is dead if its maximum activation is at most this fraction of the largest one in its layer."""
 
 
 def dead_units(max_activations: Tensor) -> Tensor:
-    """Dead feed-forward units of a layer, by ``max_unit_activations`` of all its units: (ffn_dim,) -> (ffn_dim,) bool.
+    """Return a mask of the dead feed-forward units of a layer.
 
-    A ReLU that never activates is exactly 0 everywhere; smooth activations and gates only come close to it, hence the
+    A ReLU that never activates is exactly 0 everywhere. Smooth activations and gates only get close to 0, hence the
     threshold.
+
+    Args:
+        max_activations: (ffn_dim,), the output of ``max_unit_activations`` for all units of the layer.
+
+    Returns:
+        (ffn_dim,) bool.
     """
     return max_activations <= DEAD_UNIT_THRESHOLD * max_activations.max()

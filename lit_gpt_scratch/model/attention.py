@@ -1,4 +1,4 @@
-"""Causal self-attention: positions and mask of a batch, the attention backends, and the module."""
+"""Causal self-attention: positions and masks, the attention backends, and the module."""
 
 import importlib
 from collections.abc import Callable
@@ -21,10 +21,11 @@ from lit_gpt_scratch.model.norms import RMSNorm
 from lit_gpt_scratch.model.positions import PositionEncoding
 
 FLEX_MIN_HEAD_DIM: Final = 16
-"""Smallest head dimension of FlexAttention's kernels."""
+"""Smallest head dimension that FlexAttention's kernels support."""
 
 ScoreBias = Callable[[Tensor, Tensor], Tensor]
-"""Added to a score, by head and query-key distance (both int64); see ``PositionEncoding.score_bias``."""
+"""Maps head index and query-key distance (both int64) to a bias that is added to the attention score; see
+``PositionEncoding.score_bias``."""
 
 
 # Positions and mask
@@ -34,10 +35,11 @@ class AttentionLayout(NamedTuple):
     """Positions and attention mask of a batch, computed once for all blocks.
 
     Attributes:
-        positions: Position of each token in its document, from 0: (T,) int64 if all rows are alike, else (B, T).
-        cos_sin: ``PositionEncoding.cos_sin`` of the positions.
-        mask: What each query may attend to. None is causal. A dense mask is (1 or B, 1, T, S) bool, True where visible,
-            or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention has a ``BlockMask``.
+        positions: Position of each token in its document, counted from 0: (T,) int64 if all rows have the same
+            positions, otherwise (B, T).
+        cos_sin: The output of ``PositionEncoding.cos_sin`` for these positions.
+        mask: The attention mask. None means causal. A dense mask is either (1 or B, 1, T, S) bool, True where attention
+            is allowed, or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention uses a ``BlockMask``.
     """
 
     positions: Tensor
@@ -52,14 +54,15 @@ def build_attention_layout(
     document_ids: Tensor | None,
     cache: KVCache | None,
 ) -> AttentionLayout:
-    """Compute positions and mask.
+    """Compute the positions and the attention mask for a batch.
 
     Args:
         config: The architecture.
         position: The position encoding.
         input_ids: (B, T) int64.
-        document_ids: (B, T) int64, a different number for each document of a row; a document's tokens are contiguous.
-        cache: Keys and values of the preceding tokens, after ``begin_forward``.
+        document_ids: (B, T) int64, a different number for each document in a row. The tokens of a document are
+            contiguous.
+        cache: KV cache with the preceding tokens; ``begin_forward`` must have been called.
     """
     T, device = input_ids.size(1), input_ids.device
     index = torch.arange(T, device=device)
@@ -97,7 +100,15 @@ def build_attention_layout(
 
 
 def document_positions(document_ids: Tensor, index: Tensor) -> Tensor:
-    """Position of each token within its document: (B, T) int64, and (T,) from 0 to T - 1 -> (B, T)."""
+    """Return the position of each token within its document.
+
+    Args:
+        document_ids: (B, T) int64.
+        index: (T,) int64, from 0 to T - 1.
+
+    Returns:
+        (B, T) int64.
+    """
     is_first = torch.ones_like(document_ids, dtype=torch.bool)
     is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(is_first, index, 0).cummax(dim=1).values
@@ -131,16 +142,16 @@ def causal_attention(
     bias: ScoreBias | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal multi-head or grouped-query attention by the fastest backend that supports the arguments.
+    """Compute causal multi-head or grouped-query attention with the fastest backend that supports the arguments.
 
     Args:
         q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim). Without a mask, S equals T, or T is 1.
+        k: (B, n_kv_head, S, head_dim). Without a mask, either S must equal T or T must be 1.
         v: (B, n_kv_head, S, head_dim).
-        dropout: Probability of zeroing an attention weight; not with a ``BlockMask``.
-        mask: See ``AttentionLayout``; None is causal.
-        softcap: Bound the scores by ``softcap * tanh(scores / softcap)``.
-        bias: Score bias for a ``BlockMask``; a dense mask already contains it.
+        dropout: Probability of zeroing an attention weight; not supported with a ``BlockMask``.
+        mask: Attention mask, see ``AttentionLayout``; None means causal.
+        softcap: If set, bound the scores with ``softcap * tanh(scores / softcap)``.
+        bias: Score bias, used only with a ``BlockMask``; a dense mask already includes it.
         backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
     Returns:
@@ -148,7 +159,7 @@ def causal_attention(
     """
     if isinstance(mask, BlockMask):
         return _flex_attention(q, k, v, mask, softcap, bias)
-    # inductor turns the matrix products of a single query into loops, and fuses them with mask and softmax
+    # Inductor turns the matrix products for a single query into loops and fuses them with the mask and the softmax.
     fuse_single_query = q.size(2) == 1 and mask is not None and torch.compiler.is_compiling()
     if backend == "manual" or softcap is not None or fuse_single_query:
         return manual_attention(q, k, v, dropout, mask, softcap)[0]
@@ -176,15 +187,17 @@ def manual_attention(
     softcap: float | None = None,
     bias: ScoreBias | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention step by step: scores, mask, softmax, weighted sum. Arguments as for ``causal_attention``.
+    """Compute attention step by step: scores, mask, softmax, weighted sum.
+
+    The arguments are those of ``causal_attention``.
 
     Returns:
-        The output, (B, n_head, T, head_dim), and the attention weights before dropout, (B, n_head, T, S) in at least
+        The output, (B, n_head, T, head_dim), and the attention weights before dropout, (B, n_head, T, S), in at least
         float32.
     """
     B, H, T, D = q.shape
     K, S = k.size(1), k.size(2)
-    q = q.reshape(B, K, H // K, T, D)  # (B, n_kv_head, group, T, head_dim): queries grouped by their shared key
+    q = q.reshape(B, K, H // K, T, D)  # (B, n_kv_head, group, T, head_dim): query heads grouped by shared key head
     scores = q @ k[:, :, None].mT * D**-0.5  # (B, n_kv_head, group, T, S)
     scores = scores.view(B, H, T, S).to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
@@ -224,26 +237,29 @@ def _flex_attention(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """Uncompiled, FlexAttention would materialise all scores. Compiled on first use: the compiler is slow to import."""
+    """Compile FlexAttention on first use, because the compiler is slow to import.
+
+    Uncompiled, FlexAttention would materialise all scores.
+    """
     return torch.compile(flex_attention)
 
 
 def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
-    """Whether FlexAttention can train: it has no dropout and no backward pass on a CPU, and needs Triton."""
+    """Whether FlexAttention supports training: it has no dropout, no backward pass on CPUs, and requires Triton."""
     return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
 
 def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
-    """Check that the chosen attention backend can train on a device.
+    """Check that the chosen attention backend supports training on a device.
 
     Raises:
-        UserError: It cannot.
+        UserError: The backend does not support training on the device.
     """
     if config.attention_backend == "flex" and not can_use_flex_attention(config, device):
         raise UserError(
             f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with a head "
-            f"dimension of {config.head_width} (it needs a GPU, and at least {FLEX_MIN_HEAD_DIM}); choose auto, sdpa "
-            f"or manual"
+            f"dimension of {config.head_width} (it requires a GPU and a head dimension of at least "
+            f"{FLEX_MIN_HEAD_DIM}); choose auto, sdpa or manual"
         )
 
 
@@ -253,7 +269,7 @@ def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
 class Attention(nn.Module):
     r"""Causal self-attention: multi-head, grouped-query or multi-query.
 
-    Groups of ``n_head / n_kv_head`` query heads share a key/value head::
+    Each group of ``n_head / n_kv_head`` query heads shares one key/value head::
 
         n_head = 4    n_kv_head = 4       n_kv_head = 2       n_kv_head = 1
         queries       q  q  q  q          q  q  q  q          q  q  q  q
@@ -261,8 +277,8 @@ class Attention(nn.Module):
         keys, values  kv kv kv kv          kv    kv                kv
                       multi-head          grouped-query       multi-query
 
-    To use your own attention, inherit from this class, override ``attend`` or any other method, and set
-    ``model.gpt.attention`` to its import path.
+    To use your own attention, subclass this class, override ``attend`` or any other method, and set
+    ``model.gpt.attention`` to the subclass's import path.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
@@ -287,7 +303,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.recorded_weights: list[Tensor] | None = None
-        """If a list, the attention weights of each call, (B, n_head, T, S), are appended to it."""
+        """If this is a list, each forward pass appends its attention weights, (B, n_head, T, S)."""
 
     def forward(
         self,
@@ -297,8 +313,8 @@ class Attention(nn.Module):
         value_embedding: Tensor | None = None,
         layer_cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
-        """x: (B, T, n_embd) -> (B, T, n_embd); for the other arguments see ``Block.forward``."""
-        B, T, _ = x.shape  # -1 below is the number of heads: a tensor-parallel process has only some of them
+        """Apply self-attention, x: (B, T, n_embd) -> (B, T, n_embd); for the other arguments see ``Block.forward``."""
+        B, T, _ = x.shape  # heads are inferred as -1 below: a tensor-parallel process holds only some of them
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.value(x)
@@ -316,7 +332,10 @@ class Attention(nn.Module):
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, position: PositionEncoding, layout: AttentionLayout) -> Tensor:
-        """q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim)."""
+        """Compute attention for given queries, keys and values.
+
+        q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
+        """
         dropout = self.config.dropout if self.training else 0.0
         bias = position.score_bias if position.has_score_bias else None
         arguments = q, k, v, dropout, layout.mask, self.config.attention_softcap, bias
@@ -327,19 +346,24 @@ class Attention(nn.Module):
         return causal_attention(*arguments, self.config.attention_backend)
 
     def flops_per_token(self, context: int) -> int:
-        """Projections, and the two products with ``context`` keys and values; causality is not deducted."""
+        """Return the forward-pass FLOPs per token: the projections and the products with ``context`` keys and values.
+
+        The saving from the causal mask is not subtracted.
+        """
         return linear_flops_per_token(self) + 4 * self.n_head * self.head_dim * context
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """The output projection."""
+        """Return the output projection, in a list."""
         return [self.output]
 
 
 def resolve_attention_class(path: str | None) -> type[Attention]:
-    """The class that ``model.gpt.attention`` names by import path; its module is imported, which runs its code.
+    """Return the attention class for the import path in ``model.gpt.attention``; ``Attention`` if it is None.
+
+    This imports the class's module and so runs the code in it.
 
     Raises:
-        UserError: The path cannot be imported, or is not a subclass of ``Attention``.
+        UserError: The path cannot be imported, or it does not refer to a subclass of ``Attention``.
     """
     if path is None:
         return Attention
@@ -349,5 +373,5 @@ def resolve_attention_class(path: str | None) -> type[Attention]:
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(f"model.gpt.attention is {path}, which cannot be imported: {error}") from error
     if not (isinstance(found, type) and issubclass(found, Attention)):
-        raise UserError(f"model.gpt.attention is {path}, which does not inherit from {Attention.__module__}.Attention")
+        raise UserError(f"model.gpt.attention is {path}, which is not a subclass of {Attention.__module__}.Attention")
     return found

@@ -1,18 +1,19 @@
-"""Additions to the token embeddings that depend on the previous token."""
+"""Modules that add information about the previous token to the token embeddings."""
 
 import torch
 from torch import Tensor, nn
 
 
 class BigramEmbedding(nn.Module):
-    """A learned vector for each pair of a token and its predecessor (modded-nanogpt).
+    """Learned embedding of each pair of a token and its predecessor (modded-nanogpt).
 
-    Attention in the first block would have to learn to look one token back before it could distinguish bigrams; a
-    table does so from the start. A multiplicative hash maps bigrams to rows, which they share.
+    Without it, attention in the first block has to learn to look one token back before it can distinguish bigrams.
+    A multiplicative hash maps bigrams to rows, so several bigrams share a row.
 
     Args:
-        rows: Rows for bigrams; one more is for the first token of a window or document, which has no predecessor.
-        width: Channels of a vector.
+        rows: Number of rows for bigrams. An additional row is used for the first token of a window or document, which
+            has no predecessor.
+        width: Embedding dimension.
     """
 
     def __init__(self, rows: int, width: int) -> None:
@@ -21,15 +22,15 @@ class BigramEmbedding(nn.Module):
         self.table = nn.Embedding(rows + 1, width)
 
     def init_weights(self) -> None:
-        """Zero, so that training starts from the network without bigrams."""
+        """Initialise the table to zero, so that training starts from the network without bigrams."""
         nn.init.zeros_(self.table.weight)
 
     def forward(self, input_ids: Tensor, previous_ids: Tensor, is_first: Tensor) -> Tensor:
-        """Look up the vectors.
+        """Look up the bigram embeddings.
 
         Args:
             input_ids: (B, T) int64.
-            previous_ids: (B, T) int64, each token's predecessor.
+            previous_ids: (B, T) int64, the predecessor of each token.
             is_first: (T,) or (B, T) bool, whether a token has no predecessor.
 
         Returns:
@@ -41,13 +42,13 @@ class BigramEmbedding(nn.Module):
 
 
 class Smear(nn.Module):
-    """Add a learned, gated share of the previous token's embedding to each token's (modded-nanogpt).
+    """Add a learned, gated fraction of the previous token's embedding to each token's embedding (modded-nanogpt).
 
-    An induction head needs keys that contain the previous token (https://arxiv.org/abs/2209.11895). Without this, a
-    block first has to learn to copy it, and the loss stays on a plateau until one has.
+    An induction head requires keys that contain the previous token (https://arxiv.org/abs/2209.11895). Without this
+    module, a block first has to learn to copy the previous token, and the loss stays on a plateau until it has.
 
     Args:
-        width: Channels of the residual stream.
+        width: Width of the residual stream.
     """
 
     def __init__(self, width: int) -> None:
@@ -56,5 +57,13 @@ class Smear(nn.Module):
         self.share = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor, previous: Tensor) -> Tensor:
-        """x, previous: (B, T, width), a token's embedding and its predecessor's, or zeros -> (B, T, width)."""
+        """Add the gated embedding of the previous token.
+
+        Args:
+            x: (B, T, width), the embedding of each token.
+            previous: (B, T, width), the embedding of each token's predecessor; zeros for a token without one.
+
+        Returns:
+            (B, T, width).
+        """
         return x + torch.sigmoid(self.gate(x)) * self.share * previous

@@ -1,4 +1,4 @@
-"""The feed-forward part of a block. To add a kind, write a class here and add its name to the table below."""
+"""Feed-forward networks. To add a kind, write a class and add it to the table ``FEED_FORWARDS``."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class FeedForward(nn.Module):
-    """Up-project, activate, down-project: ``output(activation(input(x)))``. Subclasses define the activation.
+    """Feed-forward network of a block: up-projection, activation, down-projection. Subclasses define the activation.
 
     Attributes:
-        hidden_ratio: Hidden width as a multiple of ``n_embd``, where ``ffn_dim`` is not set.
+        hidden_ratio: Hidden width as a multiple of ``n_embd``, used if ``ffn_dim`` is not set.
     """
 
     hidden_ratio: ClassVar[float] = 4
@@ -28,16 +28,24 @@ class FeedForward(nn.Module):
         self.output = Linear(config.ffn_width, config.n_embd, bias=config.bias)
 
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """x: (B, T, n_embd), hidden: (B, T, ffn_dim) -> (B, T, ffn_dim)."""
+        """Apply the activation function.
+
+        Args:
+            x: (B, T, n_embd), the input of the network, for gates.
+            hidden: (B, T, ffn_dim), the up-projection of ``x``.
+
+        Returns:
+            (B, T, ffn_dim).
+        """
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, T, n_embd) -> (B, T, n_embd)."""
+        """Apply the network, x: (B, T, n_embd) -> (B, T, n_embd)."""
         out: Tensor = self.output(self.activation(x, self.input(x)))
         return out
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """The down-projection."""
+        """Return the down-projection, in a list."""
         return [self.output]
 
 
@@ -58,7 +66,7 @@ class SquaredReLUFeedForward(FeedForward):
 
 
 class GELUFeedForward(FeedForward):
-    """GELU in its tanh approximation, as in GPT-2 (https://arxiv.org/abs/1606.08415)."""
+    """GELU with the tanh approximation, as in GPT-2 (https://arxiv.org/abs/1606.08415)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -66,7 +74,7 @@ class GELUFeedForward(FeedForward):
 
 
 class ExactGELUFeedForward(FeedForward):
-    """GELU by the error function, as in BERT and GPT-NeoX; faster than the tanh form in PyTorch's CPU kernels."""
+    """Exact GELU, as in BERT and GPT-NeoX; faster than the tanh approximation in PyTorch's CPU kernels."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -74,9 +82,9 @@ class ExactGELUFeedForward(FeedForward):
 
 
 class GatedFeedForward(FeedForward):
-    """Base of the gated kinds: a third matrix computes a gate per hidden channel (https://arxiv.org/abs/2002.05202)."""
+    """Base class with a third matrix that computes a gate per hidden channel (https://arxiv.org/abs/2002.05202)."""
 
-    hidden_ratio = 8 / 3  # the parameter count of ratio 4 with two matrices
+    hidden_ratio = 8 / 3  # three matrices then have as many parameters as two with a ratio of 4
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__(config)
@@ -92,7 +100,7 @@ class SwiGLUFeedForward(GatedFeedForward):
 
 
 class GeGLUFeedForward(GatedFeedForward):
-    """GELU gate in its tanh approximation, as in Gemma."""
+    """GELU gate with the tanh approximation, as in Gemma."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, W
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network; the output of each is added to the residual stream.
+    """Transformer block: attention, then a feed-forward network, each added to the residual stream.
 
     ::
 
@@ -56,18 +56,18 @@ class Block(nn.Module):
         value_embedding: Tensor | None = None,
         layer_cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
-        """Apply the block.
+        """Apply the block to the residual stream.
 
         Args:
             x: (B, T, n_embd), the residual stream.
             x0: (B, T, n_embd), the residual stream before the first block.
             position: The position encoding.
             layout: Positions and attention mask.
-            value_embedding: (B, T, n_kv_head * head_dim), added to attention's values.
-            layer_cache: A KV cache, and the block's number in it.
+            value_embedding: (B, T, n_kv_head * head_dim), added to the attention values.
+            layer_cache: A KV cache and the index of this block in it.
 
         Returns:
-            (B, T, n_embd).
+            (B, T, n_embd), the new residual stream.
         """
         if self.mixing is not None:
             x = self.mixing[0] * x + self.mixing[1] * x0
@@ -79,7 +79,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x) if self.post else x
 
     def residual_branches(self) -> list[ResidualBranch]:
-        """Both branches, for initialisation."""
+        """Return the attention and the feed-forward branch, for initialisation."""
         return [
             ResidualBranch(module.residual_outputs(), end_norm if self.sandwich else None)
             for module, end_norm in (
@@ -90,16 +90,16 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer.
+    """Decoder-only transformer.
 
     Args:
         config: The architecture.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
-        output_head: The kind of output; next-token logits by default.
+        output_head: The output head; next-token logits by default.
 
     Raises:
-        UserError: The embeddings are tied to a head that does not predict tokens.
+        UserError: ``config.tied_embeddings`` is set, but the output head does not predict tokens.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
@@ -121,8 +121,8 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.output_head = output_head
         self.recompute = False
-        """Activation checkpointing (https://arxiv.org/abs/1604.06174): in training, keep only the input of each block
-        and recompute the rest in the backward pass; less memory for a third more computation."""
+        """Whether to use activation checkpointing (https://arxiv.org/abs/1604.06174): in training, store only the input
+        of each block and recompute the rest in the backward pass. Saves memory for a third more computation."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -143,13 +143,14 @@ class GPT(nn.Module):
         if config.tied_embeddings:
             if not isinstance(output_head, TokenHead):
                 raise UserError(
-                    f"model.gpt.tied_embeddings is true, but the output head is {type(output_head).__name__}"
+                    f"model.gpt.tied_embeddings is true, but the output head is {type(output_head).__name__}, which "
+                    f"does not predict tokens; set it to false"
                 )
             self.head.weight = self.embedding.weight
 
     @torch.no_grad()
     def initialise_weights(self) -> None:
-        """Draw all weights by the scheme of ``config.initialisation``."""
+        """Initialise all weights with the scheme ``config.initialisation``."""
         for module in self.modules():
             if (init_weights := getattr(module, "init_weights", None)) is not None:
                 init_weights()
@@ -165,51 +166,51 @@ class GPT(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Output of the head at each position: by default the logits of the next token.
+        """Compute the head's output at each position, by default the logits for the next token.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
-            document_ids: (B, T) int64, a different number for each document of a row: tokens then attend only within
-                their document. By default a token attends to all preceding tokens.
+            document_ids: (B, T) int64, a different number for each document in a row. Tokens then attend only within
+                their document. By default each token attends to all preceding tokens.
 
         Returns:
-            (B, T, vocab_size), float32 or the weights' dtype if that has more bits.
+            (B, T, vocab_size), in float32 or the dtype of the weights, whichever is more precise.
 
         Raises:
-            UserError: T is larger than the context length.
+            UserError: T exceeds the context length.
         """
         return self.apply_head(self.hidden_states(input_ids, document_ids))
 
     def forward_pooled(self, input_ids: Tensor, lengths: Tensor, pooling: str = "last") -> Tensor:
-        """Output of the head for each text as a whole, such as class logits or a reward.
+        """Compute one output per text, such as class logits or a reward.
 
         Args:
-            input_ids: (B, T) int64, padded at the end.
-            lengths: (B,) int64, tokens of each text.
+            input_ids: (B, T) int64, right-padded.
+            lengths: (B,) int64, number of tokens in each text.
             pooling: A name in ``POOLINGS``.
 
         Returns:
-            (B, ...): class logits (B, n_classes), or with a scalar head (B,).
+            (B, n_classes) class logits, or (B,) with a scalar head.
         """
         pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
         return self.apply_head(pooled).squeeze(1)
 
     def apply_head(self, x: Tensor) -> Tensor:
-        """Hidden states as from ``hidden_states``, (B, T, n_embd) -> output of the head."""
+        """Apply the output head to hidden states (B, T, n_embd) as returned by ``hidden_states``."""
         raw = self.head(x)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.output_head.finalize(raw, self.config, self.vocab_size)
 
     def logit_lens(self, x: Tensor) -> Tensor:
-        """Output of the head if the network ended here; after the last block, the output itself.
+        """Compute the prediction from an intermediate residual stream (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
 
-        The logit lens (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru): predictions of intermediate layers.
+        It is the output that the network would have if it ended there; after the last block, it is the actual output.
 
         Args:
             x: (B, T, n_embd), the residual stream before or after any block.
 
         Returns:
-            As ``apply_head``.
+            The output of the head, see ``apply_head``.
         """
         return self.apply_head(self.norm(x))
 
@@ -220,19 +221,19 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         counts: list[int] | None = None,
     ) -> Tensor:
-        """Normalised residual stream after the last block.
+        """Compute the normalised residual stream after the last block.
 
         Args:
-            input_ids: (B, T) int64; with a cache, the tokens that follow it.
-            document_ids: As for ``forward``; not with a cache.
-            cache: Keys and values of the preceding tokens, to which those of ``input_ids`` are appended.
-            counts: With a cache, each row's number of tokens without padding; T by default.
+            input_ids: (B, T) int64; with a cache, the tokens that follow the cached ones.
+            document_ids: See ``forward``; not supported with a cache.
+            cache: Keys and values of the preceding tokens; those of ``input_ids`` are appended to it.
+            counts: With a cache, the number of tokens in each row, excluding padding; T by default.
 
         Returns:
             (B, T, n_embd).
 
         Raises:
-            UserError: There are more tokens than fit into the context or the cache.
+            UserError: The tokens do not fit into the context or the cache.
         """
         length, max_length = input_ids.size(1), self.block_size
         if cache is not None:
@@ -248,7 +249,10 @@ class GPT(nn.Module):
         return x
 
     def forward_blocks(self, input_ids: Tensor, layout: AttentionLayout, cache: KVCache | None = None) -> Tensor:
-        """``hidden_states`` for a given layout: tensor operations only, so that it can be compiled as a whole."""
+        """Compute ``hidden_states`` for a given layout.
+
+        It contains tensor operations only, so that it can be compiled as a whole.
+        """
         x = self.position.embed(self.embedding(input_ids), layout.positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
             x = self._add_previous_token(x, input_ids, layout.positions == 0, cache)
@@ -262,7 +266,7 @@ class GPT(nn.Module):
         return out
 
     def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
-        """Bigram embedding and smear; is_first: (T,) or (B, T) bool, the first tokens of documents."""
+        """Add bigram embeddings and smear; is_first: (T,) or (B, T) bool, True at the first token of each document."""
         if self.bigrams is not None:
             previous = _shift_right(input_ids) if cache is None else cache.shift_right("ids", input_ids)
             x = x + self.bigrams(input_ids, previous, is_first)
@@ -273,5 +277,5 @@ class GPT(nn.Module):
 
 
 def _shift_right(x: Tensor) -> Tensor:
-    """Each token's predecessor in its row: (B, T, ...) -> (B, T, ...), zeros for the first."""
+    """Shift each row right by one token, filling with zeros: (B, T, ...) -> (B, T, ...)."""
     return torch.cat((torch.zeros_like(x[:, :1]), x[:, :-1]), dim=1)

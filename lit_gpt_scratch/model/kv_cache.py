@@ -1,37 +1,37 @@
-"""The KV cache: keys and values of preceding tokens, in preallocated memory."""
+"""KV cache: preallocated keys and values of the preceding tokens."""
 
 import torch
 from torch import Tensor
 
 
 class KVCache:
-    """Keys and values of a batch of rows, which may have different lengths; slot ``t`` of a row holds its token ``t``.
+    """Keys and values for a batch of rows, which may have different lengths. Slot ``t`` of a row holds its token ``t``.
 
-    It has ``n_kv_head`` heads; a tensor-parallel process holds its own. A forward pass is enclosed in
-    ``begin_forward`` and ``end_forward``; in between, each block appends its keys and values once.
+    It stores ``n_kv_head`` heads; a tensor-parallel process stores only its own. Call ``begin_forward`` before and
+    ``end_forward`` after each forward pass; in between, each block appends its keys and values once.
 
     Args:
         rows: Batch size.
-        capacity: Tokens per row.
+        capacity: Maximum number of tokens per row.
         device: Device of the model.
-        dtype: Dtype of keys and values.
-        fixed: For a single new token, return all slots together with a mask for the unused ones. Shapes then do not
-            change from token to token, and a compiler has to trace the step only once.
+        dtype: Dtype of the keys and values.
+        fixed: For a single new token, return all slots and require a mask for the unused ones. Shapes then stay the
+            same from token to token, and a compiler has to trace the step only once.
 
     Attributes:
-        lengths: Tokens of each row so far.
-        capacity: Tokens per row.
-        positions: Slots of the new tokens, (T,) int64 if all rows have the same length, else (B, T).
-        visible_length: Slots that attention sees.
-        needs_mask: Whether attention needs a mask over them.
-        ragged: Whether rows write to different slots.
+        lengths: Number of tokens stored in each row.
+        capacity: Maximum number of tokens per row.
+        positions: Slots of the new tokens, (T,) int64 if all rows have the same length, otherwise (B, T).
+        visible_length: Number of slots that attention reads.
+        needs_mask: Whether attention requires a mask over these slots.
+        ragged: Whether the new tokens of different rows go to different slots.
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
         self._dtype = dtype
-        self._keys: list[Tensor] = []  # of each block, (B, n_kv_head, capacity, head_dim)
+        self._keys: list[Tensor] = []  # one per block, (B, n_kv_head, capacity, head_dim)
         self._values: list[Tensor] = []
-        self._previous: dict[str, Tensor] = {}  # (B, 1, ...) of each row's last token
+        self._previous: dict[str, Tensor] = {}  # value at the last token of each row, (B, 1, ...)
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
         self.lengths = [0] * rows
@@ -40,15 +40,15 @@ class KVCache:
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest row."""
+        """Number of tokens in the longest row."""
         return max(self.lengths)
 
     def begin_forward(self, tokens: int, counts: list[int] | None = None) -> None:
-        """Prepare for new tokens.
+        """Prepare for a forward pass on new tokens.
 
         Args:
-            tokens: T, of each row.
-            counts: Each row's number of tokens without padding; T by default.
+            tokens: Number of new tokens per row (T), including padding.
+            counts: Number of new tokens in each row, excluding padding; T by default.
         """
         self._tokens, self._counts = tokens, counts
         self._start, self.visible_length = self.max_length, self.max_length + tokens
@@ -64,15 +64,16 @@ class KVCache:
         self._last = None if counts is None else torch.tensor(counts, device=device)[:, None] - 1  # (B, 1)
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a block's new keys and values, and return all it has.
+        """Store new keys and values for a block, and return all keys and values of that block.
 
         Args:
-            layer: Number of the block.
+            layer: Index of the block.
             k: (B, n_kv_head, T, head_dim).
             v: (B, n_kv_head, T, head_dim).
 
         Returns:
-            Keys and values of ``visible_length`` slots, (B, n_kv_head, S, head_dim); undefined after a row's end.
+            Keys and values of the first S = ``visible_length`` slots, (B, n_kv_head, S, head_dim); undefined past the
+            end of a row.
         """
         if layer == len(self._keys):
             B, heads, _, width = k.shape
@@ -91,10 +92,12 @@ class KVCache:
         return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:
-        """Each new token's predecessor: (B, T, ...) -> (B, T, ...), zeros for the first token of a row.
+        """Shift values right by one token across forward passes: (B, T, ...) -> (B, T, ...).
+
+        The first token of a row gets zeros.
 
         Args:
-            name: Key under which the last token's value is kept for the next call.
+            name: Key under which the value of the last token is stored for the next call.
             x: Values of the new tokens.
         """
         last = self._previous.get(name)
@@ -103,12 +106,12 @@ class KVCache:
         return shifted
 
     def end_forward(self) -> None:
-        """Add the new tokens to the lengths, after all blocks have appended."""
+        """Add the new tokens to ``lengths``, after all blocks have appended their keys and values."""
         counts = self._counts or [self._tokens] * len(self.lengths)
         self.lengths = [n + new for n, new in zip(self.lengths, counts, strict=True)]
 
     def select_rows(self, rows: list[int]) -> None:
-        """Keep only these rows."""
+        """Keep only the given rows."""
         index = torch.tensor(rows, device=self._rows.device)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
@@ -121,7 +124,7 @@ class KVCache:
         self.lengths[row] = 0
 
     def replace_row(self, row: int, other: "KVCache") -> None:
-        """Replace a row by the only row of another cache."""
+        """Replace a row with the only row of another cache."""
         for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
             mine[row] = its[0]
         for name, x in other._previous.items():

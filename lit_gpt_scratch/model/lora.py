@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685), inserted into any network.
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for any network.
 
-A linear layer's ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows and B ``rank`` columns, and
-only A and B are trained. B starts at zero, so that training starts from the unchanged network.
+A linear layer ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows, B has ``rank`` columns, and
+only A and B are trained. B is initialised to zero, so that training starts from the unchanged network.
 
-The parameters of the base model stay the same objects under the same names: its checkpoints still load, tied embeddings
-stay tied, and the adapters add two more names next to each weight.
+The base model's parameters stay the same objects under the same names: its checkpoints still load and tied embeddings
+stay tied. The adapters add two more parameters next to each weight.
 """
 
 import math
@@ -25,15 +25,15 @@ from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 @dataclass(frozen=True)
 class LoRA:
-    r"""Size and location of the adapters.
+    r"""Size and location of LoRA adapters.
 
     Args:
-        rank: Rows of A and columns of B.
-        alpha: The adapter's output is scaled by ``alpha / rank``, so that the learning rate need not change with the
-            rank.
-        dropout: Dropout probability of the adapter's input in training.
-        pattern: A regular expression, searched for in the full names of linear layers, such as
-            ``attention\.(query|value)$``; by default all linear layers in blocks.
+        rank: Rank of the adapters: the number of rows in A and columns in B.
+        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``, so that the learning rate need not
+            change with the rank.
+        dropout: Dropout probability for the adapters' inputs in training.
+        pattern: Regular expression that selects linear layers by their full names, matched anywhere in the name, such
+            as ``attention\.(query|value)$``; by default all linear layers in the blocks.
 
     Raises:
         UserError: A value is out of range, or the pattern is not a regular expression.
@@ -57,18 +57,19 @@ class LoRA:
 
 
 class LoRALinear(nn.Linear):
-    """A linear layer with an adapter.
+    """Linear layer with a LoRA adapter.
 
-    Its state dict is the same whether the adapter is merged or not, so that loading never adds it twice.
+    The state dict is the same whether the adapter is merged or not, so that loading never adds the adapter twice.
 
     Args:
-        base: The layer to replace; its weight and bias are shared, and frozen.
+        base: The layer to replace; its weight and bias are shared and frozen.
         settings: Size of the adapter.
 
     Attributes:
-        lora_a: (rank, in_features), at least float32: bfloat16 cannot represent the small updates of fine-tuning.
-        lora_b: (out_features, rank), likewise.
-        unmerged: The original weight while the adapter is merged into ``weight``, else None.
+        lora_a: (rank, in_features), at least float32, because bfloat16 cannot represent the small updates of
+            fine-tuning.
+        lora_b: (out_features, rank), also at least float32.
+        unmerged: The original weight while the adapter is merged into ``weight``, otherwise None.
         enabled: Whether the adapter is applied.
     """
 
@@ -76,7 +77,7 @@ class LoRALinear(nn.Linear):
     unmerged: Tensor | None
 
     def __init__(self, base: nn.Linear, settings: LoRA) -> None:
-        # On the meta device, because the weight created here is replaced by that of the base.
+        # On the meta device, because the weight created here is replaced with that of the base layer.
         super().__init__(base.in_features, base.out_features, bias=False, device="meta")
         self.base_class = type(base)
         self.weight, self.bias = base.weight, base.bias
@@ -93,7 +94,7 @@ class LoRALinear(nn.Linear):
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """input: (..., in_features) -> (..., out_features)."""
+        """Apply the layer and its adapter, input: (..., in_features) -> (..., out_features)."""
         if self.unmerged is not None:
             return linear(input, self.weight if self.enabled else self.unmerged, self.bias)
         out = linear(input, self.weight, self.bias)
@@ -105,10 +106,10 @@ class LoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Add the adapter to the weight in a new tensor; the original one is kept for ``unmerge``.
+        """Merge the adapter into a new weight tensor, and keep the original weight for ``unmerge``.
 
-        Adding and subtracting the product in place would leave rounding errors, and change the weight of other layers
-        that share it.
+        Adding the product in place and subtracting it later would leave rounding errors. It would also change other
+        layers that share the weight.
         """
         if self.unmerged is not None:
             return
@@ -118,12 +119,12 @@ class LoRALinear(nn.Linear):
         self.weight = nn.Parameter((self.weight.to(exact) + delta).type_as(self.weight), requires_grad=False)
 
     def unmerge(self) -> None:
-        """Restore the original weight: the same parameter, bit for bit."""
+        """Restore the original weight, bit for bit and as the same parameter object."""
         if self.unmerged is not None:
             self.weight, self.unmerged = self.unmerged, None
 
     def to_linear(self) -> nn.Linear:
-        """A layer of the base's class with the current weight and bias."""
+        """Return a layer of the base layer's class with the current weight and bias."""
         plain = self.base_class(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
         plain.weight, plain.bias = self.weight, self.bias
         return plain
@@ -145,15 +146,15 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
-    """Insert adapters into the layers whose names match the pattern, and freeze all other parameters.
+    """Add adapters to the layers whose names match the pattern, and freeze all other parameters.
 
     Args:
-        net: Any network, changed in place. Other subclasses of ``nn.Linear`` are skipped, because their ``forward`` may
-            differ.
+        net: Any network; modified in place. Linear layers of classes not in ``LINEAR_CLASSES`` are skipped, because
+            their ``forward`` may differ.
         settings: Size and location of the adapters.
 
     Returns:
-        The names of the layers.
+        The names of the adapted layers.
 
     Raises:
         UserError: The pattern matches no linear layer, or the network already has adapters.
@@ -175,9 +176,9 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
 
 @contextmanager
 def disable_lora(net: nn.Module) -> Iterator[None]:
-    """Temporarily disable all adapters, merged or not: the network is then its base model, bit for bit.
+    """Temporarily disable all adapters, merged or not, so that the network is its base model bit for bit.
 
-    One network in memory can so be both the policy and its reference model.
+    This lets a single network in memory act both as the policy and as its reference model.
     """
     before = [(layer, layer.enabled) for _, layer in _lora_layers(net)]
     try:
@@ -190,29 +191,29 @@ def disable_lora(net: nn.Module) -> Iterator[None]:
 
 
 def merge_lora(net: nn.Module) -> None:
-    """Merge all adapters into the weights, so that a forward pass has no extra cost.
+    """Merge all adapters into the weights, so that they add no cost to the forward pass.
 
-    The adapted weights take twice the memory until ``unmerge_lora`` or ``remove_lora``, and merged adapters cannot be
-    trained. Tied embeddings are untied while the head or the embedding is merged.
+    Until ``unmerge_lora`` or ``remove_lora`` is called, the adapted weights take twice the memory and the adapters
+    cannot be trained. Tied embeddings are untied while the head or the embedding is merged.
     """
     for _, layer in _lora_layers(net):
         layer.merge()
 
 
 def unmerge_lora(net: nn.Module) -> None:
-    """Undo ``merge_lora`` exactly."""
+    """Undo ``merge_lora``, bit for bit."""
     for _, layer in _lora_layers(net):
         layer.unmerge()
 
 
 def remove_lora(net: nn.Module) -> None:
-    """Replace all ``LoRALinear`` by plain linear layers, with their current weights: merged or the base's.
+    """Replace each ``LoRALinear`` with a plain linear layer that has its current weight, merged or not.
 
     Parameters stay frozen; ``net.requires_grad_(True)`` unfreezes them.
 
     Raises:
-        UserError: A merged weight was shared with another layer, such as head and embedding. A checkpoint of the
-            network would have two matrices where its config has one.
+        UserError: A merged weight was shared with another layer, for example by the head and the embedding. A
+            checkpoint of the network would contain two matrices where its config specifies one.
     """
     plain = {}
     for name, layer in _lora_layers(net):
@@ -229,23 +230,24 @@ def remove_lora(net: nn.Module) -> None:
 
 
 def lora_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """State dict of the adapters only."""
+    """Return a state dict of the adapters only."""
     parts = {f"{name}.{part}" for name, _ in _lora_layers(net) for part in ("lora_a", "lora_b")}
     return {name: value for name, value in net.state_dict().items() if name in parts}
 
 
 def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict of ``lora_state_dict``; merged adapters are unmerged first.
+    """Load a state dict from ``lora_state_dict``, after unmerging all merged adapters.
 
     Raises:
-        UserError: The network's adapters are in other layers or have other shapes.
+        UserError: The network's adapters are in different layers or have different shapes.
     """
     current = lora_state_dict(net)
     for name in sorted(current.keys() | state.keys()):
         expected, found = (tuple(part[name].shape) if name in part else "missing" for part in (current, state))
         if expected != found:
             raise UserError(
-                f"the adapters do not fit: {name} is {found} in the state dict, but {expected} in the network"
+                f"the adapters do not match the network: {name} is {found} in the state dict, but {expected} in the "
+                f"network"
             )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)

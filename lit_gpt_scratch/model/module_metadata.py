@@ -1,32 +1,32 @@
-"""What a module of the network declares about itself, so that no other file has to list modules by name.
+"""Metadata that the network's modules declare about themselves, so that no other file has to list modules by name.
 
-All declarations are optional attributes or methods of an ``nn.Module``; a new kind of attention or feed-forward module
-(say, a mixture of experts) needs no entry anywhere but in the table that ``GPTConfig`` chooses from.
+All declarations are optional attributes or methods of an ``nn.Module``. A new kind of attention or feed-forward module
+(such as a mixture of experts) only has to be added to the table that ``GPTConfig`` chooses from.
 
 ``tensor_parallel_plan: ClassVar[dict[str, str]]``
-    How ``distributed.parallelize`` splits each child over the tensor-parallel processes, by the child's name; names may
-    contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan are the same on
-    all processes. Styles: ``colwise`` (output channels are split), ``rowwise`` (input channels are split, outputs
-    summed), ``colwise_gather`` (split output channels, gathered afterwards), ``embedding`` (split rows, outputs
-    summed) and ``replicated`` (every process has all of it and applies it to its own heads, so gradients are summed).
-    Without a plan a module is replicated and needs no communication.
+    The tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names
+    may contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the
+    same on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
+    split, outputs summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows are
+    split, outputs summed) and ``replicated`` (each process holds all parameters and applies them to its own heads, so
+    gradients are summed). A module without a plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
-    Forward-pass floating-point operations of one token among ``context`` tokens, children included. By default two per
-    weight of every linear layer inside the module.
+    Forward-pass floating-point operations per token, given ``context`` tokens, including the child modules. By default
+    two per weight in all linear layers inside the module.
 
 ``init_weights() -> None``
-    Initialises the parameters that are neither weights nor biases of ``nn.Linear``; by default they stay as
-    constructed. Called before the scheme of ``config.initialisation`` draws the linear layers.
+    Initialises the parameters that are not weights or biases of an ``nn.Linear``; by default they keep their values
+    from construction. It is called before the scheme ``config.initialisation`` initialises the linear layers.
 
 ``residual_outputs() -> list[nn.Linear]``
-    Linear layers whose outputs are added to the residual stream, which some initialisation schemes draw smaller or set
-    to zero. Required of the attention and feed-forward module of a block.
+    Linear layers whose outputs are added to the residual stream. Some initialisation schemes initialise them to smaller
+    values or zero. Required for the attention and feed-forward modules of a block.
 
 ``optimizer_group: ClassVar[OptimizerGroup]``
-    Treatment of the 2-D parameters in the module and its children, unless a child declares another: ``matrices`` maps
-    hidden layers to hidden layers (for Muon), ``tables`` (the default) has one vector per token, class or position.
-    Parameters with fewer dimensions are ``vectors``, and with more ``tables``.
+    Optimizer group of the 2-D parameters in the module and its children, unless a child declares another:
+    ``matrices`` (maps between hidden layers, for Muon) or ``tables`` (one vector per token, class or position; the
+    default). Parameters with fewer dimensions are always ``vectors``, those with more dimensions ``tables``.
 """
 
 from collections.abc import Iterator
@@ -38,12 +38,12 @@ OptimizerGroup = Literal["matrices", "tables", "vectors"]
 
 
 def linear_flops_per_token(module: nn.Module) -> int:
-    """Forward-pass floating-point operations per token of all linear layers inside a module."""
+    """Return the forward-pass floating-point operations per token for all linear layers inside a module."""
     return sum(2 * layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def flops_per_token(module: nn.Module, context: int) -> int:
-    """Forward-pass floating-point operations of one token among ``context`` tokens."""
+    """Return the forward-pass floating-point operations per token of a module, given ``context`` tokens."""
     if (declared := getattr(module, "flops_per_token", None)) is not None:
         flops: int = declared(context)
         return flops
@@ -52,7 +52,7 @@ def flops_per_token(module: nn.Module, context: int) -> int:
 
 
 def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") -> Iterator[tuple[nn.Parameter, str]]:
-    """Each parameter of a module with its optimizer group; a parameter that modules share occurs several times."""
+    """Yield each parameter of a module with its optimizer group; a shared parameter occurs several times."""
     declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
     for parameter in module.parameters(recurse=False):
         yield parameter, "vectors" if parameter.ndim < 2 else "tables" if parameter.ndim > 2 else declared

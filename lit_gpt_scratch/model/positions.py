@@ -1,4 +1,4 @@
-"""Position encodings. To add one, write a class here and add its name to the table ``POSITION_ENCODINGS``."""
+"""Position encodings. To add one, write a class and add it to the table ``POSITION_ENCODINGS``."""
 
 import math
 from typing import TYPE_CHECKING, Final
@@ -20,21 +20,22 @@ DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
 
 
 class PositionEncoding(nn.Module):
-    """Interface of the position encodings, and the encoding ``none`` (a causal mask alone still leaks some order).
+    """Base class of the position encodings, and the encoding ``none``.
 
-    An encoding may add to the embeddings (``embed``), rotate queries and keys (``rotate``) or add to the attention
-    scores (``score_bias``). ``positions`` are int64: (T,) if all rows have the same positions, else (B, T).
+    Without an encoding, the causal mask alone still provides some information about token order. An encoding may add to
+    the embeddings (``embed``), rotate queries and keys (``rotate``) or add to the attention scores (``score_bias``).
+    ``positions`` are int64: (T,) if all rows have the same positions, otherwise (B, T).
     """
 
     has_score_bias: bool = False
-    """Whether ``score_bias`` is used."""
+    """Whether the encoding defines ``score_bias``."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__()
 
     @staticmethod
     def validate(config: "GPTConfig") -> None:
-        """Check that a config suits the encoding.
+        """Check that a config is compatible with the encoding.
 
         Raises:
             UserError: Two settings contradict each other.
@@ -43,35 +44,41 @@ class PositionEncoding(nn.Module):
         for name, default in defaults.items():
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
-                    f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; it needs rotary"
+                    f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; "
+                    f"set position to rotary, or remove the setting"
                 )
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Add position embeddings to token embeddings. x: (B, T, n_embd) -> (B, T, n_embd)."""
+        """Add position embeddings to token embeddings, x: (B, T, n_embd) -> (B, T, n_embd)."""
         return x
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Cosines and sines for ``rotate``, computed once for all blocks."""
+        """Return the cosines and sines for ``rotate``, computed once for all blocks; None without rotation."""
         return None
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
-        """Rotate queries or keys by their positions. x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
+        """Rotate queries or keys by their positions, x: (B, H, T, head_dim) -> (B, H, T, head_dim)."""
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
-        """Added to the scores, by head number and query-key distance (int64); elementwise with broadcasting."""
+        """Return the bias to add to the attention scores, elementwise with broadcasting.
+
+        Args:
+            head: Indices of heads, int64.
+            distance: Query-key distances, int64.
+        """
         raise NotImplementedError
 
 
 class LearnedPositions(PositionEncoding):
-    """A learned vector per position, added to the token embedding (GPT-2)."""
+    """Learned position embeddings, added to the token embeddings (GPT-2)."""
 
     def __init__(self, config: "GPTConfig", block_size: int) -> None:
         super().__init__(config, block_size)
         self.table = nn.Embedding(block_size, config.n_embd)
 
     def init_weights(self) -> None:
-        """As in GPT-2."""
+        """Initialise the table as in GPT-2."""
         nn.init.normal_(self.table.weight, std=INIT_STD)
 
     @override
@@ -81,7 +88,7 @@ class LearnedPositions(PositionEncoding):
 
 
 class SinusoidalPositions(PositionEncoding):
-    """Fixed sines and cosines, added to the token embedding (https://arxiv.org/abs/1706.03762, section 3.5).
+    """Fixed sinusoidal embeddings, added to the token embeddings (https://arxiv.org/abs/1706.03762, section 3.5).
 
     Channel 2i is the sine and channel 2i + 1 the cosine of ``position / 10000 ** (2i / n_embd)``.
     """
@@ -102,7 +109,7 @@ class SinusoidalPositions(PositionEncoding):
         PositionEncoding.validate(config)
         if config.n_embd % 2:
             raise UserError(
-                f"model.gpt.position sinusoidal needs pairs of channels, but model.gpt.n_embd is {config.n_embd}"
+                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which requires an even number"
             )
 
     @override
@@ -113,9 +120,10 @@ class SinusoidalPositions(PositionEncoding):
 class RotaryPositions(PositionEncoding):
     """Rotary position embedding, RoPE (https://arxiv.org/abs/2104.09864), in the half-split layout of Llama and Qwen.
 
-    Channel ``i`` of the first half and of the second half form a pair; at position ``t`` the pair is rotated by the
-    angle ``t * base ** (-2i / head_dim)``. The dot product of a rotated query and a rotated key depends only on their
-    distance. With ``rotary_share`` below 1 only the first channels are rotated (GPT-NeoX).
+    Channel ``i`` of the first half is paired with channel ``i`` of the second half; at position ``t`` the pair is
+    rotated by the angle ``t * base ** (-2i / head_dim)``. The dot product of a rotated query and a rotated key depends
+    on position only through their distance. If ``rotary_share`` is below 1, only the first channels are rotated
+    (GPT-NeoX).
     """
 
     cos: Tensor
@@ -127,7 +135,7 @@ class RotaryPositions(PositionEncoding):
         frequency, factor = rotary_frequencies(config, self.width)
         angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
         cos, sin = factor * angle.cos(), factor * angle.sin()
-        # Not persistent: recomputed by every constructor, and not part of a checkpoint.
+        # Not persistent: the constructor recomputes the tables, so checkpoints need not contain them.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
 
@@ -136,9 +144,9 @@ class RotaryPositions(PositionEncoding):
     def validate(config: "GPTConfig") -> None:
         if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
             raise UserError(
-                f"model.gpt.position rotary needs an even number of rotated channels per head, but it would rotate "
-                f"{config.rotary_width} of {config.head_width}; choose another model.gpt.head_dim, rotary_share or "
-                f"position"
+                f"model.gpt.position is rotary, which requires an even number of rotated channels per head, but it "
+                f"would rotate {config.rotary_width} of {config.head_width}; choose another model.gpt.head_dim, "
+                f"rotary_share or position"
             )
         validate_rotary_scaling(config)
 
@@ -150,7 +158,7 @@ class RotaryPositions(PositionEncoding):
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
         assert cos_sin is not None
         cos, sin = cos_sin
-        # In the float32 of the tables where x has fewer bits; gradients are then accumulated in float32, too.
+        # Computed in at least float32, the tables' dtype, so that gradients are accumulated in float32, too.
         rotated = x[..., : self.width].to(torch.promote_types(x.dtype, cos.dtype))  # (B, H, T, width)
         rotated = rotated * cos + rotated.roll(self.width // 2, dims=-1) * sin
         rotated = rotated.type_as(x)
@@ -158,25 +166,26 @@ class RotaryPositions(PositionEncoding):
 
 
 def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
-    """Rotation angle per position of each channel pair, with ``config.rotary_scaling`` applied.
+    """Return the rotation angle per position for each channel pair, with ``config.rotary_scaling`` applied.
 
-    - ``linear``: all frequencies divided by the factor (https://arxiv.org/abs/2306.15595).
-    - ``ntk``: another base, so that the lowest frequency is divided by the factor and the highest unchanged
+    - ``linear``: all frequencies are divided by the factor (https://arxiv.org/abs/2306.15595).
+    - ``ntk``: the base is changed so that the lowest frequency is divided by the factor and the highest is unchanged
       (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
-    - ``llama3``: pairs with fewer than ``rotary_slow`` turns within the trained context are slowed by the factor, those
-      with more than ``rotary_fast`` are unchanged; in between, interpolated linearly in the turns (Llama 3.1).
-    - ``yarn``: the same, but interpolated linearly in the pair's index, and with attention sharpened
+    - ``llama3``: the frequencies of pairs with fewer than ``rotary_slow`` turns within the trained context are divided
+      by the factor, those of pairs with more than ``rotary_fast`` turns are unchanged, and those in between are
+      interpolated linearly in the number of turns (Llama 3.1).
+    - ``yarn``: the same, but interpolated linearly in the index of the pair, and attention is sharpened
       (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4).
 
     Args:
         config: The architecture.
-        width: Rotated channels of a head.
+        width: Number of rotated channels per head.
 
     Returns:
-        Frequencies, (width / 2,) float32, and a factor for the cosines and sines.
+        The frequencies, (width / 2,) float32, and a factor for the cosines and sines.
     """
     even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
-    plain = 1.0 / config.rotary_base ** (even / width)  # in the published order of operations: others round differently
+    plain = 1.0 / config.rotary_base ** (even / width)  # the published order of operations; others round differently
     kind, factor = config.rotary_scaling, config.rotary_factor
     if kind is None:
         return plain, 1.0
@@ -192,7 +201,7 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         return plain * kept + plain / factor * (1 - kept), 1.0
 
     def pair_index(turns: float) -> float:
-        """Index of the pair with this many turns within the trained context."""
+        """Return the (fractional) index of the pair that makes this many turns within the trained context."""
         wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
@@ -203,14 +212,14 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
 
 
 def validate_rotary_scaling(config: "GPTConfig") -> None:
-    """Check that the ``rotary_*`` settings agree.
+    """Check that the ``rotary_*`` settings are consistent.
 
     Raises:
-        UserError: Two of them contradict each other.
+        UserError: Two settings contradict each other.
     """
     kind, trained = config.rotary_scaling, config.rotary_trained_context
     if config.rotary_base <= 1:
-        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be above 1")
+        raise UserError(f"model.gpt.rotary_base is {config.rotary_base}; it must be greater than 1")
     if kind is None and config.rotary_factor != 1:
         raise UserError(
             f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
@@ -220,27 +229,30 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
     if has_turns != (trained is not None):
         raise UserError(
             f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
-            f"only {' and '.join(DEFAULT_ROTARY_FAST)} need it"
+            f"set it for {' and '.join(DEFAULT_ROTARY_FAST)}, and only for these"
         )
     if not has_turns and (turns := config.rotary_slow or config.rotary_fast):
         name = "slow" if config.rotary_slow else "fast"
         raise UserError(
             f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
-            f"it needs {' or '.join(DEFAULT_ROTARY_FAST)}"
+            f"it applies only to {' and '.join(DEFAULT_ROTARY_FAST)}"
         )
     if has_turns:
         slow, fast = _turn_thresholds(config)
         if slow >= fast:
-            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; it must be lower")
+            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; set slow below fast")
     if kind == "ntk" and config.rotary_width < 4:
         raise UserError(
-            f"model.gpt.rotary_scaling is ntk, which needs at least 4 rotated channels per head, but there are "
+            f"model.gpt.rotary_scaling is ntk, which requires at least 4 rotated channels per head, but there are "
             f"{config.rotary_width}; choose another model.gpt.head_dim or rotary_share"
         )
 
 
 def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
-    """Turns within the trained context below which a pair is fully slowed, and above which it is unchanged."""
+    """Return two thresholds for turns within the trained context.
+
+    Pairs below the first are fully slowed, pairs above the second are unchanged.
+    """
     return (
         config.rotary_slow or DEFAULT_ROTARY_SLOW,
         config.rotary_fast or DEFAULT_ROTARY_FAST[str(config.rotary_scaling)],
@@ -248,10 +260,10 @@ def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
 
 
 class ALiBi(PositionEncoding):
-    """Linear score penalty by distance, with a different slope per head (https://arxiv.org/abs/2108.12409).
+    """Linear penalty on the query-key distance with a different slope per head (https://arxiv.org/abs/2108.12409).
 
-    The slopes are ``2 ** (-8 / n * (h + 1))`` for n heads where n is a power of two; else those of the power below,
-    followed by every other one of the power above, as in the authors' code.
+    For n heads the slopes are ``2 ** (-8 / n * (h + 1))`` if n is a power of two. Otherwise they are the slopes for the
+    next lower power of two, followed by every other slope for the next higher one, as in the authors' code.
     """
 
     has_score_bias = True

@@ -1,4 +1,4 @@
-"""Weight initialisation schemes by name. In all of them biases start at zero, and the gains of norms at one."""
+"""Weight initialisation schemes. In all of them biases are initialised to zero and the gains of norms to one."""
 
 import math
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class ResidualBranch(NamedTuple):
 
     Attributes:
         outputs: Linear layers whose outputs are added to the residual stream.
-        norm: Norm between them and the residual stream, if the block has one (``norm_placement: sandwich``).
+        norm: Norm between these outputs and the residual stream, if the block has one (``norm_placement: sandwich``).
     """
 
     outputs: list[nn.Linear]
@@ -23,14 +23,14 @@ class ResidualBranch(NamedTuple):
 
 
 class WeightsByRole(NamedTuple):
-    """A network's weights as an initialisation scheme sees them.
+    """The weights of a network, grouped by role for an initialisation scheme.
 
     Attributes:
         embedding: Token embedding, (vocab_size, n_embd).
         linears: All linear layers including the head, in module order, which is the order of the random draws.
         branches: Residual branches of all blocks, in order.
-        head: The output head's linear layer.
-        tied: Whether the head shares the embedding's weight, which then replaces its own.
+        head: The linear layer of the output head.
+        tied: Whether the head's weight will be replaced with the embedding's.
     """
 
     embedding: Tensor
@@ -41,9 +41,9 @@ class WeightsByRole(NamedTuple):
 
 
 def zero(weights: WeightsByRole) -> None:
-    """Outputs to the residual stream and to the logits start at zero (muP and Fixup style, as in modded-nanogpt).
+    """Initialise residual outputs and the head to zero (muP and Fixup style, as in modded-nanogpt).
 
-    Blocks start as the identity, and the loss as exactly ln(vocab_size) where the head is not tied: the model starts
+    Blocks start as the identity. If the head is not tied, the loss starts at exactly ln(vocab_size): the model starts
     from the uniform distribution instead of having to unlearn random predictions. Token embeddings have unit variance,
     so that the outputs of the blocks do not soon dominate them.
     """
@@ -51,7 +51,7 @@ def zero(weights: WeightsByRole) -> None:
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     for branch in weights.branches:
-        # The gradient of a norm at zero input is one by eps, so before a norm it is the norm's gain that is zero.
+        # At zero input the gradient of a norm grows with 1 / eps, so if there is a norm, zero its gain instead.
         for layer in branch.outputs if branch.norm is None else [branch.norm]:
             nn.init.zeros_(layer.get_parameter("weight"))
     if not weights.tied:
@@ -59,14 +59,14 @@ def zero(weights: WeightsByRole) -> None:
 
 
 def normal(weights: WeightsByRole) -> None:
-    """All matrices and embeddings from one normal distribution (Llama, Qwen)."""
+    """Draw all matrices and embeddings from one normal distribution (Llama, Qwen)."""
     nn.init.normal_(weights.embedding, std=INIT_STD)
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=INIT_STD)
 
 
 def gpt2(weights: WeightsByRole) -> None:
-    """``normal``, with residual outputs scaled by one over the square root of the number of branches (GPT-2)."""
+    """Like ``normal``, but scale residual outputs by one over the square root of the number of branches (GPT-2)."""
     normal(weights)
     for branch in weights.branches:
         for linear in branch.outputs:
@@ -74,9 +74,9 @@ def gpt2(weights: WeightsByRole) -> None:
 
 
 def xavier(weights: WeightsByRole) -> None:
-    """Xavier-uniform matrices (Glorot and Bengio 2010), as in the original Transformer's code.
+    """Draw matrices from a Xavier-uniform distribution (Glorot and Bengio 2010), as in the original Transformer's code.
 
-    Embeddings have unit variance, or variance 1 / n_embd where the head shares them.
+    Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """
     for linear in weights.linears:
         nn.init.xavier_uniform_(linear.weight)

@@ -40,7 +40,7 @@ def one_line(outcome: Outcome, *expected: str) -> None:
         (["--model.gpt.position", "sideways"], ["model.gpt.position", "sideways"]),
         (["--preset", "gpt5"], ["--preset is gpt5", "gpt2_124m"]),
         (["--model.gpt.attention", "no_file.Mine"], ["model.gpt.attention is no_file.Mine", "No module named"]),
-        (["--model.gpt.attention", "os.path"], ["model.gpt.attention is os.path", "does not inherit"]),
+        (["--model.gpt.attention", "os.path"], ["model.gpt.attention is os.path", "not a subclass"]),
         (
             ["--model.gpt.attention_backend=sdpa", "--model.gpt.attention_softcap=5"],
             ["model.gpt.attention_backend is sdpa", "model.gpt.attention_softcap is 5"],

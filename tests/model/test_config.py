@@ -62,8 +62,8 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
             {"rotary_trained_context": 512},
             ("model.gpt.rotary_scaling is None", "model.gpt.rotary_trained_context is 512"),
         ),
-        ({"rotary_share": 0.26}, ("model.gpt.position rotary", "it would rotate 17 of 64", "rotary_share")),
-        ({"rotary_share": 1.5}, ("model.gpt.position rotary", "it would rotate 96 of 64", "rotary_share")),
+        ({"rotary_share": 0.26}, ("model.gpt.position is rotary", "it would rotate 17 of 64", "rotary_share")),
+        ({"rotary_share": 1.5}, ("model.gpt.position is rotary", "it would rotate 96 of 64", "rotary_share")),
         ({"head_dim": 2, "rotary_scaling": "ntk"}, ("model.gpt.rotary_scaling is ntk", "there are 2")),
         (
             {"rotary_scaling": "linear", "rotary_slow": 2.0},
@@ -77,10 +77,10 @@ def test_invalid_config_is_an_error(changes: dict[str, float], message: str) -> 
             {"position": "learned", "rotary_trained_context": 64},
             ("model.gpt.rotary_trained_context is 64", "model.gpt.position is learned"),
         ),
-        ({"rotary_base": 1.0}, ("model.gpt.rotary_base is 1.0", "above 1")),
+        ({"rotary_base": 1.0}, ("model.gpt.rotary_base is 1.0", "greater than 1")),
         (
             {"n_embd": 15, "position": "sinusoidal"},
-            ("model.gpt.position sinusoidal", "model.gpt.n_embd is 15"),
+            ("model.gpt.position is sinusoidal", "model.gpt.n_embd is 15"),
         ),
         (
             {"attention_backend": "sdpa", "attention_softcap": 30.0},
