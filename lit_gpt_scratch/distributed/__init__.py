@@ -1,1 +1,1 @@
-"""Strategies (FSDP2, tensor parallelism) and defaults and checks that depend on the hardware."""
+"""Distributed strategies (FSDP2 and tensor parallelism), and hardware-dependent defaults and checks."""

@@ -1,14 +1,14 @@
-"""Number of CPU cores available to this process. Imports no torch, for processes that only start others."""
+"""Count the CPU cores available to this process, without importing torch, for processes that only launch others."""
 
 import os
 from pathlib import Path
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""CPU limit of the Linux cgroup: microseconds of CPU time per period, and the length of a period."""
+"""CPU limit of the Linux cgroup: CPU time per period and length of a period, both in microseconds."""
 
 
 def read_cgroup_cpu_quota(quota: Path = CGROUP_CPU_MAX) -> int | None:
-    """CPU quota of a container in cores, at least 1; None without a quota, or on a system without cgroups."""
+    """Return the container's CPU quota in cores, at least 1; None if there is no quota or no cgroup support."""
     if not quota.is_file():
         return None
     limit, _, period = quota.read_text(encoding="ascii").partition(" ")
@@ -16,6 +16,6 @@ def read_cgroup_cpu_quota(quota: Path = CGROUP_CPU_MAX) -> int | None:
 
 
 def count_available_cpus() -> int:
-    """Cores in this process's affinity mask, or the quota if that is lower."""
+    """Return the number of cores in this process's affinity mask, or the CPU quota if that is lower."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(count, read_cgroup_cpu_quota() or count)

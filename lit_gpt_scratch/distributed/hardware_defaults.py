@@ -1,4 +1,4 @@
-"""Defaults that depend on the hardware: precision, number of threads, and whether to compile."""
+"""Hardware-dependent defaults: precision, number of threads, and whether to compile."""
 
 import os
 import shutil
@@ -13,10 +13,11 @@ from torch.utils._triton import has_triton
 from lit_gpt_scratch.distributed.cpu_count import CGROUP_CPU_MAX, read_cgroup_cpu_quota
 
 ONEDNN_CACHE_CAPACITY = 64
-"""Number of matrix products whose compiled code oneDNN caches.
+"""Number of compiled matmul kernels that oneDNN caches.
 
-It generates code for every shape and would cache 1,024: 1.6 GB of additional memory when batches are padded to their
-longest row. A training step has about 40 shapes, and generating code again takes less than 0.5 ms.
+oneDNN generates a kernel for each shape, and caches 1,024 by default. If batches are padded to their longest row, and
+shapes therefore vary, this takes 1.6 GB of additional memory. A training step has about 40 shapes, and generating a
+kernel again takes less than 0.5 ms.
 """
 
 
@@ -28,13 +29,13 @@ class HardwareDefault(NamedTuple):
 
 
 def default_precision(accelerator: str) -> HardwareDefault:
-    """Default of ``--trainer.precision`` on this machine: bfloat16 if the hardware supports it.
+    """Return the default ``--trainer.precision`` for this machine: bfloat16 if the hardware supports it.
 
-    Emulated bfloat16 is several times slower than float32, so it is only chosen where it is native:
-    GPUs since Ampere, and CPUs with AMX or AVX512-BF16.
+    Emulated bfloat16 is several times slower than float32, so bfloat16 is only chosen where it is native: on GPUs since
+    Ampere, and on CPUs with AMX or AVX512-BF16.
 
     Args:
-        accelerator: Lightning's name of the accelerator, including ``auto``.
+        accelerator: Lightning's name for the accelerator; may be ``auto``.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         if torch.cuda.is_bf16_supported(including_emulation=False):
@@ -48,24 +49,29 @@ def default_precision(accelerator: str) -> HardwareDefault:
 
 
 def configure_process(processes: int = 1) -> None:
-    """Set the number of threads and the oneDNN cache size, before the first computation. Args as ``limit_threads``."""
+    """Set the number of threads and the oneDNN cache size. This must be called before the first computation.
+
+    Args:
+        processes: See ``limit_threads``.
+    """
     limit_threads(processes)
     for variable in (
         "ONEDNN_PRIMITIVE_CACHE_CAPACITY",
         "LRU_CACHE_CAPACITY",
-    ):  # of oneDNN, and of PyTorch's cache above it
+    ):  # oneDNN's cache, and PyTorch's cache on top of it
         os.environ.setdefault(variable, str(ONEDNN_CACHE_CAPACITY))
 
 
 def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
-    """Limit torch's threads to a container's CPU quota.
+    """Limit the number of torch threads to the container's CPU quota.
 
-    Torch and Lightning count the machine's cores; in a container with a quota, the excess threads would wait for each
-    other. An existing ``OMP_NUM_THREADS`` takes precedence; otherwise it is set for child processes.
+    Torch and Lightning count all cores of the machine. In a container with a CPU quota, they would start too many
+    threads, which would wait for each other. If ``OMP_NUM_THREADS`` is already set, nothing changes; otherwise it is
+    set for child processes.
 
     Args:
         processes: Number of processes of this run on this machine, which share the cores.
-        quota: See ``read_cgroup_cpu_quota``; without a quota nothing changes.
+        quota: Path of the cgroup's CPU limit; see ``read_cgroup_cpu_quota``. Without a quota, nothing changes.
     """
     if "OMP_NUM_THREADS" in os.environ:
         return
@@ -77,11 +83,12 @@ def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
 
 
 def explain_no_compile(device: torch.device, requested: bool = False) -> str | None:
-    """Why ``torch.compile`` cannot be used on a device, in a few words; None if it can.
+    """Return a short reason why ``torch.compile`` is not used on a device, or None if it is used.
 
     Args:
         device: The network's device.
-        requested: The user requested it: report only obstacles, not reasons against it as a default.
+        requested: Whether the user requested compilation explicitly. If so, only report what makes it impossible, not
+            why it is disabled by default.
     """
     if sys.platform == "win32":
         return None if requested else "torch.compile is not set up on Windows"
@@ -89,7 +96,7 @@ def explain_no_compile(device: torch.device, requested: bool = False) -> str | N
         return None if requested else f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or does not support this GPU"
-    # The compilers that Inductor and Triton look for. The variable names one program, without arguments.
+    # The compilers that Inductor and Triton look for. The environment variable is one program, without arguments.
     variable, names = {
         "cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
         "cuda": ("CC", ["gcc", "clang"]),
@@ -98,5 +105,5 @@ def explain_no_compile(device: torch.device, requested: bool = False) -> str | N
         names = [os.environ[variable]]
     if not any(map(shutil.which, names)):
         return f"no compiler ({' or '.join(names)}) is installed; set {variable} to use another"
-    headers = Path(sysconfig.get_path("include"), "Python.h")  # generated kernels include it
+    headers = Path(sysconfig.get_path("include"), "Python.h")  # generated kernels include this header
     return None if headers.is_file() else f"Python's headers are not installed ({headers} is missing)"

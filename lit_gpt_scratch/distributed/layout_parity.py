@@ -1,4 +1,4 @@
-"""Parity of parallel layouts: every strategy, process count and micro-batch size must compute the same losses."""
+"""Check that every strategy, number of processes and micro-batch size computes the same losses."""
 
 import subprocess
 import sys
@@ -13,17 +13,17 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 
 SAMPLES_PER_STEP: Final = 8
-"""The same in every layout."""
+"""Samples per optimizer step, the same in every layout."""
 
 
 class ParallelLayout(NamedTuple):
-    """One way to distribute the same step.
+    """One way to distribute the same optimizer step.
 
     Attributes:
         processes: Number of processes.
         copies: Number of data-parallel replicas.
         accumulate: Micro-batches per step.
-        flags: Further flags of ``fit``.
+        flags: Additional flags for ``fit``.
     """
 
     processes: int = 1
@@ -32,7 +32,7 @@ class ParallelLayout(NamedTuple):
     flags: tuple[str, ...] = ()
 
     def all_flags(self) -> list[str]:
-        """All flags of ``fit`` for this layout."""
+        """Return all ``fit`` flags for this layout."""
         return [
             f"--trainer.devices={self.processes}",
             f"--data.batch_size={SAMPLES_PER_STEP // self.copies // self.accumulate}",
@@ -54,11 +54,16 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }
-"""The first is the reference for the others."""
+"""Layouts by name; the first is the reference for the others."""
 
 
 class ArithmeticCase(NamedTuple):
-    """A precision and optimizer, and the largest allowed relative difference of any step's loss between layouts."""
+    """A combination of precision and optimizer to test.
+
+    Attributes:
+        flags: Flags for ``fit``.
+        tolerance: Maximum relative difference in the loss of any step between layouts.
+    """
 
     flags: tuple[str, ...]
     tolerance: float
@@ -72,8 +77,11 @@ ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""Largest allowed difference of the first step's gradient in float32: of the whole gradient relative to its norm, and
-of any element relative to the largest of its tensor."""
+"""Maximum differences in the first step's gradient in float32.
+
+``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the maximum
+difference of any element relative to the largest element of its tensor.
+"""
 
 
 @dataclass
@@ -81,10 +89,10 @@ class LayoutParity:
     """Runs ``fit`` in every layout and arithmetic case, and compares losses and gradients with the first layout.
 
     Args:
-        flags: Flags of ``fit`` for all runs.
+        flags: ``fit`` flags for all runs.
         folder: Folder for the runs.
-        cases: Names of arithmetic cases.
-        layouts: Names of layouts; the first of ``LAYOUTS`` is always run.
+        cases: Names of the arithmetic cases to run.
+        layouts: Names of the layouts to run; the first of ``LAYOUTS`` is always included.
     """
 
     flags: Sequence[str]
@@ -92,15 +100,15 @@ class LayoutParity:
     cases: Sequence[str] = tuple(ARITHMETIC_CASES)
     layouts: Sequence[str] = tuple(LAYOUTS)
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Largest relative difference of the loss, by layout and case."""
+    """Maximum relative difference in the loss, by layout and case."""
     gradient: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Difference of the first step's gradient in float32, by layout and measure."""
+    """Relative difference in the first step's gradient in float32, by layout and measure."""
     reproducible: dict[str, bool] = field(default_factory=dict)
-    """Whether two runs of a layout in the first case are bitwise equal, by layout."""
+    """Whether two runs of the first case are bitwise equal, by layout."""
 
     @property
     def runs(self) -> int:
-        """Number of runs: every layout once in each case, and once more in the first."""
+        """Number of runs: one per layout and case, and a second one per layout for the first case."""
         return len(self._names) * (len(self.cases) + 1)
 
     @property
@@ -112,7 +120,7 @@ class LayoutParity:
         """Run all layouts and cases.
 
         Args:
-            on_run: Called after each run.
+            on_run: Callback that is called after each run.
 
         Raises:
             UserError: A run fails.
@@ -131,7 +139,7 @@ class LayoutParity:
 
     @property
     def violations(self) -> list[str]:
-        """Everything that differs by more than its tolerance."""
+        """Descriptions of all differences that exceed their tolerance."""
         found = [
             f"{name}, {case}"
             for (name, case), difference in self.loss.items()
@@ -183,8 +191,8 @@ class LayoutParity:
 
 
 def _gradient_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Relative differences between two gradients, by measure; NaN if any element is NaN."""
-    eps = 1e-30  # for a gradient of zeros
+    """Compute relative differences between two gradients, by measure; NaN if any element is NaN."""
+    eps = 1e-30  # avoids division by zero if a gradient is all zeros
     worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=eps) for name, g in expected.items()]
     difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])
     total = difference.norm() / torch.cat([g.flatten() for g in expected.values()]).norm()

@@ -1,10 +1,11 @@
-"""Tensor parallelism and FSDP2 for a GPT: which weights are sharded, and along which dimension.
+"""Apply tensor parallelism and FSDP2 to a GPT: which weights are sharded, and along which dimension.
 
-Modules declare how tensor parallelism splits them (``model.module_metadata``); this file applies it. Tensor parallelism
-(https://arxiv.org/abs/1909.08053) gives each process some of the heads and some of the hidden channels: the matrices
-before them are split by columns and those after them by rows, so that each residual branch needs one all-reduce. FSDP2
-(https://arxiv.org/abs/2304.11277) shards what remains of each weight over the data-parallel processes, and gathers one
-block at a time.
+Modules declare how tensor parallelism splits them (``model.module_metadata``), and this file applies these plans.
+
+Tensor parallelism (https://arxiv.org/abs/1909.08053) assigns a subset of the heads and hidden channels to each process.
+Input projections are split by columns and output projections by rows, so that each residual branch needs only one
+all-reduce. FSDP2 (https://arxiv.org/abs/2304.11277) shards the remaining part of each weight across data-parallel
+processes, and gathers one block at a time.
 """
 
 import inspect
@@ -31,7 +32,7 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.optim.dtensor import to_local
 
 DATA_PARALLEL, TENSOR_PARALLEL = "data_parallel", "tensor_parallel"
-"""Dimensions of the device mesh, by Lightning's names."""
+"""Dimension names of the device mesh, as in Lightning."""
 REPLICATED: Final = "replicated"
 STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise": ColwiseParallel,
@@ -39,20 +40,20 @@ STYLES: Final[dict[str, Callable[[], ParallelStyle]]] = {
     "colwise_gather": lambda: ColwiseParallel(output_layouts=Replicate()),
     "embedding": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
-"""Styles of a module's ``tensor_parallel_plan``, except ``replicated``."""
+"""Parallel styles that a module's ``tensor_parallel_plan`` can use, except ``replicated``."""
 
 
 def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapters: bool = False) -> None:
-    """Check that a model can be split over tensor-parallel processes.
+    """Check that a model can be split across tensor-parallel processes.
 
     Args:
-        config: The architecture.
-        size: Tensor-parallel processes.
-        precision: The trainer's.
+        config: The model config.
+        size: Number of tensor-parallel processes.
+        precision: The Trainer's precision.
         adapters: Whether LoRA adapters are trained.
 
     Raises:
-        UserError: Heads or hidden channels are not divisible by the size, or a setting does not support it.
+        UserError: Heads or hidden channels are not divisible by the size, or a setting is not supported.
     """
     if size == 1:
         return
@@ -87,19 +88,19 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
 
 
 def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
-    """Shard a network in place, which has the same weights on all processes.
+    """Shard a network in place. It must have the same weights on all processes.
 
-    In ``bf16-mixed`` FSDP2 gathers the weights of blocks in bfloat16, which halves the traffic; gains and biases are
-    then rounded, too. The residual stream, the embeddings and the head stay in float32, as do the sums of all
-    gradients, which are reduced after every micro-batch: unsharded ones would need the memory that FSDP2 saves.
+    With ``bf16-mixed``, FSDP2 gathers the weights of the blocks in bfloat16, which halves the communication volume but
+    also rounds gains and biases. The residual stream, the embeddings and the head stay in float32. Gradients are
+    reduced in float32 after each micro-batch, because unsharded gradients would take up the memory that FSDP2 saves.
 
     Args:
         net: The network.
-        mesh: Its dimensions are ``data_parallel`` and ``tensor_parallel``.
-        precision: The trainer's.
+        mesh: Device mesh with the dimensions ``data_parallel`` and ``tensor_parallel``.
+        precision: The Trainer's precision.
 
     Raises:
-        UserError: The network cannot be split over the tensor-parallel processes.
+        UserError: The network cannot be split across the tensor-parallel processes.
     """
     if mesh[TENSOR_PARALLEL].size() > 1:
         validate_tensor_parallel(net.config, mesh[TENSOR_PARALLEL].size(), precision)
@@ -111,16 +112,21 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
         for block in net.blocks:
             fully_shard(block, mesh=mesh[DATA_PARALLEL], mp_policy=policy)
         fully_shard(net, mesh=mesh[DATA_PARALLEL])
-        for method in ("hidden_states", "apply_head", "logit_lens"):  # called without forward()
+        for method in ("hidden_states", "apply_head", "logit_lens"):  # methods that are called without forward()
             register_fsdp_forward_method(net, method)
 
 
 @torch.no_grad()
 def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
-    """Complete the gradients of tensor parallelism in place, so that each equals that of a single process.
+    """Complete tensor-parallel gradients in place, so that they equal the gradients of a single process.
 
-    A replicated module that is applied to heads has, on each process, the gradient of its own heads only; and PyTorch
-    leaves the gradient of a row-sharded embedding unsharded.
+    If a replicated module is applied to heads, its gradient on each process only includes the heads of that process, so
+    it is summed across processes. PyTorch leaves the gradient of a row-sharded embedding unsharded, so it is sharded
+    like its weight.
+
+    Args:
+        net: The network, after its backward pass.
+        mesh: See ``parallelize``.
     """
     for p in net.parameters():
         if isinstance(p, DTensor) and isinstance(p.grad, DTensor) and p.grad.placements != p.placements:
@@ -141,12 +147,12 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
 
 
 def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tensor:
-    """Concatenate the heads or hidden channels of all tensor-parallel processes; all of them have to call this.
+    """Concatenate the heads or hidden channels of all tensor-parallel processes. All of them must call this function.
 
     Args:
-        local: This process's heads or channels; a tensor of any shape.
-        dimension: Dimension of heads or channels.
-        mesh: As for ``parallelize``; None without sharding.
+        local: Tensor of any shape with the heads or channels of this process.
+        dimension: Dimension of the heads or channels.
+        mesh: See ``parallelize``; None if the network is not sharded.
     """
     if mesh is None or mesh[TENSOR_PARALLEL].size() == 1:
         return local
@@ -156,7 +162,7 @@ def gather_heads(local: Tensor, dimension: int, mesh: DeviceMesh | None) -> Tens
 
 
 def _declared_styles(net: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
-    """The tensor-parallel plans of all modules: (module, name of its child, style)."""
+    """Iterate over the tensor-parallel plans of all modules as (module, name of the child module, style)."""
     for module in net.modules():
         for pattern, style in getattr(module, "tensor_parallel_plan", {}).items():
             for name, _ in module.named_modules():
@@ -171,12 +177,13 @@ def _apply_tensor_parallel(net: GPT, mesh: DeviceMesh) -> None:
             parallelize_module(module, mesh, {name: STYLES[style]()})
     for module in net.blocks.modules():
         if hasattr(module, "tensor_parallel_plan"):
-            # The input becomes a DTensor here and not in each matrix, whose gradients are then added before the
-            # all-reduce.
+            # Convert the input to a DTensor once per module and not once per matrix, so that the gradients of the
+            # matrices are added before the all-reduce.
             others = len(inspect.signature(module.forward).parameters) - 1
             layouts = (Replicate(), *[None] * others)
             parallelize_module(module, mesh, PrepareModuleInput(input_layouts=layouts, desired_input_layouts=layouts))
-    # The embedding's all-reduce may still be pending, and a compiled block that receives such a tensor loses its graph.
+    # The embedding's all-reduce may still be pending, and a compiled block that receives such a tensor would break its
+    # autograd graph.
     net.embedding.register_forward_hook(lambda module, ids, out: out.clone())
     if tied:
         net.head.weight = net.embedding.weight

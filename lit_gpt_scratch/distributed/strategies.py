@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallelism as named strategies: ``--trainer.strategy fsdp2``, ``tp``, ``fsdp2_tp``."""
+"""Register FSDP2 and tensor parallelism as strategies: ``--trainer.strategy fsdp2``, ``tp`` or ``fsdp2_tp``."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,20 +20,21 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
-"""A checkpoint contains full tensors: rank 0 writes them, and each rank takes its shard when they are loaded."""
+"""Checkpoints contain full tensors: rank 0 saves them, and each rank takes its shard when they are loaded."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
-"""Default size of a tensor-parallel group by strategy name; None is all processes."""
+"""Default size of a tensor-parallel group, by strategy name; None uses all processes."""
 
 
 class ModelParallel(SizedModelParallelStrategy):
-    """Shards weights, gradients and optimizer state over processes: FSDP2 over data-parallel ranks, and TP.
+    """Shards weights, gradients and optimizer state across processes with FSDP2 and tensor parallelism.
 
-    A checkpoint is one file with full tensors under their usual names, as one process would write it: it can be resumed
-    with any strategy.
+    A checkpoint is a single file that contains full tensors under their usual names, as if saved by one process, so
+    that it can be resumed with any strategy.
 
     Args:
         tensor_parallel_size: Number of processes that share the heads and hidden channels of one replica, and read the
-            same data; None for all. The remaining dimension splits the data and shards with FSDP2.
+            same data; None uses all processes. The data-parallel dimension, of size processes / tensor_parallel_size,
+            splits the data and shards with FSDP2.
     """
 
     def __init__(self, tensor_parallel_size: int | None = 1) -> None:
@@ -47,11 +48,11 @@ class ModelParallel(SizedModelParallelStrategy):
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
-        return True  # by load_optimizer_state_dict
+        return True  # Lightning then calls load_optimizer_state_dict
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        # The parent class would load weights and optimizer at once, before any hook has seen the checkpoint.
+        # The parent class would load the weights and optimizer state here, before any hook has seen the checkpoint.
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     @override
@@ -61,10 +62,10 @@ class ModelParallel(SizedModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        # The parent class numbers parameters in the model's order, an optimizer in the order of its groups.
+        # The parent class numbers parameters in the order of the model; an optimizer numbers them by its groups.
         assert self.model is not None
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
-        if not optimizer.state:  # torch's function would take a step to create one
+        if not optimizer.state:  # get_optimizer_state_dict would take a step to create the state
             return optimizer.state_dict()
         state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE_DICT))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
@@ -82,18 +83,18 @@ class ModelParallel(SizedModelParallelStrategy):
             by_name = _rename_parameters(state, {number: names[p] for number, p in enumerate(order)})
             set_optimizer_state_dict(self.model, optimizer, by_name, options=replace(FULL_STATE_DICT, strict=False))
             for number, p in enumerate(order):
-                if number not in state["state"]:  # it never had a gradient, but torch created a state
+                if number not in state["state"]:  # the parameter never had a gradient, but torch created state for it
                     optimizer.state.pop(p, None)
 
     @override
     def setup(self, trainer: Trainer) -> None:
         for loop in (trainer.fit_loop.epoch_loop.val_loop, trainer.validate_loop, trainer.test_loop):
-            loop.inference_mode = False  # FSDP2's gathered weights could not be differentiated later
+            loop.inference_mode = False  # weights gathered in inference mode could not be used in a backward pass later
         super().setup(trainer)
 
 
 def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """An optimizer state dict with renamed parameters; empty if this process has no state."""
+    """Return an optimizer state dict with renamed parameters; empty if this process has no state."""
     if not state:
         return {}
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -101,7 +102,7 @@ def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> di
 
 
 def resolve_tensor_parallel_size(strategy: Strategy) -> int:
-    """Size of a tensor-parallel group: the processes that share one replica and read the same data.
+    """Return the size of a tensor-parallel group, whose processes share one replica and read the same data.
 
     Raises:
         UserError: The number of processes is not divisible by the size.
@@ -112,17 +113,21 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
     size = strategy.tensor_parallel_size or world
     if world % size:
         raise UserError(
-            f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or other "
-            f"--trainer.devices"
+            f"tensor_parallel is {size}, but there are {world} processes; choose a divisor of {world}, or "
+            f"change --trainer.devices"
         )
     return size
 
 
 def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
-    """The Trainer's ``strategy`` with the tensor-parallel size set by ``--tensor_parallel``.
+    """Return the Trainer's ``strategy`` with the tensor-parallel size set by ``--tensor_parallel``.
+
+    Args:
+        strategy: Value of ``--trainer.strategy``.
+        tensor_parallel: Size of a tensor-parallel group; None returns ``strategy`` unchanged.
 
     Raises:
-        UserError: The size is not positive, or the strategy has no tensor parallelism.
+        UserError: The size is not positive, or the strategy does not support tensor parallelism.
     """
     if tensor_parallel is None:
         return strategy
@@ -135,7 +140,7 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
         )
     sized = f"{strategy}_{tensor_parallel}"
     StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)
-    return sized  # a name: Lightning rejects float64 with a strategy object
+    return sized  # return a name, because Lightning rejects float64 with a strategy object
 
 
 for name, size in TENSOR_PARALLEL_SIZES.items():

@@ -1,4 +1,4 @@
-"""Check the Trainer's hardware flags against this machine before anything is built; errors name a flag that works."""
+"""Check the Trainer's hardware flags against this machine before anything is built. Errors suggest a working flag."""
 
 import importlib.util
 import re
@@ -15,20 +15,20 @@ from lit_gpt_scratch.distributed.strategies import ModelParallel
 from lit_gpt_scratch.errors import UserError
 
 FSDP1_NAMES: Final = ("fsdp", "fsdp_cpu_offload")
-"""Lightning's names for the first FSDP."""
+"""Lightning's strategy names for the first version of FSDP."""
 CHECKPOINTING_FLAG: Final = "--model.activation_checkpointing true"
 
 
 def validate_hardware(trainer: Mapping[str, Any]) -> None:
     """Check that this machine has the requested accelerator, devices, strategy and precision.
 
-    Lightning would silently use another precision, train to NaN, or raise an error that names an internal class.
+    Otherwise Lightning would silently use another precision, diverge to NaN, or raise an error about an internal class.
 
     Args:
         trainer: The Trainer's flags.
 
     Raises:
-        UserError: The machine lacks one of them; the message says what works.
+        UserError: One of them is not available; the message suggests a flag that works.
     """
     accelerator = _resolve_accelerator(str(trainer.get("accelerator")))
     _validate_device_count(accelerator, str(trainer.get("devices")))
@@ -48,7 +48,7 @@ def _validate_strategy(strategy: object) -> None:
 
 
 def _resolve_accelerator(requested: str) -> str:
-    """The accelerator that a name selects on this machine: ``cpu``, ``cuda``, ``mps``, or another name unchanged."""
+    """Return the accelerator that a flag selects: ``cpu``, ``cuda`` or ``mps``; other names are unchanged."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested in ("auto", "gpu") and (cuda or mps):
         return "cuda" if cuda else "mps"
@@ -62,7 +62,7 @@ def _resolve_accelerator(requested: str) -> str:
 
 
 def _validate_device_count(accelerator: str, devices: str) -> None:
-    """Any number of processes can share a CPU, but every process needs its own GPU."""
+    """Check the number of GPUs, since each process needs its own. Any number of processes can share a CPU."""
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
     if available is not None and devices.isdecimal() and int(devices) > available:
         raise UserError(f"--trainer.devices {devices}: this machine has {available}; use --trainer.devices {available}")
@@ -72,7 +72,7 @@ def _validate_precision(accelerator: str, precision: str) -> None:
     reason = instead = None
     if precision.startswith("transformer-engine"):
         if accelerator != "cuda":
-            reason, instead = "it needs an NVIDIA GPU", "bf16-mixed"
+            reason, instead = "it requires an NVIDIA GPU", "bf16-mixed"
         elif importlib.util.find_spec("transformer_engine") is None:
             reason, instead = "the library transformer_engine is not installed", "bf16-mixed"
     elif accelerator == "cpu" and re.fullmatch(r"16(-mixed|-true)?", precision):
@@ -87,17 +87,17 @@ def _validate_precision(accelerator: str, precision: str) -> None:
 
 @contextmanager
 def explain_out_of_memory(data: Any) -> Iterator[None]:
-    """Turn an out-of-memory error into one that suggests flags that need less memory.
+    """Replace an out-of-memory error by one that suggests flags for using less memory.
 
     Args:
-        data: The data module of the run.
+        data: The run's data module.
 
     Raises:
-        UserError: The memory was not sufficient.
+        UserError: There is not enough memory.
     """
     try:
         yield
-    except (MemoryError, RuntimeError) as error:  # from accelerators, and from the CPU allocator
+    except (MemoryError, RuntimeError) as error:  # accelerators and the CPU allocator raise RuntimeError
         if not isinstance(error, MemoryError) and not re.search(r"out of memory|can't allocate memory", str(error)):
             raise
         needed = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
@@ -107,13 +107,13 @@ def explain_out_of_memory(data: Any) -> Iterator[None]:
 
 
 def _suggest_smaller_step(data: Any) -> str:
-    """Flags with which the same optimizer step needs less memory."""
+    """Suggest flags that reduce the memory use of the same optimizer step."""
     layout = getattr(data, "layout", None)
     if not isinstance(layout, BatchLayout) or layout.batch_size == 1:
         return f"use {CHECKPOINTING_FLAG}, a smaller model or a smaller --data.block_size"
     own = layout.batch_size * layout.accumulate  # rows per rank
     fewer = next(n for n in range(layout.batch_size // 2, 0, -1) if own % n == 0)
     step = f"--data.tokens_per_step {layout.rows_per_step * data.block_size}"
-    if data.tokens_per_step is None and layout.accumulate > 1:  # then accumulation is set by the Trainer's flag
+    if data.tokens_per_step is None and layout.accumulate > 1:  # accumulation is set by the Trainer's flag
         step = f"--trainer.accumulate_grad_batches {own // fewer}"
     return f"use smaller micro-batches for the same step: --data.batch_size {fewer} {step}; or {CHECKPOINTING_FLAG}"

@@ -1,4 +1,4 @@
-"""The cached generation loop: prefill all prompts at once, then decode one token per row and step."""
+"""Token generation with a KV cache: prefill all prompts at once, then decode one token per row in each step."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -30,24 +30,26 @@ def generate(
 ) -> Iterator[tuple[int, int | None]]:
     """Generate tokens for a batch of prompts until each row ends.
 
-    A row's tokens depend on its own prompt and seed. Other rows of the batch only affect the order of floating-point
-    additions, which rarely changes a token in float32, but does in bfloat16. Keys and values are cached. When a row
-    exceeds the context, generation continues from the last half of the context.
+    The tokens of a row depend only on its own prompt and seed, up to rounding: the batch size affects the order of
+    floating-point additions, which rarely changes a token in float32, but can in bfloat16. Keys and values are cached.
+    When a row exceeds the context, generation continues from the last half of the context.
 
     Args:
-        model: In evaluation mode.
-        prompts: Token ids, at least one per prompt, so begin with the start of text.
+        model: The language model, in evaluation mode.
+        prompts: Token ids, at least one per prompt; a prompt normally begins with the start-of-text token.
         max_new_tokens: Maximum number of new tokens per row.
         sampling: Sampling parameters.
         seeds: One seed per prompt; the global random state is not used.
-        end_of_text: Id that ends a row when it is sampled; it is not yielded.
-        done: Called with a row and its new token; True ends the row after that token.
-        compile: Compile the decoding step. The first call takes many seconds; after that a single row decodes faster.
-        logprobs: One list per prompt, to which the log-probability of each sampled token is appended, in nats,
-            including the end of text: at the sampling temperature (1 if that is 0), before top-k, top-p and min-p.
+        end_of_text: Id of the end-of-text token, which ends a row when it is sampled and is not yielded.
+        done: Callback that is called with the index of a prompt and its new token. If it returns True, the row ends
+            after that token.
+        compile: Whether to compile the decoding step. The first call then takes many seconds, but a single row decodes
+            faster afterwards.
+        logprobs: One list per prompt, to which the log-probability in nats of each sampled token is appended, including
+            the end of text. It is computed at the sampling temperature (1 if that is 0), before top-k, top-p and min-p.
 
     Yields:
-        Index of a prompt and its next token, or None when the row has ended.
+        The index of a prompt, and its next token or None when the row has ended.
 
     Raises:
         UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.
@@ -78,10 +80,10 @@ def _generate(
     compile: bool,
     logprobs: Sequence[list[float]] | None,
 ) -> Iterator[tuple[int, int | None]]:
-    rows = list(range(len(texts)))  # index of the prompt in each row of the batch
+    rows = list(range(len(texts)))  # prompt index of each row of the batch
     generators = [random.Random(seed) for seed in seeds]
     capacity = max(map(len, texts)) + max_new_tokens
-    if compile:  # a power of two: every cache size is compiled separately
+    if compile:  # a power of two, because each cache size is compiled separately
         capacity = 1 << (capacity - 1).bit_length()
     capacity = min(model.block_size, capacity)
     cache, logits = prefill(model, texts, capacity, fixed=compile)
@@ -119,31 +121,31 @@ def _generate(
 
 
 def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
-    """Fill a KV cache with texts of different lengths in one forward pass.
+    """Fill a KV cache with texts of different lengths in a single forward pass.
 
     Args:
         model: The network.
         texts: Token ids, at least one per text.
         capacity: Number of tokens that each row of the cache can hold.
-        fixed: Keep shapes constant for a compiled step; see ``KVCache``.
+        fixed: Whether to keep shapes constant for a compiled step; see ``KVCache``.
 
     Returns:
         The cache, and the logits after the last token of each text, (B, vocab_size).
     """
     weight = model.embedding.weight
     counts = [len(text) for text in texts]
-    # Right padding: no token of the text attends to it, and its cache entries are overwritten later.
+    # Texts are right-padded: no token of a text attends to padding, whose cache entries are overwritten later.
     padded = [text + [0] * (max(counts) - len(text)) for text in texts]
     ids = torch.tensor(padded, device=weight.device)  # (B, T)
     cache = KVCache(len(texts), capacity, weight.device, weight.dtype, fixed)
-    with torch.compiler.set_stance("force_eager"):  # every prompt length would be compiled separately
+    with torch.compiler.set_stance("force_eager"):  # each prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
         return cache, model.apply_head(last)[:, -1]
 
 
 def _eager_step(model: GPT) -> DecodeStep:
-    """Ids (B, 1) and a cache -> logits after them, (B, vocab_size)."""
+    """Build an uncompiled step from token ids (B, 1) and a cache to the next token's logits (B, vocab_size)."""
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
@@ -153,7 +155,7 @@ def _eager_step(model: GPT) -> DecodeStep:
 
 
 def _compiled_step(model: GPT, rows: int) -> DecodeStep:
-    """The same as one compiled program, for a fixed cache and batch size; the first call takes many seconds."""
+    """Build a compiled ``_eager_step`` for a fixed cache and batch size; its first call takes many seconds."""
 
     def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
@@ -171,7 +173,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
 
 
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Recompute full rows of the cache from the last half of their context, without the next token."""
+    """Recompute the cache of rows that are full, from the last half of their context without the newest token."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:
@@ -181,7 +183,7 @@ def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> N
 
 
 def _mark_seen_tokens(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
-    """Which tokens occur in each text, (B, vocab_size) bool."""
+    """Return a mask of the tokens that occur in each text, (B, vocab_size) bool."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
         seen[row, text] = True

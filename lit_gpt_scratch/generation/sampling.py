@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 
 MAX_UNIFORM = 1 - 2**-22
-"""Scale of the uniform numbers: the largest one, times the sum of all probabilities, must not round up to the sum."""
+"""Factor for uniform random numbers, so that the product with the total probability never rounds up to that total."""
 
 
 @dataclass(frozen=True)
@@ -16,14 +16,15 @@ class Sampling:
     """Sampling parameters, applied in this order.
 
     Args:
-        repetition_penalty: Divide positive logits of tokens that already occur by this, and multiply negative ones
-            (CTRL, https://arxiv.org/abs/1909.05858); 1 disables it.
-        temperature: Below 1 sharpens the distribution, above 1 flattens it; 0 is greedy decoding.
-        top_k: Keep only the k most probable tokens; None keeps all.
-        top_p: Keep the smallest set of most probable tokens whose probability reaches this
-            (nucleus sampling, https://arxiv.org/abs/1904.09751).
-        min_p: Keep tokens with at least this fraction of the highest probability
-            (https://arxiv.org/abs/2407.01082).
+        repetition_penalty: Factor that divides the positive logits of tokens that already occur, and multiplies their
+            negative logits (CTRL, https://arxiv.org/abs/1909.05858). 1 disables it.
+        temperature: Divisor of the logits. Values below 1 sharpen the distribution, values above 1 flatten it, and 0
+            selects greedy decoding.
+        top_k: Number of most probable tokens to keep; None keeps all.
+        top_p: Total probability to keep: only the smallest set of most probable tokens that reaches it is kept (nucleus
+            sampling, https://arxiv.org/abs/1904.09751). None keeps all.
+        min_p: Minimum probability of a token to be kept, as a fraction of the highest probability
+            (https://arxiv.org/abs/2407.01082). None keeps all.
 
     Raises:
         UserError: A value is out of range.
@@ -52,14 +53,14 @@ class Sampling:
 
         Args:
             logits: (B, vocab_size) float.
-            uniform: B random numbers in [0, 1). They are the only source of randomness.
-            seen: (B, vocab_size) bool, the tokens that occur in each row; only the repetition penalty uses it.
+            uniform: B random numbers in [0, 1), the only source of randomness.
+            seen: (B, vocab_size) bool mask of the tokens that occur in each row, used only by the repetition penalty.
 
         Returns:
-            (B,) int64.
+            Token ids, (B,) int64.
 
         Raises:
-            UserError: A logit is NaN or infinite, or all are minus infinity: the model has diverged.
+            UserError: A logit is NaN or infinite, or all are minus infinity, because the model has diverged.
         """
         if self.repetition_penalty != 1 and seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
@@ -69,7 +70,7 @@ class Sampling:
             raise UserError("the model's logits are NaN or infinite: training diverged; use an earlier checkpoint")
         if self.temperature == 0:
             return argmax.squeeze(-1)
-        # Subtract the maximum first, so that the smallest temperature does not overflow.
+        # Subtract the maximum first, so that a very small temperature does not cause overflow.
         logits, ids = (logits - top) / self.temperature, None
         if self.top_k is not None or self.top_p is not None:
             logits, ids = logits.topk(

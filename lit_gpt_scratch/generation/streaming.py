@@ -1,4 +1,4 @@
-"""Stream generated text, piece by piece, with stop strings."""
+"""Stream generated text piece by piece, with support for stop strings."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -22,18 +22,18 @@ def stream_text(
     """Generate text for a batch of prompts.
 
     Args:
-        model: In evaluation mode.
+        model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
-        prompts: Texts, each preceded by the start of text (an empty one begins a new document), or token ids, which are
-            used as they are.
+        prompts: Texts or token ids. Texts are preceded by the start-of-text token, so an empty text begins a new
+            document. Token ids are used as they are.
         max_new_tokens: Maximum number of new tokens per text.
         sampling: Sampling parameters.
         seeds: One seed per prompt.
-        stop: Strings that end a text; the text is cut off before the first of them. The prompt is not searched.
-        compile: As for ``generate``.
+        stop: Strings that end a text. The text is truncated before the first stop string. The prompt is not searched.
+        compile: See ``generate``.
 
     Yields:
-        Index of a prompt and the next piece of its text; an empty piece marks the end of the text.
+        The index of a prompt and the next piece of its text; an empty piece marks the end of the text.
 
     Raises:
         UserError: A prompt is longer than the context, or a stop string is empty.
@@ -63,7 +63,7 @@ def _emit_pieces(
 
 
 class _StopStringBuffer:
-    """Decodes one text, and holds back a possible beginning of a stop string."""
+    """Decodes one text, and holds back text that may be the beginning of a stop string."""
 
     def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:
         self.decode = decode
@@ -72,7 +72,7 @@ class _StopStringBuffer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Add a token; returns the text that cannot be part of a stop string any more."""
+        """Add a token, and return the text that can no longer be part of a stop string."""
         self.held += self.decode(token)
         ends = [index for stop in self.stop if (index := self.held.find(stop)) >= 0]
         if ends:
@@ -86,5 +86,5 @@ class _StopStringBuffer:
         return piece
 
     def flush(self) -> str:
-        """The text held back, after the last token."""
+        """Return the text that was held back, after the last token."""
         return "" if self.stopped else self.held

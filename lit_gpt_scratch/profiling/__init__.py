@@ -1,1 +1,1 @@
-"""FLOPs, memory and peak throughput."""
+"""Estimates and measurements of FLOPs, memory and peak throughput."""

@@ -16,21 +16,21 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 
 REPORTED_LIBRARIES: Final = ("torch", "lightning", "tokenizers", "tensorboard", "transformers", "optuna", "lm-eval")
 CHECK_CONFIG: Final = GPTConfig(n_layer=2, n_head=2, n_embd=64, initialisation="gpt2")
-"""The model that is compared; all its weights get a gradient."""
+"""Config of the model to compare; all its weights receive a gradient."""
 VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 4, 64
 RELATIVE_TOLERANCES: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest allowed relative difference of loss and gradient. On GPUs float32 may use TF32, with a 10-bit mantissa."""
+"""Maximum relative difference in loss and gradient. On GPUs, float32 may use TF32, which has a 10-bit mantissa."""
 
 
 class DeviceComparison(NamedTuple):
-    """A device and dtype, compared with a CPU in float32.
+    """Comparison of a training step on a device in some dtype with the same step on a CPU in float32.
 
     Attributes:
         device: Device type.
         dtype: Autocast dtype.
-        loss: Relative difference of the loss.
-        gradient: Norm of the gradient's difference, relative to the norm of the gradient.
-        failed: Error message if the step failed; empty otherwise.
+        loss: Relative difference between the losses.
+        gradient: Norm of the difference between the gradients, relative to the norm of the gradient.
+        failed: Error message if the step failed, otherwise empty.
     """
 
     device: str
@@ -41,12 +41,12 @@ class DeviceComparison(NamedTuple):
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the step ran, and differs by no more than the dtype's tolerance."""
+        """Whether the step succeeded, and its differences are within the dtype's tolerance."""
         return not self.failed and max(self.loss, self.gradient) <= RELATIVE_TOLERANCES[self.dtype]
 
 
 def list_devices() -> list[torch.device]:
-    """Available device types, the CPU first."""
+    """Return one device per available device type, the CPU first."""
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found.append(torch.device("cuda"))
@@ -56,10 +56,11 @@ def list_devices() -> list[torch.device]:
 
 
 def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """Facts about the machine as (name, text) pairs.
+    """Describe the machine's software and hardware as (name, text) pairs.
 
     Args:
-        folders: Folders to report free disk space of, by purpose; for a missing one its nearest existing parent counts.
+        folders: Folders whose free disk space is reported, keyed by purpose. If a folder does not exist, its nearest
+            existing parent is used.
     """
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield (
@@ -89,7 +90,7 @@ def compare_devices() -> Iterator[DeviceComparison]:
                 continue  # float32 is the reference, and CPUs cannot train in float16
             try:
                 loss, gradient = _training_step(device, dtype)
-            except (RuntimeError, NotImplementedError) as error:  # the device does not support it
+            except (RuntimeError, NotImplementedError) as error:  # the device does not support the dtype
                 nan = float("nan")
                 yield DeviceComparison(device.type, dtype, nan, nan, str(error).splitlines()[0])
                 continue
@@ -98,7 +99,7 @@ def compare_devices() -> Iterator[DeviceComparison]:
 
 
 def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """The loss of one batch and its gradient, (parameters,) float32 on the CPU."""
+    """Compute the loss of one batch and its gradient, (parameters,) float32 on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = GPT(CHECK_CONFIG, VOCAB_SIZE, BLOCK_SIZE)

@@ -1,4 +1,4 @@
-"""Cost of a training step, computed before it runs: parameters, floating-point operations, memory."""
+"""Estimate the cost of a training step before running it: parameters, floating-point operations and memory."""
 
 import os
 from collections import Counter
@@ -19,11 +19,11 @@ from lit_gpt_scratch.model.module_metadata import flops_per_token
 from lit_gpt_scratch.optim.dtensor import to_local
 
 OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
-"""Tensors of a parameter's size that an update rule keeps as its state."""
+"""Number of tensors of a parameter's size that each update rule keeps as optimizer state."""
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
-    """Number of parameters of embeddings, attention, feed-forward, the head if it is not tied, and all others."""
+    """Count the parameters of the embeddings, attention, feed-forward layers, head (if not tied), and all others."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
@@ -39,18 +39,25 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
 def require_model_fits_memory(
     config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
 ) -> None:
-    """Check that a model that is not built yet can fit into the memory of the machine or the accelerator.
+    """Check, before a model is built, that it can fit into the memory of the machine or the accelerator.
+
+    Args:
+        config: The model config.
+        vocab_size: Number of token ids.
+        block_size: Context length in tokens.
+        device: The device to train on.
+        processes: Number of processes of the run.
 
     Raises:
-        UserError: Weights and gradients alone do not fit, even if they are sharded over all processes.
+        UserError: The weights and gradients alone do not fit, even if they are sharded across all processes.
     """
     try:
-        with torch.device("meta"):  # shapes without memory
+        with torch.device("meta"):  # no memory is allocated
             one, two = (
                 sum(p.numel() for p in GPT(replace(config, n_layer=n), vocab_size, block_size).parameters())
                 for n in (1, 2)
             )
-    except (RuntimeError, TypeError) as error:  # sizes that no tensor can have
+    except (RuntimeError, TypeError) as error:  # a tensor cannot have such a size
         raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}") from error
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
     if device.type == "cuda":
@@ -67,17 +74,22 @@ def require_model_fits_memory(
 
 
 def training_flops_per_token(net: GPT) -> int:
-    """Floating-point operations of the forward and backward pass per token, at full context length.
+    """Return the number of floating-point operations per token of a forward and backward pass at full context length.
 
-    As in PaLM's appendix B (https://arxiv.org/abs/2204.02311): 6 per weight of a linear layer, and
-    12 * n_layer * n_head * head_dim * T for attention, without deducting the causal half. The backward pass costs twice
-    as much as the forward pass.
+    As in appendix B of the PaLM paper (https://arxiv.org/abs/2204.02311), these are 6 per weight of a linear layer, and
+    12 * n_layer * n_head * head_dim * T for attention, including the half that the causal mask removes. The backward
+    pass costs twice as much as the forward pass.
     """
     return 3 * flops_per_token(net, net.block_size)
 
 
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
-    """Bytes on this process of weights, gradients, optimizer state and, if any, the moving average of the weights."""
+    """Return the bytes used on this process by weights, gradients and optimizer state.
+
+    Args:
+        optimizer: The optimizer.
+        averaged: Whether to include a moving average of the weights.
+    """
     return sum(
         to_local(p).numel() * p.element_size() * (2 + averaged + OPTIMIZER_MOMENTS.get(group.get("rule", "adamw"), 2))
         for group in optimizer.param_groups
@@ -96,19 +108,20 @@ def activation_bytes(
     autocast: bool,
     recompute: bool = False,
 ) -> int:
-    """Bytes of activations that one micro-batch keeps for its backward pass; a compiler would save some.
+    """Return the bytes of activations that one micro-batch saves for its backward pass, without a compiler.
 
-    The forward pass is simulated with fake tensors, which have shapes but no data; every storage counts once.
+    A compiled model saves fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
+    data; each storage is counted once.
 
     Args:
-        config: The architecture.
+        config: The model config.
         vocab_size: Number of token ids.
-        block_size: Tokens in a window.
-        batch_size: Windows in a micro-batch.
-        device: The device to simulate; nothing is allocated there.
-        dtype: Of the weights.
-        autocast: Whether matrix products are in bfloat16.
-        recompute: Whether activation checkpointing keeps only the inputs of blocks.
+        block_size: Tokens per window.
+        batch_size: Windows per micro-batch.
+        device: The device to simulate; no memory is allocated on it.
+        dtype: Dtype of the weights.
+        autocast: Whether matmuls run in bfloat16.
+        recompute: Whether activation checkpointing is used, which saves only the inputs of the blocks.
     """
     kept: dict[int, int] = {}
 
@@ -117,7 +130,7 @@ def activation_bytes(
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    # FlexAttention is compiled and cannot be simulated; it saves at most as much as the fused kernel.
+    # FlexAttention is compiled and cannot be simulated; it saves no more memory than the fused kernel does.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, from data sheets and measured, as the reference for model FLOPs utilisation."""
+"""Peak FLOP/s of a device, measured and from data sheets, as the reference for model FLOPs utilisation."""
 
 import re
 import time
@@ -26,28 +26,28 @@ TENSOR_CORE_TFLOPS = {
     "RTX 4090$": 165,
     "RTX 3090$": 71,
 }
-"""Dense TFLOP/s of bfloat16 and float16 matmuls with float32 accumulation, by pattern of the GPU's name, from NVIDIA's
-data sheets.
+"""Dense TFLOP/s of bfloat16 and float16 matmuls with float32 accumulation, keyed by a regex for the GPU's name.
 
-If a data sheet only gives the value with structured sparsity, this is half of it. Lightning's and PyTorch's tables mix
-the two kinds, and do not recognise an H200 or an L40S by the name that the driver reports.
+The values are from NVIDIA's data sheets. If a data sheet only lists the value with structured sparsity, half of it is
+used. Lightning's and PyTorch's tables mix dense and sparse values, and do not recognise an H200 or L40S by the name
+that the driver reports.
 """
 FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
-"""The same for GPUs whose tensor cores do not support bfloat16."""
+"""Dense TFLOP/s of float16 matmuls on GPUs whose tensor cores do not support bfloat16."""
 
 MAX_MATRIX_SIZE = 8192
 MIN_SECONDS = 0.005
-"""Duration of a matmul beyond which a larger one does not reach more FLOP/s."""
+"""Duration of a matmul above which larger matrices do not increase the FLOP/s."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Peak FLOP/s: ``nominal``, from the data sheet, if it is known, and ``measured``.
+    """Return a device's peak FLOP/s: ``measured`` and, if known, ``nominal`` from the data sheet.
 
-    Utilisations in the literature are relative to the data sheet. No matmul reaches that value, because clocks drop
-    under load. The measured value is that of the device's fastest square matmul, which a program can reach.
+    Utilisation in the literature is relative to the data sheet. No matmul reaches that value, because clock rates drop
+    under load. The measured value is the FLOP/s of the fastest square matmul, which a program can reach.
 
     Args:
-        device: The device; it is measured once per process, which takes some tenths of a second.
+        device: The device. It is measured once per process, which takes a few tenths of a second.
         dtype: Dtype of the factors.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
@@ -57,7 +57,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
-    """Dense FLOP/s of a GPU by its name, from the data sheet; None if unknown."""
+    """Look up the dense FLOP/s of a GPU by name in the data sheets; return None if unknown."""
     tables = {torch.bfloat16: TENSOR_CORE_TFLOPS, torch.float16: TENSOR_CORE_TFLOPS | FLOAT16_ONLY_TFLOPS}
     if "MIG" in name:  # a partition of a GPU
         return None
@@ -67,19 +67,20 @@ def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
 
 @cache
 def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: str) -> float:
-    """FLOP/s of the fastest of several square matmuls of increasing size.
+    """Measure the FLOP/s of the fastest of several square matmuls of increasing size.
 
     Args:
         device: The device.
         dtype: Dtype of the factors.
-        float32_precision: PyTorch's float32 matmul precision, which affects the result for float32; a cache key.
+        float32_precision: PyTorch's float32 matmul precision, which affects the result for float32. It is not used
+            here, but makes the cache distinguish the settings.
     """
     best, seconds, n = 0.0, 0.0, 128
-    generator = torch.Generator(device).manual_seed(0)  # leaves the global random state unchanged
+    generator = torch.Generator(device).manual_seed(0)  # so that the global random state is unchanged
     while seconds < MIN_SECONDS and n < MAX_MATRIX_SIZE:
         n *= 2
         row, column = torch.randn(2, n, device=device, generator=generator)
-        factor = torch.outer(row, column).to(dtype)  # much faster than n * n random numbers
+        factor = torch.outer(row, column).to(dtype)  # much faster than sampling n * n random numbers
         tries = 3 if device.type == "cpu" else 4  # CPU matmuls are slow; on a GPU the first ones are warm-up
         seconds = min(_time_matmul(factor) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)

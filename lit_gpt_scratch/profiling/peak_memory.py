@@ -1,4 +1,4 @@
-"""Peak memory of a run."""
+"""Measure the peak memory of a run."""
 
 import sys
 
@@ -9,11 +9,13 @@ if sys.platform != "win32":
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Peak memory in bytes, or None if it is not available.
+    """Return the peak memory in bytes, or None if it is not available.
+
+    For CUDA, this is the memory of this process's tensors since training began. For the CPU, it is the peak resident
+    set size of the process since it started.
 
     Args:
-        device: For CUDA, tensors of this process since training began; for the CPU, the resident set of the whole
-            process since it started.
+        device: The device.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

@@ -464,7 +464,7 @@ def test_reward_model_with_another_tokenizer_or_untrusted_code_is_rejected(
     run: Callable[..., Any], reward_run: Callable[..., tuple[Reward, str]]
 ) -> None:
     _, path = reward_run(vocab_size=280)
-    with pytest.raises(UserError, match=r"model.reward: the reward model .* has another tokenizer"):
+    with pytest.raises(UserError, match=r"model.reward: the reward model .* has a different tokenizer"):
         run("PPO", reward=path)
     contents = torch.load(path, weights_only=True)
     contents[METADATA_KEY]["gpt"]["attention"] = own = "tests.custom_attention.DoubledAttention"

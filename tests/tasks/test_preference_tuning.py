@@ -192,7 +192,7 @@ def test_reward_is_read_at_the_last_token_and_learned(
     assert build_model(load_checkpoint(path), path).metadata.rewards
     with pytest.raises(UserError, match="it predicts rewards"):
         load_model(path)
-    with pytest.raises(UserError, match="another tokenizer than the policy"):
+    with pytest.raises(UserError, match="different tokenizer than the policy"):
         load_reward_model(str(path), tokenizer.replace("endoftext", "end"))
     with pytest.raises(UserError, match="is not a reward model: it predicts tokens"):
         load_reward_model(str(start), tokenizer)
