@@ -1,7 +1,7 @@
-"""Every internal of Lightning that this package needs, each behind a function or class with a plain name.
+"""Wrappers around the Lightning internals that this package uses.
 
-Lightning may change these without notice; ``tests/test_lightning_compat.py`` fails when one changes, and when another
-module of the package touches a private attribute.
+Lightning may change these internals without notice. ``tests/test_lightning_compat.py`` fails if one of them changes, or
+if another module of this package accesses a private attribute.
 """
 
 import os
@@ -18,21 +18,21 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
-"""Profiler action around fetching a training batch: no callback hook tells when fetching begins."""
+"""Profiler action that wraps fetching a training batch; no callback hook runs when fetching starts."""
 
 
 def global_seed() -> int:
-    """The seed of ``seed_everything``, which Lightning also passes to the processes that it starts; 0 without one."""
+    """Return the seed set by ``seed_everything``, or 0 if unset; Lightning passes it on to launched processes."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether the current micro-batch does not end its optimizer step; the last batch of an epoch always does."""
+    """Whether gradients still accumulate after this micro-batch; the last batch of an epoch always ends a step."""
     return trainer.fit_loop._should_accumulate()
 
 
 def is_validating_between_steps(trainer: Trainer) -> bool:
-    """Whether this is a validation of ``fit`` that falls between two optimizer steps, not between micro-batches."""
+    """Whether ``fit`` is validating between two optimizer steps, rather than between micro-batches of one step."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()
 
 
@@ -42,24 +42,25 @@ def can_stop_early(trainer: Trainer) -> bool:
 
 
 def set_logging_step(trainer: Trainer, step: int) -> None:
-    """Set the step that Lightning logs under: its own count is one off after resuming."""
+    """Set the step number that Lightning logs with; its own count is off by one after resuming."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
 def set_saved_logging_step(fit_loop_state: dict[str, Any], step: int) -> None:
-    """The same in the state of a fit loop, ``checkpoint["loops"]["fit_loop"]``."""
+    """Set the logging step in a saved fit-loop state, ``checkpoint["loops"]["fit_loop"]``."""
     fit_loop_state["epoch_loop.state_dict"]["_batches_that_stepped"] = step
 
 
 def disable_signal_handlers(trainer: Trainer) -> None:
-    """Keep Lightning from installing its own signal handlers, which run collectives from inside the handler."""
+    """Prevent Lightning from installing its own signal handlers, which run collectives inside the handler."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
 
 
 def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
-    """Load weights and optimizer states of a checkpoint during training: ``fit(ckpt_path=...)`` also resets the loops.
+    """Load the weights and optimizer states from a checkpoint during training, without resetting the loops.
 
-    ``trainer.ckpt_path`` and the connector's own path stay those that the run started with.
+    ``fit(ckpt_path=...)`` would reset them. ``trainer.ckpt_path`` and the checkpoint connector's path keep the values
+    that the run started with.
     """
     connector = trainer._checkpoint_connector
     started_with = connector._ckpt_path
@@ -71,17 +72,17 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses; they would wait forever for a rank that is gone."""
+    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` whose sizes are chosen once the number of processes is known, not in ``__init__``."""
+    """A ``ModelParallelStrategy`` that sets its sizes once the number of processes is known, not in ``__init__``."""
 
     def choose_tensor_parallel_size(self) -> int:
-        """Ranks that share one copy of the model; a divisor of the number of processes."""
+        """Return the number of ranks that share one copy of the model; it must divide the number of processes."""
         raise NotImplementedError
 
     @override
@@ -92,9 +93,9 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
 
 
 class SingleThreadCheckpointIO(AsyncCheckpointIO):
-    """An ``AsyncCheckpointIO`` that can run any method of the wrapped plugin in its thread, in order.
+    """An ``AsyncCheckpointIO`` that can run any method of the wrapped plugin in its worker thread, in order.
 
-    Lightning's runs only saves there, and raises an error of a save at the next one or in ``teardown``.
+    Lightning's class runs only saves in the thread. It raises an error from a save at the next save or in ``teardown``.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO) -> None:
@@ -102,11 +103,11 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
 
     @property
     def error(self) -> BaseException | None:
-        """The exception of the first failed call; ``teardown`` raises it."""
+        """Exception raised by the first failed call, or None; ``teardown`` raises it again."""
         return self._error
 
     def submit(self, method: str, *args: Any) -> "Future[None]":
-        """Call a method of the wrapped plugin in the thread, unless an earlier call failed."""
+        """Call a method of the wrapped plugin in the worker thread, unless an earlier call failed."""
         self._ensure_setup()
         assert self._executor is not None
         return self._executor.submit(self._run, method, *args)
@@ -115,5 +116,5 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
         if self._error is None:
             try:
                 getattr(self.checkpoint_io, method)(*args)
-            except Exception as error:  # any error of a save is raised in the main thread
+            except Exception as error:  # raised again in the main thread
                 self._error = error

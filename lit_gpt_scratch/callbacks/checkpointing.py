@@ -1,4 +1,4 @@
-"""Whether to save and to stop after each optimizer step; the run directory, and other bases of callbacks."""
+"""Checkpointing and stopping between optimizer steps, and base classes for the other callbacks."""
 
 import math
 import time
@@ -24,11 +24,11 @@ from lit_gpt_scratch.lightning_compat import (
 
 
 class RunDirCallback(Callback):
-    """A callback that writes to the run directory.
+    """Base class for callbacks that write to the run directory.
 
     Attributes:
-        folder: The run directory, known on every rank from ``setup`` on; None in a ``fast_dev_run``, which writes
-            nothing. ``fit`` sets it on rank 0; without that, the logger's directory is used.
+        folder: The run directory, available on every rank after ``setup``. None in a ``fast_dev_run``, which writes
+            nothing. ``fit`` sets it on rank 0; otherwise the logger's directory is used.
     """
 
     folder: RunFolder | None = None
@@ -43,10 +43,10 @@ class RunDirCallback(Callback):
 
 
 class BetweenSteps(Callback):
-    """A callback that acts between two optimizer steps: before the first micro-batch of a step.
+    """Base class for callbacks that run between two optimizer steps, before the first micro-batch of a step.
 
     Attributes:
-        due: Whether to act before the next step.
+        due: Whether to call ``between_steps`` before the next step.
     """
 
     due: bool = True
@@ -54,15 +54,15 @@ class BetweenSteps(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Called before each micro-batch."""
+        """Call ``between_steps`` before the first micro-batch of a step, if it is due."""
         if self.due and batch_idx % trainer.accumulate_grad_batches == 0:
             self.between_steps(trainer, pl_module, batch)
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Act.
+        """Run before the first micro-batch of an optimizer step.
 
         Args:
-            trainer: The run's trainer.
+            trainer: The trainer of the run.
             pl_module: The task.
             batch: The next micro-batch.
         """
@@ -70,48 +70,48 @@ class BetweenSteps(Callback):
 
 
 class PeriodicCallback(Callback):
-    """A callback that measures optimizer steps at an interval, the first step included.
+    """Base class for callbacks that measure the first optimizer step and every n-th step.
 
     Attributes:
-        every_n_steps: Optimizer steps between measurements; 0 for never.
+        every_n_steps: Number of optimizer steps between measurements; 0 disables them.
     """
 
     every_n_steps: int
     _step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the step that training starts from."""
+        """Record the step at which training starts."""
         self._step = trainer.global_step
 
     def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Called by ``GPTModule`` with the finished gradient."""
+        """Measure the gradient if a measurement is due; called by ``GPTModule`` once the gradient is complete."""
         if self._is_due(trainer.global_step + 1):
             self.measure_gradient(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Called after each micro-batch."""
+        """Measure the step if this micro-batch ended one and a measurement is due."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._is_due(self._step):
                 self.measure_step(trainer, pl_module)
 
     def measure_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure before the gradient is clipped and the step is taken; only of a ``GPTModule``."""
+        """Measure before gradient clipping and the optimizer step; called only for a ``GPTModule``."""
 
     def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure after the step, ``trainer.global_step - 1`` as Lightning counts."""
+        """Measure after the optimizer step; Lightning numbers that step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Whether a measurement is due after this step, counted from 1."""
+        """Whether a measurement is due after this step; steps are counted from 1."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
 class HostReducer:
-    """All-reduce of small integers over all ranks, through gloo, without synchronising the accelerator.
+    """All-reduces small integers across all ranks with gloo, without synchronizing the accelerator.
 
-    Create it on all ranks at the same point, after the process group is initialised.
+    Must be created on all ranks at the same point, after the process group has been initialized.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class HostReducer:
         self._group = dist.new_group(backend="gloo") if distributed else None
 
     def max(self, value: int) -> int:
-        """Maximum of the values of all ranks; every rank must call it."""
+        """Return the maximum of ``value`` across all ranks; must be called on every rank."""
         if self._group is None:
             return value
         values = torch.tensor(int(value))
@@ -129,10 +129,10 @@ class HostReducer:
 
 
 class ValidateAtEnd(Callback):
-    """End every run with a validation, whatever ``val_check_interval`` is.
+    """Validates at the end of every run, regardless of ``val_check_interval``.
 
-    A trainer whose ``should_stop`` is set validates before it stops; one that reaches ``max_steps`` between two
-    validations does not. So this sets ``should_stop`` at the last step.
+    A trainer validates before it stops if ``should_stop`` is set, but not if it reaches ``max_steps`` between two
+    validations. This callback therefore sets ``should_stop`` at the last step.
     """
 
     def on_train_batch_end(
@@ -144,38 +144,39 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Whether ``max_steps`` or ``max_epochs`` is reached at the end of this batch; the same on all ranks."""
+    """Whether this batch reaches ``max_steps`` or ``max_epochs``; the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
 
 
 def time_is_up(trainer: L.Trainer) -> bool:
-    """Whether ``max_time`` has passed on this rank; other ranks' clocks may differ."""
+    """Whether ``max_time`` has elapsed on this rank; clocks may differ across ranks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
-    """Saves ``last.ckpt`` to resume from, and the best models by validation loss.
+    """Saves ``last.ckpt`` for resuming, and the best models by validation loss.
 
-    ``last.ckpt`` is saved between two optimizer steps, after the earlier one was logged, and never between the
-    micro-batches of one, whose accumulated gradients would be missing. It is also saved before a validation, which a
-    resumed run then runs first, and after it.
+    ``last.ckpt`` is saved between two optimizer steps, after the first of them has been logged. It is never saved
+    between the micro-batches of a step, because the accumulated gradients would be missing. It is also saved before and
+    after each validation; a run resumed from the save before a validation runs that validation first.
 
     Args:
-        every_n_steps: Optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and at the
-            end.
-        every_minutes: Also save it after this many minutes; None saves by steps only.
-        keep_best: How many of the best models to keep, as ``step=N.ckpt``.
-        background: Write files in a thread while training continues, from a copy of the state in host memory.
+        every_n_steps: Number of optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and
+            at the end of the run.
+        every_minutes: Maximum number of minutes between saves of ``last.ckpt``; None for no time limit.
+        keep_best: Number of best models to keep, each saved as ``step=N.ckpt``.
+        background: Whether to write files in a background thread, from a copy of the state in host memory, while
+            training continues.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: If an argument is out of range.
     """
 
-    state_key = "Checkpoints"  # of its state in checkpoints, unchanged since 0.1
+    state_key = "Checkpoints"  # key in checkpoints; unchanged since 0.1
 
     def __init__(
         self,
@@ -195,9 +196,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """File name of each kept model to its validation loss, best first."""
+        """Validation loss of each saved model, keyed by file name, best first."""
         self.untested = False
-        """Whether the resumed run misses only its test; set by the code that resumes it."""
+        """Whether the resumed run lacks only its test; set by the code that resumes it."""
         self._has_test_data = False
         self._validation_due = False
         self._saved: int | None = None
@@ -206,9 +207,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._stopped = False
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Raise the limits by one if only the last validation or the test is missing.
+        """Raise the step and epoch limits by one if only the last validation or the test is missing.
 
-        A trainer that is at its limits does nothing.
+        A trainer that has already reached its limits would return without running them.
         """
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
@@ -220,13 +221,16 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
                 loop.max_epochs = epochs + 1
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start such a run even if its time is up; ``Checkpoint`` callbacks run after the timer."""
+        """Clear ``should_stop`` if a validation or test is missing, so that it runs even if ``max_time`` has elapsed.
+
+        ``Checkpoint`` callbacks run after the timer.
+        """
         self._should_stop = trainer.should_stop or self.untested
         if self._validation_due or self.untested:
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove files that a kill left unfinished, and run the validation that it prevented."""
+        """Remove partial files left by a killed run, and run the validation that it did not finish."""
         self._reducer = HostReducer()
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
         self._saved = trainer.global_step or None  # a resumed run has this checkpoint already
@@ -243,9 +247,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self.untested = False
 
     def _run_missed_validation(self, trainer: L.Trainer) -> None:
-        """Run the validation of the previous step with the step and epoch counts that it would have had.
+        """Run the validation of the previous step with the step and epoch counts of an uninterrupted run.
 
-        A test that follows also sees the counts that it would have seen.
+        A subsequent test also sees the counts of an uninterrupted run.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
@@ -263,10 +267,10 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         if ends and not epoch_over:
             loop.epoch_progress.increment_processed()
             loop.epoch_progress.increment_completed()
-        self._validation_due = False  # also if validation has been switched off
+        self._validation_due = False  # even if validation has been disabled
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Save ``last.ckpt`` at its intervals."""
+        """Save ``last.ckpt`` if the step or time interval has passed."""
         if self._saved == trainer.global_step or not trainer.global_step:
             return
         if trainer.global_step % self.every_n_steps == 0 or self._is_time():
@@ -275,7 +279,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Postpone ``should_stop`` to the end of the optimizer step; a timer can set it between micro-batches."""
+        """Defer ``should_stop`` to the end of the optimizer step; a timer can set it between micro-batches."""
         if not (trainer.should_stop or self._stop_requested):
             return
         if is_accumulating(trainer):
@@ -284,13 +288,13 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save first: a validation can be long, and can fail."""
+        """Save ``last.ckpt`` before validation, which can take long and can fail."""
         if is_validating_between_steps(trainer) and self._saved != trainer.global_step:
             self._validation_due = True
             self.save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the model if it is among the best, and ``last.ckpt``."""
+        """Save ``last.ckpt``, and the model if it is among the best."""
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         self._validation_due = False
@@ -303,9 +307,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self._stop_requested, trainer.should_stop = self._stop_requested or trainer.should_stop, False
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save the last step if this is the end and it is not saved yet.
+        """Save ``last.ckpt`` at the end of training, unless the last step has already been saved.
 
-        ``on_train_end`` would be too late: the moving average replaces the weights there.
+        ``on_train_end`` would be too late, because the moving average replaces the weights there.
         """
         if trainer.should_stop or limit_reached(trainer):
             unsaved = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
@@ -313,17 +317,17 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
                 self.save_last(trainer)
 
     def save_last(self, trainer: L.Trainer) -> None:
-        """Write ``last.ckpt``, and flush the logged curves up to it; to be called on every rank."""
+        """Save ``last.ckpt`` and flush the loggers; must be called on every rank."""
         if self.folder:
             self._saved, self._saved_at = trainer.global_step, time.monotonic()
             self._stopped = self._stops_early(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    logger.experiment.flush()  # it buffers points for minutes; a kill would lose them
+                    logger.experiment.flush()  # buffered for minutes; a killed run would lose the points
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        """Whether a callback stopped the run; rank 0's answer is saved."""
+        """Whether a callback stopped the run; the value on rank 0 is saved."""
         requested = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
         return requested and not limit_reached(trainer) and not time_is_up(trainer)
 
@@ -340,11 +344,11 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.best = kept
         if name in kept:
             trainer.save_checkpoint(folder.checkpoints / name)
-        for old in dropped:  # only after the new one is complete
+        for old in dropped:  # only after the new checkpoint is complete
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best models, whether a validation or test is still due, and whether a callback stopped the run."""
+        """Return the best models, whether a validation or test is still due, and whether a callback stopped the run."""
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
@@ -355,23 +359,23 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
 
 
 class StopBetweenSteps(BetweenSteps, ABC):
-    """Stops all ranks after the same optimizer step once one of them received a signal, and saves ``last.ckpt`` first.
+    """Saves ``last.ckpt`` and stops all ranks after the same optimizer step once any rank has received a signal.
 
     Args:
-        checkpoints: Saves ``last.ckpt``; None if the run saves nothing.
+        checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
     """
 
     def __init__(self, checkpoints: Checkpointing | None) -> None:
         self.checkpoints = checkpoints
         self.signum = 0
-        """The signal received, or 0."""
+        """Number of the received signal, or 0."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Prepare for the ranks to agree (a collective)."""
+        """Create the reducer with which ranks agree to stop (a collective)."""
         self._reducer, self._first_step = HostReducer(), -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remember the step that this process starts from."""
+        """Record the step at which this process starts."""
         self._first_step = trainer.global_step
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
@@ -384,20 +388,20 @@ class StopBetweenSteps(BetweenSteps, ABC):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """During validation: stop at once; the weights were saved before it began."""
+        """Stop at once during validation; the weights were saved before it started."""
         if is_validating_between_steps(trainer) and self._signal_received():
             self.stop(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Agree on a signal that came too late to stop the run, so that all ranks exit alike."""
+        """Synchronize signals that arrived too late to stop the run, so that all ranks exit with the same code."""
         self._signal_received()
 
     @abstractmethod
     def stop(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process; called on every rank."""
+        """Exit the process; called on every rank."""
 
     def _signal_received(self) -> bool:
         """Whether any rank received a signal (a collective)."""
         agreed = self._reducer.max(self.signum)
-        self.signum = self.signum or agreed  # a signal during the collective counts next time
+        self.signum = self.signum or agreed  # a signal received during the collective counts next time
         return bool(agreed)

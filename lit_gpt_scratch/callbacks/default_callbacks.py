@@ -1,4 +1,4 @@
-"""The callbacks of every run of ``fit``."""
+"""Default callbacks of ``fit``."""
 
 from collections.abc import Sequence
 
@@ -25,15 +25,16 @@ def default_callbacks(
     shows_progress: bool,
     guard: GuardMode,
 ) -> list[Callback]:
-    """The callbacks, in order; those that do not apply to a task do nothing.
+    """Return the callbacks in the order in which they run; those that do not apply to a task do nothing.
 
     Args:
-        run_files: Callbacks that write the run's flags and origin to its directory.
-        inspection: Logs activation statistics; its intervals and prompts apply to related callbacks.
-        signals: Stops the run on signals.
-        checkpointing: Saves checkpoints; None if the run saves none.
+        run_files: Callbacks that write the run's flags and provenance to its directory.
+        inspection: Callback that logs activation statistics; its interval and prompts are also used by related
+            callbacks.
+        signals: Callback that stops the run on signals.
+        checkpointing: Callback that saves checkpoints; None if the run saves none.
         shows_progress: Whether to show a progress bar.
-        guard: What to do about steps with spikes or non-finite values.
+        guard: Mode of the spike guard, which handles steps with spikes or non-finite values.
     """
     measuring = [
         SpikeGuard(guard, checkpointing.every_n_steps if checkpointing else None),
@@ -47,7 +48,8 @@ def default_callbacks(
         ValidateAtEnd(),
     ]
     progress = [RunProgressBar()] if shows_progress else []
-    # The plan prints the baselines, and the layout logs the plan; diagnostics and summary print below the closed bar.
+    # In order: the plan prints the baselines, the layout logs the plan, and diagnostics and summary print after the
+    # progress bar is closed.
     reporting = [
         *run_files,
         BaselineMetrics(),

@@ -1,4 +1,4 @@
-"""Diagnostics of a running training: evaluates the rules on its metrics, and reports what they find."""
+"""Live diagnostics: evaluates the rules on a run's metrics, and reports their findings."""
 
 import json
 import logging
@@ -27,19 +27,20 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 log = logging.getLogger(__name__)
 
 MAX_SEARCHED_TOKENS: Final = 250_000
-"""Tokens of the training text searched for repeated passages, which takes a tenth of a second."""
+"""Number of training tokens searched for repeated passages, which takes 0.1 s."""
 FILE_NAME: Final = "doctor.json"
 FIRST_BATCH_FACTS: Final = "run/labels_next", "run/labels_own"
-"""Facts about the first batch of a run."""
+"""Names of the facts about the first batch of a run."""
 
 
 class DiagnosticsCallback(BetweenSteps, RunDirCallback):
-    """Reports symptom, likely cause and the flag to try, as soon as a rule finds something.
+    """Reports the symptom, its likely cause and a flag to try as soon as a rule finds a problem.
 
-    Diagnoses go to the terminal, to TensorBoard's text tab, and to ``doctor.json``: a list of ``{symptom, cause, flag,
-    step}``, empty if nothing was found. Metrics come from a ``MetricTap`` among the loggers; facts about the run that
-    are no curve are logged as points named ``run/...``, so that ``python -m lit_gpt_scratch.doctor RUN`` finds the same
-    in a run's events. The rules are in ``diagnostics/rules.py``.
+    Diagnoses are printed, logged to TensorBoard's text tab, and written to ``doctor.json``: a list of ``{symptom,
+    cause, flag, step}``, empty if no problem was found. Metrics come from a ``MetricTap`` among the loggers. Facts
+    about the run that are not curves are logged as single points named ``run/...``, so that
+    ``python -m lit_gpt_scratch.doctor RUN`` reaches the same diagnoses from the run's events. The rules are in
+    ``diagnostics/rules.py``.
     """
 
     def __init__(self) -> None:
@@ -48,18 +49,18 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self._facts_due = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Add the tap to the loggers."""
+        """Add a ``MetricTap`` to the loggers."""
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.engine, self._n_reported = RuleEngine(RULES), 0
             trainer.loggers = [*trainer.loggers, MetricTap(self.engine, self._set_due)]
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Remove the tap."""
+        """Remove the ``MetricTap`` from the loggers."""
         trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricTap)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replay the events of earlier sessions."""
+        """Replay the events of earlier sessions of the run."""
         if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
             replay_events(self.folder.path, self.engine)
             self.engine.drop_from(trainer.global_step)
@@ -70,7 +71,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self.due = True
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Evaluate the metrics of the previous step, once all of them are logged."""
+        """Evaluate the rules on the metrics of the previous step, all of which have been logged."""
         if self._facts_due:
             self._facts_due = False
             self._log_facts(trainer, pl_module, batch)
@@ -80,7 +81,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self.due = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log how much of the newest sample is repeated."""
+        """Log the fraction of repeated phrases in the newest sample."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         written = next((callback.latest for callback in callbacks if isinstance(callback, Samples)), "")
         if written and not trainer.sanity_checking:
@@ -88,12 +89,12 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
                 logger.log_metrics({"samples/repetition": repeated_phrase_share(written)}, trainer.global_step - 1)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate the finished run."""
+        """Evaluate the rules on the finished run, and write the diagnoses."""
         self.engine.finish()
         self._report(trainer, last=True)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Report before the exception ends the run."""
+        """Report new diagnoses before the exception ends the run."""
         self.engine.evaluate()
         self._report(trainer)
 
@@ -106,7 +107,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             return
         known = {diagnosis.name for diagnosis in found[:told]}
         for diagnosis in found[told:]:
-            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # the run plan has printed those
+            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # printed by the run plan
                 log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
             known.add(diagnosis.name)
         if found:
@@ -115,10 +116,10 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
-        """Log facts that are new or have changed: a resumed run may have another length."""
+        """Log facts that are new or have changed; a resumed run may have a different number of steps."""
         known = self.engine.history
         facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.latest(name) != value}
-        if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # the first batch is enough
+        if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # measured on the first batch only
             facts = {name: value for name, value in facts.items() if name not in FIRST_BATCH_FACTS}
         if facts:
             for logger in trainer.loggers:
@@ -126,20 +127,20 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
 
 
 def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
-    """Write ``doctor.json``, atomically."""
+    """Write the diagnoses to ``path`` (``doctor.json``) atomically."""
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
 
 
 def format_table(found: list[Diagnosis]) -> str:
-    """A Markdown table of diagnoses."""
+    """Format diagnoses as a Markdown table."""
     rows = [f"| {d.step} | {d.symptom} | {d.cause} | `{d.flag}` |".replace("\n", " ") for d in found]
     return "\n".join(["| step | symptom | likely cause | try |", "| --- | --- | --- | --- |", *rows])
 
 
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
-    """Facts about a run that rules read in addition to its curves, rounded to float32 as events are."""
+    """Return the facts about a run that rules read in addition to its curves, rounded to float32 like events."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
@@ -172,7 +173,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
 
 
 def _label_facts(ids: Tensor, labels: Tensor) -> dict[str, float]:
-    """Share of the labels that equal the next input token, and share that equal their position's own."""
+    """Return the fractions of labels that equal the next input token and the token at their own position."""
     if ids.shape != labels.shape:
         return {}
     inner, scored = labels[:, :-1], labels[:, :-1] != IGNORE_INDEX

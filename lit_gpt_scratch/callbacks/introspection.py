@@ -1,4 +1,4 @@
-"""Introspection: gradient and update norms, activation and attention statistics, and their plots in TensorBoard."""
+"""Gradient and update norms, activation and attention statistics, and their plots in TensorBoard."""
 
 import shutil
 from collections.abc import Sequence
@@ -38,18 +38,19 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 PARAMETER_PARTS: Final = ("embedding", "attention", "feed_forward", "norms", "head")
 EMBEDDING_MODULES: Final = ("embedding", "bigrams", "smear", "position", "value_tables")
-"""Modules that embed tokens or positions."""
+"""Names of the modules that embed tokens or positions."""
 
 
 class GradientStats(PeriodicCallback):
-    """Logs the gradient norm of each part and layer, and the update norm of each part.
+    """Logs the gradient norm of each part and layer, and the update ratio of each part.
 
-    With a suitable learning rate a step changes weights by about a thousandth of their norm; a part that changes far
-    more, or far less, than the others has an unsuitable rate, scale or gradient. Names: ``metric_logging.py``.
+    With a suitable learning rate, a step changes the weights by about a thousandth of their norm. A part that changes
+    by far more or far less than the others has an unsuitable learning rate, scale or gradient. The metric names are
+    listed in ``metric_logging.py``.
 
     Args:
-        every_n_steps: Optimizer steps between measurements, the first step included; 0 for never. A measurement keeps
-            a copy of the trained weights for one step.
+        every_n_steps: Number of optimizer steps between measurements, which include the first step; 0 disables them.
+            A measurement keeps a copy of the trained weights for one step.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -59,13 +60,13 @@ class GradientStats(PeriodicCallback):
         self._norms: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Group the parameters."""
+        """Group the parameters by part and layer."""
         super().on_train_start(trainer, pl_module)
         net = getattr(pl_module, "net", None)
         self._groups = group_parameters(net) if isinstance(net, GPT) else {}
 
     def measure_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute gradient norms, before clipping, and copy the weights."""
+        """Compute the gradient norms before clipping, and copy the weights."""
         for name, parameters in self._groups.items():
             gradients = [p.grad for p in parameters if p.grad is not None]
             if gradients:
@@ -74,7 +75,7 @@ class GradientStats(PeriodicCallback):
                 self._before[name] = [p.detach().clone() for p in parameters]
 
     def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute update norms."""
+        """Compute the update ratios, and log all metrics."""
         if not self._before:
             return
         n_gradients = len(self._norms)
@@ -86,14 +87,14 @@ class GradientStats(PeriodicCallback):
         figures = dict(zip(self._norms, norms, strict=True))
         values = dict(list(figures.items())[:n_gradients])
         for name in self._before:
-            if (norm := figures[f"before {name}"]) != 0:  # weights initialised to zero have no ratio at first
+            if (norm := figures[f"before {name}"]) != 0:  # weights initialized to zero have no ratio at first
                 values[f"dynamics/update_ratio/{name}"] = figures[f"dynamics/update_ratio/{name}"] / norm
         log_metrics(trainer, values, trainer.global_step - 1)
         self._before, self._norms = {}, {}
 
 
 def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Trained parameters by part (``PARAMETER_PARTS``), and by layer (``layer_N``)."""
+    """Group the trained parameters by part (``PARAMETER_PARTS``) and by layer (``layer_N``)."""
     found: dict[str, list[nn.Parameter]] = {part: [] for part in PARAMETER_PARTS}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -104,7 +105,7 @@ def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def part_name(name: str) -> str:
-    """Part of a parameter, by its name in the network; a head tied to the embedding belongs to the embedding."""
+    """Return the part that a parameter belongs to, given its name; a head tied to the embedding counts as embedding."""
     pieces = name.split(".")
     for part in ("attention", "feed_forward"):
         if part in pieces:
@@ -115,21 +116,21 @@ def part_name(name: str) -> str:
 
 
 MAX_INSPECTED_TOKENS = 256
-"""Tokens of the inspected text, at most: attention maps grow with the square of its length."""
+"""Maximum number of inspected tokens; the size of attention maps grows with the square of the text length."""
 MAX_PLOTTED_TOKENS = 24
-"""Tokens shown in attention maps."""
+"""Maximum number of tokens shown in attention maps."""
 
 
 class LayerStats(NamedTuple):
-    """What is kept of a block.
+    """Statistics of one transformer block.
 
     Attributes:
-        attention: Statistics of each head; None if a custom attention does not return its weights.
-        max_activations: (ffn_dim,) float32, the largest magnitude of each feed-forward unit.
-        stream_rms: Root mean square of the residual stream after the block: a float32 scalar.
-        attention_map: (n_head, t, t), attention weights of the first tokens, for plots.
-        stream: (B, T, n_embd), the residual stream, for plots.
-        hidden: (B, T, ffn_dim), feed-forward units, for plots.
+        attention: Attention statistics per head; None if a custom attention does not return its weights.
+        max_activations: (ffn_dim,) float32, maximum magnitude of each feed-forward unit.
+        stream_rms: Root mean square of the residual stream after the block, a float32 scalar.
+        attention_map: (n_head, t, t), attention weights of the first t tokens; only for plots.
+        stream: (B, T, n_embd), residual stream; only for plots.
+        hidden: (B, T, ffn_dim), activations of the feed-forward units; only for plots.
     """
 
     attention: AttentionStats | None
@@ -143,21 +144,21 @@ class LayerStats(NamedTuple):
 class ActivationStats(PeriodicCallback):
     """Runs the network on the first validation windows, and logs statistics and plots of its activations.
 
-    Statistics are logged every so many steps, of the weights being trained; names: ``metric_logging.py``. Plots,
-    tables and histograms are logged after each validation, of the weights that were validated, and never within a step.
-    The network runs uncompiled and in evaluation mode, draws no random numbers, and is left as it was. All ranks run
-    it, so that it works with every strategy; rank 0 plots.
+    Statistics are logged every ``every_n_steps`` steps, for the weights being trained; the metric names are listed in
+    ``metric_logging.py``. Plots, tables and histograms are logged after each validation, for the weights that were
+    validated, and never during a step. The network runs uncompiled and in evaluation mode, draws no random numbers, and
+    is left unchanged. It runs on all ranks, so that every strategy is supported; rank 0 draws the plots.
 
     Args:
-        every_n_steps: Optimizer steps between measurements of all that ``inspect`` measures, the first step included; 0
-            for never, and then nothing is plotted either.
-        pictures: Plot after each validation: attention maps, the logit lens, loss by position, hardest passages,
-            histograms; and at the end the embedding for TensorBoard's projector.
-        prompts: Texts that a language model continues after each validation; by default the data's own: a short prompt,
-            and the beginnings of two validation documents, or conversations. An empty list for none.
+        every_n_steps: Number of optimizer steps between measurements of all ``inspect`` metrics, which include the
+            first step; 0 disables measurements and plots.
+        pictures: Whether to plot attention maps, the logit lens, loss by position, hardest passages and histograms
+            after each validation, and to log the embedding for TensorBoard's projector at the end.
+        prompts: Texts that a language model continues after each validation. By default the data's own prompts: a short
+            one and the beginnings of two validation documents, or conversations. An empty list disables samples.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: If ``every_n_steps`` is negative.
     """
 
     def __init__(self, every_n_steps: int = 100, pictures: bool = True, prompts: list[str] | None = None) -> None:
@@ -171,7 +172,7 @@ class ActivationStats(PeriodicCallback):
         self._n_plotted = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Keep a batch of validation windows."""
+        """Build the batch of validation windows to inspect."""
         super().on_train_start(trainer, pl_module)
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._batch, self._plots = {}, None
@@ -179,7 +180,7 @@ class ActivationStats(PeriodicCallback):
             rows = max(1, min(MAX_INSPECTED_TOKENS // data.block_size, len(data.validation_dataset)))
             batch = data.validation_dataset.make_batch(range(rows))
             names = {"input_ids", "document_ids", "lengths"} & batch.keys()
-            if "input_ids" not in names:  # an RL policy generates its own
+            if "input_ids" not in names:  # an RL policy generates its own inputs
                 return
             self._batch = {name: batch[name][..., :MAX_INSPECTED_TOKENS].to(pl_module.device) for name in names}
             length = int(batch["lengths"][0]) if "lengths" in names else MAX_INSPECTED_TOKENS
@@ -194,20 +195,20 @@ class ActivationStats(PeriodicCallback):
                 self._plots = ActivationPlots(data, ids[0, : self._n_plotted].tolist(), targets)
 
     def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the statistics."""
+        """Log the activation statistics."""
         if self._batch and isinstance(pl_module, GPTModule):
             captured = self._capture(trainer, pl_module, for_plots=False)
             log_metrics(trainer, activation_metrics(captured, self._batch.get("lengths")), trainer.global_step - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the plots."""
+        """Log the plots of the validated weights."""
         if self._plots and isinstance(pl_module, GPTModule) and not trainer.sanity_checking:
             captured = self._capture(trainer, pl_module, for_plots=True)
             with trainer.precision_plugin.val_step_context():
                 self._plots.log(trainer, pl_module, captured)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the final embedding for the projector."""
+        """Log the final embedding for TensorBoard's projector."""
         if self._plots and isinstance(pl_module, GPTModule):
             self._plots.log_embedding(trainer, pl_module)
 
@@ -233,7 +234,7 @@ class ActivationStats(PeriodicCallback):
 
 
 def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
-    """Mean of (B, T, n) over each row's first ``lengths`` (B,) tokens, without padding; a scalar."""
+    """Return the mean of (B, T, n) values over the first ``lengths`` (B,) tokens of each row, ignoring padding."""
     if lengths is None:
         return values.mean()
     mask = torch.arange(values.size(1), device=values.device) < lengths[:, None]  # (B, T)
@@ -241,14 +242,14 @@ def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tensor | None = None) -> dict[str, float]:
-    """Metrics of captured activations by name (``metric_logging.py``).
+    """Compute the metrics of captured activations, keyed by name (see ``metric_logging.py``).
 
     Args:
-        captured: Activations of (B, T) tokens.
-        lengths: (B,), tokens of each row; None if there is no padding.
+        captured: Activations for (B, T) tokens.
+        lengths: (B,), number of tokens per row; None if there is no padding.
     """
     found: dict[str, Tensor] = {}
-    if captured.output.ndim == 3:  # not for a head with one number per token
+    if captured.output.ndim == 3:  # a head with one number per token has no logits
         found["dynamics/logit_norm"] = masked_mean(captured.output.float().norm(dim=-1, keepdim=True), lengths)
     shares = torch.stack([dead_units(layer.max_activations).float().mean() for layer in captured.layers])
     found["dynamics/dead_units"] = shares.mean()
@@ -270,25 +271,25 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
 
 
 MAX_PLOTTED_LAYERS: Final = 4
-"""Layers shown in plots: the first, the last, and some between at equal distances."""
+"""Maximum number of layers shown in plots: the first, the last, and evenly spaced ones in between."""
 MAX_PLOTTED_HEADS: Final = 4
-"""Heads shown per layer."""
+"""Maximum number of heads shown per layer."""
 LENS_POSITIONS: Final = 8
-"""Positions shown in the logit lens."""
+"""Maximum number of positions shown in the logit lens."""
 HISTOGRAM_BINS: Final = 64
 MAX_HISTOGRAM_VALUES: Final = 2**15
-"""Values of each tensor that a histogram counts, at most: the shape is the same, the time a tenth."""
+"""Approximate maximum number of values counted per tensor in a histogram; same shape, a tenth of the time."""
 MAX_PROJECTOR_TOKENS: Final = 512
-"""Tokens in the projector, at most: the first ids, which are special tokens, bytes, and the most frequent merges."""
+"""Maximum number of tokens in the projector, lowest ids first: special tokens, bytes, most frequent merges."""
 
 
 class ActivationPlots:
-    """Plots of a network's activations, in TensorBoard.
+    """Logs plots of a network's activations to TensorBoard.
 
     Args:
-        data: Set up.
-        ids: First tokens of the inspected text, shown in attention maps.
-        targets: The next token at each of their positions, or ``IGNORE_INDEX``; empty if the network predicts no
+        data: The data module, already set up.
+        ids: Ids of the first inspected tokens, which attention maps show.
+        targets: Next token at each of these positions, or ``IGNORE_INDEX``; empty if the network does not predict
             tokens.
     """
 
@@ -298,7 +299,7 @@ class ActivationPlots:
         self.targets = targets
 
     def log(self, trainer: L.Trainer, task: GPTModule, captured: CapturedActivations[LayerStats]) -> None:
-        """Log all plots of a validation; to be called on every rank."""
+        """Log all plots of a validation; must be called on every rank."""
         lens = self._logit_lens(task.net, captured)
         for board in tensorboard_writers(trainer):
             step = trainer.global_step - 1  # as Lightning numbers a validation
@@ -306,7 +307,7 @@ class ActivationPlots:
             if lens is not None:
                 board.add_text("views/logit_lens", lens, step)
             for name, parameters in group_parameters(task.net).items():
-                if name in PARAMETER_PARTS:  # of a sharded network, this process's shard
+                if name in PARAMETER_PARTS:  # if the network is sharded, only this process's shard
                     add_histogram(board, f"weights/{name}", [to_local(p) for p in parameters], step)
             for number in select_layers(len(captured.layers)):
                 layer = captured.layers[number]
@@ -338,7 +339,10 @@ class ActivationPlots:
 
     @torch.no_grad()
     def _logit_lens(self, net: GPT, captured: CapturedActivations[LayerStats]) -> str | None:
-        """A table of what the head predicts from the residual stream after each layer; correct tokens are marked."""
+        """Format a table of the head's predictions from the residual stream after each layer; mark correct tokens.
+
+        Return None for a head with one number per token.
+        """
         if isinstance(net.output_head, ScalarHead):
             return None
         end = len(self.tokens)
@@ -357,49 +361,49 @@ class ActivationPlots:
                 cells.append(f"{mark}{name} {share:.0%}" if share == share else "NaN")
             rows.append([f"layer {depth}" if depth else "the embedding", *cells])
         table = format_markdown_table(rows, "<" * len(rows[0]))
-        return f"The most probable output after each token if the network ended at a layer; ✓ if correct.\n\n{table}"
+        return f"Most probable output after each token if the network ended at that layer; ✓ if correct.\n\n{table}"
 
     def _target_name(self, id_: int) -> str:
         return "" if id_ == IGNORE_INDEX else markdown_code(printable_token(self.data.tokenizer, id_))
 
     def _output_name(self, net: GPT, number: int) -> str:
-        """Name of an output of the head: a token, or a class."""
+        """Return the name of one of the head's outputs: a token or a class."""
         if isinstance(net.output_head, ClassificationHead):
             return net.output_head.class_names[number] if net.output_head.class_names else str(number)
         return printable_token(self.data.tokenizer, number)
 
     @torch.no_grad()
     def log_embedding(self, trainer: L.Trainer, task: GPTModule) -> None:
-        """Log the token embedding for TensorBoard's projector; to be called on every rank."""
+        """Log the token embedding for TensorBoard's projector; must be called on every rank."""
         weight = task.net.embedding.weight
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         table = whole[: min(MAX_PROJECTOR_TOKENS, task.net.vocab_size)]
         for board in tensorboard_writers(trainer):
-            shutil.rmtree(Path(board.log_dir, "projector"), ignore_errors=True)  # of an earlier session
+            shutil.rmtree(Path(board.log_dir, "projector"), ignore_errors=True)  # left by an earlier session
             labels = [printable_token(self.data.tokenizer, id_) for id_ in range(len(table))]
             board.add_embedding(table.float().cpu(), labels, tag="tokens", global_step="projector")
 
 
 def select_layers(n: int) -> list[int]:
-    """Indices of at most ``MAX_PLOTTED_LAYERS`` of n layers, the first and the last included."""
+    """Return evenly spaced indices of at most ``MAX_PLOTTED_LAYERS`` of n layers, including the first and last."""
     return sorted({round(place) for place in np.linspace(0, n - 1, min(n, MAX_PLOTTED_LAYERS)).tolist()})
 
 
 def printable_token(tokenizer: Tokenizer, id_: int) -> str:
-    """A token on one line: spaces as dots, unprintable characters escaped as in Python's strings."""
+    """Decode a token to a single line, with spaces as dots and unprintable characters escaped as in Python strings."""
     shown = ("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([id_]))
     return "".join(shown) or "(nothing)"
 
 
 def markdown_code(text: str) -> str:
-    """A text as inline code that does not break a Markdown table."""
+    """Format a text as inline code that is safe inside a Markdown table."""
     return f"`{text.replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def add_histogram(board: SummaryWriter, name: str, tensors: Sequence[Tensor], step: int) -> None:
-    """Log a histogram of the finite values with equal bins, in a fraction of the time of TensorBoard's own.
+    """Log a histogram of the finite values with equal-width bins, much faster than TensorBoard's ``add_histogram``.
 
-    Tensors of more than ``MAX_HISTOGRAM_VALUES`` values are subsampled at equal distances.
+    Tensors with more than ``MAX_HISTOGRAM_VALUES`` values are subsampled at regular intervals.
     """
     flat = [tensor.detach().flatten() for tensor in tensors]
     parts = [part[:: max(1, len(part) // MAX_HISTOGRAM_VALUES)].float() for part in flat]

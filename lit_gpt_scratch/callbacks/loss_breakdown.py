@@ -17,23 +17,25 @@ from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.tasks import Classification, LanguageModel
 
 PASSAGE_LENGTH: Final = 32
-"""Labels per passage."""
+"""Number of labels per passage."""
 N_PASSAGES: Final = 8
-"""Hardest passages shown."""
+"""Number of hardest passages shown."""
 MAX_COUNTED_WINDOWS: Final = 2048
-"""Training windows in which token frequencies are counted, at most."""
+"""Maximum number of training windows from which token frequencies are counted."""
 
 
 class LossBreakdown(Callback):
-    """Breaks the validation loss of a language model down by position, token frequency and passage.
+    """Breaks down the validation loss of a language model by position, token frequency and passage.
 
-    By position in the window, as metrics and a plot: a model that uses its context is better at late positions. By
-    frequency of the token in the training data, in decades of ranks. And the hardest passages of ``PASSAGE_LENGTH``
-    labels, as text. Everything comes from token losses that validation computes anyway, of all ranks. Names:
-    ``metric_logging.py``.
+    - Loss by position in the window, as metrics and a plot; a model that uses its context is better at late positions.
+    - Loss by token frequency in the training data, grouped by decades of frequency rank.
+    - The hardest passages of ``PASSAGE_LENGTH`` labels, as text.
+
+    All of these come from the token losses that validation computes anyway, across all ranks. The metric names are
+    listed in ``metric_logging.py``.
 
     Args:
-        enabled: Whether to do anything.
+        enabled: Whether the callback is enabled.
         pictures: Whether to plot the loss by position and log the hardest passages, in addition to the metrics.
     """
 
@@ -44,7 +46,7 @@ class LossBreakdown(Callback):
         self._names: list[str] = []
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Reset the sums."""
+        """Reset the accumulators."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._active = self.enabled and isinstance(pl_module, LanguageModel) and isinstance(data, BaseDataModule)
         if not self._active:
@@ -53,10 +55,10 @@ class LossBreakdown(Callback):
         if self._bands is None:
             bands, self._names = frequency_bands(data)
             self._bands = bands.to(device)
-        self._positions = torch.zeros(2, T, device=device)  # sums of losses, numbers of labels
+        self._positions = torch.zeros(2, T, device=device)  # sum of losses, number of labels
         self._frequencies = torch.zeros(2, len(self._names), device=device)
         self._hardest = torch.full((N_PASSAGES,), float("-inf"), device=device)
-        # (N_PASSAGES, 2, PASSAGE_LENGTH): the ids before the labels, and the labels
+        # (N_PASSAGES, 2, PASSAGE_LENGTH): ids before the labels, and labels
         self._passages = torch.zeros(N_PASSAGES, 2, PASSAGE_LENGTH, dtype=torch.int64, device=device)
 
     def on_validation_batch_end(
@@ -68,7 +70,7 @@ class LossBreakdown(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Add a batch, without synchronizing the device."""
+        """Accumulate the losses of a batch, without synchronizing the device."""
         if not self._active or outputs is None:
             return
         assert self._bands is not None
@@ -77,7 +79,7 @@ class LossBreakdown(Callback):
         self._positions += torch.stack((losses.sum(0), counted.sum(0)))
         bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)
         inside = torch.arange(len(self._names), device=bands.device)[:, None] == bands  # (bands, B * T)
-        # Not a matrix product: some devices round those to fewer bits (TF32).
+        # Not a matrix product, because some devices compute those at lower precision (TF32).
         self._frequencies += (torch.stack((losses * counted, counted)).flatten(1)[:, None] * inside).sum(-1)
         if self.pictures:
             self._keep_hardest(batch["input_ids"], labels, losses, counted)
@@ -100,7 +102,7 @@ class LossBreakdown(Callback):
         self._passages = passages[best]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log metrics, plot and texts."""
+        """Log the metrics, the plot and the hardest passages."""
         if not self._active or trainer.sanity_checking:
             return
         data, step = trainer.datamodule, trainer.global_step - 1  # type: ignore[attr-defined]  # it is set late
@@ -125,7 +127,7 @@ class LossBreakdown(Callback):
             board.add_text("views/hardest_passages", self._format_passages(data, passages), step)
 
     def _gather_passages(self) -> list[tuple[float, list[list[int]]]]:
-        """The hardest passages of all ranks, without duplicates, hardest first."""
+        """Gather the hardest passages across all ranks, without duplicates, hardest first."""
         own = list(zip(self._hardest.tolist(), self._passages.tolist(), strict=True))
         everyone = [own]
         if dist.is_available() and dist.is_initialized():
@@ -135,7 +137,7 @@ class LossBreakdown(Callback):
         return sorted(unique.values(), reverse=True)[:N_PASSAGES]
 
     def _format_passages(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
-        parts = [f"The {PASSAGE_LENGTH}-token passages that were hardest to predict, in ⟦ ⟧, after their context."]
+        parts = [f"The {PASSAGE_LENGTH}-token passages with the highest loss, in ⟦ ⟧, after their context."]
         for loss, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
             lines = f"{read}⟦{data.tokenizer.decode(after)}⟧".splitlines()
@@ -144,7 +146,7 @@ class LossBreakdown(Callback):
 
 
 def position_bands(block_size: int) -> list[tuple[int, int]]:
-    """First and last position of bands that grow by a factor of four."""
+    """Return the first and last position of each band; each band ends four times as far as the previous one."""
     ends = [1]
     while ends[-1] < block_size:
         ends.append(ends[-1] * 4)
@@ -153,11 +155,11 @@ def position_bands(block_size: int) -> list[tuple[int, int]]:
 
 
 def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
-    """Bands of tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
+    """Group tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
 
     Returns:
-        Band of each token, (vocab_size,) int64; and the bands' names. Tokens that do not occur are the rarest, ordered
-        by id.
+        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur are the
+        rarest, ordered by id.
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
@@ -174,36 +176,36 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
 
 
 class ConfusionMatrixPlot(Callback):
-    """Plots the confusion matrix after each validation and after the test, in TensorBoard's image tab."""
+    """Plots the confusion matrix in TensorBoard's image tab after each validation and after the test."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plot that of the validation."""
+        """Plot the confusion matrix of the validation."""
         if not trainer.sanity_checking:
             self._plot(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plot that of the test."""
+        """Plot the confusion matrix of the test."""
         self._plot(trainer, pl_module, "test")
 
     def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
         if not trainer.is_global_zero or not isinstance(pl_module, Classification):
             return
         picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.class_names)
-        for board in tensorboard_writers(trainer):  # the step as Lightning numbers a validation
+        for board in tensorboard_writers(trainer):  # step number that Lightning uses for a validation
             board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 
 def plot_confusion_matrix(counts: NDArray[np.int64], names: list[str]) -> NDArray[np.uint8]:
-    """Plot a confusion matrix: rows are true classes, columns predicted ones, colours shares of the row.
+    """Plot a confusion matrix: rows are true classes, columns are predicted classes, colors are fractions of the row.
 
     Args:
-        counts: (n, n), texts of the row's class that were predicted as the column's.
-        names: (n,) of the classes.
+        counts: (n, n), number of texts of the row's class that were predicted as the column's class.
+        names: (n,) class names.
 
     Returns:
         (height, width, 3) uint8.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     texts = [[f"{count:,}" for count in row] for row in counts.tolist()]
-    title = "Confusion matrix: texts, coloured by share of the true class"
+    title = "Confusion matrix: number of texts, colored by fraction of the true class"
     return plotting.heat_map(shares, texts, names, names, title, "true class", "predicted class")

@@ -1,28 +1,29 @@
-"""Logging metrics, images and texts from callbacks, and the names under which they are logged.
+"""Logging of metrics, images and texts from callbacks, and a list of the metric names.
 
-A consumer of metrics (the diagnostics, a user's own callback) reads them by name, whoever measured them: during a run
-from ``trainer.logged_metrics``, the same on every rank, together with what Lightning itself logs; afterwards from the
-run's TensorBoard events. A name exists from its first measurement on. Layers count from 1; ``PART`` is one of
-``embedding``, ``attention``, ``feed_forward``, ``norms`` and ``head``, if the network has it and it is trained.
+Consumers of metrics (the diagnostics, a user's own callback) read them by name: during a run from
+``trainer.logged_metrics``, which holds the same values on every rank and includes the metrics that Lightning itself
+logs; after the run from its TensorBoard events. A name exists once it has been measured. Layers are counted from 1.
+``PART`` is one of ``embedding``, ``attention``, ``feed_forward``, ``norms`` and ``head``, if the network has that part
+and trains it.
 
-Every ``inspect.every_n_steps`` optimizer steps, and at the first (``introspection.py``):
+At the first optimizer step and every ``inspect.every_n_steps`` steps (``introspection.py``):
 
-- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: L2 norm before clipping; the squares of the parts
-  add up to that of ``train/gradient_norm``.
-- ``dynamics/update_ratio/PART``: norm of the step's weight update over the norm of the weights before it.
-- ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: share of the feed-forward units that are (nearly) zero at
+- ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: L2 norm before clipping; the squared
+  norms of the parts add up to the square of ``train/gradient_norm``.
+- ``dynamics/update_ratio/PART``: norm of the step's weight update divided by the norm of the weights before it.
+- ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: fraction of feed-forward units that are (nearly) zero at
   every inspected token.
-- ``dynamics/logit_norm``: L2 norm of a token's logits, mean over the inspected tokens.
-- ``dynamics/stream_norm/layer_N``: root mean square of the residual stream after a block.
+- ``dynamics/logit_norm``: mean L2 norm of a token's logits over the inspected tokens.
+- ``dynamics/stream_norm/layer_N``: root mean square of the residual stream after block N.
 - ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: entropy in nats, mean
-  distance in tokens, and the attention share of the first token; means over heads, layers and all tokens that can
-  attend to more than themselves.
-- ``attention/sink/most``: the largest such share of any head.
+  distance in tokens, and fraction of the attention on the first token; averaged over heads, layers and all tokens that
+  can attend to more than themselves.
+- ``attention/sink/most``: maximum of ``attention/sink`` across heads.
 
 At every validation (``loss_breakdown.py``):
 
-- ``loss_by_position/A-B``: mean loss of the labels at positions A to B of a window, counted from 0.
-- ``loss_by_frequency/A-B``: mean loss of the A-th to B-th most frequent tokens of the training data, counted from 1.
+- ``loss_by_position/A-B``: mean loss at positions A to B of a window, counted from 0.
+- ``loss_by_frequency/A-B``: mean loss on the A-th to B-th most frequent tokens in the training data, counted from 1.
 
 At log points (``throughput.py``): ``throughput/...``.
 """
@@ -40,15 +41,15 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 
 
 def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> None:
-    """Log values that are the same on all ranks; to be called on all of them.
+    """Log values that are the same on all ranks; must be called on every rank.
 
-    ``LightningModule.log`` cannot be called after a validation, and takes several times as long to reduce over ranks
-    what all of them already have.
+    ``LightningModule.log`` cannot be called after a validation, and it takes several times as long because it reduces
+    the values across ranks.
 
     Args:
-        trainer: The run's trainer.
-        values: Metrics by name.
-        step: Number of the last finished step, from 0 as Lightning counts.
+        trainer: The trainer of the run.
+        values: Metric values keyed by name.
+        step: Number of the last finished step, counted from 0 like Lightning does.
     """
     trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # plain numbers work like scalar tensors
     for logger in trainer.loggers:
@@ -56,7 +57,7 @@ def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> N
 
 
 def tensorboard_writers(trainer: L.Trainer) -> list[SummaryWriter]:
-    """TensorBoard's writers, for texts and images; none on ranks other than 0."""
+    """Return the TensorBoard writers, for texts and images; empty on ranks other than 0."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
 
@@ -71,11 +72,11 @@ def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
 
 
 class MetricTap(Logger):
-    """A logger that passes every metric to a rule engine, and writes nothing to disk.
+    """A logger that passes every metric to a rule engine and writes nothing to disk.
 
     Args:
-        engine: The rule engine.
-        on_metrics: Called after each call of ``log_metrics``.
+        engine: Rule engine that receives the metrics.
+        on_metrics: Callback to call after each ``log_metrics``.
     """
 
     def __init__(self, engine: RuleEngine, on_metrics: Callable[[], None] = lambda: None) -> None:
@@ -90,7 +91,7 @@ class MetricTap(Logger):
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Hyperparameters are no metrics."""
+        """Do nothing: hyperparameters are not metrics."""
 
     @property
     @override

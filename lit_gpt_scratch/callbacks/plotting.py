@@ -1,7 +1,7 @@
-"""Plots for TensorBoard, drawn with Pillow: heat maps, attention maps, a line plot.
+"""Heat maps, attention maps and line plots for TensorBoard, drawn with Pillow.
 
-Not with matplotlib: figures of attention maps take it 0.9 s each on one busy core, Pillow 0.03 s, and they are drawn
-for up to four layers at every validation.
+Matplotlib would take 0.9 s per figure of attention maps on one busy core, Pillow takes 0.03 s, and such figures are
+drawn for up to four layers at every validation.
 """
 
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 Pixels = NDArray[np.uint8]
-"""(height, width, 3)."""
+"""(height, width, 3) uint8 image."""
 BLUE, WHITE, BLACK, GREY = (31, 119, 180), (255, 255, 255), (30, 30, 30), (200, 200, 200)
 MARGIN: Final = 12
 GAMMA: Final = 0.5
-"""Attention maps are coloured by the square root of the weights: most of them are small."""
+"""Exponent of the weights in attention maps: colors show their square root, because most weights are small."""
 COLOR_BAR_TICKS: Final = (0.0, 0.05, 0.25, 0.5, 1.0)
 
 
 def blend(share: float) -> tuple[int, int, int]:
-    """Colour from white (0) to blue (1); grey for NaN."""
+    """Return a color from white (0) to blue (1), or gray for NaN."""
     if share != share:
         return GREY
     share = min(max(share, 0.0), 1.0)
@@ -40,17 +40,17 @@ def heat_map(
     column_axis: str = "",
     cell: int = 72,
 ) -> Pixels:
-    """A heat map with a text in each cell.
+    """Draw a heat map with a text in each cell.
 
     Args:
-        shares: (n, m), colour of each cell, from 0 to 1.
+        shares: (n, m), color value of each cell, from 0 to 1.
         texts: (n, m), text of each cell.
-        rows: (n,) names.
-        columns: (m,) names.
-        title: Above the plot.
-        row_axis: What the rows are, left of their names.
-        column_axis: What the columns are, above their names.
-        cell: Width and height of a cell, in pixels.
+        rows: (n,) row names.
+        columns: (m,) column names.
+        title: Title above the plot.
+        row_axis: Axis label to the left of the row names.
+        column_axis: Axis label above the column names.
+        cell: Width and height of a cell in pixels.
     """
     font = ImageFont.load_default()
     axis_width = 2 * MARGIN if row_axis else 0
@@ -81,16 +81,16 @@ def heat_map(
 
 
 def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[str], cell: int = 11) -> Pixels:
-    """Attention maps of several heads side by side, with a colour bar; rows are queries, columns are keys.
+    """Draw the attention maps of several heads side by side with a color bar; rows are queries, columns are keys.
 
     Args:
-        maps: (heads, T, T) weights.
-        tokens: (T,) as text.
-        titles: (heads,).
-        cell: Width and height of a weight, in pixels.
+        maps: (heads, T, T) attention weights.
+        tokens: (T,) tokens as text.
+        titles: (heads,) titles of the maps.
+        cell: Width and height of a cell (one weight) in pixels.
     """
     font = ImageFont.load_default()
-    label = MARGIN + round(max(font.getlength(token) for token in tokens))  # width of a row's label
+    label = MARGIN + round(max(font.getlength(token) for token in tokens))  # width of the row labels
     side = cell * len(tokens)
     width, top = side + MARGIN, label + 3 * MARGIN
     bar_left = label + len(titles) * width
@@ -98,7 +98,7 @@ def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[s
     image = Image.new("RGB", (bar_left + bar_width, top + side + MARGIN), WHITE)
     pen = ImageDraw.Draw(image)
     pen.text((0, MARGIN / 2), "row: query, column: key", BLACK, font)
-    upright = Image.new("RGB", (label, side), WHITE)  # the columns' labels, rotated below
+    upright = Image.new("RGB", (label, side), WHITE)  # column labels, rotated below
     for place, token in enumerate(tokens):
         pen.text((label - 6, top + cell * (place + 0.5)), token, BLACK, font, anchor="rm")
         ImageDraw.Draw(upright).text((0, cell * (place + 0.5)), token, BLACK, font, anchor="lm")
@@ -120,21 +120,21 @@ def attention_maps(maps: NDArray[Any], tokens: Sequence[str], titles: Sequence[s
 
 
 def _color_square(weights: NDArray[Any], side: int) -> Image.Image:
-    """Weights (n, m) from 0 to 1 as a square image; grey for NaN."""
+    """Draw weights (n, m) from 0 to 1 as a square image; NaN is gray."""
     share = weights[..., None].clip(0, 1) ** GAMMA  # (n, m, 1)
     colors = np.where(np.isnan(share), GREY, WHITE + (np.array(BLUE) - WHITE) * share)
     return Image.fromarray(colors.round().astype(np.uint8)).resize((side, side), Image.Resampling.NEAREST)
 
 
 def line_plot(values: NDArray[Any], title: str, x_axis: str, width: int = 640, height: int = 320) -> Pixels:
-    """A curve over positions counted from 0, with gaps at non-finite values.
+    """Draw a curve over positions counted from 0, with gaps at non-finite values.
 
     Args:
-        values: (n,).
-        title: What they are.
-        x_axis: What is counted.
-        width: In pixels.
-        height: In pixels.
+        values: (n,) values to plot.
+        title: Title above the plot.
+        x_axis: Label of the x axis.
+        width: Width in pixels.
+        height: Height in pixels.
     """
     font = ImageFont.load_default()
     image = Image.new("RGB", (width, height), WHITE)
@@ -163,7 +163,7 @@ def line_plot(values: NDArray[Any], title: str, x_axis: str, width: int = 640, h
 
 
 def truncate(text: str, font: Any, width: int) -> str:
-    """The longest beginning of a text that fits into ``width`` pixels."""
+    """Truncate a text to fit into ``width`` pixels."""
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

@@ -1,4 +1,4 @@
-"""The progress bar of a run, and how numbers are formatted in the terminal."""
+"""Progress bar, and formatting of numbers for the terminal."""
 
 import logging
 import sys
@@ -16,16 +16,16 @@ from lit_gpt_scratch.callbacks.throughput import Throughput
 log = logging.getLogger(__name__)
 
 LOG_EVERY_N_STEPS = 100
-"""Steps between progress lines where standard error is no terminal and the length of the run is unknown."""
+"""Number of steps between progress lines if standard error is not a terminal and the run length is unknown."""
 
 
 class RunProgressBar(ProgressBar):
-    """One bar over the whole run with loss, tokens per second and time left; validation metrics as lines above it.
+    """A single progress bar for the whole run with loss, tokens per second and time left; prints validation metrics.
 
-    Where standard error is no terminal (a log file, CI), a line at every tenth of the run instead.
+    If standard error is not a terminal (a log file, CI), a line is logged at every tenth of the run instead.
 
-    The training loss is only known at log points, because reading it waits for the device; elsewhere the last logged
-    one is shown with its step.
+    The training loss is known only at log points, because reading it waits for the device. At other steps, the last
+    logged loss is shown with its step.
     """
 
     def __init__(self) -> None:
@@ -37,11 +37,11 @@ class RunProgressBar(ProgressBar):
         """Step of the last logged training loss; None if the task logs it at every step."""
 
     def disable(self) -> None:
-        """Show nothing; Lightning calls this on ranks other than 0."""
+        """Disable all output; Lightning calls this on ranks other than 0."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Undo ``disable``."""
+        """Enable output again."""
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,7 +53,7 @@ class RunProgressBar(ProgressBar):
         self._loss_step = self._step if hasattr(type(pl_module), "is_log_step") else None
         self._shown_tenth = 10 * self._step // self._total if self._total else 0
         if self._enabled and not trainer.global_step:
-            log.info("first step%s", " (compiling, once)" if getattr(pl_module, "compiled", False) else "")
+            log.info("first step%s", " (compiling once)" if getattr(pl_module, "compiled", False) else "")
         if self._enabled and sys.stderr.isatty():
             self._bar = tqdm(
                 total=self._total,
@@ -67,13 +67,13 @@ class RunProgressBar(ProgressBar):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Advance when an optimizer step is done."""
+        """Advance the bar after an optimizer step."""
         step = trainer.global_step
         if not self._enabled or step == self._step:
             return
         self._step = step
         if step == self._first_step + 1:
-            self._started = time.perf_counter()  # the remaining steps do not compile
+            self._started = time.perf_counter()  # exclude the first step, which compiles
         every: int = trainer.log_every_n_steps  # type: ignore[attr-defined]  # the trainer sets it late
         is_logged = step == 1 or (bool(every) and step % every == 0)
         if is_logged and self._loss_step is not None:
@@ -92,7 +92,7 @@ class RunProgressBar(ProgressBar):
             log.info("step %d of %d, %s, %.0f s left", step, self._total, self._status(trainer), left)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the validation metrics as a line."""
+        """Print the validation metrics on one line."""
         metrics = trainer.callback_metrics
         if self._enabled and not trainer.sanity_checking and "val/loss" in metrics:
             line = f"step {trainer.global_step}: {format_metrics(metrics, 'val')}"
@@ -119,7 +119,7 @@ class RunProgressBar(ProgressBar):
             self._bar = None
 
     def _status(self, trainer: L.Trainer, name_step: bool = False) -> str:
-        """Loss and speed, the loss with its step if that is not the current one or ``name_step``."""
+        """Format loss and speed; the loss includes its step if that is not the current step, or if ``name_step``."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         parts = []
@@ -132,7 +132,7 @@ class RunProgressBar(ProgressBar):
 
 
 def format_count(number: float) -> str:
-    """A count with three digits: 2.16 M."""
+    """Format a count with three significant digits, e.g. "2.16 M"."""
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"
@@ -140,23 +140,23 @@ def format_count(number: float) -> str:
 
 
 def pluralize(number: float, thing: str) -> str:
-    """1 step, 1,000 steps."""
+    """Format a count of things, e.g. "1 step" or "1,000 steps"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
 def format_bytes(n_bytes: float) -> str:
-    """A size with three digits: 126 MB."""
+    """Format a size in bytes with three significant digits, e.g. "126 MB"."""
     return f"{format_count(n_bytes)}B" if n_bytes >= 1000 else f"{n_bytes:.0f} B"
 
 
 def format_duration(seconds: float) -> str:
-    """1:24, or 2:03:04 from an hour on."""
+    """Format a duration as "1:24", or as "2:03:04" if it is an hour or longer."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def format_metrics(metrics: Mapping[str, Tensor], split: str) -> str:
-    """The metrics of a split ("val", "test"), the loss first: val/loss 1.234, val/accuracy 0.970."""
+    """Format the metrics of a split ("val", "test"), loss first, e.g. "val/loss 1.234, val/accuracy 0.970"."""
     names = sorted((n for n in metrics if n.startswith(f"{split}/")), key=lambda name: not name.endswith("/loss"))
     return ", ".join(f"{name} {metrics[name]:.{2 if name.endswith('perplexity') else 3}f}" for name in names)

@@ -1,4 +1,4 @@
-"""What a run is about to do: printed before the first step, and written to TensorBoard."""
+"""Run plan: a description of the run that is printed before the first step and logged to TensorBoard."""
 
 import logging
 import math
@@ -40,12 +40,13 @@ log = logging.getLogger(__name__)
 
 
 class RunPlan(RunDirCallback):
-    """Prints what the run will do, and after the first steps how long it will take.
+    """Prints a description of the run at the start, and an estimate of its duration after the first steps.
 
-    A ``Throughput`` callback before this one measures the time.
+    A ``Throughput`` callback, which must come before this one, measures the step time.
 
     Args:
-        only: Stop after that (``--plan``); for a trainer without logger, checkpoints and validations.
+        only: Whether to stop after printing the estimate (``--plan``). The trainer must then have no logger,
+            checkpoints or validations.
         validates: Whether the planned run validates.
     """
 
@@ -53,11 +54,11 @@ class RunPlan(RunDirCallback):
         self.only = only
         self.validates = validates
         self.lines: list[tuple[str, str]] = []
-        """Name and text of each printed line; only on rank 0."""
+        """Name and text of each printed line; empty on ranks other than 0."""
         self._throughput: Throughput | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Print the plan and the warnings."""
+        """Print the plan and its warnings."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         self._first_step = trainer.global_step
         if not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule)):
@@ -73,7 +74,7 @@ class RunPlan(RunDirCallback):
                 log.warning("%-11s %s", "warning", warning)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the time of a plan with fewer steps."""
+        """Report the step time if a ``--plan`` run ended before all first steps were timed."""
         if self.only and self._throughput and self._throughput.on_first_steps is not None:
             self._report_time(trainer)
 
@@ -131,7 +132,7 @@ class RunPlan(RunDirCallback):
         per = " per process" if trainer.world_size > 1 else ""
         yield (
             "cost",
-            f"{format_count(training_flops_per_token(task.net))} floating-point operations per token; "
+            f"{format_count(training_flops_per_token(task.net))} FLOPs per token; "
             f"memory{per} {format_bytes(held)} for weights, gradients and optimizer, "
             f"up to {format_bytes(kept)} for activations",
         )
@@ -151,7 +152,7 @@ class RunPlan(RunDirCallback):
         done = self._first_step if self.only else trainer.global_step
         if steps == done:
             return measured
-        # A forward pass is about a third of a training step.
+        # A forward pass takes about a third of a training step.
         validation = len(data.validation_dataset) * data.block_size / tokens * seconds / 3
         validations = self._validations(trainer, done, int(steps))
         total = (steps - done) * seconds + validations * validation
@@ -160,7 +161,7 @@ class RunPlan(RunDirCallback):
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """Validations after ``done`` of ``steps`` steps: at the interval, and at the end."""
+        """Return the number of validations after ``done`` of ``steps`` steps, including the one at the end."""
         if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
             return 0
         if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
@@ -170,8 +171,8 @@ class RunPlan(RunDirCallback):
 
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
-    """Each parameter group of the optimizer, and the moving average if there is one."""
-    for group in task.configured_groups:  # those of a custom optimizer may have neither rule nor name
+    """Describe each parameter group of the optimizer, and the moving average if there is one."""
+    for group in task.configured_groups:  # groups of a custom optimizer may have neither a rule nor a name
         rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
         decay = f" with weight decay {group['weight_decay']:g}" if group.get("weight_decay") else ""
@@ -182,11 +183,11 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
 
 MIN_VALIDATION_RECORDS = 100
 MAX_USEFUL_EPOCHS = 4
-"""Epochs up to which repeated text is about as good as new text (https://arxiv.org/abs/2305.16264)."""
+"""Number of epochs up to which repeated text is about as good as new text (https://arxiv.org/abs/2305.16264)."""
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
-    """The plan's lines about the data, each with its name."""
+    """Yield the name and text of each line of the plan that describes the data."""
     if isinstance(data, PackedText):
         yield "data", f"{data.origin}: {_describe_documents(data)}"
     if isinstance(data, RecordDataModule):
@@ -201,17 +202,17 @@ def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
 
 def _describe_documents(data: PackedText) -> str:
     sides = [
-        f"{pluralize(side.n_documents, 'document')} of {format_count(side.n_tokens)} tokens to {purpose}"
-        for side, purpose in ((data.store.train, "train on"), (data.store.validation, "validate on"))
+        f"{pluralize(side.n_documents, 'document')} with {format_count(side.n_tokens)} tokens for {purpose}"
+        for side, purpose in ((data.store.train, "training"), (data.store.validation, "validation"))
     ]
     each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
     return f"{', '.join(sides)}; {each:.2f} bytes per token"
 
 
 def _describe_records(data: RecordDataModule[Any]) -> str:
-    purposes = {"train": "train on", "validation": "validate on", "test": "test on"}
+    purposes = {"train": "training", "validation": "validation", "test": "testing"}
     return ", ".join(
-        f"{pluralize(held.records, 'record')} of {format_count(held.tokens)} tokens to {purposes[side]}"
+        f"{pluralize(held.records, 'record')} with {format_count(held.tokens)} tokens for {purposes[side]}"
         for side, held in data.split_counts.items()
     )
 
@@ -228,7 +229,7 @@ def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> 
 
 
 def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
-    """Unit in which steps are counted, and a note on padding: tokens, or positions if some of them are padding."""
+    """Return the unit of step sizes ("tokens", or "positions" if some are padding) and a note about padding."""
     if isinstance(data.train_dataset, PackedDataset):
         used = min(part.cost.used for part in data.train_dataset.parts)
         return ("tokens", "") if used > 0.9995 else ("positions", f" ({used:.1%} tokens, the rest padding)")
@@ -236,12 +237,12 @@ def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
 
 
 def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
-    """Token positions of an optimizer step over all ranks, padding included."""
+    """Return the total number of token positions per optimizer step across all ranks, including padding."""
     return data.tokens_per_batch * trainer.accumulate_grad_batches
 
 
 def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
-    """Settings that are possible but look like a mistake."""
+    """Yield a warning for each setting that is valid but probably a mistake."""
     if isinstance(data, PackedText):
         yield from _warn_small_validation(data)
     if isinstance(data, RecordDataModule):
@@ -255,12 +256,12 @@ def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> 
         what = "the text" if isinstance(data, PackedText) else "the records"
         enough = max(1, int(steps * MAX_EPOCHS / 10 / epochs))
         yield (
-            f"{format_count(epochs)} epochs: the model will memorize {what}; use more, or fewer steps: "
+            f"{format_count(epochs)} epochs: the model will memorize {what}; use more data or fewer steps: "
             f"--trainer.max_steps {enough}"
         )
-        return  # no other warning matters for a text this short
+        return  # no other warning matters for such a small dataset
     if task.init_from is not None:
-        return  # a pretrained model has seen other tokens before
+        return  # a pretrained model has already been trained on other tokens
     unit, _ = _describe_padding(data)
     each = tokens / sum(p.numel() for p in task.net.parameters())
     if not CHINCHILLA_RATIO / MAX_BUDGET_FACTOR <= each <= CHINCHILLA_RATIO * MAX_BUDGET_FACTOR:
@@ -277,12 +278,12 @@ def _warn_small_validation(data: PackedText) -> Iterator[str]:
     held_out = data.store.validation.n_tokens
     if held_out < data.block_size:
         yield (
-            f"the validation text is {held_out:,} tokens, less than one window of {data.block_size}: its metrics are "
+            f"the validation text has {held_out:,} tokens, less than one window of {data.block_size}: its metrics are "
             f"mostly noise; use more text, or raise --data.validation_share"
         )
     elif held_out < MIN_VALIDATION_TOKENS:
         yield (
-            f"the validation text is only {held_out:,} tokens: differences of a few percent are noise; use more "
+            f"the validation text has only {held_out:,} tokens: differences of a few percent are noise; use more "
             f"text, or raise --data.validation_share"
         )
 
@@ -291,13 +292,13 @@ def _warn_few_records(data: RecordDataModule[Any]) -> Iterator[str]:
     held_out = data.split_counts["validation"].records
     if held_out < MIN_VALIDATION_RECORDS:
         yield (
-            f"only {pluralize(held_out, 'record')} to validate on: one more correct answer changes accuracy by "
+            f"only {pluralize(held_out, 'record')} for validation: one more correct answer changes accuracy by "
             f"{1 / held_out:.1%}; use more records, or raise --data.validation_share"
         )
 
 
 N_LONGEST_TOKENS: Final = 30
-"""Longest tokens shown; garbage in a text is visible there first."""
+"""Number of longest tokens shown; garbage in the text is easiest to see in them."""
 CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     "dynamics": {
         "gradient norm by part": ["Multiline", [f"dynamics/gradient_norm/({'|'.join(PARAMETER_PARTS)})"]],
@@ -305,7 +306,7 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
         "gradient norm by layer": ["Multiline", ["dynamics/gradient_norm/layer_.*"]],
     },
     "attention": {
-        "share on the first token": ["Multiline", ["attention/sink/.*"]],
+        "attention to the first token": ["Multiline", ["attention/sink/.*"]],
         "entropy": ["Multiline", ["attention/entropy/.*"]],
         "distance": ["Multiline", ["attention/distance/.*"]],
     },
@@ -313,19 +314,19 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
         "loss by position in the window": ["Multiline", ["loss_by_position/.*"]],
         "loss by frequency of the token": ["Multiline", ["loss_by_frequency/.*"]],
     },
-    "throughput": {"shares of a step's time": ["Multiline", list(TIME_SHARE_TAGS)]},
+    "throughput": {"fraction of step time": ["Multiline", list(TIME_SHARE_TAGS)]},
 }
-"""TensorBoard's custom scalars after the losses: charts by group, their curves by name or pattern."""
+"""Charts of TensorBoard's custom-scalars tab after the losses, by group; curves are given as names or patterns."""
 
 
 class TensorBoardLayout(Callback):
-    """Logs the plan, the audit of the text and the longest tokens to TensorBoard, and its custom-scalar charts.
+    """Logs the plan, the text audit, the longest tokens and the layout of custom-scalar charts to TensorBoard.
 
-    To be placed after ``RunPlan`` and ``BaselineMetrics``. A resumed run has the texts already.
+    Must come after ``RunPlan`` and ``BaselineMetrics``. A resumed run does not log the texts again.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log all of it."""
+        """Log the chart layout, and the texts at the start of a new run."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
             board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run
@@ -335,7 +336,7 @@ class TensorBoardLayout(Callback):
 
 
 def chart_layout(trainer: L.Trainer) -> dict[str, dict[str, list[Any]]]:
-    """The charts: losses first, and the baselines they are compared with."""
+    """Return the chart layout: the losses and their baselines first, then ``CHART_GROUPS``."""
     first: dict[str, list[Any]] = {"loss": ["Multiline", ["train/loss", "val/loss"]]}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, BaselineMetrics) and callback.figures:

@@ -1,4 +1,4 @@
-"""Text samples after each validation, and the true reward of sampled replies."""
+"""Text samples after each validation, and the true reward for sampled replies."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,17 +19,17 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class Samples(Callback):
-    """Generates samples after each validation, in TensorBoard's text tab: from noise to language as one scrolls.
+    """Generates samples after each validation and logs them to TensorBoard's text tab.
 
-    Each prompt is continued twice: by sampling, and greedily, which shows what the model is most certain of, and where
-    it begins to repeat itself.
+    Each prompt is continued twice: by sampling and greedily. The greedy continuation shows what the model is most
+    certain of and where it starts to repeat itself.
 
     Args:
-        prompts: Texts to continue; by default the data's own: a short prompt and the beginnings of documents, or
+        prompts: Texts to continue. By default the data's own prompts: a short one and the beginnings of documents, or
             conversations without their last reply.
-        tokens: Length of a sample, unless the data has ``reply_tokens``.
-        greedy_tokens: Length of a greedy sample, which needs fewer to show what it can show.
-        sampling: How to sample.
+        tokens: Length of a sample in tokens, unless the data has ``reply_tokens``.
+        greedy_tokens: Length of a greedy sample in tokens; it can be shorter than a sampled one.
+        sampling: Sampling parameters.
     """
 
     def __init__(
@@ -44,21 +44,21 @@ class Samples(Callback):
         self.greedy_tokens = greedy_tokens
         self.sampling = sampling
         self.latest = ""
-        """The newest sample of the first prompt."""
+        """Newest sample for the first prompt."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Generate and log samples, with fixed seeds, so that those of different steps are comparable."""
+        """Generate and log samples with fixed seeds, so that samples from different steps are comparable."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.sanity_checking or not (isinstance(pl_module, GPTModule) and isinstance(data, BaseDataModule)):
             return
         if not isinstance(pl_module.output_head, TokenHead):
-            return  # it generates no text
+            return  # the model does not generate text
         if not trainer.callback_metrics.get("val/loss", torch.tensor(0.0)).isfinite():
             return  # a diverged model has no probabilities to sample from
         prompts = data.prompts
         if self.prompts is not None:
             prompts = [[data.tokenizer.start_of_text, *data.tokenizer.encode(prompt)] for prompt in self.prompts]
-            # A prompt longer than the context is cut at its beginning.
+            # A prompt longer than the context is truncated from the left.
             prompts = [prompt[-pl_module.net.block_size :] for prompt in prompts]
         with _precision_context(trainer, pl_module):
             tokens = getattr(data, "reply_tokens", self.tokens)
@@ -71,18 +71,18 @@ class Samples(Callback):
                 both = zip((how_sampled, "greedy"), pair, strict=True)
                 text = "\n\n".join(f"**{how}**\n\n{_as_code_block(sample)}" for how, sample in both)
                 name = "sample" if len(sampled) == 1 else f"sample/{row + 1}"
-                board.add_text(name, text, trainer.global_step - 1)  # as Lightning numbers a validation
+                board.add_text(name, text, trainer.global_step - 1)  # step number that Lightning uses for a validation
 
 
 def _precision_context(trainer: L.Trainer, task: L.LightningModule) -> Any:
-    """Autocast for sharded networks: blocks gathered in 16 bits need matrix products in 16 bits."""
+    """Return an autocast context for sharded networks, whose blocks are gathered in 16 bits, or a null context."""
     return trainer.precision_plugin.val_step_context() if task.device_mesh is not None else nullcontext()
 
 
 def _generate_texts(
     task: GPTModule, data: BaseDataModule, prompts: Sequence[list[int]], tokens: int, sampling: Sampling
 ) -> list[str]:
-    """The prompts, each with the model's continuation."""
+    """Return each prompt followed by the model's continuation."""
     texts = [data.tokenizer.decode(prompt[1:]) for prompt in prompts]
     for row, piece in stream_text(task.net, data.tokenizer, prompts, tokens, sampling, range(len(prompts))):
         texts[row] += piece
@@ -90,31 +90,31 @@ def _generate_texts(
 
 
 def _as_code_block(text: str) -> str:
-    """As Markdown that keeps the text unchanged: indented by four spaces."""
+    """Format a text as a Markdown code block, indented by four spaces, which leaves it unchanged."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
 class RewardEval(Callback):
-    """Generates replies to held-out prompts and checks them, at each validation and in the test.
+    """Generates replies to held-out prompts and checks them at each validation and in the test.
 
-    ``true_reward`` is the share of replies that pass the data's ``reply_check``; a reply that the model did not end
-    does not pass. Replies are sampled from the model's unmodified distribution, always with the same random numbers,
-    so that the metric changes only by what was learned.
+    ``true_reward`` is the fraction of replies that pass the data's ``reply_check``; a reply without an end token does
+    not pass. Replies are sampled from the model's unmodified distribution, always with the same random numbers, so that
+    the metric changes only if the model does.
 
     Args:
-        prompts: Prompts of a split to reply to, at most: the first ones.
+        prompts: Maximum number of prompts per split; the first ones are used.
     """
 
-    state_key = "TrueReward"  # of its state in checkpoints, unchanged since 0.1
+    state_key = "TrueReward"  # key in checkpoints; unchanged since 0.1
 
     def __init__(self, prompts: int = 256) -> None:
         self.prompts = prompts
         self.sampling = Sampling(temperature=1.0, top_k=None)
         self.start: float | None = None
-        """True reward of the model before training, on the test prompts, or validation prompts if there are none."""
+        """True reward of the initial model on the test prompts, or on the validation prompts if there are none."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the initial model, unless an earlier session has done so."""
+        """Measure the initial model's true reward, unless an earlier session has already measured it."""
         if self.start is None and (data := _data_with_reply_check(trainer, pl_module)):
             replies = self._replies(trainer, pl_module, "test" if "test" in data.split_indices else "validation")
             self.start = _true_reward(data, replies)
@@ -129,11 +129,11 @@ class RewardEval(Callback):
         self._evaluate(trainer, pl_module, "test", "test")
 
     def state_dict(self) -> dict[str, float | None]:
-        """The initial model's true reward; a resumed run can no longer measure it."""
+        """Return the initial model's true reward, which a resumed run can no longer measure."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
-        """Restore it."""
+        """Restore the initial model's true reward."""
         self.start = state_dict["start"]
 
     def _evaluate(self, trainer: L.Trainer, task: L.LightningModule, split: RecordSplit, name: str) -> None:
@@ -155,7 +155,7 @@ class RewardEval(Callback):
 
 
 def _data_with_reply_check(trainer: L.Trainer, task: L.LightningModule) -> Any:
-    """The data module, if the task generates text and the data can check a reply; else None."""
+    """Return the data module if the task generates text and the data can check replies, else None."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     generates = isinstance(task, GPTModule) and isinstance(task.output_head, TokenHead)
     return data if generates and getattr(data, "reply_check", None) is not None else None

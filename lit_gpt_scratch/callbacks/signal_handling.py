@@ -1,4 +1,4 @@
-"""Signal handling: save and exit cleanly on SIGINT, SIGTERM and the like."""
+"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM and similar signals."""
 
 import logging
 import signal
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context in which a signal raises ``SystemExit`` with 128 + its number, so that cleanup code runs."""
+    """Context manager that turns a signal into ``SystemExit`` with code 128 + its number, so that cleanup code runs."""
     before = {}
-    if threading.current_thread() is threading.main_thread():  # only there may Python install handlers
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
         before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
     try:
         yield
@@ -35,19 +35,20 @@ def _exit(signum: int, frame: FrameType | None = None) -> None:
 
 
 class SignalHandling(StopBetweenSteps):
-    """On a signal: finish the step, save ``last.ckpt``, print how to resume, and exit with 128 + the signal's number.
+    """On a signal, finishes the step, saves ``last.ckpt``, prints how to resume, and exits with 128 + signal number.
 
-    A signal to one rank stops all of them after the same step. A second signal changes nothing. Before the first step
-    of this process there is nothing to save, and a single process exits at once.
+    A signal to one rank stops all ranks after the same step. Further signals are ignored. Before the first step of this
+    process there is nothing to save, so a single-process run exits at once.
 
     Args:
-        checkpoints: Saves ``last.ckpt``; None if the run saves nothing.
+        checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Install the handlers; from here on all ranks exist and can agree to stop.
+        """Install the signal handlers; from here on, all ranks exist and can agree to stop.
 
-        They replace Lightning's, which run a broadcast inside the handler, whatever collective the rank was in.
+        They replace Lightning's handlers, which run a broadcast even if the rank is in the middle of another
+        collective.
         """
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
@@ -57,7 +58,7 @@ class SignalHandling(StopBetweenSteps):
             self._before = {signum: signal.signal(signum, self._record_signal) for signum in STOP_SIGNALS}
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Restore the former handlers."""
+        """Restore the previous signal handlers."""
         for signum, handler in self._before.items():
             signal.signal(signum, handler)
 
@@ -67,13 +68,13 @@ class SignalHandling(StopBetweenSteps):
         self.signum = self.signum or signum
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process with the signal's exit code."""
+        """Exit this process with the exit code for the signal."""
         if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
-            raise SystemExit(0)  # Lightning's launcher kills rank 0 when a process that it started fails
+            raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
         raise SystemExit(128 + self.signum)
 
     def stop(self, trainer: L.Trainer) -> NoReturn:
-        """Print how to resume, and exit."""
+        """Print how to resume the run, and exit."""
         if trainer.is_global_zero:
             folder = self.checkpoints and self.checkpoints.folder
             saved = folder and (folder.last.exists() or trainer.global_step > self._first_step)

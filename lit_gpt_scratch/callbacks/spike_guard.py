@@ -1,4 +1,4 @@
-"""Spike guard: reports or skips steps with a spike or a non-finite loss or gradient, and rewinds if that persists."""
+"""Spike guard: reports or skips steps with a spike or a non-finite loss or gradient, and rewinds if they persist."""
 
 import logging
 import math
@@ -23,44 +23,45 @@ log = logging.getLogger(__name__)
 GuardMode = Literal["off", "warn", "act"]
 GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
 MAX_REWINDS: Final = 3
-"""Rewinds without a calm stretch between them, after which the new loss level is accepted."""
+"""Maximum number of rewinds without a good checkpoint in between; after that, the new loss level is accepted."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
-"""Skipped steps in a row after which the run is stopped: nothing is learned any more."""
+"""Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
-"""By severity: ranks agree on the maximum."""
+"""Kinds of steps in order of severity; ranks agree on the maximum."""
 
 
 class SpikeGuard(RunDirCallback):
     """Checks the loss and the gradient norm of every step before the optimizer applies it.
 
-    ``warn`` reports steps that are not finite or a spike (``diagnostics/spike_detector.py``), where it began, and in
-    which documents, and changes nothing. ``act`` skips such a step: it counts, but weights, moving averages and
-    optimizer states stay as they were, and training continues with the next batch. When ``PATIENCE`` steps in a row are
-    outliers, the batches are not the cause, and the run is rewound to the weights and optimizer states of the last
-    good checkpoint, and continues with the next batch. If rewinding does not help either, a finite loss level is
-    accepted, and ``MAX_SKIPPED_IN_A_ROW`` non-finite steps end the run. All ranks decide alike. ``off`` does nothing.
+    ``warn`` reports steps that are non-finite or a spike (see ``diagnostics/spike_detector.py``), where the outlier
+    started and in which documents, but changes nothing. ``act`` skips such a step: the step counts, but weights, moving
+    averages and optimizer states stay unchanged, and training continues with the next batch. If ``PATIENCE``
+    consecutive steps are outliers, the batches are not the cause: the run is rewound to the weights and optimizer
+    states of the last good checkpoint, and continues with the next batch. If rewinding does not help either, the new
+    loss level is accepted if it is finite, and ``MAX_SKIPPED_IN_A_ROW`` consecutive non-finite steps end the run. All
+    ranks make the same decision. ``off`` disables the guard.
 
-    Good checkpoints, ``good-N.ckpt``, are saved next to ``last.ckpt`` at step intervals and validations only, not by
-    time or on signals, so that a killed and resumed run rewinds to the same step as an undisturbed one.
+    Good checkpoints, ``good-N.ckpt``, are saved next to ``last.ckpt`` at step intervals and validations, but not by
+    time or on signals, so that a killed and resumed run rewinds to the same step as an uninterrupted one.
 
-    ``act`` synchronizes the device once per step. ``warn`` does so only on a CPU, where it costs nothing; elsewhere it
-    reads the values at log points.
+    ``act`` synchronizes the device once per step. ``warn`` does so only on a CPU, where it costs nothing; on other
+    devices it reads the values at log points.
 
     Args:
-        mode: ``off``, ``warn`` or ``act``.
-        every_n_steps: Optimizer steps between good checkpoints; None saves them at validations only.
+        mode: Reaction to outliers: ``off``, ``warn`` or ``act``.
+        every_n_steps: Number of optimizer steps between good checkpoints; None saves them at validations only.
     """
 
-    state_key = "Guard"  # of its state in checkpoints, unchanged since 0.1
+    state_key = "Guard"  # key in checkpoints; unchanged since 0.1
 
     def __init__(self, mode: GuardMode = "warn", every_n_steps: int | None = None) -> None:
         self.mode = mode
         self.every_n_steps = every_n_steps
         self.detector = SpikeDetector()
         self.n_skipped = 0
-        """Skipped steps of the whole run."""
+        """Number of skipped steps in the whole run."""
         self.good: int | None = None
-        """Step of the good checkpoint."""
+        """Step of the last good checkpoint; None if there is none."""
         self._rewinds = 0
         self._rewind_due = False
         self._outdated: Path | None = None
@@ -74,14 +75,14 @@ class SpikeGuard(RunDirCallback):
         self._trainer, self._task = trainer, pl_module
         self._ranks = HostReducer()
         self._reads_at_once = self.mode == "act" or pl_module.device.type == "cpu"
-        # A gradient scaler provokes overflows to find the largest scale; it skips those steps itself.
+        # A gradient scaler causes overflows to find the largest scale, and skips those steps itself.
         self._scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         pl_module.step_filter = self._filter_step
         if self.mode == "act" and self.folder is not None:
             self._tidy(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Unregister, and report what has not been read yet."""
+        """Report the steps that have not been read yet, and unregister the step filter."""
         if isinstance(pl_module, GPTModule) and pl_module.step_filter == self._filter_step:
             self._read()
             pl_module.step_filter = None
@@ -91,7 +92,7 @@ class SpikeGuard(RunDirCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the step's batches for a report, and save a good checkpoint at the interval."""
+        """Keep the batches of the step for reports, and save a good checkpoint if the interval has passed."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._batches.clear()
             if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
@@ -106,7 +107,7 @@ class SpikeGuard(RunDirCallback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Rewind after the step if that is due; read pending values at log points."""
+        """Rewind after the step if necessary, and read pending values at log points."""
         self._drop_outdated(trainer)
         if self._rewind_due:
             self._rewind_due = False
@@ -116,13 +117,13 @@ class SpikeGuard(RunDirCallback):
             self._read()
 
     def _filter_step(self, loss: Tensor, norm: Tensor) -> bool:
-        """The step filter: whether the optimizer may apply the step."""
+        """Return whether the optimizer may apply the step."""
         values = torch.stack((loss.to(norm.device).float(), norm.float())).detach()
         self._unread.append((self._trainer.global_step, values))
         return self._read() if self._reads_at_once else True
 
     def _read(self) -> bool:
-        """Classify the steps measured since the last call; returns whether the last step may be applied."""
+        """Classify the steps recorded since the last call, and return whether the last one may be applied."""
         kind = None
         if self._unread:
             steps, figures = zip(*self._unread, strict=True)
@@ -140,7 +141,7 @@ class SpikeGuard(RunDirCallback):
         acts, row = self.mode == "act", self.detector.in_a_row
         self.n_skipped += acts
         values = {"guard/refused": float(self.n_skipped)} if acts else {}
-        if row <= PATIENCE:  # enough has been reported of a run that stays bad
+        if row <= PATIENCE:  # limit the reports of a run that does not recover
             what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
             if kind == "spike":
                 what += f", usually {self.detector.median_loss:.4g} and {self.detector.median_norm:.4g}"
@@ -154,11 +155,14 @@ class SpikeGuard(RunDirCallback):
             self.detector.reset()
         elif row >= MAX_SKIPPED_IN_A_ROW and acts:
             tried = f" after {self._rewinds} rewinds" if self._rewinds else ""
-            log.warning("guard: %d steps in a row were skipped%s: nothing is learned, stopping the run", row, tried)
+            log.warning("guard: %d steps in a row were skipped%s: nothing is learned; stopping the run", row, tried)
             self._trainer.should_stop = True
 
     def _report(self, kind: str, step: int, what: str) -> None:
-        """Log where the outlier comes from; to be called on every rank. Only the current step can be located."""
+        """Log the source of an outlier; must be called on every rank.
+
+        The source is only known if the outlier is the current step, that is, if values are read at every step.
+        """
         lines = [what]
         if self._reads_at_once:
             batches = list(self._batches.values())
@@ -166,7 +170,7 @@ class SpikeGuard(RunDirCallback):
                 lines.append(locate_non_finite(self._trainer, self._task, batches))
             try:
                 found = describe_hardest_rows(self._trainer, self._task, self._batches)
-            except Exception:  # a custom task may not support partial batches; reporting must not end the run
+            except Exception:  # a custom task may not support partial batches; a failed report must not end the run
                 log.warning("the hardest windows of step %d cannot be determined", step, exc_info=True)
                 found = ""
             if found:
@@ -174,17 +178,17 @@ class SpikeGuard(RunDirCallback):
         log_text(self._trainer, f"guard/{kind}/where", "\n\n".join(lines), step)
 
     def _keep_good(self, trainer: L.Trainer) -> None:
-        """Save a good checkpoint if the weights are known to be good, and mark the former one for removal."""
+        """Save a good checkpoint if the detector is calm, and mark the previous one for removal."""
         step, calm = trainer.global_step, self.detector.is_calm
         if self.mode != "act" or self.folder is None or step == self.good or not calm:
             return
         before, self.good, self._rewinds = self.good, step, 0
         trainer.save_checkpoint(self._path(step))
-        # ``last.ckpt`` still refers to the former one until it is saved itself, right after this.
+        # ``last.ckpt``, which is saved right after this, still refers to the previous good checkpoint until then.
         self._outdated = None if before is None else self._path(before)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Forget a missing good checkpoint, and remove those that nothing refers to: a kill can leave one."""
+        """Forget a missing good checkpoint, and remove unreferenced ones, which a killed run can leave."""
         own = None if self.good is None else self._path(self.good)
         if self._ranks.max(own is not None and not own.is_file()):
             log.warning("guard: %s is missing; the run cannot rewind until the next one is saved", own)
@@ -202,13 +206,13 @@ class SpikeGuard(RunDirCallback):
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = None if self.good is None else self._path(self.good)
         if path is None or self._ranks.max(not path.is_file()):
-            log.warning("guard: cannot rewind: %s is missing on some machine", path)
+            log.warning("guard: cannot rewind: %s is missing on at least one machine", path)
             self.detector.reset()
             return
         self._rewinds += 1
         self.detector.in_a_row = 0
         restore_weights_and_optimizers(trainer, path)
-        pl_module.on_train_start()  # as when resuming: sets the learning rate of the next step
+        pl_module.on_train_start()  # sets the learning rate of the next step, as after resuming
         step = trainer.global_step - 1
         log.warning(
             "guard: step %d: %d outliers in a row; rewinding to the weights of step %d", step, PATIENCE, self.good
@@ -221,7 +225,7 @@ class SpikeGuard(RunDirCallback):
         return self.folder.checkpoints / f"good-{step}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """What later steps are compared with, and where to rewind to."""
+        """Return the state of the detector, the counts, and the step of the good checkpoint."""
         self._read()
         return {
             "watch": self.detector.state_dict(),
@@ -231,22 +235,23 @@ class SpikeGuard(RunDirCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore it."""
+        """Restore the state of the detector, the counts, and the step of the good checkpoint."""
         self.detector.load_state_dict(state_dict["watch"])
         self.n_skipped, self.good = state_dict["refused"], state_dict["good"]
         self._rewinds = state_dict["rewinds"]
 
 
 EXCERPT_LENGTH = 160
-"""Characters shown of a text."""
+"""Maximum number of characters shown per text."""
 N_HARDEST_ROWS = 3
-"""Windows shown of a step."""
+"""Maximum number of windows shown per step."""
 
 
 def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:
-    """Where NaN or infinity first appears: in the weights, in a forward pass through the batches, or in the gradient.
+    """Describe where NaN or infinity first appears: in the weights, the forward pass of a batch, or the gradient.
 
-    To be called on every rank, because weights may be sharded. A step that was applied has left it in the weights.
+    Must be called on every rank, because weights may be sharded. A non-finite step that was applied has already made
+    the weights non-finite.
     """
     named = [(name.removeprefix("net."), p) for name, p in task.named_parameters() if p.grad is not None]
     weights = [name for name, p in named if not p.detach().isfinite().all()]
@@ -266,7 +271,7 @@ def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequ
 
 
 def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
-    """The first module of the network whose output is not finite, or None."""
+    """Return the name of the first module whose output is not finite, or None."""
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:
@@ -289,15 +294,15 @@ def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) ->
 
 
 def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
-    """The windows, texts or pairs of a step with the highest loss: their documents, and how they begin.
+    """Describe the windows, texts or pairs of a step with the highest loss: their documents and beginnings.
 
     Args:
-        trainer: The run's trainer.
-        task: Splits a batch into rows (``split_batch``), and computes the loss of each.
-        batches: This rank's, by their number in the epoch.
+        trainer: The trainer of the run.
+        task: The task, which splits a batch into rows (``split_batch``) and computes the loss of each row.
+        batches: Batches of this rank, keyed by their number in the epoch.
 
     Returns:
-        Markdown; empty if the task or the data have no rows.
+        A Markdown list; empty if the task or the data has no rows.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     has_rows = all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches.values())

@@ -33,28 +33,27 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Validation tokens beyond which ``xz`` would take more than about ten seconds."""
+"""Maximum number of validation tokens for the ``xz`` baseline; more would take over ten seconds."""
 
 
 class BaselineMetrics(Callback):
-    """Baselines that need no training: token counts and ``xz -9`` for text, the majority class for classification.
+    """Computes and logs baselines that require no training.
 
-    For RL and preference tuning, the true reward of the initial model.
-
-    They are logged at every validation as ``baselines/<name>``; TensorBoard's custom-scalars tab shows them and the
-    model's own metric in one chart.
+    These are token counts and ``xz -9`` for text, the majority class for classification, and the true reward of the
+    initial model for RL and preference tuning. They are logged at every validation as ``baselines/<name>``;
+    TensorBoard's custom-scalars tab plots them in one chart with the model's own metric.
     """
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
-        """Baselines by name, from the start of training on; only on rank 0."""
+        """Baselines keyed by name, computed at the start of training; empty on ranks other than 0."""
         self.metric = ""
-        """The model's own metric that they are compared with."""
+        """Name of the model's metric that the baselines are compared with."""
         self.what = ""
         """Description of the metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the baselines; half a second for half a megabyte."""
+        """Compute the baselines, which takes 0.5 s for 0.5 MB of text."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not trainer.is_global_zero:
             return
@@ -65,19 +64,19 @@ class BaselineMetrics(Callback):
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
             self.figures = {"commonest class": _majority_class_accuracy(data)}
         elif (start := _initial_true_reward(trainer)) is not None:
-            self.metric, self.what = "val/true_reward", "true reward (share of correct replies)"
+            self.metric, self.what = "val/true_reward", "true reward (fraction of correct replies)"
             self.figures = {"true_reward": start}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the same values again, so that they are lines in a chart."""
+        """Log the baselines at every validation, so that they appear as horizontal lines in a chart."""
         figures = {f"baselines/{name}": value for name, value in self.figures.items()}
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
-                logger.log_metrics(figures, trainer.global_step - 1)  # as Lightning numbers a validation
+                logger.log_metrics(figures, trainer.global_step - 1)  # step number that Lightning uses for a validation
 
 
 def _initial_true_reward(trainer: L.Trainer) -> float | None:
-    """True reward of the model before training, as ``RewardEval`` measured it."""
+    """Return the true reward of the model before training, as measured by ``RewardEval``, or None."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
@@ -96,33 +95,33 @@ def _text_baselines(data: PackedText) -> dict[str, float]:
 
 
 def _majority_class_accuracy(data: LabelledText) -> float:
-    """Validation accuracy of always predicting the most common training class."""
+    """Compute the validation accuracy of always predicting the most common training class."""
     commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
     labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]
     return labels.count(commonest) / len(labels)
 
 
 class RunMetadata(RunDirCallback):
-    """Adds this session to ``provenance.json``: command, code, versions, hardware, seed, fingerprints.
+    """Adds this session to ``provenance.json``: command, code, versions, hardware, seed and fingerprints.
 
-    Everything that could change a result is also in each checkpoint.
+    Everything that could change a result is also saved in each checkpoint.
 
     Args:
-        changed: Settings that a resumed run changed: old and new value by name.
+        changed: Old and new value of each setting that a resumed run changed, keyed by name.
     """
 
-    state_key = "Provenance"  # of its state in checkpoints, unchanged since 0.1
+    state_key = "Provenance"  # key in checkpoints; unchanged since 0.1
 
     def __init__(self, changed: dict[str, tuple[Any, Any]] | None = None) -> None:
         self.changed = changed or {}
         self.origin: dict[str, Any] = {}
-        """Code, versions, hardware, seed and data of this session."""
+        """Code version, library versions, hardware, seed and data fingerprint of this session."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that all ranks, each of which has searched for them, found the same checkpoint and the same data.
+        """Check that all ranks, each of which searches on its own, have found the same checkpoint and data.
 
         Raises:
-            UserError: Another run was saved in the meantime, or a machine has other files.
+            UserError: If another run was saved in the meantime, or if files differ between machines.
         """
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
@@ -134,7 +133,7 @@ class RunMetadata(RunDirCallback):
             raise UserError(f"{data.origin} differs between this machine and that of rank 0; copy it from there")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the session, after all checks have passed."""
+        """Add this session to ``provenance.json`` after all checks have passed."""
         self.origin = collect_environment()
         session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
@@ -148,14 +147,14 @@ class RunMetadata(RunDirCallback):
             self.folder.write_text("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a run resumed from the checkpoint file alone is compared with."""
+        """Return the provenance of this session, for comparison when resuming from the checkpoint file alone."""
         return self.origin
 
 
 class LossTrace(RunDirCallback):
-    """Writes ``trace.pt``: the loss of every step, and the full gradient of the first, as the optimizer sees it.
+    """Writes ``trace.pt``: the loss at every step, and the full gradient at the first step as the optimizer sees it.
 
-    For ``--trainer.log_every_n_steps 1``. TensorBoard stores float32, which is too coarse to compare two runs.
+    Requires ``--trainer.log_every_n_steps 1``. TensorBoard stores float32, which is too coarse to compare two runs.
     """
 
     def __init__(self) -> None:
@@ -197,38 +196,38 @@ NEXT_COMMANDS: dict[type, str] = {
     LabelledText: 'evaluate {} --text "..."',
     PromptedDataModule: "generate {} --chat",
 }
-"""Suggested next command, by class of the task or of the data."""
+"""Suggested next command, keyed by the class of the task or the data module."""
 
 
 class RunSummary(RunDirCallback):
-    """Writes ``summary.json`` at the end: final metrics, baselines, tokens, seconds, throughput and what limits it.
+    """Writes ``summary.json`` at the end: final metrics, baselines, tokens, seconds, and throughput by phase.
 
-    Also writes ``tokenizer.json`` at the start, and prints the result, a sample, and the next commands to try.
+    Also saves ``tokenizer.json`` at the start, and prints the result, a sample, and suggested next commands at the end.
     """
 
-    state_key = "Summary"  # of its state in checkpoints, unchanged since 0.1
+    state_key = "Summary"  # key in checkpoints; unchanged since 0.1
 
     def __init__(self) -> None:
         self.seconds_before = 0.0
-        """Seconds of earlier sessions of the run."""
+        """Duration of earlier sessions of the run in seconds."""
         self._started = time.perf_counter()
         self._first_step = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Start timing, and save the tokenizer."""
+        """Start timing the run, and save the tokenizer."""
         self._started, self._first_step = time.perf_counter(), trainer.global_step
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if trainer.is_global_zero and self.folder and isinstance(data, BaseDataModule):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write and print the summary, unless there is one and no step was done."""
+        """Write and print the summary, unless it already exists and no step was run."""
         if not trainer.is_global_zero or self.folder is None:
             return
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
             return
         throughput, baselines = _find_callback(trainer, Throughput), _find_callback(trainer, BaselineMetrics)
-        learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module  # without a reference
+        learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module  # no reference model
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},
@@ -257,11 +256,11 @@ class RunSummary(RunDirCallback):
         log.info("\n%s", format_metrics(trainer.callback_metrics, "test"))
 
     def state_dict(self) -> dict[str, float]:
-        """Seconds so far, which a resumed run continues."""
+        """Return the duration of the run so far in seconds, from which a resumed run continues to count."""
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the seconds."""
+        """Restore the duration of earlier sessions."""
         self.seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Training throughput: tokens per second, shares of a step's time, model FLOP utilisation, peak memory."""
+"""Training throughput: tokens per second, time per phase, model FLOPs utilization (MFU), and peak memory."""
 
 import statistics
 import time
@@ -25,52 +25,54 @@ from lit_gpt_scratch.profiling.peak_memory import peak_memory
 STEP_PHASES = ("data", "generation", "forward", "backward", "optimizer", "rest")
 """Phases of a step: waiting for the batch, generating rollouts, the three compute phases, and the rest."""
 TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
-"""Names of the time shares in TensorBoard."""
+"""TensorBoard tags for the fraction of step time that each phase takes."""
 
 
 FIRST_STEPS = 8
-"""Steps after the first, which compiles, whose median time ``Throughput`` measures on request."""
+"""Number of steps after the first one, which compiles, whose median time ``Throughput`` measures on request."""
 
 
 @runtime_checkable
 class GeneratesBatches(Protocol):
-    """A task that generates what it learns from, such as an RL policy."""
+    """A task that generates its own training data, such as an RL policy."""
 
     def take_generation_seconds(self) -> float:
-        """Seconds spent on generating and scoring since the last call."""
+        """Return the seconds spent on generating and scoring since the last call."""
 
 
 class Throughput(Callback):
-    """Logs at log points how fast training is, and what limits it.
+    """Logs training speed and its bottlenecks at log points.
 
-    - ``tokens``: seen in training so far, over all ranks; padding counts.
-    - ``tokens_per_second``: since the last log point.
-    - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: shares of a step's
-      time on rank 0, which add up to 1. ``data`` is waiting for the next batch; ``generation`` is generating and
-      scoring replies, for a policy that learns from its own; ``optimizer`` lasts from the end of the backward pass to
-      the end of the step: clipping, update, schedule; ``rest`` is callbacks and loggers between steps.
-      On a GPU these are shares of device time: waiting for data while the device was busy does not count.
-      Other accelerators have none, because their timers cannot be read without a synchronization.
-    - ``throughput/model_flops_utilisation``: achieved FLOP/s over peak FLOP/s. A token takes ``6N + 12LdT`` operations
-      (``training_flops_per_token``). The peak is the data sheet's dense figure for this GPU and precision, or, where
-      that is not known, that of a matrix product measured here (``peak_flops``). Only for tasks whose ``net`` is a GPT.
-    - ``throughput/peak_memory_gigabytes``: the maximum over ranks, validations included; see ``peak_memory``.
+    - ``tokens``: number of training tokens so far across all ranks, including padding.
+    - ``tokens_per_second``: speed since the last log point.
+    - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: fraction of the step
+      time per phase on rank 0, which add up to 1. ``data`` is the time waiting for the next batch; ``generation`` is
+      generating and scoring replies, for a policy that learns from its own replies; ``optimizer`` lasts from the end of
+      the backward pass to the end of the step (clipping, update, schedule); ``rest`` is callbacks and loggers between
+      steps. On a GPU these are fractions of device time: waiting for data while the device is busy does not count.
+      They are not available on other accelerators, whose timers cannot be read without a synchronization.
+    - ``throughput/model_flops_utilisation``: achieved FLOP/s divided by peak FLOP/s. A token takes ``6N + 12LdT`` FLOPs
+      (``training_flops_per_token``). The peak is the dense figure from the data sheet for this GPU and precision or, if
+      unknown, the speed of a matrix product measured at the start (``peak_flops``). Only for tasks whose ``net`` is a
+      GPT.
+    - ``throughput/peak_memory_gigabytes``: maximum across ranks, including validations; see ``peak_memory``.
 
-    Only training is timed: not validation, sampling and checkpointing, nor the first step, which compiles. The device
-    is synchronized only at the end of training, and at the end of the first steps if ``on_first_steps`` is set.
+    Only training is timed, without validation, sampling and checkpointing, and without the first step, which compiles.
+    The device is synchronized only at the end of training and, if ``on_first_steps`` is set, after each of the first
+    steps.
     """
 
     def __init__(self) -> None:
         self.tokens = 0
-        """Training tokens over all ranks, of the whole run."""
+        """Number of training tokens in the whole run, across all ranks."""
         self.seconds = 0.0
-        """Training seconds in which ``timed_tokens`` were processed, of this session."""
+        """Training time of this session in seconds, in which ``timed_tokens`` were processed."""
         self.timed_tokens = 0
         self.tokens_per_second = 0.0
         self.peaks: dict[str, float] = {}
-        """Peak FLOP/s of all devices together: ``nominal``, if it is known, and ``measured``."""
+        """Total peak FLOP/s of all devices: ``nominal``, if it is known, and ``measured``."""
         self.on_first_steps: Callable[[], None] | None = None
-        """To be set when training starts, by whoever needs ``median_step_seconds``: called once, after these steps."""
+        """Callback that is called once, when ``median_step_seconds`` is available; must be set when training starts."""
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
@@ -85,7 +87,7 @@ class Throughput(Callback):
         self._window_seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the devices' peak; the first step of this process compiles and is not timed."""
+        """Measure the peak FLOP/s, and reset the timers; the first step of this process compiles and is not timed."""
         self._step_seconds, self._step_started = [], None
         self._is_warm, self._step = False, trainer.global_step
         self._timer = StepTimer(pl_module.device)
@@ -98,12 +100,12 @@ class Throughput(Callback):
             peaks = peak_flops(pl_module.device, matmul_dtype(trainer, pl_module))
             self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
         if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)  # the matrix products above are not the run's
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # excludes the matrix products above
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the timer where validation or the start of the run had stopped it."""
+        """Start the timer if it is stopped, at the start of the run or after a validation or a save."""
         waited = {"data": self._loader_timer.take()}
         if isinstance(pl_module, GeneratesBatches):
             waited["generation"] = pl_module.take_generation_seconds()
@@ -116,17 +118,17 @@ class Throughput(Callback):
             self._step_started = time.perf_counter()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """The forward pass is done."""
+        """Mark the end of the forward pass."""
         self._timer.mark("forward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The backward pass is done."""
+        """Mark the end of the backward pass."""
         self._timer.mark("backward")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        """Count the batch, and log at log points."""
+        """Count the tokens of the batch, and log at log points."""
         stepped, self._step = trainer.global_step != self._step, trainer.global_step
         sampler = trainer.distributed_sampler_kwargs or {"num_replicas": 1}  # tensor-parallel ranks share a batch
         tokens = batch["input_ids"].numel() * sampler["num_replicas"]
@@ -155,7 +157,7 @@ class Throughput(Callback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median time of the first steps, without the very first; None before the second step."""
+        """Median time of the first steps in seconds, without the very first; None before the second step has ended."""
         return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -171,16 +173,16 @@ class Throughput(Callback):
 
     @property
     def mean(self) -> float | None:
-        """Training tokens per second of this session, or None before anything was timed."""
+        """Mean training speed of this session in tokens per second, or None if no step has been timed yet."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        """Model FLOP utilisation at this speed, relative to each of the ``peaks``."""
+        """Return the model FLOPs utilization at this speed, relative to each of the ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property
     def figures(self) -> dict[str, Any]:
-        """This session's means: time shares, utilisation of each peak, the peaks in TFLOP/s, and peak memory."""
+        """Means of this session: fraction of time per phase, utilization and TFLOP/s of each peak, and peak memory."""
         return {
             **time_shares(self._phase_seconds),
             "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
@@ -189,7 +191,7 @@ class Throughput(Callback):
         }
 
     def _close_window(self, phases: dict[str, float]) -> bool:
-        """Add up the window since the last call and set the speed; False if nothing was timed."""
+        """Add the time since the last call to the totals, and update the speed; return False if no step was timed."""
         for phase, seconds in phases.items():
             self._phase_seconds[phase] += seconds
         if not self._window_seconds:
@@ -201,7 +203,7 @@ class Throughput(Callback):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count what came after the last log point."""
+        """Count the steps after the last log point, and restore the profiler."""
         trainer.profiler = self._loader_timer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
         self._close_window(self._timer.finish())
         self._memory = self._peak_gigabytes(pl_module.device)
@@ -219,7 +221,7 @@ class Throughput(Callback):
         self._timer.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """The token count, which a resumed run continues."""
+        """Return the token count, from which a resumed run continues to count."""
         return {"tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -228,44 +230,44 @@ class Throughput(Callback):
 
 
 def time_shares(seconds: dict[str, float]) -> dict[str, float]:
-    """Each phase's share of the total; empty if the total is 0."""
+    """Return the fraction of the total time that each phase takes; empty if the total is 0."""
     total = sum(seconds.values())
     return {phase: part / total for phase, part in seconds.items()} if total else {}
 
 
 def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """Dtype of matrix products in training: that of the weights, or autocast's."""
+    """Return the dtype of matrix products in training: that of the weights, or of autocast."""
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype
 
 
 class DataLoaderTimer:
-    """A profiler that times how long fetching batches takes, and passes everything on to another profiler.
+    """A profiler that times batch fetching and forwards all calls to another profiler.
 
     Args:
-        profiler: The user's.
+        profiler: The user's profiler.
     """
 
     def __init__(self, profiler: Profiler) -> None:
         self.profiler = profiler
-        self.profile = profiler.profile  # called around every hook of every callback, so not through __getattr__
+        self.profile = profiler.profile  # called around every hook of every callback, so bypass __getattr__
         self._started = self._seconds = 0.0
 
     def start(self, action_name: str) -> None:
-        """Start timing if the action is fetching."""
+        """Start timing if the action fetches a batch."""
         self.profiler.start(action_name)
         if action_name == FETCH_BATCH_ACTION:
             self._started = time.perf_counter()
 
     def stop(self, action_name: str) -> None:
-        """Stop timing."""
+        """Stop timing if the action fetches a batch."""
         if action_name == FETCH_BATCH_ACTION:
             self._seconds += time.perf_counter() - self._started
         self.profiler.stop(action_name)
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds spent on fetching since the last call, and reset them."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
@@ -274,17 +276,17 @@ class DataLoaderTimer:
 
 
 COLLECT_EVERY = 32
-"""Number of marks that are read together: one at a time, with cold caches, they would take twice as long."""
+"""Number of marks to read at once; reading them one by one, with cold caches, would take twice as long."""
 
 
 class TimerEvent(Protocol):
     """A point in time, with the interface of ``torch.cuda.Event``."""
 
     def record(self) -> Any:
-        """Record the event: on a device, when all work submitted so far is done."""
+        """Record the event; on a device, it happens once all work submitted so far is done."""
 
     def query(self) -> bool:
-        """Whether the event has happened."""
+        """Return whether the event has happened."""
 
     def synchronize(self) -> None:
         """Wait until the event has happened."""
@@ -294,25 +296,25 @@ class TimerEvent(Protocol):
 
 
 class HostTimerEvent:
-    """An event on the host's clock."""
+    """A timer event measured with the host's clock."""
 
     def record(self) -> None:
         """Record the event now."""
         self._at = time.perf_counter()
 
     def query(self) -> bool:
-        """A recorded event has always happened."""
+        """Return True: a recorded event has always happened."""
         return True
 
     def synchronize(self) -> None:
-        """Nothing to wait for."""
+        """Do nothing: a recorded event has always happened."""
 
     def elapsed_time(self, end_event: "HostTimerEvent") -> float:
         """Milliseconds from this event to another."""
         return 1000 * (end_event._at - self._at)
 
 
-# Not MPS: reading the time between two of its events waits for the device.
+# MPS is missing, because reading the time between two of its events waits for the device.
 EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
     "cpu": HostTimerEvent,
     "cuda": partial(torch.cuda.Event, enable_timing=True),
@@ -320,13 +322,13 @@ EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
 
 
 class StepTimer:
-    """Accumulates the seconds between marks by the phase that each mark ends.
+    """Accumulates the time spent in each phase of a step; each mark ends a phase.
 
     On an accelerator, marks are events in its stream: they cost the host almost nothing, and the time between two of
-    them is counted once the device has passed both. Only ``finish`` waits for the device.
+    them is counted once the device has reached both. Only ``finish`` waits for the device.
 
     Args:
-        device: Device of the computation; on one whose events cannot be read without waiting, nothing is counted.
+        device: Device of the computation. Times are not recorded on devices without an entry in ``EVENT_TYPES``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -337,33 +339,34 @@ class StepTimer:
         self._seconds = dict.fromkeys(STEP_PHASES, 0.0)
 
     def start(self) -> None:
-        """Start counting."""
+        """Start timing."""
         self.running = True
         self._record(None, {})
 
     def stop(self) -> None:
-        """Stop counting; the time since the last mark is discarded."""
+        """Stop timing; the time since the last mark is discarded."""
         self.running = False
 
     def mark(self, phase: str, waits: Mapping[str, float] | None = None) -> None:
-        """End a phase: the time since the last mark belongs to ``phase``. Does nothing while stopped.
+        """Count the time since the last mark as ``phase``. Does nothing while stopped.
 
         Args:
-            phase: One of ``STEP_PHASES``.
-            waits: Seconds within it that count as other phases, by phase, e.g. while the host waited for data. They are
-                limited to the phase's own time: an accelerator with work left has waited less than the host.
+            phase: The phase that ends, one of ``STEP_PHASES``.
+            waits: Seconds of this time to count as other phases, keyed by phase, e.g. while the host waited for data.
+                They are limited to the time since the last mark: an accelerator with pending work has waited less than
+                the host.
         """
         if self.running:
             self._record(phase, waits or {})
 
     def take(self) -> dict[str, float]:
-        """Seconds by phase since the last call, up to the last event that has happened."""
+        """Return the seconds per phase since the last call, up to the last event that has happened, and reset them."""
         self._collect()
         taken, self._seconds = self._seconds, dict.fromkeys(STEP_PHASES, 0.0)
         return taken
 
     def finish(self) -> dict[str, float]:
-        """Stop, wait for the device, and return the remaining seconds by phase."""
+        """Stop timing, wait for the device, and return the remaining seconds per phase."""
         self.stop()
         if self._marks:
             self._marks[-1][2].synchronize()
@@ -375,7 +378,7 @@ class StepTimer:
         event = self._event()
         event.record()
         self._marks.append((phase, waits, event))
-        if len(self._marks) > COLLECT_EVERY:  # so that they do not accumulate in a run that never logs
+        if len(self._marks) > COLLECT_EVERY:  # so that marks do not accumulate in a run that never logs
             self._collect()
 
     def _collect(self) -> None:

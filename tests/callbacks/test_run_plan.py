@@ -53,7 +53,7 @@ def test_the_plan_describes_the_run(
     assert lines["optimizer"] == [
         "muon 26.6 k in 14 matrices at 0.02; adamw 19.2 k in 2 tables at 0.008; adamw 224 in 9 vectors at 0.008"
     ]
-    assert "operations per token" in lines["cost"][0]
+    assert "FLOPs per token" in lines["cost"][0]
     assert "uniform" in lines["baselines"][0]
     assert "xz" in lines["baselines"][0]
     assert "ms per step" in lines["time"][0]
