@@ -109,7 +109,7 @@ class SinusoidalPositions(PositionEncoding):
         PositionEncoding.validate(config)
         if config.n_embd % 2:
             raise UserError(
-                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which requires an even number"
+                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which needs it even"
             )
 
     @override
@@ -240,7 +240,7 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
     if has_turns:
         slow, fast = _turn_thresholds(config)
         if slow >= fast:
-            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; set slow below fast")
+            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; lower it")
     if kind == "ntk" and config.rotary_width < 4:
         raise UserError(
             f"model.gpt.rotary_scaling is ntk, which requires at least 4 rotated channels per head, but there are "
