@@ -1,4 +1,4 @@
-"""Rules about activations, attention, and generated samples."""
+"""Rules for activations, attention and generated samples."""
 
 from typing import Final
 
@@ -6,27 +6,27 @@ from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 MAX_DEAD_UNITS: Final = 0.5
-"""Share of the feed-forward units."""
+"""Maximum fraction of dead feed-forward units."""
 MAX_SINK: Final = 0.7
-"""Share of the attention that goes to the first token, over all heads."""
+"""Maximum fraction of attention on the first token, averaged over all heads."""
 MAX_REPETITION: Final = 0.5
-"""Share of repeated phrases in a sample. In samples of healthy runs it is 0 to 0.2."""
+"""Maximum fraction of repeated phrases in a sample; 0 to 0.2 in healthy runs."""
 
 
 def dead_units(e: MetricHistory) -> Finding | None:
-    """Feed-forward units that are zero for every token."""
+    """Detect feed-forward units that are zero for every token."""
     dead = e["dynamics/dead_units"]
     if len(dead) < 2 or not min(dead.values[-2:]) > MAX_DEAD_UNITS:
         return None
     return Finding(
         f"{dead.last:.0%} of the feed-forward units are zero for every token",
-        "steps so large that units ended up where the activation and its slope are zero",
+        "optimizer steps so large that units ended up where the activation and its gradient are zero",
         "--model.gpt.feed_forward swiglu",
     )
 
 
 def attention_sink(e: MetricHistory) -> Finding | None:
-    """Most attention goes to the first token, independent of its content."""
+    """Detect that most of the attention goes to the first token, regardless of its content."""
     sink = e["attention/sink"]
     if len(sink) < 2 or not min(sink.values[-2:]) > MAX_SINK:
         return None
@@ -39,12 +39,12 @@ def attention_sink(e: MetricHistory) -> Finding | None:
 
 
 def repetition(e: MetricHistory) -> Finding | None:
-    """Generated samples repeat themselves."""
+    """Detect generated samples that repeat themselves."""
     share = e["samples/repetition"]
     if len(share) < 2 or not min(share.values[-2:]) > MAX_REPETITION:
         return None
     return Finding(
-        f"{share.last:.0%} of the phrases of a sample are repeated",
-        "not trained enough yet, text that repeats itself, or too low a temperature",
+        f"{share.last:.0%} of the phrases in a sample are repeated",
+        "too little training so far, repetitive training text, or a temperature that is too low",
         "generate --repetition_penalty 1.2",
     )

@@ -1,4 +1,4 @@
-"""Rules about a run's labels, text, validation set and length."""
+"""Rules for a run's labels, text, validation set and length."""
 
 from typing import Final
 
@@ -9,53 +9,56 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Within this factor of it nothing is reported: a first run is short, a model for use is trained longer."""
+"""Maximum factor off ``CHINCHILLA_RATIO``; wide, as first runs are short and production models train longer."""
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
-"""Share of the labels. Where windows hold many short documents, one label per document is not the next input."""
+"""Minimum fraction of labels that equal the next input token.
+
+In windows with many short documents, one label per document does not.
+"""
 MAX_REPEATED_SHARE: Final = 0.3
-"""Share of the passages. In the standard library's sources it is 0.04."""
+"""Maximum fraction of repeated passages; 0.04 in the source code of Python's standard library."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:
-    """Labels are not the next tokens."""
+    """Detect labels that are not the next tokens."""
     following, own = e.latest("run/labels_next"), e.latest("run/labels_own")
     if not following < MIN_ALIGNED_LABELS:
         return None
     label = "its position's own token" if own > MIN_ALIGNED_LABELS else "neither its position's own token nor the next"
     return Finding(
         f"only {following:.0%} of the first batch's labels equal the next input token; a label is {label}",
-        "labels are shifted not at all, or twice; shift them once, where the batch is made (batch_types.py)",
+        "labels are not shifted, or shifted twice; shift them once, where the batch is built (batch_types.py)",
         "--data PackedText",
     )
 
 
 def duplicated_text(e: MetricHistory) -> Finding | None:
-    """Much of the training text occurs several times."""
+    """Detect training text that largely occurs several times."""
     share = e.latest("run/repeated_passages")
     if not share > MAX_REPEATED_SHARE:
         return None
     return Finding(
         f"{share:.0%} of the 32-token passages at the beginning of the training text are repeated",
-        "documents occur several times in the text and are memorized",
+        "documents occur several times in the text, and the model memorizes them",
         "--data.cleaning+=lit_gpt_scratch.text.duplicates.NearDuplicates",
     )
 
 
 def small_validation(e: MetricHistory) -> Finding | None:
-    """The validation set is too small for its metrics to mean much."""
+    """Detect a validation set that is too small for meaningful metrics."""
     tokens = e.latest("run/validation_tokens")
     if not tokens < MIN_VALIDATION_TOKENS:
         return None
     return Finding(
         f"{tokens:,.0f} tokens: differences of a few percent are noise",
-        "little text, a small validation share, or few validation batches",
+        "too little text, too small a validation split, or too few validation batches",
         "--data.validation_share 0.2",
     )
 
 
 def compute_budget(e: MetricHistory) -> Finding | None:
-    """Training tokens and parameters are out of proportion."""
+    """Detect a number of training tokens that is far from compute-optimal for the number of parameters."""
     tokens = e.latest("run/steps") * e.latest("run/tokens_per_step")
     ratio = tokens / e.latest("run/parameters") if e.latest("run/parameters") else CHINCHILLA_RATIO
     epochs = tokens / e.latest("run/train_tokens") if e.latest("run/train_tokens") else 0.0
@@ -66,6 +69,6 @@ def compute_budget(e: MetricHistory) -> Finding | None:
     size, length = ("large", "short") if ratio < CHINCHILLA_RATIO else ("small", "long")
     return Finding(
         f"{ratio:.3g} tokens per parameter; about {CHINCHILLA_RATIO} are compute-optimal",
-        f"the model is too {size} for the run, or the run too {length} for the model",
+        f"the model is too {size} for the run, or the run is too {length} for the model",
         f"--trainer.max_steps {steps}",
     )

@@ -1,4 +1,4 @@
-"""Rules about the loss curve: whether it falls, rises, or is lower than it can be."""
+"""Rules for the loss curve: whether the loss falls, rises, or is implausibly low."""
 
 import math
 from typing import Final
@@ -9,52 +9,68 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 SWEEP_COMMAND: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
 N_RECENT: Final = 5
-"""Points whose median is the current loss."""
+"""Number of newest points whose median is the current loss."""
 PEAK_SHARE: Final = 0.9
-"""Share of the highest learning rate so far at which warm-up is over."""
+"""Fraction of the highest learning rate so far at which warm-up counts as finished."""
 MIN_STEPS_RUNNING: Final = 150
-"""Steps at that rate after which the loss has to have fallen."""
+"""Number of steps at this learning rate after which the loss must have fallen."""
 MIN_STEPS_FINISHED: Final = 50
-"""The same for a finished run."""
+"""Number of steps at this learning rate after which the loss must have fallen, for a finished run."""
 MIN_DECREASE: Final = 0.1
-"""Relative to the loss of uniform predictions. After ``MIN_STEPS_FINISHED`` steps the loss of healthy runs has
-decreased by 0.14 to 0.34, after ``MIN_STEPS_RUNNING`` by 0.27 to 0.4."""
+"""Minimum decrease relative to the loss of uniform predictions.
+
+The loss of healthy runs has decreased by 0.14 to 0.34 after ``MIN_STEPS_FINISHED`` steps, and by 0.27 to 0.4 after
+``MIN_STEPS_RUNNING`` steps.
+"""
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Relative to the loss of uniform predictions: only oversized steps exceed it. Healthy runs stay within 1.01."""
+"""Maximum loss relative to that of uniform predictions; only steps that are too large exceed it.
+
+Healthy runs stay within 1.01.
+"""
 MAX_ABOVE_INITIAL: Final = 1.5
-"""Relative to the initial loss of a pretrained model, which may see other text than before."""
+"""Maximum loss relative to the initial loss of a pretrained model, which may be trained on different text."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
-"""Parts whose initial norm is meaningful."""
+"""Update ratios of the parts whose initial norm is meaningful."""
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
 MAX_STREAM_GROWTH: Final = 1e3
-"""Relative to its first value, or to 1 if that was smaller. In healthy runs the stream grows up to 40-fold, however
-small it began; at a thousand times the learning rate 10,000-fold and more."""
+"""Maximum norm of the residual stream relative to its first value, or to 1 if the first value was smaller.
+
+In healthy runs the norm grows up to 40-fold, however small it was at first; at a thousand times their learning rate it
+grows 10,000-fold or more.
+"""
 MIN_UPDATE_RATIO: Final = 1e-4
-"""Update norm over weight norm, for one step. A thousandth is a rule of thumb, healthy runs have 0.003 to 0.02, and
-those at a thousandth of their learning rate 0.00001 to 0.00002."""
+"""Minimum update norm divided by weight norm for one step.
+
+0.001 is a rule of thumb. Healthy runs have 0.003 to 0.02, and runs at a thousandth of their learning rate have 0.00001
+to 0.00002.
+"""
 UNIGRAM_SHARE: Final = 0.95
-"""Relative to the bits of a unigram model. A network with destroyed layers learns token frequencies and no more; a
-healthy one is at 0.8 after a hundred steps."""
+"""Maximum bits per byte relative to a unigram model.
+
+A network with destroyed layers learns only token frequencies; a healthy one reaches 0.8 after a hundred steps.
+"""
 FLAT_DECREASE: Final = 0.02
-"""Relative decrease of the median of ``N_RECENT`` points, compared with as many points ``2 * N_RECENT`` earlier, below
-which the loss is flat."""
+"""Relative decrease below which the loss counts as flat.
+
+Compares the median of the newest ``N_RECENT`` points with that of the ``N_RECENT`` points ``2 * N_RECENT`` earlier.
+"""
 MIN_RISE: Final = 0.25
-"""Relative to the lowest loss so far."""
+"""Minimum rise relative to the lowest loss so far."""
 MIN_RISE_NATS: Final = 0.1
-"""A loss near 0 may double."""
+"""Additional minimum rise in nats, because a loss near 0 may double."""
 OVERFIT_RISE: Final = 0.03
-"""Rise of the validation loss relative to its lowest value. Healthy runs fluctuate within 0.01."""
+"""Minimum rise of the validation loss relative to its lowest value; healthy runs fluctuate within 0.01."""
 OVERFIT_RISE_SMALL: Final = 0.1
-"""The same for a small validation set, where a few percent are noise."""
+"""Minimum rise of the validation loss for a small validation set, where a few percent are noise."""
 MIN_BASELINE_SHARE: Final = 0.2
-"""Relative to the bits of a compressor or n-gram model. The best language models need a third of those of ``xz``."""
+"""Minimum bits per byte relative to a compressor or n-gram model; the best language models need a third of ``xz``."""
 
 
 def initial_loss(e: MetricHistory) -> float:
-    """The loss that a run begins with: that of uniform predictions, or of the pretrained model.
+    """Return the initial loss of a run: that of uniform predictions, or of the pretrained model.
 
-    NaN, with which every comparison is false, for an RL policy: its loss measures how much better than expected its
-    last replies were, not its progress. ``rl_rules.py`` covers policies.
+    NaN for an RL policy, so that every comparison is false: its loss measures how much better than expected its last
+    replies were, not its progress. ``rl_rules.py`` covers RL policies.
     """
     if len(e["train/kl"]):
         return math.nan
@@ -64,26 +80,26 @@ def initial_loss(e: MetricHistory) -> float:
 
 
 def _steps_at_peak(rate: MetricCurve, step: int) -> int:
-    """Steps since the learning rate came close to its highest value so far; all steps if no rate is known."""
+    """Return the steps since the learning rate came close to its highest value so far; all steps if it is unknown."""
     peak = max(rate.values, default=0.0)
     return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * peak), 0)
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Whether the loss is below the initial loss; before that there are no spikes."""
+    """Whether the loss is below the initial loss; spikes are not reported before that."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 
 
 def loss_not_falling(e: MetricHistory) -> Finding | None:
-    """The loss is where it began, or above."""
+    """Detect a loss that is still at its initial value, or above it."""
     loss, rate = e["train/loss"], e["train/learning_rate"]
     if len(loss) < N_RECENT:
         return None
     initial, now, peak = initial_loss(e), loss.median(N_RECENT), max(rate.values, default=math.nan)
     is_pretrained = e.latest("run/begins_trained") == 1
     reference = "the initial loss of the pretrained model" if is_pretrained else "the loss of uniform predictions"
-    evidence = f"{now:.2f} after {loss.step + 1:,} steps; {initial:.2f} is {reference}"
+    evidence = f"the loss is {now:.2f} after {loss.step + 1:,} steps; {initial:.2f} is {reference}"
     max_ratio = MAX_ABOVE_INITIAL if is_pretrained else MAX_ABOVE_CHANCE
     if now > max_ratio * initial and min(loss.values) > (1 - MIN_DECREASE) * initial:
         return Finding(evidence, *lower_rate_advice(e))
@@ -92,11 +108,11 @@ def loss_not_falling(e: MetricHistory) -> Finding | None:
         return None  # a pretrained model may have nothing left to learn
     if now > (1 - MIN_DECREASE) * initial:
         if min(median for _, median in loss.rolling_medians(N_RECENT)) <= (1 - MIN_DECREASE) * initial:
-            return None  # it had fallen: no learning rate that is too low makes it rise again
+            return None  # the loss fell before, and a learning rate that is too low cannot make it rise again
         flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP_COMMAND}"
         return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
     bits, unigram = e["val/bits_per_byte"], e.latest("baselines/unigram")
-    # A run whose rate is too low passes this level as well, but does not stay there.
+    # A run with a learning rate that is too low also passes this level, but does not stay there.
     is_flat = now > (1 - FLAT_DECREASE) * loss.median(N_RECENT, before=2 * N_RECENT)
     if bits.step >= loss.steps[-N_RECENT] and bits.last > UNIGRAM_SHARE * unigram and is_flat:
         evidence = f"{bits.last:.2f} bits per byte of the validation text; a unigram model needs {unigram:.2f}"
@@ -105,10 +121,10 @@ def loss_not_falling(e: MetricHistory) -> Finding | None:
 
 
 def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
-    """Cause and flag for steps that are too large."""
+    """Return the cause and the flag for steps that are too large."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     if not math.isfinite(peak):
-        return "the learning rate is too high", f"a tenth of it: --model.optimizer.lr; {SWEEP_COMMAND}"
+        return "the learning rate is too high", f"a tenth of --model.optimizer.lr; {SWEEP_COMMAND}"
     if e.latest("run/warmup_steps") == 0:
         post_norm = ": post-norm needs a warm-up" if e.latest("run/post_norm") == 1 else ""
         steps = max(20, int(e.latest("run/steps") / 5)) if math.isfinite(e.latest("run/steps")) else 200
@@ -121,20 +137,20 @@ def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
 
 
 def steps_too_large(e: MetricHistory) -> Finding | None:
-    """Weights have grown so large that further updates have no effect; norms may hide it from the loss."""
+    """Detect weights so large that further updates have no effect, which norm layers may hide from the loss."""
     stream = e[STREAM_NORM_TAG]
     if len(stream) < 2 or not stream.last > MAX_STREAM_GROWTH * max(stream.values[0], 1.0):
         return None
-    evidence = f"the residual stream after the first block has norm {stream.last:.2g}, at first {stream.values[0]:.2g}"
+    evidence = f"the norm of the residual stream after block 1 is {stream.last:.2g}, initially {stream.values[0]:.2g}"
     return Finding(evidence, *lower_rate_advice(e))
 
 
 def steps_too_small(e: MetricHistory) -> Finding | None:
-    """At the full learning rate a step barely changes the matrices, while other parameters may reduce the loss."""
+    """Detect steps at the full learning rate that barely change the matrices; other parameters may reduce the loss."""
     rate = e["train/learning_rate"]
     peak = max(rate.values, default=math.nan)
     is_warm = e.step >= e.latest("run/warmup_steps") and rate.last >= PEAK_SHARE * peak
-    # A skipped step changes no weights, and does not count.
+    # A skipped step does not count, because it changes no weights.
     ratios = [
         (e[name].last, name.rpartition("/")[2])
         for name in UPDATE_RATIO_TAGS
@@ -144,12 +160,12 @@ def steps_too_small(e: MetricHistory) -> Finding | None:
     if not (ratio < MIN_UPDATE_RATIO and is_warm) or e.latest("run/begins_trained") == 1:
         return None
     flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP_COMMAND}"
-    evidence = f"step {e.step} changed {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is usual"
+    evidence = f"step {e.step} changed {part} by {ratio:.2g} of its norm; 0.001 to 0.05 is typical"
     return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
 
 
 def divergence(e: MetricHistory) -> Finding | None:
-    """The loss had fallen, and has risen for good."""
+    """Detect a loss that fell, then rose and did not recover."""
     loss = e["train/loss"]
     if len(loss) < 2 * N_RECENT:
         return None
@@ -157,11 +173,11 @@ def divergence(e: MetricHistory) -> Finding | None:
     now = loss.median(N_RECENT)
     if not (best < (1 - MIN_DECREASE) * initial_loss(e) and now > (1 + MIN_RISE) * best + MIN_RISE_NATS):
         return None
-    return Finding(f"{best:.2f} at step {step}, {now:.2f} now", *lower_rate_advice(e))
+    return Finding(f"the loss was {best:.2f} at step {step}, and is {now:.2f} now", *lower_rate_advice(e))
 
 
 def overfitting(e: MetricHistory) -> Finding | None:
-    """The validation loss rises while the training loss falls."""
+    """Detect a validation loss that rises while the training loss falls."""
     val, train = e["val/loss"], e["train/loss"]
     if len(val) < 3 or len(train) < 2 * N_RECENT or math.isnan(initial_loss(e)):
         return None
@@ -175,24 +191,23 @@ def overfitting(e: MetricHistory) -> Finding | None:
         return None
     epochs = (val.step + 1) * e.latest("run/tokens_per_step") / e.latest("run/train_tokens")
     seen = f", after {epochs:.3g} epochs" if math.isfinite(epochs) else ""
-    gap = f"training {now:.3f}, a gap of {val.last - now:.2f}"
+    gap = f"training loss {now:.3f}, a gap of {val.last - now:.2f}"
     return Finding(
-        f"validation {val.last:.3f}, {best:.3f} at step {since}; {gap}{seen}",
+        f"validation loss {val.last:.3f}, {best:.3f} at step {since}; {gap}{seen}",
         "the model memorizes the training text; use more text, or train for fewer steps",
         f"--trainer.max_steps {since + 1}" if since else "--model.gpt.dropout 0.1",
     )
 
 
 def suspiciously_low_loss(e: MetricHistory) -> Finding | None:
-    """The validation text is predicted better than is possible."""
+    """Detect a validation loss that is implausibly low."""
     bits = e["val/bits_per_byte"]
     baselines = [e.latest(f"baselines/{name}") for name in ("xz", "bigram")]
     baseline = next((value for value in baselines if math.isfinite(value)), math.nan)
     if not bits.last < MIN_BASELINE_SHARE * baseline:
         return None
     return Finding(
-        f"{bits.last:.3f} bits per byte of the validation text; compressing it or counting its tokens needs "
-        f"{baseline:.2f}",
-        "the model sees the tokens that it has to predict, or was trained on the validation text",
+        f"{bits.last:.3f} bits per byte of the validation text; a compressor or n-gram model needs {baseline:.2f}",
+        "the model sees the tokens that it must predict, or was trained on the validation text",
         "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
     )

@@ -1,4 +1,4 @@
-"""The metrics and texts of a run so far, by their names in TensorBoard."""
+"""History of a run's metrics and texts, keyed by TensorBoard tag."""
 
 import math
 import statistics
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 MAX_POINTS: Final = 2000
-"""Points kept of a curve; of a longer one every other point of the older half is dropped."""
+"""Maximum number of points per curve; beyond it, every other point of the older half is dropped."""
 
 
 class MetricCurve:
-    """Points of one metric, ordered by step."""
+    """The points of one metric, ordered by step."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -20,7 +20,7 @@ class MetricCurve:
         return len(self.steps)
 
     def add(self, step: int, value: float) -> None:
-        """Append a point; one of the same step replaces the last."""
+        """Append a point; if the last point has the same step, replace it."""
         if self.steps and self.steps[-1] == step:
             self.values[-1] = value
             return
@@ -30,27 +30,30 @@ class MetricCurve:
             del self.steps[1 : MAX_POINTS // 2 : 2], self.values[1 : MAX_POINTS // 2 : 2]
 
     def drop_from(self, step: int) -> None:
-        """Drop the points from a step on."""
+        """Drop all points at or after a step."""
         kept = next((place for place, at in enumerate(self.steps) if at >= step), len(self))
         del self.steps[kept:], self.values[kept:]
 
     @property
     def last(self) -> float:
-        """The newest value; NaN if there is none."""
+        """Newest value, or NaN if there is none."""
         return self.values[-1] if self.values else math.nan
 
     @property
     def step(self) -> int:
-        """Step of the newest point; -1 if there is none."""
+        """Step of the newest point, or -1 if there is none."""
         return self.steps[-1] if self.steps else -1
 
     def median(self, newest: int, before: int = 0) -> float:
-        """Median of the ``newest`` points that are finite, without the last ``before``; NaN if there are none."""
+        """Return the median of the finite values among the ``newest`` points before the last ``before`` points.
+
+        NaN if there are no finite values.
+        """
         stop = len(self) - before
         return _finite_median(self.values[max(0, stop - newest) : max(0, stop)])
 
     def rolling_medians(self, width: int) -> Iterator[tuple[int, float]]:
-        """Median of the finite values of each ``width`` neighbours, with the step of the last of them."""
+        """Yield the median of the finite values in each window of ``width`` points, with the step of its last point."""
         for end in range(width, len(self) + 1):
             median = _finite_median(self.values[end - width : end])
             if math.isfinite(median):
@@ -63,7 +66,7 @@ def _finite_median(values: list[float]) -> float:
 
 
 class MetricHistory:
-    """Curves and texts of a run.
+    """The curves and texts of a run.
 
     Attributes:
         step: Step of the newest point, counted from 0 as in TensorBoard.
@@ -77,17 +80,17 @@ class MetricHistory:
         self._texts: dict[str, dict[int, str]] = {}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add a point of several curves."""
+        """Add one point to each of several curves."""
         self.step = step
         for name, value in values.items():
             self[name].add(step, value)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add a text under a name."""
+        """Add a text with a name."""
         self._texts.setdefault(name, {})[step] = text
 
     def drop_from(self, step: int) -> None:
-        """Drop everything from a step on."""
+        """Drop all points and texts at or after a step."""
         for curve in self._curves.values():
             curve.drop_from(step)
         for name, texts in self._texts.items():
@@ -95,13 +98,13 @@ class MetricHistory:
         self.step = min(self.step, step - 1)
 
     def __getitem__(self, name: str) -> MetricCurve:
-        """A curve; empty if there is no metric of that name."""
+        """Return the curve of a metric; empty if there is no metric of this name."""
         return self._curves.setdefault(name, MetricCurve())
 
     def latest(self, name: str) -> float:
-        """Newest value of a metric; NaN if there is none, so that every comparison with it is false."""
+        """Return the newest value of a metric, or NaN if there is none, so that every comparison with it is false."""
         return self[name].last
 
     def text(self, name: str, step: int) -> str:
-        """Text of a step; empty if there is none."""
+        """Return the text with a name at a step; empty if there is none."""
         return self._texts.get(name, {}).get(step, "")

@@ -1,4 +1,4 @@
-"""How much of a text is repeated."""
+"""Measures of repetition in a text."""
 
 from typing import Any, Final
 
@@ -6,26 +6,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 PASSAGE_LENGTH: Final = 32
-"""Tokens of a passage; longer repetitions are not a coincidence."""
+"""Number of tokens per passage; repetitions of this length are not a coincidence."""
 HASH_BASE: Final = 0x9E3779B97F4A7C15
-"""Any large odd number."""
+"""Base of the rolling hash; any large odd number works."""
 PHRASE_LENGTH: Final = 4
-"""Words of a phrase in a generated text."""
+"""Number of words per phrase in a generated text."""
 
 
 def repeated_passage_share(ids: NDArray[Any]) -> float:
-    """Share of the passages of ``PASSAGE_LENGTH`` tokens that occurred before in the text.
+    """Compute the fraction of passages of ``PASSAGE_LENGTH`` tokens that occur earlier in the text.
+
+    Passages are compared by a 64-bit hash.
 
     Args:
-        ids: (n,) integers.
+        ids: (n,) integer token ids.
 
     Returns:
-        Between 0 and 1; 0 for a text shorter than a passage. Passages are compared by a 64-bit hash.
+        Fraction between 0 and 1; 0 for a text shorter than a passage.
     """
     n = len(ids) - PASSAGE_LENGTH + 1
     if n < 2:
         return 0.0
-    # A random number per token, so that regularities among ids do not show in sums of them.
+    # A random number per token, so that regularities among ids do not carry over to sums of them.
     random = np.random.default_rng(0).integers(1, 2**63, int(ids.max()) + 1, dtype=np.uint64)
     # Rabin-Karp rolling hash as a difference of prefix sums; modulo 2^64, where every odd number has an inverse.
     powers = np.cumprod(np.full(len(ids), HASH_BASE, np.uint64))
@@ -37,9 +39,9 @@ def repeated_passage_share(ids: NDArray[Any]) -> float:
 
 
 def repeated_phrase_share(text: str) -> float:
-    """Share of the phrases of ``PHRASE_LENGTH`` words that occurred before in the text.
+    """Compute the fraction of phrases of ``PHRASE_LENGTH`` words that occur earlier in the text.
 
-    0 for a text of fewer than ``2 * PHRASE_LENGTH`` words.
+    0 for a text with fewer than ``2 * PHRASE_LENGTH`` words.
     """
     words = text.split()
     phrases = [tuple(words[place : place + PHRASE_LENGTH]) for place in range(len(words) - PHRASE_LENGTH + 1)]

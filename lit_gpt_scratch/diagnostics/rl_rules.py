@@ -1,7 +1,7 @@
-"""Rules about RL policies: KL from the initial policy, reward, and changes in the replies.
+"""Rules for RL policies: KL from the initial policy, reward, and changes in the replies.
 
-Metrics of a phase's replies are logged at each of its steps, and count once. Healthy runs are those of
-``experiments/align/ppo.yaml`` and ``grpo.yaml``, with a program and with a reward model as the reward.
+Metrics of the replies of a rollout phase are logged at each step of the phase, but count only once. "Healthy runs" are
+those of ``experiments/align/ppo.yaml`` and ``grpo.yaml``, with a program or a reward model as the reward.
 """
 
 import math
@@ -13,41 +13,51 @@ from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 N_RECENT: Final = 3
-"""Phases whose median is a policy's state."""
+"""Number of rollout phases whose median describes the current policy."""
 MIN_SEPARATION: Final = 1.5
-"""Distance of two medians of three phases, relative to the larger of the two ranges. Pure noise is that far apart once
-in 125 times, in a simulation with normal noise."""
+"""Minimum distance between two medians of three rollout phases each, relative to the larger of the two ranges.
+
+In a simulation with normal noise, pure noise is this far apart once in 125 times.
+"""
 MIN_REWARD_DROP: Final = 0.15
-"""Share of all replies, from the best there was. The share of 115 replies, as validation has, fluctuates by 0.05."""
+"""Minimum drop of the true reward (fraction of correct replies) from its best value.
+
+With 115 replies, as in validation, it fluctuates by 0.05.
+"""
 MIN_REWARD_GAIN: Final = 0.1
-"""Share of the possible gain in true reward. Healthy runs gain 0.6 and more."""
+"""Minimum gain in true reward as a fraction of the possible gain; healthy runs reach 0.6 or more."""
 MAX_KL: Final = 30.0
-"""Nats per reply. Healthy runs reach 5 to 12, and 19 for GRPO with a reward model; a run without a penalty, at ten
-times the learning rate, 75."""
+"""Maximum KL in nats per reply.
+
+Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a penalty at ten times the learning rate
+reaches 75.
+"""
 MAX_KL_TO_TARGET: Final = 4.0
-"""Relative to the KL that the coefficient is adapted to reach."""
+"""Maximum KL relative to the target KL of an adaptive coefficient."""
 MIN_ENTROPY_SHARE: Final = 0.1
-"""Relative to the initial entropy. In healthy runs a token's entropy stays between 0.4 and 2 times the initial one."""
+"""Minimum entropy per token relative to the initial entropy; healthy runs stay between 0.4 and 2."""
 MIN_LENGTH_SHARE: Final = 0.3
-"""Relative to the initial length of a reply, in tokens including the end token. Healthy runs stay above 0.6, also where
-short replies are preferred."""
+"""Minimum reply length relative to the initial length, in tokens including the end token.
+
+Healthy runs stay above 0.6, even if short replies are preferred.
+"""
 MIN_ENDED_SHARE: Final = 0.5
-"""Share of the replies with an end token. In healthy runs it is 0.93 and more."""
+"""Minimum fraction of replies with an end token; 0.93 or more in healthy runs."""
 PENALTY_FACTOR: Final = 4
-"""Suggested coefficient relative to the one that was not enough; ``DEFAULT_PENALTY`` where there was none."""
+"""Suggested KL coefficient relative to one that was too small; ``DEFAULT_PENALTY`` if there was no penalty."""
 DEFAULT_PENALTY: Final = 0.05
 NO_STEP: Final = -1
 
 
 def _phases(e: MetricHistory, name: str) -> list[tuple[int, float]]:
-    """One point per phase of a curve that is logged together with ``train/kl``: the first of each phase."""
+    """Return the first point of each rollout phase of a curve that is logged together with ``train/kl``."""
     kl, curve = e["train/kl"], e[name]
     firsts = {step for place, step in enumerate(kl.steps) if place == 0 or kl.values[place] != kl.values[place - 1]}
     return [point for point in zip(curve.steps, curve.values, strict=True) if point[0] in firsts]
 
 
 def _first_and_recent(e: MetricHistory, name: str) -> tuple[float, float]:
-    """Value of the first known phase, and the median of the newest; NaN if there are too few."""
+    """Return the value of the first rollout phase and the median of the newest; NaN if there are too few phases."""
     values = [value for _, value in _phases(e, name)]
     return (values[0], statistics.median(values[-N_RECENT:])) if len(values) > N_RECENT else (math.nan, math.nan)
 
@@ -58,26 +68,26 @@ def _all_above(before: Sequence[float], after: Sequence[float]) -> bool:
 
 
 def _has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether values have risen by more than their noise."""
+    """Whether the values have risen by more than their noise."""
     spread = max(max(values) - min(values) for values in (before, after))
     rise = statistics.median(after) - statistics.median(before)
     return _all_above(before, after) and rise > MIN_SEPARATION * spread
 
 
 def _penalty_flag(e: MetricHistory) -> str:
-    """A larger KL coefficient."""
+    """Return the flag for a larger KL coefficient."""
     coefficient = e.latest("train/kl_coefficient")
     return f"--model.kl_coefficient {PENALTY_FACTOR * coefficient if coefficient > 0 else DEFAULT_PENALTY:.2g}"
 
 
 def _slower_flag(e: MetricHistory) -> str:
-    """A third of the learning rate."""
+    """Return the flag for a third of the learning rate."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     return f"--model.optimizer.lr {peak / 3:.2g}" if math.isfinite(peak) else "a third of --model.optimizer.lr"
 
 
 def reward_hacking(e: MetricHistory) -> Finding | None:
-    """The training reward rises, and the true reward does not."""
+    """Detect a training reward that rises while the true reward does not."""
     evidence, step = _training_hack(e) or _validation_hack(e) or _no_gain(e) or ("", NO_STEP)
     if not evidence:
         return None
@@ -90,14 +100,19 @@ def reward_hacking(e: MetricHistory) -> Finding | None:
 
 
 def _reward_curves(e: MetricHistory) -> tuple[list[int], list[float], list[float]]:
-    """Steps of the phases, their reward and true reward; empty if the true reward is unknown."""
+    """Return step, reward and true reward of each rollout phase; empty if the true reward is unknown."""
     reward, true = _phases(e, "train/reward"), dict(_phases(e, "train/true_reward"))
     shared = [(step, value, true[step]) for step, value in reward if step in true]
     return [each[0] for each in shared], [each[1] for each in shared], [each[2] for each in shared]
 
 
 def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """Evidence, and the step of the best true reward if that was better than at the beginning."""
+    """Detect a fall of the true reward in training while the reward rises.
+
+    Returns:
+        The evidence, and the step of the best true reward, or ``NO_STEP`` if it fell from the start. None if there is no
+        such fall.
+    """
     steps, reward, true = _reward_curves(e)
     if len(steps) < 2 * N_RECENT:
         return None
@@ -114,7 +129,7 @@ def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
 
 
 def _validation_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """The same for held-out prompts, whose replies are sampled with the same random numbers."""
+    """Detect a fall of the true reward on held-out prompts, whose replies always use the same random numbers."""
     reward, true = e["val/reward"], e["val/true_reward"]
     if len(true) < 2 or reward.steps != true.steps:
         return None
@@ -126,7 +141,7 @@ def _validation_hack(e: MetricHistory) -> tuple[str, int] | None:
 
 
 def _no_gain(e: MetricHistory) -> tuple[str, int] | None:
-    """Of a finished run: the true reward has not risen."""
+    """Detect a finished run whose reward has risen while its true reward has not."""
     steps, reward, true = _reward_curves(e)
     if len(steps) < 2 * N_RECENT or not e.is_over or not _has_risen(reward[:N_RECENT], reward[-N_RECENT:]):
         return None
@@ -142,7 +157,7 @@ def _arrow(before: float, after: float) -> str:
 
 
 def kl_blow_up(e: MetricHistory) -> Finding | None:
-    """The policy has moved far away from the initial one."""
+    """Detect a policy that has moved far away from the initial policy."""
     initial, now = _first_and_recent(e, "train/kl")
     target = e.latest("run/kl_target")
     has_target = math.isfinite(target)
@@ -150,7 +165,7 @@ def kl_blow_up(e: MetricHistory) -> Finding | None:
         return None
     cause = "steps too large for the penalty" if has_target else "a KL penalty too small for this reward and step size"
     has_no_penalty = not has_target and not e.latest("train/kl_coefficient") > 0
-    usual = f"; the target is {target:.3g}" if has_target else "; 5 to 20 is usual"
+    usual = f"; the target is {target:.3g}" if has_target else "; 5 to 20 is typical"
     return Finding(
         f"KL to the initial policy is {now:.1f} nats per reply, {initial:.1f} in the first phase{usual}",
         "no KL penalty: kl_coefficient is 0" if has_no_penalty else cause,
@@ -159,19 +174,19 @@ def kl_blow_up(e: MetricHistory) -> Finding | None:
 
 
 def entropy_collapse(e: MetricHistory) -> Finding | None:
-    """The policy gives nearly the same reply every time."""
+    """Detect a policy that gives nearly the same reply every time."""
     initial, now = _first_and_recent(e, "train/entropy")
     if not now < MIN_ENTROPY_SHARE * initial:
         return None
     return Finding(
         f"{now:.2g} nats per token, {initial:.2g} in the first phase: replies to a prompt are nearly identical",
-        "steps too large, which settled on the first reply with a reward; replies never sampled are never learned from",
+        "steps too large, so the policy settled on the first rewarded reply; replies never sampled are never learned",
         f"{_slower_flag(e)}; --model.entropy_coefficient 0.01",
     )
 
 
 def _reward_was_kept(e: MetricHistory) -> bool:
-    """Whether most of the highest gain in reward is retained."""
+    """Whether the policy retains more than half of its highest gain in reward."""
     reward = [value for _, value in _phases(e, "train/reward")]
     if len(reward) <= N_RECENT:
         return False
@@ -180,7 +195,7 @@ def _reward_was_kept(e: MetricHistory) -> bool:
 
 
 def length_collapse(e: MetricHistory) -> Finding | None:
-    """Replies become very short, or do not end."""
+    """Detect replies that become very short or do not end."""
     initial, now = _first_and_recent(e, "train/reply_tokens")
     initially_ended, ended = _first_and_recent(e, "train/ended")
     if not (now < MIN_LENGTH_SHARE * initial or ended < MIN_ENDED_SHARE):
@@ -192,12 +207,12 @@ def length_collapse(e: MetricHistory) -> Finding | None:
         )
     is_rewarded = _reward_was_kept(e)
     if not is_rewarded and kl_blow_up(e):
-        return None  # which explains it
+        return None  # the KL blow-up explains the symptom
     if initially_ended < MIN_ENDED_SHARE:
         flag = f"--data.reply_tokens {2 * math.ceil(now)}"
         return Finding(evidence, "the initial model does not end its replies, or reply_tokens is too small", flag)
     if not is_rewarded:
-        return Finding(evidence, "steps too large: it does not raise the reward", _slower_flag(e))
+        return Finding(evidence, "steps too large: the change does not increase the reward", _slower_flag(e))
     if ended < MIN_ENDED_SHARE:
         cause = "the reward prefers long replies, and not ending costs nothing"
         return Finding(evidence, cause, f"--model.unended_score {min(0.0, *e['train/reward'].values):.2g}")

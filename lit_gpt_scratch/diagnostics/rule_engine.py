@@ -1,4 +1,4 @@
-"""Evaluates the diagnostic rules whenever their metrics have new points."""
+"""Rule engine: evaluates the diagnostic rules whenever their metrics have new points."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -7,16 +7,16 @@ from typing import Final, NamedTuple
 from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 
 MAX_REPEATED_DIAGNOSES: Final = 100
-"""Diagnoses kept per repeatable symptom."""
+"""Maximum number of diagnoses per repeatable symptom."""
 
 
 class Finding(NamedTuple):
-    """The result of a rule that found a problem.
+    """A problem found by a rule.
 
     Attributes:
-        evidence: The measurement, with its numbers.
+        evidence: The measured numbers in words.
         cause: The likely cause.
-        flag: What to try, as typed on the command line.
+        flag: The flag to try, as typed on the command line.
     """
 
     evidence: str
@@ -26,15 +26,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that recognises one symptom.
+    """A rule that detects one symptom.
 
     Args:
-        name: Name of the symptom; a diagnosis begins with it.
-        reads: Names of metrics; the rule is evaluated when one of them has a new point, and when the run is over.
-        find: Returns a finding for a metric history, or None.
-        unless: Symptoms that explain this one: the rule is skipped once one of them was found.
-        repeatable: Whether each point of its metrics may be a separate case; other symptoms are reported once.
-        harmless: Whether the symptom explains no other, given the history, because it left no trace in the weights.
+        name: Name of the symptom, with which its diagnoses start.
+        reads: Names of metrics. The rule is evaluated when one of them has a new point, and at the end of the run.
+        find: Function from a metric history to a finding, or None if there is no problem.
+        unless: Names of symptoms that explain this one; the rule is skipped once one of them has been found.
+        repeatable: Whether each point of its metrics can be a separate diagnosis; other symptoms are reported once.
+        harmless: Function from a metric history to whether the symptom had no effect on the weights and therefore
+            explains no other symptom.
     """
 
     name: str
@@ -47,7 +48,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """An entry of ``doctor.json``."""
+    """A diagnosis: one entry of ``doctor.json``."""
 
     symptom: str
     cause: str
@@ -60,7 +61,7 @@ class Diagnosis:
         return self.symptom.partition(":")[0]
 
     def to_dict(self) -> dict[str, str | int]:
-        """For JSON."""
+        """Return the diagnosis as a dictionary for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -68,10 +69,10 @@ class Diagnosis:
 
 
 class RuleEngine:
-    """Evaluates rules on a run's metrics: while it trains, or from its events, with the same result.
+    """Evaluates rules on a run's metrics, with the same result during training and afterwards from its events.
 
     Args:
-        rules: In the order in which they are evaluated.
+        rules: Rules in the order of their evaluation.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
@@ -79,34 +80,34 @@ class RuleEngine:
         self.history = MetricHistory()
         self.diagnoses: list[Diagnosis] = []
         self.pending: set[str] = set()
-        """Names of metrics with points that no rule has read yet."""
+        """Names of metrics with points that have not been evaluated yet."""
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add metrics of a step; those of an earlier step are complete then, and evaluated first."""
+        """Add metrics of a step; if it is a new step, evaluate the metrics of the previous one first."""
         if step != self.history.step:
             self.evaluate()
         self.history.add(step, values)
         self.pending.update(values)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add a text under a name."""
+        """Add a text with a name."""
         self.history.add_text(step, name, text)
 
     def evaluate(self) -> None:
-        """Evaluate the rules that read pending metrics."""
+        """Evaluate the rules whose metrics have pending points."""
         if self.pending:
             pending, self.pending = self.pending, set()
             self._evaluate(rule for rule in self.rules if not pending.isdisjoint(rule.reads))
 
     def finish(self) -> None:
-        """Evaluate the run as one that is over."""
+        """Evaluate the rules on the finished run."""
         self.evaluate()
         self.history.is_over = True
         self._evaluate(rule for rule in self.rules if not rule.repeatable)
         self.history.is_over = False
 
     def drop_from(self, step: int) -> None:
-        """Drop points and diagnoses from a step on: a run resumed from a checkpoint repeats them."""
+        """Drop all points and diagnoses at or after a step, because a resumed run repeats them."""
         self.evaluate()
         self.history.drop_from(step)
         self.diagnoses = [diagnosis for diagnosis in self.diagnoses if diagnosis.step < step]

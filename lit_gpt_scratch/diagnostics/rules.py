@@ -1,8 +1,8 @@
-"""The table of diagnostic rules. To recognise a new symptom, add a rule.
+"""The table of diagnostic rules. To detect a new symptom, add a rule.
 
-A rule reads metrics by name (``callbacks/metric_logging.py`` lists them; facts about a run are curves of one point,
-``run/...``), and returns the evidence with its numbers, the likely cause, and the flag to try. A symptom that explains
-another one comes before it in the table, and is named in the other one's ``unless``.
+A rule reads metrics by name and returns the evidence with its numbers, the likely cause, and the flag to try.
+``callbacks/metric_logging.py`` lists the metrics; facts about a run are curves with a single point, ``run/...``. If one
+symptom explains another, its rule comes first in the table, and the ``unless`` of the other rule names it.
 """
 
 from typing import Final
@@ -11,7 +11,7 @@ from lit_gpt_scratch.diagnostics import activation_rules, config_rules, loss_rul
 from lit_gpt_scratch.diagnostics.rule_engine import Rule
 
 RATE_SYMPTOMS: Final = ("steps too large", "steps too small", "loss not falling")
-"""All are caused by the learning rate, so only the first one found is reported."""
+"""Symptoms caused by the learning rate; only the first one found is reported."""
 MISALIGNED_LABELS: Final = "labels out of place"
 RULES: Final = (
     Rule(MISALIGNED_LABELS, ("run/labels_next",), config_rules.misaligned_labels),
@@ -59,4 +59,4 @@ RULES: Final = (
     Rule("entropy collapse", ("train/entropy",), rl_rules.entropy_collapse, ("KL blow-up", "length collapse")),
 )  # fmt: skip
 REPORTED_BY_PLAN: Final = frozenset({"small validation", "far from compute-optimal"})
-"""The run plan (``callbacks/run_plan.py``) warns of these before the run begins; they are not printed again."""
+"""Symptoms that the run plan (``callbacks/run_plan.py``) warns of before training; they are not printed again."""

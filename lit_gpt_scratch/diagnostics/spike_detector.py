@@ -1,9 +1,10 @@
-"""Detects steps whose loss or gradient norm is an outlier among those before.
+"""Detects steps whose loss or gradient norm is an outlier among recent steps.
 
-A loss is compared with the median of the last ones in units of their deviation, a gradient norm by its ratio to the
-median, because gradient norms of healthy runs are far from normally distributed. After OLMo's rule of skipping steps
-six standard deviations out (https://arxiv.org/abs/2501.00656, section 3.2), with medians instead of means, so that an
-outlier does not hide the next one.
+The loss is measured by its distance to the median of recent losses, in standard deviations estimated from their median
+absolute deviation (MAD). The gradient norm is measured by its ratio to the median of recent norms, because gradient
+norms of healthy runs are far from normally distributed. The method follows OLMo's rule of skipping steps that are six
+standard deviations above the mean (https://arxiv.org/abs/2501.00656, section 3.2), but uses medians, so that an outlier
+does not hide the next one.
 """
 
 import math
@@ -14,29 +15,33 @@ from typing import Any, Final, Literal
 StepKind = Literal["non_finite", "spike"]
 
 WINDOW: Final = 64
-"""Steps that a new one is compared with."""
+"""Number of recent normal steps that a new step is compared with."""
 MIN_STEPS: Final = 20
-"""Steps before anything can be a spike."""
+"""Number of normal steps required before a step can be a spike."""
 MAX_DEVIATIONS: Final = 12.0
-"""Deviations of the loss. Healthy runs reach 4: the largest of 20 runs of ten shapes, 300 steps each. In batches of six
-short windows a Unicode table in the standard library's sources has reached 9."""
+"""Standard deviations (estimated from the MAD) above the median beyond which a loss is a spike.
+
+Healthy runs reach 4, the maximum over 20 runs with ten model shapes and 300 steps each. With batches of six short
+windows, a Unicode table in the source code of Python's standard library has reached 9.
+"""
 MIN_DEVIATION: Final = 0.02
-"""Least deviation, relative to the median and in nats, where the earlier losses were nearly equal."""
+"""Minimum standard deviation, both relative to the median and in nats, for recent losses that are nearly equal."""
 MAX_NORM_RATIO: Final = 30.0
-"""Gradient norm over the median norm. The same runs reach 7."""
+"""Ratio of gradient norm to median norm beyond which a step is a spike; the same healthy runs reach 7."""
 PATIENCE: Final = 8
-"""Outlier steps in a row from which on it is not a batch that is unusual: the level has changed."""
+"""Number of consecutive outliers from which on the cause is a changed loss level, not an unusual batch."""
 MAD_TO_STD: Final = 1.4826
-"""Standard deviation of a normal distribution over its median absolute deviation."""
+"""Ratio of standard deviation to median absolute deviation (MAD) for a normal distribution."""
 
 
 class SpikeDetector:
-    """Classifies one step after the other. Its state is plain numbers.
+    """Classifies steps one by one as normal or outliers. Its state consists of plain numbers.
 
     Attributes:
-        in_a_row: Outlier steps in a row, or since the run was rewound.
-        is_outlier: Whether the last step was one.
-        deviations: How far the last loss was above the median, in deviations; 0 while too few steps are known.
+        in_a_row: Number of consecutive outliers, counted from the last rewind if there was one since.
+        is_outlier: Whether the last step was an outlier.
+        deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD); 0 if it
+            was not above the median, or if too few steps are known.
     """
 
     def __init__(self) -> None:
@@ -47,10 +52,10 @@ class SpikeDetector:
         self.deviations = 0.0
 
     def classify_step(self, loss: float, norm: float) -> StepKind | None:
-        """Kind of outlier, or None for a normal step, which later ones are compared with.
+        """Return the kind of outlier, or None for a normal step; later steps are compared with normal steps only.
 
         Args:
-            loss: Mean over the step's labels; 0 if the task reports none.
+            loss: Mean loss over the labels of the step; 0 if the task reports no loss.
             norm: Gradient norm before clipping.
         """
         kind = self._kind(loss, norm)
@@ -63,21 +68,21 @@ class SpikeDetector:
 
     @property
     def median_loss(self) -> float:
-        """Median of the losses that a new one is compared with."""
+        """Median of the losses that a new loss is compared with."""
         return statistics.median(self.losses)
 
     @property
     def median_norm(self) -> float:
-        """Median of the gradient norms that a new one is compared with."""
+        """Median of the gradient norms that a new norm is compared with."""
         return statistics.median(self.norms)
 
     @property
     def is_calm(self) -> bool:
-        """Whether enough steps are known, and the last one was normal."""
+        """Whether enough steps are known and the last step was normal."""
         return len(self.losses) >= MIN_STEPS and not self.is_outlier
 
     def reset(self) -> None:
-        """Start over, at another level."""
+        """Forget all steps, to start over at a new loss level."""
         self.losses.clear()
         self.norms.clear()
         self.in_a_row = 0
@@ -89,14 +94,14 @@ class SpikeDetector:
         if len(self.losses) < MIN_STEPS:
             return None
         median = self.median_loss
-        if loss > median:  # the lower half of all steps needs no more work
+        if loss > median:  # half of all steps need no further computation
             spread = MAD_TO_STD * statistics.median(abs(other - median) for other in self.losses)
             self.deviations = (loss - median) / max(spread, MIN_DEVIATION * abs(median), MIN_DEVIATION)
         is_spike = self.deviations > MAX_DEVIATIONS or norm > MAX_NORM_RATIO * self.median_norm > 0
         return "spike" if is_spike else None
 
     def state_dict(self) -> dict[str, Any]:
-        """The whole state."""
+        """Return the state, including the recent losses and norms."""
         known = {"losses": list(self.losses), "norms": list(self.norms)}
         return {**known, "in_a_row": self.in_a_row, "stood_out": self.is_outlier}
 
@@ -105,4 +110,4 @@ class SpikeDetector:
         self.losses = deque(state["losses"], WINDOW)
         self.norms = deque(state["norms"], WINDOW)
         self.in_a_row = state["in_a_row"]
-        self.is_outlier = state.get("stood_out", self.in_a_row > 0)  # older checkpoints lack it
+        self.is_outlier = state.get("stood_out", self.in_a_row > 0)  # missing in older checkpoints

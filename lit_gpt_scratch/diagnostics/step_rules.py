@@ -1,4 +1,4 @@
-"""Rules about single steps: non-finite values, spikes, gradient norms, and waiting for data."""
+"""Rules for single steps: non-finite values, spikes, gradient norms, and waiting for data."""
 
 import math
 from typing import Final
@@ -15,38 +15,38 @@ from lit_gpt_scratch.diagnostics.spike_detector import (
 )
 
 GUARD_OFF: Final = 0.0
-"""``run/guard`` for ``--guard off``."""
+"""Value of ``run/guard`` for ``--guard off``."""
 GUARD_ACTS: Final = 2.0
-"""``run/guard`` for ``--guard act``."""
+"""Value of ``run/guard`` for ``--guard act``."""
 N_RECENT: Final = 3
-"""Points whose median is the current value of a curve."""
+"""Number of newest points whose median is the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
-"""Share of a step. In healthy runs it is 0.01 to 0.04."""
+"""Maximum fraction of step time spent waiting for data; 0.01 to 0.04 in healthy runs."""
 EARLY_SHARE: Final = 0.25
-"""Share of the run in which spikes are caused by a missing warm-up."""
+"""Fraction of the run, from its start, in which a missing warm-up is assumed to cause spikes."""
 MAX_GUARD_LINES: Final = 4
-"""Lines quoted of the guard's report on a step: numbers, location, and the hardest window."""
+"""Maximum number of lines quoted from the guard's report: numbers, location, and the hardest window."""
 CHECKED_METRICS: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
 def not_finite(e: MetricHistory) -> Finding | None:
-    """NaN or infinity, as the guard reports it, or in logged metrics that were finite before."""
+    """Detect NaN or infinity, as reported by the guard or in logged metrics that were finite before."""
     guarded = e["guard/non_finite"]
     if len(guarded) and guarded.step == e.step:
         return Finding(
             _guard_report(e, "guard/non_finite/where") or "the loss or the gradient of the step",
-            "a batch, an operation, or a precision whose range is too small; it began in the part named first",
+            "a batch, an operation, or a precision with too small a range; it started in the part named first",
             "--trainer.detect_anomaly true" if e.latest("run/guard") == GUARD_ACTS else "--guard act",
         )
     if e.latest("run/guard") > GUARD_OFF and not math.isfinite(e.latest("train/loss")):
-        return None  # the guard has reported the step
+        return None  # the guard has already reported the step
     for name in CHECKED_METRICS:
         values = e[name].values
         if e[name].step == e.step and values and not math.isfinite(values[-1]):
             if len(values) > 1 and not math.isfinite(values[-2]):
                 return None
             return Finding(
-                f"{name} is {values[-1]} at a log point; where it began is unknown without the guard",
+                f"{name} is {values[-1]} at a log point; where it started is unknown without the guard",
                 "a step with a non-finite gradient has reached the weights",
                 "--guard act",
             )
@@ -54,22 +54,22 @@ def not_finite(e: MetricHistory) -> Finding | None:
 
 
 def steps_are_skipped(e: MetricHistory) -> bool:
-    """Whether non-finite steps never reach the weights."""
+    """Whether the guard skips non-finite steps, so that they never reach the weights."""
     return e.latest("run/guard") == GUARD_ACTS
 
 
 def loss_spike(e: MetricHistory) -> Finding | None:
-    """A spike, as the guard reports it; without the guard, in the logged losses."""
+    """Detect a loss spike, as reported by the guard or, without the guard, in the logged losses."""
     if not has_learned(e):
         return None
     acts = e.latest("run/guard") == GUARD_ACTS
-    cause = "an unusual batch; look at its documents, or clean them"
+    cause = "an unusual batch; inspect its documents, or clean them"
     is_early = e.latest("run/warmup_steps") == 0 and e.step < EARLY_SHARE * e.latest("run/steps")
     guarded = e["guard/spike"]
     if len(guarded) and guarded.step == e.step:
         report = _guard_report(e, "guard/spike/where")
         flag = "--data.cleaning+=lit_gpt_scratch.text.quality.GopherQuality" if acts else "--guard act"
-        above = f"{guarded.last:.1f} deviations above the median; " if guarded.last > MAX_DEVIATIONS else ""
+        above = f"{guarded.last:.1f} standard deviations above the median; " if guarded.last > MAX_DEVIATIONS else ""
         return Finding(above + report, *(lower_rate_advice(e) if is_early else (cause, flag)))
     loss = e["train/loss"]
     if e.latest("run/guard") > GUARD_OFF or loss.step != e.step or not math.isfinite(loss.last):
@@ -79,26 +79,26 @@ def loss_spike(e: MetricHistory) -> Finding | None:
     detector.norms.append(1.0)
     if detector.classify_step(loss.last, 1.0) is None:
         return None
-    evidence = f"{detector.deviations:.1f} deviations above the median; loss {loss.last:.4g}"
+    evidence = f"{detector.deviations:.1f} standard deviations above the median; loss {loss.last:.4g}"
     return Finding(evidence, *(lower_rate_advice(e) if is_early else (cause, "--guard act")))
 
 
 def rewound(e: MetricHistory) -> Finding | None:
-    """The guard has rewound the run, because skipping steps did not help."""
+    """Report that the guard has rewound the run because skipping steps did not help."""
     rewind = e["guard/rewound_to"]
     if not len(rewind) or rewind.step != e.step:
         return None
     rate = max(e["train/learning_rate"].values, default=math.nan)
     lower = f" {rate / 3:.2g}" if math.isfinite(rate) else ""
     return Finding(
-        f"{PATIENCE} steps in a row were skipped; back to the weights of step {rewind.last:.0f}",
-        "not a single batch: the learning rate is too high, the precision too low, or a stretch of the text differs",
+        f"{PATIENCE} consecutive steps were skipped; rewound to the weights of step {rewind.last:.0f}",
+        "not a single batch: the learning rate is too high, the precision is too low, or part of the text differs",
         f"--model.optimizer.lr{lower}",
     )
 
 
 def exploding_gradients(e: MetricHistory) -> Finding | None:
-    """The gradient norm stays far larger than before."""
+    """Detect a gradient norm that stays far larger than before."""
     norm = e["train/gradient_norm"]
     if len(norm) < 10 + N_RECENT or not has_learned(e):
         return None
@@ -108,25 +108,25 @@ def exploding_gradients(e: MetricHistory) -> Finding | None:
     rate = max(e["train/learning_rate"].values, default=math.nan)
     return Finding(
         f"the gradient norm is {now:.3g}, {now / before:.0f} times its earlier value",
-        "a learning rate that drives the weights to where the loss is steep",
+        "a learning rate so high that it drives the weights to a region where the loss is steep",
         f"--model.optimizer.lr {rate / 3:.2g}",
     )
 
 
 def slow_loader(e: MetricHistory) -> Finding | None:
-    """Steps wait for their batches."""
+    """Detect steps that wait long for their batches."""
     share = e["throughput/data"]
     if len(share) < N_RECENT or not share.median(N_RECENT) > MAX_DATA_SHARE:
         return None
     processes = e.latest("run/loader_processes")
     return Finding(
-        f"{share.median(N_RECENT):.0%} of a step's time is spent waiting for its batch",
+        f"{share.median(N_RECENT):.0%} of the step time is spent waiting for the batch",
         "batches are loaded more slowly than the model processes them",
         f"--data.num_workers {(int(processes) if math.isfinite(processes) else 0) + 2}",
     )
 
 
 def _guard_report(e: MetricHistory, name: str) -> str:
-    """The guard's report on the current step, in one line."""
+    """Return the guard's report on the current step as a single line."""
     lines = [line for line in e.text(name, e.step).replace("\n- ", "\n").splitlines() if line]
     return "; ".join(lines[:MAX_GUARD_LINES])

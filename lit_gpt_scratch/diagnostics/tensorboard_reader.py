@@ -11,24 +11,24 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
-"""What PyTorch's writer appends to the name of a text."""
+"""Suffix that PyTorch's ``SummaryWriter`` appends to the name of a text."""
 TEST_PREFIX: Final = "test/"
-"""Metrics measured after training, which the diagnostics of the live run have not seen."""
+"""Prefix of metrics measured after training, which the live diagnostics have not seen."""
 
 
 def replay_events(run: Path, engine: RuleEngine) -> None:
-    """Add the metrics and texts of a run to a rule engine, without finishing it.
+    """Add the metrics and texts of a run to a rule engine, without calling its ``finish``.
 
     Args:
-        run: A directory with event files; points repeated by a resumed session replace the earlier ones.
-        engine: Without metrics so far.
+        run: Directory with event files; points repeated by a resumed session replace the earlier ones.
+        engine: Rule engine without metrics.
 
     Raises:
-        UserError: There are no events in the directory.
+        UserError: If the directory contains no events.
     """
     files = [path for path in sorted(run.glob("*tfevents*")) if not path.name.endswith(".hparams")]
     if not files:
-        raise UserError(f"{run} has no TensorBoard events; pass the folder of a run")
+        raise UserError(f"{run} has no TensorBoard events; pass a run directory")
     for path in files:
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("session_log"):
