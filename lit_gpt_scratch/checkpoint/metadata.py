@@ -92,7 +92,7 @@ def require_same_model(
     """
     there, here = checkpoint.fields, network.fields
     different = [
-        f"{name} {there.get(name)} there, {here.get(name)} here"
+        f"{name} is {there.get(name)} in the checkpoint, {here.get(name)} here"
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name) and name not in may_differ
     ]

@@ -135,7 +135,7 @@ class ResumeStressTest:
     def _wait_until_finished(self, process: "subprocess.Popen[str]") -> None:
         _, stderr = process.communicate()
         if process.returncode and FINISHED_MESSAGE not in stderr:  # the kill may have come after the last save
-            lines = stderr.strip().splitlines() or ["nothing"]
+            lines = stderr.strip().splitlines() or ["no output"]
             raise UserError(f"the run failed without being killed, with exit code {process.returncode}: {lines[-1]}")
 
     def _kill(self, process: "subprocess.Popen[str]", run: RunFolder) -> str | None:

@@ -183,7 +183,7 @@ class LayoutParity:
             text=True,
         )
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or ["nothing"]
+            lines = done.stderr.strip().splitlines() or ["no output"]
             raise UserError(f"{layout}, {case}: fit failed with exit code {done.returncode}: {lines[-1]}")
         traced: dict[str, Any] = torch.load(runs / "parity" / "version_0" / "trace.pt", weights_only=True)
         on_run()

@@ -1,4 +1,4 @@
-"""Model-free baselines in bits per byte: xz, uniform, unigram and bigram counts."""
+"""Baselines in bits per byte that need no model: xz compression, and uniform, unigram and bigram distributions."""
 
 import lzma
 from typing import Any
@@ -9,35 +9,36 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.unsignedinteger[Any]]
 
 PAIRS_PER_CHUNK = 1_000_000
-"""Validation pairs that are looked up at once: about 100 MB of memory, for a text of any length."""
+"""Number of validation token pairs to process at once: about 100 MB of memory, for texts of any length."""
 
 MAX_TRAINING_TOKENS = 16_000_000
-"""Maximum number of training tokens to count: more hardly improve the estimate, but cost memory and time."""
+"""Maximum number of training tokens to count. More tokens take memory and time, but hardly improve the estimate."""
 
 
 def measure_xz_bits_per_byte(text: str) -> float:
-    """Bits per byte of the text compressed with ``xz -9``, a strong general-purpose compressor."""
+    """Return the bits per byte of a text compressed with ``xz -9``, a strong general-purpose compressor."""
     data = text.encode()
     return 8 * len(lzma.compress(data, preset=9)) / len(data)
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:
-    """Bits of the validation tokens without the first, with equal probabilities."""
+    """Return the bits needed for the validation tokens, except the first, if all token ids are equally probable."""
     return (len(validation) - 1) * float(np.log2(vocab_size))
 
 
 def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Bits of the validation tokens without the first, under their training frequencies (add-one smoothing)."""
+    """Return the bits needed for the validation tokens, except the first, under add-one smoothed training counts."""
     return float(
         -np.log2(_unigram_probabilities(train, vocab_size)) @ np.bincount(validation[1:], minlength=vocab_size)
     )
 
 
 def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Bits of the validation tokens without the first, each given the previous one.
+    """Return the bits needed for the validation tokens, except the first, each given the previous token.
 
-    Pair counts are interpolated with the unigram by Witten-Bell smoothing (https://arxiv.org/abs/cmp-lg/9606011,
-    section 2.5): the more distinct tokens have followed ``a``, the more weight the unigram gets after it.
+    Pair counts are interpolated with unigram probabilities by Witten-Bell smoothing
+    (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens followed ``a`` in training, the more
+    weight the unigram gets.
 
         P(b | a) = (count(a b) + followers(a) P(b)) / (count(a) + followers(a))
     """
@@ -59,13 +60,16 @@ def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) ->
 
 
 def compute_token_baselines(train: TokenIds, validation: TokenIds, vocab_size: int, n_bytes: int) -> dict[str, float]:
-    """Bits per byte of the validation text under token counts.
+    """Compute the bits per byte of the validation text under token-count baselines.
 
     Args:
-        train: (n,) training token ids; ``MAX_TRAINING_TOKENS`` of them are enough.
-        validation: (m,) ids of the validation stream; as for the model, all but the first are predicted.
+        train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` of them are enough.
+        validation: Validation token ids, (m,); all but the first are predicted, as for the model.
         vocab_size: Number of token ids.
-        n_bytes: UTF-8 bytes of the validation text.
+        n_bytes: Length of the validation text in UTF-8 bytes.
+
+    Returns:
+        Bits per byte for ``uniform``, ``unigram`` and ``bigram``.
     """
     return {
         "uniform": count_uniform_bits(validation, vocab_size) / n_bytes,
@@ -81,6 +85,6 @@ def _unigram_probabilities(train: TokenIds, vocab_size: int) -> NDArray[np.float
 
 
 def _pair_ids(ids: TokenIds, vocab_size: int) -> TokenIds:
-    """Every adjacent pair as one number, first * vocab_size + second: (n - 1,). Sorting is faster in 32 bits."""
+    """Encode each adjacent pair as one integer, first * vocab_size + second, (n - 1,). 32-bit integers sort faster."""
     wide: TokenIds = ids.astype(np.uint32 if vocab_size <= 2**16 else np.uint64)
     return wide[:-1] * vocab_size + wide[1:]

@@ -1,4 +1,4 @@
-"""Read and validate the rows of a benchmark file; errors name the row."""
+"""Read and validate the rows of a benchmark file. Error messages name the row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,7 +8,7 @@ from lit_gpt_scratch.text.sources import DocumentSource
 
 
 def read_rows(source: str) -> Iterator[TableRow]:
-    """Read every row of a source.
+    """Read all rows of a source.
 
     Raises:
         UserError: The source is missing or contains no rows, or a row cannot be read.
@@ -19,10 +19,10 @@ def read_rows(source: str) -> Iterator[TableRow]:
 
 
 def get_text(row: TableRow, *columns: str) -> str:
-    """The text in the first of these columns that is not empty.
+    """Return the text in the first of these columns that is not empty.
 
     Raises:
-        UserError: All are missing or empty, or the value is not text.
+        UserError: All of the columns are missing or empty, or the value is not text.
     """
     found = next((name for name in columns if row.fields.get(name) not in (None, "")), None)
     if found is None:
@@ -35,7 +35,7 @@ def get_text(row: TableRow, *columns: str) -> str:
 
 
 def get_texts(row: TableRow, column: str) -> list[str]:
-    """The list of texts in a column.
+    """Return the list of texts in a column.
 
     Raises:
         UserError: The value is not a list of at least two texts.
@@ -47,10 +47,10 @@ def get_texts(row: TableRow, column: str) -> list[str]:
 
 
 def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
-    """Index of the name in a column, which contains the index (from 0) or the name itself.
+    """Return the index of the choice in a column that contains either the index, from 0, or the name.
 
     Raises:
-        UserError: The value is neither.
+        UserError: The value is neither an index in range nor one of the names.
     """
     found = row.fields.get(column)
     if isinstance(found, str) and found in names:

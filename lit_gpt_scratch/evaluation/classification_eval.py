@@ -1,4 +1,4 @@
-"""Evaluation of classifiers: accuracy, F1, AUROC and the confusion matrix."""
+"""Evaluate classifiers: accuracy, F1, AUROC and the confusion matrix."""
 
 import logging
 import warnings
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabeledText:
-    """A text and its class.
+    """A text and its class label.
 
     Attributes:
         where: Source and line, for error messages.
@@ -41,7 +41,7 @@ class LabeledText:
 
     @classmethod
     def from_row(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "LabeledText":
-        """Read text and label, the name of a class, from two columns.
+        """Read a text and its label, the name of a class, from two columns.
 
         Raises:
             UserError: A column is missing, or the label is not one of the classes.
@@ -62,13 +62,16 @@ class LabeledText:
 
 @torch.inference_mode()
 def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: str = "last") -> NDArray[np.float64]:
-    """Class probabilities of N texts, (N, n).
+    """Compute the class probabilities of texts.
 
     Args:
-        model: In evaluation mode, with a classification head.
+        model: Model with a classification head, in evaluation mode.
         tokenizer: The model's tokenizer.
-        texts: Texts; each is preceded by the start of text, like a document.
-        pooling: Position that the head reads; see ``model.output_heads``.
+        texts: N texts; each is preceded by the start-of-text token, like a document.
+        pooling: Pooling of the hidden states for the head; see ``model.output_heads``.
+
+    Returns:
+        Probabilities, (N, n_classes).
     """
     ids = [[tokenizer.start_of_text, *tokenizer.encode(text)] for text in texts]
     if n_long := sum(len(row) > model.block_size for row in ids):
@@ -92,12 +95,19 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
 def evaluate_classification(
     model: GPT, tokenizer: Tokenizer, examples: Sequence[LabeledText], classes: Sequence[str], pooling: str = "last"
 ) -> Measurements:
-    """Predict the most probable class of each text and compare it with the label.
+    """Predict the most probable class of each text, and compare it with the label.
+
+    Args:
+        model: Model with a classification head, in evaluation mode.
+        tokenizer: The model's tokenizer.
+        examples: Labelled texts.
+        classes: Class names.
+        pooling: See ``classify``.
 
     Returns:
-        ``accuracy``; ``f1``, the mean F1 over classes that occur or are predicted; ``auroc``, the mean area under the
-        ROC curve over classes of some but not all texts, NaN if there is none; and ``confusion``, the number of texts
-        by true and predicted class.
+        ``accuracy``; ``f1``, the mean F1 score over classes that occur or are predicted; ``auroc``, the mean area under
+        the ROC curve over classes that some but not all texts have, NaN if there are no such classes; and
+        ``confusion``, the number of texts by true and predicted class.
     """
     probabilities = torch.tensor(classify(model, tokenizer, [example.text for example in examples], pooling))  # (N, n)
     predicted = probabilities.argmax(-1)  # (N,)
@@ -108,7 +118,7 @@ def evaluate_classification(
         subset = torch.from_numpy(indices)
         texts = true[subset].bincount(minlength=n)  # (n,)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about classes that are left out of the mean
+            warnings.simplefilter("ignore")  # torchmetrics warns about classes that mean_auroc leaves out
             areas = multiclass_auroc(probabilities[subset], true[subset], n, average=None)  # (n,)
         return {
             "accuracy": (predicted[subset] == true[subset]).double().mean().item(),

@@ -1,4 +1,4 @@
-"""Benchmark contamination: which texts share n-grams of words with the training data."""
+"""Detect benchmark contamination: texts that share word n-grams with the training data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +19,12 @@ NGRAM_WORDS: Final = 13
 
 
 def iterate_training_documents(source: str, text_column: str = "text") -> Iterator[str]:
-    """Documents of a source; for a token store of ``prepare --data.store``, its training documents.
+    """Iterate over the documents of a source.
+
+    Args:
+        source: A source of documents, or a token store written by ``prepare --data.store``, of which only the training
+            documents are returned.
+        text_column: Column with the text; not used for a token store.
 
     Raises:
         UserError: The source is missing or cannot be read.
@@ -43,20 +48,20 @@ def _decode_store(store: "TokenStore") -> Iterator[str]:
 
 
 def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int = NGRAM_WORDS) -> NDArray[np.bool_]:
-    """Find the texts that share an n-gram of words with a training document.
+    """Find the texts that share a word n-gram with a training document.
 
-    As for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C): 13 words, without case and punctuation,
-    or all words of a shorter text. A text of fewer than 8 words may be a common phrase: it only counts if it equals a
-    whole document, as in ``Leakage``. N-grams are compared by hashes of 8 bytes: with 10**10 of them in the training
-    data and 10**6 in the benchmark, the probability of a collision is one in 2,000.
+    The method is that of GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C). An n-gram has 13 words, or
+    all words of a shorter text; case and punctuation are ignored. A text of fewer than 8 words may be a common phrase,
+    so it is only contaminated if it equals a whole document, as in ``Leakage``. N-grams are compared by 8-byte hashes.
+    With 10**10 n-grams in the training data and 10**6 in the benchmark, the probability of a collision is 1 in 2,000.
 
     Args:
-        texts: N texts of the benchmark.
-        training: Training documents, read once.
-        words: Words per n-gram.
+        texts: N benchmark texts.
+        training: Training documents; iterated over once.
+        words: Number of words per n-gram.
 
     Returns:
-        (N,) bool. A text without a word is not contaminated.
+        Whether each text is contaminated, (N,) bool. A text without words is not contaminated.
     """
     by_length: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
     short: dict[tuple[str, ...], list[int]] = {}
@@ -87,6 +92,6 @@ def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int 
 
 
 def _sort_ngrams(ngrams: NDArray[np.uint64], owner: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-    """Sort n-grams together with the indices of the texts that they are from."""
+    """Sort n-grams together with the indices of the texts that contain them."""
     order = np.argsort(ngrams, kind="stable")
     return ngrams[order], owner[order]

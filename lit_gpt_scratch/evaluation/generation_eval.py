@@ -1,4 +1,4 @@
-"""Evaluation of generated continuations: exact match with references, diversity and repetition."""
+"""Evaluate generated continuations: exact match with references, diversity and repetition."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class GenerationExample:
 
     @property
     def text(self) -> str:
-        """Prompt and reference as plain text, to search for in the training data."""
+        """Prompt and reference as plain text, used to search the training data."""
         return self.prompt + self.reference
 
 
@@ -60,13 +60,20 @@ def evaluate_generation(
     max_new_tokens: int = 200,
     stop: Sequence[str] = (),
 ) -> Measurements:
-    """Generate greedy continuations up to the end of text, a stop string or ``max_new_tokens``.
+    """Generate greedy continuations of prompts, and compare them with the references.
+
+    Args:
+        model: The language model, in evaluation mode.
+        tokenizer: The model's tokenizer.
+        examples: Prompts with reference continuations.
+        max_new_tokens: Maximum number of tokens per continuation.
+        stop: Strings that end a continuation, in addition to the end of text.
 
     Returns:
-        ``exact_match``, the share of continuations equal to the reference, ignoring surrounding white space;
-        ``distinct_1`` and ``distinct_2``, the share of distinct words and word pairs over all continuations (Li et al.
-        2016, https://arxiv.org/abs/1510.03055), which falls with the number of texts and their length;
-        ``repetition_4``, the share of a continuation's 4-grams that occurred earlier in it, on average (seq-rep-4 of
+        ``exact_match``, the fraction of continuations equal to the reference, ignoring surrounding white space;
+        ``distinct_1`` and ``distinct_2``, the fraction of distinct words and word pairs across all continuations (Li et
+        al. 2016, https://arxiv.org/abs/1510.03055), which decreases with the number of texts and their length; and
+        ``repetition_4``, the mean fraction of a continuation's 4-grams that already occurred in it (seq-rep-4 in
         Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by white space.
 
     Raises:
@@ -89,10 +96,10 @@ def compare_with_references(
     Args:
         written: Generated texts.
         references: Reference texts.
-        **more: Further Boolean properties of the texts, (n,) each, by name.
+        **more: Additional Boolean properties of the texts, (n,) each, by name.
 
     Returns:
-        The metrics of ``evaluate_generation``, and the share of texts with each property of ``more``.
+        The metrics of ``evaluate_generation``, and the fraction of texts with each property in ``more``.
     """
     matches = np.array([text.strip() == wanted.strip() for text, wanted in zip(written, references, strict=True)])
     properties = {"exact_match": matches, **more}
@@ -117,7 +124,14 @@ def compare_with_references(
 def generate_continuations(
     model: GPT, tokenizer: Tokenizer, prompts: Sequence[str], max_new_tokens: int, stop: Sequence[str] = ()
 ) -> list[str]:
-    """Greedy continuations of the prompts.
+    """Generate one greedy continuation per prompt.
+
+    Args:
+        model: The language model, in evaluation mode.
+        tokenizer: The model's tokenizer.
+        prompts: Texts to continue.
+        max_new_tokens: Maximum number of tokens per continuation.
+        stop: Strings that end a continuation, in addition to the end of text.
 
     Raises:
         UserError: A prompt is longer than the context.

@@ -1,4 +1,4 @@
-"""Confidence intervals (95%) of evaluation metrics: Wilson for shares, the jackknife for all others."""
+"""95% confidence intervals for evaluation metrics: Wilson intervals for proportions, the jackknife for all others."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL_QUANTILE: Final = 1.959963984540054
-"""95% of a normal distribution are within this many standard deviations."""
+"""Number of standard deviations around the mean that contain 95% of a normal distribution."""
 MAX_GROUPS: Final = 100
 """Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
-"""Relative spread up to which a metric counts as constant: it is due to another order of additions."""
+"""Relative spread up to which a metric is considered constant, because it is due to rounding in a different order."""
 MIN_ROWS: Final = 30
-"""Minimum number of rows to estimate the spread from; for fewer rows, their parts are used if there are any."""
+"""Minimum number of rows for estimating the spread. With fewer rows, parts of rows are used if there are any."""
 
 PartIndices = NDArray[np.intp]
 Metrics = dict[str, float]
@@ -23,16 +23,16 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Measurements:
-    """Per-part measurements of an evaluation, and how metrics are computed from them.
+    """Measurements of the parts of an evaluation, and functions that compute metrics from them.
 
     Attributes:
-        row: Row index of each measured part, (n,) intp, ascending. A benchmark row is one part; a long document has
-            several parts, its windows.
+        row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
+            parts, one per window.
         n_rows: Number of rows.
-        metrics: Computes the metrics over the parts with these indices, (m,) intp.
-        shares: Names of metrics that are a share of rows, such as an accuracy.
-        extra: Computes values without an interval, such as counts and the chance level.
-        limits: Lower and upper bound of metrics that have one, by name.
+        metrics: Function that computes the metrics over the parts with given indices, (m,) intp.
+        shares: Names of metrics that are proportions of rows, such as accuracy.
+        extra: Function that computes values without a confidence interval, such as counts and the chance level.
+        limits: Lower and upper bounds of bounded metrics, by name.
     """
 
     row: PartIndices
@@ -44,7 +44,7 @@ class Measurements:
 
     @classmethod
     def from_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measurements":
-        """Measurements of rows with one part each."""
+        """Build measurements of rows that have one part each."""
         return cls(np.arange(n_rows), n_rows, *args, **kwargs)
 
 
@@ -54,12 +54,13 @@ class ScoreSummary:
 
     Attributes:
         rows: Number of rows.
-        metrics: Values by name.
-        intervals: Lower and upper end of each metric's 95% confidence interval. None if it is unknown: for a single
-            row, or if the metric does not depend on the rows left out, e.g. when all rows have the same value. The
-            true value is then probably near, but how near is unknown.
-        extra: Values without an interval.
-        from_parts: Whether the intervals are from the spread among parts of rows, because there are too few rows.
+        metrics: Metrics by name.
+        intervals: Lower and upper bounds of each metric's 95% confidence interval, or None if the interval is unknown.
+            That is the case for a single row, and if leaving out rows does not change the metric, e.g. because all
+            rows have the same value. The true value is then probably close, but it is unknown how close.
+        extra: Values without a confidence interval, by name.
+        from_parts: Whether the intervals are estimated from the spread among parts of rows, because there are too few
+            rows.
     """
 
     rows: int
@@ -70,14 +71,15 @@ class ScoreSummary:
 
 
 def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> ScoreSummary:
-    """Metrics with their intervals: Wilson's for a share, the jackknife with Student's t for all others.
+    """Compute metrics with confidence intervals: Wilson for proportions, the jackknife with Student's t for all others.
 
-    Rows are the unit of sampling: a similar benchmark would have other rows. If there are fewer than ``MIN_ROWS`` and
-    they have parts, the parts are the unit; parts of one document are similar, so the interval is then too narrow.
+    The sampling unit is the row, because a similar benchmark would have other rows. If there are fewer than
+    ``MIN_ROWS`` rows and they have several parts, the unit is the part. The parts of one document are correlated, so
+    the intervals are then too narrow.
 
     Args:
         measured: Measurements of all rows.
-        rows: Rows to include, (n_rows,) bool, at least one; all by default.
+        rows: Mask of the rows to include, (n_rows,) bool, with at least one row; all rows by default.
     """
     kept = np.ones(measured.n_rows, dtype=bool) if rows is None else rows
     indices = np.flatnonzero(kept[measured.row])
@@ -103,9 +105,13 @@ def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> 
 
 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
-    """Wilson's score interval of a share of n rows (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
+    """Compute Wilson's score interval for a proportion (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
-    It stays within 0 and 1, and has a positive width even if all rows are right or all are wrong.
+    The interval stays within 0 and 1, and has a positive width even if all rows are right or all are wrong.
+
+    Args:
+        share: The proportion.
+        n: Number of rows.
     """
     middle = (share + NORMAL_QUANTILE * NORMAL_QUANTILE / (2 * n)) / (1 + NORMAL_QUANTILE * NORMAL_QUANTILE / n)
     half = (
@@ -117,10 +123,10 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 
 
 def student_t_quantile(freedom: int) -> float:
-    """Half-width of the central 95% interval of Student's t distribution, in standard errors.
+    """Return the half-width of the central 95% interval of Student's t distribution, in standard errors.
 
-    Exact for one and two degrees of freedom; for more, an expansion in their inverse (Abramowitz and Stegun 1964,
-    26.7.5) with an error of at most 0.13%.
+    The result is exact for one and two degrees of freedom. For more, it is an expansion in their inverse (Abramowitz
+    and Stegun 1964, 26.7.5) with an error of at most 0.13%.
 
     Args:
         freedom: Degrees of freedom, at least 1.
@@ -142,26 +148,26 @@ def student_t_quantile(freedom: int) -> float:
 def jackknife_standard_errors(
     metrics: Callable[[PartIndices], Metrics], indices: PartIndices, unit: PartIndices
 ) -> Metrics | None:
-    """Standard error of each metric by the delete-a-group jackknife.
+    """Compute the standard error of each metric with the delete-a-group jackknife.
 
-    Units are assigned to at most ``MAX_GROUPS`` groups, and each group is left out once (Shao and Tu 1995,
-    https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). It needs no random numbers and, unlike the bootstrap,
-    repeats no row, which would make texts look more repetitive than they are.
+    Sampling units are assigned to at most ``MAX_GROUPS`` groups, and each group is left out once (Shao and Tu 1995,
+    https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). The jackknife needs no random numbers. Unlike the
+    bootstrap, it does not repeat rows, which would make texts look more repetitive than they are.
 
     Args:
-        metrics: Computes the metrics over the parts with given indices.
+        metrics: Function that computes the metrics over the parts with given indices.
         indices: Indices of the parts to include, (m,).
-        unit: Unit of each part, (n,); parts of one unit are left out together.
+        unit: Index of each part's sampling unit, (n,). Parts of the same unit are left out together.
 
     Returns:
-        None for fewer than two units.
+        Standard errors by metric, or None if there are fewer than two units.
     """
     number = np.unique(unit[indices], return_inverse=True)[1]
     n = int(number.max(initial=-1)) + 1
     groups = min(n, MAX_GROUPS)
     if groups < 2:
         return None
-    # Adjacent units may be similar and go to different groups, so each group is a sample of the whole.
+    # Adjacent units may be similar, so they go to different groups. Each group is then a sample of all units.
     without = [metrics(indices[number % groups != group]) for group in range(groups)]
     return {
         name: math.sqrt((groups - 1) * float(np.var([left[name] for left in without]))) for name in metrics(indices)

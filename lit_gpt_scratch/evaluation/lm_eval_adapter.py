@@ -1,6 +1,6 @@
-"""Adapter that runs the benchmarks of ``lm-eval`` on a model of this package (the extra ``[eval]``).
+"""Run ``lm-eval`` benchmarks on models of this package. This requires the extra ``[eval]``.
 
-No other module imports ``lm_eval``, and this one is only imported to run a benchmark.
+No other module imports ``lm_eval``, and this module is only imported to run a benchmark.
 """
 
 import contextlib
@@ -27,18 +27,19 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BOOTSTRAP_ITERS: Final = 100
-"""Bootstrap iterations for metrics of task groups that have no closed-form standard error."""
+"""Number of bootstrap iterations for task group metrics without a closed-form standard error."""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Maximum tokens of a continuation for tasks that set no limit, as in ``lm-eval``."""
+"""Maximum number of tokens per continuation for tasks that do not set a limit, as in ``lm-eval``."""
 
 
 class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
-    """The model interface of ``lm-eval``: log-likelihoods of continuations and whole texts, and generation.
+    """Implements the model interface of ``lm-eval``: log-likelihoods of continuations and whole texts, and generation.
 
-    Every context begins a document, so the start of text is prepended, as with lm-eval's ``add_bos_token``.
+    Every context is the beginning of a document, so the start-of-text token is prepended, as with lm-eval's
+    ``add_bos_token``.
 
     Args:
-        model: In evaluation mode.
+        model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
     """
 
@@ -48,9 +49,9 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         self.tokenizer = tokenizer
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Log-likelihood in nats of each continuation given its context, and whether it is the greedy one.
+        """Compute the log-likelihood in nats of each continuation, and whether it equals the greedy continuation.
 
-        A context that is too long is truncated from the left.
+        Contexts that are too long are truncated from the left.
         """
         sequences = [encode_continuation(self.tokenizer, *request.args) for request in requests]
         most = self.model.block_size + 1
@@ -58,11 +59,11 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return [(score.nats, score.greedy) for score in compute_loglikelihoods(self.model, sequences)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Log-likelihood in nats of each text as a document, in the windows of ``lm-eval``."""
+        """Compute the log-likelihood in nats of each text as a whole document, split into windows as in ``lm-eval``."""
         sequences, owner = [], []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode(request.args[0])
-            # Unlike in perplexity.split_into_windows, the last window has as much context as fits.
+            # Unlike with perplexity.split_into_windows, the last window has as much context as fits.
             for read, scored in get_rolling_token_windows(ids, self.tokenizer.start_of_text, self.model.block_size, 1):
                 sequences.append(ScoredSequence([*read, scored[-1]], len(scored)))
                 owner.append(number)
@@ -72,17 +73,17 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """A greedy continuation of each context up to a stop string; long contexts are truncated from the left.
+        """Generate a greedy continuation of each context up to a stop string; truncate long contexts from the left.
 
         Raises:
-            UserError: A task asks for random sampling.
+            UserError: A task requires random sampling.
         """
         by_settings: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for number, request in enumerate(requests):
             settings = normalize_gen_kwargs(request.args[1], DEFAULT_MAX_TOKENS)
             if settings["do_sample"]:
                 raise UserError(
-                    f"argument --benchmark: {request.task_name} needs random sampling, but only greedy decoding is "
+                    f"argument --benchmark: {request.task_name} requires random sampling, but only greedy decoding is "
                     "supported; choose another task"
                 )
             stop = tuple(text for text in handle_stop_sequences(settings["until"], eos=None) if text)
@@ -97,12 +98,12 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return found
 
     def _truncate_context(self, context: str, n: int) -> str:
-        """Truncate a context from the left so that ``n`` tokens fit after it; at least half of the window is kept."""
+        """Truncate a context from the left so that ``n`` tokens fit after it, but keep at least half of the window."""
         limit = max(self.model.block_size - n, self.model.block_size // 2) - 1
         ids, kept = self.tokenizer.encode(context), limit
         while len(ids) > limit:
             context = self.tokenizer.decode(ids[len(ids) - kept :])
-            # A character split at the boundary may encode to more tokens than before: try again with one token less.
+            # A character split at the boundary may be encoded as more tokens than before. Retry with one token less.
             ids, kept = self.tokenizer.encode(context), kept - 1
         return context
 
@@ -115,24 +116,24 @@ def run_lm_eval(
     limit: int | None = None,
     include_path: Path | None = None,
 ) -> dict[str, ScoreSummary]:
-    """Run benchmarks of ``lm-eval``.
+    """Run ``lm-eval`` benchmarks.
 
     Args:
-        model: In evaluation mode.
+        model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
         names: Names of tasks or groups of tasks.
-        few_shot: Number of few-shot examples; by default the task's own.
+        few_shot: Number of few-shot examples; the task's default if None.
         limit: Maximum number of rows per task.
-        include_path: Folder with YAML files of additional tasks.
+        include_path: Folder with YAML files that define additional tasks.
 
     Returns:
-        The metrics of each task and group. If a metric cannot be recomputed from the rows, its interval is 1.96 of the
-        library's standard errors, if it reports them.
+        The metrics of each task and group, by name. If a metric cannot be recomputed from the rows, its confidence
+        interval is +/- 1.96 of the standard errors that ``lm-eval`` reports, or None if it reports none.
 
     Raises:
-        UserError: No such task, or its data cannot be loaded.
+        UserError: A task does not exist, or its data cannot be loaded.
     """
-    # Keep its output off standard output, which a program may parse; and it needs no worker processes.
+    # Keep lm-eval's output off standard output, which a program may parse. Worker processes are not needed.
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     with contextlib.redirect_stdout(sys.stderr):
         tasks = TaskManager(include_path=str(include_path) if include_path else None)
@@ -160,7 +161,7 @@ def run_lm_eval(
 
 
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
-    """Metrics like ``acc,none`` with their intervals, from the rows or from ``acc_stderr,none``."""
+    """Collect metrics like ``acc,none``, with intervals computed from the rows or from ``acc_stderr,none``."""
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for key, value in found.items():
@@ -176,7 +177,7 @@ def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], ro
 
 
 def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
-    """The interval by this package's method, if the metric of ``lm-eval`` can be recomputed from its rows."""
+    """Compute the interval as for other evaluations; None if the metric cannot be recomputed from the rows."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None
@@ -188,7 +189,7 @@ def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[
 
 
 def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
-    """Normal interval, e.g. for a group of tasks."""
+    """Compute a normal confidence interval from a standard error, e.g. for a group of tasks; None if it is unknown."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
     return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

@@ -1,4 +1,4 @@
-"""Batched log-likelihoods of continuations: the basis of perplexity, multiple choice and minimal pairs."""
+"""Compute log-likelihoods of continuations in batches, for perplexity, multiple choice and minimal pairs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH: Final = 2**14
 LOGITS_PER_BATCH: Final = 2**26
-"""Maximum logits per batch: 256 MB in float32, and as much again for the log-softmax."""
+"""Maximum number of logits per batch: 256 MB in float32, and the same again for the log-softmax."""
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence whose last tokens are scored.
+    """A sequence and the number of its last tokens to score.
 
     Attributes:
-        ids: Token ids of context and continuation.
-        n_scored: Number of scored tokens at the end; the first token is never scored.
+        ids: Token ids of the context and continuation.
+        n_scored: Number of tokens to score at the end of the sequence; the first token is never scored.
     """
 
     ids: Sequence[int]
@@ -35,11 +35,11 @@ class ScoredSequence:
 
 @dataclass(frozen=True)
 class LogLikelihood:
-    """Log-likelihood of the scored tokens of a sequence.
+    """Log-likelihood of the scored tokens in a sequence.
 
     Attributes:
-        nats: Sum of their log-probabilities.
-        greedy: Whether every token is the most probable one.
+        nats: Sum of the tokens' log-probabilities, in nats.
+        greedy: Whether each token is the most probable one.
     """
 
     nats: float
@@ -47,10 +47,10 @@ class LogLikelihood:
 
 
 def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
-    """Encode a context, as the beginning of a document, and a continuation to be scored.
+    """Encode a context, as the beginning of a document, and a continuation to score.
 
-    Both are encoded as one text, and the tokens of the context alone are not scored. As in ``lm-eval``, trailing white
-    space of the context is moved to the continuation.
+    The context and continuation are encoded as one text, and all tokens after those of the context alone are scored. As
+    in ``lm-eval``, trailing white space is moved from the context to the continuation.
 
     Raises:
         UserError: The continuation adds no token.
@@ -68,14 +68,14 @@ def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -
 def compute_loglikelihoods(
     model: GPT, sequences: Sequence[ScoredSequence], progress: bool = True
 ) -> list[LogLikelihood]:
-    """Log-likelihood of the scored tokens of each sequence.
+    """Compute the log-likelihood of the scored tokens in each sequence.
 
-    Sequences of similar length are batched, and only scored positions pass through the head.
+    Sequences of similar length are batched, and the head is only applied to scored positions.
 
     Args:
-        model: In evaluation mode, with a token head.
-        sequences: Sequences; all ids but the last fit into the context.
-        progress: Show a progress bar on a terminal.
+        model: The language model, in evaluation mode.
+        sequences: Sequences of at most ``block_size + 1`` tokens, since the last token is not an input.
+        progress: Whether to show a progress bar if the output is a terminal.
     """
     found: list[LogLikelihood | None] = [None] * len(sequences)
     lengths = [len(sequence.ids) for sequence in sequences]
@@ -96,14 +96,15 @@ def compute_loglikelihoods(
 
 
 def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[list[int]]:
-    """Group sequences of similar length into batches, the longest first, so that running out of memory happens early.
+    """Group sequences of similar length into batches, the longest first, so that out-of-memory errors occur early.
 
     Args:
         lengths: Length of each sequence.
-        sizes: Fraction of a full batch that each sequence takes; all of a batch are padded to the largest.
+        sizes: Fraction of a full batch that each sequence takes up. Each sequence in a batch counts as the largest one,
+            because of padding.
 
     Yields:
-        Indices of the sequences of a batch, at least one.
+        Indices of the sequences in a batch, at least one.
     """
     batch: list[int] = []
     largest = 0.0
@@ -119,7 +120,7 @@ def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[
 
 def _score_batch(model: GPT, sequences: Sequence[ScoredSequence]) -> Iterator[LogLikelihood]:
     device = next(model.parameters()).device
-    # Right padding: no token attends to it, and it is not scored.
+    # Sequences are right-padded: no token attends to padding, and it is not scored.
     inputs = _pad([sequence.ids[:-1] or [0] for sequence in sequences], 0).to(device)  # (B, T)
     labels = _pad([sequence.ids[len(sequence.ids) - sequence.n_scored :] for sequence in sequences], IGNORE_INDEX).to(
         device

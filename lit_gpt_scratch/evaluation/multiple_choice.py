@@ -1,4 +1,4 @@
-"""Evaluation by comparing likelihoods: multiple-choice questions and minimal pairs."""
+"""Evaluate multiple-choice questions and minimal pairs by comparing likelihoods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 EXAMPLE_SEPARATOR: Final = "\n\n"
-"""Separator of few-shot examples, as in ``lm-eval``."""
+"""Separator between few-shot examples, as in ``lm-eval``."""
 TIE_TOLERANCE: Final = 1e-6
-"""Relative tolerance: log-probabilities that differ by less are equal within float32 precision."""
+"""Relative difference below which log-probabilities are considered equal, because of float32 precision."""
 
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """A context and several continuations, one of which is right.
+    """A context and several continuations, one of which is correct.
 
     Attributes:
         where: Source and line, for error messages.
-        context: The text before the choices; empty if the choices are whole texts.
-        choices: Continuations, each including its leading space.
-        answer: Index of the right choice, from 0.
+        context: Text before the choices; empty if the choices are whole texts.
+        choices: Continuations, including any leading space.
+        answer: Index of the correct choice, from 0.
     """
 
     where: str
@@ -39,7 +39,7 @@ class MultipleChoiceQuestion:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Read ``question``, ``context`` or both, ``choices``, and ``answer``, a choice or its index from 0.
+        """Read the columns ``question`` and/or ``context``, ``choices``, and ``answer``, a choice or its index from 0.
 
         Raises:
             UserError: A column is missing or invalid.
@@ -53,7 +53,7 @@ class MultipleChoiceQuestion:
 
     @classmethod
     def from_pair(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Read ``sentence_good`` and ``sentence_bad``, the columns of BLiMP (https://arxiv.org/abs/1912.00582).
+        """Read the columns ``sentence_good`` and ``sentence_bad`` of BLiMP (https://arxiv.org/abs/1912.00582).
 
         Raises:
             UserError: A column is missing or is not text.
@@ -67,28 +67,28 @@ class MultipleChoiceQuestion:
 
     @property
     def text(self) -> str:
-        """The question with its right answer, to search for in the training data."""
+        """The question with its correct answer, used to search the training data."""
         return self.context + self.choices[self.answer]
 
 
 def evaluate_multiple_choice(
     model: GPT, tokenizer: Tokenizer, questions: Sequence[MultipleChoiceQuestion], few_shot: int = 0
 ) -> Measurements:
-    """Choose the continuation with the highest log-likelihood, the sum over its tokens, and compare it with the answer.
+    """Select the choice with the highest log-likelihood, summed over its tokens, and compare it with the answer.
 
-    The sum favours short choices, so three more metrics divide it by the number of tokens, characters or bytes. Counted
-    without the leading space, the last two are ``acc_norm`` and ``acc_bytes`` of ``lm-eval``. Ties share the
-    credit, so that a uniform model scores at chance level.
+    The sum favours short choices, so three more metrics divide it by the number of tokens, characters or bytes. The
+    leading space is not counted as a character or byte, so the last two equal ``acc_norm`` and ``acc_bytes`` in
+    ``lm-eval``. The credit for a tie is divided among the tied choices, so that a uniform model scores at chance level.
 
     Args:
-        model: In evaluation mode.
+        model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
         questions: Questions with choices.
-        few_shot: Number of questions used as examples, with their answers, before each of the others. These are the
-            first ones, and are not scored.
+        few_shot: Number of few-shot examples. The first questions are used, together with their answers, before each of
+            the other questions, and are not scored.
 
     Returns:
-        ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character``, ``accuracy_per_byte``; and ``chance``.
+        ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character`` and ``accuracy_per_byte``; and ``chance``.
 
     Raises:
         UserError: A question is longer than the context, or no questions are left to score.
@@ -125,10 +125,15 @@ def evaluate_multiple_choice(
 
 
 def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
-    """The share of pairs in which the good sentence has a higher likelihood than the bad one, each as a whole document.
+    """Evaluate minimal pairs: the good sentence must be more likely than the bad one, each as a whole document.
+
+    Args:
+        model: The language model, in evaluation mode.
+        tokenizer: The model's tokenizer.
+        pairs: Pairs of sentences.
 
     Returns:
-        ``accuracy``; and ``chance``.
+        ``accuracy``, the fraction of pairs for which this is the case; and ``chance``.
     """
     measured = evaluate_multiple_choice(model, tokenizer, pairs)
     return Measurements.from_rows(
@@ -157,7 +162,7 @@ def _encode_choice(
 def _score_answers(
     values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Score of each question, (n,): 1 if its answer has the largest value, 1/k if it ties with k - 1 others, else 0."""
+    """Score each question, (n,): 1 if its answer has the largest value, 1/k if it ties with k - 1 others, else 0."""
     best = np.repeat(np.maximum.reduceat(values, begins[:-1]), np.diff(begins))
     is_best = values >= best - TIE_TOLERANCE * np.abs(best)
     return np.where(is_best[answers], 1 / np.add.reduceat(is_best.astype(int), begins[:-1]), 0.0)

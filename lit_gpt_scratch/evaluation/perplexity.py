@@ -1,4 +1,4 @@
-"""Loss, perplexity and bits per byte of documents, with a sliding window."""
+"""Compute loss, perplexity and bits per byte of documents with a sliding window."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,22 +15,25 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Number of windows that are sorted by length and batched together."""
+"""Number of windows to sort by length and batch together."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Split a text into windows that score every token once, except the first.
+    """Split a text into windows such that each token except the first is scored exactly once.
 
-    Each window begins ``stride`` tokens after the previous one and scores the tokens that have not been scored: all of
-    the first window, then ``stride`` tokens with at least ``window - stride`` tokens of context.
+    Each window begins ``stride`` tokens after the previous one, and scores the tokens that have not been scored yet.
+    These are all tokens in the first window, and then ``stride`` tokens with at least ``window - stride`` tokens of
+    context.
 
     Args:
-        n_tokens: Tokens of the text, including the start of text.
-        window: Maximum number of input tokens.
-        stride: From 1 (most context, most compute) to ``window`` (no token is read twice).
+        n_tokens: Number of tokens in the text, including the start of text.
+        window: Maximum number of input tokens per window.
+        stride: Number of tokens between the beginnings of two windows, from 1 (most context and compute) to ``window``
+            (no token is read twice).
 
     Yields:
-        Index of the first token, index after the last, and how many of the last tokens are scored.
+        For each window, the index of its first token, the index after its last token, and the number of tokens to score
+        at its end.
     """
     predicted = 1
     for start in range(0, n_tokens, stride):
@@ -43,21 +46,21 @@ def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tupl
 def evaluate_perplexity(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> Measurements:
-    """Score whole documents, without context from another document.
+    """Compute loss, perplexity and bits per byte of whole documents, without context from other documents.
 
-    A document is preceded by the start of text and split into windows; each of its tokens is scored once. The end of
-    text after the document is not scored.
+    Each document is preceded by the start-of-text token and split into windows, and each of its tokens is scored once.
+    The end of text after the document is not scored.
 
     Args:
-        model: In evaluation mode.
+        model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
         texts: Documents.
-        window: Input tokens per window; by default, and at most, the model's ``block_size``.
-        stride: As for ``split_into_windows``; by default ``window``.
+        window: Number of input tokens per window. The default and maximum is the model's ``block_size``.
+        stride: See ``split_into_windows``; ``window`` by default.
 
     Returns:
-        ``loss`` (nats per token), ``perplexity`` (per token), ``bits_per_byte``; and ``tokens``, ``bytes``. The bytes
-        of a document are distributed over its windows in proportion to the byte lengths of their tokens.
+        ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``; and ``tokens`` and ``bytes``. The
+        bytes of a document are distributed over its windows in proportion to the byte lengths of their tokens.
 
     Raises:
         UserError: The window is longer than the context, or the stride is longer than the window.
@@ -77,7 +80,7 @@ def evaluate_perplexity(
         with tqdm(desc="scoring", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             for number, text in enumerate(texts):
                 ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
-                # A text without tokens has nothing to score, but its bytes count.
+                # A text without tokens has nothing to score, but its bytes are counted.
                 spans = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
                 sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in spans]
                 size = len(text.encode())
@@ -108,7 +111,7 @@ def evaluate_perplexity(
 def score_documents(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> dict[str, float | int]:
-    """``loss``, ``perplexity``, ``bits_per_byte``, ``tokens`` and ``bytes`` of documents, as plain numbers."""
+    """Compute the metrics and counts of ``evaluate_perplexity`` over all documents, as plain numbers by name."""
     measured = evaluate_perplexity(model, tokenizer, texts, window, stride)
     indices = np.arange(len(measured.row))
     return {**measured.metrics(indices), **measured.extra(indices)}

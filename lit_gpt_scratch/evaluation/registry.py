@@ -1,4 +1,4 @@
-"""All evaluation tasks: how each reads its rows, calls the model and computes its metrics."""
+"""Registry of evaluation tasks: how each task reads its rows, runs the model and computes its metrics."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -30,21 +30,21 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Options of an evaluation; each task uses some of them.
+    """Options for an evaluation; each task uses a subset of them.
 
     Attributes:
         source: Source of the rows or documents.
         limit: Maximum number of rows.
-        against: Training data of the model, to search for the rows (contamination).
-        text_column: Column with the text, of documents and of labelled rows.
-        label_column: Column with the class.
-        window: As for ``perplexity.evaluate_perplexity``.
-        stride: As for ``perplexity.evaluate_perplexity``.
-        few_shot: As for ``multiple_choice.evaluate_multiple_choice``.
-        max_new_tokens: As for ``generation_eval.evaluate_generation``.
-        stop: As for ``generation_eval.evaluate_generation``.
+        against: The model's training data, to search for contamination; None skips the search.
+        text_column: Column with the text of documents and labelled rows.
+        label_column: Column with the class label.
+        window: See ``perplexity.evaluate_perplexity``.
+        stride: See ``perplexity.evaluate_perplexity``.
+        few_shot: See ``multiple_choice.evaluate_multiple_choice``.
+        max_new_tokens: See ``generation_eval.evaluate_generation``.
+        stop: See ``generation_eval.evaluate_generation``.
         classes: Class names of a classifier.
-        pooling: As for ``classification_eval.classify``.
+        pooling: See ``classification_eval.classify``.
     """
 
     source: str
@@ -63,15 +63,15 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """One evaluation task.
+    """An evaluation task.
 
     Attributes:
-        description: The metric, and the columns it reads.
-        read: Reads rows or documents.
-        text: Plain text of a row, to search for in the training data.
-        measure: Runs the model on the rows.
-        flags: Fields of ``EvalRequest`` it uses in addition to ``source``, ``limit`` and ``against``.
-        needs_classifier: Whether it is for a classifier rather than a language model.
+        description: Metrics that the task computes, and columns that it reads.
+        read: Function that reads rows or documents.
+        text: Function that returns a row as plain text, used to search the training data.
+        measure: Function that runs the model on the rows.
+        flags: Fields of ``EvalRequest`` that the task uses in addition to ``source``, ``limit`` and ``against``.
+        needs_classifier: Whether the task requires a classifier instead of a language model.
     """
 
     description: str
@@ -102,7 +102,7 @@ EVAL_TASKS: Final = {
         ("few_shot",),
     ),
     "minimal_pairs": EvalTask(
-        "share of pairs in which the good sentence is more probable; columns: sentence_good, sentence_bad",
+        "fraction of pairs in which the good sentence is more probable; columns: sentence_good, sentence_bad",
         lambda request: map(MultipleChoiceQuestion.from_pair, benchmark_rows.read_rows(request.source)),
         lambda pair: str(pair.text),
         lambda model, tokenizer, rows, request: multiple_choice.evaluate_minimal_pairs(model, tokenizer, rows),
@@ -141,12 +141,12 @@ EVAL_TASKS: Final = {
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores of all rows and, if the training data was searched, of the uncontaminated ones.
+    """Scores on all rows and, if the training data was searched, on the uncontaminated rows.
 
     Attributes:
-        scores: Scores of all rows.
-        contaminated: Number of rows found in the training data; None if it was not searched.
-        clean: Scores of the other rows; None if there are none, or if the training data was not searched.
+        scores: Scores on all rows.
+        contaminated: Number of rows found in the training data; None if the training data was not searched.
+        clean: Scores on the uncontaminated rows; None if there are none, or if the training data was not searched.
     """
 
     scores: ScoreSummary
@@ -154,7 +154,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON form: metrics and other values by name, their ``intervals``, and ``contamination``."""
+        """Convert to a JSON-serializable dict: metrics and other values by name, ``intervals``, ``contamination``."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows
@@ -172,16 +172,16 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
 
     Args:
         name: Name of the task.
-        model: In evaluation mode, with the head that the task needs.
+        model: Model with the head that the task requires, in evaluation mode.
         tokenizer: The model's tokenizer.
-        request: Options.
+        request: Options for the evaluation.
 
     Raises:
         UserError: A row is invalid, or there are no rows.
     """
     task = EVAL_TASKS[name]
     rows = islice(task.read(request), request.limit)
-    # Documents may not fit into memory, so they are only kept if the training data is searched for them.
+    # Documents may not fit into memory, so they are only kept if the training data is searched for contamination.
     kept = rows if name == "text" and request.against is None else list(rows)
     if kept == []:
         raise UserError(f"{request.source} has no rows")
@@ -194,10 +194,10 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
 
 
 def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterable[str]:
-    """Texts of the training data: rows of the same task, or documents.
+    """Read training data as texts: either rows in the format of the task, or documents.
 
     Raises:
-        UserError: The source is missing, or contains neither.
+        UserError: The source is missing, or contains neither rows nor documents.
     """
     task, same = EVAL_TASKS[name], replace(request, source=source)
     if "text_column" in task.flags:
@@ -205,13 +205,13 @@ def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterab
     try:
         for _ in task.read(same):
             break
-    except UserError:  # not rows of this task
+    except UserError:  # not in the format of this task
         return iterate_training_documents(source)
     return map(task.text, task.read(same))
 
 
 def summary_to_dict(found: ScoreSummary) -> dict[str, Any]:
-    """JSON form of scores."""
+    """Convert scores to a JSON-serializable dict."""
     return {
         "rows": found.rows,
         **{name: None if math.isnan(value) else value for name, value in found.metrics.items()},

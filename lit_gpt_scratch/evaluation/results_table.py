@@ -1,4 +1,4 @@
-"""Print evaluation results as a table, and save them in the run's folder."""
+"""Format evaluation results as a table, and save them in the run folder."""
 
 import hashlib
 import json
@@ -15,12 +15,15 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 log = logging.getLogger(__name__)
 
 RESULTS_FOLDER: Final = "evaluations"
-"""Subfolder of the run. TensorBoard shows it as a separate run: with newer events in the run's own folder, it would
-stop following a run that is still training."""
+"""Subfolder of the run folder for results.
+
+TensorBoard shows it as a separate run. If newer event files were in the run folder itself, TensorBoard would stop
+following a run that is still training.
+"""
 
 
 def format_results(result: Mapping[str, Any]) -> str:
-    """Format a result of ``EvalResult.to_dict`` for a terminal: values and 95% intervals, also of the clean rows."""
+    """Format a result of ``EvalResult.to_dict`` for a terminal: values with 95% intervals, on all and on clean rows."""
     contamination = result.get("contamination")
     clean = contamination and contamination["clean"]
     lines = [["metric", "value", "95% interval"] + (["clean rows", "95% interval"] if clean else [])]
@@ -50,13 +53,13 @@ def format_results(result: Mapping[str, Any]) -> str:
 def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write ``evaluations/<name>-<digest>.json`` and TensorBoard scalars ``eval/<name>/...`` into a run's folder.
 
-    The digest is a hash of the request, so only a repeated request overwrites its earlier result.
+    The digest is a hash of the request, so an earlier result is only overwritten if the same request is repeated.
 
     Args:
-        folder: The run's folder.
-        name: Name of the task and the source.
-        request: The request as plain data, with the ``step`` of the checkpoint.
-        result: Metrics by name; values that are not numbers are not logged to TensorBoard.
+        folder: The run folder.
+        name: Name of the result, made of the task and the source.
+        request: The request as plain data, including the ``step`` of the checkpoint.
+        result: Metrics by name; only finite numbers are logged to TensorBoard.
     """
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     path = folder.path / RESULTS_FOLDER / f"{name}-{digest}.json"
@@ -65,7 +68,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
         with atomic_file(path) as file:
             file.write(json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False).encode())
         _write_scalars(path.parent, name, result, request["step"])
-    except OSError as error:  # e.g. another user's run; the result has been printed
+    except OSError as error:  # e.g. the run belongs to another user; the result has already been printed
         log.warning("results not saved: cannot write %s (%s)", path, error.strerror)
     else:
         log.info("results saved in %s", path)

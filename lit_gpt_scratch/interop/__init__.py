@@ -1,1 +1,1 @@
-"""Import and export of Hugging Face models, without the ``transformers`` library."""
+"""Import and export Hugging Face models without the ``transformers`` library."""

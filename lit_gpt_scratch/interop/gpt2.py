@@ -25,11 +25,11 @@ MODULE_NAMES: Final[dict[str, tuple[str, ...]]] = {
     "mlp.c_fc": ("feed_forward.input",),
     "mlp.c_proj": ("feed_forward.output",),
 }
-"""Modules of a block, Hugging Face name to ours; each has a weight and a bias."""
+"""Map from the Hugging Face names of a block's modules to the names in this package; each has a weight and a bias."""
 
 
 class GPT2Family(ModelFamily):
-    """Learned positions, pre-LayerNorm, GELU, biases everywhere."""
+    """GPT-2: learned positions, pre-LayerNorm, GELU, and biases in all layers."""
 
     model_type, architecture, prefix, context_field = "gpt2", "GPT2LMHeadModel", "transformer.", "n_positions"
     tied_by_default = has_dropout = True
@@ -95,7 +95,7 @@ class GPT2Family(ModelFamily):
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         found = super().unsupported_settings(gpt)
         if gpt.kv_heads != gpt.n_head:
-            found.append(f"n_kv_head is {gpt.kv_heads} (there n_head, {gpt.n_head})")
+            found.append(f"n_kv_head is {gpt.kv_heads} (must be n_head, {gpt.n_head})")
         if gpt.head_width * gpt.n_head != gpt.n_embd:
-            found.append(f"head_dim is {gpt.head_width} (there n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
+            found.append(f"head_dim is {gpt.head_width} (must be n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
         return found

@@ -1,4 +1,4 @@
-"""Import and export of Hugging Face model folders (config, weights, tokenizer), as ``transformers`` uses them."""
+"""Import and export Hugging Face model folders (config, weights and tokenizer) in the format of ``transformers``."""
 
 import json
 import logging
@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 FAMILIES: Final[dict[str, ModelFamily]] = {
     family.model_type: family for family in (Qwen3Family(), LlamaFamily(), MistralFamily(), GPT2Family())
 }
-"""By ``model_type``. The first that can express a config is used for export."""
+"""Families by ``model_type``. The first one that can express a config is used for export."""
 CONFIG_FILE: Final = "config.json"
 
 
 class PortableModel(NamedTuple):
-    """A trained model as plain parts, to import or export.
+    """The parts of a trained model that are imported or exported.
 
     Attributes:
-        shape: The arguments of ``GPT``.
+        shape: Arguments of ``GPT``.
         weights: The network's state dict.
         tokenizer: The model's tokenizer.
     """
@@ -47,7 +47,7 @@ class PortableModel(NamedTuple):
 
 
 def read_hf_checkpoint(folder: Path) -> PortableModel:
-    """Read the model in a folder; its weights keep their dtype.
+    """Read a model from a folder; its weights keep their dtype.
 
     Raises:
         UserError: A file is missing, or the model is not supported.
@@ -65,12 +65,12 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
             f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer in the same folder has ids up to "
             f"{tokenizer.vocab_size - 1}; the two belong to different models"
         )
-    # The token that the tokenizer prepends, or else the config's.
+    # The token that the tokenizer prepends, or the config's if there is none.
     start = next(iter(tokenizer.post_processor_ids), config.values.get("bos_token_id"))
     if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
         tokenizer.start_of_text = start
     found = read_tensors(folder)
-    if not any(name.startswith(family.prefix) for name in found):  # the bare model without its head
+    if not any(name.startswith(family.prefix) for name in found):  # saved without the head
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
     if shape.gpt.tied_embeddings:
         _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
@@ -82,11 +82,11 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` can load.
 
     Args:
-        model: The model. Padding rows of its embeddings are removed.
+        model: The model to export. Padding rows of its embeddings are removed.
         folder: Folder to create; it is written atomically.
 
     Returns:
-        Name of the ``transformers`` class.
+        Name of the ``transformers`` class that can load the model.
 
     Raises:
         UserError: The folder is not empty or cannot be written, or no family can express the model.
@@ -137,7 +137,7 @@ def _choose_family(shape: ModelShape) -> ModelFamily:
 def _build_json_files(
     family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Content of the JSON files, by name."""
+    """Build the content of the JSON files, keyed by file name."""
     shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
     special_ids = {"bos_token_id": start, "eos_token_id": end}
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
@@ -154,7 +154,7 @@ def _build_json_files(
             **special_ids,
             **family.build_config(shape),
         },
-        # Only for generation: a padding token in the config would get no gradient in the embedding.
+        # Only in this file: a padding token in config.json would receive no gradient in the embedding.
         "generation_config.json": {**special_ids, "pad_token_id": end},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -167,7 +167,11 @@ def _build_json_files(
 
 
 def _pop_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
-    """Remove a tied head, which some files contain in addition to the embedding."""
+    """Remove a tied head, which some files contain in addition to the embedding.
+
+    Raises:
+        UserError: The head differs from the embedding.
+    """
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get(embedding, head)):
         raise UserError(
@@ -196,7 +200,7 @@ def _read_config(folder: Path) -> HFConfigReader:
 def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
     if (folder / TOKENIZER_FILE).is_file():
         return Tokenizer.load(folder / TOKENIZER_FILE)
-    # vocab.json and merges.txt do not say how text is split into words; for GPT-2 it is known.
+    # vocab.json and merges.txt do not specify how text is split into words, but for GPT-2 this is known.
     if not isinstance(family, GPT2Family) or not any(
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):

@@ -10,12 +10,12 @@ MAX_SIZE: Final = 1 << 31
 
 
 class HFConfigReader:
-    """Typed access to config fields. Unsupported values are collected, so that one error can list all of them.
+    """Typed access to config fields. Unsupported values are collected so that one error can list all of them.
 
     Args:
-        path: The file, for error messages.
-        values: Its content.
-        prefix: Path of a nested object, ending with a dot.
+        path: Path of the file, for error messages.
+        values: Content of the file, or of an object nested in it.
+        prefix: Path of the nested object in the file, ending with a dot; empty for the whole file.
         unsupported: List that collects unsupported values.
     """
 
@@ -28,22 +28,22 @@ class HFConfigReader:
         self.unsupported: list[str] = [] if unsupported is None else unsupported
 
     def nested(self, name: str) -> "HFConfigReader":
-        """Reader of a nested object; empty if the field is missing or null."""
+        """Return a reader for a nested object; it has no values if the field is missing or null."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             self._raise_invalid(name, "null or an object")
         return HFConfigReader(self.path, value or {}, f"{self.prefix}{name}.", self.unsupported)
 
     def positive_int(self, name: str, default: int | None = None, if_null: int | None = None) -> int:
-        """A positive integer.
+        """Return the value of a field that must be a positive integer.
 
         Args:
             name: Field name.
-            default: Value if the field is missing; without it, the field is required.
-            if_null: Value if the field is null.
+            default: Value to use if the field is missing; if it is None, the field is required.
+            if_null: Value to use if the field is null.
 
         Raises:
-            UserError: The value is something else.
+            UserError: The value is not a positive integer.
         """
         value = self.values.get(name, default)
         value = if_null if value is None else value
@@ -52,10 +52,10 @@ class HFConfigReader:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A finite number; null counts as missing.
+        """Return the value of a field that must be a finite number; null is treated as missing.
 
         Raises:
-            UserError: The value is something else.
+            UserError: The value is not a finite number.
         """
         value = self.values.get(name)
         value = default if value is None else value
@@ -64,10 +64,10 @@ class HFConfigReader:
         return float(value)
 
     def boolean(self, name: str, default: bool) -> bool:
-        """True or false; null counts as missing.
+        """Return the value of a field that must be true or false; null is treated as missing.
 
         Raises:
-            UserError: The value is something else.
+            UserError: The value is not a boolean.
         """
         value = self.values.get(name)
         value = default if value is None else value
@@ -76,17 +76,17 @@ class HFConfigReader:
         return value
 
     def allow_only(self, name: str, *supported: Any) -> None:
-        """Collect a field as unsupported, unless it is missing, null or one of the supported values."""
+        """Record a field as unsupported unless it is missing, null or one of the supported values."""
         value = self.values.get(name)
         if value is not None and value not in supported:
             self.reject(name, f"only {' or '.join(map(str, supported))}" if supported else "only null")
 
     def reject(self, name: str, requirement: str) -> None:
-        """Collect a field as unsupported, with its value and the supported ones."""
+        """Record a field as unsupported, with its value and the requirement it violates."""
         self.unsupported.append(f"{self.prefix}{name} is {_shorten(self.values.get(name))} ({requirement})")
 
     def raise_if_unsupported(self) -> None:
-        """Report everything that was collected.
+        """Raise an error that lists all unsupported values recorded so far.
 
         Raises:
             UserError: There are unsupported values.
@@ -101,6 +101,6 @@ class HFConfigReader:
 
 def _shorten(value: Any) -> str:
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return " and ".join(dict.fromkeys(value)) or "empty"  # the distinct types of a list of layers
+        return " and ".join(dict.fromkeys(value)) or "empty"  # e.g. the distinct layer types of layer_types
     text = str(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

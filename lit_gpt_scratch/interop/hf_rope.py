@@ -1,4 +1,4 @@
-"""Rotary position settings of ``config.json``, in the old layout and in that of transformers 5."""
+"""Convert the rotary position settings of ``config.json``, in the old format and in that of transformers 5."""
 
 import math
 from typing import Any, Final
@@ -8,26 +8,26 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, DEFAULT_ROTARY_SLOW
 
 DEFAULT_THETA: Final = 10_000.0
-"""If the file has none."""
+"""``rope_theta`` if the file does not specify it."""
 SCALING_FIELDS: Final = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_slow", "beta_fast"),
 }
-"""Names of ``rotary_slow`` and ``rotary_fast`` by type of scaling."""
+"""Hugging Face names of ``rotary_slow`` and ``rotary_fast``, by scaling type."""
 KNOWN_FIELDS: Final = {
     "rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "original_max_position_embeddings",
     "attention_factor", "mscale", "mscale_all_dim", "truncate", "finetuned",
     *SCALING_FIELDS["llama3"], *SCALING_FIELDS["yarn"],
 }  # fmt: skip
 TOLERANCE: Final = 1e-6
-"""Relative tolerance: files contain numbers with different precision, and float32 cannot distinguish closer ones."""
+"""Relative tolerance, since files store numbers with different precision; closer numbers are equal in float32."""
 
 
 def read_rope(fields: HFConfigReader) -> dict[str, Any]:
-    """Parse the rotary fields of ``GPTConfig``; unsupported values are collected in ``fields``.
+    """Parse the rotary settings into fields of ``GPTConfig``; unsupported values are recorded in ``fields``.
 
     Args:
-        fields: The whole file, with ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``.
+        fields: Reader for the whole file, with ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``.
 
     Raises:
         UserError: A number is missing or invalid.
@@ -48,7 +48,7 @@ def read_rope(fields: HFConfigReader) -> dict[str, Any]:
     settings |= {"rotary_scaling": kind, "rotary_factor": (factor := rope.number("factor"))}
     if kind == "linear":
         return settings
-    # The top-level field is the older layout and takes precedence; without either, it is the file's context length.
+    # The top-level field is from the older format and takes precedence. Without either, use the context length.
     outer = fields if fields.values.get("original_max_position_embeddings") else rope
     settings["rotary_trained_context"] = outer.positive_int(
         "original_max_position_embeddings", *[fields.positive_int("max_position_embeddings")] * 2
@@ -63,7 +63,7 @@ def read_rope(fields: HFConfigReader) -> dict[str, Any]:
 
 
 def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None:
-    """Check that YaRN's attention scale is the default for its factor, and that its correction range is truncated."""
+    """Record YaRN settings as unsupported unless the attention scale is the factor's default, and truncate is true."""
 
     def attention_scale(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -81,9 +81,9 @@ def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None
 
 
 def write_rope(gpt: GPTConfig) -> dict[str, Any]:
-    """``rope_parameters`` for a config with rotary positions, in the layout of transformers 5."""
+    """Return ``rope_parameters`` for a config with rotary positions, in the format of transformers 5."""
     kind, base, factor = gpt.rotary_scaling, gpt.rotary_base, gpt.rotary_factor
-    if kind == "ntk":  # equivalent to another base, which others can read
+    if kind == "ntk":  # equivalent to a larger base, which other programs can read
         width = gpt.rotary_width
         kind, base = None, base * factor ** (width / (width - 2))
     rope: dict[str, Any] = {"rope_theta": base, "rope_type": kind or "default"}

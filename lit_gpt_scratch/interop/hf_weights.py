@@ -1,4 +1,4 @@
-"""Read the safetensors files of a Hugging Face folder, and check them against a model's tensors."""
+"""Read the safetensors files in a Hugging Face folder, and check them against a model's tensors."""
 
 import json
 import re
@@ -18,12 +18,12 @@ WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-"""Masks and rotary frequencies in older files; they follow from the config."""
+"""Pattern for masks and rotary frequencies in older files, which are ignored because they follow from the config."""
 MAX_LISTED: Final = 4
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read every tensor in a folder, in its stored dtype.
+    """Read all tensors in a folder in their stored dtypes.
 
     Raises:
         UserError: A file is missing or damaged, or the weights are in a format that can run code when loaded.
@@ -50,7 +50,7 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
     try:
         file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(file_of.values()))
-        if any(Path(name).name != name for name in files):  # no paths outside of the folder
+        if any(Path(name).name != name for name in files):  # reject paths outside the folder
             raise ValueError("it names files in other folders")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not an index of weights ({error})") from error
@@ -74,16 +74,21 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def expected_tensors(shape: ModelShape) -> dict[str, Tensor]:
-    """The network's state dict on the meta device: names, shapes and dtypes without memory."""
+    """Return a network's state dict on the meta device: names, shapes and dtypes without allocated memory."""
     with torch.device("meta"):
         return GPT(*shape).state_dict()
 
 
 def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Compare names and shapes of tensors.
+    """Check that tensors have the expected names and shapes.
+
+    Args:
+        found: Tensors by name.
+        expected: Tensors with the expected names and shapes.
+        where: Where the tensors are from, for the error message.
 
     Raises:
-        UserError: They differ; the message lists missing, unexpected and misshapen tensors.
+        UserError: Names or shapes differ; the message lists missing and unexpected tensors and wrong shapes.
     """
     wrong_shape = [
         f"{name} is {tuple(found[name].shape)}, not {tuple(expected[name].shape)}"

@@ -22,16 +22,18 @@ LINEAR_NAMES = {
     "self_attn.o_proj": "attention.output", "mlp.gate_proj": "feed_forward.gate", "mlp.up_proj": "feed_forward.input",
     "mlp.down_proj": "feed_forward.output",
 }  # fmt: skip
-"""Linear layers of a block, Hugging Face name to ours."""
+"""Map from the Hugging Face names of a block's linear layers to the names in this package."""
 
 
 class LlamaLikeFamily(ModelFamily):
-    """The architecture that these families share; norms come before each sublayer.
+    """Base class for families with the Llama architecture, with a norm before each sublayer.
 
     Attributes:
-        default_kv_heads: Number of key-value heads if ``config.json`` does not say; None is the number of heads.
-        default_head_dim: Head size if ``config.json`` does not say; None is the width divided by the number of heads.
-        norm_names: Norms of a block, Hugging Face name to ours.
+        default_kv_heads: Number of key-value heads if ``config.json`` does not specify it; None uses the number of
+            heads.
+        default_head_dim: Head dimension if ``config.json`` does not specify it; None uses the hidden size divided by
+            the number of heads.
+        norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
     """
 
     prefix = "model."
@@ -115,12 +117,12 @@ class LlamaFamily(LlamaLikeFamily):
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         found = super().unsupported_settings(gpt)
         if gpt.n_embd % gpt.n_head:  # transformers' LlamaConfig rejects this, even with head_dim set
-            found.append(f"n_embd is {gpt.n_embd} (there a multiple of n_head, which is {gpt.n_head})")
+            found.append(f"n_embd is {gpt.n_embd} (must be a multiple of n_head, which is {gpt.n_head})")
         return found
 
 
 class MistralFamily(LlamaLikeFamily):
-    """Dense Mistral models (https://arxiv.org/abs/2310.06825): a sliding window, which later models do without."""
+    """Dense Mistral models (https://arxiv.org/abs/2310.06825), with a sliding window; later models have none."""
 
     model_type, architecture = "mistral", "MistralForCausalLM"
     default_kv_heads = 8
@@ -141,7 +143,7 @@ class MistralFamily(LlamaLikeFamily):
 
 
 class Qwen3Family(LlamaLikeFamily):
-    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388): queries and keys are normalised per head."""
+    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalise queries and keys per head."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
     default_kv_heads, default_head_dim = 32, 128

@@ -1,4 +1,4 @@
-"""Base class of model families: conversion of configs and weights between Hugging Face and this package."""
+"""Base class for model families, which convert configs and weights between Hugging Face and this package."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -23,17 +23,17 @@ NEUTRAL_VALUES: Final[dict[str, tuple[Any, ...]]] = {
     "num_experts": (0,), "num_local_experts": (0,), "partial_rotary_factor": (1,), "is_encoder_decoder": (False,),
     "add_cross_attention": (False,), "use_qk_norm": (False,), "use_sliding_window": (False,),
 }  # fmt: skip
-"""``config.json`` fields that change the computation in some family, and their values that do not."""
+"""``config.json`` fields that change the computation in some families, with the values that do not change it."""
 EMBEDDING, HEAD, NORM = "embedding.weight", "head.weight", "norm.weight"
 
 
 class TensorMapping(NamedTuple):
-    """A Hugging Face tensor and the tensors of this package it consists of.
+    """Correspondence between a Hugging Face tensor and one or more tensors of this package.
 
     Attributes:
-        hf_name: Its name in the Hugging Face file.
-        names: Names in this package's state dict; several are concatenated along the rows.
-        transposed: The file stores (in_features, out_features), as GPT-2's Conv1D does.
+        hf_name: Name in the Hugging Face file.
+        names: Names in this package's state dict; several tensors are concatenated along the rows.
+        transposed: Whether the file stores (in_features, out_features), like GPT-2's Conv1D.
     """
 
     hf_name: str
@@ -50,18 +50,18 @@ class ModelShape(NamedTuple):
 
 
 class ModelFamily(ABC):
-    """One ``model_type`` of Hugging Face.
+    """Base class for Hugging Face model families; each subclass implements one ``model_type``.
 
     Attributes:
-        model_type: Its name in ``config.json``.
-        architecture: The ``transformers`` class.
-        prefix: Prefix of all tensor names except the head's; files of the bare model omit it.
-        context_field: Field with the context length.
-        tied_by_default: Whether embeddings are tied if ``config.json`` does not say.
-        has_dropout: Whether it has the same dropout as this package.
-        fixed: ``GPTConfig`` fields with only one supported value. Fields neither here nor in ``configurable`` must have
-            their default.
-        configurable: Fields it can express in addition to ``COMMON_FIELDS``.
+        model_type: Value of ``model_type`` in ``config.json``.
+        architecture: Name of the ``transformers`` class.
+        prefix: Prefix of all tensor names except the head's. It is absent from files of the model without its head.
+        context_field: Name of the ``config.json`` field with the context length.
+        tied_by_default: Whether embeddings are tied if ``config.json`` does not specify it.
+        has_dropout: Whether the family applies dropout in the same places as this package.
+        fixed: ``GPTConfig`` fields with a single supported value. Fields that are in none of ``fixed``,
+            ``configurable`` and ``COMMON_FIELDS`` must have their default.
+        configurable: ``GPTConfig`` fields that the family can express in addition to ``COMMON_FIELDS``.
     """
 
     model_type: ClassVar[str]
@@ -74,10 +74,10 @@ class ModelFamily(ABC):
     configurable: ClassVar[frozenset[str]] = frozenset()
 
     def read_config(self, fields: HFConfigReader) -> ModelShape:
-        """Convert a ``config.json``.
+        """Convert a ``config.json`` to a ``ModelShape``.
 
         Raises:
-            UserError: A field is missing, invalid, or asks for something unsupported.
+            UserError: A field is missing or invalid, or its value is not supported.
         """
         for name, neutral in NEUTRAL_VALUES.items():
             fields.allow_only(name, *neutral)
@@ -96,33 +96,33 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
-        """Fields of ``GPTConfig``, without ``tied_embeddings``."""
+        """Convert the fields of a ``config.json`` to fields of ``GPTConfig``, without ``tied_embeddings``."""
 
     @abstractmethod
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
-        """The family's own fields of ``config.json``."""
+        """Build the ``config.json`` fields that are specific to the family."""
 
     @abstractmethod
     def tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Every tensor except the head's."""
+        """Iterate over the mappings of all tensors except the head's."""
 
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
-        """Settings of a config that the family cannot express, including any ``GPTConfig`` field unknown here."""
+        """Describe the settings that the family cannot express, including any new ``GPTConfig`` fields."""
         found = []
         for field in dataclass_fields(GPTConfig):
             value, required = getattr(gpt, field.name), self.fixed.get(field.name, field.default)
             if field.name not in COMMON_FIELDS | self.configurable and value != required:
-                found.append(f"{field.name} is {value} (there {required})")
+                found.append(f"{field.name} is {value} (must be {required})")
         return found
 
     def all_tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Every tensor; a tied head has no separate tensor."""
+        """Iterate over the mappings of all tensors; a tied head has no separate tensor."""
         yield from self.tensor_mappings(gpt)
         if not gpt.tied_embeddings:
             yield TensorMapping("lm_head.weight", (HEAD,))
 
     def to_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a state dict of ``GPT`` to the family's names and layouts."""
+        """Convert a state dict of ``GPT`` to the family's tensor names and layouts."""
         converted = {}
         for mapping in self.all_tensor_mappings(gpt):
             parts = [weights[name] for name in mapping.names]
@@ -131,7 +131,7 @@ class ModelFamily(ABC):
         return converted
 
     def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inverse of ``to_hf_weights``; a tied head is included, as in a state dict of ``GPT``."""
+        """Convert the family's tensors to a state dict of ``GPT``, including a tied head; inverts ``to_hf_weights``."""
         converted = {}
         for mapping in self.all_tensor_mappings(gpt):
             tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
@@ -145,12 +145,12 @@ class ModelFamily(ABC):
 def map_layer_names(
     template: str, layer: int, names: dict[str, tuple[str, ...] | str]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of one layer with their prefixes, Hugging Face name to ours.
+    """Iterate over the full names of one layer's tensors as (Hugging Face name, names in this package).
 
     Args:
-        template: Prefix of the Hugging Face names, with ``{}`` for the layer.
+        template: Prefix of the Hugging Face names, with ``{}`` for the layer index.
         layer: Index of the layer.
-        names: Names within a layer.
+        names: Map from Hugging Face names to names in this package, without their prefixes.
     """
     for hf_name, ours in names.items():
         inner = (ours,) if isinstance(ours, str) else ours

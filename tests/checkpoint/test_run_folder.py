@@ -105,10 +105,14 @@ def test_model_differences_are_listed() -> None:
     require_same_model(metadata, CheckpointMetadata({"n_layer": 4, "n_head": 3}, 300, 32, "{}"))
     newer = CheckpointMetadata({"n_layer": 4, "n_head": 3, "bigram_rows": None}, 300, 32, "{}")  # a newer field
     require_same_model(metadata, newer)
-    with pytest.raises(UserError, match=r"block_size 32 there, 64 here; n_layer 4 there, 5 here$"):
+    with pytest.raises(
+        UserError, match=r"block_size is 32 in the checkpoint, 64 here; n_layer is 4 in the checkpoint, 5 here$"
+    ):
         require_same_model(metadata, CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}"))
     adapted = CheckpointMetadata({"n_layer": 5, "n_head": 3}, 300, 64, "{}", lora={"rank": 8})
-    with pytest.raises(UserError, match=r"lora.rank None there, 8 here; n_layer 4 there, 5 here$"):
+    with pytest.raises(
+        UserError, match=r"lora.rank is None in the checkpoint, 8 here; n_layer is 4 in the checkpoint, 5 here$"
+    ):
         require_same_model(metadata, adapted, may_differ=("block_size",))
     require_same_tokenizer(metadata, "{}")
     with pytest.raises(UserError, match="another tokenizer"):

@@ -249,9 +249,9 @@ def test_help_lists_common_flags_and_how_to_list_all(command: Command) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["--model.gpt.n_layer=3"], "n_layer 2 there, 3 here"),
-        (["--data.block_size=16"], "block_size 32 there, 16 here"),
-        (["--data.vocab_size=290"], "vocab_size 300 there, 290 here"),
+        (["--model.gpt.n_layer=3"], "n_layer is 2 in the checkpoint, 3 here"),
+        (["--data.block_size=16"], "block_size is 32 in the checkpoint, 16 here"),
+        (["--data.vocab_size=290"], "vocab_size is 300 in the checkpoint, 290 here"),
     ],
 )
 def test_resuming_another_architecture_is_rejected_by_field(

@@ -127,13 +127,13 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
         ({"smear": True, "bigram_rows": 50}, ["qwen3", "smear is True", "bigram_rows is 50"]),
         ({"value_embeddings": True}, ["value_embeddings"]),
         ({"residual_scalars": True}, ["residual_scalars"]),
-        ({"position": "alibi", "qk_norm": False}, ["llama", "position is alibi (there rotary)"]),
+        ({"position": "alibi", "qk_norm": False}, ["llama", "position is alibi (must be rotary)"]),
         ({"norm_placement": "post"}, ["norm_placement is post"]),
         ({"norm_placement": "sandwich"}, ["norm_placement is sandwich"]),
         ({"logit_softcap": 15.0, "attention_softcap": 20.0}, ["logit_softcap is 15.0", "attention_softcap is 20.0"]),
         ({"bias": True}, ["bias"]),
         ({"sliding_window": 5}, ["sliding_window is 5"]),
-        ({"feed_forward": "relu2"}, ["feed_forward is relu2 (there swiglu)"]),
+        ({"feed_forward": "relu2"}, ["feed_forward is relu2 (must be swiglu)"]),
         ({"rotary_share": 0.5}, ["rotary_share is 0.5"]),
         ({"attention": "lit_gpt_scratch.model.attention.Attention"}, ["attention is lit_gpt_scratch.model.attention"]),
         (
@@ -141,7 +141,7 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
                 "qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True,
                 "n_kv_head": 1, "head_dim": 8,
             },
-            ["gpt2", "n_kv_head is 1 (there n_head, 2)", "head_dim is 8 (there n_embd / n_head, 16)"],
+            ["gpt2", "n_kv_head is 1 (must be n_head, 2)", "head_dim is 8 (must be n_embd / n_head, 16)"],
         ),
     ],
 )  # fmt: skip
@@ -163,7 +163,9 @@ def test_new_config_field_is_unsupported(tmp_path: Path, tokenizer: Tokenizer, m
     from lit_gpt_scratch.interop.hf_checkpoint import FAMILIES
 
     monkeypatch.setattr(model_family, "COMMON_FIELDS", model_family.COMMON_FIELDS - {"n_layer"})
-    assert all("n_layer is 1 (there 4)" in one.unsupported_settings(GPTConfig(n_layer=1)) for one in FAMILIES.values())
+    assert all(
+        "n_layer is 1 (must be 4)" in one.unsupported_settings(GPTConfig(n_layer=1)) for one in FAMILIES.values()
+    )
 
 
 def test_dropout_that_is_not_exported_is_reported(
