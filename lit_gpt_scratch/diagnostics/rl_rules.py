@@ -110,8 +110,8 @@ def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
     """Detect a fall of the true reward in training while the reward rises.
 
     Returns:
-        The evidence, and the step of the best true reward, or ``NO_STEP`` if it fell from the start. None if there is no
-        such fall.
+        The evidence, and the step of the best true reward, or ``NO_STEP`` if it fell from the start. None if there
+        is no such fall.
     """
     steps, reward, true = _reward_curves(e)
     if len(steps) < 2 * N_RECENT:

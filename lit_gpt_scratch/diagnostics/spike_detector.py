@@ -29,7 +29,7 @@ MIN_DEVIATION: Final = 0.02
 MAX_NORM_RATIO: Final = 30.0
 """Ratio of gradient norm to median norm beyond which a step is a spike; the same healthy runs reach 7."""
 PATIENCE: Final = 8
-"""Number of consecutive outliers from which on the cause is a changed loss level, not an unusual batch."""
+"""Number of consecutive outliers that indicate a changed loss level rather than an unusual batch."""
 MAD_TO_STD: Final = 1.4826
 """Ratio of standard deviation to median absolute deviation (MAD) for a normal distribution."""
 
