@@ -471,7 +471,7 @@ def test_reward_model_with_another_tokenizer_or_untrusted_code_is_rejected(
     torch.save(contents, path)
     with pytest.raises(UserError, match=f"model.reward: .* pass --model.gpt.attention {own}"):
         run("PPO", reward=path)
-    with pytest.raises(UserError, match="another tokenizer"):  # to be trusted with the code is not enough
+    with pytest.raises(UserError, match="different tokenizer"):  # to be trusted with the code is not enough
         run("PPO", reward=path, gpt=replace(SHAPE, attention=own))
 
 
