@@ -1,1 +1,1 @@
-"""Hyperparameter sweeps: trials, storage, statistics and report of many runs of ``fit``."""
+"""Hyperparameter sweeps: run ``fit`` many times, and compare and report the results."""

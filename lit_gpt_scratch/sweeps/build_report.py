@@ -1,4 +1,4 @@
-"""Collect a sweep report from a study, or from folders of runs that were started by hand."""
+"""Building a sweep report from a study, or from folders of manually started runs."""
 
 import json
 import shlex
@@ -21,16 +21,16 @@ from lit_gpt_scratch.sweeps.study import Study, recorded_runs
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest_closest
 
 MIN_TRIALS: Final = 4
-"""Minimum number of trials to estimate the importance of two dimensions."""
+"""Minimum number of complete trials for estimating the importance of dimensions."""
 NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
 """Flags that do not distinguish the settings of two runs."""
 
 
 def build_study_report(study: Study, path: Path) -> SweepReport:
-    """The report of a study so far. It reads the study alone, as the run folders may be on other machines.
+    """Build the report of a study so far, from the study alone: run folders may be on other machines.
 
     Args:
-        study: A study that has been created.
+        study: A study that already exists in its storage.
         path: Path of the sweep file.
     """
     sweep, baseline = study.sweep, study.baseline or ResolvedBaseline()
@@ -51,15 +51,17 @@ def build_study_report(study: Study, path: Path) -> SweepReport:
 
 
 def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) -> SweepReport:
-    """The report of finished runs: runs whose flags differ only in the seed are one trial, the first is the baseline.
+    """Build a report of finished runs.
+
+    Runs whose flags differ only in the seed form a trial; the first trial is the baseline.
 
     Args:
         paths: Run folders, or folders that contain run folders.
-        metric: Key of ``summary.json``.
+        metric: Key in ``summary.json``.
         direction: ``minimize`` or ``maximize``.
 
     Raises:
-        UserError: A path has no finished run, two runs have the same flags and seed, or a run lacks the metric.
+        UserError: A path contains no finished run, two runs have the same flags and seed, or a run lacks the metric.
     """
     folders = list(dict.fromkeys(folder for path in paths for folder in _finished_runs(path)))
     configs = [_read_config(folder) for folder in folders]
@@ -96,7 +98,7 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
 
 
 def describe_setup(sweep: SweepConfig) -> dict[str, str]:
-    """The varied flags, fixed flags and metric of a sweep, as text by key."""
+    """Return the setup of a sweep (flags, budget, method, metric and so on) as text by key."""
     setup = {name: _describe_dimension(dimension) for name, dimension in sweep.vary.items()}
     setup |= {"base": ", ".join(map(str, sweep.base)) or "the defaults of fit"}
     setup |= {f"fixed: {name}": format_flag_value(value) for name, value in sweep.fixed.items()}
@@ -129,7 +131,7 @@ def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBase
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Importance by fANOVA (Hutter et al. 2014), if there are several dimensions and enough trials."""
+    """Return importance by dimension from fANOVA (Hutter et al. 2014); empty with one dimension or too few trials."""
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}

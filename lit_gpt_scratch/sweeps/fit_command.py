@@ -1,4 +1,4 @@
-"""The ``fit`` command line of a trial, and the name of a run's folder."""
+"""Command lines for ``fit``, and names of run folders."""
 
 import json
 import re
@@ -12,16 +12,16 @@ from lit_gpt_scratch.sweeps.search_space import FitFlags
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, short_hash
 
 FIT_MODULE = "lit_gpt_scratch.fit"
-"""The module that every run executes."""
+"""Module that every run executes."""
 
 
 @dataclass(frozen=True)
 class ResolvedBaseline:
-    """The baseline's flags as ``fit`` resolves them; stored in the study.
+    """The baseline's flags as resolved by ``fit``; stored in the study.
 
     Args:
-        flags: Value of every flag, by short name.
-        replicas: Number of data-parallel processes, each of which reads its own samples.
+        flags: Values of all flags, keyed by short name.
+        replicas: Number of data-parallel processes, each of which reads different samples.
     """
 
     flags: Mapping[str, Any] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class ResolvedBaseline:
 
 
 def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: ResolvedBaseline) -> list[str]:
-    """The arguments of ``fit`` for a trial, without seed and folder.
+    """Return the ``fit`` arguments for a trial, without seed and folder.
 
     Raises:
         UserError: A budget in tokens cannot be converted to steps.
@@ -51,11 +51,11 @@ def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: Resolv
 
 
 def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
-    """The number of optimizer steps, at least 1, that process this many tokens.
+    """Return the number of optimizer steps, at least 1, for a budget in tokens.
 
     Args:
-        tokens: Tokens of the whole run.
-        flags: Flags of the run, by short name.
+        tokens: Total number of training tokens in the run.
+        flags: Flags of the run, keyed by short name.
         replicas: Number of data-parallel processes.
 
     Raises:
@@ -66,7 +66,7 @@ def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
         names = ("data.batch_size", "data.block_size", "trainer.accumulate_grad_batches")
         factors = [flags.get(name) for name in names]
         if None in factors:
-            raise UserError("budget: tokens per step are unknown for this data module; give steps instead of tokens")
+            raise UserError("budget: tokens per step are unknown for this data module; set steps instead of tokens")
         tokens_per_step = replicas
         for factor in factors:
             tokens_per_step *= int(str(factor))
@@ -74,9 +74,9 @@ def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
 
 
 def experiment_name(sweep: SweepConfig, assignment: Assignment, arguments: list[str], seed: int) -> str:
-    """The name of a run's folder: its settings, and a hash of everything that determines the run.
+    """Return the name of a run's folder: its settings, and a hash of everything that determines the run.
 
-    A run has the same name in every sweep, so a finished run is reused when the sweep file gains a line.
+    A run has the same name in every sweep, so finished runs are reused when the sweep file is extended.
     """
     settings = "_".join(f"{each:.6g}" if isinstance(each, float) else str(each) for each in assignment.values())
     content = [arguments, seed, [path.read_text(encoding="utf-8") for path in sweep.base]]
@@ -84,17 +84,17 @@ def experiment_name(sweep: SweepConfig, assignment: Assignment, arguments: list[
 
 
 def format_command(arguments: list[str], seed: int) -> str:
-    """The shell command of a run."""
+    """Return the shell command for a run."""
     return shlex.join(["python", "-m", FIT_MODULE, *arguments, f"--seed_everything={seed}"])
 
 
 def format_flag_value(value: Any) -> str:
-    """A value in the syntax of the command line."""
+    """Format a value in command-line syntax."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def short_flag(name: str) -> str:
-    """A flag's short name, without ``init_args`` and ``class_path``."""
+    """Return the short name of a flag, without ``init_args`` and ``class_path``."""
     return name.replace(".init_args", "").removesuffix(".class_path")

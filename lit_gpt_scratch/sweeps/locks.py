@@ -1,4 +1,4 @@
-"""Locks between the processes and machines that work on one study; a killed process releases its locks."""
+"""Locks between the processes and machines that work on a study; released when a process is killed."""
 
 import threading
 import zlib
@@ -12,9 +12,9 @@ from filelock import FileLock, Timeout
 
 
 class StudyLocks(ABC):
-    """Named locks, each held by one process at a time, and one lock on the whole study.
+    """Named locks, each held by at most one process, and a lock on the whole study.
 
-    Locks are not reentrant: a name that this process holds cannot be acquired again, by any of its threads.
+    Named locks are not reentrant: no thread of a process can acquire a lock that the process already holds.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class StudyLocks(ABC):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the lock on the whole study, waiting for other threads, processes and machines."""
+        """Hold the study lock in this context; blocks until no other thread, process or machine holds it."""
         with self._thread_lock:
             self._acquire_study()
             try:
@@ -32,7 +32,7 @@ class StudyLocks(ABC):
 
     @abstractmethod
     def try_acquire(self, name: str) -> bool:
-        """Acquire a named lock without waiting; False if it is held."""
+        """Try to acquire a named lock without blocking; return False if it is already held."""
 
     @abstractmethod
     def release(self, name: str) -> None:
@@ -46,10 +46,10 @@ class StudyLocks(ABC):
 
 
 class FileLocks(StudyLocks):
-    """File locks, for processes that share a disk.
+    """File locks for processes that share a disk.
 
     Args:
-        folder: Folder of the lock files; created if missing.
+        folder: Folder for the lock files; created if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,7 +60,7 @@ class FileLocks(StudyLocks):
         self._held: dict[str, FileLock] = {}
 
     def try_acquire(self, name: str) -> bool:
-        """Lock the file of this name."""
+        """Try to lock the file with this name."""
         if name in self._held:
             return False
         lock = FileLock(self._folder / name, thread_local=False)
@@ -72,7 +72,7 @@ class FileLocks(StudyLocks):
         return True
 
     def release(self, name: str) -> None:
-        """Unlock the file of this name."""
+        """Unlock the file with this name."""
         self._held.pop(name).release()
 
     def _acquire_study(self) -> None:
@@ -83,13 +83,13 @@ class FileLocks(StudyLocks):
 
 
 class PostgresLocks(StudyLocks):
-    """Session-level advisory locks of PostgreSQL, which the server releases when the connection ends.
+    """PostgreSQL session-level advisory locks, which the server releases when the connection ends.
 
     If a machine disappears without closing its connection, the server notices after about a minute.
 
     Args:
         url: SQLAlchemy URL of the database.
-        study: Name of the study; part of every lock's key, so that studies do not share locks.
+        study: Name of the study, which is part of every lock key so that studies do not share locks.
     """
 
     KEEP_ALIVE = "-c tcp_keepalives_idle=30 -c tcp_keepalives_interval=10 -c tcp_keepalives_count=3"
@@ -107,7 +107,7 @@ class PostgresLocks(StudyLocks):
         self._held: set[str] = set()
 
     def try_acquire(self, name: str) -> bool:
-        """Acquire the advisory lock; names held here are remembered because the server's locks are reentrant."""
+        """Try to acquire the advisory lock; held names are tracked because the server's locks are reentrant."""
         with self._thread_lock:
             if name in self._held or not self._call("pg_try_advisory_lock", name):
                 return False

@@ -1,4 +1,4 @@
-"""Plots of a sweep report, as SVG by matplotlib, which is imported only when a plot is drawn."""
+"""SVG plots for sweep reports; matplotlib is imported only when a plot is drawn."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 STYLE: Final[dict[str, Any]] = {
     "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "lit_gpt_scratch",  # the same data make the same bytes
+    "svg.hashsalt": "lit_gpt_scratch",  # makes the output deterministic
     "font.family": "sans-serif",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": "medium",
 }
 UNITS: Final = {"bits_per_byte": "bits per byte", "loss": "nats", "seconds": "s", "tokens_per_second": "tokens per s"}
-"""Units of metrics, by the last part of their names."""
+"""Units of metrics, keyed by the last component of their names."""
 COLORS: Final = {"better": "C0", "worse": "C3", WITHIN_NOISE: "0.45"}
 MARKER_LABELS: Final = {
     "better": "better (p < 0.05 after Holm's correction)",
@@ -29,14 +29,14 @@ MARKER_LABELS: Final = {
     WITHIN_NOISE: "within noise (p ≥ 0.05 after Holm's correction)",
 }
 MAX_CURVES: Final = 10
-"""Maximum number of trials in one plot of curves."""
+"""Maximum number of trials per plot of curves."""
 OUTLIER_RATIO: Final = 5.0
-"""A trial whose values reach this many times farther than the next one's is clipped."""
+"""A trial is clipped if its values extend this many times farther from 0 than those of the next trial."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: name of its file without suffix, SVG document, and caption."""
+    """A plot: its file name without suffix, SVG document and caption."""
 
     name: str
     svg: str
@@ -50,12 +50,12 @@ def plot_differences(
     metric: str,
     direction: str,
 ) -> Plot:
-    """Paired differences to the baseline around zero, one row per trial, with 95% confidence intervals.
+    """Plot paired differences to the baseline, one row per trial, with 95% confidence intervals.
 
     Args:
-        trials: The finished trials, best first.
-        baseline: The trial at zero.
-        comparisons: By number of the trial.
+        trials: Finished trials, best first.
+        baseline: Baseline trial, drawn at zero.
+        comparisons: Comparisons with the baseline, keyed by trial number.
         metric: Name of the metric.
         direction: ``minimize`` or ``maximize``.
     """
@@ -91,15 +91,17 @@ def plot_differences_over(
     direction: str,
     dimension: str,
 ) -> Plot:
-    """Paired differences to the baseline against a numeric dimension; the x axis is logarithmic from a factor of 10.
+    """Plot paired differences to the baseline against a numeric dimension.
+
+    The x axis is logarithmic if the settings are positive and span at least a factor of 10.
 
     Args:
-        trials: The finished trials.
-        baseline: The trial at zero.
-        comparisons: By number of the trial.
+        trials: Finished trials.
+        baseline: Baseline trial, drawn at zero.
+        comparisons: Comparisons with the baseline, keyed by trial number.
         metric: Name of the metric.
         direction: ``minimize`` or ``maximize``.
-        dimension: The dimension on the x axis.
+        dimension: Dimension on the x axis.
     """
     shown = [trial for trial in trials if trial is not baseline and comparisons[trial.number].difference is not None]
     limits = robust_limits([_extent(trial, baseline, comparisons, metric) for trial in shown])
@@ -135,13 +137,13 @@ def plot_differences_over(
 
 
 def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over: str) -> Plot | None:
-    """The metric over training, one line per run; None if no run has two validations.
+    """Plot the metric over training, one line per run; return None if no run has at least two validations.
 
     Args:
         trials: Trials to show, best first; at most ``MAX_CURVES`` are shown.
         metric: Name of the metric.
         direction: ``minimize`` or ``maximize``.
-        over: ``tokens`` or ``seconds``.
+        over: Quantity on the x axis: ``tokens`` or ``seconds``.
     """
     x_of: dict[str, Callable[[RunResult, CurvePoint], float]] = {
         "tokens": lambda run, point: point.step * (run.tokens_per_step or 1.0),
@@ -185,22 +187,22 @@ def plot_curves(trials: Sequence[TrialResult], metric: str, direction: str, over
 
 
 def plot_importance(shares: Mapping[str, float]) -> Plot:
-    """Share of the variance between trials that each dimension explains, as bars."""
+    """Plot the fraction of the variance between trials explained by each dimension, as bars."""
     with _style():
         figure, axes = _new_figure(height=1.4 + 0.36 * len(shares))
         names = list(shares)[::-1]
         axes.barh(range(len(names)), [shares[name] for name in names], color="C0")
         axes.set_yticks(range(len(names)), names)
         axes.set_xlim(0, 1)
-        axes.set_xlabel("share of the variance between trials (fANOVA)")
+        axes.set_xlabel("fraction of the variance between trials (fANOVA)")
         axes.set_title("Importance of each dimension", loc="left")
         return _save(
-            "importance", figure, "Share of the variance between trials that each dimension explains (fANOVA)."
+            "importance", figure, "Fraction of the variance between trials explained by each dimension (fANOVA)."
         )
 
 
 def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
-    """Whether all settings of a dimension are numbers."""
+    """Whether all settings of a dimension are numeric."""
     try:
         return all(float(trial.assignment[dimension]) == float(trial.assignment[dimension]) for trial in trials)
     except ValueError:
@@ -208,12 +210,12 @@ def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
 
 
 def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Axis limits that include 0 and all ranges except outliers.
+    """Return axis limits that include 0 and all ranges except outliers.
 
-    Outliers are at most half of the ranges; each reaches more than ``OUTLIER_RATIO`` times as far from 0 as the rest.
+    At most half of the ranges are outliers; they extend more than ``OUTLIER_RATIO`` times as far from 0 as the others.
 
     Args:
-        ranges: Lowest and highest value of each trial.
+        ranges: Minimum and maximum value of each trial.
     """
     reaches = sorted(max(-low, high) for low, high in ranges)
     limit = reaches[-1]
@@ -228,7 +230,7 @@ def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def metric_label(metric: str, direction: str) -> str:
-    """An axis label: the metric, its unit, and which direction is better."""
+    """Return an axis label: the metric, its unit, and whether lower or higher is better."""
     unit = UNITS.get(metric.rpartition("/")[2])
     better = "lower is better" if direction == "minimize" else "higher is better"
     return f"{metric}{f' [{unit}]' if unit else ''}, {better}"
@@ -237,7 +239,7 @@ def metric_label(metric: str, direction: str) -> str:
 def _extent(
     trial: TrialResult, baseline: TrialResult, comparisons: Mapping[int, Comparison], metric: str
 ) -> tuple[float, float]:
-    """The lowest and the highest value that are drawn for a trial."""
+    """Return the minimum and maximum value drawn for a trial."""
     difference = comparisons[trial.number].difference
     assert difference is not None
     half_width = difference.half_width or 0.0
@@ -253,7 +255,7 @@ def _draw_difference(
     limits: tuple[float, float],
     horizontal: bool,
 ) -> bool:
-    """Draw the seeds as dots and the mean with its interval; the marker is filled if the difference is significant.
+    """Draw the seeds as dots and the mean with its confidence interval; a filled marker means a significant difference.
 
     A mean outside the limits is drawn as an arrow at the edge of the axis.
 
@@ -285,7 +287,7 @@ def _draw_difference(
 
 
 def _add_legend(figure: "Figure", axes: "Axes") -> None:
-    """A legend below the axes, one entry per label."""
+    """Add a legend below the axes with one entry per label."""
     handles, labels = axes.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     figure.legend(unique.values(), unique.keys(), loc="outside lower left", ncols=1, fontsize="small", frameon=False)
@@ -294,7 +296,7 @@ def _add_legend(figure: "Figure", axes: "Axes") -> None:
 def _style() -> Any:
     import matplotlib as mpl
 
-    return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # its keys are a Literal of all names
+    return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # its key type is a Literal of all names
 
 
 def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
@@ -306,10 +308,10 @@ def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":
 
 def _shorten(label: str) -> str:
     short = label if len(label) <= 48 else f"{label[:45]}..."
-    return short.replace("$", r"\$")  # otherwise matplotlib reads mathematics
+    return short.replace("$", r"\$")  # otherwise matplotlib parses it as math
 
 
 def _save(name: str, figure: "Figure", caption: str) -> Plot:
     svg = io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})  # the same bytes on any day
+    figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})  # for deterministic output
     return Plot(name, svg.getvalue(), caption)

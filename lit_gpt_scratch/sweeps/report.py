@@ -1,4 +1,4 @@
-"""The report of a sweep: HTML, Markdown, plots, and one CSV row per run."""
+"""Sweep reports: HTML, Markdown, plots, and a CSV file with one row per run."""
 
 import csv
 import io
@@ -25,23 +25,23 @@ from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
 
 MIN_SHOWN_P: Final = 0.0001
-"""Smaller p-values are shown as a bound: a few seeds do not support more digits."""
+"""Smaller p-values are shown as an upper bound: a few seeds do not support more precision."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Everything that the report of some trials shows.
+    """A report on the trials of a sweep or comparison.
 
     Args:
         title: Title of the document.
-        question: The question that the sweep answers.
-        metric: The metric that trials are compared by.
+        question: Question that the sweep answers.
+        metric: Metric for comparing trials.
         direction: ``minimize`` or ``maximize``.
         trials: All trials, finished or not.
-        baseline: The trial that the others are compared with; None if it does not exist yet.
-        setup: The varied and the fixed flags, as text.
-        command: The command that reproduces the sweep.
-        importance: Share of the variance between trials that each dimension explains.
+        baseline: Trial with which the others are compared; None if it does not exist yet.
+        setup: Setup of the sweep, such as varied and fixed flags, as text by key.
+        command: Command that reproduces the sweep.
+        importance: Fraction of the variance between trials explained by each dimension.
     """
 
     title: str
@@ -61,7 +61,7 @@ class SweepReport:
             The path of ``report.html``.
 
         Raises:
-            UserError: The folder cannot be written.
+            UserError: The folder is not writable.
         """
         files = {
             "results.csv": self.results_csv(),
@@ -80,7 +80,7 @@ class SweepReport:
         return folder / "report.html"
 
     def results_csv(self) -> str:
-        """One CSV row per run."""
+        """Return the results as CSV, one row per run."""
         dimensions = list(self.trials[0].assignment) if self.trials else []
         runs = [(trial, run) for trial in self.trials for run in trial.runs]
         metrics = dict.fromkeys([self.metric, *(name for _, run in runs for name in run.metrics)])
@@ -94,21 +94,21 @@ class SweepReport:
         return content.getvalue()
 
     def markdown(self) -> str:
-        """The report as Markdown; its plots are files in the same folder."""
+        """Return the report as Markdown, which links to plot files in the same folder."""
         return _render("report.md.jinja", self._context)
 
     def html(self) -> str:
-        """The report as one HTML file without scripts or external resources."""
+        """Return the report as a single HTML page without scripts or external resources."""
         return _render("report.html.jinja", self._context)
 
     @cached_property
     def ranked(self) -> list[TrialResult]:
-        """The finished trials, best first."""
+        """Finished trials, best first."""
         return rank_finished(self.trials, self.metric, self.direction)
 
     @cached_property
     def comparisons(self) -> dict[int, Comparison]:
-        """Comparison of each finished trial with the baseline, by number; empty if the baseline has not finished."""
+        """Comparisons with the baseline by trial number; empty if the baseline has not finished."""
         if self.baseline not in self.ranked or self.baseline is None:
             return {}
         values = {trial.number: trial.values(self.metric) for trial in self.ranked if trial is not self.baseline}
@@ -116,7 +116,7 @@ class SweepReport:
 
     @cached_property
     def plots(self) -> list[Plot]:
-        """Differences to the baseline, curves over tokens and over seconds, and importance, as far as data allow."""
+        """Differences to the baseline, curves over tokens and seconds, and importance, if there is data for them."""
         drawn: list[Plot | None] = []
         baseline = self.baseline
         if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
@@ -136,7 +136,7 @@ class SweepReport:
 
     @cached_property
     def _context(self) -> dict[str, Any]:
-        """The variables of the templates."""
+        """Variables for the templates."""
         best = self.ranked[0] if self.ranked else None
         unfinished = sum(trial.state == "unfinished" for trial in self.trials)
         return {
@@ -158,7 +158,7 @@ class SweepReport:
                 for run in trial.runs
                 if run.state != "finished"
             ],
-            "unfinished": f"{unfinished} trials are unfinished; repeat the command to resume them."
+            "unfinished": f"{unfinished} trials are unfinished; run the command again to resume them."
             if unfinished
             else "",
             "environment": list(_summarize_environment(self.trials)),
@@ -226,10 +226,10 @@ class SweepReport:
 
 
 def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
-    """One line per trial and symptom, to explain differences between trials; nothing if there are no diagnoses.
+    """Yield a line per trial and symptom, to explain differences between trials; nothing if there are no diagnoses.
 
-    A symptom that all runs share does not distinguish the trials and is listed once. For the others, the text of the
-    trial's first run stands for all its runs, as only the numbers differ.
+    A symptom that occurs in all runs does not distinguish trials and is listed once. For other symptoms, the text is
+    from the first of the trial's runs that has it, as only the numbers differ between runs.
     """
     found: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
     for trial in trials:
@@ -268,7 +268,7 @@ def _format_p(p: float | None) -> str:
 
 
 def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str, str]]:
-    """Each fact about code, versions and hardware, with all the values that it had."""
+    """Yield each property of code, versions and hardware with all of its distinct values."""
     facts: dict[str, dict[str, None]] = {}
     for trial in trials:
         for run in trial.runs:

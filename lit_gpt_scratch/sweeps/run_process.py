@@ -1,4 +1,4 @@
-"""A run of ``fit`` as a child process, which ends when its parent does."""
+"""Runs of ``fit`` as child processes, which end when their parent does."""
 
 import os
 import re
@@ -14,21 +14,21 @@ from pathlib import Path
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
 GRACE_SECONDS = 120.0
-"""Time that a run has after SIGTERM to save a checkpoint and exit, before SIGKILL."""
+"""Time between SIGTERM and SIGKILL for a run to save a checkpoint and exit."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-"""Environment variables that set the thread count of torch and tokenizers."""
+"""Environment variables that set the number of threads of torch and tokenizers."""
 
 
 class RunProcess:
-    """Start a module in a child process with its own session.
+    """A module run in a child process with its own session.
 
-    With its own session, Ctrl-C in a terminal reaches only the sweep, which then stops the run itself.
+    Because of the separate session, Ctrl-C in a terminal only reaches the sweep, which then stops the run.
 
     Args:
-        module: Module to run: ``fit``, or a stub in tests of the sweep.
-        arguments: Command-line arguments.
+        module: Module to run: ``fit``, or a stub in tests.
+        arguments: Command-line arguments for the module.
         log: File for standard output and standard error.
-        workers: Number of runs that share the cores of this machine.
+        workers: Number of runs that share the CPU cores of this machine.
     """
 
     def __init__(self, module: str, arguments: Sequence[str], log: Path, workers: int = 1) -> None:
@@ -48,13 +48,13 @@ class RunProcess:
             )
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the exit code; None after a timeout."""
+        """Wait for the process to exit and return its exit code; return None after a timeout."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
 
     def stop(self) -> None:
-        """Send SIGTERM, so that the run saves a checkpoint; SIGKILL if it does not exit in time."""
+        """Send SIGTERM so that the run saves a checkpoint, then SIGKILL if it does not exit in time."""
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         if self.wait(GRACE_SECONDS) is None:
@@ -63,7 +63,7 @@ class RunProcess:
             self._process.wait()
 
     def failure_reason(self) -> str:
-        """One line: the signal that killed the run, its last line that starts with ``error:``, or its last line."""
+        """Return the signal that killed the run, its last output line that starts with ``error:``, or its last line."""
         code = self._process.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -74,8 +74,8 @@ class RunProcess:
 
 
 def _exit_with_parent() -> None:
-    """Wait until standard input closes, as it does when the parent ends, and kill the process group."""
-    os.read(0, 1)  # not a buffered reader: Python would wait for its lock at shutdown
+    """Wait until standard input closes, which happens when the parent exits, then kill the process group."""
+    os.read(0, 1)  # unbuffered: Python would wait for a buffered reader's lock at shutdown
     os.killpg(0, signal.SIGKILL)  # includes other ranks and data loader workers
 
 

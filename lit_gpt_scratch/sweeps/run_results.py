@@ -1,4 +1,4 @@
-"""Results of runs and trials: read from run folders, stored in the study, shown in TensorBoard's HParams tab."""
+"""Results of runs and trials: read from run folders, stored in the study, and shown in TensorBoard."""
 
 import json
 import math
@@ -19,34 +19,34 @@ from lit_gpt_scratch.sweeps.statistics import Estimate, estimate_mean
 from lit_gpt_scratch.sweeps.sweep_config import Assignment
 
 HPARAMS_SUFFIX: Final = ".hparams"
-"""File name suffix of event files that hold hyperparameters instead of scalars."""
+"""Suffix of event files that contain hyperparameters instead of scalars."""
 MAX_CURVE_POINTS: Final = 200
-"""Maximum number of points of a stored curve."""
+"""Maximum number of points per stored curve."""
 
 
 class CurvePoint(NamedTuple):
-    """The metric at one validation."""
+    """Value of the metric at one validation."""
 
     step: int
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     seconds: float
-    """Time since the training began, without the pause between two sessions."""
+    """Training time so far, excluding pauses between sessions."""
     value: float
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The result of one run of ``fit``. Studies store it as JSON, so its field names are a file format.
+    """Result of one run of ``fit``. Studies store it as JSON, so its field names are part of a file format.
 
     Args:
-        seed: The run's seed.
+        seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
-        reason: Why it did not finish.
-        metrics: The numbers in ``summary.json``; of a run that did not finish, the last known ones.
+        reason: Reason why the run did not finish.
+        metrics: Numbers in ``summary.json``; for an unfinished run, the last known values.
         curve: The sweep's metric at each validation.
-        folder: The run folder.
+        folder: Run folder.
         diagnoses: Entries of ``doctor.json``: symptom, cause and flag.
-        session: Versions, hardware and code of the run's last session, from ``provenance.json``.
+        session: Versions, hardware and code in the run's last session, from ``provenance.json``.
     """
 
     seed: int
@@ -60,17 +60,17 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float | None:
-        """Training tokens per optimizer step, if the run reports its tokens."""
+        """Training tokens per optimizer step; None if the run does not report its tokens."""
         tokens, step = (self.metrics.get(name) for name in ("tokens", "step"))
         return tokens / step if tokens and step else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON."""
+        """Return the result as plain data for JSON."""
         return asdict(self)
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> "RunResult":
-        """The inverse of ``to_dict``."""
+        """Build a result from the output of ``to_dict``."""
         return cls(**{**plain, "curve": [CurvePoint(*point) for point in plain["curve"]]})
 
 
@@ -79,11 +79,11 @@ class TrialResult:
     """An assignment and the results of its runs, one per seed.
 
     Args:
-        number: Number of the trial.
+        number: Trial number.
         assignment: Settings by dimension.
-        runs: Results by seed, as far as there are any.
-        flags: Arguments of ``fit``, without seed and folder.
-        expected_runs: Number of runs that the trial has when it is complete.
+        runs: Results available so far, one per seed.
+        flags: Arguments for ``fit``, without seed and folder.
+        expected_runs: Number of runs in the complete trial.
     """
 
     number: int
@@ -94,40 +94,40 @@ class TrialResult:
 
     @property
     def label(self) -> str:
-        """The settings, separated by commas."""
+        """Settings of the trial, separated by commas."""
         return ", ".join(format_setting(setting) for setting in self.assignment.values()) or "the runs"
 
     @property
     def state(self) -> str:
-        """``failed`` or ``pruned`` if a run is, ``finished`` if all runs are, else ``unfinished``."""
+        """``failed`` or ``pruned`` if any run is, ``finished`` if all runs are, otherwise ``unfinished``."""
         ended = [run.state for run in self.runs if run.state != "finished"]
         if ended:
             return "failed" if "failed" in ended else "pruned"
         return "finished" if len(self.runs) >= self.expected_runs else "unfinished"
 
     def values(self, metric: str) -> dict[int, float]:
-        """The metric of the finished runs, by seed."""
+        """Return the metric of the finished runs, keyed by seed."""
         return {run.seed: run.metrics[metric] for run in self.runs if run.state == "finished" and metric in run.metrics}
 
     def mean(self, metric: str) -> Estimate:
-        """Mean and confidence interval over the seeds; at least one run must have finished."""
+        """Return the mean and confidence interval over the seeds; at least one run must have finished."""
         return estimate_mean(list(self.values(metric).values()))
 
 
 def format_setting(setting: str | float) -> str:
-    """A setting as shown in tables and legends."""
+    """Format a setting for tables and legends."""
     return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
 
 
 def rank_finished(trials: Sequence[TrialResult], metric: str, direction: str) -> list[TrialResult]:
-    """The finished trials that have the metric, best mean first."""
+    """Return the finished trials that have the metric, best mean first."""
     sign = 1 if direction == "minimize" else -1
     finished = [trial for trial in trials if trial.state == "finished" and trial.values(metric)]
     return sorted(finished, key=lambda trial: sign * trial.mean(metric).mean)
 
 
 def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished", reason: str = "") -> RunResult:
-    """Read a run's result from its folder; a metric that is not finite makes the run ``failed``."""
+    """Read the result of a run from its folder; the state is ``failed`` if the metric is not finite."""
     metrics = {}
     if (folder / "summary.json").is_file():
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -151,7 +151,7 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
 
 
 def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
-    """The metric over a run, from its event files; steps repeated after a resume replace the earlier ones."""
+    """Yield the metric over a run, from its event files; steps repeated after a resume replace earlier ones."""
     points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
         if path.name.endswith(HPARAMS_SUFFIX):
@@ -170,24 +170,24 @@ def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
 
 
 def logged_metrics(folder: Path) -> list[str]:
-    """Names of the numbers in a run's ``summary.json``."""
+    """Return the names of the numbers in a run's ``summary.json``."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
 
 def latest_run_folder(experiment: Path) -> Path | None:
-    """The ``version_N`` folder of an experiment with the highest N, or None."""
+    """Return the experiment's ``version_N`` folder with the highest N; None if there is none."""
     versions = [path for path in experiment.glob("version_*") if path.name.removeprefix("version_").isdigit()]
     return max(versions, key=lambda path: int(path.name.removeprefix("version_")), default=None)
 
 
 def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
-    """Write a run's settings as an event file for TensorBoard's HParams tab, unless there is one.
+    """Write a run's settings to an event file for TensorBoard's HParams tab, unless one already exists.
 
     Args:
-        run: Its folder gets the file.
+        run: The run; the file is written to its folder.
         assignment: Settings by dimension.
-        group: Name shared by the seeds of a trial, whose metrics TensorBoard averages.
+        group: Name shared by the runs of a trial, whose metrics TensorBoard averages.
     """
     folder = Path(run.folder)
     if any(folder.glob(f"*{HPARAMS_SUFFIX}")):
@@ -209,7 +209,7 @@ def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
 
 
 def _as_number(setting: str | float) -> str | float:
-    """The number in a numeric label, so that TensorBoard sorts by value."""
+    """Convert a numeric label to a number, so that TensorBoard sorts by value."""
     try:
         return float(setting)
     except ValueError:

@@ -1,4 +1,4 @@
-"""The loop that executes the runs of a study, several at a time."""
+"""Parallel execution of the runs of a study."""
 
 import logging
 import shutil
@@ -28,23 +28,23 @@ from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, suggest_closest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-"""Interval at which a run's process is polled."""
+"""Interval for polling a run's process."""
 PRUNING_SECONDS = 1.0
-"""Interval at which the event files of a run that may be pruned are read."""
+"""Interval for reading the event files of a run that may be pruned."""
 INTERRUPTED_CODES = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-"""Exit codes of a run that received a stop signal from outside the sweep: SLURM signals all processes of a job."""
+"""Exit codes of runs stopped by a signal from outside the sweep: SLURM signals all processes of a job."""
 
 
 class SweepRunner:
-    """Claims and executes runs until none is left, in one thread per worker.
+    """Claim and execute runs until none is left, in one thread per worker.
 
     Args:
-        sweep: The sweep file.
-        study: Assigns the runs and records their results.
-        folder: Folder of the sweep; every run is a folder in it.
-        baseline: The baseline's flags as ``fit`` resolves them.
-        workers: Number of runs at a time.
-        module: Module that the runs execute.
+        sweep: The parsed sweep file.
+        study: Study that assigns runs and records their results.
+        folder: Folder of the sweep, which contains a folder per run.
+        baseline: The baseline's flags as resolved by ``fit``.
+        workers: Number of concurrent runs.
+        module: Module that each run executes.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class SweepRunner:
         self.workers = workers
         self.module = module
         self.stopping = threading.Event()
-        """Set it to make every run save a checkpoint and exit; the next sweep resumes them."""
+        """Event that, once set, makes every run save a checkpoint and exit; the next sweep resumes them."""
 
     def run(self) -> None:
-        """Execute all runs that are left.
+        """Execute all remaining runs.
 
         Raises:
             UserError: The runs do not report the sweep's metric.
@@ -95,13 +95,13 @@ class SweepRunner:
             self._log_result(claim, result)
 
     def _run(self, claim: ClaimedRun) -> RunResult | None:
-        """Execute a run, resume it, or read its result if it has finished; None if the sweep is stopping."""
+        """Execute or resume a run, or read its result if it has finished; return None if the sweep is stopping."""
         arguments = build_arguments(self.sweep, claim.assignment, self.baseline)
         name = experiment_name(self.sweep, claim.assignment, arguments, claim.seed)
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         lock = FileLock(logs / f"{name}.lock")
-        while not self.stopping.is_set():  # another sweep may execute the same run, e.g. an older version of the file
+        while not self.stopping.is_set():  # another sweep, e.g. an older version of the file, may execute this run
             with suppress(Timeout), lock.acquire(timeout=POLL_SECONDS):
                 return self._run_locked(claim, arguments, name, logs / f"{name}.txt")
         return None
@@ -157,7 +157,7 @@ class SweepRunner:
         return result
 
     def _watch(self, process: RunProcess, claim: ClaimedRun, experiment: Path) -> str:
-        """Wait for the end of a run, and stop it if it is pruned or the sweep stops; the reason if it was pruned."""
+        """Wait for a run to end; stop it if it is pruned or the sweep stops. Return the reason for pruning, or ""."""
         try:
             reported, checked = 0, time.monotonic()
             while process.wait(POLL_SECONDS) is None:

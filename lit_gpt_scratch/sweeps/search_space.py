@@ -1,4 +1,4 @@
-"""The search space of a sweep: each dimension is a list of choices or a range of numbers."""
+"""Search space of a sweep: each dimension is a list of choices or a numeric range."""
 
 import itertools
 import json
@@ -13,9 +13,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from lit_gpt_scratch.errors import UserError
 
 FitFlags = dict[str, Any]
-"""Flags of ``fit`` and their values, by name without dashes."""
+"""Values of ``fit`` flags, keyed by name without dashes."""
 Setting = str | float
-"""The value of a dimension in one trial: the label of a choice, or a number from a range."""
+"""Value of a dimension in one trial: the label of a choice, or a number in a range."""
 
 
 class SearchDimension(ABC):
@@ -24,77 +24,77 @@ class SearchDimension(ABC):
     @property
     @abstractmethod
     def distribution(self) -> BaseDistribution:
-        """The Optuna distribution that samples and stores it."""
+        """Optuna distribution that samples and stores settings of the dimension."""
 
     @property
     @abstractmethod
     def baseline(self) -> Setting:
-        """The setting of the baseline, unless the sweep file names another."""
+        """Default setting of the baseline; the sweep file can override it."""
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
-        """All settings of a grid search, in order; empty for a continuous range."""
+        """Return all settings for grid search, in order; empty for a continuous range."""
 
     @abstractmethod
     def to_flags(self, setting: Setting) -> FitFlags:
-        """The flags of ``fit`` that a setting stands for."""
+        """Return the ``fit`` flags for a setting."""
 
     @abstractmethod
     def contains(self, setting: Setting) -> bool:
-        """Whether the setting is in this dimension."""
+        """Whether a setting is in this dimension."""
 
     @abstractmethod
     def example_settings(self) -> Sequence[Setting]:
-        """Enough settings to check that ``fit`` accepts the dimension."""
+        """Return enough settings to check that ``fit`` accepts the dimension."""
 
 
 @dataclass(frozen=True)
 class Choices(SearchDimension):
-    """A list in the sweep file: values of one flag, or named sets of flags.
+    """A dimension with a list of choices: values of one flag, or named sets of flags.
 
     Args:
-        options: The flags of each choice, by label; the first choice is the baseline.
+        options: Flags of each choice, keyed by label; the first choice is the baseline.
     """
 
     options: Mapping[str, FitFlags]
 
     @property
     def distribution(self) -> BaseDistribution:
-        """A categorical distribution over the labels: Optuna stores neither lists nor classes."""
+        """Categorical distribution over labels, because Optuna stores neither lists nor classes."""
         return CategoricalDistribution(tuple(self.options))
 
     @property
     def baseline(self) -> Setting:
-        """The first choice."""
+        """Label of the first choice."""
         return next(iter(self.options))
 
     def grid(self) -> Sequence[Setting]:
-        """All labels, in the order of the file."""
+        """Return all labels, in the order of the file."""
         return list(self.options)
 
     def to_flags(self, setting: Setting) -> FitFlags:
-        """The flags of a label."""
+        """Return the flags for a label."""
         return dict(self.options[str(setting)])
 
     def contains(self, setting: Setting) -> bool:
-        """Whether the label exists."""
+        """Whether a label exists."""
         return setting in self.options
 
     def example_settings(self) -> Sequence[Setting]:
-        """All labels."""
+        """Return all labels."""
         return list(self.options)
 
 
 @dataclass(frozen=True)
 class NumericRange(SearchDimension):
-    """Numbers between two bounds, both inclusive.
+    """A dimension with numbers between two inclusive bounds.
 
     Args:
-        flag: The flag of ``fit`` that takes the number.
-        low: Lower bound; the range is of integers if both bounds are.
+        flag: Flag of ``fit`` that takes the number.
+        low: Lower bound; the range contains only integers if both bounds are integers.
         high: Upper bound.
-        log: Sample uniformly in log space.
-        step: Distance between neighbouring values; without it the range is continuous.
+        log: Whether to sample uniformly in log space.
+        step: Distance between adjacent values; if None, a grid cannot enumerate the range.
     """
 
     flag: str
@@ -105,12 +105,12 @@ class NumericRange(SearchDimension):
 
     @property
     def is_integer(self) -> bool:
-        """Whether the range has integers only."""
+        """Whether the range contains only integers."""
         return isinstance(self.low, int) and isinstance(self.high, int) and not isinstance(self.step, float)
 
     @property
     def distribution(self) -> BaseDistribution:
-        """An integer or a float distribution, depending on the bounds."""
+        """Integer or float distribution, depending on the bounds."""
         high = self.high if self.step is None else self._at_step(self._last_step())
         if self.is_integer:
             return IntDistribution(int(self.low), int(high), log=self.log, step=int(self.step or 1))
@@ -118,27 +118,27 @@ class NumericRange(SearchDimension):
 
     @property
     def baseline(self) -> Setting:
-        """The midpoint: on a step if there are steps, geometric if ``log``."""
+        """Midpoint of the range: rounded to a step if ``step`` is set, geometric if ``log`` is set."""
         if self.step is not None:
             return self._at_step((self._last_step() + 1) // 2)
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         return round(middle) if self.is_integer else middle
 
     def grid(self) -> Sequence[Setting]:
-        """Every step; empty without a step."""
+        """Return every step; empty if ``step`` is None."""
         return [self._at_step(index) for index in range(self._last_step() + 1)] if self.step is not None else []
 
     def to_flags(self, setting: Setting) -> FitFlags:
-        """The number as the value of the flag."""
+        """Return the number as the value of the flag."""
         return {self.flag: setting}
 
     def contains(self, setting: Setting) -> bool:
-        """Whether the number is within the bounds and, if there are steps, on one."""
+        """Whether a number is within the bounds and, if ``step`` is set, on a step."""
         within = not isinstance(setting, str) and self.low <= setting <= self.high
         return within and (setting in self.grid() or self.step is None) and not (self.is_integer and setting % 1)
 
     def example_settings(self) -> Sequence[Setting]:
-        """Both bounds."""
+        """Return both bounds."""
         return [self.low, self.high]
 
     def _last_step(self) -> int:
@@ -150,10 +150,10 @@ class NumericRange(SearchDimension):
 
 
 def parse_dimension(name: str, given: Any) -> SearchDimension:
-    """Read one entry of ``vary``: a list, ``{low, high, log, step}``, or flags by label.
+    """Parse one entry of ``vary``: a list, ``{low, high, log, step}``, or flags keyed by label.
 
     Raises:
-        UserError: It is something else, or it is empty.
+        UserError: The entry is invalid or empty.
     """
     where = f"vary: {name}"
     if isinstance(given, Mapping) and given.keys() & {"low", "high"}:
@@ -169,7 +169,7 @@ def parse_dimension(name: str, given: Any) -> SearchDimension:
 
 
 def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Setting]]:
-    """Every combination of settings; the last dimension changes fastest.
+    """Return every combination of settings; the last dimension changes fastest.
 
     Raises:
         UserError: A dimension is a continuous range.
@@ -178,13 +178,13 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
     for name, axis in axes.items():
         if not axis:
             raise UserError(
-                f"vary: {name} is a range without a step, which a grid cannot enumerate; add step, or list the values"
+                f"vary: {name} is a range without a step, which a grid cannot enumerate; set step, or list the values"
             )
     return [dict(zip(axes, settings, strict=True)) for settings in itertools.product(*axes.values())]
 
 
 def format_label(value: Any) -> str:
-    """A short label of a flag's value; for a class, its name and arguments."""
+    """Return a short label for a flag's value; for a class, its name and arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = ", ".join(f"{name} {format_label(each)}" for name, each in (value.get("init_args") or {}).items())
         name = str(value["class_path"]).rpartition(".")[2]
@@ -195,10 +195,10 @@ def format_label(value: Any) -> str:
 
 
 def parse_number(where: str, given: Any) -> float:
-    """Read a number from a YAML file; YAML reads 1e-4 as a string.
+    """Parse a number from a YAML file; YAML reads 1e-4 as a string.
 
     Raises:
-        UserError: It is not a finite number.
+        UserError: The value is not a finite number.
     """
     try:
         if isinstance(given, bool):

@@ -1,4 +1,4 @@
-"""Statistics over a few seeds: Student's t intervals, paired differences, and Holm's correction.
+"""Statistics over a few seeds: Student's t confidence intervals, paired differences, and Holm's correction.
 
 Student, The probable error of a mean, Biometrika 6 (1908); Holm, A simple sequentially rejective multiple test
 procedure, Scandinavian Journal of Statistics 6 (1979).
@@ -25,7 +25,7 @@ class Estimate:
     Args:
         mean: Mean of the values.
         half_width: Half the width of the 95% confidence interval; None for a single value.
-        p: Two-sided p-value of the hypothesis that the true mean is 0; None for a single value.
+        p: Two-sided p-value for the null hypothesis that the true mean is 0; None for a single value.
         n: Number of values.
     """
 
@@ -36,11 +36,11 @@ class Estimate:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether the interval excludes 0; not corrected for multiple comparisons."""
+        """Whether the confidence interval excludes 0, without correction for multiple comparisons."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
-        """Mean ± half width, rounded to two significant digits of the half width."""
+        """Return ``mean ± half width``, with up to five decimals for two significant digits of the half width."""
         if self.half_width is None:
             return f"{self.mean:.4g}"
         digits = max(0, min(5, 1 - math.floor(math.log10(self.half_width)))) if self.half_width > 0 else 4
@@ -49,13 +49,14 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A trial compared with the baseline.
+    """Comparison of a trial with the baseline.
 
     Args:
-        difference: Mean of the per-seed differences to the baseline; None without a common seed.
-        corrected_p: p-value after Holm's correction over all trials of the sweep; None with fewer than two seeds.
-        verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, ``within noise`` if not, or the reason
-            why there is no test.
+        difference: Mean of the per-seed differences to the baseline; None if they have no common seed.
+        corrected_p: p-value after Holm's correction over all compared trials; None if there are fewer than two common
+            seeds.
+        verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``; or the
+            reason why there is no test.
     """
 
     difference: Estimate | None
@@ -69,7 +70,7 @@ class Comparison:
 
 
 def estimate_mean(values: Sequence[float]) -> Estimate:
-    """Mean and confidence interval, ``mean ± t(0.975, n - 1) s / √n``, assuming a normal distribution."""
+    """Estimate the mean with confidence interval ``mean ± t(0.975, n - 1) s / √n``, assuming normality."""
     n = len(values)
     if n < 2:
         return Estimate(fmean(values), None, None, n)
@@ -80,15 +81,15 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
-    """Differences to the baseline, by seed, for the seeds that both have.
+    """Return the differences to the baseline, keyed by seed, for the seeds that both have.
 
-    Runs with the same seed see the same samples in the same order, so much of their noise cancels in the difference.
+    Runs with the same seed see the same samples in the same order, so much of the noise cancels in the difference.
     """
     return {seed: values[seed] - baseline[seed] for seed in values if seed in baseline}
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for multiple comparisons (Holm 1979), in the order given."""
+    """Adjust p-values for multiple comparisons (Holm 1979), keeping their order."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -99,15 +100,15 @@ def holm_correction(p_values: Sequence[float]) -> list[float]:
 def compare_to_baseline(
     values: Mapping[int, Mapping[int, float]], baseline: Mapping[int, float], direction: str
 ) -> dict[int, Comparison]:
-    """Compare every trial with the baseline by a paired t-test, with Holm's correction over all trials.
+    """Compare each trial with the baseline by a paired t-test, with Holm's correction over all trials.
 
     Args:
-        values: The metric by trial and seed, without the baseline's.
-        baseline: The baseline's metric by seed.
+        values: Metric by trial number and seed, without the baseline.
+        baseline: Metric of the baseline by seed.
         direction: ``minimize`` or ``maximize``.
 
     Returns:
-        A comparison per trial.
+        Comparisons keyed by trial number.
     """
     estimates: dict[int, Estimate | None] = {}
     for number, by_seed in values.items():

@@ -1,4 +1,4 @@
-"""Optuna storage of a study: a journal or SQLite file on one machine or shared disk, PostgreSQL for many machines."""
+"""Optuna storage for a study: a journal or SQLite file on a local or shared disk, or PostgreSQL for many machines."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,12 +23,12 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
     """Open or create a storage and its locks.
 
     Args:
-        location: A journal file, ``sqlite:///FILE`` or ``postgresql://...``; None is a journal in the folder.
+        location: A journal file, ``sqlite:///FILE`` or ``postgresql://...``; None for a journal in the sweep's folder.
         folder: Folder of the sweep.
         study: Name of the study in the storage.
 
     Raises:
-        UserError: The storage cannot be reached or written, or its scheme is not supported.
+        UserError: The storage is not reachable or writable, or its scheme is not supported.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     scheme, separator, rest = (location or str(folder / JOURNAL)).partition("://")
@@ -54,10 +54,10 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
 
 @contextmanager
 def storage_errors(location: str | None) -> Iterator[None]:
-    """Turn a database error into one line for the user.
+    """Convert database errors to one-line user errors.
 
     Raises:
-        UserError: The database cannot be reached, or the connection is gone.
+        UserError: The database cannot be reached, or the connection was closed.
     """
     try:
         yield
@@ -68,17 +68,17 @@ def storage_errors(location: str | None) -> Iterator[None]:
 
 
 def repair_journal(journal: Path) -> None:
-    """Truncate a half-written last line, as a crash of the machine leaves it; Optuna could not read past it."""
+    """Truncate a partial last line left by a machine crash; Optuna could not read past it."""
     with suppress(FileNotFoundError), _JournalLock(journal).lock, journal.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
 
 
 def _ensure_writable(path: Path) -> Path:
-    """Create the file if it is missing.
+    """Create the file if it is missing, and return its path.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file is not writable.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def _ensure_writable(path: Path) -> Path:
 
 
 def _file_locks(path: Path) -> FileLocks:
-    return FileLocks(path.with_name(f"{path.name}.claims"))  # the folder's name in 0.1: old and new processes may meet
+    return FileLocks(path.with_name(f"{path.name}.claims"))  # the name from 0.1: old and new processes may share it
 
 
 def _hide_password(url: str) -> str:
@@ -99,7 +99,7 @@ def _hide_password(url: str) -> str:
 
 
 class _JournalLock(BaseJournalFileLock):
-    """A lock that a killed process releases; with Optuna's own lock files, others wait half a minute."""
+    """A lock that is released if its process is killed; with Optuna's own locks, others would wait half a minute."""
 
     def __init__(self, journal: Path) -> None:
         self.lock = FileLock(journal.with_name(f"{journal.name}.lock"), thread_local=False)

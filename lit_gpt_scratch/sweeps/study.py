@@ -1,4 +1,4 @@
-"""The study of a sweep: assigns runs to processes and records their results. Optuna does the search and the storage."""
+"""Study of a sweep: assigns runs to processes and records their results; Optuna does the search and storage."""
 
 import warnings
 import zlib
@@ -25,13 +25,13 @@ BASELINE_ATTRIBUTE: Final = "known"
 
 @dataclass
 class ClaimedRun:
-    """A run that this process has locked, to execute it.
+    """A run that this process has locked for execution.
 
     Args:
-        number: Number of the trial.
+        number: Trial number.
         assignment: Settings of the trial.
         seed: Seed of the run.
-        trial: Optuna's trial, to report the metric by step; None for runs that pruning ignores.
+        trial: Optuna trial for reporting the metric at each step; None if the run cannot be pruned.
     """
 
     number: int
@@ -41,20 +41,20 @@ class ClaimedRun:
 
     @property
     def lock_name(self) -> str:
-        """Name of the run's lock."""
+        """Name of the lock on the run."""
         return f"{self.number}_{self.seed}"
 
 
 class Study:
     """The trials of a sweep, in a storage that several processes may share.
 
-    A trial is an assignment and has one run per seed; processes claim runs, not trials. If a process is killed, Optuna
-    still lists its trial as running, but the lock of the run is free, so another process claims the run and resumes it.
+    A trial is an assignment with one run per seed; processes claim runs, not trials. If a process is killed, Optuna
+    still lists its trial as running, but the run's lock is released, so another process can claim and resume the run.
 
     Args:
-        sweep: The sweep file.
+        sweep: The parsed sweep file.
         storage: Optuna storage.
-        locks: The locks that belong to the storage.
+        locks: Locks for the storage.
     """
 
     def __init__(self, sweep: SweepConfig, storage: BaseStorage, locks: StudyLocks) -> None:
@@ -68,12 +68,12 @@ class Study:
 
     @property
     def baseline(self) -> ResolvedBaseline | None:
-        """The baseline as ``fit`` resolved it; None before ``create``."""
+        """The baseline's flags as resolved by ``fit``; None before ``create``."""
         plain = self._study.user_attrs.get(BASELINE_ATTRIBUTE) if self._study else None
         return ResolvedBaseline(**plain) if plain else None
 
     def create(self, baseline: ResolvedBaseline) -> None:
-        """Create the study in the storage, or load it if another process has created it meanwhile."""
+        """Create the study in the storage, or load it if another process has already created it."""
         pruner = self.sweep.build_pruner()
         with self._locks.exclusive():
             try:
@@ -86,12 +86,12 @@ class Study:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """Optuna's object; ``create`` must have been called, by this process or another."""
+        """The Optuna study; ``create`` must have been called before, in this process or another."""
         assert self._study is not None, "call create first"
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
-        """All trials so far, from the storage."""
+        """Return all trials in the storage."""
         return self.optuna_study.get_trials(deepcopy=False) if self._study else []
 
     @property
@@ -101,7 +101,7 @@ class Study:
         return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
 
     def claim_run(self) -> ClaimedRun | None:
-        """Lock the next run that no process executes; None if there is none, though some may still be executing."""
+        """Lock the next unclaimed run; return None if there is none, even if other runs are still executing."""
         with self._locks.exclusive():
             for trial in self.trials():
                 if not trial.state.is_finished() and (claim := self._claim_run_of(trial)):
@@ -114,7 +114,7 @@ class Study:
             return self._claim_run_of(self.trials()[number])
 
     def record_run(self, claim: ClaimedRun, result: RunResult) -> None:
-        """Store the result of a run, release its lock, and end the trial if it was the last run."""
+        """Store the result of a run, release its lock, and end the trial if this was its last run."""
         with self._locks.exclusive():
             trial = self.trials()[claim.number]
             self._storage.set_trial_user_attr(trial._trial_id, f"run_{claim.seed}", result.to_dict())
@@ -126,7 +126,7 @@ class Study:
         self._locks.release(claim.lock_name)
 
     def should_prune(self, claim: ClaimedRun, step: int, value: float) -> bool:
-        """Report the metric at a step to the pruner; whether the run should be stopped."""
+        """Report the metric at a step to the pruner, and return whether the run should be stopped."""
         if claim.trial is None:
             return False
         if step not in self.trials()[claim.number].intermediate_values:
@@ -134,7 +134,7 @@ class Study:
         return claim.trial.should_prune()
 
     def _claim_run_of(self, trial: FrozenTrial) -> ClaimedRun | None:
-        """Lock a run of a trial that has not ended."""
+        """Lock an unclaimed run of an unfinished trial; return None if there is none."""
         if self._finish_if_complete(trial):
             return None
         recorded = recorded_runs(trial)
@@ -142,7 +142,7 @@ class Study:
         if any(run.state != "finished" for run in recorded.values()):
             return None
         first = self.sweep.seeds[0]
-        prunable = bool(self.sweep.pruning) and first in missing  # the other seeds wait until the first has survived
+        prunable = bool(self.sweep.pruning) and first in missing  # other seeds wait until the first run survives
         for seed in [first] if prunable else missing:
             claim = ClaimedRun(trial.number, {}, seed, None)
             if self._locks.try_acquire(claim.lock_name):
@@ -153,7 +153,7 @@ class Study:
         return None
 
     def _finish_if_complete(self, trial: FrozenTrial) -> bool:
-        """End a trial that has no run left to do and none that another process executes."""
+        """End the trial if no runs remain and no other process is executing one; return whether it was ended."""
         recorded = recorded_runs(trial)
         missing = [seed for seed in self.sweep.seeds if seed not in recorded]
         ended_early = [run for run in recorded.values() if run.state != "finished"]
@@ -173,7 +173,7 @@ class Study:
         return True
 
     def _suggest(self, trial: Trial, name: str) -> Any:
-        """The stored setting of a dimension, or a newly sampled one."""
+        """Return the stored setting of a dimension, or sample a new one."""
         self.optuna_study.sampler = self._build_sampler(trial.number, name)
         space = self.sweep.vary[name].distribution
         if isinstance(space, CategoricalDistribution):
@@ -184,12 +184,12 @@ class Study:
         return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
 
     def _build_sampler(self, number: int, name: str) -> BaseSampler:
-        """The sampler of one dimension of one trial, seeded so that random draws do not depend on process or time."""
+        """Build the sampler for one dimension of a trial, seeded independently of process and time."""
         seed = zlib.crc32(f"{self.sweep.fingerprint} {number} {name}".encode())
         predefined = self.sweep.predefined_assignments
         with warnings.catch_warnings():
-            # PartialFixedSampler and constant_liar have been experimental since 2021. There is no other way to fix a
-            # whole assignment, or to keep concurrent processes from sampling the same point.
+            # PartialFixedSampler and constant_liar have been experimental since 2021. There is no other way to fix an
+            # entire assignment, or to prevent concurrent processes from sampling the same point.
             warnings.simplefilter("ignore", ExperimentalWarning)
             sampler: BaseSampler = RandomSampler(seed=seed)
             if self.sweep.method == "tpe":
@@ -198,7 +198,7 @@ class Study:
 
 
 def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
-    """The recorded results of a trial, by seed."""
+    """Return the recorded results of a trial, keyed by seed."""
     attributes: Mapping[str, Any] = trial.user_attrs
     runs = [RunResult.from_dict(plain) for name, plain in attributes.items() if name.startswith("run_")]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}

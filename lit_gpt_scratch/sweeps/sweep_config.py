@@ -1,4 +1,4 @@
-"""The sweep file: search space, search method and comparison."""
+"""Sweep files: search space, search method and comparison settings."""
 
 import hashlib
 import inspect
@@ -28,12 +28,12 @@ from lit_gpt_scratch.sweeps.search_space import (
 METHODS: Final = ("grid", "random", "tpe")
 DIRECTIONS: Final = ("minimize", "maximize")
 RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan")
-"""Flags of ``fit`` that the sweep sets itself."""
+"""Flags of ``fit`` that only the sweep may set."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
-"""Units of a run's budget, and the flag of ``fit`` that enforces each."""
+"""Units of the budget, each with the ``fit`` flag that enforces it."""
 
 Assignment = dict[str, Setting]
-"""The settings of one trial, by dimension."""
+"""Settings of one trial, keyed by dimension."""
 
 
 @dataclass(frozen=True)
@@ -42,27 +42,27 @@ class SweepConfig:
 
     Args:
         name: File name without suffix.
-        question: The comment at the top of the file.
+        question: Comment at the top of the file.
         vary: Search dimensions by name.
-        base: Config files of ``fit`` that all runs share.
-        fixed: Flags of ``fit`` that all runs share; they override the config files.
-        method: ``grid`` tries every combination, ``random`` samples, ``tpe`` samples with Optuna's tree-structured
-            Parzen estimator (https://papers.nips.cc/paper/4443).
-        trials: Number of trials of ``random`` and ``tpe``; the first is the baseline.
-        seeds: Every trial is run once with each seed.
-        metric: Key of ``summary.json``; a trial's value is its mean over the seeds.
+        base: Config files for ``fit``, shared by all runs.
+        fixed: Flags for ``fit``, shared by all runs; they override the config files.
+        method: Search method: ``grid`` tries every combination, ``random`` samples uniformly, and ``tpe`` samples with
+            Optuna's tree-structured Parzen estimator (https://papers.nips.cc/paper/4443).
+        trials: Number of trials for ``random`` and ``tpe``, including the baseline.
+        seeds: Seeds; every trial has one run per seed.
+        metric: Key in ``summary.json``; the value of a trial is the mean over its seeds.
         direction: ``minimize`` or ``maximize``.
-        budget: Training budget of a run, in ``steps``, ``tokens`` or ``minutes``.
-        pruning: Class name of an Optuna pruner, or that name with arguments. The pruner sees the metric at each
-            validation of the first seed's run, by optimizer step; a pruned trial gets no further runs.
-        baseline: Settings of the baseline where they are not the default (the first of a list, the midpoint of a
-            range). The first trial is the baseline.
+        budget: Training budget per run, in ``steps``, ``tokens`` or ``minutes``.
+        pruning: Class name of an Optuna pruner, optionally with arguments. The metric is reported to the pruner at each
+            validation of the first seed's run, by optimizer step; a pruned trial has no further runs.
+        baseline: Settings of the baseline that differ from the default (the first choice in a list, the midpoint of a
+            range). The baseline is always the first trial.
 
     Raises:
         UserError: A value is invalid, or two values contradict each other.
     """
 
-    # The names and values of these fields make the study's name (see `fingerprint`): renaming one orphans old studies.
+    # The study's name contains a hash of these field names and values (see `fingerprint`): renaming orphans a study.
     name: str
     question: str
     vary: Mapping[str, SearchDimension]
@@ -83,11 +83,11 @@ class SweepConfig:
         if not self.vary:
             raise UserError("vary is empty; add at least one flag to vary")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds are {list(self.seeds)}; give at least one, each once, 0 or more")
+            raise UserError(f"seeds are {list(self.seeds)}; set at least one, each distinct and not negative")
         if self.method == "grid" and self.trials is not None:
-            raise UserError("trials: grid search runs every combination; remove it, or set method to random or tpe")
+            raise UserError("trials: grid search runs every combination; remove trials, or set method to random or tpe")
         if self.method != "grid" and (self.trials is None or self.trials < 1):
-            raise UserError(f"trials is {self.trials}; give the number of trials for method {self.method}")
+            raise UserError(f"trials is {self.trials}; method {self.method} requires a positive number of trials")
         for path in self.base:
             if not path.is_file():
                 raise UserError(f"base: no such file: {path} (looked in {Path.cwd()})")
@@ -106,12 +106,12 @@ class SweepConfig:
         for name in (*self.fixed, *varied):
             if name in RESERVED_FLAGS:
                 hint = "use seeds instead" if name == "seed_everything" else "remove it"
-                raise UserError(f"{name} is set by the sweep itself; {hint}")
+                raise UserError(f"{name} is set by the sweep; {hint}")
             if name in self.fixed and name in varied:
                 raise UserError(f"{name} is under fixed and under vary; remove one of them")
         for unit, flag in BUDGET_FLAGS.items():
             if unit in self.budget and {flag} & {*self.fixed, *varied}:
-                raise UserError(f"budget: {unit} sets {flag}, which is given too; remove one of them")
+                raise UserError(f"budget: {unit} sets {flag}, which is also set; remove one of them")
 
     def _validate_baseline(self) -> None:
         for name, setting in self.baseline.items():
@@ -127,7 +127,7 @@ class SweepConfig:
 
     @cached_property
     def predefined_assignments(self) -> list[Assignment]:
-        """The assignments known before the search, baseline first: the whole grid, or the baseline alone."""
+        """Assignments known before the search, baseline first: the entire grid, or only the baseline."""
         baseline = self.baseline_assignment
         if self.method != "grid":
             return [baseline]
@@ -139,10 +139,10 @@ class SweepConfig:
         return self.trials or len(self.predefined_assignments)
 
     def fit_flags(self, assignment: Assignment) -> FitFlags:
-        """The flags of all runs of a trial, in addition to the config files; a later dimension overrides an earlier.
+        """Return the flags for all runs of a trial, in addition to the config files.
 
-        A value of null is dropped, so that the flag keeps its value from the configs or its default: the parser cannot
-        parse null as a class.
+        Later dimensions override earlier ones. Null values are dropped, so such flags keep their value from the
+        config files or their default: the parser cannot parse null as a class.
         """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
@@ -150,10 +150,10 @@ class SweepConfig:
         return {name: value for name, value in flags.items() if value is not None}
 
     def build_pruner(self) -> optuna.pruners.BasePruner:
-        """Create the Optuna pruner that ``pruning`` names.
+        """Build the Optuna pruner specified by ``pruning``.
 
         Raises:
-            UserError: Optuna has no such pruner, or it does not accept the arguments.
+            UserError: The pruner does not exist or does not accept the arguments.
         """
         if not self.pruning:
             return optuna.pruners.NopPruner()
@@ -168,7 +168,7 @@ class SweepConfig:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that defines the study; raising ``trials`` continues the same study."""
+        """Hash of everything that defines the study; excludes ``trials``, so increasing it continues the study."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("question", "trials", "vary")}
         content["base"] = [path.read_text(encoding="utf-8") for path in self.base]
         content["vary"] = {name: asdict(each) for name, each in self.vary.items()}  # type: ignore[call-overload]  # dataclasses
@@ -176,7 +176,7 @@ class SweepConfig:
 
 
 def load_sweep(path: Path) -> SweepConfig:
-    """Read a sweep file.
+    """Read and validate a sweep file.
 
     Raises:
         UserError: The file is missing, is not YAML, or has an invalid value.
@@ -195,13 +195,13 @@ def load_sweep(path: Path) -> SweepConfig:
 
 
 def suggest_closest(name: str, names: Any) -> str:
-    """The end of an error about an unknown name: the closest known one, or nothing."""
+    """Return a suffix with the closest known name for an error about an unknown name, or an empty string."""
     close = get_close_matches(name, list(names), 1, 0.5)
     return f"; the nearest is {close[0]}" if close else ""
 
 
 def short_hash(content: Any) -> str:
-    """Eight hexadecimal digits of the SHA-256 of plain data."""
+    """Return eight hexadecimal digits of the SHA-256 of JSON-serialisable data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -252,7 +252,7 @@ def _parse_budget(given: Mapping[str, Any]) -> dict[str, float]:
         if amount <= 0:
             raise UserError(f"budget: {unit} is {amount}; it must be positive")
     if {"steps", "tokens"} <= budget.keys():
-        raise UserError("budget: steps and tokens both set trainer.max_steps; give one of them")
+        raise UserError("budget: steps and tokens both set trainer.max_steps; remove one of them")
     return budget
 
 
@@ -262,7 +262,7 @@ def _require_one_of(key: str, value: str, allowed: Any) -> None:
 
 
 def _leading_comment(text: str) -> str:
-    """The comment lines at the top of the file, joined."""
+    """Return the comment lines at the top of the file, joined by spaces."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):

@@ -16,7 +16,7 @@ from filelock import FileLock
 from lit_gpt_scratch.errors import UserError
 
 PURPOSE_FILE: Final = "begun"
-"""A file in an unfinished folder that stores its purpose; see ``create_folder_atomically``."""
+"""File in an unfinished folder that stores the folder's purpose; see ``create_folder_atomically``."""
 TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
@@ -35,25 +35,25 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: str, purpose: str | None = None) -> None:
-    """Create a folder unless it exists.
+    """Create a folder atomically, unless it already exists.
 
-    The folder is filled under a temporary name and renamed when it is complete, so a kill leaves either no folder or
-    a complete one. A lock, which a kill releases, keeps a second process from doing the same work. A failure removes
-    what was written, so that a failed write takes up no disk space.
+    The folder is filled under a temporary name and renamed once it is complete, so a killed process leaves either no
+    folder or a complete one. A lock prevents a second process from doing the same work; it is released if the process
+    is killed. On failure, the partial folder is deleted so that it takes up no disk space.
 
     Args:
         folder: The folder to create; an empty one counts as missing.
-        fill: Writes the contents into the path it is given.
-        flag: The flag that chooses another location, for error messages.
-        purpose: The inputs of the contents, as text. If given, a folder left by an interrupted call (a kill, Ctrl-C or
-            the death of a worker process) with the same purpose is passed to ``fill`` again to be completed; by default
-            the work starts over.
+        fill: Function that writes the contents to the path it is passed.
+        flag: Flag that sets another location, for error messages.
+        purpose: Text that identifies the inputs of the contents. If set, a partial folder with the same purpose, left
+            by an interrupted call (a kill, Ctrl-C or the death of a worker process), is passed to ``fill`` again for
+            completion; by default, the work starts over.
 
     Raises:
-        UserError: The folder cannot be written, or a worker process was killed.
+        UserError: The folder is not writable, or a worker process was killed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("worker processes import this script again: guard its code with if __name__ == '__main__':")
+        raise RuntimeError("worker processes import this script again; guard its code with if __name__ == '__main__':")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -73,7 +73,7 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
 
 
 def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
-    """``create_folder_atomically`` without the lock, for a folder that does not exist and has no other writer."""
+    """Like ``create_folder_atomically`` but without the lock: the folder must not exist or have another writer."""
     partial = folder.with_name(f"{folder.name}.partial")
     purpose_file = partial / PURPOSE_FILE
     if purpose is None or not purpose_file.is_file() or purpose_file.read_text(encoding="utf-8") != purpose:
@@ -82,7 +82,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
         if purpose is not None:
             with atomic_file(purpose_file) as file:
                 file.write(purpose.encode())
-    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # of a killed writer
+    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # left by a killed writer
         leftover.unlink(missing_ok=True)
     try:
         fill(partial)
@@ -92,7 +92,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
                     os.fsync(file.fileno())
         purpose_file.unlink(missing_ok=True)
         partial.rename(folder)
-    except BaseException as error:  # Ctrl-C too: a folder that cannot be resumed would only take up disk space
+    except BaseException as error:  # includes Ctrl-C: a folder that cannot be resumed only wastes disk space
         interrupted = isinstance(error, BrokenProcessPool) or not isinstance(error, Exception)
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)

@@ -1,16 +1,16 @@
-"""The chat template: messages to token ids, the same in fine-tuning and in generation.
+"""Chat template: converts messages to token ids, identically in fine-tuning and in generation.
 
-A conversation is the start of text, then turn after turn: the role's marker, the content, and the end of the turn. An
-assistant message ends with the end of text, which is in the loss so that a model learns to stop; other turns end with
-a newline::
+A conversation starts with the start-of-text token. Each turn consists of the role's marker, the content and a turn end.
+An assistant message ends with the end-of-text token, which is included in the loss so that the model learns to stop;
+other turns end with a newline::
 
     <|endoftext|><|user|>Hi!
     <|assistant|>Hello.<|endoftext|><|user|>And now?
     <|assistant|>Bye.<|endoftext|>
 
-A marker is the token ``<|role|>`` if the tokenizer has it, otherwise the line ``### Role:``, so that any pretrained
-model can be fine-tuned as it is. Markers, contents and turn ends are encoded separately: a turn boundary is always a
-token boundary, and a prompt has exactly the ids that the same messages have in training.
+The marker is the token ``<|role|>`` if the tokenizer has it, otherwise the line ``### Role:``, so that any pretrained
+model can be fine-tuned without new tokens. Markers, contents and turn ends are encoded separately: a turn boundary is
+always a token boundary, and a prompt has exactly the same ids as the same messages in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,13 +26,13 @@ ROLES: Final[tuple[Role, ...]] = get_args(Role)
 ASSISTANT: Final = "assistant"
 """The role whose messages are trained on."""
 ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
-"""Special tokens for a tokenizer that is trained for conversations."""
+"""Special tokens to add when training a tokenizer for conversations."""
 TURN_END: Final = "\n"
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn of a conversation."""
 
     role: Role
     content: str
@@ -43,7 +43,7 @@ class RenderedConversation(NamedTuple):
 
     Attributes:
         ids: Token ids, (n,).
-        loss_mask: (n,), True for the tokens of assistant messages and the end of text after each.
+        loss_mask: Loss mask, (n,): True for tokens of assistant messages and the end of text after each of them.
     """
 
     ids: list[int]
@@ -51,7 +51,11 @@ class RenderedConversation(NamedTuple):
 
 
 class ChatTemplate:
-    """Renders messages with one tokenizer."""
+    """Render messages as token ids.
+
+    Args:
+        tokenizer: The tokenizer to encode with.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -59,7 +63,7 @@ class ChatTemplate:
         self._turn_end = tokenizer.encode(TURN_END)
 
     def render(self, messages: Sequence[Message]) -> RenderedConversation:
-        """Tokenize a whole conversation for training."""
+        """Tokenize a complete conversation for training."""
         ids, loss_mask = [self._tokenizer.start_of_text], [False]
         for message in messages:
             in_loss = message.role == ASSISTANT
@@ -79,15 +83,15 @@ class ChatTemplate:
 
 
 def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a record; its columns determine the format.
+    """Return the messages of a training record; the format is inferred from its columns.
 
     Args:
-        fields: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al. 2023),
-            ``instruction``, ``input``, which may be empty, and ``output``.
+        fields: Values by column: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al.
+            2023), ``instruction``, an optional ``input``, and ``output``.
 
     Raises:
-        UserError: The record has neither format, or is not a conversation to train on; without file and row, which the
-            caller knows.
+        UserError: The record has neither format, or is not a valid training conversation. The caller adds the file and
+            row to the message.
     """
     if fields.get("messages") is not None:
         messages = _parse_messages(fields["messages"], "messages")
@@ -103,13 +107,15 @@ def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
-    """Return the prompt messages of a record, to which replies are generated or compared.
+    """Return the prompt of a record as messages, for generating replies or comparing them.
 
     Args:
-        fields: ``prompt``, a text or a list of messages; or ``instruction`` and ``input``, as in Alpaca.
+        fields: Values by column: ``prompt``, a string or a list of messages; or ``instruction`` and ``input``, as in
+            Alpaca.
 
     Raises:
-        UserError: There is no prompt, or nothing to reply to; without file and row, which the caller knows.
+        UserError: There is no prompt, or its last message is not the user's. The caller adds the file and row to the
+            message.
     """
     if isinstance(prompt := fields.get("prompt"), str):
         messages = [Message("user", prompt)]
@@ -127,10 +133,10 @@ def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def parse_reply(fields: Mapping[str, Any], column: str) -> str:
-    """Return a reply of a record: a text, or a list with a single assistant message.
+    """Return the reply in a column: a string, or a list with a single assistant message.
 
     Raises:
-        UserError: It is empty, or something else; without file and row.
+        UserError: The reply is empty or has another type. The caller adds the file and row to the message.
     """
     if isinstance(fields.get(column), list):
         messages = _parse_messages(fields[column], column)
@@ -145,7 +151,7 @@ def parse_reply(fields: Mapping[str, Any], column: str) -> str:
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Check that messages are a conversation: at most one system message first, then user and assistant in turn.
+    """Check the order of messages: an optional system message first, then user and assistant alternating.
 
     Raises:
         UserError: A message is empty or out of order.

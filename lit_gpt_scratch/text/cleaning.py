@@ -1,7 +1,7 @@
-"""Cleaning filters: each maps a document to a document, or to the reason why it is rejected.
+"""Cleaning steps: each returns the document, possibly edited, or the reason for rejecting it.
 
-The pipeline is a list of steps, chosen and ordered in a config; by default only exact duplicates are removed. A step is
-a frozen dataclass: its arguments define its behaviour and are part of the cache key of the cleaned corpus.
+The pipeline is a list of steps, selected and ordered in the config; by default, only exact duplicates are removed. A
+step is a frozen dataclass: its arguments define its behaviour and are part of the cleaned corpus's cache key.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Document
 
 RejectionReason = str
-"""Why a document is rejected: a short phrase, the same for all documents rejected by one rule."""
+"""Reason for rejecting a document: a short phrase, the same for all documents rejected by one rule."""
 
 
 class CleaningStep:
@@ -29,12 +29,12 @@ class CleaningStep:
 
     @property
     def name(self) -> str:
-        """The step's name in the cleaning report."""
+        """Name of the step in the cleaning report."""
         return type(self).__name__
 
     @property
     def source_hash(self) -> str:
-        """A hash of the source of the step's module: a corpus is cleaned again when a rule's code changes."""
+        """Hash of the source code of the step's module, so that a corpus is cleaned again after a code change."""
         try:
             source: Any = inspect.getsource(sys.modules[type(self).__module__])
         except (TypeError, OSError):  # defined in a notebook or an interactive session
@@ -47,17 +47,17 @@ class CleaningStep:
 
 
 class PerDocumentStep(CleaningStep, ABC):
-    """A step that edits or rejects a document, from that document alone."""
+    """A step that edits or rejects each document independently of the others."""
 
     @abstractmethod
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Return the document, with the same or another text under the same id, or why it is rejected."""
+        """Return the document with the same id and possibly another text, or the reason for rejecting it."""
 
 
 class DeduplicationStep(CleaningStep, ABC):
-    """A step that rejects a document because of documents before it.
+    """A step that rejects documents that duplicate earlier ones.
 
-    Sketches are computed in parallel, in several processes; they are compared one after the other, in document order.
+    Sketches are computed in parallel by several processes, then compared sequentially in document order.
     """
 
     cheap: ClassVar[bool] = False
@@ -65,27 +65,27 @@ class DeduplicationStep(CleaningStep, ABC):
 
     @abstractmethod
     def sketch(self, document: Document) -> Any:
-        """Return the data needed to compare a document with others."""
+        """Return the data needed to compare the document with others."""
 
     @abstractmethod
     def build_filter(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
-        """Return a filter of sketches that remembers those that passed; it may keep files in ``folder``."""
+        """Return a filter that compares each sketch with those that passed; it may store files in ``folder``."""
 
 
 class DecontaminationStep(CleaningStep, ABC):
-    """A step that rejects training documents because of validation documents: it runs after the split, so last."""
+    """A step that rejects training documents that overlap validation documents; it runs last, after the split."""
 
     @abstractmethod
     def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """Return a filter of training documents, given the validation documents."""
+        """Return a filter for training documents, given the validation documents."""
 
 
 @dataclass(frozen=True)
 class UnicodeNormalization(PerDocumentStep):
-    """Normalise Unicode: ``NFC`` composes, ``NFKC`` also replaces ligatures and wide letters by plain ones.
+    """Normalise Unicode: ``NFC`` composes characters; ``NFKC`` also replaces ligatures and full-width letters.
 
     Args:
-        form: One of Unicode's normal forms (https://unicode.org/reports/tr15).
+        form: Unicode normalization form (https://unicode.org/reports/tr15).
     """
 
     form: Literal["NFC", "NFD", "NFKC", "NFKD"] = "NFC"
@@ -100,25 +100,26 @@ CONTROL_CHARACTERS: Final = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9
 
 @dataclass(frozen=True)
 class ControlCharacters(PerDocumentStep):
-    """Remove invisible characters: C0 and C1 controls except tab, line feeds, form feed and U+0085; zero-width, BOM.
+    """Remove invisible characters: C0 and C1 controls, zero-width characters and the byte order mark.
 
-    The joiners U+200C and U+200D stay: words and emoji are written with them.
+    Tab, line feed, carriage return, form feed and U+0085 are kept, as are the joiners U+200C and U+200D, which words
+    and emoji use.
     """
 
     def __call__(self, document: Document) -> Document:
-        """Remove them."""
+        """Remove the characters."""
         return replace(document, text=CONTROL_CHARACTERS.sub("", document.text))
 
 
 @dataclass(frozen=True)
 class Whitespace(PerDocumentStep):
-    r"""Normalise line ends to ``\n``, strip trailing spaces, keep at most ``blank_lines`` blank lines in a row.
+    r"""Normalise line endings to ``\n``, strip trailing spaces, and limit consecutive blank lines.
 
-    Spaces at the start of a line stay: they are Python's grammar and a poem's shape.
+    Leading spaces are kept: they are syntax in Python and layout in poems.
 
     Args:
         blank_lines: Maximum number of consecutive blank lines.
-        spaces: Collapse runs of spaces and tabs inside a line to one space.
+        spaces: Whether to collapse runs of spaces and tabs within a line to one space.
     """
 
     blank_lines: int = 1
@@ -144,7 +145,7 @@ class Length(PerDocumentStep):
 
     Args:
         at_least: Minimum number of characters.
-        at_most: Maximum number of characters; none by default.
+        at_most: Maximum number of characters; no limit by default.
     """
 
     at_least: int = 1
@@ -173,7 +174,7 @@ IPV6: Final = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f
 
 @dataclass(frozen=True)
 class MaskContacts(PerDocumentStep):
-    """Replace e-mail and IP addresses by placeholders (https://arxiv.org/abs/2406.17557, section 3.7).
+    """Replace e-mail and IP addresses with placeholders (https://arxiv.org/abs/2406.17557, section 3.7).
 
     Args:
         email: Placeholder for an e-mail address.
@@ -191,7 +192,7 @@ class MaskContacts(PerDocumentStep):
 
 
 def _is_ipv6(candidate: str) -> bool:
-    """Whether it is an address that may belong to a person; ``10::20`` and ``ace::Face`` in code are not."""
+    """Whether it is an IPv6 address that may belong to a person, unlike ``10::20`` or ``ace::Face`` in code."""
     try:
         groups = [group for group in ipaddress.IPv6Address(candidate).compressed.split(":") if group]
     except ValueError:
@@ -200,10 +201,10 @@ def _is_ipv6(candidate: str) -> bool:
 
 
 def validate_steps(steps: Sequence[CleaningStep]) -> None:
-    """Check that every entry is a cleaning step with all its settings, and that their order is valid.
+    """Check that every entry is a cleaning step without null settings, and that decontamination steps come last.
 
     Raises:
-        UserError: A step fails the check; the message names it.
+        UserError: A check fails; the message names the step.
     """
     for step in steps:
         if not isinstance(step, PerDocumentStep | DeduplicationStep | DecontaminationStep):
@@ -213,7 +214,7 @@ def validate_steps(steps: Sequence[CleaningStep]) -> None:
         settings: tuple[Field[Any], ...] = fields(step) if is_dataclass(step) else ()
         for setting in settings:
             if getattr(step, setting.name) is None and setting.default is not None:
-                raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; leave it out to use its default")
+                raise UserError(f"data.cleaning: {step.name}.{setting.name} is null; remove it to use the default")
     first = next((index for index, step in enumerate(steps) if isinstance(step, DecontaminationStep)), None)
     for step in steps[first:] if first is not None else ():
         if not isinstance(step, DecontaminationStep):

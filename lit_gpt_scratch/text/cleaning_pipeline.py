@@ -1,4 +1,4 @@
-"""Runs documents through cleaning steps: per-document steps in parallel, deduplication in document order.
+"""Cleaning pipeline: runs per-document steps in parallel, and deduplication in document order.
 
 The output and its order do not depend on the number of processes.
 """
@@ -17,25 +17,25 @@ from lit_gpt_scratch.text.document import Document, is_blank
 from lit_gpt_scratch.text.process_pool import shutdown_process_pool, start_process_pool
 
 BATCH_BYTES: Final = 2**20
-"""Bytes of text per batch sent to a process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
+"""Bytes of text per batch sent to a worker process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
 BATCH_DOCUMENTS: Final = 256
 SINGLE_PROCESS_BYTES: Final = 2**25
-"""Bytes of text that are processed before worker processes start: starting them takes longer than they would save."""
+"""Bytes of text processed before worker processes start: for less text, startup costs more time than it saves."""
 QUEUED_BATCHES: Final = 2
-"""Batches queued per process."""
+"""Batches queued per worker process."""
 
 
 @dataclass(slots=True)
 class PipelineItem:
-    """A document on its way through the steps.
+    """A document in the pipeline.
 
     Attributes:
-        document: As the last step that it passed left it.
-        source_index: Index of its source.
-        sizes: UTF-8 bytes before the first step, and after each step that it passed.
-        texts: The texts of these sizes, if the document is in the sample whose tokens are counted.
-        reason: Why the next step rejected it, if it did.
-        sketch: The data that the next deduplication step compares.
+        document: The document after the last step that it passed.
+        source_index: Index of the source that it was read from.
+        sizes: UTF-8 bytes before the first step and after each step that it passed.
+        texts: Texts at the same points as ``sizes``, if the document is in the sample whose tokens are counted.
+        reason: Reason why a step rejected it; None if no step has.
+        sketch: Data for the next deduplication step.
     """
 
     document: Document
@@ -46,7 +46,7 @@ class PipelineItem:
     sketch: Any = None
 
     def record_step(self, document: Document) -> None:
-        """Record the output of a step that the document passed."""
+        """Record the output of a step that accepted the document."""
         unchanged = document.text == self.document.text
         self.sizes.append(self.sizes[-1] if unchanged else len(document.text.encode()))
         if self.texts is not None:
@@ -65,17 +65,17 @@ def run_pipeline(
     folder: Path,
     processes: int,
 ) -> Iterator[PipelineItem]:
-    """Run documents through the steps before the split.
+    """Run documents through the steps that precede the split.
 
     Args:
         items: The documents, in order.
         steps: Per-document and deduplication steps.
-        final_sketch: Computed for each document that passes all steps, into ``PipelineItem.sketch``.
-        folder: Where steps may keep files.
-        processes: Worker processes; 1 runs everything in this process.
+        final_sketch: Function applied to each document that passes all steps; its result is in ``PipelineItem.sketch``.
+        folder: Folder in which steps may store files.
+        processes: Number of worker processes; 1 runs everything in this process.
 
     Yields:
-        All items, in order, rejected ones too.
+        All items in order, including rejected ones.
     """
     with ExitStack() as stack:
         pool = LazyProcessPool(processes)
@@ -135,14 +135,14 @@ def _filter_batches(
 
 
 class LazyProcessPool:
-    """A process pool that starts once there is enough work, and returns results in order."""
+    """A process pool that starts once there is enough work and returns results in order."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
         self._pool: ProcessPoolExecutor | None = None
 
     def map(self, process: Callable[[ItemBatch], ItemBatch], batches: Iterable[ItemBatch]) -> Iterator[ItemBatch]:
-        """Yield ``process(batch)`` for each batch, in order; a bounded number of batches is read ahead."""
+        """Yield ``process(batch)`` for each batch in order, prefetching a bounded number of batches."""
         n_bytes = 0
         queue: deque[Future[ItemBatch]] = deque()
         for batch in batches:
@@ -157,7 +157,7 @@ class LazyProcessPool:
             yield queue.popleft().result()
 
     def close(self) -> None:
-        """Stop the processes and drop queued work."""
+        """Stop the processes and discard queued work."""
         if self._pool is not None:
             shutdown_process_pool(self._pool)
 

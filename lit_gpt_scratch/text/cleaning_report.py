@@ -1,4 +1,4 @@
-"""The cleaning report: the outcome of every step for every document (``audit.json`` and ``audit.md``)."""
+"""Cleaning report: documents kept and rejected by each step (``audit.json`` and ``audit.md``)."""
 
 import hashlib
 from collections import Counter
@@ -12,16 +12,16 @@ from lit_gpt_scratch.text.document import RejectedDocument
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 MAX_EXAMPLES: Final = 3
-"""Examples per rejection reason."""
+"""Maximum examples per rejection reason."""
 EXCERPT_CHARACTERS: Final = 160
-"""Characters of an example."""
+"""Maximum characters per example."""
 SAMPLE_BYTES: Final = 2**22
-"""Bytes of text on which tokens are counted step by step; a corpus up to this size is counted exactly."""
+"""Bytes of text in the sample for per-step token counts; a corpus up to this size is counted exactly."""
 
 
 @dataclass
 class StepStatistics:
-    """Counts of one step: ``documents_in`` is ``documents_out`` plus all rejected."""
+    """Counts for one step: ``documents_in`` is ``documents_out`` plus all rejected documents."""
 
     name: str
     documents_in: int = 0
@@ -40,7 +40,7 @@ class StepStatistics:
         self.bytes_out += bytes_out
 
     def record_rejected(self, id_: str, text: str, n_bytes: int, reason: str) -> None:
-        """Count a document that the step rejected, and keep the first few as examples."""
+        """Count a document that the step rejected, and keep the first few per reason as examples."""
         self.documents_in += 1
         self.bytes_in += n_bytes
         self.bytes_rejected += n_bytes
@@ -51,11 +51,11 @@ class StepStatistics:
 
 
 class CleaningReport:
-    """Statistics of all steps: reading, the chosen steps, then mixing and the steps after the split.
+    """Statistics of all steps: reading, the configured steps, then mixing and the steps after the split.
 
     Args:
-        steps: Names of the steps before the split.
-        later_steps: Names of the steps that run once all documents are known.
+        steps: Names of the steps that run before the split.
+        later_steps: Names of the steps that run once all documents have been read.
     """
 
     def __init__(self, steps: Sequence[str], later_steps: Sequence[str] = ()) -> None:
@@ -65,15 +65,15 @@ class CleaningReport:
         self._sampled_bytes, self._hash_limit = 0, 2**64
 
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
-        """Whether tokens are counted on a document: decided by a hash of its id, so independent of document order."""
+        """Whether a document is in the token-count sample; depends on a hash of its id, not on document order."""
         return n_bytes <= SAMPLE_BYTES and _hash_id(id_) < self._hash_limit
 
     def add_unreadable(self, rejected: RejectedDocument) -> None:
-        """Count an entry of a source that is not a document."""
+        """Count a source entry that is not a document."""
         self.steps[0].record_rejected(rejected.id, "", rejected.n_bytes, rejected.reason)
 
     def add(self, item: PipelineItem) -> None:
-        """Count a document that was rejected by, or passed, the steps before the split."""
+        """Count a document that has passed the steps before the split or was rejected by one of them."""
         sizes = item.sizes
         self.steps[0].record_kept(sizes[0], sizes[0])
         for step, before, after in zip(self.steps[1:], sizes, sizes[1:], strict=False):
@@ -89,7 +89,7 @@ class CleaningReport:
                 self._sampled_bytes = sum(len(texts[0].encode()) for texts in self._sample.values())
 
     def add_later_step(self, id_: str, text: str, n_bytes: int, index: int, reason: str | None) -> None:
-        """Count a document at the later step of this index; it passed if there is no reason."""
+        """Count a document for the later step with this index; ``reason`` is None if the document passed."""
         step = self.steps[self._first_later + index]
         if reason is not None:
             step.record_rejected(id_, text, n_bytes, reason)
@@ -99,7 +99,7 @@ class CleaningReport:
             texts.append(texts[-1])
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but token counts, as JSON-serialisable data."""
+        """Return everything except token counts, as JSON-serialisable data."""
         first, last = self.steps[0], self.steps[-1]
         return {
             "documents_in": first.documents_in,
@@ -111,36 +111,36 @@ class CleaningReport:
 
     @property
     def sample(self) -> list[list[str]]:
-        """For each document of the sample, its text before the first step and after each step that it passed."""
+        """For each sampled document, its text before the first step and after each step that it passed."""
         return list(self._sample.values())
 
 
 def add_token_counts(
     audit: dict[str, Any], sample: Sequence[Sequence[str]], count: Callable[[Sequence[str]], list[int]], kept: int
 ) -> dict[str, Any]:
-    """Return an audit with ``tokens_in`` and ``tokens_out`` for every step.
+    """Add ``tokens_in`` and ``tokens_out`` to every step of a copy of the audit.
 
-    The counts are exact if the sample is the whole corpus. Otherwise a step's bytes are multiplied by the sample's
-    tokens per byte at that step, and all counts are scaled so that the last step's output is exact.
+    The counts are exact if the sample is the whole corpus. Otherwise the bytes of each step are multiplied by the
+    sample's tokens per byte at that step, and all counts are scaled so that the last step's output is exact.
 
     Args:
-        audit: From ``CleaningReport.to_dict``.
-        sample: From ``CleaningReport.sample``.
-        count: Returns the number of tokens of each text.
-        kept: Tokens of all texts that were kept.
+        audit: Output of ``CleaningReport.to_dict``.
+        sample: Value of ``CleaningReport.sample``.
+        count: Function that returns the number of tokens in each text.
+        kept: Total tokens in all kept texts.
     """
     distinct = list(dict.fromkeys(text for texts in sample for text in texts))
     tokens = dict(zip(distinct, count(distinct), strict=True))
     steps: list[dict[str, Any]] = []
     overall_tokens_per_byte = kept / max(audit["bytes_kept"], 1)
     for index, step in enumerate(audit["steps"]):
-        before, after = max(index - 1, 0), index  # reading changes nothing
+        before, after = max(index - 1, 0), index  # reading does not change texts
         counted = dict(step)
         for side, position in (("in", before), ("out", after)):
             texts = [texts[position] for texts in sample if len(texts) > position and len(texts) > before]
             n_bytes = sum(len(text.encode()) for text in texts)
             tokens_per_byte = sum(tokens[text] for text in texts) / n_bytes if n_bytes else overall_tokens_per_byte
-            # Entries that could not be read have no tokens.
+            # Unreadable entries have no tokens.
             counted[f"tokens_{side}"] = round(step[f"bytes_{side}" if index else "bytes_out"] * tokens_per_byte)
         steps.append(counted)
     exact = sum(len(texts[0].encode()) for texts in sample) == audit["steps"][0]["bytes_out"]
@@ -156,7 +156,7 @@ def _hash_id(id_: str) -> int:
 
 
 def format_step_table(audit: dict[str, Any]) -> str:
-    """Format an audit's steps as a Markdown table."""
+    """Format the steps of an audit as a Markdown table."""
     rows = [["step", "documents in", "out", "bytes in", "out", "tokens in", "out", "rejected"]]
     for step in audit["steps"]:
         rejected = ", ".join(f"{number:,} {reason}" for reason, number in step["rejected"].items()) or "-"

@@ -1,4 +1,4 @@
-"""A cleaned corpus: documents read, cleaned, mixed and split once, and stored with their cleaning report.
+"""Cleaned corpora: documents are read, cleaned, mixed and split once, and stored with their cleaning report.
 
 A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``, readable by
 ``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, a few in memory at a time.
@@ -40,7 +40,7 @@ SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
     "ef71f33303efd7d9": Leakage,
 }  # fmt: skip
-"""``CleaningStep.source_hash`` of the modules of version 0.1, and a step that is now in each of them."""
+"""Maps ``CleaningStep.source_hash`` of each module in version 0.1 to a step of the module that replaced it."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class CleanedCorpus:
     """A corpus on disk.
 
     Attributes:
-        folder: Its folder.
-        fingerprint: SHA-256 over the ids, contents and sides of all documents.
-        n_bytes: UTF-8 bytes of the texts of both splits.
+        folder: Folder of the corpus.
+        fingerprint: SHA-256 of the ids, contents and splits of all documents.
+        n_bytes: Total UTF-8 bytes of text in both splits.
         audit: The cleaning report; see ``CleaningReport.to_dict``.
     """
 
@@ -74,7 +74,7 @@ class CleanedCorpus:
             raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
-        """Yield the texts of one split; or about a fraction of them, chosen by content and so independent of order."""
+        """Yield the texts of a split, or about a fraction of them, sampled by content hash, independent of order."""
         for document in read_parquet_documents(self.folder / f"{split}.parquet"):
             if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
                 yield document.text
@@ -88,14 +88,14 @@ class CleanedCorpus:
 
 @dataclass(frozen=True)
 class CorpusSpec:
-    """Everything that decides which texts a corpus has.
+    """Specification of a corpus: its sources, cleaning steps and split.
 
     Args:
-        sources: Each with its weight; several are mixed so that their bytes are in proportion to their weights.
+        sources: Pairs of a source and its weight; several sources are mixed with bytes in proportion to their weights.
         cleaning: Cleaning steps, in order.
-        validation_share: Share of the documents to hold out.
+        validation_share: Fraction of the documents to hold out.
         max_bytes: Stop reading each source after the document that reaches this many bytes of text.
-        processes: Worker processes for cleaning; they do not change the result.
+        processes: Number of worker processes for cleaning; does not affect the result.
     """
 
     sources: tuple[tuple[DocumentSource, float], ...]
@@ -109,12 +109,12 @@ class CorpusSpec:
             hub.has_hub_options(source.config, source.split, source.streaming) for source, _ in self.sources
         )
         if hub_options and not any(source.on_hub for source, _ in self.sources):
-            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.name} is not one")
+            raise UserError(f"data.config, split and streaming apply only to Hub datasets; {self.name} is not one")
         validate_steps(self.cleaning)
 
     @property
     def name(self) -> str:
-        """The sources as the user wrote them."""
+        """Names of the sources as the user specified them."""
         return ", ".join(source.name for source, _ in self.sources)
 
     @cached_property
@@ -124,10 +124,10 @@ class CorpusSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the corpus, except the contents of the sources; stored with it and with its tokens."""
+        """Everything that determines the corpus except source contents; stored with the corpus and with its tokens."""
         return {
             "format": CORPUS_FORMAT,
-            # The class was called Source in version 0.1; stores that hold this string still have to match.
+            # The class was named Source in version 0.1; token stores that contain this string must still match.
             "source": [[repr(source).removeprefix("Document"), weight] for source, weight in self.sources],
             "cleaning": [f"{step!r} {step.source_hash}" for step in self.cleaning],
             "validation_share": self.validation_share,
@@ -135,14 +135,14 @@ class CorpusSpec:
         }
 
     def prepare(self, corpora: Path, flag: str = "--data.cache") -> CleanedCorpus:
-        """Open this corpus in a folder of many corpora, creating it first if it does not exist.
+        """Open the corpus, creating it first if it does not exist.
 
         Args:
-            corpora: The folder of corpora; each is named after a hash of its settings and sources.
-            flag: The flag that chooses ``corpora``, for error messages.
+            corpora: Folder that contains all corpora, each named after a hash of its settings and sources.
+            flag: Flag that sets ``corpora``, for error messages.
 
         Raises:
-            UserError: A source is unusable, no document is left, or the folder cannot be written.
+            UserError: A source is unusable, no documents are left, or the folder is not writable.
         """
         sources = [source.fingerprint(local=True) for source, _ in self.sources]
         key = hashlib.sha256(json.dumps([self.settings, sources], sort_keys=True).encode()).hexdigest()
@@ -173,7 +173,7 @@ class CorpusSpec:
     def _clean(
         self, scratch: Path, steps: Sequence[CleaningStep], report: CleaningReport, index: DocumentIndex
     ) -> None:
-        """Run the steps before the split; kept documents go to a Parquet file in their order, and to the index."""
+        """Run the steps before the split; write kept documents to a Parquet file in order, and index them."""
         progress = tqdm(desc="reading and cleaning", unit="B", unit_scale=True, disable=None, leave=False)
         with progress, ParquetDocumentWriter(scratch / CLEANED_FILE) as writer:
             for item in run_pipeline(self._read(report), steps, hash_document, scratch, self.processes):
@@ -211,11 +211,11 @@ class CorpusSpec:
         selected: NDArray[np.bool_],
         after: Sequence[DecontaminationStep],
     ) -> tuple[str, dict[SplitName, ParquetDocumentWriter]]:
-        """Run the steps after the split and write both splits; returns the fingerprint and the closed writers."""
+        """Run the steps after the split and write both splits; return the fingerprint and the closed writers."""
         cleaned = scratch / CLEANED_FILE
         if after and parts.tail is not None:
             raise UserError(
-                f"data.cleaning: {after[0].name} needs validation documents, but the corpus is a single "
+                f"data.cleaning: {after[0].name} requires validation documents, but the corpus is a single "
                 "document; remove the step"
             )
         filters = [step.build_filter(_validation_documents(cleaned, parts)) for step in after]
@@ -251,20 +251,20 @@ class CorpusSpec:
         if not report.steps[0].documents_out:
             raise UserError(no_text_message(self.name))
         if not any(step.rejected for step in report.steps):
-            raise UserError(f"{self.name} is too short to hold out a part of it; name more text as data.source")
+            raise UserError(f"{self.name} is too short to hold out validation text; add more text to data.source")
         rejected = [
             f"{step.name} rejected {sum(step.rejected.values()):,} ({step.rejected.most_common(1)[0][0]})"
             for step in report.steps
             if step.rejected
         ]
         raise UserError(
-            f"no document is left of the {report.steps[0].documents_in:,} of {self.name}: {', '.join(rejected)}; "
+            f"none of the {report.steps[0].documents_in:,} documents in {self.name} is left: {', '.join(rejected)}; "
             "choose other steps in data.cleaning"
         )
 
 
 def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
-    """Translate ``CorpusSpec.settings["cleaning"]`` of version 0.1, whose rules were the same, to today's hashes."""
+    """Replace version 0.1 hashes in ``CorpusSpec.settings["cleaning"]`` by current ones; the rules are unchanged."""
     upgraded = []
     for entry in entries:
         step, _, source_hash = entry.rpartition(" ")

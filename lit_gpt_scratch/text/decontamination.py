@@ -1,4 +1,4 @@
-"""Decontamination: remove training documents that share n-grams of words with validation documents."""
+"""Decontamination: remove training documents that share word n-grams with validation documents."""
 
 import re
 import zlib
@@ -15,16 +15,16 @@ from lit_gpt_scratch.text.document import Document
 
 @dataclass(frozen=True)
 class Leakage(DecontaminationStep):
-    """Remove every training document that shares an n-gram of words with a validation document.
+    """Remove every training document that shares a word n-gram with a validation document.
 
-    Words are compared without case and punctuation, as for GPT-3 (https://arxiv.org/abs/2005.14165, appendix C). A
-    validation document shorter than ``words`` is matched as a whole, anywhere in a training document; one with fewer
-    than ``least`` words only if it is the whole training document. Memory: 8 bytes per validation word.
+    Case and punctuation are ignored, as for GPT-3 (https://arxiv.org/abs/2005.14165, appendix C). A validation document
+    shorter than ``words`` is matched as a whole anywhere in a training document; a document with fewer than ``least``
+    words matches only if it equals the entire training document. Memory: 8 bytes per validation word.
 
     Args:
         words: Length of the n-grams, in words.
-        least: Minimum words of a validation document that is matched inside others: a shorter one is often a common
-            phrase.
+        least: Minimum number of words for a validation document to be matched inside training documents; shorter
+            documents are often common phrases.
     """
 
     words: int = 13
@@ -35,7 +35,7 @@ class Leakage(DecontaminationStep):
             raise UserError(f"data.cleaning: Leakage.words is {self.words}; it must be at least 1")
 
     def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """Return a filter of training documents that knows all n-grams of all validation documents."""
+        """Return a filter that checks training documents against all n-grams of the validation documents."""
         found: dict[int, list[NDArray[np.uint64]]] = {}
         whole: set[tuple[str, ...]] = set()
         for document in held_out:
@@ -60,7 +60,7 @@ class Leakage(DecontaminationStep):
 
 
 def normalized_words(text: str) -> list[str]:
-    """Return the words of a text in lower case, without punctuation."""
+    """Split a text into lower-case words without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -70,7 +70,7 @@ def hash_words(words: list[str]) -> NDArray[np.uint64]:
 
 
 def hash_ngrams(word_hashes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
-    """Return a hash of each n-gram of ``length`` words, (max(n - length + 1, 0),)."""
+    """Return a hash of each n-gram of ``length`` words, (max(n - length + 1, 0),), given word hashes, (n,)."""
     hashes = np.zeros(max(len(word_hashes) - length + 1, 0), dtype=np.uint64)
     for offset in range(length):
         hashes = (hashes ^ word_hashes[offset : offset + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)

@@ -1,4 +1,4 @@
-"""Documents, of which a corpus consists, and table rows, from which they are read."""
+"""Documents, the units of a corpus, and the table rows that they are read from."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Maximum bytes of a document, a row or a line; anything longer is not written by a person."""
+"""Maximum bytes per document, row or line; anything longer is unlikely to be human-written."""
 
 
 def is_blank(text: str) -> bool:
@@ -17,7 +17,7 @@ def is_blank(text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text with an id that locates it: a file, or a file and a row."""
+    """A text and an id that identifies its location: a file, or a file and a row."""
 
     id: str
     text: str
@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RejectedDocument:
-    """An entry of a source that is not a document, and why; ``n_bytes`` is its size in the source."""
+    """A source entry that is not a document, with the reason; ``n_bytes`` is its size in the source."""
 
     id: str
     reason: str
@@ -37,9 +37,9 @@ class TableRow:
     """One row of a table.
 
     Attributes:
-        id: Locates the row: the file and the row number, from 1.
-        where: Its location for error messages: the file, and the line in it if the file has lines.
-        fields: Its values by column name.
+        id: Identifier of the row: the file and the row number, starting at 1.
+        where: Location of the row for error messages: the file, and the line number if the file has lines.
+        fields: Values by column name.
     """
 
     id: str
@@ -48,10 +48,10 @@ class TableRow:
 
 
 def get_text(fields: Mapping[str, Any], column: str) -> str:
-    """Return the text in a column, or "" if there is none.
+    """Return the text in a column, or "" if it is missing.
 
     Raises:
-        UserError: The value is not text; without its location, which the caller knows.
+        UserError: The value is not a string. The caller adds the location to the message.
     """
     value = fields.get(column)
     if value is not None and not isinstance(value, str):
@@ -60,29 +60,29 @@ def get_text(fields: Mapping[str, Any], column: str) -> str:
 
 
 class ClassIndex(int):
-    """A class index from a dataset that also knows the names of its classes."""
+    """A class index from a dataset with named classes; it keeps the name of its class."""
 
     name: str | None
-    """None for -1, which Hub datasets use for a missing label."""
+    """Name of the class; None for index -1, which Hub datasets use for a missing label."""
 
     @classmethod
     def from_names(cls, index: int, names: Sequence[str]) -> "ClassIndex":
-        """Build one with its name, given the names of all classes in order."""
+        """Build a class index, given the names of all classes in order."""
         result = cls(index)
         result.name = names[index] if index >= 0 else None
         return result
 
 
 def get_label(fields: Mapping[str, Any], column: str) -> str:
-    """Return the label in a column: a text, an integer, or the name of a dataset's class.
+    """Return the label in a column as a string: a text, an integer, or the name of a ``ClassIndex``.
 
     Raises:
-        UserError: It is missing, or something else; without its location, which the caller knows.
+        UserError: The label is missing or has another type. The caller adds the location to the message.
     """
     value = fields.get(column)
     if isinstance(value, ClassIndex):
         value = value.name
-    if value is None or value != value or is_blank(str(value)):  # NaN is not equal to itself: pandas' missing value
+    if value is None or value != value or is_blank(str(value)):  # NaN, pandas' missing value, is unequal to itself
         raise UserError(f"'{column}' is empty: a label is missing")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # an integer column with missing values is read as floats

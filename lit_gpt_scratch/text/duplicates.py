@@ -18,26 +18,26 @@ from lit_gpt_scratch.text.document import Document
 
 SHINGLE_WORDS: Final = 5
 SHINGLES_PER_UPDATE: Final = 2**16
-"""Shingles hashed at a time."""
+"""Number of shingles hashed at a time."""
 MIN_RECALL: Final = 0.95
-"""Minimum share of pairs at the similarity threshold that locality-sensitive hashing has to find."""
+"""Minimum fraction of pairs at the similarity threshold that locality-sensitive hashing must find."""
 MAX_CANDIDATES: Final = 1024
-"""Candidates that a document is compared with: thousands may share a band that is only boilerplate."""
+"""Maximum candidates to compare a document with: thousands may share a band that contains only boilerplate."""
 
 
 def sha256_text(text: str) -> bytes:
-    """Return the SHA-256 of a text in UTF-8."""
+    """Return the SHA-256 digest of a text encoded as UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def minhash_signature(text: str, permutations: int) -> RMinHash:
     """Return the MinHash signature of the text's overlapping five-word shingles (Broder 1997).
 
-    The share of positions at which two signatures agree estimates the Jaccard similarity of their sets of shingles.
+    The fraction of positions where two signatures agree estimates the Jaccard similarity of the shingle sets.
     """
     words = text.split()
     minhash = RMinHash(num_perm=permutations, seed=0)
-    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE):  # bounds the memory
+    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE):  # bounds memory usage
         chunk = words[start : start + SHINGLES_PER_UPDATE + SHINGLE_WORDS - 1]
         shingles = zip(*(islice(chunk, i, None) for i in range(SHINGLE_WORDS)), strict=False)
         minhash.update(list({" ".join(shingle) for shingle in shingles}) or [" ".join(chunk)])
@@ -46,17 +46,17 @@ def minhash_signature(text: str, permutations: int) -> RMinHash:
 
 @dataclass(frozen=True)
 class ExactDuplicates(DeduplicationStep):
-    """Remove every document whose text is byte-identical to an earlier one. The hashes seen so far are kept on disk."""
+    """Remove every document whose text is byte-identical to an earlier one. Hashes seen so far are stored on disk."""
 
     cheap: ClassVar[bool] = True
 
     def sketch(self, document: Document) -> bytes:
-        """Return half of a SHA-256: among 10^12 documents the probability of any collision is 10^-15."""
+        """Return half of the SHA-256 digest: for 10^12 documents, the probability of any collision is 10^-15."""
         return sha256_text(document.text)[:16]
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
-        """Return a filter that looks hashes up in an SQLite table, whose pages are cached in memory."""
+        """Return a filter that looks up hashes in an SQLite table whose pages are cached in memory."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -65536;"
@@ -74,15 +74,15 @@ class ExactDuplicates(DeduplicationStep):
 
 @dataclass(frozen=True)
 class NearDuplicates(DeduplicationStep):
-    """Remove every document that is nearly the same as one before it.
+    """Remove every document that is a near-duplicate of an earlier one.
 
-    MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The estimate's
-    standard error is at most 1 / (2 sqrt(permutations)). Memory: about 5.3 kB per document.
+    Uses MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The
+    standard error of the estimate is at most 1 / (2 sqrt(permutations)). Memory: about 5.3 kB per document.
 
     Args:
-        similarity: Minimum estimated Jaccard similarity of the sets of five-word shingles of two near-duplicates.
-        permutations: Hashes in a signature.
-        bands: Number of bands of a signature; two documents are compared if they agree in at least one.
+        similarity: Minimum estimated Jaccard similarity between the five-word shingles of two near-duplicates.
+        permutations: Number of hashes per signature.
+        bands: Number of bands per signature; two documents are compared if they agree in at least one band.
     """
 
     similarity: float = 0.775
@@ -110,7 +110,7 @@ class NearDuplicates(DeduplicationStep):
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
-        """Return a filter that compares a signature with those that share a band with it."""
+        """Return a filter that compares a signature with earlier ones that share a band with it."""
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
         kept: list[RMinHash] = []
 

@@ -1,16 +1,15 @@
-"""Fast bulk encoding with ``tiktoken``, used only where its ids are proven equal to those of ``tokenizers``.
+"""Fast bulk encoding with ``tiktoken``, used only where its ids are provably equal to those of ``tokenizers``.
 
 ``tiktoken`` merges the adjacent pair whose merged token has the lowest id; ``tokenizers`` merges the pair that comes
-first in the merge list. For a byte-level BPE these are the same if
+first in the merge list. For a byte-level BPE tokenizer, both give the same ids if
 
-1. each pair of the merge list makes a distinct token, and the tokens' ids increase in the order of the list; and
+1. each pair in the merge list produces a distinct token, and token ids increase in the order of the list; and
 2. each token, encoded alone, encodes to itself.
 
-Proof: let two tokens ``u`` and ``v`` be adjacent while ``tokenizers`` encodes a word, and let ``uv`` be a token, too.
-No merge has crossed their outer boundaries, so what happened inside is what happens when ``uv`` is encoded alone. By
-2, that ends as ``uv``, and before its last merge it is a single pair of tokens: the pair that the list holds for
-``uv``. So ``tiktoken`` never merges a pair that ``tokenizers`` would not merge, and by 1 both take the pairs in the
-same order.
+Proof: let tokens ``u`` and ``v`` be adjacent while ``tokenizers`` encodes a word, and let ``uv`` also be a token. No
+merge has crossed their outer boundaries, so the merges inside are the same as when ``uv`` is encoded alone. By 2, that
+encoding ends as ``uv``; before its last merge it is a single pair of tokens, the pair listed for ``uv``. Therefore
+``tiktoken`` never merges a pair that ``tokenizers`` would not merge, and by 1 both merge pairs in the same order.
 """
 
 import json
@@ -27,14 +26,14 @@ from tokenizers import Regex, normalizers
 from tokenizers import Tokenizer as Backend
 
 GPT2_PATTERN: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-"""GPT-2's pre-tokenization pattern, which is built into ``tokenizers``."""
+"""GPT-2's pre-tokenization pattern, as built into ``tokenizers``."""
 LONG_WORD: Final = 500
-"""Characters. ``tiktoken``'s time is quadratic in the length of a word, that of ``tokenizers`` is not."""
+"""Long word, in characters: ``tiktoken``'s time, unlike that of ``tokenizers``, is quadratic in word length."""
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
-    """Return a ``tiktoken`` encoding with the ids of ``backend``, or None where equality is not proven."""
+    """Build a ``tiktoken`` encoding with the same ids as ``backend``; return None if equality is not proven."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
@@ -63,13 +62,13 @@ def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
 def encode_batch(
     backend: Backend, encoding: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
 ) -> Iterator[NDArray[np.uint32]]:
-    """Yield the ids of each text, (n,) uint32.
+    """Yield the token ids of each text, (n,) uint32.
 
     Args:
         backend: The tokenizer.
-        encoding: From ``build_tiktoken_encoding``; None to use ``backend`` alone.
-        texts: The texts.
-        threads: Of ``tiktoken``; by default as many as there are cores.
+        encoding: Result of ``build_tiktoken_encoding``; if None, only ``backend`` is used.
+        texts: The texts to encode.
+        threads: Number of ``tiktoken`` threads; by default, Python's default for ``ThreadPoolExecutor``.
     """
     if encoding is None:
         for encoded in backend.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -86,14 +85,14 @@ def encode_batch(
 
 
 def _may_have_long_words(text: str) -> bool:
-    """True for every text with a word, or a run of spaces, of 2 ``LONG_WORD``: it spans a whole window of that size."""
+    """Whether a text may have a word or run of spaces of 2 ``LONG_WORD`` characters, which spans a whole window."""
     return any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)
     )
 
 
 def _byte_by_character() -> dict[str, int]:
-    """GPT-2's character for each byte: printable bytes are themselves, the others are numbered from U+0100."""
+    """Map GPT-2's characters to bytes: printable bytes map to themselves, others are numbered from U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -101,7 +100,7 @@ def _byte_by_character() -> dict[str, int]:
 
 @cache
 def _same_unicode_classes() -> bool:
-    """Whether both libraries have the same letters, numbers and spaces: each ships its own version of Unicode."""
+    """Whether both libraries classify letters, numbers and spaces equally: each ships its own version of Unicode."""
     characters = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     for class_, complement in ((r"\p{L}", r"\P{L}"), (r"\p{N}", r"\P{N}"), (r"\s", r"\S")):

@@ -1,10 +1,10 @@
-"""Readers of JSON Lines, JSON, CSV, TSV, Parquet and Arrow files, optionally compressed: rows with named columns.
+"""Readers for JSON Lines, JSON, CSV, TSV, Parquet and Arrow files with named columns, optionally compressed.
 
-Parquet, Arrow and texts in JSON Lines are read with ``datasets``. Where ``datasets`` fails on JSON Lines, the rest is
-read line by line here: either that finds the line which cannot be read, or all lines are valid and only their types
-differ from what ``datasets`` guessed (a column that appears late, a text that looks like a date). CSV and TSV are read
-with Python's ``csv``: ``datasets``, which uses ``pandas``, silently drops text where a row has not as many fields as
-the first.
+Parquet, Arrow and texts in JSON Lines are read with ``datasets``. If ``datasets`` fails on a JSON Lines file, the
+remaining rows are read here, line by line. This either locates the invalid line, or succeeds because all lines are
+valid and ``datasets`` only guessed their types wrong (a column that appears late, a text that looks like a date). CSV
+is read with Python's ``csv`` and TSV is split at tabs, because ``datasets`` uses ``pandas``, which silently drops text
+if a row has a different number of fields than the first.
 """
 
 import bz2
@@ -34,31 +34,31 @@ DECOMPRESSORS: Final[dict[str, Callable[[Path], Any]]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open,
 }  # fmt: skip
 READ_ERRORS: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
-"""Exceptions that reading a file, compressed or not, can raise."""
+"""Exceptions that can occur when reading a file, compressed or not."""
 TABLE_FORMATS: Final = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
 ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
-"""File names that are tables inside a folder, too; files with other names may be plain text there."""
+"""Suffixes of files that are read as tables even inside a folder; there, others are plain text."""
 BATCH_ROWS: Final = 256
 
 Columns = Mapping[str, str]
-"""The columns to read, by the argument that names each; None instead means all columns."""
+"""Columns to read, keyed by the argument that names each; None in place of a mapping means all columns."""
 Fields = dict[str, Any]
 LocatedRows = Iterator[tuple[str, Fields]]
-"""The location of each row, and its values by column."""
+"""Pairs of a row's location and its values by column."""
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
-    """Open a file for reading bytes, decompressing it if its suffix is that of a compressed file."""
+    """Open a file for reading bytes, decompressing it according to its suffix."""
     suffix = path.suffix.lower()
     file: IO[bytes] = DECOMPRESSORS[suffix](path) if suffix in DECOMPRESSORS else path.open("rb")
     return file
 
 
 def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableRow]:
-    """Yield the rows of a file; the id ``name:3`` is the third row.
+    """Yield the rows of a file; the third row has the id ``name:3``.
 
     Raises:
         UserError: A column is missing, or a row cannot be read.
@@ -71,17 +71,17 @@ def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableR
         return
     except UserError:
         raise
-    except Exception as error:  # the readers of five formats have no common exception type
+    except Exception as error:  # the readers for the various formats have no common exception type
         reason = error
     for number, (where, fields) in enumerate(_read_rest(path, columns, reason, skip=n_read), n_read + 1):
         yield TableRow(f"{name}:{number}", where, fields)
 
 
 def row_to_document(row: TableRow, column: str) -> Document:
-    """Return the text in a column as a document, empty if there is none.
+    """Convert the text in a column to a document, which is empty if the text is missing.
 
     Raises:
-        UserError: The value is not text, or too long.
+        UserError: The value is not text or is too long.
     """
     try:
         text = get_text(row.fields, column)
@@ -93,7 +93,7 @@ def row_to_document(row: TableRow, column: str) -> Document:
 
 
 def is_table(path: Path, in_folder: bool) -> bool:
-    """Whether a file contains rows, by its name; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
+    """Whether a file name is that of a table; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
     return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
 
@@ -101,7 +101,7 @@ def require_columns(columns: Columns | None, existing: Iterable[str], where: str
     """Check that all columns exist.
 
     Raises:
-        UserError: One does not.
+        UserError: A column does not exist.
     """
     for argument, column in (columns or {}).items():
         if column not in existing:
@@ -110,7 +110,7 @@ def require_columns(columns: Columns | None, existing: Iterable[str], where: str
 
 
 def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
-    """Yield the rows of a ``datasets`` dataset, with class labels as ``ClassIndex``.
+    """Yield the rows of a ``datasets`` dataset, converting class labels to ``ClassIndex``.
 
     Raises:
         UserError: A column is missing.
@@ -133,7 +133,7 @@ def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterat
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence ``datasets``: no progress bars, no log lines, and no download counts sent to the Hub for local files."""
+    """Silence ``datasets``: no progress bars, no log messages, and no download counts sent to the Hub."""
     import datasets
 
     level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
@@ -162,8 +162,8 @@ def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]
     format_ = TABLE_FORMATS[suffix]
     several = columns is None or len(columns) > 1
     if format_ in ("csv", "tsv") or (format_ == "json" and several) or suffix == ".json" or "::" in str(path):
-        # In a column that mixes texts and numbers datasets would quote the texts, and it may turn lists of objects into
-        # an object of lists; "::" in a path is fsspec's syntax for chained URLs.
+        # In a column that mixes texts and numbers, datasets would quote the texts; it may also turn lists of objects
+        # into an object of lists. "::" in a path is fsspec's syntax for chained URLs.
         raise TypeError("not for datasets")
     options: dict[str, Any] = {}
     if format_ == "json":
@@ -181,7 +181,7 @@ def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]
 
 
 def _read_rest(path: Path, columns: Columns | None, reason: Exception, skip: int) -> LocatedRows:
-    """Yield the rows after the first ``skip``, one by one, each with its location in the file."""
+    """Yield the rows after the first ``skip`` rows, each with its location in the file."""
     format_ = TABLE_FORMATS[_format_suffix(path)]
     if format_ not in ROW_READERS:
         raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
@@ -267,7 +267,7 @@ def _read_csv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRo
 
 
 def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
-    """No quoting: a text that starts with a quote would swallow the rows after it."""
+    """Read TSV without quoting: a text that starts with a quote would swallow the rows after it."""
     rows = (
         (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [])
         for number, line in _read_lines(file, path)
@@ -276,7 +276,7 @@ def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRo
 
 
 def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Columns | None) -> LocatedRows:
-    """Turn rows of fields into rows with named columns; the first row is the header."""
+    """Convert lists of fields to rows with named columns; the first row is the header."""
     names = [name.removeprefix("\ufeff") for name in next(rows, (1, []))[1]]
     require_columns(columns, names, str(path))
     positions = {name: names.index(name) for name in (names if columns is None else columns.values())}
@@ -288,7 +288,7 @@ def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Col
 
 
 def _first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its type."""
+    """Return the first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

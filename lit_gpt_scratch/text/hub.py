@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face Hub, read with ``datasets``."""
+"""Reading datasets from the Hugging Face Hub with ``datasets``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,25 +9,25 @@ from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.file_readers import Columns, iterate_dataset, quiet_datasets, require_columns
 
 DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
-"""``owner/name``, with an optional revision to pin."""
+"""Pattern of ``owner/name`` with an optional ``@revision``."""
 TIMEOUT_SECONDS: Final = 10.0
-"""How long to wait for the Hub's first response."""
+"""Timeout for the Hub's first response."""
 
 
 def read_dataset_rows(
     name: str, columns: Columns | None, config: str | None, split: str, streaming: bool
 ) -> Iterator[TableRow]:
-    """Yield the rows of a dataset; the id ``owner/name:3`` is the third row.
+    """Yield the rows of a dataset; the third row has the id ``owner/name:3``.
 
     Raises:
-        UserError: No such dataset, configuration, split or column, or the Hub cannot be reached.
+        UserError: The dataset, configuration, split or column does not exist, or the Hub cannot be reached.
     """
     import datasets
 
     path, revision = name.partition("@")[0], _resolve_revision(name)
     with _as_user_errors(name), quiet_datasets():
         dataset = datasets.load_dataset(path, config, split=split, streaming=streaming, revision=revision)
-        if columns is not None and dataset.column_names is not None:  # other columns need not be fetched or decoded
+        if columns is not None and dataset.column_names is not None:  # avoids fetching and decoding other columns
             require_columns(columns, dataset.column_names, name)
             dataset = dataset.select_columns(list(columns.values()))
         for number, fields in enumerate(iterate_dataset(dataset, columns, name), 1):
@@ -35,12 +35,12 @@ def read_dataset_rows(
 
 
 def has_hub_options(config: str | None, split: str, streaming: bool) -> bool:
-    """Whether any option is set that only datasets of the Hub have."""
+    """Whether any option that applies only to Hub datasets differs from its default."""
     return (config, split, streaming) != (None, "train", False)
 
 
 def dataset_revision(name: str, config: str | None) -> str:
-    """Return the dataset's current commit, or the one fetched before if ``HF_HUB_OFFLINE`` is set."""
+    """Return the current commit of the dataset, or the cached version if ``HF_HUB_OFFLINE`` is set."""
     import datasets
 
     if revision := _resolve_revision(name):
@@ -51,9 +51,9 @@ def dataset_revision(name: str, config: str | None) -> str:
 
 
 def _resolve_revision(name: str) -> str | None:
-    """Return the commit that a name refers to; None if offline and no revision is given.
+    """Return the commit that a name refers to; None if offline and the name has no revision.
 
-    Resolved before anything is loaded, because ``datasets`` retries for half a minute if there is no network.
+    This is done before loading, because ``datasets`` retries for half a minute if there is no network.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -80,7 +80,7 @@ def _resolve_revision(name: str) -> str | None:
 
 @contextmanager
 def _as_user_errors(name: str) -> Iterator[None]:
-    """Turn every exception of ``datasets`` into one line: it has a different type for most failures."""
+    """Convert exceptions from ``datasets``, which have many types, to one-line user errors."""
     import datasets
 
     try:

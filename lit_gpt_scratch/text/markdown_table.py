@@ -1,10 +1,10 @@
-"""Markdown tables that are also readable in a terminal; used by every report that prints one."""
+"""Markdown tables that are also readable in a terminal."""
 
 from collections.abc import Sequence
 
 
 def format_markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
-    """Format rows, the first of them the header, as an aligned Markdown table.
+    """Format rows as an aligned Markdown table; the first row is the header.
 
     Args:
         rows: Cells, one sequence per row.

@@ -1,4 +1,4 @@
-"""Documents in a Parquet file, written and read a few megabytes at a time."""
+"""Streaming reader and writer of documents in Parquet files; a few megabytes are in memory at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any, Final
 from lit_gpt_scratch.text.document import Document
 
 ROW_GROUP_CHARACTERS: Final = 2**22
-"""Characters of text in a row group; a reader holds one row group in memory."""
+"""Characters of text per row group; a reader keeps one row group in memory."""
 
 
 class ParquetDocumentWriter:
-    """Writes documents to a Parquet file with columns ``id`` and ``text``; a context manager that closes the file."""
+    """Context manager that writes documents to a Parquet file with columns ``id`` and ``text``."""
 
     def __init__(self, path: Path) -> None:
         import pyarrow as pa
@@ -50,7 +50,7 @@ class ParquetDocumentWriter:
 
 
 def row_group_sizes(path: Path) -> list[int]:
-    """Return the uncompressed bytes of each row group, which is about the bytes of its text."""
+    """Return the uncompressed size of each row group in bytes, approximately the size of its text."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
@@ -58,7 +58,7 @@ def row_group_sizes(path: Path) -> list[int]:
 
 
 def read_parquet_documents(path: Path, row_groups: range | None = None) -> Iterator[Document]:
-    """Read the documents that ``ParquetDocumentWriter`` wrote, or those of some row groups."""
+    """Yield the documents in a file written by ``ParquetDocumentWriter``, optionally only those in some row groups."""
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

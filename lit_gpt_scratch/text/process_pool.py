@@ -1,4 +1,4 @@
-"""Worker processes that end with the program; used for cleaning, tokenization and sweeps."""
+"""Process pools for cleaning, tokenization and sweeps; workers exit with the main process."""
 
 import multiprocessing
 import os
@@ -9,9 +9,9 @@ from contextlib import suppress
 
 
 def start_process_pool(processes: int) -> ProcessPoolExecutor:
-    """Start processes that exit when this one does, even if it is killed.
+    """Start a pool whose worker processes exit when this process does, even if it is killed.
 
-    They are spawned, not forked: a fork of a process with threads may hang.
+    Workers are spawned, not forked: forking a process that has threads may cause a deadlock.
     """
     return ProcessPoolExecutor(
         processes, mp_context=multiprocessing.get_context("spawn"), initializer=_initialize_worker
@@ -19,9 +19,9 @@ def start_process_pool(processes: int) -> ProcessPoolExecutor:
 
 
 def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
-    """Stop the processes and drop queued work.
+    """Stop the worker processes and discard queued work.
 
-    If a worker died before it read its work, CPython 3.11's feeder thread blocks forever writing to the pipe, and
+    If a worker died before it read its work item, CPython 3.11's feeder thread blocks forever writing to the pipe, and
     ``shutdown`` waits for that thread. Closing the read end of the pipe unblocks it.
     """
     queue = getattr(pool, "_call_queue", None)
@@ -32,8 +32,8 @@ def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
 
 
 def _initialize_worker() -> None:
-    os.environ["RAYON_NUM_THREADS"] = "1"  # threads of ``tokenizers``: there is one process per core already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent stops these
+    os.environ["RAYON_NUM_THREADS"] = "1"  # threads of ``tokenizers``: there is already one process per core
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends Ctrl-C to all processes; the parent stops workers
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -1,4 +1,4 @@
-"""Quality filters of well-known corpora: Gopher's quality and repetition rules, C4's rules. None is on by default."""
+"""Published quality filters: Gopher's quality and repetition rules, and C4's rules. All are off by default."""
 
 import re
 from collections import Counter
@@ -19,12 +19,13 @@ class GopherQuality(PerDocumentStep):
     Args:
         words_at_least: Minimum number of words.
         words_at_most: Maximum number of words.
-        mean_word_length: Minimum and maximum mean length of a word, in characters.
-        symbols_per_word: Maximum hash signs per word, and maximum ellipses per word.
-        bullet_lines: Maximum share of lines that begin with a bullet.
-        ellipsis_lines: Maximum share of lines that end with an ellipsis.
-        alphabetic_words: Minimum share of words with at least one letter.
-        stop_words: How many of eight very common English words must occur; 0 for other languages.
+        mean_word_length: Minimum and maximum mean word length, in characters.
+        symbols_per_word: Maximum ratio of hash signs to words, and of ellipses to words.
+        bullet_lines: Maximum fraction of lines that begin with a bullet.
+        ellipsis_lines: Maximum fraction of lines that end with an ellipsis.
+        alphabetic_words: Minimum fraction of words with at least one letter.
+        stop_words: Minimum number of distinct words from a list of eight very common English words; set it to 0 for
+            other languages.
     """
 
     words_at_least: int = 50
@@ -69,12 +70,12 @@ class GopherRepetition(PerDocumentStep):
     """Reject documents that repeat themselves: Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
 
     Args:
-        lines: Maximum share of lines that occurred before.
-        paragraphs: Maximum share of paragraphs that occurred before.
-        line_characters: Maximum share of characters in such lines.
-        paragraph_characters: Maximum share of characters in such paragraphs.
-        ngrams: Whether to limit the characters in the most common 2- to 4-gram, and in all repeated 5- to 10-grams, to
-            the paper's shares (20% to 16% and 15% to 10% of the characters of all words).
+        lines: Maximum fraction of lines that repeat an earlier line.
+        paragraphs: Maximum fraction of paragraphs that repeat an earlier paragraph.
+        line_characters: Maximum fraction of characters in repeated lines.
+        paragraph_characters: Maximum fraction of characters in repeated paragraphs.
+        ngrams: Whether to limit the fraction of word characters in the most common 2- to 4-gram and in all repeated 5-
+            to 10-grams to the paper's values (20% to 16%, and 15% to 10%).
     """
 
     lines: float = 0.30
@@ -117,7 +118,7 @@ def _repeated(parts: Iterable[str]) -> Iterable[str]:
 
 
 def _top_ngram_characters(words: list[str], n: int) -> int:
-    """Characters in all occurrences of the most common n-gram; 0 if none occurs twice."""
+    """Return the characters in all occurrences of the most common n-gram; 0 if no n-gram occurs twice."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     if not counts:
         return 0
@@ -126,7 +127,7 @@ def _top_ngram_characters(words: list[str], n: int) -> int:
 
 
 def _repeated_ngram_characters(words: list[str], n: int) -> int:
-    """Characters of the words that are in an n-gram that occurs more than once; no word is counted twice."""
+    """Return the characters of all words in repeated n-grams, counting each word once."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     counts = Counter(grams)
     inside = [False] * len(words)
@@ -138,17 +139,17 @@ def _repeated_ngram_characters(words: list[str], n: int) -> int:
 
 @dataclass(frozen=True)
 class C4(PerDocumentStep):
-    """Keep only lines of prose, and reject other pages: C4's rules (https://arxiv.org/abs/1910.10683, section 2.2).
+    """Keep lines of prose, and reject other pages: C4's rules (https://arxiv.org/abs/1910.10683, section 2.2).
 
     Lines that do not end with a full stop, exclamation mark, question mark or closing quote, that have fewer than
     ``words_per_line`` words, or that mention "javascript", cookies or policies are removed; a page with a curly
-    bracket, with "lorem ipsum" or with fewer than ``sentences`` sentences left is rejected. Not implemented: the list
-    of bad words, the language filter, and the removal of spans of three sentences that occur elsewhere.
+    bracket, with "lorem ipsum" or with fewer than ``sentences`` remaining sentences is rejected. Not implemented: the
+    list of bad words, the language filter, and the removal of three-sentence spans that occur elsewhere.
 
     Args:
-        words_per_line: Minimum number of words in a line.
+        words_per_line: Minimum number of words per line.
         sentences: Minimum number of sentences in the remaining text.
-        curly_brackets: Reject pages with a curly bracket, such as source code.
+        curly_brackets: Whether to reject pages with a curly bracket, such as source code.
     """
 
     words_per_line: int = 5

@@ -24,36 +24,36 @@ from lit_gpt_scratch.text.file_readers import (
 )
 
 STDLIB: Final = "stdlib"
-"""The default source: the source code of the Python standard library, real text that is always available."""
+"""The default source: the source code of the Python standard library, which is always available."""
 
-# Skipped: text that no person wrote (generated tables would be memorised, and their near-identical copies would
-# end up on both sides of the split), tests, and packages outside the standard library.
+# Skipped: generated text (a model would memorise its tables, and near-identical copies would end up in both splits),
+# tests, and packages outside the standard library.
 STDLIB_SKIPPED = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
 MAX_WHOLE_FILE_BYTES: Final = 2**22
-"""A longer text file is read as several documents."""
+"""Maximum bytes of a text file that is read as one document; a longer file is read as several."""
 CHUNK_BYTES: Final = 2**18
-"""Bytes of each of these documents, up to the end of the next line."""
+"""Bytes per document when a file is read as several; each document extends to the end of its last line."""
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """A named source of documents, read one by one in a stable order.
+    """A source of documents, read sequentially in a stable order.
 
     Args:
-        name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a dataset of the Hub as
-            ``owner/name`` or ``owner/name@revision``. The suffix decides how a file is read: ``.jsonl``, ``.json``,
-            ``.csv``, ``.tsv``, ``.parquet`` and ``.arrow`` hold one document per row, any other file is UTF-8 text and
-            one document; ``.gz``, ``.zst``, ``.bz2`` and ``.xz`` may follow. In a folder, every file that is not
-            hidden is read; there ``.json``, ``.csv`` and ``.tsv`` are plain text like any other, and files that are
-            not text are skipped.
-        column: The column with the text, in files with columns.
-        config: The configuration of a Hub dataset that has several.
-        split: The split of a Hub dataset.
-        streaming: Stream a Hub dataset instead of downloading it.
+        name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a Hub dataset as ``owner/name`` or
+            ``owner/name@revision``. The suffix determines how a file is read: ``.jsonl``, ``.json``, ``.csv``,
+            ``.tsv``, ``.parquet`` and ``.arrow`` contain one document per row; any other file is a single document of
+            UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a folder, every file
+            that is not hidden is read; there, ``.json``, ``.csv`` and ``.tsv`` are plain text, and files that are not
+            text are skipped.
+        column: Text column of files with columns.
+        config: Configuration of a Hub dataset that has several.
+        split: Split of a Hub dataset.
+        streaming: Whether to stream a Hub dataset instead of downloading it.
     """
 
     name: str
@@ -63,10 +63,10 @@ class DocumentSource:
     streaming: bool = False
 
     def read(self) -> Iterator[Document | RejectedDocument]:
-        """Yield every document, and a ``RejectedDocument`` for everything that was skipped.
+        """Yield every document, and a ``RejectedDocument`` for each skipped entry.
 
         Raises:
-            UserError: The source is missing, does not match its type, or has a row that cannot be read.
+            UserError: The source is missing, does not match its type, or has an unreadable row.
         """
         columns = {"text_column": self.column}
         if self.on_hub:
@@ -79,10 +79,10 @@ class DocumentSource:
                 yield from self._read_text(name, path)
 
     def rows(self, columns: Columns | None = None) -> Iterator[TableRow]:
-        """Yield every row, with these columns or all; files without rows are skipped in a folder.
+        """Yield every row with the given columns, by default all; in a folder, files that are not tables are skipped.
 
         Raises:
-            UserError: The source is missing, has no rows, lacks a column, or has a row that cannot be read.
+            UserError: The source is missing, is not a table, lacks a column, or has an unreadable row.
         """
         if self.on_hub:
             yield from hub.read_dataset_rows(self.name, columns, self.config, self.split, self.streaming)
@@ -90,18 +90,18 @@ class DocumentSource:
         files = list(self._files())
         tables = [(name, path) for name, path in files if is_table(path, in_folder=False)]
         if not tables or (len(tables) < len(files) and not self._is_folder):
-            raise UserError(f"{self.name} is not a table; name a file of type {', '.join(TABLE_FORMATS)}, or a dataset")
+            raise UserError(f"{self.name} is not a table; use a file of type {', '.join(TABLE_FORMATS)}, or a dataset")
         for name, path in tables:
             yield from read_rows(path, name, columns)
 
     def fingerprint(self, local: bool = False) -> str:
-        """Return a string that changes when the source does, without reading it.
+        """Return a string that changes when the source changes, without reading its contents.
 
-        It is made from the names, sizes and modification times of files, or is the revision of a dataset.
+        It is a hash of the names, sizes and modification times of files, or the revision of a dataset.
 
         Args:
-            local: Use absolute paths, inodes and change times, too: this tells copies apart, and files that replaced
-                others of the same size and time.
+            local: Whether to include absolute paths, inodes and change times. They distinguish copies, and detect files
+                replaced by others with the same size and modification time.
         """
         if self.on_hub:
             return hub.dataset_revision(self.name, self.config)
@@ -126,15 +126,15 @@ class DocumentSource:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the name is that of a dataset on the Hub."""
+        """Whether the source is a Hub dataset."""
         return self.name != STDLIB and bool(re.fullmatch(hub.DATASET_NAME, self.name)) and not self._path.exists()
 
     def _files(self) -> Iterator[tuple[str, Path]]:
-        """Yield the names and paths of the source's files."""
+        """Yield the name and path of each file in the source."""
         if self.name == STDLIB:
             yield from _stdlib_files()
         elif not self.name:
-            raise UserError(f"data.source is empty; name a text file, a folder, or '{STDLIB}'")
+            raise UserError(f"data.source is empty; set it to a text file, a folder, or '{STDLIB}'")
         elif self._path.is_dir():
             yield from _walk(self._path, lambda folder: folder.startswith("."), lambda name: not name.startswith("."))
         elif self._path.exists():
@@ -143,7 +143,7 @@ class DocumentSource:
             found = sorted({Path(path) for path in glob.glob(str(self._path), recursive=True)})  # noqa: PTH207 (absolute)
             files = [path for path in found if path.is_file()]
             if not files:
-                raise UserError(f"no such file or folder: {self.name} (data.source takes one, or '{STDLIB}')")
+                raise UserError(f"no such file or folder: {self.name} (set data.source to one, or to '{STDLIB}')")
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_document_name(path.relative_to(root)), path) for path in files)
 
@@ -163,13 +163,13 @@ class DocumentSource:
 
 
 def read_documents(name: str, column: str = "text") -> Iterator[Document]:
-    """Read the documents of a source that needs only its name and the text column.
+    """Read the documents of a source, given only its name and text column.
 
     Raises:
-        UserError: There are no documents, or one cannot be read.
+        UserError: There are no documents, or a document cannot be read.
     """
     source = DocumentSource(name, column)
-    source.fingerprint()  # reports a missing source now, not at the first document
+    source.fingerprint()  # reports a missing source immediately, not at the first document
 
     def read() -> Iterator[Document]:
         found = False
@@ -186,8 +186,8 @@ def read_documents(name: str, column: str = "text") -> Iterator[Document]:
 def no_text_message(name: str) -> str:
     """Return the error message for a source without documents."""
     if name == STDLIB:
-        return "this Python installation has no standard library sources; name another text: --data.source PATH"
-    return f"{name} contains no text: no UTF-8 text file, no row with text; name another data.source"
+        return "this Python installation has no standard library sources; use another source: --data.source PATH"
+    return f"{name} contains no text: no UTF-8 text file, no row with text; use another data.source"
 
 
 def _stdlib_files() -> Iterator[tuple[str, Path]]:
@@ -201,7 +201,7 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
 def _walk(
     root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
 ) -> Iterator[tuple[str, Path]]:
-    """Yield the files to keep below ``root``, outside skipped folders, in sorted order."""
+    """Yield the names and paths of files to keep under ``root``, outside skipped folders, in sorted order."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not skip_folder(name))
         for path in (Path(folder, name) for name in sorted(names) if keep_file(name)):
@@ -210,7 +210,7 @@ def _walk(
 
 
 class NotTextError(UserError):
-    """A file that is not text; ``n_bytes`` is its size."""
+    """A file is not text; ``n_bytes`` is its size."""
 
     def __init__(self, message: str, n_bytes: int) -> None:
         super().__init__(message)
@@ -218,7 +218,7 @@ class NotTextError(UserError):
 
 
 def _read_text_file(name: str, path: Path) -> Iterator[Document]:
-    """Read a text file as one document with every byte kept (no newline translation), or as several if it is long."""
+    """Read a text file as one document, or as several if it is long; newlines are not translated."""
     with open_decompressed(path) as file:
         content = file.read(MAX_WHOLE_FILE_BYTES + 1)
         if len(content) <= MAX_WHOLE_FILE_BYTES:
@@ -244,12 +244,12 @@ def _read_chunks(path: Path) -> Iterator[str]:
 
 
 def _file_size(path: Path) -> int:
-    """Bytes of a file on disk, so compressed if it is."""
+    """Return the size of a file on disk in bytes; for a compressed file, its compressed size."""
     return path.stat().st_size
 
 
 def _document_name(path: Path) -> str:
-    """A relative path as text, even if its bytes are not valid text."""
+    """Return a relative path as valid text, replacing undecodable bytes."""
     return path.as_posix().encode(errors="replace").decode()
 
 

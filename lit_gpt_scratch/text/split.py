@@ -1,4 +1,4 @@
-"""The train/validation split: by document, with near-duplicates on the same side; and mixing sources by weight."""
+"""Train/validation split by document, which keeps near-duplicates together; and mixing of sources by weight."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,31 +15,31 @@ from lit_gpt_scratch.text.document import Document
 from lit_gpt_scratch.text.duplicates import minhash_signature, sha256_text
 
 NEAR_DUPLICATE: Final = 0.5
-"""Minimum Jaccard similarity of the five-word shingles of two near-duplicates."""
+"""Minimum Jaccard similarity between the five-word shingles of two near-duplicates."""
 PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
-"""Signatures buffered before they are written to disk."""
+"""Number of signatures buffered in memory before writing them to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Candidates per band that a document is compared with: thousands may share a band that is only boilerplate."""
+"""Maximum candidates per band to compare a document with: thousands may share a band of boilerplate."""
 
 
 @dataclass(frozen=True)
 class TrainValidationSplit:
-    """Assigns every document of a corpus, by its index, to training or validation.
+    """Assignment of each document in a corpus, by index, to training or validation.
 
     Attributes:
         validation: True for validation documents, (n,) bool.
-        tail: If the corpus cannot be split by document (it is a single text): the fraction at the end of each document
-            that is for validation; else None.
+        tail: Fraction at the end of each document that is used for validation, if the corpus is a single cluster and so
+            cannot be split by document; otherwise None.
     """
 
     validation: NDArray[np.bool_]
     tail: float | None
 
     def split_text(self, index: int, text: str) -> tuple[str, str]:
-        """Return the training text and the validation text of one document; either may be empty."""
+        """Split the text of a document into training and validation text; either may be empty."""
         if self.tail is not None:
             boundary = int(len(text) * (1 - self.tail))
             return text[:boundary], text[boundary:]
@@ -51,15 +51,14 @@ def split_by_cluster(
 ) -> TrainValidationSplit:
     """Hold out about ``validation_share`` of the documents, keeping each cluster of near-duplicates together.
 
-    The smallest content hash of a cluster decides its side, so the side of a document does not depend on the order of
-    files, on their names or on the rest of the corpus, except its own near-duplicates. The cluster with the smallest
-    hash is always held out and the one with the largest never; a corpus with a single cluster is split inside its
-    documents.
+    The smallest content hash in a cluster determines its side, so the side of a document does not depend on the order
+    or names of files, or on documents other than its near-duplicates. The cluster with the smallest hash is always held
+    out, and the cluster with the largest hash never is. If there is only one cluster, each of its documents is split.
 
     Args:
-        keys: A hash of each document's content, (n,).
-        clusters: A cluster id for each document, (n,).
-        validation_share: Between 0 and 1.
+        keys: Content hash of each document, (n,).
+        clusters: Cluster id of each document, (n,).
+        validation_share: Fraction of the documents to hold out, between 0 and 1.
     """
     ids, cluster = np.unique(clusters, return_inverse=True)
     if len(ids) < 2:
@@ -73,10 +72,10 @@ def split_by_cluster(
 
 
 class DuplicateClusters:
-    """Clusters of near-duplicates, found by MinHash and locality-sensitive hashing, with the signatures on disk.
+    """Clusters of near-duplicates, found by MinHash and locality-sensitive hashing, with signatures on disk.
 
     Args:
-        folder: Where to keep the signatures; 768 bytes per document.
+        folder: Folder for the signatures, which take 768 bytes per document.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,16 +85,16 @@ class DuplicateClusters:
         self.n_documents = 0
 
     def add(self, signature: NDArray[np.uint32]) -> None:
-        """Add the next document's signature, (PERMUTATIONS,)."""
+        """Add the signature of the next document, (PERMUTATIONS,)."""
         self._pending.append(signature)
         self.n_documents += 1
         if len(self._pending) == CHUNK_DOCUMENTS:
             self._flush()
 
     def cluster_ids(self) -> NDArray[np.int64]:
-        """Return for each document the index of the first document of its cluster, (n,).
+        """Return, for each document, the index of the first document in its cluster, (n,).
 
-        A cluster is a connected component: documents linked by a chain of near-duplicates.
+        A cluster is a connected component: its documents are linked by chains of near-duplicates.
         """
         self._flush()
         first = np.arange(self.n_documents)
@@ -114,7 +113,7 @@ class DuplicateClusters:
     def _flush(self) -> None:
         signatures = np.array(self._pending, dtype=np.uint32).reshape(-1, PERMUTATIONS)
         signatures.tofile(self._signatures)
-        bands = np.zeros((BANDS, len(signatures)), dtype=np.uint64)  # band by band, the order in which they are read
+        bands = np.zeros((BANDS, len(signatures)), dtype=np.uint64)  # band-major, the order in which they are read
         for row in range(ROWS):
             bands = (bands ^ signatures.reshape(-1, BANDS, ROWS)[:, :, row].T) * np.uint64(0x9E3779B97F4A7C15)
             bands ^= bands >> np.uint64(29)
@@ -122,7 +121,7 @@ class DuplicateClusters:
         self._pending.clear()
 
     def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Yield groups of documents that agree in this band and are not all linked yet."""
+        """Yield groups of documents that agree in this band but are not all linked yet."""
         chunks, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
             n = min(CHUNK_DOCUMENTS, self.n_documents - start)
@@ -139,7 +138,7 @@ class DuplicateClusters:
             yield order[starts[group] : ends[group]]
 
     def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Link the near-duplicates of a group that are not linked yet."""
+        """Link near-duplicates in a group that are not linked yet."""
         heads = np.array([_find_head(first, member) for member in members])
         signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
         for i in range(len(members) - 1):
@@ -163,7 +162,7 @@ def _find_head(first: NDArray[np.int64], index: int) -> int:
 
 
 class DocumentIndex:
-    """What mixing and splitting need of each cleaned document: 26 bytes in memory, and its signature on disk."""
+    """Data on each cleaned document for mixing and splitting: 26 bytes in memory, and a signature on disk."""
 
     def __init__(self, folder: Path) -> None:
         self._split_keys, self._mixing_keys = array("Q"), array("Q")
@@ -172,7 +171,7 @@ class DocumentIndex:
 
     @property
     def n_documents(self) -> int:
-        """Documents added so far."""
+        """Number of documents added so far."""
         return len(self._split_keys)
 
     def close(self) -> None:
@@ -180,7 +179,7 @@ class DocumentIndex:
         self._clusters.close()
 
     def add(self, item: PipelineItem) -> None:
-        """Add the next document; its sketch is from ``hash_document``."""
+        """Add the next document; its sketch must be the result of ``hash_document``."""
         content_hash, signature = item.sketch
         self._split_keys.append(int.from_bytes(content_hash[:8], "big"))
         self._mixing_keys.append(int.from_bytes(content_hash[8:16], "big"))
@@ -189,20 +188,20 @@ class DocumentIndex:
         self._clusters.add(signature)
 
     def select_by_weight(self, names: Sequence[str], weights: Sequence[float]) -> NDArray[np.bool_]:
-        """Select documents so that the sources' bytes are in proportion to their weights, (n,) bool.
+        """Select documents so that the bytes per source are proportional to the weights; return a mask, (n,) bool.
 
-        The source that is scarcest for its weight is taken completely; of the others as many documents as come nearest
-        to their share, in the order of a hash of their content.
+        The source with the fewest bytes relative to its weight is used completely. From each other source, documents
+        are taken in the order of their content hashes, as many as come closest to its proportion.
 
         Raises:
-            UserError: A source has no documents, or they are too large for its weight.
+            UserError: A source has no documents, or its documents are too large for its weight.
         """
         sizes, sources = np.array(self._sizes, dtype=np.float64), np.array(self._sources)
         available = np.array([sizes[sources == source].sum() for source in range(len(names))])
         for name, size in zip(names, available, strict=True):
             if not size:
                 raise UserError(
-                    f"data.source: cleaning left no document of {name} to mix; remove it, or choose other "
+                    f"data.source: cleaning left no document of {name} to mix; remove the source, or choose other "
                     "steps in data.cleaning"
                 )
         scale = min(available / weights)
@@ -220,7 +219,7 @@ class DocumentIndex:
         return selected
 
     def split(self, selected: NDArray[np.bool_], validation_share: float) -> TrainValidationSplit:
-        """Split the selected documents; the entries of others have no meaning."""
+        """Split the selected documents; entries for other documents are meaningless."""
         parts = split_by_cluster(
             np.array(self._split_keys)[selected], self._clusters.cluster_ids()[selected], validation_share
         )
@@ -230,10 +229,10 @@ class DocumentIndex:
 
 
 def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
-    """Return the SHA-256 and the MinHash signature of a cleaned document, for ``DocumentIndex``.
+    """Return the SHA-256 digest and MinHash signature of a cleaned document, for ``DocumentIndex``.
 
     Raises:
-        UserError: The text has a NUL byte.
+        UserError: The text contains a NUL byte.
     """
     if "\0" in document.text:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Generated datasets that follow simple rules, always the same: the fine-tuning data when no file is named."""
+"""Deterministic synthetic datasets based on simple rules; the default fine-tuning data."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -40,7 +40,7 @@ def labelled_sentences() -> Iterator[TableRow]:
 
 
 def conversations() -> Iterator[TableRow]:
-    """Yield 576 instructions about words, with replies; one in six has two turns."""
+    """Yield 576 conversations about words: single instructions with replies, and one in six with two turns."""
     records: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
@@ -57,18 +57,18 @@ def conversations() -> Iterator[TableRow]:
 
 
 def prompts() -> Iterator[TableRow]:
-    """Yield the conversations without their last reply: rows with a ``prompt`` of messages."""
+    """Yield the conversations without their last reply, as rows with a ``prompt`` that is a list of messages."""
     return (TableRow(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _last_turns())
 
 
 def preferences(name: str) -> Iterator[TableRow]:
-    """Yield the prompts with two replies each: rows with ``prompt``, ``chosen`` and ``rejected``.
+    """Yield the prompts with two replies each, as rows with ``prompt``, ``chosen`` and ``rejected``.
 
     Args:
-        name: The verifiable preference that decides between the replies.
+        name: Name of the verifiable preference that determines which reply is chosen.
 
     Raises:
-        UserError: No such preference.
+        UserError: The preference does not exist.
     """
     preference = get_verifiable_preference(name)
     for row, prompt, reply in _last_turns():

@@ -1,8 +1,8 @@
-"""Shards of token ids on disk, and a stream of tokens over several shards.
+"""Shards of token ids on disk, and token streams across several shards.
 
-A shard is two files that ``numpy.load`` reads: ``train-00000.tokens.npy``, (n_tokens,) uint16 or uint32, each document
-preceded by the end of text; and ``train-00000.documents.npy``, (n_documents, 2) uint64, the position of each document's
-first token and the bytes of its text.
+A shard consists of two files that ``numpy.load`` can read. ``train-00000.tokens.npy``, (n_tokens,) uint16 or uint32,
+contains token ids, with an end of text before each document. ``train-00000.documents.npy``, (n_documents, 2) uint64,
+contains the position of each document's first token and the size of its text in bytes.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ SHARD_PARTS: Final[tuple[ShardPart, ...]] = ("tokens", "documents")
 
 
 class PicklableMemmaps:
-    """Mixin for classes with cached memory-mapped arrays: a pickled copy opens them again in its own process."""
+    """Mixin for classes with cached memory-mapped arrays; an unpickled copy maps the files again."""
 
     def __getstate__(self) -> dict[str, Any]:
         # A pickled memory map would contain the whole file.
@@ -39,13 +39,13 @@ class TokenShard(PicklableMemmaps):
     """A shard of a token stream.
 
     Attributes:
-        folder: Folder of its files.
-        name: Prefix of their names.
-        n_tokens: Token ids, including ends of text.
-        n_bytes: UTF-8 bytes of the documents' text.
-        n_documents: Documents.
-        largest: The largest id.
-        sizes: Bytes of each file.
+        folder: Folder that contains the files.
+        name: Prefix of the file names.
+        n_tokens: Number of tokens, including end-of-text tokens.
+        n_bytes: UTF-8 bytes of text in the documents.
+        n_documents: Number of documents.
+        largest: Largest token id.
+        sizes: Size of each file in bytes.
         sha256: SHA-256 of each file.
     """
 
@@ -71,16 +71,16 @@ class TokenShard(PicklableMemmaps):
         return shard
 
     def file(self, part: ShardPart) -> str:
-        """Return the name of one of its files."""
+        """Return the name of one of the shard's files."""
         return f"{self.name}.{part}.npy"
 
     def path(self, part: ShardPart) -> Path:
-        """Return the path of one of its files."""
+        """Return the path of one of the shard's files."""
         return Path(self.folder, self.file(part))
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Everything but the folder, as JSON-serialisable data."""
+        """All attributes except the folder, as JSON-serialisable data."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @cached_property
@@ -90,13 +90,13 @@ class TokenShard(PicklableMemmaps):
 
     @cached_property
     def documents(self) -> NDArray[np.uint64]:
-        """(n_documents, 2), memory-mapped read-only: position of the first token, and bytes of text."""
+        """Position of the first token and bytes of text per document, (n_documents, 2), memory-mapped read-only."""
         return np.asarray(np.load(self.path("documents"), mmap_mode="r"))
 
 
 @dataclass(frozen=True)
 class ShardedTokenStream:
-    """The concatenation of shards."""
+    """A concatenation of shards."""
 
     shards: tuple[TokenShard, ...]
 
@@ -107,37 +107,37 @@ class ShardedTokenStream:
 
     @property
     def n_tokens(self) -> int:
-        """Token ids, including ends of text."""
+        """Number of tokens, including end-of-text tokens."""
         return self.ends[-1] if self.shards else 0
 
     @property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of the documents' text."""
+        """UTF-8 bytes of text in the documents."""
         return sum(shard.n_bytes for shard in self.shards)
 
     @property
     def n_documents(self) -> int:
-        """Documents."""
+        """Number of documents."""
         return sum(shard.n_documents for shard in self.shards)
 
     def find_shard(self, position: int) -> tuple[TokenShard, int]:
-        """Return the shard that holds a position, and the position of its first token."""
+        """Return the shard that contains a position, and the stream position of its first token."""
         index = bisect_right(self.ends, position)
         return self.shards[index], self.ends[index] - self.shards[index].n_tokens
 
     def describe_position(self, token: int) -> str:
-        """Name the shard that holds a token, for error messages."""
+        """Describe the shard that contains a token, for error messages."""
         shard, _ = self.find_shard(token)
         return f"shard {shard.name} of {shard.folder}"
 
     def document_spans(self) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """Yield for each shard the stream positions of its documents' first tokens, and the documents' lengths."""
+        """Yield, for each shard, the stream positions of its documents' first tokens, and the documents' lengths."""
         for shard, end in zip(self.shards, self.ends, strict=True):
             starts = shard.documents[:, 0].astype(np.int64)
             yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
-        """Return the positions from ``start`` to ``stop`` at which a document starts."""
+        """Return the positions in ``[start, stop)`` at which a document starts."""
         found: list[Int64Array] = []
         stop = min(stop, self.n_tokens)
         while start < stop:
@@ -151,17 +151,17 @@ class ShardedTokenStream:
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
     def read_with_labels(self, start: int, length: int) -> tuple[TokenIds, TokenIds]:
-        """Return ``length`` tokens and the token after each; the last token of the stream has no label."""
+        """Return ``length`` tokens and their labels, the next tokens; the last token in the stream has no label."""
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]
 
     def count_labels(self, starts: Int64Array, lengths: Int64Array) -> Int64Array:
-        """Number of labels of each of several stretches: every token has one but the stream's last, (n,) -> (n,)."""
+        """Count the labels in each span, (n,) -> (n,): every token has one, except the last token in the stream."""
         counts: Int64Array = np.minimum(lengths, self.n_tokens - 1 - starts)
         return counts
 
     def read(self, start: int, stop: int) -> TokenIds:
-        """Return the tokens from ``start`` to ``stop``, or to the end; within a shard they are not copied."""
+        """Return the tokens in ``[start, stop)``, up to the end of the stream; within one shard they are not copied."""
         stop = min(stop, self.n_tokens)
         found: list[TokenIds] = []
         while start < stop:
@@ -172,6 +172,6 @@ class ShardedTokenStream:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a file that is not empty."""
+    """Return the SHA-256 of a non-empty file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""Tokenize a corpus into shards, in several processes; each shard is written atomically."""
+"""Tokenization of a corpus into shards by several processes; each shard is written atomically."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -21,26 +21,26 @@ from lit_gpt_scratch.text.token_shards import SHARD_PARTS, TokenShard, sha256_fi
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 SHARD_BYTES: Final = 2**26
-"""Approximate bytes of text per shard; more if that would make more than ``MAX_SHARDS``."""
+"""Approximate bytes of text per shard; larger if there would otherwise be more than ``MAX_SHARDS`` shards."""
 MAX_SHARDS: Final = 1024
 BATCH_CHARACTERS: Final = 2**22
-"""Characters of text encoded at a time."""
+"""Minimum characters of text encoded at a time."""
 FAST_ENCODER_MIN_BYTES: Final = 2**25
-"""Bytes of text from which the fast encoder is worth the second of its setup."""
+"""Minimum bytes of text for which the fast encoder is worth its setup time of one second."""
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """A shard to write.
+    """Specification of a shard to write.
 
     Attributes:
-        texts: Parquet file of documents.
-        row_groups: The row groups that go into the shard.
-        n_bytes: Approximate bytes of their text.
-        folder: Folder of the shard; its tokenizer is there already.
+        texts: Parquet file that contains the documents.
+        row_groups: Row groups to include in the shard.
+        n_bytes: Approximate bytes of text in the row groups.
+        folder: Folder for the shard, which must already contain the tokenizer.
         name: Name of the shard.
         fast: Whether to try the fast encoder.
-        threads: Encoding threads; by default as many as there are cores.
+        threads: Number of threads for the fast encoder; None for the default.
     """
 
     texts: Path
@@ -53,19 +53,19 @@ class ShardJob:
 
     @property
     def marker(self) -> Path:
-        """Written when the shard is complete, with its metadata; removed when the store is complete."""
+        """Metadata file, written when the shard is complete and removed when the token store is complete."""
         return self.folder / f"{self.name}.json"
 
 
 def tokenize_corpus(corpus: CleanedCorpus, folder: Path, processes: int) -> dict[SplitName, list[TokenShard]]:
-    """Tokenize both splits of a corpus; shards that an interrupted call completed are kept.
+    """Tokenize both splits of a corpus, reusing shards that an interrupted call completed.
 
     Args:
-        corpus: The documents.
-        folder: Folder that has the tokenizer and gets the shards.
-        processes: Worker processes; they do not change the result.
+        corpus: The corpus to tokenize.
+        folder: Output folder, which must already contain the tokenizer.
+        processes: Maximum number of worker processes; does not affect the result.
     """
-    _load_tokenizer.cache_clear()  # the folder may have had another tokenizer
+    _load_tokenizer.cache_clear()  # the folder may have contained another tokenizer
     workers = min(processes, corpus.n_bytes // SHARD_BYTES)
     jobs = {split: list(_make_jobs(corpus, split, folder, 1 if workers > 1 else None)) for split in SPLITS}
     all_jobs = [job for split in SPLITS for job in jobs[split]]
@@ -80,14 +80,14 @@ def tokenize_corpus(corpus: CleanedCorpus, folder: Path, processes: int) -> dict
                     for future in as_completed(futures):
                         shards[futures[future].name] = future.result()
                         progress.update(futures[future].n_bytes)
-                except BaseException:  # Ctrl-C, too: don't start the remaining shards
+                except BaseException:  # includes Ctrl-C: do not start the remaining shards
                     pool.shutdown(cancel_futures=True)
                     raise
     return {split: [shards[job.name] for job in jobs[split]] for split in SPLITS}
 
 
 def remove_shard_markers(shards: Iterable[TokenShard]) -> None:
-    """Remove the marker files that only an interrupted ``tokenize_corpus`` needs."""
+    """Remove marker files, which are only used to resume an interrupted ``tokenize_corpus``."""
     for shard in shards:
         Path(shard.folder, f"{shard.name}.json").unlink(missing_ok=True)
 
@@ -106,7 +106,7 @@ def _make_jobs(corpus: CleanedCorpus, split: SplitName, folder: Path, threads: i
 
 
 def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) -> TokenShard:
-    """Return the shard if it is complete and its checksums match; otherwise write it."""
+    """Return the existing shard if it is complete and its checksums match; otherwise write it."""
     if job.marker.exists():
         shard = TokenShard(folder=str(job.folder), **json.loads(job.marker.read_text(encoding="utf-8")))
         with suppress(OSError, ValueError):  # a file is missing or empty
@@ -118,7 +118,7 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
     documents: list[tuple[int, int]] = []
     n_tokens = 0
     for batch in _make_batches(document.text for document in read_parquet_documents(job.texts, job.row_groups)):
-        # For a long text, tokenizers needs more than a hundred times its size in memory.
+        # For a long text, tokenizers requires over a hundred times the size of the text in memory.
         fast = job.fast or max(map(len, batch)) > BATCH_CHARACTERS
         sizes = [len(text.encode()) for text in batch]
         for ids, size in zip(tokenizer.encode_many(batch, fast, job.threads), sizes, strict=True):
@@ -134,12 +134,12 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load once per process: setting up the fast encoder takes a second."""
+    """Load a tokenizer, cached per process because setting up the fast encoder takes a second."""
     return Tokenizer.load(path)
 
 
 def _make_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts into batches of at least ``BATCH_CHARACTERS``; a longer text ends its batch."""
+    """Group texts into batches; a batch ends once it has at least ``BATCH_CHARACTERS`` characters."""
     iterator = iter(texts)
     while batch := list(islice(iterator, 1)):
         size = len(batch[0])
@@ -150,5 +150,5 @@ def _make_batches(texts: Iterable[str]) -> Iterator[list[str]]:
 
 
 def progress_bar(description: str, n_bytes: float) -> "tqdm[Any]":
-    """Return a progress bar over bytes of text; it shows only in a terminal."""
+    """Return a progress bar over bytes of text, shown only in a terminal."""
     return tqdm(desc=description, total=int(n_bytes), unit="B", unit_scale=True, disable=None, leave=False)

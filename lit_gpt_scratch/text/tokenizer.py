@@ -1,4 +1,4 @@
-"""The tokenizer: text to token ids and back, from a tokenizer trained here or any ``tokenizer.json``."""
+"""Tokenizer that converts text to token ids and back; trained here or loaded from any ``tokenizer.json``."""
 
 import hashlib
 import re
@@ -19,33 +19,33 @@ from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, train_tokenizer
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""Names of the token between two documents in various families of tokenizers."""
+"""Names of the token between documents in various tokenizer families."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-"""GPT-2's vocabulary and merges: as they were published, and as ``transformers`` calls them."""
+"""File names of GPT-2's vocabulary and merges: as published by OpenAI, and as in ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
-"""Text that does not survive a tokenizer with a normaliser, or without byte fallback."""
+"""Text that is changed by a round trip through a tokenizer with a normaliser or without byte fallback."""
 
 
 class Tokenizer:
-    """Text to token ids and back.
+    """Convert text to token ids and back.
 
-    A thin wrapper of a ``tokenizers`` file, which other tools can read, too.
+    A thin wrapper around ``tokenizers.Tokenizer``; other tools can read the saved file.
 
     Args:
-        backend: A tokenizer that has an end-of-text token, by one of the names in ``END_OF_TEXT_NAMES``.
-        start_of_text: See below; by default the end of text.
+        backend: A tokenizer with an end-of-text token whose name is in ``END_OF_TEXT_NAMES``.
+        start_of_text: Id of the start-of-text token; by default, the end-of-text token.
 
     Attributes:
         end_of_text: Id of the token between documents.
-        start_of_text: Id of the token before every document in training. It differs from the end of text for published
-            models that were trained so.
+        start_of_text: Id of the token that precedes every document in training. Some published models were trained with
+            one that differs from the end of text.
     """
 
     def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
         found = [id_ for name in END_OF_TEXT_NAMES if (id_ := backend.token_to_id(name)) is not None]
         if not found:
-            raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to it")
+            raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to the file")
         # A document that contains the text "<|endoftext|>" must not be able to end itself.
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -58,15 +58,15 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
     ) -> "Tokenizer":
-        """Train one on texts; see ``train_tokenizer``."""
+        """Train a tokenizer on texts; see ``train_tokenizer``."""
         return cls(train_tokenizer(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Read a tokenizer, and verify the SHA-256 file that ``save`` writes next to it, if it exists.
+        """Load a tokenizer, and verify its checksum if ``save`` wrote a SHA-256 file next to it.
 
         Args:
-            path: A ``tokenizer.json``; or a folder with one, or with GPT-2's two files.
+            path: A ``tokenizer.json``, or a folder that contains one or GPT-2's two files.
 
         Raises:
             UserError: The file is missing, is not a tokenizer, or does not match its checksum.
@@ -85,7 +85,7 @@ class Tokenizer:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
 
     def save(self, path: Path) -> None:
-        """Write a ``tokenizer.json``, and next to it a checksum file that ``sha256sum -c`` can check."""
+        """Write a ``tokenizer.json`` and, next to it, a checksum file for ``sha256sum -c``."""
         content = self.to_json().encode()
         for target, data in ((path, content), (_checksum_path(path), _checksum(content, path))):
             with atomic_file(target) as file:
@@ -93,7 +93,7 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
-        """Build from the text of a ``tokenizer.json``, which does not hold ``start_of_text``."""
+        """Build a tokenizer from the text of a ``tokenizer.json``, which does not contain ``start_of_text``."""
         try:
             backend = Backend.from_str(text)
         except Exception as error:  # the library raises nothing narrower than Exception
@@ -107,23 +107,24 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; below the requested size if the texts have too few pairs."""
+        """One more than the largest id; less than the requested size if the training texts have too few pairs."""
         return 1 + max(self._backend.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, without an end of text."""
+        """Return the token ids of a text, without an end-of-text token."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
-        """Yield the ids of each text, (n,) uint32, equal to those of ``encode``.
+        """Yield the token ids of each text, (n,) uint32, the same as from ``encode``.
 
         Args:
-            texts: The texts.
-            fast: Spend a second to check whether a several times faster encoder gives the same ids.
-            threads: Of the fast encoder; by default as many as there are cores.
+            texts: The texts to encode.
+            fast: Whether to use an encoder that is several times faster, if it is proven to give the same ids; the
+                check takes a second.
+            threads: Number of threads for the fast encoder; None for the default.
         """
         return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
 
@@ -132,15 +133,15 @@ class Tokenizer:
         return fast_encoder.build_tiktoken_encoding(self._backend)
 
     def decode(self, ids: list[int]) -> str:
-        """Return the text of some ids; invalid UTF-8 shows as U+FFFD, special tokens as their text."""
+        """Decode token ids to text; invalid UTF-8 becomes U+FFFD, and special tokens are kept as text."""
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
     def stream_decoder(self, after: Sequence[int] = ()) -> Callable[[int], str]:
-        """Return a function that decodes one id at a time; bytes are held back until they form whole characters.
+        """Return a function that decodes one id at a time; bytes are buffered until they form complete characters.
 
         Args:
-            after: Ids of the preceding text: with some tokenizers, whether a token starts with a space depends on it.
+            after: Ids of the preceding text; in some tokenizers, they determine whether a token starts with a space.
         """
         stream = decoders.DecodeStream(skip_special_tokens=False)
         for token_id in after:
@@ -149,7 +150,7 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """A sentence about the differences after encoding and decoding a text; empty if there are none."""
+        """Description of how encoding and decoding changes a test text; empty if it does not."""
         decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
         if decoded == ROUND_TRIP_TEXT:
             return ""
@@ -157,27 +158,27 @@ class Tokenizer:
 
     @property
     def post_processor_ids(self) -> list[int]:
-        """The ids that the file's own post-processor puts around a text, as for a published model."""
+        """Ids that the tokenizer file's own post-processor adds to a text, as in published models."""
         ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
         return ids
 
     @property
     def unknown_id(self) -> int | None:
-        """The id of the unknown token, if there is one."""
+        """Id of the unknown token; None if the tokenizer has none."""
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
     def special_token_id(self, token: str) -> int | None:
-        """Return the id of a special token, by its text; None if there is none."""
+        """Return the id of a special token, given its text; None if it does not exist."""
         added = self._backend.get_added_tokens_decoder().items()
         return next((id_ for id_, entry in added if entry.special and entry.content == token), None)
 
     def tokens(self) -> list[str]:
-        """Return the text of every id, special tokens as they are; invalid UTF-8 shows as U+FFFD."""
+        """Return the text of every id, including special tokens; invalid UTF-8 becomes U+FFFD."""
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]
 
     def token_bytes(self) -> list[int]:
-        """Return the bytes of text that each id stands for; 0 for special tokens, including the unknown token."""
+        """Return the number of text bytes that each id represents; 0 for special tokens, including the unknown one."""
         sizes = [0] * self.vocab_size
         prefix: str | None = getattr(self._backend.model, "continuing_subword_prefix", None)
         # In a byte-level vocabulary each character of a token is one byte.
@@ -193,7 +194,7 @@ class Tokenizer:
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:
-    """Load the two files in which GPT-2's tokenizer was published."""
+    """Load GPT-2's tokenizer from its two published files."""
     try:
         backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
     except Exception as error:  # the library raises nothing narrower than Exception

@@ -9,32 +9,32 @@ import numpy as np
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_LONGEST_TOKENS: Final = 5
-"""How many of the longest tokens to show."""
+"""Number of longest tokens to show."""
 
 
 def compare_tokenizers(
     kinds: Sequence[str], train_texts: Sequence[str], held_out: Sequence[str], vocab_size: int, special: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Train a tokenizer of each kind and measure it.
+    """Train a tokenizer of each kind and evaluate it on held-out text.
 
     Args:
         kinds: Keys of ``TOKENIZER_KINDS``.
         train_texts: Texts to train on.
-        held_out: Texts to measure on.
-        vocab_size: Vocabulary size to train.
+        held_out: Texts to evaluate on.
+        vocab_size: Vocabulary size of each tokenizer.
         special: Special tokens in addition to the end of text.
 
     Yields:
-        A row per kind: ``tokenizer``, ``tokens`` in its vocabulary, ``bytes per token``, ``unknown`` as a share of
-        tokens, ``used`` as a share of the vocabulary, ``trained in`` seconds, ``MB/s`` of encoding, ``longest tokens``
-        that occur, not counting spaces, and ``loses``, the text changed by a round trip.
+        A row per kind: ``tokenizer``; ``tokens`` in its vocabulary; ``bytes per token``; ``unknown``, the fraction of
+        unknown tokens; ``used``, the fraction of the vocabulary that occurs; ``trained in``, seconds; ``MB/s``, the
+        encoding speed; ``longest tokens`` that occur, ignoring spaces; and ``loses``, how a round trip changes text.
     """
     n_bytes = sum(len(text.encode()) for text in held_out)
     for kind in kinds:
         start = time.perf_counter()
         tokenizer = Tokenizer.train(train_texts, vocab_size, kind, special)
         training_seconds = time.perf_counter() - start
-        list(tokenizer.encode_many(held_out[:1], fast=True))  # exclude the fast encoder's setup from the timing
+        list(tokenizer.encode_many(held_out[:1], fast=True))  # excludes the fast encoder's setup from the timing
         start = time.perf_counter()
         ids = np.concatenate([*tokenizer.encode_many(held_out, fast=True), np.zeros(0, dtype=np.uint32)])
         encoding_seconds = time.perf_counter() - start

@@ -11,18 +11,18 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.wordpiece import train_wordpiece
 
 END_OF_TEXT: Final = "<|endoftext|>"
-"""Precedes every document: it ends the previous one, and is the start token of generation."""
+"""Token before every document: it ends the previous document, and it is the start token in generation."""
 UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
-"""GPT-2's 256 printable characters, one for each byte: they represent any text without loss."""
+"""GPT-2's 256 printable characters, one per byte; they can represent any text losslessly."""
 CONTINUATION: Final = "\u203f"
-"""Prefix of a WordPiece token that continues a word. It is not in ``BYTES``; the usual "##" could occur in a text."""
+"""Prefix of WordPiece tokens that continue a word. It is not in ``BYTES``; the usual "##" could occur in a text."""
 MAX_WORD_BYTES: Final = 64
-"""Longer words are split: WordPiece searches for the longest piece at every position, and fails on long words."""
+"""Maximum bytes per word for WordPiece, which fails on long words; longer words are split."""
 
 
 def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Byte-pair encoding: merge the most frequent pair (Sennrich et al. 2016), of bytes (Radford et al. 2019)."""
+    """Train byte-pair encoding: merge the most frequent pair (Sennrich et al. 2016), of bytes (Radford et al. 2019)."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False)
@@ -31,7 +31,7 @@ def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 
 def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """WordPiece: merge the pair that raises the likelihood most (Schuster and Nakajima 2012), over bytes."""
+    """Train WordPiece: merge the pair that most increases the likelihood (Schuster and Nakajima 2012), over bytes."""
     pre_tokenizer = pre_tokenizers.Sequence(
         [_byte_level(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")]
     )
@@ -39,7 +39,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
     for text in texts:
         counts.update(word for word, _ in pre_tokenizer.pre_tokenize_str(text))
     pieces = [*special, *train_wordpiece(counts, BYTES, size - len(special), prefix=CONTINUATION)]
-    model = models.WordPiece(  # every byte is a piece, so nothing is unknown
+    model = models.WordPiece(  # every byte is a piece, so no text is unknown
         {piece: id_ for id_, piece in enumerate(pieces)},
         unk_token=special[0],
         max_input_chars_per_word=MAX_WORD_BYTES,
@@ -53,7 +53,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
 
 
 def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Unigram: prune a large vocabulary to the one of highest likelihood (Kudo 2018), over bytes."""
+    """Train Unigram: prune a large vocabulary to maximize the likelihood (Kudo 2018), over bytes."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(
@@ -64,7 +64,7 @@ def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backe
 
 
 def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """One token per character, the most frequent ones; others become ``<unk>``."""
+    """Build a vocabulary of the most frequent characters; other characters become ``<unk>``."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
@@ -79,12 +79,12 @@ def _train_char(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 
 def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """One token per byte: byte-pair encoding without merges."""
+    """Build a vocabulary with one token per byte, i.e. byte-pair encoding without merges."""
     return _train_bpe([], len(special) + len(BYTES), special)
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
-    """GPT-2's pre-tokenizer: words, with their bytes as the characters of ``BYTES``."""
+    """Return GPT-2's pre-tokenizer: it splits text into words and maps bytes to the characters in ``BYTES``."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -92,13 +92,13 @@ TOKENIZER_KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backe
     "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram, "char": _train_char,
     "byte": _train_byte,
 }  # fmt: skip
-"""Trainers by name; each takes the texts, the vocabulary size and the special tokens, which get the first ids."""
+"""Trainers by name. Arguments: the texts, the vocabulary size, and the special tokens, which get the first ids."""
 MIN_VOCAB_SIZE: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigram": len(BYTES), "char": 2, "byte": 0}
-"""Minimum vocabulary size of each kind, without special tokens."""
+"""Minimum vocabulary size by kind, without special tokens."""
 TRAINED_KINDS: Final = ("bpe", "wordpiece", "unigram")
-"""Kinds that grow to the requested vocabulary size; the size of the others follows from the texts."""
+"""Kinds that learn tokens up to the requested size; the others are limited by the characters or bytes that exist."""
 MAX_VOCAB_SIZE: Final = 2**24
-"""The trainer allocates memory for the requested size up front, and aborts the process if it fails."""
+"""Maximum vocabulary size: the trainer preallocates memory for it, and aborts the process on failure."""
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
@@ -107,7 +107,7 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
     Args:
         kind: A key of ``TOKENIZER_KINDS``.
         texts: Texts to train on.
-        size: Vocabulary size with special tokens; smaller if the texts have too few pairs.
+        size: Vocabulary size, including special tokens; the result is smaller if the texts have too few pairs.
         special: Special tokens in addition to ``<|endoftext|>``.
 
     Raises:
@@ -120,5 +120,5 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
         raise UserError(f"data.vocab_size is {size}; the maximum is {MAX_VOCAB_SIZE:,}")
     if size < (minimum := MIN_VOCAB_SIZE[kind] + len(tokens)):
         needed = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
-        raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} has at least {minimum}: {needed}")
+        raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} requires at least {minimum}: {needed}")
     return TOKENIZER_KINDS[kind](texts, size, tokens)

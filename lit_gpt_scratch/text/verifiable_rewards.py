@@ -1,8 +1,8 @@
-"""Reward functions of text: verifiable preferences, which need no human judgement, and the user's own functions.
+"""Reward functions on text: verifiable preferences, which require no human labels, and user-defined functions.
 
-A verifiable preference decides whether a reply satisfies a rule, and turns any reply into a similar one that differs in
-that rule, so that the effect of alignment can be measured exactly. A reply without content, empty or only dots, never
-satisfies a preference.
+A verifiable preference checks whether a reply satisfies a rule. It can also convert a reply to a similar one with the
+opposite result, so that the effect of alignment can be measured exactly. A reply without content (empty or only dots)
+never satisfies a preference.
 """
 
 import ast
@@ -17,17 +17,17 @@ from typing import Any, Final, NamedTuple
 from lit_gpt_scratch.errors import UserError
 
 MAX_SHORT_CHARACTERS: Final = 8
-"""Maximum characters of a short reply."""
+"""Maximum characters in a short reply."""
 DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def has_content(reply: str) -> bool:
-    """Whether a reply has a letter or a digit."""
+    """Whether a reply contains a letter or digit."""
     return any(character.isalnum() for character in reply)
 
 
 def shorter(reply: str) -> bool:
-    """Whether a reply has at most ``MAX_SHORT_CHARACTERS`` characters, not counting whitespace around it."""
+    """Whether a reply has at most ``MAX_SHORT_CHARACTERS`` characters after stripping whitespace."""
     return has_content(reply) and len(reply.strip()) <= MAX_SHORT_CHARACTERS
 
 
@@ -38,7 +38,7 @@ def full_stop(reply: str) -> bool:
 
 
 def no_digit(reply: str) -> bool:
-    """Whether a reply has no digits."""
+    """Whether a reply contains no digits."""
     return has_content(reply) and not any(character.isdigit() for character in reply)
 
 
@@ -48,9 +48,9 @@ def python_expression(reply: str) -> bool:
         return False
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # SyntaxWarnings about valid but odd expressions
+            warnings.simplefilter("ignore")  # suppresses SyntaxWarnings about valid but odd expressions
             ast.parse(reply.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # all of these are how the parser rejects text
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the parser raises any of these on invalid text
         return False
     return True
 
@@ -60,9 +60,9 @@ class VerifiablePreference:
     """A rule that preferred replies satisfy.
 
     Attributes:
-        satisfied: Whether a reply satisfies the rule.
-        make_preferred: Maps a reply that has content but does not satisfy the rule to one that does.
-        make_rejected: Maps a reply that satisfies the rule to one that does not.
+        satisfied: Function that returns whether a reply satisfies the rule.
+        make_preferred: Function that maps a reply that has content but violates the rule to one that satisfies it.
+        make_rejected: Function that maps a reply that satisfies the rule to one that violates it.
     """
 
     satisfied: Callable[[str], bool]
@@ -70,7 +70,7 @@ class VerifiablePreference:
     make_rejected: Callable[[str], str]
 
     def make_pair(self, reply: str) -> tuple[str, str]:
-        """Return a preferred and a rejected reply: the given one, which has content, and a similar one."""
+        """Return a preferred and a rejected reply: the given reply, which must have content, and a similar one."""
         if self.satisfied(reply):
             return reply, self.make_rejected(reply)
         return self.make_preferred(reply), reply
@@ -85,7 +85,7 @@ def _spell_out_digits(reply: str) -> str:
 
 
 def _last_characters(reply: str) -> str:
-    """The last characters of a reply that have content."""
+    """Return up to ``MAX_SHORT_CHARACTERS`` characters from the end of a reply, ending with content."""
     text = reply.strip()
     while not has_content(text[-MAX_SHORT_CHARACTERS:]):
         text = text[:-1]
@@ -102,10 +102,10 @@ VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
 
 
 def get_verifiable_preference(name: str) -> VerifiablePreference:
-    """Return the preference of this name.
+    """Return a verifiable preference by name.
 
     Raises:
-        UserError: There is none.
+        UserError: The preference does not exist.
     """
     if name not in VERIFIABLE_PREFERENCES:
         raise UserError(f"no verifiable preference is called {name}; choose from {', '.join(VERIFIABLE_PREFERENCES)}")
@@ -113,12 +113,13 @@ def get_verifiable_preference(name: str) -> VerifiablePreference:
 
 
 class TextReward(NamedTuple):
-    """A reward function of text.
+    """A reward function on text.
 
     Attributes:
-        name: As the user gave it.
-        function: Maps prompts, and one reply to each, to one number each: a list, an array or a tensor.
-        unended: The reward of a reply that was truncated before it ended; None to ask the function.
+        name: Name that the user specified.
+        function: Function that takes prompts and one reply per prompt, and returns one number per reply as a list, an
+            array or a tensor.
+        unended: Reward of a reply that was truncated before its end of text; None to call the function.
     """
 
     name: str
@@ -130,17 +131,17 @@ def load_text_reward(name: str) -> TextReward:
     """Load a reward function by name.
 
     Args:
-        name: A verifiable preference, whose reward is 1 for a complete reply that satisfies it and 0 otherwise; or
-            ``my_file.my_function``.
+        name: Name of a verifiable preference, whose reward is 1 for a complete reply that satisfies it and 0 otherwise;
+            or the import path of your own function, such as ``my_file.my_function``.
 
     Raises:
-        UserError: No such function, or it is not callable.
+        UserError: The function does not exist or is not callable.
     """
     if name in VERIFIABLE_PREFERENCES:
         satisfied = VERIFIABLE_PREFERENCES[name].satisfied
         return TextReward(name, lambda prompts, replies: [float(satisfied(reply)) for reply in replies], 0.0)
     module, _, attribute = name.rpartition(".")
-    choices = f"name a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
+    choices = f"use a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
     if not module:
         raise UserError(f"model.reward is {name}, which does not exist; {choices}")
     try:

@@ -1,4 +1,4 @@
-"""WordPiece training as first described: merge the pair that raises the likelihood most, not the most frequent one."""
+"""WordPiece training as originally described: merges maximize the likelihood, not the frequency of the pair."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -11,20 +11,20 @@ from tqdm import tqdm
 def train_wordpiece(
     words: Mapping[str, int], alphabet: Iterable[str], size: int, min_count: int | None = None, prefix: str = "##"
 ) -> list[str]:
-    """Return a vocabulary of pieces, in the order in which they were added.
+    """Train WordPiece; return the vocabulary of pieces in the order in which they were added.
 
-    Each step merges the two adjacent pieces ``a`` and ``b`` with the greatest ``count(ab) / (count(a) count(b))``:
-    this raises the likelihood of a unigram model of pieces most (Schuster and Nakajima 2012, Japanese and Korean Voice
-    Search; the score as in Hugging Face's course). Ties go to the pair that comes first in the words.
+    Each step merges the adjacent pieces ``a`` and ``b`` with the largest ``count(ab) / (count(a) count(b))``, which
+    most increases the likelihood of a unigram model over pieces (Schuster and Nakajima 2012, Japanese and Korean
+    Voice Search; score as in Hugging Face's course). Ties go to the pair that occurs first in the words.
 
     Args:
-        words: How often each word occurs.
-        alphabet: Characters to include even if they do not occur, both as start and as continuation.
+        words: Number of occurrences of each word.
+        alphabet: Characters to include even if they do not occur, both at the start of words and as continuations.
         size: Maximum number of pieces.
-        min_count: Pairs that occur less often are not merged. The score alone favours rare pairs: it would first merge
-            pairs that occur once, and fill the vocabulary with them. By default the bound starts at the count of the
-            most frequent pair and is halved, down to 2, each time that no pair reaches it.
-        prefix: Marks a piece that continues a word. It must not occur in a word.
+        min_count: Minimum count of a pair to be merged. The score alone favours rare pairs and would fill the
+            vocabulary with pairs that occur once. By default, the minimum starts at the count of the most
+            frequent pair and is halved, down to 2, whenever no pair reaches it.
+        prefix: Prefix of pieces that continue a word. It must not occur in a word.
     """
     pieces = {piece: None for symbol in alphabet for piece in (symbol, prefix + symbol)}
     pieces |= {piece: None for word in words for piece in _split_word(word, prefix)}
@@ -48,7 +48,7 @@ def _split_word(word: str, prefix: str) -> Iterator[str]:
 
 
 class _PairCounts:
-    """Words as sequences of pieces, with the counts of pieces and adjacent pairs kept up to date."""
+    """Words as sequences of pieces, with up-to-date counts of pieces and adjacent pairs."""
 
     def __init__(self, words: Mapping[str, int], pieces: list[str], prefix: str) -> None:
         self.pieces = pieces
@@ -65,7 +65,7 @@ class _PairCounts:
             self._count(word, 1)
 
     def merge_best(self, min_count: int) -> bool:
-        """Merge the best pair everywhere; return False if no pair is frequent enough."""
+        """Merge all occurrences of the best pair; return False if no pair is frequent enough."""
         together = self.count_of_pair.values
         apart = self.count_of_piece.values[self.left.values] * self.count_of_piece.values[self.right.values]
         scores = np.where(together >= min_count, together / np.maximum(apart, 1), -1.0)
@@ -74,7 +74,7 @@ class _PairCounts:
             return False
         left, right = int(self.left.values[best]), int(self.right.values[best])
         merged = self.pieces[left] + self.pieces[right].removeprefix(self.prefix)
-        if merged not in self.ids:  # another pair may have made the same piece
+        if merged not in self.ids:  # another pair may have produced the same piece
             self.ids[merged] = len(self.pieces)
             self.pieces.append(merged)
         for word in sorted(self.words_with[best]):
@@ -118,7 +118,7 @@ class _GrowableCounts:
         return self._buffer[: self._length]
 
     def add(self, index: int, number: int) -> None:
-        """Add to the element at an index; new elements start at zero."""
+        """Add a number to the element at an index; new elements start at zero."""
         if index >= len(self._buffer):
             growth = max(len(self._buffer), index + 1)
             self._buffer = np.concatenate([self._buffer, np.zeros(growth, dtype=np.int64)])

@@ -260,7 +260,7 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
                "a.json: row 1: message 1 has role assistant but does not follow a user message"),
     "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"},
                      "no record of .* fits into 64 tokens; raise --data.block_size"),
-    "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; name a file of type .jsonl, .*or a dataset"),
+    "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; use a file of type .jsonl, .*or a dataset"),
     "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "split and streaming are for datasets of the Hub"),
     "too_long": (Conversations, "a.json", talks(9), {"too_long": "no"}, "data.too_long is no; it must be one of"),
     "seed": (Conversations, "a.json", talks(9), {"split_seed": -1}, "data.split_seed is -1; it must be 0 or more"),

@@ -92,7 +92,7 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
         ("a.txt", b"some text", ["--data.vocab_size=5000"], "data.vocab_size is 5,000, but"),
         ("a.txt", b"some text", ["--data.tokenizer=tokenizer.txt"], "tokenizer.txt is not a usable tokenizer file"),
         ("a.txt", b"some text", ["--data.cache=/dev/null/x"], "cannot write to /dev/null/x"),
-        ("a.txt", b"some text", ["--data.cleaning+=Leakage"], "Leakage needs validation documents"),
+        ("a.txt", b"some text", ["--data.cleaning+=Leakage"], "Leakage requires validation documents"),
         ("a.txt", b"some text", ["--data.cleaning+=NearDuplicates", "--data.cleaning.bands=7"], "multiple of bands"),
         ("a.txt", b"some text", ["--data.cleaning+=Wash"], "--data.cleaning: there is no class Wash to choose"),
         ("a.txt", b"some text", ["--data.source={stdlib: 0}"], "the weight of stdlib is 0"),

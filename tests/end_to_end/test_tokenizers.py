@@ -59,7 +59,10 @@ def test_compare_measures_on_held_out_text(command: Command, small: list[str]) -
     ("flags", "message"),
     [
         (["--compare=bpe,wordpeace"], "'wordpeace' is not a kind of tokenizer"),
-        (["--data.tokenizer=wordpiece", "--data.vocab_size=300"], "a tokenizer of kind wordpiece has at least 513"),
+        (
+            ["--data.tokenizer=wordpiece", "--data.vocab_size=300"],
+            "a tokenizer of kind wordpiece requires at least 513",
+        ),
         (["--data.tokenizer=wordpeace"], "wordpeace is not a usable tokenizer file"),
         (["--data.special_tokens=['<|endoftext|>']"], "is empty or repeated"),
         (["--data.vocab_size=5000"], "gives a tokenizer of kind bpe only"),

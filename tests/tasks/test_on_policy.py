@@ -349,7 +349,7 @@ def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tests.custom_reward.NUMBER", "which is int, not a function"),
         ("tests.custom_reward.nothing", "cannot be imported"),
         ("no_file.reward", "No module named"),
-        ("polite", "does not exist; name a run, a function such as my_file.my_reward, or one of full_stop"),
+        ("polite", "does not exist; use a run, a function such as my_file.my_reward, or one of full_stop"),
         ("runs/nowhere", "model.reward: no checkpoint"),
     ],
 )

@@ -301,7 +301,7 @@ def test_null_setting_is_rejected(tmp_path: Path) -> None:
 def test_hub_options_are_rejected_if_all_sources_are_files() -> None:
     """Mixed with a Hub dataset, a file ignores them."""
     for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
-        with pytest.raises(UserError, match="for datasets of the Hub; stdlib is not one"):
+        with pytest.raises(UserError, match="apply only to Hub datasets; stdlib is not one"):
             CorpusSpec(((DocumentSource("stdlib", **options), 1.0),), (), 0.1)
         CorpusSpec(
             ((DocumentSource("stdlib", **options), 1.0), (DocumentSource("owner/name", **options), 1.0)), (), 0.1
@@ -318,7 +318,7 @@ def test_max_bytes_limits_reading(tmp_path: Path) -> None:
 def test_error_names_the_steps_that_rejected_everything(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         corpus_of(tmp_path, [sentences(n) for n in range(7)] + ["short"], Length(at_least=10), GopherQuality(500))
-    assert str(error.value).startswith("no document is left of the 8 of ")
+    assert str(error.value).startswith("none of the 8 documents in ")
     assert "Length rejected 1 (fewer than 10 characters), GopherQuality rejected 7 (number of words)" in str(
         error.value
     )
@@ -326,7 +326,7 @@ def test_error_names_the_steps_that_rejected_everything(tmp_path: Path) -> None:
 
 
 def test_text_of_one_letter_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is too short to hold out a part of it"):
+    with pytest.raises(UserError, match="is too short to hold out validation text"):
         corpus_of(tmp_path, ["a"])
 
 
@@ -340,7 +340,7 @@ def test_nul_byte_is_rejected_unless_a_step_removes_it(tmp_path: Path) -> None:
 def test_decontamination_steps_come_last(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="put Length before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
-    with pytest.raises(UserError, match="Leakage needs validation documents, but the corpus is a single document"):
+    with pytest.raises(UserError, match="Leakage requires validation documents, but the corpus is a single document"):
         corpus_of(tmp_path, [sentences(0)], Leakage())
 
 

@@ -66,7 +66,7 @@ def test_rows_of_a_folder_come_from_its_tables(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(FORMATS[f"a.{name[2:]}"]())
     (tmp_path / "README.md").write_text("What this is.", encoding="utf-8")
     assert [row.id for row in DocumentSource(str(tmp_path)).rows()][::599] == ["a.tsv:1", "a.tsv:600", "b.jsonl:599"]
-    with pytest.raises(UserError, match=r"README.md is not a table; name a file of type \.jsonl"):
+    with pytest.raises(UserError, match=r"README.md is not a table; use a file of type \.jsonl"):
         list(DocumentSource(str(tmp_path / "README.md")).rows())
 
 
