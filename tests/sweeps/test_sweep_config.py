@@ -163,7 +163,7 @@ def test_fingerprint_and_experiment_name(sweep_path: Path) -> None:
         ("vary: {a: [1]}\nmethod: tpe\n", "trials is None; method tpe requires a positive number of trials"),
         ("vary: {a: [1]}\ntrials: 4\n", "grid search runs every combination"),
         ("vary: {a: [1]}\nseeds: []\n", "seeds are []"),
-        ("vary: {a: [1]}\nseeds: [1, 1]\n", "each once"),
+        ("vary: {a: [1]}\nseeds: [1, 1]\n", "each distinct"),
         ("vary: {a: [1]}\nseeds: [x]\n", "they must be integers"),
         ("vary: {a: [1]}\ndirection: up\n", "direction is up"),
         ("vary: {a: [1]}\npruning: Magic\n", "pruning is Magic; it must be one of"),
