@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is complete or does not exist, even after a kill."""
+"""Atomic writes: a file or folder is either complete or missing, even if the process is killed."""
 
 import multiprocessing
 import os

@@ -133,7 +133,7 @@ def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterat
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence ``datasets``: no progress bars, no log messages, and no download counts sent to the Hub."""
+    """Silence ``datasets``: no progress bars, no log messages, no download counts sent to the Hub for local files."""
     import datasets
 
     level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
