@@ -1,10 +1,10 @@
-"""Causal attention in bfloat16 on a CPU, with a faster backward pass than PyTorch's fused kernel.
+"""Causal attention in bfloat16 on CPUs, with a faster backward pass than PyTorch's fused kernel.
 
-The fused backward pass works in tiles that are tiny in bfloat16, and spends its time around the matrix products. Here
-the products are whole (T, T) matrices, batched over heads, which keep the processor's matrix unit busy. Forward is
-PyTorch's own kernel.
+The fused backward pass uses tiles that are tiny in bfloat16 and spends most of its time outside the matrix products.
+Here the products are whole (T, T) matrices, batched over heads, which keep the processor's matrix unit busy. The
+forward pass is PyTorch's own kernel.
 
-Both passes are custom operators: compiled by inductor, the same lines would be slower than PyTorch's kernels.
+Both passes are custom operators, because the same code compiled by Inductor would be slower than PyTorch's kernels.
 """
 
 from typing import Final
@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 MAX_LENGTH: Final = 512
-"""Longest sequence at which this backward pass is faster than PyTorch's: by a factor of three or more at 64 and 128
-tokens, up to two at 256, and 1.3 at 512 (``experiments/benchmarks/attention.py``)."""
+"""Maximum sequence length at which this backward pass is faster than PyTorch's: by a factor of three or more at 64 and
+128 tokens, up to two at 256, and 1.3 at 512 (``experiments/benchmarks/attention.py``)."""
 
 
 def cpu_attention_is_faster(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
-    """Whether to use ``cpu_attention``: training self-attention, bfloat16 on a CPU, short, without dropout."""
+    """Whether ``cpu_attention`` is faster than PyTorch's kernel for these arguments.
+
+    It is for self-attention on short sequences in bfloat16 on a CPU, with gradients and without dropout.
+    """
     return (
         q.device.type == "cpu"
         and q.dtype == torch.bfloat16
@@ -29,13 +32,16 @@ def cpu_attention_is_faster(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """``F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)`` for bfloat16 on a CPU.
+    """Compute scaled dot-product attention in bfloat16 on a CPU.
+
+    Equivalent to ``F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)``.
 
     Args:
         q: (B, n_head, T, head_dim) bfloat16.
         k: (B, n_kv_head, T, head_dim) bfloat16.
         v: (B, n_kv_head, T, head_dim) bfloat16.
-        mask: (1 or B, 1 or n_head, T, T), bool (True is visible) or bfloat16 (added to the scores); None is causal.
+        mask: (1 or B, 1 or n_head, T, T), either bool (True where attention is allowed) or bfloat16 (added to the
+            scores); None means causal.
 
     Returns:
         (B, n_head, T, head_dim) bfloat16.
@@ -51,16 +57,16 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
 
 @torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """PyTorch's fused forward pass.
+    """Run PyTorch's fused forward pass.
 
     Args:
-        q: (B, n_head, T, head_dim); k and v have the same shape.
-        k: Keys.
-        v: Values.
-        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf where masked; None is causal.
+        q: Queries, (B, n_head, T, head_dim).
+        k: Keys, with the same shape.
+        v: Values, with the same shape.
+        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf where masked; None means causal.
 
     Returns:
-        The output, (B, n_head, T, head_dim), and the log-sum-exp of each query's scores, (B, n_head, T) float32.
+        The output, (B, n_head, T, head_dim), and the log-sum-exp of the scores of each query, (B, n_head, T) float32.
     """
     out, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, is_causal=bias is None, attn_mask=bias
@@ -72,18 +78,19 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> t
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2), recomputing the weights.
+    """Compute the gradients as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
 
-    Terms to be subtracted from a product are already in the buffer that ``baddbmm_`` adds to, so that the difference is
-    rounded to bfloat16 and not the product: a score of 40 alone would be off by 0.1, and its weight by a tenth. The
-    operations are in place because at these sizes allocating memory takes as long as a product.
+    The attention weights are recomputed. Terms to be subtracted from a product are placed in the buffer that
+    ``baddbmm_`` adds to, so that the difference is rounded to bfloat16 instead of the product: a rounded score of 40
+    would be off by 0.1, and its weight by a tenth. The operations are in place, because at these sizes an allocation
+    takes as long as a product.
     """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))
     if bias is None:
         bias = torch.full((T, T), float("-inf"), dtype=q.dtype, device=q.device).triu(1)
     scores = (bias - logsumexp.to(q.dtype).unsqueeze(-1)).view(B * H, T, T)
-    weights = scores.baddbmm_(q, k.mT, alpha=D**-0.5).softmax(-1)  # softmax again: logsumexp was rounded to bfloat16
+    weights = scores.baddbmm_(q, k.mT, alpha=D**-0.5).softmax(-1)  # not exp: logsumexp was rounded to bfloat16
     mean = (grad.float() * out.float()).sum(-1, keepdim=True).to(q.dtype)  # (B * H, T, 1), mean gradient of the weights
     d_scores = (-mean.expand(-1, -1, T)).baddbmm_(grad, v.mT).mul_(weights)  # (B * H, T, T)
     d_q = torch.bmm(d_scores, k).mul_(D**-0.5)

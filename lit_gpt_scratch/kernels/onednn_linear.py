@@ -1,8 +1,8 @@
-"""Linear layers by oneDNN, on CPUs where that is faster than PyTorch's default.
+"""Linear layers computed by oneDNN, on CPUs where it is faster than PyTorch's default.
 
-On x86 PyTorch multiplies float32 matrices with Intel's MKL, which on AMD's Zen 5 reaches half the speed of oneDNN, the
+On x86, PyTorch multiplies float32 matrices with Intel's MKL. On AMD's Zen 5, MKL reaches half the speed of oneDNN, the
 library that PyTorch ships for bfloat16 (``experiments/benchmarks/linear.py``). PyTorch's own switch,
-``torch.set_float32_matmul_precision("medium")``, also allows bfloat16 products on processors that have them, and is
+``torch.set_float32_matmul_precision("medium")``, also allows bfloat16 products on processors that support them, and is
 slow in small networks.
 """
 
@@ -17,7 +17,7 @@ from typing_extensions import override
 
 
 def onednn_is_faster() -> bool:
-    """Whether this processor is of the kind on which oneDNN was measured to be faster: AMD's Zen 5."""
+    """Whether oneDNN is known to be faster on this processor; measured on AMD's Zen 5."""
     if not (torch._C.has_mkl and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
         return False
     known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # missing in older versions of torch
@@ -28,26 +28,26 @@ def onednn_is_faster() -> bool:
 USE_ONEDNN = onednn_is_faster()
 """Whether large products are computed by oneDNN."""
 MIN_MULTIPLICATIONS = 2**22
-"""Multiplications of a product from which oneDNN is faster; it has a higher overhead per call."""
+"""Minimum number of multiplications for which oneDNN is faster, because it has a higher overhead per call."""
 PLAIN_TENSORS = Tensor, nn.Parameter
-"""Subclasses, such as ``DTensor``, define their own products."""
+"""Exact tensor classes that oneDNN is used for; other subclasses, such as ``DTensor``, define their own products."""
 
 
 class Linear(nn.Linear):
-    """``nn.Linear`` that calls ``linear``."""
+    """``nn.Linear`` that uses the function ``linear``."""
 
     @override
     def forward(self, input: Tensor) -> Tensor:
-        """input: (..., in_features) -> (..., out_features)."""
+        """Apply the layer, input: (..., in_features) -> (..., out_features)."""
         return linear(input, self.weight, self.bias)
 
 
 LINEAR_CLASSES = nn.Linear, Linear
-"""Exact classes of plain linear layers, which may be replaced by adapters."""
+"""Exact classes of plain linear layers, which LoRA may replace."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``, computed by oneDNN where that is faster.
+    """Compute ``torch.nn.functional.linear``, with oneDNN where that is faster.
 
     Args:
         x: (..., K).
@@ -71,12 +71,12 @@ def _suits_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() * weight.size(0) >= MIN_MULTIPLICATIONS
         and not torch.is_autocast_enabled("cpu")
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in PLAIN_TENSORS for t in given)
-        # Shapes that do not match are left to torch's own errors.
+        # Leave mismatched shapes to torch's own errors.
         and (x.ndim > 1 and weight.shape == (weight.size(0), x.size(-1)))
         and (bias is None or bias.shape == weight.shape[:1])
         # Respect torch.backends.mkldnn.flags(enabled=False); the compiler cannot trace this call.
         and (torch.compiler.is_compiling() or torch._C._get_mkldnn_enabled())
-        # Forward-mode and functorch derivatives are left to torch.
+        # Leave forward-mode and functorch derivatives to torch.
         and not torch._C._are_functorch_transforms_active()
         and forward_ad._current_level < 0
     )
@@ -88,14 +88,17 @@ torch.library.define("lit_gpt_scratch::product", "(Tensor a, Tensor b, Tensor? b
 
 @torch.library.impl("lit_gpt_scratch::product", "cpu")
 def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
-    bias = None if bias is None else bias.contiguous()  # oneDNN ignores its strides
+    """Compute a b^T + bias; a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
+    bias = None if bias is None else bias.contiguous()  # oneDNN ignores the strides of the bias
     out: Tensor = torch.ops.mkldnn._linear_pointwise(a, _contiguous_or_transposed(b), bias, "none", [], "")
     return out
 
 
 def _contiguous_or_transposed(b: Tensor) -> Tensor:
-    """Copy a second factor with any other strides, with which oneDNN is a thousand times as slow."""
+    """Return a matrix with strides that oneDNN is fast with, copying it if necessary.
+
+    With strides other than contiguous or transposed, oneDNN is a thousand times slower.
+    """
     return b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
 
 
@@ -110,7 +113,7 @@ def _(a: torch.Size, b: torch.Size, bias: torch.Size | None, out_shape: torch.Si
 
 
 class _Linear(torch.autograd.Function):
-    """Y = X W^T + b, with the gradients dX = dY W and dW = dY^T X computed by oneDNN, too."""
+    """Y = X W^T + b; the gradients dX = dY W and dW = dY^T X are computed by oneDNN, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -127,7 +130,7 @@ class _Linear(torch.autograd.Function):
             d_x = _multiply(grad, weight.t())
         if ctx.needs_input_grad[1]:
             x2d = x.reshape(-1, x.size(-1))  # (B * T, K)
-            # oneDNN reorders its second factor first, and is faster if that is the larger one.
+            # oneDNN starts by reordering its second factor, and is faster if that is the larger one.
             wide = flat.size(1) > x2d.size(1)
             d_weight = _multiply(x2d.t(), flat.t()).t() if wide else _multiply(flat.t(), x2d.t())
         if ctx.needs_input_grad[2]:
@@ -136,7 +139,7 @@ class _Linear(torch.autograd.Function):
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
-    """a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
+    """Compute a b^T + bias, differentiably; a: (..., K), b: (N, K), bias: (N,) -> (..., N)."""
     if torch._C._are_functorch_transforms_active():  # such as vmap over gradients
         return F.linear(a, b, bias)
     if torch.is_grad_enabled():  # for second derivatives

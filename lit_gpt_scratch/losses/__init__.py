@@ -1,1 +1,1 @@
-"""Losses and metrics of tensors; independent of models and training loops."""
+"""Losses and metrics on tensors, independent of models and training loops."""

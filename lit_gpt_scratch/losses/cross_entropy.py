@@ -8,15 +8,15 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 
 
 def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of the labels, and their number.
+    """Compute the summed cross-entropy loss and the number of labels.
 
     Args:
-        logits: (B, T, vocab_size) float; less precise dtypes than float32 are summed in float32.
+        logits: (B, T, vocab_size) float; dtypes less precise than float32 are converted to float32.
         labels: (B, T) int64; ``IGNORE_INDEX`` (-100) is ignored.
 
     Returns:
-        The sum in nats (scalar, at least float32) and the number of labels (int64 scalar). Their ratio is the mean
-        loss; as separate sums they add up correctly over batches of different sizes.
+        The summed loss in nats (scalar, at least float32) and the number of labels (int64 scalar). Their ratio is the
+        mean loss. They are returned separately, so that they can be added up across batches of different sizes.
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -25,10 +25,10 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
 
 def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probability of each label.
+    """Compute the log-probability of each label.
 
     Args:
-        logits: (B, T, vocab_size) float; less precise dtypes than float32 are computed in float32.
+        logits: (B, T, vocab_size) float; dtypes less precise than float32 are converted to float32.
         labels: (B, T) int64.
 
     Returns:
@@ -40,14 +40,14 @@ def token_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each row's labels together, for preference losses and multiple choice.
+    """Compute the total log-probability of the labels in each row, for preference losses and multiple choice.
 
     Args:
-        logits: (B, T, vocab_size), as for ``token_logprobs``.
-        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) at prompts and padding.
+        logits: (B, T, vocab_size), see ``token_logprobs``.
+        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) at prompt and padding positions.
 
     Returns:
-        Sums in nats, (B,), and numbers of labels, (B,) int64; their ratio is the mean per token. Both are 0 for a row
-        without labels.
+        The summed log-probabilities in nats, (B,), and the number of labels in each row, (B,) int64; their ratio is the
+        mean per token. Both are 0 for a row without labels.
     """
     return token_logprobs(logits, labels).sum(-1), (labels != IGNORE_INDEX).sum(-1)

@@ -1,7 +1,7 @@
-"""DPO, IPO and Bradley-Terry: losses of pairs of replies, one preferred to the other.
+"""Preference losses for pairs of a chosen and a rejected reply: DPO, IPO and Bradley-Terry.
 
-All arguments are (B,) tensors with one pair of replies per element, in nats: rewards, or log-probabilities of whole
-replies. Losses are returned per pair, to be summed or weighted by the caller.
+All tensor arguments have shape (B,), with one element per pair, and are in nats: rewards, or log-probabilities of whole
+replies. Losses are returned per pair; the caller sums or weights them.
 """
 
 from collections.abc import Callable
@@ -12,56 +12,57 @@ from torch.nn import functional as F
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Negative log-likelihood of the preference under the Bradley-Terry model (1952), ``-log sigmoid(r_w - r_l)``.
+    """Compute the loss of reward models, ``-log sigmoid(r_w - r_l)``.
 
-    Reward models are trained with it (Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 1).
+    It is the negative log-likelihood of the preference under the Bradley-Terry model (1952), see Ouyang et al. 2022
+    (https://arxiv.org/abs/2203.02155, equation 1).
 
     Args:
-        chosen: (B,) rewards of the preferred replies.
-        rejected: (B,) rewards of the others.
+        chosen: (B,) rewards of the chosen replies.
+        rejected: (B,) rewards of the rejected replies.
 
     Returns:
-        (B,).
+        (B,), the loss of each pair.
     """
     return -F.logsigmoid(chosen - rejected)
 
 
 def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7).
+    """Compute the DPO loss (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7).
 
     It is the Bradley-Terry loss with ``beta * log(policy / reference)`` as the reward. With ``label_smoothing`` it is
     conservative DPO, which assumes that labels are flipped with that probability (Mitchell 2023,
     https://ericmitchell.ai/cdpo.pdf, equation 3).
 
     Args:
-        margin: (B,) ``log(policy / reference)`` of the preferred replies minus that of the others.
+        margin: (B,), ``log(policy / reference)`` of the chosen replies minus that of the rejected replies.
         beta: Strength of the KL penalty.
-        label_smoothing: At least 0 and below 0.5.
+        label_smoothing: Probability that a label is flipped, at least 0 and below 0.5.
 
     Returns:
-        (B,).
+        (B,), the loss of each pair.
     """
     correct, flipped = -F.logsigmoid(beta * margin), -F.logsigmoid(-beta * margin)
     return (1 - label_smoothing) * correct + label_smoothing * flipped
 
 
 def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """IPO, which does not diverge when all labels agree (Azar et al. 2023, https://arxiv.org/abs/2310.12036).
+    """Compute the IPO loss, which does not diverge when all labels agree (https://arxiv.org/abs/2310.12036).
 
-    It regresses the margin to ``1 / (2 beta)`` (equation 17). A flipped label would regress it to the negative of that,
-    so with ``label_smoothing`` both terms are weighted.
+    It regresses the margin to ``1 / (2 beta)`` (Azar et al. 2023, equation 17). A flipped label would regress it to
+    ``-1 / (2 beta)``, so ``label_smoothing`` gives the weighted mean of the two losses.
 
     Args:
-        margin: (B,) as for ``dpo_loss``.
-        beta: The paper's tau.
-        label_smoothing: At least 0 and below 0.5.
+        margin: (B,), see ``dpo_loss``.
+        beta: Strength of the KL penalty; tau in the paper.
+        label_smoothing: Probability that a label is flipped, at least 0 and below 0.5.
 
     Returns:
-        (B,).
+        (B,), the loss of each pair.
     """
     target = 1 / (2 * beta)
     return (1 - label_smoothing) * (margin - target) ** 2 + label_smoothing * (margin + target) ** 2
 
 
 PREFERENCE_LOSSES: Final[dict[str, Callable[[Tensor, float, float], Tensor]]] = {"sigmoid": dpo_loss, "ipo": ipo_loss}
-"""Losses of a policy by the name of ``model.loss``, as functions of margin, beta and label smoothing."""
+"""Policy losses keyed by ``model.loss``; the arguments are margin, beta and label smoothing."""

@@ -1,4 +1,4 @@
-"""Torchmetrics that are exact over batches of different sizes and over processes."""
+"""Torchmetrics metrics that are exact across batches of different sizes and across processes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,10 @@ UNITS_PER_NAT: Final = 2**20
 
 
 def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
-    """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``; NaN without tokens or bytes."""
+    """Return ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``.
+
+    ``loss`` and ``perplexity`` are NaN if there are no tokens, ``bits_per_byte`` if there are no bytes.
+    """
     loss = nats / tokens if tokens else math.nan
     return {
         "loss": loss,
@@ -23,29 +26,29 @@ def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, fl
 
 
 def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
-    """Mean one-vs-rest area under the ROC curve, over the classes for which it is defined.
+    """Return the mean one-vs-rest area under the ROC curve over the classes for which it is defined.
 
-    It is defined for a class with both positive and negative texts.
+    It is defined for a class if some texts belong to it and others do not.
 
     Args:
-        auroc: Area of each class, (n_classes,) float; ignored where undefined.
-        support: Number of texts of each class, (n_classes,).
+        auroc: Area under the ROC curve for each class, (n_classes,) float; ignored where undefined.
+        support: Number of texts in each class, (n_classes,).
 
     Returns:
-        A scalar; NaN if no class has one.
+        A scalar; NaN if it is defined for no class.
     """
     return auroc[(support > 0) & (support < support.sum())].mean()
 
 
 class LikelihoodMetric(Metric):
-    """Loss, perplexity and bits per byte from summed nats, tokens and bytes.
+    """Loss, perplexity and bits per byte, from summed nats, tokens and bytes.
 
-    Bits per byte are comparable between tokenizers, because they are per byte of text; a larger vocabulary has fewer
-    and harder tokens, so losses per token are not.
+    Bits per byte are comparable between tokenizers. Losses per token are not: with a larger vocabulary, a text has
+    fewer tokens, which are harder to predict.
 
-    Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on its order, so the result
-    is bitwise the same for any number of processes, and it works on devices without float64. Fixed point has no NaN:
-    non-finite sums are counted instead, and a single one makes the result NaN.
+    Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on the order of its terms,
+    so the result is bitwise the same for any number of processes. It also works on devices without float64. Fixed point
+    cannot represent NaN, so non-finite inputs are counted separately; a single one makes the result NaN.
     """
 
     full_state_update = False
@@ -60,14 +63,14 @@ class LikelihoodMetric(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor, n_bytes: Tensor) -> None:
-        """Add summed nats (float scalar), number of tokens, and bytes of their text (int64 scalars)."""
+        """Add summed nats (float scalar), the number of tokens and the number of text bytes (int64 scalars)."""
         self.nat_units += (nats.nan_to_num(0.0, 0.0, 0.0) * UNITS_PER_NAT).round().long()
         self.not_finite += ~nats.isfinite()
         self.tokens += tokens
         self.bytes += n_bytes
 
     def compute(self) -> dict[str, Tensor]:
-        """``loss`` in nats per token, ``perplexity`` per token and ``bits_per_byte``: float32 scalars."""
+        """Return ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte`` as float32 scalars."""
         nats, tokens, n_bytes = self.nat_units.item() / UNITS_PER_NAT, self.tokens.item(), self.bytes.item()
         if self.not_finite:
             nats = math.nan
@@ -76,9 +79,9 @@ class LikelihoodMetric(Metric):
 
 
 class WeightedMeanLoss(Metric):
-    """Weighted mean of a loss over labels.
+    """Weighted mean loss over labels.
 
-    ``torchmetrics.MeanMetric`` would either ignore NaN or lose the weights.
+    ``torchmetrics.MeanMetric`` would either ignore NaN or discard the weights.
     """
 
     full_state_update = False
@@ -91,17 +94,17 @@ class WeightedMeanLoss(Metric):
             self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
-        """Add a weighted sum of losses, and the sum of their weights: float scalars."""
+        """Add a weighted sum of losses and the sum of their weights (float scalars)."""
         self.loss_sum += loss_sum
         self.weight_sum += weight_sum
 
     def compute(self) -> Tensor:
-        """The mean; NaN without updates."""
+        """Return the mean as a scalar; NaN if nothing was added."""
         return self.loss_sum / self.weight_sum
 
 
 class ReplyLoss(Metric):
-    """``reply_loss``: mean cross-entropy of the tokens of replies, in nats."""
+    """Mean cross-entropy over the tokens of replies in nats, as ``reply_loss``."""
 
     full_state_update = False
     nats: Tensor
@@ -113,24 +116,25 @@ class ReplyLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add summed nats (float scalar) and number of tokens (int64 scalar)."""
+        """Add summed nats (float scalar) and the number of tokens (int64 scalar)."""
         self.nats += nats
         self.tokens += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """The mean; NaN without tokens."""
+        """Return ``reply_loss``; NaN if there are no tokens."""
         return {"reply_loss": self.nats / self.tokens}
 
 
 class PreferenceMetrics(Metric):
-    """Metrics of pairs of rewards, of a chosen and a rejected reply.
+    """Metrics for pairs of a chosen and a rejected reply.
 
-    ``loss`` is a mean over pairs, ``accuracy`` the share of pairs in which the chosen reply has the larger reward,
-    ``margin`` the mean difference of the rewards; ``chosen_reward`` and ``rejected_reward`` are their means.
+    ``loss`` is the mean loss per pair, ``accuracy`` the fraction of pairs in which the chosen reply has the larger
+    reward, and ``margin`` the mean difference between the two rewards. ``chosen_reward`` and ``rejected_reward`` are
+    the mean rewards.
 
-    ``calibration`` is the expected calibration error (Naeini et al. 2015; Guo et al. 2017,
-    https://arxiv.org/abs/1706.04599), over 15 bins, of the Bradley-Terry probability that the reply with the larger
-    reward is preferred.
+    ``calibration`` is the expected calibration error with 15 bins (Naeini et al. 2015; Guo et al. 2017,
+    https://arxiv.org/abs/1706.04599) of the Bradley-Terry probability that the reply with the larger reward is
+    preferred.
     """
 
     full_state_update = False
@@ -146,7 +150,7 @@ class PreferenceMetrics(Metric):
         self.calibration = BinaryCalibrationError(n_bins=15, validate_args=False)
 
     def update(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Add n pairs (n may be 0): their losses and both rewards, (n,) floats."""
+        """Add the losses, chosen rewards and rejected rewards of n pairs, (n,) floats each; n may be 0."""
         margins = chosen - rejected
         self.sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum()])
         self.n_correct += (margins > 0).sum()
@@ -154,7 +158,7 @@ class PreferenceMetrics(Metric):
         self.calibration.update(margins.abs().sigmoid(), (margins > 0).long())
 
     def compute(self) -> dict[str, Tensor]:
-        """Float32 scalars, NaN without pairs."""
+        """Return the metrics as float32 scalars keyed by name; NaN if there are no pairs."""
         loss, chosen, rejected = self.sums / self.n_pairs
         return {
             "loss": loss,
@@ -172,7 +176,7 @@ class PreferenceMetrics(Metric):
 
 
 class NamedSums(Metric):
-    """Sums by name over batches and processes.
+    """Sums over batches and processes, keyed by name.
 
     Args:
         names: Names of the sums.
@@ -187,9 +191,9 @@ class NamedSums(Metric):
         self.add_state("sums", torch.zeros(len(names)), dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add a scalar to each sum."""
+        """Add one scalar to each sum."""
         self.sums += torch.stack([values[name] for name in self.names])
 
     def compute(self) -> dict[str, Tensor]:
-        """Float32 scalars by name."""
+        """Return the sums as float32 scalars keyed by name."""
         return dict(zip(self.names, self.sums, strict=True))

@@ -1,8 +1,8 @@
-"""Losses and advantages of PPO and GRPO, and estimates of the KL divergence, in the order in which they are used.
+"""KL estimators, rewards, advantages and losses of PPO and GRPO, in the order in which they are used.
 
-Tensors are (B, T), aligned with a batch's labels: element ``[b, t]`` belongs to the token that was sampled after
-position ``t`` of row ``b``. ``mask`` is True at the tokens of the reply, which are contiguous; values at prompts and
-padding are ignored.
+Unless stated otherwise, tensors are (B, T) and aligned with the labels of a batch: element ``[b, t]`` belongs to the
+token that was sampled after position ``t`` of row ``b``. ``mask`` is True at the tokens of the reply, which are
+contiguous; values at prompt and padding positions are ignored.
 """
 
 import torch
@@ -11,46 +11,47 @@ from torch import Tensor
 EPS = 1e-8
 """Added to denominators."""
 RELATIVE_TOLERANCE = 1e-5
-"""Values whose spread is smaller than this share of their magnitude are treated as equal: float32 sums in a different
-order differ by that much, and dividing by such a spread would turn rounding errors into a full standard deviation."""
+"""Values are treated as equal if their spread is at most this fraction of their magnitude. Float32 sums in different
+orders differ by that much, and dividing by such a spread would turn rounding errors into a full standard deviation."""
 
 
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate k1 of KL(policy || reference) per sampled token: ``log p - log q``; unbiased, often negative.
+    """Compute the k1 estimate of KL(policy || reference) per sampled token, ``log p - log q``.
 
-    Both arguments in nats, of the same shape (Schulman 2020, http://joschu.net/blog/kl-approx.html).
+    It is unbiased, but often negative. Both arguments are log-probabilities in nats with the same shape (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html).
     """
     return logprobs - reference
 
 
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
-    """Estimate k3, with lower variance and never negative: ``q / p - 1 - log(q / p)`` (same source).
+    """Compute the k3 estimate of KL(policy || reference) per sampled token, ``q / p - 1 - log(q / p)``.
 
-    GRPO adds it to its loss (Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 4).
+    It has a lower variance than k1 and is never negative (Schulman 2020, http://joschu.net/blog/kl-approx.html). GRPO
+    adds it to its loss (Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 4).
     """
     log_ratio = reference - logprobs
     return log_ratio.expm1() - log_ratio
 
 
 def last_token_mask(mask: Tensor) -> Tensor:
-    """Last token of each reply: (B, T) bool; all False in a row without a reply."""
+    """Return a (B, T) bool mask of the last token of each reply; all False in a row without a reply."""
     next_in_reply = torch.zeros_like(mask)
     next_in_reply[:, :-1] = mask[:, 1:]
     return mask & ~next_in_reply
 
 
 def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
-    """Per-token rewards: a KL penalty at each token, and the score at the last token of each reply.
+    """Compute per-token rewards: a KL penalty at each token of a reply, plus the score at its last token.
 
-    That is ``r(x, y) - beta log(p(y | x) / q(y | x))``, with the second term distributed over the tokens (Ziegler et
-    al. 2019, https://arxiv.org/abs/1909.08593, section 2; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155,
-    equation 2).
+    Their sum over a reply is ``r(x, y) - beta log(p(y | x) / q(y | x))`` (Ziegler et al. 2019,
+    https://arxiv.org/abs/1909.08593, section 2; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 2).
 
     Args:
-        scores: (B,), one per reply.
-        kl: (B, T), estimate k1.
+        scores: (B,), the score of each reply.
+        kl: (B, T), the k1 estimate of the KL.
         mask: (B, T) bool.
-        coefficient: Beta.
+        coefficient: KL coefficient beta.
 
     Returns:
         (B, T), 0 outside of replies.
@@ -59,20 +60,21 @@ def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: 
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (Schulman et al. 2016, https://arxiv.org/abs/1506.02438, equations 11 and 16).
+    """Compute generalised advantage estimates (https://arxiv.org/abs/1506.02438, equations 11 and 16).
 
-    With ``d_t = r_t + gamma V_{t+1} - V_t`` it is ``A_t = d_t + gamma lambda A_{t+1}``; value and advantage are 0 after
-    the end of a reply.
+    With ``d_t = r_t + gamma V_{t+1} - V_t``, the advantage is ``A_t = d_t + gamma lambda A_{t+1}``. Value and advantage
+    are 0 after the end of a reply (Schulman et al. 2016).
 
     Args:
         rewards: (B, T), per token.
         values: (B, T), predicted before each token was sampled.
         mask: (B, T) bool.
         gamma: Discount factor.
-        gae_lambda: 0 relies on the values, 1 on the sampled rewards.
+        gae_lambda: Trade-off between bias and variance: 0 relies on the values, 1 on the sampled rewards.
 
     Returns:
-        Advantages, and returns ``A_t + V_t`` as targets of the value function; both (B, T), 0 outside of replies.
+        The advantages, and the returns ``A_t + V_t`` as targets for the value function; both (B, T), 0 outside of
+        replies.
     """
     values = torch.where(mask, values, 0.0)
     advantages = torch.zeros_like(values)
@@ -86,16 +88,18 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda:
 
 
 def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
-    """Score of each reply relative to the other replies to its prompt (Shao et al. 2024, section 4.1.2).
+    """Compute the advantage of each reply relative to the other replies to the same prompt.
+
+    See Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.
 
     Args:
-        scores: (N * group,), with the replies to one prompt next to each other.
-        group: Replies per prompt.
-        scale: Divide by the group's standard deviation. Without it, all prompts have the same weight whether easy or
-            hard (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
+        scores: (N * group,), with the replies to the same prompt next to each other.
+        group: Number of replies per prompt.
+        scale: Whether to divide by the standard deviation of the group. If not, easy and hard prompts have the same
+            weight (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
 
     Returns:
-        (N * group,), with mean 0 in each group; 0 in a group whose scores are equal up to rounding.
+        (N * group,), with mean 0 in each group; all 0 in a group whose scores are equal up to rounding.
     """
     grouped = scores.view(-1, group)  # (N, group)
     advantages = grouped - grouped.mean(1, keepdim=True)
@@ -107,9 +111,9 @@ def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Normalise the unmasked values to mean 0 and variance 1, or to 0 if they are all equal; (B, T) -> (B, T).
+    """Normalise the values where ``mask`` is True to mean 0 and variance 1: (B, T) -> (B, T).
 
-    Masked values become 0.
+    If these values are all equal, they become 0. Values where ``mask`` is False become 0, too.
     """
     unmasked = x[mask]
     mean, std = unmasked.mean(), unmasked.std(correction=0)
@@ -118,18 +122,18 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's clipped objective, negated (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7).
+    """Compute PPO's clipped policy loss (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7).
 
-    With ``ratio = p / p_old`` it is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``.
+    With ``ratio = p / p_old``, it is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``.
 
     Args:
-        logprobs: (B, T), of the policy, with gradient.
-        old: (B, T), of the policy that generated the replies.
+        logprobs: (B, T), log-probabilities under the current policy, with gradient.
+        old: (B, T), log-probabilities under the policy that generated the replies.
         advantages: (B, T).
-        clip: The ``e``.
+        clip: Clipping range ``e`` of the ratio.
 
     Returns:
-        The loss per token, and whether it is clipped and so has no gradient: (B, T) float and bool.
+        The loss per token, (B, T) float, and whether it is clipped and therefore has no gradient, (B, T) bool.
     """
     ratio = (logprobs - old).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -137,18 +141,19 @@ def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: flo
 
 
 def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
-    """Half the squared error of the value, or of the value clipped to near its old one, whichever is larger.
+    """Compute PPO's clipped value loss, as in OpenAI's implementation (https://github.com/openai/baselines, ppo2).
 
-    As in OpenAI's implementation of PPO (https://github.com/openai/baselines, ppo2).
+    It is half the squared error of the value, or of the value clipped to a range around its old value, whichever is
+    larger.
 
     Args:
-        values: (B, T), with gradient.
-        old: (B, T), predicted when the replies were generated.
+        values: (B, T), the current predictions, with gradient.
+        old: (B, T), the predictions when the replies were generated.
         returns: (B, T), the targets.
-        clip: Largest change of a value that lowers the loss; None for no limit.
+        clip: Maximum change of a value that can lower the loss; None for no clipping.
 
     Returns:
-        (B, T).
+        (B, T), the loss per token.
     """
     error = (values - returns).square()
     if clip is not None:
@@ -157,19 +162,19 @@ def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | N
 
 
 def token_entropy(logits: Tensor) -> Tensor:
-    """Entropy of the next-token distribution in nats: (B, T, vocab_size) float -> (B, T)."""
+    """Compute the entropy of the next-token distribution in nats: (B, T, vocab_size) float -> (B, T)."""
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def adapted_kl_coefficient(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
-    """Next coefficient of the KL penalty, to bring the KL to a target (Ziegler et al. 2019, section 2.2).
+    """Return the next KL coefficient, adapted to bring the KL closer to a target.
 
-    It is multiplied by ``1 + rate * e``, where ``e`` is the relative deviation of the KL from the target, clipped to
-    +-0.2.
+    The coefficient is multiplied by ``1 + rate * e``, where ``e`` is the relative deviation of the KL from the target,
+    clipped to +-0.2 (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2).
 
     Args:
-        coefficient: The current one.
+        coefficient: Current KL coefficient.
         kl: Measured KL per reply, in nats.
         target: Target KL per reply, in nats.
         rate: Gain of the controller.

@@ -109,7 +109,8 @@ class SinusoidalPositions(PositionEncoding):
         PositionEncoding.validate(config)
         if config.n_embd % 2:
             raise UserError(
-                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which needs it even"
+                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal; "
+                f"it requires an even number: choose one, or another position"
             )
 
     @override
@@ -240,7 +241,10 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
     if has_turns:
         slow, fast = _turn_thresholds(config)
         if slow >= fast:
-            raise UserError(f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; lower it")
+            raise UserError(
+                f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; "
+                "set rotary_slow below rotary_fast"
+            )
     if kind == "ntk" and config.rotary_width < 4:
         raise UserError(
             f"model.gpt.rotary_scaling is ntk, which requires at least 4 rotated channels per head, but there are "

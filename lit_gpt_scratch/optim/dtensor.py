@@ -1,7 +1,7 @@
-"""Access to the local shards of parameters, gradients and optimizer states that are sharded as ``DTensor``.
+"""Access to the local shards of ``DTensor`` parameters, gradients and optimizer states.
 
-Elementwise operations are done on this process's shard, without communication; that is also a good deal faster than
-through the ``DTensor``.
+Elementwise operations run on the local shard. That requires no communication, and is considerably faster than operating
+on the ``DTensor``.
 """
 
 from collections.abc import Sequence
@@ -14,22 +14,23 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """This process's shard of a tensor, in the same memory; the tensor itself if it is not sharded."""
+    """Return the local shard of a tensor, which shares its memory; the tensor itself if it is not a ``DTensor``."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharding_of(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
-    """Mesh and placements of a tensor; (None, ()) if it is not sharded."""
+    """Return the mesh and placements of a tensor; (None, ()) if it is not a ``DTensor``."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
 class ShardedMatrices:
-    """Gathers a batch of N matrices with the same shape and sharding, and shards them again.
+    """Gathers N matrices with the same shape and sharding as one batch, and shards them again.
 
     Args:
-        like: One of the parameters, (rows, columns).
-        count: N.
-        replicate: Gather all matrices on every process, instead of distributing whole matrices over the processes.
+        like: One of the matrices, (rows, columns).
+        count: Number of matrices (N).
+        replicate: Whether to gather all matrices on every process, instead of distributing whole matrices over the
+            processes.
     """
 
     def __init__(self, like: Tensor, count: int, replicate: bool = False) -> None:
@@ -40,11 +41,11 @@ class ShardedMatrices:
             self._gathered = [Replicate() if replicate else Shard(0)] * like.device_mesh.ndim
 
     def gather(self, shards: Tensor) -> Tensor:
-        """(N, local rows, local columns) -> (n, rows, columns), the whole matrices of this process."""
+        """Gather whole matrices: (N, local rows, local columns) -> (n, rows, columns), those of this process."""
         return shards if self.mesh is None else self._redistribute(shards, self._sharded, self._gathered)
 
     def shard(self, whole: Tensor) -> Tensor:
-        """(n, rows, columns) -> (N, local rows, local columns); the inverse of ``gather``."""
+        """Shard whole matrices: (n, rows, columns) -> (N, local rows, local columns); the inverse of ``gather``."""
         return whole if self.mesh is None else self._redistribute(whole, self._gathered, self._sharded)
 
     def _redistribute(self, local: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
@@ -56,10 +57,10 @@ class ShardedMatrices:
 
 
 def _prepend_dimension(placements: Sequence[Placement]) -> list[Placement]:
-    """The same sharding for tensors with one more leading dimension."""
+    """Return the placements for a tensor with an additional leading dimension, sharded the same way."""
     shifted: list[Placement] = []
     for placement in placements:
-        if isinstance(placement, _StridedShard):  # FSDP2 after tensor parallelism, both by rows
+        if isinstance(placement, _StridedShard):  # FSDP2 on top of tensor parallelism, both sharding rows
             shifted.append(_StridedShard(placement.dim + 1, split_factor=placement.split_factor))
         elif isinstance(placement, Shard):
             shifted.append(Shard(placement.dim + 1))

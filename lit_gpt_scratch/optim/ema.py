@@ -1,8 +1,8 @@
 """Exponential moving average (EMA) of the weights.
 
-It is kept in the optimizer's state of each parameter, next to the moments, so that whatever saves, shards or reshards
-these does the same to the average. For evaluation, weights and averages are swapped. Checkpoints are saved swapped,
-too, so that whoever loads the weights of one gets the averages.
+The averages are stored in the optimizer state, next to the moments, so that they are saved, sharded and resharded with
+these. For evaluation, weights and averages are swapped. They are also swapped in checkpoints, so that loading a
+checkpoint's weights loads the averages.
 """
 
 from collections.abc import Callable
@@ -17,21 +17,21 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.dtensor import to_local
 
 EMA_STATE_KEY: Final = "average"
-"""Key of the average in the optimizer's state of a parameter."""
+"""Key of the average in a parameter's optimizer state."""
 EMA_CHECKPOINT_KEY: Final = "averaged"
-"""Key of a checkpoint whose weights are averages, and whose optimizer state holds the trained weights."""
+"""Key that marks a checkpoint whose weights are the averages and whose optimizer state holds the trained weights."""
 
 
 class ExponentialMovingAverage:
-    """After every step, ``average += (1 - decay) * (weight - average)`` (https://arxiv.org/abs/2307.13813).
+    """Exponential moving average of the weights, updated after every step (https://arxiv.org/abs/2307.13813).
 
-    In the first steps the decay is at most ``(1 + step) / (10 + step)``, as in TensorFlow's
-    ``ExponentialMovingAverage``: the initial weights are soon forgotten, and a short run is averaged over about its
-    last tenth.
+    The update is ``average += (1 - decay) * (weight - average)``. The decay is capped at ``(1 + step) / (10 + step)``,
+    as in TensorFlow's ``ExponentialMovingAverage``: the initial weights are soon forgotten, and a short run is averaged
+    over about its last tenth.
 
     Args:
-        decay: Share of the average that remains after a step: 0.999 averages over about the last thousand steps. None
-            disables averaging.
+        decay: Fraction of the average that is kept in each step; 0.999 averages over about the last thousand steps.
+            None disables averaging.
 
     Raises:
         UserError: The decay is out of range.
@@ -42,14 +42,14 @@ class ExponentialMovingAverage:
             raise UserError(f"model.ema_decay is {decay}; it must be at least 0 and below 1")
         self.decay = decay
         self.active = False
-        """Whether weights and averages are swapped."""
+        """Whether weights and averages are currently swapped."""
 
     def attach(self, optimizer: Optimizer, steps_done: Callable[[], int]) -> None:
-        """Update the average after every step of an optimizer.
+        """Register a hook that updates the averages after every optimizer step.
 
         Args:
             optimizer: Any optimizer.
-            steps_done: Returns the number of steps before the current one.
+            steps_done: Function that returns the number of steps before the current one.
 
         Raises:
             UserError: The weights have 16 bits, which cannot represent the small changes of an average.
@@ -69,12 +69,12 @@ class ExponentialMovingAverage:
         averages, weights = [], []
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         if all(p.grad is None for p in parameters):
-            return  # the step was skipped
+            return  # this step was skipped
         for p in parameters:
             if EMA_STATE_KEY in optimizer.state.get(p, {}):
                 averages.append(to_local(optimizer.state[p][EMA_STATE_KEY]))
                 weights.append(to_local(p))
-            elif p.grad is not None:  # a parameter that was never updated equals its average and needs none
+            elif p.grad is not None:  # a parameter that was never updated equals its average, which is not stored
                 optimizer.state[p][EMA_STATE_KEY] = p.detach().clone()
         if averages:
             decay = min(self.decay or 0.0, (1 + step) / (10 + step))
@@ -82,12 +82,12 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def set_active(self, active: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Swap weights and averages, unless they are already as wanted.
+        """Swap weights and averages, unless they already are in the requested state.
 
         Args:
-            active: Whether the module is to have the averages as its weights.
-            optimizers: Hold the averages.
-            module: Holds the weights.
+            active: Whether the module should use the averages as its weights.
+            optimizers: The optimizers whose state holds the averages.
+            module: The module that holds the weights.
         """
         if self.active == active:
             return
@@ -104,13 +104,13 @@ class ExponentialMovingAverage:
                 submodule.reshard()  # after a forward pass without a backward pass it may hold unsharded weights
 
     def save(self, checkpoint: dict[str, Any], optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Swap weights and averages in a checkpoint, and mark it; the live weights are unchanged.
+        """Swap weights and averages in a checkpoint and mark it as swapped; the live weights are unchanged.
 
         Args:
-            checkpoint: A trainer's, with ``state_dict`` and ``optimizer_states``; both may be empty on a rank that
-                saves nothing.
-            optimizers: Those of ``optimizer_states``.
-            module: That of ``state_dict``.
+            checkpoint: The trainer's checkpoint, with ``state_dict`` and ``optimizer_states``. Both may be empty on a
+                rank that does not save anything.
+            optimizers: The optimizers that ``optimizer_states`` belongs to.
+            module: The module that ``state_dict`` belongs to.
         """
         saved = checkpoint.get("optimizer_states", [])
         states = (state for optimizer_state in saved for state in optimizer_state.get("state", {}).values())
@@ -122,26 +122,26 @@ class ExponentialMovingAverage:
                 swap_saved_weights(checkpoint["state_dict"], optimizer_state, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Note whether weights and averages are swapped in a checkpoint that is loaded.
+        """Read from a checkpoint whether its weights and averages are swapped.
 
         Raises:
-            UserError: It has averages, but averaging is disabled.
+            UserError: The checkpoint contains averages, but averaging is disabled.
         """
         self.active = checkpoint.get(EMA_CHECKPOINT_KEY, False)
         if self.active and self.decay is None:
             raise UserError(
-                "the weights of the checkpoint are averages, so that averaging has to continue: set --model.ema_decay; "
-                "with 0 the average equals the weights"
+                "the weights of the checkpoint are averages, so averaging must continue: set --model.ema_decay "
+                "(with 0, the average equals the weights)"
             )
 
 
 def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], names: list[list[str]]) -> None:
-    """Swap saved weights and their averages, in these dicts only; its own inverse.
+    """Swap saved weights and their averages in the given dicts; applying it twice restores them.
 
     Args:
-        weights: By name; tied weights occur several times.
+        weights: Weights keyed by name; tied weights occur several times.
         saved: State dict of an optimizer.
-        names: Names of the parameter for each integer key of ``saved["state"]``; see ``parameter_names``.
+        names: The parameter's names for each integer key of ``saved["state"]``; see ``parameter_names``.
     """
     for key, state in saved["state"].items():
         if EMA_STATE_KEY in state:
@@ -151,7 +151,10 @@ def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], names:
 
 
 def parameter_names(optimizer: Optimizer, module: nn.Module) -> list[list[str]]:
-    """Names in the module of each parameter, in the order of the optimizer's groups; a tied parameter has several."""
+    """Return the names of each parameter in a module, in the order of the optimizer's parameter groups.
+
+    A tied parameter has several names.
+    """
     names: dict[nn.Parameter, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
         names.setdefault(parameter, []).append(name)

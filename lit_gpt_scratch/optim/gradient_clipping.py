@@ -1,4 +1,4 @@
-"""Gradient clipping by norm and by value, for gradients that may be sharded."""
+"""Gradient clipping by norm and by value, also for sharded gradients."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,18 +13,18 @@ from lit_gpt_scratch.optim.dtensor import sharding_of, to_local
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Gradients of a module's parameters, without those that are None."""
+    """Return the gradients of a module's parameters that are not None."""
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 
 def total_grad_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of all gradients together, over all their shards; the same on all processes.
+    """Compute the total Euclidean norm of all gradients, across all shards; the result is the same on all processes.
 
     Args:
-        gradients: Of any shape and sharding.
+        gradients: Gradients of any shape and sharding.
 
     Returns:
-        A scalar of the gradients' dtype; 0 if there are none.
+        A scalar in the dtype of the gradients; 0 if there are no gradients.
     """
     by_sharding: dict[tuple[DeviceMesh | None, tuple[Placement, ...]], list[Tensor]] = defaultdict(list)
     for gradient in gradients:
@@ -42,7 +42,7 @@ def total_grad_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def clip_grad_norm(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale all gradients in place, so that their total norm is at most ``max_norm`` (https://arxiv.org/abs/1211.5063).
+    """Scale all gradients in place so that their total norm is at most ``max_norm`` (https://arxiv.org/abs/1211.5063).
 
     Returns:
         The total norm before clipping.
@@ -55,7 +55,7 @@ def clip_grad_norm(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
 
 
 def clip_grad_value(gradients: Sequence[Tensor], max_value: float) -> None:
-    """Clamp each element of the gradients in place to between ``-max_value`` and ``max_value``."""
+    """Clamp all elements of the gradients in place to the range ``[-max_value, max_value]``."""
     shards = [to_local(gradient) for gradient in gradients]
     torch._foreach_clamp_min_(shards, -max_value)
     torch._foreach_clamp_max_(shards, max_value)

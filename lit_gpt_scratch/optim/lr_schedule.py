@@ -10,22 +10,23 @@ from lit_gpt_scratch.errors import UserError
 Decay = Literal["wsd", "linear", "cosine", "constant", "inverse_sqrt"]
 
 DEFAULT_DECAY_SHARES: Final = {"wsd": 0.4, "linear": 1.0, "cosine": 1.0}
-"""Default ``decay_share`` by ``decay``."""
+"""Default ``decay_share``, keyed by ``decay``."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rate over the steps of a run, as a factor of the peak.
+    """Learning-rate schedule, as a factor of the peak learning rate.
 
     Args:
-        decay: Decay after warmup. ``wsd`` (warmup, stable, decay: https://arxiv.org/abs/2404.06395) holds the peak and
-            then decays linearly to ``final``; ``linear`` and ``cosine`` (https://arxiv.org/abs/1608.03983) decay to
-            ``final`` from the end of warmup; ``inverse_sqrt`` decays with the square root of the steps, which need not
-            have an end (https://arxiv.org/abs/1706.03762, section 5.3); ``constant`` does not decay.
-        warmup_steps: Optimizer steps over which the rate rises linearly to its peak.
-        decay_share: Share of the run, at its end, in which ``wsd``, ``linear`` or ``cosine`` decays; by default 0.4
-            for ``wsd``, and for the others 1, which is everything after warmup.
-        final: Factor at the last step of ``wsd``, ``linear`` and ``cosine``.
+        decay: Learning-rate decay after warmup: ``wsd`` (warmup, stable, decay: https://arxiv.org/abs/2404.06395) holds
+            the peak and then decays linearly to ``final``; ``linear`` and ``cosine``
+            (https://arxiv.org/abs/1608.03983) decay to ``final`` from the end of warmup; ``inverse_sqrt`` decays with
+            the inverse square root of the step and works for runs of unknown length (https://arxiv.org/abs/1706.03762,
+            section 5.3); ``constant`` does not decay.
+        warmup_steps: Number of optimizer steps over which the learning rate rises linearly to its peak.
+        decay_share: Fraction of the run, at its end, over which ``wsd``, ``linear`` or ``cosine`` decays the learning
+            rate. By default 0.4 for ``wsd``, and 1 for the others, which is everything after warmup.
+        final: Learning rate at the last step of ``wsd``, ``linear`` and ``cosine``, as a fraction of the peak.
 
     Raises:
         UserError: A value is out of range.
@@ -47,17 +48,20 @@ class Schedule:
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
+        """Return default values for arguments that are None, which depend on the other arguments.
+
+        ``fit`` saves them in ``config.yaml``.
+        """
         decay = arguments.get("decay")
         return {"decay_share": DEFAULT_DECAY_SHARES[decay]} if decay in DEFAULT_DECAY_SHARES else {}
 
     def factor(self, step: int, total_steps: float) -> float:
-        """Factor of the peak learning rate at a step.
+        """Return the learning rate at a step as a factor of its peak.
 
         Args:
-            step: Optimizer steps done so far, from 0.
-            total_steps: Length of the run; infinite if only time limits it, and then the rate stays at its peak, except
-                with ``inverse_sqrt``.
+            step: Number of completed optimizer steps.
+            total_steps: Number of optimizer steps in the run; infinite if the run is limited only by time. The learning
+                rate then stays at its peak, except with ``inverse_sqrt``.
         """
         warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.decay == "inverse_sqrt":

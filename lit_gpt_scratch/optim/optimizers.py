@@ -1,11 +1,11 @@
-"""``MuonAdamW``, one optimizer with both update rules, and the recipes that ``--model.optimizer`` chooses from.
+"""``MuonAdamW``, a single optimizer with two update rules, and the recipes that ``--model.optimizer`` chooses from.
 
-One optimizer, because two would force Lightning into manual optimization, without its gradient clipping, gradient
+Two separate optimizers would require Lightning's manual optimization, without its gradient clipping, gradient
 accumulation and correct ``global_step``.
 
-A recipe holds plain numbers until there is a model to build the optimizer for. Defaults that differ between recipes are
-``None`` in the signature: a config that swaps the class keeps arguments of the same name, and Muon's learning rate
-would be far too large for AdamW.
+A recipe holds plain numbers until the model exists and the optimizer can be built. Defaults that differ between recipes
+are ``None`` in the signature, because a config that changes the class keeps arguments of the same name, and Muon's
+learning rate would be far too large for AdamW.
 """
 
 from abc import ABC, abstractmethod
@@ -23,20 +23,21 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of, to_local
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 
-# Keller Jordan's quintic: five iterations bring any singular value to about [0.7, 1.2], which trains as well as exactly
-# 1 and needs no decomposition.
+# Keller Jordan's quintic polynomial: five iterations bring any singular value into about [0.7, 1.2], which trains as
+# well as exactly 1 and requires no decomposition.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
 
 def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
-    """Approximately the nearest (semi-)orthogonal matrices, by Newton-Schulz iteration.
+    """Approximate the nearest (semi-)orthogonal matrices with Newton-Schulz iterations.
 
-    Singular vectors are kept and singular values brought close to 1: an update of equal size in all directions.
+    Singular vectors are kept and singular values are brought close to 1, so that an update has equal size in all
+    directions.
 
     Args:
         matrices: (N, rows, columns) float; a zero matrix stays zero.
-        steps: Iterations.
+        steps: Number of iterations.
 
     Returns:
         (N, rows, columns) bfloat16, in which the iteration is stable (https://kellerjordan.github.io/posts/muon).
@@ -54,16 +55,18 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 
 
 class MuonAdamW(Optimizer):
-    """Updates each parameter group by its ``rule``: ``muon`` (matrices only) or ``adamw``.
+    """Optimizer that updates each parameter group by its ``rule``: ``muon`` (matrices only) or ``adamw``.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon): Nesterov momentum, orthogonalised, scaled by
-    sqrt(max(1, rows / columns)). Matrices of one shape are orthogonalised as one batch; if they are sharded, each
-    process gathers and orthogonalises a share of them, or with NorMuon, which keeps a statistic per row, all.
-    AdamW (https://arxiv.org/abs/1711.05101): PyTorch's fused kernel.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) uses Nesterov momentum, orthogonalised and
+    scaled by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If they are
+    sharded, each process gathers and orthogonalises some of them. With NorMuon, which keeps a statistic per row, each
+    process gathers and orthogonalises all of them. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused
+    kernel.
 
     Args:
-        groups: Dicts with ``params``, ``rule``, ``lr``, ``weight_decay``, and ``momentum`` for ``muon`` (with
-            ``row_beta`` it is NorMuon) or ``betas``, ``eps`` and ``fused`` for ``adamw``.
+        groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``; in addition
+            ``momentum`` for ``muon`` (NorMuon if there is also a ``row_beta``), and ``betas``, ``eps`` and ``fused``
+            for ``adamw``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
@@ -74,7 +77,7 @@ class MuonAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
+        """Update all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,7 +110,7 @@ class MuonAdamW(Optimizer):
             torch._foreach_add_(weights, list(updates.unbind()), alpha=-group["lr"] * scale)
 
     def _normalise_rows(self, updates: Tensor, parameters: list[Tensor], beta: float) -> None:
-        """NorMuon (https://arxiv.org/abs/2510.05491): divide each neuron's update by its running root mean square.
+        """Divide each neuron's update by its running root mean square (NorMuon, https://arxiv.org/abs/2510.05491).
 
         The norm of each matrix is preserved.
         """
@@ -150,16 +153,19 @@ class MuonAdamW(Optimizer):
 
 
 class OptimizerRecipe(ABC):
-    """Hyperparameters from which an optimizer is built once the model exists."""
+    """Hyperparameters of an optimizer, which is built once the model exists."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of arguments that are ``None``, by name, given the others; ``fit`` saves them in ``config.yaml``."""
+        """Return default values for arguments that are None, which may depend on the other arguments.
+
+        ``fit`` saves them in ``config.yaml``.
+        """
         return {}
 
     @abstractmethod
     def build(self, model: nn.Module) -> Optimizer:
-        """An optimizer for the model's trainable parameters."""
+        """Build an optimizer for the trainable parameters of a model."""
 
     def validate(self) -> None:
         """Check the hyperparameters.
@@ -177,13 +183,13 @@ class OptimizerRecipe(ABC):
 
 
 class AdamW(OptimizerRecipe):
-    """Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101) for all parameters.
+    """AdamW for all parameters: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101).
 
     Args:
         lr: Peak learning rate; by default 3e-3, which suits small models.
-        weight_decay: Decoupled weight decay of matrices and embeddings; gains and biases have none. By default 0.1.
-        beta1: Decay rate of the mean of gradients.
-        beta2: Decay rate of the mean of squared gradients.
+        weight_decay: Decoupled weight decay for matrices and embeddings, but not for gains and biases; by default 0.1.
+        beta1: Decay rate of the running mean of gradients.
+        beta2: Decay rate of the running mean of squared gradients.
     """
 
     def __init__(
@@ -203,7 +209,7 @@ class AdamW(OptimizerRecipe):
 
     @override
     def build(self, model: nn.Module) -> Optimizer:
-        # Not torch.optim.AdamW(fused=True): Lightning does not clip its gradients in mixed precision.
+        # Not torch.optim.AdamW(fused=True), because Lightning does not clip its gradients in mixed precision.
         groups = parameter_groups(model)
         settings = _adamw_settings(self.lr, self.beta1, self.beta2)
         return _build_optimizer(
@@ -218,17 +224,17 @@ class AdamW(OptimizerRecipe):
 
 
 class Muon(OptimizerRecipe):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, head, gains and biases.
+    """Muon for the matrices in the blocks, AdamW for embeddings, head, gains and biases.
 
     Args:
         lr: Peak learning rate of Muon; 0.02 by default.
-        weight_decay: Decoupled weight decay of the matrices; 0 by default.
-        momentum: Muon's momentum.
-        row_beta: Enables NorMuon (https://arxiv.org/abs/2510.05491): decay rate of the mean square by which each
-            neuron's update is normalised. Off by default.
+        weight_decay: Decoupled weight decay for the matrices that Muon updates; 0 by default.
+        momentum: Momentum of Muon.
+        row_beta: Decay rate of the running mean square that NorMuon (https://arxiv.org/abs/2510.05491) normalises each
+            neuron's update with. Setting it enables NorMuon, which is off by default.
         adamw_lr: Peak learning rate of AdamW.
-        beta1: AdamW's decay rate of the mean of gradients.
-        beta2: AdamW's decay rate of the mean of squared gradients.
+        beta1: Decay rate of AdamW's running mean of gradients.
+        beta2: Decay rate of AdamW's running mean of squared gradients.
     """
 
     def __init__(
@@ -276,7 +282,7 @@ class Muon(OptimizerRecipe):
 
 
 def _build_optimizer(*groups: dict[str, Any]) -> MuonAdamW:
-    return MuonAdamW([group for group in groups if group["params"]])  # LoRA, for example, has only tables
+    return MuonAdamW([group for group in groups if group["params"]])  # with LoRA, for example, there are only tables
 
 
 def _adamw_settings(lr: float, beta1: float, beta2: float) -> dict[str, Any]:

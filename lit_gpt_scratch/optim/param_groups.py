@@ -9,12 +9,12 @@ from lit_gpt_scratch.model.module_metadata import optimizer_groups
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The trainable parameters of a network by their role.
+    """The trainable parameters of a network, grouped by role.
 
     Attributes:
         matrices: 2-D weights between hidden layers.
         tables: Embeddings and output heads, with one vector per token, class or position; parameters with more than two
-            dimensions; and the factors of LoRA, of which only the product is a map between hidden layers.
+            dimensions; and the factors of LoRA, because only their product is a map between hidden layers.
         vectors: Gains and biases.
     """
 
@@ -24,9 +24,9 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Group the trainable parameters as their modules declare (see ``model.module_metadata``).
+    """Group the trainable parameters of a model as its modules declare (see ``model.module_metadata``).
 
-    Groups are in the order of ``model.named_parameters()``; a parameter that modules share is listed once.
+    Parameters are in the order of ``model.named_parameters()``; a shared parameter is listed once.
     """
     group_of = dict(optimizer_groups(model))
     groups = ParameterGroups([], [], [])
