@@ -1,4 +1,4 @@
-"""Text classification: an output head with one logit per class, on the pooled hidden states of a text."""
+"""Text classification: an output head with one logit per class on a text's pooled hidden states."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -26,27 +26,28 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class Classification(GPTModule):
-    """A GPT that classifies texts.
+    """GPT for text classification.
 
-    Validation and test compute loss and accuracy, and as means over classes F1 and the area under the ROC curve; the
-    latter over the classes that some texts belong to and others don't, NaN if there is none.
+    Validation and test compute loss, accuracy, macro F1 and the macro-averaged area under the ROC curve (AUROC). The
+    AUROC is averaged over the classes that some texts belong to and others do not; it is NaN if there are no such
+    classes.
 
     Args:
-        pooling: Which hidden state the head reads: that of a text's ``last`` token, or the ``mean`` over all.
-        class_weights: Weight in the loss of each class's labels, by the class's name; or ``balanced``, which gives
-            every class the same total weight however rare it is. By default every label has weight 1.
-        kwargs: As for ``GPTModule``. The head is not tied to the embedding, regardless of ``gpt``.
+        pooling: Hidden state that the head reads: that of the ``last`` token, or the ``mean`` over all tokens.
+        class_weights: Weights of the classes in the loss, keyed by class name, with 1 for classes that are not listed;
+            or ``balanced``, which gives all classes the same total weight regardless of their frequency. By default
+            every label has weight 1.
+        kwargs: Arguments of ``GPTModule``. The head is not tied to the embedding, regardless of ``gpt``.
 
     Raises:
-        UserError: There is no such pooling, or a weight is out of range.
+        UserError: ``pooling`` is unknown, or a weight is out of range.
     """
 
     metrics: MetricCollection
     weights: Tensor
     """(n,) float32, the weight of each class."""
     confusion: Tensor
-    """(n, n) int64, texts of the class of each row that were predicted as the class of each column, at the last
-    evaluation."""
+    """(n, n) int64, confusion matrix of the last evaluation: rows are true classes, columns predicted classes."""
 
     def __init__(
         self,
@@ -59,19 +60,19 @@ class Classification(GPTModule):
             raise UserError(f"model.pooling is {pooling}; it must be one of {', '.join(POOLINGS)}")
         for name, weight in class_weights.items() if isinstance(class_weights, dict) else ():
             if not 0.0 <= weight < float("inf"):
-                raise UserError(f"model.class_weights: that of {name} is {weight}; it must be 0 or more")
+                raise UserError(f"model.class_weights: the weight of {name} is {weight}; it must be 0 or more")
         self.pooling = pooling
         self.class_weights = class_weights
 
     @property
     def class_names(self) -> list[str]:
-        """The classes, by index.
+        """Class names, in the order of the class indices.
 
         Raises:
-            UserError: The data has none.
+            UserError: The data has no classes.
         """
         if self.data_info.class_names is None:
-            raise UserError(f"data: {self.data_info.name} has no classes; Classification needs LabelledText")
+            raise UserError(f"data: {self.data_info.name} has no classes; Classification requires LabelledText")
         return self.data_info.class_names
 
     @property
@@ -85,7 +86,15 @@ class Classification(GPTModule):
         return replace(super().gpt, tied_embeddings=False)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Class logits: (B, T) int64 ids, padded after each text's (B,) tokens -> (B, n) float32."""
+        """Compute class logits.
+
+        Args:
+            input_ids: (B, T) int64, right-padded.
+            lengths: (B,) int64, number of tokens in each text.
+
+        Returns:
+            (B, n) float32.
+        """
         return self.net.forward_pooled(input_ids, lengths, self.pooling)
 
     @override
@@ -121,10 +130,10 @@ class Classification(GPTModule):
         if self.class_weights == "balanced":
             return [sum(counts) / len(names) / count for count in counts]
         if unknown := self.class_weights.keys() - set(names):
-            raise UserError(f"model.class_weights: there is no class {min(unknown)}; there is {', '.join(names)}")
+            raise UserError(f"model.class_weights: there is no class {min(unknown)}; choose from {', '.join(names)}")
         weights = [self.class_weights.get(name, 1.0) for name in names]
         if not any(weights):
-            raise UserError("model.class_weights: all are 0; nothing would be learned")
+            raise UserError("model.class_weights: all weights are 0, so nothing would be learned; set one above 0")
         return weights
 
     @override

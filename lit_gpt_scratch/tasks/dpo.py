@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al. 2023): alignment with preferences without a reward model."""
+"""Direct preference optimization (DPO, Rafailov et al. 2023): preference tuning without a reward model."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,24 +18,25 @@ from lit_gpt_scratch.tasks.reference_model import ReferenceModel
 
 
 class DPO(PairwiseModule):
-    """A GPT trained to prefer chosen replies, with a KL penalty towards the initial model.
+    """GPT trained to prefer chosen over rejected replies, with a KL penalty towards the initial model.
 
-    The implicit reward of a reply is ``beta * log(policy / reference)``, under which the policy would be optimal.
-    Validation and test compute the metrics of a reward model from it; and ``reply_loss``, nats per token of the chosen
-    replies, which tells whether the model's language degrades.
+    The implicit reward of a reply is ``beta * log(policy / reference)``, the reward for which the policy is optimal.
+    Validation and test compute the metrics of a reward model from it. They also compute ``reply_loss``, the nats per
+    token of the chosen replies, which shows whether the model's language degrades.
 
     Args:
-        loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.
+        loss: Preference loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.
         beta: Strength of the KL penalty.
-        label_smoothing: The probability that a label is flipped.
-        per_token: Compare means over the tokens of replies instead of sums, so that long replies don't count for more,
-            as IPO's authors did.
-        reference_free: Use no reference model; the penalty is then towards a policy that finds all replies equally
-            probable.
-        kwargs: As for ``GPTModule``, without dropout: policy and reference agree at the start.
+        label_smoothing: Assumed probability that a preference label is flipped.
+        per_token: Whether to average log-probabilities over the tokens of each reply instead of summing them, so that
+            long replies do not count more; IPO's authors did so.
+        reference_free: Whether to train without a reference model. The penalty is then towards a policy under which all
+            replies are equally probable.
+        kwargs: Arguments of ``GPTModule``. Dropout is not supported, because policy and reference have to agree at the
+            start.
 
     Raises:
-        UserError: There is no such loss, or a number is out of range.
+        UserError: ``loss`` is unknown, or a number is out of range.
     """
 
     allows_dropout = False
@@ -71,7 +72,7 @@ class DPO(PairwiseModule):
         return self.reference.networks
 
     def logprobs(self, batch: PairBatch) -> tuple[Tensor, Tensor]:
-        """Log-probability of each reply, (2 B,) nats, and its number of tokens, (2 B,) int64."""
+        """Return the log-probability of each reply, (2 B,) in nats, and its number of tokens, (2 B,) int64."""
         return sequence_logprobs(self.net(batch["input_ids"]), batch["labels"])
 
     @override

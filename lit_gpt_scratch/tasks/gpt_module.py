@@ -1,4 +1,4 @@
-"""The base LightningModule: a GPT with its optimizer, loss scaling, clipping, metrics and exact resuming."""
+"""Base LightningModule: a GPT with its optimizer, loss scaling, gradient clipping, metrics and exact resuming."""
 
 import inspect
 import logging
@@ -44,50 +44,51 @@ from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 log = logging.getLogger(__name__)
 
 TRAIN_STREAM, VALIDATION_STREAM = 5, 10
-"""Random-number streams, part of every seed: changing a value changes the numbers that runs draw."""
+"""Random-number streams. They are part of every seed, so changing a value changes the random numbers of runs."""
 
 
 class StepFilter(Protocol):
-    """Decides whether a computed optimizer step is taken."""
+    """Decides whether to apply a computed optimizer step."""
 
     def __call__(self, loss: Tensor, norm: Tensor) -> bool:
-        """Called on every rank with the same values, after clipping.
+        """Return whether to apply the step. Called after clipping, on every rank with the same values.
 
         Args:
-            loss: The step's mean loss over all ranks, a scalar.
-            norm: The gradient norm before clipping, a scalar.
+            loss: Mean loss of the step over all ranks, a scalar.
+            norm: Gradient norm before clipping, a scalar.
         """
 
 
 class GPTModule(L.LightningModule):
-    """A GPT and its training objective.
+    """Base class of all training stages: a GPT and its training objective.
 
-    A stage overrides ``loss_and_count``, ``build_metrics`` and ``update_metrics``, and ``output_head`` unless it
-    predicts tokens. The network is built in ``configure_model``, when the trainer knows the hardware and the data
-    module the vocabulary; ``__init__`` only stores arguments.
+    Subclasses override ``loss_and_count``, ``build_metrics`` and ``update_metrics``, and ``output_head`` unless they
+    predict tokens. ``__init__`` only stores the arguments. The network is built in ``configure_model``, when the
+    trainer knows the hardware and the data module the vocabulary.
 
-    A run resumes bit for bit from a checkpoint of any moment. Lightning restores weights, optimizer, schedule and
-    counters; the data module computes which batch comes next; random numbers are a function of seed, batch and rank, so
-    they have no state; and the counters are normalised before they are restored. Resumed with another number of
-    processes or micro-batches, a run sees the same rows in the same order, but different random numbers.
+    A run can be resumed bit for bit from any of its checkpoints. Lightning restores weights, optimizer, schedule and
+    counters, which are normalised first. The data module computes which batch comes next. Random numbers are a function
+    of seed, batch and rank, so they have no state. If a run is resumed with another number of processes or
+    micro-batches, it sees the same rows in the same order, but different random numbers.
 
     Args:
-        gpt: The architecture; by default that of ``init_from``, or a small one.
+        gpt: Architecture of the network; by default that of ``init_from``, or else a small one.
         optimizer: The optimizer and its hyperparameters.
-        schedule: The learning rate schedule.
-        init_from: A pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
+        schedule: The learning-rate schedule.
+        init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
             Face folder.
-        lora: Train low-rank adapters, and a new output head, instead of all weights; see ``model.lora``.
-        train_layers: Train only the last so many blocks, the final norm and the output head; a head that shares the
-            embedding's matrix stays frozen with it, unless it is new.
-        ema_decay: Decay of an exponential moving average of the weights, such as 0.999. The average is used in
-            validation and samples, is saved as a checkpoint's weights, and stays in place after training. By default
-            there is none.
-        compile: ``blocks``, the default, compiles the network's blocks with ``torch.compile`` wherever that works.
-            ``true`` also compiles what else of a step can be compiled, which takes longer to start, and is an error
-            where compiling does not work. ``false`` compiles nothing.
-        activation_checkpointing: Store only each block's input for the backward pass and recompute the rest: less
-            memory for a third more computation.
+        lora: LoRA settings. If set, only low-rank adapters and a new output head, if there is one, are trained; see
+            ``model.lora``.
+        train_layers: Number of blocks to train, counted from the last. If set, only these blocks, the final norm and
+            the output head are trained. A head that shares the embedding's matrix stays frozen, unless it is new.
+        ema_decay: Decay of an exponential moving average (EMA) of the weights, such as 0.999. The averages are used for
+            validation and samples, are saved as the weights in checkpoints, and replace the weights after training. By
+            default no average is kept.
+        compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the network's blocks wherever compilation
+            works. ``true`` also compiles the other parts of a step that can be compiled, which takes longer to start,
+            and raises an error if compilation does not work. ``false`` compiles nothing.
+        activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute the
+            rest. Saves memory for a third more computation.
 
     Raises:
         UserError: The architecture names a custom attention class that cannot be imported, or arguments contradict each
@@ -98,10 +99,11 @@ class GPTModule(L.LightningModule):
     metrics: Metric | MetricCollection
     """Validation and test metrics, built by ``build_metrics``."""
     data_info: DataInfo
-    """Facts about the data, from the data module; set in ``setup``."""
+    """Properties of the data, from the data module; set in ``setup``."""
     allows_dropout: ClassVar[bool] = True
-    """Whether training may use dropout. Not if the loss compares log-probabilities with earlier ones: dropout would add
-    noise to their ratio. Then an initial model's dropout is switched off, and an explicit one is an error."""
+    """Whether dropout is allowed in training. It is not if the loss compares log-probabilities with earlier ones,
+    because dropout would add noise to their ratio. An initial model's dropout is then disabled, and setting one is an
+    error."""
 
     def __init__(
         self,
@@ -126,7 +128,7 @@ class GPTModule(L.LightningModule):
             if dropout and not self.allows_dropout:
                 raise UserError(
                     f"model.{part}.dropout is {dropout}, but {type(self).__name__} compares log-probabilities with "
-                    "earlier ones and allows no dropout: leave it out"
+                    "earlier ones and does not support dropout: set it to 0"
                 )
         if gpt is not None:
             resolve_attention_class(gpt.attention)
@@ -135,68 +137,68 @@ class GPTModule(L.LightningModule):
         self.schedule = schedule
         self.init_from = init_from
         self.initial_model: InitialModel | None = None
-        """The checkpoint of ``init_from``, until the network is built. Set it if the checkpoint has already been
-        read; otherwise it is read when needed."""
+        """The model in ``init_from``, until the network is built. Set it if the checkpoint has already been read;
+        otherwise it is read when it is first accessed."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
         self.activation_checkpointing = activation_checkpointing
         self.ema = ExponentialMovingAverage(ema_decay)
         self.total_steps = float("inf")
-        """Optimizer steps of the run, infinite until it is known."""
+        """Number of optimizer steps in the run; infinite until it is known."""
         self.step_filter: StepFilter | None = None
-        """If set, a step that it rejects is counted, but changes neither weights nor averages nor optimizer state."""
+        """If set, steps that it rejects are counted, but change neither weights nor averages nor optimizer state."""
         self.step_loss: Tensor | None = None
         """Mean loss of the current optimizer step over all ranks; computed at log steps and for a ``step_filter``."""
         self.head_is_new = False
-        """Whether the initial model's output head doesn't fit, so that the head was initialised from scratch."""
+        """Whether the output head was initialised from scratch, because the initial model's head does not fit."""
         self._base_hash: str | None = None
 
-    # To be overridden by a stage.
+    # Methods for subclasses to override.
 
     @property
     def output_head(self) -> OutputHead:
-        """The kind of output head."""
+        """The output head."""
         return TokenHead()
 
     def loss_and_count(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """The summed loss of a batch, and the number (or total weight) of the labels it sums over: two scalars."""
+        """Return the summed loss of a batch and the number (or total weight) of its labels, as scalars."""
         raise NotImplementedError
 
     def step_count(self, batch: Any) -> Tensor:
-        """The number (or total weight) of labels in the whole optimizer step of a training batch, a scalar."""
+        """Return the number (or total weight) of labels in the optimizer step of a training batch, as a scalar."""
         count: Tensor = batch["step_labels"]
         return count
 
     def build_metrics(self) -> Metric | MetricCollection:
-        """The metrics of validation and test; ``compute`` returns scalars by name."""
+        """Build the validation and test metrics; their ``compute`` returns scalars keyed by name."""
         raise NotImplementedError
 
     def update_metrics(self, batch: Any) -> Tensor | None:
         """Add a batch to ``metrics``.
 
         Returns:
-            The loss of each label, which callbacks get as the outputs of a validation step: (B, T), or (B,) where a row
-            has one label; 0 where there is none. None if the loss isn't one of single labels.
+            The loss of each label: (B, T), or (B,) if each row has a single label; 0 where there is no label. Callbacks
+            receive it as the output of a validation step. None if the loss is not a sum over labels.
         """
         raise NotImplementedError
 
     def compute_metrics(self) -> dict[str, Tensor]:
-        """The values of ``metrics`` by name: scalars."""
+        """Return the values of ``metrics`` as scalars keyed by name."""
         values: dict[str, Tensor] = self.metrics.compute()
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build the other networks of a stage, such as a reference model; returns those that are to be sharded."""
+        """Build the other networks of the training stage, such as a reference model; return those to be sharded."""
         return ()
 
     @property
     def trained_module(self) -> nn.Module:
-        """The module whose parameters the optimizer updates."""
+        """Module whose parameters the optimizer updates."""
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """A batch as batches of one row each; empty if its rows are not the data module's."""
+        """Split a batch into batches of one row each; empty if its rows do not come from the data module."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
@@ -205,23 +207,23 @@ class GPTModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Read ``data_info`` from the data module, which is not accessed anywhere else.
 
-        Lightning calls it after the data module's own ``setup``, and before ``configure_model``.
+        Lightning calls this after the data module's ``setup`` and before ``configure_model``.
 
         Raises:
-            UserError: The trainer was given bare loaders, which don't know their vocabulary.
+            UserError: The trainer was given dataloaders instead of a data module, so the vocabulary is unknown.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if inspect.getattr_static(data, "info", None) is None:  # static: an error inside of ``info`` is not hidden
+        if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide an error inside of ``info``
             raise UserError(
-                f"{type(self).__name__} takes its vocabulary from a data module: trainer.fit(model, datamodule)"
+                f"{type(self).__name__} takes its vocabulary from a data module: call trainer.fit(model, datamodule)"
             )
         self.data_info = data.info
         if stage == "fit":
-            self.ema.active = False  # train the weights as they are, even if an earlier run left the average in them
+            self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
 
     @cached_property
     def gpt(self) -> GPTConfig:
-        """The architecture."""
+        """Architecture of the network."""
         if self._gpt is not None:
             return self._gpt
         initial = self._initial_model()
@@ -234,11 +236,11 @@ class GPTModule(L.LightningModule):
         return self.initial_model
 
     def configure_model(self) -> None:
-        """Build the network for the data's vocabulary and context; a second call changes nothing.
+        """Build the network for the data's vocabulary and context length; further calls have no effect.
 
         Raises:
-            UserError: It doesn't fit into this machine's memory, its attention cannot be trained on this device, or it
-                doesn't match the initial model.
+            UserError: The network does not fit into memory, its attention cannot be trained on this device, or it does
+                not match the initial model.
         """
         if hasattr(self, "net"):
             return
@@ -253,10 +255,10 @@ class GPTModule(L.LightningModule):
         require_model_fits_memory(self.gpt, vocab_size, block_size, device, self.trainer.world_size)
         self.net = GPT(self.gpt, vocab_size, block_size, self.output_head)
         self.head_is_new = pretrained is not None and not copy_weights(pretrained, self.net)
-        # A resumed run starts from its own checkpoint: a head that was new to it still counts as new.
+        # A resumed run starts from its own checkpoint; a head that was new at the start of the run still counts as new.
         self._trains_new_head = pretrained is None or self.head_is_new or pretrained.metadata.new_head
         if pretrained is None and (self.lora or self.train_layers is not None):
-            log.warning("without model.init_from, frozen weights stay random; name a pretrained model")
+            log.warning("without model.init_from, frozen weights stay random; set it to a pretrained model")
         if pretrained is not None and self.lora:
             self._base_hash = hash_base_weights(self.net, self._trains_new_head)
         self.initial_model = initial = pretrained = None  # free its memory
@@ -269,10 +271,10 @@ class GPTModule(L.LightningModule):
         self.metrics = self.build_metrics()
 
     def _freeze(self) -> None:
-        """Freeze the parameters that ``lora`` or ``train_layers`` excludes, except a head that is not pretrained.
+        """Freeze the parameters that ``lora`` or ``train_layers`` excludes, except for a new head.
 
         Raises:
-            UserError: An adapter would change the embedding through the tied head.
+            UserError: An adapter on the tied head would change the embedding.
         """
         tied = self.net.head.weight is self.net.embedding.weight
         if self.lora is not None:
@@ -280,7 +282,7 @@ class GPTModule(L.LightningModule):
             if tied and "head" in names:
                 raise UserError(
                     f"model.lora.pattern is {self.lora.pattern}, which matches the head, but its matrix is the "
-                    f"embedding's: leave it out, as in (^|\\.)blocks\\."
+                    f"embedding's: exclude the head, as in (^|\\.)blocks\\."
                 )
             if self._trains_new_head:
                 self.net.head.requires_grad_(True)
@@ -293,16 +295,16 @@ class GPTModule(L.LightningModule):
 
     @property
     def trains_only_adapters(self) -> bool:
-        """Whether adapters are all that is trained, so that the network without them is the initial model."""
+        """Whether only adapters are trained, so that the network without them is the initial model."""
         return self.lora is not None and not self._trains_new_head
 
     def on_fit_start(self) -> None:
         """Compile the blocks in place, so that names in checkpoints stay the same.
 
-        Equal blocks share one compilation, so that a deep network compiles as fast as a shallow one.
+        Identical blocks share one compilation, so a deep network compiles as fast as a shallow one.
 
         Raises:
-            UserError: Compilation was requested and cannot work here.
+            UserError: Compilation was requested, but does not work here.
         """
         obstacle = explain_no_compile(self.device, requested=self.compile_network is True)
         if self.compile_network is True and obstacle:
@@ -313,34 +315,34 @@ class GPTModule(L.LightningModule):
 
     @property
     def compiled(self) -> bool:
-        """Whether the network runs compiled."""
+        """Whether the network is compiled."""
         return any(block._compiled_call_impl is not None for block in self.net.blocks)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The recipe's optimizer, and a schedule that is stepped after every update."""
+        """Build the optimizer and the learning-rate scheduler, which is stepped after every optimizer step."""
         optimizer = self.optimizer.build(self.trained_module)
         self.configured_groups = [dict(group) for group in optimizer.param_groups]
-        """Parameters and hyperparameters as configured, regardless of a checkpoint's optimizer state."""
+        """Parameter groups as configured, independent of the optimizer state in a checkpoint."""
         self.ema.attach(optimizer, lambda: self.trainer.global_step)
         scheduler = LambdaLR(optimizer, lambda step: self.schedule.factor(step, self.total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
-    # One training step.
+    # Training.
 
     def on_train_start(self) -> None:
-        """Determine the length of the run, and start with the weights themselves.
+        """Determine the length of the run, and use the weights instead of their averages.
 
-        Not earlier: estimating the number of steps creates the training loader, which has to wait until the trainer has
-        restored its position.
+        This cannot happen earlier: estimating the number of steps creates the training dataloader, which must not be
+        created before the trainer has restored its position.
         """
-        self._use_ema(False)  # a checkpoint has the average in the weights' place
+        self._use_ema(False)  # checkpoints store the averages as weights
         self.total_steps = self.trainer.estimated_stepping_batches
         self._apply_configured_hyperparameters()
         self._loss_sum = torch.zeros((), device=self.device)
         self._starts = True
 
     def _apply_configured_hyperparameters(self) -> None:
-        """Let the flags win over a checkpoint's hyperparameters, of which only the optimizer's state is kept."""
+        """Override a checkpoint's hyperparameters with the flags; only its optimizer state is kept."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [group["lr"] for group in self.configured_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
@@ -349,32 +351,33 @@ class GPTModule(L.LightningModule):
             group["initial_lr"], group["lr"] = configured["lr"], configured["lr"] * factor
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed this batch's random numbers by its position in the run."""
-        if self._starts:  # after a restart Lightning's own count is one off, from the moment its loop is reset
+        """Seed the random number generators for this batch by its position in the run."""
+        if self._starts:  # after a restart, Lightning's own count is off by one from the moment its loop is reset
             set_logging_step(self.trainer, self.trainer.global_step)
             self._starts = False
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, TRAIN_STREAM)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """This micro-batch's share of the mean loss over all labels of the optimizer step."""
+        """Compute the contribution of a micro-batch to the mean loss over all labels of the optimizer step."""
         loss_sum, count = self.loss_and_count(batch)
         self._loss_sum = self._loss_sum + loss_sum.detach()
         layout, accumulate = self.data_info.layout, self.trainer.accumulate_grad_batches
         if accumulate == layout.accumulate and not STEP_KEYS.isdisjoint(batch):
             step_count = self.step_count(batch).to(loss_sum.dtype)
         else:  # Lightning replaced the sampler (overfit_batches), or a callback schedules the accumulation
-            step_count = count.to(loss_sum.dtype) * (accumulate * layout.replicas)  # of equal micro-batches
-        # Lightning divides the loss by the micro-batches of a step, and DDP and FSDP average gradients over the ranks.
-        # So this divides by the labels of the average micro-batch: the step's gradient is that of the mean over all its
-        # labels, however unevenly they are distributed.
+            step_count = count.to(loss_sum.dtype) * (accumulate * layout.replicas)  # assumes equal micro-batches
+        # Lightning divides the loss by the number of micro-batches per step, and DDP and FSDP average gradients over
+        # the ranks. Dividing by the average number of labels per micro-batch therefore gives the gradient of the mean
+        # loss over all labels of the step, however unevenly they are distributed.
         self._labels_per_rank = torch.where(step_count > 0, step_count, 1.0) / layout.replicas
         return loss_sum / (self._labels_per_rank / accumulate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Finish the gradient, and log at log steps only, because reading values waits for the device.
+        """Complete the gradient; at log steps, log loss, learning rate and gradient norm.
 
-        Callbacks' own ``on_before_optimizer_step`` comes before this one. Those with a method ``on_gradient(trainer,
-        module)`` get the finished gradient here, before clipping.
+        Logging is limited to log steps, because reading values synchronises with the device. The hooks
+        ``on_before_optimizer_step`` of callbacks run before this one. Callbacks with a method ``on_gradient(trainer,
+        module)`` are called here, with the complete gradient before clipping.
         """
         if self.device_mesh is not None:
             reduce_tp_gradients(self.net, self.device_mesh)
@@ -403,9 +406,10 @@ class GPTModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as the trainer's flags say, under every strategy by the norm of the whole gradient.
+        """Clip the gradients as the trainer's flags specify.
 
-        This is the last hook before the optimizer's step, so it calls ``step_filter``.
+        Clipping by norm uses the total norm of all gradients under every strategy. This is the last hook before the
+        optimizer step, so it also calls ``step_filter``.
         """
         gradients = gradients_of(self)
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
@@ -420,39 +424,42 @@ class GPTModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
 
     def on_train_end(self) -> None:
-        """Leave the average in the weights' place."""
+        """Replace the weights with their averages."""
         self._use_ema(True)
 
     # Validation and test.
 
     def on_validation_start(self) -> None:
-        """Seed a validation by its position in the run, so that one repeated after a kill is the same; use the EMA."""
+        """Seed the random number generators by the position in the run, and use the averaged weights.
+
+        A validation that is repeated after a kill thus gives the same results.
+        """
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, VALIDATION_STREAM)
         self._use_ema(True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Add the batch to the metrics."""
+        """Add a batch to the metrics."""
         label_losses = self.update_metrics(batch)
         return None if label_losses is None else {"label_losses": label_losses}
 
     def on_validation_epoch_end(self) -> None:
-        """Log the metrics of all validation data."""
+        """Log the metrics over all validation data."""
         self.log_metrics("val")
 
     def on_validation_end(self) -> None:
-        """Return to the weights themselves, after the callbacks' hooks."""
+        """Switch back from the averages to the weights, after the hooks of all callbacks."""
         self._use_ema(False)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
-        """Add the batch to the metrics."""
+        """Add a batch to the metrics."""
         self.update_metrics(batch)
 
     def on_test_epoch_end(self) -> None:
-        """Log the metrics of all test data."""
+        """Log the metrics over all test data."""
         self.log_metrics("test")
 
     def log_metrics(self, split: str) -> None:
-        """Log the metrics as ``split/name``, and reset them."""
+        """Log the metrics as ``split/name`` and reset them."""
         for name, value in self.compute_metrics().items():
             self.log(f"{split}/{name}", value, sync_dist=True)
         self.metrics.reset()
@@ -462,20 +469,20 @@ class GPTModule(L.LightningModule):
             self.ema.set_active(active, self.trainer.optimizers, self)
 
     def _seed(self, batch: int, stream: int) -> None:
-        rank = self.data_info.rank  # ranks that share their data share random numbers
+        rank = self.data_info.rank  # processes with the same data get the same random numbers
         key = (global_seed(), batch + 1, rank, stream)
         torch_seed, python_seed, numpy_seed = np.random.SeedSequence(key).generate_state(3).tolist()
-        if self.device.type == "cpu":  # torch.manual_seed formats a stack trace for each kind of device that is absent
+        if self.device.type == "cpu":  # torch.manual_seed formats a stack trace for each unavailable device type
             torch.default_generator.manual_seed(torch_seed)
         else:
             torch.manual_seed(torch_seed)
         random.seed(python_seed)
-        np.random.seed(numpy_seed)  # noqa: NPY002 - a user's own code may draw from it
+        np.random.seed(numpy_seed)  # noqa: NPY002 - users' code may use it
 
     # Checkpoints.
 
     def checkpoint_metadata(self) -> CheckpointMetadata:
-        """Everything except the weights that is needed to use a checkpoint without this run."""
+        """Return everything, apart from the weights, that is required to use a checkpoint without this run."""
         data, net = self.data_info, self.net
         return CheckpointMetadata(
             gpt=asdict(self.gpt),
@@ -489,16 +496,16 @@ class GPTModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and the layout in which batches are counted, and put the EMA in the weights' place."""
+        """Add the metadata and the batch layout that the counters refer to, and swap weights and averages."""
         checkpoint[METADATA_KEY] = asdict(self.checkpoint_metadata())
         checkpoint[BATCH_LAYOUT_KEY] = self.data_info.layout._asdict()
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Normalise the progress counters, in batches of the present layout, before the trainer restores them.
+        """Normalise the progress counters to batches in the current layout, before the trainer restores them.
 
         Raises:
-            UserError: The checkpoint's model has another shape or another tokenizer.
+            UserError: The model in the checkpoint has a different shape or tokenizer.
         """
         if "loops" in checkpoint:
             progress = checkpoint["loops"]["fit_loop"]

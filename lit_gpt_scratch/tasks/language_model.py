@@ -16,15 +16,15 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class LanguageModel(GPTModule):
-    """A GPT trained by next-token prediction at every position that has a label.
+    """GPT trained by next-token prediction at all positions that have a label.
 
-    Validation and test compute loss, perplexity and bits per byte of the labelled tokens. With ``compile=True`` the
-    output head and the loss are compiled as well, which pays off for a large vocabulary.
+    Validation and test compute loss, perplexity and bits per byte over the labelled tokens. With ``compile=True``, the
+    output head and the loss are compiled together, which pays off for large vocabularies.
     """
 
     metrics: LikelihoodMetric
     token_bytes: Tensor
-    """(vocab_size,) int64, UTF-8 bytes of each token."""
+    """(vocab_size,) int64, number of UTF-8 bytes per token."""
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
@@ -32,7 +32,7 @@ class LanguageModel(GPTModule):
         return LikelihoodMetric()
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
+        """Compute next-token logits: (B, T) int64 -> (B, T, vocab_size) float32; see ``GPT.forward``."""
         logits: Tensor = self.net(input_ids, document_ids)
         return logits
 
@@ -57,7 +57,7 @@ class LanguageModel(GPTModule):
 
     @property
     def _compiles_loss(self) -> bool:
-        """Whether head and loss are compiled together, which saves writing the logits to memory and back."""
+        """Whether the head and the loss are compiled together, which avoids storing the logits in memory."""
         return bool(self.device_mesh is None and self.compiled and self.compile_network is True)
 
 
@@ -71,5 +71,8 @@ def _head_and_token_losses(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
 
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compile on first use: importing the compiler takes seconds. No method, which copies of a module would share."""
+    """Compile a function on first use, because importing the compiler takes seconds.
+
+    It is meant for module-level functions: a compiled method would be shared by copies of its module.
+    """
     return torch.compile(function)

@@ -1,4 +1,4 @@
-"""The base of reward models and DPO: pairs of replies, of which one is preferred."""
+"""Base class of reward models and DPO, which train on pairs of a chosen and a rejected reply."""
 
 from typing import NamedTuple, cast
 
@@ -14,12 +14,12 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class PairComparison(NamedTuple):
-    """Losses and rewards of pairs, (n,) floats, without padding pairs.
+    """Losses and rewards for n pairs, (n,) floats each; padding pairs are excluded.
 
     Attributes:
-        losses: The loss of each pair.
-        chosen: The reward of the chosen reply.
-        rejected: The reward of the rejected reply.
+        losses: Loss of each pair.
+        chosen: Reward of the chosen reply in each pair.
+        rejected: Reward of the rejected reply in each pair.
     """
 
     losses: Tensor
@@ -28,12 +28,12 @@ class PairComparison(NamedTuple):
 
 
 class PairwiseModule(GPTModule):
-    """A GPT trained on pairs. A stage defines ``compare``; validation and test compute ``PreferenceMetrics``."""
+    """GPT trained on pairs of replies. Subclasses define ``compare``; evaluation computes ``PreferenceMetrics``."""
 
     metrics: PreferenceMetrics | MetricCollection
 
     def compare(self, batch: PairBatch) -> PairComparison:
-        """Losses and rewards of the pairs of a batch."""
+        """Compute the losses and rewards for the pairs in a batch."""
         raise NotImplementedError
 
     @override
@@ -45,7 +45,7 @@ class PairwiseModule(GPTModule):
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if not self.data_info.has_pairs:
             name = self.data_info.name
-            raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} needs Preferences")
+            raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} requires Preferences")
         return PreferenceMetrics()
 
     @override
@@ -60,7 +60,15 @@ class PairwiseModule(GPTModule):
 
 
 def split_pairs(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Chosen and rejected rows, without padding pairs: (2 B, ...) rows and their (2 B,) tokens -> (n, ...) twice."""
+    """Split rows into chosen and rejected rows, and drop padding pairs.
+
+    Args:
+        rows: (2 B, ...), the chosen rows followed by the rejected ones.
+        lengths: (2 B,) int64, number of tokens in each row; 0 for padding pairs.
+
+    Returns:
+        The chosen and the rejected rows, (n, ...) each.
+    """
     chosen, rejected = rows.chunk(2)
     real = lengths.chunk(2)[0] > 0
     return chosen[real], rejected[real]

@@ -1,4 +1,4 @@
-"""The frozen initial policy that alignment penalises divergence from."""
+"""The frozen initial policy, which the KL penalty of alignment refers to."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from lit_gpt_scratch.model.lora import disable_lora
 
 
 class ReferenceModel(nn.Module):
-    """The initial policy: a frozen copy, or if only adapters are trained, the same network with them disabled.
+    """The initial policy: a frozen copy or, if only adapters are trained, the policy with its adapters disabled.
 
-    A copy is a submodule of the LightningModule: it moves to its device and is saved in its checkpoints, separately
-    from the weights of ``net``, so that a resumed run needs nothing except its checkpoint. It is never trained.
+    The copy is a submodule of the LightningModule. It is moved to the module's device and saved in its checkpoints,
+    separately from the weights of ``net``, so that a run can be resumed from its checkpoint alone. It is never trained.
 
     Args:
         policy: The network to train, before training.
-        adapters: Whether only its adapters are trained. Not so if the output head is trained as well: the reference
+        adapters: Whether only adapters are trained. False if the output head is trained as well, because the reference
             would change with it.
     """
 
@@ -29,21 +29,21 @@ class ReferenceModel(nn.Module):
     def __init__(self, policy: GPT, adapters: bool) -> None:
         super().__init__()
         self.frozen = None if adapters else copy.deepcopy(policy).requires_grad_(False)
-        self._policy = (policy,)  # in a tuple, so that it is no submodule
+        self._policy = (policy,)  # in a tuple, so that it is not registered as a submodule
         self.train(False)
 
     def train(self, mode: bool = True) -> "ReferenceModel":
-        """Stay in evaluation mode: no dropout."""
+        """Stay in evaluation mode, without dropout, whatever ``mode`` is."""
         return super().train(False)
 
     @property
     def networks(self) -> Sequence[GPT]:
-        """The networks that only the reference uses."""
+        """Networks that are used only by the reference model."""
         return () if self.frozen is None else (self.frozen,)
 
     @contextmanager
     def network(self) -> Iterator[GPT]:
-        """The network in evaluation mode; don't use the policy inside this context."""
+        """Provide the reference network in evaluation mode; do not use the policy inside this context."""
         if self.frozen is not None:
             yield self.frozen
             return
@@ -58,7 +58,7 @@ class ReferenceModel(nn.Module):
 
     @torch.no_grad()
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Log-probability of each label, without a gradient.
+        """Compute the log-probability of each label, without gradients.
 
         Args:
             input_ids: (B, T) int64.

@@ -1,4 +1,4 @@
-"""Reward models: a scalar per conversation that is larger for replies that people prefer."""
+"""Reward models, which predict one scalar per conversation that is larger for preferred replies."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -18,7 +18,7 @@ from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split
 
 
 class Reward(PairwiseModule):
-    """A GPT that learns which of two replies is preferred, by the Bradley-Terry model.
+    """GPT reward model, trained with the Bradley-Terry loss to predict which of two replies is preferred.
 
     The reward of a conversation is read at its last token, the end of text after the last reply. Only differences
     between rewards for the same prompt are learned; their offset is arbitrary. The head is not tied to the embedding,
@@ -36,7 +36,15 @@ class Reward(PairwiseModule):
         return replace(super().gpt, tied_embeddings=False)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Rewards: (B, T) int64 ids, padded after each conversation's (B,) tokens -> (B,) float32."""
+        """Compute the reward of each conversation.
+
+        Args:
+            input_ids: (B, T) int64, right-padded.
+            lengths: (B,) int64, number of tokens in each conversation.
+
+        Returns:
+            (B,) float32.
+        """
         return self.net.forward_pooled(input_ids, lengths)
 
     @override

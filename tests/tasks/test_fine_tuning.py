@@ -376,7 +376,7 @@ def test_partial_training_of_random_weights_warns(
     trainer: Build, packed_text: Any, how: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer(max_steps=1, limit_val_batches=0).fit(LanguageModel(SHAPE, compile=False, **how), packed_text())
-    assert ("frozen weights stay random; name a pretrained model" in caplog.text) == bool(how)
+    assert ("frozen weights stay random; set it to a pretrained model" in caplog.text) == bool(how)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -411,7 +411,7 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
 @pytest.mark.parametrize(
     ("task", "message"),
     [
-        ({"class_weights": {"animals": 0.0}}, "all are 0|no class animals"),
+        ({"class_weights": {"animals": 0.0}}, "all weights are 0|no class animals"),
         ({"pooling": "first"}, "model.pooling is first"),
         ({"class_weights": {"no such": 1.0}}, "there is no class no such"),
         ({"class_weights": {"x": -1.0}}, "must be 0 or more"),

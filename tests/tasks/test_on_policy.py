@@ -343,9 +343,9 @@ def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("reward", "message"),
     [
-        ("tests.custom_reward.not_a_number", "tests.custom_reward.not_a_number gave nan for the reply"),
-        ("tests.custom_reward.too_few", r"gave a shape of \(1,\) for 8 replies; it must give one number for each"),
-        ("tests.custom_reward.words", "gave list, no numbers"),
+        ("tests.custom_reward.not_a_number", "tests.custom_reward.not_a_number returned nan for the reply"),
+        ("tests.custom_reward.too_few", r"returned shape \(1,\) for 8 replies; it must return one number per reply"),
+        ("tests.custom_reward.words", "returned a list; it must return one number per reply"),
         ("tests.custom_reward.NUMBER", "which is int, not a function"),
         ("tests.custom_reward.nothing", "cannot be imported"),
         ("no_file.reward", "No module named"),
@@ -362,7 +362,7 @@ def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, mess
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [
-        ("GRPO", {"group": 3}, "model.group is 3, but a phase has 8 replies"),
+        ("GRPO", {"group": 3}, "model.group is 3, but a rollout phase has 8 replies"),
         ("GRPO", {"group": 1}, "model.group is 1; it must be 2 or more"),
         ("PPO", {"passes": 0}, "model.passes is 0"),
         ("PPO", {"steps_per_phase": 0}, "model.steps_per_phase is 0"),
@@ -375,8 +375,8 @@ def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, mess
         ("GRPO", {"unended_score": math.nan}, "model.unended_score is nan; it must be finite"),
         ("PPO", {"unended_score": -math.inf}, "model.unended_score is -inf"),
         ("GRPO", {"kl_target": 3.0, "kl_coefficient": 0.0}, r"model.kl_target is 3.0, but model.kl_coefficient is 0"),
-        ("GRPO", {"gpt": replace(SHAPE, dropout=0.1)}, "model.gpt.dropout is 0.1, but GRPO .* allows no dropout"),
-        ("PPO", {"lora": LoRA(2, dropout=0.2)}, "model.lora.dropout is 0.2, but PPO .* allows no dropout"),
+        ("GRPO", {"gpt": replace(SHAPE, dropout=0.1)}, "model.gpt.dropout is 0.1, but GRPO .* not support dropout"),
+        ("PPO", {"lora": LoRA(2, dropout=0.2)}, "model.lora.dropout is 0.2, but PPO .* does not support dropout"),
         ("PPO", {"gamma": 1.5}, "model.gamma is 1.5; it must be between 0 and 1"),
         ("PPO", {"value_clip": 0.0}, "model.value_clip is 0.0"),
         ("PPO", {"rows_at_once": 0}, "model.rows_at_once is 0"),
@@ -393,7 +393,7 @@ def test_invalid_settings_are_rejected(
 def test_policy_needs_prompts_and_a_reward(
     run: Callable[..., Any], trainer: Build, tmp_path: Path, cache: Path
 ) -> None:
-    with pytest.raises(UserError, match="Conversations has no prompts; PPO needs Prompts"):
+    with pytest.raises(UserError, match="Conversations has no prompts; PPO requires Prompts"):
         trainer().fit(policy("PPO"), Conversations(cache=str(cache), vocab_size=300))
     (tmp_path / "asked.jsonl").write_text("\n".join(f'{{"prompt": "Count to {n}."}}' for n in range(60)))
     with pytest.raises(UserError, match="nothing says how good a reply is"):

@@ -240,7 +240,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
-        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* allows no dropout: leave it out"),
+        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* does not support dropout: set it to 0"),
     ],
 )
 def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> None:
@@ -250,7 +250,7 @@ def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> Non
 
 def test_data_without_pairs_is_rejected(trainer: Build, start: Path, cache: Path) -> None:
     data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
-    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO needs Preferences"):
+    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO requires Preferences"):
         trainer().fit(DPO(init_from=str(start), compile=False), data)
 
 

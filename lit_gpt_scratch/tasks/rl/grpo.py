@@ -1,4 +1,4 @@
-"""Group relative policy optimization (Shao et al. 2024, https://arxiv.org/abs/2402.03300): PPO without a critic."""
+"""Group relative policy optimization (GRPO, Shao et al. 2024, https://arxiv.org/abs/2402.03300)."""
 
 from typing import Any
 
@@ -13,16 +13,17 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class GRPO(OnPolicyModule):
-    """A policy that compares several replies to the same prompt, and so needs no critic.
+    """GPT trained with GRPO, a variant of PPO that compares replies to the same prompt instead of using a critic.
 
-    Every token of a reply has the same advantage. The KL from the initial policy is a term of the loss: the coefficient
-    times the mean over a reply's tokens of the ``k3`` estimator, next to advantages that have no unit. So it isn't
-    priced in reward, and each token of a long reply may diverge as far as a token of a short one.
+    All tokens of a reply have the same advantage. The KL from the initial policy is a term of the loss: the coefficient
+    times the mean ``k3`` estimate over the tokens of a reply, added to a policy loss whose advantages have no unit. The
+    coefficient is therefore not in units of reward, and each token of a long reply may diverge as far as a token of a
+    short one.
 
     Args:
-        group: Replies per prompt.
-        scale: Divide a reply's difference from its group's mean by the group's standard deviation.
-        kwargs: As for ``OnPolicyModule``.
+        group: Number of replies per prompt.
+        scale: Whether to divide each reply's difference from the group's mean score by the group's standard deviation.
+        kwargs: Arguments of ``OnPolicyModule``.
     """
 
     def __init__(self, group: int = 8, scale: bool = True, **kwargs: Any) -> None:
@@ -37,12 +38,12 @@ class GRPO(OnPolicyModule):
 
     @override
     def count_labels(self, labels: Tensor) -> Tensor:
-        """The number of replies, as the loss is a mean over replies: (N, T) -> scalar."""
+        """Return the number of replies, because the loss is a mean over replies: (N, T) -> scalar."""
         return (labels != IGNORE_INDEX).any(1).sum()
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean over replies of the mean over their tokens (equation 3), as a sum over replies and their number."""
+        """Return the sum over replies of the mean loss over their tokens (equation 3), and the number of replies."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)

@@ -1,4 +1,4 @@
-"""The base of on-policy reinforcement learning: generate replies, score them, train on them for a few passes."""
+"""Base class of on-policy reinforcement learning: generate replies, score them, and train on them for a few passes."""
 
 import math
 from collections.abc import Sequence
@@ -39,43 +39,45 @@ from lit_gpt_scratch.tasks.rl.rollouts import (
 )
 
 TRAIN_REPLIES, EVALUATION_REPLIES = 0, 1
-"""Random-number streams, part of a reply's seed. Evaluation uses the same seeds in every run."""
+"""Random-number streams, which are part of the seed of each reply. Evaluation uses the same seeds in every run."""
 ROLLOUTS_KEY: Final = "rollouts"
-"""Key of the current phase's rollouts in a checkpoint."""
+"""Checkpoint key of the rollouts in the current rollout phase."""
 
 
 class OnPolicyModule(GPTModule):
-    """A policy that generates many replies, trains on them for a few passes, and generates again.
+    """GPT policy that alternates between generating replies and training on them for a few passes.
 
-    Training batches carry indices of rollouts, which are numbered through the run. At the first index of a new phase,
-    the network as it is then generates all replies of the phase; they are scored, gathered on every rank and kept, in
-    checkpoints as well, while training passes over them several times. So an optimizer step is the trainer's own, and a
-    run can be resumed anywhere. A reply depends on the weights, its prompt, the run's seed and the rollout's index, not
-    on the rank that generates it.
+    Training batches contain indices of rollouts, which are numbered across the run. At the first index of a rollout
+    phase, the current network generates all replies of the phase. They are scored, gathered on every rank and kept
+    (also in checkpoints) while training makes several passes over them. Optimizer steps are therefore the trainer's
+    own, and a run can be resumed at any step. A reply depends on the weights, its prompt, the seed of the run and the
+    index of the rollout, but not on the rank that generates it.
 
-    Validation and test generate one reply to each prompt: the mean ``reward``, the ``kl`` of a whole reply from the
-    initial policy, the ``entropy`` of a token, the share of replies that ``ended``. Their ``loss`` is ``kl_coefficient
-    * kl - reward`` with the configured coefficient: PPO's objective, as long as that coefficient is kept. GRPO
-    penalises the KL of tokens, not of replies; by this figure runs of both are comparable.
+    Validation and test generate one reply to each prompt. They compute the mean ``reward``, the mean ``kl`` of a whole
+    reply from the initial policy, the mean ``entropy`` per token, the fraction of replies that ``ended``, and a
+    ``loss`` of ``kl_coefficient * kl - reward`` with the configured coefficient. The loss is PPO's objective if the
+    coefficient is constant. GRPO penalises the KL per token instead of per reply, but its runs can be compared with
+    PPO's by this loss.
 
     Args:
-        reward: The reward of replies: the run of a reward model, a function of prompts and replies such as
-            ``my_file.my_reward``, or the name of a verifiable preference; by default the data's own.
-        unended_score: The score of a truncated reply, which has no end of text. By default a function scores it like
-            any other, and a verifiable preference gives it 0. A reward model reads where a reply ends, and cannot score
-            it: it gets the minimum over the other replies of the phase or the evaluation, so that nothing is gained by
-            never ending.
-        kl_coefficient: Strength of the KL penalty; see PPO and GRPO for which KL it penalises.
-        temperature: Sampling temperature of replies, also used for their log-probabilities.
-        rows_at_once: Replies that are generated in one batch.
-        steps_per_phase: Optimizer steps of one pass over the replies of a phase.
-        passes: Passes over each phase's replies.
+        reward: Reward of the replies: a reward model's run folder or checkpoint, the import path of a function of
+            prompts and replies such as ``my_file.my_reward``, or the name of a verifiable preference. By default the
+            reward that the data defines.
+        unended_score: Score of truncated replies, which have no end of text. By default, functions score them like
+            other replies, verifiable preferences score them 0, and with a reward model, which can only score complete
+            replies, they get the minimum score of the rollout phase or evaluation, so that the policy gains nothing by
+            never ending a reply.
+        kl_coefficient: Strength of the KL penalty; see PPO and GRPO for the KL that is penalised.
+        temperature: Sampling temperature for replies, also used for their log-probabilities.
+        rows_at_once: Number of replies to generate in one batch.
+        steps_per_phase: Number of optimizer steps per pass over the replies of a rollout phase.
+        passes: Number of training passes over the replies of a rollout phase.
         clip: Clipping range of the probability ratio around 1.
-        kl_target: KL of a whole reply, in nats, towards which the coefficient is adapted after each phase, starting
-            from ``kl_coefficient``; by default it stays constant.
+        kl_target: Target for the KL of a whole reply, in nats. If set, the KL coefficient is adapted towards it after
+            each rollout phase, starting from ``kl_coefficient``. By default the coefficient is constant.
         entropy_coefficient: Weight of the entropy bonus.
-        kwargs: As for ``GPTModule``, without dropout: before an update the policy is the one that generated the
-            replies.
+        kwargs: Arguments of ``GPTModule``. Dropout is not supported, because before the first update the policy must be
+            the one that generated the replies.
 
     Raises:
         UserError: A number is out of range.
@@ -84,7 +86,7 @@ class OnPolicyModule(GPTModule):
     allows_dropout = False
     metrics: MetricCollection
     group = 1
-    """Replies per prompt."""
+    """Number of replies per prompt."""
 
     def __init__(
         self,
@@ -108,8 +110,8 @@ class OnPolicyModule(GPTModule):
             raise UserError(f"model.unended_score is {unended_score}; it must be finite")
         if kl_target is not None and kl_coefficient == 0:
             raise UserError(
-                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0, which multiplication cannot "
-                "change; give it a value to start from"
+                f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and is adapted by multiplication; "
+                "set it to a positive value to start from"
             )
         self.reward = reward
         self.unended_score = unended_score
@@ -125,30 +127,30 @@ class OnPolicyModule(GPTModule):
         self._generation_stopwatch = Stopwatch()
         """Measures the time spent generating rollouts."""
         self.rollouts: Rollouts | None = None
-        """Of the current phase."""
+        """The rollouts of the current rollout phase."""
         self._log_sums: dict[str, Tensor] = {}
 
-    # To be overridden by an algorithm.
+    # Methods for subclasses to override.
 
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        """``advantages``, (N,) per reply or (N, T) per token, and whatever other targets the loss needs."""
+        """Return ``advantages``, (N,) per reply or (N, T) per token, and any other targets of the loss."""
         raise NotImplementedError
 
     def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
-        """``values``, (B, T), if there is a critic: (B, T, n_embd) hidden states -> the expected return."""
+        """Return the critic's ``values``, (B, T), for hidden states (B, T, n_embd); empty if there is no critic."""
         return {}
 
     def count_labels(self, labels: Tensor) -> Tensor:
-        """The number over which the loss of some rollouts is averaged: their tokens. (N, T) -> scalar."""
+        """Return the number that the summed loss is divided by, by default that of reply tokens: (N, T) -> scalar."""
         return (labels != IGNORE_INDEX).sum()
 
     # Setup.
 
     @override
     def setup(self, stage: str) -> None:
-        """Exchange the facts about prompts and rollouts with the data; a training starts without earlier rollouts.
+        """Exchange information about prompts and rollouts with the data module, and discard rollouts of earlier runs.
 
-        Rollouts of a checkpoint are loaded after this.
+        Rollouts in a checkpoint are loaded after this.
         """
         super().setup(stage)
         self.prompts.phase = self.phase
@@ -162,7 +164,7 @@ class OnPolicyModule(GPTModule):
             self._generation_stopwatch = Stopwatch()
 
     def take_generation_seconds(self) -> float:
-        """Seconds spent on generating and scoring since the last call."""
+        """Return the seconds spent on generating and scoring rollouts since the last call."""
         return self._generation_stopwatch.take()
 
     @property
@@ -170,16 +172,16 @@ class OnPolicyModule(GPTModule):
         """The prompts to reply to.
 
         Raises:
-            UserError: The data has none.
+            UserError: The data has no prompts.
         """
         if self.data_info.prompts is None:
-            raise UserError(f"data: {self.data_info.name} has no prompts; {type(self).__name__} needs Prompts")
+            raise UserError(f"data: {self.data_info.name} has no prompts; {type(self).__name__} requires Prompts")
         return self.data_info.prompts
 
     @override
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """The reference model, and the reward model or function."""
-        if self.device_mesh is not None:  # every process generates by itself, as many tokens as its replies need
+        """Build the reference model and the reward model or function."""
+        if self.device_mesh is not None:  # each process generates independently, with a different number of tokens
             raise UserError(f"{type(self).__name__} supports DDP only: use --trainer.strategy ddp")
         self.reference = ReferenceModel(self.net, self.trains_only_adapters)
         unended_score, score = self.unended_score, self._build_reward_model()
@@ -207,20 +209,20 @@ class OnPolicyModule(GPTModule):
     # Forward passes.
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Label log-probabilities (B, T), logits (B, T, vocab_size) and hidden states (B, T, n_embd)."""
+        """Return log-probabilities of the labels (B, T), logits (B, T, vocab_size) and hidden states (B, T, n_embd)."""
         hidden = self.net.hidden_states(input_ids)
         logits = self.net.apply_head(hidden) / self.temperature
         return token_logprobs(logits, labels), logits, hidden
 
     def reference_logprobs(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        """Label log-probabilities under the initial policy: (B, T)."""
+        """Return the log-probabilities of the labels under the initial policy, (B, T)."""
         with self.reference.network() as net:
             return token_logprobs(net(input_ids) / self.temperature, labels)
 
     # Rollouts.
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Replace the indices of a training batch by their rollouts; at the first of a phase, generate them."""
+        """Replace the indices in a training batch with rollouts; generate them at the start of a rollout phase."""
         if not self.trainer.training:
             return batch
         n = self.phase.steps * self.data_info.layout.rows_per_step
@@ -236,8 +238,8 @@ class OnPolicyModule(GPTModule):
     def _generate_phase(self, phase: int, n: int) -> Rollouts:
         if n % self.group:
             raise UserError(
-                f"model.group is {self.group}, but a phase has {n} replies, which is no multiple of it (batch_size x "
-                "ranks x micro-batches x steps_per_phase)"
+                f"model.group is {self.group}, but a rollout phase has {n} replies (batch_size x ranks x micro-batches "
+                "x steps_per_phase), which is not a multiple of it; change one of them"
             )
         assert self.generator is not None
         layout = self.data_info.layout
@@ -246,7 +248,8 @@ class OnPolicyModule(GPTModule):
         with eval_mode(self.net):
             seeds = reply_seeds(global_seed(), TRAIN_REPLIES, numbers=indices)
             rows = self.generator.generate("train", prompts, seeds)
-            # In the micro-batches of the first pass: uncompiled, training gets the same log-probabilities bit for bit.
+            # Evaluated in the micro-batches of the first pass: without compilation, training then computes the same
+            # log-probabilities bit for bit.
             parts = [
                 self._evaluate_rollouts({name: values[i : i + layout.batch_size] for name, values in rows.items()})
                 for i in range(0, len(indices), layout.batch_size)
@@ -262,7 +265,7 @@ class OnPolicyModule(GPTModule):
         return rollouts
 
     def _evaluate_rollouts(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Log-probabilities and values of some rollouts before training on them: (B, T) by name."""
+        """Compute log-probabilities and values of rollouts before training on them: (B, T) tensors keyed by name."""
         trimmed = trim_padding(rows)
         ids, labels = trimmed["input_ids"], trimmed["labels"]
         logprobs, _, hidden = self(ids, labels)
@@ -279,7 +282,7 @@ class OnPolicyModule(GPTModule):
     # Logging.
 
     def accumulate_logs(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Add sums over tokens to the logged values of this step; only at log steps, with gradients enabled."""
+        """Add sums over tokens to the values to log for this step; only at log steps with gradients enabled."""
         if not (self.is_log_step and torch.is_grad_enabled()):
             return
         with torch.no_grad():
@@ -311,7 +314,7 @@ class OnPolicyModule(GPTModule):
     def update_metrics(self, batch: PromptIndexBatch) -> None:
         split: DataSplit = "test" if self.trainer.testing else "validation"
         n = self.prompts.counts[split]
-        indices = [index for index in batch["indices"].tolist() if index < n]  # others are padding rows
+        indices = [index for index in batch["indices"].tolist() if index < n]  # the others are padding rows
         if not indices:
             return
         assert self.generator is not None
@@ -346,7 +349,7 @@ class OnPolicyModule(GPTModule):
 
     @override
     def split_batch(self, batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        return []  # the data module knows the prompts, but not the replies
+        return []  # the rows are rollouts, which do not come from the data module
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -362,10 +365,10 @@ class OnPolicyModule(GPTModule):
 
 
 def require_at_least(minimum: float, **given: float) -> None:
-    """Check flags of which the command line knows only the type.
+    """Check that flags are finite and at least ``minimum``.
 
     Raises:
-        UserError: A number is less than the minimum, or infinite.
+        UserError: A number is less than the minimum, or not finite.
     """
     for name, value in given.items():
         if not minimum <= value < math.inf:
@@ -373,10 +376,10 @@ def require_at_least(minimum: float, **given: float) -> None:
 
 
 def require_positive(**given: float | None) -> None:
-    """Check flags that must be positive; None is allowed.
+    """Check that flags are finite and positive, or None.
 
     Raises:
-        UserError: A number is 0 or less, or infinite.
+        UserError: A number is 0 or less, or not finite.
     """
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:

@@ -1,4 +1,4 @@
-"""Proximal policy optimization of language models (https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2203.02155)."""
+"""Proximal policy optimization (PPO, https://arxiv.org/abs/1707.06347, https://arxiv.org/abs/2203.02155)."""
 
 from typing import Any
 
@@ -23,19 +23,20 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class PPO(OnPolicyModule):
-    """A policy with a critic: a second head on the same hidden states predicts the return that is still to come.
+    """GPT trained with PPO. The critic is a second head on the same hidden states, which predicts the return.
 
-    Each token is rewarded with its negated KL from the initial policy (``k1``) times the coefficient, and a reply's
-    last token also with the reply's reward: so one nat of KL over a whole reply costs the coefficient in
-    reward. Generalised advantage estimation distributes that over the tokens.
+    The reward of each token is its negated KL from the initial policy (``k1``) times the KL coefficient; the last token
+    of a reply also gets the reward of the whole reply. One nat of KL over a whole reply therefore costs as much reward
+    as the coefficient. Generalised advantage estimation (GAE) distributes the rewards over the tokens.
 
     Args:
         gamma: Discount factor.
-        gae_lambda: 0 relies on the critic's values, 1 on the observed rewards.
-        value_clip: Clipping range of the change of a value; null for no limit.
+        gae_lambda: Lambda of generalised advantage estimation: 0 relies on the critic's values, 1 on the observed
+            rewards.
+        value_clip: Clipping range for the change of the critic's values in the value loss; null for no clipping.
         value_coefficient: Weight of the critic's loss.
-        whitening: Normalise the advantages of a phase to mean 0 and variance 1.
-        kwargs: As for ``OnPolicyModule``.
+        whitening: Whether to normalise the advantages in a rollout phase to mean 0 and variance 1.
+        kwargs: Arguments of ``OnPolicyModule``.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class PPO(OnPolicyModule):
         if not hasattr(self, "net"):
             super().configure_model()
             self.value_head = nn.Linear(self.gpt.n_embd, 1, bias=False)
-            nn.init.zeros_(self.value_head.weight)  # initially no return is expected
+            nn.init.zeros_(self.value_head.weight)  # the critic initially predicts a return of 0
 
     @property
     @override
@@ -86,7 +87,7 @@ class PPO(OnPolicyModule):
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean over tokens of policy loss, value loss and entropy bonus, as a sum and the number of tokens."""
+        """Return the sum over tokens of policy loss, value loss and entropy bonus, and the number of tokens."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, hidden = self(batch["input_ids"], labels)

@@ -1,4 +1,4 @@
-"""Rewards of replies: a reward model, or a function of texts."""
+"""Rewards of replies, from a reward model or a function of texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,30 +14,34 @@ from lit_gpt_scratch.tasks.rl.rollouts import Replies
 
 
 class RewardFunction(Protocol):
-    """Scores replies."""
+    """Computes the rewards of replies."""
 
     def __call__(self, replies: Replies) -> Tensor:
-        """(N,) float32, on the CPU."""
+        """Return the reward of each reply, (N,) float32 on the CPU."""
 
 
 def is_checkpoint_path(name: str | None) -> bool:
-    """Whether a reward names a trained model rather than a function: it has a slash, or is an existing path."""
+    """Whether a reward is the path of a trained model rather than the name of a function.
+
+    It is a path if it contains a slash or exists.
+    """
     return name is not None and ("/" in name or Path(name).exists())
 
 
 class RewardModelScorer:
-    """A trained reward model, applied to prompt and reply and read at their last token.
+    """Scores replies with a trained reward model, which reads the reward at the last token of prompt and reply.
 
     Args:
-        place: Its run folder or checkpoint.
-        tokenizer_json: The policy's tokenizer.
-        max_length: The most tokens of a text.
-        batch_size: Texts per forward pass.
-        trusted: The custom attention class that the checkpoint may name: building it runs that code.
+        place: Run folder or checkpoint of the reward model.
+        tokenizer_json: Content of the policy's tokenizer file.
+        max_length: Maximum tokens per text (prompt and reply).
+        batch_size: Number of texts per forward pass.
+        trusted: Import path of the only custom attention class that the checkpoint may name, because building the
+            model runs the code of that class.
 
     Raises:
-        UserError: There is none, it is no reward model, it was trained with another tokenizer, its context is too
-            short, or it names a class that is not trusted.
+        UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
+            short a context, or names an attention class that is not trusted.
     """
 
     def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: str | None) -> None:
@@ -56,7 +60,7 @@ class RewardModelScorer:
 
     @torch.no_grad()
     def __call__(self, replies: Replies) -> Tensor:
-        """(N,) float32, on the CPU.
+        """Return the reward of each reply, (N,) float32 on the CPU.
 
         Raises:
             UserError: A reward is not finite.
@@ -72,11 +76,11 @@ class RewardModelScorer:
 
 
 class TextFunctionScorer:
-    """A reward function of texts.
+    """Scores replies with a function of their texts.
 
     Args:
-        name: For error messages.
-        function: (prompts, one reply for each) -> one number for each.
+        name: Name of the reward, for error messages.
+        function: Function that maps prompts, and one reply to each, to one number per reply.
     """
 
     def __init__(self, name: str, function: TextRewardFunction) -> None:
@@ -84,27 +88,29 @@ class TextFunctionScorer:
         self.function = function
 
     def __call__(self, replies: Replies) -> Tensor:
-        """(N,) float32, on the CPU.
+        """Return the reward of each reply, (N,) float32 on the CPU.
 
         Raises:
-            UserError: The function doesn't return one finite number for each reply.
+            UserError: The function does not return one finite number per reply.
         """
         returned = self.function(replies.prompt_texts, replies.texts)
         try:
             scores = torch.as_tensor(returned, dtype=torch.float32).detach().cpu()
         except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(f"model.reward: {self.name} gave {type(returned).__name__}, no numbers") from error
+            raise UserError(
+                f"model.reward: {self.name} returned a {type(returned).__name__}; it must return one number per reply"
+            ) from error
         if scores.shape != (len(replies.texts),):
             raise UserError(
-                f"model.reward: {self.name} gave a shape of {tuple(scores.shape)} for {len(replies.texts)} replies; it "
-                "must give one number for each"
+                f"model.reward: {self.name} returned shape {tuple(scores.shape)} for {len(replies.texts)} replies; it "
+                "must return one number per reply"
             )
         return _require_finite(scores, self.name, replies.texts)
 
 
 def _require_finite(scores: Tensor, name: str, replies: Sequence[str]) -> Tensor:
-    """A reward that is NaN or infinite would turn every weight into NaN."""
+    """Check that all scores are finite; a NaN or infinite reward would turn all weights into NaN."""
     for score, reply in zip(scores.tolist(), replies, strict=True):
         if not abs(score) < float("inf"):
-            raise UserError(f"model.reward: {name} gave {score} for the reply {reply[:60]!r}; it must be finite")
+            raise UserError(f"model.reward: {name} returned {score} for the reply {reply[:60]!r}; it must be finite")
     return scores

@@ -1,4 +1,4 @@
-"""Generation and scoring of replies to prompts."""
+"""Generation and scoring of rollouts, that is, replies to prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,12 +17,12 @@ class RolloutGenerator:
     """Generates replies to prompts and scores them.
 
     Attributes:
-        net: The policy's network.
-        data: The prompts and their tokenizer's facts.
-        score: The reward of replies.
-        unended_score: The score of a truncated reply; None for what ``score`` returns.
+        net: The network of the policy.
+        data: Properties of the data, including the prompts.
+        score: Function that computes the reward of each reply.
+        unended_score: Score of truncated replies; None to use the output of ``score``.
         temperature: Sampling temperature.
-        batch_size: Replies that are generated in one batch.
+        batch_size: Number of replies to generate in one batch.
     """
 
     net: GPT
@@ -33,16 +33,16 @@ class RolloutGenerator:
     batch_size: int
 
     def generate(self, split: DataSplit, indices: Sequence[int], seeds: Sequence[int]) -> dict[str, Tensor]:
-        """A reply to each prompt; the network has to be in evaluation mode.
+        """Generate and score one reply to each prompt; the network must be in evaluation mode.
 
         Args:
-            split: The prompts' split.
+            split: Split that the prompts belong to.
             indices: Indices of the prompts, (N,).
-            seeds: One for each reply.
+            seeds: Random seed of each reply.
 
         Returns:
-            ``input_ids`` and ``labels``, (N, block_size) int64; ``ended``, ``scores``, and if the data can check
-            replies ``true_reward``, (N,) float32.
+            ``input_ids`` and ``labels``, (N, block_size) int64; ``ended``, ``scores`` and, if the data can check
+            replies, ``true_reward``, (N,) float32.
 
         Raises:
             UserError: A score is not finite.

@@ -1,4 +1,4 @@
-"""Rollouts: generated replies, with everything that training on them needs."""
+"""Rollouts: generated replies with the data required to train on them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,13 +19,13 @@ from lit_gpt_scratch.model import GPT
 
 @dataclass
 class Rollouts:
-    """The rollouts of one phase; every rank holds those of all ranks.
+    """The rollouts of one rollout phase; every rank holds the rollouts of all ranks.
 
     Attributes:
-        phase: Its number in the run.
-        coefficient: The KL coefficient of this phase.
-        means: Means over all replies, by name, for logging.
-        rows: (N, T) and (N,) tensors by name; ``input_ids`` and ``labels`` as in a ``Batch``.
+        phase: Index of the phase in the run.
+        coefficient: KL coefficient in this phase.
+        means: Means over all replies for logging, keyed by name.
+        rows: (N, T) and (N,) tensors keyed by name; ``input_ids`` and ``labels`` are as in a ``Batch``.
     """
 
     phase: int
@@ -34,31 +34,31 @@ class Rollouts:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data, and tensors on the CPU."""
+        """Return the state as plain data and CPU tensors."""
         rows = {name: row.cpu() for name, row in self.rows.items()}
         return {"phase": self.phase, "coefficient": self.coefficient, "figures": dict(self.means), "rows": rows}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Rollouts":
-        """The inverse of ``state_dict``."""
+        """Create rollouts from the output of ``state_dict``."""
         rows = {name: row.to(device) for name, row in state["rows"].items()}
         return cls(state["phase"], state["coefficient"], state["figures"], rows)
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """Some of the rows, trimmed to the longest of them: (B, T) and (B,)."""
+        """Select rows and trim them to the longest one: (B,) indices -> (B, T) and (B,) tensors."""
         return trim_padding({name: values[indices] for name, values in self.rows.items()})
 
 
 @dataclass
 class Replies:
-    """Generated replies.
+    """Generated replies and their prompts.
 
     Attributes:
         prompts: Token ids of the prompts.
-        prompt_texts: The same as texts, without the template.
-        replies: Token ids of the replies, with the end of text unless they were truncated.
-        texts: The same as texts, without the end of text.
-        ended: Whether each reply has an end of text.
+        prompt_texts: Texts of the prompts, without the chat template.
+        replies: Token ids of the replies, including the end of text unless they were truncated.
+        texts: Texts of the replies, without the end of text.
+        ended: Whether each reply ends with the end of text.
     """
 
     prompts: Sequence[list[int]]
@@ -69,11 +69,15 @@ class Replies:
 
     @property
     def full_ids(self) -> list[list[int]]:
-        """Token ids of prompt and reply."""
+        """Token ids of each prompt followed by its reply."""
         return [prompt + reply for prompt, reply in zip(self.prompts, self.replies, strict=True)]
 
     def rows(self, width: int, fill: int) -> dict[str, Tensor]:
-        """Rows padded to one width, in which each token of a reply is the label of the position before it.
+        """Build rows padded to a common width; each token of a reply is the label of the position before it.
+
+        Args:
+            width: Width of the rows.
+            fill: Token id to pad ``input_ids`` with.
 
         Returns:
             ``input_ids`` and ``labels``, (N, width) int64, and ``ended``, (N,) float32.
@@ -89,7 +93,7 @@ class Replies:
 
 @contextmanager
 def eval_mode(net: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a while."""
+    """Temporarily put a module into evaluation mode."""
     before = net.training
     net.eval()
     try:
@@ -99,7 +103,7 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
-    """Means over the replies of a phase, by name."""
+    """Compute means over the replies of a rollout phase, keyed by name."""
     mask = rows["labels"] != IGNORE_INDEX
     values = {
         "reward": rows["scores"],
@@ -112,7 +116,7 @@ def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
 
 
 def trim_padding(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rows without the columns that are padding in all of them."""
+    """Remove trailing columns that are padding in all rows, up to a multiple of ``PADDING_MULTIPLE``."""
     labelled = (rows["labels"] != IGNORE_INDEX).any(0).nonzero()
     longest = int(labelled[-1]) + 1 if len(labelled) else 1
     width = -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE
@@ -128,16 +132,19 @@ def generate_replies(
     end_of_text: int,
     batch_size: int,
 ) -> list[list[int]]:
-    """A sampled reply to each prompt; with the end of text unless truncated.
+    """Sample one reply to each prompt.
 
     Args:
-        net: In evaluation mode.
-        prompts: Token ids.
-        max_tokens: The most tokens of a reply.
-        temperature: Sampling temperature; 1 samples from the network's own distribution, which is not truncated.
-        seeds: One for each prompt.
+        net: The network, in evaluation mode.
+        prompts: Token ids of the prompts.
+        max_tokens: Maximum tokens per reply.
+        temperature: Sampling temperature; with 1, replies are sampled from the network's own, untruncated distribution.
+        seeds: Random seed of each reply.
         end_of_text: Token id that ends a reply.
-        batch_size: Replies that are generated at once.
+        batch_size: Number of replies to generate in one batch.
+
+    Returns:
+        Token ids of the replies, including the end of text unless they were truncated.
     """
     sampling = Sampling(temperature=temperature, top_k=None)
     replies: list[list[int]] = []
@@ -152,23 +159,26 @@ def generate_replies(
 
 
 def reply_seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
-    """A seed for each number, which depends on nothing except the keys."""
+    """Return one seed per number, which depends only on the keys and the number."""
     return [int(np.random.SeedSequence((*keys, number)).generate_state(1, np.uint64)[0]) for number in numbers]
 
 
 def rank_rows(layout: BatchLayout, rank: int, n: int) -> list[int]:
-    """The rows of a phase of ``n`` that a rank generates: those that it trains on in the first pass, in that order."""
+    """Return the indices of the rows that a rank generates in a rollout phase of ``n`` rows.
+
+    They are the rows that it trains on in the first pass, in that order.
+    """
     rows: list[int] = np.arange(n).reshape(-1, layout.replicas, layout.batch_size)[:, rank].ravel().tolist()
     return rows
 
 
 def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
-    """The rows of all ranks in the order of the phase: the inverse of ``rank_rows``.
+    """Merge the rows of all ranks in the order of the rollout phase; the inverse of ``rank_rows``.
 
     Args:
-        own: (n, ...) of this rank, for its shape.
-        ranks: (W, n, ...), the rows of each rank: its part of one micro-batch after the other.
-        batch_size: Rows of a rank's part of a micro-batch.
+        own: (n, ...), the rows of this rank, used only for their shape.
+        ranks: (W, n, ...), the rows of each of W ranks, in the order of the micro-batches.
+        batch_size: Rows per micro-batch and rank.
 
     Returns:
         (W * n, ...).
@@ -178,19 +188,19 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
 
 
 class Stopwatch:
-    """Measures the total time spent in a context."""
+    """Accumulates the time spent in a context."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Measure this context."""
+        """Add the time spent in this context."""
         began = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - began
 
     def take(self) -> float:
-        """Seconds since the last call."""
+        """Return the seconds accumulated since the last call, and reset them."""
         taken, self._seconds = self._seconds, 0.0
         return taken
