@@ -64,8 +64,8 @@ class OnPolicyModule(GPTModule):
             prompts and replies such as ``my_file.my_reward``, or the name of a verifiable preference. By default the
             reward that the data defines.
         unended_score: Score of truncated replies, which have no end of text. By default, functions score them like
-            other replies, verifiable preferences score them 0, and with a reward model, which can only score complete
-            replies, they get the minimum score of the rollout phase or evaluation, so that the policy gains nothing by
+            other replies, and verifiable preferences score them 0. A reward model can only score complete replies, so
+            truncated ones get the minimum score in the rollout phase or evaluation. The policy thus gains nothing by
             never ending a reply.
         kl_coefficient: Strength of the KL penalty; see PPO and GRPO for the KL that is penalised.
         temperature: Sampling temperature for replies, also used for their log-probabilities.
