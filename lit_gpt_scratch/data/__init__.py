@@ -1,4 +1,4 @@
-"""Token ids to batches."""
+"""Data modules: turn texts and token ids into batches."""
 
 from lit_gpt_scratch.data.conversations import Conversations
 from lit_gpt_scratch.data.labelled_text import LabelledText

@@ -1,4 +1,4 @@
-"""The base of all data modules: batches of rows in a reproducible order, from wherever the trainer resumes.
+"""The base class of all data modules: batches of rows in a reproducible order that can be resumed at any step.
 
 A row is one sequence of a batch: packed documents, or one padded record.
 """
@@ -23,18 +23,21 @@ from lit_gpt_scratch.lightning_compat import global_seed
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""No useful size comes near it; some libraries abort the process when asked for an impossible one."""
+"""Upper bound for sizes, far above any useful value; some libraries abort the process on an impossible size."""
 
 
 class BaseDataModule(L.LightningDataModule):
-    """Rows in batches. Subclasses set ``train_dataset`` and the like in ``setup``, and have a ``tokenizer``.
+    """Base class for data modules that batch rows.
+
+    Subclasses implement ``tokenizer``, and set ``train_dataset``, ``validation_dataset`` and, if there is a test split,
+    ``test_dataset`` in ``setup``.
 
     Args:
-        block_size: Tokens of a row.
+        block_size: Tokens per row.
         batch_size: Rows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks, or None for one micro-batch.
-        num_workers: Processes that load batches in parallel to training.
-        seed: Seed of the order, or None for that of ``seed_everything``.
+        tokens_per_step: Tokens per optimizer step across all ranks. None makes each micro-batch an optimizer step.
+        num_workers: Number of DataLoader worker processes; 0 loads batches in the training process.
+        seed: Seed for the row order. None uses the seed of ``seed_everything``.
 
     Raises:
         UserError: A number is out of range.
@@ -45,11 +48,11 @@ class BaseDataModule(L.LightningDataModule):
     test_dataset: RowDataset[Any] | None = None
     """None if there is no test split."""
     init_from: str | None = None
-    """The pretrained model that training starts from, whose tokenizer is used."""
+    """Checkpoint of the pretrained model to start training from; its tokenizer is used."""
     initial_tokenizer: Tokenizer | None = None
-    """Its tokenizer. Set it if the model has already been read; otherwise it is read when needed."""
+    """Tokenizer of the ``init_from`` model. Set it if the model was already read; otherwise it is read when needed."""
     weights: Sequence[float] | None = None
-    """Sampling weight of each part of ``train_dataset``; None samples each in proportion to its rows."""
+    """Sampling weight for each part of ``train_dataset``; None samples each part in proportion to its rows."""
 
     def __init__(
         self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
@@ -69,41 +72,41 @@ class BaseDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the text."""
+        """Tokenizer for the text."""
 
     @property
     def origin(self) -> str:
-        """The source of the text, as the user gave it."""
+        """Source of the text, as the user wrote it."""
         raise NotImplementedError
 
     @property
     def fingerprint(self) -> str:
-        """A hash of everything that is trained and evaluated on."""
+        """Hash of all training and evaluation data."""
         raise NotImplementedError
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of prompts for the samples that are logged during training."""
+        """Token ids of the prompts for text samples logged during training."""
         return [[self.tokenizer.start_of_text]]
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; after training on a short text it can be smaller than requested."""
+        """Number of token ids; smaller than requested if the tokenizer was trained on a short text."""
         return self.tokenizer.vocab_size
 
     @property
     def token_bytes(self) -> list[int]:
-        """UTF-8 bytes of text that each token id stands for."""
+        """Number of UTF-8 bytes of text that each token id represents."""
         return self.tokenizer.token_bytes()
 
     @property
     def tokenizer_json(self) -> str:
-        """The text of the tokenizer's file; checkpoints embed it."""
+        """Content of the tokenizer file, which checkpoints embed."""
         return self.tokenizer.to_json()
 
     @property
     def info(self) -> DataInfo:
-        """What a LightningModule needs to know; complete after ``setup``."""
+        """Description of the data for the LightningModule; complete after ``setup``."""
         return DataInfo(
             name=type(self).__name__,
             vocab_size=self.vocab_size,
@@ -117,7 +120,7 @@ class BaseDataModule(L.LightningDataModule):
         )
 
     def load_initial_tokenizer(self) -> Tokenizer | None:
-        """The tokenizer of the model of ``init_from``, if there is one.
+        """Return the tokenizer of the ``init_from`` model, or None if ``init_from`` is not set.
 
         Raises:
             UserError: The model cannot be read.
@@ -128,29 +131,29 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def tokens_per_batch(self) -> int:
-        """Tokens of a micro-batch over all ranks."""
+        """Total tokens per micro-batch across all ranks."""
         return self.batch_size * self.shard["num_replicas"] * self.block_size
 
     @property
     def shard(self) -> dict[str, int]:
-        """The data-parallel size and this process's rank in it; ranks of a tensor-parallel group share theirs."""
+        """Data-parallel size and rank of this process; all ranks of a tensor-parallel group have the same rank."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
     @property
     def layout(self) -> BatchLayout:
-        """How an optimizer step is distributed; final once gradient accumulation is set."""
+        """Batch size, data-parallel size and micro-batches per step; final once gradient accumulation is set."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
     @property
     def order_seed(self) -> int:
-        """The seed of the order of rows."""
+        """Seed for the row order."""
         return self.seed if self.seed is not None else global_seed()
 
     @property
     def train_sampler(self) -> ShuffledSampler:
-        """The training order of this process, starting where the trainer does."""
+        """Training sampler for this process, starting at the trainer's current position."""
         order = ShuffledOrder(self.train_dataset.sizes, self.order_seed, self.weights)
         return ShuffledSampler(order, **self._sampler_arguments())
 
@@ -166,22 +169,22 @@ class BaseDataModule(L.LightningDataModule):
         }
 
     def describe_row(self, epoch: int, batch: int, row: int) -> str:
-        """Name the content of a row of one of this process's training batches; see ``RowDataset.describe_row``."""
+        """Describe a row of one of this process's training batches; see ``RowDataset.describe_row``."""
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
         return self.train_dataset.describe_row(index)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Training batches in the sampler's order."""
+        """Return a loader for the training batches, in the sampler's order."""
         return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every validation row once."""
+        """Return a loader that yields every validation row once."""
         return self._evaluation_loader(self.validation_dataset)
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Every test row once.
+        """Return a loader that yields every test row once.
 
         Raises:
             UserError: There is no test split.
@@ -191,38 +194,40 @@ class BaseDataModule(L.LightningDataModule):
         return self._evaluation_loader(self.test_dataset)
 
     def set_gradient_accumulation(self) -> None:
-        """Set the trainer's ``accumulate_grad_batches`` so that a step has ``tokens_per_step`` tokens.
+        """Set the trainer's ``accumulate_grad_batches`` so that an optimizer step has ``tokens_per_step`` tokens.
 
         Raises:
-            UserError: ``tokens_per_step`` is not a multiple of a micro-batch, or contradicts the trainer's flag.
+            UserError: ``tokens_per_step`` is not a multiple of the tokens per micro-batch, or contradicts
+                ``trainer.accumulate_grad_batches``.
         """
         if self.tokens_per_step is None:
             return
         if self.tokens_per_step % self.tokens_per_batch:
             raise UserError(
                 f"data.tokens_per_step ({self.tokens_per_step}) is not a multiple of the {self.tokens_per_batch} "
-                "tokens of a micro-batch (block_size x batch_size x ranks)"
+                "tokens of a micro-batch (block_size x batch_size x ranks); change one of them"
             )
         batches = self.tokens_per_step // self.tokens_per_batch
         if self.trainer is None:
             return
         if self.trainer.accumulate_grad_batches not in (1, batches):
             raise UserError(
-                f"data.tokens_per_step asks for {batches} micro-batches a step, trainer.accumulate_grad_batches for "
-                f"{self.trainer.accumulate_grad_batches}; give only one of them"
+                f"data.tokens_per_step implies {batches} micro-batches per step, but trainer.accumulate_grad_batches "
+                f"is {self.trainer.accumulate_grad_batches}; set only one of them"
             )
         self.trainer.accumulate_grad_batches = batches
 
     def _position(self) -> tuple[int, int]:
-        """The next epoch and micro-batch in it; a resumed trainer has restored them before it asks for the loader.
+        """Return the epoch to continue with, and the index of the next micro-batch in it.
 
-        Batches of an unfinished epoch that were delivered are not delivered again. An epoch whose last batch was
-        delivered is over, whether or not the trainer had counted it when the checkpoint was saved.
+        A resumed trainer restores its progress before it requests the loader. Batches of an unfinished epoch that were
+        already delivered are skipped. An epoch whose last batch was delivered counts as finished, even if the trainer
+        had not yet counted it when the checkpoint was saved.
         """
         if self.trainer is None:
             return 0, 0
         loop = self.trainer.fit_loop
-        epochs: Any = loop.epoch_progress.current  # its declared type is a base class without these counts
+        epochs: Any = loop.epoch_progress.current  # the declared type is a base class without these counts
         if epochs.started == epochs.processed:
             return epochs.processed, 0
         batches = loop.epoch_loop.batch_progress
@@ -238,7 +243,7 @@ class BaseDataModule(L.LightningDataModule):
         return DataLoader(
             dataset,
             sampler=sampler,
-            batch_size=None,  # the sampler yields whole batches, and the dataset collates them
+            batch_size=None,  # the sampler yields the indices of whole batches; the dataset collates them
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -247,27 +252,28 @@ class BaseDataModule(L.LightningDataModule):
 
 
 def reject_null(given: dict[str, Any]) -> None:
-    """Reject null for arguments of any type, which the command line accepts."""
+    """Reject arguments set to null, which the command line accepts for any type."""
     for name, value in given.items():
         if value is None:
-            raise UserError(f"data.{name} is null; leave it out for its default")
+            raise UserError(f"data.{name} is null; omit it to use the default")
 
 
 def require_positive_ints(given: dict[str, int | None]) -> None:
-    """Reject sizes that are not positive; None is allowed."""
+    """Reject sizes that are not positive or not below ``MAX_SIZE``; None is allowed."""
     for name, value in given.items():
         if value is not None and not 1 <= value < MAX_SIZE:
-            raise UserError(f"data.{name} is {value}; it must be positive, and below {MAX_SIZE:,}")
+            raise UserError(f"data.{name} is {value}; it must be positive and below {MAX_SIZE:,}")
 
 
 STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, what a system sends before it kills, and what SLURM sends before a time limit (sbatch --signal=USR1@60)."""
+"""Ctrl-C, the termination request, and SLURM's signal before the time limit (``sbatch --signal=USR1@60``)."""
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """Ignore stop signals in a loader's worker process, as the trainer still needs the batches of its last step.
+    """Ignore stop signals in a DataLoader worker, because the trainer still needs batches to finish its last step.
 
-    A terminal and SLURM signal all processes of a run. Workers end when the trainer closes its loader or exits.
+    A terminal and SLURM send signals to all processes of a run. Workers end when the trainer closes the loader or
+    exits.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
@@ -275,13 +281,13 @@ def ignore_stop_signals(worker: int) -> None:
 
 @atexit.register
 def _kill_workers() -> None:
-    """Kill workers whose loader was not closed, as after an error.
+    """Kill workers whose loader was not closed, for example after an error.
 
-    At exit ``multiprocessing`` sends its daemons SIGTERM and waits for them; these workers ignore it. This function
-    runs before that, as exit handlers run in reverse order of registration.
+    At exit, ``multiprocessing`` sends SIGTERM to its daemon processes and waits for them, but these workers ignore
+    SIGTERM. This function runs first, because exit handlers run in reverse order of registration.
     """
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler mistakes a killed worker for an error
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a killed worker as an error
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

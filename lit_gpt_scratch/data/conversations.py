@@ -1,4 +1,4 @@
-"""Conversations: data for instruction tuning."""
+"""Conversations: the data module for instruction tuning."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,33 +18,33 @@ from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Messag
 from lit_gpt_scratch.text.document import TableRow
 
 N_SAMPLE_CONVERSATIONS: Final = 3
-"""Number of conversations for which sample replies are shown."""
+"""Number of conversations for which sample replies are logged."""
 
 
 @dataclass(frozen=True)
 class ConversationExample:
-    """Messages, the last of them a reply."""
+    """A conversation whose last message is a reply."""
 
     messages: Sequence[Message]
 
     @property
     def texts(self) -> Sequence[str]:
-        """The content of every message."""
+        """Content of each message."""
         return [message.content for message in self.messages]
 
 
 class Conversations(RecordDataModule[ConversationExample]):
     """Conversations in the chat template (``text.chat_template``); the loss is computed on the replies only.
 
-    Records are packed with ``best_fit`` into windows of ``block_size`` tokens and do not attend to each other. For the
-    arguments see ``RecordDataModule``.
+    Records are packed with ``best_fit`` into windows of ``block_size`` tokens and do not attend to each other. See
+    ``RecordDataModule`` for the arguments.
     """
 
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Synthetic tasks about words."""
+        """Generate synthetic tasks about words."""
         return synthetic_data.conversations()
 
     def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
@@ -53,17 +53,17 @@ class Conversations(RecordDataModule[ConversationExample]):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template with this tokenizer."""
+        """Chat template for this tokenizer."""
         return ChatTemplate(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
-        """The rendered template; labels are the next tokens, where these belong to a reply."""
+        """Render and tokenize a conversation; labels are the next tokens, restricted to those of replies."""
         ids, learned = map(np.array, self.template.render(record.messages))
         return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts of the first validation conversations that leave room for a reply, without their last reply."""
+        """Prompts from the first validation conversations short enough for a reply; the last reply is removed."""
         prompts = (
             self.template.render_prompt(self.records[place][1].messages[:-1])
             for place in self.split_indices["validation"]
@@ -71,7 +71,7 @@ class Conversations(RecordDataModule[ConversationExample]):
         return list(islice((prompt for prompt in prompts if len(prompt) < self.block_size), N_SAMPLE_CONVERSATIONS))
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> PackedDataset:
-        """Pack the examples into windows."""
+        """Build a dataset that packs the examples into windows."""
         records = RecordTokenStream(
             [example.where for example in examples],
             [example.sequences[0].ids for example in examples],

@@ -1,4 +1,4 @@
-"""Labelled text: data for classification."""
+"""Labelled text: the data module for classification."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -30,18 +30,19 @@ class LabelledExample:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text: duplicates are found regardless of their labels."""
+        """The text alone, so that duplicates are found regardless of their labels."""
         return (self.text,)
 
 
 class LabelledText(RecordDataModule[LabelledExample]):
-    """Texts with class labels. The classes are the labels that occur, in alphabetical order.
+    """Texts with class labels. The classes are the distinct labels in the data, sorted alphabetically.
 
     Args:
-        text_column: The column with the text.
-        label_column: The column with the label, a text or an integer; for a dataset with named classes the
-            names are used.
-        balance: Downsample each class to the size of the smallest; ``split_seed`` decides which records are kept.
+        text_column: Column that contains the text.
+        label_column: Column that contains the label, a string or an integer. If the dataset defines class names, they
+            replace integer labels.
+        balance: Downsample each class to the size of the smallest class; ``split_seed`` determines which records are
+            kept.
         **kwargs: See ``RecordDataModule``.
     """
 
@@ -57,7 +58,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         self.balance = balance
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Synthetic sentences about things."""
+        """Generate synthetic labelled sentences."""
         return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
@@ -68,11 +69,11 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return LabelledExample(text, get_label(fields, self.label_column))
 
     def select_records(self, records: list[tuple[str, LabelledExample]]) -> list[tuple[str, LabelledExample]]:
-        """All records, or, with ``balance``, as many of each class as the smallest has."""
+        """Return all records or, with ``balance``, the same number of records for each class."""
         counts = Counter(record.label for _, record in records)
         if len(counts) < 2:
-            found = f"only the class '{next(iter(counts))}'" if counts else "no record"
-            raise UserError(f"{self.origin} has {found}; classification needs at least two")
+            found = f"only the class '{next(iter(counts))}'" if counts else "no records"
+            raise UserError(f"{self.origin} has {found}; classification requires at least two classes")
         if not self.balance:
             return records
         remaining = dict.fromkeys(counts, min(counts.values()))
@@ -86,12 +87,12 @@ class LabelledText(RecordDataModule[LabelledExample]):
 
     @cached_property
     def class_names(self) -> list[str]:
-        """Class names by class index."""
+        """Class names, ordered by class index."""
         return sorted({record.label for _, record in self.records})
 
     @property
     def class_counts(self) -> list[int]:
-        """Number of training records of each class."""
+        """Number of training records in each class."""
         classes = [int(example.sequences[0].labels[0]) for example in self.examples["train"]]
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
@@ -100,42 +101,42 @@ class LabelledText(RecordDataModule[LabelledExample]):
         """Build the datasets.
 
         Raises:
-            UserError: As in the base class, or a class has no training record.
+            UserError: A class has no training records, or for the reasons listed in ``RecordDataModule.setup``.
         """
         for name, count in zip(self.class_names, self.class_counts, strict=True):
             if not count:
                 raise UserError(
-                    f"{self.origin}: no record of class '{name}' is left for training; name more, or another "
+                    f"{self.origin}: class '{name}' has no records left for training; add records, or change "
                     "--data.split_seed"
                 )
         super().setup(stage)
 
     @property
     def info(self) -> DataInfo:
-        """Adds the classes."""
+        """Description of the data, with class names and class counts."""
         return replace(super().info, class_names=self.class_names, class_counts=self.class_counts)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, preceded by the start of text."""
+        """Return the token ids of a text, preceded by the start-of-text token."""
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """The ids of the text, and its class index."""
+        """Tokenize a text; the label is its class index."""
         label = np.array([self.class_names.index(record.label)])
         return (EncodedSequence(np.array(self.encode(record.text)), label),)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> "LabelledTextDataset":
-        """One record per row."""
+        """Build a dataset with one record per row."""
         return LabelledTextDataset(
             [example.sequences[0] for example in examples], self.block_size, self.tokenizer.end_of_text
         )
 
 
 class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
-    """Right-padded texts with their classes."""
+    """Right-padded texts with their class indices."""
 
     def make_batch(self, rows: Sequence[int]) -> LabelledBatch:
-        """A batch of some texts; the index ``len(self)`` stands for a padding row."""
+        """Build the batch for the given row indices; the index ``len(self)`` is a padding row."""
         texts = [self.items[row] if row < len(self) else None for row in rows]
         lengths = torch.tensor([len(text.ids) if text else 0 for text in texts])
         input_ids = pad_rows([text.ids if text else EMPTY_ROW for text in texts], self.fill, self.block_size)
@@ -143,7 +144,7 @@ class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """``step_class_counts``: texts of each class among some rows; every class has training texts."""
+        """Return ``step_class_counts``: the number of texts in each class; every class has training texts."""
         classes = np.array([int(self.items[row].labels[0]) for row in rows])
         n_classes = 1 + max(int(item.labels[0]) for item in self.items)
         return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

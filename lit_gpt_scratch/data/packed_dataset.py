@@ -1,4 +1,4 @@
-"""Tokens to batches: the rows that a packing plan lists, read from the token stores as a ``Batch``."""
+"""A dataset that reads the rows of a packing plan from token stores and returns them as a ``Batch``."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from lit_gpt_scratch.errors import UserError
 
 
 class PackedDataset(RowDataset[Batch]):
-    """Rows of packed documents from one token store, or from several in sequence.
+    """Rows of packed documents from one token store, or from several concatenated stores.
 
     Args:
-        parts: The packing plan of each store.
-        block_size: Tokens of a row, ``T``.
+        parts: Packing plan for each store.
+        block_size: Tokens per row, ``T``.
         vocab_size: Number of token ids.
-        end_of_text: The token that pads rows.
-        document_mask: Add ``document_ids`` to the batches, so that no token attends to another document.
+        end_of_text: End-of-text token id, which pads rows.
+        document_mask: Add ``document_ids`` to the batches, so that tokens attend only to their own document.
     """
 
     def __init__(
@@ -42,14 +42,14 @@ class PackedDataset(RowDataset[Batch]):
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each store."""
+        """Number of rows in each store."""
         return [len(part) for part in self.parts]
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def make_batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of some rows.
+        """Build the batch for the given row indices.
 
         Raises:
             UserError: A token id is not in the vocabulary.
@@ -57,7 +57,7 @@ class PackedDataset(RowDataset[Batch]):
         shape = len(rows), self.block_size
         ids = np.full(shape, self.end_of_text, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        begins = np.zeros(shape, dtype=bool)  # where a document, or its part in this row, begins
+        begins = np.zeros(shape, dtype=bool)  # True where a document, or its part in this row, begins
         for b, row in enumerate(rows):
             t = 0
             plan, pieces = self.pieces(row)
@@ -69,7 +69,7 @@ class PackedDataset(RowDataset[Batch]):
                 if self.document_mask and plan.crosses:
                     begins[b, t - start + plan.stream.document_starts(start, start + length)] = True
                 t += length
-            begins[b, t:] = True  # each padding token is a document by itself
+            begins[b, t:] = True  # each padding token is a separate document
         if max(ids.max(), labels.max()) >= self.vocab_size:
             raise self._unknown_token_error(rows)
         batch = Batch(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels))
@@ -78,7 +78,7 @@ class PackedDataset(RowDataset[Batch]):
         return batch
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """``step_labels``: labels in some rows, from the packing plans, without reading tokens."""
+        """Return ``step_labels``: the number of labels in the rows, from the packing plans, without reading tokens."""
         parts = np.searchsorted(self._ends, rows, side="right")
         counts = (
             self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))
@@ -87,13 +87,13 @@ class PackedDataset(RowDataset[Batch]):
         return {"step_labels": torch.tensor(sum(counts))}
 
     def pieces(self, row: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
-        """The plan that a row belongs to, and the row's pieces of that plan's stream; see ``PackingPlan.pieces``."""
+        """Return the packing plan that contains a row, and the row's pieces; see ``PackingPlan.pieces``."""
         part = min(bisect_right(self._ends, row), len(self.parts) - 1)
         plan = self.parts[part]
         return plan, plan.pieces(row - self._ends[part] + len(plan))
 
     def describe_row(self, row: int) -> str:
-        """The documents that a row has tokens of, numbered as in the stream, for a message."""
+        """List the documents in a row by their numbers in the stream, for log and error messages."""
         plan, pieces = self.pieces(row)
         numbers: set[int] = set()
         before = 0
@@ -106,7 +106,10 @@ class PackedDataset(RowDataset[Batch]):
         return f"document{'s' if len(numbers) > 1 else ''} {', '.join(f'{n:,}' for n in sorted(numbers))}{part}"
 
     def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
-        """Name the shard with the unknown token; on a GPU the embedding lookup would fail without naming it."""
+        """Build an error that names the shard with the unknown token.
+
+        On a GPU the embedding lookup would fail without any location.
+        """
         for plan, pieces in map(self.pieces, rows):
             for start, length in pieces:
                 for shift, tokens in enumerate(plan.stream.read_with_labels(start, length)):
@@ -115,7 +118,7 @@ class PackedDataset(RowDataset[Batch]):
                         continue
                     where = plan.stream.describe_position(start + shift + int(unknown[0]))
                     return UserError(
-                        f"{where} has token {tokens[unknown[0]]}, but its tokenizer only {self.vocab_size} tokens; "
+                        f"{where} has token {tokens[unknown[0]]}, but its tokenizer has only {self.vocab_size} tokens; "
                         "delete the folder and prepare it again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

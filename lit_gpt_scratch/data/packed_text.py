@@ -1,4 +1,4 @@
-"""Text packed into windows of tokens: data for pretraining."""
+"""Text packed into windows of tokens: the data module for pretraining."""
 
 import inspect
 import math
@@ -36,7 +36,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""Sample prompts: number of documents, tokens of each, and validation tokens searched for document starts."""
+"""For sample prompts: number of documents, tokens per prompt, and validation tokens searched for document starts."""
 STDLIB_PROMPT = "def "
 
 
@@ -44,44 +44,49 @@ VALIDATION_SHARE: Final = 0.05
 
 
 class PackedText(BaseDataModule):
-    """Documents, split, tokenized and packed into windows.
+    """Documents that are split, tokenized and packed into windows.
 
     Args:
-        source: ``stdlib`` (this Python's own standard library), the default; a text file, a folder, or a pattern with
-            ``*``; JSONL, CSV, TSV, Parquet or Arrow, compressed or not; ``owner/name`` of a dataset of the Hub. Or
-            several of these, each with a weight: the bytes taken of each are proportional to the weights.
-        text_column: The column with the text, for sources with columns.
-        config: Configuration of a Hub dataset.
-        split: Split of a Hub dataset.
+        source: Text to train on: ``stdlib`` (this Python's standard library), the default; a text, JSONL, CSV, TSV,
+            Parquet or Arrow file, compressed or not; a folder of such files, or a pattern with ``*``; or
+            ``owner/name`` of a Hub dataset. To combine several sources, pass a mapping from source to weight; the bytes
+            read from each source are proportional to its weight.
+        text_column: Column that contains the text, for sources with columns.
+        config: Configuration name of a Hub dataset.
+        split: Split of a Hub dataset to read.
         streaming: Stream a Hub dataset instead of downloading it.
-        max_bytes: Stop reading each source after the document that reaches this many bytes of text.
-        cleaning: Steps that filter or edit documents, in order; by default only exact duplicates are removed.
+        max_bytes: Maximum bytes of text to read from each source; reading stops after the document that reaches it.
+        cleaning: Steps that filter or edit documents, in order. By default only exact duplicates are removed.
             See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean a large corpus; by default the number of cores, or 1 in a script that
-            new processes would run again. The result does not depend on it.
-        validation_share: Share of the documents held out, by default 0.05; of a single document, the share of its end.
+        processes: Number of processes that clean a large corpus. The default is the number of cores, or 1 in a script
+            that new processes would run again. The result does not depend on it.
+        validation_share: Fraction of the documents held out for validation, by default 0.05. If there is only one
+            document, this fraction of its text is held out from its end.
         tokenizer: Kind of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
-            ``unigram``, ``char`` or ``byte``. Or one to use: a ``tokenizer.json``, or a folder with one, or with
-            GPT-2's ``encoder.json`` and ``vocab.bpe``.
-        vocab_size: Vocabulary size of a trained tokenizer, special tokens included; by default 1,024, or fewer if the
+            ``unigram``, ``char`` or ``byte``. Or the path of an existing tokenizer: a ``tokenizer.json``, a folder that
+            contains one, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or fewer if the
             text yields fewer.
-        special_tokens: Tokens in addition to the end of text that no text is encoded to, such as chat roles.
-        store: Folder for the tokens of this text alone, with the cleaned text and its audit.
-        cache: Folder for all other stores and their texts; by default one in the user's cache folder.
-        init_from: A trained model whose tokenizer is used; ``fit`` sets it to ``model.init_from``.
-        mixture: Token stores (folders made with ``store``) to use instead of ``source``: one; a list, for all windows
-            of each; or a mapping to weights, their shares of the training windows. Validation uses the validation
-            tokens of all of them.
-        packing: How documents are packed into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
-            ``data.packing``. Validation always uses ``concatenate``, to score the same tokens with any packing.
-        document_mask: Restrict attention to a token's own document, and count positions from its first token.
+        special_tokens: Special tokens in addition to end-of-text, such as chat roles; text is never encoded to them.
+        store: Folder in which to save the token store of this source, with the cleaned text and the cleaning audit.
+        cache: Folder for token stores and texts if ``store`` is not set, and for packing plans. By default a folder in
+            the user's cache directory.
+        init_from: Checkpoint of a trained model whose tokenizer is used; ``fit`` sets it to ``model.init_from``.
+        mixture: Token stores (folders created with ``store``) to use instead of ``source``: a single folder; a list of
+            folders, to use all windows of each; or a mapping from folder to weight, its proportion of the training
+            windows. Validation uses the validation tokens of all stores.
+        packing: How to pack documents into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
+            ``data.packing``. Validation always uses ``concatenate``, so that every packing is scored on the same
+            tokens.
+        document_mask: Restrict attention to tokens of the same document, and number positions from the document's first
+            token.
         block_size: Tokens per window.
         batch_size: Windows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks; gradients are accumulated over micro-batches to
-            reach it. By default a step is one micro-batch.
-        num_workers: Number of DataLoader worker processes; 0 loads in the training process, which costs next to
+        tokens_per_step: Tokens per optimizer step across all ranks; gradients are accumulated over micro-batches to
+            reach it. By default each micro-batch is an optimizer step.
+        num_workers: Number of DataLoader worker processes; 0 loads batches in the training process, which costs next to
             nothing for memory-mapped tokens.
-        seed: Seed of the window order; by default that of ``seed_everything``.
+        seed: Seed for the window order; by default the seed of ``seed_everything``.
 
     Raises:
         UserError: A number is out of range.
@@ -92,9 +97,9 @@ class PackedText(BaseDataModule):
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``.
+        """Return the values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``.
 
-        They are not in the signature because ``--data`` keeps same-named arguments when it swaps the class.
+        They are not in the signature because ``--data`` keeps arguments of the same name when it changes the class.
         """
         if arguments.get("mixture") is not None:
             return {}
@@ -144,12 +149,12 @@ class PackedText(BaseDataModule):
             if not 0.0 < weight < float("inf"):
                 raise UserError(f"data.source: the weight of {name} is {weight}; it must be positive")
         if not weights:
-            raise UserError("data.source is empty; name a source")
+            raise UserError("data.source is empty; set it to at least one source")
         sources = tuple(
             (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
-        # module again: our commands, run as modules, support that; a user's script may not.
+        # torch.get_num_threads() is the number of cores this process may use. A new process imports the main module
+        # again: our commands, which run as modules, support that; a user's script may not.
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
@@ -169,33 +174,33 @@ class PackedText(BaseDataModule):
 
     @property
     def origin(self) -> str:
-        """The source of the tokens, as the user wrote it."""
+        """Source of the tokens, as the user wrote it."""
         return ", ".join(map(str, self.mixture_folders)) or self.preparation.selection.name
 
     @cached_property
     def stores(self) -> list[TokenStore]:
-        """The token stores: the prepared corpus, made on first use; or the stores of the mixture."""
+        """Token stores: the prepared corpus, which is created on first use, or the stores of the mixture."""
         if self.mixture_folders:
             return [TokenStore.open(folder) for folder in self.mixture_folders]
         if self.init_from is not None:
             for name, value in self._requested.items():
                 if value is not None:
-                    raise UserError(f"model.init_from has its own tokenizer; leave out data.{name}")
+                    raise UserError(f"model.init_from has its own tokenizer; omit data.{name}")
         return [self.preparation.prepare(self.cache, self.store_folder, self.load_initial_tokenizer())]
 
     @cached_property
     def store(self) -> TokenStore:
-        """All stores as one."""
+        """All token stores, concatenated."""
         return concatenate_stores(self.stores)
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens."""
+        """Tokenizer that produced the tokens."""
         return self.store.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, from the manifest; the tokenizer is not read."""
+        """Number of token ids, from the manifest, without reading the tokenizer."""
         return self.store.vocab_size
 
     @property
@@ -205,9 +210,10 @@ class PackedText(BaseDataModule):
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts for samples: a short one, and the first tokens of some validation documents.
+        """Token ids of sample prompts: a short prompt, and the first tokens of some validation documents.
 
-        The short prompt is ``STDLIB_PROMPT`` for the standard library, and the start of text alone for other sources.
+        The short prompt is ``STDLIB_PROMPT`` for the standard library, and only the start-of-text token for other
+        sources.
         """
         stream, start = self.store.validation, self.tokenizer.start_of_text
         length = min(SAMPLE_PROMPT_TOKENS, self.block_size // 2)
@@ -219,7 +225,7 @@ class PackedText(BaseDataModule):
         return [[start, *short], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
     def prepare_data(self) -> None:
-        """Tokenize the corpus unless its store exists."""
+        """Tokenize the corpus, unless its token store already exists."""
         _ = self.store
 
     def setup(self, stage: str) -> None:
@@ -238,24 +244,22 @@ class PackedText(BaseDataModule):
                 raise UserError(
                     f"{store.folder if self.mixture_folders else self.origin} has {store.train.n_tokens} tokens "
                     "for training, "
-                    f"fewer than one window of {self.block_size}; name more text, or lower --data.block_size"
+                    f"fewer than one window of {self.block_size}; add text, or lower --data.block_size"
                 )
         batch = self.batch_size * self.shard["num_replicas"]
         if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(
                 f"{self.origin} has {len(self.train_dataset)} windows of {self.block_size} tokens for "
-                f"training, fewer than one batch of {batch}; name more text, or lower --data.batch_size or "
+                f"training, fewer than one batch of {batch}; add text, or lower --data.batch_size or "
                 f"--data.block_size (for example to {max(1, self.block_size * len(self.train_dataset) // (2 * batch))})"
             )
         if not len(self.validation_dataset):
-            raise UserError(
-                f"{self.origin} has no tokens for validation; name more text, or raise --data.validation_share"
-            )
+            raise UserError(f"{self.origin} has no tokens for validation; add text, or raise --data.validation_share")
         if stage == "fit":
             self.set_gradient_accumulation()
 
     def sample_train_tokens(self, n: int) -> TokenIds:
-        """About the first ``n`` training tokens, from each store in proportion to its weight."""
+        """Return about the first ``n`` training tokens, from each store in proportion to its weight."""
         whole = [float(store.train.n_tokens) for store in self.stores]
         weights = self.weights or whole
         shares = [n * weight / sum(weights) for weight in weights]
@@ -272,7 +276,7 @@ TEXT_ARGUMENTS: Final = (
     "source", "text_column", "config", "split", "streaming", "max_bytes", "cleaning", "validation_share", "tokenizer",
     "vocab_size", "special_tokens", "store",
 )  # fmt: skip
-"""Arguments that determine the tokens, and so have no effect with ``mixture``."""
+"""Arguments that determine the tokens, and therefore have no effect with ``mixture``."""
 
 
 def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -> None:
@@ -282,26 +286,26 @@ def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -
         UserError: There is no store, or a weight is out of range.
     """
     if not folders:
-        raise UserError("data.mixture is empty; name a token store")
+        raise UserError("data.mixture is empty; set it to at least one token store")
     for folder, weight in zip(folders, weights or [1.0] * len(folders), strict=True):
         if not 0.0 <= weight < math.inf:
             raise UserError(f"data.mixture: the weight of {folder} is {weight}; it must be 0 or more")
     if weights is not None and not 0 < sum(weights) < math.inf:
-        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; give at least one store a weight")
+        raise UserError(f"data.mixture: the weights sum to {sum(weights):g}; set at least one weight above 0")
 
 
 def reject_text_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
     """Reject arguments that determine the tokens.
 
     Args:
-        kind: The data module class; its signature has the defaults.
-        arguments: The arguments it was called with.
+        kind: The data module class, whose signature has the defaults.
+        arguments: The arguments passed to the class.
 
     Raises:
-        UserError: One of them differs from its default.
+        UserError: One of these arguments differs from its default.
     """
     for name in TEXT_ARGUMENTS:
         default = inspect.signature(kind).parameters[name].default
         given = tuple(arguments[name]) if isinstance(arguments[name], list) else arguments[name]
         if given != default:
-            raise UserError(f"data.mixture uses tokens that were made already; leave out data.{name}")
+            raise UserError(f"data.mixture uses existing tokens, so data.{name} has no effect; omit it")

@@ -1,14 +1,15 @@
-"""Packing: assign documents to windows of T tokens, and the dataset of these windows.
+"""Packing: assign the documents of a token stream to windows of T tokens.
 
 A window is a list of pieces; a piece is a contiguous span of the token stream. A window's inputs are the tokens of its
-pieces, the labels the tokens one position later. So with every policy the last token of a document predicts the end of
-text, and never the first token of whatever follows in the window. The policies differ in which pieces form a window:
+pieces; its labels are the tokens one position later in the stream. With every policy, the last token of a document
+therefore predicts end-of-text, and never the first token of the next piece in the window. The policies differ in which
+pieces form a window:
 
-``concatenate``   one piece per window, the stream split every T tokens: no padding, documents are split anywhere
+``concatenate``   one piece per window; the stream is split every T tokens: no padding, documents are split anywhere
 ``best_fit``      documents longer than T are split into pieces of T tokens and a remainder; each piece, longest first,
                   goes into the window with the least sufficient free space (Ding et al. 2024,
                   https://arxiv.org/abs/2404.10830): no document that fits is split
-``one_document``  the same pieces, each in its own window
+``one_document``  the same pieces as ``best_fit``, each in its own window
 """
 
 import json
@@ -43,19 +44,22 @@ class TokenStream(Protocol):
         """Number of documents."""
 
     def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """``length`` tokens and their labels (``IGNORE_INDEX`` for none); the stream's last token may lack a label."""
+        """Return ``length`` tokens and their labels; ``IGNORE_INDEX`` marks a token without a label.
+
+        The stream's last token may lack a label; there is then one label fewer.
+        """
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Number of labels of each of several stretches, given their first tokens and lengths: (n,) -> (n,)."""
+        """Count the labels in each span, given its first token and length: (n,), (n,) -> (n,)."""
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """For each shard, the first token and the number of tokens of each of its documents."""
+        """Yield, for each shard, the first token and the length of each of its documents."""
 
     def document_starts(self, start: int, stop: int) -> Integers:
-        """Positions in ``[start, stop)`` of tokens that are the first of a document."""
+        """Return the positions in ``[start, stop)`` at which a document starts."""
 
     def describe_position(self, token: int) -> str:
-        """What contains a token (a shard, a record), for an error message."""
+        """Describe where a token is stored (shard or record), for error messages."""
 
 
 class RecordTokenStream:
@@ -63,8 +67,8 @@ class RecordTokenStream:
 
     Args:
         names: Name of each record, for error messages.
-        inputs: Input ids of each record, (n,) int64, at least one.
-        labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` for none.
+        inputs: Input ids of each record, (n,) int64 with n >= 1.
+        labels: Labels of each record, (n,) int64; ``IGNORE_INDEX`` marks a token without a label.
     """
 
     def __init__(self, names: Sequence[str], inputs: Sequence[Integers], labels: Sequence[Integers]) -> None:
@@ -77,7 +81,7 @@ class RecordTokenStream:
 
     @property
     def n_tokens(self) -> int:
-        """Number of input tokens of all records."""
+        """Number of input tokens in all records."""
         return len(self._inputs)
 
     @property
@@ -86,24 +90,24 @@ class RecordTokenStream:
         return len(self.names)
 
     def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
-        """``length`` input tokens and their labels."""
+        """Return ``length`` input tokens and their labels."""
         return self._inputs[start : start + length], self._labels[start : start + length]
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Number of labels of each of several stretches: (n,) -> (n,)."""
+        """Count the labels in each span, given its first token and length: (n,), (n,) -> (n,)."""
         counts: Integers = self._labels_before[starts + lengths] - self._labels_before[starts]
         return counts
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """First token and length of each record, all at once."""
+        """Yield the first token and the length of each record, in a single pair of arrays."""
         yield self._starts, self._lengths
 
     def document_starts(self, start: int, stop: int) -> Integers:
-        """Positions in ``[start, stop)`` of inputs that are the first of a record."""
+        """Return the positions in ``[start, stop)`` at which a record starts."""
         return self._starts[slice(*np.searchsorted(self._starts, (start, stop)))]
 
     def describe_position(self, token: int) -> str:
-        """The name of the record that contains an input token."""
+        """Return the name of the record that contains an input token."""
         return self.names[bisect_right(self._starts, token) - 1]
 
 
@@ -112,22 +116,22 @@ PACKING_POLICIES: Final[tuple[PackingPolicy, ...]] = get_args(PackingPolicy)
 BinPackingPolicy = Literal["best_fit", "one_document"]
 
 PLAN_FORMAT: Final = 1
-"""Version of the files of a cached plan; part of its cache key."""
+"""File format version of cached plans; part of their cache key."""
 
 
 @dataclass(frozen=True)
 class PackingCost:
-    """What a packing policy costs; costs of several streams can be added.
+    """Cost of a packing policy in padding, discarded tokens and split documents; costs can be added.
 
     Attributes:
         windows: Number of windows.
-        positions: Number of positions in all windows.
+        positions: Total number of positions in all windows.
         documents: Number of documents.
-        padding: Positions without a token.
-        discarded: Tokens in no window.
-        split: Documents not contained in a single window.
-        split_needlessly: Split documents that would fit into one window.
-        crossing: Windows with tokens of more than one document.
+        padding: Number of positions without a token.
+        discarded: Number of tokens that are in no window.
+        split: Number of documents that span more than one window.
+        split_needlessly: Number of split documents that would fit into one window.
+        crossing: Number of windows with tokens from more than one document.
     """
 
     windows: int = 0
@@ -144,7 +148,7 @@ class PackingCost:
 
     @property
     def used(self) -> float:
-        """The share of positions that hold a token."""
+        """Fraction of positions that contain a token."""
         return 1 - self.padding / max(self.positions, 1)
 
     TABLE_HEADER: ClassVar = (
@@ -158,7 +162,7 @@ class PackingCost:
 
     @property
     def table_row(self) -> list[str]:
-        """Cells under ``TABLE_HEADER``."""
+        """Formatted table cells, in the order of ``TABLE_HEADER``."""
         documents, windows = max(self.documents, 1), max(self.windows, 1)
         shares = self.split / documents, self.split_needlessly / documents, self.crossing / windows
         return [f"{self.windows:,}", f"{self.used:.2%}", f"{self.discarded:,}", *(f"{share:.1%}" for share in shares)]
@@ -175,19 +179,19 @@ class PackingPlan(Protocol):
 
     @property
     def stream(self) -> TokenStream:
-        """The tokens."""
+        """Token stream that is packed."""
 
     @property
     def cost(self) -> PackingCost:
-        """The cost of the plan."""
+        """Cost of the plan."""
 
     def __len__(self) -> int: ...
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """First token and length of each piece of a window; empty for an index past the last window."""
+        """Return the first token and length of each piece in a window; empty for an index past the last window."""
 
     def count_labels(self, windows: Integers) -> int:
-        """Number of labels in some windows, given their indices, (n,)."""
+        """Count the labels in windows, given their indices, (n,)."""
 
 
 def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
@@ -203,20 +207,20 @@ def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPol
 
 
 def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPolicy) -> PackingCost:
-    """The cost of a policy, without storing a plan."""
+    """Compute the cost of a policy without storing a plan."""
     if policy == "concatenate":
         return ConcatenatedPlan(stream, block_size).cost
     return sum((cost for _, _, cost in pack_shards(stream, block_size, policy)), PackingCost())
 
 
 class ConcatenatedPlan:
-    """The stream split every ``block_size`` tokens. Every token except the very first is a label exactly once.
+    """A token stream split every ``block_size`` tokens. Each token except the first is a label exactly once.
 
     Args:
-        stream: The tokens.
+        stream: Token stream to pack.
         block_size: Tokens per window.
-        keep_last: Keep the shorter last window, so that every token is scored (validation); else drop it (training,
-            where all windows have equal weight).
+        keep_last: Keep the shorter last window, so that every token is scored (validation). Otherwise it is dropped
+            (training, where all windows have equal weight).
     """
 
     crosses: ClassVar[bool] = True
@@ -231,19 +235,19 @@ class ConcatenatedPlan:
         return self.n_windows
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """The one piece of a window; empty for an index past the last window."""
+        """Return the single piece in a window; empty for an index past the last window."""
         start = window * self.block_size
         length = min(self.block_size, self.stream.n_tokens - start)
         return [(start, length)] if window < self.n_windows else []
 
     def count_labels(self, windows: Integers) -> int:
-        """Number of labels in some windows."""
+        """Count the labels in windows, given their indices, (n,)."""
         starts = windows * self.block_size
         return int(self.stream.count_labels(starts, np.full_like(starts, self.block_size)).sum())
 
     @cached_property
     def cost(self) -> PackingCost:
-        """The cost, computed by iterating over the documents."""
+        """Cost of the plan, computed by iterating over all documents."""
         T, end = self.block_size, self.n_windows * self.block_size
         n_split = needlessly = crossing = 0
         last = -1  # the window last counted as crossing
@@ -259,7 +263,7 @@ class ConcatenatedPlan:
 
 
 class _BinPackingPlan(ABC):
-    """A plan stored as two arrays: the pieces in window order, and each window's first piece."""
+    """A plan stored as two arrays: the pieces in window order, and the index of each window's first piece."""
 
     crosses: ClassVar[bool] = False
     stream: TokenStream
@@ -272,21 +276,21 @@ class _BinPackingPlan(ABC):
     @cached_property
     @abstractmethod
     def _windows(self) -> Integers:
-        """The first piece of each window, then ``n_pieces``: (n_windows + 1,) int64."""
+        """Index of the first piece in each window, then ``n_pieces``: (n_windows + 1,) int64."""
 
     def __len__(self) -> int:
         return len(self._windows) - 1
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Pieces in stream order; empty for an index past the last window."""
+        """Return a window's pieces in stream order; empty for an index past the last window."""
         first, end = self._windows[window : window + 2] if window < len(self) else (0, 0)
         return [(int(start), int(length)) for start, length in self._pieces[first:end]]
 
     def count_labels(self, windows: Integers) -> int:
-        """Number of labels in some windows."""
+        """Count the labels in windows, given their indices, (n,)."""
         first = self._windows[windows]
         n = self._windows[windows + 1] - first
-        # The indices first[i] .. first[i] + n[i] - 1 of each window's pieces, concatenated.
+        # Index with the concatenation of the ranges first[i] .. first[i] + n[i] - 1, the pieces of each window.
         starts, lengths = self._pieces[np.repeat(first - np.cumsum(n) + n, n) + np.arange(n.sum())].T
         return int(self.stream.count_labels(starts, lengths).sum())
 
@@ -295,9 +299,9 @@ class InMemoryPlan(_BinPackingPlan):
     """A bin-packing plan in memory.
 
     Args:
-        stream: The tokens.
+        stream: Token stream to pack.
         block_size: Tokens per window.
-        policy: The packing policy.
+        policy: Packing policy.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy) -> None:
@@ -306,7 +310,7 @@ class InMemoryPlan(_BinPackingPlan):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """The cost of the plan."""
+        """Cost of the plan."""
         return sum((cost for _, _, cost in self._parts), PackingCost())
 
     @cached_property
@@ -319,13 +323,13 @@ class InMemoryPlan(_BinPackingPlan):
 
 
 class CachedPlan(_BinPackingPlan, PicklableMemmaps):
-    """A bin-packing plan that is made once and memory-mapped from two files, ``pieces`` and ``windows``.
+    """A bin-packing plan that is computed once and memory-mapped from two files, ``pieces`` and ``windows``.
 
     Args:
-        stream: The tokens.
+        stream: Token stream to pack.
         block_size: Tokens per window.
-        policy: The packing policy.
-        folder: Folder of the plan; it is made if it does not exist.
+        policy: Packing policy.
+        folder: Folder for the plan's files; created if it does not exist.
     """
 
     def __init__(self, stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
@@ -335,7 +339,7 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """The cost, stored when the plan was made."""
+        """Cost of the plan, stored when the plan was computed."""
         stored: dict[str, int] = json.loads((self.folder / "cost.json").read_text(encoding="utf-8"))
         return PackingCost(**{_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()})
 
@@ -349,12 +353,12 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
 
 _FIELD_OF_KEY: Final = {"cut": "split", "cut_needlessly": "split_needlessly"}
-"""Fields of ``PackingCost`` whose key in the ``cost.json`` of format 1 has another name."""
+"""Maps keys of ``cost.json`` (format 1) to fields of ``PackingCost`` that have a different name."""
 _KEY_OF_FIELD: Final = {field: key for key, field in _FIELD_OF_KEY.items()}
 
 
 def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, folder: Path) -> None:
-    """Write a plan shard by shard, so that memory is needed for the documents of one shard only."""
+    """Write a plan shard by shard, so that only one shard's documents are in memory at a time."""
     n_pieces, total = 0, PackingCost()
     with (folder / "pieces").open("wb") as pieces_file, (folder / "windows").open("wb") as windows_file:
         np.zeros(1, np.int64).tofile(windows_file)
@@ -370,7 +374,7 @@ def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, 
 def pack_shards(
     stream: TokenStream, block_size: int, policy: BinPackingPolicy
 ) -> Iterator[tuple[Integers, Integers, PackingCost]]:
-    """For each shard, its pieces in window order, the number of pieces in each window, and the cost."""
+    """Yield, for each shard, its pieces in window order, the number of pieces in each window, and the cost."""
     for starts, lengths in stream.document_spans():
         pieces = _split_documents(starts, lengths, block_size)
         window_of = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
@@ -386,7 +390,11 @@ def pack_shards(
 
 
 def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> Integers:
-    """Split documents into pieces of ``block_size`` tokens and a remainder: (n_pieces, 2), first token and length."""
+    """Split documents into pieces of ``block_size`` tokens and a remainder.
+
+    Returns:
+        First token and length of each piece, (n_pieces, 2).
+    """
     n_pieces = -(-lengths // block_size)
     document = np.repeat(np.arange(len(starts)), n_pieces)
     nth = np.arange(len(document)) - np.repeat(np.cumsum(n_pieces) - n_pieces, n_pieces)  # index within its document
@@ -395,21 +403,22 @@ def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> In
 
 
 def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
-    """Best-fit-decreasing bin packing.
+    """Assign items to bins by best-fit-decreasing bin packing.
 
-    Bins with equal free space are interchangeable, and so are items of equal length, so both are handled in groups: as
-    long as another item fits into what remains of a bin, that bin has the least sufficient space and takes it too.
+    Bins with equal free space are interchangeable, and so are items of equal length, so both are processed in groups:
+    as long as another item of the same length fits into the bin just used, that bin has the least sufficient space and
+    takes that item too.
 
     Args:
-        lengths: Length of each item, (n,), each 1 to ``capacity``.
+        lengths: Length of each item, (n,), each from 1 to ``capacity``.
         capacity: Capacity of a bin.
 
     Returns:
-        The bin of each item, (n,), numbered from 0.
+        Bin index of each item, (n,), numbered from 0.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
-    open_bins: dict[int, list[int]] = {}  # by free space
+    open_bins: dict[int, list[int]] = {}  # keyed by free space
     has_open = np.zeros(capacity + 1, dtype=bool)
     n_bins = done = 0
     for length, count in zip(*(values[::-1] for values in np.unique(lengths, return_counts=True)), strict=True):

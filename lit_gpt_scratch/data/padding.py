@@ -1,4 +1,4 @@
-"""Rows of different lengths as one tensor."""
+"""Right-padding: combine rows of different lengths into one tensor."""
 
 from collections.abc import Sequence
 from typing import Any, Final, Generic, TypeVar
@@ -12,18 +12,18 @@ from lit_gpt_scratch.batch_types import PADDING_MULTIPLE
 from lit_gpt_scratch.data.sampler import BatchT, RowDataset
 
 EMPTY_ROW: Final[NDArray[np.int64]] = np.zeros(0, dtype=np.int64)
-"""The token ids of a padding row."""
+"""Token ids of a padding row."""
 
 Item = TypeVar("Item")
 
 
 class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
-    """One record per row, padded at the right.
+    """A dataset with one right-padded record per row.
 
     Args:
-        items: The token ids and labels of each record.
-        block_size: The most tokens of a row.
-        fill: The token to pad with; as it comes last, no token of a text attends to it.
+        items: Token ids and labels of each record.
+        block_size: Maximum tokens per row.
+        fill: Token id used for padding. With causal attention no text token attends to it, because it comes last.
     """
 
     def __init__(self, items: Sequence[Item], block_size: int, fill: int) -> None:
@@ -36,17 +36,18 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
 
 
 def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
-    """Pad rows at the right to the length of the longest one.
+    """Right-pad rows to the length of the longest row, rounded up to a multiple of ``PADDING_MULTIPLE``.
 
-    Not to the context length: short messages in a context of a thousand tokens would cost many times as much.
+    Rows are not padded to the context length, because short messages in a context of a thousand tokens would cost many
+    times as much.
 
     Args:
-        rows: (n,) integers each.
-        fill: The padding value; as it comes last, no token of a text attends to it.
-        most: The maximal length, which need not be a multiple of ``PADDING_MULTIPLE``.
+        rows: Integer arrays, (n,) each.
+        fill: Padding value. With causal attention no text token attends to padding, because it comes last.
+        most: Maximum length, which need not be a multiple of ``PADDING_MULTIPLE``.
 
     Returns:
-        (len(rows), T) int64.
+        Padded rows, (len(rows), T) int64.
     """
     longest = max([1, *map(len, rows)])
     width = min(-(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE, most)

@@ -1,4 +1,4 @@
-"""Pairs of a preferred and a rejected reply: data for reward models and DPO."""
+"""Pairs of a preferred and a rejected reply: the data module for reward models and DPO."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -32,15 +32,16 @@ class PreferencePair:
 
     @property
     def texts(self) -> Sequence[str]:
-        """The contents of the prompt's messages and both replies."""
+        """Contents of the prompt's messages, and both replies."""
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
 class Preferences(PromptedDataModule[PreferencePair]):
-    """Rows with ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``, each a text or messages.
+    """Preference pairs: rows with ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``, each text or messages.
 
     Args:
-        ties: How to handle a pair with equal replies: ``refuse`` (an error that names it) or ``drop`` it.
+        ties: How to handle a pair whose two replies are equal: ``refuse`` raises an error that names the pair; ``drop``
+            skips the pair.
         **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``.
     """
 
@@ -51,25 +52,25 @@ class Preferences(PromptedDataModule[PreferencePair]):
         self.ties = ties
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Synthetic tasks about words, with a reply that satisfies the verifiable preference and one that does not."""
+        """Generate synthetic tasks with one reply that satisfies the verifiable preference and one that does not."""
         return synthetic_data.preferences(self.checkable or DEFAULT_CHECKABLE)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
-        """Parse a prompt and two replies."""
+        """Parse a prompt, its preferred reply and its rejected reply."""
         chosen, rejected = (chat_template.parse_reply(fields, column) for column in ("chosen", "rejected"))
         found = PreferencePair(chat_template.parse_prompt(fields), chosen, rejected)
         if found.chosen == found.rejected and self.ties == "refuse":
             raise UserError(
-                "'chosen' and 'rejected' are the same: nothing is preferred; leave out such pairs: --data.ties drop"
+                "'chosen' and 'rejected' are equal, so no reply is preferred; to skip such pairs, set --data.ties drop"
             )
         return found
 
     def select_records(self, records: list[tuple[str, PreferencePair]]) -> list[tuple[str, PreferencePair]]:
-        """All records except ties."""
+        """Return all records whose replies differ."""
         return [(where, record) for where, record in records if record.chosen != record.rejected]
 
     def encode_record(self, record: PreferencePair) -> tuple[EncodedSequence, ...]:
-        """The conversation with each reply, the preferred one first."""
+        """Tokenize the conversation once with each reply, the preferred reply first."""
         return tuple(
             self._encode_conversation([*record.prompt, Message(ASSISTANT, each)])
             for each in (record.chosen, record.rejected)
@@ -77,11 +78,11 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     @property
     def info(self) -> DataInfo:
-        """Adds that batches are pairs, and whether they are truncated."""
+        """Description of the data, marked as pairs, and as truncated if ``too_long`` is ``cut``."""
         return replace(super().info, has_pairs=True, truncates=self.too_long == "cut")
 
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
-        """All tokens of a conversation, with labels on the last reply."""
+        """Tokenize a whole conversation, with labels only for its last reply."""
         ids = np.array(self.template.render(messages).ids)
         labels = np.full(len(ids), IGNORE_INDEX)
         begin = len(self.template.render_prompt(messages[:-1]))
@@ -89,7 +90,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         return EncodedSequence(ids, labels)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> "PreferencePairDataset":
-        """One pair per row."""
+        """Build a dataset with one pair per row."""
         return PreferencePairDataset(
             [example.sequences for example in examples], self.block_size, self.tokenizer.end_of_text
         )
@@ -99,7 +100,7 @@ class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch
     """Right-padded pairs of a preferred and a rejected sequence."""
 
     def make_batch(self, rows: Sequence[int]) -> PairBatch:
-        """A batch of some pairs; the index ``len(self)`` stands for a padding pair."""
+        """Build the batch for the given pair indices; the index ``len(self)`` is a padding pair."""
         padding = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
         pairs = [self.items[row] if row < len(self) else padding for row in rows]
         sequences = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the rejected ones
@@ -110,5 +111,5 @@ class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch
         )
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """``step_labels``: the number of pairs."""
+        """Return ``step_labels``: the number of pairs."""
         return {"step_labels": torch.tensor(len(rows))}

@@ -1,4 +1,4 @@
-"""Prepare a corpus: clean, split, train a tokenizer, and encode to token ids on disk, once."""
+"""Prepare a corpus once: clean and split it, train a tokenizer, and save the encoded token ids to disk."""
 
 import hashlib
 import json
@@ -23,17 +23,17 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KIN
 log = logging.getLogger(__name__)
 
 TOKENIZER_TRAINING_BYTES: Final = 2**28
-"""A tokenizer is trained on at most this many bytes of a corpus; more changes hardly any merge."""
+"""Maximum bytes of a corpus that a tokenizer is trained on; more text changes hardly any merges."""
 DEFAULT_VOCAB_SIZE: Final = 1024
-"""Vocabulary size of a trained tokenizer if none is given."""
+"""Default vocabulary size of a trained tokenizer."""
 DEFAULT_KIND: Final = "bpe"
-"""Kind of tokenizer that is trained if none is named."""
+"""Default kind of tokenizer to train."""
 
 
 def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the defaults of a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
+    """Return the defaults for a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
 
-    The tokenizer of ``init_from``, or one that is read from a file, has its own vocabulary.
+    There are none for the tokenizer of ``init_from`` or one loaded from a file, which has its own vocabulary.
     """
     kind = arguments.get("tokenizer") or DEFAULT_KIND
     if arguments.get("init_from") is not None or kind not in TOKENIZER_KINDS:
@@ -46,10 +46,10 @@ class TokenPreparation:
     """The settings that determine a corpus's token ids.
 
     Args:
-        selection: The texts.
-        vocab_size: Vocabulary size of the tokenizer to train; None for 1,024, or fewer if the texts yield fewer.
-        tokenizer: Kind of tokenizer to train, or the path of one to use.
-        special: Special tokens in addition to the end of text.
+        selection: Sources of the texts, and how to clean and split them.
+        vocab_size: Vocabulary size of the tokenizer to train; None means 1,024, or fewer if the texts yield fewer.
+        tokenizer: Kind of tokenizer to train, or path of an existing tokenizer.
+        special: Special tokens in addition to end-of-text.
     """
 
     selection: CorpusSpec
@@ -58,15 +58,17 @@ class TokenPreparation:
     special: tuple[str, ...]
 
     def prepare(self, cache: Path, store: Path | None = None, given: Tokenizer | None = None) -> TokenStore:
-        """Open the token store, making it first if it does not exist.
+        """Open the token store, creating it first if it does not exist.
 
         Args:
-            cache: Folder of many stores, each named by a hash of its tokens and its cleaning.
-            store: A folder for this store and its texts alone.
-            given: A tokenizer to use instead of ``tokenizer``.
+            cache: Cache folder, in which each store is named by a hash of its tokens and cleaning steps. Used if
+                ``store`` is None.
+            store: Folder dedicated to this store and its texts.
+            given: Tokenizer to use instead of ``tokenizer``.
 
         Raises:
-            UserError: A source, the tokenizer or a folder is unusable, or ``store`` holds other tokens.
+            UserError: A source, the tokenizer or a folder is unusable, or ``store`` contains tokens made with other
+                settings.
         """
         if given is None and self.tokenizer not in TOKENIZER_KINDS:
             given = Tokenizer.load(Path(self.tokenizer).expanduser())
@@ -80,7 +82,7 @@ class TokenPreparation:
             self._validate_settings(store, given)
             return self._open(store)
         corpus = self.selection.prepare(cache / "corpora")
-        # Two cleanings may yield the same texts, but the audit belongs to one of them.
+        # Different cleaning steps may yield the same texts, but the audit in the store describes only one of them.
         name = hash_json([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
         create_folder_atomically(
@@ -89,7 +91,7 @@ class TokenPreparation:
         return self._open(folder)
 
     def tokenizer_training_share(self, corpus: CleanedCorpus) -> float:
-        """The share of a corpus that the tokenizer is trained on."""
+        """Return the fraction of a corpus that the tokenizer is trained on."""
         return min(1.0, TOKENIZER_TRAINING_BYTES / max(corpus.n_bytes, 1))
 
     def _settings(self, given: Tokenizer | None) -> dict[str, Any]:
@@ -110,45 +112,45 @@ class TokenPreparation:
         return hash_json(facts)
 
     def _validate_store_folder(self, store: Path) -> None:
-        """Reject a folder with other content, and one inside a source folder."""
+        """Reject a folder that contains anything other than a token store, or that is inside a source folder."""
         if store.exists() and not (store / MANIFEST_FILE).exists() and (not store.is_dir() or any(store.iterdir())):
-            raise UserError(f"{store} has something else in it; name another folder as --data.store")
+            raise UserError(f"{store} is not an empty folder or a token store; set --data.store to another folder")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
-                raise UserError(f"{store} is inside {source.name}; name another folder as --data.store")
+                raise UserError(f"{store} is inside {source.name}; set --data.store to another folder")
 
     def _write_texts_and_tokens(self, folder: Path, given: Tokenizer | None) -> None:
         text = folder / "text"
         if not text.exists():
             fill_folder_atomically(text, self.selection.write)
         self._write_tokens(folder, CleanedCorpus.open(text), given)
-        (text / "sample.json").unlink(missing_ok=True)  # it holds texts from before cleaning
+        (text / "sample.json").unlink(missing_ok=True)  # it contains texts from before cleaning
 
     def _validate_settings(self, store: Path, given: Tokenizer | None) -> None:
-        """Reject a store made with other settings; only warn if its source text has changed or is missing."""
+        """Reject a store made with other settings; only warn if its source text changed or is missing."""
         manifest = TokenStore.read_manifest(store)
         stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         stored = stored | {"cleaning": upgrade_stored_cleaning(stored.get("cleaning", []))}
         for name in current:
             if stored.get(name) != current[name]:
                 raise UserError(
-                    f"{store} holds tokens of another {name.replace('_', ' ')}; name another folder as --data.store, "
-                    "or delete this one"
+                    f"{store} contains tokens made with a different {name.replace('_', ' ')}; set --data.store to "
+                    "another folder, or delete this one"
                 )
         try:
             unchanged = manifest.get("stamps") == self.selection.source_fingerprints
         except UserError:
             unchanged = False
-        if not unchanged:  # the store was copied to a machine without the text, or the text was edited
+        if not unchanged:  # the store was copied to a machine that lacks the text, or the text was edited
             log.warning(
-                "%s has changed or is missing since %s was made; its tokens are used as they are (to make them again, "
-                "delete that folder)",
+                "%s has changed or is missing since %s was made; the existing tokens are used (to rebuild them, delete "
+                "that folder)",
                 self.selection.name,
                 store,
             )
 
     def _write_tokens(self, folder: Path, corpus: CleanedCorpus, given: Tokenizer | None) -> None:
-        """Write what is missing, so that an interrupted call is resumed."""
+        """Write the files that do not exist yet, so that an interrupted call can be resumed."""
         if not (folder / MANIFEST_FILE).exists():
             tokenizer = self._load_partial(folder) or given or self._train(corpus)
             if tokenizer.round_trip_loss:
@@ -176,7 +178,7 @@ class TokenPreparation:
         remove_shard_markers(TokenStore.read_unverified(folder).shards)
 
     def _load_partial(self, folder: Path) -> Tokenizer | None:
-        """The tokenizer that an interrupted call trained."""
+        """Load the tokenizer that an interrupted call trained; None if there is none."""
         try:
             return Tokenizer.load(folder / TOKENIZER_FILE)
         except UserError:
@@ -208,21 +210,21 @@ class TokenPreparation:
 
     def _open(self, folder: Path) -> TokenStore:
         store = TokenStore.open(folder)
-        # It may have been made by a call without a vocabulary size.
+        # The store may have been created by a call without a vocabulary size.
         validate_vocab_size(store.tokenizer, self.tokenizer, self.vocab_size, self.selection.name)
         return store
 
 
 def validate_vocab_size(tokenizer: Tokenizer, kind: str, requested: int | None, name: str) -> None:
-    """Reject a vocabulary smaller than requested.
+    """Reject a trained vocabulary that is smaller than requested.
 
     Raises:
-        UserError: The text yields fewer tokens.
+        UserError: The text yields fewer tokens than requested.
     """
     if kind in TRAINED_KINDS and tokenizer.vocab_size < (requested or 0):
         raise UserError(
-            f"data.vocab_size is {requested:,}, but {name} gives a tokenizer of kind {kind} only "
-            f"{tokenizer.vocab_size:,} tokens; lower it, or name more text"
+            f"data.vocab_size is {requested:,}, but {name} yields a {kind} tokenizer of only "
+            f"{tokenizer.vocab_size:,} tokens; lower it, or add text"
         )
 
 
@@ -233,7 +235,7 @@ def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[st
 
 
 def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Split long texts, at line ends if possible: training takes many times the memory of its largest text."""
+    """Split long texts, at line ends if possible, because training needs many times the memory of its longest text."""
     for text in texts:
         start = 0
         while start < len(text):

@@ -1,4 +1,4 @@
-"""The base of data modules whose records have a prompt to reply to: preferences, and prompts for on-policy training."""
+"""Base class for data modules whose records contain a prompt: preferences, and prompts for on-policy training."""
 
 from abc import ABC
 from collections.abc import Callable, Sequence
@@ -14,9 +14,9 @@ from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Messag
 from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
 
 SAMPLE_PROMPTS: Final = 3
-"""Prompts whose sampled replies are logged."""
+"""Number of prompts whose sampled replies are logged."""
 DEFAULT_CHECKABLE: Final = "full_stop"
-"""The verifiable preference of generated records."""
+"""Default verifiable preference for synthetic records."""
 
 
 class PromptedRecord(TextRecord, Protocol):
@@ -24,24 +24,24 @@ class PromptedRecord(TextRecord, Protocol):
 
     @property
     def prompt(self) -> Sequence[Message]:
-        """Messages that end with the user's."""
+        """Messages of the prompt, ending with a user message."""
 
 
 P = TypeVar("P", bound=PromptedRecord)
 
 
 class PromptedDataModule(RecordDataModule[P], ABC):
-    """Prompts in the chat template (``text.chat_template``), and the check of generated replies.
+    """Base class for data with prompts in the chat template (``text.chat_template``) and checks of generated replies.
 
     Args:
-        checkable: A verifiable preference, by its name in ``text.verifiable_rewards``, by which replies to held-out
-            prompts are checked. By default it is the one that rewards the policy, if one does; otherwise ``full_stop``
-            for generated records, and none for others.
-        reply_tokens: The most tokens of a generated reply, its end of text included.
+        checkable: Name of the verifiable preference (see ``text.verifiable_rewards``) that replies to held-out prompts
+            are checked against. By default the verifiable preference that rewards the policy, if there is one;
+            otherwise ``full_stop`` for synthetic records, and no check for other data.
+        reply_tokens: Maximum tokens per generated reply, including end-of-text.
         **kwargs: See ``RecordDataModule``.
 
     Raises:
-        UserError: There is no such preference, or a number is out of range.
+        UserError: The verifiable preference does not exist, or a number is out of range.
     """
 
     shares = (0.2, 0.2)
@@ -56,30 +56,30 @@ class PromptedDataModule(RecordDataModule[P], ABC):
             get_verifiable_preference(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """The verifiable preference that rewards the policy trained on this data, if one does."""
+        """Name of the verifiable preference that rewards the policy; None if the reward is not one."""
 
     @property
     def checkable(self) -> str | None:
-        """The name of the verifiable preference by which replies are checked."""
+        """Name of the verifiable preference that replies are checked against; None if they are not checked."""
         return self.checkable_given or self.rewarding or (DEFAULT_CHECKABLE if self.source is None else None)
 
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
-        """Whether a reply meets the verifiable preference; None if there is none."""
+        """Function that tests whether a reply satisfies the verifiable preference; None if there is none."""
         return None if self.checkable is None else get_verifiable_preference(self.checkable).satisfied
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """The chat template in this data's tokens."""
+        """Chat template for this tokenizer."""
         return ChatTemplate(self.tokenizer)
 
     def prompt_ids(self, split: RecordSplit) -> list[list[int]]:
-        """The prompts of a split as token ids, without those that leave no token for a reply."""
+        """Return the token ids of a split's prompts, omitting prompts that leave no token for a reply."""
         indices = self.split_indices.get(split, ())
         prompts = (self.template.render_prompt(self.records[index][1].prompt) for index in indices)
         return [prompt for prompt in prompts if len(prompt) < self.block_size]
 
     @property
     def prompts(self) -> list[list[int]]:
-        """The first validation prompts."""
+        """Token ids of the first validation prompts."""
         return list(islice(self.prompt_ids("validation"), SAMPLE_PROMPTS))

@@ -1,4 +1,4 @@
-"""Prompts only: the data of on-policy training, in which the policy generates the replies itself."""
+"""Prompts without replies: the data module for on-policy training, in which the policy generates the replies."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,64 +22,64 @@ from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_PREFERENCES, Text
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages that end with the user's."""
+    """Messages that end with a user message."""
 
     prompt: Sequence[Message]
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text of every message."""
+        """Content of each message."""
         return [message.content for message in self.prompt]
 
 
 class Prompts(PromptedDataModule[Prompt]):
-    """Rows with a ``prompt``, a text or messages, or with an ``instruction``; other columns are ignored.
+    """Prompts: rows with a ``prompt`` (text or messages) or an ``instruction``; other columns are ignored.
 
-    Batches carry indices (``PromptIndexBatch``); the policy looks the prompts up and generates the replies. A prompt
+    Batches contain indices (``PromptIndexBatch``); the policy looks up the prompts and generates the replies. A prompt
     has at most ``block_size - reply_tokens`` tokens.
 
     Args:
         **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` cannot be ``cut``.
 
     Raises:
-        UserError: Also, ``reply_tokens`` leaves no token for a prompt.
+        UserError: An argument is invalid, or ``reply_tokens`` leaves no tokens for a prompt.
     """
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         if self.too_long == "cut":
-            raise UserError("data.too_long is cut, but a reply answers the end of its prompt; set it to refuse or drop")
+            raise UserError("data.too_long is cut, which would remove the end of a prompt; set it to refuse or drop")
         if self.max_record_tokens < 1:
             raise UserError(
-                f"data.reply_tokens is {self.reply_tokens}, which leaves nothing of a data.block_size of "
-                f"{self.block_size} to prompts"
+                f"data.reply_tokens is {self.reply_tokens}, which leaves no tokens for prompts in a data.block_size of "
+                f"{self.block_size}; lower data.reply_tokens, or raise data.block_size"
             )
 
     @property
     def max_record_tokens(self) -> int:
-        """The most tokens of a prompt."""
+        """Maximum tokens per prompt."""
         return self.block_size - self.reply_tokens
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Small generated tasks about words."""
+        """Generate small synthetic tasks about words."""
         return synthetic_data.prompts()
 
     def parse_row(self, fields: dict[str, Any]) -> Prompt:
-        """The messages of a row."""
+        """Parse the prompt's messages."""
         return Prompt(chat_template.parse_prompt(fields))
 
     def encode_record(self, record: Prompt) -> tuple[EncodedSequence, ...]:
-        """The template up to where the reply begins, without labels."""
+        """Render and tokenize the chat template up to the start of the reply, without labels."""
         ids = np.array(self.template.render_prompt(record.prompt))
         return (EncodedSequence(ids, np.full(len(ids), IGNORE_INDEX)),)
 
     def build_dataset(self, examples: Sequence[TokenizedExample]) -> PromptIndexDataset:
-        """The indices of the prompts."""
+        """Build a dataset of prompt indices."""
         return PromptIndexDataset(len(examples))
 
     @cached_property
     def source_of_prompts(self) -> PromptSource:
-        """The prompts, as a policy accesses them."""
+        """Interface through which a policy accesses the prompts and rewards."""
         return PromptSource(
             counts={split: len(examples) for split, examples in self.examples.items()},
             reply_tokens=self.reply_tokens,
@@ -92,11 +92,11 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @property
     def info(self) -> DataInfo:
-        """Adds the prompts."""
+        """Description of the data, with the source of prompts."""
         return replace(super().info, prompts=self.source_of_prompts)
 
     def lookup_prompts(self, split: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
-        """Some prompts of a split: their token ids, and the texts of their messages, a line each."""
+        """Return the token ids of a split's prompts at ``indices``, and their texts, one message per line."""
         examples = [self.examples[split][index] for index in indices]
         ids = [example.sequences[0].ids.tolist() for example in examples]
         return ids, ["\n".join(self._records_by_origin[example.where].texts) for example in examples]
@@ -106,7 +106,10 @@ class Prompts(PromptedDataModule[Prompt]):
         return dict(self.records)
 
     def shuffled_prompts(self, positions: Sequence[int]) -> list[int]:
-        """The training prompts at some positions in the run: every prompt comes once, then every prompt again."""
+        """Return the indices of the training prompts at given positions in the run.
+
+        Each pass over the data visits every prompt once.
+        """
         return cast("list[int]", self._prompt_order.rows(0, np.asarray(positions, dtype=np.int64)).tolist())
 
     @property
@@ -115,25 +118,26 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @property
     def train_sampler(self) -> RolloutSampler:
-        """The rollouts of this process, phase by phase, starting where the trainer does.
+        """Sampler of this process's rollouts, one rollout phase at a time, starting at the trainer's position.
 
         Raises:
-            UserError: The model does no on-policy training.
+            UserError: The model does not train on-policy.
         """
         phase = self.source_of_prompts.phase
         if phase is None:
-            raise UserError("Prompts have no replies to train on; a policy generates them: --model PPO or GRPO")
+            raise UserError("Prompts has no replies to train on; use a model that generates them: --model PPO or GRPO")
         return RolloutSampler(self._prompt_order, phase, self.order_seed, **self._sampler_arguments())
 
     def find_text_reward(self, name: str | None) -> TextReward:
-        """The reward function of a name; by default the verifiable preference by which replies are checked.
+        """Return a reward function by name; the default is the verifiable preference that replies are checked against.
 
-        If the name is a verifiable preference, replies are also checked by it, unless ``checkable`` names another one.
+        If the name is a verifiable preference, replies are also checked against it, unless ``checkable`` names another
+        one.
 
         Raises:
-            UserError: There is no such reward function, or no default.
+            UserError: The reward function does not exist, or no name is given and there is no default.
         """
         self.rewarding = name if name in VERIFIABLE_PREFERENCES else None
         if (name := name or self.checkable) is None:
-            raise UserError("nothing says how good a reply is; name it: --model.reward, or --data.checkable")
+            raise UserError("no reward function is specified; set --model.reward or --data.checkable")
         return load_text_reward(name)

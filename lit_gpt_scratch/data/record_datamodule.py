@@ -1,4 +1,6 @@
-"""Base data module for rows of a table: read, split, tokenize, batch. Each stage of fine-tuning is a subclass.
+"""Base class for data modules that read, split, tokenize and batch the rows of a table.
+
+Each stage of fine-tuning has its own subclass:
 
 =================== ======================== ============================================ =================
 class               ``parse_row`` returns    ``encode_record`` returns                    ``build_dataset``
@@ -56,32 +58,35 @@ R = TypeVar("R", bound=TextRecord)
 
 
 class RecordDataModule(BaseDataModule, ABC, Generic[R]):
-    """Records of a table, split at random, tokenized and batched.
+    """Base class for table records that are split at random, tokenized and batched.
 
     Args:
-        source: A file of rows (JSONL, JSON, CSV, TSV, Parquet or Arrow, compressed or not), a folder of such files,
-            or a pattern with ``*``; ``owner/name`` of a dataset of the Hub. By default a few hundred synthetic records.
-        config: Configuration of a Hub dataset.
-        split: Split of a Hub dataset.
+        source: Records to read: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, compressed or not; a folder of such
+            files, or a pattern with ``*``; or ``owner/name`` of a Hub dataset. By default a few hundred synthetic
+            records.
+        config: Configuration name of a Hub dataset.
+        split: Split of a Hub dataset to read.
         streaming: Stream a Hub dataset instead of downloading it.
-        validation_share: Share of the records for validation; the default depends on the class.
-        test_share: Share of the records for test; 0 for no test split; the default depends on the class.
-        split_seed: Seed of the split, independent of the run's seed.
-        copies_together: Put duplicate records into the same split; by default they are only counted.
-        too_long: How to handle a record longer than ``block_size``: ``refuse`` (an error that names it), ``cut`` its
-            end off, or ``drop`` it.
+        validation_share: Fraction of the records held out for validation. The default depends on the class.
+        test_share: Fraction of the records held out for testing; 0 for no test split. The default depends on the class.
+        split_seed: Seed for the split, independent of the run's seed.
+        copies_together: Put duplicate records into the same split. By default duplicates are only counted.
+        too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
+            ``cut`` truncates its end; ``drop`` skips it.
         tokenizer: Kind of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
-            ``byte``), or the file or folder of one to use. By default that of ``init_from``, or else ``bpe``.
-        vocab_size: Vocabulary size of a trained tokenizer, special tokens included; by default 1,024, or fewer if the
+            ``byte``), or path of an existing tokenizer's file or folder. By default the tokenizer of ``init_from``, or
+            ``bpe`` if ``init_from`` is not set.
+        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or fewer if the
             records yield fewer.
-        init_from: Checkpoint or run folder of the model to fine-tune; its tokenizer is used.
-        cache: Folder for trained tokenizers; by default one in the user's cache folder.
-        block_size: Maximum tokens in a row of a batch.
+        init_from: Checkpoint or run folder of the model to fine-tune, whose tokenizer is used; ``fit`` sets it to
+            ``model.init_from``.
+        cache: Folder for trained tokenizers. By default a folder in the user's cache directory.
+        block_size: Maximum tokens per row.
         batch_size: Rows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step over all ranks, counting ``block_size`` for each row; gradients are
-            accumulated over micro-batches to reach it. By default a step is one micro-batch.
-        num_workers: Number of DataLoader worker processes.
-        seed: Seed of the row order; by default that of ``seed_everything``.
+        tokens_per_step: Tokens per optimizer step across all ranks, counting ``block_size`` tokens for each row;
+            gradients are accumulated over micro-batches to reach it. By default each micro-batch is an optimizer step.
+        num_workers: Number of DataLoader worker processes; 0 loads batches in the training process.
+        seed: Seed for the row order; by default the seed of ``seed_everything``.
 
     Raises:
         UserError: A number is out of range, or arguments conflict.
@@ -90,13 +95,13 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
     columns: Columns | None = None
     """Columns to read; None for all."""
     shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Default validation and test shares."""
+    """Default fractions of the records for validation and test."""
     special_tokens: ClassVar[Sequence[str]] = ()
     """Special tokens of a tokenizer trained on these records."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
+        """Return the values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
         return {"validation_share": cls.shares[0], "test_share": cls.shares[1], **default_tokenizer(arguments)}
 
     def __init__(
@@ -133,7 +138,10 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
             None if source is None else DocumentSource(source, config=config, split=split, streaming=streaming)
         )
         if hub.has_hub_options(config, split, streaming) and not (self.source and self.source.on_hub):
-            raise UserError(f"data.config, split and streaming are for datasets of the Hub; {self.origin} is not one")
+            raise UserError(
+                f"data.config, data.split and data.streaming require a Hub dataset, but {self.origin} is not one; "
+                "omit them"
+            )
         self.held_out = validate_shares(validation, test)
         self.split_seed = split_seed
         self.copies_together = copies_together
@@ -148,7 +156,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         """Parse a row into a record.
 
         Raises:
-            UserError: The row is invalid; the message is without its location, which the caller adds.
+            UserError: The row is invalid. The caller adds its location to the message.
         """
 
     @abstractmethod
@@ -161,20 +169,20 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @abstractmethod
     def default_rows(self) -> Iterator[TableRow]:
-        """Synthetic rows, used if no source is given."""
+        """Generate the synthetic rows that are used if no source is given."""
 
     def select_records(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
-        """Select the records to use, each with the location of its row; by default all."""
+        """Select the records to use, by default all. Each record comes with the location of its row."""
         return records
 
     @property
     def origin(self) -> str:
-        """The source of the records, as the user wrote it."""
+        """Source of the records, as the user wrote it."""
         return synthetic_data.SOURCE_NAME if self.source is None else self.source.name
 
     @cached_property
     def records(self) -> list[tuple[str, R]]:
-        """The selected records, each with the location of its row."""
+        """Selected records, each with the location of its row."""
         rows = self.default_rows() if self.source is None else self.source.rows(self.columns)
         return self.select_records([(row.where, self._read(row)) for row in rows])
 
@@ -186,12 +194,12 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def split_indices(self) -> dict[RecordSplit, RecordIndices]:
-        """Indices into ``records`` of each split."""
+        """Indices into ``records`` for each split."""
         return split_records(self._keys, self.held_out, self.split_seed, self.copies_together, self.origin)
 
     @cached_property
     def training_copies(self) -> dict[RecordSplit, int]:
-        """Held-out records that also occur in training, ignoring case and whitespace."""
+        """Number of records in each held-out split that also occur in training, ignoring case and whitespace."""
         found = count_training_copies(self._keys, self.split_indices)
         for split, n in found.items():
             if n:
@@ -204,11 +212,11 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer of the model to fine-tune, or the given one, or one trained on the training records."""
+        """Tokenizer of the model to fine-tune, one loaded from a path, or one trained on the training records."""
         found = resolve_tokenizer(self.load_initial_tokenizer(), self.init_from, self.tokenizer_spec)
         if found is not None:
             if self.requested_vocab_size is not None:
-                raise UserError("data.vocab_size applies only to a tokenizer that is trained here; leave it out")
+                raise UserError("data.vocab_size applies only to a tokenizer trained on this data; omit it")
             return found
         texts = [text for place in self.split_indices["train"] for text in self.records[place][1].texts]
         kind = self.tokenizer_spec or DEFAULT_KIND
@@ -218,12 +226,12 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def max_record_tokens(self) -> int:
-        """Maximum tokens of a record."""
+        """Maximum tokens per record."""
         return self.block_size
 
     @cached_property
     def examples(self) -> dict[RecordSplit, list[TokenizedExample]]:
-        """The tokenized examples of each split."""
+        """Tokenized examples of each split."""
         found: dict[RecordSplit, list[TokenizedExample]] = {}
         for split in (name for name in RECORD_SPLITS if name in self.split_indices):
             records = (self.records[index] for index in self.split_indices[split])
@@ -233,19 +241,19 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def split_counts(self) -> dict[RecordSplit, ExampleCounts]:
-        """Number of records, tokens and labels of each split."""
+        """Number of records, tokens and labels in each split."""
         return {split: ExampleCounts.of(examples) for split, examples in self.examples.items()}
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of all ids, labels and splits, and of the class and ``block_size``."""
+        """SHA-256 of the class name, ``block_size``, and all token ids and labels by split."""
         found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
         for split, examples in self.examples.items():
             found.update(split.encode() + hash_examples(examples))
         return found.hexdigest()
 
     def prepare_data(self) -> None:
-        """Read, split and tokenize; trains a tokenizer, once, if one is needed."""
+        """Read, split and tokenize the records; train a tokenizer if needed."""
         _ = self.examples, self.training_copies
 
     def setup(self, stage: str) -> None:
@@ -257,7 +265,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         for split, examples in self.examples.items():
             if not examples:
                 raise UserError(
-                    f"{self.origin}: no record of {split} fits into {self.block_size} tokens; raise --data.block_size"
+                    f"{self.origin}: no {split} record fits into {self.block_size} tokens; raise --data.block_size"
                 )
         self.train_dataset = self.build_dataset(self.examples["train"])
         self.validation_dataset = self.build_dataset(self.examples["validation"])
@@ -265,8 +273,8 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         batch = self.batch_size * self.shard["num_replicas"]
         if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(
-                f"{self.origin} has {len(self.train_dataset)} rows for training, fewer than one batch of {batch}; name "
-                "more records, or lower --data.batch_size"
+                f"{self.origin} has {len(self.train_dataset)} rows for training, fewer than one batch of {batch}; add "
+                "records, or lower --data.batch_size"
             )
         if stage == "fit":
             self.set_gradient_accumulation()

@@ -1,4 +1,4 @@
-"""Random split of records into training, validation and test, with its own seed."""
+"""Random split of records into training, validation and test sets, with its own seed."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
@@ -16,20 +16,20 @@ RecordIndices = NDArray[np.int64]
 
 
 def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
-    """A permutation of 0 to ``n - 1`` that depends only on the seed, not on the version of any library."""
+    """Return a permutation of 0 to ``n - 1`` that depends only on its arguments, not on any library's version."""
     return Permutations(max(n, 1), (seed, purpose)).at(0, np.arange(n))
 
 
 def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
-    """The held-out splits and their shares; a test share of 0 means no test split.
+    """Return the fraction of records for each held-out split; a test fraction of 0 means no test split.
 
     Raises:
-        UserError: A share is out of range, or nothing is left for training.
+        UserError: A fraction is out of range, or nothing is left for training.
     """
     if not (0 < validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise UserError(
-            f"data.validation_share is {validation} and data.test_share {test}; they must be positive (the second may "
-            "be 0) and leave a share for training"
+            f"data.validation_share is {validation} and data.test_share is {test}; they must be positive "
+            "(data.test_share may be 0) and sum to less than 1"
         )
     return {"validation": validation, "test": test} if test else {"validation": validation}
 
@@ -40,15 +40,15 @@ def split_records(
     """Split records at random.
 
     Args:
-        keys: The normalised content of each record; equal for duplicates.
-        shares: Share of each held-out split; training gets the rest.
-        seed: Seed of the split.
-        together: Put duplicates into the same split. It may then exceed its share by fewer than the number of
-            duplicates of one record.
-        name: Name of the records, for error messages.
+        keys: Normalised content of each record; duplicates have equal keys.
+        shares: Fraction of records in each held-out split; training gets the rest.
+        seed: Seed for the split.
+        together: Put duplicates into the same split. A split can then exceed its fraction by fewer records than the
+            largest group of duplicates has.
+        name: Name of the data source, for error messages.
 
     Returns:
-        Indices of each split's records, ascending.
+        Record indices of each split, ascending.
 
     Raises:
         UserError: A split would be empty.
@@ -68,13 +68,13 @@ def split_records(
     for split, indices in splits.items():
         if not len(indices):
             raise UserError(
-                f"{name} has too few records, {len(keys):,}, to leave any for {split}; name more, or other shares: "
-                "--data.validation_share, --data.test_share"
+                f"{name} has only {len(keys):,} records, which leaves none for {split}; add records, or change "
+                "--data.validation_share or --data.test_share"
             )
     return splits
 
 
 def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
-    """For each held-out split, the number of records that also occur in training."""
+    """Count the records in each held-out split that also occur in training."""
     training = {keys[index] for index in splits["train"]}
     return {split: sum(keys[index] in training for index in splits[split]) for split in splits if split != "train"}

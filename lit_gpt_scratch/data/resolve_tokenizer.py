@@ -1,4 +1,4 @@
-"""The tokenizer of a record dataset: the model's, one given by path, or one trained on the records."""
+"""Tokenizer of a record dataset: the pretrained model's, one loaded from a path, or one trained on the records."""
 
 import hashlib
 import logging
@@ -18,21 +18,21 @@ log = logging.getLogger(__name__)
 def resolve_tokenizer(
     model_tokenizer: Tokenizer | None, init_from: str | None, data_tokenizer: str | None
 ) -> Tokenizer | None:
-    """The model's tokenizer, or the one given by path; None if there is neither.
+    """Return the model's tokenizer, or the tokenizer loaded from a path; None if there is neither.
 
     Args:
-        model_tokenizer: The tokenizer of the model to fine-tune.
-        init_from: Where that model was loaded from, for the error message.
-        data_tokenizer: Path of a tokenizer, or the kind of one to train.
+        model_tokenizer: Tokenizer of the model to fine-tune.
+        init_from: Path of that model's checkpoint, for the error message.
+        data_tokenizer: Path of a tokenizer, or kind of tokenizer to train.
 
     Raises:
-        UserError: Both are given and differ. A model with one vocabulary would misread the ids of another.
+        UserError: Both are given and differ. A model trained with one vocabulary would misread token ids of another.
     """
     path = None if data_tokenizer is None or data_tokenizer in TOKENIZER_KINDS else Path(data_tokenizer).expanduser()
     loaded = None if path is None else Tokenizer.load(path)
     same = model_tokenizer is not None and loaded is not None and loaded.to_json() == model_tokenizer.to_json()
     if model_tokenizer is not None and data_tokenizer and not same:
-        raise UserError(f"data.tokenizer differs from the tokenizer of the model in {init_from}; leave it out")
+        raise UserError(f"data.tokenizer differs from the tokenizer of the model in {init_from}; omit it")
     return model_tokenizer or loaded
 
 
@@ -42,12 +42,12 @@ def train_or_load_tokenizer(
     """Train a tokenizer, or load it from the cache, so that all processes and resumed runs share one tokenizer.
 
     Args:
-        texts: Training texts.
-        kind: A key of ``tokenizer_training.KINDS``.
-        vocab_size: Requested number of tokens, or None for the default.
-        special: Special tokens in addition to the end of text.
+        texts: Texts to train on.
+        kind: Kind of tokenizer, one of ``tokenizer_training.TOKENIZER_KINDS``.
+        vocab_size: Requested vocabulary size, or None for the default.
+        special: Special tokens in addition to end-of-text.
         cache: Cache folder.
-        name: Name of the texts, for log and error messages.
+        name: Name of the data source, for log and error messages.
 
     Raises:
         UserError: The texts yield fewer tokens than requested.

@@ -1,4 +1,4 @@
-"""The order of rollouts in on-policy training: a phase generates many, and then trains on them in several passes."""
+"""Order of rollouts in on-policy training: each rollout phase generates many, then trains on them in several passes."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from lit_gpt_scratch.data.sampler import Permutations, RowDataset, RowIndices, S
 
 
 class RolloutSampler(ShuffledSampler):
-    """The training order of one rank: rollouts are numbered through the run, and a phase of them comes several times.
+    """Training order for one rank: rollouts are numbered through the run; each rollout phase makes several passes.
 
-    The first pass over a phase takes its rollouts in order, every later one in a different order. As in
-    ``ShuffledSampler`` a step consists of the same rollouts whatever the number of ranks and micro-batches. An epoch is
-    as many whole phases as there are prompts for, at least one.
+    The first pass over a phase takes its rollouts in order; each later pass takes them in a different random order. As
+    in ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and micro-batches.
+    An epoch has as many whole phases as there are prompts for, at least one.
 
     Args:
-        prompts: The order of the prompts; its length bounds an epoch's.
-        phase: Length of a phase.
-        seed: Of the order of the later passes.
-        batch_size: As for ``ShuffledSampler``, as are the others.
-        rank: The data-parallel rank of this process.
+        prompts: Order of the prompts; its length limits the length of an epoch.
+        phase: Optimizer steps and passes per rollout phase.
+        seed: Seed for the order within later passes.
+        batch_size: Rows per rank and micro-batch.
+        rank: Data-parallel rank of this process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel ranks.
-        start: Epoch, and micro-batch in it, at which to start.
+        start: Epoch to start at, and micro-batch within it.
         accumulate: Micro-batches per optimizer step.
-        limit: ``trainer.limit_train_batches``.
+        limit: Value of ``trainer.limit_train_batches``, which shortens an epoch's last step.
     """
 
     def __init__(
@@ -44,19 +44,19 @@ class RolloutSampler(ShuffledSampler):
         super().__init__(prompts, batch_size, rank, world_size, start, accumulate, limit)
         self.phase = phase
         self.phase_rows = phase.steps * accumulate * batch_size * world_size
-        """Rollouts of a phase, over all ranks."""
+        """Rollouts per phase, across all ranks."""
         self.phases = max(1, len(prompts) // self.phase_rows)
-        """Phases of an epoch."""
-        self._later_passes = Permutations(self.phase_rows, (seed, 2))  # keys 0 and 1 are ShuffledOrder's
+        """Phases per epoch."""
+        self._later_passes = Permutations(self.phase_rows, (seed, 2))  # ShuffledOrder uses the keys 0 and 1
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a whole epoch."""
+        """Number of micro-batches in a whole epoch."""
         return self.phases * self.phase.passes * self.phase.steps * self.accumulate
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """The rollouts at some positions of an epoch: (n,) int64 -> (n,) int64."""
-        passes, within = np.divmod(positions, self.phase_rows)  # passes over any phase since the epoch's start
+        """Return the rollout numbers at given positions of an epoch: (n,) int64 -> (n,) int64."""
+        passes, within = np.divmod(positions, self.phase_rows)  # passes since the epoch's start, over all phases
         passes += epoch * self.phases * self.phase.passes
         phase, nth = np.divmod(passes, self.phase.passes)
         within = np.where(nth > 0, self._later_passes.at(passes, within), within)
@@ -64,10 +64,10 @@ class RolloutSampler(ShuffledSampler):
 
 
 class PromptIndexDataset(RowDataset[PromptIndexBatch]):
-    """Rows that consist of their index: the policy generates rollouts itself.
+    """A dataset whose rows are only indices, because the policy generates the rollouts.
 
     Args:
-        n: Number of prompts; the index ``n`` stands for a padding row.
+        n: Number of prompts; the index ``n`` is a padding row.
     """
 
     def __init__(self, n: int) -> None:
@@ -77,9 +77,9 @@ class PromptIndexDataset(RowDataset[PromptIndexBatch]):
         return self.n
 
     def make_batch(self, rows: Sequence[int]) -> PromptIndexBatch:
-        """The batch of some rows."""
+        """Build the batch for the given row indices."""
         return PromptIndexBatch(indices=torch.tensor(rows))
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """``step_indices``: the policy counts the tokens of these rollouts itself."""
+        """Return ``step_indices``, from which the policy counts the tokens of the step's rollouts."""
         return {"step_indices": torch.from_numpy(rows)}

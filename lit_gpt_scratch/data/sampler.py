@@ -1,7 +1,7 @@
-"""Micro-batches of rows: their order, and the base of the datasets that look them up.
+"""Samplers that order rows into micro-batches, and the base class of the datasets that look them up.
 
-The order is a pure function of seed, epoch, step, world size and rank. There is no state to lose and no shuffled list
-to keep, so a run can be resumed at any step, on any number of ranks.
+The order is a pure function of seed, epoch, step, world size and rank. There is no sampler state to save and no
+shuffled list in memory, so a run can be resumed at any step, on any number of ranks.
 """
 
 from abc import ABC, abstractmethod
@@ -19,12 +19,12 @@ RowIndices = NDArray[np.int64]
 
 
 class MicroBatch(NamedTuple):
-    """The row indices of one micro-batch, as a sampler yields them.
+    """Row indices of one micro-batch, as yielded by a sampler.
 
     Attributes:
-        rows: Rows of this rank's micro-batch, (B,).
-        step_rows: Rows of the whole optimizer step over all micro-batches and data-parallel ranks, (N,); None outside
-            training. From these the dataset counts the labels by which the loss of the step is divided.
+        rows: Row indices of this rank's micro-batch, (B,).
+        step_rows: Row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, (N,); None
+            outside training. The dataset counts their labels to normalise the loss of the step.
     """
 
     rows: list[int]
@@ -32,15 +32,15 @@ class MicroBatch(NamedTuple):
 
 
 class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
-    """Rows that are looked up a batch at a time; an index of ``len(self)`` is a padding row, without a label.
+    """A dataset that looks up one batch at a time; the index ``len(self)`` is a padding row without labels.
 
-    ``DataLoader(dataset, sampler=..., batch_size=None)`` passes each ``MicroBatch`` of the sampler to ``__getitem__``,
-    also in worker processes.
+    ``DataLoader(dataset, sampler=..., batch_size=None)`` passes each ``MicroBatch`` from the sampler to
+    ``__getitem__``, with or without worker processes.
     """
 
     @property
     def sizes(self) -> list[int]:
-        """Rows of each part; all rows are in one part unless several stores are mixed."""
+        """Number of rows in each part; there is a single part unless several stores are mixed."""
         return [len(self)]
 
     @abstractmethod
@@ -49,14 +49,14 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
     @abstractmethod
     def make_batch(self, rows: Sequence[int]) -> BatchT:
-        """The batch of some rows."""
+        """Build the batch for the given row indices."""
 
     @abstractmethod
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """The batch entries that normalise the loss of an optimizer step, given its (N,) rows."""
+        """Return the batch entries that normalise the loss of an optimizer step, given its row indices, (N,)."""
 
     def describe_row(self, row: int) -> str:
-        """Name what a row contains, for a message."""
+        """Describe the content of a row, for log and error messages."""
         return f"record {row:,}"
 
     def __getitem__(self, index: int | MicroBatch) -> BatchT:
@@ -69,23 +69,23 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
 
 MIXTURE_BLOCK: Final = 4096
-"""Positions within which a mixture has its exact proportions."""
+"""Number of consecutive positions in which a mixture has its exact proportions."""
 ROWS_AT_ONCE: Final = 1024
-"""Rows whose order is computed together: this amortises the cost of a call, and seeking stays instant."""
+"""Number of rows whose order is computed in one call: enough to amortise its cost, few enough for instant seeking."""
 
 
 class ShuffledOrder:
-    """The order of all rows of one store, or of a mixture of several.
+    """The shuffled order of all rows in one store, or in a mixture of several stores.
 
-    An epoch has as many positions as all stores have rows. Without weights an epoch is every row of each store, once.
-    With weights the positions come in blocks, in each of which every store has its share, at random positions. Each
-    store is passed through again and again, in a different order each time, regardless of where an epoch ends; so no
-    row repeats before all rows of its store have come, except within one block.
+    An epoch has as many positions as all stores have rows. Without weights, an epoch visits every row of each store
+    once. With weights, the positions are divided into blocks; in each block every store fills its proportion of the
+    positions, chosen at random. Each store is traversed repeatedly, in a different order each time, regardless of where
+    an epoch ends. No row therefore repeats before all rows of its store have been visited, except within one block.
 
     Args:
-        sizes: Rows of each store.
-        seed: Changes every order.
-        weights: Of each store, 0 or more; shares are exact to one position of a block.
+        sizes: Number of rows in each store.
+        seed: Seed for all orders.
+        weights: Sampling weight of each store, 0 or more; proportions are exact to one position per block.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -98,11 +98,11 @@ class ShuffledOrder:
         self._own = [Permutations(max(size, 1), (seed, 1 + store)) for store, size in enumerate(self.sizes)]
 
     def __len__(self) -> int:
-        """Positions of an epoch."""
+        """Number of positions per epoch."""
         return sum(self.sizes)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """The rows at some positions of an epoch, numbered through all stores: (n,) int64 -> (n,) int64."""
+        """Return the rows at given positions of an epoch, numbered across all stores: (n,) int64 -> (n,) int64."""
         block, slots = np.divmod(epoch * len(self) + positions, self.block)
         if len(self.sizes) > 1:  # a single store is shuffled by its own permutation
             slots = self._slots.at(block, slots)
@@ -110,32 +110,34 @@ class ShuffledOrder:
         stores = np.searchsorted(self._first_slot, slots, side="right") - 1
         for store in np.unique(stores):
             mine = stores == store
-            drawn = block[mine] * self.quotas[store] + slots[mine] - self._first_slot[store]  # from this store, ever
+            drawn = (
+                block[mine] * self.quotas[store] + slots[mine] - self._first_slot[store]
+            )  # rows drawn from the store so far
             passes, position = np.divmod(drawn, self.sizes[store])
             rows[mine] = self._first_row[store] + self._own[store].at(passes, position)
         return rows
 
 
 class ShuffledSampler(DistributedSampler[MicroBatch]):
-    """The training order of one rank, as micro-batches.
+    """Sampler of one rank's micro-batches in training order.
 
-    With ``W`` ranks, batch size ``B`` and ``A`` micro-batches per optimizer step, step ``s`` of an epoch takes its
-    positions ``s * A * W * B`` to ``(s + 1) * A * W * B``, reshaped to (A, W, B); rank ``r`` takes ``[:, r]``. So the
-    global sequence doesn't depend on the number of ranks, and a run resumes anywhere without replaying what came
-    before. Rows that don't fill a whole optimizer step are left out, so that an epoch ends at the same row whatever the
-    layout; which rows differs by epoch. If there are fewer rows than one step needs, an epoch is one short step of the
-    micro-batches that they fill.
+    With ``W`` ranks, batch size ``B`` and ``A`` micro-batches per optimizer step, step ``s`` of an epoch takes the
+    positions ``s * A * W * B`` to ``(s + 1) * A * W * B``, reshaped to (A, W, B); rank ``r`` takes ``[:, r]``. The
+    global sequence is therefore independent of the number of ranks, and a run can be resumed anywhere without replaying
+    earlier batches. Rows that do not fill a whole optimizer step are omitted, so that an epoch ends at the same row for
+    any number of ranks and micro-batches; the omitted rows differ between epochs. If there are fewer rows than one step
+    needs, an epoch is one short step of the micro-batches that the rows fill.
 
     It is a ``DistributedSampler`` because Lightning replaces any other kind of sampler with its own.
 
     Args:
-        order: The order of all rows.
+        order: Order of all rows.
         batch_size: Rows per rank and micro-batch.
-        rank: The data-parallel rank of this process, 0 to ``world_size - 1``.
+        rank: Data-parallel rank of this process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel ranks.
-        start: Epoch, and micro-batch in it, at which to start; later epochs start at their first.
+        start: Epoch to start at, and micro-batch within it; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
-        limit: ``trainer.limit_train_batches``, which shortens an epoch's last step.
+        limit: Value of ``trainer.limit_train_batches``, which shortens an epoch's last step.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         accumulate: int = 1,
         limit: float = 1.0,
     ) -> None:
-        super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # it needs a length only
+        super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # it only needs a length
         self.order = order
         self.batch_size = batch_size
         self.world_size = world_size
@@ -159,7 +161,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
     @property
     def micro_batches(self) -> int:
-        """Micro-batches of a whole epoch."""
+        """Number of micro-batches in a whole epoch."""
         filled = len(self.order) // (self.batch_size * self.world_size)
         return filled // self.accumulate * self.accumulate or filled
 
@@ -168,7 +170,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
     def __iter__(self) -> Iterator[MicroBatch]:
         first = self.start[1] if self.epoch == self.start[0] else 0
-        # As Lightning computes it: an int is a number of micro-batches, a float a share of them.
+        # As in Lightning, an int is a number of micro-batches and a float is a fraction of them.
         end = min(self.limit, len(self)) if isinstance(self.limit, int) else int(len(self) * self.limit)
         n_steps = -(-len(self) // self.accumulate)
         at_once = max(1, ROWS_AT_ONCE // (self.accumulate * self.world_size * self.batch_size))
@@ -180,26 +182,26 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
                     yield MicroBatch(rows[micro_batch, self.rank].tolist(), rows[:n].ravel())
 
     def step_rows(self, epoch: int, steps: RowIndices) -> RowIndices:
-        """The rows of some optimizer steps of an epoch: (n,) int64 -> (n, A, W, B) int64."""
+        """Return the rows of the given optimizer steps in an epoch: (n,) int64 -> (n, A, W, B) int64."""
         shape = (self.accumulate, self.world_size, self.batch_size)
         positions = steps[:, None] * np.prod(shape) + np.arange(np.prod(shape))
         return self.rows(epoch, positions.ravel()).reshape(-1, *shape)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """The rows at some positions of an epoch: (n,) int64 -> (n,) int64."""
+        """Return the rows at given positions of an epoch: (n,) int64 -> (n,) int64."""
         return self.order.rows(epoch, positions)
 
 
 class EvaluationSampler(DistributedSampler[MicroBatch]):
-    """Validation and test: every row once, in order, distributed over the ranks in whole batches.
+    """Sampler for validation and test: every row once, in order, distributed across the ranks in whole batches.
 
-    The last batches are filled with the index one past the last row, which stands for a padding row without labels, the
-    same number of batches on every rank: batches keep one shape, and no row is scored twice.
+    The last batches are filled with the index one past the last row, which is a padding row without labels. All ranks
+    therefore have the same number of batches, all batches have the same shape, and no row is scored twice.
 
     Args:
-        n_rows: Rows of the dataset.
+        n_rows: Number of rows in the dataset.
         batch_size: Rows per rank and batch.
-        rank: The data-parallel rank of this process.
+        rank: Data-parallel rank of this process.
         world_size: Number of data-parallel ranks.
     """
 
@@ -219,7 +221,7 @@ class EvaluationSampler(DistributedSampler[MicroBatch]):
 
 
 def _shares(length: int, weights: Sequence[float]) -> list[int]:
-    """Integers that sum to ``length``, in proportion to the weights, by the method of largest remainders."""
+    """Return integers proportional to the weights that sum to ``length``, by the largest-remainder method."""
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * length
     shares = np.floor(exact).astype(np.int64)
     shares[np.argsort(shares - exact, kind="stable")[: length - shares.sum()]] += 1
@@ -229,22 +231,22 @@ def _shares(length: int, weights: Sequence[float]) -> list[int]:
 
 FEISTEL_ROUNDS: Final = 8
 MIN_BITS: Final = 6
-"""With fewer bits, the orders of a handful of values are not equally probable."""
+"""Minimum number of bits; with fewer, the orders of a handful of values are not equally probable."""
 MAX_LENGTH: Final = 2**62
 
 Words = NDArray[np.uint64]
 
 
 class Permutations:
-    """Pseudorandom permutations of 0 to ``n - 1``, one for each number, evaluated at any positions without a table.
+    """Numbered pseudorandom permutations of 0 to ``n - 1``, evaluated at any positions without a table.
 
-    A Feistel network permutes all values of at least as many bits as ``n`` needs; a value that falls outside 0 to
-    ``n - 1`` is permuted again until it is inside, which keeps the map a bijection (cycle walking; Black and Rogaway
-    2002, Ciphers with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
+    A Feistel network permutes all values of at least as many bits as ``n`` needs. A value outside 0 to ``n - 1`` is
+    permuted again until it is inside, which keeps the map a bijection (cycle walking; Black and Rogaway 2002, Ciphers
+    with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
 
     Args:
-        n: Length, 1 to 2**62.
-        key: Two integers of 0 or more, a seed and a purpose. Permutations of different keys or numbers are independent.
+        n: Length of the permutations, 1 to 2**62.
+        key: Seed and purpose, two integers of 0 or more. Permutations with different keys or numbers are independent.
     """
 
     def __init__(self, n: int, key: tuple[int, int]) -> None:
@@ -255,17 +257,17 @@ class Permutations:
         self._keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
 
     def at(self, number: RowIndices | int, positions: RowIndices) -> RowIndices:
-        """The values at some positions.
+        """Return the values of the permutations at given positions.
 
         Args:
-            number: Of the permutation, one for all positions or (m,) for each.
-            positions: (m,), each 0 to ``n - 1``.
+            number: Number of the permutation, either one for all positions or one for each, (m,).
+            positions: Positions, (m,), each 0 to ``n - 1``.
 
         Returns:
-            (m,), each 0 to ``n - 1``.
+            Values, (m,), each 0 to ``n - 1``.
         """
         numbers = np.asarray(number, dtype=np.uint64)
-        if numbers.size and (numbers == numbers.flat[0]).all():  # the common case, in half the time
+        if numbers.size and (numbers == numbers.flat[0]).all():  # the common case; this takes half the time
             numbers = numbers.flat[:1]
         keys = _mix(self._keys[:, None] + numbers * np.uint64(0x9E3779B97F4A7C15))  # (FEISTEL_ROUNDS, m or 1)
         values = self._feistel(keys, positions.astype(np.uint64))
@@ -274,7 +276,7 @@ class Permutations:
         return values.astype(np.int64)
 
     def _feistel(self, keys: Words, values: Words) -> Words:
-        """Each round swaps the halves and XORs one with a hash of the other."""
+        """Apply the Feistel rounds, each of which swaps the halves and XORs one with a hash of the other."""
         a, b = np.uint64(self._left), np.uint64(self._right)
         left, right = values >> b, values & _mask(b)
         for key in keys:
@@ -288,7 +290,7 @@ def _mask(bits: np.uint64) -> np.uint64:
 
 
 def _mix(x: Words) -> Words:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit affects every output bit."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

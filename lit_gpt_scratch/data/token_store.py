@@ -22,7 +22,7 @@ from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 STORE_FORMAT: Final = 3
 MANIFEST_FILE: Final = "store.json"
 VERIFIED_FILE: Final = "checked.json"
-"""Maps each file name to its stat signature at the time its SHA-256 was last verified."""
+"""JSON file that maps each file name to its stat signature at the time its SHA-256 was last verified."""
 REBUILD_HINT: Final = "delete the folder and prepare it again"
 
 
@@ -31,7 +31,7 @@ class TokenStore:
     """A tokenizer and its training and validation token streams.
 
     Attributes:
-        folder: The folder of the store.
+        folder: Folder of the store.
         fingerprint: SHA-256 of everything that determines the token ids.
         tokenizer_sha256: SHA-256 of the tokenizer file.
         vocab_size: One more than the largest possible token id.
@@ -48,10 +48,10 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Open and verify a folder that ``TokenPreparation.prepare`` made.
+        """Open and verify a folder created by ``TokenPreparation.prepare``.
 
-        The time does not grow with the number of tokens: each file's size and dates are compared, and only files whose
-        size or dates changed since they were last verified are read.
+        The time taken does not grow with the number of tokens: sizes and timestamps of all files are compared, but only
+        files whose size or timestamps changed since they were last verified are read.
 
         Raises:
             UserError: The folder is not a token store, or a file in it was changed.
@@ -62,7 +62,7 @@ class TokenStore:
         except OSError as error:
             raise UserError(f"{folder / TOKENIZER_FILE} is missing ({error.strerror}); {REBUILD_HINT}") from error
         if sha256 != store.tokenizer_sha256:
-            raise UserError(f"{folder} was made with another tokenizer than its {TOKENIZER_FILE}; {REBUILD_HINT}")
+            raise UserError(f"{folder} was not made with its {TOKENIZER_FILE}; {REBUILD_HINT}")
         store.verify()
         return store
 
@@ -85,11 +85,11 @@ class TokenStore:
         """Read the manifest of a store.
 
         Raises:
-            UserError: There is no manifest, it is damaged, or it has another format version.
+            UserError: The manifest does not exist, is damaged, or has a different format version.
         """
-        # Without a manifest the folder may hold something else: don't advise to delete it.
+        # Without a manifest the folder may contain something else, so do not advise the user to delete it.
         if not (folder / MANIFEST_FILE).exists():
-            raise UserError(f"there is no token store {folder}; name a folder that prepare --data.store has made")
+            raise UserError(f"{folder} is not a token store; pass a folder created by prepare --data.store")
         try:
             manifest: dict[str, Any] = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
             version, sha256 = int(manifest["format"]), manifest.pop("sha256", None)
@@ -105,7 +105,7 @@ class TokenStore:
 
     @staticmethod
     def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-        """Write the manifest; call it after all shards are written."""
+        """Write the manifest; must be called after all shards are written."""
         manifest = {"format": STORE_FORMAT, **manifest}
         with atomic_file(folder / MANIFEST_FILE) as file:
             file.write(json.dumps(manifest | {"sha256": hash_json(manifest)}, indent=2).encode())
@@ -114,7 +114,7 @@ class TokenStore:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the tokens."""
+        """Tokenizer that produced the tokens."""
         return Tokenizer.load(self.folder / TOKENIZER_FILE)
 
     @property
@@ -126,10 +126,10 @@ class TokenStore:
         """Compare the shards with the checksums in the manifest.
 
         Args:
-            all_files: Read all files, not only those whose size or dates changed since they were last verified.
+            all_files: Read all files, not only those whose size or timestamps changed since they were last verified.
 
         Raises:
-            UserError: A file is missing, truncated or altered, or has an id outside the tokenizer's vocabulary.
+            UserError: A file is missing, truncated or altered, or contains an id outside the tokenizer's vocabulary.
         """
         signatures = self._file_signatures()
         verified = {} if all_files else _read_verified(self.folder)
@@ -141,10 +141,10 @@ class TokenStore:
         for shard in self.shards:
             largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
             if largest >= self.vocab_size:
-                raise _shard_error(shard, f"has token {largest}, but its tokenizer only {self.vocab_size} tokens")
+                raise _shard_error(shard, f"has token {largest}, but its tokenizer has only {self.vocab_size} tokens")
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
-        """Record that all files with these signatures are verified."""
+        """Record that files with these signatures have been verified."""
         with suppress(OSError), atomic_file(self.folder / VERIFIED_FILE) as file:  # the folder may be read-only
             file.write(json.dumps(signatures).encode())
 
@@ -153,7 +153,7 @@ class TokenStore:
 
 
 def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
-    """Several stores as one whose streams are concatenated.
+    """Return a store whose token streams are the concatenated streams of several stores.
 
     Raises:
         UserError: The stores were made with different tokenizers.
@@ -164,7 +164,7 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     for store in stores[1:]:
         if store.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"{store.folder} was made with another tokenizer than {first.folder}; prepare both with the same one: "
+                f"{store.folder} has a different tokenizer than {first.folder}; prepare both with the same one: "
                 f"--data.tokenizer {first.folder / TOKENIZER_FILE}"
             )
     train = ShardedTokenStream(tuple(shard for store in stores for shard in store.train.shards))
@@ -174,14 +174,14 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 def hash_json(value: object) -> str:
-    """SHA-256 of a JSON-serialisable value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-serialisable value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _file_signature(shard: TokenShard, part: ShardPart) -> list[int]:
-    """Size, mtime and ctime of a file, from one stat call.
+    """Return the size, mtime and ctime of a file, from a single stat call.
 
-    Writing changes the ctime even if the mtime is reset; except on Windows, where it is the time of creation.
+    Writing changes the ctime even if the mtime is reset, except on Windows, where the ctime is the creation time.
     """
     name = shard.file(part)
     try:
@@ -214,7 +214,7 @@ def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
                 if sha256 != shard.sha256[part]:
                     raise _shard_error(shard, f"is damaged ({shard.file(part)}: its SHA-256 differs)")
                 progress.update(shard.sizes[part])
-        except BaseException:  # also on Ctrl-C: don't read the remaining files
+        except BaseException:  # including Ctrl-C: do not read the remaining files
             threads.shutdown(cancel_futures=True)
             raise
 

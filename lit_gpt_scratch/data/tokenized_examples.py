@@ -1,4 +1,4 @@
-"""Tokenized records, and the handling of those that are too long."""
+"""Tokenized records, and the handling of records that are too long."""
 
 import hashlib
 import logging
@@ -23,7 +23,7 @@ class TextRecord(Protocol):
 
     @property
     def texts(self) -> Sequence[str]:
-        """Its texts: the training data of a tokenizer, and what is compared to find duplicates."""
+        """Texts of the record, on which a tokenizer is trained and by which duplicates are found."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +32,15 @@ class EncodedSequence:
 
     Attributes:
         ids: Token ids, (n,) int64.
-        labels: Label of each token, (n,) int64, ``IGNORE_INDEX`` for none; or (1,), the label of the whole sequence.
+        labels: Label of each token, (n,) int64, where ``IGNORE_INDEX`` marks a token without a label; or the single
+            label of the whole sequence, (1,).
     """
 
     ids: NDArray[np.int64]
     labels: NDArray[np.int64]
 
     def truncate(self, n: int) -> "EncodedSequence":
-        """The first ``n`` tokens."""
+        """Return the sequence truncated to its first ``n`` tokens."""
         return EncodedSequence(self.ids[:n], self.labels[:n])
 
     @property
@@ -52,8 +53,8 @@ class TokenizedExample(NamedTuple):
     """A tokenized record: one sequence, or several that form one training example.
 
     Attributes:
-        where: Location of its row, for error messages.
-        sequences: Its sequences; their number and meaning depend on the data module.
+        where: Location of the record's row, for error messages.
+        sequences: Sequences of the example; their number and meaning depend on the data module.
     """
 
     where: str
@@ -61,7 +62,7 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in its longest sequence."""
+        """Number of tokens in the longest sequence."""
         return max(len(sequence.ids) for sequence in self.sequences)
 
     @property
@@ -70,11 +71,10 @@ class TokenizedExample(NamedTuple):
         return sum(sequence.n_labels for sequence in self.sequences)
 
     def truncate(self, n: int) -> "TokenizedExample | None":
-        """The example with sequences of at most ``n`` tokens.
+        """Truncate each sequence to at most ``n`` tokens. The label of a whole sequence is always kept.
 
         Returns:
-            None if a sequence loses all its labels, or if two sequences become equal. The label of a whole sequence is
-            always kept.
+            The truncated example, or None if a sequence would have no labels left or two sequences would become equal.
         """
         truncated = [sequence.truncate(n) for sequence in self.sequences]
         pairs = zip(self.sequences, truncated, strict=True)
@@ -84,7 +84,7 @@ class TokenizedExample(NamedTuple):
 
 
 class ExampleCounts(NamedTuple):
-    """Number of records in a split, of their tokens, and of their labels that are not ignored."""
+    """Number of records, tokens, and labels that are not ignored, in a split."""
 
     records: int
     tokens: int
@@ -92,13 +92,13 @@ class ExampleCounts(NamedTuple):
 
     @classmethod
     def of(cls, examples: Sequence[TokenizedExample]) -> "ExampleCounts":
-        """Count examples."""
+        """Count the records, tokens and labels of a split's examples."""
         tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
         return cls(len(examples), tokens, sum(example.n_labels for example in examples))
 
 
 def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
-    """SHA-256 of ids and labels, in order."""
+    """Return the SHA-256 of all token ids and labels, in order."""
     sha256 = hashlib.sha256()
     for sequence in (sequence for example in examples for sequence in example.sequences):
         for part in (sequence.ids, sequence.labels):
@@ -109,12 +109,12 @@ def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
 def limit_length(
     examples: Iterable[TokenizedExample], block_size: int, too_long: LengthPolicy, split: str
 ) -> list[TokenizedExample]:
-    """Examples of at most ``block_size`` tokens: reject, truncate or drop longer ones.
+    """Limit examples to ``block_size`` tokens: reject, truncate or drop longer examples.
 
-    An example that truncation would leave without labels is dropped.
+    An example that cannot be truncated (see ``TokenizedExample.truncate``) is dropped.
 
     Raises:
-        UserError: An example is longer and ``too_long`` is ``refuse``.
+        UserError: An example is too long and ``too_long`` is ``refuse``.
     """
     kept: list[TokenizedExample] = []
     n_truncated = n_dropped = 0
@@ -125,8 +125,8 @@ def limit_length(
             continue
         if too_long == "refuse":
             raise UserError(
-                f"{example.where} has {n_tokens:,} tokens, more than the {block_size:,} of a row; raise "
-                "--data.block_size, or truncate or drop such records: --data.too_long cut"
+                f"{example.where} has {n_tokens:,} tokens, more than the maximum of {block_size:,}; raise "
+                "--data.block_size, or truncate or drop such records with --data.too_long cut or drop"
             )
         if too_long == "cut" and (truncated := example.truncate(block_size)):
             kept.append(truncated)
@@ -135,7 +135,7 @@ def limit_length(
             n_dropped += 1
     if n_truncated or n_dropped:
         log.warning(
-            "%s: of %d records longer than %d tokens %d were truncated and %d dropped",
+            "%s: of %d records longer than %d tokens, %d were truncated and %d dropped",
             split,
             n_truncated + n_dropped,
             block_size,

@@ -261,7 +261,7 @@ def test_token_outside_the_vocabulary_is_rejected_and_names_its_shard(tmp_path: 
     """On a GPU the lookup would fail with an assertion without context."""
     windows = PackedDataset([ConcatenatedPlan(numbered_stream(tmp_path, 30, 40), 8)], 8, vocab_size=50, end_of_text=0)
     windows.make_batch([0, 1, 2, 3, 4])
-    with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer only 50 tokens"):
+    with pytest.raises(UserError, match=r"shard train-00001 of .* has token 50, but its tokenizer has only 50 tokens"):
         windows.make_batch([0, 6])
 
 
@@ -318,7 +318,7 @@ def test_tokens_per_step_sets_gradient_accumulation(
     assert run.fit_loop.total_batch_idx + 1 == 8
     with pytest.raises(UserError, match="not a multiple of the 128 tokens"):
         trainer(max_steps=1).fit(task(), packed_text(tokens_per_step=200))
-    with pytest.raises(UserError, match=r"asks for 4 micro-batches .*accumulate_grad_batches for 3"):
+    with pytest.raises(UserError, match=r"implies 4 micro-batches .*accumulate_grad_batches is 3"):
         trainer(max_steps=1, accumulate_grad_batches=3).fit(task(), packed_text(tokens_per_step=512))
 
 
@@ -334,7 +334,7 @@ def test_tokens_per_step_sets_gradient_accumulation(
         ({"tokens_per_step": 0}, "data.tokens_per_step is 0"),
         ({"seed": -1}, "data.seed is -1"),
         ({"packing": "first_fit"}, "data.packing is first_fit; it must be one of concatenate, best_fit, one_document"),
-        ({"mixture": {"a": 1.0}}, "data.mixture uses tokens that were made already; leave out data.source"),
+        ({"mixture": {"a": 1.0}}, "data.mixture uses existing tokens, so data.source has no effect"),
     ],
 )
 def test_invalid_settings_are_rejected(

@@ -66,7 +66,7 @@ def test_row_formats(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are the same: nothing is preferred"),
+        ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal, so no reply is preferred"),
         ({"chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"chosen": None, "rejected": "b"}, "'chosen' is empty"),
         ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the user's text is empty"),
@@ -75,7 +75,7 @@ def test_row_formats(row: dict[str, Any]) -> None:
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "there are no messages"),
         ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "has role assistant"),
         ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not a single assistant message"),
-        ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than the 64 of a row"),
+        ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than the maximum of 64"),
     ],
 )
 def test_invalid_row_is_reported_with_its_location(

@@ -74,9 +74,9 @@ def test_every_prompt_comes_once_before_any_repeats(prompts: Callable[..., Promp
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"block_size": 24, "reply_tokens": 8}, "more than the 16 of a row; raise --data.block_size"),
+        ({"block_size": 24, "reply_tokens": 8}, "more than the maximum of 16; raise --data.block_size"),
         ({"too_long": "cut"}, "data.too_long is cut"),
-        ({"reply_tokens": 96}, "leaves nothing of a data.block_size of 96"),
+        ({"reply_tokens": 96}, "leaves no tokens for prompts in a data.block_size of 96"),
     ],
 )
 def test_settings_without_room_for_a_reply_are_rejected(
@@ -89,5 +89,5 @@ def test_settings_without_room_for_a_reply_are_rejected(
 def test_prompts_alone_cannot_train_a_language_model(
     prompts: Callable[..., Prompts], trainer: Callable[..., L.Trainer]
 ) -> None:
-    with pytest.raises(UserError, match=r"Prompts have no replies to train on; a policy .*: --model PPO or GRPO"):
+    with pytest.raises(UserError, match=r"Prompts has no replies to train on; .*: --model PPO or GRPO"):
         trainer(limit_val_batches=0).fit(LanguageModel(compile=False), prompts())

@@ -178,7 +178,7 @@ def test_tokenizer_of_the_initial_model(
     for changes in ({"tokenizer": str(path)}, {"tokenizer": "bpe"}):
         with pytest.raises(UserError, match=r"data.tokenizer differs from the tokenizer of the model in .*model.ckpt"):
             _ = build(stage, init_from=checkpoint, **changes).tokenizer
-    with pytest.raises(UserError, match=r"data.vocab_size applies only to a tokenizer that is trained here"):
+    with pytest.raises(UserError, match=r"data.vocab_size applies only to a tokenizer trained on this data"):
         _ = build(stage, init_from=checkpoint, vocab_size=300).tokenizer
     with pytest.raises(UserError, match="no checkpoint at"):
         _ = build(stage, init_from=str(tmp_path / "none.ckpt")).tokenizer
@@ -209,7 +209,7 @@ def test_too_long_records_are_rejected_truncated_or_dropped(
         return sorted(len(one.sequences[0].ids) for examples in data.examples.values() for one in examples)
 
     # <|endoftext|><|user|>Say 7\n<|assistant|>, and 99 digits; the end of text is only a label
-    with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than the 64 of a row; raise"):
+    with pytest.raises(UserError, match=r"a.json: row 8 has 108 tokens, more than the maximum of 64; raise"):
         sizes()
     assert len(sizes(too_long="drop")) == 38
     assert sizes(too_long="cut")[-2:] == [12, 64]
@@ -246,11 +246,11 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
              r"a.json: row 1: 'label' is \[1\] \(list\), not a label"),
     "not text": (LabelledText, "a.json", [{"text": 7, "label": 1}], {}, "a.json: row 1: 'text' is int, not text"),
     "class": (LabelledText, "a.csv", LABELLED.replace(",b", ",a"), {},
-              "a.csv has only the class 'a'; classification needs at least two"),
-    "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "no record of class 'c' is left for tra"),
-    "no row": (LabelledText, "a.csv", "text,label\n", {}, "a.csv has no record"),
-    "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* more than the 64"),
-    "few": (Conversations, "a.json", talks(4), {}, "a.json has too few records, 4, to leave any for validation"),
+              "a.csv has only the class 'a'; classification requires at least two classes"),
+    "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "class 'c' has no records left for tra"),
+    "no row": (LabelledText, "a.csv", "text,label\n", {}, "a.csv has no records"),
+    "long": (LabelledText, "a.csv", LABELLED + "long " * 99 + ",a\n", {}, "a.csv: line 42 has .* more than the maximum of 64"),
+    "few": (Conversations, "a.json", talks(4), {}, "a.json has only 4 records, which leaves none for validation"),
     "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
     "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
               "a.jsonl: line 41: message 2: the assistant's text is empty"),
@@ -259,9 +259,9 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "begins": (Conversations, "a.json", [{"messages": [{"role": "assistant", "content": "a"}]}], {},
                "a.json: row 1: message 1 has role assistant but does not follow a user message"),
     "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"},
-                     "no record of .* fits into 64 tokens; raise --data.block_size"),
+                     "no .* record fits into 64 tokens; raise --data.block_size"),
     "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; use a file of type .jsonl, .*or a dataset"),
-    "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "split and streaming are for datasets of the Hub"),
+    "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "data.streaming require a Hub dataset"),
     "too_long": (Conversations, "a.json", talks(9), {"too_long": "no"}, "data.too_long is no; it must be one of"),
     "seed": (Conversations, "a.json", talks(9), {"split_seed": -1}, "data.split_seed is -1; it must be 0 or more"),
     "vocabulary": (Conversations, "a.json", talks(40), {"vocab_size": 9999}, "data.vocab_size is 9,999, but .*only"),

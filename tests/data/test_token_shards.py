@@ -253,5 +253,7 @@ def test_id_outside_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> 
     about = TokenStore.read_manifest(folder)
     largest = about["validation"][0]["largest"]
     TokenStore.write_manifest(folder, about | {"vocab_size": largest})
-    with pytest.raises(UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer only {largest}"):
+    with pytest.raises(
+        UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer has only {largest}"
+    ):
         TokenStore.open(folder)

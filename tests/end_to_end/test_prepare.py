@@ -96,7 +96,7 @@ def test_sources_are_mixed(command: Command, corpus: Path, messages: Path, cache
         ("a.txt", b"some text", ["--data.cleaning+=NearDuplicates", "--data.cleaning.bands=7"], "multiple of bands"),
         ("a.txt", b"some text", ["--data.cleaning+=Wash"], "--data.cleaning: there is no class Wash to choose"),
         ("a.txt", b"some text", ["--data.source={stdlib: 0}"], "the weight of stdlib is 0"),
-        ("a.txt", b"some text", ["--data.source={}"], "data.source is empty; name a source"),
+        ("a.txt", b"some text", ["--data.source={}"], "data.source is empty; set it to at least one source"),
         ("a.txt", b"some text", ["--data.max_bytes=0"], "data.max_bytes is 0"),
         ("a.txt", b"some text", ["--data.source=owner/name"], "no such file or folder: owner/name"),
         ("a.txt", b"some text", ["--data.source=*.text"], "no such file or folder: *.text"),

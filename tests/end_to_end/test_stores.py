@@ -104,14 +104,14 @@ def test_bad_stores_are_rejected_in_one_line(
 
     made = command("prepare", f"--data.source={corpus}", "--data.store=three", "--data.tokenizer=byte")
     assert made.code == 0, made.err
-    check_rejected([str(one), "three"], "three was made with another tokenizer than", "--data.tokenizer")
+    check_rejected([str(one), "three"], "three has a different tokenizer than", "--data.tokenizer")
     check_rejected({str(one): 0.0, str(two): 0}, "the weights sum to 0")
     check_rejected({str(one): -1.0}, "the weight of", "0 or more")
     check_rejected([], "data.mixture is empty")
-    check_rejected("nowhere", "there is no token store nowhere", "prepare --data.store has made")
+    check_rejected("nowhere", "nowhere is not a token store", "created by prepare --data.store")
     check_rejected([str(one)], "fewer than one window of 100000", more=("--data.block_size=100000",))
     for more in (f"--data.source={corpus}", "--data.vocab_size=300", "--data.tokenizer=byte", "--data.store=four"):
-        check_rejected([str(one)], "made already; leave out data.", more=(more,))
+        check_rejected([str(one)], "existing tokens, so data.", more=(more,))
     manifest = json.loads((one / "store.json").read_text())
     (one / "store.json").write_text(json.dumps(manifest | {"format": 99}))
     check_rejected([str(one)], "format 99, newer than", "update lit_gpt_scratch")
@@ -135,7 +135,7 @@ def test_out_of_range_token_ends_a_run_in_one_line(
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)
     assert str(error.value).startswith("shard train-00000 of")
-    assert "has token 5000, but its tokenizer only 300 tokens" in str(error.value)
+    assert "has token 5000, but its tokenizer has only 300 tokens" in str(error.value)
     assert "Traceback" not in str(error.value)
     with pytest.raises(UserError, match="has token 5000"):
         data.store.verify(all_files=True)

@@ -65,7 +65,7 @@ def test_compare_measures_on_held_out_text(command: Command, small: list[str]) -
         ),
         (["--data.tokenizer=wordpeace"], "wordpeace is not a usable tokenizer file"),
         (["--data.special_tokens=['<|endoftext|>']"], "is empty or repeated"),
-        (["--data.vocab_size=5000"], "gives a tokenizer of kind bpe only"),
+        (["--data.vocab_size=5000"], "yields a bpe tokenizer of only"),
     ],
 )
 def test_mistake_is_one_line(command: Command, small: list[str], flags: list[str], message: str) -> None:
