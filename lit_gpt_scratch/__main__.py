@@ -1,4 +1,4 @@
-"""All commands behind one: ``lit-gpt <command>``, or ``python -m lit_gpt_scratch <command>``."""
+"""Entry point for all commands: ``lit-gpt <command>``, or ``python -m lit_gpt_scratch <command>``."""
 
 import sys
 from importlib import import_module
@@ -8,17 +8,17 @@ from lit_gpt_scratch.errors import UserError
 
 COMMANDS = {
     "fit": "train, fine-tune or align a GPT, or resume a run",
-    "prepare": "tokenise a text ahead of a run, or compare tokenizers on it",
+    "prepare": "tokenize a text ahead of a run, or compare tokenizers on it",
     "generate": "continue prompts, chat, or collect preferences with a trained model",
     "evaluate": "measure a trained model on a text, a task or a benchmark",
-    "sweep": "run every trial of a sweep file and report the results; compare runs",
+    "sweep": "run all trials of a sweep file and report the results, or compare runs",
     "convert": "convert checkpoints to and from Hugging Face folders and safetensors files",
-    "doctor": "diagnose a run, check this machine, test resuming and strategies",
+    "doctor": "diagnose a run, check this machine, or test resuming and strategies",
 }
 
 
 def main() -> None:
-    """Run the command that the first argument names; without one, list the commands."""
+    """Run the command named by the first argument; without arguments, list the commands."""
     entrypoint.run(_dispatch)
 
 

@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.doctor``: diagnose a run, this machine or a configuration."""
+"""``python -m lit_gpt_scratch.doctor``: diagnose a run, check this machine, or test resuming and strategies."""
 
 from lit_gpt_scratch.cli import entrypoint
 

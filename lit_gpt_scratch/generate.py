@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.generate``: continue prompts with a trained model."""
+"""``python -m lit_gpt_scratch.generate``: continue prompts, chat, or collect preferences with a trained model."""
 
 from lit_gpt_scratch.cli import entrypoint
 

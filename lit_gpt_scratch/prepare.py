@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.prepare``: tokenise a text ahead of a run, or compare tokenizers on it."""
+"""``python -m lit_gpt_scratch.prepare``: tokenize a text ahead of a run, or compare tokenizers on it."""
 
 from lit_gpt_scratch.cli import entrypoint
 

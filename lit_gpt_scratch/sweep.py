@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.sweep``: run every trial of a sweep file, or compare runs."""
+"""``python -m lit_gpt_scratch.sweep``: run all trials of a sweep file, or compare runs."""
 
 from lit_gpt_scratch.cli import entrypoint
 

@@ -1,1 +1,1 @@
-"""The commands: argument parsing, help, config files, resuming, and error messages."""
+"""Command-line interface: commands, argument parsing, help, config files, resuming and error messages."""

@@ -1,4 +1,4 @@
-"""Chat in the terminal, with the chat template of instruction tuning."""
+"""Chat in the terminal, using the chat template from instruction tuning."""
 
 import io
 import logging
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def build_chat_prompts(tokenizer: Tokenizer, system: str | None, questions: Iterable[str]) -> list[list[int]]:
-    """Build the token ids of one prompt per question, up to where the assistant's reply starts.
+    """Build one prompt per question, as token ids up to the start of the assistant's reply.
 
     Raises:
         UserError: A question is empty.
@@ -39,29 +39,31 @@ def chat_session(
     """Reply to each line, with the conversation so far as context.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: The model's.
-        system: The system message; None for none.
-        lines: The user's messages; empty ones are skipped.
-        max_new_tokens: Maximum length of a reply.
-        sampling: How to choose tokens.
-        seed: Of the first reply; each further reply uses the next seed.
+        model: Model in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        system: System message, or None to omit it.
+        lines: Messages from the user; empty messages are skipped.
+        max_new_tokens: Maximum tokens per reply.
+        sampling: Sampling parameters.
+        seed: Seed for the first reply; each further reply uses the next seed.
 
     Returns:
-        The replies in pieces, as they are generated, each reply followed by an empty piece. The oldest turns are
-        dropped when the context is nearly full, and a question that does not fit gets no reply; both are logged.
+        Pieces of the replies, as they are generated, with an empty piece after each reply. The oldest turns are dropped
+        when the context is nearly full, and a question that does not fit gets no reply; both are logged.
     """
     template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     turns: list[Message] = []
     reply_tokens = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
         message = Message("user", question)
-        if (alone := len(template.render_prompt([*head, message]))) > model.block_size:  # without earlier turns
+        if (
+            alone := len(template.render_prompt([*head, message]))
+        ) > model.block_size:  # its length without earlier turns
             log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
         turns.append(message)
         while len(turns) > 1 and len(template.render_prompt([*head, *turns])) + reply_tokens > model.block_size:
-            log.warning("the context is full; dropping the first question and its reply")
+            log.warning("the context is full; dropping the oldest question and its reply")
             turns = turns[2:]
         prompt = template.render_prompt([*head, *turns])
         reply = ""
@@ -74,7 +76,7 @@ def chat_session(
 
 
 def read_stdin_lines() -> Iterator[str]:
-    """Yield lines from standard input until it ends, with a prompt if it is a terminal."""
+    """Yield lines from standard input until it ends, printing a prompt if it is a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # do not fail on bytes that are not UTF-8
     while True:

@@ -1,4 +1,4 @@
-"""Collect preferences: a person chooses the better of two replies, and a line is added to a JSONL file."""
+"""Collect preferences: the user chooses the better of two replies, and the pair is appended to a JSONL file."""
 
 import json
 import os
@@ -16,7 +16,7 @@ from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
-"""How often two replies are sampled until they are complete and differ."""
+"""Maximum number of times a pair of replies is sampled until both are complete and they differ."""
 QUESTION: Final = "Which is better? 1, 2, skip or quit"
 
 
@@ -35,22 +35,22 @@ def collect_preferences(
 
     Replies that are truncated, equal or blank are sampled again.
 
-    Each answer is flushed to disk before the next question, so that an interruption loses none.
+    Each answer is flushed to disk before the next question, so that no answer is lost if the command is interrupted.
 
     Args:
-        model: In evaluation mode.
-        tokenizer: The model's.
-        system: The system message; None for none.
-        questions: The prompts; blank ones are skipped.
-        answers: The person's answers: ``1``, ``2``, ``skip``, ``quit``, or their first letters.
-        path: The JSONL file, with keys ``prompt``, ``chosen`` and ``rejected``.
-        max_new_tokens: Maximum length of a reply.
-        sampling: How to choose tokens.
-        seed: Of the first reply if the file is empty; each further reply uses the next seed. If the file has lines,
-            the seeds that these may have used are skipped, so that running the same command again gives other pairs.
+        model: Model in evaluation mode.
+        tokenizer: Tokenizer of the model.
+        system: System message, or None to omit it.
+        questions: Prompts to reply to; blank prompts are skipped.
+        answers: Answers from the user: ``1``, ``2``, ``skip``, ``quit``, or their first letters.
+        path: JSONL file to append to, with keys ``prompt``, ``chosen`` and ``rejected``.
+        max_new_tokens: Maximum tokens per reply.
+        sampling: Sampling parameters.
+        seed: Seed for the first reply if the file is empty; each further reply uses the next seed. Seeds that the
+            file's existing lines may have used are skipped, so that repeating the command produces other pairs.
 
     Returns:
-        Text to print, line by line.
+        Lines of text to print.
 
     Raises:
         UserError: A question is too long, or the file cannot be written.
@@ -72,7 +72,7 @@ def collect_preferences(
                 break
         else:
             why = "a higher --temperature" if whole else "a higher --max_new_tokens, so that replies are complete,"
-            yield f"{question}\nThe model gave no two different replies; {why} may help.\n"
+            yield f"{question}\nThe model did not generate two different, complete replies; {why} may help.\n"
             continue
         yield f"{question}\n\n[1] {one.text}\n\n[2] {two.text}\n"
         yield QUESTION
@@ -91,10 +91,10 @@ def collect_preferences(
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line to a file and flush it to disk; a last line without a newline gets one first.
+    """Append a line to a file and flush it to disk, first adding a missing newline after the last line.
 
     Raises:
-        UserError: It cannot be written.
+        UserError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Defaults that depend on a preset, a pretrained model, a class or the machine, resolved before a config is saved."""
+"""Defaults that depend on a preset, a pretrained model, a class or the machine; resolved before a config is saved."""
 
 import inspect
 from dataclasses import asdict
@@ -18,9 +18,9 @@ from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
 
 MAX_STEPS: Final = 900
-"""Length of a run for which no steps, epochs or time are given."""
+"""Default number of optimizer steps if no steps, epochs or time limit are given."""
 PUBLISHED_VOCABULARIES: Final = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
-"""Tokens of the published models of a family of presets; others are counted with the default vocabulary."""
+"""Vocabulary size of the published models in each preset family; other presets use the default vocabulary size."""
 TRAINER_DEFAULTS: Final[dict[str, Any]] = {
     "limit_train_batches": 1.0,
     "limit_val_batches": 1.0,
@@ -28,14 +28,14 @@ TRAINER_DEFAULTS: Final[dict[str, Any]] = {
     "limit_predict_batches": 1.0,
     "gradient_clip_algorithm": "norm",
 }
-"""The values that Lightning uses for ``null``."""
+"""Values that Lightning uses for trainer arguments set to ``null``."""
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
-    """Make the architecture of a preset the parser's default, which configs and flags override.
+    """Set the parser's default architecture to that of a preset; configs and flags override it.
 
     Raises:
-        UserError: Unknown preset.
+        UserError: The preset does not exist.
     """
     if name is None:
         return
@@ -47,27 +47,27 @@ def apply_preset(parser: ArgumentParser, name: str | None) -> None:
 def apply_init_from(
     parser: ArgumentParser, place: str | None, task: str | None, preset: str | None
 ) -> InitialModel | None:
-    """Make the architecture and the context of the pretrained model that ``model.init_from`` names the defaults.
+    """Set the parser's default architecture and context length to those of the ``model.init_from`` model.
 
     Args:
-        parser: It is changed.
-        place: The value of ``model.init_from``.
-        task: The class of the task, a name or a path; None for the default.
-        preset: The value of ``--preset``.
+        parser: Parser whose defaults are changed.
+        place: Value of ``model.init_from``.
+        task: Class name or import path of the task; None for the default task.
+        preset: Value of ``--preset``.
 
     Returns:
-        The pretrained model, if there is one.
+        The pretrained model, or None if ``place`` is None.
 
     Raises:
-        UserError: The model cannot be read, or a preset is given as well.
+        UserError: The model cannot be read, or a preset is also given.
     """
     if place is None:
         return None
     if preset is not None:
-        raise UserError("--preset and model.init_from both name an architecture; leave one of them out")
+        raise UserError("--preset and model.init_from both specify an architecture; omit one of them")
     initial = InitialModel.read(place)
     metadata = initial.metadata
-    # A checkpoint must not choose the code that runs; only flags and configs do.
+    # A checkpoint must not choose the code that runs; only flags and configs may.
     gpt = {**asdict(GPTConfig()), **metadata.gpt, "attention": None}
     if not getattr(import_class(task or "LanguageModel", "lit_gpt_scratch.tasks"), "allows_dropout", True):
         gpt["dropout"] = 0.0
@@ -77,7 +77,7 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change default arguments of the default class; a class that is chosen instead keeps those of the same name."""
+    """Change the default class's default arguments; another class keeps those that it also has."""
     before = parser.get_default(part)
     parser.set_defaults(
         {part: {"class_path": before["class_path"], "init_args": {**before.get("init_args", {}), **arguments}}}
@@ -85,9 +85,9 @@ def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) 
 
 
 def import_class(name: str, package: str) -> Any:
-    """Import a class by its path, or by its name in one of our packages; None if there is none.
+    """Import a class by its import path, or by name from ``package``; None if it does not exist.
 
-    Importing the class that a flag names runs its module, as the parser would a moment later.
+    Importing a class named by a flag executes its module, which the parser would do anyway.
     """
     module, _, leaf = name.rpartition(".")
     try:
@@ -97,15 +97,15 @@ def import_class(name: str, package: str) -> Any:
 
 
 def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, Any]:
-    """Return the values that a class uses for arguments left at ``None``, by name.
+    """Return the values that a class uses for arguments left at ``None``, keyed by argument name.
 
-    A class states them in a classmethod ``default_arguments(arguments)``, given its other arguments: they cannot be
-    in the signature, because the parser keeps same-named arguments when a flag swaps the class, and a learning rate of
-    Muon would ruin AdamW.
+    A class defines them in a classmethod ``default_arguments(arguments)``, given its other arguments. They cannot be in
+    the signature, because the parser keeps arguments of the same name when a flag changes the class, and Muon's
+    learning rate, for example, would ruin a run with AdamW.
 
     Args:
-        part: A class and its arguments, as parsed: ``class_path`` and ``init_args``.
-        init_from: The value of ``model.init_from``.
+        part: Parsed class and arguments: ``class_path`` and ``init_args``.
+        init_from: Value of ``model.init_from``.
     """
     kind = import_class(str(part.get("class_path", "")), "lit_gpt_scratch.optim")
     if not hasattr(kind, "default_arguments"):
@@ -115,7 +115,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Whether an argument's default is ``None``; a subclass by a user may have changed it."""
+    """Whether an argument's default is ``None``, which a user's subclass may have changed."""
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if argument in parameters:
@@ -124,7 +124,7 @@ def _accepts_none(kind: type, argument: str) -> bool:
 
 
 def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
-    """Arguments of the data module, the optimizer and the schedule, each with their classes' defaults."""
+    """Return the arguments of the data module, the optimizer and the schedule, each with its class's defaults."""
     found = []
     data, optimizer, schedule = map(config.get, ("data", "model.init_args.optimizer", "model.init_args.schedule"))
     init_from = config.get("model.init_args.init_from")
@@ -137,7 +137,7 @@ def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
 
 
 def unset_defaults(config: Namespace) -> None:
-    """Set the arguments of a config file that equal their class's defaults to ``None``, as if they were not given."""
+    """Set arguments in a config file that equal their class's defaults to ``None``, as if they were not given."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] == value:
@@ -145,7 +145,7 @@ def unset_defaults(config: Namespace) -> None:
 
 
 def resolve_defaults(config: Namespace) -> None:
-    """Set every argument that was left at ``None`` to the value that will be used, as far as flags decide it."""
+    """Set every argument left at ``None`` to the value that will be used, where it depends only on flags."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] is None and name != "vocab_size":
@@ -162,10 +162,10 @@ def resolve_defaults(config: Namespace) -> None:
 
 
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
-    """Set the defaults that depend on the device and the prepared data: compilation and the vocabulary size.
+    """Set the defaults that depend on the device and the prepared data: compilation and vocabulary size.
 
-    A vocabulary that came out smaller than the default stays ``None``: the text has no more tokens, and asking for a
-    number that it does not have is an error.
+    If the text yielded a vocabulary smaller than the default, the vocabulary size stays ``None``, because an explicit
+    size that the text cannot yield is an error.
     """
     if "model.init_args.compile" in config and config.model.init_args.compile is None:
         config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False

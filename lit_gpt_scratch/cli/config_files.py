@@ -1,4 +1,4 @@
-"""Config files: those that ship with the project, those that a user names, and the ``config.yaml`` of a run."""
+"""Config files: shipped experiments, files passed by the user, and a run's ``config.yaml``."""
 
 import json
 import textwrap
@@ -17,17 +17,18 @@ from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 from lit_gpt_scratch.errors import UserError
 
 EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
-"""The shipped experiments; only a clone of the repository has them, an installed package does not."""
+"""Folder of the shipped experiments, which exists in a clone of the repository but not in an installed package."""
 
 
 class FitParser(LightningArgumentParser):
-    """Lightning's parser, which also reads configs of earlier versions and of finished runs."""
+    """Lightning's parser, extended to read configs from earlier versions and from existing runs."""
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
-        """Parse the text of a config file.
+        """Parse the content of a config file.
 
-        A run's config states every default. Those of a class or a schedule are unset again here, so that a flag that
-        swaps the class gets the defaults of the new one; what stays unset is resolved to the same values in the end.
+        A run's config contains every default. The defaults of classes and schedules are unset here, so that a flag that
+        changes the class gets the new class's defaults. Arguments that stay unset are later resolved to the same values
+        again.
         """
         config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
         unset_defaults(config)
@@ -35,13 +36,14 @@ class FitParser(LightningArgumentParser):
 
 
 def find_config(name: str) -> str:
-    """Return the path of the config file that ``--config`` names.
+    """Return the path of the config file given by ``--config``.
 
     Args:
-        name: A path, or a shipped experiment such as ``finetune/spam``. A path that exists wins.
+        name: Path of a file, or name of a shipped experiment such as ``finetune/spam``. An existing path takes
+            precedence.
 
     Raises:
-        UserError: No such file.
+        UserError: The file does not exist.
     """
     if Path(name).exists() or "{" in name or "://" in name:  # a config may also be given as text or as a URL
         return name
@@ -49,7 +51,9 @@ def find_config(name: str) -> str:
     if name and shipped.is_file():
         return str(shipped)
     if EXPERIMENTS.is_dir():
-        raise UserError(f"--config {name}: no such file, and no shipped experiment; --config list lists these")
+        raise UserError(
+            f"--config {name}: no such file, and no shipped experiment of that name; use --config list to list them"
+        )
     raise UserError(
         f"--config {name}: no such file; the shipped experiments are in the folder experiments/ of the repository, "
         f"and {EXPERIMENTS} does not exist"
@@ -60,7 +64,7 @@ def describe_experiments() -> str:
     """List the shipped experiments, each with the first line of its leading comment.
 
     Raises:
-        UserError: They are not installed.
+        UserError: The experiments are not installed.
     """
     if not EXPERIMENTS.is_dir():
         raise UserError(
@@ -79,7 +83,7 @@ def describe_experiments() -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Return the content of a config file as nested plain data; empty if it cannot be read: the parser reports why."""
+    """Return a config file as nested plain data; empty if it cannot be read, which the parser reports."""
     try:
         content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
@@ -88,11 +92,11 @@ def read_config(path: str) -> dict[str, Any]:
 
 
 class SaveConfig(RunDirCallback):
-    """Write ``config.yaml`` into the run folder when training starts, after every check has passed.
+    """Callback that writes ``config.yaml`` into the run folder when training starts, after all checks have passed.
 
     Args:
-        parser: The parser that knows the flags.
-        config: The flags, with defaults resolved.
+        parser: Parser for the flags.
+        config: Flags, with defaults resolved.
     """
 
     def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
@@ -100,7 +104,7 @@ class SaveConfig(RunDirCallback):
         self.config = config
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write all flags except that the run was resumed, so that the file also starts a new run like this one."""
+        """Write all flags except ``ckpt_path`` and ``force``, so that the file can start a new, identical run."""
         if self.folder and trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path, config.force = None, False
@@ -108,6 +112,6 @@ class SaveConfig(RunDirCallback):
 
 
 def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Return a config as nested plain data, in the form of its file, for comparing two of them."""
+    """Return a config as nested plain data, structured as in its file, for comparing configs."""
     nested: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
     return nested

@@ -23,40 +23,43 @@ def main(args: Sequence[str] | None = None) -> None:
         description="Export a checkpoint to another format, or import a published model as a checkpoint.",
     )
     formats = parser.add_subparsers(dest="format", metavar="FORMAT", required=True, title="formats")
-    checkpoint: dict[str, Any] = {"metavar": "CKPT", "help": "a checkpoint file or a run folder"}
-    file: dict[str, Any] = {"metavar": "FILE", "type": Path, "help": "file to write; its name ends with .safetensors"}
+    checkpoint: dict[str, Any] = {"metavar": "CKPT", "help": "checkpoint file or run folder"}
+    file: dict[str, Any] = {"metavar": "FILE", "type": Path, "help": "output file; its name must end with .safetensors"}
     to_safetensors = formats.add_parser(
         "to-safetensors",
         help="export weights, architecture and tokenizer as one .safetensors file",
-        description="Write the weights of a checkpoint, its architecture and its tokenizer as one .safetensors file, "
-        "which generate and evaluate read like a checkpoint and which cannot contain code; adapters are merged.",
+        description="Export a checkpoint's weights, architecture and tokenizer to one .safetensors file. The file "
+        "cannot contain code; generate and evaluate read it like a checkpoint. LoRA adapters are merged into the "
+        "weights.",
     )
     to_safetensors.add_argument("checkpoint", **checkpoint)
     to_safetensors.add_argument("file", **file)
     to_hf = formats.add_parser(
         "to-hf",
-        help="export a folder for Hugging Face's transformers",
-        description="Write a folder that AutoModelForCausalLM and AutoTokenizer load, as the architecture that can "
-        "represent the model: GPT-2, Llama, Mistral or Qwen3.",
+        help="export a folder for Hugging Face transformers",
+        description="Export a folder that AutoModelForCausalLM and AutoTokenizer can load, in the architecture that "
+        "matches the model: GPT-2, Llama, Mistral or Qwen3.",
     )
     to_hf.add_argument("checkpoint", **checkpoint)
-    to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write; missing or empty")
+    to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be missing or empty")
     to_adapter = formats.add_parser(
         "to-adapter",
-        help="export the LoRA adapters of a run",
-        description="Write the weights trained by a run with --model.lora.rank as one .safetensors file, which "
-        "generate and evaluate apply to the weights of its base model with --adapter FILE.",
+        help="export the LoRA adapters from a run",
+        description="Export the weights trained by a run with --model.lora.rank to one .safetensors file. generate and "
+        "evaluate apply it to its base model with --adapter FILE.",
     )
     to_adapter.add_argument("checkpoint", **checkpoint)
     to_adapter.add_argument("file", **file)
     from_hf = formats.add_parser(
         "from-hf",
-        help="import a folder of Hugging Face's transformers",
-        description="Read a folder that save_pretrained wrote, of GPT-2, Llama, Mistral or Qwen3, and write a "
-        "checkpoint that generate and evaluate read. No code in the folder is run.",
+        help="import a folder from Hugging Face transformers",
+        description="Import a GPT-2, Llama, Mistral or Qwen3 folder written by save_pretrained, as a checkpoint that "
+        "generate and evaluate can read. No code in the folder is executed.",
     )
-    from_hf.add_argument("folder", metavar="FOLDER", type=Path, help="with config.json, .safetensors, tokenizer.json")
-    from_hf.add_argument("checkpoint", metavar="CKPT", type=Path, help="file to write, x.ckpt or x.safetensors")
+    from_hf.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors and tokenizer.json"
+    )
+    from_hf.add_argument("checkpoint", metavar="CKPT", type=Path, help="output file, x.ckpt or x.safetensors")
     given = parser.parse_args(args)
     convert = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
     convert[given.format](given)
@@ -74,7 +77,7 @@ def _require_safetensors_suffix(file: Path) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
 
     if file.suffix != SAFETENSORS_SUFFIX:
-        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}; add it")
+        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}; add the suffix")
 
 
 def _to_safetensors(given: Namespace) -> None:
@@ -104,7 +107,7 @@ def _from_hf(given: Namespace) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX, export_safetensors
 
     if given.checkpoint.exists():
-        raise UserError(f"argument CKPT: {given.checkpoint} exists already; name another file, or delete it")
+        raise UserError(f"argument CKPT: {given.checkpoint} already exists; pass another file, or delete it")
     checkpoint = load_hf_checkpoint(given.folder)
     if given.checkpoint.suffix == SAFETENSORS_SUFFIX:
         export_safetensors(checkpoint, STATE_PREFIX, given.checkpoint)
@@ -113,7 +116,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Read a model with its weights in the dtype of the file; loading them into a network would convert them."""
+    """Read a model, keeping its weights in the file's dtype; loading them into a network would convert them."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel

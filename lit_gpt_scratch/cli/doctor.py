@@ -1,4 +1,4 @@
-"""``doctor``: diagnose a run, check this machine, or test that a configuration resumes and scales exactly."""
+"""``doctor``: diagnose a run, check this machine, or test that resuming is exact and that strategies agree."""
 
 import argparse
 import json
@@ -22,44 +22,45 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.profiling.device_check import RELATIVE_TOLERANCES, compare_devices, describe_machine
 
 RESUME_DEFAULTS = ("--trainer.max_steps=30", "--trainer.val_check_interval=10", "--checkpoint.every_n_steps=4")
-"""A short run that saves often; the user's flags override these."""
+"""Flags for a short run that saves often; the user's flags override them."""
 PARITY_DEFAULTS = (
     "--trainer.accelerator=cpu", "--trainer.max_steps=50", "--trainer.limit_val_batches=0", "--data.block_size=64",
     "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2",
     "--model.compile=false",
 )  # fmt: skip
-"""A small model whose weights all have a gradient from the first step on; the user's flags override these."""
+"""Flags for a small model whose weights all have a gradient from the first step; the user's flags override them."""
 OPTIONS = {"kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity"}
-"""Options that belong to only one of the tests."""
+"""Maps each option that belongs to only one of the tests to that test's flag."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``doctor``: on a run, on this machine, or on the run that the flags of ``fit`` describe."""
+    """Run the command ``doctor``: diagnose a run, check this machine, or test a run described by flags of ``fit``."""
     args = sys.argv[1:] if args is None else list(args)
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.doctor",
         description="Without flags: describe this machine, and check that its devices match a CPU in "
-        "float32. RUN: diagnose the curves of a run. --resume: kill a run with SIGKILL at random moments, resume it, "
-        "and compare its last checkpoint and its curves bit for bit with those of an uninterrupted run. --parity: run "
-        "the same steps in every layout of processes and micro-batches, and compare losses and gradients.",
-        epilog=f"All other flags are those of fit. They override {' '.join(RESUME_DEFAULTS)} for --resume, and "
-        f"{' '.join(PARITY_DEFAULTS)} for --parity.",
+        "float32. With RUN: diagnose the curves of a run. With --resume: kill a run with SIGKILL at random times, "
+        "resume it, and compare its last checkpoint and its curves bit for bit with those of an uninterrupted run. "
+        "With --parity: run the same steps in every layout of processes and micro-batches, and compare losses and "
+        "gradients.",
+        epilog=f"All other flags are flags of fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
+        f"with --resume, and {' '.join(PARITY_DEFAULTS)} with --parity.",
     )
     tests = parser.add_mutually_exclusive_group()
     tests.add_argument("--resume", action="store_true", help="test that resuming is exact")
-    tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same")
-    if not {"--resume", "--parity"} & set(args):  # with them, a positional word is the value of a flag of fit
-        parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="a run folder, or any TensorBoard folder")
-        parser.add_argument("--json", action="store_true", help="with RUN: print the diagnoses as in doctor.json")
+    tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same results")
+    if not {"--resume", "--parity"} & set(args):  # with these flags, a positional word is the value of a flag of fit
+        parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="run folder, or any TensorBoard folder")
+        parser.add_argument("--json", action="store_true", help="with RUN: print the diagnoses in doctor.json's format")
     resume, parity = parser.add_argument_group("with --resume"), parser.add_argument_group("with --parity")
-    resume.add_argument("--kills", type=int, default=6, help="number of kills")
-    resume.add_argument("--seed", type=int, default=0, help="seed of the random kill times")
+    resume.add_argument("--kills", type=int, default=6, help="number of times to kill the run")
+    resume.add_argument("--seed", type=int, default=0, help="seed for the random kill times")
     parity.add_argument(
         "--kinds",
         nargs="+",
         choices=ARITHMETIC_CASES,
         default=list(ARITHMETIC_CASES),
-        help="arithmetic to compare in",
+        help="kinds of arithmetic to compare",
     )
     parity.add_argument(
         "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="layouts to compare with a single process"
@@ -71,18 +72,20 @@ def main(args: Sequence[str] | None = None) -> None:
             raise UserError(f"argument --{name} is only for {belongs_to}")
     if test is None:
         if fit_flags:
-            raise UserError(f"unrecognized arguments: {' '.join(fit_flags)} (flags of fit need --resume or --parity)")
+            raise UserError(
+                f"unrecognized arguments: {' '.join(fit_flags)} (flags of fit require --resume or --parity)"
+            )
         if given.json and given.run is None:
-            raise UserError("argument --json needs the folder of a run")
+            raise UserError("argument --json requires a run folder; pass RUN")
         healthy = _check_machine() if given.run is None else _diagnose_run(given.run, given.json)
         if not healthy:
             sys.exit(1)
         return
     if given.kills < 1:
-        raise UserError(f"argument --kills: {given.kills} is below 1")
+        raise UserError(f"argument --kills: {given.kills} is below 1; it must be 1 or more")
     taken = [flag for flag in fit_flags if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
-        raise UserError(f"{taken[0]} cannot be set here: the doctor's runs are temporary; leave it out")
+        raise UserError(f"{taken[0]} cannot be set here, because the doctor's runs are temporary; omit it")
     with exit_on_signal(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run_test = _test_parity if given.parity else _test_resume
         if not run_test(given, fit_flags, Path(folder)):
@@ -90,13 +93,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:
-    """Print the diagnoses of a run; always True, since finding problems is not a failure of the command."""
+    """Print the diagnoses of a run; always return True, since finding problems is not a failure of the command."""
     engine = RuleEngine(RULES)
     replay_events(run, engine)
     if not any(len(engine.history[name]) for rule in RULES for name in rule.reads):
-        raise UserError(
-            f"{run} has none of the curves that the doctor reads, such as train/loss; name the folder of a run"
-        )
+        raise UserError(f"{run} has none of the curves that the doctor reads, such as train/loss; pass a run folder")
     engine.finish()
     if as_json:
         print(json.dumps([diagnosis.to_dict() for diagnosis in engine.diagnoses], indent=2))
@@ -109,7 +110,7 @@ def _diagnose_run(run: Path, as_json: bool) -> bool:
 
 
 def _check_machine() -> bool:
-    """Describe the machine; return whether all its devices agree with the CPU."""
+    """Print a description of the machine; return whether all its devices agree with the CPU."""
     configure_process()
     for name, text in describe_machine({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
         print(f"{name:14} {text}")

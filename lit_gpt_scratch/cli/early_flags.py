@@ -1,4 +1,4 @@
-"""Flags that decide how the others are parsed, found before the parser runs."""
+"""Flags that affect how other flags are parsed, read before the parser runs."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from lit_gpt_scratch.cli.config_files import find_config, read_config
 from lit_gpt_scratch.cli.moved_class_paths import replace_moved_class_paths
 
 LIST: Final = "list"
-"""The value of ``--config`` and ``--preset`` that lists all choices."""
+"""Value of ``--config`` and ``--preset`` that lists all choices."""
 CONFIG: Final = ("--config", "-c")
 HELP: Final = ("--help", "-h")
 PRINT_CONFIG: Final = "--print_config"
@@ -17,16 +17,16 @@ PRINT_CONFIG: Final = "--print_config"
 
 @dataclass
 class EarlyFlags:
-    """Values, on the command line and in its configs, of the flags that change the parser's defaults.
+    """Flags that change the parser's defaults, with their values on the command line and in config files.
 
-    The parser has to know a preset, a pretrained model or a resumed run before it reads the other flags, because these
-    override values of it. Reading them first means that everything is parsed once.
+    The parser must know the preset, the pretrained model or the resumed run before it reads the other flags, because
+    those override its values. Reading these flags first means that everything is parsed only once.
 
     Attributes:
-        flags: All flags, with names of shipped experiments replaced by their paths and old class paths by new ones.
-        help: Argument of ``--help``: ``None`` without that flag, ``""`` without an argument.
+        flags: All flags, with names of shipped experiments replaced by paths, and old class paths by new ones.
+        help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
         print_config: Whether ``--print_config`` is given without options.
-        lists: ``--config`` or ``--preset``, if its value is ``list``.
+        lists: The flag (``--config`` or ``--preset``) whose value is ``list``, or None.
     """
 
     flags: list[str]
@@ -38,7 +38,7 @@ class EarlyFlags:
 
     @classmethod
     def scan(cls, flags: Sequence[str]) -> "EarlyFlags":
-        """Read ``--flag value`` and ``--flag=value``.
+        """Scan a command line for these flags, given as ``--flag value`` or ``--flag=value``.
 
         Raises:
             UserError: A config file does not exist.
@@ -64,7 +64,7 @@ class EarlyFlags:
         return early
 
     def get(self, name: str) -> str | None:
-        """Return the value of a flag such as ``model.init_from``: of the last flag, or else of the last config."""
+        """Return a value such as that of ``model.init_from``, from the last such flag or else the last config."""
         value: Any = self._given.get(f"--{name}")
         for config in reversed(self._configs):
             if value is not None:
@@ -73,7 +73,7 @@ class EarlyFlags:
         return None if value in (None, "null") else str(value)
 
     def class_of(self, part: str) -> str | None:
-        """Return the class that is named for ``model`` or ``data``, a name or a path."""
+        """Return the class name or import path given for ``model`` or ``data``."""
         named = self.get(part)
         return named if named and not Path(named).is_file() else None
 

@@ -1,4 +1,7 @@
-"""How every command starts and ends. Imports nothing heavy, so that commands without a trainer start quickly."""
+"""Setup, error handling and argument parsing shared by all commands.
+
+Imports no heavy modules, so that commands without a trainer start quickly.
+"""
 
 import argparse
 import io
@@ -20,13 +23,13 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
-"""Lightning's names of the dtypes that inference supports."""
+"""Maps Lightning's precision names to the dtypes that inference supports."""
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a command's ``main``; a ``UserError`` becomes one line on standard error and exit code 2."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # the encoding of a pipe may lack characters that a model generates
+        if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may lack characters that a model generates
             stream.reconfigure(encoding="utf-8", errors="replace")
     handler = logging.StreamHandler()  # to standard error
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -34,12 +37,12 @@ def run(main: Callable[[], None]) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([logger]):  # above a progress bar instead of into it
+        with logging_redirect_tqdm([logger]):  # print log lines above progress bars, not into them
             main()
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
         sys.exit(2)
-    except BrokenPipeError:  # the reader of standard output closed it, as in `generate | head -1`
+    except BrokenPipeError:  # the reader closed standard output, as in `generate | head -1`
         sys.stderr.close()
         sys.exit(1)
     finally:
@@ -47,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Append defaults to the help of arguments, except of those that are off or not given by default."""
+    """Append defaults to the help of arguments, unless the default is None, False or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_off = action.default is None or action.default is False or action.default == []
@@ -55,57 +58,57 @@ class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser of the commands that need no trainer: a mistake raises ``UserError``, as everywhere."""
+    """Argument parser for commands without a trainer; invalid arguments raise ``UserError``."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=DefaultsHelpFormatter, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Raise instead of printing several lines of usage before the message."""
+        """Raise ``UserError`` instead of printing the usage before the message."""
         raise UserError(f"{message} (see --help)")
 
     def add_checkpoint_arguments(self) -> None:
-        """Add the arguments that say which model to load, and where to run it."""
+        """Add the arguments that specify which model to load, and where to run it."""
         self.add_argument(
-            "checkpoint", metavar="CKPT", nargs="?", help="a checkpoint file or a run folder; default: the newest run"
+            "checkpoint", metavar="CKPT", nargs="?", help="checkpoint file or run folder (default: the newest run)"
         )
-        self.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs")
-        self.add_argument("--experiment", help="take the newest run of this experiment")
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto: a GPU if there is one")
+        self.add_argument("--runs", type=Path, default=Path("runs"), help="folder that contains all runs")
+        self.add_argument("--experiment", help="use the newest run of this experiment")
+        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto (a GPU if available)")
         self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="dtype of the weights")
         self.add_argument("--adapter", metavar="FILE", type=Path, help="LoRA adapter to add; see convert to-adapter")
         self.add_argument(
-            "--trust", metavar="CLASS", help="import this custom attention class, which the checkpoint names"
+            "--trust", metavar="CLASS", help="allow importing this custom attention class, which the checkpoint uses"
         )
 
 
 def validate_utf8(given: argparse.Namespace, *names: str) -> None:
-    """Check that the values of flags were valid UTF-8: no tokenizer encodes anything else.
+    """Check that the values of flags are valid UTF-8, the only encoding that tokenizers accept.
 
     Raises:
-        UserError: One of them was not.
+        UserError: A value is not valid UTF-8.
     """
     for name in names:
         value = getattr(given, name, None)
         for text in [value] if isinstance(value, str) else value or ():
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"argument --{name}: it is not UTF-8 text")
+                raise UserError(f"argument --{name}: not UTF-8 text; pass text encoded as UTF-8")
 
 
 def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
-    """Load the language model that ``add_checkpoint_arguments``' flags name, and its tokenizer.
+    """Load the language model specified by the flags of ``add_checkpoint_arguments``, and its tokenizer.
 
     Raises:
-        UserError: No such model or device.
+        UserError: The model or device is not available, or the model is not a language model.
     """
     return load_trained_model(given).require_language_model()
 
 
 def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
-    """Load the model that ``add_checkpoint_arguments``' flags name, of any task, onto the device they name.
+    """Load the model of any task specified by the flags of ``add_checkpoint_arguments``, onto the specified device.
 
     Raises:
-        UserError: No such checkpoint or device.
+        UserError: The checkpoint or device is not available.
     """
     import torch
 
@@ -128,15 +131,15 @@ def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
 
 
 def find_device(name: str) -> str:
-    """Return the device that ``--device`` names: for ``auto`` the GPU if there is one, else the CPU.
+    """Return the device given by ``--device``; ``auto`` selects a GPU if available, else the CPU.
 
     Raises:
-        UserError: This machine does not have it.
+        UserError: The device is unknown or not available on this machine.
     """
     import torch
 
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", name):
-        raise UserError(f"argument --device: {name} is not one of auto, cpu, cuda, cuda:N, mps")
+        raise UserError(f"argument --device: {name} is not valid; use one of auto, cpu, cuda, cuda:N, mps")
     gpus = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return next((kind for kind, available in gpus.items() if available), "cpu")

@@ -1,4 +1,4 @@
-"""Console output: hide messages a user cannot act on, and report a mistake as one line that names the flag."""
+"""Console output: hide messages that a user cannot act on, and report user mistakes as one line that names the flag."""
 
 import logging
 import re
@@ -13,32 +13,32 @@ from lit_gpt_scratch.errors import UserError
 
 
 def silence_libraries() -> None:
-    """Hide log lines and warnings of libraries that a user cannot act on."""
+    """Hide libraries' log lines and warnings that a user cannot act on."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    # A class without validation examples: AUROC averages over the others.
+    # If a class has no validation examples, AUROC averages over the other classes.
     warnings.filterwarnings("ignore", message="No (positive|negative) samples (found|in) ", module="torchmetrics")
-    # The frozen reference policy of DPO, PPO and GRPO.
+    # DPO, PPO and GRPO have a frozen reference policy.
     warnings.filterwarnings("ignore", message="Found .* in eval mode at the start of training")
-    # Tokens are memory-mapped: loading needs no worker processes.
+    # Tokens are memory-mapped, so loading needs no worker processes.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # The sampler computes its position from the trainer's progress.
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
-    # FSDP2 of the logits, which nothing changes in place.
+    # FSDP2 warns about the logits, which nothing modifies in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor.*")
     # Redistributing a doubly sharded tensor takes several messages; gloo has no faster way.
     logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    # PPO and GRPO generate in that hook; the data module has none.
+    # PPO and GRPO generate in this hook of the LightningModule; the data module does not override it.
     warnings.filterwarnings("ignore", message="You have overridden .on_after_batch_transfer. in .LightningModule.*")
-    # Lightning 2.6 with torch 2.13.
+    # Lightning 2.6 causes this warning with torch 2.13.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
 
 
 @contextmanager
 def user_errors() -> Iterator[None]:
-    """Turn a user's mistake into a ``UserError``; a bug keeps its traceback.
+    """Convert errors caused by user mistakes to ``UserError``; other exceptions keep their traceback.
 
-    The parser wraps the errors of classes that it builds in its own, so the chain of causes is searched.
+    The parser wraps errors raised by the classes that it instantiates, so the chain of causes is searched.
     """
     try:
         yield
@@ -57,7 +57,7 @@ def user_errors() -> Iterator[None]:
 
 
 def _raised_by_a_library(error: BaseException) -> bool:
-    """Whether the trainer or the parser raised, as they do for flags that contradict each other."""
+    """Whether the trainer or the parser raised the error, as they do for contradictory flags."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -73,10 +73,10 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _keys(chain: list[BaseException]) -> list[str]:
-    """The parts of a flag's name, such as ``model``, ``optimizer``, ``lr``: each level of the parser names its own."""
+    """Return the parts of a flag's name, such as ``model``, ``optimizer``, ``lr``, one from each parser level."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
     keys = [match[1] for match in found if match]
-    return [key for place, key in enumerate(keys) if key not in keys[:place]]  # they repeat for a class in a list
+    return [key for place, key in enumerate(keys) if key not in keys[:place]]  # keys repeat for a class in a list
 
 
 def _flag(chain: list[BaseException]) -> str:
@@ -85,7 +85,7 @@ def _flag(chain: list[BaseException]) -> str:
 
 
 def _plain(message: str, prefix: str) -> str:
-    """Replace Python's notation for types by plain words, and inner flags by their full names."""
+    """Replace Python's type notation with plain words, and inner flags with their full names."""
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     message = re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", message)

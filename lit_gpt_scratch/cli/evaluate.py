@@ -23,29 +23,35 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CONTRACT: Final = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-"""The only keys that ``--json`` prints if no option is given but a text: scripts rely on them."""
+"""Keys that ``--json`` prints if only a text and no other option is given; scripts rely on exactly these."""
 OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "limit": ("--limit", {"type": int, "help": "evaluate on this many rows or documents only"}),
+    "limit": ("--limit", {"type": int, "help": "evaluate only this many rows or documents"}),
     "against": (
         "--against",
-        {"metavar": "SOURCE", "help": "training text, as for --data.source, or a store: report which rows occur in it"},
+        {
+            "metavar": "SOURCE",
+            "help": "training text (as in --data.source) or token store; report rows that occur in it",
+        },
     ),
-    "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column with the text (default: text)"}),
-    "label_column": ("--data.label_column", {"metavar": "NAME", "help": "column with the class (default: label)"}),
-    "window": ("--window", {"type": int, "help": "tokens per forward pass (default: the model's context)"}),
-    "stride": ("--stride", {"type": int, "help": "tokens between the starts of windows (default: a window)"}),
-    "few_shot": ("--few_shot", {"type": int, "help": "use this many of the first rows as examples (default: 0)"}),
+    "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column that contains the text (default: text)"}),
+    "label_column": (
+        "--data.label_column",
+        {"metavar": "NAME", "help": "column that contains the class (default: label)"},
+    ),
+    "window": ("--window", {"type": int, "help": "tokens per forward pass (default: the context length)"}),
+    "stride": ("--stride", {"type": int, "help": "tokens between window starts (default: the window length)"}),
+    "few_shot": ("--few_shot", {"type": int, "help": "number of first rows used as few-shot examples (default: 0)"}),
     "max_new_tokens": (
         "--max_new_tokens",
         {"type": int, "help": "maximum number of tokens to generate (default: 200)"},
     ),
-    "stop": ("--stop", {"action": "append", "help": "stop before this string; may be given several times"}),
+    "stop": ("--stop", {"action": "append", "help": "stop before this string; may be repeated"}),
     "include_path": (
         "--include_path",
-        {"type": Path, "metavar": "DIR", "help": "folder with YAML files of further benchmarks"},
+        {"type": Path, "metavar": "DIR", "help": "folder with YAML files that define additional benchmarks"},
     ),
 }
-"""By name in the rest of the package; ``EVAL_TASKS`` lists which of them each evaluation takes."""
+"""Flags and their settings, keyed by name; ``EVAL_TASKS`` lists the options that each evaluation accepts."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -54,8 +60,8 @@ def main(args: Sequence[str] | None = None) -> None:
     flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Measure a trained model.")
     flags.add_checkpoint_arguments()
     asked = flags.add_mutually_exclusive_group()
-    asked.add_argument("--data.source", dest="source", help="a text file, a folder, a file of rows, or 'stdlib'")
-    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="tasks of lm-eval (needs the extra [eval])")
+    asked.add_argument("--data.source", dest="source", help="text file, folder, file of rows, or 'stdlib'")
+    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks (require the extra [eval])")
     asked.add_argument("--text", action="append", help="text to classify; may be repeated")
     flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():
@@ -74,14 +80,14 @@ def main(args: Sequence[str] | None = None) -> None:
         _validate_flags(given, f"--task {task}", ("task", "limit", "against", *EVAL_TASKS[task].flags))
         _evaluate(given, task)
     else:
-        raise UserError("nothing to evaluate on: give --data.source, --benchmark or --text (see --help)")
+        raise UserError("nothing to evaluate; use --data.source, --benchmark or --text (see --help)")
 
 
 def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
     """Reject flags that would have no effect, and numbers out of range."""
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
-            raise UserError(f"argument {flag}: it has no effect with {what}; leave it out")
+            raise UserError(f"argument {flag}: it has no effect with {what}; omit it")
     for name, least in (("limit", 1), ("few_shot", 0), ("max_new_tokens", 1)):
         if name in given and getattr(given, name) < least:
             raise UserError(f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}")
@@ -115,7 +121,9 @@ def _benchmark(given: Namespace) -> None:
     options = {name: getattr(given, name) for name in ("few_shot", "limit", "include_path") if name in given}
     model, tokenizer, _, _ = _open_checkpoint(given)
     if isinstance(model.output_head, ClassificationHead):
-        raise UserError(f"argument --benchmark: {given.checkpoint} is a classifier; benchmarks need a language model")
+        raise UserError(
+            f"argument --benchmark: {given.checkpoint} is a classifier; benchmarks require a language model"
+        )
     found = lm_eval_adapter.run_lm_eval(model, tokenizer, names, **options)
     answers = {name: summary_to_dict(scores) for name, scores in found.items()}
     if given.json:
@@ -129,7 +137,7 @@ def _benchmark(given: Namespace) -> None:
 def _classify(given: Namespace) -> None:
     model, tokenizer, classes, pooling = _open_checkpoint(given)
     if not isinstance(model.output_head, ClassificationHead):
-        raise UserError(f"argument --text: {given.checkpoint} is a language model; --text needs a classifier")
+        raise UserError(f"argument --text: {given.checkpoint} is a language model; --text requires a classifier")
     for text, row in zip(given.text, classify(model, tokenizer, given.text, pooling).tolist(), strict=True):
         chances = dict(sorted(zip(classes, row, strict=True), key=lambda each: -each[1]))
         if given.json:
@@ -141,15 +149,15 @@ def _classify(given: Namespace) -> None:
 
 
 def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...], str]:
-    """Load the model and its tokenizer, and of a classifier the class names and the pooling.
+    """Load the model, its tokenizer and, for a classifier, the class names and the pooling.
 
-    Sets ``given.checkpoint`` to the path of the checkpoint that was found.
+    Sets ``given.checkpoint`` to the path of the checkpoint.
     """
     path = find_checkpoint(given.checkpoint, given.runs, given.experiment)
     given.checkpoint = str(path)
     model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
-        raise UserError(f"{path} is a reward model; fit reports its metrics on pairs, evaluate does not support it")
+        raise UserError(f"{path} is a reward model, which evaluate does not support; fit reports its metrics on pairs")
     if tokenizer.round_trip_loss:
         log.warning(
             "the tokenizer is lossy, and metrics cover only the text that it preserves: %s", tokenizer.round_trip_loss

@@ -51,19 +51,19 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
-"""The default of ``PackedText``, in the form of a config: an instance cannot be dumped into one."""
+"""Default of ``PackedText``'s ``cleaning``, as a config, because an instance cannot be dumped into a config file."""
 
 
 class FitCLI(LightningCLI):
-    """Parse flags and configs, build the trainer, the task and the data, and claim a run folder.
+    """Parse flags and configs, build the trainer, the task and the data, and create a run folder.
 
     Raises:
-        UserError: A flag, a config or a file is unusable; no files are left on disk.
+        UserError: A flag, a config or a file is invalid. No files are left on disk.
     """
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.fit [--config FILE ...] [--flag value ...]",
-        description=f"Train a GPT on real text, for {MAX_STEPS} steps unless you set steps, epochs or a time limit.",
+        description=f"Train a GPT on real text, for {MAX_STEPS} steps unless steps, epochs or a time limit are set.",
     )
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -74,7 +74,7 @@ class FitCLI(LightningCLI):
                 subclass_mode_model=True,
                 subclass_mode_data=True,
                 seed_everything_default=0,
-                save_config_callback=None,  # Lightning's saves next to the logger's files; ours saves in the run folder
+                save_config_callback=None,  # Lightning's saves next to the logger's files, SaveConfig in the run folder
                 trainer_defaults={
                     "gradient_clip_val": 1.0,
                     "log_every_n_steps": 10,
@@ -93,8 +93,8 @@ class FitCLI(LightningCLI):
             )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the flags that are neither the trainer's nor the model's nor the data's."""
-        parser.add_argument("--runs", default=RUN_DEFAULTS["runs"], help="Folder of all runs.")
+        """Add the flags that do not belong to the trainer, the model or the data."""
+        parser.add_argument("--runs", default=RUN_DEFAULTS["runs"], help="Folder that contains all runs.")
         parser.add_argument(
             "--experiment", default=RUN_DEFAULTS["experiment"], help="Name of the experiment; its runs are numbered."
         )
@@ -102,40 +102,40 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Resume from a checkpoint, in its run folder and with its flags: a file, a run folder, 'last' for the "
-            "newest run of this experiment, or 'auto' for the newest if there is one and a new run otherwise.",
+            help="Checkpoint to resume from, in its run folder and with its flags: a file, a run folder, 'last' for "
+            "the newest run of this experiment, or 'auto' for the newest run if there is one and a new run otherwise.",
         )
         parser.add_argument(
             "--preset",
             type=str | None,
             default=None,
-            help="Start from the architecture of this name, which flags and configs override; 'list' lists all: "
+            help="Named architecture to start from, which flags and configs override; 'list' describes all: "
             f"{', '.join(PRESETS)}.",
         )
         parser.add_argument(
             "--tensor_parallel",
             type=int | None,
             default=None,
-            help="Processes that share one copy of the model, for --trainer.strategy tp (default: all of them) and "
-            "fsdp2_tp (default: 2).",
+            help="Tensor-parallel size: number of processes that share one model replica, for --trainer.strategy tp "
+            "(default: all processes) and fsdp2_tp (default: 2).",
         )
         parser.add_argument(
             "--guard",
             type=GuardMode,
             default="warn",
-            help="Check each step before it is applied, and warn if its loss or gradient is not finite or an outlier; "
-            "'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help.",
+            help="Check each step before it is applied, and warn if its loss or gradient is not finite or is an "
+            "outlier; 'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help.",
         )
         parser.add_argument(
             "--force",
             action="store_true",
-            help="Resume although flags, seed or text differ from the checkpoint's run. A different architecture, "
-            "tokenizer or optimizer class is an error even so.",
+            help="Resume even if flags, seed or text differ from the checkpoint's run. A different architecture, "
+            "tokenizer or optimizer class is always an error.",
         )
         parser.add_argument(
             "--plan",
             action="store_true",
-            help="Print what the run would do and cost, time a few steps, and stop; no run folder is created.",
+            help="Print the plan and cost of the run, time a few steps, and stop; no run folder is created.",
         )
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(ActivationStats, "inspect")
@@ -150,9 +150,9 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the flags on top of those of a resumed run, so that only changes need to be given.
+        """Parse the flags on top of a resumed run's flags, so that only changes need to be given.
 
-        Everything is parsed once; the config of a resumed run also alone, for comparison.
+        Everything is parsed once, except that the resumed run's config is also parsed alone, for comparison.
         """
         early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
         self._answer_questions(parser, early)
@@ -173,7 +173,9 @@ class FitCLI(LightningCLI):
             self.initial_model = apply_init_from(parser, init_from, early.class_of("model"), early.get("preset"))
         self.config = parser.parse_args([*before, *early.flags])
         found = self.config.get("model.init_args.init_from")
-        if self.resumed is None and found is not None and found != init_from:  # in a file that only the parser opens
+        if (
+            self.resumed is None and found is not None and found != init_from
+        ):  # set in a file that only the parser opens
             self.initial_model = apply_init_from(parser, found, self.config.model.class_path, self.config.preset)
             self.config = parser.parse_args(early.flags)
         resolve_defaults(self.config)
@@ -188,7 +190,7 @@ class FitCLI(LightningCLI):
             sys.exit(0)
 
     def _answer_questions(self, parser: LightningArgumentParser, early: EarlyFlags) -> None:
-        """Print help, or a list of presets or experiments, and exit, if the flags ask for it."""
+        """Print help, presets or experiments and exit, if the flags request it."""
         if early.help is not None:
             print(self.help_page.render(parser, early.help, early.class_of("model"), early.class_of("data")))
         elif early.lists is not None:
@@ -198,7 +200,7 @@ class FitCLI(LightningCLI):
         sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer; its errors are reported as mistakes in the flags."""
+        """Build the trainer, reporting its errors as mistakes in the flags."""
         config = {**self.config_init.trainer, **kwargs}
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
@@ -213,7 +215,7 @@ class FitCLI(LightningCLI):
             config["callbacks"] = [*(config["callbacks"] or []), *self._callbacks(config)]
         try:
             trainer = Trainer(**config)
-        # An unknown strategy, a library that an accelerator needs, a cluster whose variables contradict the flags.
+        # Unknown strategy, missing library for an accelerator, or cluster variables that contradict the flags.
         except (MisconfigurationException, ValueError, TypeError, ImportError, RuntimeError) as error:
             asked = [f"--trainer.{name} {config[name]}" for name in ("accelerator", "devices", "strategy", "precision")]
             raise UserError(f"{' '.join(asked)}: {error}") from error
@@ -236,23 +238,25 @@ class FitCLI(LightningCLI):
         )
 
     def fit(self) -> None:
-        """Prepare the data, claim the run folder, train.
+        """Prepare the data, create the run folder, and train.
 
         Raises:
-            UserError: Data, folder or checkpoint are unusable, another process trains in the folder, or no step is
-                left to do; a folder that was claimed for this run is removed.
-            SystemExit: A signal came.
+            UserError: The data, folder or checkpoint is unusable, another process is training in the folder, or no
+                steps are left to train. A run folder created by this call is removed.
+            SystemExit: The process received a signal.
         """
         writes_nothing = self.config.plan or self.config.trainer.fast_dev_run
         folder = self.resumed.folder if self.resumed and not writes_nothing else None
         claimed = None
         try:
             with user_errors(), explain_out_of_memory(self.datamodule), ExitStack() as ownership:
-                if folder and self.trainer.is_global_zero:  # before its checkpoint is read: an owner may replace it
+                if (
+                    folder and self.trainer.is_global_zero
+                ):  # lock before reading its checkpoint, which another process may replace
                     ownership.enter_context(folder.lock())
                 first_step = self.resumed.steps_done(self.trainer, self.config.force) if self.resumed else 0
                 self._load_initial_model()
-                # Before the folder is claimed, so that unusable data leaves none behind.
+                # Before the folder is created, so that invalid data does not leave one behind.
                 self.datamodule.prepare_data()
                 self.datamodule.setup("fit")
                 if self.resumed:
@@ -268,13 +272,13 @@ class FitCLI(LightningCLI):
                     raise UserError("no steps to train; raise --trainer.max_steps or --trainer.max_epochs")
                 if getattr(self.datamodule, "test_dataset", None) and not writes_nothing and not self.stopping.signum:
                     self.trainer.test(self.model, self.datamodule, verbose=False)
-        except BaseException:  # signals included: other ranks would wait for this one
+        except BaseException:  # including signals: other ranks would wait for this one
             kill_child_processes(self.trainer)
             raise
         finally:
             if claimed and not self.trainer.global_step:
                 claimed.delete()
-        if not self.config.plan and self.stopping.signum:  # it came after the last step
+        if not self.config.plan and self.stopping.signum:  # the signal came after the last step
             self.stopping.leave(self.trainer)
 
     def _load_initial_model(self) -> None:
@@ -305,7 +309,7 @@ class FitCLI(LightningCLI):
             self.provenance.changed = resumed.changed
 
     def _set_run_folder(self, folder: RunFolder | None, first_step: int) -> None:
-        """Make the callbacks and the logger write into the run folder; None on ranks that write nothing."""
+        """Set the folder that callbacks and the logger write to; None on ranks that write nothing."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
             if isinstance(callback, RunDirCallback):
                 callback.folder = folder
@@ -316,7 +320,7 @@ class FitCLI(LightningCLI):
                 path.parent.name,
                 path.name,
                 default_hp_metric=False,
-                purge_step=first_step,  # points after the checkpoint, from before a kill, are logged again
+                purge_step=first_step,  # points that a killed run logged after its checkpoint are logged again
             )
 
 

@@ -15,54 +15,60 @@ from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``generate``; standard output has only the prompts and the generated text."""
+    """Run the command ``generate``; only prompts and generated text are written to standard output."""
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
     flags.add_argument(
-        "--prompt", action="append", help="text to continue; empty starts a new document; may be repeated"
+        "--prompt", action="append", help="text to continue; if empty, start a new document; may be repeated"
     )
     flags.add_argument(
         "--chat",
         action="store_true",
-        help="reply with the chat template of instruction tuning: to each --prompt, or to lines typed in the terminal",
+        help="reply to each --prompt, or to lines typed in the terminal, with the chat template of instruction tuning",
     )
-    flags.add_argument("--system", help="system message, with --chat or --rank")
+    flags.add_argument("--system", help="system message for --chat or --rank")
     flags.add_argument(
         "--rank",
         metavar="FILE",
         type=Path,
         help="reply twice to each prompt or typed line, ask which reply is better, and append the answer to FILE",
     )
-    flags.add_argument("--samples", type=int, default=1, help="continuations per prompt")
+    flags.add_argument("--samples", type=int, default=1, help="number of continuations per prompt")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
     flags.add_argument("--stop", action="append", default=[], help="stop before this string; may be repeated")
-    flags.add_argument("--temperature", type=float, default=0.8, help="0 always takes the most probable token")
+    flags.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy decoding")
     flags.add_argument("--top_k", type=int, default=50, help="sample from the k most probable tokens")
     flags.add_argument("--top_p", type=float, help="sample from the most probable tokens that sum to this probability")
-    flags.add_argument("--min_p", type=float, help="sample from tokens with this share of the highest probability")
-    flags.add_argument("--repetition_penalty", type=float, default=1.0, help="above 1: penalize tokens already present")
+    flags.add_argument(
+        "--min_p", type=float, help="minimum probability of a token, relative to the highest probability"
+    )
+    flags.add_argument(
+        "--repetition_penalty", type=float, default=1.0, help="above 1: penalize tokens that already occur"
+    )
     flags.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed of the first text; each further text uses the next one; the same seed gives the same text",
+        help="seed for the first text; each further text uses the next seed; the same seed gives the same text",
     )
     flags.add_argument(
-        "--compile", action="store_true", help="compile the decoding step: a slow start, then faster; for long texts"
+        "--compile",
+        action="store_true",
+        help="compile the decoding step, which starts slowly and then runs faster; for long texts",
     )
     flags.add_argument("--json", action="store_true", help="print one JSON object per text, with its prompt and seed")
     given = flags.parse_args(args)
     sampling = Sampling(given.repetition_penalty, given.temperature, given.top_k, given.top_p, given.min_p)
     if given.samples < 1:
-        raise UserError(f"argument --samples: {given.samples} is below 1")
+        raise UserError(f"argument --samples: {given.samples} is below 1; it must be 1 or more")
     if given.seed < 0:
         raise UserError(f"argument --seed: {given.seed} is negative; it must be 0 or more")
     validate_utf8(given, "prompt", "stop", "system")
     if given.system is not None and not (given.chat or given.rank):
-        raise UserError("argument --system: it has an effect only with --chat or --rank")
+        raise UserError("argument --system: it has no effect without --chat or --rank; add one of them")
     if given.system is not None and not given.system.strip():
-        raise UserError("argument --system: it is empty")
+        raise UserError("argument --system: it is empty; pass a message, or omit it")
     interactive = given.chat and given.prompt is None
     if interactive and (given.json or given.stop or given.compile or given.samples > 1):
         raise UserError(
@@ -110,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
-    """Yield texts that are generated in parallel in order, each when it and all before it are complete."""
+    """Yield texts generated in parallel, in order, each as soon as it and all earlier texts are complete."""
     texts, done, next_row = [""] * n, [False] * n, 0
     for row, piece in pieces:
         texts[row] += piece

@@ -1,7 +1,7 @@
-"""``--help`` of ``fit`` and ``prepare``: the flags people use, all flags, or those that mention a word.
+"""``--help`` of ``fit`` and ``prepare``: common flags, all flags, or flags that mention a word.
 
-The parser does not list the flags of classes that a flag can swap, and so neither the model's nor the data's. Here they
-are collected from the signatures and docstrings of the classes themselves, nested ones included.
+The parser does not list the flags of classes selected by a flag, such as those of the model and the data. They are
+collected here from the signatures and docstrings of these classes, including nested classes.
 """
 
 import inspect
@@ -39,7 +39,7 @@ COMMON: Final[dict[str, list[str]]] = {
         "model.gpt.position", "model.gpt.dropout", "model.init_from", "model.lora.rank", "model.compile",
     ],
 }  # fmt: skip
-"""Flags of the first page, by heading."""
+"""Flags on the first page, keyed by heading."""
 PACKAGES: Final = {"model": "lit_gpt_scratch.tasks", "data": "lit_gpt_scratch.data"}
 DEFAULT_CLASSES: Final = {"model": "LanguageModel", "data": "PackedText"}
 WITHOUT: Final = {
@@ -51,29 +51,29 @@ WITHOUT: Final = {
     "trainer.max_epochs": "no limit",
     "trainer.max_time": "no limit",
 }
-"""The behaviour if a flag is not given, where the default is not a value of the flag."""
+"""Behaviour without a flag, for flags whose default is not a value of the flag."""
 REWORDED: Final = {
-    "seed_everything": "Seed of the initial weights, the order of the data and everything else that is random.",
-    "trainer.devices": "Number of devices or processes, a list of device numbers, or 'auto' for all devices.",
-    "trainer.strategy": "How a run is spread over devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any of Lightning's.",
-    "trainer.precision": "Number format: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any of Lightning's.",
-    "trainer.max_epochs": "Stop after this many passes over the data.",
-    "trainer.max_time": "Stop after this much time, all sessions of the run together: DD:HH:MM:SS.",
-    "trainer.val_check_interval": "Validate after this many micro-batches.",
-    "model.optimizer": "Optimizer: AdamW, Muon, or a class of your own by its path.",
+    "seed_everything": "Seed for weight initialisation, data order and all other randomness.",
+    "trainer.devices": "Number of devices or processes, a list of device indices, or 'auto' for all devices.",
+    "trainer.strategy": "Strategy for multiple devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any Lightning strategy.",
+    "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any other in Lightning.",
+    "trainer.max_epochs": "Maximum number of passes over the training data.",
+    "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
+    "trainer.val_check_interval": "Number of micro-batches between validations.",
+    "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
-"""Help of Lightning's flags, and of flags that take a class, in this project's words."""
+"""Replaces the help text of Lightning's flags, and of flags whose value is a class."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag.
+    """A flag and its help.
 
     Attributes:
-        name: Without dashes: ``model.gpt.n_layer``.
-        values: Its type or choices, in a few characters.
-        default: Its value if it is not given, as text; empty for none.
-        help: One or more sentences.
+        name: Name without dashes, such as ``model.gpt.n_layer``.
+        values: Type or choices of the value, in a few characters.
+        default: Default value as text; empty if there is no default.
+        help: Help text, one or more sentences.
     """
 
     name: str
@@ -99,12 +99,12 @@ class Flag:
 
 @dataclass(frozen=True)
 class HelpPage:
-    """The help of a command that takes the flags of ``fit``.
+    """Help of a command that accepts the flags of ``fit``.
 
     Args:
-        usage: How to call it.
-        description: The purpose of the command.
-        first: Headings and flags of the first page.
+        usage: Usage line of the command.
+        description: Purpose of the command.
+        first: Flags on the first page, keyed by heading.
         without: Prefixes of flags that do not apply to the command.
     """
 
@@ -114,13 +114,13 @@ class HelpPage:
     without: tuple[str, ...] = ()
 
     def render(self, parser: ArgumentParser, topic: str, model: str | None, data: str | None) -> str:
-        """Return the first page, every flag for the topic ``all``, or the flags that mention another topic.
+        """Render the first page, all flags for the topic ``all``, or the flags that mention any other topic.
 
         Args:
-            parser: The command's own.
-            topic: Argument of ``--help``.
-            model: The class that ``--model`` names, whose flags are shown; None for the default.
-            data: The class that ``--data`` names.
+            parser: Parser of the command.
+            topic: Argument of ``--help``; empty for the first page.
+            model: Class given by ``--model``, whose flags are shown; None for the default class.
+            data: Class given by ``--data``, whose flags are shown; None for the default class.
 
         Raises:
             UserError: No flag mentions the topic.
@@ -131,7 +131,7 @@ class HelpPage:
             kind = import_class(name, PACKAGES[part])
             if kind is None:
                 raise UserError(
-                    f"--{part} {name}: no such class in {PACKAGES[part]}; give one of its classes, or a full path"
+                    f"--{part} {name}: no such class in {PACKAGES[part]}; use one of its classes, or a full import path"
                 )
             flags += class_flags(kind, part)
         sections = {"": [each for each in flags if not each.name.startswith(self.without)]}
@@ -159,12 +159,12 @@ class HelpPage:
             yield from (line for each in found for line in each.lines(brief=True))
             yield ""
         command = self.usage.partition(" [")[0]
-        yield f"In brackets: the value if the flag is not given, on this machine. The rest of the {len(flags)} flags:"
-        yield f"  {command} --help {ALL}        every flag"
-        yield f"  {command} --help WORD       the flags that mention WORD, as in --help dropout"
+        yield f"Defaults on this machine are in brackets. To see the rest of the {len(flags)} flags:"
+        yield f"  {command} --help {ALL}        all flags"
+        yield f"  {command} --help WORD       flags that mention WORD, as in --help dropout"
         if not self.without:
-            yield f"  {command} --model DPO --data Preferences --help       the flags of another task"
-        yield f"  {command} --print_config    every value, as a config file"
+            yield f"  {command} --model DPO --data Preferences --help       flags of another task"
+        yield f"  {command} --print_config    all values, as a config file"
 
     def _all(self, sections: dict[str, list[Flag]]) -> Iterator[str]:
         for heading, flags in sections.items():
@@ -173,7 +173,7 @@ class HelpPage:
             yield ""
 
     def _of_other_classes(self, chosen: dict[str, str], seen: set[str]) -> dict[str, list[Flag]]:
-        """Flags that only other classes have, by the flag that chooses such a class."""
+        """Return the flags that only other classes have, grouped by the flag that selects the class."""
         found: dict[str, list[Flag]] = {}
         for part, package in PACKAGES.items():
             module = import_module(package)
@@ -191,11 +191,11 @@ class HelpPage:
 
 
 def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
-    """Yield the flags that the parser itself knows: the trainer's and the run's."""
+    """Yield the flags that the parser itself lists: those of the trainer and the run."""
     accelerator = default_precision("auto").value
     known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
     known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
-    yield Flag("config", "FILE", "", "A config file, or a shipped experiment such as finetune/spam; 'list' lists all.")
+    yield Flag("config", "FILE", "", "Config file, or shipped experiment such as finetune/spam; 'list' lists all.")
     for action in parser._actions:
         if action.dest in ("help", "config", "print_config", "model", "data") or action.dest.endswith(".help"):
             continue
@@ -208,13 +208,13 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
     """Yield the flags of a class and of its nested classes.
 
     Args:
-        kind: A class whose arguments are flags.
-        prefix: ``model`` or ``data``, or the flag that it is the value of.
+        kind: Class whose arguments are flags.
+        prefix: ``model``, ``data``, or another flag whose value is the class.
     """
     if prefix in PACKAGES:
         names = ", ".join(import_module(PACKAGES[prefix]).__all__)
-        purpose = "The task that is trained" if prefix == "model" else "The data module"
-        yield Flag(prefix, "CLASS", kind.__name__, f"{purpose}: {names}, or a class of your own by its path.")
+        purpose = "Training task" if prefix == "model" else "Data module"
+        yield Flag(prefix, "CLASS", kind.__name__, f"{purpose}: {names}, or the import path of your own class.")
     parser = ArgumentParser()
     parser.add_class_arguments(kind, prefix)
     arguments = {action.dest.removeprefix(f"{prefix}."): action.default for action in parser._actions}
@@ -229,7 +229,9 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
             yield from class_flags(nested, name)
             continue
         default = action.default
-        if isinstance(default, Namespace) and "class_path" in default:  # an optimizer: a class with its own flags
+        if (
+            isinstance(default, Namespace) and "class_path" in default
+        ):  # a class with its own flags, such as an optimizer
             chosen = import_class(default.class_path, "lit_gpt_scratch.optim")
             yield _flag(action, name, chosen.__name__)
             yield from class_flags(chosen, name)
@@ -269,7 +271,7 @@ def _values(action: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A default as a user would write it; of objects, the names of their classes."""
+    """Format a default as a user would write it; objects are shown as their class names."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     if value is None or isinstance(value, bool):

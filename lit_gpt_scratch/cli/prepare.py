@@ -1,4 +1,4 @@
-"""``prepare``: tokenise a text ahead of a run."""
+"""``prepare``: tokenize a text ahead of a run, or compare tokenizers on it."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Bytes of held-out text that tokenizers are measured on; of more text, a share."""
+"""Maximum bytes of held-out text that tokenizers are compared on; a longer text is sampled."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [
@@ -36,17 +36,17 @@ HELP: Final = {
         "data.packing", "data.document_mask", "data.mixture", "data.store", "data.cache",
     ],
 }  # fmt: skip
-"""Headings and flags of the first page of ``--help``."""
+"""Flags on the first page of ``--help``, keyed by heading."""
 
 
 class PrepareCLI(FitCLI):
-    """Parse the flags and configs of ``fit``, and build the data module alone."""
+    """Parse the flags and configs of ``fit``, and build only the data module."""
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.prepare [--config FILE ...] [--flag value ...]",
-        description="Clean and tokenize a text ahead of a run, and report every step: fit with the same flags and "
-        "configs\nfinds the tokens. Or train tokenizers of several kinds and compare them on held-out text. Flags of "
-        "the model\nand the trainer are accepted and ignored, so that the configs of fit can be used.",
+        description="Clean and tokenize a text ahead of a run, and report every step. fit uses the tokens if it has "
+        "the same\nflags and configs. Alternatively, train several kinds of tokenizer and compare them on held-out "
+        "text.\nFlags of the model and the trainer are accepted but ignored, so that configs for fit can be used.",
         first=HELP,
         without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "guard", "force",
                  "plan", "checkpoint", "inspect", "seed_everything"),
@@ -59,19 +59,19 @@ class PrepareCLI(FitCLI):
             "--compare",
             metavar="KINDS",
             type=str | None,
-            help=f"Train tokenizers of these kinds and compare them, as in {','.join(TOKENIZER_KINDS)}.",
+            help=f"Kinds of tokenizer to train and compare, separated by commas: {','.join(TOKENIZER_KINDS)}.",
         )
         parser.add_argument("--verify", action="store_true", help="Read all tokens and verify their checksums.")
         parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first N training windows.")
 
     def instantiate_classes(self) -> None:
-        """Build the data module, but no model and no trainer."""
+        """Build the data module, without a model or a trainer."""
         self.config_init = self.parser.instantiate(Namespace(data=self.config.data))  # type: ignore[no-untyped-call]  # jsonargparse's
         self.datamodule = self.config_init.data
 
 
 def main(args: ArgsType = None) -> None:
-    """Run the command ``prepare``: print a report of the tokens, or a comparison of tokenizers."""
+    """Run the command ``prepare``: prepare the tokens and print a report, or compare tokenizers."""
     silence_libraries()
     limit_threads()
     cli = PrepareCLI(args)
@@ -81,9 +81,9 @@ def main(args: ArgsType = None) -> None:
         )
     config = cli.config
     if config.show < 0:
-        raise UserError(f"argument --show: {config.show} is negative; give a number of windows")
+        raise UserError(f"argument --show: {config.show} is negative; pass a number of windows")
     if (config.compare is not None) + config.verify + (config.show > 0) > 1:
-        raise UserError("--compare, --verify and --show are mutually exclusive; give one of them")
+        raise UserError("--compare, --verify and --show are mutually exclusive; use only one of them")
     try:
         if config.compare is not None:
             _compare(cli.datamodule, config.compare.split(","))
@@ -119,7 +119,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
 
 
 def _compare_packing(data: PackedText) -> list[list[str]]:
-    """Rows of a table with the cost of every packing policy; the chosen one is marked."""
+    """Return the rows of a table with the cost of each packing policy; the chosen policy is marked."""
     rows = [[f"windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
     for policy in PACKING_POLICIES:
         total = sum(
@@ -130,7 +130,7 @@ def _compare_packing(data: PackedText) -> list[list[str]]:
 
 
 def _verify(data: PackedText) -> None:
-    # A store is verified as it is, even if its source has changed since.
+    # Verify an existing store without preparing it, even if its source has changed.
     for store in [TokenStore.open(data.store_folder)] if data.store_folder else data.stores:
         store.verify(all_files=True)
         tokens = store.train.n_tokens + store.validation.n_tokens
@@ -144,7 +144,7 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
             f"argument --compare: '{unknown[0]}' is not a kind of tokenizer; choose from {', '.join(TOKENIZER_KINDS)}"
         )
     if data.store_folder is not None:
-        raise UserError("argument --compare: it saves no tokens, so --data.store has no effect; leave it out")
+        raise UserError("argument --compare: it saves no tokens, so --data.store has no effect; omit --data.store")
     recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
     training_texts = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))

@@ -1,4 +1,4 @@
-"""Resuming a run: find its checkpoint, check that steps are left, and compare its flags and environment with now."""
+"""Resume a run: find its checkpoint, check that steps are left, and compare flags and environment with the run's."""
 
 import json
 import logging
@@ -31,7 +31,7 @@ Changes = dict[str, tuple[Any, Any]]
 OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 """Flags that do not affect training."""
 FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
-"""Flags of the data that do not affect the result."""
+"""Data flags that do not affect the result."""
 CHECKED_BY_CHECKPOINT: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
 """Flags that are compared with the metadata in the checkpoint; a mismatch is an error even with ``--force``."""
 MUST_MATCH: Final = (
@@ -40,9 +40,9 @@ MUST_MATCH: Final = (
 )
 """Flags that must not change: they determine the text, its order, and the computation of a step."""
 BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
-"""How the samples of a step are split into micro-batches and over processes; only their number per step must match."""
+"""Flags that split a step's samples into micro-batches and across processes; only the samples per step must match."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
-"""Environment variables with the rank of this machine, as set by Lightning, torchrun and SLURM."""
+"""Environment variables in which Lightning, torchrun and SLURM store the rank of this machine."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
 
 
@@ -52,9 +52,9 @@ class ResumedRun:
 
     Attributes:
         checkpoint: Path of the checkpoint file.
-        changed: What differs from the earlier sessions: by flat name, the value before and now.
+        changed: Differences from the earlier sessions: (old value, new value), keyed by flat name.
         origin: Code, versions, hardware, seed and data fingerprint, as stored in the checkpoint.
-        layout: How the samples of a step were split, if the checkpoint stores it.
+        layout: Division of a step's samples into micro-batches and ranks, or None if the checkpoint does not store it.
     """
 
     checkpoint: Path
@@ -64,10 +64,10 @@ class ResumedRun:
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
-        """Find the run that ``--ckpt_path`` names; None for ``auto`` if there is no run yet.
+        """Find the run given by ``--ckpt_path``; None for ``auto`` if there is no run yet.
 
         Raises:
-            UserError: No such checkpoint, or no undamaged one.
+            UserError: The checkpoint does not exist, or all checkpoints are damaged.
         """
         if given == "auto" and not RunFolder.has_checkpoint(runs, experiment):
             return None
@@ -80,15 +80,15 @@ class ResumedRun:
 
     @property
     def folder(self) -> RunFolder | None:
-        """The run folder that contains the checkpoint, if one does."""
+        """Run folder that contains the checkpoint, or None if the checkpoint is not in a run folder."""
         return RunFolder.containing(self.checkpoint)
 
     def steps_done(self, trainer: Trainer, force: bool = False) -> int:
         """Return the number of optimizer steps in the checkpoint.
 
         Args:
-            trainer: The trainer, which has the limits of the run.
-            force: Resume although a callback stopped the run.
+            trainer: Trainer with the limits of the run.
+            force: Resume even if a callback stopped the run.
 
         Raises:
             UserError: The file is not a training checkpoint, or its run has reached its limits.
@@ -126,7 +126,7 @@ class ResumedRun:
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether the run has a test stage that it has not finished."""
+        """Whether the run has a test stage that is not finished."""
         if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
             return False
         summary = self.folder.path / "summary.json"
@@ -136,16 +136,16 @@ class ResumedRun:
     def compare(
         self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
     ) -> None:
-        """Report changes since the run started, and reject those that would make it a different run.
+        """Log changes since the run started, and reject those that would make it a different run.
 
         Args:
             config_before: All flags of the run so far.
-            config: All flags now.
-            here: Values now: number of processes, number of data-parallel replicas, seed, data fingerprint.
+            config: All current flags.
+            here: Current number of processes, number of data-parallel replicas, seed and data fingerprint.
             force: Only warn about changes.
 
         Raises:
-            UserError: A flag in ``MUST_MATCH`` changed and ``force`` is off, or the optimizer is of another class.
+            UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer's class changed.
         """
         sessions = self.folder.read_sessions() if self.folder else []
         flags = diff_configs(config_before, config)
@@ -171,12 +171,12 @@ class ResumedRun:
                     matters.append(name)
         if self.folder is None:
             log.warning(
-                "%s is not in a run folder, so the flags of its run are unknown and not compared", self.checkpoint
+                "%s is not in a run folder, so the flags of its run are unknown and are not compared", self.checkpoint
             )
         if OPTIMIZER in self.changed:
             raise UserError(
                 f"{_describe_changes(self.changed, [OPTIMIZER])}: the states of different optimizers are incompatible; "
-                "leave --model.optimizer out, or start a new run with --model.init_from"
+                "omit --model.optimizer, or start a new run with --model.init_from"
             )
         keep = ""
         if self.layout is not None and any(re.fullmatch(BATCH_FLAGS, n) for n in matters):
@@ -198,9 +198,9 @@ class ResumedRun:
 
 
 def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
-    """Samples of an optimizer step over all processes; None for a user's data module without these arguments.
+    """Return the samples per optimizer step across all replicas, which are the data-parallel ranks.
 
-    Replicas are the data-parallel processes, each of which reads its own samples.
+    None for a user's data module without the arguments that determine it.
     """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
@@ -211,7 +211,7 @@ def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
 
 
 def _counts_batches(config: Mapping[str, Any]) -> bool:
-    """Whether an epoch is limited to a number of micro-batches, so that it depends on their size."""
+    """Whether the length of an epoch is limited in micro-batches, and therefore depends on their size."""
     limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
     return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
@@ -221,7 +221,7 @@ def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
 
 
 def _seconds(trainer: Trainer) -> float:
-    """The time limit of all sessions together, in seconds."""
+    """Return the total time limit across all sessions, in seconds."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     limits = (
         callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)
@@ -232,7 +232,7 @@ def _seconds(trainer: Trainer) -> float:
 def _describe_changes(changes: Changes, names: list[str]) -> str:
     def short(value: Any) -> str:
         text = str(value)
-        if re.fullmatch(r"\w+(\.\w+)+\.[A-Z]\w+", text):  # a class by its path
+        if re.fullmatch(r"\w+(\.\w+)+\.[A-Z]\w+", text):  # import path of a class
             return text.rpartition(".")[2]
         return text if len(text) <= 24 else f"{text[:12]}..."
 

@@ -1,4 +1,4 @@
-"""Print packed windows: document boundaries, attention mask and labels."""
+"""Print packed windows with their document boundaries, attention masks and labels."""
 
 import os
 import sys
@@ -14,19 +14,19 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX, Batch
 from lit_gpt_scratch.data import PackedText
 
 COLORS: Final = (36, 33, 35, 32, 34)
-"""ANSI codes of cyan, yellow, magenta, green and blue, cycled through by document."""
+"""ANSI codes for cyan, yellow, magenta, green and blue; consecutive documents cycle through them."""
 PLAIN, DIM, INVERSE, STRUCK = 0, 2, 7, 9
 CELLS: Final = 24
-"""Maximum number of rows and columns in which a mask is drawn."""
+"""Maximum number of rows and columns of cells in a drawn mask."""
 LEGEND: Final = (
-    "A change of color is a change of document; inverse is an end of text; text that is struck through, or in « » "
-    "without colors, has no label. Below each window its attention mask: a row of cells is a span of query tokens, █ "
-    "the keys that it attends to."
+    "Each document has its own color; end-of-text is inverse; text without labels is struck through, or in « » "
+    "if there are no colors. The attention mask is below each window: a row of cells is a span of query tokens, and █ "
+    "marks the keys that it attends to."
 )
 
 
 def supports_colors() -> bool:
-    """Whether standard output is a terminal with colors, or the environment says so (https://no-color.org)."""
+    """Whether to print colors: to a terminal, unless the environment overrides it (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
 
 
@@ -34,15 +34,15 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
     """Yield the first training windows in training order, as paragraphs of text.
 
     Args:
-        data: A data module after ``setup``.
+        data: Data module after ``setup``.
         n: Number of windows.
-        colors: Whether the terminal supports them.
+        colors: Whether to use ANSI colors.
     """
     yield LEGEND
     order = data.train_sampler.order  # windows, not batches: there may be fewer windows than one batch
     for index in order.rows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_dataset[index]
-        # Without a document mask the batch has no document ids; count end-of-text tokens.
+        # Without a document mask the batch has no document ids, so count end-of-text tokens.
         ids = window["input_ids"][0]
         masked = "document_ids" in window
         documents = window["document_ids"][0] if masked else (ids == data.tokenizer.end_of_text).cumsum(0)
@@ -83,7 +83,7 @@ def _render_text(
 
 
 def _render_mask(seen: Tensor, documents: Tensor, colors: bool) -> Iterator[str]:
-    """Draw the attention mask; a cell stands for a block of query and key tokens."""
+    """Draw the attention mask; each cell represents a block of query and key tokens."""
     T = len(seen)
     place = torch.arange(T)
     sees = (seen[:, None] == seen[None, :]) & (place[:, None] >= place)  # (T, T)

@@ -1,4 +1,4 @@
-"""The ``sweep`` command: run many trials from one file and report the comparison."""
+"""``sweep``: run all trials of a sweep file and report the results, or compare existing runs."""
 
 import argparse
 import logging
@@ -25,20 +25,20 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
-    """Entry point of the ``sweep`` command.
+    """Run the command ``sweep``.
 
     Args:
-        args: Command-line arguments; None for those of the process.
-        module: Module that the runs execute instead of ``fit``, for tests of the sweep; its flags are not checked.
+        args: Command-line arguments; None uses ``sys.argv``.
+        module: Module that the runs execute instead of ``fit``, for testing sweeps; its flags are not checked.
     """
     arguments = _build_parser().parse_args(args)
     if (arguments.file is None) == (arguments.compare is None):
-        raise UserError("give a sweep file, or runs after --compare (see --help)")
+        raise UserError("pass either a sweep file, or run folders after --compare (see --help)")
     if arguments.workers < 1:
-        raise UserError(f"argument --workers: {arguments.workers} is below 1")
+        raise UserError(f"argument --workers: {arguments.workers} is below 1; it must be 1 or more")
     missing = [name for name in REQUIRED_MODULES if find_spec(name) is None]
     if missing:
-        raise UserError(f"sweep requires {', '.join(missing)}: python -m pip install -e '.[sweep]'")
+        raise UserError(f"sweep requires {', '.join(missing)}; install with: python -m pip install -e '.[sweep]'")
     if arguments.compare:
         _compare(arguments)
     else:
@@ -48,21 +48,26 @@ def main(args: Sequence[str] | None = None, module: str | None = None) -> None:
 def _build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.sweep",
-        description="Run every trial of a sweep file, each run in its own process and folder, and report the "
-        "comparison. The same command resumes a sweep that was killed or stopped, without repeating finished runs. "
-        "Several copies of the command may work on one sweep, on several machines with --storage postgresql://...",
+        description="Run all trials of a sweep file, each run in its own process and folder, and report the "
+        "comparison. Repeat the command to resume a sweep that was killed or stopped; finished runs are not repeated. "
+        "Several copies of the command can work on one sweep, also on several machines with --storage postgresql://...",
     )
-    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="the sweep file: YAML")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; a sweep is a folder in it")
-    parser.add_argument("--workers", type=int, default=1, help="number of runs at a time; they share the cores")
+    parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="sweep file in YAML")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that contains all runs and sweeps")
+    parser.add_argument("--workers", type=int, default=1, help="number of concurrent runs, which share the cores")
     parser.add_argument(
-        "--storage", help="storage of the study: a file (by default in the sweep's folder), sqlite:///FILE or "
+        "--storage", help="storage for the study: a file (by default in the sweep's folder), sqlite:///FILE or "
         "postgresql://USER:PASSWORD@HOST/DATABASE",
     )  # fmt: skip
     compare = parser.add_argument_group("comparison of existing runs")
     compare.add_argument("--compare", metavar="RUN", nargs="+", type=Path, help="run folders to compare")
-    compare.add_argument("--metric", default="val/bits_per_byte", help="key of summary.json")
-    compare.add_argument("--direction", choices=("minimize", "maximize"), default="minimize", help="of the metric")
+    compare.add_argument("--metric", default="val/bits_per_byte", help="metric to compare, a key of summary.json")
+    compare.add_argument(
+        "--direction",
+        choices=("minimize", "maximize"),
+        default="minimize",
+        help="whether lower or higher values are better",
+    )
     return parser
 
 
@@ -107,7 +112,7 @@ def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
 
 
 def _precheck(sweep: "SweepConfig") -> "ResolvedBaseline":
-    """Check the flags in a separate process: parsing them imports torch, which the sweep itself does not need."""
+    """Check the flags in a separate process, because parsing imports torch, which the sweep does not need."""
     pool = start_process_pool(1)
     try:
         return pool.submit(_check_in_subprocess, sweep).result()

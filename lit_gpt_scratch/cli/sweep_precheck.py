@@ -14,7 +14,7 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest
 
 
 class _ParseOnlyCLI(FitCLI):
-    """Parses flags without building any object."""
+    """Parse flags without instantiating any classes."""
 
     def instantiate_classes(self) -> None:
         """Do nothing."""
@@ -23,11 +23,11 @@ class _ParseOnlyCLI(FitCLI):
 def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
     """Parse every setting of a sweep file as ``fit`` would, and build the baseline.
 
-    Each setting is checked alone, on top of the baseline. Settings that contradict each other are not found here;
-    their trial fails and reports why.
+    Each setting is checked alone, on top of the baseline. Contradictions between settings are not detected here;
+    such a trial fails and reports the reason.
 
     Returns:
-        The flags and the number of replicas of the baseline.
+        The baseline's flags and its number of replicas.
 
     Raises:
         UserError: A flag is unknown or a value is invalid.
@@ -60,7 +60,7 @@ def _check_assignment(cli: FitCLI, sweep: SweepConfig, assignment: Assignment, k
 
 
 def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
-    """The baseline, and the baseline with one setting changed, for each example setting."""
+    """Yield the baseline, then the baseline with one setting changed, for each example setting."""
     baseline = sweep.baseline_assignment
     yield baseline
     for name, dimension in sweep.vary.items():
@@ -70,6 +70,6 @@ def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
 
 
 def _arguments_without_token_budget(sweep: SweepConfig, assignment: Assignment) -> list[str]:
-    """The arguments of ``fit`` without a budget in tokens, whose conversion to steps needs the result of this check."""
+    """Return the arguments of ``fit``, omitting a token budget: converting it to steps needs this check's result."""
     budget = {unit: amount for unit, amount in sweep.budget.items() if unit != "tokens"}
     return build_arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())

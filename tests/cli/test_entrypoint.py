@@ -25,5 +25,5 @@ def test_auto_takes_a_gpu_if_there_is_one(
 
 
 def test_unknown_devices_are_rejected() -> None:
-    with pytest.raises(UserError, match="--device: tpu is not one of auto, cpu"):
+    with pytest.raises(UserError, match="--device: tpu is not valid; use one of auto, cpu"):
         find_device("tpu")

@@ -104,7 +104,7 @@ def test_equal_replies_are_not_offered(command: Command, type_lines: Callable[[s
     type_lines("1\n")
     outcome = command("generate", *FLAGS, "--temperature=0", "--prompt=Say so.")
     assert outcome.code == 0
-    assert "The model gave no two different replies; a higher --temperature may help" in outcome.out
+    assert "The model did not generate two different, complete replies; a higher --temperature may help" in outcome.out
     assert ranked() == []
 
 

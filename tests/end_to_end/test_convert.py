@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(command: Command, small: list[str], tmp_path: Pat
         (["to-hf", "none.ckpt", "hf"], "no checkpoint at none.ckpt"),
         (["to-hf", "there.ckpt", "hf"], "there.ckpt"),
         (["from-hf", "none", "m.ckpt"], "no folder at none"),
-        (["from-hf", "none", "there.ckpt"], "there.ckpt exists already"),
+        (["from-hf", "none", "there.ckpt"], "there.ckpt already exists"),
     ):
         outcome = command("convert", *args)
         assert outcome.code == 2, args

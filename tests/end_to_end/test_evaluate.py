@@ -176,7 +176,7 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
             ["--task=classification", "--data.source=pairs.jsonl"],
             "predicts tokens; choose from text, multiple_choice, minimal_pairs, generation, replies",
         ),
-        (["--text=hello"], "is a language model; --text needs a classifier"),
+        (["--text=hello"], "is a language model; --text requires a classifier"),
         (["--text=hello", "--task=text"], "--task: it has no effect with --text"),
         (["--text=hello", "--data.source=text.txt"], "not allowed with"),
         (["--task=quiz", "--data.source=pairs.jsonl"], "quiz"),

@@ -108,16 +108,19 @@ def test_killed_runs_resume_to_the_same_table(
 def test_missing_extra(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_gpt_scratch.cli.sweep.find_spec", lambda name: None if name == "optuna" else name)
     outcome = command("sweep", "s.yaml")
-    assert (outcome.code, outcome.err) == (2, "error: sweep requires optuna: python -m pip install -e '.[sweep]'\n")
+    assert (outcome.code, outcome.err) == (
+        2,
+        "error: sweep requires optuna; install with: python -m pip install -e '.[sweep]'\n",
+    )
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ([], "give a sweep file"),
+        ([], "pass either a sweep file"),
         (["no.yaml"], "cannot read no.yaml: No such file"),
         (["s.yaml", "--workers", "0"], "--workers: 0"),
-        (["s.yaml", "--compare", "runs"], "give a sweep file, or runs after --compare"),
+        (["s.yaml", "--compare", "runs"], "pass either a sweep file, or run folders after --compare"),
         (["--compare", "runs"], "runs contains no finished run"),
         (["s.yaml", "--storage", "postgresql://x@127.0.0.1:9/y"], "--storage: cannot reach postgresql://x@127.0.0.1:9"),
         (["s.yaml", "--runz", "x"], "--runz"),

@@ -177,7 +177,7 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
         ("fit", ["--guard", "rewind"], "--guard"),
         ("doctor", ["no/such", "--kills", "3"], "--kills is only for --resume"),
         ("doctor", ["--layouts", "ddp 2"], "--layouts is only for --parity"),
-        ("doctor", ["--json"], "--json needs the folder of a run"),
+        ("doctor", ["--json"], "--json requires a run folder"),
         ("doctor", ["--resume", "--kills", "0"], "--kills: 0"),
         ("doctor", ["--resume", "--runs=x"], "--runs=x cannot be set here"),
         ("doctor", ["--resume", "--data.source", "no/such"], "with exit code 2: error: no such file or folder"),
