@@ -1,3 +1,3 @@
 """A PyTorch Lightning template for building a large language model from scratch."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -49,7 +49,8 @@ COMMAND_LINES = [
     line for line in dict.fromkeys(line for block in blocks("bash") for line in commands(block)) if OURS.search(line)
 ]
 FILES = {name: block for block in blocks("python") for name in re.findall(r"\A# (my_\w+\.py)\n", block)}
-"""Python blocks that are files, by name."""
+FILES |= {name: block for block in blocks("yaml") for name in re.findall(r"\A# (\w+\.yaml)\n", block)}
+"""Python and YAML blocks that are files, by name."""
 SNIPPETS = [block for block in blocks("python") if not block.startswith("# my_")]
 [DIFF] = re.findall(r"```diff\n(.*?)```", (REFERENCE / "model.md").read_text(encoding="utf-8"), re.DOTALL)
 SHORT = [
