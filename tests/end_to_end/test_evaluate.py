@@ -159,7 +159,7 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
     ("flags", "expected"),
     [
         (["--task=multiple_choice", "--data.source=prompts.jsonl"], "line 1 has no text in 'question' or 'context'"),
-        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "--few_shot: 20 examples leave none of the 20 rows"),
+        (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "20 examples leave none"),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "lower --few_shot"),
         (["--task=generation", "--data.source=none.jsonl"], "none.jsonl"),
         (["--task=generation", "--data.source=text.txt"], "text.txt is not a table"),
