@@ -131,7 +131,7 @@ def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBase
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Return importance by dimension from fANOVA (Hutter et al. 2014); empty with one dimension or too few trials."""
+    """Return the fANOVA importance of each dimension (Hutter et al. 2014); empty for one dimension or few trials."""
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}

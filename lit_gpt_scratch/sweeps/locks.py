@@ -98,7 +98,7 @@ class PostgresLocks(StudyLocks):
         super().__init__()
         engine = sqlalchemy.create_engine(
             url,
-            isolation_level="AUTOCOMMIT",  # the locks belong to the session; no transaction may stay open with it
+            isolation_level="AUTOCOMMIT",  # session-level locks: no transaction may stay open meanwhile
             poolclass=sqlalchemy.pool.NullPool,
             connect_args={"options": self.KEEP_ALIVE, "connect_timeout": 10},
         )

@@ -36,7 +36,7 @@ OUTLIER_RATIO: Final = 5.0
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: its file name without suffix, SVG document and caption."""
+    """A plot: file name without suffix, SVG document and caption."""
 
     name: str
     svg: str
@@ -50,7 +50,7 @@ def plot_differences(
     metric: str,
     direction: str,
 ) -> Plot:
-    """Plot paired differences to the baseline, one row per trial, with 95% confidence intervals.
+    """Plot paired differences from the baseline, one row per trial, with 95% confidence intervals.
 
     Args:
         trials: Finished trials, best first.
@@ -91,7 +91,7 @@ def plot_differences_over(
     direction: str,
     dimension: str,
 ) -> Plot:
-    """Plot paired differences to the baseline against a numeric dimension.
+    """Plot paired differences from the baseline against a numeric dimension.
 
     The x axis is logarithmic if the settings are positive and span at least a factor of 10.
 

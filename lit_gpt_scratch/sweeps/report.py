@@ -108,7 +108,7 @@ class SweepReport:
 
     @cached_property
     def comparisons(self) -> dict[int, Comparison]:
-        """Comparisons with the baseline by trial number; empty if the baseline has not finished."""
+        """Comparisons with the baseline, keyed by trial number; empty if the baseline has not finished."""
         if self.baseline not in self.ranked or self.baseline is None:
             return {}
         values = {trial.number: trial.values(self.metric) for trial in self.ranked if trial is not self.baseline}
@@ -116,7 +116,7 @@ class SweepReport:
 
     @cached_property
     def plots(self) -> list[Plot]:
-        """Differences to the baseline, curves over tokens and seconds, and importance, if there is data for them."""
+        """Plots of differences, curves over tokens and seconds, and importance; a plot without data is omitted."""
         drawn: list[Plot | None] = []
         baseline = self.baseline
         if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
@@ -268,7 +268,7 @@ def _format_p(p: float | None) -> str:
 
 
 def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str, str]]:
-    """Yield each property of code, versions and hardware with all of its distinct values."""
+    """Yield each property of code, versions and hardware, with its distinct values across all runs."""
     facts: dict[str, dict[str, None]] = {}
     for trial in trials:
         for run in trial.runs:

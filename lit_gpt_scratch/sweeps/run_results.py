@@ -151,7 +151,7 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
 
 
 def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
-    """Yield the metric over a run, from its event files; steps repeated after a resume replace earlier ones."""
+    """Yield the metric at each validation from event files; steps repeated after a resume replace earlier ones."""
     points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
         if path.name.endswith(HPARAMS_SUFFIX):

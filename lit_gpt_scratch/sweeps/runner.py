@@ -36,7 +36,7 @@ INTERRUPTED_CODES = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, 
 
 
 class SweepRunner:
-    """Claim and execute runs until none is left, in one thread per worker.
+    """Executes the runs of a study until none is left to claim, with one thread per worker.
 
     Args:
         sweep: The parsed sweep file.
@@ -157,7 +157,7 @@ class SweepRunner:
         return result
 
     def _watch(self, process: RunProcess, claim: ClaimedRun, experiment: Path) -> str:
-        """Wait for a run to end; stop it if it is pruned or the sweep stops. Return the reason for pruning, or ""."""
+        """Wait for a run to end; stop it if it is pruned or the sweep stops. Return the reason for pruning, if any."""
         try:
             reported, checked = 0, time.monotonic()
             while process.wait(POLL_SECONDS) is None:

@@ -40,7 +40,7 @@ class Estimate:
         return self.half_width is not None and abs(self.mean) > self.half_width
 
     def __str__(self) -> str:
-        """Return ``mean ± half width``, with up to five decimals for two significant digits of the half width."""
+        """Return ``mean ± half width``, rounded to two significant digits of the half width (at most five decimals)."""
         if self.half_width is None:
             return f"{self.mean:.4g}"
         digits = max(0, min(5, 1 - math.floor(math.log10(self.half_width)))) if self.half_width > 0 else 4
@@ -52,7 +52,7 @@ class Comparison:
     """Comparison of a trial with the baseline.
 
     Args:
-        difference: Mean of the per-seed differences to the baseline; None if they have no common seed.
+        difference: Mean of the per-seed differences from the baseline; None if they have no common seed.
         corrected_p: p-value after Holm's correction over all compared trials; None if there are fewer than two common
             seeds.
         verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``; or the
@@ -81,7 +81,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
-    """Return the differences to the baseline, keyed by seed, for the seeds that both have.
+    """Return the differences from the baseline, keyed by seed, for the seeds that both have.
 
     Runs with the same seed see the same samples in the same order, so much of the noise cancels in the difference.
     """
@@ -103,8 +103,8 @@ def compare_to_baseline(
     """Compare each trial with the baseline by a paired t-test, with Holm's correction over all trials.
 
     Args:
-        values: Metric by trial number and seed, without the baseline.
-        baseline: Metric of the baseline by seed.
+        values: Metric of each trial except the baseline, keyed by trial number and then by seed.
+        baseline: Metric of the baseline, keyed by seed.
         direction: ``minimize`` or ``maximize``.
 
     Returns:

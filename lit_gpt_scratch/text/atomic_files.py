@@ -45,7 +45,7 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
         folder: The folder to create; an empty one counts as missing.
         fill: Function that writes the contents to the path it is passed.
         flag: Flag that sets another location, for error messages.
-        purpose: Text that identifies the inputs of the contents. If set, a partial folder with the same purpose, left
+        purpose: String that identifies the inputs of the contents. If set, a partial folder with the same purpose, left
             by an interrupted call (a kill, Ctrl-C or the death of a worker process), is passed to ``fill`` again for
             completion; by default, the work starts over.
 

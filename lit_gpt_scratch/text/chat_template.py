@@ -74,7 +74,7 @@ class ChatTemplate:
         return RenderedConversation(ids, loss_mask)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenize the prompt for a reply to these messages; it ends with the assistant's marker."""
+        """Tokenize messages as the prompt for a reply; it ends with the assistant's marker."""
         return self.render(messages).ids + self._markers[ASSISTANT]
 
     def _role_marker(self, role: Role) -> list[int]:

@@ -89,7 +89,7 @@ class CleaningReport:
                 self._sampled_bytes = sum(len(texts[0].encode()) for texts in self._sample.values())
 
     def add_later_step(self, id_: str, text: str, n_bytes: int, index: int, reason: str | None) -> None:
-        """Count a document for the later step with this index; ``reason`` is None if the document passed."""
+        """Count a document at step ``index`` of ``later_steps``; ``reason`` is None if the document passed."""
         step = self.steps[self._first_later + index]
         if reason is not None:
             step.record_rejected(id_, text, n_bytes, reason)
@@ -111,7 +111,7 @@ class CleaningReport:
 
     @property
     def sample(self) -> list[list[str]]:
-        """For each sampled document, its text before the first step and after each step that it passed."""
+        """Texts of each sampled document: before the first step and after each step that it passed."""
         return list(self._sample.values())
 
 

@@ -40,7 +40,7 @@ SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
     "ef71f33303efd7d9": Leakage,
 }  # fmt: skip
-"""Maps ``CleaningStep.source_hash`` of each module in version 0.1 to a step of the module that replaced it."""
+"""For each module's ``CleaningStep.source_hash`` in version 0.1, a step from the module that replaced it."""
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class CleanedCorpus:
             raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
-        """Yield the texts of a split, or about a fraction of them, sampled by content hash, independent of order."""
+        """Yield the texts of a split, or about a fraction of them, chosen by content hash regardless of order."""
         for document in read_parquet_documents(self.folder / f"{split}.parquet"):
             if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
                 yield document.text
 
     @property
     def sample(self) -> list[list[str]]:
-        """See ``CleaningReport.sample``."""
+        """Texts of the documents sampled for token counts; see ``CleaningReport.sample``."""
         sample: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
         return sample
 
@@ -119,7 +119,7 @@ class CorpusSpec:
 
     @cached_property
     def source_fingerprints(self) -> list[str]:
-        """See ``DocumentSource.fingerprint``."""
+        """Fingerprints of the sources; see ``DocumentSource.fingerprint``."""
         return [source.fingerprint() for source, _ in self.sources]
 
     @property
@@ -264,7 +264,7 @@ class CorpusSpec:
 
 
 def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
-    """Replace version 0.1 hashes in ``CorpusSpec.settings["cleaning"]`` by current ones; the rules are unchanged."""
+    """Replace version 0.1 hashes in ``CorpusSpec.settings["cleaning"]`` with current ones; the rules are unchanged."""
     upgraded = []
     for entry in entries:
         step, _, source_hash = entry.rpartition(" ")

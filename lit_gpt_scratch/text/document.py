@@ -11,13 +11,13 @@ MAX_DOCUMENT_BYTES: Final = 2**25
 
 
 def is_blank(text: str) -> bool:
-    """Whether a text is empty or whitespace."""
+    """Whether a string is empty or contains only whitespace."""
     return not text or text.isspace()
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and an id that identifies its location: a file, or a file and a row."""
+    """Text with an id that identifies its location: a file, or a file and a row."""
 
     id: str
     text: str
@@ -74,7 +74,7 @@ class ClassIndex(int):
 
 
 def get_label(fields: Mapping[str, Any], column: str) -> str:
-    """Return the label in a column as a string: a text, an integer, or the name of a ``ClassIndex``.
+    """Return the label in a column as a string; it may be a string, an integer, or the name of a ``ClassIndex``.
 
     Raises:
         UserError: The label is missing or has another type. The caller adds the location to the message.

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer as Backend
 GPT2_PATTERN: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """GPT-2's pre-tokenization pattern, as built into ``tokenizers``."""
 LONG_WORD: Final = 500
-"""Long word, in characters: ``tiktoken``'s time, unlike that of ``tokenizers``, is quadratic in word length."""
+"""Long word, in characters: ``tiktoken``, unlike ``tokenizers``, takes time quadratic in the word length."""
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
@@ -85,14 +85,14 @@ def encode_batch(
 
 
 def _may_have_long_words(text: str) -> bool:
-    """Whether a text may have a word or run of spaces of 2 ``LONG_WORD`` characters, which spans a whole window."""
+    """Whether text may have a word or run of spaces of ``2 * LONG_WORD`` characters: such a run fills a window."""
     return any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)
     )
 
 
 def _byte_by_character() -> dict[str, int]:
-    """Map GPT-2's characters to bytes: printable bytes map to themselves, others are numbered from U+0100."""
+    """Return the byte for each of GPT-2's characters: a printable byte is itself, others start at U+0100."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}

@@ -1,8 +1,8 @@
 """Readers for JSON Lines, JSON, CSV, TSV, Parquet and Arrow files with named columns, optionally compressed.
 
-Parquet, Arrow and texts in JSON Lines are read with ``datasets``. If ``datasets`` fails on a JSON Lines file, the
-remaining rows are read here, line by line. This either locates the invalid line, or succeeds because all lines are
-valid and ``datasets`` only guessed their types wrong (a column that appears late, a text that looks like a date). CSV
+Parquet, Arrow, and single columns of JSON Lines files are read with ``datasets``. If it fails on a JSON Lines file,
+the remaining rows are read here, line by line. This either locates the invalid line, or succeeds because all lines are
+valid and ``datasets`` only guessed their types wrong (a column that appears late, a string that looks like a date). CSV
 is read with Python's ``csv`` and TSV is split at tabs, because ``datasets`` uses ``pandas``, which silently drops text
 if a row has a different number of fields than the first.
 """
@@ -93,7 +93,7 @@ def row_to_document(row: TableRow, column: str) -> Document:
 
 
 def is_table(path: Path, in_folder: bool) -> bool:
-    """Whether a file name is that of a table; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
+    """Whether a file is a table, by its suffix; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
     return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
 
@@ -162,8 +162,8 @@ def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]
     format_ = TABLE_FORMATS[suffix]
     several = columns is None or len(columns) > 1
     if format_ in ("csv", "tsv") or (format_ == "json" and several) or suffix == ".json" or "::" in str(path):
-        # In a column that mixes texts and numbers, datasets would quote the texts; it may also turn lists of objects
-        # into an object of lists. "::" in a path is fsspec's syntax for chained URLs.
+        # In a column that mixes strings and numbers, datasets would quote the strings; it may also turn lists of
+        # objects into an object of lists. "::" in a path is fsspec's syntax for chained URLs.
         raise TypeError("not for datasets")
     options: dict[str, Any] = {}
     if format_ == "json":
@@ -267,7 +267,7 @@ def _read_csv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRo
 
 
 def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
-    """Read TSV without quoting: a text that starts with a quote would swallow the rows after it."""
+    """Read TSV without quoting: a field that starts with a quote would swallow the rows after it."""
     rows = (
         (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [])
         for number, line in _read_lines(file, path)

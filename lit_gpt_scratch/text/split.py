@@ -51,9 +51,10 @@ def split_by_cluster(
 ) -> TrainValidationSplit:
     """Hold out about ``validation_share`` of the documents, keeping each cluster of near-duplicates together.
 
-    The smallest content hash in a cluster determines its side, so the side of a document does not depend on the order
-    or names of files, or on documents other than its near-duplicates. The cluster with the smallest hash is always held
-    out, and the cluster with the largest hash never is. If there is only one cluster, each of its documents is split.
+    The smallest content hash in a cluster decides where it goes, so the split of a document does not depend on the
+    order or names of files, or on documents other than its near-duplicates. The cluster with the smallest hash is
+    always held out, and the cluster with the largest hash never is. If there is only one cluster, each of its documents
+    is split.
 
     Args:
         keys: Content hash of each document, (n,).
@@ -121,7 +122,7 @@ class DuplicateClusters:
         self._pending.clear()
 
     def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Yield groups of documents that agree in this band but are not all linked yet."""
+        """Yield groups of documents with equal hashes in this band that are not all linked yet."""
         chunks, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
             n = min(CHUNK_DOCUMENTS, self.n_documents - start)
@@ -191,7 +192,7 @@ class DocumentIndex:
         """Select documents so that the bytes per source are proportional to the weights; return a mask, (n,) bool.
 
         The source with the fewest bytes relative to its weight is used completely. From each other source, documents
-        are taken in the order of their content hashes, as many as come closest to its proportion.
+        are taken in the order of their content hashes until the total is as close as possible to its proportion.
 
         Raises:
             UserError: A source has no documents, or its documents are too large for its weight.

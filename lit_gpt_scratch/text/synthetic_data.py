@@ -40,7 +40,7 @@ def labelled_sentences() -> Iterator[TableRow]:
 
 
 def conversations() -> Iterator[TableRow]:
-    """Yield 576 conversations about words: single instructions with replies, and one in six with two turns."""
+    """Yield 576 conversations about words; one in six has two instructions with replies, the others have one."""
     records: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]

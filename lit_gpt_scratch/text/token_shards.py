@@ -131,7 +131,7 @@ class ShardedTokenStream:
         return f"shard {shard.name} of {shard.folder}"
 
     def document_spans(self) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """Yield, for each shard, the stream positions of its documents' first tokens, and the documents' lengths."""
+        """Yield the stream positions of the first tokens, and the lengths, of the documents in each shard."""
         for shard, end in zip(self.shards, self.ends, strict=True):
             starts = shard.documents[:, 0].astype(np.int64)
             yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
@@ -151,7 +151,7 @@ class ShardedTokenStream:
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
     def read_with_labels(self, start: int, length: int) -> tuple[TokenIds, TokenIds]:
-        """Return ``length`` tokens and their labels, the next tokens; the last token in the stream has no label."""
+        """Return ``length`` tokens and, as labels, the tokens that follow them; the last in the stream has no label."""
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]
 

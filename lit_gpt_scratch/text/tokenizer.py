@@ -111,7 +111,7 @@ class Tokenizer:
         return 1 + max(self._backend.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, without an end-of-text token."""
+        """Return the token ids of a string, without an end-of-text token."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
 
@@ -150,7 +150,7 @@ class Tokenizer:
 
     @property
     def round_trip_loss(self) -> str:
-        """Description of how encoding and decoding changes a test text; empty if it does not."""
+        """Description of how encoding and decoding change a test string; empty if they preserve it."""
         decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
         if decoded == ROUND_TRIP_TEXT:
             return ""
@@ -158,7 +158,7 @@ class Tokenizer:
 
     @property
     def post_processor_ids(self) -> list[int]:
-        """Ids that the tokenizer file's own post-processor adds to a text, as in published models."""
+        """Ids that the tokenizer file's own post-processor adds to encoded text, as in published models."""
         ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
         return ids
 

@@ -16,7 +16,7 @@ UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
 """GPT-2's 256 printable characters, one per byte; they can represent any text losslessly."""
 CONTINUATION: Final = "\u203f"
-"""Prefix of WordPiece tokens that continue a word. It is not in ``BYTES``; the usual "##" could occur in a text."""
+"""Prefix of WordPiece tokens that continue a word. It is not in ``BYTES``; the usual "##" could occur in text."""
 MAX_WORD_BYTES: Final = 64
 """Maximum bytes per word for WordPiece, which fails on long words; longer words are split."""
 

@@ -70,7 +70,7 @@ class VerifiablePreference:
     make_rejected: Callable[[str], str]
 
     def make_pair(self, reply: str) -> tuple[str, str]:
-        """Return a preferred and a rejected reply: the given reply, which must have content, and a similar one."""
+        """Return a preferred and a rejected reply: ``reply``, which must have content, and a similar one."""
         if self.satisfied(reply):
             return reply, self.make_rejected(reply)
         return self.make_preferred(reply), reply
@@ -119,7 +119,7 @@ class TextReward(NamedTuple):
         name: Name that the user specified.
         function: Function that takes prompts and one reply per prompt, and returns one number per reply as a list, an
             array or a tensor.
-        unended: Reward of a reply that was truncated before its end of text; None to call the function.
+        unended: Reward of a reply that was truncated before its end of text; if None, the function is called.
     """
 
     name: str

@@ -21,7 +21,7 @@ def train_wordpiece(
         words: Number of occurrences of each word.
         alphabet: Characters to include even if they do not occur, both at the start of words and as continuations.
         size: Maximum number of pieces.
-        min_count: Minimum count of a pair to be merged. The score alone favours rare pairs and would fill the
+        min_count: Minimum count for a pair to be merged. The score alone favours rare pairs and would fill the
             vocabulary with pairs that occur once. By default, the minimum starts at the count of the most
             frequent pair and is halved, down to 2, whenever no pair reaches it.
         prefix: Prefix of pieces that continue a word. It must not occur in a word.
