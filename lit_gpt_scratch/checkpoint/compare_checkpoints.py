@@ -26,7 +26,7 @@ in a run logs the chart layout.
 
 
 def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over all leaf values of a checkpoint as (path, value), without wall-clock measurements."""
+    """Iterate over all leaf values of a checkpoint as (path, value), skipping wall-clock measurements."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not re.fullmatch(TIMING_NAMES, str(key)):
@@ -78,7 +78,7 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """Count the points in which the curves of two runs differ, by tag.
+    """Count the points at which the curves of two runs differ, by tag.
 
     A point that is logged twice counts as a difference, except for ``REPEATABLE_TAGS``.
     """

@@ -16,7 +16,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def diff_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the values that differ as (before, now) by dotted name; a missing value is None."""
+    """Return the values that differ as (before, now) pairs keyed by dotted name; a missing value is None."""
     old, new = flatten(before), flatten(now)
     return {
         name: (old.get(name), new.get(name))

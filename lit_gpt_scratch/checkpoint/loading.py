@@ -71,7 +71,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a Hugging Face folder in the format of a checkpoint, without optimizer state and counters.
+    """Load a Hugging Face folder as a checkpoint dict without optimizer state and counters.
 
     Raises:
         UserError: The folder is missing, or its model is not supported.

@@ -22,7 +22,7 @@ class CheckpointMetadata:
         tokenizer: The text of a ``tokenizer.json``.
         start_of_text: Id of the token that precedes every document; None if it is the end-of-text token.
         lora: The fields of a ``LoRA``; None if the state dict contains no adapters.
-        base: Hash of the base model weights that the adapters were trained on, without the head if ``new_head``.
+        base: Hash of the base model weights that the adapters were trained on; excludes the head if ``new_head``.
         new_head: Whether the head was trained together with the adapters.
         classes: Class names of a classification head; None for other heads.
         pooling: Pooling of a classifier, a name in ``model.output_heads.POOLINGS``.

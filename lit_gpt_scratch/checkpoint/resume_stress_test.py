@@ -168,7 +168,7 @@ class ResumeStressTest:
 
 
 def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
-    """Count differing bits by file and path, in all checkpoints but ``last.ckpt``; 1 for a file that one run lacks."""
+    """Count differing bits by file and path, excluding ``last.ckpt``; a file that one run lacks counts as 1."""
     names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (reference, run)]
     found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
     for name in (names[0] & names[1]) - {reference.last.name}:
@@ -197,7 +197,7 @@ def _modified_at(path: Path) -> float:
 
 
 def list_group_processes(leader: int) -> list[int]:
-    """Return the ids of live processes in the leader's process group; only the leader on a system without ``/proc``."""
+    """Return the ids of live processes in the leader's process group; without ``/proc``, only the leader's id."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -196,7 +196,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
 
 
 def _newest_intact_checkpoint(folder: Path) -> Path:
-    """Return the newest checkpoint of a run that is not damaged, ``last.ckpt`` first; log a warning for damaged ones.
+    """Return a run's newest undamaged checkpoint, trying ``last.ckpt`` first; log a warning for each damaged one.
 
     Raises:
         UserError: There is no intact checkpoint.

@@ -62,7 +62,7 @@ class ArithmeticCase(NamedTuple):
 
     Attributes:
         flags: Flags for ``fit``.
-        tolerance: Maximum relative difference in the loss of any step between layouts.
+        tolerance: Maximum relative difference between layouts in the loss of any step.
     """
 
     flags: tuple[str, ...]
@@ -191,7 +191,7 @@ class LayoutParity:
 
 
 def _gradient_differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Compute relative differences between two gradients, by measure; NaN if any element is NaN."""
+    """Compute relative differences between two gradients, keyed by measure; NaN if any element is NaN."""
     eps = 1e-30  # avoids division by zero if a gradient is all zeros
     worst = [(found[name] - g).abs().max() / g.abs().max().clamp(min=eps) for name, g in expected.items()]
     difference = torch.cat([(found[name] - g).flatten() for name, g in expected.items()])

@@ -28,7 +28,7 @@ def validate_hardware(trainer: Mapping[str, Any]) -> None:
         trainer: The Trainer's flags.
 
     Raises:
-        UserError: One of them is not available; the message suggests a flag that works.
+        UserError: A requested setting is not available on this machine; the message suggests a flag that works.
     """
     accelerator = _resolve_accelerator(str(trainer.get("accelerator")))
     _validate_device_count(accelerator, str(trainer.get("devices")))
@@ -87,7 +87,7 @@ def _validate_precision(accelerator: str, precision: str) -> None:
 
 @contextmanager
 def explain_out_of_memory(data: Any) -> Iterator[None]:
-    """Replace an out-of-memory error by one that suggests flags for using less memory.
+    """Replace an out-of-memory error with one that suggests flags for using less memory.
 
     Args:
         data: The run's data module.

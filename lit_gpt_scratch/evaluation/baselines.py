@@ -22,19 +22,19 @@ def measure_xz_bits_per_byte(text: str) -> float:
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed for the validation tokens, except the first, if all token ids are equally probable."""
+    """Return the bits needed to encode all validation tokens but the first, if all token ids are equally probable."""
     return (len(validation) - 1) * float(np.log2(vocab_size))
 
 
 def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed for the validation tokens, except the first, under add-one smoothed training counts."""
+    """Return the bits needed to encode all validation tokens but the first, with add-one smoothed training counts."""
     return float(
         -np.log2(_unigram_probabilities(train, vocab_size)) @ np.bincount(validation[1:], minlength=vocab_size)
     )
 
 
 def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed for the validation tokens, except the first, each given the previous token.
+    """Return the bits needed to encode all validation tokens but the first, each given the previous token.
 
     Pair counts are interpolated with unigram probabilities by Witten-Bell smoothing
     (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens followed ``a`` in training, the more

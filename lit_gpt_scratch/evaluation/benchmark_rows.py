@@ -19,7 +19,7 @@ def read_rows(source: str) -> Iterator[TableRow]:
 
 
 def get_text(row: TableRow, *columns: str) -> str:
-    """Return the text in the first of these columns that is not empty.
+    """Return the text in the first of the given columns that is not empty.
 
     Raises:
         UserError: All of the columns are missing or empty, or the value is not text.
@@ -47,7 +47,7 @@ def get_texts(row: TableRow, column: str) -> list[str]:
 
 
 def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
-    """Return the index of the choice in a column that contains either the index, from 0, or the name.
+    """Return the index of a choice, from 0. The column contains this index or the name of the choice.
 
     Raises:
         UserError: The value is neither an index in range nor one of the names.

@@ -41,7 +41,7 @@ class LabeledText:
 
     @classmethod
     def from_row(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "LabeledText":
-        """Read a text and its label, the name of a class, from two columns.
+        """Read a text and the name of its class from two columns.
 
         Raises:
             UserError: A column is missing, or the label is not one of the classes.
@@ -105,9 +105,9 @@ def evaluate_classification(
         pooling: See ``classify``.
 
     Returns:
-        ``accuracy``; ``f1``, the mean F1 score over classes that occur or are predicted; ``auroc``, the mean area under
-        the ROC curve over classes that some but not all texts have, NaN if there are no such classes; and
-        ``confusion``, the number of texts by true and predicted class.
+        ``accuracy``; ``f1``, the mean F1 score over classes that occur or are predicted; ``auroc``, the area under the
+        ROC curve, averaged over the classes that some but not all texts belong to, NaN if there are no such classes;
+        and ``confusion``, the number of texts by true and predicted class.
     """
     probabilities = torch.tensor(classify(model, tokenizer, [example.text for example in examples], pooling))  # (N, n)
     predicted = probabilities.argmax(-1)  # (N,)

@@ -96,7 +96,7 @@ def compare_with_references(
     Args:
         written: Generated texts.
         references: Reference texts.
-        **more: Additional Boolean properties of the texts, (n,) each, by name.
+        **more: Additional Boolean properties of the texts, keyed by name, each (n,).
 
     Returns:
         The metrics of ``evaluate_generation``, and the fraction of texts with each property in ``more``.

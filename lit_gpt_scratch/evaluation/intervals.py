@@ -29,7 +29,7 @@ class Measurements:
         row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
             parts, one per window.
         n_rows: Number of rows.
-        metrics: Function that computes the metrics over the parts with given indices, (m,) intp.
+        metrics: Function that takes the indices of parts, (m,) intp, and computes the metrics over these parts.
         shares: Names of metrics that are proportions of rows, such as accuracy.
         extra: Function that computes values without a confidence interval, such as counts and the chance level.
         limits: Lower and upper bounds of bounded metrics, by name.
@@ -56,7 +56,7 @@ class ScoreSummary:
         rows: Number of rows.
         metrics: Metrics by name.
         intervals: Lower and upper bounds of each metric's 95% confidence interval, or None if the interval is unknown.
-            That is the case for a single row, and if leaving out rows does not change the metric, e.g. because all
+            It is unknown for a single row, and if leaving out rows does not change the metric, e.g. because all
             rows have the same value. The true value is then probably close, but it is unknown how close.
         extra: Values without a confidence interval, by name.
         from_parts: Whether the intervals are estimated from the spread among parts of rows, because there are too few
@@ -73,7 +73,7 @@ class ScoreSummary:
 def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> ScoreSummary:
     """Compute metrics with confidence intervals: Wilson for proportions, the jackknife with Student's t for all others.
 
-    The sampling unit is the row, because a similar benchmark would have other rows. If there are fewer than
+    The sampling unit is the row, because a similar benchmark would contain different rows. If there are fewer than
     ``MIN_ROWS`` rows and they have several parts, the unit is the part. The parts of one document are correlated, so
     the intervals are then too narrow.
 
@@ -107,7 +107,7 @@ def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> 
 def wilson_interval(share: float, n: int) -> tuple[float, float]:
     """Compute Wilson's score interval for a proportion (Wilson 1927, https://doi.org/10.1080/01621459.1927.10502953).
 
-    The interval stays within 0 and 1, and has a positive width even if all rows are right or all are wrong.
+    The interval stays within 0 and 1, and has a positive width even if all rows are correct or all are wrong.
 
     Args:
         share: The proportion.
@@ -155,7 +155,7 @@ def jackknife_standard_errors(
     bootstrap, it does not repeat rows, which would make texts look more repetitive than they are.
 
     Args:
-        metrics: Function that computes the metrics over the parts with given indices.
+        metrics: Function that takes the indices of parts and computes the metrics over these parts.
         indices: Indices of the parts to include, (m,).
         unit: Index of each part's sampling unit, (n,). Parts of the same unit are left out together.
 

@@ -35,7 +35,7 @@ DEFAULT_MAX_TOKENS: Final = 256
 class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
     """Implements the model interface of ``lm-eval``: log-likelihoods of continuations and whole texts, and generation.
 
-    Every context is the beginning of a document, so the start-of-text token is prepended, as with lm-eval's
+    Every context is treated as the beginning of a document, so the start-of-text token is prepended, as with lm-eval's
     ``add_bos_token``.
 
     Args:
@@ -128,7 +128,8 @@ def run_lm_eval(
 
     Returns:
         The metrics of each task and group, by name. If a metric cannot be recomputed from the rows, its confidence
-        interval is +/- 1.96 of the standard errors that ``lm-eval`` reports, or None if it reports none.
+        interval is +/- 1.96 times the standard error that ``lm-eval`` reports, or None if no standard error is
+        reported.
 
     Raises:
         UserError: A task does not exist, or its data cannot be loaded.
@@ -189,7 +190,7 @@ def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[
 
 
 def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
-    """Compute a normal confidence interval from a standard error, e.g. for a group of tasks; None if it is unknown."""
+    """Compute a normal confidence interval from a standard error, e.g. of a group of tasks; None if that is unknown."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
     return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

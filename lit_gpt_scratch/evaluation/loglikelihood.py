@@ -22,7 +22,7 @@ LOGITS_PER_BATCH: Final = 2**26
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence and the number of its last tokens to score.
+    """A sequence and the number of tokens to score at its end.
 
     Attributes:
         ids: Token ids of the context and continuation.
@@ -104,7 +104,7 @@ def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[
             because of padding.
 
     Yields:
-        Indices of the sequences in a batch, at least one.
+        The indices of the sequences in each batch; no batch is empty.
     """
     batch: list[int] = []
     largest = 0.0

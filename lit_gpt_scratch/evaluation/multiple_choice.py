@@ -133,7 +133,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
         pairs: Pairs of sentences.
 
     Returns:
-        ``accuracy``, the fraction of pairs for which this is the case; and ``chance``.
+        ``accuracy``, the fraction of pairs in which the good sentence is more likely; and ``chance``.
     """
     measured = evaluate_multiple_choice(model, tokenizer, pairs)
     return Measurements.from_rows(

@@ -22,8 +22,8 @@ def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tupl
     """Split a text into windows such that each token except the first is scored exactly once.
 
     Each window begins ``stride`` tokens after the previous one, and scores the tokens that have not been scored yet.
-    These are all tokens in the first window, and then ``stride`` tokens with at least ``window - stride`` tokens of
-    context.
+    In the first window these are all tokens, in later windows ``stride`` tokens with at least ``window - stride``
+    tokens of context.
 
     Args:
         n_tokens: Number of tokens in the text, including the start of text.

@@ -194,7 +194,7 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
 
 
 def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterable[str]:
-    """Read training data as texts: either rows in the format of the task, or documents.
+    """Read training data as texts, from rows in the task's format or from documents.
 
     Raises:
         UserError: The source is missing, or contains neither rows nor documents.

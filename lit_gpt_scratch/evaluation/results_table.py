@@ -57,7 +57,7 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
 
     Args:
         folder: The run folder.
-        name: Name of the result, made of the task and the source.
+        name: Name of the result, composed of the task and the source.
         request: The request as plain data, including the ``step`` of the checkpoint.
         result: Metrics by name; only finite numbers are logged to TensorBoard.
     """

@@ -173,7 +173,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
 
 
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Recompute the cache of rows that are full, from the last half of their context without the newest token."""
+    """Recompute the cache of full rows from the last half of their context, excluding the newest token."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:

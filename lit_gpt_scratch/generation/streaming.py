@@ -86,5 +86,5 @@ class _StopStringBuffer:
         return piece
 
     def flush(self) -> str:
-        """Return the text that was held back, after the last token."""
+        """Return the text that is still held back after the last token."""
         return "" if self.stopped else self.held

@@ -63,7 +63,7 @@ def read_rope(fields: HFConfigReader) -> dict[str, Any]:
 
 
 def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None:
-    """Record YaRN settings as unsupported unless the attention scale is the factor's default, and truncate is true."""
+    """Record YaRN settings as unsupported unless the attention scale is the default and truncate is true."""
 
     def attention_scale(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0

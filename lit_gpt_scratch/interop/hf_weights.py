@@ -85,7 +85,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     Args:
         found: Tensors by name.
         expected: Tensors with the expected names and shapes.
-        where: Where the tensors are from, for the error message.
+        where: Source of the tensors, for the error message.
 
     Raises:
         UserError: Names or shapes differ; the message lists missing and unexpected tensors and wrong shapes.

@@ -122,7 +122,7 @@ class LlamaFamily(LlamaLikeFamily):
 
 
 class MistralFamily(LlamaLikeFamily):
-    """Dense Mistral models (https://arxiv.org/abs/2310.06825), with a sliding window; later models have none."""
+    """Dense Mistral models (https://arxiv.org/abs/2310.06825), with a sliding window in early models only."""
 
     model_type, architecture = "mistral", "MistralForCausalLM"
     default_kv_heads = 8

@@ -95,7 +95,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _contiguous_or_transposed(b: Tensor) -> Tensor:
-    """Return a matrix with strides that oneDNN is fast with, copying it if necessary.
+    """Return a matrix with strides that oneDNN handles efficiently, copying it if necessary.
 
     With strides other than contiguous or transposed, oneDNN is a thousand times slower.
     """

@@ -1,6 +1,6 @@
 """Compiler backend for decoding one sequence on a CPU: (1, K) @ (K, N) products as fused loops.
 
-Such a product is bound by reading the matrix, and in a small model the call of a library's matrix kernel adds a
+Reading the matrix dominates the time of such a product, and in a small model the call of a library's matrix kernel adds
 noticeable overhead. Inductor fuses an elementwise product and a sum with the surrounding operations instead.
 """
 

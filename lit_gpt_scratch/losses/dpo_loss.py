@@ -49,8 +49,8 @@ def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Compute the IPO loss, which does not diverge when all labels agree (https://arxiv.org/abs/2310.12036).
 
-    It regresses the margin to ``1 / (2 beta)`` (Azar et al. 2023, equation 17). A flipped label would regress it to
-    ``-1 / (2 beta)``, so ``label_smoothing`` gives the weighted mean of the two losses.
+    It regresses the margin towards ``1 / (2 beta)`` (Azar et al. 2023, equation 17). A flipped label would regress it
+    towards ``-1 / (2 beta)``, so ``label_smoothing`` gives the weighted mean of the two losses.
 
     Args:
         margin: (B,), see ``dpo_loss``.

@@ -35,16 +35,16 @@ def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
         support: Number of texts in each class, (n_classes,).
 
     Returns:
-        A scalar; NaN if it is defined for no class.
+        A scalar; NaN if the area is undefined for all classes.
     """
     return auroc[(support > 0) & (support < support.sum())].mean()
 
 
 class LikelihoodMetric(Metric):
-    """Loss, perplexity and bits per byte, from summed nats, tokens and bytes.
+    """Loss, perplexity and bits per byte, computed from total nats, tokens and bytes.
 
-    Bits per byte are comparable between tokenizers. Losses per token are not: with a larger vocabulary, a text has
-    fewer tokens, which are harder to predict.
+    Bits per byte are comparable between tokenizers. Losses per token are not: with a larger vocabulary, text is split
+    into fewer tokens, which are harder to predict.
 
     Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on the order of its terms,
     so the result is bitwise the same for any number of processes. It also works on devices without float64. Fixed point
@@ -104,7 +104,7 @@ class WeightedMeanLoss(Metric):
 
 
 class ReplyLoss(Metric):
-    """Mean cross-entropy over the tokens of replies in nats, as ``reply_loss``."""
+    """Mean cross-entropy in nats per reply token, reported as ``reply_loss``."""
 
     full_state_update = False
     nats: Tensor

@@ -120,7 +120,8 @@ class AttentionStats(NamedTuple):
     Attributes:
         entropy: Entropy of the weights in nats: 0 if one token has all the weight, ln(n) for n equal weights.
         distance: Mean distance to the attended tokens, weighted by the attention weights.
-        sink: Weight of the first token of the window or document (attention sink, https://arxiv.org/abs/2309.17453).
+        sink: Attention weight on the first token of the window or document (attention sink,
+            https://arxiv.org/abs/2309.17453).
     """
 
     entropy: Tensor

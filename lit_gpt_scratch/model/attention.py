@@ -245,7 +245,7 @@ def _compiled_flex_attention() -> Any:
 
 
 def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
-    """Whether FlexAttention supports training: it has no dropout, no backward pass on CPUs, and requires Triton."""
+    """Whether FlexAttention can train a model: on GPUs with Triton, without dropout, and not for very narrow heads."""
     return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
 

@@ -31,7 +31,7 @@ class FeedForward(nn.Module):
         """Apply the activation function.
 
         Args:
-            x: (B, T, n_embd), the input of the network, for gates.
+            x: (B, T, n_embd), the input of the network, which gates are computed from.
             hidden: (B, T, ffn_dim), the up-projection of ``x``.
 
         Returns:

@@ -15,8 +15,8 @@ class KVCache:
         capacity: Maximum number of tokens per row.
         device: Device of the model.
         dtype: Dtype of the keys and values.
-        fixed: For a single new token, return all slots and require a mask for the unused ones. Shapes then stay the
-            same from token to token, and a compiler has to trace the step only once.
+        fixed: Whether to return all slots when a single token is appended, and require a mask for the unused ones.
+            Shapes then stay the same from token to token, and a compiler has to trace the step only once.
 
     Attributes:
         lengths: Number of tokens stored in each row.
@@ -92,9 +92,9 @@ class KVCache:
         return keys[:, :, : self.visible_length], values[:, :, : self.visible_length]
 
     def shift_right(self, name: str, x: Tensor) -> Tensor:
-        """Shift values right by one token across forward passes: (B, T, ...) -> (B, T, ...).
+        """Shift values right by one token, continuing from the previous forward pass: (B, T, ...) -> (B, T, ...).
 
-        The first token of a row gets zeros.
+        The first token of a row receives zeros.
 
         Args:
             name: Key under which the value of the last token is stored for the next call.
@@ -124,7 +124,7 @@ class KVCache:
         self.lengths[row] = 0
 
     def replace_row(self, row: int, other: "KVCache") -> None:
-        """Replace a row with the only row of another cache."""
+        """Replace a row with the single row of another cache."""
         for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
             mine[row] = its[0]
         for name, x in other._previous.items():

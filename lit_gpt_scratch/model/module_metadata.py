@@ -12,8 +12,8 @@ All declarations are optional attributes or methods of an ``nn.Module``. A new k
     gradients are summed). A module without a plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
-    Forward-pass floating-point operations per token, given ``context`` tokens, including the child modules. By default
-    two per weight in all linear layers inside the module.
+    Number of forward-pass floating-point operations per token if it attends to ``context`` tokens, including those of
+    child modules. By default two per weight of every linear layer inside the module.
 
 ``init_weights() -> None``
     Initialises the parameters that are not weights or biases of an ``nn.Linear``; by default they keep their values
@@ -52,7 +52,7 @@ def flops_per_token(module: nn.Module, context: int) -> int:
 
 
 def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield each parameter of a module with its optimizer group; a shared parameter occurs several times."""
+    """Yield each parameter of a module with its optimizer group; a shared parameter is yielded several times."""
     declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
     for parameter in module.parameters(recurse=False):
         yield parameter, "vectors" if parameter.ndim < 2 else "tables" if parameter.ndim > 2 else declared

@@ -21,7 +21,7 @@ class OutputHead(Protocol):
 
 
 def padded_vocab_size(config: GPTConfig, vocab_size: int) -> int:
-    """Return the number of rows in embedding and head: ``vocab_size`` rounded up to ``config.vocab_multiple``."""
+    """Return the number of embedding and head rows: ``vocab_size`` rounded up to ``config.vocab_multiple``."""
     return -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 

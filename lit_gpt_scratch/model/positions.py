@@ -183,7 +183,7 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         width: Number of rotated channels per head.
 
     Returns:
-        The frequencies, (width / 2,) float32, and a factor for the cosines and sines.
+        The frequencies, (width / 2,) float32, and a factor that the cosines and sines are multiplied by.
     """
     even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
     plain = 1.0 / config.rotary_base ** (even / width)  # the published order of operations; others round differently
@@ -253,7 +253,7 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
 
 
 def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
-    """Return two thresholds for turns within the trained context.
+    """Return two thresholds for the number of turns that a channel pair makes within the trained context.
 
     Pairs below the first are fully slowed, pairs above the second are unchanged.
     """

@@ -41,7 +41,7 @@ class ShardedMatrices:
             self._gathered = [Replicate() if replicate else Shard(0)] * like.device_mesh.ndim
 
     def gather(self, shards: Tensor) -> Tensor:
-        """Gather whole matrices: (N, local rows, local columns) -> (n, rows, columns), those of this process."""
+        """Gather the whole matrices assigned to this process: (N, local rows, local columns) -> (n, rows, columns)."""
         return shards if self.mesh is None else self._redistribute(shards, self._sharded, self._gathered)
 
     def shard(self, whole: Tensor) -> Tensor:

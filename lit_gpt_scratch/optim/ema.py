@@ -1,8 +1,8 @@
 """Exponential moving average (EMA) of the weights.
 
-The averages are stored in the optimizer state, next to the moments, so that they are saved, sharded and resharded with
-these. For evaluation, weights and averages are swapped. They are also swapped in checkpoints, so that loading a
-checkpoint's weights loads the averages.
+The averages are stored in the optimizer state, next to the moments, so that they are saved, sharded and resharded
+together with the moments. For evaluation, weights and averages are swapped. They are also swapped in checkpoints, so
+that loading a checkpoint's weights loads the averages.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ class ExponentialMovingAverage:
 
     @torch.no_grad()
     def set_active(self, active: bool, optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Swap weights and averages, unless they already are in the requested state.
+        """Swap weights and averages, unless they are already in the requested state.
 
         Args:
             active: Whether the module should use the averages as its weights.
@@ -122,7 +122,7 @@ class ExponentialMovingAverage:
                 swap_saved_weights(checkpoint["state_dict"], optimizer_state, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Read from a checkpoint whether its weights and averages are swapped.
+        """Restore from a checkpoint whether weights and averages are swapped.
 
         Raises:
             UserError: The checkpoint contains averages, but averaging is disabled.

@@ -13,7 +13,7 @@ from lit_gpt_scratch.optim.dtensor import sharding_of, to_local
 
 
 def gradients_of(module: nn.Module) -> list[Tensor]:
-    """Return the gradients of a module's parameters that are not None."""
+    """Return the gradients of a module's parameters, skipping those that are None."""
     return [p.grad for p in module.parameters() if p.grad is not None]
 
 

@@ -48,7 +48,7 @@ class Schedule:
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return default values for arguments that are None, which depend on the other arguments.
+        """Return default values for the arguments that are None. They depend on the other arguments.
 
         ``fit`` saves them in ``config.yaml``.
         """

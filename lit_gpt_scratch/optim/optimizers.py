@@ -57,11 +57,10 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 class MuonAdamW(Optimizer):
     """Optimizer that updates each parameter group by its ``rule``: ``muon`` (matrices only) or ``adamw``.
 
-    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) uses Nesterov momentum, orthogonalised and
-    scaled by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If they are
-    sharded, each process gathers and orthogonalises some of them. With NorMuon, which keeps a statistic per row, each
-    process gathers and orthogonalises all of them. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused
-    kernel.
+    Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum and scales
+    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If they are sharded,
+    each process gathers and orthogonalises some of them. With NorMuon, which keeps a statistic per row, each process
+    gathers and orthogonalises all of them. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused kernel.
 
     Args:
         groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``; in addition
@@ -157,7 +156,7 @@ class OptimizerRecipe(ABC):
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return default values for arguments that are None, which may depend on the other arguments.
+        """Return default values for the arguments that are None. They may depend on the other arguments.
 
         ``fit`` saves them in ``config.yaml``.
         """

@@ -24,7 +24,7 @@ class ParameterGroups:
 
 
 def parameter_groups(model: nn.Module) -> ParameterGroups:
-    """Group the trainable parameters of a model as its modules declare (see ``model.module_metadata``).
+    """Group the trainable parameters of a model as declared by its modules (see ``model.module_metadata``).
 
     Parameters are in the order of ``model.named_parameters()``; a shared parameter is listed once.
     """

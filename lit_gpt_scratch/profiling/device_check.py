@@ -29,7 +29,7 @@ class DeviceComparison(NamedTuple):
         device: Device type.
         dtype: Autocast dtype.
         loss: Relative difference between the losses.
-        gradient: Norm of the difference between the gradients, relative to the norm of the gradient.
+        gradient: Norm of the difference between the gradients, relative to the norm of the CPU gradient.
         failed: Error message if the step failed, otherwise empty.
     """
 

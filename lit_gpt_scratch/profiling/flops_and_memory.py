@@ -74,7 +74,7 @@ def require_model_fits_memory(
 
 
 def training_flops_per_token(net: GPT) -> int:
-    """Return the number of floating-point operations per token of a forward and backward pass at full context length.
+    """Return the number of floating-point operations per token for a forward and backward pass at full context length.
 
     As in appendix B of the PaLM paper (https://arxiv.org/abs/2204.02311), these are 6 per weight of a linear layer, and
     12 * n_layer * n_head * head_dim * T for attention, including the half that the causal mask removes. The backward
