@@ -54,7 +54,7 @@ class BetweenSteps(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Call ``between_steps`` before the first micro-batch of a step, if it is due."""
+        """Call ``between_steps`` before the first micro-batch of a step, if ``due`` is set."""
         if self.due and batch_idx % trainer.accumulate_grad_batches == 0:
             self.between_steps(trainer, pl_module, batch)
 
@@ -84,14 +84,14 @@ class PeriodicCallback(Callback):
         self._step = trainer.global_step
 
     def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the gradient if a measurement is due; called by ``GPTModule`` once the gradient is complete."""
+        """Measure the gradient if this step is measured; called by ``GPTModule`` once the gradient is complete."""
         if self._is_due(trainer.global_step + 1):
             self.measure_gradient(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the step if this micro-batch ended one and a measurement is due."""
+        """Measure the step if this micro-batch ended one that is measured."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._is_due(self._step):
@@ -104,7 +104,7 @@ class PeriodicCallback(Callback):
         """Measure after the optimizer step; Lightning numbers that step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Whether a measurement is due after this step; steps are counted from 1."""
+        """Whether this step, counted from 1, is the first one or an ``every_n_steps``-th one."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
@@ -144,7 +144,7 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Whether this batch reaches ``max_steps`` or ``max_epochs``; the same on all ranks."""
+    """Whether training reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks agree."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
@@ -198,7 +198,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.best: dict[str, float] = {}
         """Validation loss of each saved model, keyed by file name, best first."""
         self.untested = False
-        """Whether the resumed run lacks only its test; set by the code that resumes it."""
+        """Whether only the test of the resumed run is missing; set by the code that resumes it."""
         self._has_test_data = False
         self._validation_due = False
         self._saved: int | None = None
@@ -223,7 +223,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Clear ``should_stop`` if a validation or test is missing, so that it runs even if ``max_time`` has elapsed.
 
-        ``Checkpoint`` callbacks run after the timer.
+        Lightning runs ``Checkpoint`` callbacks last, so the timer has already set ``should_stop``.
         """
         self._should_stop = trainer.should_stop or self.untested
         if self._validation_due or self.untested:
@@ -247,9 +247,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self.untested = False
 
     def _run_missed_validation(self, trainer: L.Trainer) -> None:
-        """Run the validation of the previous step with the step and epoch counts of an uninterrupted run.
+        """Run the validation that was due after the last saved step.
 
-        A subsequent test also sees the counts of an uninterrupted run.
+        It sees the same step and epoch counts as in an uninterrupted run, and so does a subsequent test.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
@@ -327,7 +327,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        """Whether a callback stopped the run; the value on rank 0 is saved."""
+        """Whether a callback stopped the run before it reached a limit; only rank 0's answer is saved."""
         requested = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
         return requested and not limit_reached(trainer) and not time_is_up(trainer)
 
@@ -348,12 +348,12 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best models, whether a validation or test is still due, and whether a callback stopped the run."""
+        """Return the best models, whether a validation or test is missing, and whether a callback stopped the run."""
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best models and whether a validation is due."""
+        """Restore the best models and whether a validation is still missing."""
         self.best = dict(state_dict["best"])
         self._validation_due = state_dict.get("validation_due", False)
 

@@ -140,7 +140,7 @@ def format_table(found: list[Diagnosis]) -> str:
 
 
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
-    """Return the facts about a run that rules read in addition to its curves, rounded to float32 like events."""
+    """Return facts about a run that rules read in addition to its curves, rounded to float32 as in events."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
@@ -173,7 +173,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
 
 
 def _label_facts(ids: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the fractions of labels that equal the next input token and the token at their own position."""
+    """Return the fraction of labels equal to the next input token, and the fraction equal to their own token."""
     if ids.shape != labels.shape:
         return {}
     inner, scored = labels[:, :-1], labels[:, :-1] != IGNORE_INDEX

@@ -154,8 +154,9 @@ class ActivationStats(PeriodicCallback):
             first step; 0 disables measurements and plots.
         pictures: Whether to plot attention maps, the logit lens, loss by position, hardest passages and histograms
             after each validation, and to log the embedding for TensorBoard's projector at the end.
-        prompts: Texts that a language model continues after each validation. By default the data's own prompts: a short
-            one and the beginnings of two validation documents, or conversations. An empty list disables samples.
+        prompts: Texts that a language model continues after each validation. By default, these are the data's own
+            prompts: a short one and the beginnings of two validation documents, or conversations. An empty
+            list disables samples.
 
     Raises:
         UserError: If ``every_n_steps`` is negative.
@@ -289,7 +290,7 @@ class ActivationPlots:
     Args:
         data: The data module, already set up.
         ids: Ids of the first inspected tokens, which attention maps show.
-        targets: Next token at each of these positions, or ``IGNORE_INDEX``; empty if the network does not predict
+        targets: Id of the token that follows each of these, or ``IGNORE_INDEX``; empty if the network does not predict
             tokens.
     """
 
@@ -341,7 +342,7 @@ class ActivationPlots:
     def _logit_lens(self, net: GPT, captured: CapturedActivations[LayerStats]) -> str | None:
         """Format a table of the head's predictions from the residual stream after each layer; mark correct tokens.
 
-        Return None for a head with one number per token.
+        Returns None if the head outputs one number per token, which has no logits.
         """
         if isinstance(net.output_head, ScalarHead):
             return None

@@ -1,4 +1,4 @@
-"""Breakdown of the validation loss by position, token frequency and passage; and the confusion matrix."""
+"""Breakdown of the validation loss by position, token frequency and passage; confusion matrix."""
 
 from typing import Any, Final
 
@@ -146,7 +146,7 @@ class LossBreakdown(Callback):
 
 
 def position_bands(block_size: int) -> list[tuple[int, int]]:
-    """Return the first and last position of each band; each band ends four times as far as the previous one."""
+    """Return the first and last position of each band; the bands end after 1, 4, 16, ... positions."""
     ends = [1]
     while ends[-1] < block_size:
         ends.append(ends[-1] * 4)
@@ -158,8 +158,8 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     """Group tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
 
     Returns:
-        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur are the
-        rarest, ordered by id.
+        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur come
+        last, ordered by id.
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()

@@ -63,7 +63,7 @@ def tensorboard_writers(trainer: L.Trainer) -> list[SummaryWriter]:
 
 
 def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
-    """Log a Markdown text to TensorBoard and to every ``MetricTap``."""
+    """Log Markdown text to TensorBoard and to every ``MetricTap``."""
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
             logger.experiment.add_text(name, text, step)

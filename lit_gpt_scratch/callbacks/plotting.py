@@ -40,7 +40,7 @@ def heat_map(
     column_axis: str = "",
     cell: int = 72,
 ) -> Pixels:
-    """Draw a heat map with a text in each cell.
+    """Draw a heat map with text in each cell.
 
     Args:
         shares: (n, m), color value of each cell, from 0 to 1.
@@ -163,7 +163,7 @@ def line_plot(values: NDArray[Any], title: str, x_axis: str, width: int = 640, h
 
 
 def truncate(text: str, font: Any, width: int) -> str:
-    """Truncate a text to fit into ``width`` pixels."""
+    """Truncate text to fit into ``width`` pixels."""
     while text and font.getlength(text) > width:
         text = text[:-1]
     return text

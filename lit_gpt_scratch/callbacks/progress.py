@@ -110,7 +110,7 @@ class RunProgressBar(ProgressBar):
         self._close()
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        """Print above the bar."""
+        """Print text above the bar."""
         tqdm.write(" ".join(map(str, args)), file=sys.stderr)
 
     def _close(self) -> None:
@@ -119,7 +119,7 @@ class RunProgressBar(ProgressBar):
             self._bar = None
 
     def _status(self, trainer: L.Trainer, name_step: bool = False) -> str:
-        """Format loss and speed; the loss includes its step if that is not the current step, or if ``name_step``."""
+        """Format loss and speed, and the loss's step if it is not the current one or ``name_step`` is set."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         parts = []

@@ -161,7 +161,7 @@ class RunPlan(RunDirCallback):
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """Return the number of validations after ``done`` of ``steps`` steps, including the one at the end."""
+        """Return how many validations remain after ``done`` of ``steps`` steps, including the one at the end."""
         if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
             return 0
         if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
@@ -229,7 +229,7 @@ def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> 
 
 
 def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
-    """Return the unit of step sizes ("tokens", or "positions" if some are padding) and a note about padding."""
+    """Return the unit of step sizes ("positions" if some are padding, else "tokens") and a note about padding."""
     if isinstance(data.train_dataset, PackedDataset):
         used = min(part.cost.used for part in data.train_dataset.parts)
         return ("tokens", "") if used > 0.9995 else ("positions", f" ({used:.1%} tokens, the rest padding)")
@@ -316,7 +316,7 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     },
     "throughput": {"fraction of step time": ["Multiline", list(TIME_SHARE_TAGS)]},
 }
-"""Charts of TensorBoard's custom-scalars tab after the losses, by group; curves are given as names or patterns."""
+"""Charts that follow the losses in TensorBoard's custom-scalars tab, by group; curves are names or patterns."""
 
 
 class TensorBoardLayout(Callback):

@@ -1,4 +1,4 @@
-"""Text samples after each validation, and the true reward for sampled replies."""
+"""Text samples after each validation, and the true reward of sampled replies."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -75,7 +75,7 @@ class Samples(Callback):
 
 
 def _precision_context(trainer: L.Trainer, task: L.LightningModule) -> Any:
-    """Return an autocast context for sharded networks, whose blocks are gathered in 16 bits, or a null context."""
+    """Return an autocast context for a sharded network, which gathers blocks in 16 bits; else a null context."""
     return trainer.precision_plugin.val_step_context() if task.device_mesh is not None else nullcontext()
 
 
@@ -95,7 +95,7 @@ def _as_code_block(text: str) -> str:
 
 
 class RewardEval(Callback):
-    """Generates replies to held-out prompts and checks them at each validation and in the test.
+    """Generates replies to held-out prompts and checks them at each validation and during the test.
 
     ``true_reward`` is the fraction of replies that pass the data's ``reply_check``; a reply without an end token does
     not pass. Replies are sampled from the model's unmodified distribution, always with the same random numbers, so that

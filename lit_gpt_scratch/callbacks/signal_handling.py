@@ -45,7 +45,7 @@ class SignalHandling(StopBetweenSteps):
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Install the signal handlers; from here on, all ranks exist and can agree to stop.
+        """Install the signal handlers, now that all ranks exist and can agree to stop.
 
         They replace Lightning's handlers, which run a broadcast even if the rank is in the middle of another
         collective.

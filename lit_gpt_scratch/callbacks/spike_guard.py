@@ -188,7 +188,7 @@ class SpikeGuard(RunDirCallback):
         self._outdated = None if before is None else self._path(before)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Forget a missing good checkpoint, and remove unreferenced ones, which a killed run can leave."""
+        """Forget the good checkpoint if its file is missing, and remove others, which a killed run can leave behind."""
         own = None if self.good is None else self._path(self.good)
         if self._ranks.max(own is not None and not own.is_file()):
             log.warning("guard: %s is missing; the run cannot rewind until the next one is saved", own)
@@ -294,7 +294,7 @@ def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) ->
 
 
 def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
-    """Describe the windows, texts or pairs of a step with the highest loss: their documents and beginnings.
+    """Describe the windows, texts or pairs with the highest loss in a step: their documents and first words.
 
     Args:
         trainer: The trainer of the run.

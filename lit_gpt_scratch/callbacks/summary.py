@@ -53,7 +53,7 @@ class BaselineMetrics(Callback):
         """Description of the metric."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the baselines, which takes 0.5 s for 0.5 MB of text."""
+        """Compute the baselines (0.5 s for 0.5 MB of text)."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not trainer.is_global_zero:
             return
@@ -221,7 +221,7 @@ class RunSummary(RunDirCallback):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write and print the summary, unless it already exists and no step was run."""
+        """Write and print the summary, unless this session ran no step and a summary already exists."""
         if not trainer.is_global_zero or self.folder is None:
             return
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
@@ -260,7 +260,7 @@ class RunSummary(RunDirCallback):
         return {"seconds": self._seconds()}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Restore the duration of earlier sessions."""
+        """Restore the total duration of earlier sessions."""
         self.seconds_before = state_dict["seconds"]
 
     def _seconds(self) -> float:

@@ -37,7 +37,7 @@ class GeneratesBatches(Protocol):
     """A task that generates its own training data, such as an RL policy."""
 
     def take_generation_seconds(self) -> float:
-        """Return the seconds spent on generating and scoring since the last call."""
+        """Return the seconds spent generating and scoring replies since the last call."""
 
 
 class Throughput(Callback):
@@ -70,7 +70,7 @@ class Throughput(Callback):
         self.timed_tokens = 0
         self.tokens_per_second = 0.0
         self.peaks: dict[str, float] = {}
-        """Total peak FLOP/s of all devices: ``nominal``, if it is known, and ``measured``."""
+        """Total peak FLOP/s of all devices: ``nominal`` (if known) and ``measured``."""
         self.on_first_steps: Callable[[], None] | None = None
         """Callback that is called once, when ``median_step_seconds`` is available; must be set when training starts."""
         self._step_seconds: list[float] = []
@@ -87,7 +87,7 @@ class Throughput(Callback):
         self._window_seconds = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the peak FLOP/s, and reset the timers; the first step of this process compiles and is not timed."""
+        """Measure the peak FLOP/s and reset the timers; the first step of this process compiles, so it is not timed."""
         self._step_seconds, self._step_started = [], None
         self._is_warm, self._step = False, trainer.global_step
         self._timer = StepTimer(pl_module.device)
@@ -105,7 +105,7 @@ class Throughput(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the timer if it is stopped, at the start of the run or after a validation or a save."""
+        """Start the timer if it is stopped, as it is at the start of the run and after a validation or a save."""
         waited = {"data": self._loader_timer.take()}
         if isinstance(pl_module, GeneratesBatches):
             waited["generation"] = pl_module.take_generation_seconds()
@@ -157,7 +157,7 @@ class Throughput(Callback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median time of the first steps in seconds, without the very first; None before the second step has ended."""
+        """Median duration of the first steps in seconds, without the very first; None until the second has ended."""
         return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -182,7 +182,7 @@ class Throughput(Callback):
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Means of this session: fraction of time per phase, utilization and TFLOP/s of each peak, and peak memory."""
+        """Session averages of time per phase and utilization, with the peak TFLOP/s and the peak memory."""
         return {
             **time_shares(self._phase_seconds),
             "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
@@ -203,7 +203,7 @@ class Throughput(Callback):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps after the last log point, and restore the profiler."""
+        """Count the steps after the last log point, and restore the user's profiler."""
         trainer.profiler = self._loader_timer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
         self._close_window(self._timer.finish())
         self._memory = self._peak_gigabytes(pl_module.device)
@@ -267,7 +267,7 @@ class DataLoaderTimer:
         self.profiler.stop(action_name)
 
     def take(self) -> float:
-        """Return the seconds spent on fetching since the last call, and reset them."""
+        """Return the seconds spent fetching batches since the last call, and reset them."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
@@ -283,7 +283,7 @@ class TimerEvent(Protocol):
     """A point in time, with the interface of ``torch.cuda.Event``."""
 
     def record(self) -> Any:
-        """Record the event; on a device, it happens once all work submitted so far is done."""
+        """Record the event; on a device, it happens once all work submitted so far has completed."""
 
     def query(self) -> bool:
         """Return whether the event has happened."""
@@ -292,7 +292,7 @@ class TimerEvent(Protocol):
         """Wait until the event has happened."""
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Milliseconds from this event to another."""
+        """Return the milliseconds from this event to another."""
 
 
 class HostTimerEvent:
@@ -310,7 +310,7 @@ class HostTimerEvent:
         """Do nothing: a recorded event has always happened."""
 
     def elapsed_time(self, end_event: "HostTimerEvent") -> float:
-        """Milliseconds from this event to another."""
+        """Return the milliseconds from this event to another."""
         return 1000 * (end_event._at - self._at)
 
 

@@ -36,7 +36,7 @@ def chat_session(
     sampling: Sampling,
     seed: int,
 ) -> Iterator[str]:
-    """Reply to each line, with the conversation so far as context.
+    """Reply to each line, using the conversation so far as context.
 
     Args:
         model: Model in evaluation mode.

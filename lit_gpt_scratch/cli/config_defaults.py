@@ -77,7 +77,7 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change the default class's default arguments; another class keeps those that it also has."""
+    """Change the default arguments of the default class; a class selected by a flag inherits those that it accepts."""
     before = parser.get_default(part)
     parser.set_defaults(
         {part: {"class_path": before["class_path"], "init_args": {**before.get("init_args", {}), **arguments}}}
@@ -85,7 +85,7 @@ def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) 
 
 
 def import_class(name: str, package: str) -> Any:
-    """Import a class by its import path, or by name from ``package``; None if it does not exist.
+    """Import a class by its import path, or by name from ``package``; return None if it does not exist.
 
     Importing a class named by a flag executes its module, which the parser would do anyway.
     """
@@ -115,7 +115,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Whether an argument's default is ``None``, which a user's subclass may have changed."""
+    """Whether an argument's default is ``None``; a user's subclass may have another default."""
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if argument in parameters:
@@ -124,7 +124,7 @@ def _accepts_none(kind: type, argument: str) -> bool:
 
 
 def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
-    """Return the arguments of the data module, the optimizer and the schedule, each with its class's defaults."""
+    """Return the arguments of the data module, the optimizer and the schedule, each with the defaults of its class."""
     found = []
     data, optimizer, schedule = map(config.get, ("data", "model.init_args.optimizer", "model.init_args.schedule"))
     init_from = config.get("model.init_args.init_from")
@@ -137,7 +137,7 @@ def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
 
 
 def unset_defaults(config: Namespace) -> None:
-    """Set arguments in a config file that equal their class's defaults to ``None``, as if they were not given."""
+    """Set arguments that equal the defaults of their class to ``None``, as if the config file did not contain them."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] == value:
@@ -145,7 +145,7 @@ def unset_defaults(config: Namespace) -> None:
 
 
 def resolve_defaults(config: Namespace) -> None:
-    """Set every argument left at ``None`` to the value that will be used, where it depends only on flags."""
+    """Set every argument left at ``None`` to the value that will be used, if that value depends only on flags."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] is None and name != "vocab_size":

@@ -36,7 +36,7 @@ class FitParser(LightningArgumentParser):
 
 
 def find_config(name: str) -> str:
-    """Return the path of the config file given by ``--config``.
+    """Return the path of the config file passed to ``--config``.
 
     Args:
         name: Path of a file, or name of a shipped experiment such as ``finetune/spam``. An existing path takes
@@ -112,6 +112,6 @@ class SaveConfig(RunDirCallback):
 
 
 def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Return a config as nested plain data, structured as in its file, for comparing configs."""
+    """Return a config as nested plain data with the structure of its file, so that configs can be compared."""
     nested: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
     return nested

@@ -28,7 +28,7 @@ PARITY_DEFAULTS = (
     "--model.gpt.n_layer=2", "--model.gpt.n_head=4", "--model.gpt.n_embd=64", "--model.gpt.initialisation=gpt2",
     "--model.compile=false",
 )  # fmt: skip
-"""Flags for a small model whose weights all have a gradient from the first step; the user's flags override them."""
+"""Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
 OPTIONS = {"kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity"}
 """Maps each option that belongs to only one of the tests to that test's flag."""
 

@@ -20,7 +20,7 @@ class EarlyFlags:
     """Flags that change the parser's defaults, with their values on the command line and in config files.
 
     The parser must know the preset, the pretrained model or the resumed run before it reads the other flags, because
-    those override its values. Reading these flags first means that everything is parsed only once.
+    the other flags override its values. Reading these flags first means that everything is parsed only once.
 
     Attributes:
         flags: All flags, with names of shipped experiments replaced by paths, and old class paths by new ones.
@@ -64,7 +64,7 @@ class EarlyFlags:
         return early
 
     def get(self, name: str) -> str | None:
-        """Return a value such as that of ``model.init_from``, from the last such flag or else the last config."""
+        """Return the last value given for a flag such as ``model.init_from``; the command line overrides configs."""
         value: Any = self._given.get(f"--{name}")
         for config in reversed(self._configs):
             if value is not None:

@@ -73,7 +73,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _keys(chain: list[BaseException]) -> list[str]:
-    """Return the parts of a flag's name, such as ``model``, ``optimizer``, ``lr``, one from each parser level."""
+    """Return the parts of a flag's name, one from each nested parser, such as ``model``, ``optimizer`` and ``lr``."""
     found = (re.match(r'Parser key "([^"]+)"', str(error)) for error in chain if isinstance(error, ArgumentError))
     keys = [match[1] for match in found if match]
     return [key for place, key in enumerate(keys) if key not in keys[:place]]  # keys repeat for a class in a list
@@ -85,7 +85,7 @@ def _flag(chain: list[BaseException]) -> str:
 
 
 def _plain(message: str, prefix: str) -> str:
-    """Replace Python's type notation with plain words, and inner flags with their full names."""
+    """Replace Python's type notation with plain words, and prepend ``prefix`` to the names of nested flags."""
     message = re.sub(r"<class '([\w.]+)'>", r"\1", message)
     message = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", message)
     message = re.sub(r"Expected an? (.*?)\. Got value: ", r"expected \1, got ", message)

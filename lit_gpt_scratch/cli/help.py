@@ -51,7 +51,7 @@ WITHOUT: Final = {
     "trainer.max_epochs": "no limit",
     "trainer.max_time": "no limit",
 }
-"""Behaviour without a flag, for flags whose default is not a value of the flag."""
+"""What happens without the flag, for flags whose default is not one of their values."""
 REWORDED: Final = {
     "seed_everything": "Seed for weight initialisation, data order and all other randomness.",
     "trainer.devices": "Number of devices or processes, a list of device indices, or 'auto' for all devices.",
@@ -173,7 +173,7 @@ class HelpPage:
             yield ""
 
     def _of_other_classes(self, chosen: dict[str, str], seen: set[str]) -> dict[str, list[Flag]]:
-        """Return the flags that only other classes have, grouped by the flag that selects the class."""
+        """Return the flags of classes that are not selected, grouped by the flag that would select the class."""
         found: dict[str, list[Flag]] = {}
         for part, package in PACKAGES.items():
             module = import_module(package)

@@ -27,7 +27,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum bytes of held-out text that tokenizers are compared on; a longer text is sampled."""
+"""Maximum bytes of held-out text on which tokenizers are compared; longer text is sampled."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [

@@ -64,7 +64,7 @@ class ResumedRun:
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
-        """Find the run given by ``--ckpt_path``; None for ``auto`` if there is no run yet.
+        """Find the run given by ``--ckpt_path``; return None if it is ``auto`` and there is no run yet.
 
         Raises:
             UserError: The checkpoint does not exist, or all checkpoints are damaged.
@@ -126,7 +126,7 @@ class ResumedRun:
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether the run has a test stage that is not finished."""
+        """Whether the run includes a test that has not finished."""
         if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
             return False
         summary = self.folder.path / "summary.json"
@@ -200,7 +200,7 @@ class ResumedRun:
 def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
     """Return the samples per optimizer step across all replicas, which are the data-parallel ranks.
 
-    None for a user's data module without the arguments that determine it.
+    Returns None for a user's data module without the arguments that determine this number.
     """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
@@ -211,7 +211,7 @@ def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
 
 
 def _counts_batches(config: Mapping[str, Any]) -> bool:
-    """Whether the length of an epoch is limited in micro-batches, and therefore depends on their size."""
+    """Whether an epoch is limited to a number of micro-batches, so that its length depends on their size."""
     limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
     return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
@@ -221,7 +221,7 @@ def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
 
 
 def _seconds(trainer: Trainer) -> float:
-    """Return the total time limit across all sessions, in seconds."""
+    """Return the total time limit across all sessions in seconds; a very large number if there is no limit."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     limits = (
         callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)

@@ -26,7 +26,7 @@ LEGEND: Final = (
 
 
 def supports_colors() -> bool:
-    """Whether to print colors: to a terminal, unless the environment overrides it (https://no-color.org)."""
+    """Whether to print colors: yes on a terminal, unless the environment overrides it (https://no-color.org)."""
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
 
 

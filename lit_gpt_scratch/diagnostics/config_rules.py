@@ -9,12 +9,12 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Maximum factor off ``CHINCHILLA_RATIO``; wide, as first runs are short and production models train longer."""
+"""Maximum factor above or below ``CHINCHILLA_RATIO``; first runs are shorter and production runs longer."""
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
 """Minimum fraction of labels that equal the next input token.
 
-In windows with many short documents, one label per document does not.
+In windows with many short documents, one label per document differs from the next token.
 """
 MAX_REPEATED_SHARE: Final = 0.3
 """Maximum fraction of repeated passages; 0.04 in the source code of Python's standard library."""
@@ -34,7 +34,7 @@ def misaligned_labels(e: MetricHistory) -> Finding | None:
 
 
 def duplicated_text(e: MetricHistory) -> Finding | None:
-    """Detect training text that largely occurs several times."""
+    """Detect training text that consists largely of repeated passages."""
     share = e.latest("run/repeated_passages")
     if not share > MAX_REPEATED_SHARE:
         return None

@@ -67,10 +67,10 @@ MIN_BASELINE_SHARE: Final = 0.2
 
 
 def initial_loss(e: MetricHistory) -> float:
-    """Return the initial loss of a run: that of uniform predictions, or of the pretrained model.
+    """Return the initial loss of a run: the loss of uniform predictions, or that of the pretrained model.
 
-    NaN for an RL policy, so that every comparison is false: its loss measures how much better than expected its last
-    replies were, not its progress. ``rl_rules.py`` covers RL policies.
+    Returns NaN for an RL policy, so that every comparison is false: a policy's loss measures how much better than
+    expected its last replies were, not its progress. ``rl_rules.py`` covers RL policies.
     """
     if len(e["train/kl"]):
         return math.nan
@@ -80,19 +80,19 @@ def initial_loss(e: MetricHistory) -> float:
 
 
 def _steps_at_peak(rate: MetricCurve, step: int) -> int:
-    """Return the steps since the learning rate came close to its highest value so far; all steps if it is unknown."""
+    """Return the number of steps since the learning rate neared its maximum so far; all steps if no rate is logged."""
     peak = max(rate.values, default=0.0)
     return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * peak), 0)
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Whether the loss is below the initial loss; spikes are not reported before that."""
+    """Whether the loss has fallen below the initial loss; spikes are reported only after that."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 
 
 def loss_not_falling(e: MetricHistory) -> Finding | None:
-    """Detect a loss that is still at its initial value, or above it."""
+    """Detect a loss that has not fallen below its initial value, or that is flat at the level of a unigram model."""
     loss, rate = e["train/loss"], e["train/learning_rate"]
     if len(loss) < N_RECENT:
         return None
@@ -121,7 +121,7 @@ def loss_not_falling(e: MetricHistory) -> Finding | None:
 
 
 def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
-    """Return the cause and the flag for steps that are too large."""
+    """Return the likely cause of steps that are too large, and the flag to try."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     if not math.isfinite(peak):
         return "the learning rate is too high", f"a tenth of --model.optimizer.lr; {SWEEP_COMMAND}"
@@ -137,7 +137,7 @@ def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
 
 
 def steps_too_large(e: MetricHistory) -> Finding | None:
-    """Detect weights so large that further updates have no effect, which norm layers may hide from the loss."""
+    """Detect weights so large that further updates have no effect; norm layers may hide this from the loss."""
     stream = e[STREAM_NORM_TAG]
     if len(stream) < 2 or not stream.last > MAX_STREAM_GROWTH * max(stream.values[0], 1.0):
         return None

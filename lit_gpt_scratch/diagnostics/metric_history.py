@@ -47,7 +47,7 @@ class MetricCurve:
     def median(self, newest: int, before: int = 0) -> float:
         """Return the median of the finite values among the ``newest`` points before the last ``before`` points.
 
-        NaN if there are no finite values.
+        Returns NaN if there are no finite values.
         """
         stop = len(self) - before
         return _finite_median(self.values[max(0, stop - newest) : max(0, stop)])
@@ -86,7 +86,7 @@ class MetricHistory:
             self[name].add(step, value)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add a text with a name."""
+        """Add text under a name."""
         self._texts.setdefault(name, {})[step] = text
 
     def drop_from(self, step: int) -> None:
@@ -106,5 +106,5 @@ class MetricHistory:
         return self[name].last
 
     def text(self, name: str, step: int) -> str:
-        """Return the text with a name at a step; empty if there is none."""
+        """Return the text logged under a name at a step; empty if there is none."""
         return self._texts.get(name, {}).get(step, "")

@@ -1,4 +1,4 @@
-"""Measures of repetition in a text."""
+"""Measures of repetition in text."""
 
 from typing import Any, Final
 
@@ -41,7 +41,7 @@ def repeated_passage_share(ids: NDArray[Any]) -> float:
 def repeated_phrase_share(text: str) -> float:
     """Compute the fraction of phrases of ``PHRASE_LENGTH`` words that occur earlier in the text.
 
-    0 for a text with fewer than ``2 * PHRASE_LENGTH`` words.
+    Returns 0 for text with fewer than ``2 * PHRASE_LENGTH`` words.
     """
     words = text.split()
     phrases = [tuple(words[place : place + PHRASE_LENGTH]) for place in range(len(words) - PHRASE_LENGTH + 1)]

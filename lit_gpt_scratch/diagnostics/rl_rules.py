@@ -50,14 +50,14 @@ NO_STEP: Final = -1
 
 
 def _phases(e: MetricHistory, name: str) -> list[tuple[int, float]]:
-    """Return the first point of each rollout phase of a curve that is logged together with ``train/kl``."""
+    """Return a curve's first point in each rollout phase; a new phase starts when ``train/kl`` changes."""
     kl, curve = e["train/kl"], e[name]
     firsts = {step for place, step in enumerate(kl.steps) if place == 0 or kl.values[place] != kl.values[place - 1]}
     return [point for point in zip(curve.steps, curve.values, strict=True) if point[0] in firsts]
 
 
 def _first_and_recent(e: MetricHistory, name: str) -> tuple[float, float]:
-    """Return the value of the first rollout phase and the median of the newest; NaN if there are too few phases."""
+    """Return the value in the first rollout phase and the median of the newest ones; NaN if there are too few."""
     values = [value for _, value in _phases(e, name)]
     return (values[0], statistics.median(values[-N_RECENT:])) if len(values) > N_RECENT else (math.nan, math.nan)
 
@@ -75,13 +75,13 @@ def _has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
 
 
 def _penalty_flag(e: MetricHistory) -> str:
-    """Return the flag for a larger KL coefficient."""
+    """Return the flag that sets a larger KL coefficient."""
     coefficient = e.latest("train/kl_coefficient")
     return f"--model.kl_coefficient {PENALTY_FACTOR * coefficient if coefficient > 0 else DEFAULT_PENALTY:.2g}"
 
 
 def _slower_flag(e: MetricHistory) -> str:
-    """Return the flag for a third of the learning rate."""
+    """Return the flag that sets a third of the learning rate."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     return f"--model.optimizer.lr {peak / 3:.2g}" if math.isfinite(peak) else "a third of --model.optimizer.lr"
 
@@ -100,14 +100,14 @@ def reward_hacking(e: MetricHistory) -> Finding | None:
 
 
 def _reward_curves(e: MetricHistory) -> tuple[list[int], list[float], list[float]]:
-    """Return step, reward and true reward of each rollout phase; empty if the true reward is unknown."""
+    """Return the steps, rewards and true rewards of all rollout phases; empty if the true reward is unknown."""
     reward, true = _phases(e, "train/reward"), dict(_phases(e, "train/true_reward"))
     shared = [(step, value, true[step]) for step, value in reward if step in true]
     return [each[0] for each in shared], [each[1] for each in shared], [each[2] for each in shared]
 
 
 def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """Detect a fall of the true reward in training while the reward rises.
+    """Detect a true reward that falls in training while the reward rises.
 
     Returns:
         The evidence, and the step of the best true reward, or ``NO_STEP`` if it fell from the start. None if there
@@ -129,7 +129,7 @@ def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
 
 
 def _validation_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """Detect a fall of the true reward on held-out prompts, whose replies always use the same random numbers."""
+    """Detect a true reward that falls on held-out prompts, which are always answered with the same random numbers."""
     reward, true = e["val/reward"], e["val/true_reward"]
     if len(true) < 2 or reward.steps != true.steps:
         return None

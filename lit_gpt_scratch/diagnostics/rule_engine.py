@@ -29,13 +29,13 @@ class Rule:
     """A rule that detects one symptom.
 
     Args:
-        name: Name of the symptom, with which its diagnoses start.
+        name: Name of the symptom; its diagnoses start with this name.
         reads: Names of metrics. The rule is evaluated when one of them has a new point, and at the end of the run.
         find: Function from a metric history to a finding, or None if there is no problem.
         unless: Names of symptoms that explain this one; the rule is skipped once one of them has been found.
         repeatable: Whether each point of its metrics can be a separate diagnosis; other symptoms are reported once.
-        harmless: Function from a metric history to whether the symptom had no effect on the weights and therefore
-            explains no other symptom.
+        harmless: Function from a metric history to a bool: True if the symptom had no effect on the weights and
+            therefore explains no other symptom.
     """
 
     name: str
@@ -83,18 +83,18 @@ class RuleEngine:
         """Names of metrics with points that have not been evaluated yet."""
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add metrics of a step; if it is a new step, evaluate the metrics of the previous one first."""
+        """Add the metrics of a step; if the step is new, first evaluate the rules on the previous one."""
         if step != self.history.step:
             self.evaluate()
         self.history.add(step, values)
         self.pending.update(values)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add a text with a name."""
+        """Add text under a name."""
         self.history.add_text(step, name, text)
 
     def evaluate(self) -> None:
-        """Evaluate the rules whose metrics have pending points."""
+        """Evaluate the rules whose metrics have new points."""
         if self.pending:
             pending, self.pending = self.pending, set()
             self._evaluate(rule for rule in self.rules if not pending.isdisjoint(rule.reads))

@@ -1,4 +1,4 @@
-"""Detects steps whose loss or gradient norm is an outlier among recent steps.
+"""Detection of steps whose loss or gradient norm is an outlier among recent steps.
 
 The loss is measured by its distance to the median of recent losses, in standard deviations estimated from their median
 absolute deviation (MAD). The gradient norm is measured by its ratio to the median of recent norms, because gradient
@@ -38,10 +38,10 @@ class SpikeDetector:
     """Classifies steps one by one as normal or outliers. Its state consists of plain numbers.
 
     Attributes:
-        in_a_row: Number of consecutive outliers, counted from the last rewind if there was one since.
+        in_a_row: Number of consecutive outliers, counted anew after a rewind.
         is_outlier: Whether the last step was an outlier.
         deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD); 0 if it
-            was not above the median, or if too few steps are known.
+            was not above the median, or if too few steps have been recorded.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class SpikeDetector:
         self.deviations = 0.0
 
     def classify_step(self, loss: float, norm: float) -> StepKind | None:
-        """Return the kind of outlier, or None for a normal step; later steps are compared with normal steps only.
+        """Return the kind of outlier, or None for a normal step; only normal steps are kept for later comparisons.
 
         Args:
             loss: Mean loss over the labels of the step; 0 if the task reports no loss.
@@ -78,7 +78,7 @@ class SpikeDetector:
 
     @property
     def is_calm(self) -> bool:
-        """Whether enough steps are known and the last step was normal."""
+        """Whether enough steps have been recorded and the last step was normal."""
         return len(self.losses) >= MIN_STEPS and not self.is_outlier
 
     def reset(self) -> None:

@@ -98,7 +98,7 @@ def rewound(e: MetricHistory) -> Finding | None:
 
 
 def exploding_gradients(e: MetricHistory) -> Finding | None:
-    """Detect a gradient norm that stays far larger than before."""
+    """Detect a gradient norm that stays far larger than it was before."""
     norm = e["train/gradient_norm"]
     if len(norm) < 10 + N_RECENT or not has_learned(e):
         return None

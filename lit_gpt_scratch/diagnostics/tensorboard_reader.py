@@ -21,7 +21,7 @@ def replay_events(run: Path, engine: RuleEngine) -> None:
 
     Args:
         run: Directory with event files; points repeated by a resumed session replace the earlier ones.
-        engine: Rule engine without metrics.
+        engine: Rule engine to which no metrics have been added yet.
 
     Raises:
         UserError: If the directory contains no events.
