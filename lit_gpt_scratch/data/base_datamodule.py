@@ -142,7 +142,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def layout(self) -> BatchLayout:
-        """Batch size, data-parallel size and micro-batches per step; final once gradient accumulation is set."""
+        """Batch size, data-parallel size and micro-batches per step; may change until gradient accumulation is set."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
@@ -176,7 +176,7 @@ class BaseDataModule(L.LightningDataModule):
         return self.train_dataset.describe_row(index)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return a loader for the training batches, in the sampler's order."""
+        """Return a loader that yields the training batches in the sampler's order."""
         return self._loader(self.train_dataset, self.train_sampler)
 
     def val_dataloader(self) -> DataLoader[Any]:
@@ -259,7 +259,7 @@ def reject_null(given: dict[str, Any]) -> None:
 
 
 def require_positive_ints(given: dict[str, int | None]) -> None:
-    """Reject sizes that are not positive or not below ``MAX_SIZE``; None is allowed."""
+    """Reject sizes below 1, or of ``MAX_SIZE`` or more; None is allowed."""
     for name, value in given.items():
         if value is not None and not 1 <= value < MAX_SIZE:
             raise UserError(f"data.{name} is {value}; it must be positive and below {MAX_SIZE:,}")

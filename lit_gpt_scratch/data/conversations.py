@@ -57,13 +57,13 @@ class Conversations(RecordDataModule[ConversationExample]):
         return ChatTemplate(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
-        """Render and tokenize a conversation; labels are the next tokens, restricted to those of replies."""
+        """Render and tokenize a conversation; a token is labelled with the next one if that belongs to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
         return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Prompts from the first validation conversations short enough for a reply; the last reply is removed."""
+        """Token ids of the first validation conversations, without the last reply, that leave room for a reply."""
         prompts = (
             self.template.render_prompt(self.records[place][1].messages[:-1])
             for place in self.split_indices["validation"]

@@ -23,14 +23,14 @@ from lit_gpt_scratch.text.document import TableRow, get_label, get_text, is_blan
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """A text and its label."""
+    """Text and its label."""
 
     text: str
     label: str
 
     @property
     def texts(self) -> Sequence[str]:
-        """The text alone, so that duplicates are found regardless of their labels."""
+        """The text without the label, so that duplicates are found regardless of their labels."""
         return (self.text,)
 
 
@@ -62,7 +62,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
-        """Parse a text and its label."""
+        """Parse the text and its label."""
         text = get_text(fields, self.text_column)
         if is_blank(text):
             raise UserError(f"'{self.text_column}' is empty")
@@ -117,11 +117,11 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return replace(super().info, class_names=self.class_names, class_counts=self.class_counts)
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of a text, preceded by the start-of-text token."""
+        """Return the start-of-text token followed by the token ids of the text."""
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """Tokenize a text; the label is its class index."""
+        """Tokenize the text; its label is the class index."""
         label = np.array([self.class_names.index(record.label)])
         return (EncodedSequence(np.array(self.encode(record.text)), label),)
 
@@ -144,7 +144,7 @@ class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_class_counts``: the number of texts in each class; every class has training texts."""
+        """Return ``step_class_counts``, the number of rows in each class: (n_classes,)."""
         classes = np.array([int(self.items[row].labels[0]) for row in rows])
-        n_classes = 1 + max(int(item.labels[0]) for item in self.items)
+        n_classes = 1 + max(int(item.labels[0]) for item in self.items)  # every class has training texts
         return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

@@ -78,7 +78,7 @@ class PackedDataset(RowDataset[Batch]):
         return batch
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_labels``: the number of labels in the rows, from the packing plans, without reading tokens."""
+        """Return ``step_labels``, the number of labels in the rows; it is computed without reading tokens."""
         parts = np.searchsorted(self._ends, rows, side="right")
         counts = (
             self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))
@@ -108,7 +108,7 @@ class PackedDataset(RowDataset[Batch]):
     def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
         """Build an error that names the shard with the unknown token.
 
-        On a GPU the embedding lookup would fail without any location.
+        Without this error, the embedding lookup on a GPU would fail without naming a location.
         """
         for plan, pieces in map(self.pieces, rows):
             for start, length in pieces:

@@ -36,7 +36,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""For sample prompts: number of documents, tokens per prompt, and validation tokens searched for document starts."""
+"""Settings for sample prompts: documents used, tokens per prompt, validation tokens searched for document starts."""
 STDLIB_PROMPT = "def "
 
 

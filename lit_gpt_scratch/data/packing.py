@@ -44,9 +44,10 @@ class TokenStream(Protocol):
         """Number of documents."""
 
     def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return ``length`` tokens and their labels; ``IGNORE_INDEX`` marks a token without a label.
+        """Return ``length`` tokens from ``start`` on, and their labels.
 
-        The stream's last token may lack a label; there is then one label fewer.
+        ``IGNORE_INDEX`` marks a token without a label. If the stream's last token has no label, the array of labels may
+        be one shorter.
         """
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
@@ -90,7 +91,7 @@ class RecordTokenStream:
         return len(self.names)
 
     def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
-        """Return ``length`` input tokens and their labels."""
+        """Return ``length`` input tokens from ``start`` on, and their labels."""
         return self._inputs[start : start + length], self._labels[start : start + length]
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
@@ -169,7 +170,7 @@ class PackingCost:
 
 
 class PackingPlan(Protocol):
-    """The assignment of a token stream to windows.
+    """Assignment of a token stream to windows.
 
     Attributes:
         crosses: Whether a piece may continue from one document into the next.
@@ -214,7 +215,9 @@ def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPo
 
 
 class ConcatenatedPlan:
-    """A token stream split every ``block_size`` tokens. Each token except the first is a label exactly once.
+    """A token stream split every ``block_size`` tokens.
+
+    Each token except the first is a label exactly once, apart from those in a dropped last window.
 
     Args:
         stream: Token stream to pack.
@@ -353,7 +356,7 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
 
 _FIELD_OF_KEY: Final = {"cut": "split", "cut_needlessly": "split_needlessly"}
-"""Maps keys of ``cost.json`` (format 1) to fields of ``PackingCost`` that have a different name."""
+"""Fields of ``PackingCost`` that have a different key in ``cost.json`` (format 1), by that key."""
 _KEY_OF_FIELD: Final = {field: key for key, field in _FIELD_OF_KEY.items()}
 
 
@@ -374,7 +377,7 @@ def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, 
 def pack_shards(
     stream: TokenStream, block_size: int, policy: BinPackingPolicy
 ) -> Iterator[tuple[Integers, Integers, PackingCost]]:
-    """Yield, for each shard, its pieces in window order, the number of pieces in each window, and the cost."""
+    """Pack each shard; yield its pieces in window order, the number of pieces in each window, and its cost."""
     for starts, lengths in stream.document_spans():
         pieces = _split_documents(starts, lengths, block_size)
         window_of = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
@@ -405,9 +408,9 @@ def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> In
 def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
     """Assign items to bins by best-fit-decreasing bin packing.
 
-    Bins with equal free space are interchangeable, and so are items of equal length, so both are processed in groups:
-    as long as another item of the same length fits into the bin just used, that bin has the least sufficient space and
-    takes that item too.
+    Bins with equal free space are interchangeable, and so are items of equal length, so both are processed in groups.
+    If the next item has the same length as the last one and also fits into the bin just used, it goes there too,
+    because that bin still has the least sufficient space.
 
     Args:
         lengths: Length of each item, (n,), each from 1 to ``capacity``.

@@ -23,7 +23,7 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
     Args:
         items: Token ids and labels of each record.
         block_size: Maximum tokens per row.
-        fill: Token id used for padding. With causal attention no text token attends to it, because it comes last.
+        fill: Token id used for padding. It comes last, so with causal attention no token of the text attends to it.
     """
 
     def __init__(self, items: Sequence[Item], block_size: int, fill: int) -> None:
@@ -38,12 +38,12 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
 def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     """Right-pad rows to the length of the longest row, rounded up to a multiple of ``PADDING_MULTIPLE``.
 
-    Rows are not padded to the context length, because short messages in a context of a thousand tokens would cost many
-    times as much.
+    Rows are not padded to the context length, because short messages in a context of a thousand tokens would then cost
+    many times as much computation.
 
     Args:
         rows: Integer arrays, (n,) each.
-        fill: Padding value. With causal attention no text token attends to padding, because it comes last.
+        fill: Padding value. Padding comes last, so with causal attention no token of the text attends to it.
         most: Maximum length, which need not be a multiple of ``PADDING_MULTIPLE``.
 
     Returns:

@@ -78,7 +78,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     @property
     def info(self) -> DataInfo:
-        """Description of the data, marked as pairs, and as truncated if ``too_long`` is ``cut``."""
+        """Description of the data, which also states that it has pairs, and whether long ones are truncated."""
         return replace(super().info, has_pairs=True, truncates=self.too_long == "cut")
 
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
@@ -111,5 +111,5 @@ class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch
         )
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_labels``: the number of pairs."""
+        """Return ``step_labels``, the number of pairs."""
         return {"step_labels": torch.tensor(len(rows))}

@@ -23,7 +23,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KIN
 log = logging.getLogger(__name__)
 
 TOKENIZER_TRAINING_BYTES: Final = 2**28
-"""Maximum bytes of a corpus that a tokenizer is trained on; more text changes hardly any merges."""
+"""Maximum bytes of text that a tokenizer is trained on; more text would hardly change the merges."""
 DEFAULT_VOCAB_SIZE: Final = 1024
 """Default vocabulary size of a trained tokenizer."""
 DEFAULT_KIND: Final = "bpe"
@@ -33,7 +33,7 @@ DEFAULT_KIND: Final = "bpe"
 def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults for a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
 
-    There are none for the tokenizer of ``init_from`` or one loaded from a file, which has its own vocabulary.
+    The result is empty if the tokenizer comes from ``init_from`` or a file, because it then has its own vocabulary.
     """
     kind = arguments.get("tokenizer") or DEFAULT_KIND
     if arguments.get("init_from") is not None or kind not in TOKENIZER_KINDS:
@@ -43,7 +43,7 @@ def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenPreparation:
-    """The settings that determine a corpus's token ids.
+    """Settings that determine a corpus's token ids.
 
     Args:
         selection: Sources of the texts, and how to clean and split them.
@@ -178,7 +178,7 @@ class TokenPreparation:
         remove_shard_markers(TokenStore.read_unverified(folder).shards)
 
     def _load_partial(self, folder: Path) -> Tokenizer | None:
-        """Load the tokenizer that an interrupted call trained; None if there is none."""
+        """Load the tokenizer saved by an interrupted call; return None if there is none."""
         try:
             return Tokenizer.load(folder / TOKENIZER_FILE)
         except UserError:

@@ -56,7 +56,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
             get_verifiable_preference(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """Name of the verifiable preference that rewards the policy; None if the reward is not one."""
+        """Name of the verifiable preference used as the reward; None if the reward is something else."""
 
     @property
     def checkable(self) -> str | None:
@@ -65,7 +65,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     @property
     def reply_check(self) -> Callable[[str], bool] | None:
-        """Function that tests whether a reply satisfies the verifiable preference; None if there is none."""
+        """Function that tests whether a reply satisfies the verifiable preference; None if replies are not checked."""
         return None if self.checkable is None else get_verifiable_preference(self.checkable).satisfied
 
     @cached_property

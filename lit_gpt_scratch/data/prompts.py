@@ -106,9 +106,9 @@ class Prompts(PromptedDataModule[Prompt]):
         return dict(self.records)
 
     def shuffled_prompts(self, positions: Sequence[int]) -> list[int]:
-        """Return the indices of the training prompts at given positions in the run.
+        """Return the indices of the training prompts at the given positions in the shuffled order.
 
-        Each pass over the data visits every prompt once.
+        Positions are counted from the start of the run; each pass over the data visits every prompt once.
         """
         return cast("list[int]", self._prompt_order.rows(0, np.asarray(positions, dtype=np.int64)).tolist())
 
@@ -118,7 +118,7 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @property
     def train_sampler(self) -> RolloutSampler:
-        """Sampler of this process's rollouts, one rollout phase at a time, starting at the trainer's position.
+        """Sampler of this process's rollouts, starting at the trainer's current position.
 
         Raises:
             UserError: The model does not train on-policy.
@@ -129,10 +129,9 @@ class Prompts(PromptedDataModule[Prompt]):
         return RolloutSampler(self._prompt_order, phase, self.order_seed, **self._sampler_arguments())
 
     def find_text_reward(self, name: str | None) -> TextReward:
-        """Return a reward function by name; the default is the verifiable preference that replies are checked against.
+        """Return the reward function with the given name; by default the verifiable preference used to check replies.
 
-        If the name is a verifiable preference, replies are also checked against it, unless ``checkable`` names another
-        one.
+        If the name is a verifiable preference, replies are also checked against it, unless ``checkable`` is set.
 
         Raises:
             UserError: The reward function does not exist, or no name is given and there is no default.

@@ -172,7 +172,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         """Generate the synthetic rows that are used if no source is given."""
 
     def select_records(self, records: list[tuple[str, R]]) -> list[tuple[str, R]]:
-        """Select the records to use, by default all. Each record comes with the location of its row."""
+        """Return the records to use, by default all of them. Each record is paired with the location of its row."""
         return records
 
     @property
@@ -182,7 +182,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def records(self) -> list[tuple[str, R]]:
-        """Selected records, each with the location of its row."""
+        """Selected records, each paired with the location of its row."""
         rows = self.default_rows() if self.source is None else self.source.rows(self.columns)
         return self.select_records([(row.where, self._read(row)) for row in rows])
 
@@ -246,7 +246,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the class name, ``block_size``, and all token ids and labels by split."""
+        """SHA-256 of the class name, ``block_size``, and the token ids and labels of all splits."""
         found = hashlib.sha256(f"{type(self).__name__} {self.block_size}".encode())
         for split, examples in self.examples.items():
             found.update(split.encode() + hash_examples(examples))

@@ -1,4 +1,4 @@
-"""Random split of records into training, validation and test sets, with its own seed."""
+"""Split records at random into training, validation and test sets, with a seed of its own."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
@@ -43,8 +43,8 @@ def split_records(
         keys: Normalised content of each record; duplicates have equal keys.
         shares: Fraction of records in each held-out split; training gets the rest.
         seed: Seed for the split.
-        together: Put duplicates into the same split. A split can then exceed its fraction by fewer records than the
-            largest group of duplicates has.
+        together: Put duplicates into the same split. A split may then be too large, but by fewer records than there are
+            in the largest group of duplicates.
         name: Name of the data source, for error messages.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Tokenizer of a record dataset: the pretrained model's, one loaded from a path, or one trained on the records."""
+"""Choose the tokenizer for records: the pretrained model's, one loaded from a path, or one trained on the records."""
 
 import hashlib
 import logging
@@ -26,7 +26,7 @@ def resolve_tokenizer(
         data_tokenizer: Path of a tokenizer, or kind of tokenizer to train.
 
     Raises:
-        UserError: Both are given and differ. A model trained with one vocabulary would misread token ids of another.
+        UserError: Both tokenizers are given and differ, so the model would misread the token ids.
     """
     path = None if data_tokenizer is None or data_tokenizer in TOKENIZER_KINDS else Path(data_tokenizer).expanduser()
     loaded = None if path is None else Tokenizer.load(path)

@@ -1,4 +1,4 @@
-"""Order of rollouts in on-policy training: each rollout phase generates many, then trains on them in several passes."""
+"""Sampler for on-policy training: each rollout phase generates replies, then trains on them in several passes."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,12 @@ from lit_gpt_scratch.data.sampler import Permutations, RowDataset, RowIndices, S
 
 
 class RolloutSampler(ShuffledSampler):
-    """Training order for one rank: rollouts are numbered through the run; each rollout phase makes several passes.
+    """Sampler of one rank's rollouts in training order.
 
-    The first pass over a phase takes its rollouts in order; each later pass takes them in a different random order. As
-    in ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and micro-batches.
-    An epoch has as many whole phases as there are prompts for, at least one.
+    Rollout numbers keep counting across rollout phases; each phase is trained on in several passes. The first pass
+    takes the phase's rollouts in order; each later pass takes them in a different random order. As in
+    ``ShuffledSampler``, an optimizer step consists of the same rollouts for any number of ranks and micro-batches. An
+    epoch consists of ``len(prompts) // phase_rows`` phases, but at least one.
 
     Args:
         prompts: Order of the prompts; its length limits the length of an epoch.
@@ -26,7 +27,7 @@ class RolloutSampler(ShuffledSampler):
         world_size: Number of data-parallel ranks.
         start: Epoch to start at, and micro-batch within it.
         accumulate: Micro-batches per optimizer step.
-        limit: Value of ``trainer.limit_train_batches``, which shortens an epoch's last step.
+        limit: Value of ``trainer.limit_train_batches``; a step in which this limit falls is shortened to end there.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class PromptIndexDataset(RowDataset[PromptIndexBatch]):
     """A dataset whose rows are only indices, because the policy generates the rollouts.
 
     Args:
-        n: Number of prompts; the index ``n`` is a padding row.
+        n: Number of prompts; the index ``n`` denotes a padding row.
     """
 
     def __init__(self, n: int) -> None:
@@ -81,5 +82,5 @@ class PromptIndexDataset(RowDataset[PromptIndexBatch]):
         return PromptIndexBatch(indices=torch.tensor(rows))
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_indices``, from which the policy counts the tokens of the step's rollouts."""
+        """Return ``step_indices``, the row indices from which the policy counts the step's labels."""
         return {"step_indices": torch.from_numpy(rows)}

@@ -69,18 +69,19 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
 
 MIXTURE_BLOCK: Final = 4096
-"""Number of consecutive positions in which a mixture has its exact proportions."""
+"""Maximum number of positions in a block; each block contains the stores of a mixture in exact proportions."""
 ROWS_AT_ONCE: Final = 1024
 """Number of rows whose order is computed in one call: enough to amortise its cost, few enough for instant seeking."""
 
 
 class ShuffledOrder:
-    """The shuffled order of all rows in one store, or in a mixture of several stores.
+    """Shuffled order of all rows in one store, or in a mixture of several stores.
 
-    An epoch has as many positions as all stores have rows. Without weights, an epoch visits every row of each store
-    once. With weights, the positions are divided into blocks; in each block every store fills its proportion of the
-    positions, chosen at random. Each store is traversed repeatedly, in a different order each time, regardless of where
-    an epoch ends. No row therefore repeats before all rows of its store have been visited, except within one block.
+    The number of positions in an epoch is the total number of rows in all stores. Without weights, an epoch visits
+    every row once. With weights, the positions are divided into blocks; in each block, every store fills its proportion
+    of the positions, chosen at random. Each store is traversed repeatedly, in a different order each time, regardless
+    of where an epoch ends. No row therefore repeats before all rows of its store have been visited, except within one
+    block.
 
     Args:
         sizes: Number of rows in each store.
@@ -125,8 +126,8 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
     positions ``s * A * W * B`` to ``(s + 1) * A * W * B``, reshaped to (A, W, B); rank ``r`` takes ``[:, r]``. The
     global sequence is therefore independent of the number of ranks, and a run can be resumed anywhere without replaying
     earlier batches. Rows that do not fill a whole optimizer step are omitted, so that an epoch ends at the same row for
-    any number of ranks and micro-batches; the omitted rows differ between epochs. If there are fewer rows than one step
-    needs, an epoch is one short step of the micro-batches that the rows fill.
+    any number of ranks and micro-batches; the omitted rows differ between epochs. If there are too few rows for one
+    step, an epoch is a single shorter step that consists of the micro-batches that the rows fill.
 
     It is a ``DistributedSampler`` because Lightning replaces any other kind of sampler with its own.
 
@@ -137,7 +138,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         world_size: Number of data-parallel ranks.
         start: Epoch to start at, and micro-batch within it; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
-        limit: Value of ``trainer.limit_train_batches``, which shortens an epoch's last step.
+        limit: Value of ``trainer.limit_train_batches``; a step in which this limit falls is shortened to end there.
     """
 
     def __init__(
@@ -193,9 +194,9 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
 
 class EvaluationSampler(DistributedSampler[MicroBatch]):
-    """Sampler for validation and test: every row once, in order, distributed across the ranks in whole batches.
+    """Sampler for validation and test: distributes every row once, in order, across the ranks in whole batches.
 
-    The last batches are filled with the index one past the last row, which is a padding row without labels. All ranks
+    The last batches are filled up with the index ``n_rows``, which denotes a padding row without labels. All ranks
     therefore have the same number of batches, all batches have the same shape, and no row is scored twice.
 
     Args:
@@ -231,7 +232,7 @@ def _shares(length: int, weights: Sequence[float]) -> list[int]:
 
 FEISTEL_ROUNDS: Final = 8
 MIN_BITS: Final = 6
-"""Minimum number of bits; with fewer, the orders of a handful of values are not equally probable."""
+"""Minimum number of bits; with fewer, the permutations of a few values are not equally probable."""
 MAX_LENGTH: Final = 2**62
 
 Words = NDArray[np.uint64]
@@ -240,13 +241,13 @@ Words = NDArray[np.uint64]
 class Permutations:
     """Numbered pseudorandom permutations of 0 to ``n - 1``, evaluated at any positions without a table.
 
-    A Feistel network permutes all values of at least as many bits as ``n`` needs. A value outside 0 to ``n - 1`` is
-    permuted again until it is inside, which keeps the map a bijection (cycle walking; Black and Rogaway 2002, Ciphers
-    with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
+    A Feistel network permutes all integers with as many bits as ``n - 1`` has, or ``MIN_BITS`` if that is more. A
+    result outside 0 to ``n - 1`` is permuted again until it is inside, which keeps the map a bijection (cycle walking;
+    Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
 
     Args:
         n: Length of the permutations, 1 to 2**62.
-        key: Seed and purpose, two integers of 0 or more. Permutations with different keys or numbers are independent.
+        key: Seed and purpose, two non-negative integers. Permutations with different keys or numbers are independent.
     """
 
     def __init__(self, n: int, key: tuple[int, int]) -> None:

@@ -23,7 +23,7 @@ class TextRecord(Protocol):
 
     @property
     def texts(self) -> Sequence[str]:
-        """Texts of the record, on which a tokenizer is trained and by which duplicates are found."""
+        """Texts of the record, used to train a tokenizer and to find duplicates."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class TokenizedExample(NamedTuple):
 
 
 class ExampleCounts(NamedTuple):
-    """Number of records, tokens, and labels that are not ignored, in a split."""
+    """Number of records and tokens in a split, and of labels that are not ignored."""
 
     records: int
     tokens: int

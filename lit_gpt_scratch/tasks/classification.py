@@ -1,4 +1,4 @@
-"""Text classification: an output head with one logit per class on a text's pooled hidden states."""
+"""Text classification: an output head maps the pooled hidden states of a text to one logit per class."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -29,8 +29,7 @@ class Classification(GPTModule):
     """GPT for text classification.
 
     Validation and test compute loss, accuracy, macro F1 and the macro-averaged area under the ROC curve (AUROC). The
-    AUROC is averaged over the classes that some texts belong to and others do not; it is NaN if there are no such
-    classes.
+    AUROC is averaged over the classes that contain some but not all of the texts; it is NaN if there are none.
 
     Args:
         pooling: Hidden state that the head reads: that of the ``last`` token, or the ``mean`` over all tokens.

@@ -21,8 +21,8 @@ class DPO(PairwiseModule):
     """GPT trained to prefer chosen over rejected replies, with a KL penalty towards the initial model.
 
     The implicit reward of a reply is ``beta * log(policy / reference)``, the reward for which the policy is optimal.
-    Validation and test compute the metrics of a reward model from it. They also compute ``reply_loss``, the nats per
-    token of the chosen replies, which shows whether the model's language degrades.
+    Validation and test compute the metrics of a reward model from these rewards. They also compute ``reply_loss``, the
+    loss on the chosen replies in nats per token, which shows whether the model's language degrades.
 
     Args:
         loss: Preference loss: ``sigmoid`` (DPO) or ``ipo``; see ``losses.dpo_loss``.

@@ -68,8 +68,8 @@ class GPTModule(L.LightningModule):
 
     A run can be resumed bit for bit from any of its checkpoints. Lightning restores weights, optimizer, schedule and
     counters, which are normalised first. The data module computes which batch comes next. Random numbers are a function
-    of seed, batch and rank, so they have no state. If a run is resumed with another number of processes or
-    micro-batches, it sees the same rows in the same order, but different random numbers.
+    of seed, batch and rank, so they have no state. If a run is resumed with a different number of processes or
+    micro-batches, it sees the same rows in the same order, but uses different random numbers.
 
     Args:
         gpt: Architecture of the network; by default that of ``init_from``, or else a small one.
@@ -101,9 +101,9 @@ class GPTModule(L.LightningModule):
     data_info: DataInfo
     """Properties of the data, from the data module; set in ``setup``."""
     allows_dropout: ClassVar[bool] = True
-    """Whether dropout is allowed in training. It is not if the loss compares log-probabilities with earlier ones,
-    because dropout would add noise to their ratio. An initial model's dropout is then disabled, and setting one is an
-    error."""
+    """Whether dropout is allowed in training. It is not allowed if the loss compares log-probabilities with earlier
+    ones, because dropout would add noise to their ratio. The dropout of an initial model is then disabled, and setting
+    dropout is an error."""
 
     def __init__(
         self,
@@ -189,7 +189,7 @@ class GPTModule(L.LightningModule):
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build the other networks of the training stage, such as a reference model; return those to be sharded."""
+        """Build any other networks needed for training, such as a reference model; return those to be sharded."""
         return ()
 
     @property
@@ -198,7 +198,7 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches of one row each; empty if its rows do not come from the data module."""
+        """Split a batch into batches of one row each; return an empty list if the rows are not from the data module."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
@@ -330,7 +330,7 @@ class GPTModule(L.LightningModule):
     # Training.
 
     def on_train_start(self) -> None:
-        """Determine the length of the run, and use the weights instead of their averages.
+        """Determine the length of the run, and switch from the averages to the weights.
 
         This cannot happen earlier: estimating the number of steps creates the training dataloader, which must not be
         created before the trainer has restored its position.
@@ -342,7 +342,7 @@ class GPTModule(L.LightningModule):
         self._starts = True
 
     def _apply_configured_hyperparameters(self) -> None:
-        """Override a checkpoint's hyperparameters with the flags; only its optimizer state is kept."""
+        """Replace a checkpoint's hyperparameters with the configured ones; keep only its optimizer state."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [group["lr"] for group in self.configured_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
@@ -373,7 +373,7 @@ class GPTModule(L.LightningModule):
         return loss_sum / (self._labels_per_rank / accumulate)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Complete the gradient; at log steps, log loss, learning rate and gradient norm.
+        """Complete the gradient and, at log steps, log the loss, learning rate and gradient norm.
 
         Logging is limited to log steps, because reading values synchronises with the device. The hooks
         ``on_before_optimizer_step`` of callbacks run before this one. Callbacks with a method ``on_gradient(trainer,
@@ -432,7 +432,7 @@ class GPTModule(L.LightningModule):
     def on_validation_start(self) -> None:
         """Seed the random number generators by the position in the run, and use the averaged weights.
 
-        A validation that is repeated after a kill thus gives the same results.
+        If a killed run is resumed and repeats a validation, the results are therefore the same.
         """
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, VALIDATION_STREAM)
         self._use_ema(True)
@@ -496,13 +496,13 @@ class GPTModule(L.LightningModule):
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the metadata and the batch layout that the counters refer to, and swap weights and averages."""
+        """Add the metadata and the progress counters' batch layout; with an EMA, save the averages as the weights."""
         checkpoint[METADATA_KEY] = asdict(self.checkpoint_metadata())
         checkpoint[BATCH_LAYOUT_KEY] = self.data_info.layout._asdict()
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Normalise the progress counters to batches in the current layout, before the trainer restores them.
+        """Normalise the progress counters and convert them to the current batch layout, before they are restored.
 
         Raises:
             UserError: The model in the checkpoint has a different shape or tokenizer.

@@ -14,7 +14,7 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class PairComparison(NamedTuple):
-    """Losses and rewards for n pairs, (n,) floats each; padding pairs are excluded.
+    """Losses and rewards of n pairs, each a float tensor of shape (n,); padding pairs are excluded.
 
     Attributes:
         losses: Loss of each pair.

@@ -1,4 +1,4 @@
-"""The frozen initial policy, which the KL penalty of alignment refers to."""
+"""The frozen initial policy, from which the KL penalty of DPO, PPO and GRPO is measured."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -20,8 +20,8 @@ class ReferenceModel(nn.Module):
 
     Args:
         policy: The network to train, before training.
-        adapters: Whether only adapters are trained. False if the output head is trained as well, because the reference
-            would change with it.
+        adapters: Whether only adapters are trained. It must be False if the output head is trained as well, because
+            disabling the adapters would not restore the initial head.
     """
 
     frozen: GPT | None
@@ -33,7 +33,7 @@ class ReferenceModel(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "ReferenceModel":
-        """Stay in evaluation mode, without dropout, whatever ``mode`` is."""
+        """Stay in evaluation mode, without dropout, regardless of ``mode``."""
         return super().train(False)
 
     @property

@@ -1,4 +1,4 @@
-"""Reward models, which predict one scalar per conversation that is larger for preferred replies."""
+"""Reward models, which predict a scalar for each conversation; it should be larger for preferred replies."""
 
 from dataclasses import replace
 from functools import cached_property

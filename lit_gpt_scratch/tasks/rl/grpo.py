@@ -15,10 +15,10 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 class GRPO(OnPolicyModule):
     """GPT trained with GRPO, a variant of PPO that compares replies to the same prompt instead of using a critic.
 
-    All tokens of a reply have the same advantage. The KL from the initial policy is a term of the loss: the coefficient
-    times the mean ``k3`` estimate over the tokens of a reply, added to a policy loss whose advantages have no unit. The
-    coefficient is therefore not in units of reward, and each token of a long reply may diverge as far as a token of a
-    short one.
+    All tokens of a reply have the same advantage. The KL from the initial policy is a term of the loss: the ``k3``
+    estimate, averaged over the tokens of a reply, times the KL coefficient. It is added to a policy loss whose
+    advantages have no unit, so the coefficient is not in units of reward. Because the KL is averaged over tokens, each
+    token of a long reply may diverge as far as a token of a short one.
 
     Args:
         group: Number of replies per prompt.
@@ -38,7 +38,7 @@ class GRPO(OnPolicyModule):
 
     @override
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the number of replies, because the loss is a mean over replies: (N, T) -> scalar."""
+        """Return the number of replies, over which the loss is averaged: (N, T) -> scalar."""
         return (labels != IGNORE_INDEX).any(1).sum()
 
     @override

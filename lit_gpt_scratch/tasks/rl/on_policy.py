@@ -141,14 +141,14 @@ class OnPolicyModule(GPTModule):
         return {}
 
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the number that the summed loss is divided by, by default that of reply tokens: (N, T) -> scalar."""
+        """Return the divisor of the summed loss, by default the number of reply tokens: (N, T) -> scalar."""
         return (labels != IGNORE_INDEX).sum()
 
     # Setup.
 
     @override
     def setup(self, stage: str) -> None:
-        """Exchange information about prompts and rollouts with the data module, and discard rollouts of earlier runs.
+        """Set the data's rollout phase, look up the reward function, and discard the rollouts of earlier runs.
 
         Rollouts in a checkpoint are loaded after this.
         """
@@ -282,7 +282,7 @@ class OnPolicyModule(GPTModule):
     # Logging.
 
     def accumulate_logs(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Add sums over tokens to the values to log for this step; only at log steps with gradients enabled."""
+        """Accumulate sums over tokens for logging; does nothing unless this is a log step with gradients enabled."""
         if not (self.is_log_step and torch.is_grad_enabled()):
             return
         with torch.no_grad():

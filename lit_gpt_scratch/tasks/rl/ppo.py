@@ -87,7 +87,7 @@ class PPO(OnPolicyModule):
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sum over tokens of policy loss, value loss and entropy bonus, and the number of tokens."""
+        """Return the loss (policy, value and entropy terms) summed over reply tokens, and the number of tokens."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, hidden = self(batch["input_ids"], labels)

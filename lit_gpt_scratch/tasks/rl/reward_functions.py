@@ -1,4 +1,4 @@
-"""Rewards of replies, from a reward model or a function of texts."""
+"""Score replies with a reward model or with a function of their texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ class RewardFunction(Protocol):
 def is_checkpoint_path(name: str | None) -> bool:
     """Whether a reward is the path of a trained model rather than the name of a function.
 
-    It is a path if it contains a slash or exists.
+    A reward is a path if it contains a slash, or if a file or folder of that name exists.
     """
     return name is not None and ("/" in name or Path(name).exists())
 
@@ -80,7 +80,7 @@ class TextFunctionScorer:
 
     Args:
         name: Name of the reward, for error messages.
-        function: Function that maps prompts, and one reply to each, to one number per reply.
+        function: Function of the prompts and replies, one reply per prompt, that returns one number per reply.
     """
 
     def __init__(self, name: str, function: TextRewardFunction) -> None:
@@ -109,7 +109,7 @@ class TextFunctionScorer:
 
 
 def _require_finite(scores: Tensor, name: str, replies: Sequence[str]) -> Tensor:
-    """Check that all scores are finite; a NaN or infinite reward would turn all weights into NaN."""
+    """Return the scores if all are finite; a NaN or infinite reward would turn all weights into NaN."""
     for score, reply in zip(scores.tolist(), replies, strict=True):
         if not abs(score) < float("inf"):
             raise UserError(f"model.reward: {name} returned {score} for the reply {reply[:60]!r}; it must be finite")

@@ -20,7 +20,7 @@ class RolloutGenerator:
         net: The network of the policy.
         data: Properties of the data, including the prompts.
         score: Function that computes the reward of each reply.
-        unended_score: Score of truncated replies; None to use the output of ``score``.
+        unended_score: Score of truncated replies; if None, ``score`` also applies to them.
         temperature: Sampling temperature.
         batch_size: Number of replies to generate in one batch.
     """

@@ -24,7 +24,7 @@ class Rollouts:
     Attributes:
         phase: Index of the phase in the run.
         coefficient: KL coefficient in this phase.
-        means: Means over all replies for logging, keyed by name.
+        means: Values to log, averaged over all replies and keyed by name.
         rows: (N, T) and (N,) tensors keyed by name; ``input_ids`` and ``labels`` are as in a ``Batch``.
     """
 
@@ -45,7 +45,7 @@ class Rollouts:
         return cls(state["phase"], state["coefficient"], state["figures"], rows)
 
     def take(self, indices: Tensor) -> dict[str, Tensor]:
-        """Select rows and trim them to the longest one: (B,) indices -> (B, T) and (B,) tensors."""
+        """Return the rows at ``indices``, (B,), as (B, T) and (B,) tensors trimmed to the longest row."""
         return trim_padding({name: values[indices] for name, values in self.rows.items()})
 
 
@@ -103,7 +103,7 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
-    """Compute means over the replies of a rollout phase, keyed by name."""
+    """Return the reward, KL and other values to log, averaged over the replies of a rollout phase, keyed by name."""
     mask = rows["labels"] != IGNORE_INDEX
     values = {
         "reward": rows["scores"],
@@ -159,14 +159,14 @@ def generate_replies(
 
 
 def reply_seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
-    """Return one seed per number, which depends only on the keys and the number."""
+    """Return one seed for each number; it depends only on that number and the keys."""
     return [int(np.random.SeedSequence((*keys, number)).generate_state(1, np.uint64)[0]) for number in numbers]
 
 
 def rank_rows(layout: BatchLayout, rank: int, n: int) -> list[int]:
     """Return the indices of the rows that a rank generates in a rollout phase of ``n`` rows.
 
-    They are the rows that it trains on in the first pass, in that order.
+    The rank trains on the same rows, in the same order, in the first pass.
     """
     rows: list[int] = np.arange(n).reshape(-1, layout.replicas, layout.batch_size)[:, rank].ravel().tolist()
     return rows
@@ -188,7 +188,7 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
 
 
 class Stopwatch:
-    """Accumulates the time spent in a context."""
+    """Accumulates the time spent in its ``running`` contexts."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
