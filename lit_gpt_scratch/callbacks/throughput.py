@@ -157,7 +157,7 @@ class Throughput(Callback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median duration of the first steps in seconds, without the very first; None until the second has ended."""
+        """Median duration of the first few steps in seconds, excluding step 1; None until step 2 has ended."""
         return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -70,6 +70,6 @@ def _each_setting(sweep: SweepConfig) -> Iterator[Assignment]:
 
 
 def _arguments_without_token_budget(sweep: SweepConfig, assignment: Assignment) -> list[str]:
-    """Return the arguments for ``fit`` without a token budget, whose conversion to steps needs this check first."""
+    """Return the arguments for ``fit`` without the token budget, which is converted to steps only after this check."""
     budget = {unit: amount for unit, amount in sweep.budget.items() if unit != "tokens"}
     return build_arguments(replace(sweep, budget=budget), assignment, ResolvedBaseline())

@@ -67,7 +67,7 @@ class PackedText(BaseDataModule):
             contains one, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
         vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or fewer if the
             text yields fewer.
-        special_tokens: Special tokens in addition to end-of-text, such as chat roles; text is never encoded to them.
+        special_tokens: Special tokens in addition to end-of-text, such as chat roles; text is never encoded as one.
         store: Folder in which to save the token store of this source, with the cleaned text and the cleaning audit.
         cache: Folder for token stores and texts if ``store`` is not set, and for packing plans. By default a folder in
             the user's cache directory.

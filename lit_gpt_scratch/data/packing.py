@@ -100,7 +100,7 @@ class RecordTokenStream:
         return counts
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """Yield the first token and the length of each record, in a single pair of arrays."""
+        """Yield one pair of arrays: the index of each record's first token, and each record's length."""
         yield self._starts, self._lengths
 
     def document_starts(self, start: int, stop: int) -> Integers:

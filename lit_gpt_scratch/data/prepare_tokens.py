@@ -235,7 +235,7 @@ def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[st
 
 
 def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Split long texts, at line ends if possible, because training needs many times the memory of its longest text."""
+    """Split long texts, at line ends if possible: a tokenizer trainer needs many times its longest text in memory."""
     for text in texts:
         start = 0
         while start < len(text):

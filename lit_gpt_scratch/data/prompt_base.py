@@ -35,7 +35,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     Args:
         checkable: Name of the verifiable preference (see ``text.verifiable_rewards``) that replies to held-out prompts
-            are checked against. By default the verifiable preference that rewards the policy, if there is one;
+            are checked against. By default the one that the policy is trained on, if any;
             otherwise ``full_stop`` for synthetic records, and no check for other data.
         reply_tokens: Maximum tokens per generated reply, including end-of-text.
         **kwargs: See ``RecordDataModule``.

@@ -129,7 +129,7 @@ def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
 
 
 def _validation_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """Detect a true reward that falls on held-out prompts, which are always answered with the same random numbers."""
+    """Detect a falling true reward on the held-out prompts, whose replies are always sampled with the same seeds."""
     reward, true = e["val/reward"], e["val/true_reward"]
     if len(true) < 2 or reward.steps != true.steps:
         return None

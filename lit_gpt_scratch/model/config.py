@@ -74,7 +74,7 @@ class GPTConfig:
         feed_forward: Kind of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
             (https://arxiv.org/abs/2109.08668), ``gelu`` (GPT-2), ``gelu_exact`` or ``relu``.
         ffn_dim: Hidden width of the feed-forward network. By default 4 * n_embd, or 8/3 * n_embd for the gated kinds,
-            whose third matrix then makes the number of parameters equal; rounded to a multiple of 32.
+            whose three matrices then have as many parameters as two; rounded to a multiple of 32.
         tied_embeddings: Whether the embedding and the output head share one matrix (https://arxiv.org/abs/1608.05859).
         vocab_multiple: Round the number of rows in the embedding and output head up to a multiple of this, which is
             faster on some hardware; the padding rows are never predicted.

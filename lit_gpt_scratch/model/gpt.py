@@ -122,7 +122,7 @@ class GPT(nn.Module):
         self.output_head = output_head
         self.recompute = False
         """Whether to use activation checkpointing (https://arxiv.org/abs/1604.06174): in training, store only the input
-        of each block and recompute the rest in the backward pass. Saves memory for a third more computation."""
+        of each block and recompute the rest in the backward pass. Saves memory for about a third more compute."""
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None

@@ -125,7 +125,7 @@ class NumericRange(SearchDimension):
         return round(middle) if self.is_integer else middle
 
     def grid(self) -> Sequence[Setting]:
-        """Return every step; empty if ``step`` is None."""
+        """Return all grid values from low to high; empty if ``step`` is None."""
         return [self._at_step(index) for index in range(self._last_step() + 1)] if self.step is not None else []
 
     def to_flags(self, setting: Setting) -> FitFlags:

@@ -88,7 +88,7 @@ class GPTModule(L.LightningModule):
             works. ``true`` also compiles the other parts of a step that can be compiled, which takes longer to start,
             and raises an error if compilation does not work. ``false`` compiles nothing.
         activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute the
-            rest. Saves memory for a third more computation.
+            rest. Saves memory at the cost of about a third more compute.
 
     Raises:
         UserError: The architecture names a custom attention class that cannot be imported, or arguments contradict each
@@ -166,7 +166,7 @@ class GPTModule(L.LightningModule):
         raise NotImplementedError
 
     def step_count(self, batch: Any) -> Tensor:
-        """Return the number (or total weight) of labels in the optimizer step of a training batch, as a scalar."""
+        """Return the number (or total weight) of labels in the optimizer step that this batch is part of: a scalar."""
         count: Tensor = batch["step_labels"]
         return count
 

@@ -74,7 +74,7 @@ class CleanedCorpus:
             raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
-        """Yield the texts of a split, or about a fraction of them, chosen by content hash regardless of order."""
+        """Yield the texts of a split, or roughly the given fraction of them, selected by content hash."""
         for document in read_parquet_documents(self.folder / f"{split}.parquet"):
             if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
                 yield document.text
