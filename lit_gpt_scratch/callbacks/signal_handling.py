@@ -63,9 +63,9 @@ class SignalHandling(StopBetweenSteps):
             signal.signal(signum, handler)
 
     def _record_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = self.signum or signum  # first: library code that the signal interrupts may swallow the exit
         if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
             _exit(signum)
-        self.signum = self.signum or signum
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
         """Exit this process with the exit code for the signal."""

@@ -227,7 +227,7 @@ def test_a_command_is_dispatched_by_its_name(
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "generate", "--samples", "0"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert capsys.readouterr().err == "error: argument --samples: 0 is below 1\n"
+    assert capsys.readouterr().err == "error: argument --samples: 0 is below 1; it must be 1 or more\n"
     monkeypatch.setattr(sys, "argv", ["lit-gpt", "train"])
     with pytest.raises(SystemExit, match="2"):
         main()
