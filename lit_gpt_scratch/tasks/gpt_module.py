@@ -218,6 +218,7 @@ class GPTModule(L.LightningModule):
                 f"{type(self).__name__} takes its vocabulary from a data module: call trainer.fit(model, datamodule)"
             )
         self.data_info = data.info
+        self._global_seed = global_seed()
         if stage == "fit":
             self.ema.active = False  # train the current weights, even if they are the averages of an earlier run
 
@@ -470,7 +471,7 @@ class GPTModule(L.LightningModule):
 
     def _seed(self, batch: int, stream: int) -> None:
         rank = self.data_info.rank  # processes with the same data get the same random numbers
-        key = (global_seed(), batch + 1, rank, stream)
+        key = (self._global_seed, batch + 1, rank, stream)
         torch_seed, python_seed, numpy_seed = np.random.SeedSequence(key).generate_state(3).tolist()
         if self.device.type == "cpu":  # torch.manual_seed formats a stack trace for each unavailable device type
             torch.default_generator.manual_seed(torch_seed)
