@@ -38,7 +38,7 @@ class SpikeDetector:
     """Classifies steps one by one as normal or outliers. Its state consists of plain numbers.
 
     Attributes:
-        in_a_row: Number of consecutive outliers, counted anew after a rewind.
+        in_a_row: Number of consecutive outliers, reset by a rewind.
         is_outlier: Whether the last step was an outlier.
         deviations: Distance of the last loss above the median in standard deviations (estimated from the MAD); 0 if it
             was not above the median, or if too few steps have been recorded.
