@@ -7,6 +7,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
+from lit_gpt_scratch.checkpoint.run_folder import RunFolder
 
 
 def test_a_torch_checkpoint_is_a_zip_archive_whose_comment_is_ignored(tmp_path: Path) -> None:
@@ -20,7 +21,8 @@ def test_a_torch_checkpoint_is_a_zip_archive_whose_comment_is_ignored(tmp_path: 
 def test_tensorboard_purges_points_from_the_purge_step_on(tmp_path: Path) -> None:
     """Points of an earlier session are purged from where the next one begins, if the first also set a purge step."""
     for first, purge in ((0, 0), (3, 3)):
-        with SummaryWriter(str(tmp_path), purge_step=purge, filename_suffix=f".{first}") as writer:
+        RunFolder(tmp_path).order_events()
+        with SummaryWriter(str(tmp_path), purge_step=purge) as writer:
             for step in range(first, first + 5):
                 writer.add_scalar("x", first, step)
     assert read_curves(tmp_path) == {"x": [(n, "0.0") for n in range(3)] + [(n, "3.0") for n in range(3, 8)]}

@@ -5,11 +5,12 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from filelock import FileLock, Timeout
 
@@ -17,6 +18,9 @@ from lit_gpt_scratch.checkpoint.checkpoint_io import PARTIAL_SUFFIX, verify_chec
 from lit_gpt_scratch.errors import UserError
 
 log = logging.getLogger(__name__)
+
+EVENTS_PREFIX: Final = "events.out.tfevents."
+"""Start of the name of a TensorBoard event file, followed by the time in seconds, host, process id and a counter."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,20 @@ class RunFolder:
         for folder in (self.path, self.checkpoints):
             for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
                 path.unlink(missing_ok=True)
+
+    def order_events(self) -> None:
+        """Rename event files of earlier sessions so that they sort before those of a session that starts now.
+
+        TensorBoard reads sessions in the order of file names, and each session discards points of those read before it.
+        Without renaming, that order is wrong after the clock was set back, or between sessions of the same second.
+        """
+        bound = int(time.time())
+        for path in sorted(self.path.glob(f"{EVENTS_PREFIX}*"), reverse=True):
+            started, _, rest = path.name.removeprefix(EVENTS_PREFIX).partition(".")
+            if not started.isdigit() or int(started) < bound:
+                return
+            bound -= 1
+            path.rename(path.with_name(f"{EVENTS_PREFIX}{bound:010d}.{rest}"))
 
     def last_saved_at(self) -> float:
         """Return the time of the newest checkpoint, intact or not, in seconds since the epoch; 0 if there is none."""

@@ -314,6 +314,8 @@ class FitCLI(LightningCLI):
             if isinstance(callback, RunDirCallback):
                 callback.folder = folder
         if self.config.trainer.logger in (None, True) and not (self.config.plan or self.config.trainer.fast_dev_run):
+            if folder and self.trainer.is_global_zero:
+                folder.order_events()
             path = folder.path if folder else Path(self.config.runs, self.config.experiment, "version_0")
             self.trainer.logger = TensorBoardLogger(
                 path.parent.parent,

@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
 
 from lit_gpt_scratch.checkpoint.checkpoint_io import save_checkpoint
+from lit_gpt_scratch.checkpoint.compare_checkpoints import read_curves
 from lit_gpt_scratch.checkpoint.loading import load_checkpoint, load_model
 from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata, require_same_model, require_same_tokenizer
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder, find_checkpoint
 from lit_gpt_scratch.errors import UserError
+from lit_gpt_scratch.sweeps.run_results import read_curve
 
 
 def save_empty(run: RunFolder, time: float = 0.0) -> Path:
@@ -29,6 +33,22 @@ def test_concurrent_runs_get_different_folders(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert sorted(run.version for run in claimed) == list(range(20))
+
+
+@pytest.mark.parametrize("clock", [0, -100], ids=["the same second", "an earlier clock"])
+def test_tensorboard_reads_the_newest_session_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clock: int) -> None:
+    """Also where the process's counter of event files, the end of their names, gets another digit."""
+    now = 1_700_000_000
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(8))
+    for first in range(0, 9, 3):
+        monkeypatch.setattr("time.time", lambda first=first: now + clock * first)
+        RunFolder(tmp_path).order_events()
+        with SummaryWriter(str(tmp_path), purge_step=first) as writer:
+            for step in range(first, first + 5):
+                writer.add_scalar("x", first, step)
+    expected = [(n, f"{n // 3 * 3.0}") for n in range(9)] + [(n, "6.0") for n in (9, 10)]
+    assert read_curves(tmp_path) == {"x": expected}
+    assert [point.value for point in read_curve(tmp_path, "x")] == [float(value) for _, value in expected]
 
 
 def test_version_numbers_are_not_reused(tmp_path: Path) -> None:
