@@ -16,7 +16,6 @@ from lit_gpt_scratch.callbacks.metric_logging import MetricTap, log_text
 from lit_gpt_scratch.callbacks.run_plan import tokens_per_step
 from lit_gpt_scratch.callbacks.samples import Samples
 from lit_gpt_scratch.callbacks.spike_guard import GUARD_MODES, SpikeGuard
-from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.diagnostics.repetition import repeated_passage_share, repeated_phrase_share
 from lit_gpt_scratch.diagnostics.rule_engine import Diagnosis, RuleEngine
@@ -161,12 +160,12 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
             facts |= _label_facts(batch["input_ids"], batch["labels"])
     if getattr(task, "kl_target", None) is not None:
         facts["run/kl_target"] = float(task.kl_target)  # type: ignore[arg-type]
-    if isinstance(data, PackedText):
+    if isinstance(data, BaseDataModule) and (passages := data.sample_train_tokens(MAX_SEARCHED_TOKENS)) is not None:
         batches = trainer.num_val_batches[0] if trainer.num_val_batches else math.inf
         validated = batches * data.tokens_per_batch
         facts |= {
-            "run/validation_tokens": min(data.store.validation.n_tokens, validated),
-            "run/repeated_passages": repeated_passage_share(data.sample_train_tokens(MAX_SEARCHED_TOKENS)),
+            "run/validation_tokens": min(data.split_counts["validation"].tokens, validated),
+            "run/repeated_passages": repeated_passage_share(passages),
         }
     in_single = torch.tensor([float(value) for value in facts.values()], dtype=torch.float32).tolist()
     return {name: value for name, value in zip(facts, in_single, strict=True) if math.isfinite(value)}

@@ -16,15 +16,12 @@ from lit_gpt_scratch.callbacks.metric_logging import tensorboard_writers
 from lit_gpt_scratch.callbacks.progress import format_bytes, format_count, format_duration, pluralize
 from lit_gpt_scratch.callbacks.summary import BaselineMetrics
 from lit_gpt_scratch.callbacks.throughput import TIME_SHARE_TAGS, Throughput
-from lit_gpt_scratch.data import PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
-from lit_gpt_scratch.data.record_datamodule import RecordDataModule
 from lit_gpt_scratch.diagnostics.config_rules import (
     CHINCHILLA_RATIO,
     MAX_BUDGET_FACTOR,
     MAX_EPOCHS,
-    MIN_VALIDATION_TOKENS,
 )
 from lit_gpt_scratch.distributed.hardware_defaults import default_precision, explain_no_compile
 from lit_gpt_scratch.profiling.flops_and_memory import (
@@ -181,40 +178,26 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
         yield f"moving average {task.ema.decay:g}"
 
 
-MIN_VALIDATION_RECORDS = 100
 MAX_USEFUL_EPOCHS = 4
 """Number of epochs up to which repeated text is about as good as new text (https://arxiv.org/abs/2305.16264)."""
 
 
+PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
+"""Purpose of each split, for messages."""
+
+
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
     """Yield the name and text of each line of the plan that describes the data."""
-    if isinstance(data, PackedText):
-        yield "data", f"{data.origin}: {_describe_documents(data)}"
-    if isinstance(data, RecordDataModule):
-        yield "data", f"{data.origin}: {_describe_records(data)}"
-    windows = data.train_dataset
-    if isinstance(windows, PackedDataset):
-        yield (
-            "windows",
-            _describe_windows(windows, data.block_size, data.packing if isinstance(data, PackedText) else "packed"),
-        )
-
-
-def _describe_documents(data: PackedText) -> str:
-    sides = [
-        f"{pluralize(side.n_documents, 'document')} with {format_count(side.n_tokens)} tokens for {purpose}"
-        for side, purpose in ((data.store.train, "training"), (data.store.validation, "validation"))
-    ]
-    each = data.store.train.n_bytes / max(data.store.train.n_tokens, 1)
-    return f"{', '.join(sides)}; {each:.2f} bytes per token"
-
-
-def _describe_records(data: RecordDataModule[Any]) -> str:
-    purposes = {"train": "training", "validation": "validation", "test": "testing"}
-    return ", ".join(
-        f"{pluralize(held.records, 'record')} with {format_count(held.tokens)} tokens for {purposes[side]}"
-        for side, held in data.split_counts.items()
-    )
+    if counts := data.split_counts:
+        sizes = [
+            f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens for {PURPOSES[split]}"
+            for split, size in counts.items()
+        ]
+        train = counts["train"]
+        ratio = "" if train.n_bytes is None else f"; {train.n_bytes / max(train.tokens, 1):.2f} bytes per token"
+        yield "data", f"{data.origin}: {', '.join(sizes)}{ratio}"
+    if isinstance(data.train_dataset, PackedDataset):
+        yield "windows", _describe_windows(data.train_dataset, data.block_size, data.packing or "packed")
 
 
 def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> str:
@@ -243,21 +226,17 @@ def tokens_per_step(trainer: L.Trainer, data: BaseDataModule) -> int:
 
 def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> Iterator[str]:
     """Yield a warning for each setting that is valid but probably a mistake."""
-    if isinstance(data, PackedText):
-        yield from _warn_small_validation(data)
-    if isinstance(data, RecordDataModule):
-        yield from _warn_few_records(data)
+    yield from data.validation_warnings()
     steps = trainer.estimated_stepping_batches
     if not math.isfinite(steps):
         return
     tokens = steps * tokens_per_step(trainer, data)
     epochs = tokens / (len(data.train_dataset) * data.block_size)
     if epochs > MAX_EPOCHS:
-        what = "the text" if isinstance(data, PackedText) else "the records"
         enough = max(1, int(steps * MAX_EPOCHS / 10 / epochs))
         yield (
-            f"{format_count(epochs)} epochs: the model will memorize {what}; use more data or fewer steps: "
-            f"--trainer.max_steps {enough}"
+            f"{format_count(epochs)} epochs: the model will memorize the {data.item_name}s; use more data or "
+            f"fewer steps: --trainer.max_steps {enough}"
         )
         return  # no other warning matters for such a small dataset
     if task.init_from is not None:
@@ -271,29 +250,6 @@ def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> 
         yield (
             f"{format_count(each)} {unit} per parameter; about {CHINCHILLA_RATIO} are compute-optimal "
             f"(https://arxiv.org/abs/2203.15556): use {change}"
-        )
-
-
-def _warn_small_validation(data: PackedText) -> Iterator[str]:
-    held_out = data.store.validation.n_tokens
-    if held_out < data.block_size:
-        yield (
-            f"the validation text has {held_out:,} tokens, less than one window of {data.block_size}: its metrics are "
-            f"mostly noise; use more text, or raise --data.validation_share"
-        )
-    elif held_out < MIN_VALIDATION_TOKENS:
-        yield (
-            f"the validation text has only {held_out:,} tokens: differences of a few percent are noise; use more "
-            f"text, or raise --data.validation_share"
-        )
-
-
-def _warn_few_records(data: RecordDataModule[Any]) -> Iterator[str]:
-    held_out = data.split_counts["validation"].records
-    if held_out < MIN_VALIDATION_RECORDS:
-        yield (
-            f"only {pluralize(held_out, 'record')} for validation: one more correct answer changes accuracy by "
-            f"{1 / held_out:.1%}; use more records, or raise --data.validation_share"
         )
 
 
@@ -350,12 +306,9 @@ def _run_texts(trainer: L.Trainer, data: Any) -> Iterator[tuple[str, str]]:
         if isinstance(callback, RunPlan) and callback.lines:
             rows = [[name, text.replace("|", "¦")] for name, text in callback.lines if name != "folder"]
             yield "plan", format_markdown_table([["item", "value"], *rows], "<<")
-    if isinstance(data, PackedText):
-        audits = [store.folder / "audit.md" for store in data.stores]
-        told = [audit.read_text(encoding="utf-8") for audit in audits if audit.is_file()]
-        if told:
-            yield "audit", "\n\n".join(told)
     if isinstance(data, BaseDataModule):
+        if reports := data.cleaning_reports:
+            yield "audit", "\n\n".join(reports)
         sizes = data.token_bytes
         longest = sorted(range(len(sizes)), key=lambda id_: (-sizes[id_], id_))[:N_LONGEST_TOKENS]
         rows = [[str(sizes[id_]), markdown_code(printable_token(data.tokenizer, id_))] for id_ in longest]

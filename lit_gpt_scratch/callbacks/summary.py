@@ -21,14 +21,12 @@ from lit_gpt_scratch.callbacks.samples import RewardEval, Samples
 from lit_gpt_scratch.callbacks.throughput import Throughput
 from lit_gpt_scratch.checkpoint.environment import collect_environment
 from lit_gpt_scratch.checkpoint.run_folder import RunFolder
-from lit_gpt_scratch.data import Conversations, LabelledText, PackedText
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.data.prompt_base import PromptedDataModule
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.evaluation.baselines import MAX_TRAINING_TOKENS, compute_token_baselines, measure_xz_bits_per_byte
 from lit_gpt_scratch.lightning_compat import global_seed
-from lit_gpt_scratch.tasks import Reward
 from lit_gpt_scratch.tasks.gpt_module import GPTModule
+from lit_gpt_scratch.text.token_shards import TokenIds
 
 log = logging.getLogger(__name__)
 
@@ -55,14 +53,14 @@ class BaselineMetrics(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compute the baselines (0.5 s for 0.5 MB of text)."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero and isinstance(data, BaseDataModule)):
             return
-        if isinstance(data, PackedText):
+        if (ids := data.validation_tokens()) is not None:
             self.metric, self.what = "val/bits_per_byte", "bits per byte of the validation text"
-            self.figures = _text_baselines(data)
-        elif isinstance(data, LabelledText):
+            self.figures = _text_baselines(data, ids)
+        elif (accuracy := data.majority_class_accuracy) is not None:
             self.metric, self.what = "val/accuracy", "accuracy on the validation records"
-            self.figures = {"commonest class": _majority_class_accuracy(data)}
+            self.figures = {"commonest class": accuracy}
         elif (start := _initial_true_reward(trainer)) is not None:
             self.metric, self.what = "val/true_reward", "true reward (fraction of correct replies)"
             self.figures = {"true_reward": start}
@@ -81,10 +79,12 @@ def _initial_true_reward(trainer: L.Trainer) -> float | None:
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
 
-def _text_baselines(data: PackedText) -> dict[str, float]:
-    validation = data.store.validation
-    ids = validation.read(0, validation.n_tokens)
-    counted = data.sample_train_tokens(MAX_TRAINING_TOKENS), ids, data.vocab_size, validation.n_bytes
+def _text_baselines(data: BaseDataModule, ids: TokenIds) -> dict[str, float]:
+    n_bytes = data.split_counts["validation"].n_bytes
+    train = data.sample_train_tokens(MAX_TRAINING_TOKENS)
+    assert train is not None
+    assert n_bytes is not None
+    counted = train, ids, data.vocab_size, n_bytes
     if len(ids) > MAX_XZ_TOKENS:
         log.info("no xz baseline: the validation text is too long to compress in a few seconds")
         return compute_token_baselines(*counted)
@@ -92,13 +92,6 @@ def _text_baselines(data: PackedText) -> dict[str, float]:
     with ThreadPoolExecutor(1) as pool:
         xz = pool.submit(measure_xz_bits_per_byte, text)
         return {**compute_token_baselines(*counted), "xz": xz.result()}
-
-
-def _majority_class_accuracy(data: LabelledText) -> float:
-    """Compute the validation accuracy of always predicting the most common training class."""
-    commonest = max(range(len(data.class_names)), key=lambda place: data.class_counts[place])
-    labels = [int(example.sequences[0].labels[0]) for example in data.examples["validation"]]
-    return labels.count(commonest) / len(labels)
 
 
 class RunMetadata(RunDirCallback):
@@ -189,15 +182,6 @@ def _full_tensor(tensor: Tensor) -> Tensor:
 
 CallbackT = TypeVar("CallbackT", bound=Callback)
 
-GENERATE_COMMAND = 'generate {} --prompt "def "'
-NEXT_COMMANDS: dict[type, str] = {
-    Reward: "convert to-safetensors {} reward.safetensors",
-    Conversations: "generate {} --chat",
-    LabelledText: 'evaluate {} --text "..."',
-    PromptedDataModule: "generate {} --chat",
-}
-"""Suggested next command, keyed by the class of the task or the data module."""
-
 
 class RunSummary(RunDirCallback):
     """Writes ``summary.json`` at the end: final metrics, baselines, tokens, seconds, and throughput by phase.
@@ -268,9 +252,8 @@ class RunSummary(RunDirCallback):
 
     def _print(self, summary: Mapping[str, Any], sample: str, folder: RunFolder, trainer: L.Trainer) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        both = data, trainer.lightning_module
-        commands = (command for kind, command in NEXT_COMMANDS.items() if any(isinstance(each, kind) for each in both))
-        next_command = next(commands, GENERATE_COMMAND)
+        suggested = (getattr(each, "next_command", None) for each in (trainer.lightning_module, data))
+        next_command = next(filter(None, suggested), BaseDataModule.next_command)
         baselines = _find_callback(trainer, BaselineMetrics)
         if baselines and isinstance(value := summary.get(baselines.metric), float):
             others = "".join(f", {name} {value:.3f}" for name, value in baselines.figures.items())

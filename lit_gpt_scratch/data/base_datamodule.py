@@ -7,8 +7,8 @@ import atexit
 import multiprocessing
 import signal
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Final, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -17,20 +17,38 @@ from torch.utils.data import DataLoader
 
 from lit_gpt_scratch.batch_types import BatchLayout, DataInfo
 from lit_gpt_scratch.checkpoint.init_from import InitialModel
+from lit_gpt_scratch.data.packing import PackingPolicy
 from lit_gpt_scratch.data.sampler import EvaluationSampler, RowDataset, ShuffledOrder, ShuffledSampler
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import global_seed
+from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
 """Upper bound for sizes, far above any useful value; some libraries abort the process on an impossible size."""
 
 
+class SplitCounts(NamedTuple):
+    """Size of one split.
+
+    Attributes:
+        items: Number of documents or records.
+        tokens: Number of tokens without padding.
+        labels: Number of labels that the loss counts.
+        n_bytes: Number of UTF-8 bytes of text; None if it was not counted.
+    """
+
+    items: int
+    tokens: int
+    labels: int
+    n_bytes: int | None = None
+
+
 class BaseDataModule(L.LightningDataModule):
     """Base class for data modules that batch rows.
 
     Subclasses implement ``tokenizer``, and set ``train_dataset``, ``validation_dataset`` and, if there is a test split,
-    ``test_dataset`` in ``setup``.
+    ``test_dataset`` in ``setup``. The members under "For reports" are optional: callbacks report what they return.
 
     Args:
         block_size: Tokens per row.
@@ -83,6 +101,42 @@ class BaseDataModule(L.LightningDataModule):
     def fingerprint(self) -> str:
         """Hash of all training and evaluation data."""
         raise NotImplementedError
+
+    # For reports: all optional.
+
+    item_name: ClassVar[str] = "row"
+    """Singular name of what ``SplitCounts.items`` counts, such as "document"."""
+    packing: PackingPolicy | None = None
+    """Policy that packs documents into rows; None if each row is one padded record."""
+    next_command: ClassVar[str] = 'generate {} --prompt "def "'
+    """Command to suggest after training; ``{}`` is replaced by the run directory."""
+
+    @property
+    def split_counts(self) -> Mapping[str, SplitCounts]:
+        """Size of each split, keyed by split name."""
+        return {}
+
+    @property
+    def cleaning_reports(self) -> list[str]:
+        """Markdown reports of what the cleaning steps removed, one per token store."""
+        return []
+
+    @property
+    def majority_class_accuracy(self) -> float | None:
+        """Validation accuracy of always predicting the most common training class; None if there are no classes."""
+        return None
+
+    def validation_warnings(self) -> Iterator[str]:
+        """Yield a warning for each reason why validation metrics will be noisy."""
+        return iter(())
+
+    def sample_train_tokens(self, n: int) -> TokenIds | None:
+        """Return about the first ``n`` training tokens, or None if the rows are not running text."""
+        return None
+
+    def validation_tokens(self) -> TokenIds | None:
+        """Return all validation tokens, or None if the rows are not running text."""
+        return None
 
     @property
     def prompts(self) -> list[list[int]]:

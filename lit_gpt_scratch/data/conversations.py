@@ -42,6 +42,8 @@ class Conversations(RecordDataModule[ConversationExample]):
 
     shares = (0.05, 0.1)
     special_tokens = ROLE_TOKENS
+    packing = "best_fit"
+    next_command = "generate {} --chat"
 
     def default_rows(self) -> Iterator[TableRow]:
         """Generate synthetic tasks about words."""
@@ -77,7 +79,7 @@ class Conversations(RecordDataModule[ConversationExample]):
             [example.sequences[0].ids for example in examples],
             [example.sequences[0].labels for example in examples],
         )
-        packing = InMemoryPlan(records, self.block_size, "best_fit")
+        packing = InMemoryPlan(records, self.block_size, self.packing)
         return PackedDataset(
             [packing], self.block_size, self.vocab_size, self.tokenizer.end_of_text, document_mask=True
         )

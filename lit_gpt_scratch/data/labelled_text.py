@@ -47,6 +47,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
     """
 
     shares = (0.1, 0.2)
+    next_command = 'evaluate {} --text "..."'
 
     def __init__(
         self, text_column: str = "text", label_column: str = "label", balance: bool = False, **kwargs: Any
@@ -96,6 +97,13 @@ class LabelledText(RecordDataModule[LabelledExample]):
         classes = [int(example.sequences[0].labels[0]) for example in self.examples["train"]]
         counts: list[int] = np.bincount(classes, minlength=len(self.class_names)).tolist()
         return counts
+
+    @property
+    def majority_class_accuracy(self) -> float:
+        """Validation accuracy of always predicting the most common training class."""
+        commonest = int(np.argmax(self.class_counts))
+        labels = [int(example.sequences[0].labels[0]) for example in self.examples["validation"]]
+        return labels.count(commonest) / len(labels)
 
     def setup(self, stage: str) -> None:
         """Build the datasets.

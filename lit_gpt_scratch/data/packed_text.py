@@ -3,7 +3,7 @@
 import inspect
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, SplitCounts, reject_null, require_positive_ints
 from lit_gpt_scratch.data.packed_dataset import PackedDataset
 from lit_gpt_scratch.data.packing import (
     PACKING_POLICIES,
@@ -23,6 +23,7 @@ from lit_gpt_scratch.data.packing import (
 )
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, TokenPreparation, default_tokenizer
 from lit_gpt_scratch.data.token_store import TokenStore, concatenate_stores
+from lit_gpt_scratch.diagnostics.config_rules import MIN_VALIDATION_TOKENS
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.cleaning import CleaningStep
 from lit_gpt_scratch.text.corpus import CorpusSpec
@@ -94,6 +95,8 @@ class PackedText(BaseDataModule):
 
     train_dataset: PackedDataset
     validation_dataset: PackedDataset
+    item_name = "document"
+    packing: PackingPolicy
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class PackedText(BaseDataModule):
         self.preparation = TokenPreparation(selection, vocab_size, tokenizer or DEFAULT_KIND, tuple(special_tokens))
         self.init_from = init_from
         self._requested = {"tokenizer": tokenizer, "vocab_size": vocab_size}
-        self.packing: PackingPolicy = packing
+        self.packing = packing
         self.document_mask = document_mask
         self.cache = Path(cache).expanduser() if cache else user_cache_path("lit_gpt_scratch")
         self.store_folder = Path(store).expanduser().resolve() if store else None
@@ -224,6 +227,35 @@ class PackedText(BaseDataModule):
         short = self.tokenizer.encode(STDLIB_PROMPT) if self.origin == STDLIB else []
         return [[start, *short], *([start, *ids[ids != self.tokenizer.end_of_text].tolist()] for ids in found)]
 
+    @property
+    def split_counts(self) -> dict[str, SplitCounts]:
+        """Number of documents, tokens and bytes for training and validation."""
+        streams = {"train": self.store.train, "validation": self.store.validation}
+        return {
+            split: SplitCounts(stream.n_documents, stream.n_tokens, stream.n_tokens, stream.n_bytes)
+            for split, stream in streams.items()
+        }
+
+    @property
+    def cleaning_reports(self) -> list[str]:
+        """Content of each store's ``audit.md``, unless a copy of a store lacks it."""
+        paths = [store.folder / "audit.md" for store in self.stores]
+        return [path.read_text(encoding="utf-8") for path in paths if path.is_file()]
+
+    def validation_warnings(self) -> Iterator[str]:
+        """Yield a warning if the validation text is short."""
+        n_tokens = self.store.validation.n_tokens
+        if n_tokens < self.block_size:
+            yield (
+                f"the validation text has {n_tokens:,} tokens, less than one window of {self.block_size}: its metrics "
+                f"are mostly noise; use more text, or raise --data.validation_share"
+            )
+        elif n_tokens < MIN_VALIDATION_TOKENS:
+            yield (
+                f"the validation text has only {n_tokens:,} tokens: differences of a few percent are noise; use more "
+                f"text, or raise --data.validation_share"
+            )
+
     def prepare_data(self) -> None:
         """Tokenize the corpus, unless its token store already exists."""
         _ = self.store
@@ -266,6 +298,10 @@ class PackedText(BaseDataModule):
         return np.concatenate(
             [store.train.read(0, math.ceil(share)) for store, share in zip(self.stores, shares, strict=True)]
         )
+
+    def validation_tokens(self) -> TokenIds:
+        """Return the validation tokens of all stores."""
+        return self.store.validation.read(0, self.store.validation.n_tokens)
 
     def _windows(self, parts: Sequence[PackingPlan]) -> PackedDataset:
         end_of_text = self.tokenizer.end_of_text

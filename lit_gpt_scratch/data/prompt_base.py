@@ -46,6 +46,7 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     shares = (0.2, 0.2)
     special_tokens = ROLE_TOKENS
+    next_command = "generate {} --chat"
 
     def __init__(self, checkable: str | None = None, reply_tokens: int = 64, **kwargs: Any) -> None:
         super().__init__(**kwargs)

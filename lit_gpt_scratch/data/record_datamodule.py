@@ -18,11 +18,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Final, Generic, TypeVar
 
 from platformdirs import user_cache_path
 
-from lit_gpt_scratch.data.base_datamodule import BaseDataModule, reject_null, require_positive_ints
+from lit_gpt_scratch.data.base_datamodule import BaseDataModule, SplitCounts, reject_null, require_positive_ints
 from lit_gpt_scratch.data.prepare_tokens import DEFAULT_KIND, default_tokenizer
 from lit_gpt_scratch.data.record_split import (
     RECORD_SPLITS,
@@ -37,7 +37,6 @@ from lit_gpt_scratch.data.sampler import RowDataset
 from lit_gpt_scratch.data.tokenized_examples import (
     LENGTH_POLICIES,
     EncodedSequence,
-    ExampleCounts,
     LengthPolicy,
     TextRecord,
     TokenizedExample,
@@ -53,6 +52,8 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+MIN_VALIDATION_RECORDS: Final = 100
+"""Number of validation records below which a warning is logged."""
 
 R = TypeVar("R", bound=TextRecord)
 
@@ -92,6 +93,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         UserError: A number is out of range, or arguments conflict.
     """
 
+    item_name = "record"
     columns: Columns | None = None
     """Columns to read; None for all."""
     shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
@@ -240,9 +242,25 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         return found
 
     @property
-    def split_counts(self) -> dict[RecordSplit, ExampleCounts]:
+    def split_counts(self) -> dict[str, SplitCounts]:
         """Number of records, tokens and labels in each split."""
-        return {split: ExampleCounts.of(examples) for split, examples in self.examples.items()}
+        return {
+            split: SplitCounts(
+                len(examples),
+                sum(len(sequence.ids) for example in examples for sequence in example.sequences),
+                sum(example.n_labels for example in examples),
+            )
+            for split, examples in self.examples.items()
+        }
+
+    def validation_warnings(self) -> Iterator[str]:
+        """Yield a warning if there are few validation records."""
+        n = len(self.examples["validation"])
+        if n < MIN_VALIDATION_RECORDS:
+            yield (
+                f"only {n} record{'s' if n > 1 else ''} for validation: one more correct answer changes accuracy by "
+                f"{1 / n:.1%}; use more records, or raise --data.validation_share"
+            )
 
     @cached_property
     def fingerprint(self) -> str:

@@ -83,20 +83,6 @@ class TokenizedExample(NamedTuple):
         return None if no_labels or equal else TokenizedExample(self.where, tuple(truncated))
 
 
-class ExampleCounts(NamedTuple):
-    """Number of records and tokens in a split, and of labels that are not ignored."""
-
-    records: int
-    tokens: int
-    labels: int
-
-    @classmethod
-    def of(cls, examples: Sequence[TokenizedExample]) -> "ExampleCounts":
-        """Count the records, tokens and labels of a split's examples."""
-        tokens = sum(len(sequence.ids) for example in examples for sequence in example.sequences)
-        return cls(len(examples), tokens, sum(example.n_labels for example in examples))
-
-
 def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
     """Return the SHA-256 of all token ids and labels, in order."""
     sha256 = hashlib.sha256()

@@ -100,6 +100,8 @@ class GPTModule(L.LightningModule):
     """Validation and test metrics, built by ``build_metrics``."""
     data_info: DataInfo
     """Properties of the data, from the data module; set in ``setup``."""
+    next_command: ClassVar[str | None] = None
+    """Command to suggest after training, instead of the data module's; ``{}`` is replaced by the run directory."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training. It is not allowed if the loss compares log-probabilities with earlier
     ones, because dropout would add noise to their ratio. The dropout of an initial model is then disabled, and setting

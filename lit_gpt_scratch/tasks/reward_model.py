@@ -25,6 +25,8 @@ class Reward(PairwiseModule):
     regardless of ``gpt``.
     """
 
+    next_command = "convert to-safetensors {} reward.safetensors"
+
     @property
     @override
     def output_head(self) -> ScalarHead:

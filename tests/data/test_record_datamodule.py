@@ -107,7 +107,7 @@ def test_common_properties(ready: Callable[..., BaseDataModule], stage: type) ->
     assert data.origin == synthetic_data.SOURCE_NAME
     assert Tokenizer.from_json(data.tokenizer_json).encode("a b") == data.tokenizer.encode("a b")
     assert data.vocab_size == len(data.token_bytes) == data.tokenizer.vocab_size
-    assert sum(count.records for count in data.split_counts.values()) == (288 if stage is LabelledText else 576)
+    assert sum(count.items for count in data.split_counts.values()) == (288 if stage is LabelledText else 576)
     assert list(data.split_counts) == ["train", "validation", "test"]
     for side, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
         labels = [batch["labels"] for batch in loader]
