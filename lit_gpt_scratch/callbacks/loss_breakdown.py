@@ -14,7 +14,6 @@ from lit_gpt_scratch.batch_types import IGNORE_INDEX
 from lit_gpt_scratch.callbacks import plotting
 from lit_gpt_scratch.callbacks.metric_logging import log_metrics, tensorboard_writers
 from lit_gpt_scratch.data.base_datamodule import BaseDataModule
-from lit_gpt_scratch.tasks import Classification, LanguageModel
 
 PASSAGE_LENGTH: Final = 32
 """Number of labels per passage."""
@@ -48,7 +47,8 @@ class LossBreakdown(Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Reset the accumulators."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
-        self._active = self.enabled and isinstance(pl_module, LanguageModel) and isinstance(data, BaseDataModule)
+        available = getattr(pl_module, "returns_label_losses", False) and isinstance(data, BaseDataModule)
+        self._active = self.enabled and available
         if not self._active:
             return
         device, T = pl_module.device, data.block_size
@@ -188,9 +188,11 @@ class ConfusionMatrixPlot(Callback):
         self._plot(trainer, pl_module, "test")
 
     def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
-        if not trainer.is_global_zero or not isinstance(pl_module, Classification):
+        counts = getattr(pl_module, "confusion", None)
+        if not trainer.is_global_zero or counts is None:
             return
-        picture = plot_confusion_matrix(pl_module.confusion.cpu().numpy(), pl_module.class_names)
+        names: list[str] = pl_module.class_names  # type: ignore[assignment]  # a task with a confusion matrix has it
+        picture = plot_confusion_matrix(counts.cpu().numpy(), names)
         for board in tensorboard_writers(trainer):  # step number that Lightning uses for a validation
             board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 

@@ -102,6 +102,8 @@ class GPTModule(L.LightningModule):
     """Properties of the data, from the data module; set in ``setup``."""
     next_command: ClassVar[str | None] = None
     """Command to suggest after training, instead of the data module's; ``{}`` is replaced by the run directory."""
+    returns_label_losses: ClassVar[bool] = False
+    """Whether ``update_metrics`` returns the loss of each label, so that validation losses can be broken down."""
     allows_dropout: ClassVar[bool] = True
     """Whether dropout is allowed in training. It is not allowed if the loss compares log-probabilities with earlier
     ones, because dropout would add noise to their ratio. The dropout of an initial model is then disabled, and setting

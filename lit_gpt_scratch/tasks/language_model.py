@@ -25,6 +25,7 @@ class LanguageModel(GPTModule):
     metrics: LikelihoodMetric
     token_bytes: Tensor
     """(vocab_size,) int64, number of UTF-8 bytes per token."""
+    returns_label_losses = True
 
     @override
     def build_metrics(self) -> LikelihoodMetric:
