@@ -246,7 +246,7 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
 
 def _flag(action: Any, name: str, default: Any) -> Flag:
     text = REWORDED.get(name) or " ".join((action.help or "").replace("``", "").split())
-    text = re.sub(r"\s*Default: [^.]*\.\s*$", "", text)
+    text = re.sub(r"\s*Default: (?:[^.]|\.\d)*\.\s*$", "", text)
     shown = "" if default is None or action.nargs == 0 else _plain(default)
     return Flag(name, _values(action), WITHOUT.get(name, shown), text)
 
@@ -277,5 +277,5 @@ def _plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, str | int | float):
-        return f"{value:g}" if isinstance(value, float) else str(value)
+        return str(value)  # 1.0, not 1: for some flags a float is a fraction and an integer a number
     return str(value.class_path).rpartition(".")[2] if isinstance(value, Namespace) else type(value).__name__
