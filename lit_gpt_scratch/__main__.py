@@ -8,9 +8,9 @@ from lit_gpt_scratch.errors import UserError
 
 COMMANDS = {
     "fit": "train, fine-tune or align a GPT, or resume a run",
-    "prepare": "tokenize a text ahead of a run, or compare tokenizers on it",
+    "prepare": "clean and tokenize text before a run, or compare tokenizers",
     "generate": "continue prompts, chat, or collect preferences with a trained model",
-    "evaluate": "measure a trained model on a text, a task or a benchmark",
+    "evaluate": "evaluate a trained model on text, a task or a benchmark",
     "sweep": "run all trials of a sweep file and report the results, or compare runs",
     "convert": "convert checkpoints to and from Hugging Face folders and safetensors files",
     "doctor": "diagnose a run, check this machine, or test resuming and strategies",

@@ -8,19 +8,19 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 IGNORE_INDEX: Final = -100
-"""Label of positions that are ignored in the loss, as in PyTorch."""
+"""Label of positions that the loss ignores, as in PyTorch."""
 PADDING_MULTIPLE: Final = 8
-"""Rows are padded to a multiple of this length, for tensor cores and to limit the number of distinct shapes."""
+"""Row lengths are padded to a multiple of this number, to suit tensor cores and to limit the number of shapes."""
 
 
 class Batch(TypedDict):
     """``B`` rows of ``T`` tokens for next-token prediction.
 
     ``labels[b, t]`` is the token that follows ``input_ids[b, t]``: labels are shifted only once, when the batch is
-    created. Labels of ``IGNORE_INDEX`` (-100) are ignored in the loss.
+    created. Positions whose label is ``IGNORE_INDEX`` (-100) are ignored in the loss.
 
-    With ``document_ids``, each token attends only to tokens in its own document, and positions are counted from the
-    document's first token. The tokens of a document are contiguous.
+    If the batch contains ``document_ids``, each token attends only to tokens of the same document, and positions are
+    counted from the first token of the document. The tokens of a document are contiguous.
     """
 
     input_ids: Tensor
@@ -28,30 +28,31 @@ class Batch(TypedDict):
     labels: Tensor
     """(B, T) int64"""
     document_ids: NotRequired[Tensor]
-    """(B, T) int64, a different number for each document in a row"""
+    """(B, T) int64, id of the document that contains each token; ids are unique within a row"""
     step_labels: NotRequired[Tensor]
-    """() int64, training only: number of labels in the optimizer step, over all micro-batches and data-parallel
+    """() int64, only in training: number of labels in the optimizer step, across all micro-batches and data-parallel
     ranks"""
 
 
 class LabelledBatch(TypedDict):
-    """``B`` texts with one class each, right-padded to a common length ``T``."""
+    """``B`` documents with one class label each, right-padded to a common length ``T``."""
 
     input_ids: Tensor
     """(B, T) int64"""
     lengths: Tensor
-    """(B,) int64, number of tokens in each text; 0 for a padding row"""
+    """(B,) int64, number of tokens in each document; 0 for a padding row"""
     labels: Tensor
-    """(B,) int64, class index of each text; ``IGNORE_INDEX`` for a padding row"""
+    """(B,) int64, class index of each document; ``IGNORE_INDEX`` for a padding row"""
     step_class_counts: NotRequired[Tensor]
-    """(n_classes,) int64, training only: number of texts per class in the optimizer step"""
+    """(n_classes,) int64, only in training: number of documents per class in the optimizer step"""
 
 
 class PairBatch(TypedDict):
-    """``B`` pairs of conversations that differ only in their last reply, which is followed by the end of text.
+    """``B`` pairs of conversations that differ only in the last reply, which ends with an end-of-text token.
 
-    They form ``2 B`` rows, so that a single forward pass computes both: all chosen conversations, then the rejected
-    ones in the same order. All rows are right-padded to a common length ``T``.
+    The pairs form ``2 B`` rows, so that a single forward pass processes both conversations of each pair: first all
+    chosen conversations, then all rejected conversations in the same order. All rows are right-padded to a common
+    length ``T``.
     """
 
     input_ids: Tensor
@@ -61,28 +62,28 @@ class PairBatch(TypedDict):
     lengths: Tensor
     """(2 B,) int64, number of tokens in each row; 0 for a padding pair"""
     step_labels: NotRequired[Tensor]
-    """() int64, training only: number of pairs in the optimizer step"""
+    """() int64, only in training: number of pairs in the optimizer step"""
 
 
 class PromptIndexBatch(TypedDict):
-    """``B`` indices: of rollouts in training, of prompts in validation. The policy generates the replies."""
+    """``B`` indices of rollouts (training) or prompts (validation and test). The policy generates the replies."""
 
     indices: Tensor
     """(B,) int64"""
     step_indices: NotRequired[Tensor]
-    """(N,) int64, training only: indices of all rollouts in the optimizer step"""
+    """(N,) int64, only in training: indices of all rollouts in the optimizer step"""
 
 
 STEP_KEYS: Final = frozenset({"step_labels", "step_class_counts", "step_indices"})
-"""Entries of a batch that describe the whole optimizer step; all others have one row per example."""
+"""Keys of batch entries that describe the whole optimizer step; all other entries have one row per example."""
 
 
 class RolloutPhase(NamedTuple):
-    """Length of a rollout phase: replies are generated once, then trained on for several passes.
+    """Length of a rollout phase, in which replies are generated once and then used for several training passes.
 
     Attributes:
-        steps: Optimizer steps per pass over the rollouts of a phase.
-        passes: Passes over the rollouts of a phase.
+        steps: Number of optimizer steps per pass over the rollouts of a phase.
+        passes: Number of passes over the rollouts of a phase.
     """
 
     steps: int
@@ -93,9 +94,9 @@ class BatchLayout(NamedTuple):
     """Distribution of an optimizer step's rows over micro-batches and ranks.
 
     Attributes:
-        batch_size: Rows per micro-batch and data-parallel rank.
+        batch_size: Number of rows per micro-batch and data-parallel rank.
         replicas: Number of data-parallel ranks.
-        accumulate: Micro-batches per optimizer step.
+        accumulate: Number of micro-batches per optimizer step.
     """
 
     batch_size: int
@@ -104,12 +105,12 @@ class BatchLayout(NamedTuple):
 
     @property
     def rows_per_batch(self) -> int:
-        """Total rows per micro-batch across all ranks."""
+        """Number of rows per micro-batch across all data-parallel ranks."""
         return self.batch_size * self.replicas
 
     @property
     def rows_per_step(self) -> int:
-        """Total rows per optimizer step across all ranks."""
+        """Number of rows per optimizer step across all data-parallel ranks."""
         return self.rows_per_batch * self.accumulate
 
 
@@ -119,21 +120,23 @@ TextRewardFunction = Callable[[Sequence[str], Sequence[str]], Any]
 
 @dataclass
 class PromptSource:
-    """Prompts for an on-policy run, and functions to look them up and to reward replies.
+    """Prompts for on-policy training, with functions that look up prompts and reward replies.
 
     Attributes:
         counts: Number of prompts in each split.
-        reply_tokens: Maximum tokens per generated reply, including the end of text.
-        lookup: Function that maps a split and prompt indices to the prompts' token ids and texts.
-        shuffled: Function that maps positions in the run to indices of training prompts. Every prompt occurs once
-            before any occurs again.
+        reply_tokens: Maximum number of tokens per generated reply, including the end-of-text token.
+        lookup: Function that returns the token ids and the texts of the prompts at the given indices of a split.
+        shuffled: Function that maps positions in the run to indices of training prompts. All prompts occur once before
+            any prompt is repeated.
         decode: Function that maps token ids to text.
-        text_reward: Function that maps a reward's name, or None for the data's own reward, to (name, reward function,
-            unended score). The reward function maps prompts, and one reply to each, to one number per reply, as a list,
-            array or tensor. The unended score is the score of truncated replies; None keeps the reward function's.
-        reply_check: Function that returns the verifiable preference's check of a reply, or None if there is none.
-        phase: Length of a rollout phase. The policy sets it before training, because the data module requires it to
-            order the rollouts.
+        text_reward: Function that looks up a reward function by name; None selects the default of the data module. It
+            returns the name, the reward function, and the reward of truncated replies, which is None if the reward
+            function also scores truncated replies. The reward function accepts a list of prompts and a list with one
+            reply per prompt, and returns one number per reply as a list, an array or a tensor.
+        reply_check: Function that returns a check of whether a reply satisfies the verifiable preference, or None if
+            replies are not checked.
+        phase: Length of a rollout phase. The policy sets this field before training, because the data module requires
+            it to order the rollouts.
     """
 
     counts: dict[DataSplit, int]
@@ -148,23 +151,23 @@ class PromptSource:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """Properties of the data that a LightningModule depends on, as plain values.
+    """Properties of the data that LightningModules depend on, as plain values.
 
     Attributes:
         name: Class name of the data module, for error messages.
         vocab_size: Number of token ids.
-        block_size: Maximum tokens per row.
-        token_bytes: Number of UTF-8 bytes of text per token id, (vocab_size,).
-        tokenizer_json: Content of the tokenizer file, which checkpoints embed.
-        start_of_text: Token id before each document.
-        end_of_text: Token id after each document.
+        block_size: Maximum number of tokens per row.
+        token_bytes: Number of UTF-8 bytes of text that each token id represents, a list of length ``vocab_size``.
+        tokenizer_json: Content of the tokenizer file, which is stored in checkpoints.
+        start_of_text: Id of the token before each document.
+        end_of_text: Id of the token after each document.
         layout: Distribution of an optimizer step's rows over micro-batches and ranks.
-        rank: Data-parallel rank of this process; the processes of a tensor-parallel group have the same one.
-        class_names: Class names by class index, if the text is labelled.
-        class_counts: Number of training examples per class, if the text is labelled.
+        rank: Data-parallel rank of this process; all processes of a tensor-parallel group have the same rank.
+        class_names: Class names by class index; None if the data has no class labels.
+        class_counts: Number of training examples per class; None if the data has no class labels.
         has_pairs: Whether batches are of type ``PairBatch``.
         truncates: Whether rows that are too long are truncated.
-        prompts: The prompts, if the data is for on-policy training.
+        prompts: Source of the prompts for on-policy training; None for other data.
     """
 
     name: str

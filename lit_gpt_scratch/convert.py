@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.convert``: convert checkpoints to and from other formats."""
+"""``python -m lit_gpt_scratch.convert``: convert checkpoints to and from Hugging Face folders and safetensors files."""
 
 from lit_gpt_scratch.cli import entrypoint
 

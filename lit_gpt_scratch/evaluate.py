@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.evaluate``: measure a trained model."""
+"""``python -m lit_gpt_scratch.evaluate``: evaluate a trained model on text, a task or a benchmark."""
 
 from lit_gpt_scratch.cli import entrypoint
 

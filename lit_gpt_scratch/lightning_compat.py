@@ -18,31 +18,31 @@ from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from typing_extensions import override
 
 FETCH_BATCH_ACTION: Final = "[_TrainingEpochLoop].train_dataloader_next"
-"""Profiler action that wraps fetching a training batch; no callback hook runs when fetching starts."""
+"""Profiler action that wraps the fetching of a training batch, because no callback hook runs when fetching starts."""
 
 
 def global_seed() -> int:
-    """Return the seed set by ``seed_everything``, or 0 if unset; Lightning passes it on to launched processes."""
+    """Return the seed set by ``seed_everything``, or 0 if unset; Lightning passes the seed to launched processes."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def is_accumulating(trainer: Trainer) -> bool:
-    """Whether gradients still accumulate after this micro-batch; the last batch of an epoch always ends a step."""
+    """Return whether gradients accumulate beyond this micro-batch; the last batch of an epoch always ends a step."""
     return trainer.fit_loop._should_accumulate()
 
 
 def is_validating_between_steps(trainer: Trainer) -> bool:
-    """Whether ``fit`` is validating between two optimizer steps, rather than between micro-batches of one step."""
+    """Return whether ``fit`` is validating between optimizer steps, rather than between micro-batches of one step."""
     return trainer.state.fn == "fit" and not trainer.sanity_checking and not trainer.fit_loop._should_accumulate()
 
 
 def can_stop_early(trainer: Trainer) -> bool:
-    """Whether ``min_steps`` and ``min_epochs`` are reached, so that ``should_stop`` takes effect."""
+    """Return whether ``min_steps`` and ``min_epochs`` are reached, so that ``should_stop`` takes effect."""
     return bool(trainer.fit_loop._can_stop_early)
 
 
 def set_logging_step(trainer: Trainer, step: int) -> None:
-    """Set the step number that Lightning logs with; its own count is off by one after resuming."""
+    """Set the step number that Lightning uses for logging, because its count is off by one after resuming."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = step
 
 
@@ -59,8 +59,8 @@ def disable_signal_handlers(trainer: Trainer) -> None:
 def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
     """Load the weights and optimizer states from a checkpoint during training, without resetting the loops.
 
-    ``fit(ckpt_path=...)`` would reset them. ``trainer.ckpt_path`` and the checkpoint connector's path keep the values
-    that the run started with.
+    ``fit(ckpt_path=...)`` would reset the loops. ``trainer.ckpt_path`` and the path in the checkpoint connector keep
+    the values from the start of the run.
     """
     connector = trainer._checkpoint_connector
     started_with = connector._ckpt_path
@@ -72,17 +72,17 @@ def restore_weights_and_optimizers(trainer: Trainer, path: Path) -> None:
 
 
 def kill_child_processes(trainer: Trainer) -> None:
-    """Kill the ranks that this process launched as subprocesses; they would wait forever for a terminated rank."""
+    """Kill the ranks that this process launched as subprocesses, which would wait forever for a terminated rank."""
     launcher = trainer.strategy.launcher
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(getattr(signal, "SIGKILL", signal.SIGTERM))
 
 
 class SizedModelParallelStrategy(ModelParallelStrategy):
-    """A ``ModelParallelStrategy`` that sets its sizes once the number of processes is known, not in ``__init__``."""
+    """A ``ModelParallelStrategy`` that chooses its parallel sizes when the number of processes is known."""
 
     def choose_tensor_parallel_size(self) -> int:
-        """Return the number of ranks that share one copy of the model; it must divide the number of processes."""
+        """Return the number of ranks that share a model replica, which must divide the number of processes."""
         raise NotImplementedError
 
     @override
@@ -95,7 +95,8 @@ class SizedModelParallelStrategy(ModelParallelStrategy):
 class SingleThreadCheckpointIO(AsyncCheckpointIO):
     """An ``AsyncCheckpointIO`` that can run any method of the wrapped plugin in its worker thread, in order.
 
-    Lightning's class runs only saves in the thread. It raises an error from a save at the next save or in ``teardown``.
+    The base class runs only ``save_checkpoint`` in the thread. It raises an exception from a failed save at the next
+    save or in ``teardown``.
     """
 
     def __init__(self, checkpoint_io: CheckpointIO) -> None:
@@ -103,7 +104,7 @@ class SingleThreadCheckpointIO(AsyncCheckpointIO):
 
     @property
     def error(self) -> BaseException | None:
-        """Exception raised by the first failed call, or None; ``teardown`` raises it again."""
+        """Exception raised by the first failed call, or None; ``teardown`` raises the exception again."""
         return self._error
 
     def submit(self, method: str, *args: Any) -> "Future[None]":

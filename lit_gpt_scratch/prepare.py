@@ -1,4 +1,4 @@
-"""``python -m lit_gpt_scratch.prepare``: tokenize a text ahead of a run, or compare tokenizers on it."""
+"""``python -m lit_gpt_scratch.prepare``: clean and tokenize text before a run, or compare tokenizers."""
 
 from lit_gpt_scratch.cli import entrypoint
 

@@ -1,14 +1,16 @@
-"""PPO and GRPO on a verifiable preference: the share of replies that satisfy it, before and after.
+"""Measure the fraction of replies that satisfy a verifiable preference, before and after PPO and GRPO.
 
     python experiments/benchmarks/alignment.py [--seeds 5] [--runs DIR] [--reward model]
 
-A base model is trained on the standard library (or on `--text`, given as to `--data.source`), fine-tuned on replies
-(`start.yaml`), and aligned with `ppo.yaml` and `grpo.yaml`, once per seed. The reward is the preference itself, a full
-stop at the end, or with `--reward model` a reward model trained on pairs of replies (`reward.yaml`).
+A base model is trained on the standard library (or on `--text`, which accepts the same values as `--data.source`),
+fine-tuned on replies (`start.yaml`), and aligned with `ppo.yaml` and `grpo.yaml`, once for each seed. The reward is
+the verifiable preference itself, a full stop at the end of the reply, or with `--reward model`, the output of a
+reward model trained on pairs of replies (`reward.yaml`).
 
-`true reward` is measured on sampled replies to the test prompts; `KL` is the mean KL divergence per reply from the
-initial model, in nats. A seed counts if it reaches `GOAL` within `BUDGET`. The base, the initial model and the reward
-model are made once.
+`true reward` is the fraction of sampled replies to the test prompts that satisfy the preference. `KL` is the mean KL
+divergence per reply from the initial model, in nats. A seed is successful if its true reward is at least `GOAL` and
+its KL divergence is at most `BUDGET`. The base model, the initial model and the reward model are trained once and
+shared by all seeds.
 """
 
 import argparse
@@ -23,7 +25,7 @@ from fitting import EXPERIMENTS, fit
 ALIGN = EXPERIMENTS.parent / "align"
 GOAL: Final = 0.9
 BUDGET: Final = 10.0
-"""Nats of a reply."""
+"""Maximum KL divergence per reply from the initial model, in nats."""
 
 
 def main() -> None:
@@ -31,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="training text of the base model; by default the standard library")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--runs", type=Path, help="folder of the runs; existing ones are reused")
+    parser.add_argument("--runs", type=Path, help="folder that contains the runs; existing runs are reused")
     parser.add_argument("--reward", choices=["checkable", "model"], default="checkable")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args()

@@ -1,8 +1,9 @@
-"""Attention's backward pass on a CPU: PyTorch's fused kernel against `lit_gpt_scratch.model.attention`.
+"""Compare the backward pass of attention on a CPU in PyTorch and in `lit_gpt_scratch.kernels.cpu_attention`.
 
     python experiments/benchmarks/attention.py
 
-Milliseconds, the minimum of many alternating calls; the forward passes are identical and not counted.
+Times are in milliseconds, the minimum of many alternating calls. The forward passes are identical and are not
+measured.
 """
 
 import os
@@ -18,18 +19,18 @@ from lit_gpt_scratch.kernels.cpu_attention import attention_backward, attention_
 
 CALLS = 30
 SHAPES = [(32, 4, 64, 32), (16, 3, 128, 64), (8, 3, 256, 64), (8, 6, 256, 64), (4, 3, 512, 64), (2, 3, 1024, 64)]
-"""(B, n_head, T, head_dim)."""
+"""Shapes of queries, keys and values, (B, n_head, T, head_dim)."""
 
 
 def timed(call: Callable[[], object]) -> float:
-    """Milliseconds of one call."""
+    """Return the duration of one call in milliseconds."""
     began = time.perf_counter()
     call()
     return 1000 * (time.perf_counter() - began)
 
 
 def main() -> None:
-    """Measure every shape in both data types."""
+    """Measure every shape in both dtypes and print a table."""
     print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'(B, n_head, T, head_dim)':26} {'type':10} {'torch':>8} {'ours':>8} {'times as fast':>14}")
     for shape in SHAPES:

@@ -1,14 +1,15 @@
-"""The cost of all callbacks of a `fit` run without flags: steps with and without callbacks, alternating.
+"""Measure the cost of all callbacks in a default run of `fit`, by alternating steps with and without callbacks.
 
     python experiments/benchmarks/callbacks_cost.py
 
-Within one run, half of the steps have no callbacks, so that other load on the machine affects both alike. There are
-four kinds of steps: ordinary ones, logging steps, steps after which the network is inspected, and steps followed by a
-validation; of each kind, half have callbacks. Logging, inspection and validation are more frequent here than in a run
-without flags, for enough samples; the differences between neighbouring steps with and without callbacks are then
-weighted by their frequency in such a run. What callbacks do before the first step, in the first three steps and after
-the last one is timed directly. All caches are empty at the start, so that imports, text, tokenizer and compilation
-take as long as in a first run.
+Half of the steps in the run are executed without callbacks, so that other load on the machine affects both halves
+equally. There are four types of steps: ordinary steps, logging steps, steps after which the network is inspected, and
+steps followed by a validation. Half of the steps of each type have callbacks. Logging, inspection and validation are
+more frequent in the benchmark than in a default run, to collect enough samples. The differences between neighbouring
+steps with and without callbacks are then weighted by the frequency of each type in a default run. The time that
+callbacks take before the first step, in the first three steps and after the last step is measured directly. All
+caches are empty at the start, so that imports, text preparation, tokenizer training and compilation take as long as
+in a first run.
 """
 
 import argparse
@@ -33,9 +34,9 @@ from lit_gpt_scratch.callbacks.metric_logging import MetricTap
 from lit_gpt_scratch.cli.fit import MAX_STEPS, FitCLI
 
 LOG, LOOK, VALIDATE = 5, 10, 60
-"""Steps between two of a kind; a kind includes the work of the more frequent kinds, as in a run without flags."""
+"""Steps between two logging, inspection or validation steps; each type includes the work of more frequent types."""
 KINDS = {"ordinary": None, "log point": 10, "inspection": 100, "validation": 300}
-"""Every how many steps they come in a run without flags."""
+"""Steps between two steps of each type in a default run; None for all other steps."""
 WARM = 3
 HOOKS_OF_A_BATCH = (
     "on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
@@ -45,7 +46,7 @@ RESAMPLED = 2000
 
 
 class Switch(L.Callback):
-    """Removes all other callbacks from half of the steps of each kind, and times each step."""
+    """Callback that removes all other callbacks from half of the steps of each type, and measures every step."""
 
     def __init__(self, others: list[L.Callback]) -> None:
         self.others = others
@@ -56,19 +57,19 @@ class Switch(L.Callback):
         self._judge: Any = None
         self._loggers: list[Any] = []
         self.first_steps = ExitStack()
-        """To be closed behind them."""
+        """Stack to close after the first ``WARM`` steps, which ends the timing of their hooks."""
         self.ready = 0.0
-        """When all is compiled, and steps are counted."""
+        """Time at which compilation has finished and the measured steps start, in seconds of ``time.perf_counter``."""
 
     def _set(self, trainer: L.Trainer, task: L.LightningModule, with_them: bool) -> None:
-        """Set the callbacks and the hooks they registered: the guard's step filter, the doctor's logger."""
-        # In place: the trainer is iterating over the list, and this is its first callback.
+        """Enable or disable the other callbacks, including the guard's step filter and the doctor's logger."""
+        # Modify the list in place: the trainer is iterating over it, and this is its first callback.
         trainer.callbacks[:] = [self, *self.others] if with_them else [self]
         task.step_filter = self._judge if with_them else None
         trainer.loggers = self._loggers if with_them else [x for x in self._loggers if not isinstance(x, MetricTap)]
 
     def on_train_batch_start(self, trainer: L.Trainer, task: L.LightningModule, *_: Any) -> None:
-        """A step lasts until the next call, including a validation after it."""
+        """Record the previous step, which includes a validation that follows it, and start the next step."""
         came = time.perf_counter()
         if not self._loggers:
             self._judge, self._loggers = task.step_filter, list(trainer.loggers)
@@ -77,7 +78,7 @@ class Switch(L.Callback):
         step = trainer.global_step + 1
         kind = next(k for k, every in (("validation", VALIDATE), ("inspection", LOOK), ("log point", LOG),
                                        ("ordinary", 1)) if step % every == 0)  # fmt: skip
-        # With, without, without, with: so that half of the steps after each other kind have callbacks, too.
+        # The order is with, without, without, with, so that half of the steps after each other type have callbacks too.
         with_them = self._turn[kind] % 4 in (0, 3)
         self._turn[kind] += 1
         if step == WARM + 1:
@@ -88,12 +89,12 @@ class Switch(L.Callback):
         self._began = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        """The last step has no end; restore the callbacks that report at the end of training."""
+        """Restore the callbacks, which report at the end of training; the last step is not recorded."""
         self._set(trainer, task, True)
 
 
 def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ...]) -> ExitStack:
-    """Sum the seconds of these hooks until the stack is closed."""
+    """Add the seconds spent in the given hooks to ``spent``, until the returned stack is closed."""
     before = ExitStack()
 
     def wrap(name: str, hook: Any) -> Any:
@@ -115,9 +116,11 @@ def timed(callbacks: list[L.Callback], spent: Counter[str], hooks: tuple[str, ..
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Run the benchmark and print a table."""
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    asked.add_argument("--validations", type=int, default=10, help="half of them have callbacks")
+    asked.add_argument(
+        "--validations", type=int, default=10, help="number of validations, half of which run with callbacks"
+    )
     given = asked.parse_args()
     steps = VALIDATE * given.validations + 1
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -152,7 +155,7 @@ def main() -> None:
     left, coarser = MAX_STEPS, 0
     for kind, often in reversed(KINDS.items()):
         on, off = switch.seconds[kind, True], switch.seconds[kind, False]
-        # Neighbouring steps of a kind, one with and one without callbacks: other load affects both alike.
+        # Pairs of neighbouring steps of one type, with and without callbacks: other load affects both equally.
         pairs = [its - own for its, own in zip(on, off, strict=False)]
         with_them, without, more = (statistics.median(found) for found in (on, off, pairs))
         n = left if often is None else MAX_STEPS // often - coarser
@@ -178,7 +181,7 @@ def main() -> None:
 
 
 def medians(seconds: list[float]) -> NDArray[np.float64]:
-    """Bootstrap: medians of ``RESAMPLED`` samples drawn from this sample with replacement."""
+    """Return the medians of ``RESAMPLED`` bootstrap samples, (RESAMPLED,) float64."""
     drawn = np.random.default_rng(len(seconds)).choice(seconds, (RESAMPLED, len(seconds)))
     return np.asarray(np.median(drawn, axis=1))
 

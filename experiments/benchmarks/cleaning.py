@@ -1,11 +1,13 @@
-"""Memory and time to clean and tokenize a large corpus; memory is measured above that of a small corpus.
+"""Measure the memory and time of cleaning and tokenizing a large corpus.
 
     python experiments/benchmarks/cleaning.py [--gigabytes 1 2] [--folder FOLDER]
 
-The text is synthetic: words drawn from Zipf's law, about a kilobyte per document, one document in a hundred an exact
-duplicate, in one JSON lines file. `prepare` runs on it as for a user, in its own process; memory is the proportional
-set size of the process and all its children, sampled ten times per second. Steps: exact duplicates only, the default;
-text rules in several processes; near-duplicates. Linux only.
+The text is synthetic: documents of about a kilobyte whose words follow a Zipf distribution, in one JSONL file. One in
+a hundred documents is an exact duplicate. `prepare` runs in its own process, as for a user. Memory is the peak
+proportional set size of the process and all its children, sampled ten times per second, minus the peak for a very
+small corpus. Three sets of cleaning steps are measured: exact deduplication, which is the default; text rules and
+exact deduplication, in several processes; and exact deduplication and near-deduplication. The benchmark requires
+Linux.
 """
 
 import argparse
@@ -26,11 +28,11 @@ STEPS: dict[str, list[str]] = {
     "near-duplicates": ["ExactDuplicates", "NearDuplicates"],
 }
 SMALL = 0.001
-"""Gigabytes of a text so small that it needs hardly more memory than the process itself."""
+"""Size in gigabytes of a corpus that requires hardly more memory than the process itself."""
 
 
 def generate(path: Path, gigabytes: float) -> int:
-    """Write documents up to this size; returns their number."""
+    """Write documents with the given total size to a JSONL file; return the number of documents."""
     rng = np.random.default_rng(0)
     words = np.array(["".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), size=1 + n % 11)) for n in range(50_000)])
     written, n_documents, text = 0, 0, ""
@@ -47,7 +49,7 @@ def generate(path: Path, gigabytes: float) -> int:
 
 
 def peak(command: list[str]) -> tuple[float, float]:
-    """Run the command; returns the peak memory of it and its children in bytes, and its seconds."""
+    """Run a command; return its peak memory in bytes, including child processes, and its duration in seconds."""
     began = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     most = 0
@@ -60,7 +62,7 @@ def peak(command: list[str]) -> tuple[float, float]:
 
 
 def tree(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """Return the ids of a process and all its descendants."""
     try:
         children = [
             int(child)
@@ -73,7 +75,7 @@ def tree(pid: int) -> list[int]:
 
 
 def proportional(pid: int) -> int:
-    """Proportional set size in bytes: shared memory is divided among the processes that share it."""
+    """Return the proportional set size in bytes, which divides shared memory among the processes that share it."""
     try:
         lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -82,10 +84,12 @@ def proportional(pid: int) -> int:
 
 
 def main() -> None:
-    """Measure all steps at all sizes."""
+    """Measure all sets of cleaning steps for all corpus sizes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[1.0, 2.0])
-    parser.add_argument("--folder", default=None, help="folder for text and tokens, about three times the text's size")
+    parser.add_argument(
+        "--folder", default=None, help="folder for temporary files, which take about three times the size of the text"
+    )
     parser.add_argument("--steps", nargs="+", default=list(STEPS), choices=list(STEPS))
     given = parser.parse_args()
     cores = len(os.sched_getaffinity(0))

@@ -1,11 +1,12 @@
-"""Tokens per second of cached decoding, compared with ``transformers.generate`` with its cache, on the same weights.
+"""Measure the speed of decoding with a KV cache, compared with ``transformers`` on the same weights.
 
     python experiments/benchmarks/decoding.py [--nanogpt CHECKOUT] [--rounds 7]
 
-A GPT-2 with random weights is exported and loaded by ``transformers``; both continue one token greedily, and in
-float32 their tokens are checked to be equal. The implementations take turns, one round each, after an uncounted round;
-the medians of all rounds are printed, and the median of the ratios to ``transformers`` within a round. nanoGPT, if its
-checkout is given, has no cache.
+A GPT-2 model with random weights is exported and loaded by ``transformers``. Both implementations continue a prompt
+of one token greedily; in float32, the benchmark checks that their tokens are equal. The implementations alternate in
+rounds, after a warm-up round that is not counted. The table shows the median speed over all rounds, and the median of
+the speed relative to ``transformers`` within each round. If a checkout of nanoGPT is given, nanoGPT is also measured;
+it has no KV cache.
 """
 
 import argparse
@@ -40,13 +41,13 @@ SHAPES = {
     "6 x 384": (replace(GPT2, n_layer=6, n_head=6, n_embd=384, ffn_dim=1536), 257, 256, 200),
     "124M": (GPT2, 50_257, 1024, 64),
 }
-"""The architecture, the vocabulary, the context, and how many tokens are written."""
+"""Architecture, vocabulary size, context length and number of generated tokens of each case."""
 GREEDY = Sampling(temperature=0.0)
 Decode = Callable[[], list[int]]
 
 
 def ours(model: GPT, rows: int, n: int, compile: bool) -> Decode:
-    """The tokens of the last row."""
+    """Return a function that generates tokens with this package and returns the tokens of the last row."""
 
     def decode() -> list[int]:
         found = generate(model, [[1]] * rows, n, GREEDY, [0] * rows, end_of_text=-1, compile=compile)
@@ -56,7 +57,7 @@ def ours(model: GPT, rows: int, n: int, compile: bool) -> Decode:
 
 
 def theirs(model: Any, rows: int, n: int) -> Decode:
-    """The same from ``transformers``, with no other options."""
+    """Return a function that generates tokens with ``transformers`` and returns the tokens of the last row."""
     prompt = torch.ones(rows, 1, dtype=torch.int64)
 
     def decode() -> list[int]:
@@ -70,13 +71,13 @@ def theirs(model: Any, rows: int, n: int) -> Decode:
 
 
 def nanogpts(checkout: Path, config: GPTConfig, vocabulary: int, context: int, n: int) -> Decode:
-    """Decode with nanoGPT, which recomputes the whole text for each token."""
+    """Return a function that generates tokens with nanoGPT, which recomputes the whole text for each token."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules["nanogpt_model"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints its size
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints the model size
         model = module.GPT(
             module.GPTConfig(context, vocabulary, config.n_layer, config.n_head, config.n_embd, dropout=0.0, bias=True)
         ).eval()
@@ -84,7 +85,7 @@ def nanogpts(checkout: Path, config: GPTConfig, vocabulary: int, context: int, n
 
 
 def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], Decode]:
-    """Functions by implementation, data type and number of rows."""
+    """Return the decoding functions to compare, keyed by implementation, dtype and number of rows."""
     config, vocabulary, context, n = SHAPES[name]
     torch.manual_seed(0)
     model = GPT(config, vocabulary, context).eval()
@@ -111,7 +112,7 @@ def contestants(name: str, nanogpt: Path | None) -> dict[tuple[str, str, int], D
 
 
 def main() -> None:
-    """Measure every shape."""
+    """Measure every shape and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path)
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,8 +1,9 @@
-"""The effect of each hardware-dependent default: the default run with one of them changed.
+"""Measure the effect of hardware-dependent defaults on the step time, by changing them in the default run.
 
     python experiments/benchmarks/defaults.py
 
-Uses the step time that `fit --plan` measures, alternating, so that other load on the machine affects all alike.
+The step time is measured by `fit --plan`. The settings alternate, so that other load on the machine affects all
+settings equally.
 """
 
 import argparse
@@ -23,11 +24,11 @@ CHOICES: dict[str, tuple[list[str], dict[str, str]]] = {
     "documents masked": (["--data.document_mask=true"], {}),
     "best-fit, documents masked": (["--data.packing=best_fit", "--data.document_mask=true"], {}),
 }
-"""Flags and environment."""
+"""Flags and environment variables of each setting."""
 
 
 def milliseconds(flags: list[str], environment: dict[str, str]) -> float:
-    """The median step time of `fit --plan`."""
+    """Return the median step time in milliseconds, as measured by `fit --plan`."""
     outcome = subprocess.run(
         [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu", *flags],
         env={**os.environ, **environment},
@@ -42,7 +43,7 @@ def milliseconds(flags: list[str], environment: dict[str, str]) -> float:
 
 
 def main() -> None:
-    """Alternate between the settings and print a table."""
+    """Measure all settings alternately and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=3)
     given = parser.parse_args()

@@ -1,9 +1,10 @@
-"""Encoding speed: this project, `encode_batch_fast` of `tokenizers`, and `datasets.map` over it.
+"""Compare the encoding speed of this package, of `encode_batch_fast` in `tokenizers`, and of `datasets.map`.
 
     python experiments/benchmarks/encoding.py [--source stdlib] [--vocab_size 8192 32000]
 
-All in one run, on the same documents and merges, on one core and on two (limited by process affinity, so that no
-library starts more threads). The implementations alternate; the median of the rounds counts. All ids are compared.
+All implementations encode the same documents with the same merges, on one core and on two cores. The cores are
+limited by process affinity, so that no library starts more threads. The implementations alternate, and the median
+over all rounds is reported. The benchmark checks that all implementations produce the same token ids.
 """
 
 import argparse
@@ -25,7 +26,7 @@ ROUNDS = 5
 
 
 def measure(source: str, vocab_size: int) -> None:
-    """Print megabytes per second of each implementation, on the cores this process may use."""
+    """Print the speed of each implementation in MB/s, on the cores that this process may use."""
     texts = [document.text for document in read_documents(source)]
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     backend = tokenizer_training.train_tokenizer("bpe", texts, vocab_size)
@@ -60,7 +61,7 @@ def measure(source: str, vocab_size: int) -> None:
 
 
 def by_datasets(backend: "tokenizer_training.Backend", texts: list[str]) -> list[np.ndarray]:
-    """As a tutorial would do it: a map over batches, one process per core, no cache."""
+    """Encode with `datasets.map` as in tutorials: in batches, with one process per core and without a cache."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -79,7 +80,7 @@ def by_datasets(backend: "tokenizer_training.Backend", texts: list[str]) -> list
 
 
 def main() -> None:
-    """Measure each size on one core and on two, each in its own process."""
+    """Measure all vocabulary sizes on one core and on two cores, in one process for each number of cores."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", default="stdlib")
     parser.add_argument("--vocab_size", type=int, nargs="+", default=[8192, 32000])

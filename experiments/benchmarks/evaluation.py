@@ -1,14 +1,19 @@
-"""Scores of a model, and of the same weights under ``lm-eval`` and ``transformers``, side by side.
+"""Compare the scores of a model in this package with those of the same weights in ``lm-eval`` and ``transformers``.
 
     python experiments/benchmarks/evaluation.py [--checkpoint CKPT] [--rows 300]
 
-The model (by default one trained for a few seconds) is exported for ``transformers``. Questions, minimal pairs and
-texts are made from files of the standard library that it was not trained on, if it was trained here: which line comes
-next, and a line against its words in another order. Each is scored by ``evaluate``, by a task of ``lm-eval`` through
-this package's adapter, and by the same task on ``lm-eval``'s ``HFLM``: with the start of text before each context
-(``add_bos_token``; for whole texts it is always added), and without its logits cache, which changes the results of
-repeated requests (0.4.13). Its last window of a text extends back for context, ours does not. Texts are scored again
-by ``transformers`` token by token, for some windows and strides.
+The model is exported for ``transformers``. By default, the benchmark trains a model for a few seconds. Questions,
+minimal pairs and documents are created from files of the standard library, which the default model is not trained on.
+A question asks which line follows a given line; a minimal pair consists of a line and the same words in a different
+order.
+
+Questions, pairs and documents are scored in three ways: by ``evaluate``, by an ``lm-eval`` task through this
+package's adapter, and by the same task with the ``HFLM`` model of ``lm-eval``. ``HFLM`` adds the start-of-text token
+before each context (``add_bos_token``; before whole documents, it always adds this token). Its logits cache is
+disabled, because the cache changes the results of repeated requests (version 0.4.13). In ``lm-eval``, the last window
+of a document extends backwards for more context; in ``evaluate``, it does not.
+
+In addition, ``transformers`` scores documents token by token, for several window lengths and strides.
 """
 
 import argparse
@@ -41,11 +46,11 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 CONTEXT = 256
 WINDOWS = ((256, 256), (256, 64), (100, 33), (64, 1))
-"""Tokens of a window, and of a stride."""
+"""Window lengths and strides, in tokens."""
 
 
 def trained(texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
-    """A small model trained briefly on these texts, so that it prefers some choices to others."""
+    """Train a small model briefly on the given documents, so that it prefers some choices to others."""
     tokenizer = Tokenizer.train(texts, 512)
     torch.manual_seed(0)
     model = GPT(GPTConfig(n_layer=2, n_head=4, n_embd=64), tokenizer.vocab_size, CONTEXT)
@@ -62,7 +67,7 @@ def trained(texts: Sequence[str]) -> tuple[GPT, Tokenizer]:
 
 
 def rows(texts: Sequence[str], n: int) -> dict[str, list[dict[str, Any]]]:
-    """Questions, pairs and documents, in each task's format."""
+    """Create questions, minimal pairs and documents, in the format of each task."""
     rng = random.Random(0)
     lines = [line.strip() for text in texts for line in text.splitlines() if 15 < len(line.strip()) < 50]
     uneven = [line for line in lines if sorted(line.split(), key=len) != line.split()]
@@ -72,14 +77,14 @@ def rows(texts: Sequence[str], n: int) -> dict[str, list[dict[str, Any]]]:
         choices = [lines[place + 1], *rng.sample(lines, rng.randrange(1, 4))]
         rng.shuffle(choices)
         questions.append({"question": lines[place], "choices": choices, "answer": choices.index(lines[place + 1])})
-        # Equal sentences are a tie: it counts half here, but lm-eval credits the first.
+        # The sentences must differ: evaluate counts a tie as half, but lm-eval counts the first sentence as correct.
         words = rng.choice(uneven).split()
         pairs.append({"sentence_good": " ".join(words), "sentence_bad": " ".join(sorted(words, key=len))})
     return {"questions": questions, "pairs": pairs, "texts": [{"text": text[:2000]} for text in texts[:20]]}
 
 
 def tasks(place: Path, content: dict[str, list[dict[str, Any]]]) -> None:
-    """The rows, and an ``lm-eval`` task for each."""
+    """Write the rows, and an ``lm-eval`` task for each set of rows, to a folder."""
     choice = {"output_type": "multiple_choice"}
     accuracies = [{"metric": name} for name in ("acc", "acc_norm", "acc_bytes")]
     question = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "answer"}
@@ -105,7 +110,7 @@ def tasks(place: Path, content: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def by_transformers(model: Any, tokenizer: Tokenizer, texts: Sequence[str], window: int, stride: int) -> float:
-    """Nats per token; each token has its own forward pass over its context in the window."""
+    """Return the loss in nats per token, with a separate forward pass for each token over its context in the window."""
     nats, tokens = 0.0, 0
     for text in texts:
         ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
@@ -118,7 +123,7 @@ def by_transformers(model: Any, tokenizer: Tokenizer, texts: Sequence[str], wind
 
 
 def main() -> None:
-    """Print the table."""
+    """Score the model in all ways and print tables."""
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--checkpoint", type=Path)
     flags.add_argument("--rows", type=int, default=300)
@@ -148,7 +153,7 @@ def main() -> None:
 
 
 def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
-    """Compute each score in the three ways."""
+    """Compute each score in three ways and print a table."""
     lm_eval_adapter.TaskManager = partial(lm_eval_adapter.TaskManager, include_defaults=False)
     manager = lm_eval_adapter.TaskManager(include_path=str(place))
     names = {"acc": "accuracy", "acc_norm": "accuracy_per_character", "acc_bytes": "accuracy_per_byte"}
@@ -178,7 +183,7 @@ def compare(model: GPT, tokenizer: Tokenizer, place: Path) -> None:
             label = f"{kind}, few_shot {asked.few_shot}: {own_name}"
             print(f"{label:<56}" + "".join(f"{value:>10.5f}" for value in values), end="")
             print("".join(f"{value:>10.1f}" for value in seconds), flush=True)
-            seconds = []  # of all metrics of a task together
+            seconds = []  # printed once per task, because the task computes all its metrics together
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run ``fit`` in a process, for benchmarks with several stages."""
+"""Run ``fit`` in a subprocess, for benchmarks with several stages."""
 
 import json
 import logging
@@ -14,9 +14,9 @@ EXPERIMENTS = Path(__file__).parents[1] / "finetune"
 
 
 def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, dict[str, Any]]:
-    """Run `fit` unless its run folder exists; returns the folder and its summary.
+    """Run `fit`, unless a finished run of the experiment exists; return the run folder and its summary.
 
-    The summary has ``wall``, the seconds of the whole process from start to end.
+    In the summary, ``wall`` is the duration of the whole process in seconds.
     """
     for done in (runs / experiment).glob("*/wall.json"):
         return done.parent, json.loads(done.read_text(encoding="utf-8"))
@@ -29,7 +29,7 @@ def fit(runs: Path, experiment: str, threads: int, *flags: str) -> tuple[Path, d
 
 
 def launch(threads: int, *flags: str) -> None:
-    """Run `fit` with these flags; exit with its message if it fails."""
+    """Run `fit` with the given flags; if it fails, exit with its error message."""
     outcome = subprocess.run(
         [sys.executable, "-m", "lit_gpt_scratch.fit", *flags],
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -41,6 +41,6 @@ def launch(threads: int, *flags: str) -> None:
 
 
 def quiet() -> None:
-    """Silence Lightning's output."""
+    """Hide log messages and warnings of Lightning."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")

@@ -1,11 +1,12 @@
-"""Instruction tuning, of all parameters and with LoRA: loss on replies before and after, and the format of replies.
+"""Measure the loss and the format of replies before and after instruction tuning, of all parameters and with LoRA.
 
     python experiments/benchmarks/instructions.py instructions.json --text SOURCE
 
-A base model is trained on the source, given as to `--data.source` (for a table, the column is `message`); then
-`instructions.yaml` and `instructions_lora.yaml` of `experiments/finetune` start from it. The loss is that of the test
-replies, in nats per token. A reply has the template's format if it is not empty, ends within 120 tokens, and opens no
-other turn; replies to the test prompts are generated greedily.
+A base model is trained on SOURCE, which accepts the same values as `--data.source`; in a table, the text must be in
+the column `message`. The base model is then fine-tuned with `instructions.yaml` and `instructions_lora.yaml` from
+`experiments/finetune`. The loss is computed on the test replies, in nats per token. Replies to the test prompts are
+generated greedily. A generated reply has the correct format if it is not empty, ends within 120 tokens, and contains
+no turn markers.
 """
 
 import argparse
@@ -25,11 +26,11 @@ from lit_gpt_scratch.evaluation.chat_eval import ChatReply, generate_replies
 from lit_gpt_scratch.tasks import LanguageModel
 
 LONGEST = 120
-"""Tokens of a reply; those of the records are at most about as long."""
+"""Maximum number of tokens per generated reply, about the length of the longest replies in the records."""
 
 
 def loss(init_from: Path, data: Conversations) -> float:
-    """Loss of the test replies, without training."""
+    """Compute the loss on the test replies, without training."""
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -39,7 +40,7 @@ def loss(init_from: Path, data: Conversations) -> float:
 
 
 def test_replies(run: Path, data: Conversations) -> list[ChatReply]:
-    """Replies to the test prompts."""
+    """Generate replies to the test prompts."""
     path = find_checkpoint(str(run), Path(), None)
     trained = build_model(load_checkpoint(path), path)
     records = [data.records[place][1] for place in data.split_indices["test"]]
@@ -82,7 +83,7 @@ def main() -> None:
 
 
 def report(name: str, loss: float, replies: list[ChatReply], share: float, seconds: float) -> None:
-    """Format a row of the table."""
+    """Print a row of the table."""
     form = sum(reply.well_formed for reply in replies) / len(replies)
     print(f"{name:28}{loss:16.3f}{form:10.1%}{share:20.2%}{seconds:9.0f}", flush=True)
 

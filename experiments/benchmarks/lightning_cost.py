@@ -1,11 +1,12 @@
-"""The cost of Lightning: the same model, batches and optimizer in a bare loop and through `fit` with default logging.
+"""Measure the overhead of Lightning, by comparing `fit` with default logging to a plain PyTorch training loop.
 
     python experiments/benchmarks/lightning_cost.py
 
-Both run in lockstep in one process: after every step of `fit` the bare loop takes the same step, so that other load on
-the machine affects both alike. The times of ten steps, one logging interval, are compared: each pair gives a
-difference, and the median over all pairs counts. A Trainer with `barebones=True`, without callbacks and loggers, is
-compared in the same way: the additional cost of `fit` is this project's own.
+Both use the same model, batches and optimizer, and run in lockstep in one process: before every step of `fit`, the
+plain loop takes the same step, so that other load on the machine affects both equally. Times are compared for
+intervals of ten steps, the logging interval of `fit`. Each pair of intervals yields a difference, and the median over
+all pairs is reported. A Trainer with `barebones=True`, which has no callbacks and no loggers, is compared with the
+plain loop in the same way. The additional cost of `fit` comes from this package.
 """
 
 import argparse
@@ -39,15 +40,15 @@ SHAPES = {
          "--data.batch_size=12"], 810,
     ),
 }  # fmt: skip
-"""Flags, and steps."""
+"""Flags and number of steps of each case."""
 INTERVAL = 10
-"""Steps from one log point to the next; the first interval compiles and does not count."""
+"""Number of steps per interval. The first interval includes compilation and is not counted."""
 
 
 class Lockstep(L.Callback):
-    """Takes the same step in a bare loop between two trainer steps.
+    """Callback that runs a step of the plain loop before every trainer step.
 
-    It must be the first callback, so that its times include the others.
+    It must be the first callback, so that the trainer steps that it measures include all other callbacks.
     """
 
     def __init__(self, bare: Iterator[None]) -> None:
@@ -57,7 +58,7 @@ class Lockstep(L.Callback):
         self._resumed: float | None = None
 
     def on_train_batch_start(self, *_: Any) -> None:
-        """A trainer step lasts until the next call, minus the time of the bare loop."""
+        """Record the trainer step that ends with this call, and run and record a step of the plain loop."""
         came = time.perf_counter()
         if self._resumed is not None:
             self.in_trainer.append(came - self._resumed)
@@ -67,14 +68,14 @@ class Lockstep(L.Callback):
 
 
 def batches(cli: FitCLI, steps: int) -> Iterator[Batch]:
-    """The batches of a run."""
+    """Yield the training batches of a run."""
     data = cli.datamodule
     for _, micro_batch in zip(range(steps), data.train_sampler, strict=False):
         yield data.train_dataset.make_batch(micro_batch.rows)
 
 
 def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
-    """The steps of a run without a trainer: same windows, same computation, no logging."""
+    """Run the same steps in a plain loop without logging, with the same batches; yield after each step."""
     net, optimizer, scheduler = build(cli, steps)
     for batch in batches(cli, steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=cli.config.trainer.precision == "bf16-mixed"):
@@ -88,7 +89,7 @@ def bare_steps(cli: FitCLI, steps: int) -> Iterator[None]:
 
 
 def build(cli: FitCLI, steps: int) -> tuple[GPT, Optimizer, LRScheduler]:
-    """The network, compiled, with its optimizer and schedule."""
+    """Build the network, compile its blocks, and build its optimizer and learning-rate schedule."""
     data, task = cli.datamodule, cli.model
     net = GPT(task.gpt, data.vocab_size, data.block_size)
     for block in net.blocks:
@@ -98,7 +99,7 @@ def build(cli: FitCLI, steps: int) -> tuple[GPT, Optimizer, LRScheduler]:
 
 
 class Plain(L.LightningModule):
-    """A minimal LightningModule that takes the same steps."""
+    """Minimal LightningModule with the same training step as the plain loop."""
 
     def __init__(self, cli: FitCLI, steps: int, lockstep: Lockstep) -> None:
         super().__init__()
@@ -106,19 +107,19 @@ class Plain(L.LightningModule):
         self.on_train_batch_start = lockstep.on_train_batch_start
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Mean loss of the batch."""
+        """Return the mean loss of the batch."""
         nats, tokens = token_cross_entropy(self.net(batch["input_ids"]), batch["labels"])
         return nats / tokens
 
     def configure_optimizers(self) -> Any:
-        """The same optimizer and schedule."""
+        """Return the optimizer and the learning-rate schedule, with the same settings as in the plain loop."""
         return {
             "optimizer": self.built_optimizer, "lr_scheduler": {"scheduler": self.built_scheduler, "interval": "step"}
         }  # fmt: skip
 
 
 def through_fit(cli: FitCLI, steps: int) -> Lockstep:
-    """The default run, without validations."""
+    """Run `fit` without validation; return the callback with the recorded times."""
     lockstep = Lockstep(bare_steps(cli, steps))
     cli.trainer.limit_val_batches = 0
     cli.trainer.callbacks.insert(0, lockstep)
@@ -127,7 +128,7 @@ def through_fit(cli: FitCLI, steps: int) -> Lockstep:
 
 
 def through_barebones(cli: FitCLI, steps: int) -> Lockstep:
-    """The same steps in a barebones Trainer."""
+    """Run the same steps in a barebones Trainer; return the callback with the recorded times."""
     cli.datamodule.prepare_data()
     cli.datamodule.setup("fit")
     lockstep = Lockstep(bare_steps(cli, steps))
@@ -140,7 +141,7 @@ def through_barebones(cli: FitCLI, steps: int) -> Lockstep:
 
 
 def intervals(seconds: list[float]) -> list[float]:
-    """Milliseconds per step, by interval."""
+    """Return the milliseconds per step in each interval except the first."""
     return [
         1000 * sum(seconds[first : first + INTERVAL]) / INTERVAL
         for first in range(INTERVAL, len(seconds) - INTERVAL + 1, INTERVAL)

@@ -1,9 +1,9 @@
-"""Linear layers in float32 on a CPU: PyTorch's, which call MKL on x86, against oneDNN as in `kernels.onednn_linear`.
+"""Compare float32 linear layers on a CPU in PyTorch, which uses MKL on x86, and in `kernels.onednn_linear`.
 
     python experiments/benchmarks/linear.py
 
-Milliseconds of a forward and a backward pass, the minimum of many alternating calls. Here oneDNN is called at every
-size and on every processor; the last column says whether a model calls it.
+Times are in milliseconds for a forward and a backward pass, the minimum of many alternating calls. The benchmark
+calls oneDNN for every shape and on every processor; the last column shows whether a model would call it.
 """
 
 import os
@@ -22,11 +22,11 @@ SHAPES = [
     (32, 128, 128), (128, 128, 128), (256, 128, 128), (768, 128, 128), (768, 128, 512), (768, 512, 128),
     (768, 128, 4096), (1024, 384, 384), (1024, 384, 1536), (1024, 1536, 384), (1024, 384, 4096), (1024, 768, 3072),
 ]  # fmt: skip
-"""(B * T, in_features, out_features)."""
+"""Shapes of the layers, (B * T, in_features, out_features)."""
 
 
 def timed(layer: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> float:
-    """Milliseconds of both passes; gradients are left in place for an optimizer."""
+    """Return the milliseconds of a forward and a backward pass, including the storage of gradients in ``grad``."""
     for leaf in inputs:
         leaf.grad = None
     began = time.perf_counter()
@@ -35,7 +35,7 @@ def timed(layer: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> f
 
 
 def main() -> None:
-    """Measure every shape."""
+    """Measure every shape and print a table."""
     name = getattr(torch.cpu, "get_capabilities", dict)().get("cpu_name", platform.machine())
     print(f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'(B * T, in, out)':20} {'torch':>8} {'oneDNN':>8} {'times as fast':>14}  called")

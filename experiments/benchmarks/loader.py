@@ -1,10 +1,10 @@
-"""Loading speed of batches, time to locate a step, and time to open a store of 100 GB.
+"""Measure the loading speed of batches, the time to seek to a step, and the time to open a token store of 100 GB.
 
     python experiments/benchmarks/loader.py
 
-On one core. The 100 GB store is a sparse file, opened in a new process each time; its shards are as many, and
-described in the same way, as those of a real store. The step time to compare with is that of the default run, as `fit
---plan` measures it on all cores.
+All measurements use one core. The store of 100 GB consists of sparse files, with as many shards and the same metadata
+as a real store; each measurement opens it in a new process. For comparison, the benchmark also prints the step time
+of the default run, which `fit --plan` measures on all cores.
 """
 
 import argparse
@@ -46,12 +46,12 @@ print(opened - began, time.perf_counter() - opened)
 
 
 def milliseconds(values: list[float]) -> str:
-    """Median, minimum and maximum."""
+    """Format the median, minimum and maximum of durations in seconds as milliseconds."""
     return f"{1e3 * statistics.median(values):.2f} ms ({1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
 
 
 def loading() -> None:
-    """Tokens per second of the loader alone."""
+    """Measure the tokens per second of the data loader alone."""
     with tempfile.TemporaryDirectory() as folder:
         for policy in PACKING_POLICIES:
             for batch_size, block_size in ((8, 256), (32, 1024)):
@@ -73,7 +73,7 @@ def loading() -> None:
 
 
 def step() -> None:
-    """The step time to compare a batch with."""
+    """Measure the step time of the default run, for comparison with the time per batch."""
     command = [sys.executable, "-m", "lit_gpt_scratch.fit", "--plan", "--trainer.accelerator=cpu"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = re.search(r"(\d+) ms (?:a|per) step", done.stdout + done.stderr)
@@ -81,7 +81,7 @@ def step() -> None:
 
 
 def seeking() -> None:
-    """Time to the first window of step 10^9 of an epoch of 10^12 windows, from scratch; and the memory used."""
+    """Measure the time to seek to step 10^9 in an epoch of 10^12 windows, and the memory of a million positions."""
     times = []
     for seed in range(200):
         began = time.perf_counter()
@@ -96,7 +96,7 @@ def seeking() -> None:
 
 
 def opening() -> None:
-    """Time to open a very large store."""
+    """Measure the time to open a very large store and to read a window from it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         small = PackedText(cache=name).store
@@ -128,7 +128,7 @@ def opening() -> None:
 
 
 def main() -> None:
-    """Print all results."""
+    """Run all measurements and print the results."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     print(f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores")

@@ -1,11 +1,12 @@
-"""Time to a validation loss on nanoGPT's CPU task: tiny Shakespeare by characters, in windows of 64.
+"""Measure the training time to reach a validation loss on nanoGPT's CPU task, character-level tiny Shakespeare.
 
     python experiments/benchmarks/nanogpt.py --nanogpt CHECKOUT --text tinyshakespeare.txt
 
-nanoGPT's `train.py` runs unchanged, with the settings that its README gives for a CPU; ours runs the configs in
-`experiments/speedrun/` through `fit`. Both score the whole validation split (the last tenth of the text) in
-non-overlapping windows of 64. The clock counts training only: it stops while a side validates, samples or saves, and
-is reported with and without the first step, which includes compilation. The sides alternate, each in its own process.
+nanoGPT's `train.py` runs unchanged, with the settings for a CPU from its README; this package runs `fit` with the
+configs in `experiments/speedrun/`. Both implementations train on windows of 64 tokens, and are evaluated on the whole
+validation split (the last tenth of the text) in non-overlapping windows of 64 tokens. The clock measures only
+training: it stops during validation, sampling and saving. Times are reported with and without the first step, which
+includes compilation. The implementations alternate, each in its own process.
 """
 
 import argparse
@@ -32,38 +33,38 @@ README_FLAGS = [
     "--device=cpu", "--compile=False", "--block_size=64", "--batch_size=12", "--n_layer=4", "--n_head=4",
     "--n_embd=128", "--max_iters=2000", "--lr_decay_iters=2000", "--dropout=0.0",
 ]  # fmt: skip
-"""From nanoGPT's README, except for the two that set how often and how exactly to evaluate: see EVERY."""
+"""Flags from nanoGPT's README, without the two flags that set the interval and the precision of evaluations."""
 EVERY = 250
-"""Iterations of nanoGPT between two looks."""
+"""Number of nanoGPT iterations between two evaluations."""
 
 
 class Clock:
-    """Seconds spent training."""
+    """Clock that measures the seconds spent on training."""
 
     def __init__(self) -> None:
         self.seconds, self.first_step = 0.0, 0.0
         self.since: float | None = None
 
     def go(self) -> None:
-        """Start, unless running."""
+        """Start the clock, unless it is running."""
         if self.since is None:
             self.since = time.perf_counter()
 
     def stop(self) -> None:
-        """Stop, if running."""
+        """Stop the clock, if it is running."""
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
         self.since = None
 
 
 def report(steps: int, loss: float, clock: Clock) -> None:
-    """Print one point of a side's curve for the parent process."""
+    """Print one point of the loss curve, which the parent process reads."""
     point = {"step": steps, "loss": loss, "seconds": clock.seconds, "first_step": clock.first_step}
     print("POINT " + json.dumps(point), flush=True)
 
 
 def run_nanogpt(checkout: Path, text: Path) -> None:
-    """Run nanoGPT's train.py, with the clock attached to `GPT.train` (called around evaluations) and `torch.save`."""
+    """Run nanoGPT's `train.py`; `GPT.train` (which is called around evaluations) and `torch.save` control the clock."""
     import torch
 
     characters = text.read_text(encoding="utf-8")
@@ -104,7 +105,7 @@ def run_nanogpt(checkout: Path, text: Path) -> None:
 
 
 def run_ours(config: Path, text: Path, flags: list[str]) -> None:
-    """`fit` with the config, and the clock as an additional callback."""
+    """Run `fit` with a config, and with the clock as an additional callback."""
     import lightning as L
 
     from lit_gpt_scratch.cli.entrypoint import run
@@ -138,7 +139,7 @@ def run_ours(config: Path, text: Path, flags: list[str]) -> None:
 
 
 def measure(arguments: list[str]) -> Curve:
-    """Run one side in its own process."""
+    """Run one implementation in its own process and return its loss curve."""
     child = subprocess.Popen(
         [sys.executable, __file__, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -150,12 +151,12 @@ def measure(arguments: list[str]) -> Curve:
 
 
 def until(points: Curve, target: float) -> dict[str, float] | None:
-    """The first point at or below the target."""
+    """Return the first point with a loss at or below the target, or None if the curve does not reach the target."""
     return next((point for point in points if point["loss"] <= target), None)
 
 
 def main() -> None:
-    """Run one side, or compare both."""
+    """Run one implementation, or compare both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare.txt")
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
@@ -173,7 +174,7 @@ def main() -> None:
 
 
 def compare(nanogpt: Path | None, text: Path, repeats: int) -> None:
-    """Alternate between the sides, each in its own process, and print a table."""
+    """Alternate between the implementations, each in its own process, and print a table."""
     here = Path(__file__).resolve().parents[1] / "speedrun"
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     theirs: list[Curve] = []
@@ -192,9 +193,9 @@ def compare(nanogpt: Path | None, text: Path, repeats: int) -> None:
 
 
 def rows(theirs: list[Curve], ours: dict[tuple[float, bool], list[Curve]]) -> None:
-    """Best and median of the turns, and the speed-up.
+    """Print the best and the median time over all turns, and the speed-up.
 
-    If nanoGPT does not reach a loss within its whole run, the ratio is a lower bound.
+    If nanoGPT does not reach a loss within its whole run, the speed-up is a lower bound.
     """
     finals = [curve[-1]["loss"] for curve in theirs]
     whole = [curve[-1]["seconds"] for curve in theirs]

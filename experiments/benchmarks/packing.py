@@ -1,11 +1,12 @@
-"""The cost of each packing policy, next to the figures of the best-fit packing paper.
+"""Measure the cost of each packing policy, and compare it with the results of the best-fit packing paper.
 
     python experiments/benchmarks/packing.py [--source stdlib FILE:COLUMN ...] [--windows 256 1024 2048]
 
-On real corpora, encoded with a byte-level BPE of 4,096 tokens trained on each; and on ten million sampled document
-lengths, for the time and the number of additional windows at scale. Ding et al. 2024
-(https://arxiv.org/abs/2404.10830, tables 1 and 2) report for best-fit packing, relative to concatenation in windows of
-2,048: 0.0024% more windows on RefinedWeb, 0.0028% on the Stack; 10,816 s for a billion documents.
+The costs are measured on real corpora, each encoded with a byte-level BPE tokenizer of 4,096 tokens that is trained
+on the corpus. The time and the number of additional windows at scale are measured on ten million sampled document
+lengths. For windows of 2,048 tokens, Ding et al. (2024, https://arxiv.org/abs/2404.10830, tables 1 and 2) report that
+best-fit packing yields 0.0024% more windows than concatenation on RefinedWeb and 0.0028% more on The Stack, and takes
+10,816 s for a billion documents.
 """
 
 import argparse
@@ -25,7 +26,7 @@ SAMPLED = 10_000_000
 
 
 def rows(source: str, block_sizes: list[int], folder: Path) -> list[list[str]]:
-    """The cost of each policy on a corpus."""
+    """Return table rows with the cost of each policy on a corpus."""
     name, _, column = source.rpartition(":") if source.count(":") else (source, "", "")
     data = PackedText(name, text_column=column or "text", vocab_size=4096, cache=str(folder), validation_share=0.01)
     stream = data.store.train
@@ -40,7 +41,10 @@ def rows(source: str, block_sizes: list[int], folder: Path) -> list[list[str]]:
 
 
 def at_scale(block_size: int) -> None:
-    """Lengths like those of web pages: lognormal, median 400 tokens, a tenth longer than a window."""
+    """Measure best-fit packing on sampled document lengths that resemble those of web pages.
+
+    The lengths follow a log-normal distribution with a median of 400 tokens; a tenth of them exceed 2,048 tokens.
+    """
     lengths = np.ceil(np.random.default_rng(0).lognormal(6, 1.27, SAMPLED)).astype(np.int64)
     rests = lengths % block_size
     pieces = rests[rests > 0]  # windows filled by one document need no packing
@@ -56,7 +60,7 @@ def at_scale(block_size: int) -> None:
 
 
 def main() -> None:
-    """Print the table."""
+    """Run all measurements and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", nargs="+", default=["stdlib"])
     parser.add_argument("--windows", nargs="+", type=int, default=[256, 1024, 2048])

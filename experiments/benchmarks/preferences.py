@@ -1,15 +1,16 @@
-"""DPO on a file of preferences: accuracy, margin, and loss on replies, before and after.
+"""Measure accuracy, margin and loss on replies before and after DPO on a file of preferences.
 
     python experiments/benchmarks/preferences.py instructions_with_preference.json
 
-A base model is trained on the standard library (or on `--text`, given as to `--data.source`); `instructions.yaml` of
-`experiments/finetune` fine-tunes it on the file's `output`, and `dpo.yaml` of `experiments/align` continues with its
-pairs. No pair of the test was used in instruction tuning. Pairs with equal replies are dropped.
+A base model is trained on the standard library (or on `--text`, which accepts the same values as `--data.source`). It
+is fine-tuned on the column `output` of the file with `experiments/finetune/instructions.yaml`, and then trained on
+the pairs of the file with `experiments/align/dpo.yaml`. Test pairs are not used for instruction tuning. Pairs with
+equal replies are dropped.
 
-`accuracy` is the share of held-out pairs whose preferred reply has the larger reward, `beta * log(policy / initial
-model)`, and `margin` the mean difference; before training both rewards are 0. `by logprob` is the share whose
-preferred reply has the larger log-probability, without a reference, and `reply loss` the loss on the preferred
-replies, in nats per token.
+`accuracy` is the fraction of held-out pairs whose preferred reply has the higher reward, `beta * log(policy / initial
+model)`, and `margin` is the mean difference between the two rewards; before DPO, both rewards are 0. `by logprob` is
+the fraction of held-out pairs whose preferred reply has the higher log-probability, without a reference model. `reply
+loss` is the loss on the preferred replies, in nats per token.
 """
 
 import argparse
@@ -30,7 +31,7 @@ SHARES = {"validation_share": 0.05, "test_share": 0.1}
 
 
 def measured(init_from: Path, data: Preferences, **how: bool) -> dict[str, float]:
-    """Metrics of the test pairs, without training."""
+    """Compute the metrics on the test pairs, without training."""
     trainer = L.Trainer(
         accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -44,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source")
     parser.add_argument("--text", help="training text of the base model; by default the standard library")
-    parser.add_argument("--runs", type=Path, help="folder of the runs; existing ones are reused")
+    parser.add_argument("--runs", type=Path, help="folder that contains the runs; existing runs are reused")
     given = parser.parse_args()
     quiet()
     threads = os.cpu_count() or 1
@@ -52,7 +53,7 @@ def main() -> None:
         runs = given.runs or Path(folder)
         text = [f"--data.source={given.text}"] if given.text else []
         base, began = fit(runs, "base", threads, f"--config={EXPERIMENTS / 'base.yaml'}", *text)
-        # Both stages share a test split: the remaining pairs in file order, split with the same seed.
+        # Both stages have the same test split, because they split the same pairs, in file order, with the same seed.
         pairs = Path(folder, "pairs.jsonl")
         rows = [row for row in json.loads(Path(given.source).read_text("utf-8")) if row["chosen"] != row["rejected"]]
         pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -1,10 +1,10 @@
-"""The effect of each choice of the default recipe: the default with one change per row.
+"""Measure the effect of each choice in the default recipe, by changing one choice at a time.
 
     python experiments/benchmarks/recipes.py
 
-Runs `fit` on the standard library for every row of CHANGES, with the same three seeds each, and writes `recipes.md`
-next to this file. Two runs execute in parallel, each with half of the cores: that does not affect losses. It would
-affect speeds, which are not reported.
+The benchmark runs `fit` on the standard library for every change in `CHANGES`, with the same three seeds, and writes
+`recipes.md` next to this file. Two runs execute in parallel, each with half of the cores. This does not affect
+losses; it affects speeds, which are not reported.
 """
 
 import argparse
@@ -37,7 +37,7 @@ CHANGES: dict[str, list[str]] = {
 
 
 def run(flags: list[str], seed: int, steps: int, threads: int) -> dict[str, Any]:
-    """The summary of one run."""
+    """Run `fit` and return the summary of the run."""
     with tempfile.TemporaryDirectory() as runs:
         launch(
             threads, f"--runs={runs}", f"--seed_everything={seed}", f"--trainer.max_steps={steps}",
@@ -51,7 +51,9 @@ def run(flags: list[str], seed: int, steps: int, threads: int) -> dict[str, Any]
 def main() -> None:
     """Run all rows and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=500, help="shorter than the default run, to save time")
+    parser.add_argument(
+        "--steps", type=int, default=500, help="optimizer steps per run; fewer than in the default run, to save time"
+    )
     given = parser.parse_args()
     threads = max(1, (os.cpu_count() or 1) // 2)
     with ThreadPoolExecutor(2) as pool:

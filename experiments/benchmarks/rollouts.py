@@ -1,9 +1,10 @@
-"""Generating 128 tokens after 16 prompts: batched with a KV cache, and by recomputing the whole text for each token.
+"""Compare batched decoding with a KV cache to decoding that recomputes the whole text for each token.
 
     python experiments/benchmarks/rollouts.py [--rounds 5]
 
-All generate the same tokens, which is checked. The implementations alternate, one round each, after an uncounted
-round; the medians of all rounds are printed, and the median of the ratios to the cached one within a round.
+All implementations generate 128 tokens for each of 16 prompts; the benchmark checks that the tokens are equal. The
+implementations alternate in rounds, after a warm-up round that is not counted. The table shows the median speed over
+all rounds, and the median of the speed-up from the KV cache within each round.
 """
 
 import argparse
@@ -31,7 +32,7 @@ Texts = list[list[int]]
 
 
 def cached(model: GPT, prompts: Texts) -> Texts:
-    """As rollouts are generated."""
+    """Generate with a KV cache, in the same way as rollouts."""
     texts = [list(prompt) for prompt in prompts]
     for row, token in generate(model, prompts, NEW, GREEDY, [0] * len(prompts), end_of_text=-1):
         if token is not None:
@@ -41,7 +42,7 @@ def cached(model: GPT, prompts: Texts) -> Texts:
 
 @torch.inference_mode()
 def recomputed(model: GPT, prompts: Texts) -> Texts:
-    """Recompute the whole text for each token, all rows in one batch."""
+    """Generate all rows in one batch, recomputing the whole text for each token."""
     ids = torch.tensor(prompts)
     for _ in range(NEW):
         chosen = model.apply_head(model.hidden_states(ids)[:, -1:])[:, -1].argmax(-1, keepdim=True)
@@ -51,12 +52,12 @@ def recomputed(model: GPT, prompts: Texts) -> Texts:
 
 
 def one_by_one(model: GPT, prompts: Texts) -> Texts:
-    """The same, one row after the other."""
+    """Generate one row after another, recomputing the whole text for each token."""
     return [text for prompt in prompts for text in recomputed(model, [prompt])]
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Run the benchmark and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds

@@ -1,4 +1,4 @@
-"""The cost of saving: the time of every `Trainer.save_checkpoint` in a run of `fit`, relative to the whole run.
+"""Measure the time that `Trainer.save_checkpoint` takes in a run of `fit`, relative to the duration of the run.
 
 python experiments/benchmarks/saving.py [flags of fit]
 """
@@ -19,7 +19,7 @@ save = L.Trainer.save_checkpoint
 
 
 def timed(*args: Any, **kwargs: Any) -> None:
-    """Save and record the time."""
+    """Save a checkpoint and record the duration."""
     began = time.perf_counter()
     save(*args, **kwargs)
     spent.append(time.perf_counter() - began)

@@ -1,9 +1,10 @@
-"""The overhead of a run in a sweep, relative to `fit` itself.
+"""Measure the overhead of a run in a sweep, compared with running `fit` directly.
 
     python experiments/benchmarks/sweep_cost.py
 
-In a sweep of short consecutive runs, the time during which no run process is alive is the sweep's own. The module that
-supervises a run adds to its start; that is measured by starting an empty module with and without it.
+In a sweep of short consecutive runs, the time during which no run process is alive is overhead of the sweep. In
+addition, the module that supervises a run delays its start; this delay is measured by starting an empty module with
+and without the supervising module.
 """
 
 import argparse
@@ -31,14 +32,14 @@ ended: list[float] = []
 
 
 class TimedRunProcess(RunProcess):
-    """Records when the process starts, and when the sweep notices its end."""
+    """Run process that records when it starts and when the sweep detects that it has ended."""
 
     def __init__(self, *args: Any) -> None:
         started.append(time.perf_counter())
         super().__init__(*args)
 
     def wait(self, seconds: float) -> int | None:
-        """Wait and record the end."""
+        """Wait for the process to end, and record the time of its end."""
         code = super().wait(seconds)
         if code is not None and len(ended) < len(started):
             ended.append(time.perf_counter())
@@ -46,7 +47,7 @@ class TimedRunProcess(RunProcess):
 
 
 def time_empty_module(*args: str) -> float:
-    """Seconds that a process with an empty module takes; its standard input stays open, as a run's does."""
+    """Return the seconds that a process with an empty module takes, with its standard input open as in a run."""
     start = time.perf_counter()
     command = [sys.executable, "-m", *args]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True) as process:
@@ -55,7 +56,7 @@ def time_empty_module(*args: str) -> float:
 
 
 def measure() -> None:
-    """Run the sweep and print one line."""
+    """Run the sweep and print the results in one line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5, help="number of runs in the sweep")
     runs = parser.parse_args().runs

@@ -1,19 +1,21 @@
-"""Training speed, compared with nanoGPT, litgpt and `transformers` at equal model, batch and optimizer.
+"""Compare the training speed with nanoGPT, litgpt and `transformers`, for the same model, batch size and optimizer.
 
     python experiments/benchmarks/training.py [--nanogpt CHECKOUT] [--litgpt CHECKOUT] [--rounds 15]
 
-Ours is `fit` as a user starts it, with all callbacks and default logging, including the loading of batches; the others
-are bare loops without logging whose batches exist already, with the training step of their own code: nanoGPT's
-`train.py`, litgpt's `pretrain.py` with its Fabric, a plain loop around `GPT2LMHeadModel`. All have GPT-2's
-architecture with biases, tied embeddings, the exact GELU and no dropout, clip gradients to norm 1, and use AdamW.
-nanoGPT and litgpt use PyTorch's fused AdamW on GPUs only; here all use it, because it is faster on CPUs too. litgpt
-has no learned positions and uses Pythia's rotary ones. Ours compiles block by block, the default; the others compile
-the whole network.
+This package runs `fit` as a user would, with all callbacks, default logging and data loading. The other
+implementations run plain loops over existing batches, without logging, with the training step from their own code:
+nanoGPT's `train.py`, litgpt's `pretrain.py` with Fabric, and a plain loop around `GPT2LMHeadModel`. All
+implementations use GPT-2's architecture with biases, tied embeddings, the exact GELU and no dropout, clip gradients
+to norm 1, and use AdamW. nanoGPT and litgpt use PyTorch's fused AdamW only on GPUs; in this benchmark, all
+implementations use the fused AdamW, because it is also faster on CPUs. litgpt does not support learned positions and
+uses the rotary positions of Pythia. This package compiles each block separately, which is the default; the other
+implementations compile the whole network.
 
-Each has its own process, as for its users; in one process they would affect each other's memory allocation. They
-alternate in turns of ten steps, one logging interval of `fit`, starting with a different one in every round. The first
-turn compiles and the second warms up; neither counts. The medians of all turns are printed, and the median and
-quartiles of the ratios to the best of the others, within a round.
+Each implementation runs in its own process, as for its users; in a shared process, the implementations would affect
+each other's memory allocation. They alternate in turns of ten steps, one logging interval of `fit`, and every round
+starts with a different implementation. The first turn includes compilation and the second turn is a warm-up; neither
+is counted. The table shows the median speed over all turns, and the median and quartiles of the speed relative to the
+fastest other implementation within each round.
 """
 
 import argparse
@@ -45,17 +47,17 @@ from lit_gpt_scratch.cli.fit import FitCLI
 from lit_gpt_scratch.distributed.hardware_defaults import configure_process
 
 STEPS = 10
-"""Steps per turn: one logging interval of `fit`."""
+"""Number of steps per turn, one logging interval of `fit`."""
 UNCOUNTED = 2
-"""Turns that are not counted."""
+"""Number of turns at the start that are not counted."""
 MODES = ["float32", "float32, medium", "bfloat16, compiled"]
-"""``medium`` is PyTorch's flag that allows bfloat16 multiplication, for the others: on a processor without it they get
-float32 through oneDNN. Ours does not need the flag."""
+"""Precision modes. In ``medium``, the other implementations set PyTorch's matmul precision to allow bfloat16; on a
+processor without bfloat16 support, they then use float32 matmuls of oneDNN. This package does not require this mode."""
 Take = Callable[[Tensor, Tensor], None]
 
 
 class Shape(NamedTuple):
-    """The model and the window size."""
+    """Dimensions of the model and of a batch."""
 
     n_layer: int
     n_head: int
@@ -75,33 +77,33 @@ SHAPES = [
 
 
 class Turns(L.Callback):
-    """Lets a trainer take its steps in turns; must be the first callback, so that its times include the others."""
+    """Callback that runs a trainer in turns; it must be the first callback, so that its times include the others."""
 
     def __init__(self, parent: Connection) -> None:
         self.parent = parent
         self._began = 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """A turn of the trainer lasts until the call after the given number of steps."""
+        """At the end of each turn, send its duration to the parent process and wait for the next turn."""
         if trainer.global_step % STEPS:
             return
         if trainer.global_step:
             self.parent.send(time.perf_counter() - self._began)
-        self.parent.recv()  # after the last turn too: what follows must not overlap the others' last turn
+        self.parent.recv()  # also after the last turn, so that the end of training does not overlap with other turns
         self._began = time.perf_counter()
 
 
 def autocast(compiled: bool) -> torch.autocast:
-    """Mixed precision, if the network is compiled."""
+    """Return a context manager for bfloat16 mixed precision, which is enabled only if the network is compiled."""
     return torch.autocast("cpu", torch.bfloat16, enabled=compiled)
 
 
 def nanogpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
-    """The lines of `train.py` between two batches."""
+    """Build nanoGPT's network and the training step of its `train.py`."""
     sys.path.insert(0, str(checkout))
     peer = importlib.import_module("model")
     sys.path.pop(0)
-    with contextlib.redirect_stdout(sys.stderr):  # it prints its size
+    with contextlib.redirect_stdout(sys.stderr):  # nanoGPT prints the model size
         config = peer.GPTConfig(
             shape.block_size, shape.vocab_size, shape.n_layer, shape.n_head, shape.n_embd, dropout=0.0, bias=True
         )
@@ -124,7 +126,7 @@ def nanogpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Modu
 
 
 def litgpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
-    """The lines of `pretrain.py` between two batches."""
+    """Build litgpt's network and the training step of its `pretrain.py`."""
     sys.path.insert(0, str(checkout))
     peer, utils = importlib.import_module("litgpt.model"), importlib.import_module("litgpt.utils")
     sys.path.pop(0)
@@ -153,7 +155,7 @@ def litgpt(checkout: Path, shape: Shape, compiled: bool) -> tuple[torch.nn.Modul
 
 
 def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
-    """GPT-2 in a plain loop."""
+    """Build GPT-2 from `transformers` and the training step of a plain loop."""
     config = transformers.GPT2Config(
         vocab_size=shape.vocab_size, n_positions=shape.block_size, n_embd=shape.n_embd, n_layer=shape.n_layer,
         n_head=shape.n_head, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -161,9 +163,7 @@ def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
     )  # fmt: skip
     net = transformers.GPT2LMHeadModel(config).train()
 
-    def mean_loss(
-        inputs: Tensor, labels: Tensor
-    ) -> Tensor:  # its own loss shifts labels, which are already shifted here
+    def mean_loss(inputs: Tensor, labels: Tensor) -> Tensor:  # the loss of the model would shift the labels again
         return F.cross_entropy(net(input_ids=inputs).logits.flatten(0, 1), labels.flatten())
 
     model = torch.compile(mean_loss) if compiled else mean_loss
@@ -181,7 +181,7 @@ def huggingface(shape: Shape, compiled: bool) -> tuple[torch.nn.Module, Take]:
 
 
 def ours(shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
-    """`fit` with flags that a user would give."""
+    """Run `fit` in turns, with flags that a user would set."""
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.txt")
         write_text(text, shape.vocab_size - 1)  # one token is the end of text
@@ -204,7 +204,7 @@ def ours(shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
 
 
 def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, parent: Connection, count: int) -> None:
-    """A bare loop over existing batches."""
+    """Run the plain loop of another implementation in turns, over existing batches."""
     if checkout is None:
         net, take = huggingface(shape, compiled)
     else:
@@ -222,7 +222,7 @@ def another(name: str, checkout: Path | None, shape: Shape, compiled: bool, pare
 
 
 def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: Connection, count: int) -> None:
-    """The loop of a process, from one turn to the next."""
+    """Run one implementation in turns, as the target of its own process."""
     configure_process()
     silence_libraries()
     logging.disable(logging.WARNING)
@@ -236,7 +236,7 @@ def process(name: str, checkout: Path | None, shape: Shape, mode: str, parent: C
 
 
 def write_text(path: Path, kinds: int) -> None:
-    """Random characters of a given number of kinds: letters and, for many kinds, Hangul."""
+    """Write random characters from an alphabet of the given size, which consists of Hangul if it is large."""
     draw = random.Random(0)
     alphabet = [chr(code) for code in (range(48, 48 + kinds) if kinds < 1000 else range(0xAC00, 0xAC00 + kinds))]
     lines = (draw.choices(alphabet, k=1000) for _ in range(400))
@@ -244,7 +244,7 @@ def write_text(path: Path, kinds: int) -> None:
 
 
 def measure(shape: Shape, mode: str, checkouts: dict[str, Path | None], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every turn, by implementation."""
+    """Return the seconds of every counted turn, keyed by implementation."""
     context = multiprocessing.get_context("spawn")
     count = rounds + UNCOUNTED
     mine: dict[str, Connection] = {}
@@ -269,12 +269,14 @@ def measure(shape: Shape, mode: str, checkouts: dict[str, Path | None], rounds: 
 
 
 def main() -> None:
-    """Measure every shape in both modes and print a table."""
+    """Measure every shape in every mode and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nanogpt", type=Path, help="a checkout of github.com/karpathy/nanoGPT")
     parser.add_argument("--litgpt", type=Path, help="a checkout of github.com/Lightning-AI/litgpt")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="by number, from 0")
+    parser.add_argument(
+        "--shapes", type=int, nargs="*", default=range(len(SHAPES)), help="indices of the shapes to measure, from 0"
+    )
     parser.add_argument("--modes", nargs="*", choices=MODES, default=MODES)
     given = parser.parse_args()
     configure_process()

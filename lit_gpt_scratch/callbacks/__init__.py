@@ -1,1 +1,1 @@
-"""Trainer callbacks: checkpoints, progress, throughput, introspection, samples, diagnostics, summary."""
+"""Trainer callbacks: checkpoints, progress, throughput, introspection, samples, diagnostics and summaries."""

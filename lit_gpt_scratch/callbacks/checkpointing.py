@@ -27,14 +27,15 @@ class RunDirCallback(Callback):
     """Base class for callbacks that write to the run directory.
 
     Attributes:
-        folder: The run directory, available on every rank after ``setup``. None in a ``fast_dev_run``, which writes
-            nothing. ``fit`` sets it on rank 0; otherwise the logger's directory is used.
+        folder: The run directory, available on every rank after ``setup``. The ``fit`` command sets it on rank 0; if it
+            is not set, the logger's directory is used. None if there is no logger, or in a ``fast_dev_run``, which
+            writes no files.
     """
 
     folder: RunFolder | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Broadcast the run directory from rank 0 (a collective)."""
+        """Broadcast the run directory from rank 0 to all ranks."""
         self.folder = trainer.strategy.broadcast(self.folder)
         if self.folder is None:
             log_dir = trainer.log_dir
@@ -46,7 +47,7 @@ class BetweenSteps(Callback):
     """Base class for callbacks that run between two optimizer steps, before the first micro-batch of a step.
 
     Attributes:
-        due: Whether to call ``between_steps`` before the next step.
+        due: Whether to call ``between_steps`` before the next optimizer step.
     """
 
     due: bool = True
@@ -54,7 +55,7 @@ class BetweenSteps(Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Call ``between_steps`` before the first micro-batch of a step, if ``due`` is set."""
+        """Call ``between_steps`` before the first micro-batch of an optimizer step if ``due`` is set."""
         if self.due and batch_idx % trainer.accumulate_grad_batches == 0:
             self.between_steps(trainer, pl_module, batch)
 
@@ -84,39 +85,42 @@ class PeriodicCallback(Callback):
         self._step = trainer.global_step
 
     def on_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the gradient if this step is measured; called by ``GPTModule`` once the gradient is complete."""
+        """Call ``measure_gradient`` if this step is to be measured.
+
+        ``GPTModule`` calls this hook when the gradient is complete and has not been clipped yet.
+        """
         if self._is_due(trainer.global_step + 1):
             self.measure_gradient(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure the step if this micro-batch ended one that is measured."""
+        """Call ``measure_step`` if this micro-batch completed an optimizer step that is to be measured."""
         if trainer.global_step != self._step:
             self._step = trainer.global_step
             if self._is_due(self._step):
                 self.measure_step(trainer, pl_module)
 
     def measure_gradient(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure before gradient clipping and the optimizer step; called only for a ``GPTModule``."""
+        """Take measurements before gradient clipping and the optimizer step; called only for a ``GPTModule``."""
 
     def measure_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure after the optimizer step; Lightning numbers that step ``trainer.global_step - 1``."""
+        """Take measurements after the optimizer step, which Lightning logs as step ``trainer.global_step - 1``."""
 
     def _is_due(self, step: int) -> bool:
-        """Whether this step, counted from 1, is the first one or an ``every_n_steps``-th one."""
+        """Return whether to measure a step, counted from 1: the first step and every ``every_n_steps``-th step."""
         return self.every_n_steps > 0 and (step == 1 or step % self.every_n_steps == 0)
 
 
 class HostReducer:
-    """All-reduces small integers across all ranks with gloo, without synchronizing the accelerator.
+    """All-reduce of small integers across all ranks with gloo, which does not synchronize the accelerator.
 
-    Must be created on all ranks at the same point, after the process group has been initialized.
+    An instance must be created on all ranks at the same point, after the process group has been initialized.
     """
 
     def __init__(self) -> None:
         distributed = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        # With NCCL the host would wait for the device at every step.
+        # With NCCL, the host would wait for the device at every step.
         self._group = dist.new_group(backend="gloo") if distributed else None
 
     def max(self, value: int) -> int:
@@ -129,9 +133,9 @@ class HostReducer:
 
 
 class ValidateAtEnd(Callback):
-    """Validates at the end of every run, regardless of ``val_check_interval``.
+    """Callback that runs a validation at the end of every run, regardless of ``val_check_interval``.
 
-    A trainer validates before it stops if ``should_stop`` is set, but not if it reaches ``max_steps`` between two
+    The trainer validates before it stops if ``should_stop`` is set, but not if it reaches ``max_steps`` between two
     validations. This callback therefore sets ``should_stop`` at the last step.
     """
 
@@ -144,32 +148,32 @@ class ValidateAtEnd(Callback):
 
 
 def limit_reached(trainer: L.Trainer) -> bool:
-    """Whether training reaches ``max_steps`` or ``max_epochs`` with this batch; all ranks agree."""
+    """Return whether this batch reaches ``max_steps`` or ``max_epochs``; the result is the same on all ranks."""
     steps = trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps
     last_epoch = trainer.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= (trainer.max_epochs or 0)
     return steps or (last_epoch and trainer.is_last_batch)
 
 
 def time_is_up(trainer: L.Trainer) -> bool:
-    """Whether ``max_time`` has elapsed on this rank; clocks may differ across ranks."""
+    """Return whether ``max_time`` has elapsed on this rank; clocks may differ across ranks."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     left = [callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)]
     return any(seconds is not None and seconds <= 0 for seconds in left)
 
 
 class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
-    """Saves ``last.ckpt`` for resuming, and the best models by validation loss.
+    """Callback that saves ``last.ckpt`` for resuming, and the models with the lowest validation loss.
 
     ``last.ckpt`` is saved between two optimizer steps, after the first of them has been logged. It is never saved
-    between the micro-batches of a step, because the accumulated gradients would be missing. It is also saved before and
-    after each validation; a run resumed from the save before a validation runs that validation first.
+    between the micro-batches of a step, because the accumulated gradients would be lost. It is also saved before and
+    after each validation; a run that is resumed from the checkpoint before a validation starts with that validation.
 
     Args:
         every_n_steps: Number of optimizer steps between saves of ``last.ckpt``; it is also saved at each validation and
             at the end of the run.
-        every_minutes: Maximum number of minutes between saves of ``last.ckpt``; None for no time limit.
-        keep_best: Number of best models to keep, each saved as ``step=N.ckpt``.
-        background: Whether to write files in a background thread, from a copy of the state in host memory, while
+        every_minutes: Maximum number of minutes between saves of ``last.ckpt``; None disables saving by time.
+        keep_best: Number of models with the lowest validation loss to keep as ``step=N.ckpt``; 0 keeps none.
+        background: Whether to write checkpoints in a background thread, from a copy of the state in host memory, while
             training continues.
 
     Raises:
@@ -196,9 +200,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self.keep_best = keep_best
         self.background = background
         self.best: dict[str, float] = {}
-        """Validation loss of each saved model, keyed by file name, best first."""
+        """Validation loss of each saved best model, keyed by file name and sorted from lowest to highest."""
         self.untested = False
-        """Whether only the test of the resumed run is missing; set by the code that resumes it."""
+        """Whether the resumed run has finished training and only its test is missing; set when resuming."""
         self._has_test_data = False
         self._validation_due = False
         self._saved: int | None = None
@@ -209,7 +213,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Raise the step and epoch limits by one if only the last validation or the test is missing.
 
-        A trainer that has already reached its limits would return without running them.
+        A trainer that has already reached its limits would return without running the validation or the test.
         """
         loop = trainer.fit_loop
         self._limits = loop.epoch_loop.max_steps, loop.max_epochs
@@ -230,16 +234,15 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove partial files left by a killed run, and run the validation that it did not finish."""
+        """Remove partial files of a killed run, and run the validation if the killed run did not finish it."""
         self._reducer = HostReducer()
         self._has_test_data = bool(getattr(trainer.datamodule, "test_dataset", None))  # type: ignore[attr-defined]  # set late
-        self._saved = trainer.global_step or None  # a resumed run has this checkpoint already
+        self._saved = trainer.global_step or None  # a resumed run already has this checkpoint
         self._saved_at = time.monotonic()
         if self.folder:
+            # A checkpoint that was copied to another run directory lists files that may not exist in it.
             kept = {name: loss for name, loss in self.best.items() if (self.folder.checkpoints / name).is_file()}
-            self.best = trainer.strategy.broadcast(
-                kept
-            )  # a checkpoint copied from elsewhere may list files that are not here
+            self.best = trainer.strategy.broadcast(kept)
             if trainer.is_global_zero:
                 self.folder.remove_unfinished()
         if self._validation_due or self.untested:
@@ -249,7 +252,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def _run_missed_validation(self, trainer: L.Trainer) -> None:
         """Run the validation that was due after the last saved step.
 
-        It sees the same step and epoch counts as in an uninterrupted run, and so does a subsequent test.
+        The step and epoch counts during this validation and a subsequent test are the same as in an uninterrupted run.
         """
         loop = trainer.fit_loop
         loop.epoch_loop.max_steps, loop.max_epochs = self._limits
@@ -270,7 +273,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
         self._validation_due = False  # even if validation has been disabled
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Save ``last.ckpt`` if the step or time interval has passed."""
+        """Save ``last.ckpt`` if the step or time interval has elapsed."""
         if self._saved == trainer.global_step or not trainer.global_step:
             return
         if trainer.global_step % self.every_n_steps == 0 or self._is_time():
@@ -288,7 +291,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save ``last.ckpt`` before validation, which can take long and can fail."""
+        """Save ``last.ckpt`` before validation, which can take a long time and can fail."""
         if is_validating_between_steps(trainer) and self._saved != trainer.global_step:
             self._validation_due = True
             self.save_last(trainer)
@@ -309,7 +312,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save ``last.ckpt`` at the end of training, unless the last step has already been saved.
 
-        ``on_train_end`` would be too late, because the moving average replaces the weights there.
+        This hook runs before ``GPTModule.on_train_end`` replaces the weights with their moving average.
         """
         if trainer.should_stop or limit_reached(trainer):
             unsaved = self._saved != trainer.global_step or self._stopped != self._stops_early(trainer)
@@ -323,11 +326,11 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             self._stopped = self._stops_early(trainer)
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                    logger.experiment.flush()  # buffered for minutes; a killed run would lose the points
+                    logger.experiment.flush()  # buffered for minutes; a killed run would lose these events
             trainer.save_checkpoint(self.folder.last)
 
     def _stops_early(self, trainer: L.Trainer) -> bool:
-        """Whether a callback stopped the run before it reached a limit; only rank 0's answer is saved."""
+        """Return whether a callback stopped the run before it reached a limit; only the result on rank 0 is saved."""
         requested = trainer.should_stop and can_stop_early(trainer)  # not before min_steps and min_epochs
         return requested and not limit_reached(trainer) and not time_is_up(trainer)
 
@@ -348,7 +351,7 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
             trainer.strategy.remove_checkpoint(folder.checkpoints / old)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best models, whether a validation or test is missing, and whether a callback stopped the run."""
+        """Return the best models, and whether a validation is missing, test data exists or a callback ended the run."""
         due = {"validation_due": self._validation_due, "tests": self._has_test_data}
         return {"best": dict(self.best), **due, "stopped": self._stopped}
 
@@ -359,7 +362,9 @@ class Checkpointing(BetweenSteps, RunDirCallback, Checkpoint):
 
 
 class StopBetweenSteps(BetweenSteps, ABC):
-    """Saves ``last.ckpt`` and stops all ranks after the same optimizer step once any rank has received a signal.
+    """Base class for callbacks that save ``last.ckpt`` and stop all ranks once any rank has received a signal.
+
+    All ranks stop after the same optimizer step.
 
     Args:
         checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
@@ -368,18 +373,18 @@ class StopBetweenSteps(BetweenSteps, ABC):
     def __init__(self, checkpoints: Checkpointing | None) -> None:
         self.checkpoints = checkpoints
         self.signum = 0
-        """Number of the received signal, or 0."""
+        """Number of the received signal; 0 if no signal has been received."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Create the reducer with which ranks agree to stop (a collective)."""
+        """Create the reducer with which all ranks agree to stop; must be called on every rank."""
         self._reducer, self._first_step = HostReducer(), -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Record the step at which this process starts."""
+        """Record the step at which this process starts training."""
         self._first_step = trainer.global_step
 
     def between_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any) -> None:
-        """Save and stop if any rank received a signal."""
+        """Save ``last.ckpt`` and stop if any rank has received a signal."""
         if self._signal_received():
             if self.checkpoints and trainer.global_step > self._first_step:
                 self.checkpoints.save_last(trainer)
@@ -388,7 +393,7 @@ class StopBetweenSteps(BetweenSteps, ABC):
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        """Stop at once during validation; the weights were saved before it started."""
+        """Stop immediately if a signal arrives during validation; ``last.ckpt`` was saved before the validation."""
         if is_validating_between_steps(trainer) and self._signal_received():
             self.stop(trainer)
 
@@ -401,7 +406,7 @@ class StopBetweenSteps(BetweenSteps, ABC):
         """Exit the process; called on every rank."""
 
     def _signal_received(self) -> bool:
-        """Whether any rank received a signal (a collective)."""
+        """Return whether any rank has received a signal; must be called on every rank."""
         agreed = self._reducer.max(self.signum)
-        self.signum = self.signum or agreed  # a signal received during the collective counts next time
+        self.signum = self.signum or agreed  # a signal received during the all-reduce is handled by the next call
         return bool(agreed)

@@ -1,4 +1,4 @@
-"""Default callbacks of ``fit``."""
+"""Default callbacks of the ``fit`` command."""
 
 from collections.abc import Sequence
 
@@ -25,14 +25,16 @@ def default_callbacks(
     shows_progress: bool,
     guard: GuardMode,
 ) -> list[Callback]:
-    """Return the callbacks in the order in which they run; those that do not apply to a task do nothing.
+    """Return the default callbacks in the order in which they run.
+
+    Callbacks that do not apply to the task do nothing.
 
     Args:
         run_files: Callbacks that write the run's flags and provenance to its directory.
         inspection: Callback that logs activation statistics; its interval and prompts are also used by related
             callbacks.
         signals: Callback that stops the run on signals.
-        checkpointing: Callback that saves checkpoints; None if the run saves none.
+        checkpointing: Callback that saves checkpoints; None if the run saves no checkpoints.
         shows_progress: Whether to show a progress bar.
         guard: Mode of the spike guard, which handles steps with spikes or non-finite values.
     """
@@ -48,8 +50,8 @@ def default_callbacks(
         ValidateAtEnd(),
     ]
     progress = [RunProgressBar()] if shows_progress else []
-    # In order: the plan prints the baselines, the layout logs the plan, and diagnostics and summary print after the
-    # progress bar is closed.
+    # The order matters: the plan prints the baselines, the layout logs the plan, and diagnostics and summary print
+    # after the progress bar is closed.
     reporting = [
         *run_files,
         BaselineMetrics(),

@@ -1,4 +1,4 @@
-"""Live diagnostics: evaluates the rules on a run's metrics, and reports their findings."""
+"""Live diagnostics: evaluate the diagnostic rules on the metrics of a run, and report the problems that they find."""
 
 import json
 import logging
@@ -26,20 +26,21 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 log = logging.getLogger(__name__)
 
 MAX_SEARCHED_TOKENS: Final = 250_000
-"""Number of training tokens searched for repeated passages, which takes 0.1 s."""
+"""Maximum number of training tokens searched for repeated passages; the search takes 0.1 s."""
 FILE_NAME: Final = "doctor.json"
 FIRST_BATCH_FACTS: Final = "run/labels_next", "run/labels_own"
-"""Names of the facts about the first batch of a run."""
+"""Names of the metrics that are measured only on the first batch of a run."""
 
 
 class DiagnosticsCallback(BetweenSteps, RunDirCallback):
-    """Reports the symptom, its likely cause and a flag to try as soon as a rule finds a problem.
+    """Callback that evaluates the diagnostic rules during training and reports each problem as soon as it is found.
 
-    Diagnoses are printed, logged to TensorBoard's text tab, and written to ``doctor.json``: a list of ``{symptom,
-    cause, flag, step}``, empty if no problem was found. Metrics come from a ``MetricTap`` among the loggers. Facts
-    about the run that are not curves are logged as single points named ``run/...``, so that
-    ``python -m lit_gpt_scratch.doctor RUN`` reaches the same diagnoses from the run's events. The rules are in
-    ``diagnostics/rules.py``.
+    A diagnosis names the symptom, its likely cause and a flag to try. Diagnoses are printed, logged to TensorBoard's
+    text tab, and written to ``doctor.json`` as a list of ``{symptom, cause, flag, step}`` objects, which is empty if no
+    problem was found. The metrics are received from a ``MetricTap``, which ``setup`` adds to the loggers. Properties of
+    the run, such as its number of parameters, are logged as single points named ``run/...``, so that
+    ``python -m lit_gpt_scratch.doctor RUN`` reaches the same diagnoses from the TensorBoard events of the run. The
+    rules are defined in ``diagnostics/rules.py``.
     """
 
     def __init__(self) -> None:
@@ -59,7 +60,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         trainer.loggers = [logger for logger in trainer.loggers if not isinstance(logger, MetricTap)]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Replay the events of earlier sessions of the run."""
+        """Replay the TensorBoard events of earlier sessions if the run was resumed."""
         if trainer.global_step and self.folder and trainer.is_global_zero and any(self.folder.path.glob("*tfevents*")):
             replay_events(self.folder.path, self.engine)
             self.engine.drop_from(trainer.global_step)
@@ -80,7 +81,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
         self.due = False
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the fraction of repeated phrases in the newest sample."""
+        """Log the fraction of repeated phrases in the most recent sample."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         written = next((callback.latest for callback in callbacks if isinstance(callback, Samples)), "")
         if written and not trainer.sanity_checking:
@@ -106,7 +107,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             return
         known = {diagnosis.name for diagnosis in found[:told]}
         for diagnosis in found[told:]:
-            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # printed by the run plan
+            if diagnosis.name not in known and diagnosis.name not in REPORTED_BY_PLAN:  # the run plan has printed these
                 log.warning("%-11s step %d: %s", "doctor", diagnosis.step, diagnosis)
             known.add(diagnosis.name)
         if found:
@@ -115,7 +116,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
             write_diagnoses(found, self.folder.path / FILE_NAME)
 
     def _log_facts(self, trainer: L.Trainer, task: L.LightningModule, batch: Any) -> None:
-        """Log facts that are new or have changed; a resumed run may have a different number of steps."""
+        """Log the properties of the run that are new or have changed, such as the number of steps after resuming."""
         known = self.engine.history
         facts = {name: value for name, value in _run_facts(trainer, task, batch).items() if known.latest(name) != value}
         if math.isfinite(known.latest(FIRST_BATCH_FACTS[0])):  # measured on the first batch only
@@ -126,7 +127,7 @@ class DiagnosticsCallback(BetweenSteps, RunDirCallback):
 
 
 def write_diagnoses(found: list[Diagnosis], path: Path) -> None:
-    """Write the diagnoses to ``path`` (``doctor.json``) atomically."""
+    """Write the diagnoses to a JSON file atomically."""
     unfinished = path.with_name(f".{path.name}.part")
     unfinished.write_text(json.dumps([diagnosis.to_dict() for diagnosis in found], indent=2) + "\n", encoding="utf-8")
     unfinished.replace(path)
@@ -139,7 +140,7 @@ def format_table(found: list[Diagnosis]) -> str:
 
 
 def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[str, float]:
-    """Return facts about a run that rules read in addition to its curves, rounded to float32 as in events."""
+    """Return the properties of the run that the rules use, rounded to float32 like the values in TensorBoard events."""
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     data = trainer.datamodule  # type: ignore[attr-defined]  # the same
     guard = next((callback.mode for callback in callbacks if isinstance(callback, SpikeGuard)), "off")
@@ -172,7 +173,7 @@ def _run_facts(trainer: L.Trainer, task: L.LightningModule, batch: Any) -> dict[
 
 
 def _label_facts(ids: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the fraction of labels equal to the next input token, and the fraction equal to their own token."""
+    """Return the fractions of labels equal to the next input token and to the input token at the same position."""
     if ids.shape != labels.shape:
         return {}
     inner, scored = labels[:, :-1], labels[:, :-1] != IGNORE_INDEX

@@ -1,4 +1,4 @@
-"""Gradient and update norms, activation and attention statistics, and their plots in TensorBoard."""
+"""Callbacks that log gradient norms, update ratios, and activation and attention statistics and plots."""
 
 import shutil
 from collections.abc import Sequence
@@ -42,15 +42,15 @@ EMBEDDING_MODULES: Final = ("embedding", "bigrams", "smear", "position", "value_
 
 
 class GradientStats(PeriodicCallback):
-    """Logs the gradient norm of each part and layer, and the update ratio of each part.
+    """Callback that logs the gradient norm of each part and layer of the network, and the update ratio of each part.
 
-    With a suitable learning rate, a step changes the weights by about a thousandth of their norm. A part that changes
-    by far more or far less than the others has an unsuitable learning rate, scale or gradient. The metric names are
-    listed in ``metric_logging.py``.
+    The update ratio is the norm of a step's weight update divided by the norm of the weights. With a suitable learning
+    rate, it is about 0.001. If the ratio of a part is far above or below that of the other parts, its learning rate,
+    initialization or gradient scale is probably unsuitable. The metric names are listed in ``metric_logging.py``.
 
     Args:
-        every_n_steps: Number of optimizer steps between measurements, which include the first step; 0 disables them.
-            A measurement keeps a copy of the trained weights for one step.
+        every_n_steps: Number of optimizer steps between measurements. The first step is always measured; 0 disables all
+            measurements. A measurement keeps a copy of the trainable parameters in memory for one step.
     """
 
     def __init__(self, every_n_steps: int) -> None:
@@ -94,7 +94,7 @@ class GradientStats(PeriodicCallback):
 
 
 def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Group the trained parameters by part (``PARAMETER_PARTS``) and by layer (``layer_N``)."""
+    """Group the trainable parameters by part (``PARAMETER_PARTS``) and by layer (``layer_N``)."""
     found: dict[str, list[nn.Parameter]] = {part: [] for part in PARAMETER_PARTS}
     for name, parameter in net.named_parameters():
         if parameter.requires_grad:
@@ -105,7 +105,7 @@ def group_parameters(net: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def part_name(name: str) -> str:
-    """Return the part that a parameter belongs to, given its name; a head tied to the embedding counts as embedding."""
+    """Return the part to which the named parameter belongs; a head tied to the embedding belongs to the embedding."""
     pieces = name.split(".")
     for part in ("attention", "feed_forward"):
         if part in pieces:
@@ -116,7 +116,7 @@ def part_name(name: str) -> str:
 
 
 MAX_INSPECTED_TOKENS = 256
-"""Maximum number of inspected tokens; the size of attention maps grows with the square of the text length."""
+"""Maximum number of inspected tokens; the memory for attention weights grows quadratically with the window length."""
 MAX_PLOTTED_TOKENS = 24
 """Maximum number of tokens shown in attention maps."""
 
@@ -125,12 +125,12 @@ class LayerStats(NamedTuple):
     """Statistics of one transformer block.
 
     Attributes:
-        attention: Attention statistics per head; None if a custom attention does not return its weights.
+        attention: Attention statistics per head; None if a custom attention class does not record its weights.
         max_activations: (ffn_dim,) float32, maximum magnitude of each feed-forward unit.
         stream_rms: Root mean square of the residual stream after the block, a float32 scalar.
-        attention_map: (n_head, t, t), attention weights of the first t tokens; only for plots.
-        stream: (B, T, n_embd), residual stream; only for plots.
-        hidden: (B, T, ffn_dim), activations of the feed-forward units; only for plots.
+        attention_map: (n_head, t, t), attention weights between the first t tokens; captured only for plots.
+        stream: (B, T, n_embd), residual stream after the block; captured only for plots.
+        hidden: (B, T, ffn_dim), activations of the feed-forward units; captured only for plots.
     """
 
     attention: AttentionStats | None
@@ -142,21 +142,22 @@ class LayerStats(NamedTuple):
 
 
 class ActivationStats(PeriodicCallback):
-    """Runs the network on the first validation windows, and logs statistics and plots of its activations.
+    """Callback that runs the network on the first validation windows and logs statistics and plots of its activations.
 
-    Statistics are logged every ``every_n_steps`` steps, for the weights being trained; the metric names are listed in
-    ``metric_logging.py``. Plots, tables and histograms are logged after each validation, for the weights that were
-    validated, and never during a step. The network runs uncompiled and in evaluation mode, draws no random numbers, and
-    is left unchanged. It runs on all ranks, so that every strategy is supported; rank 0 draws the plots.
+    Statistics are computed with the training weights and logged every ``every_n_steps`` optimizer steps; the metric
+    names are listed in ``metric_logging.py``. Plots, tables and histograms are computed with the validated weights,
+    which may be a moving average, and logged after each validation. The network runs uncompiled and in evaluation mode,
+    draws no random numbers, and is left unchanged. It runs on all ranks, so that every strategy is supported; only rank
+    0 draws the plots.
 
     Args:
-        every_n_steps: Number of optimizer steps between measurements of all ``inspect`` metrics, which include the
-            first step; 0 disables measurements and plots.
-        pictures: Whether to plot attention maps, the logit lens, loss by position, hardest passages and histograms
-            after each validation, and to log the embedding for TensorBoard's projector at the end.
-        prompts: Texts that a language model continues after each validation. By default, these are the data's own
-            prompts: a short one and the beginnings of two validation documents, or conversations. An empty
-            list disables samples.
+        every_n_steps: Number of optimizer steps between measurements of gradient, activation and attention statistics.
+            The first step is always measured. 0 disables these measurements, the loss breakdown and the plots.
+        pictures: Whether to log attention maps, a table of the logit lens, the loss by position, the hardest passages
+            and histograms after each validation, and the token embedding for TensorBoard's projector after training.
+        prompts: Prompts that a language model continues after each validation. If None, the prompts of the data module
+            are used: a short prompt and the beginnings of two validation documents, or validation conversations. An
+            empty list disables text samples.
 
     Raises:
         UserError: If ``every_n_steps`` is negative.
@@ -202,14 +203,14 @@ class ActivationStats(PeriodicCallback):
             log_metrics(trainer, activation_metrics(captured, self._batch.get("lengths")), trainer.global_step - 1)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the plots of the validated weights."""
+        """Log the activation plots, computed with the validated weights."""
         if self._plots and isinstance(pl_module, GPTModule) and not trainer.sanity_checking:
             captured = self._capture(trainer, pl_module, for_plots=True)
             with trainer.precision_plugin.val_step_context():
                 self._plots.log(trainer, pl_module, captured)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the final embedding for TensorBoard's projector."""
+        """Log the final token embedding for TensorBoard's projector."""
         if self._plots and isinstance(pl_module, GPTModule):
             self._plots.log_embedding(trainer, pl_module)
 
@@ -235,7 +236,7 @@ class ActivationStats(PeriodicCallback):
 
 
 def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
-    """Return the mean of (B, T, n) values over the first ``lengths`` (B,) tokens of each row, ignoring padding."""
+    """Return the mean of (B, T, n) values, ignoring padding after the first ``lengths`` (B,) tokens of each row."""
     if lengths is None:
         return values.mean()
     mask = torch.arange(values.size(1), device=values.device) < lengths[:, None]  # (B, T)
@@ -243,14 +244,14 @@ def masked_mean(values: Tensor, lengths: Tensor | None) -> Tensor:
 
 
 def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tensor | None = None) -> dict[str, float]:
-    """Compute the metrics of captured activations, keyed by name (see ``metric_logging.py``).
+    """Compute the metrics of captured activations, keyed by metric name (see ``metric_logging.py``).
 
     Args:
-        captured: Activations for (B, T) tokens.
+        captured: Activations of (B, T) tokens.
         lengths: (B,), number of tokens per row; None if there is no padding.
     """
     found: dict[str, Tensor] = {}
-    if captured.output.ndim == 3:  # a head with one number per token has no logits
+    if captured.output.ndim == 3:  # a head that outputs one number per token has no logits
         found["dynamics/logit_norm"] = masked_mean(captured.output.float().norm(dim=-1, keepdim=True), lengths)
     shares = torch.stack([dead_units(layer.max_activations).float().mean() for layer in captured.layers])
     found["dynamics/dead_units"] = shares.mean()
@@ -272,26 +273,26 @@ def activation_metrics(captured: CapturedActivations[LayerStats], lengths: Tenso
 
 
 MAX_PLOTTED_LAYERS: Final = 4
-"""Maximum number of layers shown in plots: the first, the last, and evenly spaced ones in between."""
+"""Maximum number of layers shown in plots: the first, the last, and evenly spaced layers in between."""
 MAX_PLOTTED_HEADS: Final = 4
-"""Maximum number of heads shown per layer."""
+"""Maximum number of attention heads shown per layer."""
 LENS_POSITIONS: Final = 8
-"""Maximum number of positions shown in the logit lens."""
+"""Maximum number of token positions shown in the logit lens table."""
 HISTOGRAM_BINS: Final = 64
 MAX_HISTOGRAM_VALUES: Final = 2**15
-"""Approximate maximum number of values counted per tensor in a histogram; same shape, a tenth of the time."""
+"""Approximate maximum number of values per tensor in a histogram; subsampling reduces the time by a factor of ten."""
 MAX_PROJECTOR_TOKENS: Final = 512
-"""Maximum number of tokens in the projector, lowest ids first: special tokens, bytes, most frequent merges."""
+"""Maximum number of tokens in the projector; tokens with low ids are special tokens, bytes and frequent merges."""
 
 
 class ActivationPlots:
-    """Logs plots of a network's activations to TensorBoard.
+    """Plots of a network's activations, logged to TensorBoard.
 
     Args:
-        data: The data module, already set up.
-        ids: Ids of the first inspected tokens, which attention maps show.
-        targets: Id of the token that follows each of these, or ``IGNORE_INDEX``; empty if the network does not predict
-            tokens.
+        data: The data module, for which ``setup`` has been called.
+        ids: Ids of the first inspected tokens, which label the rows and columns of the attention maps.
+        targets: Label of each token in ``ids``: the id of the next token, or ``IGNORE_INDEX``. Empty if the network
+            does not predict tokens.
     """
 
     def __init__(self, data: BaseDataModule, ids: list[int], targets: list[int]) -> None:
@@ -300,15 +301,15 @@ class ActivationPlots:
         self.targets = targets
 
     def log(self, trainer: L.Trainer, task: GPTModule, captured: CapturedActivations[LayerStats]) -> None:
-        """Log all plots of a validation; must be called on every rank."""
+        """Log all plots after a validation; must be called on every rank."""
         lens = self._logit_lens(task.net, captured)
         for board in tensorboard_writers(trainer):
-            step = trainer.global_step - 1  # as Lightning numbers a validation
+            step = trainer.global_step - 1  # step at which Lightning logs a validation
             self._log_attention(board, captured.layers, step)
             if lens is not None:
                 board.add_text("views/logit_lens", lens, step)
             for name, parameters in group_parameters(task.net).items():
-                if name in PARAMETER_PARTS:  # if the network is sharded, only this process's shard
+                if name in PARAMETER_PARTS:  # if the network is sharded, only the shard of rank 0
                     add_histogram(board, f"weights/{name}", [to_local(p) for p in parameters], step)
             for number in select_layers(len(captured.layers)):
                 layer = captured.layers[number]
@@ -340,9 +341,9 @@ class ActivationPlots:
 
     @torch.no_grad()
     def _logit_lens(self, net: GPT, captured: CapturedActivations[LayerStats]) -> str | None:
-        """Format a table of the head's predictions from the residual stream after each layer; mark correct tokens.
+        """Format a Markdown table of the head's predictions from the residual stream after each layer.
 
-        Returns None if the head outputs one number per token, which has no logits.
+        Correct predictions are marked. Returns None if the head outputs one number per token and therefore no logits.
         """
         if isinstance(net.output_head, ScalarHead):
             return None
@@ -368,7 +369,7 @@ class ActivationPlots:
         return "" if id_ == IGNORE_INDEX else markdown_code(printable_token(self.data.tokenizer, id_))
 
     def _output_name(self, net: GPT, number: int) -> str:
-        """Return the name of one of the head's outputs: a token or a class."""
+        """Return the name of an output of the head: a token or a class."""
         if isinstance(net.output_head, ClassificationHead):
             return net.output_head.class_names[number] if net.output_head.class_names else str(number)
         return printable_token(self.data.tokenizer, number)
@@ -380,31 +381,31 @@ class ActivationPlots:
         whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
         table = whole[: min(MAX_PROJECTOR_TOKENS, task.net.vocab_size)]
         for board in tensorboard_writers(trainer):
-            shutil.rmtree(Path(board.log_dir, "projector"), ignore_errors=True)  # left by an earlier session
+            shutil.rmtree(Path(board.log_dir, "projector"), ignore_errors=True)  # written by an earlier session
             labels = [printable_token(self.data.tokenizer, id_) for id_ in range(len(table))]
             board.add_embedding(table.float().cpu(), labels, tag="tokens", global_step="projector")
 
 
 def select_layers(n: int) -> list[int]:
-    """Return evenly spaced indices of at most ``MAX_PLOTTED_LAYERS`` of n layers, including the first and last."""
+    """Select at most ``MAX_PLOTTED_LAYERS`` evenly spaced layer indices below ``n``, including the first and last."""
     return sorted({round(place) for place in np.linspace(0, n - 1, min(n, MAX_PLOTTED_LAYERS)).tolist()})
 
 
 def printable_token(tokenizer: Tokenizer, id_: int) -> str:
-    """Decode a token to a single line, with spaces as dots and unprintable characters escaped as in Python strings."""
+    """Decode a token to one line of text; spaces become dots, and unprintable characters are escaped as in Python."""
     shown = ("·" if c == " " else c if c.isprintable() else repr(c)[1:-1] for c in tokenizer.decode([id_]))
     return "".join(shown) or "(nothing)"
 
 
 def markdown_code(text: str) -> str:
-    """Format a text as inline code that is safe inside a Markdown table."""
+    """Format text as Markdown inline code that is safe inside a table."""
     return f"`{text.replace('`', chr(39)).replace('|', '¦')}`"
 
 
 def add_histogram(board: SummaryWriter, name: str, tensors: Sequence[Tensor], step: int) -> None:
-    """Log a histogram of the finite values with equal-width bins, much faster than TensorBoard's ``add_histogram``.
+    """Log a histogram of all finite values with equal-width bins; much faster than ``SummaryWriter.add_histogram``.
 
-    Tensors with more than ``MAX_HISTOGRAM_VALUES`` values are subsampled at regular intervals.
+    Large tensors are subsampled at regular intervals to about ``MAX_HISTOGRAM_VALUES`` values.
     """
     flat = [tensor.detach().flatten() for tensor in tensors]
     parts = [part[:: max(1, len(part) // MAX_HISTOGRAM_VALUES)].float() for part in flat]

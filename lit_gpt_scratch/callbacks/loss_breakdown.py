@@ -1,4 +1,4 @@
-"""Breakdown of the validation loss by position, token frequency and passage; confusion matrix."""
+"""Breakdown of the validation loss by position, token frequency and passage, and a plot of the confusion matrix."""
 
 from typing import Any, Final
 
@@ -20,18 +20,19 @@ PASSAGE_LENGTH: Final = 32
 N_PASSAGES: Final = 8
 """Number of hardest passages shown."""
 MAX_COUNTED_WINDOWS: Final = 2048
-"""Maximum number of training windows from which token frequencies are counted."""
+"""Maximum number of training windows in which token frequencies are counted."""
 
 
 class LossBreakdown(Callback):
-    """Breaks down the validation loss of a language model by position, token frequency and passage.
+    """Callback that breaks down the validation loss of a language model by position, token frequency and passage.
 
-    - Loss by position in the window, as metrics and a plot; a model that uses its context is better at late positions.
-    - Loss by token frequency in the training data, grouped by decades of frequency rank.
-    - The hardest passages of ``PASSAGE_LENGTH`` labels, as text.
+    - Loss by position in the window, as metrics and a plot. A model that uses its context has a lower loss at later
+      positions.
+    - Loss by token frequency in the training data, as metrics for frequency ranks 1 to 10, 11 to 100, and so on.
+    - The passages of ``PASSAGE_LENGTH`` labels with the highest loss, as text.
 
-    All of these come from the token losses that validation computes anyway, across all ranks. The metric names are
-    listed in ``metric_logging.py``.
+    All of them are computed from the token losses of the validation, across all ranks. The metric names are listed in
+    ``metric_logging.py``.
 
     Args:
         enabled: Whether the callback is enabled.
@@ -58,7 +59,7 @@ class LossBreakdown(Callback):
         self._positions = torch.zeros(2, T, device=device)  # sum of losses, number of labels
         self._frequencies = torch.zeros(2, len(self._names), device=device)
         self._hardest = torch.full((N_PASSAGES,), float("-inf"), device=device)
-        # (N_PASSAGES, 2, PASSAGE_LENGTH): ids before the labels, and labels
+        # (N_PASSAGES, 2, PASSAGE_LENGTH): preceding input ids, and labels
         self._passages = torch.zeros(N_PASSAGES, 2, PASSAGE_LENGTH, dtype=torch.int64, device=device)
 
     def on_validation_batch_end(
@@ -79,7 +80,7 @@ class LossBreakdown(Callback):
         self._positions += torch.stack((losses.sum(0), counted.sum(0)))
         bands = self._bands[labels.clamp(min=0)].flatten()  # (B * T,)
         inside = torch.arange(len(self._names), device=bands.device)[:, None] == bands  # (bands, B * T)
-        # Not a matrix product, because some devices compute those at lower precision (TF32).
+        # A matmul is avoided, because some devices compute it at lower precision (TF32).
         self._frequencies += (torch.stack((losses * counted, counted)).flatten(1)[:, None] * inside).sum(-1)
         if self.pictures:
             self._keep_hardest(batch["input_ids"], labels, losses, counted)
@@ -90,7 +91,7 @@ class LossBreakdown(Callback):
         if not n:
             return
         each, full = (x[:, : n * PASSAGE_LENGTH].reshape(B * n, PASSAGE_LENGTH).sum(-1) for x in (losses, counted))
-        # Only passages in which every position has a label.
+        # Only passages in which every position has a label are considered.
         hardness = torch.where(full == PASSAGE_LENGTH, each / PASSAGE_LENGTH, float("-inf"))
         found = torch.cat((self._hardest, hardness))
         # The context of a label ends with the input id at its own position.
@@ -137,7 +138,7 @@ class LossBreakdown(Callback):
         return sorted(unique.values(), reverse=True)[:N_PASSAGES]
 
     def _format_passages(self, data: BaseDataModule, passages: list[tuple[float, list[list[int]]]]) -> str:
-        parts = [f"The {PASSAGE_LENGTH}-token passages with the highest loss, in ⟦ ⟧, after their context."]
+        parts = [f"The {PASSAGE_LENGTH}-token passages with the highest loss, marked by ⟦ ⟧, after their context."]
         for loss, (before, after) in passages:
             read = data.tokenizer.decode([id_ for id_ in before if id_ >= 0])
             lines = f"{read}⟦{data.tokenizer.decode(after)}⟧".splitlines()
@@ -158,8 +159,8 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
     """Group tokens by their frequency as training labels: the ten most frequent, the next ninety, and so on.
 
     Returns:
-        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur come
-        last, ordered by id.
+        Band index of each token, (vocab_size,) int64, and the names of the bands. Tokens that do not occur are
+        ranked last, ordered by id.
     """
     n = min(len(data.train_dataset), MAX_COUNTED_WINDOWS)
     spread = np.linspace(0, len(data.train_dataset) - 1, n).astype(int).tolist()
@@ -176,15 +177,15 @@ def frequency_bands(data: BaseDataModule) -> tuple[Tensor, list[str]]:
 
 
 class ConfusionMatrixPlot(Callback):
-    """Plots the confusion matrix in TensorBoard's image tab after each validation and after the test."""
+    """Callback that plots the confusion matrix in TensorBoard's image tab after each validation and after the test."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plot the confusion matrix of the validation."""
+        """Plot the confusion matrix of the validation data."""
         if not trainer.sanity_checking:
             self._plot(trainer, pl_module, "val")
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Plot the confusion matrix of the test."""
+        """Plot the confusion matrix of the test data."""
         self._plot(trainer, pl_module, "test")
 
     def _plot(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str) -> None:
@@ -193,7 +194,7 @@ class ConfusionMatrixPlot(Callback):
             return
         names: list[str] = pl_module.class_names  # type: ignore[assignment]  # a task with a confusion matrix has it
         picture = plot_confusion_matrix(counts.cpu().numpy(), names)
-        for board in tensorboard_writers(trainer):  # step number that Lightning uses for a validation
+        for board in tensorboard_writers(trainer):  # step at which Lightning logs a validation
             board.add_image(f"{split}/confusion", picture, trainer.global_step - 1, dataformats="HWC")
 
 
@@ -201,13 +202,13 @@ def plot_confusion_matrix(counts: NDArray[np.int64], names: list[str]) -> NDArra
     """Plot a confusion matrix: rows are true classes, columns are predicted classes, colors are fractions of the row.
 
     Args:
-        counts: (n, n), number of texts of the row's class that were predicted as the column's class.
+        counts: (n, n), number of examples whose true class is the row and whose predicted class is the column.
         names: (n,) class names.
 
     Returns:
-        (height, width, 3) uint8.
+        RGB image as a (height, width, 3) uint8 array.
     """
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     texts = [[f"{count:,}" for count in row] for row in counts.tolist()]
-    title = "Confusion matrix: number of texts, colored by fraction of the true class"
+    title = "Confusion matrix: number of examples, colored by fraction of the true class"
     return plotting.heat_map(shares, texts, names, names, title, "true class", "predicted class")

@@ -1,16 +1,16 @@
-"""Logging of metrics, images and texts from callbacks, and a list of the metric names.
+"""Logging of metrics, images and text from callbacks, and a list of the metric names.
 
-Consumers of metrics (the diagnostics, a user's own callback) read them by name: during a run from
+Consumers of metrics, such as the diagnostics or custom callbacks, read them by name: during a run from
 ``trainer.logged_metrics``, which holds the same values on every rank and includes the metrics that Lightning itself
-logs; after the run from its TensorBoard events. A name exists once it has been measured. Layers are counted from 1.
-``PART`` is one of ``embedding``, ``attention``, ``feed_forward``, ``norms`` and ``head``, if the network has that part
-and trains it.
+logs, and after the run from its TensorBoard events. A metric exists once it has been measured. Layer numbers start at
+one. ``PART`` is one of ``embedding``, ``attention``, ``feed_forward``, ``norms`` and ``head``; parts without trainable
+parameters are omitted.
 
 At the first optimizer step and every ``inspect.every_n_steps`` steps (``introspection.py``):
 
 - ``dynamics/gradient_norm/PART``, ``dynamics/gradient_norm/layer_N``: L2 norm before clipping; the squared
   norms of the parts add up to the square of ``train/gradient_norm``.
-- ``dynamics/update_ratio/PART``: norm of the step's weight update divided by the norm of the weights before it.
+- ``dynamics/update_ratio/PART``: norm of the step's weight update divided by the norm of the weights before the step.
 - ``dynamics/dead_units``, ``dynamics/dead_units/layer_N``: fraction of feed-forward units that are (nearly) zero at
   every inspected token.
 - ``dynamics/logit_norm``: mean L2 norm of a token's logits over the inspected tokens.
@@ -18,7 +18,7 @@ At the first optimizer step and every ``inspect.every_n_steps`` steps (``introsp
 - ``attention/entropy``, ``attention/distance``, ``attention/sink``, and each with ``/layer_N``: entropy in nats, mean
   distance in tokens, and fraction of the attention on the first token; averaged over heads, layers and all tokens that
   can attend to more than themselves.
-- ``attention/sink/most``: maximum of ``attention/sink`` across heads.
+- ``attention/sink/most``: maximum of ``attention/sink`` across all heads and layers.
 
 At every validation (``loss_breakdown.py``):
 
@@ -49,7 +49,7 @@ def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> N
     Args:
         trainer: The trainer of the run.
         values: Metric values keyed by name.
-        step: Number of the last finished step, counted from 0 like Lightning does.
+        step: Index of the last completed optimizer step, counted from 0 as in Lightning.
     """
     trainer.logged_metrics.update(values)  # type: ignore[arg-type]  # plain numbers work like scalar tensors
     for logger in trainer.loggers:
@@ -57,7 +57,7 @@ def log_metrics(trainer: L.Trainer, values: Mapping[str, float], step: int) -> N
 
 
 def tensorboard_writers(trainer: L.Trainer) -> list[SummaryWriter]:
-    """Return the TensorBoard writers, for texts and images; empty on ranks other than 0."""
+    """Return the TensorBoard writers for text and images; the list is empty on ranks other than 0."""
     loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
     return [logger.experiment for logger in loggers] if trainer.is_global_zero else []
 
@@ -72,11 +72,11 @@ def log_text(trainer: L.Trainer, name: str, text: str, step: int) -> None:
 
 
 class MetricTap(Logger):
-    """A logger that passes every metric to a rule engine and writes nothing to disk.
+    """Logger that passes every metric to a rule engine and writes nothing to disk.
 
     Args:
         engine: Rule engine that receives the metrics.
-        on_metrics: Callback to call after each ``log_metrics``.
+        on_metrics: Function that is called after each ``log_metrics``.
     """
 
     def __init__(self, engine: RuleEngine, on_metrics: Callable[[], None] = lambda: None) -> None:
@@ -91,7 +91,7 @@ class MetricTap(Logger):
 
     @override
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: hyperparameters are not metrics."""
+        """Do nothing, because hyperparameters are not metrics."""
 
     @property
     @override

@@ -20,12 +20,13 @@ LOG_EVERY_N_STEPS = 100
 
 
 class RunProgressBar(ProgressBar):
-    """A single progress bar for the whole run with loss, tokens per second and time left; prints validation metrics.
+    """Progress bar for the whole run that shows the training loss, tokens per second and remaining time.
 
-    If standard error is not a terminal (a log file, CI), a line is logged at every tenth of the run instead.
+    Validation metrics are printed above the bar. If standard error is not a terminal (e.g. a log file or CI), a line is
+    logged after every tenth of the run instead.
 
-    The training loss is known only at log points, because reading it waits for the device. At other steps, the last
-    logged loss is shown with its step.
+    The training loss is read only at log points, because reading it synchronizes the device. At other steps, the
+    last logged loss is shown with its step.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class RunProgressBar(ProgressBar):
         self._enabled = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Open the bar at the current step."""
+        """Open the bar, starting at the current step."""
         total = trainer.estimated_stepping_batches
         self._total = None if total == float("inf") else int(total)
         self._started = time.perf_counter()
@@ -119,14 +120,14 @@ class RunProgressBar(ProgressBar):
             self._bar = None
 
     def _status(self, trainer: L.Trainer, name_step: bool = False) -> str:
-        """Format loss and speed, and the loss's step if it is not the current one or ``name_step`` is set."""
+        """Format the training loss and speed; add the step of the loss if it is not current or ``name_step`` is set."""
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
         speed = max((c.tokens_per_second for c in callbacks if isinstance(c, Throughput)), default=0.0)
         parts = []
         if (loss := trainer.callback_metrics.get("train/loss")) is not None:
             is_current = self._loss_step in (None, self._step) and not (name_step and self._loss_step)
             parts.append(f"loss {loss:.3f}" + ("" if is_current else f" at step {self._loss_step}"))
-        if speed:  # known from the first log point on
+        if speed:  # not known before the first log point
             parts.append(f"{speed:,.0f} tokens/s")
         return ", ".join(parts)
 
@@ -140,7 +141,7 @@ def format_count(number: float) -> str:
 
 
 def pluralize(number: float, thing: str) -> str:
-    """Format a count of things, e.g. "1 step" or "1,000 steps"."""
+    """Format a count with its noun in the singular or plural, e.g. "1 step" or "1,000 steps"."""
     return f"{number:,} {thing}{'' if number == 1 else 's'}"
 
 
@@ -150,7 +151,7 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Format a duration as "1:24", or as "2:03:04" if it is an hour or longer."""
+    """Format a duration as minutes and seconds ("1:24"), with hours if it is an hour or longer ("2:03:04")."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -37,14 +37,14 @@ log = logging.getLogger(__name__)
 
 
 class RunPlan(RunDirCallback):
-    """Prints a description of the run at the start, and an estimate of its duration after the first steps.
+    """Callback that prints a description of the run at the start and an estimate of its duration after the first steps.
 
-    A ``Throughput`` callback, which must come before this one, measures the step time.
+    The step time is measured by a ``Throughput`` callback, which must precede this callback.
 
     Args:
-        only: Whether to stop after printing the estimate (``--plan``). The trainer must then have no logger,
-            checkpoints or validations.
-        validates: Whether the planned run validates.
+        only: Whether to stop after printing the estimate (``--plan``). If True, the trainer must not have loggers, save
+            checkpoints or run validations.
+        validates: Whether the planned run includes validations.
     """
 
     def __init__(self, only: bool = False, validates: bool = True) -> None:
@@ -158,7 +158,7 @@ class RunPlan(RunDirCallback):
         )
 
     def _validations(self, trainer: L.Trainer, done: int, steps: int) -> int:
-        """Return how many validations remain after ``done`` of ``steps`` steps, including the one at the end."""
+        """Return the number of validations that remain after ``done`` of ``steps`` steps, including the final one."""
         if not self.validates or (trainer.limit_val_batches == 0 and not self.only):
             return 0
         if not trainer.val_check_batch or math.isinf(trainer.val_check_batch):
@@ -168,7 +168,7 @@ class RunPlan(RunDirCallback):
 
 
 def _describe_optimizer(task: GPTModule) -> Iterator[str]:
-    """Describe each parameter group of the optimizer, and the moving average if there is one."""
+    """Yield a description of each parameter group of the optimizer and of the moving average, if there is one."""
     for group in task.configured_groups:  # groups of a custom optimizer may have neither a rule nor a name
         rule = group.get("rule", type(task.trainer.optimizers[0]).__name__)
         what = f"{format_count(sum(p.numel() for p in group['params']))} in {len(group['params'])}"
@@ -179,7 +179,7 @@ def _describe_optimizer(task: GPTModule) -> Iterator[str]:
 
 
 MAX_USEFUL_EPOCHS = 4
-"""Number of epochs up to which repeated text is about as good as new text (https://arxiv.org/abs/2305.16264)."""
+"""Number of epochs up to which repeated data is about as useful as new data (https://arxiv.org/abs/2305.16264)."""
 
 
 PURPOSES: Final = {"train": "training", "validation": "validation", "test": "testing"}
@@ -187,7 +187,7 @@ PURPOSES: Final = {"train": "training", "validation": "validation", "test": "tes
 
 
 def describe_data(data: BaseDataModule) -> Iterator[tuple[str, str]]:
-    """Yield the name and text of each line of the plan that describes the data."""
+    """Yield the lines of the plan that describe the data, as (name, text) pairs."""
     if counts := data.split_counts:
         sizes = [
             f"{pluralize(size.items, data.item_name)} with {format_count(size.tokens)} tokens for {PURPOSES[split]}"
@@ -212,7 +212,7 @@ def _describe_windows(windows: PackedDataset, block_size: int, packing: str) -> 
 
 
 def _describe_padding(data: BaseDataModule) -> tuple[str, str]:
-    """Return the unit of step sizes ("positions" if some are padding, else "tokens") and a note about padding."""
+    """Return the unit of token counts ("positions" if they include padding, else "tokens") and a note about padding."""
     if isinstance(data.train_dataset, PackedDataset):
         used = min(part.cost.used for part in data.train_dataset.parts)
         return ("tokens", "") if used > 0.9995 else ("positions", f" ({used:.1%} tokens, the rest padding)")
@@ -254,7 +254,7 @@ def plan_warnings(trainer: L.Trainer, task: GPTModule, data: BaseDataModule) -> 
 
 
 N_LONGEST_TOKENS: Final = 30
-"""Number of longest tokens shown; garbage in the text is easiest to see in them."""
+"""Number of longest tokens to log; they reveal garbage in the training text."""
 CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     "dynamics": {
         "gradient norm by part": ["Multiline", [f"dynamics/gradient_norm/({'|'.join(PARAMETER_PARTS)})"]],
@@ -272,17 +272,17 @@ CHART_GROUPS: Final[dict[str, dict[str, list[Any]]]] = {
     },
     "throughput": {"fraction of step time": ["Multiline", list(TIME_SHARE_TAGS)]},
 }
-"""Charts that follow the losses in TensorBoard's custom-scalars tab, by group; curves are names or patterns."""
+"""Charts shown after the losses in TensorBoard's custom-scalars tab, keyed by group; curves are names or regexes."""
 
 
 class TensorBoardLayout(Callback):
-    """Logs the plan, the text audit, the longest tokens and the layout of custom-scalar charts to TensorBoard.
+    """Callback that logs the plan, the text audit, the longest tokens and the chart layout to TensorBoard.
 
-    Must come after ``RunPlan`` and ``BaselineMetrics``. A resumed run does not log the texts again.
+    It must come after ``RunPlan`` and ``BaselineMetrics``. A resumed run logs only the chart layout.
     """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Log the chart layout, and the texts at the start of a new run."""
+        """Log the chart layout and, at the start of a new run, the plan, the text audit and the longest tokens."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         for board in tensorboard_writers(trainer):
             board.add_custom_scalars(chart_layout(trainer))  # TensorBoard reads only one layout per run
@@ -292,7 +292,7 @@ class TensorBoardLayout(Callback):
 
 
 def chart_layout(trainer: L.Trainer) -> dict[str, dict[str, list[Any]]]:
-    """Return the chart layout: the losses and their baselines first, then ``CHART_GROUPS``."""
+    """Return the chart layout: the losses and their baselines, followed by ``CHART_GROUPS``."""
     first: dict[str, list[Any]] = {"loss": ["Multiline", ["train/loss", "val/loss"]]}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # the trainer sets it late
         if isinstance(callback, BaselineMetrics) and callback.figures:

@@ -1,4 +1,4 @@
-"""Text samples after each validation, and the true reward of sampled replies."""
+"""Callbacks that generate text samples after each validation and measure the true reward of sampled replies."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,17 +19,18 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 
 class Samples(Callback):
-    """Generates samples after each validation and logs them to TensorBoard's text tab.
+    """Callback that generates text samples after each validation and logs them to TensorBoard's text tab.
 
-    Each prompt is continued twice: by sampling and greedily. The greedy continuation shows what the model is most
-    certain of and where it starts to repeat itself.
+    Each prompt is continued twice: once by sampling and once by greedy decoding. The greedy continuation shows the
+    model's most probable output and where it starts to repeat itself.
 
     Args:
-        prompts: Texts to continue. By default the data's own prompts: a short one and the beginnings of documents, or
-            conversations without their last reply.
-        tokens: Length of a sample in tokens, unless the data has ``reply_tokens``.
-        greedy_tokens: Length of a greedy sample in tokens; it can be shorter than a sampled one.
-        sampling: Sampling parameters.
+        prompts: Strings to continue. If None, the prompts of the data module are used: a short prompt and the
+            beginnings of validation documents, or validation conversations without their last reply.
+        tokens: Maximum number of tokens per sample. If the data module has the attribute ``reply_tokens``, that value
+            is used instead.
+        greedy_tokens: Maximum number of tokens per greedy continuation; never more than per sample.
+        sampling: Sampling parameters, such as the temperature.
     """
 
     def __init__(
@@ -44,7 +45,7 @@ class Samples(Callback):
         self.greedy_tokens = greedy_tokens
         self.sampling = sampling
         self.latest = ""
-        """Newest sample for the first prompt."""
+        """Most recent sample for the first prompt; empty before the first validation."""
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Generate and log samples with fixed seeds, so that samples from different steps are comparable."""
@@ -71,11 +72,14 @@ class Samples(Callback):
                 both = zip((how_sampled, "greedy"), pair, strict=True)
                 text = "\n\n".join(f"**{how}**\n\n{_as_code_block(sample)}" for how, sample in both)
                 name = "sample" if len(sampled) == 1 else f"sample/{row + 1}"
-                board.add_text(name, text, trainer.global_step - 1)  # step number that Lightning uses for a validation
+                board.add_text(name, text, trainer.global_step - 1)  # step at which Lightning logs a validation
 
 
 def _precision_context(trainer: L.Trainer, task: L.LightningModule) -> Any:
-    """Return an autocast context for a sharded network, which gathers blocks in 16 bits; else a null context."""
+    """Return the trainer's precision context if the network is sharded, otherwise a null context.
+
+    The blocks of a sharded network may be gathered in 16-bit precision and therefore require autocast.
+    """
     return trainer.precision_plugin.val_step_context() if task.device_mesh is not None else nullcontext()
 
 
@@ -90,19 +94,20 @@ def _generate_texts(
 
 
 def _as_code_block(text: str) -> str:
-    """Format a text as a Markdown code block, indented by four spaces, which leaves it unchanged."""
+    """Format text as a Markdown code block by indenting each line by four spaces."""
     return "\n".join("    " + line for line in text.splitlines())
 
 
 class RewardEval(Callback):
-    """Generates replies to held-out prompts and checks them at each validation and during the test.
+    """Callback that generates replies to held-out prompts and logs the fraction of correct replies.
 
-    ``true_reward`` is the fraction of replies that pass the data's ``reply_check``; a reply without an end token does
-    not pass. Replies are sampled from the model's unmodified distribution, always with the same random numbers, so that
-    the metric changes only if the model does.
+    At each validation and at the end of the test, it logs ``true_reward``, the fraction of replies that pass the data
+    module's ``reply_check``, and ``reply_tokens``, the mean length of a reply in tokens. A reply that reaches the token
+    limit without an end-of-text token counts as incorrect. Replies are sampled from the model's unmodified
+    distribution, always with the same seeds, so that the metrics change only if the model does.
 
     Args:
-        prompts: Maximum number of prompts per split; the first ones are used.
+        prompts: Maximum number of prompts per split; the first prompts of the split are used.
     """
 
     state_key = "TrueReward"  # key in checkpoints; unchanged since 0.1
@@ -111,29 +116,29 @@ class RewardEval(Callback):
         self.prompts = prompts
         self.sampling = Sampling(temperature=1.0, top_k=None)
         self.start: float | None = None
-        """True reward of the initial model on the test prompts, or on the validation prompts if there are none."""
+        """True reward of the initial model on the test prompts, or on the validation prompts without a test split."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure the initial model's true reward, unless an earlier session has already measured it."""
+        """Measure the true reward of the initial model, unless an earlier session has already measured it."""
         if self.start is None and (data := _data_with_reply_check(trainer, pl_module)):
             replies = self._replies(trainer, pl_module, "test" if "test" in data.split_indices else "validation")
             self.start = _true_reward(data, replies)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate on the validation prompts."""
+        """Log the true reward on the validation prompts."""
         if not trainer.sanity_checking:
             self._evaluate(trainer, pl_module, "validation", "val")
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Evaluate on the test prompts."""
+        """Log the true reward on the test prompts."""
         self._evaluate(trainer, pl_module, "test", "test")
 
     def state_dict(self) -> dict[str, float | None]:
-        """Return the initial model's true reward, which a resumed run can no longer measure."""
+        """Return the true reward of the initial model, which cannot be measured again after resuming."""
         return {"start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, float | None]) -> None:
-        """Restore the initial model's true reward."""
+        """Restore the true reward of the initial model."""
         self.start = state_dict["start"]
 
     def _evaluate(self, trainer: L.Trainer, task: L.LightningModule, split: RecordSplit, name: str) -> None:
@@ -155,7 +160,7 @@ class RewardEval(Callback):
 
 
 def _data_with_reply_check(trainer: L.Trainer, task: L.LightningModule) -> Any:
-    """Return the data module if the task generates text and the data can check replies, else None."""
+    """Return the data module if the task generates text and the data module can check replies, otherwise None."""
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     generates = isinstance(task, GPTModule) and isinstance(task.output_head, TokenHead)
     return data if generates and getattr(data, "reply_check", None) is not None else None

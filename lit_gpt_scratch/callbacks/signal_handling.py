@@ -1,4 +1,4 @@
-"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM and similar signals."""
+"""Signal handling: save a checkpoint and exit cleanly on SIGINT, SIGTERM and SIGUSR1."""
 
 import logging
 import signal
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def exit_on_signal() -> Iterator[None]:
-    """Context manager that turns a signal into ``SystemExit`` with code 128 + its number, so that cleanup code runs."""
+    """Context manager that raises ``SystemExit(128 + signal number)`` on a stop signal, so that cleanup code runs."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # Python allows handlers only in the main thread
         before = {signum: signal.signal(signum, _exit) for signum in STOP_SIGNALS}
@@ -35,17 +35,18 @@ def _exit(signum: int, frame: FrameType | None = None) -> None:
 
 
 class SignalHandling(StopBetweenSteps):
-    """On a signal, finishes the step, saves ``last.ckpt``, prints how to resume, and exits with 128 + signal number.
+    """Callback that, on a signal, finishes the optimizer step, saves ``last.ckpt``, prints how to resume, and exits.
 
-    A signal to one rank stops all ranks after the same step. Further signals are ignored. Before the first step of this
-    process there is nothing to save, so a single-process run exits at once.
+    The exit code is 128 + signal number. A signal to one rank stops all ranks after the same step. Further signals are
+    ignored. If a run with a single process has not finished a step yet, there is no progress to save, and it exits
+    immediately.
 
     Args:
         checkpoints: The callback that saves ``last.ckpt``; None if the run saves no checkpoints.
     """
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Install the signal handlers, now that all ranks exist and can agree to stop.
+        """Install the signal handlers; all ranks exist at this point and can agree to stop.
 
         They replace Lightning's handlers, which run a broadcast even if the rank is in the middle of another
         collective.
@@ -63,12 +64,13 @@ class SignalHandling(StopBetweenSteps):
             signal.signal(signum, handler)
 
     def _record_signal(self, signum: int, frame: FrameType | None) -> None:
-        self.signum = self.signum or signum  # first: library code that the signal interrupts may swallow the exit
+        # Recorded before exiting, because interrupted library code may swallow the exception.
+        self.signum = self.signum or signum
         if self._trainer.world_size == 1 and self._first_step in (-1, self._trainer.global_step):
             _exit(signum)
 
     def leave(self, trainer: L.Trainer) -> NoReturn:
-        """Exit this process with the exit code for the signal."""
+        """Exit this process with the exit code that belongs to the signal."""
         if trainer.world_size > 1 and trainer.local_rank and not _is_launched_externally(trainer):
             raise SystemExit(0)  # Lightning's launcher kills rank 0 if a process that it launched fails
         raise SystemExit(128 + self.signum)
@@ -85,4 +87,4 @@ class SignalHandling(StopBetweenSteps):
 
 
 def _is_launched_externally(trainer: L.Trainer) -> bool:
-    return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of several
+    return bool(trainer.strategy.cluster_environment.creates_processes_externally)  # type: ignore[attr-defined]  # of parallel strategies

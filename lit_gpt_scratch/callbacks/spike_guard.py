@@ -1,4 +1,4 @@
-"""Spike guard: reports or skips steps with a spike or a non-finite loss or gradient, and rewinds if they persist."""
+"""Spike guard: report or skip steps with a spike or a non-finite loss or gradient, and rewind if they persist."""
 
 import logging
 import math
@@ -23,32 +23,35 @@ log = logging.getLogger(__name__)
 GuardMode = Literal["off", "warn", "act"]
 GUARD_MODES: Final[tuple[GuardMode, ...]] = get_args(GuardMode)
 MAX_REWINDS: Final = 3
-"""Maximum number of rewinds without a good checkpoint in between; after that, the new loss level is accepted."""
+"""Maximum number of rewinds to the same good checkpoint; after that, the new loss level is accepted."""
 MAX_SKIPPED_IN_A_ROW: Final = 200
 """Number of consecutive skipped steps after which the run stops, because the model no longer learns."""
 STEP_KINDS: Final = (None, "spike", "non_finite")
-"""Kinds of steps in order of severity; ranks agree on the maximum."""
+"""Step classifications in order of severity; all ranks use the most severe classification of any rank."""
 
 
 class SpikeGuard(RunDirCallback):
-    """Checks the loss and the gradient norm of every step before the optimizer applies it.
+    """Callback that checks the loss and the gradient norm of every step before the optimizer updates the weights.
 
-    ``warn`` reports steps that are non-finite or a spike (see ``diagnostics/spike_detector.py``), where the outlier
-    started and in which documents, but changes nothing. ``act`` skips such a step: the step counts, but weights, moving
-    averages and optimizer states stay unchanged, and training continues with the next batch. If ``PATIENCE``
-    consecutive steps are outliers, the batches are not the cause: the run is rewound to the weights and optimizer
-    states of the last good checkpoint, and continues with the next batch. If rewinding does not help either, the new
-    loss level is accepted if it is finite, and ``MAX_SKIPPED_IN_A_ROW`` consecutive non-finite steps end the run. All
-    ranks make the same decision. ``off`` disables the guard.
+    A step is an outlier if its loss or gradient norm is non-finite or a spike (see ``diagnostics/spike_detector.py``).
+    In ``warn`` mode, the guard reports outliers, the module where non-finite values first appear and the documents with
+    the highest loss, but does not change training. In ``act`` mode, it also skips outliers: a skipped step is counted,
+    but weights, moving averages and optimizer states stay unchanged, and training continues with the next batch. If
+    ``PATIENCE`` consecutive steps are outliers, the batches are not the cause. The guard then restores the weights and
+    optimizer states of the last good checkpoint, and training continues with the next batch. If rewinding does not help
+    either, a finite new loss level is accepted, and the run ends after ``MAX_SKIPPED_IN_A_ROW`` consecutive non-finite
+    steps. All ranks make the same decision.
 
-    Good checkpoints, ``good-N.ckpt``, are saved next to ``last.ckpt`` at step intervals and validations, but not by
-    time or on signals, so that a killed and resumed run rewinds to the same step as an uninterrupted one.
+    Good checkpoints are saved as ``good-N.ckpt`` next to ``last.ckpt``, at step intervals and before validations. They
+    are not saved by time or on signals, so that a run that was killed and resumed rewinds to the same step as an
+    uninterrupted run.
 
-    ``act`` synchronizes the device once per step. ``warn`` does so only on a CPU, where it costs nothing; on other
-    devices it reads the values at log points.
+    ``act`` synchronizes the device once per step. ``warn`` reads the values at every step only on a CPU, where this is
+    free, and at log points on other devices.
 
     Args:
-        mode: Reaction to outliers: ``off``, ``warn`` or ``act``.
+        mode: Reaction to outliers: ``off`` disables the guard, ``warn`` only reports outliers, and ``act`` also skips
+            them and rewinds the run.
         every_n_steps: Number of optimizer steps between good checkpoints; None saves them at validations only.
     """
 
@@ -61,7 +64,7 @@ class SpikeGuard(RunDirCallback):
         self.n_skipped = 0
         """Number of skipped steps in the whole run."""
         self.good: int | None = None
-        """Step of the last good checkpoint; None if there is none."""
+        """Step of the last good checkpoint; None if no good checkpoint exists."""
         self._rewinds = 0
         self._rewind_due = False
         self._outdated: Path | None = None
@@ -69,7 +72,7 @@ class SpikeGuard(RunDirCallback):
         self._batches: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Register as the task's step filter."""
+        """Register the guard as the step filter of the task."""
         if self.mode == "off" or not isinstance(pl_module, GPTModule):
             return
         self._trainer, self._task = trainer, pl_module
@@ -82,7 +85,7 @@ class SpikeGuard(RunDirCallback):
             self._tidy(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Report the steps that have not been read yet, and unregister the step filter."""
+        """Check the steps that have not been checked yet, and unregister the step filter."""
         if isinstance(pl_module, GPTModule) and pl_module.step_filter == self._filter_step:
             self._read()
             pl_module.step_filter = None
@@ -92,7 +95,7 @@ class SpikeGuard(RunDirCallback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batches of the step for reports, and save a good checkpoint if the interval has passed."""
+        """Keep the batches of the step for reports, and save a good checkpoint if the step interval has elapsed."""
         if batch_idx % trainer.accumulate_grad_batches == 0:
             self._batches.clear()
             if self.every_n_steps and trainer.global_step and trainer.global_step % self.every_n_steps == 0:
@@ -100,14 +103,14 @@ class SpikeGuard(RunDirCallback):
         self._batches[batch_idx] = batch
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save a good checkpoint."""
+        """Save a good checkpoint before validation."""
         if is_validating_between_steps(trainer):
             self._keep_good(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Rewind after the step if necessary, and read pending values at log points."""
+        """Rewind the run if necessary, and check the recorded steps at log points."""
         self._drop_outdated(trainer)
         if self._rewind_due:
             self._rewind_due = False
@@ -123,7 +126,7 @@ class SpikeGuard(RunDirCallback):
         return self._read() if self._reads_at_once else True
 
     def _read(self) -> bool:
-        """Classify the steps recorded since the last call, and return whether the last one may be applied."""
+        """Classify the steps recorded since the last call, and return whether the optimizer may apply the last step."""
         kind = None
         if self._unread:
             steps, figures = zip(*self._unread, strict=True)
@@ -155,13 +158,13 @@ class SpikeGuard(RunDirCallback):
             self.detector.reset()
         elif row >= MAX_SKIPPED_IN_A_ROW and acts:
             tried = f" after {self._rewinds} rewinds" if self._rewinds else ""
-            log.warning("guard: %d steps in a row were skipped%s: nothing is learned; stopping the run", row, tried)
+            log.warning("guard: %d consecutive steps were skipped%s; stopping the run", row, tried)
             self._trainer.should_stop = True
 
     def _report(self, kind: str, step: int, what: str) -> None:
-        """Log the source of an outlier; must be called on every rank.
+        """Log a report about an outlier; must be called on every rank.
 
-        The source is only known if the outlier is the current step, that is, if values are read at every step.
+        The source of the outlier can be located only if the values are read at every step.
         """
         lines = [what]
         if self._reads_at_once:
@@ -178,20 +181,20 @@ class SpikeGuard(RunDirCallback):
         log_text(self._trainer, f"guard/{kind}/where", "\n\n".join(lines), step)
 
     def _keep_good(self, trainer: L.Trainer) -> None:
-        """Save a good checkpoint if the detector is calm, and mark the previous one for removal."""
+        """Save a good checkpoint if the last step was normal, and mark the previous good checkpoint for removal."""
         step, calm = trainer.global_step, self.detector.is_calm
         if self.mode != "act" or self.folder is None or step == self.good or not calm:
             return
         before, self.good, self._rewinds = self.good, step, 0
         trainer.save_checkpoint(self._path(step))
-        # ``last.ckpt``, which is saved right after this, still refers to the previous good checkpoint until then.
+        # Until ``last.ckpt`` is saved, right after this, it still refers to the previous good checkpoint.
         self._outdated = None if before is None else self._path(before)
 
     def _tidy(self, trainer: L.Trainer) -> None:
-        """Forget the good checkpoint if its file is missing, and remove others, which a killed run can leave behind."""
+        """Reset ``good`` if its checkpoint is missing, and remove other good checkpoints left by a killed run."""
         own = None if self.good is None else self._path(self.good)
         if self._ranks.max(own is not None and not own.is_file()):
-            log.warning("guard: %s is missing; the run cannot rewind until the next one is saved", own)
+            log.warning("guard: %s is missing; the run cannot be rewound until the next good checkpoint is saved", own)
             own = self.good = None
         assert self.folder is not None
         for path in sorted(self.folder.checkpoints.glob("good-*.ckpt")):
@@ -206,16 +209,16 @@ class SpikeGuard(RunDirCallback):
     def _rewind(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         path = None if self.good is None else self._path(self.good)
         if path is None or self._ranks.max(not path.is_file()):
-            log.warning("guard: cannot rewind: %s is missing on at least one machine", path)
+            log.warning("guard: the run cannot be rewound, because %s is missing on at least one machine", path)
             self.detector.reset()
             return
         self._rewinds += 1
         self.detector.in_a_row = 0
         restore_weights_and_optimizers(trainer, path)
-        pl_module.on_train_start()  # sets the learning rate of the next step, as after resuming
+        pl_module.on_train_start()  # sets the learning rate of the next step, as after a resume
         step = trainer.global_step - 1
         log.warning(
-            "guard: step %d: %d outliers in a row; rewinding to the weights of step %d", step, PATIENCE, self.good
+            "guard: step %d: %d consecutive outliers; rewinding to the weights of step %d", step, PATIENCE, self.good
         )
         for logger in trainer.loggers:
             logger.log_metrics({"guard/rewound_to": float(self.good or 0)}, step)
@@ -225,7 +228,7 @@ class SpikeGuard(RunDirCallback):
         return self.folder.checkpoints / f"good-{step}.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the detector, the counts, and the step of the good checkpoint."""
+        """Return the state of the detector, the numbers of skips and rewinds, and the step of the good checkpoint."""
         self._read()
         return {
             "watch": self.detector.state_dict(),
@@ -235,23 +238,23 @@ class SpikeGuard(RunDirCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the state of the detector, the counts, and the step of the good checkpoint."""
+        """Restore the state of the detector, the numbers of skips and rewinds, and the step of the good checkpoint."""
         self.detector.load_state_dict(state_dict["watch"])
         self.n_skipped, self.good = state_dict["refused"], state_dict["good"]
         self._rewinds = state_dict["rewinds"]
 
 
 EXCERPT_LENGTH = 160
-"""Maximum number of characters shown per text."""
+"""Maximum number of characters of text shown per window."""
 N_HARDEST_ROWS = 3
-"""Maximum number of windows shown per step."""
+"""Maximum number of windows reported per step."""
 
 
 def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequence[Any]) -> str:
     """Describe where NaN or infinity first appears: in the weights, the forward pass of a batch, or the gradient.
 
-    Must be called on every rank, because weights may be sharded. A non-finite step that was applied has already made
-    the weights non-finite.
+    Must be called on every rank, because weights may be sharded. If the optimizer has applied a non-finite step, the
+    weights are already non-finite.
     """
     named = [(name.removeprefix("net."), p) for name, p in task.named_parameters() if p.grad is not None]
     weights = [name for name, p in named if not p.detach().isfinite().all()]
@@ -271,7 +274,7 @@ def locate_non_finite(trainer: L.Trainer, task: L.LightningModule, batches: Sequ
 
 
 def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) -> str | None:
-    """Return the name of the first module whose output is not finite, or None."""
+    """Return the name of the first module whose output is not finite, or None if all outputs are finite."""
     found: list[str] = []
 
     def look(name: str, output: Any) -> None:
@@ -294,15 +297,15 @@ def _first_non_finite_module(trainer: L.Trainer, task: GPTModule, batch: Any) ->
 
 
 def describe_hardest_rows(trainer: L.Trainer, task: L.LightningModule, batches: Mapping[int, Any]) -> str:
-    """Describe the windows, texts or pairs with the highest loss in a step: their documents and first words.
+    """Describe the rows with the highest loss in a step by their loss, source and first characters.
 
     Args:
         trainer: The trainer of the run.
         task: The task, which splits a batch into rows (``split_batch``) and computes the loss of each row.
-        batches: Batches of this rank, keyed by their number in the epoch.
+        batches: Micro-batches of this rank, keyed by their index in the epoch.
 
     Returns:
-        A Markdown list; empty if the task or the data has no rows.
+        A Markdown list; an empty string if the batches cannot be split into rows of the data module.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
     has_rows = all(isinstance(batch, Mapping) and "input_ids" in batch for batch in batches.values())

@@ -1,4 +1,4 @@
-"""Files in the run directory that describe a run: summary, baselines, provenance, loss trace."""
+"""Callbacks that record the baselines, provenance, loss trace and summary of a run."""
 
 import json
 import logging
@@ -31,27 +31,27 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 log = logging.getLogger(__name__)
 
 MAX_XZ_TOKENS = 4_000_000
-"""Maximum number of validation tokens for the ``xz`` baseline; more would take over ten seconds."""
+"""Maximum number of validation tokens for the ``xz`` baseline; compressing more takes over ten seconds."""
 
 
 class BaselineMetrics(Callback):
-    """Computes and logs baselines that require no training.
+    """Callback that computes and logs baselines that require no training.
 
-    These are token counts and ``xz -9`` for text, the majority class for classification, and the true reward of the
-    initial model for RL and preference tuning. They are logged at every validation as ``baselines/<name>``;
-    TensorBoard's custom-scalars tab plots them in one chart with the model's own metric.
+    The baselines are token-count models and ``xz -9`` for text, the majority class for classification, and the true
+    reward of the initial model for RL and preference tuning. They are logged at every validation as
+    ``baselines/<name>``, and plotted in one chart with the metric of the model in TensorBoard's custom-scalars tab.
     """
 
     def __init__(self) -> None:
         self.figures: dict[str, float] = {}
         """Baselines keyed by name, computed at the start of training; empty on ranks other than 0."""
         self.metric = ""
-        """Name of the model's metric that the baselines are compared with."""
+        """Name of the validation metric with which the baselines are compared."""
         self.what = ""
-        """Description of the metric."""
+        """Description of the metric in words."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Compute the baselines (0.5 s for 0.5 MB of text)."""
+        """Compute the baselines, which takes 0.5 s for 0.5 MB of text."""
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         if not (trainer.is_global_zero and isinstance(data, BaseDataModule)):
             return
@@ -70,11 +70,11 @@ class BaselineMetrics(Callback):
         figures = {f"baselines/{name}": value for name, value in self.figures.items()}
         if figures and not trainer.sanity_checking:
             for logger in trainer.loggers:
-                logger.log_metrics(figures, trainer.global_step - 1)  # step number that Lightning uses for a validation
+                logger.log_metrics(figures, trainer.global_step - 1)  # step at which Lightning logs a validation
 
 
 def _initial_true_reward(trainer: L.Trainer) -> float | None:
-    """Return the true reward of the model before training, as measured by ``RewardEval``, or None."""
+    """Return the true reward of the initial model from ``RewardEval``, or None if it was not measured."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     return next((callback.start for callback in callbacks if isinstance(callback, RewardEval)), None)
 
@@ -95,12 +95,12 @@ def _text_baselines(data: BaseDataModule, ids: TokenIds) -> dict[str, float]:
 
 
 class RunMetadata(RunDirCallback):
-    """Adds this session to ``provenance.json``: command, code, versions, hardware, seed and fingerprints.
+    """Callback that adds the command, code, versions, hardware, seed and data hash of a session to ``provenance.json``.
 
-    Everything that could change a result is also saved in each checkpoint.
+    The code, versions, hardware, seed and data hash are also saved in each checkpoint.
 
     Args:
-        changed: Old and new value of each setting that a resumed run changed, keyed by name.
+        changed: Old and new value of each setting that was changed when the run was resumed, keyed by name.
     """
 
     state_key = "Provenance"  # key in checkpoints; unchanged since 0.1
@@ -111,22 +111,26 @@ class RunMetadata(RunDirCallback):
         """Code version, library versions, hardware, seed and data fingerprint of this session."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that all ranks, each of which searches on its own, have found the same checkpoint and data.
+        """Check that all ranks have found the same checkpoint and the same data.
+
+        Each rank searches for them independently.
 
         Raises:
-            UserError: If another run was saved in the meantime, or if files differ between machines.
+            UserError: If the checkpoint or the data differs between ranks.
         """
         super().setup(trainer, pl_module, stage)
         first, own = trainer.strategy.broadcast(str(trainer.ckpt_path)), str(trainer.ckpt_path)
         if first != own:
-            raise UserError(f"one process would resume from {first}, another from {own}; pass --ckpt_path {first}")
+            raise UserError(f"rank 0 would resume from {first}, but this rank from {own}; pass --ckpt_path {first}")
         data = trainer.datamodule  # type: ignore[attr-defined]  # the trainer sets it late
         own = data.fingerprint if isinstance(data, BaseDataModule) else ""
         if trainer.strategy.broadcast(own) != own:
-            raise UserError(f"{data.origin} differs between this machine and that of rank 0; copy it from there")
+            raise UserError(
+                f"{data.origin} on this machine differs from that of rank 0; copy it from the machine of rank 0"
+            )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Add this session to ``provenance.json`` after all checks have passed."""
+        """Add this session to ``provenance.json``, after all checks have passed."""
         self.origin = collect_environment()
         session = {"started": self.origin.pop("started"), "command": self.origin.pop("command")}
         self.origin["hardware"] |= {"processes": trainer.world_size, "precision": str(trainer.precision)}
@@ -140,14 +144,16 @@ class RunMetadata(RunDirCallback):
             self.folder.write_text("provenance.json", json.dumps({"sessions": sessions}, indent=2, default=str) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the provenance of this session, for comparison when resuming from the checkpoint file alone."""
+        """Return the provenance of this session, so that it can be compared even without ``provenance.json``."""
         return self.origin
 
 
 class LossTrace(RunDirCallback):
-    """Writes ``trace.pt``: the loss at every step, and the full gradient at the first step as the optimizer sees it.
+    """Callback that saves the loss at every step and the full gradient at the first step to ``trace.pt``.
 
-    Requires ``--trainer.log_every_n_steps 1``. TensorBoard stores float32, which is too coarse to compare two runs.
+    The gradient is saved as the optimizer receives it, that is, after clipping. The loss must be logged at every
+    step (``--trainer.log_every_n_steps 1``). TensorBoard stores values in float32, which is not precise enough to
+    compare two runs.
     """
 
     def __init__(self) -> None:
@@ -184,16 +190,17 @@ CallbackT = TypeVar("CallbackT", bound=Callback)
 
 
 class RunSummary(RunDirCallback):
-    """Writes ``summary.json`` at the end: final metrics, baselines, tokens, seconds, and throughput by phase.
+    """Callback that writes the final metrics, baselines, token count, duration and throughput to ``summary.json``.
 
-    Also saves ``tokenizer.json`` at the start, and prints the result, a sample, and suggested next commands at the end.
+    It also saves ``tokenizer.json`` at the start, and prints the result, a sample and suggested next commands at the
+    end of training.
     """
 
     state_key = "Summary"  # key in checkpoints; unchanged since 0.1
 
     def __init__(self) -> None:
         self.seconds_before = 0.0
-        """Duration of earlier sessions of the run in seconds."""
+        """Total duration of earlier sessions of the run in seconds."""
         self._started = time.perf_counter()
         self._first_step = 0
 
@@ -205,13 +212,14 @@ class RunSummary(RunDirCallback):
             data.tokenizer.save(self.folder.path / "tokenizer.json")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write and print the summary, unless this session ran no step and a summary already exists."""
+        """Write and print the summary, unless this session ran no steps and a summary already exists."""
         if not trainer.is_global_zero or self.folder is None:
             return
         if trainer.global_step == self._first_step and (self.folder.path / "summary.json").exists():
             return
         throughput, baselines = _find_callback(trainer, Throughput), _find_callback(trainer, BaselineMetrics)
-        learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module  # no reference model
+        # Excludes the reference model.
+        learned = pl_module.trained_module if isinstance(pl_module, GPTModule) else pl_module
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if "/" in name}
         summary = {
             **{name: value if math.isfinite(value) else None for name, value in metrics.items()},

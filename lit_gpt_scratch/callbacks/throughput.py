@@ -23,42 +23,43 @@ from lit_gpt_scratch.profiling.peak_flops import peak_flops
 from lit_gpt_scratch.profiling.peak_memory import peak_memory
 
 STEP_PHASES = ("data", "generation", "forward", "backward", "optimizer", "rest")
-"""Phases of a step: waiting for the batch, generating rollouts, the three compute phases, and the rest."""
+"""Phases of a step: waiting for data, generating rollouts, forward pass, backward pass, optimizer, and the rest."""
 TIME_SHARE_TAGS = tuple(f"throughput/{phase}" for phase in STEP_PHASES)
 """TensorBoard tags for the fraction of step time that each phase takes."""
 
 
 FIRST_STEPS = 8
-"""Number of steps after the first one, which compiles, whose median time ``Throughput`` measures on request."""
+"""Number of steps from which the median step time is measured; the first step, which compiles, is excluded."""
 
 
 @runtime_checkable
 class GeneratesBatches(Protocol):
-    """A task that generates its own training data, such as an RL policy."""
+    """Protocol for tasks that generate their own training data, such as RL policies."""
 
     def take_generation_seconds(self) -> float:
-        """Return the seconds spent generating and scoring replies since the last call."""
+        """Return the time in seconds spent on generating and scoring replies since the last call."""
 
 
 class Throughput(Callback):
-    """Logs training speed and its bottlenecks at log points.
+    """Callback that logs training speed and its bottlenecks at log points.
 
     - ``tokens``: number of training tokens so far across all ranks, including padding.
-    - ``tokens_per_second``: speed since the last log point.
+    - ``tokens_per_second``: training tokens per second since the last log point.
     - ``throughput/data``, ``/generation``, ``/forward``, ``/backward``, ``/optimizer``, ``/rest``: fraction of the step
-      time per phase on rank 0, which add up to 1. ``data`` is the time waiting for the next batch; ``generation`` is
-      generating and scoring replies, for a policy that learns from its own replies; ``optimizer`` lasts from the end of
-      the backward pass to the end of the step (clipping, update, schedule); ``rest`` is callbacks and loggers between
-      steps. On a GPU these are fractions of device time: waiting for data while the device is busy does not count.
-      They are not available on other accelerators, whose timers cannot be read without a synchronization.
+      time that each phase takes on rank 0; the fractions add up to 1. ``data`` is the time spent waiting for the next
+      batch, ``generation`` the time spent on generating and scoring replies in RL, ``optimizer`` the time from the end
+      of the backward pass to the end of the step (clipping, update, schedule), and ``rest`` the time spent in callbacks
+      and loggers between steps. On a GPU, these are fractions of device time, so waiting for data while the device is
+      busy does not count. They are not logged on other accelerators, whose timers cannot be read without
+      synchronizing the device.
     - ``throughput/model_flops_utilisation``: achieved FLOP/s divided by peak FLOP/s. A token takes ``6N + 12LdT`` FLOPs
-      (``training_flops_per_token``). The peak is the dense figure from the data sheet for this GPU and precision or, if
-      unknown, the speed of a matrix product measured at the start (``peak_flops``). Only for tasks whose ``net`` is a
-      GPT.
-    - ``throughput/peak_memory_gigabytes``: maximum across ranks, including validations; see ``peak_memory``.
+      (see ``training_flops_per_token``). The peak is the data sheet's FLOP/s for dense matmuls on this GPU in this
+      precision or, if it is unknown, the FLOP/s of a matmul measured at the start (see ``peak_flops``). Logged only for
+      tasks whose ``net`` is a ``GPT``.
+    - ``throughput/peak_memory_gigabytes``: maximum across all ranks, including validations; see ``peak_memory``.
 
-    Only training is timed, without validation, sampling and checkpointing, and without the first step, which compiles.
-    The device is synchronized only at the end of training and, if ``on_first_steps`` is set, after each of the first
+    Only training is timed; validation, sampling, checkpointing and the first step, which compiles, are excluded. The
+    device is synchronized only at the end of training and, if ``on_first_steps`` is set, after each of the first
     steps.
     """
 
@@ -72,7 +73,7 @@ class Throughput(Callback):
         self.peaks: dict[str, float] = {}
         """Total peak FLOP/s of all devices: ``nominal`` (if known) and ``measured``."""
         self.on_first_steps: Callable[[], None] | None = None
-        """Callback that is called once, when ``median_step_seconds`` is available; must be set when training starts."""
+        """Function that is called once, after the first steps have been timed; must be set at the start of training."""
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._phase_seconds = dict.fromkeys(STEP_PHASES, 0.0)
@@ -100,12 +101,12 @@ class Throughput(Callback):
             peaks = peak_flops(pl_module.device, matmul_dtype(trainer, pl_module))
             self.peaks = {kind: trainer.world_size * flops for kind, flops in peaks.items()}
         if pl_module.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(pl_module.device)  # excludes the matrix products above
+            torch.cuda.reset_peak_memory_stats(pl_module.device)  # excludes the matmuls measured above
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Start the timer if it is stopped, as it is at the start of the run and after a validation or a save."""
+        """Mark the end of the ``rest`` phase, or start the timer if it is stopped, e.g. after a validation."""
         waited = {"data": self._loader_timer.take()}
         if isinstance(pl_module, GeneratesBatches):
             waited["generation"] = pl_module.take_generation_seconds()
@@ -157,7 +158,7 @@ class Throughput(Callback):
 
     @property
     def median_step_seconds(self) -> float | None:
-        """Median duration of the first few steps in seconds, excluding step 1; None until step 2 has ended."""
+        """Median duration of the first few steps in seconds, excluding the first; None until two steps have ended."""
         return statistics.median(self._step_seconds[1:]) if len(self._step_seconds) > 1 else None
 
     def _log(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -177,12 +178,12 @@ class Throughput(Callback):
         return self.timed_tokens / self.seconds if self.seconds else None
 
     def utilisation(self, tokens_per_second: float) -> dict[str, float]:
-        """Return the model FLOPs utilization at this speed, relative to each of the ``peaks``."""
+        """Return the model FLOPs utilization at the given speed, relative to each value in ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
     @property
     def figures(self) -> dict[str, Any]:
-        """Session averages of time per phase and utilization, with the peak TFLOP/s and the peak memory."""
+        """Throughput metrics of this session: time fraction per phase, utilization, peak TFLOP/s and peak memory."""
         return {
             **time_shares(self._phase_seconds),
             "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
@@ -191,7 +192,7 @@ class Throughput(Callback):
         }
 
     def _close_window(self, phases: dict[str, float]) -> bool:
-        """Add the time since the last call to the totals, and update the speed; return False if no step was timed."""
+        """Add the time since the last call to the totals and update the speed; return False if no step was timed."""
         for phase, seconds in phases.items():
             self._phase_seconds[phase] += seconds
         if not self._window_seconds:
@@ -203,7 +204,7 @@ class Throughput(Callback):
         return True
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Count the steps after the last log point, and restore the user's profiler."""
+        """Include the steps after the last log point in the totals, and restore the user's profiler."""
         trainer.profiler = self._loader_timer.profiler  # type: ignore[attr-defined]  # the trainer sets it late
         self._close_window(self._timer.finish())
         self._memory = self._peak_gigabytes(pl_module.device)
@@ -221,11 +222,11 @@ class Throughput(Callback):
         self._timer.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the token count, from which a resumed run continues to count."""
+        """Return the number of training tokens, from which a resumed run continues to count."""
         return {"tokens": self.tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the token count."""
+        """Restore the number of training tokens."""
         self.tokens = state_dict["tokens"]
 
 
@@ -236,17 +237,17 @@ def time_shares(seconds: dict[str, float]) -> dict[str, float]:
 
 
 def matmul_dtype(trainer: L.Trainer, pl_module: L.LightningModule) -> torch.dtype:
-    """Return the dtype of matrix products in training: that of the weights, or of autocast."""
+    """Return the dtype of matmuls in training: the autocast dtype, or without autocast the dtype of the weights."""
     weight = torch.ones(1, 1, dtype=next(pl_module.parameters()).dtype, device=pl_module.device)
     with trainer.precision_plugin.train_step_context():
         return (weight @ weight).dtype
 
 
 class DataLoaderTimer:
-    """A profiler that times batch fetching and forwards all calls to another profiler.
+    """Profiler that times batch fetching and forwards all calls to another profiler.
 
     Args:
-        profiler: The user's profiler.
+        profiler: The user's profiler, to which all calls are forwarded.
     """
 
     def __init__(self, profiler: Profiler) -> None:
@@ -267,7 +268,7 @@ class DataLoaderTimer:
         self.profiler.stop(action_name)
 
     def take(self) -> float:
-        """Return the seconds spent fetching batches since the last call, and reset them."""
+        """Return the time in seconds spent on fetching batches since the last call."""
         taken, self._seconds = self._seconds, 0.0
         return taken
 
@@ -276,45 +277,45 @@ class DataLoaderTimer:
 
 
 COLLECT_EVERY = 32
-"""Number of marks to read at once; reading them one by one, with cold caches, would take twice as long."""
+"""Number of marks that are read at once; reading them one by one takes twice as long because of cold CPU caches."""
 
 
 class TimerEvent(Protocol):
-    """A point in time, with the interface of ``torch.cuda.Event``."""
+    """Protocol for timer events with the interface of ``torch.cuda.Event``."""
 
     def record(self) -> Any:
-        """Record the event; on a device, it happens once all work submitted so far has completed."""
+        """Record the event; on an accelerator, it completes once all previously submitted work has completed."""
 
     def query(self) -> bool:
-        """Return whether the event has happened."""
+        """Return whether the event has completed."""
 
     def synchronize(self) -> None:
-        """Wait until the event has happened."""
+        """Wait for the event to complete."""
 
     def elapsed_time(self, end_event: Any) -> float:
-        """Return the milliseconds from this event to another."""
+        """Return the time in milliseconds from this event to ``end_event``."""
 
 
 class HostTimerEvent:
-    """A timer event measured with the host's clock."""
+    """Timer event that is measured with the clock of the host."""
 
     def record(self) -> None:
-        """Record the event now."""
+        """Record the current time."""
         self._at = time.perf_counter()
 
     def query(self) -> bool:
-        """Return True: a recorded event has always happened."""
+        """Return True, because an event on the host completes when it is recorded."""
         return True
 
     def synchronize(self) -> None:
-        """Do nothing: a recorded event has always happened."""
+        """Do nothing, because an event on the host completes when it is recorded."""
 
     def elapsed_time(self, end_event: "HostTimerEvent") -> float:
-        """Return the milliseconds from this event to another."""
+        """Return the time in milliseconds from this event to ``end_event``."""
         return 1000 * (end_event._at - self._at)
 
 
-# MPS is missing, because reading the time between two of its events waits for the device.
+# MPS is omitted, because reading the time between two of its events waits for the device.
 EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
     "cpu": HostTimerEvent,
     "cuda": partial(torch.cuda.Event, enable_timing=True),
@@ -322,13 +323,13 @@ EVENT_TYPES: dict[str, Callable[[], TimerEvent]] = {
 
 
 class StepTimer:
-    """Accumulates the time spent in each phase of a step; each mark ends a phase.
+    """Timer that accumulates the time spent in each phase of a step; each mark ends a phase.
 
-    On an accelerator, marks are events in its stream: they cost the host almost nothing, and the time between two of
-    them is counted once the device has reached both. Only ``finish`` waits for the device.
+    On an accelerator, marks are events in its stream. Recording an event takes almost no time on the host, and the time
+    between two events is counted once the device has completed both. Only ``finish`` waits for the device.
 
     Args:
-        device: Device of the computation. Times are not recorded on devices without an entry in ``EVENT_TYPES``.
+        device: Device that runs the steps. No times are recorded on devices without an entry in ``EVENT_TYPES``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -344,23 +345,23 @@ class StepTimer:
         self._record(None, {})
 
     def stop(self) -> None:
-        """Stop timing; the time since the last mark is discarded."""
+        """Stop timing and discard the time since the last mark."""
         self.running = False
 
     def mark(self, phase: str, waits: Mapping[str, float] | None = None) -> None:
-        """Count the time since the last mark as ``phase``. Does nothing while stopped.
+        """Add the time since the last mark to ``phase``; does nothing while the timer is stopped.
 
         Args:
             phase: The phase that ends, one of ``STEP_PHASES``.
-            waits: Seconds of this time to count as other phases, keyed by phase, e.g. while the host waited for data.
-                They are limited to the time since the last mark: an accelerator with pending work has waited less than
-                the host.
+            waits: Seconds of this time to add to other phases instead, keyed by phase, e.g. the time that the host
+                waited for data. They are limited to the time since the last mark, because an accelerator with pending
+                work waits for less time than the host.
         """
         if self.running:
             self._record(phase, waits or {})
 
     def take(self) -> dict[str, float]:
-        """Return the seconds per phase since the last call, up to the last event that has happened, and reset them."""
+        """Return the seconds per phase since the last call, up to the last completed event, and reset them."""
         self._collect()
         taken, self._seconds = self._seconds, dict.fromkeys(STEP_PHASES, 0.0)
         return taken
@@ -378,7 +379,7 @@ class StepTimer:
         event = self._event()
         event.record()
         self._marks.append((phase, waits, event))
-        if len(self._marks) > COLLECT_EVERY:  # so that marks do not accumulate in a run that never logs
+        if len(self._marks) > COLLECT_EVERY:  # so that marks do not accumulate without limit in a run that never logs
             self._collect()
 
     def _collect(self) -> None:

@@ -1,4 +1,4 @@
-"""Save LoRA adapters to their own small ``.safetensors`` file, and merge them into their base model."""
+"""Save LoRA adapters to a separate ``.safetensors`` file, and merge saved adapters into their base model."""
 
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -18,18 +18,20 @@ ADAPTER_SUFFIXES = (".lora_a", ".lora_b")
 
 
 def hash_base_weights(net: nn.Module, new_head: bool) -> str:
-    """Hash the base model weights that adapters were trained on.
+    """Compute the SHA-256 of the base model weights that adapters were trained on.
 
     Args:
         net: The base model.
-        new_head: Whether the head was trained together with the adapters. If so, the base model's head is not hashed.
+        new_head: Whether the head was trained together with the adapters. If True, the base model's head is not hashed.
     """
     weights = {name: w for name, w in net.state_dict().items() if not (new_head and name == HEAD_WEIGHT)}
     return compute_digest("", weights)
 
 
 def save_adapter(checkpoint: Path, path: Path) -> None:
-    """Save only the weights that a LoRA run trained. The tokenizer is not saved; the base model has it.
+    """Save only the weights trained by a LoRA run: the adapters, and the head if it was trained as well.
+
+    The tokenizer is not saved, since the base model contains it.
 
     Args:
         checkpoint: Path of the run's checkpoint.
@@ -41,11 +43,11 @@ def save_adapter(checkpoint: Path, path: Path) -> None:
     loaded = load_checkpoint(checkpoint)
     metadata = CheckpointMetadata.from_checkpoint(loaded)
     if metadata.lora is None:
-        raise UserError(f"{checkpoint} has no adapters; train some with --model.lora.rank")
+        raise UserError(f"{checkpoint} has no adapters; train a model with --model.lora.rank")
     if metadata.base is None:
         raise UserError(
             f"{checkpoint} was trained without --model.init_from, "
-            "so its adapters have no base model; use to-safetensors"
+            "so its adapters have no base model; export the complete model with to-safetensors"
         )
     trained = {
         name: weight
@@ -67,7 +69,7 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
         The merged model; ``base`` is unchanged.
 
     Raises:
-        UserError: The file contains no adapter, the adapter is incomplete, or it belongs to another base model.
+        UserError: The file contains no adapter, the adapter is incomplete, or it was trained on another base model.
     """
     loaded = load_safetensors(adapter, "")
     metadata = CheckpointMetadata.from_checkpoint(loaded)
@@ -78,7 +80,7 @@ def apply_adapter(base: LoadedModel, adapter: Path) -> LoadedModel:
     if metadata.base != hash_base_weights(base.net, metadata.new_head):
         raise UserError(
             f"{adapter} belongs to another base model: it was trained on different weights; "
-            "pass the model it was trained on as the checkpoint"
+            "pass the model that the adapter was trained on as the checkpoint"
         )
     net = GPT(GPTConfig(**metadata.gpt), base.net.vocab_size, metadata.block_size, metadata.head)
     copy_weights(base, net)

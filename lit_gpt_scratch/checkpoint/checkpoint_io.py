@@ -1,7 +1,7 @@
 """Atomic, checksummed checkpoint files, and the Lightning plugins that read and write them.
 
 A checkpoint is a file written by ``torch.save``, i.e. a zip archive. The checksum, a SHA-256 of the archive, is stored
-in the comment at the end of the archive. This keeps it in the same file, and other readers of the archive ignore it.
+in the archive comment, which other programs ignore.
 """
 
 import hashlib
@@ -27,9 +27,9 @@ NO_COMMENT: Final = b"\0\0"
 """Comment length field of an archive without a comment, as written by ``torch.save``."""
 END_RECORD_SIGNATURE: Final = b"PK\5\6"
 END_RECORD_BYTES: Final = 22
-"""Size of a zip archive's last record without the comment.
+"""Size in bytes of the last record of a zip archive, excluding the comment.
 
-The record begins with ``END_RECORD_SIGNATURE`` and ends with the length of the comment.
+The record begins with ``END_RECORD_SIGNATURE``, and its last field is the length of the comment.
 """
 READ_BYTES: Final = 1 << 20
 PARTIAL_SUFFIX: Final = ".part"
@@ -37,15 +37,15 @@ PARTIAL_SUFFIX: Final = ".part"
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint atomically, with its checksum.
+    """Write a checkpoint and its checksum to a file atomically.
 
-    The data is written to a temporary file, which is synced and then renamed. If the process is killed or the disk is
-    full, the previous file stays in place.
+    The data is written to a temporary file, which is synced to disk and then renamed. If the process is killed or the
+    disk is full, the previous file is unchanged.
 
     Raises:
         UserError: The file cannot be written, or the checkpoint contains objects that could not be loaded again.
     """
-    # In the same folder, because a rename across file systems would not be atomic.
+    # The temporary file is in the same folder, because a rename across file systems would not be atomic.
     partial = path.with_name(f".{path.name}{PARTIAL_SUFFIX}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
         cause = next((e for e in (error, error.__cause__, error.__context__) if isinstance(e, OSError)), error)
         reason = cause.strerror if isinstance(cause, OSError) else str(cause).splitlines()[0]
         raise UserError(f"cannot save {path}: {reason}; the previous checkpoint is unchanged") from error
-    if os.name == "posix":  # the rename should survive a power failure too, where the file system supports it
+    if os.name == "posix":  # make the rename survive a power failure if the file system supports this
         with suppress(OSError):
             folder = os.open(path.parent, os.O_RDONLY)
             try:
@@ -77,14 +77,14 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def _reject_unsafe_globals(partial: Path, path: Path) -> None:
-    """Raise an error if a checkpoint contains anything but tensors and plain data, e.g. in a callback's state.
+    """Raise an error if a checkpoint contains objects other than tensors and plain data, e.g. in a callback's state.
 
     Such a file could not be loaded again, because checkpoints are loaded with ``weights_only=True``.
     """
     if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(partial):
         raise UserError(
             f"cannot save {path}: it would contain {', '.join(sorted(unsafe))}, but only tensors and plain data can be "
-            "loaded again (check the state_dict of your callbacks); the previous checkpoint is unchanged"
+            "loaded again; check the state_dict of your callbacks (the previous checkpoint is unchanged)"
         )
 
 
@@ -92,7 +92,7 @@ def verify_checksum(path: Path) -> bool:
     """Verify a checkpoint's checksum. A file without a checksum, e.g. one saved by a plain Trainer, is accepted.
 
     Returns:
-        Whether the file has a checksum.
+        True if the file has a checksum, False otherwise.
 
     Raises:
         UserError: The checksum does not match, or the file cannot be read.
@@ -106,16 +106,18 @@ def verify_checksum(path: Path) -> bool:
                 return False
             file.seek(max(0, size - len(COMMENT_LENGTH) - COMMENT_BYTES))
             if file.read() != COMMENT_LENGTH + CHECKSUM_PREFIX + _compute_checksum(file, size).encode():
-                raise UserError(f"{path} is not a checkpoint, or is damaged: its checksum does not match")
+                raise UserError(
+                    f"{path} is not a checkpoint, or is damaged: its checksum does not match; use another file"
+                )
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
+        raise UserError(f"no checkpoint at {path}; check the path") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; it is not a checkpoint") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
     return True
 
 
 def _compute_checksum(file: BinaryIO, size: int) -> str:
-    """Compute the SHA-256 of the archive as it was before the comment was appended."""
+    """Compute the SHA-256, in hexadecimal, of the archive as it was before the comment was appended."""
     digest = hashlib.sha256()
     file.seek(0)
     left = size - COMMENT_BYTES - len(COMMENT_LENGTH)
@@ -128,7 +130,7 @@ def _compute_checksum(file: BinaryIO, size: int) -> str:
 
 
 class _HashingWriter:
-    """A file wrapper that hashes the data written to it."""
+    """File wrapper that computes the SHA-256 of the data written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -148,7 +150,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning plugin for atomic, checksummed checkpoints: ``Trainer(plugins=[AtomicCheckpointIO()])``.
 
     Only tensors and plain data are loaded: ``weights_only=True`` is always used, regardless of the Trainer's argument,
-    so that checkpoints cannot run code.
+    so that a checkpoint cannot run code when it is loaded.
     """
 
     @override
@@ -165,10 +167,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class BackgroundCheckpointIO(SingleThreadCheckpointIO):
-    """Runs ``AtomicCheckpointIO`` in a background thread. An error is raised by the next save or at the end of the run.
+    """Lightning plugin that runs ``AtomicCheckpointIO`` in a background thread.
 
-    Each save waits for the previous one, so at most one copy of the state is held in host memory. Removals are queued
-    after the saves, and skipped if a save failed.
+    An error in the thread is raised by the next save or at the end of the run. Each save waits for the previous save to
+    finish, so at most one copy of the state is held in host memory. Checkpoints are removed in the same thread after
+    pending saves have finished; if a save has failed, no checkpoint is removed.
     """
 
     def __init__(self) -> None:

@@ -20,13 +20,13 @@ REPEATABLE_TAGS: Final = (
 )
 """Pattern for tags whose points may be logged twice with the same value.
 
-A process can be killed after a validation is logged but before it is recorded as done. Also, each process that trains
-in a run logs the chart layout.
+A process can be killed after a validation is logged but before the validation is recorded as completed; the resumed run
+then repeats it. Also, the chart layout is logged each time a run is started or resumed.
 """
 
 
 def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Iterate over all leaf values of a checkpoint as (path, value), skipping wall-clock measurements."""
+    """Iterate over all leaf values of a checkpoint as (path, value) pairs, skipping wall-clock measurements."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             if not re.fullmatch(TIMING_NAMES, str(key)):
@@ -39,7 +39,7 @@ def iterate_leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def count_differing_bits(one: Any, other: Any) -> int:
-    """Count the bits in which two leaves differ; all bits count if the types or shapes differ."""
+    """Count the bits in which two leaf values differ; if their types or shapes differ, all bits are counted."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         if one.shape == other.shape and one.dtype == other.dtype:
             a, b = (t.contiguous().reshape(-1).view(torch.uint8).numpy() for t in (one, other))
@@ -49,12 +49,12 @@ def count_differing_bits(one: Any, other: Any) -> int:
 
 
 def compare_checkpoints(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, int]:
-    """Count differing bits between two checkpoints, including weights, optimizer, schedule, counters and callbacks.
+    """Count the bits in which two checkpoints differ: weights, optimizer, schedule, counters and callbacks.
 
-    Loop counters are normalized first, as they are when a run is resumed.
+    Loop counters are normalized before the comparison, as when a run is resumed.
 
     Returns:
-        Number of differing bits by path, for the paths that differ.
+        Number of differing bits keyed by path; paths without differences are omitted.
     """
     a, b = dict(iterate_leaves(_normalize_counters(one))), dict(iterate_leaves(_normalize_counters(other)))
     bits = {name: count_differing_bits(a.get(name), b.get(name)) for name in sorted(a.keys() | b.keys())}
@@ -68,7 +68,7 @@ def _normalize_counters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
-    """Read a run's TensorBoard scalars and texts as (step, value) points by tag, without wall-clock measurements."""
+    """Read a run's TensorBoard data as (step, value) points keyed by tag, excluding wall-clock measurements."""
     events = EventAccumulator(str(run), size_guidance={"tensors": 0}).Reload()
     return {
         tag: [(event.step, repr(make_ndarray(event.tensor_proto).tolist())) for event in events.Tensors(tag)]
@@ -78,9 +78,9 @@ def read_curves(run: Path) -> dict[str, list[tuple[int, str]]]:
 
 
 def compare_curves(one: Path, other: Path) -> dict[str, int]:
-    """Count the points at which the curves of two runs differ, by tag.
+    """Count the points at which the logged curves of two runs differ, for each tag.
 
-    A point that is logged twice counts as a difference, except for ``REPEATABLE_TAGS``.
+    A point that only one run logged twice counts as a difference unless its tag matches ``REPEATABLE_TAGS``.
     """
     a, b = read_curves(one), read_curves(other)
     differences: dict[str, int] = {}

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings to dotted names like ``trainer.max_steps``."""
+    """Flatten a nested mapping to a dict with dotted names as keys, such as ``trainer.max_steps``."""
     flat: dict[str, Any] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
@@ -16,7 +16,7 @@ def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def diff_configs(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the values that differ as (before, now) pairs keyed by dotted name; a missing value is None."""
+    """Return all values that differ, as (before, now) pairs keyed by dotted name; a missing value is None."""
     old, new = flatten(before), flatten(now)
     return {
         name: (old.get(name), new.get(name))

@@ -36,7 +36,7 @@ def collect_environment() -> dict[str, Any]:
 
 
 def _hash_sources() -> str:
-    """Compute the SHA-256 of the package's source files. It works without git and includes uncommitted changes."""
+    """Compute the SHA-256 of the package's source files. Unlike the git commit, it covers uncommitted changes."""
     digest = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         digest.update(path.relative_to(PACKAGE).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")

@@ -13,16 +13,16 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
-"""Settings in which a network may differ from the model whose weights it is initialised with."""
+"""Settings that may differ between a network and the pretrained model from which it is initialised."""
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """A loaded checkpoint whose network has not been built yet. Its memory is freed together with this object.
+    """Pretrained checkpoint whose network has not been built yet; its memory is freed together with this object.
 
     Attributes:
-        path: The file or folder that the checkpoint was read from.
-        checkpoint: The result of ``load_checkpoint``.
+        path: Path of the file or folder from which the checkpoint was read.
+        checkpoint: Checkpoint dict returned by ``load_checkpoint``.
     """
 
     path: Path
@@ -30,13 +30,13 @@ class InitialModel:
 
     @classmethod
     def read(cls, place: str) -> "InitialModel":
-        """Read a checkpoint.
+        """Read a checkpoint from a file or folder.
 
         Args:
-            place: A run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
+            place: Path of a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
 
         Raises:
-            UserError: The checkpoint does not exist, or cannot be used.
+            UserError: The checkpoint does not exist or cannot be read.
         """
         try:
             path = find_checkpoint(place, Path(), None)
@@ -58,11 +58,11 @@ class InitialModel:
         """Build the network.
 
         Args:
-            trusted: Import path of a custom attention class that the checkpoint may use. Building the network runs its
-                code.
+            trusted: Import path of the custom attention class that the checkpoint may use. Building the network runs
+                the code of this class.
 
         Raises:
-            UserError: The checkpoint uses a class that is not trusted, or its parts are inconsistent.
+            UserError: The checkpoint uses a class that is not trusted, or its config and weights are inconsistent.
         """
         try:
             return build_model(self.checkpoint, self.path, trusted)
@@ -79,18 +79,18 @@ def resolve_context(trained: LoadedModel, gpt: GPTConfig, block_size: int) -> in
         block_size: Tokens per training sequence.
 
     Raises:
-        UserError: The model has learned positions, but fewer than ``block_size``.
+        UserError: The pretrained model has fewer than ``block_size`` learned positions.
     """
     if gpt.position == "learned" and block_size > trained.net.block_size:
         raise UserError(
-            f"data.block_size is {block_size}, but the model of model.init_from has learned "
-            f"{trained.net.block_size} positions; set --data.block_size to at most {trained.net.block_size}"
+            f"--data.block_size is {block_size}, but the model of --model.init_from has only "
+            f"{trained.net.block_size} learned positions; set --data.block_size to at most {trained.net.block_size}"
         )
     return max(block_size, trained.net.block_size)
 
 
 def copy_weights(trained: LoadedModel, net: GPT) -> bool:
-    """Copy a trained model's weights into a network; a different kind of head keeps its initial weights.
+    """Copy a trained model's weights into a network; a head of a different type or size keeps its initial weights.
 
     Args:
         trained: The model to copy from.
@@ -100,7 +100,7 @@ def copy_weights(trained: LoadedModel, net: GPT) -> bool:
         Whether the head's weights were copied.
 
     Raises:
-        UserError: The two configs differ in settings other than ``MAY_DIFFER``.
+        UserError: The two models differ in settings that are not in ``MAY_DIFFER``.
     """
     own = CheckpointMetadata(asdict(net.config), net.vocab_size, net.block_size, "")
     same_head = net.output_head == trained.net.output_head and trained.net.head.weight.shape == net.head.weight.shape

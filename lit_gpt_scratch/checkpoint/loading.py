@@ -24,13 +24,13 @@ STATE_PREFIX: Final = "net."
 
 
 class LoadedModel(NamedTuple):
-    """A trained model.
+    """Trained model that was loaded from a checkpoint.
 
     Attributes:
         net: The network in evaluation mode, with any adapters merged into its weights.
         tokenizer: The model's tokenizer.
         metadata: Metadata of the checkpoint.
-        step: Number of optimizer steps it was trained for; 0 if unknown.
+        step: Number of optimizer steps for which the model was trained; 0 if unknown.
     """
 
     net: GPT
@@ -45,7 +45,7 @@ class LoadedModel(NamedTuple):
             UserError: The model has a different type of head.
         """
         if self.metadata.non_lm_task is not None:
-            raise UserError(f"the model is not a language model: it {self.metadata.non_lm_task}")
+            raise UserError(f"the model is not a language model: it {self.metadata.non_lm_task}; use a language model")
         return self.net, self.tokenizer
 
 
@@ -60,18 +60,18 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     if path.suffix == SAFETENSORS_SUFFIX:
         return load_safetensors(path, STATE_PREFIX)
     if not verify_checksum(path):
-        log.warning("%s has no checksum (another program wrote it), so damage cannot be detected", path)
+        log.warning("%s has no checksum, because another program wrote it; damage cannot be detected", path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # reading an arbitrary file can raise anything
-        raise UserError(f"{path} is not a checkpoint, or is damaged") from error
+        raise UserError(f"{path} is not a checkpoint, or is damaged; use another file") from error
     if not isinstance(loaded, dict) or not {METADATA_KEY, "state_dict"} <= loaded.keys():
-        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch")
+        raise UserError(f"{path} is not a checkpoint of lit_gpt_scratch; use a checkpoint that fit has written")
     return loaded
 
 
 def load_hf_checkpoint(path: Path) -> dict[str, Any]:
-    """Load a Hugging Face folder as a checkpoint dict without optimizer state and counters.
+    """Load a Hugging Face folder as a checkpoint dict without optimizer state and loop counters.
 
     Raises:
         UserError: The folder is missing, or its model is not supported.
@@ -85,18 +85,23 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = No
     """Build the model from a loaded checkpoint.
 
     Args:
-        checkpoint: The result of ``load_checkpoint``.
+        checkpoint: Checkpoint dict returned by ``load_checkpoint``.
         path: Path of the checkpoint, for error messages.
-        trusted: Import path of a custom attention class that the checkpoint may use. Building the model runs its code.
+        trusted: Import path of the custom attention class that the checkpoint may use. Building the model runs the code
+            of this class.
 
     Raises:
-        UserError: The checkpoint uses a class that is not trusted, or its parts are inconsistent.
+        UserError: The checkpoint uses a class that is not trusted, or its config and weights are inconsistent.
     """
     metadata = CheckpointMetadata.from_checkpoint(checkpoint)
     if not metadata.tokenizer:
-        raise UserError(f"{path} contains only adapters; pass the base model, and this file as --adapter")
+        raise UserError(
+            f"{path} contains only adapters; pass the base model as the checkpoint and this file as --adapter"
+        )
     if (attention := metadata.gpt.get("attention")) not in (None, trusted):
-        raise UserError(f"{path} has custom attention, {attention}; if you trust that code, pass --trust {attention}")
+        raise UserError(
+            f"{path} uses the custom attention class {attention}; if you trust its code, pass --trust {attention}"
+        )
     weights = {
         name.removeprefix(STATE_PREFIX): weight
         for name, weight in checkpoint["state_dict"].items()
@@ -108,7 +113,10 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = No
             add_lora(net, LoRA(**metadata.lora))
         net.load_state_dict(weights)
     except (TypeError, RuntimeError) as error:
-        raise UserError(f"{path} contains a model that this version cannot build ({error})") from error
+        raise UserError(
+            f"{path} contains a model that this version of lit_gpt_scratch cannot build ({error}); "
+            "use the version that wrote it"
+        ) from error
     if metadata.lora is not None:
         merge_lora(net)
         remove_lora(net)
@@ -117,15 +125,15 @@ def build_model(checkpoint: dict[str, Any], path: Path, trusted: str | None = No
 
 
 def load_model(path: Path, trusted: str | None = None) -> tuple[GPT, Tokenizer]:
-    """Load a language model in evaluation mode, and its tokenizer.
+    """Load a language model, in evaluation mode, and its tokenizer.
 
     Args:
         path: Path of a checkpoint, a ``.safetensors`` file, or a Hugging Face folder.
         trusted: See ``build_model``.
 
     Raises:
-        UserError: The file is missing or not a checkpoint, uses a class that is not trusted, has inconsistent parts, or
-            does not contain a language model.
+        UserError: The file is missing or not a checkpoint, uses a class that is not trusted, or does not contain a
+            valid language model.
     """
     return build_model(load_checkpoint(path), path, trusted).require_language_model()
 
@@ -135,7 +143,7 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: str | None = Non
 
     Args:
         place: Path of a run folder, a checkpoint or a ``.safetensors`` file.
-        tokenizer_json: The policy's tokenizer, as the text of a ``tokenizer.json``.
+        tokenizer_json: Content of the policy's ``tokenizer.json``.
         trusted: See ``build_model``.
 
     Raises:

@@ -8,17 +8,17 @@ from lit_gpt_scratch.lightning_compat import set_saved_logging_step
 Counts = dict[str, int]
 
 BATCH_LAYOUT_KEY: Final = "layout"
-"""Checkpoint key for the ``BatchLayout`` that the batch counters refer to."""
+"""Checkpoint key of the ``BatchLayout`` with which the batches were counted."""
 
 
 def normalize_progress(fit_loop: dict[str, Any]) -> None:
-    """Set the counters of a saved training loop, in place, to their values between two steps.
+    """Change the counters of a saved training loop, in place, as if it had been saved between two steps.
 
     A checkpoint can be saved before or after a batch, during validation, or at the end of a run, and Lightning 2.6
     increments its counters at four different points of each event. If a run is resumed from counters saved halfway
     through an event, Lightning repeats or skips a batch, a validation or the rest of an epoch. Therefore, only
-    completed events are counted here, and an epoch is complete once its last batch is. Checkpoints then resume the same
-    way no matter when they were saved.
+    completed events are counted, and an epoch is complete once its last batch is complete. A run then resumes in the
+    same way regardless of when its checkpoint was saved.
 
     Args:
         fit_loop: ``checkpoint["loops"]["fit_loop"]`` of a Trainer's checkpoint.
@@ -46,14 +46,14 @@ def normalize_progress(fit_loop: dict[str, Any]) -> None:
 
 
 def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: BatchLayout) -> None:
-    """Convert the batch counts of a normalized loop, in place, to another batch layout.
+    """Convert the batch counts of a normalized training loop, in place, to another batch layout.
 
-    All other counters are in steps or epochs, which do not change. If the number of rows per step is unchanged,
-    training continues with the next row. Otherwise it continues with the first full step that contains no row already
-    seen, so that no row occurs twice in an epoch.
+    All other counters count steps or epochs and stay the same. If the number of rows per step is unchanged, training
+    continues with the next row. Otherwise, training continues with the first full step that contains only unseen rows,
+    so that no row is used twice in an epoch.
 
     Args:
-        fit_loop: ``checkpoint["loops"]["fit_loop"]``, normalized.
+        fit_loop: ``checkpoint["loops"]["fit_loop"]`` after ``normalize_progress``.
         before: The batch layout when the checkpoint was saved.
         now: The batch layout of the resumed run.
     """
@@ -65,7 +65,7 @@ def rescale_batch_counts(fit_loop: dict[str, Any], before: BatchLayout, now: Bat
 
 
 def count_finished_epochs(fit_loop: dict[str, Any]) -> int:
-    """Return the number of completed epochs of a saved training loop whose counters are normalized."""
+    """Return the number of completed epochs of a saved training loop with normalized counters."""
     done: int = fit_loop["epoch_progress"]["current"]["processed"]
     return done
 

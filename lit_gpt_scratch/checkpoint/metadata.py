@@ -16,16 +16,17 @@ class CheckpointMetadata:
     """Model config and tokenizer as plain data, so that the weights can be used without the run's other files.
 
     Attributes:
-        gpt: The fields of a ``GPTConfig``.
+        gpt: Fields of the ``GPTConfig``.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
-        tokenizer: The text of a ``tokenizer.json``.
+        tokenizer: Content of the ``tokenizer.json``; empty in an adapter file.
         start_of_text: Id of the token that precedes every document; None if it is the end-of-text token.
-        lora: The fields of a ``LoRA``; None if the state dict contains no adapters.
-        base: Hash of the base model weights that the adapters were trained on; excludes the head if ``new_head``.
+        lora: Fields of the ``LoRA`` settings; None if the state dict contains no adapters.
+        base: SHA-256 of the base model weights that the adapters were trained on, without the head if ``new_head`` is
+            True; None if there is no base model.
         new_head: Whether the head was trained together with the adapters.
         classes: Class names of a classification head; None for other heads.
-        pooling: Pooling of a classifier, a name in ``model.output_heads.POOLINGS``.
+        pooling: Name in ``model.output_heads.POOLINGS`` of a classifier's pooling method; None for other heads.
         rewards: Whether the head predicts the reward of a conversation.
     """
 
@@ -52,7 +53,7 @@ class CheckpointMetadata:
     def non_lm_task(self) -> str | None:
         """Verb phrase that describes the model's task, for error messages; None for a language model."""
         if self.classes is not None:
-            return f"classifies texts as {', '.join(self.classes)}"
+            return f"classifies documents as {', '.join(self.classes)}"
         return "predicts rewards" if self.rewards else None
 
     @property
@@ -61,7 +62,7 @@ class CheckpointMetadata:
         sizes = {"vocab_size": self.vocab_size, "block_size": self.block_size, "classes": self.classes}
         adapters = {f"lora.{name}": value for name, value in (self.lora or {}).items()}
         head = {"pooling": self.pooling, "rewards": self.rewards}
-        # Fields of GPTConfig that are newer than the checkpoint get their defaults.
+        # Fields that were added to GPTConfig after the checkpoint was written have their defaults.
         return {**asdict(GPTConfig()), **self.gpt, **adapters, **sizes, **head}
 
     @classmethod
@@ -74,13 +75,15 @@ class CheckpointMetadata:
         try:
             return cls(**checkpoint[METADATA_KEY])
         except (KeyError, TypeError) as error:
-            raise UserError("the checkpoint was not written by lit_gpt_scratch") from error
+            raise UserError(
+                "the checkpoint was not written by lit_gpt_scratch; use a checkpoint that fit has written"
+            ) from error
 
 
 def require_same_model(
     checkpoint: CheckpointMetadata, network: CheckpointMetadata, may_differ: Collection[str] = ()
 ) -> None:
-    """Check that a checkpoint and a network have the same settings, before weights are loaded; tokenizers may differ.
+    """Check that a checkpoint and a network have the same settings. The tokenizers may differ.
 
     Args:
         checkpoint: Metadata of the checkpoint.
@@ -88,26 +91,28 @@ def require_same_model(
         may_differ: Names of fields that are not compared.
 
     Raises:
-        UserError: Some fields differ; the message lists all of them.
+        UserError: Some fields differ; the message lists all differences.
     """
     there, here = checkpoint.fields, network.fields
     different = [
-        f"{name} is {there.get(name)} in the checkpoint, {here.get(name)} here"
+        f"{name} is {there.get(name)} in the checkpoint, but {here.get(name)} in this run"
         for name in sorted(there.keys() | here.keys())
         if there.get(name) != here.get(name) and name not in may_differ
     ]
     if different:
-        raise UserError(f"the checkpoint contains another model: {'; '.join(different)}")
+        raise UserError(
+            f"the checkpoint contains another model: {'; '.join(different)}; use the settings of the checkpoint"
+        )
 
 
 def require_same_tokenizer(metadata: CheckpointMetadata, tokenizer_json: str) -> None:
-    """Check that a checkpoint was trained with this tokenizer; with another one, token ids would have other meanings.
+    """Check that a checkpoint was trained with the given tokenizer, because token ids depend on the tokenizer.
 
     Raises:
         UserError: The tokenizers differ.
     """
     if metadata.tokenizer != tokenizer_json:
         raise UserError(
-            "the checkpoint was trained with another tokenizer: the training text has changed, or --data.tokenizer "
-            "names another one; set --data.tokenizer to the tokenizer.json of that run"
+            "the checkpoint was trained with another tokenizer: the training data or --data.tokenizer has changed; "
+            "set --data.tokenizer to the tokenizer.json in the run folder of the checkpoint"
         )

@@ -1,4 +1,4 @@
-"""Kill a run at random times, resume it, and check that its results are bitwise equal to an uninterrupted run's."""
+"""Kill runs at random times, resume them, and check that their results are identical to an uninterrupted run."""
 
 import os
 import random
@@ -22,22 +22,22 @@ from lit_gpt_scratch.errors import UserError
 STARTUP_KILL_SHARE: Final = 0.2
 """Fraction of the kills that are scheduled during startup, before the first step."""
 EXIT_GRACE_SECONDS: Final = 8.0
-"""Time given to the other processes of a run to exit after one was killed."""
+"""Number of seconds to wait for the other processes of a run to exit after one process was killed."""
 POLL_SECONDS: Final = 0.002
 KILL_SIGNAL: Final = getattr(signal, "SIGKILL", signal.SIGTERM)
 FINISHED_MESSAGE: Final = "to continue, set"
-"""Part of the error message of ``fit`` for a run that is already finished and cannot be resumed."""
+"""Part of the error message that ``fit`` prints if a run is already finished and cannot be resumed."""
 
 
 @dataclass
 class StressTestReport:
-    """Result of a stress test.
+    """Result of a ``ResumeStressTest``.
 
     Attributes:
-        kills: Number of kills, keyed by the phase of the run in which they occurred.
+        kills: Number of kills, keyed by the phase of the run.
         runs: Number of runs that were killed and resumed until they finished.
         bits: Number of bits compared per run.
-        differences: Number of differing bits or curve points, by name.
+        differences: Number of differing bits or curve points, keyed by name.
     """
 
     kills: Counter[str] = field(default_factory=Counter)
@@ -47,20 +47,20 @@ class StressTestReport:
 
     def __str__(self) -> str:
         phases = ", ".join(f"{n} {phase}" for phase, n in sorted(self.kills.items()))
-        head = f"{self.kills.total()} kills ({phases}), {self.runs} runs resumed to their end"
+        head = f"{self.kills.total()} kills ({phases}), {self.runs} runs resumed until they finished"
         if not self.differences:
-            return f"exact: {head}; 0 of {self.bits:,} bits differ in each, and no point of a curve"
+            return f"exact: {head}; in each run, 0 of {self.bits:,} bits and 0 curve points differ"
         worst = ", ".join(f"{name} ({n})" for name, n in self.differences.most_common(5))
-        return f"not exact: {head}; {len(self.differences)} parts differ: {worst}"
+        return f"not exact: {head}; {len(self.differences)} values or curves differ: {worst}"
 
 
 class ResumeStressTest:
-    """Runs ``fit`` several times with the same flags: once uninterrupted, then killed and resumed.
+    """Stress test that runs ``fit`` once uninterrupted, then kills and resumes further runs with the same flags.
 
     Args:
         flags: Command-line flags for ``fit``.
         folder: Folder for the runs.
-        seed: Seed for the random times of the kills.
+        seed: Seed of the random kill times.
     """
 
     def __init__(self, flags: Sequence[str], folder: Path, seed: int = 0) -> None:
@@ -71,7 +71,7 @@ class ResumeStressTest:
         self.started: list[subprocess.Popen[str]] = []
 
     def run(self, kills: int, on_kill: Callable[[], object] = lambda: None) -> StressTestReport:
-        """Kill and resume runs, and compare every run that finishes with the uninterrupted one.
+        """Kill and resume runs, and compare every finished run with the uninterrupted run.
 
         Args:
             kills: Total number of kills.
@@ -91,7 +91,7 @@ class ResumeStressTest:
         began = time.monotonic()
         self._wait_until_finished(self._start(reference))
         if not (reference.last.exists() and reference.config.exists()):
-            raise UserError("fit saves no checkpoint with these flags, so there is nothing to resume")
+            raise UserError("fit saved no checkpoint with these flags, so no run can be resumed; enable checkpoints")
         self.training_seconds = time.time() - reference.config.stat().st_mtime  # written when training begins
         self.startup_seconds = max(time.monotonic() - began - self.training_seconds, 0.1)
         self.expected = load_checkpoint(reference.last)
@@ -134,15 +134,18 @@ class ResumeStressTest:
 
     def _wait_until_finished(self, process: "subprocess.Popen[str]") -> None:
         _, stderr = process.communicate()
-        if process.returncode and FINISHED_MESSAGE not in stderr:  # the kill may have come after the last save
+        if process.returncode and FINISHED_MESSAGE not in stderr:  # the run may have been killed after its last save
             lines = stderr.strip().splitlines() or ["no output"]
-            raise UserError(f"the run failed without being killed, with exit code {process.returncode}: {lines[-1]}")
+            raise UserError(
+                f"the run failed with exit code {process.returncode} although it was not killed: {lines[-1]}; "
+                "run fit with these flags to see the complete error"
+            )
 
     def _kill(self, process: "subprocess.Popen[str]", run: RunFolder) -> str | None:
         """Kill one process of a run at a random time.
 
         Returns:
-            The phase of the run at that time, or None if the run had already finished.
+            Phase of the run when it was killed, or None if it finished earlier.
         """
         config_time = _modified_at(run.config)
         if self.random.random() < STARTUP_KILL_SHARE:
@@ -159,7 +162,7 @@ class ResumeStressTest:
             return None
         training = training or _modified_at(run.config) != config_time
         os.kill(self.random.choice(list_group_processes(process.pid)), KILL_SIGNAL)  # any rank or loader worker
-        phase = _describe_phase(run) if training else "at the start"
+        phase = _describe_phase(run) if training else "during startup"
         with suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=EXIT_GRACE_SECONDS)
         _kill_group(process)
@@ -168,9 +171,9 @@ class ResumeStressTest:
 
 
 def _compare_checkpoint_files(reference: RunFolder, run: RunFolder) -> dict[str, int]:
-    """Count differing bits by file and path, excluding ``last.ckpt``; a file that one run lacks counts as 1."""
+    """Count the differing bits in all checkpoints except ``last.ckpt``. A file that only one run has counts as 1."""
     names = [{path.name for path in each.checkpoints.glob("*.ckpt")} for each in (reference, run)]
-    found = {f"{name} in one run": 1 for name in names[0] ^ names[1]}
+    found = {f"{name} in only one run": 1 for name in names[0] ^ names[1]}
     for name in (names[0] & names[1]) - {reference.last.name}:
         one, other = (load_checkpoint(each.checkpoints / name) for each in (reference, run))
         found |= {f"{name} {part}": bits for part, bits in compare_checkpoints(one, other).items()}
@@ -189,7 +192,7 @@ def _describe_phase(run: RunFolder) -> str:
         return "while saving"
     last: dict[str, Any] = load_checkpoint(run.last) if run.last.exists() else {"callbacks": {}}
     validating = any(isinstance(s, dict) and s.get("validation_due") for s in last["callbacks"].values())
-    return "in a validation" if validating else "between saves"
+    return "during validation" if validating else "between saves"
 
 
 def _modified_at(path: Path) -> float:
@@ -197,7 +200,7 @@ def _modified_at(path: Path) -> float:
 
 
 def list_group_processes(leader: int) -> list[int]:
-    """Return the ids of live processes in the leader's process group; without ``/proc``, only the leader's id."""
+    """Return the ids of the live processes in a process group, or only the leader's id if ``/proc`` does not exist."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

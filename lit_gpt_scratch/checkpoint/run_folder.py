@@ -20,14 +20,14 @@ from lit_gpt_scratch.errors import UserError
 log = logging.getLogger(__name__)
 
 EVENTS_PREFIX: Final = "events.out.tfevents."
-"""Start of the name of a TensorBoard event file, followed by the time in seconds, host, process id and a counter."""
+"""Prefix of a TensorBoard event file name, followed by the time in seconds, host, process id and a counter."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder that contains all files of a run.
+    """Folder that contains all files of a run.
 
-    These are ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events and
+    The files are ``config.yaml``, ``tokenizer.json``, ``provenance.json``, ``summary.json``, TensorBoard events and
     ``checkpoints/``.
     """
 
@@ -35,7 +35,7 @@ class RunFolder:
 
     @property
     def version(self) -> int:
-        """The number ``N`` in the folder's name, ``version_N``."""
+        """Number ``N`` in the folder name ``version_N``."""
         return int(self.path.name.removeprefix("version_"))
 
     @property
@@ -50,21 +50,23 @@ class RunFolder:
 
     @property
     def last(self) -> Path:
-        """Path of the checkpoint to resume from."""
+        """Path of the checkpoint from which the run can be resumed."""
         return self.checkpoints / "last.ckpt"
 
     @classmethod
     def create(cls, runs: Path, experiment: str) -> "RunFolder":
-        """Create the next free folder; concurrent processes get different ones.
+        """Create the folder with the next free version number; concurrent processes get different folders.
 
         Raises:
             UserError: The folder cannot be created.
         """
         if not experiment or Path(experiment).name != experiment:
-            raise UserError(f"--experiment is '{experiment}'; it must be the name of a folder")
+            raise UserError(f"--experiment is '{experiment}'; it must be a folder name, not a path")
         for flag, name in (("--runs", str(runs)), ("--experiment", experiment)):
             if Path(os.path.expandvars(name)).expanduser() != Path(name):  # a logger would expand it
-                raise UserError(f"{flag} is '{name}'; ~ and variables are not expanded; pass the full path")
+                raise UserError(
+                    f"{flag} is '{name}', but ~ and environment variables are not expanded; pass the expanded value"
+                )
         try:
             version = max((run.version for run in _list_runs(runs / experiment)), default=-1) + 1
         except OSError as error:  # e.g. the name is too long
@@ -86,7 +88,7 @@ class RunFolder:
                 raise UserError(f"cannot create a run folder in {runs}: {error.strerror}; change --runs") from error
 
     def delete(self) -> None:
-        """Delete the folder, and its two parents if they are empty."""
+        """Delete the folder, and also its two parent folders if they are empty."""
         shutil.rmtree(self.path, ignore_errors=True)
         with suppress(OSError):
             self.path.parent.rmdir()
@@ -94,7 +96,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Lock the folder against other training processes. A lock is released when its process is killed.
+        """Lock the folder, so that no other process trains in it. If the process is killed, the lock is released.
 
         Raises:
             UserError: Another process holds the lock.
@@ -104,10 +106,12 @@ class RunFolder:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UserError(
-                f"{self.path} is in use by another training process; wait until it ends, or start another run"
+                f"{self.path} is in use by another training process; wait until it ends, or start a new run"
             ) from error
         except OSError as error:
-            raise UserError(f"cannot write into {self.path}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write to {self.path}: {error.strerror}; check the permissions of the folder"
+            ) from error
         try:
             yield
         finally:
@@ -124,7 +128,9 @@ class RunFolder:
             partial.write_text(text, encoding="utf-8")
             partial.replace(self.path / name)
         except OSError as error:
-            raise UserError(f"cannot write {self.path / name}: {error.strerror}") from error
+            raise UserError(
+                f"cannot write {self.path / name}: {error.strerror}; check the permissions and the free disk space"
+            ) from error
 
     def read_sessions(self) -> list[dict[str, Any]]:
         """Read the environments of all processes that trained in this folder from ``provenance.json``, oldest first."""
@@ -144,10 +150,11 @@ class RunFolder:
                 path.unlink(missing_ok=True)
 
     def order_events(self) -> None:
-        """Rename event files of earlier sessions so that they sort before those of a session that starts now.
+        """Rename event files of earlier sessions so that they sort before the files of a session that starts now.
 
-        TensorBoard reads sessions in the order of file names, and each session discards points of those read before it.
-        Without renaming, that order is wrong after the clock was set back, or between sessions of the same second.
+        TensorBoard reads sessions in the order of their file names, and each session discards points of the sessions
+        before it. Without renaming, the order would be wrong if the clock was set back or if two sessions started in
+        the same second.
         """
         bound = int(time.time())
         for path in sorted(self.path.glob(f"{EVENTS_PREFIX}*"), reverse=True):
@@ -158,12 +165,12 @@ class RunFolder:
             path.rename(path.with_name(f"{EVENTS_PREFIX}{bound:010d}.{rest}"))
 
     def last_saved_at(self) -> float:
-        """Return the time of the newest checkpoint, intact or not, in seconds since the epoch; 0 if there is none."""
+        """Return the save time of the newest checkpoint in seconds since the epoch; 0 if there is no checkpoint."""
         return max((path.stat().st_mtime for path in self.checkpoints.glob("*.ckpt")), default=0.0)
 
     @classmethod
     def has_checkpoint(cls, runs: Path, experiment: str) -> bool:
-        """Return whether any run of an experiment has a checkpoint, intact or not."""
+        """Return whether any run of an experiment has a checkpoint, even if it is damaged."""
         return any(run.last_saved_at() for run in _list_runs(runs / experiment))
 
     @classmethod
@@ -177,10 +184,10 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     """Find the checkpoint that the user specified.
 
     Args:
-        given: Path of a checkpoint file or a Hugging Face folder, which is returned as it is; path of a run folder, to
-            use its last checkpoint; or ``last`` or None, to use the last checkpoint of the newest run.
+        given: Path of a checkpoint file or a Hugging Face folder, which is returned unchanged; path of a run folder,
+            for the last checkpoint in the folder; or ``last`` or None, for the last checkpoint of the newest run.
         runs: Folder that contains all experiments.
-        experiment: Name of the experiment to search for the newest run; None searches all experiments.
+        experiment: Name of the experiment that is searched for the newest run; None searches all experiments.
 
     Raises:
         UserError: No such checkpoint exists.
@@ -192,7 +199,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
         if path.is_dir():
             return _newest_intact_checkpoint(path)
         if not path.is_file():
-            raise UserError(f"no checkpoint at {path}")
+            raise UserError(f"no checkpoint at {path}; check the path")
         return path
     try:
         experiments = [runs / experiment] if experiment else [path for path in runs.iterdir() if path.is_dir()]
@@ -205,7 +212,7 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
     ]
     if not newest:
         where = runs / experiment if experiment else runs
-        raise UserError(f"no run with a checkpoint in {where}; train one with: python -m lit_gpt_scratch.fit")
+        raise UserError(f"no run with a checkpoint in {where}; train a model with: python -m lit_gpt_scratch.fit")
     chosen = max(newest, key=RunFolder.last_saved_at)
     for run in _list_runs(chosen.path.parent):
         if run.version > chosen.version:
@@ -214,13 +221,13 @@ def find_checkpoint(given: str | None, runs: Path, experiment: str | None) -> Pa
 
 
 def _newest_intact_checkpoint(folder: Path) -> Path:
-    """Return a run's newest undamaged checkpoint, trying ``last.ckpt`` first; log a warning for each damaged one.
+    """Return a run's newest intact checkpoint, trying ``last.ckpt`` first; log a warning for each damaged checkpoint.
 
     Raises:
         UserError: There is no intact checkpoint.
     """
     last = [path for path in (folder / "checkpoints" / "last.ckpt", folder / "last.ckpt") if path.is_file()]
-    # The best checkpoints, or checkpoints of a user-built Trainer, which have other names.
+    # The best checkpoints and the checkpoints of a custom Trainer have other names.
     others = sorted(set(folder.glob("checkpoints/*.ckpt")) - set(last), key=lambda path: -path.stat().st_mtime)
     for path in (*last, *others):
         try:
@@ -229,8 +236,8 @@ def _newest_intact_checkpoint(folder: Path) -> Path:
             log.warning("%s", error)
         else:
             return path
-    reason = "all are damaged" if last or others else "looked in its folder checkpoints"
-    raise UserError(f"{folder} contains no checkpoint ({reason})")
+    reason = "all are damaged" if last or others else "there are no .ckpt files in its folder checkpoints"
+    raise UserError(f"{folder} contains no checkpoint that can be read: {reason}; use another run")
 
 
 def _list_runs(experiment: Path) -> Iterator[RunFolder]:

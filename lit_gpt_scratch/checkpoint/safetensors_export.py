@@ -1,4 +1,4 @@
-"""Export a model as a single ``.safetensors`` file that can be shared, since it cannot contain code."""
+"""Export a model as a single ``.safetensors`` file, which is safe to share because it cannot contain code."""
 
 import hashlib
 import json
@@ -19,12 +19,13 @@ SAFETENSORS_SUFFIX: Final = ".safetensors"
 
 
 def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> None:
-    """Write a checkpoint's weights, config and tokenizer to a file, without optimizer state and counters.
+    """Write the weights, config and tokenizer of a checkpoint to a ``.safetensors`` file.
 
-    The file's header contains the checkpoint metadata as JSON, and a SHA-256 of the metadata and weights.
+    Optimizer state and loop counters are omitted. The header of the file contains the checkpoint metadata as JSON, and
+    a SHA-256 of the metadata and weights.
 
     Args:
-        checkpoint: The result of ``loading.load_checkpoint``.
+        checkpoint: Checkpoint dict returned by ``loading.load_checkpoint``.
         prefix: Prefix of the network's weights in the checkpoint's state dict.
         path: Path of the file to write.
 
@@ -41,11 +42,13 @@ def export_safetensors(checkpoint: dict[str, Any], prefix: str, path: Path) -> N
     except OSError as error:
         with suppress(OSError):
             partial.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+        raise UserError(
+            f"cannot write {path}: {error.strerror}; check the permissions and the free disk space"
+        ) from error
 
 
 def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
-    """Load a file written by ``export_safetensors`` as a checkpoint without optimizer state and counters.
+    """Load a file written by ``export_safetensors`` as a checkpoint dict without optimizer state and loop counters.
 
     Args:
         path: Path of the file.
@@ -60,17 +63,17 @@ def load_safetensors(path: Path, prefix: str) -> dict[str, Any]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         metadata = header[METADATA_KEY]
     except FileNotFoundError as error:
-        raise UserError(f"no checkpoint at {path}") from error
+        raise UserError(f"no checkpoint at {path}; check the path") from error
     except (SafetensorError, OSError, KeyError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not a model of lit_gpt_scratch, or is damaged") from error
+        raise UserError(f"{path} was not exported by lit_gpt_scratch, or is damaged; export the model again") from error
     if header.get("sha256") != compute_digest(metadata, weights):
-        raise UserError(f"{path} is damaged: its checksum does not match; export it again")
+        raise UserError(f"{path} is damaged: its checksum does not match; export the model again")
     state = {prefix + name: weight for name, weight in weights.items()}
     return {METADATA_KEY: json.loads(metadata), "state_dict": state}
 
 
 def compute_digest(metadata: str, weights: dict[str, Tensor]) -> str:
-    """Compute the SHA-256 of a text and of tensors, including their names, dtypes and shapes."""
+    """Compute the SHA-256 of a string and of tensors, including the names, dtypes and shapes of the tensors."""
     sha256 = hashlib.sha256(metadata.encode())
     for name, weight in sorted(weights.items()):
         sha256.update(f"\0{name} {weight.dtype} {tuple(weight.shape)}\0".encode())

@@ -1,4 +1,4 @@
-"""Chat in the terminal, using the chat template from instruction tuning."""
+"""Chat in the terminal, with the chat template that instruction tuning uses."""
 
 import io
 import logging
@@ -43,22 +43,21 @@ def chat_session(
         tokenizer: Tokenizer of the model.
         system: System message, or None to omit it.
         lines: Messages from the user; empty messages are skipped.
-        max_new_tokens: Maximum tokens per reply.
+        max_new_tokens: Maximum number of tokens per reply.
         sampling: Sampling parameters.
         seed: Seed for the first reply; each further reply uses the next seed.
 
     Returns:
-        Pieces of the replies, as they are generated, with an empty piece after each reply. The oldest turns are dropped
-        when the context is nearly full, and a question that does not fit gets no reply; both are logged.
+        Pieces of the replies, as they are generated, with an empty piece after each reply. If the context is nearly
+        full, the oldest turns are dropped. A question that does not fit into the context gets no reply. Both cases are
+        logged.
     """
     template, head = ChatTemplate(tokenizer), [] if system is None else [Message("system", system)]
     turns: list[Message] = []
     reply_tokens = min(max_new_tokens, model.block_size // 4)
     for turn, question in enumerate(line.strip() for line in lines if line.strip()):
         message = Message("user", question)
-        if (
-            alone := len(template.render_prompt([*head, message]))
-        ) > model.block_size:  # its length without earlier turns
+        if (alone := len(template.render_prompt([*head, message]))) > model.block_size:  # even without earlier turns
             log.warning("the message has %d tokens, more than the context of %d; shorten it", alone, model.block_size)
             continue
         turns.append(message)
@@ -76,7 +75,7 @@ def chat_session(
 
 
 def read_stdin_lines() -> Iterator[str]:
-    """Yield lines from standard input until it ends, printing a prompt if it is a terminal."""
+    """Yield lines from standard input until it ends, and print a prompt before each line if it is a terminal."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # do not fail on bytes that are not UTF-8
     while True:

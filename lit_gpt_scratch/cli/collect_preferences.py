@@ -16,8 +16,8 @@ from lit_gpt_scratch.text.document import is_blank
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_ATTEMPTS: Final = 4
-"""Maximum number of times a pair of replies is sampled until both are complete and they differ."""
-QUESTION: Final = "Which is better? 1, 2, skip or quit"
+"""Maximum number of attempts to sample a pair of complete and different replies to a prompt."""
+QUESTION: Final = "Which reply is better? 1, 2, skip or quit"
 
 
 def collect_preferences(
@@ -33,9 +33,8 @@ def collect_preferences(
 ) -> Iterator[str]:
     """Reply twice to each question, ask which reply is better, and append the answer to the file.
 
-    Replies that are truncated, equal or blank are sampled again.
-
-    Each answer is flushed to disk before the next question, so that no answer is lost if the command is interrupted.
+    Replies that are truncated, equal or blank are sampled again. Each answer is flushed to disk before the next
+    question, so that no answer is lost if the command is interrupted.
 
     Args:
         model: Model in evaluation mode.
@@ -44,10 +43,10 @@ def collect_preferences(
         questions: Prompts to reply to; blank prompts are skipped.
         answers: Answers from the user: ``1``, ``2``, ``skip``, ``quit``, or their first letters.
         path: JSONL file to append to, with keys ``prompt``, ``chosen`` and ``rejected``.
-        max_new_tokens: Maximum tokens per reply.
+        max_new_tokens: Maximum number of tokens per reply.
         sampling: Sampling parameters.
-        seed: Seed for the first reply if the file is empty; each further reply uses the next seed. Seeds that the
-            file's existing lines may have used are skipped, so that repeating the command produces other pairs.
+        seed: Seed for the first reply if the file is empty; each further reply uses the next seed. Seeds that
+            existing lines of the file may have used are skipped, so that repeating the command yields different pairs.
 
     Returns:
         Lines of text to print.
@@ -115,6 +114,6 @@ def _count_lines(path: Path) -> int:
 
 
 def _parse_answer(answers: Iterator[str]) -> str | None:
-    """Return ``1``, ``2``, ``s`` or ``q``, or None for anything else; the end of the input means quit."""
+    """Parse the next answer: ``1``, ``2``, ``s`` or ``q``; None if it is invalid. The end of the input means quit."""
     answer = next(answers, "quit").strip().casefold()
     return answer[:1] if answer in ("1", "2", "s", "skip", "q", "quit") else None

@@ -18,9 +18,9 @@ from lit_gpt_scratch.model.presets import PRESETS
 from lit_gpt_scratch.optim import Schedule
 
 MAX_STEPS: Final = 900
-"""Default number of optimizer steps if no steps, epochs or time limit are given."""
+"""Default number of optimizer steps if no number of steps, number of epochs or time limit is set."""
 PUBLISHED_VOCABULARIES: Final = {"gpt2": 50_257, "llama3": 128_256, "qwen3": 151_936}
-"""Vocabulary size of the published models in each preset family; other presets use the default vocabulary size."""
+"""Vocabulary sizes of the published models, keyed by preset family; other presets use the default vocabulary size."""
 TRAINER_DEFAULTS: Final[dict[str, Any]] = {
     "limit_train_batches": 1.0,
     "limit_val_batches": 1.0,
@@ -32,7 +32,7 @@ TRAINER_DEFAULTS: Final[dict[str, Any]] = {
 
 
 def apply_preset(parser: ArgumentParser, name: str | None) -> None:
-    """Set the parser's default architecture to that of a preset; configs and flags override it.
+    """Set the parser's default architecture to that of a preset; configs and flags override this default.
 
     Raises:
         UserError: The preset does not exist.
@@ -77,7 +77,7 @@ def apply_init_from(
 
 
 def _set_default_arguments(parser: ArgumentParser, part: str, **arguments: Any) -> None:
-    """Change the default arguments of the default class; a class selected by a flag inherits those that it accepts."""
+    """Change defaults of the default class; a class selected by a flag inherits the arguments that it accepts."""
     before = parser.get_default(part)
     parser.set_defaults(
         {part: {"class_path": before["class_path"], "init_args": {**before.get("init_args", {}), **arguments}}}
@@ -99,9 +99,9 @@ def import_class(name: str, package: str) -> Any:
 def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, Any]:
     """Return the values that a class uses for arguments left at ``None``, keyed by argument name.
 
-    A class defines them in a classmethod ``default_arguments(arguments)``, given its other arguments. They cannot be in
-    the signature, because the parser keeps arguments of the same name when a flag changes the class, and Muon's
-    learning rate, for example, would ruin a run with AdamW.
+    A class defines these values in a classmethod ``default_arguments(arguments)``, which receives the other arguments.
+    The values cannot be defaults in the signature, because the parser keeps arguments of the same name when a flag
+    changes the class: AdamW would inherit Muon's learning rate, for example, which is too high for AdamW.
 
     Args:
         part: Parsed class and arguments: ``class_path`` and ``init_args``.
@@ -115,7 +115,7 @@ def class_defaults(part: Namespace, init_from: str | None = None) -> dict[str, A
 
 
 def _accepts_none(kind: type, argument: str) -> bool:
-    """Whether an argument's default is ``None``; a user's subclass may have another default."""
+    """Return whether an argument's default is ``None``; a user-defined subclass may have a different default."""
     for base in kind.__mro__:
         parameters = inspect.signature(vars(base)["__init__"]).parameters if "__init__" in vars(base) else {}
         if argument in parameters:
@@ -137,7 +137,7 @@ def _parts(config: Namespace) -> list[tuple[Namespace, dict[str, Any]]]:
 
 
 def unset_defaults(config: Namespace) -> None:
-    """Set arguments that equal the defaults of their class to ``None``, as if the config file did not contain them."""
+    """Set arguments that equal the default of their class to ``None``, as if they were missing from the config file."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] == value:
@@ -145,7 +145,7 @@ def unset_defaults(config: Namespace) -> None:
 
 
 def resolve_defaults(config: Namespace) -> None:
-    """Set every argument left at ``None`` to the value that will be used, if that value depends only on flags."""
+    """Replace every ``None`` by the value that the run will use, if that value depends only on flags."""
     for arguments, defaults in _parts(config):
         for name, value in defaults.items():
             if name in arguments and arguments[name] is None and name != "vocab_size":
@@ -164,8 +164,8 @@ def resolve_defaults(config: Namespace) -> None:
 def resolve_built_defaults(config: Namespace, device: torch.device, data: LightningDataModule) -> None:
     """Set the defaults that depend on the device and the prepared data: compilation and vocabulary size.
 
-    If the text yielded a vocabulary smaller than the default, the vocabulary size stays ``None``, because an explicit
-    size that the text cannot yield is an error.
+    If the training text yields a vocabulary smaller than the default, the vocabulary size stays ``None``, because an
+    explicit size that the text cannot yield is an error.
     """
     if "model.init_args.compile" in config and config.model.init_args.compile is None:
         config.model.init_args.compile = "blocks" if explain_no_compile(device) is None else False
@@ -176,7 +176,7 @@ def resolve_built_defaults(config: Namespace, device: torch.device, data: Lightn
 
 
 def describe_presets() -> str:
-    """List the presets with their shapes and parameter counts."""
+    """Format a table of the presets with their shapes and parameter counts."""
     rows = [("preset", "layers", "heads", "width", "vocabulary", "parameters", "float32")]
     for name, gpt in PRESETS.items():
         published = (size for family, size in PUBLISHED_VOCABULARIES.items() if name.startswith(family))

@@ -1,4 +1,4 @@
-"""Config files: shipped experiments, files passed by the user, and a run's ``config.yaml``."""
+"""Config files: shipped experiments, files specified by the user, and the ``config.yaml`` of a run."""
 
 import json
 import textwrap
@@ -21,14 +21,14 @@ EXPERIMENTS: Final = Path(lit_gpt_scratch.__file__).parents[1] / "experiments"
 
 
 class FitParser(LightningArgumentParser):
-    """Lightning's parser, extended to read configs from earlier versions and from existing runs."""
+    """Lightning's parser, extended to read configs from earlier versions of this package and from existing runs."""
 
     def parse_string(self, content: str, path: Any = "", *args: Any, **kwargs: Any) -> Namespace:
         """Parse the content of a config file.
 
-        A run's config contains every default. The defaults of classes and schedules are unset here, so that a flag that
-        changes the class gets the new class's defaults. Arguments that stay unset are later resolved to the same values
-        again.
+        The config of a run contains every default value. This method unsets the defaults of classes and schedules, so
+        that a flag that selects another class also selects the defaults of that class. Arguments that stay unset are
+        later resolved to the same values again.
         """
         config: Namespace = super().parse_string(replace_moved_class_paths(content), path, *args, **kwargs)
         unset_defaults(config)
@@ -52,24 +52,24 @@ def find_config(name: str) -> str:
         return str(shipped)
     if EXPERIMENTS.is_dir():
         raise UserError(
-            f"--config {name}: no such file, and no shipped experiment of that name; use --config list to list them"
+            f"--config {name}: file not found, and no shipped experiment has this name; use --config list to list all"
         )
     raise UserError(
-        f"--config {name}: no such file; the shipped experiments are in the folder experiments/ of the repository, "
-        f"and {EXPERIMENTS} does not exist"
+        f"--config {name}: file not found; to use a shipped experiment, install the package from a clone of the "
+        f"repository, because {EXPERIMENTS} does not exist"
     )
 
 
 def describe_experiments() -> str:
-    """List the shipped experiments, each with the first line of its leading comment.
+    """Format a list of the shipped experiments, each with the first line of its leading comment.
 
     Raises:
         UserError: The experiments are not installed.
     """
     if not EXPERIMENTS.is_dir():
         raise UserError(
-            f"--config list: the shipped experiments are in the folder experiments/ of the repository, and "
-            f"{EXPERIMENTS} does not exist"
+            f"--config list: {EXPERIMENTS} does not exist, because the experiments are not part of the package; "
+            "install the package from a clone of the repository"
         )
     found = []
     for path in sorted(EXPERIMENTS.rglob("*.yaml")):
@@ -83,7 +83,7 @@ def describe_experiments() -> str:
 
 
 def read_config(path: str) -> dict[str, Any]:
-    """Return a config file as nested plain data; empty if it cannot be read, which the parser reports."""
+    """Read a config file as nested dicts; return an empty dict if it cannot be read, which the parser reports later."""
     try:
         content = yaml.safe_load(replace_moved_class_paths(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, yaml.YAMLError, ValueError):
@@ -95,8 +95,8 @@ class SaveConfig(RunDirCallback):
     """Callback that writes ``config.yaml`` into the run folder when training starts, after all checks have passed.
 
     Args:
-        parser: Parser for the flags.
-        config: Flags, with defaults resolved.
+        parser: Parser of the flags.
+        config: Values of all flags, with defaults resolved.
     """
 
     def __init__(self, parser: ArgumentParser, config: Namespace) -> None:
@@ -112,6 +112,6 @@ class SaveConfig(RunDirCallback):
 
 
 def config_to_dict(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
-    """Return a config as nested plain data with the structure of its file, so that configs can be compared."""
+    """Convert a config to nested dicts with the structure of its YAML file, so that configs can be compared."""
     nested: dict[str, Any] = json.loads(parser.dump(config, format="json", skip_unset=False, skip_validation=True))
     return nested

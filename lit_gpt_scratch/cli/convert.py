@@ -1,4 +1,4 @@
-"""``convert``: convert checkpoints to and from other formats."""
+"""``convert``: convert checkpoints to and from Hugging Face folders and safetensors files."""
 
 import logging
 from argparse import Namespace
@@ -44,9 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
     to_hf.add_argument("folder", metavar="FOLDER", type=Path, help="output folder; must be missing or empty")
     to_adapter = formats.add_parser(
         "to-adapter",
-        help="export the LoRA adapters from a run",
+        help="export the LoRA adapters of a run",
         description="Export the weights trained by a run with --model.lora.rank to one .safetensors file. generate and "
-        "evaluate apply it to its base model with --adapter FILE.",
+        "evaluate apply the adapters to the base model with --adapter FILE.",
     )
     to_adapter.add_argument("checkpoint", **checkpoint)
     to_adapter.add_argument("file", **file)
@@ -57,9 +57,11 @@ def main(args: Sequence[str] | None = None) -> None:
         "generate and evaluate can read. No code in the folder is executed.",
     )
     from_hf.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors and tokenizer.json"
+        "folder", metavar="FOLDER", type=Path, help="folder with config.json, .safetensors files and tokenizer.json"
     )
-    from_hf.add_argument("checkpoint", metavar="CKPT", type=Path, help="output file, x.ckpt or x.safetensors")
+    from_hf.add_argument(
+        "checkpoint", metavar="CKPT", type=Path, help="output file; its name may end with .ckpt or .safetensors"
+    )
     given = parser.parse_args(args)
     convert = {"to-safetensors": _to_safetensors, "to-adapter": _to_adapter, "to-hf": _to_hf, "from-hf": _from_hf}
     convert[given.format](given)
@@ -77,7 +79,7 @@ def _require_safetensors_suffix(file: Path) -> None:
     from lit_gpt_scratch.checkpoint.safetensors_export import SAFETENSORS_SUFFIX
 
     if file.suffix != SAFETENSORS_SUFFIX:
-        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}; add the suffix")
+        raise UserError(f"argument FILE: {file} does not end with {SAFETENSORS_SUFFIX}; append this suffix")
 
 
 def _to_safetensors(given: Namespace) -> None:
@@ -116,7 +118,7 @@ def _from_hf(given: Namespace) -> None:
 
 
 def _open_model(path: Path) -> "PortableModel":
-    """Read a model, keeping its weights in the file's dtype; loading them into a network would convert them."""
+    """Read a model with its weights in the dtype of the file; loading them into a network would change the dtype."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, load_checkpoint
     from lit_gpt_scratch.checkpoint.metadata import CheckpointMetadata
     from lit_gpt_scratch.interop.hf_checkpoint import PortableModel
@@ -129,16 +131,18 @@ def _open_model(path: Path) -> "PortableModel":
     try:
         gpt = GPTConfig(**contents.gpt)
     except TypeError as error:
-        raise UserError(f"{path} has an architecture that this version cannot build ({error})") from error
+        raise UserError(
+            f"{path} has an architecture that this version cannot build ({error}); use the version that saved it"
+        ) from error
     if contents.non_lm_task is not None:
-        raise UserError(f"{path} {contents.non_lm_task}; only language models can be converted")
+        raise UserError(f"the model in {path} {contents.non_lm_task}; only language models can be converted")
     weights = {name.removeprefix(STATE_PREFIX): state[name] for name in state if name.startswith(STATE_PREFIX)}
     shape = ModelShape(gpt, contents.vocab_size, contents.block_size)
     return PortableModel(shape, weights, Tokenizer.from_json(contents.tokenizer, contents.start_of_text))
 
 
 def _merge_adapters(checkpoint: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return a checkpoint with its LoRA adapters merged into the weights, so that it no longer needs a base model."""
+    """Return a checkpoint with its LoRA adapters merged into the weights, so that it does not require a base model."""
     from lit_gpt_scratch.checkpoint.loading import STATE_PREFIX, build_model
     from lit_gpt_scratch.checkpoint.metadata import METADATA_KEY, CheckpointMetadata
 

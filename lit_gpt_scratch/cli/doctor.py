@@ -1,4 +1,4 @@
-"""``doctor``: diagnose a run, check this machine, or test that resuming is exact and that strategies agree."""
+"""``doctor``: diagnose a run, check this machine, or test that resuming is exact and strategies are equivalent."""
 
 import argparse
 import json
@@ -30,17 +30,17 @@ PARITY_DEFAULTS = (
 )  # fmt: skip
 """Flags for a small model in which every weight has a gradient from the first step; the user's flags override them."""
 OPTIONS = {"kills": "--resume", "seed": "--resume", "kinds": "--parity", "layouts": "--parity"}
-"""Maps each option that belongs to only one of the tests to that test's flag."""
+"""Flag of the test that each option requires, keyed by option name."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``doctor``: diagnose a run, check this machine, or test a run described by flags of ``fit``."""
+    """Run the command ``doctor``: diagnose a run, check this machine, or test runs with the given flags of ``fit``."""
     args = sys.argv[1:] if args is None else list(args)
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.doctor",
-        description="Without flags: describe this machine, and check that its devices match a CPU in "
-        "float32. With RUN: diagnose the curves of a run. With --resume: kill a run with SIGKILL at random times, "
-        "resume it, and compare its last checkpoint and its curves bit for bit with those of an uninterrupted run. "
+        description="Without flags: describe this machine, and check that its devices compute the same results as a "
+        "CPU in float32. With RUN: diagnose the curves of a run. With --resume: kill a run with SIGKILL at random "
+        "times, resume it, and compare its last checkpoint and curves bit for bit with those of an uninterrupted run. "
         "With --parity: run the same steps in every layout of processes and micro-batches, and compare losses and "
         "gradients.",
         epilog=f"All other flags are flags of fit. They override the defaults {' '.join(RESUME_DEFAULTS)} "
@@ -50,8 +50,12 @@ def main(args: Sequence[str] | None = None) -> None:
     tests.add_argument("--resume", action="store_true", help="test that resuming is exact")
     tests.add_argument("--parity", action="store_true", help="test that all strategies compute the same results")
     if not {"--resume", "--parity"} & set(args):  # with these flags, a positional word is the value of a flag of fit
-        parser.add_argument("run", metavar="RUN", nargs="?", type=Path, help="run folder, or any TensorBoard folder")
-        parser.add_argument("--json", action="store_true", help="with RUN: print the diagnoses in doctor.json's format")
+        parser.add_argument(
+            "run", metavar="RUN", nargs="?", type=Path, help="run folder, or any folder with TensorBoard events"
+        )
+        parser.add_argument(
+            "--json", action="store_true", help="with RUN: print the diagnoses as JSON, in the format of doctor.json"
+        )
     resume, parity = parser.add_argument_group("with --resume"), parser.add_argument_group("with --parity")
     resume.add_argument("--kills", type=int, default=6, help="number of times to kill the run")
     resume.add_argument("--seed", type=int, default=0, help="seed for the random kill times")
@@ -60,16 +64,20 @@ def main(args: Sequence[str] | None = None) -> None:
         nargs="+",
         choices=ARITHMETIC_CASES,
         default=list(ARITHMETIC_CASES),
-        help="kinds of arithmetic to compare",
+        help="precisions and optimizers to compare",
     )
     parity.add_argument(
-        "--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS), help="layouts to compare with a single process"
+        "--layouts",
+        nargs="+",
+        choices=LAYOUTS,
+        default=list(LAYOUTS),
+        help="layouts of processes and micro-batches to compare with a single process",
     )
     given, fit_flags = parser.parse_known_args(args)
     test = "--resume" if given.resume else "--parity" if given.parity else None
     for name, belongs_to in OPTIONS.items():
         if test != belongs_to and getattr(given, name) != parser.get_default(name):
-            raise UserError(f"argument --{name} is only for {belongs_to}")
+            raise UserError(f"argument --{name} requires {belongs_to}; add {belongs_to}, or omit --{name}")
     if test is None:
         if fit_flags:
             raise UserError(
@@ -85,7 +93,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise UserError(f"argument --kills: {given.kills} is below 1; it must be 1 or more")
     taken = [flag for flag in fit_flags if flag.split("=")[0] in ("--runs", "--ckpt_path", "--experiment", "--plan")]
     if taken:
-        raise UserError(f"{taken[0]} cannot be set here, because the doctor's runs are temporary; omit it")
+        raise UserError(f"{taken[0]} is not supported with doctor, because its runs are temporary; omit it")
     with exit_on_signal(), tempfile.TemporaryDirectory(prefix="doctor-") as folder:
         run_test = _test_parity if given.parity else _test_resume
         if not run_test(given, fit_flags, Path(folder)):
@@ -93,11 +101,11 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _diagnose_run(run: Path, as_json: bool) -> bool:
-    """Print the diagnoses of a run; always return True, since finding problems is not a failure of the command."""
+    """Print the diagnoses of a run, and return True: finding problems is not a failure of the command."""
     engine = RuleEngine(RULES)
     replay_events(run, engine)
     if not any(len(engine.history[name]) for rule in RULES for name in rule.reads):
-        raise UserError(f"{run} has none of the curves that the doctor reads, such as train/loss; pass a run folder")
+        raise UserError(f"{run} contains none of the curves that doctor reads, such as train/loss; pass a run folder")
     engine.finish()
     if as_json:
         print(json.dumps([diagnosis.to_dict() for diagnosis in engine.diagnoses], indent=2))
@@ -110,16 +118,18 @@ def _diagnose_run(run: Path, as_json: bool) -> bool:
 
 
 def _check_machine() -> bool:
-    """Print a description of the machine; return whether all its devices agree with the CPU."""
+    """Print a description of the machine; return whether all devices compute the same results as the CPU."""
     configure_process()
     for name, text in describe_machine({"runs": Path("runs"), "tokens": user_cache_path("lit_gpt_scratch")}):
         print(f"{name:14} {text}")
     healthy = True
     for found in compare_devices():
-        what = f"loss {found.loss:.1e}, gradient {found.gradient:.1e} from a CPU in float32"
+        what = f"relative difference from float32 on the CPU: loss {found.loss:.1e}, gradient {found.gradient:.1e}"
         limit = RELATIVE_TOLERANCES[found.dtype]
         verdict = (
-            "within tolerance" if found.within_tolerance else f"more than {limit:.0e}: do not train in this dtype here"
+            "within tolerance"
+            if found.within_tolerance
+            else f"above the tolerance of {limit:.0e}; do not train on this device in this dtype"
         )
         dtype = str(found.dtype).removeprefix("torch.")
         print(f"{found.device + ', ' + dtype:14} {found.failed or f'{what}, {verdict}'}")

@@ -19,14 +19,14 @@ PRINT_CONFIG: Final = "--print_config"
 class EarlyFlags:
     """Flags that change the parser's defaults, with their values on the command line and in config files.
 
-    The parser must know the preset, the pretrained model or the resumed run before it reads the other flags, because
-    the other flags override its values. Reading these flags first means that everything is parsed only once.
+    The defaults from the preset, the pretrained model or the resumed run must be set before the parser reads the other
+    flags, which override these defaults. Scanning for early flags first means that everything is parsed only once.
 
     Attributes:
-        flags: All flags, with names of shipped experiments replaced by paths, and old class paths by new ones.
+        flags: All flags, with names of shipped experiments replaced by file paths, and old class paths by new ones.
         help: Argument of ``--help``: ``None`` if the flag is not given, ``""`` if it has no argument.
-        print_config: Whether ``--print_config`` is given without options.
-        lists: The flag (``--config`` or ``--preset``) whose value is ``list``, or None.
+        print_config: Whether ``--print_config`` is given, without options.
+        lists: Flag whose value is ``list`` (``--config`` or ``--preset``), or None.
     """
 
     flags: list[str]
@@ -38,7 +38,7 @@ class EarlyFlags:
 
     @classmethod
     def scan(cls, flags: Sequence[str]) -> "EarlyFlags":
-        """Scan a command line for these flags, given as ``--flag value`` or ``--flag=value``.
+        """Scan a command line for flags of the form ``--flag value`` or ``--flag=value``, and read the given configs.
 
         Raises:
             UserError: A config file does not exist.
@@ -64,7 +64,7 @@ class EarlyFlags:
         return early
 
     def get(self, name: str) -> str | None:
-        """Return the last value given for a flag such as ``model.init_from``; the command line overrides configs."""
+        """Return the last value of a flag such as ``model.init_from``, or None; the command line overrides configs."""
         value: Any = self._given.get(f"--{name}")
         for config in reversed(self._configs):
             if value is not None:
@@ -73,7 +73,7 @@ class EarlyFlags:
         return None if value in (None, "null") else str(value)
 
     def class_of(self, part: str) -> str | None:
-        """Return the class name or import path given for ``model`` or ``data``."""
+        """Return the class name or import path given for ``model`` or ``data``, or None."""
         named = self.get(part)
         return named if named and not Path(named).is_file() else None
 

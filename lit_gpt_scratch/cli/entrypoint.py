@@ -1,6 +1,6 @@
 """Setup, error handling and argument parsing shared by all commands.
 
-Imports no heavy modules, so that commands without a trainer start quickly.
+This module imports no heavy modules, so that commands without a trainer start quickly.
 """
 
 import argparse
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 PRECISIONS = {"32-true": "float32", "bf16-true": "bfloat16"}
-"""Maps Lightning's precision names to the dtypes that inference supports."""
+"""Dtypes that inference supports, keyed by Lightning's precision name."""
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command's ``main``; a ``UserError`` becomes one line on standard error and exit code 2."""
+    """Run the ``main`` of a command; print a ``UserError`` as one line on standard error, and exit with code 2."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a pipe's encoding may lack characters that a model generates
             stream.reconfigure(encoding="utf-8", errors="replace")
@@ -37,7 +37,7 @@ def run(main: Callable[[], None]) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     try:
-        with logging_redirect_tqdm([logger]):  # print log lines above progress bars, not into them
+        with logging_redirect_tqdm([logger]):  # print log lines above progress bars
             main()
     except UserError as error:
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
@@ -50,7 +50,7 @@ def run(main: Callable[[], None]) -> None:
 
 
 class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Append defaults to the help of arguments, unless the default is None, False or empty."""
+    """Help formatter that appends the default of each argument, unless the default is None, False or empty."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_off = action.default is None or action.default is False or action.default == []
@@ -58,7 +58,7 @@ class DefaultsHelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 class CommandParser(argparse.ArgumentParser):
-    """Argument parser for commands without a trainer; invalid arguments raise ``UserError``."""
+    """Argument parser for commands without a trainer, which raises ``UserError`` for invalid arguments."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=DefaultsHelpFormatter, **kwargs)
@@ -68,22 +68,26 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
     def add_checkpoint_arguments(self) -> None:
-        """Add the arguments that specify which model to load, and where to run it."""
+        """Add the arguments that specify which model to load, and on which device to run it."""
         self.add_argument(
             "checkpoint", metavar="CKPT", nargs="?", help="checkpoint file or run folder (default: the newest run)"
         )
         self.add_argument("--runs", type=Path, default=Path("runs"), help="folder that contains all runs")
-        self.add_argument("--experiment", help="use the newest run of this experiment")
-        self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N, mps, or auto (a GPU if available)")
+        self.add_argument("--experiment", help="without CKPT: load the newest run of this experiment")
+        self.add_argument(
+            "--device", default="auto", help="device: cpu, cuda, cuda:N, mps, or auto (a GPU if available)"
+        )
         self.add_argument("--precision", default="32-true", choices=PRECISIONS, help="dtype of the weights")
-        self.add_argument("--adapter", metavar="FILE", type=Path, help="LoRA adapter to add; see convert to-adapter")
+        self.add_argument(
+            "--adapter", metavar="FILE", type=Path, help="LoRA adapters to apply, exported by convert to-adapter"
+        )
         self.add_argument(
             "--trust", metavar="CLASS", help="allow importing this custom attention class, which the checkpoint uses"
         )
 
 
 def validate_utf8(given: argparse.Namespace, *names: str) -> None:
-    """Check that the values of flags are valid UTF-8, the only encoding that tokenizers accept.
+    """Check that the values of the named flags are valid UTF-8, the only encoding that tokenizers accept.
 
     Raises:
         UserError: A value is not valid UTF-8.
@@ -92,11 +96,11 @@ def validate_utf8(given: argparse.Namespace, *names: str) -> None:
         value = getattr(given, name, None)
         for text in [value] if isinstance(value, str) else value or ():
             if any("\ud800" <= character <= "\udfff" for character in text):
-                raise UserError(f"argument --{name}: not UTF-8 text; pass text encoded as UTF-8")
+                raise UserError(f"argument --{name}: the text is not valid UTF-8; pass text encoded as UTF-8")
 
 
 def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
-    """Load the language model specified by the flags of ``add_checkpoint_arguments``, and its tokenizer.
+    """Load the language model specified by the flags from ``add_checkpoint_arguments``, and its tokenizer.
 
     Raises:
         UserError: The model or device is not available, or the model is not a language model.
@@ -105,7 +109,7 @@ def load_language_model(given: argparse.Namespace) -> "tuple[GPT, Tokenizer]":
 
 
 def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
-    """Load the model of any task specified by the flags of ``add_checkpoint_arguments``, onto the specified device.
+    """Load a model for any task onto a device, both specified by the flags from ``add_checkpoint_arguments``.
 
     Raises:
         UserError: The checkpoint or device is not available.
@@ -126,12 +130,14 @@ def load_trained_model(given: argparse.Namespace) -> "LoadedModel":
     try:
         trained.net.to(device, getattr(torch, PRECISIONS[given.precision]))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"argument --device: cannot use {device} ({str(error).splitlines()[0]})") from error
+        raise UserError(
+            f"argument --device: cannot use {device} ({str(error).splitlines()[0]}); choose another device"
+        ) from error
     return trained
 
 
 def find_device(name: str) -> str:
-    """Return the device given by ``--device``; ``auto`` selects a GPU if available, else the CPU.
+    """Return the device for a value of ``--device``; ``auto`` selects a GPU if available, and the CPU otherwise.
 
     Raises:
         UserError: The device is unknown or not available on this machine.

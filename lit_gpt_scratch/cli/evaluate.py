@@ -1,4 +1,4 @@
-"""``evaluate``: measure a trained model on a text, a task or a benchmark."""
+"""``evaluate``: evaluate a trained model on text, a task or a benchmark."""
 
 import argparse
 import json
@@ -23,14 +23,14 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 CONTRACT: Final = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-"""Keys that ``--json`` prints if only a text and no other option is given; scripts rely on exactly these."""
+"""Keys that ``--json`` prints if neither ``--task`` nor any task option is set; scripts rely on exactly these keys."""
 OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
-    "limit": ("--limit", {"type": int, "help": "evaluate only this many rows or documents"}),
+    "limit": ("--limit", {"type": int, "help": "maximum number of rows or documents to evaluate"}),
     "against": (
         "--against",
         {
             "metavar": "SOURCE",
-            "help": "training text (as in --data.source) or token store; report rows that occur in it",
+            "help": "training text (as for --data.source) or token store; report how many rows occur in it",
         },
     ),
     "text_column": ("--data.text_column", {"metavar": "NAME", "help": "column that contains the text (default: text)"}),
@@ -40,28 +40,33 @@ OPTIONS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     ),
     "window": ("--window", {"type": int, "help": "tokens per forward pass (default: the context length)"}),
     "stride": ("--stride", {"type": int, "help": "tokens between window starts (default: the window length)"}),
-    "few_shot": ("--few_shot", {"type": int, "help": "number of first rows used as few-shot examples (default: 0)"}),
+    "few_shot": (
+        "--few_shot",
+        {"type": int, "help": "number of rows at the start of the source to use as few-shot examples (default: 0)"},
+    ),
     "max_new_tokens": (
         "--max_new_tokens",
         {"type": int, "help": "maximum number of tokens to generate (default: 200)"},
     ),
-    "stop": ("--stop", {"action": "append", "help": "stop before this string; may be repeated"}),
+    "stop": ("--stop", {"action": "append", "help": "end a generated text before this string; may be repeated"}),
     "include_path": (
         "--include_path",
         {"type": Path, "metavar": "DIR", "help": "folder with YAML files that define additional benchmarks"},
     ),
 }
-"""Flags and their settings, keyed by name; ``EVAL_TASKS`` lists the options that each evaluation accepts."""
+"""Flags and their argparse settings, keyed by option name; ``EVAL_TASKS`` lists the options of each task."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command ``evaluate``: print metrics as a table or as one JSON object."""
     tasks = "; ".join(f"{name}: {kind.description}" for name, kind in EVAL_TASKS.items())
-    flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Measure a trained model.")
+    flags = CommandParser(prog="python -m lit_gpt_scratch.evaluate", description="Evaluate a trained model.")
     flags.add_checkpoint_arguments()
     asked = flags.add_mutually_exclusive_group()
-    asked.add_argument("--data.source", dest="source", help="text file, folder, file of rows, or 'stdlib'")
-    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks (require the extra [eval])")
+    asked.add_argument(
+        "--data.source", dest="source", help="data to evaluate: a text file, a folder, a file with rows, or 'stdlib'"
+    )
+    asked.add_argument("--benchmark", metavar="NAME[,NAME]", help="lm-eval tasks to run (requires the extra [eval])")
     asked.add_argument("--text", action="append", help="text to classify; may be repeated")
     flags.add_argument("--task", choices=EVAL_TASKS, default=argparse.SUPPRESS, help=f"{tasks} (default: text)")
     for name, (flag, settings) in OPTIONS.items():
@@ -84,13 +89,15 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _validate_flags(given: Namespace, what: str, takes: Sequence[str]) -> None:
-    """Reject flags that would have no effect, and numbers out of range."""
+    """Reject flags that would have no effect, and values out of range."""
     for name, flag in [("task", "--task"), *((name, flag) for name, (flag, _) in OPTIONS.items())]:
         if name in given and name not in takes:
             raise UserError(f"argument {flag}: it has no effect with {what}; omit it")
     for name, least in (("limit", 1), ("few_shot", 0), ("max_new_tokens", 1)):
         if name in given and getattr(given, name) < least:
-            raise UserError(f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}")
+            raise UserError(
+                f"argument {OPTIONS[name][0]}: {getattr(given, name)} is below {least}; it must be {least} or more"
+            )
 
 
 def _evaluate(given: Namespace, task: str) -> None:
@@ -103,7 +110,9 @@ def _evaluate(given: Namespace, task: str) -> None:
     if kind.needs_classifier != classifies:
         has = f"classifies into {len(classes)} classes" if classifies else "predicts tokens"
         suits = ", ".join(name for name, other in EVAL_TASKS.items() if other.needs_classifier == classifies)
-        raise UserError(f"argument --task: {task} does not suit {given.checkpoint}, which {has}; choose from {suits}")
+        raise UserError(
+            f"argument --task: {task} is not supported for {given.checkpoint}, which {has}; use one of {suits}"
+        )
     answer = evaluate(
         task, model, tokenizer, EvalRequest(**vars(asked) | {"classes": classes, "pooling": pooling})
     ).to_dict()
@@ -157,7 +166,7 @@ def _open_checkpoint(given: Namespace) -> tuple[GPT, Tokenizer, tuple[str, ...],
     given.checkpoint = str(path)
     model, tokenizer, contents, given.step = load_trained_model(given)
     if contents.rewards:
-        raise UserError(f"{path} is a reward model, which evaluate does not support; fit reports its metrics on pairs")
+        raise UserError(f"{path} is a reward model, which evaluate does not support; use the metrics that fit reports")
     if tokenizer.round_trip_loss:
         log.warning(
             "the tokenizer is lossy, and metrics cover only the text that it preserves: %s", tokenizer.round_trip_loss

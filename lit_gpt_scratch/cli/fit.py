@@ -51,11 +51,11 @@ from lit_gpt_scratch.tasks.gpt_module import GPTModule
 
 RUN_DEFAULTS: Final[dict[str, str]] = {"runs": "runs", "experiment": "pretrain"}
 CLEANING: Final = [{"class_path": "lit_gpt_scratch.text.duplicates.ExactDuplicates"}]
-"""Default of ``PackedText``'s ``cleaning``, as a config, because an instance cannot be dumped into a config file."""
+"""Default of ``cleaning`` in ``PackedText``, as a config, because an instance cannot be dumped to a config file."""
 
 
 class FitCLI(LightningCLI):
-    """Parse flags and configs, build the trainer, the task and the data, and create a run folder.
+    """Command-line interface that parses flags and configs, builds the trainer, task and data, and runs training.
 
     Raises:
         UserError: A flag, a config or a file is invalid. No files are left on disk.
@@ -63,7 +63,7 @@ class FitCLI(LightningCLI):
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.fit [--config FILE ...] [--flag value ...]",
-        description=f"Train a GPT on real text, for {MAX_STEPS} steps unless steps, epochs or a time limit are set.",
+        description=f"Train a GPT on real text, for {MAX_STEPS} steps by default if no epochs or time limit are set.",
     )
 
     def __init__(self, args: ArgsType = None) -> None:
@@ -102,15 +102,16 @@ class FitCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to resume from, in its run folder and with its flags: a file, a run folder, 'last' for "
-            "the newest run of this experiment, or 'auto' for the newest run if there is one and a new run otherwise.",
+            help="Checkpoint to resume from: a file, a run folder, 'last' for the newest run of this experiment, or "
+            "'auto' for the newest run if there is one and a new run otherwise. The run continues in the same folder, "
+            "with the same flags.",
         )
         parser.add_argument(
             "--preset",
             type=str | None,
             default=None,
-            help="Named architecture to start from, which flags and configs override; 'list' describes all: "
-            f"{', '.join(PRESETS)}.",
+            help="Named architecture to start from, which flags and configs override: "
+            f"{', '.join(PRESETS)}, or 'list' to print their sizes.",
         )
         parser.add_argument(
             "--tensor_parallel",
@@ -124,18 +125,19 @@ class FitCLI(LightningCLI):
             type=GuardMode,
             default="warn",
             help="Check each step before it is applied, and warn if its loss or gradient is not finite or is an "
-            "outlier; 'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help.",
+            "outlier. 'act' also skips the step, and rewinds to the last good checkpoint if skipping does not help; "
+            "'off' disables the check.",
         )
         parser.add_argument(
             "--force",
             action="store_true",
-            help="Resume even if flags, seed or text differ from the checkpoint's run. A different architecture, "
-            "tokenizer or optimizer class is always an error.",
+            help="Resume even if flags, seed or training text differ from those of the checkpoint's run. A different "
+            "architecture, tokenizer or optimizer class is always an error.",
         )
         parser.add_argument(
             "--plan",
             action="store_true",
-            help="Print the plan and cost of the run, time a few steps, and stop; no run folder is created.",
+            help="Print the plan and the cost of the run, time a few steps, and stop, without creating a run folder.",
         )
         parser.add_lightning_class_args(Checkpointing, "checkpoint")
         parser.add_lightning_class_args(ActivationStats, "inspect")
@@ -150,9 +152,9 @@ class FitCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse the flags on top of a resumed run's flags, so that only changes need to be given.
+        """Parse the flags on top of the flags of a resumed run, so that only changed flags must be specified.
 
-        Everything is parsed once, except that the resumed run's config is also parsed alone, for comparison.
+        Everything is parsed once, except that the config of a resumed run is also parsed alone, for comparison.
         """
         early = EarlyFlags.scan(list(sys.argv[1:] if args is None else args))
         self._answer_questions(parser, early)
@@ -185,12 +187,12 @@ class FitCLI(LightningCLI):
                 raise UserError(f"--trainer.{name} is {value}; it must be positive")
         if self.config.seed_everything < 0:
             raise UserError(f"--seed_everything is {self.config.seed_everything}; it must be 0 or more")
-        if early.print_config:  # here and not by the parser, so that defaults are resolved
+        if early.print_config:  # not by the parser, so that the printed defaults are resolved
             sys.stdout.write(parser.dump(self.config, skip_unset=False))
             sys.exit(0)
 
     def _answer_questions(self, parser: LightningArgumentParser, early: EarlyFlags) -> None:
-        """Print help, presets or experiments and exit, if the flags request it."""
+        """Print the help, the presets or the experiments and exit, if the flags request one of them."""
         if early.help is not None:
             print(self.help_page.render(parser, early.help, early.class_of("model"), early.class_of("data")))
         elif early.lists is not None:
@@ -200,7 +202,7 @@ class FitCLI(LightningCLI):
         sys.exit(0)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Build the trainer, reporting its errors as mistakes in the flags."""
+        """Build the trainer, and convert its exceptions to ``UserError`` with the flags that may have caused them."""
         config = {**self.config_init.trainer, **kwargs}
         validate_hardware(config)
         config["strategy"] = resolve_strategy(config["strategy"], self.config_init.tensor_parallel)
@@ -241,8 +243,8 @@ class FitCLI(LightningCLI):
         """Prepare the data, create the run folder, and train.
 
         Raises:
-            UserError: The data, folder or checkpoint is unusable, another process is training in the folder, or no
-                steps are left to train. A run folder created by this call is removed.
+            UserError: The data, the run folder or the checkpoint is unusable, another process is training in the
+                folder, or no steps are left to train. A run folder created by this call is removed.
             SystemExit: The process received a signal.
         """
         writes_nothing = self.config.plan or self.config.trainer.fast_dev_run
@@ -282,7 +284,7 @@ class FitCLI(LightningCLI):
             self.stopping.leave(self.trainer)
 
     def _load_initial_model(self) -> None:
-        """Read the pretrained model once, for both model and data; a resumed run has everything in its checkpoint."""
+        """Read the pretrained model once, for both model and data; a resumed run uses its checkpoint instead."""
         place = getattr(self.model, "init_from", None)
         if place is None:
             return
@@ -294,7 +296,7 @@ class FitCLI(LightningCLI):
         self.model.initial_model, self.datamodule.initial_tokenizer = initial, initial.tokenizer
 
     def _compare(self, resumed: ResumedRun) -> None:
-        """Report or reject changes since the run started."""
+        """Log or reject changes since the run started."""
         before = self.config_before or self.config
         here: dict[str, Any] = {
             "processes": self.trainer.world_size,
@@ -322,7 +324,7 @@ class FitCLI(LightningCLI):
                 path.parent.name,
                 path.name,
                 default_hp_metric=False,
-                purge_step=first_step,  # points that a killed run logged after its checkpoint are logged again
+                purge_step=first_step,  # steps that a killed run logged after its last checkpoint are logged again
             )
 
 

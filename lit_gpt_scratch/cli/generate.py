@@ -15,12 +15,12 @@ from lit_gpt_scratch.generation.streaming import stream_text
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command ``generate``; only prompts and generated text are written to standard output."""
+    """Run the command ``generate``, which writes only prompts and generated text to standard output."""
     description = "Continue prompts, chat, or collect preferences with a trained model."
     flags = CommandParser(prog="python -m lit_gpt_scratch.generate", description=description)
     flags.add_checkpoint_arguments()
     flags.add_argument(
-        "--prompt", action="append", help="text to continue; if empty, start a new document; may be repeated"
+        "--prompt", action="append", help="text to continue; an empty prompt starts a new document; may be repeated"
     )
     flags.add_argument(
         "--chat",
@@ -32,30 +32,35 @@ def main(args: Sequence[str] | None = None) -> None:
         "--rank",
         metavar="FILE",
         type=Path,
-        help="reply twice to each prompt or typed line, ask which reply is better, and append the answer to FILE",
+        help="reply twice to each --prompt or typed line, ask which reply is better, and append the answer to FILE",
     )
     flags.add_argument("--samples", type=int, default=1, help="number of continuations per prompt")
     flags.add_argument("--max_new_tokens", type=int, default=200, help="maximum number of tokens to generate")
-    flags.add_argument("--stop", action="append", default=[], help="stop before this string; may be repeated")
-    flags.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy decoding")
-    flags.add_argument("--top_k", type=int, default=50, help="sample from the k most probable tokens")
-    flags.add_argument("--top_p", type=float, help="sample from the most probable tokens that sum to this probability")
+    flags.add_argument("--stop", action="append", default=[], help="end a text before this string; may be repeated")
+    flags.add_argument("--temperature", type=float, default=0.8, help="sampling temperature; 0 selects greedy decoding")
+    flags.add_argument("--top_k", type=int, default=50, help="number of most probable tokens to sample from")
     flags.add_argument(
-        "--min_p", type=float, help="minimum probability of a token, relative to the highest probability"
+        "--top_p", type=float, help="sample from the most probable tokens whose total probability reaches this value"
     )
     flags.add_argument(
-        "--repetition_penalty", type=float, default=1.0, help="above 1: penalize tokens that already occur"
+        "--min_p", type=float, help="minimum probability of tokens to sample, as a fraction of the highest probability"
+    )
+    flags.add_argument(
+        "--repetition_penalty",
+        type=float,
+        default=1.0,
+        help="penalty for tokens that already occur, above 1; 1 disables it",
     )
     flags.add_argument(
         "--seed",
         type=int,
         default=0,
-        help="seed for the first text; each further text uses the next seed; the same seed gives the same text",
+        help="seed for the first text; each further text uses the next seed",
     )
     flags.add_argument(
         "--compile",
         action="store_true",
-        help="compile the decoding step, which starts slowly and then runs faster; for long texts",
+        help="compile the decoding step; generation starts later but is faster, which suits long texts",
     )
     flags.add_argument("--json", action="store_true", help="print one JSON object per text, with its prompt and seed")
     given = flags.parse_args(args)
@@ -116,7 +121,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _collect_texts(pieces: Iterator[tuple[int, str]], n: int) -> Iterator[tuple[int, str]]:
-    """Yield texts generated in parallel, in order, each as soon as it and all earlier texts are complete."""
+    """Yield (row, text) pairs in row order, each as soon as the text and all earlier texts are complete."""
     texts, done, next_row = [""] * n, [False] * n, 0
     for row, piece in pieces:
         texts[row] += piece

@@ -39,7 +39,7 @@ COMMON: Final[dict[str, list[str]]] = {
         "model.gpt.position", "model.gpt.dropout", "model.init_from", "model.lora.rank", "model.compile",
     ],
 }  # fmt: skip
-"""Flags on the first page, keyed by heading."""
+"""Flags on the first page of ``--help``, keyed by heading."""
 PACKAGES: Final = {"model": "lit_gpt_scratch.tasks", "data": "lit_gpt_scratch.data"}
 DEFAULT_CLASSES: Final = {"model": "LanguageModel", "data": "PackedText"}
 WITHOUT: Final = {
@@ -47,31 +47,31 @@ WITHOUT: Final = {
     "model.lora.rank": "no adapters",
     "data.store": "a cache folder",
     "data.tokens_per_step": "one micro-batch",
-    "model.gpt.n_kv_head": "as n_head",
+    "model.gpt.n_kv_head": "same as n_head",
     "trainer.max_epochs": "no limit",
     "trainer.max_time": "no limit",
 }
-"""What happens without the flag, for flags whose default is not one of their values."""
+"""Description shown in place of the default, for flags whose default is None."""
 REWORDED: Final = {
     "seed_everything": "Seed for weight initialisation, data order and all other randomness.",
     "trainer.devices": "Number of devices or processes, a list of device indices, or 'auto' for all devices.",
     "trainer.strategy": "Strategy for multiple devices: 'ddp', 'fsdp2', 'tp', 'fsdp2_tp', or any Lightning strategy.",
-    "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any other in Lightning.",
+    "trainer.precision": "Precision: 32-true, bf16-mixed, bf16-true, 16-mixed, 64-true, or any Lightning precision.",
     "trainer.max_epochs": "Maximum number of passes over the training data.",
     "trainer.max_time": "Maximum training time across all sessions of the run, as DD:HH:MM:SS.",
     "trainer.val_check_interval": "Number of micro-batches between validations.",
     "model.optimizer": "Optimizer: AdamW, Muon, or the import path of your own class.",
 }
-"""Replaces the help text of Lightning's flags, and of flags whose value is a class."""
+"""Help texts that replace those of Lightning's flags and of flags whose value is a class, keyed by flag."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """A flag and its help.
+    """Command-line flag and its help text.
 
     Attributes:
         name: Name without dashes, such as ``model.gpt.n_layer``.
-        values: Type or choices of the value, in a few characters.
+        values: Abbreviated type or choices of the value.
         default: Default value as text; empty if there is no default.
         help: Help text, one or more sentences.
     """
@@ -82,7 +82,7 @@ class Flag:
     help: str
 
     def lines(self, brief: bool) -> Iterator[str]:
-        """Format the flag for a terminal; ``brief`` keeps only the first sentence."""
+        """Yield the lines that describe the flag in a terminal; ``brief`` keeps only the first sentence of the help."""
         text = re.split(r"(?<=[^.])[.] ", self.help)[0].rstrip(".") if brief else self.help
         default = f" [{self.default}]" if self.default else ""
         name = f"  --{self.name} {self.values}".rstrip()
@@ -99,12 +99,12 @@ class Flag:
 
 @dataclass(frozen=True)
 class HelpPage:
-    """Help of a command that accepts the flags of ``fit``.
+    """Help page of a command that accepts the flags of ``fit``.
 
     Args:
         usage: Usage line of the command.
         description: Purpose of the command.
-        first: Flags on the first page, keyed by heading.
+        first: Names of the flags on the first page, keyed by heading.
         without: Prefixes of flags that do not apply to the command.
     """
 
@@ -119,8 +119,8 @@ class HelpPage:
         Args:
             parser: Parser of the command.
             topic: Argument of ``--help``; empty for the first page.
-            model: Class given by ``--model``, whose flags are shown; None for the default class.
-            data: Class given by ``--data``, whose flags are shown; None for the default class.
+            model: Value of ``--model``, the class whose flags are shown; None for the default class.
+            data: Value of ``--data``, the class whose flags are shown; None for the default class.
 
         Raises:
             UserError: No flag mentions the topic.
@@ -131,7 +131,7 @@ class HelpPage:
             kind = import_class(name, PACKAGES[part])
             if kind is None:
                 raise UserError(
-                    f"--{part} {name}: no such class in {PACKAGES[part]}; use one of its classes, or a full import path"
+                    f"--{part} {name}: class not found in {PACKAGES[part]}; use one of its classes, or an import path"
                 )
             flags += class_flags(kind, part)
         sections = {"": [each for each in flags if not each.name.startswith(self.without)]}
@@ -147,7 +147,7 @@ class HelpPage:
             lines += [f"\n{heading}:"] * bool(heading and matching)
             lines += [line for each in matching for line in each.lines(brief=False)]
         if not lines:
-            raise UserError(f"--help {topic}: no flag mentions it; --help {ALL} lists every flag")
+            raise UserError(f"--help {topic}: no flag mentions {topic}; use --help {ALL} to list all flags")
         return "\n".join(lines)
 
     def _first(self, flags: list[Flag], chosen: dict[str, str]) -> Iterator[str]:
@@ -173,7 +173,7 @@ class HelpPage:
             yield ""
 
     def _of_other_classes(self, chosen: dict[str, str], seen: set[str]) -> dict[str, list[Flag]]:
-        """Return the flags of classes that are not selected, grouped by the flag that would select the class."""
+        """Return the flags of unselected classes, keyed by a heading that contains the flag to select the class."""
         found: dict[str, list[Flag]] = {}
         for part, package in PACKAGES.items():
             module = import_module(package)
@@ -191,7 +191,7 @@ class HelpPage:
 
 
 def parser_flags(parser: ArgumentParser) -> Iterator[Flag]:
-    """Yield the flags that the parser itself lists: those of the trainer and the run."""
+    """Yield the flags that the parser itself lists: flags of the trainer and of the run."""
     accelerator = default_precision("auto").value
     known = {"trainer.max_steps": MAX_STEPS, "trainer.precision": accelerator}
     known |= {f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()}
@@ -209,7 +209,7 @@ def class_flags(kind: Any, prefix: str) -> Iterator[Flag]:
 
     Args:
         kind: Class whose arguments are flags.
-        prefix: ``model``, ``data``, or another flag whose value is the class.
+        prefix: Flag whose value is the class: ``model``, ``data``, or a nested flag such as ``model.optimizer``.
     """
     if prefix in PACKAGES:
         names = ", ".join(import_module(PACKAGES[prefix]).__all__)
@@ -271,7 +271,7 @@ def _values(action: Any) -> str:
 
 
 def _plain(value: Any) -> str:
-    """Format a default as a user would write it; objects are shown as their class names."""
+    """Format a default value as a user would write it; an object is shown as the name of its class."""
     if isinstance(value, list | tuple):
         return ", ".join(map(_plain, value)) or "none"
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Class paths from earlier versions, so that their config files still load."""
+"""Class paths from earlier versions of this package, so that old config files still load."""
 
 import re
 from typing import Final
@@ -18,11 +18,11 @@ MOVED_CLASS_PATHS: Final[dict[str, str]] = {
     "lit_gpt_scratch.tasks.reward.Reward": "lit_gpt_scratch.tasks.Reward",
     "lit_gpt_scratch.text.leakage.Leakage": "lit_gpt_scratch.text.decontamination.Leakage",
 }
-"""Maps old paths to new paths. Add an entry when a class that a config can reference is moved or renamed."""
+"""Current class paths, keyed by old path. Add an entry when a class that a config can reference is moved or renamed."""
 
 _OLD_PATH: Final = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, MOVED_CLASS_PATHS))})(?![\w.])")
 
 
 def replace_moved_class_paths(text: str) -> str:
-    """Replace all old class paths in a config file's text or in a flag with the new paths."""
+    """Replace all old class paths in the text of a config file or in a flag with the current paths."""
     return _OLD_PATH.sub(lambda match: MOVED_CLASS_PATHS[match[1]], text)

@@ -1,4 +1,4 @@
-"""``prepare``: tokenize a text ahead of a run, or compare tokenizers on it."""
+"""``prepare``: clean and tokenize text before a run, or compare tokenizers."""
 
 import json
 import logging
@@ -27,7 +27,7 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS
 log = logging.getLogger(__name__)
 
 COMPARISON_BYTES: Final = 2**25
-"""Maximum bytes of held-out text on which tokenizers are compared; longer text is sampled."""
+"""Maximum bytes of held-out text on which tokenizers are compared; larger texts are sampled."""
 HELP: Final = {
     "prepare": ["config", "compare", "verify", "show"],
     "data": [
@@ -40,13 +40,14 @@ HELP: Final = {
 
 
 class PrepareCLI(FitCLI):
-    """Parse the flags and configs of ``fit``, and build only the data module."""
+    """Command-line interface that parses the flags and configs of ``fit``, and builds only the data module."""
 
     help_page = HelpPage(
         usage="python -m lit_gpt_scratch.prepare [--config FILE ...] [--flag value ...]",
-        description="Clean and tokenize a text ahead of a run, and report every step. fit uses the tokens if it has "
-        "the same\nflags and configs. Alternatively, train several kinds of tokenizer and compare them on held-out "
-        "text.\nFlags of the model and the trainer are accepted but ignored, so that configs for fit can be used.",
+        description="Clean and tokenize text before a run, and report every step. fit reuses the tokens if it is "
+        "started with\nthe same flags and configs. Alternatively, train several types of tokenizers and compare them "
+        "on held-out text.\nFlags of the model and the trainer are accepted but ignored, so that configs for fit can "
+        "be used.",
         first=HELP,
         without=("trainer", "model", "runs", "experiment", "ckpt_path", "preset", "tensor_parallel", "guard", "force",
                  "plan", "checkpoint", "inspect", "seed_everything"),
@@ -59,7 +60,7 @@ class PrepareCLI(FitCLI):
             "--compare",
             metavar="KINDS",
             type=str | None,
-            help=f"Kinds of tokenizer to train and compare, separated by commas: {','.join(TOKENIZER_KINDS)}.",
+            help=f"Tokenizer types to train and compare, separated by commas: {','.join(TOKENIZER_KINDS)}.",
         )
         parser.add_argument("--verify", action="store_true", help="Read all tokens and verify their checksums.")
         parser.add_argument("--show", metavar="N", type=int, default=0, help="Print the first N training windows.")
@@ -77,11 +78,11 @@ def main(args: ArgsType = None) -> None:
     cli = PrepareCLI(args)
     if not isinstance(cli.datamodule, PackedText):
         raise UserError(
-            f"--data: {type(cli.datamodule).__name__} cannot be prepared ahead of a run; use --data PackedText"
+            f"--data: {type(cli.datamodule).__name__} cannot be prepared before a run; use --data PackedText"
         )
     config = cli.config
     if config.show < 0:
-        raise UserError(f"argument --show: {config.show} is negative; pass a number of windows")
+        raise UserError(f"argument --show: {config.show} is negative; it must be 0 or more")
     if (config.compare is not None) + config.verify + (config.show > 0) > 1:
         raise UserError("--compare, --verify and --show are mutually exclusive; use only one of them")
     try:
@@ -92,7 +93,7 @@ def main(args: ArgsType = None) -> None:
         else:
             _prepare(cli.datamodule, config.show)
     except KeyboardInterrupt:
-        log.warning("stopped; run the same command again to resume from the finished shards")
+        log.warning("stopped; repeat the command to resume after the finished shards")
         sys.exit(128 + signal.SIGINT)
 
 
@@ -119,7 +120,7 @@ def _prepare(data: PackedText, n_shown: int) -> None:
 
 
 def _compare_packing(data: PackedText) -> list[list[str]]:
-    """Return the rows of a table with the cost of each packing policy; the chosen policy is marked."""
+    """Return table rows with the cost of each packing policy; an asterisk marks the selected policy."""
     rows = [[f"windows of {data.block_size}", *PackingCost.TABLE_HEADER]]
     for policy in PACKING_POLICIES:
         total = sum(
@@ -141,10 +142,10 @@ def _compare(data: PackedText, kinds: list[str]) -> None:
     unknown = [kind for kind in kinds if kind not in TOKENIZER_KINDS]
     if unknown:
         raise UserError(
-            f"argument --compare: '{unknown[0]}' is not a kind of tokenizer; choose from {', '.join(TOKENIZER_KINDS)}"
+            f"argument --compare: '{unknown[0]}' is not a tokenizer type; choose from {', '.join(TOKENIZER_KINDS)}"
         )
     if data.store_folder is not None:
-        raise UserError("argument --compare: it saves no tokens, so --data.store has no effect; omit --data.store")
+        raise UserError("argument --data.store: it has no effect with --compare, which saves no tokens; omit it")
     recipe = data.preparation
     corpus = recipe.selection.prepare(data.cache / "corpora")
     training_texts = list(corpus.texts("train", recipe.tokenizer_training_share(corpus)))

@@ -1,4 +1,4 @@
-"""Resume a run: find its checkpoint, check that steps are left, and compare flags and environment with the run's."""
+"""Resume a run: find its checkpoint, check that steps are left, and detect changes of flags and environment."""
 
 import json
 import logging
@@ -33,14 +33,14 @@ OUTPUT_FLAGS: Final = r"runs|experiment|ckpt_path|force|plan|config"
 FREE_TO_CHANGE: Final = r"data\.init_args\.(num_workers|cache|store|processes|streaming)"
 """Data flags that do not affect the result."""
 CHECKED_BY_CHECKPOINT: Final = r"model\.init_args\.gpt\..*|data\.init_args\.(vocab_size|block_size)"
-"""Flags that are compared with the metadata in the checkpoint; a mismatch is an error even with ``--force``."""
+"""Flags that are compared with the checkpoint's metadata; a mismatch is an error even with ``--force``."""
 MUST_MATCH: Final = (
     r"model\..*|data\..*|seed_everything|trainer\.(precision|accumulate_grad_batches|gradient_clip_val|"
     r"gradient_clip_algorithm|limit_train_batches|overfit_batches)"
 )
-"""Flags that must not change: they determine the text, its order, and the computation of a step."""
+"""Flags that must not change, because they determine the data, its order, or the computation of a step."""
 BATCH_FLAGS: Final = r"processes|data\.init_args\.(batch_size|tokens_per_step)|trainer\.accumulate_grad_batches"
-"""Flags that split a step's samples into micro-batches and across processes; only the samples per step must match."""
+"""Flags that divide a step's samples among micro-batches and processes; only the number of samples must match."""
 NODE_RANKS: Final = ("NODE_RANK", "GROUP_RANK", "SLURM_NODEID")
 """Environment variables in which Lightning, torchrun and SLURM store the rank of this machine."""
 OPTIMIZER: Final = "model.init_args.optimizer.class_path"
@@ -52,9 +52,9 @@ class ResumedRun:
 
     Attributes:
         checkpoint: Path of the checkpoint file.
-        changed: Differences from the earlier sessions: (old value, new value), keyed by flat name.
-        origin: Code, versions, hardware, seed and data fingerprint, as stored in the checkpoint.
-        layout: Division of a step's samples into micro-batches and ranks, or None if the checkpoint does not store it.
+        changed: Changes since earlier sessions of the run, as (old value, new value), keyed by flat flag name.
+        origin: Code, library versions, hardware, seed and data fingerprint that are stored in the checkpoint.
+        layout: Distribution of a step's samples over micro-batches and ranks; None if it is not in the checkpoint.
     """
 
     checkpoint: Path
@@ -64,7 +64,7 @@ class ResumedRun:
 
     @classmethod
     def find(cls, given: str, runs: Path, experiment: str) -> "ResumedRun | None":
-        """Find the run given by ``--ckpt_path``; return None if it is ``auto`` and there is no run yet.
+        """Find the run specified by ``--ckpt_path``; return None if the flag is ``auto`` and there is no run yet.
 
         Raises:
             UserError: The checkpoint does not exist, or all checkpoints are damaged.
@@ -88,7 +88,7 @@ class ResumedRun:
 
         Args:
             trainer: Trainer with the limits of the run.
-            force: Resume even if a callback stopped the run.
+            force: Whether to resume even if a callback stopped the run.
 
         Raises:
             UserError: The file is not a training checkpoint, or its run has reached its limits.
@@ -96,8 +96,8 @@ class ResumedRun:
         checkpoint = load_checkpoint(self.checkpoint)
         if "loops" not in checkpoint:
             raise UserError(
-                f"{self.checkpoint} contains only weights, not a run to resume; "
-                "start a run from it with --model.init_from"
+                f"{self.checkpoint} contains only weights, so its run cannot be resumed; "
+                "start a new run from it with --model.init_from"
             )
         self.origin = next(iter(_states(checkpoint, RunMetadata.state_key)), {})
         self.layout = BatchLayout(**checkpoint[BATCH_LAYOUT_KEY]) if BATCH_LAYOUT_KEY in checkpoint else None
@@ -110,11 +110,14 @@ class ResumedRun:
         seconds = max((state["time_elapsed"]["train"] for state in _states(checkpoint, "Timer")), default=0.0)
         more = None
         if 0 < trainer.max_steps <= step:
-            more = f"all {step} steps of its run", f"--trainer.max_steps {2 * step}"
+            more = f"completed all {step} steps", f"--trainer.max_steps {2 * step}"
         elif 0 < (trainer.max_epochs or 0) <= epochs:
-            more = f"all {epochs} epochs of its run", f"--trainer.max_epochs {epochs + 1}"
+            more = f"completed all {epochs} epochs", f"--trainer.max_epochs {epochs + 1}"
         elif _seconds(trainer) <= seconds:
-            more = f"used all the time of its run ({seconds:.0f} s)", "--trainer.max_time, which counts all sessions"
+            more = (
+                f"reached its time limit after {seconds:.0f} s",
+                "a longer --trainer.max_time, which includes all sessions",
+            )
         elif not force and any(state.get("stopped") for state in _states(checkpoint, Checkpointing.state_key)):
             more = f"been stopped early by a callback, at step {step}", "--force"
         if more and self._untested(checkpoint):
@@ -122,11 +125,11 @@ class ResumedRun:
                 if isinstance(callback, Checkpointing):
                     callback.untested = True
         elif more:
-            raise UserError(f"{self.checkpoint} has {more[0]}; {FINISHED_MESSAGE} {more[1]}")
+            raise UserError(f"the run of {self.checkpoint} has {more[0]}; {FINISHED_MESSAGE} {more[1]}")
         return step
 
     def _untested(self, checkpoint: dict[str, Any]) -> bool:
-        """Whether the run includes a test that has not finished."""
+        """Return whether the run includes a test that has not finished."""
         if self.folder is None or not any(s.get("tests") for s in _states(checkpoint, Checkpointing.state_key)):
             return False
         summary = self.folder.path / "summary.json"
@@ -136,16 +139,16 @@ class ResumedRun:
     def compare(
         self, config_before: Mapping[str, Any], config: Mapping[str, Any], here: Mapping[str, Any], force: bool
     ) -> None:
-        """Log changes since the run started, and reject those that would make it a different run.
+        """Log changes since the run started, and reject changes that would make it a different run.
 
         Args:
-            config_before: All flags of the run so far.
-            config: All current flags.
+            config_before: All flags of the run's earlier sessions.
+            config: All flags of the current session.
             here: Current number of processes, number of data-parallel replicas, seed and data fingerprint.
-            force: Only warn about changes.
+            force: Whether to only warn about changes.
 
         Raises:
-            UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer's class changed.
+            UserError: A flag in ``MUST_MATCH`` changed and ``force`` is False, or the optimizer class changed.
         """
         sessions = self.folder.read_sessions() if self.folder else []
         flags = diff_configs(config_before, config)
@@ -178,29 +181,29 @@ class ResumedRun:
                 f"{_describe_changes(self.changed, [OPTIMIZER])}: the states of different optimizers are incompatible; "
                 "omit --model.optimizer, or start a new run with --model.init_from"
             )
-        keep = ""
+        keep = "restore the old values"
         if self.layout is not None and any(re.fullmatch(BATCH_FLAGS, n) for n in matters):
             step = self.layout.rows_per_step, _samples_per_step(config, here["replicas"])
             if step[0] != step[1]:
                 self.changed["samples per step"] = step
                 matters.append("samples per step")
                 tokens = step[0] * config["data"]["init_args"].get("block_size", 1)
-                keep = f"; to keep the step size: --data.tokens_per_step {tokens}"
+                keep = f"keep the number of samples per step with --data.tokens_per_step {tokens}"
             elif not _counts_batches(config):
                 matters = [n for n in matters if not re.fullmatch(BATCH_FLAGS, n)]
         if matters and not force:
             raise UserError(
-                f"{self.checkpoint} belongs to a run with {_describe_changes(self.changed, matters)}{keep}; "
-                "to resume anyway: --force"
+                f"cannot resume {self.checkpoint}: {_describe_changes(self.changed, matters)}; {keep}, "
+                "or resume anyway with --force"
             )
         if self.changed:
-            log.warning("changed since the run started: %s", _describe_changes(self.changed, list(self.changed)))
+            log.warning("since the run started, %s", _describe_changes(self.changed, list(self.changed)))
 
 
 def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
-    """Return the samples per optimizer step across all replicas, which are the data-parallel ranks.
+    """Return the number of samples per optimizer step across all data-parallel replicas.
 
-    Returns None for a user's data module without the arguments that determine this number.
+    Returns None for a user-defined data module without the arguments that determine this number.
     """
     data = config["data"]["init_args"]
     if not {"batch_size", "tokens_per_step", "block_size"} <= data.keys():
@@ -211,7 +214,7 @@ def _samples_per_step(config: Mapping[str, Any], replicas: int) -> int | None:
 
 
 def _counts_batches(config: Mapping[str, Any]) -> bool:
-    """Whether an epoch is limited to a number of micro-batches, so that its length depends on their size."""
+    """Return whether an epoch is limited to a number of micro-batches, so that its length depends on the batch size."""
     limit, overfit = (config["trainer"].get(name) for name in ("limit_train_batches", "overfit_batches"))
     return isinstance(limit, int) or limit not in (None, 1.0) or bool(overfit)
 
@@ -221,7 +224,7 @@ def _states(checkpoint: dict[str, Any], callback: str) -> list[dict[str, Any]]:
 
 
 def _seconds(trainer: Trainer) -> float:
-    """Return the total time limit across all sessions in seconds; a very large number if there is no limit."""
+    """Return the time limit in seconds across all sessions; a very large number if there is no limit."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the trainer sets it late
     limits = (
         callback.time_remaining() for callback in callbacks if isinstance(callback, Timer)
@@ -236,5 +239,7 @@ def _describe_changes(changes: Changes, names: list[str]) -> str:
             return text.rpartition(".")[2]
         return text if len(text) <= 24 else f"{text[:12]}..."
 
-    each = (f"{n.replace('.init_args', '')} {short(changes[n][0])}, now {short(changes[n][1])}" for n in names)
-    return "; ".join(each)
+    each = (
+        f"{n.replace('.init_args', '')} changed from {short(changes[n][0])} to {short(changes[n][1])}" for n in names
+    )
+    return ", ".join(each)

@@ -20,18 +20,18 @@ CELLS: Final = 24
 """Maximum number of rows and columns of cells in a drawn mask."""
 LEGEND: Final = (
     "Each document has its own color; end-of-text is inverse; text without labels is struck through, or in « » "
-    "if there are no colors. The attention mask is below each window: a row of cells is a span of query tokens, and █ "
-    "marks the keys that it attends to."
+    "if there are no colors. The attention mask is below each window: each row of cells is a span of query tokens, and "
+    "█ marks the keys that these queries attend to."
 )
 
 
 def supports_colors() -> bool:
-    """Whether to print colors: yes on a terminal, unless the environment overrides it (https://no-color.org)."""
+    """Return whether to print colors: on a terminal, unless ``NO_COLOR`` or ``FORCE_COLOR`` overrides this default."""
     return not os.environ.get("NO_COLOR") and (bool(os.environ.get("FORCE_COLOR")) or sys.stdout.isatty())
 
 
 def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
-    """Yield the first training windows in training order, as paragraphs of text.
+    """Render the first training windows in training order, as paragraphs of text.
 
     Args:
         data: Data module after ``setup``.
@@ -39,7 +39,7 @@ def render_windows(data: PackedText, n: int, colors: bool) -> Iterator[str]:
         colors: Whether to use ANSI colors.
     """
     yield LEGEND
-    order = data.train_sampler.order  # windows, not batches: there may be fewer windows than one batch
+    order = data.train_sampler.order  # the order of windows, because there may be fewer windows than one batch
     for index in order.rows(0, np.arange(min(n, len(order)))).tolist():
         window = data.train_dataset[index]
         # Without a document mask the batch has no document ids, so count end-of-text tokens.

@@ -49,19 +49,20 @@ def _build_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m lit_gpt_scratch.sweep",
         description="Run all trials of a sweep file, each run in its own process and folder, and report the "
-        "comparison. Repeat the command to resume a sweep that was killed or stopped; finished runs are not repeated. "
-        "Several copies of the command can work on one sweep, also on several machines with --storage postgresql://...",
+        "results. Repeat the command to resume a sweep that was killed or stopped; finished runs are not repeated. "
+        "Several processes can run the command to share a sweep, even on several machines with --storage "
+        "postgresql://...",
     )
     parser.add_argument("file", metavar="FILE", nargs="?", type=Path, help="sweep file in YAML")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder that contains all runs and sweeps")
-    parser.add_argument("--workers", type=int, default=1, help="number of concurrent runs, which share the cores")
+    parser.add_argument("--workers", type=int, default=1, help="number of concurrent runs, which share the CPU cores")
     parser.add_argument(
         "--storage", help="storage for the study: a file (by default in the sweep's folder), sqlite:///FILE or "
         "postgresql://USER:PASSWORD@HOST/DATABASE",
     )  # fmt: skip
     compare = parser.add_argument_group("comparison of existing runs")
     compare.add_argument("--compare", metavar="RUN", nargs="+", type=Path, help="run folders to compare")
-    compare.add_argument("--metric", default="val/bits_per_byte", help="metric to compare, a key of summary.json")
+    compare.add_argument("--metric", default="val/bits_per_byte", help="metric to compare: a key of summary.json")
     compare.add_argument(
         "--direction",
         choices=("minimize", "maximize"),
@@ -83,7 +84,7 @@ def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
     folder: Path = arguments.runs / sweep.name
     baseline = ResolvedBaseline() if module else None
     if baseline is None and arguments.storage is None and not (folder / JOURNAL).exists():
-        baseline = _precheck(sweep)  # before anything is written to disk
+        baseline = _precheck(sweep)  # before writing anything to disk
     study = Study(sweep, *open_storage(arguments.storage, folder, f"{sweep.name}-{sweep.fingerprint}"))
     if study.baseline is None:
         study.create(baseline or _precheck(sweep))
@@ -112,7 +113,7 @@ def _sweep(arguments: argparse.Namespace, module: str | None) -> None:
 
 
 def _precheck(sweep: "SweepConfig") -> "ResolvedBaseline":
-    """Check the flags in a separate process, because parsing imports torch, which the sweep does not need."""
+    """Check the flags in a separate process, because parsing imports torch, which the sweep itself does not use."""
     pool = start_process_pool(1)
     try:
         return pool.submit(_check_in_subprocess, sweep).result()

@@ -1,4 +1,4 @@
-"""Check the flags of a sweep file with ``fit``'s parser before the first run starts."""
+"""Check the flags of a sweep file with the parser of ``fit`` before the first run starts."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest
 
 
 class _ParseOnlyCLI(FitCLI):
-    """Parse flags without instantiating any classes."""
+    """Command-line interface that parses flags without instantiating any classes."""
 
     def instantiate_classes(self) -> None:
         """Do nothing."""
@@ -23,11 +23,11 @@ class _ParseOnlyCLI(FitCLI):
 def check_sweep(sweep: SweepConfig) -> ResolvedBaseline:
     """Parse every setting of a sweep file as ``fit`` would, and build the baseline.
 
-    Each setting is checked alone, on top of the baseline. Contradictions between settings are not detected here;
-    such a trial fails and reports the reason.
+    Each setting is checked alone, on top of the baseline. Contradictions between settings are not detected; a trial
+    with contradictory settings fails and reports the reason.
 
     Returns:
-        The baseline's flags and its number of replicas.
+        The flags of the baseline and its number of replicas.
 
     Raises:
         UserError: A flag is unknown or a value is invalid.

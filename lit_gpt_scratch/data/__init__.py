@@ -1,4 +1,4 @@
-"""Data modules: turn texts and token ids into batches."""
+"""Data modules, which turn text and token ids into batches."""
 
 from lit_gpt_scratch.data.conversations import Conversations
 from lit_gpt_scratch.data.labelled_text import LabelledText

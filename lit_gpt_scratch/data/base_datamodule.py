@@ -1,4 +1,4 @@
-"""The base class of all data modules: batches of rows in a reproducible order that can be resumed at any step.
+"""Base class of all data modules, which batch rows in a reproducible order that can be resumed at any step.
 
 A row is one sequence of a batch: packed documents, or one padded record.
 """
@@ -25,7 +25,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAX_SIZE: Final = 2**30
-"""Upper bound for sizes, far above any useful value; some libraries abort the process on an impossible size."""
+"""Upper bound for sizes, far above any useful value, because some libraries abort the process on an impossible size."""
 
 
 class SplitCounts(NamedTuple):
@@ -53,7 +53,8 @@ class BaseDataModule(L.LightningDataModule):
     Args:
         block_size: Tokens per row.
         batch_size: Rows per data-parallel rank and micro-batch.
-        tokens_per_step: Tokens per optimizer step across all ranks. None makes each micro-batch an optimizer step.
+        tokens_per_step: Tokens per optimizer step across all ranks. None leaves ``trainer.accumulate_grad_batches``
+            unchanged.
         num_workers: Number of DataLoader worker processes; 0 loads batches in the training process.
         seed: Seed for the row order. None uses the seed of ``seed_everything``.
 
@@ -64,13 +65,13 @@ class BaseDataModule(L.LightningDataModule):
     train_dataset: RowDataset[Any]
     validation_dataset: RowDataset[Any]
     test_dataset: RowDataset[Any] | None = None
-    """None if there is no test split."""
+    """Test rows; None if there is no test split."""
     init_from: str | None = None
-    """Checkpoint of the pretrained model to start training from; its tokenizer is used."""
+    """Checkpoint of the pretrained model to start training from, whose tokenizer is used; None trains a new model."""
     initial_tokenizer: Tokenizer | None = None
-    """Tokenizer of the ``init_from`` model. Set it if the model was already read; otherwise it is read when needed."""
+    """Tokenizer of the ``init_from`` model; None until it is read. Set it if the model has already been read."""
     weights: Sequence[float] | None = None
-    """Sampling weight for each part of ``train_dataset``; None samples each part in proportion to its rows."""
+    """Sampling weight of each part of ``train_dataset``. If None, an epoch visits every row once."""
 
     def __init__(
         self, block_size: int, batch_size: int, tokens_per_step: int | None, num_workers: int, seed: int | None
@@ -90,11 +91,11 @@ class BaseDataModule(L.LightningDataModule):
     @property
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer for the text."""
+        """Tokenizer that encodes the text."""
 
     @property
     def origin(self) -> str:
-        """Source of the text, as the user wrote it."""
+        """Source of the text, as specified by the user."""
         raise NotImplementedError
 
     @property
@@ -145,7 +146,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids; smaller than requested if the tokenizer was trained on a short text."""
+        """Vocabulary size; smaller than the default if the tokenizer was trained on a small amount of text."""
         return self.tokenizer.vocab_size
 
     @property
@@ -190,13 +191,16 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def shard(self) -> dict[str, int]:
-        """Data-parallel size and rank of this process; all ranks of a tensor-parallel group have the same rank."""
+        """Number of data-parallel replicas and data-parallel rank of this process.
+
+        All processes of a tensor-parallel group have the same data-parallel rank.
+        """
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return {"num_replicas": 1, "rank": 0, **(kwargs or {})}
 
     @property
     def layout(self) -> BatchLayout:
-        """Batch size, data-parallel size and micro-batches per step; may change until gradient accumulation is set."""
+        """Batch size, number of replicas and micro-batches per step; final after ``set_gradient_accumulation``."""
         accumulate = self.trainer.accumulate_grad_batches if self.trainer is not None else 1
         return BatchLayout(self.batch_size, self.shard["num_replicas"], accumulate)
 
@@ -207,7 +211,7 @@ class BaseDataModule(L.LightningDataModule):
 
     @property
     def train_sampler(self) -> ShuffledSampler:
-        """Training sampler for this process, starting at the trainer's current position."""
+        """Sampler of the training batches of this process, starting at the trainer's current position."""
         order = ShuffledOrder(self.train_dataset.sizes, self.order_seed, self.weights)
         return ShuffledSampler(order, **self._sampler_arguments())
 
@@ -223,7 +227,7 @@ class BaseDataModule(L.LightningDataModule):
         }
 
     def describe_row(self, epoch: int, batch: int, row: int) -> str:
-        """Describe a row of one of this process's training batches; see ``RowDataset.describe_row``."""
+        """Describe a row of a training batch of this process; see ``RowDataset.describe_row``."""
         sampler = self.train_sampler
         step, micro_batch = divmod(batch, sampler.accumulate)
         index = int(sampler.step_rows(epoch, np.array([step]))[0, micro_batch, sampler.rank, row])
@@ -244,22 +248,23 @@ class BaseDataModule(L.LightningDataModule):
             UserError: There is no test split.
         """
         if self.test_dataset is None:
-            raise UserError(f"{type(self).__name__} has no test split")
+            raise UserError(f"{type(self).__name__} has no test split; use the validation split instead")
         return self._evaluation_loader(self.test_dataset)
 
     def set_gradient_accumulation(self) -> None:
         """Set the trainer's ``accumulate_grad_batches`` so that an optimizer step has ``tokens_per_step`` tokens.
 
         Raises:
-            UserError: ``tokens_per_step`` is not a multiple of the tokens per micro-batch, or contradicts
+            UserError: ``tokens_per_step`` is not a multiple of the tokens per micro-batch, or conflicts with
                 ``trainer.accumulate_grad_batches``.
         """
         if self.tokens_per_step is None:
             return
         if self.tokens_per_step % self.tokens_per_batch:
             raise UserError(
-                f"data.tokens_per_step ({self.tokens_per_step}) is not a multiple of the {self.tokens_per_batch} "
-                "tokens of a micro-batch (block_size x batch_size x ranks); change one of them"
+                f"data.tokens_per_step is {self.tokens_per_step}, which is not a multiple of the "
+                f"{self.tokens_per_batch} tokens per micro-batch (block_size x batch_size x ranks); change "
+                "data.tokens_per_step or data.batch_size"
             )
         batches = self.tokens_per_step // self.tokens_per_batch
         if self.trainer is None:
@@ -267,16 +272,16 @@ class BaseDataModule(L.LightningDataModule):
         if self.trainer.accumulate_grad_batches not in (1, batches):
             raise UserError(
                 f"data.tokens_per_step implies {batches} micro-batches per step, but trainer.accumulate_grad_batches "
-                f"is {self.trainer.accumulate_grad_batches}; set only one of them"
+                f"is {self.trainer.accumulate_grad_batches}; set only one of the two"
             )
         self.trainer.accumulate_grad_batches = batches
 
     def _position(self) -> tuple[int, int]:
-        """Return the epoch to continue with, and the index of the next micro-batch in it.
+        """Return the epoch in which training continues, and the index of its next micro-batch.
 
-        A resumed trainer restores its progress before it requests the loader. Batches of an unfinished epoch that were
-        already delivered are skipped. An epoch whose last batch was delivered counts as finished, even if the trainer
-        had not yet counted it when the checkpoint was saved.
+        A resumed trainer restores its progress before it requests the loader. In an unfinished epoch, batches that the
+        loader has already yielded are skipped. An epoch whose last batch has been yielded counts as finished, even if
+        the trainer had not yet counted the epoch when the checkpoint was saved.
         """
         if self.trainer is None:
             return 0, 0
@@ -306,28 +311,28 @@ class BaseDataModule(L.LightningDataModule):
 
 
 def reject_null(given: dict[str, Any]) -> None:
-    """Reject arguments set to null, which the command line accepts for any type."""
+    """Reject arguments that are None, because the command line accepts ``null`` for any type."""
     for name, value in given.items():
         if value is None:
             raise UserError(f"data.{name} is null; omit it to use the default")
 
 
 def require_positive_ints(given: dict[str, int | None]) -> None:
-    """Reject sizes below 1, or of ``MAX_SIZE`` or more; None is allowed."""
+    """Reject sizes outside the range 1 to ``MAX_SIZE - 1``; None is allowed."""
     for name, value in given.items():
         if value is not None and not 1 <= value < MAX_SIZE:
-            raise UserError(f"data.{name} is {value}; it must be positive and below {MAX_SIZE:,}")
+            raise UserError(f"data.{name} is {value}; it must be positive and less than {MAX_SIZE:,}")
 
 
 STOP_SIGNALS: Final = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
-"""Ctrl-C, the termination request, and SLURM's signal before the time limit (``sbatch --signal=USR1@60``)."""
+"""Signals of Ctrl-C, a termination request, and SLURM's warning before the time limit (``sbatch --signal=USR1@60``)."""
 
 
 def ignore_stop_signals(worker: int) -> None:
     """Ignore stop signals in a DataLoader worker, because the trainer still needs batches to finish its last step.
 
-    A terminal and SLURM send signals to all processes of a run. Workers end when the trainer closes the loader or
-    exits.
+    A terminal and SLURM send signals to all processes of a run. Workers exit when the trainer closes the loader or
+    exits itself.
     """
     for signum in STOP_SIGNALS:
         signal.signal(signum, signal.SIG_IGN)

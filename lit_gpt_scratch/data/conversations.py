@@ -1,4 +1,4 @@
-"""Conversations: the data module for instruction tuning."""
+"""Data module for instruction tuning, with conversations."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,10 +34,10 @@ class ConversationExample:
 
 
 class Conversations(RecordDataModule[ConversationExample]):
-    """Conversations in the chat template (``text.chat_template``); the loss is computed on the replies only.
+    """Data module for conversations, rendered with a chat template; the loss is computed on the replies only.
 
-    Records are packed with ``best_fit`` into windows of ``block_size`` tokens and do not attend to each other. See
-    ``RecordDataModule`` for the arguments.
+    Records are packed with ``best_fit`` into windows of ``block_size`` tokens, and tokens attend only to their own
+    record. See ``text.chat_template`` for the template, and ``RecordDataModule`` for the arguments.
     """
 
     shares = (0.05, 0.1)
@@ -46,7 +46,7 @@ class Conversations(RecordDataModule[ConversationExample]):
     next_command = "generate {} --chat"
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Generate synthetic tasks about words."""
+        """Generate synthetic conversations about words."""
         return synthetic_data.conversations()
 
     def parse_row(self, fields: dict[str, Any]) -> ConversationExample:
@@ -55,17 +55,17 @@ class Conversations(RecordDataModule[ConversationExample]):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template for this tokenizer."""
+        """Chat template for the tokenizer of this data module."""
         return ChatTemplate(self.tokenizer)
 
     def encode_record(self, record: ConversationExample) -> tuple[EncodedSequence, ...]:
-        """Render and tokenize a conversation; a token is labelled with the next one if that belongs to a reply."""
+        """Render and tokenize a conversation; each token's label is the next token if that token belongs to a reply."""
         ids, learned = map(np.array, self.template.render(record.messages))
         return (EncodedSequence(ids[:-1], np.where(learned[1:], ids[1:], IGNORE_INDEX)),)
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of the first validation conversations, without the last reply, that leave room for a reply."""
+        """Token ids of the prompts for sample replies: validation conversations without their last reply."""
         prompts = (
             self.template.render_prompt(self.records[place][1].messages[:-1])
             for place in self.split_indices["validation"]

@@ -1,4 +1,4 @@
-"""Labelled text: the data module for classification."""
+"""Data module for classification, with labelled text."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,7 +23,7 @@ from lit_gpt_scratch.text.document import TableRow, get_label, get_text, is_blan
 
 @dataclass(frozen=True)
 class LabelledExample:
-    """Text and its label."""
+    """Text with its class label."""
 
     text: str
     label: str
@@ -35,14 +35,14 @@ class LabelledExample:
 
 
 class LabelledText(RecordDataModule[LabelledExample]):
-    """Texts with class labels. The classes are the distinct labels in the data, sorted alphabetically.
+    """Data module for text with class labels. The classes are the distinct labels, sorted alphabetically.
 
     Args:
         text_column: Column that contains the text.
         label_column: Column that contains the label, a string or an integer. If the dataset defines class names, they
             replace integer labels.
-        balance: Downsample each class to the size of the smallest class; ``split_seed`` determines which records are
-            kept.
+        balance: Whether to downsample each class to the size of the smallest class; ``split_seed`` determines which
+            records are kept.
         **kwargs: See ``RecordDataModule``.
     """
 
@@ -63,10 +63,10 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return synthetic_data.labelled_sentences()
 
     def parse_row(self, fields: dict[str, Any]) -> LabelledExample:
-        """Parse the text and its label."""
+        """Parse the text and the label of a row."""
         text = get_text(fields, self.text_column)
         if is_blank(text):
-            raise UserError(f"'{self.text_column}' is empty")
+            raise UserError(f"'{self.text_column}' is empty; add the text, or remove the row")
         return LabelledExample(text, get_label(fields, self.label_column))
 
     def select_records(self, records: list[tuple[str, LabelledExample]]) -> list[tuple[str, LabelledExample]]:
@@ -109,7 +109,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         """Build the datasets.
 
         Raises:
-            UserError: A class has no training records, or for the reasons listed in ``RecordDataModule.setup``.
+            UserError: A class has no training records, or ``RecordDataModule.setup`` raises an error.
         """
         for name, count in zip(self.class_names, self.class_counts, strict=True):
             if not count:
@@ -121,7 +121,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
 
     @property
     def info(self) -> DataInfo:
-        """Description of the data, with class names and class counts."""
+        """Description of the data, including class names and class counts."""
         return replace(super().info, class_names=self.class_names, class_counts=self.class_counts)
 
     def encode(self, text: str) -> list[int]:
@@ -129,7 +129,7 @@ class LabelledText(RecordDataModule[LabelledExample]):
         return [self.tokenizer.start_of_text, *self.tokenizer.encode(text)]
 
     def encode_record(self, record: LabelledExample) -> tuple[EncodedSequence, ...]:
-        """Tokenize the text; its label is the class index."""
+        """Tokenize the text of a record; the label is the class index."""
         label = np.array([self.class_names.index(record.label)])
         return (EncodedSequence(np.array(self.encode(record.text)), label),)
 
@@ -141,10 +141,10 @@ class LabelledText(RecordDataModule[LabelledExample]):
 
 
 class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
-    """Right-padded texts with their class indices."""
+    """Dataset of right-padded token sequences with their class indices."""
 
     def make_batch(self, rows: Sequence[int]) -> LabelledBatch:
-        """Build the batch for the given row indices; the index ``len(self)`` is a padding row."""
+        """Build the batch for the given row indices; the index ``len(self)`` denotes a padding row."""
         texts = [self.items[row] if row < len(self) else None for row in rows]
         lengths = torch.tensor([len(text.ids) if text else 0 for text in texts])
         input_ids = pad_rows([text.ids if text else EMPTY_ROW for text in texts], self.fill, self.block_size)
@@ -152,7 +152,7 @@ class LabelledTextDataset(PaddedDataset[EncodedSequence, LabelledBatch]):
         return LabelledBatch(input_ids=input_ids, lengths=lengths, labels=labels)
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_class_counts``, the number of rows in each class: (n_classes,)."""
+        """Return the batch entry ``step_class_counts``: the number of rows in each class, (n_classes,)."""
         classes = np.array([int(self.items[row].labels[0]) for row in rows])
-        n_classes = 1 + max(int(item.labels[0]) for item in self.items)  # every class has training texts
+        n_classes = 1 + max(int(item.labels[0]) for item in self.items)  # every class has training records
         return {"step_class_counts": torch.from_numpy(np.bincount(classes, minlength=n_classes))}

@@ -1,4 +1,4 @@
-"""A dataset that reads the rows of a packing plan from token stores and returns them as a ``Batch``."""
+"""Dataset that reads the rows of packing plans from token streams and returns them as a ``Batch``."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ from lit_gpt_scratch.errors import UserError
 
 
 class PackedDataset(RowDataset[Batch]):
-    """Rows of packed documents from one token store, or from several concatenated stores.
+    """Dataset whose rows are packed documents from one token stream, or from several concatenated streams.
 
     Args:
-        parts: Packing plan for each store.
-        block_size: Tokens per row, ``T``.
+        parts: Packing plan of each token stream.
+        block_size: Number of tokens per row.
         vocab_size: Number of token ids.
-        end_of_text: End-of-text token id, which pads rows.
-        document_mask: Add ``document_ids`` to the batches, so that tokens attend only to their own document.
+        end_of_text: End-of-text token id, which is also used for padding.
+        document_mask: Whether to add ``document_ids`` to the batches, so that tokens attend only to their own document.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class PackedDataset(RowDataset[Batch]):
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows in each store."""
+        """Number of rows from each token stream."""
         return [len(part) for part in self.parts]
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class PackedDataset(RowDataset[Batch]):
         shape = len(rows), self.block_size
         ids = np.full(shape, self.end_of_text, dtype=np.int64)
         labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
-        begins = np.zeros(shape, dtype=bool)  # True where a document, or its part in this row, begins
+        begins = np.zeros(shape, dtype=bool)  # True where a document, or the part of a document in this row, begins
         for b, row in enumerate(rows):
             t = 0
             plan, pieces = self.pieces(row)
@@ -78,7 +78,7 @@ class PackedDataset(RowDataset[Batch]):
         return batch
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_labels``, the number of labels in the rows; it is computed without reading tokens."""
+        """Return the batch entry ``step_labels``: the number of labels in the rows, without reading tokens."""
         parts = np.searchsorted(self._ends, rows, side="right")
         counts = (
             self.parts[part].count_labels(rows[parts == part] - self._ends[part] + len(self.parts[part]))
@@ -87,13 +87,13 @@ class PackedDataset(RowDataset[Batch]):
         return {"step_labels": torch.tensor(sum(counts))}
 
     def pieces(self, row: int) -> tuple[PackingPlan, list[tuple[int, int]]]:
-        """Return the packing plan that contains a row, and the row's pieces; see ``PackingPlan.pieces``."""
+        """Return the packing plan that contains a row, and the pieces of that row (see ``PackingPlan.pieces``)."""
         part = min(bisect_right(self._ends, row), len(self.parts) - 1)
         plan = self.parts[part]
         return plan, plan.pieces(row - self._ends[part] + len(plan))
 
     def describe_row(self, row: int) -> str:
-        """List the documents in a row by their numbers in the stream, for log and error messages."""
+        """Describe a row by the numbers of its documents in the token stream, for log and error messages."""
         plan, pieces = self.pieces(row)
         numbers: set[int] = set()
         before = 0
@@ -108,7 +108,7 @@ class PackedDataset(RowDataset[Batch]):
     def _unknown_token_error(self, rows: Sequence[int]) -> UserError:
         """Build an error that names the shard with the unknown token.
 
-        Without this error, the embedding lookup on a GPU would fail without naming a location.
+        Otherwise, the embedding lookup would fail on a GPU with an error that does not name the shard.
         """
         for plan, pieces in map(self.pieces, rows):
             for start, length in pieces:
@@ -118,7 +118,7 @@ class PackedDataset(RowDataset[Batch]):
                         continue
                     where = plan.stream.describe_position(start + shift + int(unknown[0]))
                     return UserError(
-                        f"{where} has token {tokens[unknown[0]]}, but its tokenizer has only {self.vocab_size} tokens; "
-                        "delete the folder and prepare it again"
+                        f"{where} contains token id {tokens[unknown[0]]}, but its tokenizer has only {self.vocab_size} "
+                        "tokens; delete the folder and prepare the corpus again"
                     )
         raise AssertionError("all tokens are in the vocabulary")

@@ -1,4 +1,4 @@
-"""Text packed into windows of tokens: the data module for pretraining."""
+"""Data module for pretraining, which packs text into windows of tokens."""
 
 import inspect
 import math
@@ -37,7 +37,7 @@ from lit_gpt_scratch.text.token_shards import TokenIds
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_SAMPLE_PROMPTS, SAMPLE_PROMPT_TOKENS, SAMPLE_SEARCH_TOKENS = 2, 12, 1_000_000
-"""Settings for sample prompts: documents used, tokens per prompt, validation tokens searched for document starts."""
+"""Sample prompts: number of documents, tokens per prompt, and validation tokens searched for document starts."""
 STDLIB_PROMPT = "def "
 
 
@@ -45,52 +45,56 @@ VALIDATION_SHARE: Final = 0.05
 
 
 class PackedText(BaseDataModule):
-    """Documents that are split, tokenized and packed into windows.
+    """Data module that cleans, splits and tokenizes documents, and packs them into windows of tokens.
 
     Args:
-        source: Text to train on: ``stdlib`` (this Python's standard library), the default; a text, JSONL, CSV, TSV,
-            Parquet or Arrow file, compressed or not; a folder of such files, or a pattern with ``*``; or
-            ``owner/name`` of a Hub dataset. To combine several sources, pass a mapping from source to weight; the bytes
-            read from each source are proportional to its weight.
+        source: Text to train on: ``stdlib`` (the default), the standard library of this Python installation; a text,
+            JSONL, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such files, or a pattern with
+            ``*``; or a Hub dataset, as ``owner/name``. To combine several sources, pass a mapping from source to
+            weight; the number of bytes read from each source is proportional to its weight.
         text_column: Column that contains the text, for sources with columns.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
         streaming: Stream a Hub dataset instead of downloading it.
-        max_bytes: Maximum bytes of text to read from each source; reading stops after the document that reaches it.
-        cleaning: Steps that filter or edit documents, in order. By default only exact duplicates are removed.
+        max_bytes: Maximum number of bytes of text to read from each source; reading stops after the document that
+            reaches this limit. By default, all text is read.
+        cleaning: Steps that filter or edit documents, in order. By default, only exact duplicates are removed.
             See ``text.cleaning``, ``text.quality``, ``text.duplicates`` and ``text.decontamination``.
-        processes: Number of processes that clean a large corpus. The default is the number of cores, or 1 in a script
-            that new processes would run again. The result does not depend on it.
+        processes: Number of processes that clean and tokenize a large corpus. The default is the number of cores, or 1
+            in a script that new processes would run again. The result does not depend on the number of processes.
         validation_share: Fraction of the documents held out for validation, by default 0.05. If there is only one
-            document, this fraction of its text is held out from its end.
-        tokenizer: Kind of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
-            ``unigram``, ``char`` or ``byte``. Or the path of an existing tokenizer: a ``tokenizer.json``, a folder that
-            contains one, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
-        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or fewer if the
-            text yields fewer.
-        special_tokens: Special tokens in addition to end-of-text, such as chat roles; text is never encoded as one.
+            document, this fraction of its text is held out, taken from the end.
+        tokenizer: Type of tokenizer to train on the training documents: ``bpe`` (the default), ``wordpiece``,
+            ``unigram``, ``char`` or ``byte``; or the path of an existing tokenizer: a ``tokenizer.json`` file, a folder
+            that contains such a file, or a folder with GPT-2's ``encoder.json`` and ``vocab.bpe``.
+        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or less if the
+            text yields fewer tokens.
+        special_tokens: Special tokens in addition to end-of-text, such as chat roles. Text in documents is never
+            encoded as a special token.
         store: Folder in which to save the token store of this source, with the cleaned text and the cleaning audit.
-        cache: Folder for token stores and texts if ``store`` is not set, and for packing plans. By default a folder in
-            the user's cache directory.
+        cache: Folder for packing plans and, if ``store`` is not set, for token stores and cleaned text. By default, a
+            folder in the user's cache directory.
         init_from: Checkpoint of a trained model whose tokenizer is used; ``fit`` sets it to ``model.init_from``.
         mixture: Token stores (folders created with ``store``) to use instead of ``source``: a single folder; a list of
-            folders, to use all windows of each; or a mapping from folder to weight, its proportion of the training
-            windows. Validation uses the validation tokens of all stores.
+            folders, to use every window of each store once per epoch; or a mapping from folder to weight, to make the
+            number of training windows from each store proportional to its weight. Validation uses the validation
+            tokens of all stores.
         packing: How to pack documents into windows: ``concatenate``, ``best_fit`` or ``one_document``; see
-            ``data.packing``. Validation always uses ``concatenate``, so that every packing is scored on the same
-            tokens.
+            ``data.packing``. Validation always uses ``concatenate``, so that every packing policy is scored on the
+            same tokens.
         document_mask: Restrict attention to tokens of the same document, and number positions from the document's first
             token.
-        block_size: Tokens per window.
+        block_size: Number of tokens per window.
         batch_size: Windows per data-parallel rank and micro-batch.
         tokens_per_step: Tokens per optimizer step across all ranks; gradients are accumulated over micro-batches to
-            reach it. By default each micro-batch is an optimizer step.
-        num_workers: Number of DataLoader worker processes; 0 loads batches in the training process, which costs next to
-            nothing for memory-mapped tokens.
+            reach this number. By default, ``trainer.accumulate_grad_batches`` sets the number of micro-batches per
+            step.
+        num_workers: Number of DataLoader worker processes; 0 loads batches in the training process, which has little
+            overhead because tokens are memory-mapped.
         seed: Seed for the window order; by default the seed of ``seed_everything``.
 
     Raises:
-        UserError: A number is out of range.
+        UserError: An argument is out of range, or arguments conflict.
     """
 
     train_dataset: PackedDataset
@@ -100,9 +104,10 @@ class PackedText(BaseDataModule):
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``.
+        """Return the defaults of arguments that are ``None``, which ``fit`` saves in ``config.yaml``.
 
-        They are not in the signature because ``--data`` keeps arguments of the same name when it changes the class.
+        These defaults are not in the signature, because ``--data`` keeps the arguments of the same name when it selects
+        another class.
         """
         if arguments.get("mixture") is not None:
             return {}
@@ -156,8 +161,8 @@ class PackedText(BaseDataModule):
         sources = tuple(
             (DocumentSource(name, text_column, config, split, streaming), weight) for name, weight in weights.items()
         )
-        # torch.get_num_threads() is the number of cores this process may use. A new process imports the main module
-        # again: our commands, which run as modules, support that; a user's script may not.
+        # torch.get_num_threads() is the number of cores that this process may use. A new process imports the main
+        # module again. Our commands, which run as modules, support this, but a user's script may not.
         runs_a_module = getattr(sys.modules["__main__"], "__spec__", None) is not None
         cores = processes or (torch.get_num_threads() if runs_a_module else 1)
         selection = CorpusSpec(sources, tuple(cleaning), validation_share, max_bytes, cores)
@@ -177,7 +182,7 @@ class PackedText(BaseDataModule):
 
     @property
     def origin(self) -> str:
-        """Source of the tokens, as the user wrote it."""
+        """Source of the tokens, as specified by the user."""
         return ", ".join(map(str, self.mixture_folders)) or self.preparation.selection.name
 
     @cached_property
@@ -188,12 +193,12 @@ class PackedText(BaseDataModule):
         if self.init_from is not None:
             for name, value in self._requested.items():
                 if value is not None:
-                    raise UserError(f"model.init_from has its own tokenizer; omit data.{name}")
+                    raise UserError(f"model.init_from already provides the tokenizer; omit data.{name}")
         return [self.preparation.prepare(self.cache, self.store_folder, self.load_initial_tokenizer())]
 
     @cached_property
     def store(self) -> TokenStore:
-        """All token stores, concatenated."""
+        """Token store that concatenates all stores."""
         return concatenate_stores(self.stores)
 
     @property
@@ -203,7 +208,7 @@ class PackedText(BaseDataModule):
 
     @property
     def vocab_size(self) -> int:
-        """Number of token ids, from the manifest, without reading the tokenizer."""
+        """Vocabulary size, read from the manifest instead of the tokenizer file."""
         return self.store.vocab_size
 
     @property
@@ -247,8 +252,8 @@ class PackedText(BaseDataModule):
         n_tokens = self.store.validation.n_tokens
         if n_tokens < self.block_size:
             yield (
-                f"the validation text has {n_tokens:,} tokens, less than one window of {self.block_size}: its metrics "
-                f"are mostly noise; use more text, or raise --data.validation_share"
+                f"the validation text has {n_tokens:,} tokens, fewer than one window of {self.block_size}: validation "
+                f"metrics are mostly noise; use more text, or raise --data.validation_share"
             )
         elif n_tokens < MIN_VALIDATION_TOKENS:
             yield (
@@ -264,7 +269,7 @@ class PackedText(BaseDataModule):
         """Build the datasets and set the number of micro-batches per step.
 
         Raises:
-            UserError: The corpus is too small, or ``tokens_per_step`` cannot be reached.
+            UserError: The corpus is too small, or ``tokens_per_step`` does not match the batch size.
         """
         train = [plan_packing(store.train, self.block_size, self.packing, self.cache) for store in self.stores]
         self.train_dataset = self._windows(train)
@@ -274,15 +279,14 @@ class PackedText(BaseDataModule):
         for store, part in zip(self.stores, train, strict=True):
             if not len(part):
                 raise UserError(
-                    f"{store.folder if self.mixture_folders else self.origin} has {store.train.n_tokens} tokens "
-                    "for training, "
-                    f"fewer than one window of {self.block_size}; add text, or lower --data.block_size"
+                    f"{store.folder if self.mixture_folders else self.origin} has {store.train.n_tokens} training "
+                    f"tokens, fewer than one window of {self.block_size}; add text, or lower --data.block_size"
                 )
         batch = self.batch_size * self.shard["num_replicas"]
         if stage == "fit" and len(self.train_dataset) < batch:
             raise UserError(
-                f"{self.origin} has {len(self.train_dataset)} windows of {self.block_size} tokens for "
-                f"training, fewer than one batch of {batch}; add text, or lower --data.batch_size or "
+                f"{self.origin} has {len(self.train_dataset)} training windows of {self.block_size} tokens, "
+                f"fewer than one batch of {batch}; add text, or lower --data.batch_size or "
                 f"--data.block_size (for example to {max(1, self.block_size * len(self.train_dataset) // (2 * batch))})"
             )
         if not len(self.validation_dataset):
@@ -291,7 +295,7 @@ class PackedText(BaseDataModule):
             self.set_gradient_accumulation()
 
     def sample_train_tokens(self, n: int) -> TokenIds:
-        """Return about the first ``n`` training tokens, from each store in proportion to its weight."""
+        """Return about ``n`` training tokens: the first tokens of each store, in proportion to its weight."""
         whole = [float(store.train.n_tokens) for store in self.stores]
         weights = self.weights or whole
         shares = [n * weight / sum(weights) for weight in weights]
@@ -331,14 +335,14 @@ def validate_mixture(folders: Sequence[Path], weights: Sequence[float] | None) -
 
 
 def reject_text_arguments(kind: type, arguments: Mapping[str, Any]) -> None:
-    """Reject arguments that determine the tokens.
+    """Reject arguments that have no effect because the tokens already exist.
 
     Args:
-        kind: The data module class, whose signature has the defaults.
+        kind: The data module class, whose signature contains the defaults.
         arguments: The arguments passed to the class.
 
     Raises:
-        UserError: One of these arguments differs from its default.
+        UserError: One of ``TEXT_ARGUMENTS`` differs from its default.
     """
     for name in TEXT_ARGUMENTS:
         default = inspect.signature(kind).parameters[name].default

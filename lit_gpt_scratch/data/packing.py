@@ -5,11 +5,12 @@ pieces; its labels are the tokens one position later in the stream. With every p
 therefore predicts end-of-text, and never the first token of the next piece in the window. The policies differ in which
 pieces form a window:
 
-``concatenate``   one piece per window; the stream is split every T tokens: no padding, documents are split anywhere
-``best_fit``      documents longer than T are split into pieces of T tokens and a remainder; each piece, longest first,
-                  goes into the window with the least sufficient free space (Ding et al. 2024,
-                  https://arxiv.org/abs/2404.10830): no document that fits is split
-``one_document``  the same pieces as ``best_fit``, each in its own window
+- ``concatenate``: The stream is split every T tokens, so each window is a single piece. There is no padding, but
+  documents are split at arbitrary tokens.
+- ``best_fit``: Documents longer than T are split into pieces of T tokens and a remainder. Each piece, longest first,
+  goes into the fullest window with enough free space (Ding et al. 2024, https://arxiv.org/abs/2404.10830). Documents
+  that fit into a window are not split.
+- ``one_document``: The pieces are the same as with ``best_fit``, but each piece has its own window.
 """
 
 import json
@@ -33,7 +34,7 @@ Integers = NDArray[np.int64]
 
 
 class TokenStream(Protocol):
-    """Concatenated documents: the shards of a store (``text.token_shards.Stream``), or records in memory."""
+    """Interface of a stream of concatenated documents: a ``ShardedTokenStream`` on disk, or records in memory."""
 
     @property
     def n_tokens(self) -> int:
@@ -44,27 +45,27 @@ class TokenStream(Protocol):
         """Number of documents."""
 
     def read_with_labels(self, start: int, length: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Return ``length`` tokens from ``start`` on, and their labels.
+        """Return ``length`` tokens starting at position ``start``, and their labels.
 
-        ``IGNORE_INDEX`` marks a token without a label. If the stream's last token has no label, the array of labels may
-        be one shorter.
+        ``IGNORE_INDEX`` marks a token without a label. If the last token of the stream has no label, the array of
+        labels may be one element shorter than the array of tokens.
         """
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Count the labels in each span, given its first token and length: (n,), (n,) -> (n,)."""
+        """Count the labels in each span, given the start position and length of each span; all arrays are (n,)."""
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """Yield, for each shard, the first token and the length of each of its documents."""
+        """Yield two arrays for each shard: the start position and the length of each document."""
 
     def document_starts(self, start: int, stop: int) -> Integers:
         """Return the positions in ``[start, stop)`` at which a document starts."""
 
     def describe_position(self, token: int) -> str:
-        """Describe where a token is stored (shard or record), for error messages."""
+        """Describe where the token at a position is stored (shard or record), for error messages."""
 
 
 class RecordTokenStream:
-    """Records in memory as a token stream; each record is a document.
+    """Token stream of records in memory; each record is a document.
 
     Args:
         names: Name of each record, for error messages.
@@ -91,16 +92,16 @@ class RecordTokenStream:
         return len(self.names)
 
     def read_with_labels(self, start: int, length: int) -> tuple[Integers, Integers]:
-        """Return ``length`` input tokens from ``start`` on, and their labels."""
+        """Return ``length`` input tokens starting at position ``start``, and their labels."""
         return self._inputs[start : start + length], self._labels[start : start + length]
 
     def count_labels(self, starts: Integers, lengths: Integers) -> Integers:
-        """Count the labels in each span, given its first token and length: (n,), (n,) -> (n,)."""
+        """Count the labels in each span, given the start position and length of each span; all arrays are (n,)."""
         counts: Integers = self._labels_before[starts + lengths] - self._labels_before[starts]
         return counts
 
     def document_spans(self) -> Iterator[tuple[Integers, Integers]]:
-        """Yield one pair of arrays: the index of each record's first token, and each record's length."""
+        """Yield two arrays, once: the start position and the length of each record."""
         yield self._starts, self._lengths
 
     def document_starts(self, start: int, stop: int) -> Integers:
@@ -108,7 +109,7 @@ class RecordTokenStream:
         return self._starts[slice(*np.searchsorted(self._starts, (start, stop)))]
 
     def describe_position(self, token: int) -> str:
-        """Return the name of the record that contains an input token."""
+        """Return the name of the record that contains the token at a position."""
         return self.names[bisect_right(self._starts, token) - 1]
 
 
@@ -122,7 +123,7 @@ PLAN_FORMAT: Final = 1
 
 @dataclass(frozen=True)
 class PackingCost:
-    """Cost of a packing policy in padding, discarded tokens and split documents; costs can be added.
+    """Cost of a packing policy: padding, discarded tokens and split documents. Costs can be added.
 
     Attributes:
         windows: Number of windows.
@@ -131,7 +132,7 @@ class PackingCost:
         padding: Number of positions without a token.
         discarded: Number of tokens that are in no window.
         split: Number of documents that span more than one window.
-        split_needlessly: Number of split documents that would fit into one window.
+        split_needlessly: Number of documents that are split although they would fit into one window.
         crossing: Number of windows with tokens from more than one document.
     """
 
@@ -170,33 +171,33 @@ class PackingCost:
 
 
 class PackingPlan(Protocol):
-    """Assignment of a token stream to windows.
+    """Interface of a packing plan, which assigns the tokens of a stream to windows.
 
     Attributes:
-        crosses: Whether a piece may continue from one document into the next.
+        crosses: Whether a piece may contain tokens of more than one document.
     """
 
     crosses: ClassVar[bool]
 
     @property
     def stream(self) -> TokenStream:
-        """Token stream that is packed."""
+        """Token stream to pack."""
 
     @property
     def cost(self) -> PackingCost:
-        """Cost of the plan."""
+        """Packing cost of the plan."""
 
     def __len__(self) -> int: ...
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the first token and length of each piece in a window; empty for an index past the last window."""
+        """Return the start position and length of each piece in a window; an empty list past the last window."""
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in windows, given their indices, (n,)."""
+        """Count the labels in the windows with the given indices, (n,)."""
 
 
 def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPolicy, cache: Path) -> PackingPlan:
-    """Plan the training windows of a stream.
+    """Assign the tokens of a stream to training windows.
 
     A bin-packing plan is cached, keyed by the document boundaries, ``block_size`` and ``policy``.
     """
@@ -208,22 +209,22 @@ def plan_packing(stream: ShardedTokenStream, block_size: int, policy: PackingPol
 
 
 def compute_packing_cost(stream: TokenStream, block_size: int, policy: PackingPolicy) -> PackingCost:
-    """Compute the cost of a policy without storing a plan."""
+    """Compute the cost of a packing policy without storing a plan."""
     if policy == "concatenate":
         return ConcatenatedPlan(stream, block_size).cost
     return sum((cost for _, _, cost in pack_shards(stream, block_size, policy)), PackingCost())
 
 
 class ConcatenatedPlan:
-    """A token stream split every ``block_size`` tokens.
+    """Packing plan that splits a token stream every ``block_size`` tokens.
 
-    Each token except the first is a label exactly once, apart from those in a dropped last window.
+    Each token except the first is a label exactly once, apart from the tokens of a dropped last window.
 
     Args:
         stream: Token stream to pack.
         block_size: Tokens per window.
-        keep_last: Keep the shorter last window, so that every token is scored (validation). Otherwise it is dropped
-            (training, where all windows have equal weight).
+        keep_last: Whether to keep the last window if it is shorter than ``block_size``: True for validation, so that
+            every token is scored; False for training, where all windows have the same weight.
     """
 
     crosses: ClassVar[bool] = True
@@ -238,22 +239,22 @@ class ConcatenatedPlan:
         return self.n_windows
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return the single piece in a window; empty for an index past the last window."""
+        """Return the start position and length of the single piece in a window; an empty list past the last window."""
         start = window * self.block_size
         length = min(self.block_size, self.stream.n_tokens - start)
         return [(start, length)] if window < self.n_windows else []
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in windows, given their indices, (n,)."""
+        """Count the labels in the windows with the given indices, (n,)."""
         starts = windows * self.block_size
         return int(self.stream.count_labels(starts, np.full_like(starts, self.block_size)).sum())
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Cost of the plan, computed by iterating over all documents."""
+        """Packing cost of the plan, computed by iterating over all documents."""
         T, end = self.block_size, self.n_windows * self.block_size
         n_split = needlessly = crossing = 0
-        last = -1  # the window last counted as crossing
+        last = -1  # last window that was counted as crossing
         for starts, lengths in self.stream.document_spans():
             split = (starts // T != (starts + lengths - 1) // T) & (starts < end)
             n_split += int(split.sum())
@@ -266,7 +267,7 @@ class ConcatenatedPlan:
 
 
 class _BinPackingPlan(ABC):
-    """A plan stored as two arrays: the pieces in window order, and the index of each window's first piece."""
+    """Base class of plans stored as two arrays: pieces in window order, and the index of each window's first piece."""
 
     crosses: ClassVar[bool] = False
     stream: TokenStream
@@ -274,23 +275,26 @@ class _BinPackingPlan(ABC):
     @cached_property
     @abstractmethod
     def _pieces(self) -> Integers:
-        """First token and length of each piece, (n_pieces, 2) int64."""
+        """Start position and length of each piece, (n_pieces, 2) int64."""
 
     @cached_property
     @abstractmethod
     def _windows(self) -> Integers:
-        """Index of the first piece in each window, then ``n_pieces``: (n_windows + 1,) int64."""
+        """Index of the first piece in each window, followed by ``n_pieces``, (n_windows + 1,) int64."""
 
     def __len__(self) -> int:
         return len(self._windows) - 1
 
     def pieces(self, window: int) -> list[tuple[int, int]]:
-        """Return a window's pieces in stream order; empty for an index past the last window."""
+        """Return the start position and length of each piece in a window, in stream order.
+
+        The list is empty for an index past the last window.
+        """
         first, end = self._windows[window : window + 2] if window < len(self) else (0, 0)
         return [(int(start), int(length)) for start, length in self._pieces[first:end]]
 
     def count_labels(self, windows: Integers) -> int:
-        """Count the labels in windows, given their indices, (n,)."""
+        """Count the labels in the windows with the given indices, (n,)."""
         first = self._windows[windows]
         n = self._windows[windows + 1] - first
         # Index with the concatenation of the ranges first[i] .. first[i] + n[i] - 1, the pieces of each window.
@@ -299,7 +303,7 @@ class _BinPackingPlan(ABC):
 
 
 class InMemoryPlan(_BinPackingPlan):
-    """A bin-packing plan in memory.
+    """Bin-packing plan that is kept in memory.
 
     Args:
         stream: Token stream to pack.
@@ -313,7 +317,7 @@ class InMemoryPlan(_BinPackingPlan):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Cost of the plan."""
+        """Packing cost of the plan."""
         return sum((cost for _, _, cost in self._parts), PackingCost())
 
     @cached_property
@@ -326,7 +330,7 @@ class InMemoryPlan(_BinPackingPlan):
 
 
 class CachedPlan(_BinPackingPlan, PicklableMemmaps):
-    """A bin-packing plan that is computed once and memory-mapped from two files, ``pieces`` and ``windows``.
+    """Bin-packing plan that is computed once and memory-mapped from two files, ``pieces`` and ``windows``.
 
     Args:
         stream: Token stream to pack.
@@ -342,7 +346,7 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
     @cached_property
     def cost(self) -> PackingCost:
-        """Cost of the plan, stored when the plan was computed."""
+        """Packing cost of the plan, which was stored when the plan was computed."""
         stored: dict[str, int] = json.loads((self.folder / "cost.json").read_text(encoding="utf-8"))
         return PackingCost(**{_FIELD_OF_KEY.get(key, key): value for key, value in stored.items()})
 
@@ -356,7 +360,7 @@ class CachedPlan(_BinPackingPlan, PicklableMemmaps):
 
 
 _FIELD_OF_KEY: Final = {"cut": "split", "cut_needlessly": "split_needlessly"}
-"""Fields of ``PackingCost`` that have a different key in ``cost.json`` (format 1), by that key."""
+"""Maps keys in ``cost.json`` (format 1) to the fields of ``PackingCost`` whose names differ from these keys."""
 _KEY_OF_FIELD: Final = {field: key for key, field in _FIELD_OF_KEY.items()}
 
 
@@ -377,7 +381,7 @@ def _write_plan(stream: TokenStream, block_size: int, policy: BinPackingPolicy, 
 def pack_shards(
     stream: TokenStream, block_size: int, policy: BinPackingPolicy
 ) -> Iterator[tuple[Integers, Integers, PackingCost]]:
-    """Pack each shard; yield its pieces in window order, the number of pieces in each window, and its cost."""
+    """Pack each shard and yield its pieces in window order, the number of pieces in each window, and the cost."""
     for starts, lengths in stream.document_spans():
         pieces = _split_documents(starts, lengths, block_size)
         window_of = best_fit_decreasing(pieces[:, 1], block_size) if policy == "best_fit" else np.arange(len(pieces))
@@ -396,7 +400,7 @@ def _split_documents(starts: Integers, lengths: Integers, block_size: int) -> In
     """Split documents into pieces of ``block_size`` tokens and a remainder.
 
     Returns:
-        First token and length of each piece, (n_pieces, 2).
+        Start position and length of each piece, (n_pieces, 2).
     """
     n_pieces = -(-lengths // block_size)
     document = np.repeat(np.arange(len(starts)), n_pieces)
@@ -409,19 +413,19 @@ def best_fit_decreasing(lengths: Integers, capacity: int) -> Integers:
     """Assign items to bins by best-fit-decreasing bin packing.
 
     Bins with equal free space are interchangeable, and so are items of equal length, so both are processed in groups.
-    If the next item has the same length as the last one and also fits into the bin just used, it goes there too,
-    because that bin still has the least sufficient space.
+    If the next item has the same length as the previous item and fits into the same bin, it also goes into that bin,
+    which is still the fullest bin with enough free space.
 
     Args:
         lengths: Length of each item, (n,), each from 1 to ``capacity``.
         capacity: Capacity of a bin.
 
     Returns:
-        Bin index of each item, (n,), numbered from 0.
+        Index of the bin of each item, (n,), starting at 0.
     """
     bins = np.empty(len(lengths), dtype=np.int64)
     longest_first = np.argsort(-lengths, kind="stable")
-    open_bins: dict[int, list[int]] = {}  # keyed by free space
+    open_bins: dict[int, list[int]] = {}  # bin indices, keyed by free space
     has_open = np.zeros(capacity + 1, dtype=bool)
     n_bins = done = 0
     for length, count in zip(*(values[::-1] for values in np.unique(lengths, return_counts=True)), strict=True):

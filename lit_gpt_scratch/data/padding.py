@@ -18,12 +18,12 @@ Item = TypeVar("Item")
 
 
 class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
-    """A dataset with one right-padded record per row.
+    """Base class for datasets with one right-padded record per row.
 
     Args:
         items: Token ids and labels of each record.
         block_size: Maximum tokens per row.
-        fill: Token id used for padding. It comes last, so with causal attention no token of the text attends to it.
+        fill: Token id used for padding. Padding comes last, so with causal attention no text token attends to it.
     """
 
     def __init__(self, items: Sequence[Item], block_size: int, fill: int) -> None:
@@ -38,13 +38,13 @@ class PaddedDataset(RowDataset[BatchT], Generic[Item, BatchT]):
 def pad_rows(rows: Sequence[NDArray[Any]], fill: int, most: int) -> Tensor:
     """Right-pad rows to the length of the longest row, rounded up to a multiple of ``PADDING_MULTIPLE``.
 
-    Rows are not padded to the context length, because short messages in a context of a thousand tokens would then cost
+    Rows are not padded to the context length, because short rows in a context of a thousand tokens would then require
     many times as much computation.
 
     Args:
-        rows: Integer arrays, (n,) each.
-        fill: Padding value. Padding comes last, so with causal attention no token of the text attends to it.
-        most: Maximum length, which need not be a multiple of ``PADDING_MULTIPLE``.
+        rows: Integer arrays, each of shape (n,).
+        fill: Padding value.
+        most: Maximum length of the padded rows, not necessarily a multiple of ``PADDING_MULTIPLE``.
 
     Returns:
         Padded rows, (len(rows), T) int64.

@@ -24,7 +24,7 @@ TIE_POLICIES: Final[tuple[TiePolicy, ...]] = get_args(TiePolicy)
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """A prompt, the preferred reply, and the rejected reply."""
+    """A prompt with a preferred and a rejected reply."""
 
     prompt: Sequence[Message]
     chosen: str
@@ -32,12 +32,15 @@ class PreferencePair:
 
     @property
     def texts(self) -> Sequence[str]:
-        """Contents of the prompt's messages, and both replies."""
+        """Content of each message of the prompt, and both replies."""
         return [*(message.content for message in self.prompt), self.chosen, self.rejected]
 
 
 class Preferences(PromptedDataModule[PreferencePair]):
-    """Preference pairs: rows with ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``, each text or messages.
+    """Data module for preference pairs, used for reward modelling and DPO.
+
+    The data has the columns ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``. Each of these columns
+    contains a string or a list of messages.
 
     Args:
         ties: How to handle a pair whose two replies are equal: ``refuse`` raises an error that names the pair; ``drop``
@@ -56,7 +59,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
         return synthetic_data.preferences(self.checkable or DEFAULT_CHECKABLE)
 
     def parse_row(self, fields: dict[str, Any]) -> PreferencePair:
-        """Parse a prompt, its preferred reply and its rejected reply."""
+        """Parse the prompt, the preferred reply and the rejected reply of a row."""
         chosen, rejected = (chat_template.parse_reply(fields, column) for column in ("chosen", "rejected"))
         found = PreferencePair(chat_template.parse_prompt(fields), chosen, rejected)
         if found.chosen == found.rejected and self.ties == "refuse":
@@ -78,7 +81,7 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
     @property
     def info(self) -> DataInfo:
-        """Description of the data, which also states that it has pairs, and whether long ones are truncated."""
+        """Description of the data, including that records are pairs and whether long pairs are truncated."""
         return replace(super().info, has_pairs=True, truncates=self.too_long == "cut")
 
     def _encode_conversation(self, messages: Sequence[Message]) -> EncodedSequence:
@@ -97,13 +100,13 @@ class Preferences(PromptedDataModule[PreferencePair]):
 
 
 class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch]):
-    """Right-padded pairs of a preferred and a rejected sequence."""
+    """Dataset of right-padded pairs of a preferred and a rejected sequence."""
 
     def make_batch(self, rows: Sequence[int]) -> PairBatch:
-        """Build the batch for the given pair indices; the index ``len(self)`` is a padding pair."""
+        """Build the batch for the given pair indices; the index ``len(self)`` denotes a padding pair."""
         padding = (EncodedSequence(EMPTY_ROW, EMPTY_ROW),) * 2
         pairs = [self.items[row] if row < len(self) else padding for row in rows]
-        sequences = [pair[side] for side in (0, 1) for pair in pairs]  # the preferred ones, then the rejected ones
+        sequences = [pair[side] for side in (0, 1) for pair in pairs]  # all preferred, then all rejected
         return PairBatch(
             input_ids=pad_rows([sequence.ids for sequence in sequences], self.fill, self.block_size),
             labels=pad_rows([sequence.labels for sequence in sequences], IGNORE_INDEX, self.block_size),
@@ -111,5 +114,5 @@ class PreferencePairDataset(PaddedDataset[tuple[EncodedSequence, ...], PairBatch
         )
 
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return ``step_labels``, the number of pairs."""
+        """Return the batch entry ``step_labels``: the number of pairs in the optimizer step."""
         return {"step_labels": torch.tensor(len(rows))}

@@ -23,17 +23,17 @@ from lit_gpt_scratch.text.tokenizer_training import TOKENIZER_KINDS, TRAINED_KIN
 log = logging.getLogger(__name__)
 
 TOKENIZER_TRAINING_BYTES: Final = 2**28
-"""Maximum bytes of text that a tokenizer is trained on; more text would hardly change the merges."""
+"""Maximum number of bytes of text to train a tokenizer on; more text would hardly change the merges."""
 DEFAULT_VOCAB_SIZE: Final = 1024
 """Default vocabulary size of a trained tokenizer."""
 DEFAULT_KIND: Final = "bpe"
-"""Default kind of tokenizer to train."""
+"""Default type of tokenizer to train."""
 
 
 def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """Return the defaults for a data module's ``tokenizer`` and ``vocab_size``, given its other arguments.
 
-    The result is empty if the tokenizer comes from ``init_from`` or a file, because it then has its own vocabulary.
+    The result is empty if the tokenizer comes from ``init_from`` or a file, because its vocabulary is then fixed.
     """
     kind = arguments.get("tokenizer") or DEFAULT_KIND
     if arguments.get("init_from") is not None or kind not in TOKENIZER_KINDS:
@@ -43,12 +43,13 @@ def default_tokenizer(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TokenPreparation:
-    """Settings that determine a corpus's token ids.
+    """Settings that determine the token ids of a corpus.
 
     Args:
-        selection: Sources of the texts, and how to clean and split them.
-        vocab_size: Vocabulary size of the tokenizer to train; None means 1,024, or fewer if the texts yield fewer.
-        tokenizer: Kind of tokenizer to train, or path of an existing tokenizer.
+        selection: Sources of the documents, and how to clean and split them.
+        vocab_size: Vocabulary size of the tokenizer to train; None means 1,024, or less if the text yields
+            fewer tokens.
+        tokenizer: Type of tokenizer to train, or path of an existing tokenizer.
         special: Special tokens in addition to end-of-text.
     """
 
@@ -61,14 +62,14 @@ class TokenPreparation:
         """Open the token store, creating it first if it does not exist.
 
         Args:
-            cache: Cache folder, in which each store is named by a hash of its tokens and cleaning steps. Used if
-                ``store`` is None.
-            store: Folder dedicated to this store and its texts.
+            cache: Cache folder, used if ``store`` is None. Each store in it is named by a hash of everything that
+                determines its tokens and its audit.
+            store: Folder for this store and its text only; None uses ``cache``.
             given: Tokenizer to use instead of ``tokenizer``.
 
         Raises:
-            UserError: A source, the tokenizer or a folder is unusable, or ``store`` contains tokens made with other
-                settings.
+            UserError: A source, the tokenizer or a folder cannot be used, or ``store`` contains tokens made with
+                different settings.
         """
         if given is None and self.tokenizer not in TOKENIZER_KINDS:
             given = Tokenizer.load(Path(self.tokenizer).expanduser())
@@ -82,7 +83,7 @@ class TokenPreparation:
             self._validate_settings(store, given)
             return self._open(store)
         corpus = self.selection.prepare(cache / "corpora")
-        # Different cleaning steps may yield the same texts, but the audit in the store describes only one of them.
+        # Different cleaning steps may yield the same text, but the audit in the store describes only one of them.
         name = hash_json([self._fingerprint(corpus, given), corpus.folder.name])
         folder = cache / name[:16]
         create_folder_atomically(
@@ -114,7 +115,7 @@ class TokenPreparation:
     def _validate_store_folder(self, store: Path) -> None:
         """Reject a folder that contains anything other than a token store, or that is inside a source folder."""
         if store.exists() and not (store / MANIFEST_FILE).exists() and (not store.is_dir() or any(store.iterdir())):
-            raise UserError(f"{store} is not an empty folder or a token store; set --data.store to another folder")
+            raise UserError(f"{store} is neither an empty folder nor a token store; set --data.store to another folder")
         for source, _ in self.selection.sources:
             if Path(source.name).expanduser().resolve() in store.parents:
                 raise UserError(f"{store} is inside {source.name}; set --data.store to another folder")
@@ -124,10 +125,10 @@ class TokenPreparation:
         if not text.exists():
             fill_folder_atomically(text, self.selection.write)
         self._write_tokens(folder, CleanedCorpus.open(text), given)
-        (text / "sample.json").unlink(missing_ok=True)  # it contains texts from before cleaning
+        (text / "sample.json").unlink(missing_ok=True)  # it contains text from before cleaning
 
     def _validate_settings(self, store: Path, given: Tokenizer | None) -> None:
-        """Reject a store made with other settings; only warn if its source text changed or is missing."""
+        """Reject a store made with different settings; log a warning if its source text has changed or is missing."""
         manifest = TokenStore.read_manifest(store)
         stored, current = manifest.get("recipe", {}), json.loads(json.dumps(self._settings(given)))
         stored = stored | {"cleaning": upgrade_stored_cleaning(stored.get("cleaning", []))}
@@ -135,7 +136,7 @@ class TokenPreparation:
             if stored.get(name) != current[name]:
                 raise UserError(
                     f"{store} contains tokens made with a different {name.replace('_', ' ')}; set --data.store to "
-                    "another folder, or delete this one"
+                    "another folder, or delete this folder"
                 )
         try:
             unchanged = manifest.get("stamps") == self.selection.source_fingerprints
@@ -143,8 +144,8 @@ class TokenPreparation:
             unchanged = False
         if not unchanged:  # the store was copied to a machine that lacks the text, or the text was edited
             log.warning(
-                "%s has changed or is missing since %s was made; the existing tokens are used (to rebuild them, delete "
-                "that folder)",
+                "the source %s has changed or is missing, but the existing tokens in %s are used; to prepare them "
+                "again, delete that folder",
                 self.selection.name,
                 store,
             )
@@ -224,7 +225,7 @@ def validate_vocab_size(tokenizer: Tokenizer, kind: str, requested: int | None, 
     if kind in TRAINED_KINDS and tokenizer.vocab_size < (requested or 0):
         raise UserError(
             f"data.vocab_size is {requested:,}, but {name} yields a {kind} tokenizer of only "
-            f"{tokenizer.vocab_size:,} tokens; lower it, or add text"
+            f"{tokenizer.vocab_size:,} tokens; lower data.vocab_size, or add text"
         )
 
 
@@ -235,7 +236,10 @@ def _report_progress(texts: Iterable[str], progress: "tqdm[Any]") -> Iterator[st
 
 
 def _split_long_texts(texts: Iterable[str]) -> Iterator[str]:
-    """Split long texts, at line ends if possible: a tokenizer trainer needs many times its longest text in memory."""
+    """Split long strings, at line ends if possible, to limit the memory that training a tokenizer requires.
+
+    A tokenizer trainer uses many times the memory of its longest string.
+    """
     for text in texts:
         start = 0
         while start < len(text):

@@ -14,7 +14,7 @@ from lit_gpt_scratch.text.chat_template import ROLE_TOKENS, ChatTemplate, Messag
 from lit_gpt_scratch.text.verifiable_rewards import get_verifiable_preference
 
 SAMPLE_PROMPTS: Final = 3
-"""Number of prompts whose sampled replies are logged."""
+"""Number of prompts for which sample replies are logged."""
 DEFAULT_CHECKABLE: Final = "full_stop"
 """Default verifiable preference for synthetic records."""
 
@@ -31,13 +31,13 @@ P = TypeVar("P", bound=PromptedRecord)
 
 
 class PromptedDataModule(RecordDataModule[P], ABC):
-    """Base class for data with prompts in the chat template (``text.chat_template``) and checks of generated replies.
+    """Base class for data modules that render prompts with a chat template and check generated replies.
 
     Args:
-        checkable: Name of the verifiable preference (see ``text.verifiable_rewards``) that replies to held-out prompts
-            are checked against. By default the one that the policy is trained on, if any;
-            otherwise ``full_stop`` for synthetic records, and no check for other data.
-        reply_tokens: Maximum tokens per generated reply, including end-of-text.
+        checkable: Name of the verifiable preference (see ``text.verifiable_rewards``) against which replies to held-out
+            prompts are checked. By default, the verifiable preference that the policy is trained on; if there is none,
+            ``full_stop`` for synthetic records, and no check for other data.
+        reply_tokens: Maximum number of tokens per generated reply, including the end-of-text token.
         **kwargs: See ``RecordDataModule``.
 
     Raises:
@@ -57,11 +57,11 @@ class PromptedDataModule(RecordDataModule[P], ABC):
             get_verifiable_preference(checkable)
         self.checkable_given = checkable
         self.rewarding: str | None = None
-        """Name of the verifiable preference used as the reward; None if the reward is something else."""
+        """Name of the verifiable preference used as the reward; None if the reward is not a verifiable preference."""
 
     @property
     def checkable(self) -> str | None:
-        """Name of the verifiable preference that replies are checked against; None if they are not checked."""
+        """Name of the verifiable preference against which replies are checked; None if replies are not checked."""
         return self.checkable_given or self.rewarding or (DEFAULT_CHECKABLE if self.source is None else None)
 
     @property
@@ -71,16 +71,16 @@ class PromptedDataModule(RecordDataModule[P], ABC):
 
     @cached_property
     def template(self) -> ChatTemplate:
-        """Chat template for this tokenizer."""
+        """Chat template for the tokenizer of this data module."""
         return ChatTemplate(self.tokenizer)
 
     def prompt_ids(self, split: RecordSplit) -> list[list[int]]:
-        """Return the token ids of a split's prompts, omitting prompts that leave no token for a reply."""
+        """Return the token ids of each prompt in a split, omitting prompts of ``block_size`` tokens or more."""
         indices = self.split_indices.get(split, ())
         prompts = (self.template.render_prompt(self.records[index][1].prompt) for index in indices)
         return [prompt for prompt in prompts if len(prompt) < self.block_size]
 
     @property
     def prompts(self) -> list[list[int]]:
-        """Token ids of the first validation prompts."""
+        """Token ids of the validation prompts for which sample replies are logged."""
         return list(islice(self.prompt_ids("validation"), SAMPLE_PROMPTS))

@@ -22,7 +22,7 @@ from lit_gpt_scratch.text.verifiable_rewards import VERIFIABLE_PREFERENCES, Text
 
 @dataclass(frozen=True)
 class Prompt:
-    """Messages that end with a user message."""
+    """A list of messages that ends with a user message."""
 
     prompt: Sequence[Message]
 
@@ -33,13 +33,14 @@ class Prompt:
 
 
 class Prompts(PromptedDataModule[Prompt]):
-    """Prompts: rows with a ``prompt`` (text or messages) or an ``instruction``; other columns are ignored.
+    """Data module for prompts without replies, used for on-policy training.
 
-    Batches contain indices (``PromptIndexBatch``); the policy looks up the prompts and generates the replies. A prompt
-    has at most ``block_size - reply_tokens`` tokens.
+    Prompts are read from the column ``prompt``, which contains a string or a list of messages, or from ``instruction``
+    and ``input``; other columns are ignored. Batches contain indices (``PromptIndexBatch``); the policy looks up the
+    prompts and generates the replies. A prompt has at most ``block_size - reply_tokens`` tokens.
 
     Args:
-        **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` cannot be ``cut``.
+        **kwargs: See ``PromptedDataModule`` and ``RecordDataModule``; ``too_long`` must not be ``cut``.
 
     Raises:
         UserError: An argument is invalid, or ``reply_tokens`` leaves no tokens for a prompt.
@@ -61,15 +62,15 @@ class Prompts(PromptedDataModule[Prompt]):
         return self.block_size - self.reply_tokens
 
     def default_rows(self) -> Iterator[TableRow]:
-        """Generate small synthetic tasks about words."""
+        """Generate synthetic prompts that request simple tasks about words."""
         return synthetic_data.prompts()
 
     def parse_row(self, fields: dict[str, Any]) -> Prompt:
-        """Parse the prompt's messages."""
+        """Parse a row into the messages of its prompt."""
         return Prompt(chat_template.parse_prompt(fields))
 
     def encode_record(self, record: Prompt) -> tuple[EncodedSequence, ...]:
-        """Render and tokenize the chat template up to the start of the reply, without labels."""
+        """Render the prompt with the chat template, up to the start of the reply, and tokenize it without labels."""
         ids = np.array(self.template.render_prompt(record.prompt))
         return (EncodedSequence(ids, np.full(len(ids), IGNORE_INDEX)),)
 
@@ -92,11 +93,14 @@ class Prompts(PromptedDataModule[Prompt]):
 
     @property
     def info(self) -> DataInfo:
-        """Description of the data, with the source of prompts."""
+        """Description of the data, including the source of prompts."""
         return replace(super().info, prompts=self.source_of_prompts)
 
     def lookup_prompts(self, split: RecordSplit, indices: Sequence[int]) -> tuple[list[list[int]], list[str]]:
-        """Return the token ids of a split's prompts at ``indices``, and their texts, one message per line."""
+        """Return the token ids and the text of the prompts with the given indices in a split.
+
+        The text of a prompt consists of its messages, separated by line breaks.
+        """
         examples = [self.examples[split][index] for index in indices]
         ids = [example.sequences[0].ids.tolist() for example in examples]
         return ids, ["\n".join(self._records_by_origin[example.where].texts) for example in examples]
@@ -121,17 +125,20 @@ class Prompts(PromptedDataModule[Prompt]):
         """Sampler of this process's rollouts, starting at the trainer's current position.
 
         Raises:
-            UserError: The model does not train on-policy.
+            UserError: The model does not generate replies to train on.
         """
         phase = self.source_of_prompts.phase
         if phase is None:
-            raise UserError("Prompts has no replies to train on; use a model that generates them: --model PPO or GRPO")
+            raise UserError(
+                "the data module Prompts has no replies to train on; use --model PPO or GRPO, which generate replies"
+            )
         return RolloutSampler(self._prompt_order, phase, self.order_seed, **self._sampler_arguments())
 
     def find_text_reward(self, name: str | None) -> TextReward:
-        """Return the reward function with the given name; by default the verifiable preference used to check replies.
+        """Return the reward function with the given name or, if it is None, the preference that checks replies.
 
-        If the name is a verifiable preference, replies are also checked against it, unless ``checkable`` is set.
+        If the name is that of a verifiable preference, replies are also checked against this preference, unless
+        ``checkable`` is set.
 
         Raises:
             UserError: The reward function does not exist, or no name is given and there is no default.

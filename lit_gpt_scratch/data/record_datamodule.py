@@ -5,7 +5,7 @@ Each stage of fine-tuning has its own subclass:
 =================== ======================== ============================================ =================
 class               ``parse_row`` returns    ``encode_record`` returns                    ``build_dataset``
 =================== ======================== ============================================ =================
-``LabelledText``    a text and its label     its ids and its class                        padded rows
+``LabelledText``    a text and its label     token ids and a class index                  padded rows
 ``Conversations``   messages                 the rendered template; labels on replies     packed windows
 ``Preferences``     a prompt and two replies the rendered template, once with each reply  padded pairs
 ``Prompts``         messages to reply to     the rendered template; no labels             prompt indices
@@ -59,11 +59,11 @@ R = TypeVar("R", bound=TextRecord)
 
 
 class RecordDataModule(BaseDataModule, ABC, Generic[R]):
-    """Base class for table records that are split at random, tokenized and batched.
+    """Base class for data modules that read records from a table, split them at random and tokenize them.
 
     Args:
-        source: Records to read: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, compressed or not; a folder of such
-            files, or a pattern with ``*``; or ``owner/name`` of a Hub dataset. By default a few hundred synthetic
+        source: Records to read: a JSONL, JSON, CSV, TSV, Parquet or Arrow file, optionally compressed; a folder of such
+            files, or a pattern with ``*``; or a Hub dataset, as ``owner/name``. By default, a few hundred synthetic
             records.
         config: Configuration name of a Hub dataset.
         split: Split of a Hub dataset to read.
@@ -71,21 +71,22 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         validation_share: Fraction of the records held out for validation. The default depends on the class.
         test_share: Fraction of the records held out for testing; 0 for no test split. The default depends on the class.
         split_seed: Seed for the split, independent of the run's seed.
-        copies_together: Put duplicate records into the same split. By default duplicates are only counted.
+        copies_together: Whether to put duplicate records into the same split. By default, duplicates are only counted.
         too_long: How to handle a record longer than ``block_size``: ``refuse`` raises an error that names the record;
             ``cut`` truncates its end; ``drop`` skips it.
-        tokenizer: Kind of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
-            ``byte``), or path of an existing tokenizer's file or folder. By default the tokenizer of ``init_from``, or
+        tokenizer: Type of tokenizer to train on the training records (``bpe``, ``wordpiece``, ``unigram``, ``char`` or
+            ``byte``), or the file or folder of an existing tokenizer. By default, the tokenizer of ``init_from``, or
             ``bpe`` if ``init_from`` is not set.
-        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or fewer if the
-            records yield fewer.
+        vocab_size: Vocabulary size of a trained tokenizer, including special tokens. By default 1,024, or less if the
+            records yield fewer tokens.
         init_from: Checkpoint or run folder of the model to fine-tune, whose tokenizer is used; ``fit`` sets it to
             ``model.init_from``.
-        cache: Folder for trained tokenizers. By default a folder in the user's cache directory.
+        cache: Folder for trained tokenizers. By default, a folder in the user's cache directory.
         block_size: Maximum tokens per row.
         batch_size: Rows per data-parallel rank and micro-batch.
         tokens_per_step: Tokens per optimizer step across all ranks, counting ``block_size`` tokens for each row;
-            gradients are accumulated over micro-batches to reach it. By default each micro-batch is an optimizer step.
+            gradients are accumulated over micro-batches to reach this number. By default,
+            ``trainer.accumulate_grad_batches`` sets the number of micro-batches per step.
         num_workers: Number of DataLoader worker processes; 0 loads batches in the training process.
         seed: Seed for the row order; by default the seed of ``seed_everything``.
 
@@ -95,15 +96,15 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     item_name = "record"
     columns: Columns | None = None
-    """Columns to read; None for all."""
+    """Columns to read; None reads all columns."""
     shares: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Default fractions of the records for validation and test."""
+    """Default fractions of the records that are held out for validation and for testing."""
     special_tokens: ClassVar[Sequence[str]] = ()
     """Special tokens of a tokenizer trained on these records."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of arguments that are ``None``, given the others; ``fit`` saves them in ``config.yaml``."""
+        """Return the defaults of arguments that are ``None``, which ``fit`` saves in ``config.yaml``."""
         return {"validation_share": cls.shares[0], "test_share": cls.shares[1], **default_tokenizer(arguments)}
 
     def __init__(
@@ -158,7 +159,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         """Parse a row into a record.
 
         Raises:
-            UserError: The row is invalid. The caller adds its location to the message.
+            UserError: The row is invalid. The caller adds the location of the row to the message.
         """
 
     @abstractmethod
@@ -179,7 +180,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def origin(self) -> str:
-        """Source of the records, as the user wrote it."""
+        """Source of the records, as specified by the user."""
         return synthetic_data.SOURCE_NAME if self.source is None else self.source.name
 
     @cached_property
@@ -201,11 +202,16 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def training_copies(self) -> dict[RecordSplit, int]:
-        """Number of records in each held-out split that also occur in training, ignoring case and whitespace."""
+        """Number of records in each held-out split that also occur in the training split.
+
+        Records are compared without regard to case and whitespace.
+        """
         found = count_training_copies(self._keys, self.split_indices)
         for split, n in found.items():
             if n:
-                log.info("%s: %d of %d records have a copy in training", split, n, len(self.split_indices[split]))
+                log.info(
+                    "%s: %d of %d records have a copy in the training split", split, n, len(self.split_indices[split])
+                )
         return found
 
     @cached_property
@@ -214,11 +220,13 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """Tokenizer of the model to fine-tune, one loaded from a path, or one trained on the training records."""
+        """Tokenizer, taken from the model to fine-tune, loaded from a path, or trained on the training records."""
         found = resolve_tokenizer(self.load_initial_tokenizer(), self.init_from, self.tokenizer_spec)
         if found is not None:
             if self.requested_vocab_size is not None:
-                raise UserError("data.vocab_size applies only to a tokenizer trained on this data; omit it")
+                raise UserError(
+                    "data.vocab_size applies only to a tokenizer trained on this data; omit data.vocab_size"
+                )
             return found
         texts = [text for place in self.split_indices["train"] for text in self.records[place][1].texts]
         kind = self.tokenizer_spec or DEFAULT_KIND
@@ -228,7 +236,7 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
 
     @property
     def max_record_tokens(self) -> int:
-        """Maximum tokens per record."""
+        """Maximum number of tokens per record."""
         return self.block_size
 
     @cached_property
@@ -271,14 +279,14 @@ class RecordDataModule(BaseDataModule, ABC, Generic[R]):
         return found.hexdigest()
 
     def prepare_data(self) -> None:
-        """Read, split and tokenize the records; train a tokenizer if needed."""
+        """Read, split and tokenize the records; train a tokenizer if there is none yet."""
         _ = self.examples, self.training_copies
 
     def setup(self, stage: str) -> None:
         """Build the datasets and set the number of micro-batches per step.
 
         Raises:
-            UserError: There are too few records, or ``tokens_per_step`` cannot be reached.
+            UserError: There are too few records, or ``tokens_per_step`` does not match the batch size.
         """
         for split, examples in self.examples.items():
             if not examples:

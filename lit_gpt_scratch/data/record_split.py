@@ -1,4 +1,4 @@
-"""Split records at random into training, validation and test sets, with a seed of its own."""
+"""Split records at random into training, validation and test sets, with a seed independent of the run's seed."""
 
 from collections.abc import Sequence
 from typing import Final, Literal, get_args
@@ -21,10 +21,10 @@ def shuffled_indices(n: int, seed: int, purpose: int = 0) -> RecordIndices:
 
 
 def validate_shares(validation: float, test: float) -> dict[RecordSplit, float]:
-    """Return the fraction of records for each held-out split; a test fraction of 0 means no test split.
+    """Validate and return the fraction of each held-out split; a test fraction of 0 means that there is no test split.
 
     Raises:
-        UserError: A fraction is out of range, or nothing is left for training.
+        UserError: A fraction is out of range, or no records remain for training.
     """
     if not (0 < validation < 1 and 0 <= test < 1 and validation + test < 1):
         raise UserError(
@@ -41,14 +41,14 @@ def split_records(
 
     Args:
         keys: Normalised content of each record; duplicates have equal keys.
-        shares: Fraction of records in each held-out split; training gets the rest.
+        shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
-        together: Put duplicates into the same split. A split may then be too large, but by fewer records than there are
-            in the largest group of duplicates.
+        together: Whether to put duplicates into the same split. A held-out split may then exceed its fraction, but by
+            fewer records than the largest group of duplicates contains.
         name: Name of the data source, for error messages.
 
     Returns:
-        Record indices of each split, ascending.
+        Record indices of each split, in ascending order.
 
     Raises:
         UserError: A split would be empty.
@@ -75,6 +75,6 @@ def split_records(
 
 
 def count_training_copies(keys: Sequence[str], splits: dict[RecordSplit, RecordIndices]) -> dict[RecordSplit, int]:
-    """Count the records in each held-out split that also occur in training."""
+    """Count the records in each held-out split that also occur in the training split."""
     training = {keys[index] for index in splits["train"]}
     return {split: sum(keys[index] in training for index in splits[split]) for split in splits if split != "train"}

@@ -1,4 +1,4 @@
-"""Choose the tokenizer for records: the pretrained model's, one loaded from a path, or one trained on the records."""
+"""Resolve the tokenizer for records: use the pretrained model's tokenizer, load one from a path, or train one."""
 
 import hashlib
 import logging
@@ -18,39 +18,39 @@ log = logging.getLogger(__name__)
 def resolve_tokenizer(
     model_tokenizer: Tokenizer | None, init_from: str | None, data_tokenizer: str | None
 ) -> Tokenizer | None:
-    """Return the model's tokenizer, or the tokenizer loaded from a path; None if there is neither.
+    """Return the model's tokenizer or, if ``data_tokenizer`` is a path, the tokenizer loaded from it; otherwise None.
 
     Args:
         model_tokenizer: Tokenizer of the model to fine-tune.
-        init_from: Path of that model's checkpoint, for the error message.
-        data_tokenizer: Path of a tokenizer, or kind of tokenizer to train.
+        init_from: Path of the checkpoint of this model, for the error message.
+        data_tokenizer: Path of a tokenizer, or type of tokenizer to train.
 
     Raises:
-        UserError: Both tokenizers are given and differ, so the model would misread the token ids.
+        UserError: ``data_tokenizer`` differs from the model's tokenizer, so the model would misread the token ids.
     """
     path = None if data_tokenizer is None or data_tokenizer in TOKENIZER_KINDS else Path(data_tokenizer).expanduser()
     loaded = None if path is None else Tokenizer.load(path)
     same = model_tokenizer is not None and loaded is not None and loaded.to_json() == model_tokenizer.to_json()
     if model_tokenizer is not None and data_tokenizer and not same:
-        raise UserError(f"data.tokenizer differs from the tokenizer of the model in {init_from}; omit it")
+        raise UserError(f"data.tokenizer differs from the tokenizer of the model in {init_from}; omit data.tokenizer")
     return model_tokenizer or loaded
 
 
 def train_or_load_tokenizer(
     texts: Sequence[str], kind: str, vocab_size: int | None, special: Sequence[str], cache: Path, name: str
 ) -> Tokenizer:
-    """Train a tokenizer, or load it from the cache, so that all processes and resumed runs share one tokenizer.
+    """Train a tokenizer, or load it from the cache, so that all processes and resumed runs use the same tokenizer.
 
     Args:
-        texts: Texts to train on.
-        kind: Kind of tokenizer, one of ``tokenizer_training.TOKENIZER_KINDS``.
-        vocab_size: Requested vocabulary size, or None for the default.
+        texts: Strings to train on.
+        kind: Type of tokenizer, one of ``tokenizer_training.TOKENIZER_KINDS``.
+        vocab_size: Requested vocabulary size; None requests the default size.
         special: Special tokens in addition to end-of-text.
         cache: Cache folder.
         name: Name of the data source, for log and error messages.
 
     Raises:
-        UserError: The texts yield fewer tokens than requested.
+        UserError: The strings yield fewer tokens than requested.
     """
     content = hashlib.sha256("\0".join(texts).encode()).hexdigest()
     folder = cache / "tokenizers" / hash_json([kind, vocab_size, *special, content])[:16]

@@ -32,7 +32,7 @@ class MicroBatch(NamedTuple):
 
 
 class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
-    """A dataset that looks up one batch at a time; the index ``len(self)`` is a padding row without labels.
+    """Base class for datasets that return whole batches; the index ``len(self)`` denotes a padding row without labels.
 
     ``DataLoader(dataset, sampler=..., batch_size=None)`` passes each ``MicroBatch`` from the sampler to
     ``__getitem__``, with or without worker processes.
@@ -40,12 +40,12 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
     @property
     def sizes(self) -> list[int]:
-        """Number of rows in each part; there is a single part unless several stores are mixed."""
+        """Number of rows in each part of the dataset; there is one part unless several token stores are mixed."""
         return [len(self)]
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of rows."""
+        """Return the number of rows."""
 
     @abstractmethod
     def make_batch(self, rows: Sequence[int]) -> BatchT:
@@ -53,7 +53,11 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
     @abstractmethod
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entries that normalise the loss of an optimizer step, given its row indices, (N,)."""
+        """Return the batch entries used to normalise the loss of an optimizer step.
+
+        Args:
+            rows: Row indices of the whole optimizer step, (N,).
+        """
 
     def describe_row(self, row: int) -> str:
         """Describe the content of a row, for log and error messages."""
@@ -69,9 +73,9 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
 
 MIXTURE_BLOCK: Final = 4096
-"""Maximum number of positions in a block; each block contains the stores of a mixture in exact proportions."""
+"""Maximum number of positions per block; in each block, every store of a mixture has its exact proportion of rows."""
 ROWS_AT_ONCE: Final = 1024
-"""Number of rows whose order is computed in one call: enough to amortise its cost, few enough for instant seeking."""
+"""Number of rows whose order is computed per call: enough to amortise the overhead, but few enough to seek quickly."""
 
 
 class ShuffledOrder:
@@ -79,14 +83,14 @@ class ShuffledOrder:
 
     The number of positions in an epoch is the total number of rows in all stores. Without weights, an epoch visits
     every row once. With weights, the positions are divided into blocks; in each block, every store fills its proportion
-    of the positions, chosen at random. Each store is traversed repeatedly, in a different order each time, regardless
-    of where an epoch ends. No row therefore repeats before all rows of its store have been visited, except within one
-    block.
+    of the positions, which are chosen at random. Each store is traversed repeatedly, in a different order each time,
+    regardless of where an epoch ends. A row therefore repeats only after all rows of its store have been visited, apart
+    from the random order within a block.
 
     Args:
         sizes: Number of rows in each store.
         seed: Seed for all orders.
-        weights: Sampling weight of each store, 0 or more; proportions are exact to one position per block.
+        weights: Sampling weight of each store, 0 or more. In each block, proportions are rounded to whole positions.
     """
 
     def __init__(self, sizes: Sequence[int], seed: int, weights: Sequence[float] | None = None) -> None:
@@ -99,11 +103,14 @@ class ShuffledOrder:
         self._own = [Permutations(max(size, 1), (seed, 1 + store)) for store, size in enumerate(self.sizes)]
 
     def __len__(self) -> int:
-        """Number of positions per epoch."""
+        """Return the number of positions per epoch."""
         return sum(self.sizes)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the rows at given positions of an epoch, numbered across all stores: (n,) int64 -> (n,) int64."""
+        """Return the row indices at the given positions of an epoch; both arrays are (n,) int64.
+
+        Row indices are counted across all stores.
+        """
         block, slots = np.divmod(epoch * len(self) + positions, self.block)
         if len(self.sizes) > 1:  # a single store is shuffled by its own permutation
             slots = self._slots.at(block, slots)
@@ -120,25 +127,26 @@ class ShuffledOrder:
 
 
 class ShuffledSampler(DistributedSampler[MicroBatch]):
-    """Sampler of one rank's micro-batches in training order.
+    """Sampler that yields one rank's micro-batches in training order.
 
-    With ``W`` ranks, batch size ``B`` and ``A`` micro-batches per optimizer step, step ``s`` of an epoch takes the
-    positions ``s * A * W * B`` to ``(s + 1) * A * W * B``, reshaped to (A, W, B); rank ``r`` takes ``[:, r]``. The
-    global sequence is therefore independent of the number of ranks, and a run can be resumed anywhere without replaying
-    earlier batches. Rows that do not fill a whole optimizer step are omitted, so that an epoch ends at the same row for
-    any number of ranks and micro-batches; the omitted rows differ between epochs. If there are too few rows for one
-    step, an epoch is a single shorter step that consists of the micro-batches that the rows fill.
+    With ``W`` ranks, batch size ``B`` and ``A`` micro-batches per optimizer step, step ``s`` of an epoch uses the
+    positions ``s * A * W * B`` to ``(s + 1) * A * W * B - 1``, reshaped to (A, W, B), of which rank ``r`` uses
+    ``[:, r]``. The global sequence is therefore independent of the number of ranks, and a run can be resumed at any
+    micro-batch without replaying earlier batches. Rows that do not fill a whole optimizer step are omitted, so that an
+    epoch ends at the same row for any number of ranks and micro-batches; the omitted rows differ between epochs. If
+    there are too few rows for one step, an epoch is a single shorter step that contains only the micro-batches that the
+    rows can fill.
 
-    It is a ``DistributedSampler`` because Lightning replaces any other kind of sampler with its own.
+    The class inherits from ``DistributedSampler`` because Lightning replaces all other samplers with its own.
 
     Args:
         order: Order of all rows.
         batch_size: Rows per rank and micro-batch.
         rank: Data-parallel rank of this process, 0 to ``world_size - 1``.
         world_size: Number of data-parallel ranks.
-        start: Epoch to start at, and micro-batch within it; later epochs start at their first micro-batch.
+        start: Epoch to start at, and micro-batch within that epoch; later epochs start at their first micro-batch.
         accumulate: Micro-batches per optimizer step.
-        limit: Value of ``trainer.limit_train_batches``; a step in which this limit falls is shortened to end there.
+        limit: Value of ``trainer.limit_train_batches``. An optimizer step that crosses this limit ends at the limit.
     """
 
     def __init__(
@@ -151,7 +159,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
         accumulate: int = 1,
         limit: float = 1.0,
     ) -> None:
-        super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # it only needs a length
+        super().__init__(order, num_replicas=world_size, rank=rank)  # type: ignore[arg-type]  # only its length is used
         self.order = order
         self.batch_size = batch_size
         self.world_size = world_size
@@ -162,7 +170,7 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
 
     @property
     def micro_batches(self) -> int:
-        """Number of micro-batches in a whole epoch."""
+        """Number of micro-batches in a full epoch."""
         filled = len(self.order) // (self.batch_size * self.world_size)
         return filled // self.accumulate * self.accumulate or filled
 
@@ -183,20 +191,20 @@ class ShuffledSampler(DistributedSampler[MicroBatch]):
                     yield MicroBatch(rows[micro_batch, self.rank].tolist(), rows[:n].ravel())
 
     def step_rows(self, epoch: int, steps: RowIndices) -> RowIndices:
-        """Return the rows of the given optimizer steps in an epoch: (n,) int64 -> (n, A, W, B) int64."""
+        """Return the row indices, (n, A, W, B) int64, of the given optimizer steps in an epoch, (n,) int64."""
         shape = (self.accumulate, self.world_size, self.batch_size)
         positions = steps[:, None] * np.prod(shape) + np.arange(np.prod(shape))
         return self.rows(epoch, positions.ravel()).reshape(-1, *shape)
 
     def rows(self, epoch: int, positions: RowIndices) -> RowIndices:
-        """Return the rows at given positions of an epoch: (n,) int64 -> (n,) int64."""
+        """Return the row indices at the given positions of an epoch; both arrays are (n,) int64."""
         return self.order.rows(epoch, positions)
 
 
 class EvaluationSampler(DistributedSampler[MicroBatch]):
-    """Sampler for validation and test: distributes every row once, in order, across the ranks in whole batches.
+    """Sampler for validation and testing that distributes every row once, in order, across the ranks.
 
-    The last batches are filled up with the index ``n_rows``, which denotes a padding row without labels. All ranks
+    The last batches are padded with the index ``n_rows``, which denotes a padding row without labels. All ranks
     therefore have the same number of batches, all batches have the same shape, and no row is scored twice.
 
     Args:
@@ -222,7 +230,7 @@ class EvaluationSampler(DistributedSampler[MicroBatch]):
 
 
 def _shares(length: int, weights: Sequence[float]) -> list[int]:
-    """Return integers proportional to the weights that sum to ``length``, by the largest-remainder method."""
+    """Divide ``length`` into integers in proportion to the weights, rounded by the largest-remainder method."""
     exact = np.asarray(weights, dtype=np.float64) / sum(weights) * length
     shares = np.floor(exact).astype(np.int64)
     shares[np.argsort(shares - exact, kind="stable")[: length - shares.sum()]] += 1
@@ -232,22 +240,23 @@ def _shares(length: int, weights: Sequence[float]) -> list[int]:
 
 FEISTEL_ROUNDS: Final = 8
 MIN_BITS: Final = 6
-"""Minimum number of bits; with fewer, the permutations of a few values are not equally probable."""
+"""Minimum number of bits; with fewer bits, the permutations of a few values would not be equally probable."""
 MAX_LENGTH: Final = 2**62
 
 Words = NDArray[np.uint64]
 
 
 class Permutations:
-    """Numbered pseudorandom permutations of 0 to ``n - 1``, evaluated at any positions without a table.
+    """Numbered pseudorandom permutations of 0 to ``n - 1`` that can be evaluated at any position without a table.
 
-    A Feistel network permutes all integers with as many bits as ``n - 1`` has, or ``MIN_BITS`` if that is more. A
-    result outside 0 to ``n - 1`` is permuted again until it is inside, which keeps the map a bijection (cycle walking;
-    Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
+    A Feistel network permutes all integers of ``max(MIN_BITS, (n - 1).bit_length())`` bits. A result above ``n - 1`` is
+    permuted again until it is at most ``n - 1``, so that the map remains a bijection (cycle walking; Black and Rogaway
+    2002, Ciphers with Arbitrary Finite Domains, https://doi.org/10.1007/3-540-45760-7_9).
 
     Args:
         n: Length of the permutations, 1 to 2**62.
-        key: Seed and purpose, two non-negative integers. Permutations with different keys or numbers are independent.
+        key: A seed, and a number that identifies the purpose; both non-negative. Permutations with different keys or
+            numbers are independent.
     """
 
     def __init__(self, n: int, key: tuple[int, int]) -> None:
@@ -258,17 +267,17 @@ class Permutations:
         self._keys = np.random.SeedSequence(key).generate_state(FEISTEL_ROUNDS, np.uint64)
 
     def at(self, number: RowIndices | int, positions: RowIndices) -> RowIndices:
-        """Return the values of the permutations at given positions.
+        """Return the values of the permutations at the given positions.
 
         Args:
-            number: Number of the permutation, either one for all positions or one for each, (m,).
+            number: Number of the permutation: one integer for all positions, or one for each position, (m,).
             positions: Positions, (m,), each 0 to ``n - 1``.
 
         Returns:
             Values, (m,), each 0 to ``n - 1``.
         """
         numbers = np.asarray(number, dtype=np.uint64)
-        if numbers.size and (numbers == numbers.flat[0]).all():  # the common case; this takes half the time
+        if numbers.size and (numbers == numbers.flat[0]).all():  # common case: a single column of keys halves the time
             numbers = numbers.flat[:1]
         keys = _mix(self._keys[:, None] + numbers * np.uint64(0x9E3779B97F4A7C15))  # (FEISTEL_ROUNDS, m or 1)
         values = self._feistel(keys, positions.astype(np.uint64))
@@ -277,7 +286,7 @@ class Permutations:
         return values.astype(np.int64)
 
     def _feistel(self, keys: Words, values: Words) -> Words:
-        """Apply the Feistel rounds, each of which swaps the halves and XORs one with a hash of the other."""
+        """Apply the Feistel rounds, each of which swaps the halves and XORs one half with a hash of the other half."""
         a, b = np.uint64(self._left), np.uint64(self._right)
         left, right = values >> b, values & _mask(b)
         for key in keys:
@@ -291,7 +300,7 @@ def _mask(bits: np.uint64) -> np.uint64:
 
 
 def _mix(x: Words) -> Words:
-    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014): every input bit affects every output bit."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood 2014), in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -22,13 +22,13 @@ from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 STORE_FORMAT: Final = 3
 MANIFEST_FILE: Final = "store.json"
 VERIFIED_FILE: Final = "checked.json"
-"""JSON file that maps each file name to its stat signature at the time its SHA-256 was last verified."""
-REBUILD_HINT: Final = "delete the folder and prepare it again"
+"""JSON file that maps each file name to its size, mtime and ctime at the time its SHA-256 was last verified."""
+REBUILD_HINT: Final = "delete the folder and prepare the corpus again"
 
 
 @dataclass(frozen=True)
 class TokenStore:
-    """A tokenizer and its training and validation token streams.
+    """A prepared corpus: a tokenizer, and the training and validation tokens that it produced.
 
     Attributes:
         folder: Folder of the store.
@@ -36,7 +36,7 @@ class TokenStore:
         tokenizer_sha256: SHA-256 of the tokenizer file.
         vocab_size: One more than the largest possible token id.
         train: Training tokens.
-        validation: Held-out tokens.
+        validation: Held-out tokens for validation.
     """
 
     folder: Path
@@ -48,13 +48,13 @@ class TokenStore:
 
     @classmethod
     def open(cls, folder: Path) -> "TokenStore":
-        """Open and verify a folder created by ``TokenPreparation.prepare``.
+        """Open and verify a token store created by ``TokenPreparation.prepare``.
 
-        The time taken does not grow with the number of tokens: sizes and timestamps of all files are compared, but only
-        files whose size or timestamps changed since they were last verified are read.
+        Files whose size and timestamps have not changed since they were last verified are not read, so opening an
+        unchanged store takes the same time for any number of tokens.
 
         Raises:
-            UserError: The folder is not a token store, or a file in it was changed.
+            UserError: The folder is not a token store, or one of its files is missing or was modified.
         """
         store = cls.read_unverified(folder)
         try:
@@ -62,7 +62,7 @@ class TokenStore:
         except OSError as error:
             raise UserError(f"{folder / TOKENIZER_FILE} is missing ({error.strerror}); {REBUILD_HINT}") from error
         if sha256 != store.tokenizer_sha256:
-            raise UserError(f"{folder} was not made with its {TOKENIZER_FILE}; {REBUILD_HINT}")
+            raise UserError(f"the tokens in {folder} were not produced by its {TOKENIZER_FILE}; {REBUILD_HINT}")
         store.verify()
         return store
 
@@ -87,7 +87,7 @@ class TokenStore:
         Raises:
             UserError: The manifest does not exist, is damaged, or has a different format version.
         """
-        # Without a manifest the folder may contain something else, so do not advise the user to delete it.
+        # Without a manifest, the folder may contain other files, so do not advise the user to delete it.
         if not (folder / MANIFEST_FILE).exists():
             raise UserError(f"{folder} is not a token store; pass a folder created by prepare --data.store")
         try:
@@ -96,16 +96,22 @@ class TokenStore:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{folder} is not a token store ({error}); {REBUILD_HINT}") from error
         if version > STORE_FORMAT:
-            raise UserError(f"{folder} has store format {version}, newer than {STORE_FORMAT}; update lit_gpt_scratch")
+            raise UserError(
+                f"{folder} has store format {version}, which is newer than the supported format {STORE_FORMAT}; "
+                "update lit_gpt_scratch"
+            )
         if version < STORE_FORMAT:
-            raise UserError(f"{folder} has store format {version}, older than {STORE_FORMAT}; {REBUILD_HINT}")
+            raise UserError(
+                f"{folder} has store format {version}, which is older than the supported format {STORE_FORMAT}; "
+                f"{REBUILD_HINT}"
+            )
         if sha256 != hash_json(manifest):
             raise UserError(f"{folder / MANIFEST_FILE} does not match its checksum; {REBUILD_HINT}")
         return manifest
 
     @staticmethod
     def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-        """Write the manifest; must be called after all shards are written."""
+        """Write the manifest. Call this method only after all shards have been written."""
         manifest = {"format": STORE_FORMAT, **manifest}
         with atomic_file(folder / MANIFEST_FILE) as file:
             file.write(json.dumps(manifest | {"sha256": hash_json(manifest)}, indent=2).encode())
@@ -119,17 +125,17 @@ class TokenStore:
 
     @property
     def shards(self) -> tuple[TokenShard, ...]:
-        """Shards of both splits."""
+        """Shards of the training and validation splits."""
         return self.train.shards + self.validation.shards
 
     def verify(self, all_files: bool = False) -> None:
-        """Compare the shards with the checksums in the manifest.
+        """Verify the shards against the checksums in the manifest.
 
         Args:
-            all_files: Read all files, not only those whose size or timestamps changed since they were last verified.
+            all_files: Whether to read all files, instead of only those that have changed since they were last verified.
 
         Raises:
-            UserError: A file is missing, truncated or altered, or contains an id outside the tokenizer's vocabulary.
+            UserError: A file is missing, truncated or altered, or contains a token id outside the vocabulary.
         """
         signatures = self._file_signatures()
         verified = {} if all_files else _read_verified(self.folder)
@@ -141,7 +147,9 @@ class TokenStore:
         for shard in self.shards:
             largest = max(shard.largest, int(shard.tokens.max())) if all_files else shard.largest
             if largest >= self.vocab_size:
-                raise _shard_error(shard, f"has token {largest}, but its tokenizer has only {self.vocab_size} tokens")
+                raise _shard_error(
+                    shard, f"contains token id {largest}, but its tokenizer has only {self.vocab_size} tokens"
+                )
 
     def _save_verified(self, signatures: dict[str, list[int]]) -> None:
         """Record that files with these signatures have been verified."""
@@ -153,7 +161,7 @@ class TokenStore:
 
 
 def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
-    """Return a store whose token streams are the concatenated streams of several stores.
+    """Concatenate the token streams of several stores into one store.
 
     Raises:
         UserError: The stores were made with different tokenizers.
@@ -164,8 +172,8 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
     for store in stores[1:]:
         if store.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"{store.folder} has a different tokenizer than {first.folder}; prepare both with the same one: "
-                f"--data.tokenizer {first.folder / TOKENIZER_FILE}"
+                f"{store.folder} has a different tokenizer than {first.folder}; prepare both with the same tokenizer, "
+                f"for example with --data.tokenizer {first.folder / TOKENIZER_FILE}"
             )
     train = ShardedTokenStream(tuple(shard for store in stores for shard in store.train.shards))
     validation = ShardedTokenStream(tuple(shard for store in stores for shard in store.validation.shards))
@@ -174,7 +182,7 @@ def concatenate_stores(stores: Sequence[TokenStore]) -> TokenStore:
 
 
 def hash_json(value: object) -> str:
-    """Return the SHA-256 of a JSON-serialisable value, independent of the order of keys."""
+    """Return the SHA-256 of a JSON-serialisable value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -202,7 +210,7 @@ def _read_verified(folder: Path) -> dict[str, list[int]]:
 
 
 def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
-    """Compare files with their SHA-256, reading several at once."""
+    """Verify the SHA-256 of each file, reading several files in parallel."""
     total = sum(shard.sizes[part] for shard, part in files)
     with (
         ThreadPoolExecutor(os.cpu_count()) as threads,
@@ -212,7 +220,7 @@ def _compare_hashes(files: Sequence[tuple[TokenShard, ShardPart]]) -> None:
         try:
             for (shard, part), sha256 in zip(files, hashes, strict=True):
                 if sha256 != shard.sha256[part]:
-                    raise _shard_error(shard, f"is damaged ({shard.file(part)}: its SHA-256 differs)")
+                    raise _shard_error(shard, f"is damaged ({shard.file(part)} does not match its SHA-256)")
                 progress.update(shard.sizes[part])
         except BaseException:  # including Ctrl-C: do not read the remaining files
             threads.shutdown(cancel_futures=True)

@@ -19,11 +19,11 @@ LENGTH_POLICIES: Final[tuple[LengthPolicy, ...]] = get_args(LengthPolicy)
 
 
 class TextRecord(Protocol):
-    """The content of one row of a dataset."""
+    """Interface of a record: the content of one row of a dataset."""
 
     @property
     def texts(self) -> Sequence[str]:
-        """Texts of the record, used to train a tokenizer and to find duplicates."""
+        """Strings in the record, used to train a tokenizer and to find duplicates."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TokenizedExample(NamedTuple):
 
     @property
     def n_labels(self) -> int:
-        """Number of labels that are not ignored."""
+        """Number of labels in all sequences that are not ignored."""
         return sum(sequence.n_labels for sequence in self.sequences)
 
     def truncate(self, n: int) -> "TokenizedExample | None":
@@ -84,7 +84,7 @@ class TokenizedExample(NamedTuple):
 
 
 def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
-    """Return the SHA-256 of all token ids and labels, in order."""
+    """Return the SHA-256 of the token ids and labels of all examples, in order."""
     sha256 = hashlib.sha256()
     for sequence in (sequence for example in examples for sequence in example.sequences):
         for part in (sequence.ids, sequence.labels):
@@ -95,7 +95,7 @@ def hash_examples(examples: Sequence[TokenizedExample]) -> bytes:
 def limit_length(
     examples: Iterable[TokenizedExample], block_size: int, too_long: LengthPolicy, split: str
 ) -> list[TokenizedExample]:
-    """Limit examples to ``block_size`` tokens: reject, truncate or drop longer examples.
+    """Limit examples to ``block_size`` tokens: reject, truncate or drop longer examples, depending on ``too_long``.
 
     An example that cannot be truncated (see ``TokenizedExample.truncate``) is dropped.
 
@@ -112,7 +112,7 @@ def limit_length(
         if too_long == "refuse":
             raise UserError(
                 f"{example.where} has {n_tokens:,} tokens, more than the maximum of {block_size:,}; raise "
-                "--data.block_size, or truncate or drop such records with --data.too_long cut or drop"
+                "--data.block_size, or set --data.too_long cut to truncate such records, or drop to skip them"
             )
         if too_long == "cut" and (truncated := example.truncate(block_size)):
             kept.append(truncated)

@@ -10,7 +10,7 @@ MAX_DEAD_UNITS: Final = 0.5
 MAX_SINK: Final = 0.7
 """Maximum fraction of attention on the first token, averaged over all heads."""
 MAX_REPETITION: Final = 0.5
-"""Maximum fraction of repeated phrases in a sample; 0 to 0.2 in healthy runs."""
+"""Maximum fraction of repeated phrases in a sample; healthy runs have 0 to 0.2."""
 
 
 def dead_units(e: MetricHistory) -> Finding | None:
@@ -20,20 +20,20 @@ def dead_units(e: MetricHistory) -> Finding | None:
         return None
     return Finding(
         f"{dead.last:.0%} of the feed-forward units are zero for every token",
-        "optimizer steps so large that units ended up where the activation and its gradient are zero",
+        "optimizer steps so large that units moved to a region where the activation and its gradient are zero",
         "--model.gpt.feed_forward swiglu",
     )
 
 
 def attention_sink(e: MetricHistory) -> Finding | None:
-    """Detect that most of the attention goes to the first token, regardless of its content."""
+    """Detect attention that is concentrated on the first token, regardless of its content."""
     sink = e["attention/sink"]
     if len(sink) < 2 or not min(sink.values[-2:]) > MAX_SINK:
         return None
     return Finding(
         f"{sink.last:.0%} of the attention goes to the first token",
-        "softmax must attend somewhere, so idle heads attend to the first token; a gate lets them output nothing "
-        "(README, my_attention.py)",
+        "attention weights sum to 1, so inactive heads attend to the first token; a gate lets them output zero (see "
+        "my_attention.py in the README)",
         "--model.gpt.attention my_attention.Gated",
     )
 

@@ -1,4 +1,4 @@
-"""Rules for a run's labels, text, validation set and length."""
+"""Rules for the labels, text, validation set and number of training tokens of a run."""
 
 from typing import Final
 
@@ -9,7 +9,7 @@ MIN_VALIDATION_TOKENS: Final = 10_000
 CHINCHILLA_RATIO: Final = 20
 """Compute-optimal training tokens per parameter (https://arxiv.org/abs/2203.15556)."""
 MAX_BUDGET_FACTOR: Final = 30
-"""Maximum factor above or below ``CHINCHILLA_RATIO``; first runs are shorter and production runs longer."""
+"""Maximum factor above or below ``CHINCHILLA_RATIO``; test runs are shorter and production runs are longer."""
 MAX_EPOCHS: Final = 100
 MIN_ALIGNED_LABELS: Final = 0.5
 """Minimum fraction of labels that equal the next input token.
@@ -17,18 +17,19 @@ MIN_ALIGNED_LABELS: Final = 0.5
 In windows with many short documents, one label per document differs from the next token.
 """
 MAX_REPEATED_SHARE: Final = 0.3
-"""Maximum fraction of repeated passages; 0.04 in the source code of Python's standard library."""
+"""Maximum fraction of repeated passages; it is 0.04 in the source code of Python's standard library."""
 
 
 def misaligned_labels(e: MetricHistory) -> Finding | None:
-    """Detect labels that are not the next tokens."""
+    """Detect labels that differ from the next tokens."""
     following, own = e.latest("run/labels_next"), e.latest("run/labels_own")
     if not following < MIN_ALIGNED_LABELS:
         return None
-    label = "its position's own token" if own > MIN_ALIGNED_LABELS else "neither its position's own token nor the next"
+    label = "most labels equal" if own > MIN_ALIGNED_LABELS else "at most half equal"
     return Finding(
-        f"only {following:.0%} of the first batch's labels equal the next input token; a label is {label}",
-        "labels are not shifted, or shifted twice; shift them once, where the batch is built (batch_types.py)",
+        f"only {following:.0%} of the labels in the first batch equal the next input token; {label} the token at "
+        "their own position",
+        "the labels are not shifted, or are shifted twice; shift them once, when the batch is created (batch_types.py)",
         "--data PackedText",
     )
 
@@ -51,14 +52,14 @@ def small_validation(e: MetricHistory) -> Finding | None:
     if not tokens < MIN_VALIDATION_TOKENS:
         return None
     return Finding(
-        f"{tokens:,.0f} tokens: differences of a few percent are noise",
+        f"only {tokens:,.0f} tokens, so differences of a few percent are noise",
         "too little text, too small a validation split, or too few validation batches",
         "--data.validation_share 0.2",
     )
 
 
 def compute_budget(e: MetricHistory) -> Finding | None:
-    """Detect a number of training tokens that is far from compute-optimal for the number of parameters."""
+    """Detect a number of training tokens that is far from compute-optimal for the size of the model."""
     tokens = e.latest("run/steps") * e.latest("run/tokens_per_step")
     ratio = tokens / e.latest("run/parameters") if e.latest("run/parameters") else CHINCHILLA_RATIO
     epochs = tokens / e.latest("run/train_tokens") if e.latest("run/train_tokens") else 0.0

@@ -1,4 +1,4 @@
-"""Rules for the loss curve: whether the loss falls, rises, or is implausibly low."""
+"""Rules for the loss curve: a loss that does not fall, diverges, overfits, or is implausibly low."""
 
 import math
 from typing import Final
@@ -9,68 +9,69 @@ from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 SWEEP_COMMAND: Final = "python -m lit_gpt_scratch.sweep experiments/sweeps/learning_rate.yaml"
 N_RECENT: Final = 5
-"""Number of newest points whose median is the current loss."""
+"""Number of newest points whose median is used as the current loss."""
 PEAK_SHARE: Final = 0.9
-"""Fraction of the highest learning rate so far at which warm-up counts as finished."""
+"""Fraction of the highest learning rate so far at which the warm-up is considered finished."""
 MIN_STEPS_RUNNING: Final = 150
-"""Number of steps at this learning rate after which the loss must have fallen."""
+"""Number of steps after the warm-up by which the loss of an ongoing run must have fallen."""
 MIN_STEPS_FINISHED: Final = 50
-"""Number of steps at this learning rate after which the loss must have fallen, for a finished run."""
+"""Number of steps after the warm-up by which the loss of a finished run must have fallen."""
 MIN_DECREASE: Final = 0.1
-"""Minimum decrease relative to the loss of uniform predictions.
+"""Minimum decrease of the loss, relative to the loss of uniform predictions.
 
 The loss of healthy runs has decreased by 0.14 to 0.34 after ``MIN_STEPS_FINISHED`` steps, and by 0.27 to 0.4 after
 ``MIN_STEPS_RUNNING`` steps.
 """
 MAX_ABOVE_CHANCE: Final = 1.1
-"""Maximum loss relative to that of uniform predictions; only steps that are too large exceed it.
+"""Maximum loss relative to the loss of uniform predictions; only runs with too large steps exceed it.
 
-Healthy runs stay within 1.01.
+Healthy runs stay below 1.01.
 """
 MAX_ABOVE_INITIAL: Final = 1.5
 """Maximum loss relative to the initial loss of a pretrained model, which may be trained on different text."""
 UPDATE_RATIO_TAGS: Final = ("dynamics/update_ratio/attention", "dynamics/update_ratio/feed_forward")
-"""Update ratios of the parts whose initial norm is meaningful."""
+"""TensorBoard tags of the update ratios of attention and feed-forward layers, whose initial norm is meaningful."""
 STREAM_NORM_TAG: Final = "dynamics/stream_norm/layer_1"
+"""TensorBoard tag of the norm of the residual stream after the first block."""
 MAX_STREAM_GROWTH: Final = 1e3
 """Maximum norm of the residual stream relative to its first value, or to 1 if the first value was smaller.
 
-In healthy runs the norm grows up to 40-fold, however small it was at first; at a thousand times their learning rate it
-grows 10,000-fold or more.
+In healthy runs, the norm grows up to 40-fold, even if it was small at first. At a thousand times the learning rate of
+these runs, it grows 10,000-fold or more.
 """
 MIN_UPDATE_RATIO: Final = 1e-4
-"""Minimum update norm divided by weight norm for one step.
+"""Minimum ratio of the update norm to the weight norm in one step.
 
-0.001 is a rule of thumb. Healthy runs have 0.003 to 0.02, and runs at a thousandth of their learning rate have 0.00001
-to 0.00002.
+A common rule of thumb is 0.001. Healthy runs have 0.003 to 0.02, and runs at a thousandth of their learning rate have
+0.00001 to 0.00002.
 """
 UNIGRAM_SHARE: Final = 0.95
 """Maximum bits per byte relative to a unigram model.
 
-A network with destroyed layers learns only token frequencies; a healthy one reaches 0.8 after a hundred steps.
+A network with destroyed layers learns only token frequencies; a healthy network reaches 0.8 after a hundred steps.
 """
 FLAT_DECREASE: Final = 0.02
-"""Relative decrease below which the loss counts as flat.
+"""Relative decrease below which the loss is considered flat.
 
-Compares the median of the newest ``N_RECENT`` points with that of the ``N_RECENT`` points ``2 * N_RECENT`` earlier.
+The median of the newest ``N_RECENT`` points is compared with the median ``2 * N_RECENT`` points earlier.
 """
 MIN_RISE: Final = 0.25
-"""Minimum rise relative to the lowest loss so far."""
+"""Minimum rise of the loss relative to its lowest value so far."""
 MIN_RISE_NATS: Final = 0.1
-"""Additional minimum rise in nats, because a loss near 0 may double."""
+"""Additional minimum rise of the loss in nats, because a loss near 0 may double without diverging."""
 OVERFIT_RISE: Final = 0.03
 """Minimum rise of the validation loss relative to its lowest value; healthy runs fluctuate within 0.01."""
 OVERFIT_RISE_SMALL: Final = 0.1
 """Minimum rise of the validation loss for a small validation set, where a few percent are noise."""
 MIN_BASELINE_SHARE: Final = 0.2
-"""Minimum bits per byte relative to a compressor or n-gram model; the best language models need a third of ``xz``."""
+"""Minimum bits per byte relative to a compressor or n-gram model; the best language models reach a third of ``xz``."""
 
 
 def initial_loss(e: MetricHistory) -> float:
     """Return the initial loss of a run: the loss of uniform predictions, or that of the pretrained model.
 
-    Returns NaN for an RL policy, so that every comparison is false: a policy's loss measures how much better than
-    expected its last replies were, not its progress. ``rl_rules.py`` covers RL policies.
+    For an RL policy, return NaN, so that every comparison is false: the loss of a policy measures how much better than
+    expected the last replies were, not the progress of training. ``rl_rules.py`` covers RL policies.
     """
     if len(e["train/kl"]):
         return math.nan
@@ -80,13 +81,13 @@ def initial_loss(e: MetricHistory) -> float:
 
 
 def _steps_at_peak(rate: MetricCurve, step: int) -> int:
-    """Return the number of steps since the learning rate neared its maximum so far; all steps if no rate is logged."""
+    """Return the number of steps since the end of the warm-up; all steps if no learning rate has been logged."""
     peak = max(rate.values, default=0.0)
     return step - next((at for at, value in zip(rate.steps, rate.values, strict=True) if value >= PEAK_SHARE * peak), 0)
 
 
 def has_learned(e: MetricHistory) -> bool:
-    """Whether the loss has fallen below the initial loss; spikes are reported only after that."""
+    """Return whether the loss has fallen below the initial loss; spikes are reported only afterwards."""
     loss = e["train/loss"]
     return len(loss) > 0 and loss.median(N_RECENT) < initial_loss(e)
 
@@ -108,25 +109,25 @@ def loss_not_falling(e: MetricHistory) -> Finding | None:
         return None  # a pretrained model may have nothing left to learn
     if now > (1 - MIN_DECREASE) * initial:
         if min(median for _, median in loss.rolling_medians(N_RECENT)) <= (1 - MIN_DECREASE) * initial:
-            return None  # the loss fell before, and a learning rate that is too low cannot make it rise again
+            return None  # the loss has fallen before, and too low a learning rate cannot make it rise again
         flag = f"--model.optimizer.lr {10 * peak:.2g}; {SWEEP_COMMAND}"
         return Finding(evidence, f"the learning rate, {peak:.2g}, is too low", flag)
     bits, unigram = e["val/bits_per_byte"], e.latest("baselines/unigram")
-    # A run with a learning rate that is too low also passes this level, but does not stay there.
+    # With too low a learning rate, the loss also passes this level, but does not stay there.
     is_flat = now > (1 - FLAT_DECREASE) * loss.median(N_RECENT, before=2 * N_RECENT)
     if bits.step >= loss.steps[-N_RECENT] and bits.last > UNIGRAM_SHARE * unigram and is_flat:
-        evidence = f"{bits.last:.2f} bits per byte of the validation text; a unigram model needs {unigram:.2f}"
+        evidence = f"{bits.last:.2f} bits per byte of the validation text; a unigram model reaches {unigram:.2f}"
         return Finding(evidence, *lower_rate_advice(e))
     return None
 
 
 def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
-    """Return the likely cause of steps that are too large, and the flag to try."""
+    """Return the likely cause of steps that are too large, and a flag to try."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     if not math.isfinite(peak):
         return "the learning rate is too high", f"a tenth of --model.optimizer.lr; {SWEEP_COMMAND}"
     if e.latest("run/warmup_steps") == 0:
-        post_norm = ": post-norm needs a warm-up" if e.latest("run/post_norm") == 1 else ""
+        post_norm = ": post-norm requires a warm-up" if e.latest("run/post_norm") == 1 else ""
         steps = max(20, int(e.latest("run/steps") / 5)) if math.isfinite(e.latest("run/steps")) else 200
         return (
             f"the learning rate, {peak:.2g}, is too high for the first steps{post_norm} "
@@ -137,7 +138,7 @@ def lower_rate_advice(e: MetricHistory) -> tuple[str, str]:
 
 
 def steps_too_large(e: MetricHistory) -> Finding | None:
-    """Detect weights so large that further updates have no effect; norm layers may hide this from the loss."""
+    """Detect weights so large that further updates have no effect; with norm layers, the loss may not show this."""
     stream = e[STREAM_NORM_TAG]
     if len(stream) < 2 or not stream.last > MAX_STREAM_GROWTH * max(stream.values[0], 1.0):
         return None
@@ -146,7 +147,10 @@ def steps_too_large(e: MetricHistory) -> Finding | None:
 
 
 def steps_too_small(e: MetricHistory) -> Finding | None:
-    """Detect steps at the full learning rate that barely change the matrices; other parameters may reduce the loss."""
+    """Detect optimizer steps after the warm-up that barely change the weight matrices.
+
+    The loss may fall nevertheless, because of the other parameters.
+    """
     rate = e["train/learning_rate"]
     peak = max(rate.values, default=math.nan)
     is_warm = e.step >= e.latest("run/warmup_steps") and rate.last >= PEAK_SHARE * peak
@@ -207,7 +211,7 @@ def suspiciously_low_loss(e: MetricHistory) -> Finding | None:
     if not bits.last < MIN_BASELINE_SHARE * baseline:
         return None
     return Finding(
-        f"{bits.last:.3f} bits per byte of the validation text; a compressor or n-gram model needs {baseline:.2f}",
-        "the model sees the tokens that it must predict, or was trained on the validation text",
+        f"{bits.last:.3f} bits per byte of the validation text; a compressor or n-gram model reaches {baseline:.2f}",
+        "the model has access to the tokens that it must predict, or was trained on the validation text",
         "python -m lit_gpt_scratch.evaluate --data.source VALIDATION --against TRAINING",
     )

@@ -1,4 +1,4 @@
-"""History of a run's metrics and texts, keyed by TensorBoard tag."""
+"""History of the metrics and text logged by a run, keyed by TensorBoard tag."""
 
 import math
 import statistics
@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping
 from typing import Final
 
 MAX_POINTS: Final = 2000
-"""Maximum number of points per curve; beyond it, every other point of the older half is dropped."""
+"""Maximum number of points per curve; if exceeded, every other point of the older half is dropped."""
 
 
 class MetricCurve:
-    """The points of one metric, ordered by step."""
+    """Points of one metric, ordered by step."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -45,15 +45,17 @@ class MetricCurve:
         return self.steps[-1] if self.steps else -1
 
     def median(self, newest: int, before: int = 0) -> float:
-        """Return the median of the finite values among the ``newest`` points before the last ``before`` points.
+        """Return the median of the finite values among recent points; NaN if there are none.
 
-        Returns NaN if there are no finite values.
+        Args:
+            newest: Number of points to include.
+            before: Number of points at the end of the curve to exclude; the ``newest`` points before them are included.
         """
         stop = len(self) - before
         return _finite_median(self.values[max(0, stop - newest) : max(0, stop)])
 
     def rolling_medians(self, width: int) -> Iterator[tuple[int, float]]:
-        """Yield the median of the finite values in each window of ``width`` points, with the step of its last point."""
+        """Yield the last step and the median of the finite values of each window of ``width`` points."""
         for end in range(width, len(self) + 1):
             median = _finite_median(self.values[end - width : end])
             if math.isfinite(median):
@@ -66,7 +68,7 @@ def _finite_median(values: list[float]) -> float:
 
 
 class MetricHistory:
-    """The curves and texts of a run.
+    """Metric curves and logged text of a run.
 
     Attributes:
         step: Step of the newest point, counted from 0 as in TensorBoard.
@@ -80,17 +82,17 @@ class MetricHistory:
         self._texts: dict[str, dict[int, str]] = {}
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add one point to each of several curves."""
+        """Add one point to the curve of each metric in ``values``."""
         self.step = step
         for name, value in values.items():
             self[name].add(step, value)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add text under a name."""
+        """Add text that was logged under a name at a step."""
         self._texts.setdefault(name, {})[step] = text
 
     def drop_from(self, step: int) -> None:
-        """Drop all points and texts at or after a step."""
+        """Drop all points and text logged at or after a step."""
         for curve in self._curves.values():
             curve.drop_from(step)
         for name, texts in self._texts.items():
@@ -98,11 +100,11 @@ class MetricHistory:
         self.step = min(self.step, step - 1)
 
     def __getitem__(self, name: str) -> MetricCurve:
-        """Return the curve of a metric; empty if there is no metric of this name."""
+        """Return the curve of a metric, which is empty if the metric has not been logged."""
         return self._curves.setdefault(name, MetricCurve())
 
     def latest(self, name: str) -> float:
-        """Return the newest value of a metric, or NaN if there is none, so that every comparison with it is false."""
+        """Return the newest value of a metric; if it has not been logged, return NaN, so that comparisons are false."""
         return self[name].last
 
     def text(self, name: str, step: int) -> str:

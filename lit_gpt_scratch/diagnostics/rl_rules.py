@@ -1,7 +1,7 @@
 """Rules for RL policies: KL from the initial policy, reward, and changes in the replies.
 
-Metrics of the replies of a rollout phase are logged at each step of the phase, but count only once. "Healthy runs" are
-those of ``experiments/align/ppo.yaml`` and ``grpo.yaml``, with a program or a reward model as the reward.
+The metrics of a rollout phase are logged at each step of the phase, but the rules count them only once. "Healthy runs"
+are those of ``experiments/align/ppo.yaml`` and ``grpo.yaml``, with a program or a reward model as the reward.
 """
 
 import math
@@ -13,27 +13,27 @@ from lit_gpt_scratch.diagnostics.metric_history import MetricHistory
 from lit_gpt_scratch.diagnostics.rule_engine import Finding
 
 N_RECENT: Final = 3
-"""Number of rollout phases whose median describes the current policy."""
+"""Number of most recent rollout phases whose median represents the current policy."""
 MIN_SEPARATION: Final = 1.5
-"""Minimum distance between two medians of three rollout phases each, relative to the larger of the two ranges.
+"""Minimum distance between the medians of two groups of rollout phases, relative to the larger range within a group.
 
-In a simulation with normal noise, pure noise is this far apart once in 125 times.
+In a simulation of groups of three phases with normally distributed noise, the distance is exceeded in 1 of 125 cases.
 """
 MIN_REWARD_DROP: Final = 0.15
-"""Minimum drop of the true reward (fraction of correct replies) from its best value.
+"""Minimum drop of the true reward (the fraction of correct replies) below its best value.
 
-With 115 replies, as in validation, it fluctuates by 0.05.
+The mean over 115 replies, as in validation, fluctuates by 0.05.
 """
 MIN_REWARD_GAIN: Final = 0.1
-"""Minimum gain in true reward as a fraction of the possible gain; healthy runs reach 0.6 or more."""
+"""Minimum gain in true reward, as a fraction of the largest possible gain; healthy runs reach 0.6 or more."""
 MAX_KL: Final = 30.0
-"""Maximum KL in nats per reply.
+"""Maximum KL divergence from the initial policy, in nats per reply.
 
 Healthy runs reach 5 to 12, or 19 for GRPO with a reward model. A run without a penalty at ten times the learning rate
 reaches 75.
 """
 MAX_KL_TO_TARGET: Final = 4.0
-"""Maximum KL relative to the target KL of an adaptive coefficient."""
+"""Maximum KL relative to the target KL, if the KL coefficient is adaptive."""
 MIN_ENTROPY_SHARE: Final = 0.1
 """Minimum entropy per token relative to the initial entropy; healthy runs stay between 0.4 and 2."""
 MIN_LENGTH_SHARE: Final = 0.3
@@ -42,46 +42,50 @@ MIN_LENGTH_SHARE: Final = 0.3
 Healthy runs stay above 0.6, even if short replies are preferred.
 """
 MIN_ENDED_SHARE: Final = 0.5
-"""Minimum fraction of replies with an end token; 0.93 or more in healthy runs."""
+"""Minimum fraction of replies with an end token; healthy runs reach 0.93 or more."""
 PENALTY_FACTOR: Final = 4
-"""Suggested KL coefficient relative to one that was too small; ``DEFAULT_PENALTY`` if there was no penalty."""
+"""Factor by which a KL coefficient that is too small should be increased."""
 DEFAULT_PENALTY: Final = 0.05
+"""Suggested KL coefficient if there was no KL penalty."""
 NO_STEP: Final = -1
 
 
 def _phases(e: MetricHistory, name: str) -> list[tuple[int, float]]:
-    """Return a curve's first point in each rollout phase; a new phase starts when ``train/kl`` changes."""
+    """Return the first point of a curve in each rollout phase; a new phase starts when ``train/kl`` changes."""
     kl, curve = e["train/kl"], e[name]
     firsts = {step for place, step in enumerate(kl.steps) if place == 0 or kl.values[place] != kl.values[place - 1]}
     return [point for point in zip(curve.steps, curve.values, strict=True) if point[0] in firsts]
 
 
 def _first_and_recent(e: MetricHistory, name: str) -> tuple[float, float]:
-    """Return the value in the first rollout phase and the median of the newest ones; NaN if there are too few."""
+    """Return a metric's value in the first rollout phase and its median over the most recent phases.
+
+    Both are NaN if there are at most ``N_RECENT`` phases.
+    """
     values = [value for _, value in _phases(e, name)]
     return (values[0], statistics.median(values[-N_RECENT:])) if len(values) > N_RECENT else (math.nan, math.nan)
 
 
 def _all_above(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether every value of ``after`` is higher than every value of ``before``."""
+    """Return whether every value of ``after`` is higher than every value of ``before``."""
     return min(after) > max(before)
 
 
 def _has_risen(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether the values have risen by more than their noise."""
+    """Return whether the values have risen by more than their noise."""
     spread = max(max(values) - min(values) for values in (before, after))
     rise = statistics.median(after) - statistics.median(before)
     return _all_above(before, after) and rise > MIN_SEPARATION * spread
 
 
 def _penalty_flag(e: MetricHistory) -> str:
-    """Return the flag that sets a larger KL coefficient."""
+    """Return a flag that sets a larger KL coefficient."""
     coefficient = e.latest("train/kl_coefficient")
     return f"--model.kl_coefficient {PENALTY_FACTOR * coefficient if coefficient > 0 else DEFAULT_PENALTY:.2g}"
 
 
 def _slower_flag(e: MetricHistory) -> str:
-    """Return the flag that sets a third of the learning rate."""
+    """Return a flag that reduces the learning rate to a third."""
     peak = max(e["train/learning_rate"].values, default=math.nan)
     return f"--model.optimizer.lr {peak / 3:.2g}" if math.isfinite(peak) else "a third of --model.optimizer.lr"
 
@@ -93,8 +97,8 @@ def reward_hacking(e: MetricHistory) -> Finding | None:
         return None
     return Finding(
         evidence,
-        "replies exploit the reward without being better; stay closer to the initial policy, stop where the true "
-        "reward was best, or fix the reward",
+        "the replies exploit the reward without becoming better; stay closer to the initial policy, stop at the best "
+        "true reward, or correct the reward",
         _penalty_flag(e) + (f"; --trainer.max_steps {step + 1}" if step != NO_STEP else ""),
     )
 
@@ -107,11 +111,11 @@ def _reward_curves(e: MetricHistory) -> tuple[list[int], list[float], list[float
 
 
 def _training_hack(e: MetricHistory) -> tuple[str, int] | None:
-    """Detect a true reward that falls in training while the reward rises.
+    """Detect a true reward that falls during training while the training reward rises.
 
     Returns:
-        The evidence, and the step of the best true reward, or ``NO_STEP`` if it fell from the start. None if there
-        is no such fall.
+        The evidence, and the step with the best true reward (``NO_STEP`` if the true reward fell from the start); None
+        if the true reward does not fall or the training reward does not rise.
     """
     steps, reward, true = _reward_curves(e)
     if len(steps) < 2 * N_RECENT:
@@ -167,26 +171,26 @@ def kl_blow_up(e: MetricHistory) -> Finding | None:
     has_no_penalty = not has_target and not e.latest("train/kl_coefficient") > 0
     usual = f"; the target is {target:.3g}" if has_target else "; 5 to 20 is typical"
     return Finding(
-        f"KL to the initial policy is {now:.1f} nats per reply, {initial:.1f} in the first phase{usual}",
+        f"KL from the initial policy is {now:.1f} nats per reply, {initial:.1f} in the first phase{usual}",
         "no KL penalty: kl_coefficient is 0" if has_no_penalty else cause,
         _slower_flag(e) if has_target else f"{_penalty_flag(e)}; {_slower_flag(e)}",
     )
 
 
 def entropy_collapse(e: MetricHistory) -> Finding | None:
-    """Detect a policy that gives nearly the same reply every time."""
+    """Detect a policy that generates nearly the same reply every time."""
     initial, now = _first_and_recent(e, "train/entropy")
     if not now < MIN_ENTROPY_SHARE * initial:
         return None
     return Finding(
-        f"{now:.2g} nats per token, {initial:.2g} in the first phase: replies to a prompt are nearly identical",
-        "steps too large, so the policy settled on the first rewarded reply; replies never sampled are never learned",
+        f"{now:.2g} nats per token, {initial:.2g} in the first phase; the replies to a prompt are nearly identical",
+        "optimizer steps too large, so the policy always generates the first rewarded reply and explores no other",
         f"{_slower_flag(e)}; --model.entropy_coefficient 0.01",
     )
 
 
 def _reward_was_kept(e: MetricHistory) -> bool:
-    """Whether the policy retains more than half of its highest gain in reward."""
+    """Return whether the policy retains more than half of its highest gain in reward."""
     reward = [value for _, value in _phases(e, "train/reward")]
     if len(reward) <= N_RECENT:
         return False
@@ -200,7 +204,7 @@ def length_collapse(e: MetricHistory) -> Finding | None:
     initially_ended, ended = _first_and_recent(e, "train/ended")
     if not (now < MIN_LENGTH_SHARE * initial or ended < MIN_ENDED_SHARE):
         return None
-    evidence = f"{now:.1f} tokens per reply including its end, {initial:.1f} in the first phase"
+    evidence = f"{now:.1f} tokens per reply including the end token, {initial:.1f} in the first phase"
     if ended < MIN_ENDED_SHARE:
         evidence = (
             f"{ended:.0%} of the replies end, {initially_ended:.0%} in the first phase; {now:.1f} tokens per reply"
@@ -212,9 +216,12 @@ def length_collapse(e: MetricHistory) -> Finding | None:
         flag = f"--data.reply_tokens {2 * math.ceil(now)}"
         return Finding(evidence, "the initial model does not end its replies, or reply_tokens is too small", flag)
     if not is_rewarded:
-        return Finding(evidence, "steps too large: the change does not increase the reward", _slower_flag(e))
+        return Finding(evidence, "optimizer steps too large; the change does not increase the reward", _slower_flag(e))
     if ended < MIN_ENDED_SHARE:
-        cause = "the reward prefers long replies, and not ending costs nothing"
+        cause = "the reward prefers long replies and does not penalise replies without an end token"
         return Finding(evidence, cause, f"--model.unended_score {min(0.0, *e['train/reward'].values):.2g}")
-    cause = "the reward prefers short replies, whatever they say; reward content, or stay closer to the initial policy"
+    cause = (
+        "the reward prefers short replies regardless of their content; reward the content, or stay closer to the "
+        "initial policy"
+    )
     return Finding(evidence, cause, _penalty_flag(e))

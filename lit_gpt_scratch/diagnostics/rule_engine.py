@@ -1,4 +1,4 @@
-"""Rule engine: evaluates the diagnostic rules whenever their metrics have new points."""
+"""Rule engine, which evaluates the diagnostic rules whenever their metrics have new points."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +11,12 @@ MAX_REPEATED_DIAGNOSES: Final = 100
 
 
 class Finding(NamedTuple):
-    """A problem found by a rule.
+    """Problem found by a rule.
 
     Attributes:
-        evidence: The measured numbers in words.
-        cause: The likely cause.
-        flag: The flag to try, as typed on the command line.
+        evidence: Description of the evidence, including the measured numbers.
+        cause: Likely cause of the problem.
+        flag: Flag to try, as typed on the command line.
     """
 
     evidence: str
@@ -26,16 +26,16 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that detects one symptom.
+    """Rule that detects one symptom.
 
     Args:
         name: Name of the symptom; its diagnoses start with this name.
         reads: Names of metrics. The rule is evaluated when one of them has a new point, and at the end of the run.
-        find: Function from a metric history to a finding, or None if there is no problem.
-        unless: Names of symptoms that explain this one; the rule is skipped once one of them has been found.
-        repeatable: Whether each point of its metrics can be a separate diagnosis; other symptoms are reported once.
-        harmless: Function from a metric history to a bool: True if the symptom had no effect on the weights and
-            therefore explains no other symptom.
+        find: Function that maps a metric history to a finding, or to None if there is no problem.
+        unless: Names of symptoms that explain this symptom; the rule is skipped if one of them has been found.
+        repeatable: Whether the symptom can be diagnosed at several steps; other symptoms are reported only once.
+        harmless: Function that returns True for a metric history in which the symptom did not affect the weights and
+            therefore does not explain other symptoms.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """A diagnosis: one entry of ``doctor.json``."""
+    """Diagnosis of a symptom, stored as an entry of ``doctor.json``."""
 
     symptom: str
     cause: str
@@ -61,7 +61,7 @@ class Diagnosis:
         return self.symptom.partition(":")[0]
 
     def to_dict(self) -> dict[str, str | int]:
-        """Return the diagnosis as a dictionary for JSON."""
+        """Return the diagnosis as a JSON-serialisable dictionary."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -69,10 +69,12 @@ class Diagnosis:
 
 
 class RuleEngine:
-    """Evaluates rules on a run's metrics, with the same result during training and afterwards from its events.
+    """Engine that evaluates rules on the metrics of a run.
+
+    The diagnoses are the same during training and when the logged events are replayed after training.
 
     Args:
-        rules: Rules in the order of their evaluation.
+        rules: Rules in the order of evaluation.
     """
 
     def __init__(self, rules: Sequence[Rule]) -> None:
@@ -80,17 +82,17 @@ class RuleEngine:
         self.history = MetricHistory()
         self.diagnoses: list[Diagnosis] = []
         self.pending: set[str] = set()
-        """Names of metrics with points that have not been evaluated yet."""
+        """Names of metrics with new points on which the rules have not been evaluated yet."""
 
     def add_metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the metrics of a step; if the step is new, first evaluate the rules on the previous one."""
+        """Add the metrics of a step; if it is a new step, first evaluate the rules on the previous step."""
         if step != self.history.step:
             self.evaluate()
         self.history.add(step, values)
         self.pending.update(values)
 
     def add_text(self, step: int, name: str, text: str) -> None:
-        """Add text under a name."""
+        """Add text that was logged under a name at a step."""
         self.history.add_text(step, name, text)
 
     def evaluate(self) -> None:
@@ -100,14 +102,14 @@ class RuleEngine:
             self._evaluate(rule for rule in self.rules if not pending.isdisjoint(rule.reads))
 
     def finish(self) -> None:
-        """Evaluate the rules on the finished run."""
+        """Evaluate the rules one last time, on the finished run."""
         self.evaluate()
         self.history.is_over = True
         self._evaluate(rule for rule in self.rules if not rule.repeatable)
         self.history.is_over = False
 
     def drop_from(self, step: int) -> None:
-        """Drop all points and diagnoses at or after a step, because a resumed run repeats them."""
+        """Drop all points and diagnoses at or after a step, because a resumed run repeats these steps."""
         self.evaluate()
         self.history.drop_from(step)
         self.diagnoses = [diagnosis for diagnosis in self.diagnoses if diagnosis.step < step]

@@ -1,8 +1,8 @@
-"""The table of diagnostic rules. To detect a new symptom, add a rule.
+"""Table of diagnostic rules; to detect a new symptom, add a rule.
 
-A rule reads metrics by name and returns the evidence with its numbers, the likely cause, and the flag to try.
-``callbacks/metric_logging.py`` lists the metrics; facts about a run are curves with a single point, ``run/...``. If one
-symptom explains another, its rule comes first in the table, and the ``unless`` of the other rule names it.
+A rule reads metrics by name and returns the evidence, the likely cause, and the flag to try. The metrics are listed in
+``callbacks/metric_logging.py``; properties of a run are stored as curves ``run/...`` with a single point. If symptom A
+explains symptom B, the rule for A must precede the rule for B, and the ``unless`` of the rule for B must contain A.
 """
 
 from typing import Final
@@ -59,4 +59,4 @@ RULES: Final = (
     Rule("entropy collapse", ("train/entropy",), rl_rules.entropy_collapse, ("KL blow-up", "length collapse")),
 )  # fmt: skip
 REPORTED_BY_PLAN: Final = frozenset({"small validation", "far from compute-optimal"})
-"""Symptoms that the run plan (``callbacks/run_plan.py``) warns of before training; they are not printed again."""
+"""Symptoms that the run plan (``callbacks/run_plan.py``) warns about before training; they are not printed again."""

@@ -19,23 +19,23 @@ WINDOW: Final = 64
 MIN_STEPS: Final = 20
 """Number of normal steps required before a step can be a spike."""
 MAX_DEVIATIONS: Final = 12.0
-"""Standard deviations (estimated from the MAD) above the median beyond which a loss is a spike.
+"""Distance above the median, in standard deviations (estimated from the MAD), beyond which a loss is a spike.
 
-Healthy runs reach 4, the maximum over 20 runs with ten model shapes and 300 steps each. With batches of six short
-windows, a Unicode table in the source code of Python's standard library has reached 9.
+The maximum over 20 healthy runs, with ten model shapes and 300 steps each, is 4. With batches of six short windows, a
+Unicode table in the source code of Python's standard library has reached 9.
 """
 MIN_DEVIATION: Final = 0.02
-"""Minimum standard deviation, both relative to the median and in nats, for recent losses that are nearly equal."""
+"""Lower bound of the standard deviation, both relative to the median and in nats, for nearly constant losses."""
 MAX_NORM_RATIO: Final = 30.0
-"""Ratio of gradient norm to median norm beyond which a step is a spike; the same healthy runs reach 7."""
+"""Ratio of gradient norm to median norm beyond which a step is a spike; healthy runs reach 7."""
 PATIENCE: Final = 8
-"""Number of consecutive outliers that indicate a changed loss level rather than an unusual batch."""
+"""Number of consecutive outliers that indicate a new loss level instead of unusual batches."""
 MAD_TO_STD: Final = 1.4826
 """Ratio of standard deviation to median absolute deviation (MAD) for a normal distribution."""
 
 
 class SpikeDetector:
-    """Classifies steps one by one as normal or outliers. Its state consists of plain numbers.
+    """Detector that classifies each optimizer step as normal or as an outlier; its state consists of plain numbers.
 
     Attributes:
         in_a_row: Number of consecutive outliers, reset by a rewind.
@@ -52,7 +52,7 @@ class SpikeDetector:
         self.deviations = 0.0
 
     def classify_step(self, loss: float, norm: float) -> StepKind | None:
-        """Return the kind of outlier, or None for a normal step; only normal steps are kept for later comparisons.
+        """Return the type of outlier, or None for a normal step; only normal steps are recorded for later comparisons.
 
         Args:
             loss: Mean loss over the labels of the step; 0 if the task reports no loss.
@@ -68,12 +68,12 @@ class SpikeDetector:
 
     @property
     def median_loss(self) -> float:
-        """Median of the losses that a new loss is compared with."""
+        """Median of the recorded losses, with which a new loss is compared."""
         return statistics.median(self.losses)
 
     @property
     def median_norm(self) -> float:
-        """Median of the gradient norms that a new norm is compared with."""
+        """Median of the recorded gradient norms, with which a new norm is compared."""
         return statistics.median(self.norms)
 
     @property
@@ -82,7 +82,7 @@ class SpikeDetector:
         return len(self.losses) >= MIN_STEPS and not self.is_outlier
 
     def reset(self) -> None:
-        """Forget all steps, to start over at a new loss level."""
+        """Discard all recorded steps, to start over at a new loss level."""
         self.losses.clear()
         self.norms.clear()
         self.in_a_row = 0
@@ -94,19 +94,19 @@ class SpikeDetector:
         if len(self.losses) < MIN_STEPS:
             return None
         median = self.median_loss
-        if loss > median:  # half of all steps need no further computation
+        if loss > median:  # otherwise, skip the computation of the MAD
             spread = MAD_TO_STD * statistics.median(abs(other - median) for other in self.losses)
             self.deviations = (loss - median) / max(spread, MIN_DEVIATION * abs(median), MIN_DEVIATION)
         is_spike = self.deviations > MAX_DEVIATIONS or norm > MAX_NORM_RATIO * self.median_norm > 0
         return "spike" if is_spike else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state, including the recent losses and norms."""
+        """Return the state, including the recorded losses and norms."""
         known = {"losses": list(self.losses), "norms": list(self.norms)}
         return {**known, "in_a_row": self.in_a_row, "stood_out": self.is_outlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state."""
+        """Restore the state returned by ``state_dict``."""
         self.losses = deque(state["losses"], WINDOW)
         self.norms = deque(state["norms"], WINDOW)
         self.in_a_row = state["in_a_row"]

@@ -1,4 +1,4 @@
-"""Rules for single steps: non-finite values, spikes, gradient norms, and waiting for data."""
+"""Rules for individual steps: non-finite values, spikes, gradient norms, and waiting for data."""
 
 import math
 from typing import Final
@@ -19,13 +19,13 @@ GUARD_OFF: Final = 0.0
 GUARD_ACTS: Final = 2.0
 """Value of ``run/guard`` for ``--guard act``."""
 N_RECENT: Final = 3
-"""Number of newest points whose median is the current value of a curve."""
+"""Number of newest points whose median is used as the current value of a curve."""
 MAX_DATA_SHARE: Final = 0.25
-"""Maximum fraction of step time spent waiting for data; 0.01 to 0.04 in healthy runs."""
+"""Maximum fraction of the step time spent waiting for data; healthy runs spend 0.01 to 0.04."""
 EARLY_SHARE: Final = 0.25
-"""Fraction of the run, from its start, in which a missing warm-up is assumed to cause spikes."""
+"""Initial fraction of the run in which spikes are attributed to a missing warm-up."""
 MAX_GUARD_LINES: Final = 4
-"""Maximum number of lines quoted from the guard's report: numbers, location, and the hardest window."""
+"""Maximum number of lines quoted from the guard's report: numbers, location, and window with the highest loss."""
 CHECKED_METRICS: Final = ("train/loss", "train/gradient_norm", "val/loss")
 
 
@@ -35,7 +35,7 @@ def not_finite(e: MetricHistory) -> Finding | None:
     if len(guarded) and guarded.step == e.step:
         return Finding(
             _guard_report(e, "guard/non_finite/where") or "the loss or the gradient of the step",
-            "a batch, an operation, or a precision with too small a range; it started in the part named first",
+            "a batch, an operation, or a precision with too small a range; the part named first is the origin",
             "--trainer.detect_anomaly true" if e.latest("run/guard") == GUARD_ACTS else "--guard act",
         )
     if e.latest("run/guard") > GUARD_OFF and not math.isfinite(e.latest("train/loss")):
@@ -46,15 +46,15 @@ def not_finite(e: MetricHistory) -> Finding | None:
             if len(values) > 1 and not math.isfinite(values[-2]):
                 return None
             return Finding(
-                f"{name} is {values[-1]} at a log point; where it started is unknown without the guard",
-                "a step with a non-finite gradient has reached the weights",
+                f"{name} is {values[-1]} at a log step; the origin is unknown because the guard is off",
+                "an optimizer step with a non-finite gradient was applied to the weights",
                 "--guard act",
             )
     return None
 
 
 def steps_are_skipped(e: MetricHistory) -> bool:
-    """Whether the guard skips non-finite steps, so that they never reach the weights."""
+    """Return whether the guard skips non-finite steps, so that they never change the weights."""
     return e.latest("run/guard") == GUARD_ACTS
 
 
@@ -84,7 +84,7 @@ def loss_spike(e: MetricHistory) -> Finding | None:
 
 
 def rewound(e: MetricHistory) -> Finding | None:
-    """Report that the guard has rewound the run because skipping steps did not help."""
+    """Report that the guard has rewound the run, because skipping steps did not help."""
     rewind = e["guard/rewound_to"]
     if not len(rewind) or rewind.step != e.step:
         return None
@@ -92,13 +92,13 @@ def rewound(e: MetricHistory) -> Finding | None:
     lower = f" {rate / 3:.2g}" if math.isfinite(rate) else ""
     return Finding(
         f"{PATIENCE} consecutive steps were skipped; rewound to the weights of step {rewind.last:.0f}",
-        "not a single batch: the learning rate is too high, the precision is too low, or part of the text differs",
+        "not a single batch; the learning rate is too high, the precision is too low, or part of the text is unusual",
         f"--model.optimizer.lr{lower}",
     )
 
 
 def exploding_gradients(e: MetricHistory) -> Finding | None:
-    """Detect a gradient norm that stays far larger than it was before."""
+    """Detect a gradient norm that remains far larger than before."""
     norm = e["train/gradient_norm"]
     if len(norm) < 10 + N_RECENT or not has_learned(e):
         return None
@@ -114,7 +114,7 @@ def exploding_gradients(e: MetricHistory) -> Finding | None:
 
 
 def slow_loader(e: MetricHistory) -> Finding | None:
-    """Detect steps that wait long for their batches."""
+    """Detect steps that spend much of their time waiting for a batch."""
     share = e["throughput/data"]
     if len(share) < N_RECENT or not share.median(N_RECENT) > MAX_DATA_SHARE:
         return None

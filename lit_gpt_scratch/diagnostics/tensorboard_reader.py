@@ -1,4 +1,4 @@
-"""Reads a run's TensorBoard events into a rule engine."""
+"""Replay of a run's TensorBoard events in a rule engine."""
 
 from pathlib import Path
 from typing import Final
@@ -11,24 +11,24 @@ from lit_gpt_scratch.diagnostics.rule_engine import RuleEngine
 from lit_gpt_scratch.errors import UserError
 
 TEXT_SUFFIX: Final = "/text_summary"
-"""Suffix that PyTorch's ``SummaryWriter`` appends to the name of a text."""
+"""Suffix that PyTorch's ``SummaryWriter`` appends to the tag of logged text."""
 TEST_PREFIX: Final = "test/"
-"""Prefix of metrics measured after training, which the live diagnostics have not seen."""
+"""Prefix of metrics that are computed after training and ignored, as in the diagnostics during training."""
 
 
 def replay_events(run: Path, engine: RuleEngine) -> None:
-    """Add the metrics and texts of a run to a rule engine, without calling its ``finish``.
+    """Add the metrics and text logged by a run to a rule engine, without calling ``engine.finish``.
 
     Args:
         run: Directory with event files; points repeated by a resumed session replace the earlier ones.
         engine: Rule engine to which no metrics have been added yet.
 
     Raises:
-        UserError: If the directory contains no events.
+        UserError: The directory contains no events.
     """
     files = [path for path in sorted(run.glob("*tfevents*")) if not path.name.endswith(".hparams")]
     if not files:
-        raise UserError(f"{run} has no TensorBoard events; pass a run directory")
+        raise UserError(f"{run} contains no TensorBoard events; pass a run directory")
     for path in files:
         for event in EventFileLoader(str(path)).Load():
             if event.HasField("session_log"):

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-"""CPU limit of the Linux cgroup: CPU time per period and length of a period, both in microseconds."""
+"""File with the CPU limit of the Linux cgroup: CPU time per period and length of the period, both in microseconds."""
 
 
 def read_cgroup_cpu_quota(quota: Path = CGROUP_CPU_MAX) -> int | None:
-    """Return the container's CPU quota in cores, at least 1; None if there is no quota or no cgroup support."""
+    """Return the container's CPU quota in cores, at least 1, or None if there is no quota or no cgroup support."""
     if not quota.is_file():
         return None
     limit, _, period = quota.read_text(encoding="ascii").partition(" ")

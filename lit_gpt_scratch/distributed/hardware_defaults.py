@@ -13,16 +13,16 @@ from torch.utils._triton import has_triton
 from lit_gpt_scratch.distributed.cpu_count import CGROUP_CPU_MAX, read_cgroup_cpu_quota
 
 ONEDNN_CACHE_CAPACITY = 64
-"""Number of compiled matmul kernels that oneDNN caches.
+"""Number of generated matmul kernels that oneDNN caches.
 
-oneDNN generates a kernel for each shape, and caches 1,024 by default. If batches are padded to their longest row, and
-shapes therefore vary, this takes 1.6 GB of additional memory. A training step has about 40 shapes, and generating a
-kernel again takes less than 0.5 ms.
+oneDNN generates a kernel for each shape, and caches 1,024 kernels by default. If batches are padded to their longest
+row, so that shapes vary, these kernels use 1.6 GB of additional memory. A training step has about 40 shapes, and
+generating a kernel again takes less than 0.5 ms.
 """
 
 
 class HardwareDefault(NamedTuple):
-    """A default value, and the reason for it."""
+    """A default value, with the reason for choosing it."""
 
     value: str
     reason: str
@@ -45,7 +45,7 @@ def default_precision(accelerator: str) -> HardwareDefault:
         return HardwareDefault("32-true", "mixed precision has not been measured on Apple's GPUs")
     if torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported():
         return HardwareDefault("bf16-mixed", "this CPU supports bfloat16")
-    return HardwareDefault("32-true", "torch finds no bfloat16 support in this CPU")
+    return HardwareDefault("32-true", "torch detects no bfloat16 support on this CPU")
 
 
 def configure_process(processes: int = 1) -> None:
@@ -83,20 +83,20 @@ def limit_threads(processes: int = 1, quota: Path = CGROUP_CPU_MAX) -> None:
 
 
 def explain_no_compile(device: torch.device, requested: bool = False) -> str | None:
-    """Return a short reason why ``torch.compile`` is not used on a device, or None if it is used.
+    """Return the reason why ``torch.compile`` is not used on a device, or None if it is used.
 
     Args:
         device: The network's device.
-        requested: Whether the user requested compilation explicitly. If so, only report what makes it impossible, not
-            why it is disabled by default.
+        requested: Whether the user requested compilation explicitly. If so, only reasons that make compilation
+            impossible are returned, and not reasons to disable it by default.
     """
     if sys.platform == "win32":
-        return None if requested else "torch.compile is not set up on Windows"
+        return None if requested else "torch.compile requires additional setup on Windows"
     if device.type not in ("cpu", "cuda"):
         return None if requested else f"torch.compile is not mature on {device.type}"
     if device.type == "cuda" and not has_triton():
         return "Triton is not installed, or does not support this GPU"
-    # The compilers that Inductor and Triton look for. The environment variable is one program, without arguments.
+    # Compilers that Inductor and Triton look for. The environment variable names a program, without arguments.
     variable, names = {
         "cpu": ("CXX", ["clang++" if sys.platform == "darwin" else "g++"]),
         "cuda": ("CC", ["gcc", "clang"]),

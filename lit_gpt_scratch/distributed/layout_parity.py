@@ -1,4 +1,4 @@
-"""Check that every strategy, number of processes and micro-batch size computes the same losses."""
+"""Check that the losses do not depend on the strategy, the number of processes or the micro-batch size."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ SAMPLES_PER_STEP: Final = 8
 
 
 class ParallelLayout(NamedTuple):
-    """One way to distribute the same optimizer step.
+    """A distribution of an optimizer step over processes and micro-batches.
 
     Attributes:
         processes: Number of processes.
@@ -54,7 +54,7 @@ LAYOUTS: Final[dict[str, ParallelLayout]] = {
     "fsdp2_tp 4": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp",)),
     "fsdp2_tp 4, compiled": ParallelLayout(4, 2, flags=("--trainer.strategy=fsdp2_tp", "--model.compile=true")),
 }
-"""Layouts by name; the first is the reference for the others."""
+"""Layouts by name; the first layout is the reference for the others."""
 
 
 class ArithmeticCase(NamedTuple):
@@ -73,11 +73,11 @@ ADAMW: Final = ("--model.optimizer=AdamW", "--model.optimizer.lr=1e-3")
 ARITHMETIC_CASES: Final[dict[str, ArithmeticCase]] = {
     "float64": ArithmeticCase((*ADAMW, "--trainer.precision=64-true"), 1e-10),
     "float32": ArithmeticCase((*ADAMW, "--trainer.precision=32-true"), 1e-5),
-    "muon": ArithmeticCase(("--trainer.precision=32-true",), 1e-3),  # its Newton-Schulz iteration is in bfloat16
+    "muon": ArithmeticCase(("--trainer.precision=32-true",), 1e-3),  # Newton-Schulz iterations run in bfloat16
     "bf16-mixed": ArithmeticCase((*ADAMW, "--trainer.precision=bf16-mixed"), 1e-2),
 }
 GRADIENT_TOLERANCES: Final = {"gradient": 1e-6, "worst tensor": 1e-5}
-"""Maximum differences in the first step's gradient in float32.
+"""Maximum relative differences in the gradient of the first step in float32.
 
 ``gradient`` is the norm of the difference relative to the norm of the whole gradient. ``worst tensor`` is the maximum
 difference of any element relative to the largest element of its tensor.
@@ -86,7 +86,7 @@ difference of any element relative to the largest element of its tensor.
 
 @dataclass
 class LayoutParity:
-    """Runs ``fit`` in every layout and arithmetic case, and compares losses and gradients with the first layout.
+    """Test that runs ``fit`` in every layout and arithmetic case, and compares losses and gradients between layouts.
 
     Args:
         flags: ``fit`` flags for all runs.
@@ -102,7 +102,7 @@ class LayoutParity:
     loss: dict[tuple[str, str], float] = field(default_factory=dict)
     """Maximum relative difference in the loss, by layout and case."""
     gradient: dict[tuple[str, str], float] = field(default_factory=dict)
-    """Relative difference in the first step's gradient in float32, by layout and measure."""
+    """Relative difference in the gradient of the first step in float32, by layout and measure."""
     reproducible: dict[str, bool] = field(default_factory=dict)
     """Whether two runs of the first case are bitwise equal, by layout."""
 

@@ -1,9 +1,9 @@
-"""Apply tensor parallelism and FSDP2 to a GPT: which weights are sharded, and along which dimension.
+"""Apply tensor parallelism and FSDP2 to a GPT.
 
-Modules declare how tensor parallelism splits them (``model.module_metadata``), and this file applies these plans.
+Modules declare how tensor parallelism splits them (``model.module_metadata``), and this module applies these plans.
 
 Tensor parallelism (https://arxiv.org/abs/1909.08053) assigns a subset of the heads and hidden channels to each process.
-Input projections are split by columns and output projections by rows, so that each residual branch needs only one
+Input projections are split by columns and output projections by rows, so that each residual branch requires only one
 all-reduce. FSDP2 (https://arxiv.org/abs/2304.11277) shards the remaining part of each weight across data-parallel
 processes, and gathers one block at a time.
 """
@@ -53,12 +53,12 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
         adapters: Whether LoRA adapters are trained.
 
     Raises:
-        UserError: Heads or hidden channels are not divisible by the size, or a setting is not supported.
+        UserError: The number of heads or hidden channels is not divisible by the size, or a setting is not supported.
     """
     if size == 1:
         return
     if adapters:
-        raise UserError("model.lora: adapters do not support tensor parallelism; choose fsdp2 or ddp")
+        raise UserError("model.lora is not supported with tensor parallelism; choose fsdp2 or ddp")
     for name, number in (("n_head", config.n_head), ("n_kv_head", config.kv_heads), ("ffn_dim", config.ffn_width)):
         if number % size:
             raise UserError(
@@ -67,28 +67,28 @@ def validate_tensor_parallel(config: GPTConfig, size: int, precision: str, adapt
             )
     if config.position == "alibi":
         raise UserError(
-            "model.gpt.position is alibi, whose slopes differ by head; tensor parallelism does not support it: choose "
-            "another position, or fsdp2 or ddp"
+            "model.gpt.position is alibi, which is not supported with tensor parallelism, because its slopes differ "
+            "between heads; choose another position, or use fsdp2 or ddp"
         )
     if config.dropout:
         raise UserError(
-            f"model.gpt.dropout is {config.dropout}; tensor-parallel processes share their random state, and would "
-            f"drop the same elements of different heads: choose 0, or fsdp2"
+            f"model.gpt.dropout is {config.dropout}, but tensor-parallel processes share their random state and would "
+            f"drop the same elements of different heads; set it to 0, or use fsdp2"
         )
     if precision == "16-mixed" or precision.startswith("transformer-engine"):
         raise UserError(
-            f"--trainer.precision {precision} cannot scale gradients that are sharded by tensor parallelism; choose "
-            f"bf16-mixed or 32-true"
+            f"--trainer.precision {precision} is not supported with tensor parallelism, because it cannot scale "
+            f"sharded gradients; choose bf16-mixed or 32-true"
         )
     if config.attention is not None:
         raise UserError(
-            f"model.gpt.attention is {config.attention}; tensor parallelism does not support custom attention: choose "
-            f"fsdp2 or ddp"
+            f"model.gpt.attention is {config.attention}, but custom attention is not supported with tensor "
+            f"parallelism; choose fsdp2 or ddp"
         )
 
 
 def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
-    """Shard a network in place. It must have the same weights on all processes.
+    """Shard a network in place; its weights must be the same on all processes.
 
     With ``bf16-mixed``, FSDP2 gathers the weights of the blocks in bfloat16, which halves the communication volume but
     also rounds gains and biases. The residual stream, the embeddings and the head stay in float32. Gradients are
@@ -120,9 +120,9 @@ def parallelize(net: GPT, mesh: DeviceMesh, precision: str) -> None:
 def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
     """Complete tensor-parallel gradients in place, so that they equal the gradients of a single process.
 
-    If a replicated module is applied to heads, its gradient on each process only includes the heads of that process, so
-    it is summed across processes. PyTorch leaves the gradient of a row-sharded embedding unsharded, so it is sharded
-    like its weight.
+    If a replicated module is applied to heads, its gradient on each process includes only the heads of that process, so
+    the gradient is summed across processes. PyTorch leaves the gradient of a row-sharded embedding unsharded, so the
+    gradient is sharded like its weight.
 
     Args:
         net: The network, after its backward pass.
@@ -141,7 +141,7 @@ def reduce_tp_gradients(net: GPT, mesh: DeviceMesh) -> None:
         if p.grad is not None
     ]
     if gradients:
-        flat = torch.cat(gradients)  # one message instead of many
+        flat = torch.cat(gradients)  # a single all-reduce instead of one per gradient
         dist.all_reduce(flat, group=mesh[TENSOR_PARALLEL].get_group())
         torch._foreach_copy_(gradients, torch.split(flat, [len(gradient) for gradient in gradients]))
 

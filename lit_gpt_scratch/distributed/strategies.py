@@ -20,21 +20,21 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.lightning_compat import SizedModelParallelStrategy
 
 FULL_STATE_DICT: Final = StateDictOptions(full_state_dict=True, cpu_offload=True)
-"""Checkpoints contain full tensors: rank 0 saves them, and each rank takes its shard when they are loaded."""
+"""Checkpoints contain full tensors: rank 0 saves them, and each rank extracts its shard when loading them."""
 TENSOR_PARALLEL_SIZES: Final[dict[str, int | None]] = {"fsdp2": 1, "tp": None, "fsdp2_tp": 2}
 """Default size of a tensor-parallel group, by strategy name; None uses all processes."""
 
 
 class ModelParallel(SizedModelParallelStrategy):
-    """Shards weights, gradients and optimizer state across processes with FSDP2 and tensor parallelism.
+    """Strategy that shards weights, gradients and optimizer state across processes with FSDP2 and tensor parallelism.
 
     A checkpoint is a single file that contains full tensors under their usual names, as if saved by one process, so
     that it can be resumed with any strategy.
 
     Args:
-        tensor_parallel_size: Number of processes that share the heads and hidden channels of one replica, and read the
-            same data; None uses all processes. The data-parallel dimension, of size processes / tensor_parallel_size,
-            splits the data and shards with FSDP2.
+        tensor_parallel_size: Number of processes that divide the heads and hidden channels of one replica among
+            themselves and read the same data; None uses all processes. FSDP2 shards the weights across the replicas,
+            each of which reads different data.
     """
 
     def __init__(self, tensor_parallel_size: int | None = 1) -> None:
@@ -62,10 +62,10 @@ class ModelParallel(SizedModelParallelStrategy):
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        # The parent class numbers parameters in the order of the model; an optimizer numbers them by its groups.
+        # The parent class numbers parameters in the order of the model, an optimizer in the order of its groups.
         assert self.model is not None
-        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps it
-        if not optimizer.state:  # get_optimizer_state_dict would take a step to create the state
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps the optimizer
+        if not optimizer.state:  # get_optimizer_state_dict would run an optimizer step to create it
             return optimizer.state_dict()
         state: dict[str, Any] = dict(get_optimizer_state_dict(self.model, optimizer, options=FULL_STATE_DICT))
         names = [name for group in state.get("param_groups", ()) for name in group["params"]]
@@ -94,7 +94,7 @@ class ModelParallel(SizedModelParallelStrategy):
 
 
 def _rename_parameters(state: Mapping[str, Any], names: Mapping[Any, Any]) -> dict[str, Any]:
-    """Return an optimizer state dict with renamed parameters; empty if this process has no state."""
+    """Return an optimizer state dict with renamed parameters; it is empty if this process has no state."""
     if not state:
         return {}
     groups = [{**group, "params": [names[name] for name in group["params"]]} for group in state["param_groups"]]
@@ -105,7 +105,7 @@ def resolve_tensor_parallel_size(strategy: Strategy) -> int:
     """Return the size of a tensor-parallel group, whose processes share one replica and read the same data.
 
     Raises:
-        UserError: The number of processes is not divisible by the size.
+        UserError: The number of processes is not divisible by the size of a tensor-parallel group.
     """
     if not isinstance(strategy, ModelParallel):
         return 1
@@ -135,8 +135,8 @@ def resolve_strategy(strategy: object, tensor_parallel: int | None) -> object:
         raise UserError(f"tensor_parallel is {tensor_parallel}; it must be positive")
     if strategy not in ("tp", "fsdp2_tp"):
         raise UserError(
-            f"tensor_parallel is {tensor_parallel}, but --trainer.strategy is {strategy}; choose tp or fsdp2_tp, "
-            f"or --tensor_parallel null"
+            f"tensor_parallel is {tensor_parallel}, which is not supported with --trainer.strategy {strategy}; choose "
+            f"tp or fsdp2_tp, or set --tensor_parallel null"
         )
     sized = f"{strategy}_{tensor_parallel}"
     StrategyRegistry.register(sized, ModelParallel, tensor_parallel_size=tensor_parallel, override=True)

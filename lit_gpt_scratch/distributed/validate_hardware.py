@@ -1,4 +1,4 @@
-"""Check the Trainer's hardware flags against this machine before anything is built. Errors suggest a working flag."""
+"""Check the Trainer's hardware flags against this machine before anything is built; errors suggest a valid flag."""
 
 import importlib.util
 import re
@@ -22,13 +22,14 @@ CHECKPOINTING_FLAG: Final = "--model.activation_checkpointing true"
 def validate_hardware(trainer: Mapping[str, Any]) -> None:
     """Check that this machine has the requested accelerator, devices, strategy and precision.
 
-    Otherwise Lightning would silently use another precision, diverge to NaN, or raise an error about an internal class.
+    Without this check, Lightning could silently use another precision, train until the loss is NaN, or raise an error
+    about an internal class.
 
     Args:
         trainer: The Trainer's flags.
 
     Raises:
-        UserError: A requested setting is not available on this machine; the message suggests a flag that works.
+        UserError: A requested setting is not available on this machine; the message suggests an available one.
     """
     accelerator = _resolve_accelerator(str(trainer.get("accelerator")))
     _validate_device_count(accelerator, str(trainer.get("devices")))
@@ -48,7 +49,7 @@ def _validate_strategy(strategy: object) -> None:
 
 
 def _resolve_accelerator(requested: str) -> str:
-    """Return the accelerator that a flag selects: ``cpu``, ``cuda`` or ``mps``; other names are unchanged."""
+    """Return the accelerator that a flag selects: ``cpu``, ``cuda`` or ``mps``; other names are returned unchanged."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if requested in ("auto", "gpu") and (cuda or mps):
         return "cuda" if cuda else "mps"
@@ -62,10 +63,13 @@ def _resolve_accelerator(requested: str) -> str:
 
 
 def _validate_device_count(accelerator: str, devices: str) -> None:
-    """Check the number of GPUs, since each process needs its own. Any number of processes can share a CPU."""
+    """Check the number of GPUs, because each process requires its own GPU; any number of processes can share a CPU."""
     available = {"cuda": torch.cuda.device_count(), "mps": 1}.get(accelerator)
     if available is not None and devices.isdecimal() and int(devices) > available:
-        raise UserError(f"--trainer.devices {devices}: this machine has {available}; use --trainer.devices {available}")
+        raise UserError(
+            f"--trainer.devices {devices} exceeds the number of GPUs of this machine, {available}; "
+            f"use --trainer.devices {available}"
+        )
 
 
 def _validate_precision(accelerator: str, precision: str) -> None:
@@ -87,7 +91,7 @@ def _validate_precision(accelerator: str, precision: str) -> None:
 
 @contextmanager
 def explain_out_of_memory(data: Any) -> Iterator[None]:
-    """Replace an out-of-memory error with one that suggests flags for using less memory.
+    """Replace an out-of-memory error with an error that suggests flags to reduce memory use.
 
     Args:
         data: The run's data module.
@@ -102,7 +106,7 @@ def explain_out_of_memory(data: Any) -> Iterator[None]:
             raise
         needed = re.search(r"tried to allocate ([\d.]+ \w+)", str(error), re.IGNORECASE)
         raise UserError(
-            f"out of memory{f' for {needed[1]} more' if needed else ''}; {_suggest_smaller_step(data)}"
+            f"out of memory{f' while allocating {needed[1]}' if needed else ''}; {_suggest_smaller_step(data)}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Baselines in bits per byte that need no model: xz compression, and uniform, unigram and bigram distributions."""
+"""Baselines in bits per byte without a neural network: xz compression, and uniform, unigram and bigram models."""
 
 import lzma
 from typing import Any
@@ -9,36 +9,39 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.unsignedinteger[Any]]
 
 PAIRS_PER_CHUNK = 1_000_000
-"""Number of validation token pairs to process at once: about 100 MB of memory, for texts of any length."""
+"""Number of validation token pairs to process at once, which limits the memory to about 100 MB."""
 
 MAX_TRAINING_TOKENS = 16_000_000
-"""Maximum number of training tokens to count. More tokens take memory and time, but hardly improve the estimate."""
+"""Maximum number of training tokens to count. More tokens cost memory and time, but hardly improve the estimate."""
 
 
 def measure_xz_bits_per_byte(text: str) -> float:
-    """Return the bits per byte of a text compressed with ``xz -9``, a strong general-purpose compressor."""
+    """Return the bits per UTF-8 byte of a string compressed with ``xz -9``, a strong general-purpose compressor."""
     data = text.encode()
     return 8 * len(lzma.compress(data, preset=9)) / len(data)
 
 
 def count_uniform_bits(validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed to encode all validation tokens but the first, if all token ids are equally probable."""
+    """Return the bits required to encode all validation tokens except the first with a uniform distribution."""
     return (len(validation) - 1) * float(np.log2(vocab_size))
 
 
 def count_unigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed to encode all validation tokens but the first, with add-one smoothed training counts."""
+    """Return the bits required to encode all validation tokens except the first with a unigram model.
+
+    The unigram counts of the training tokens are smoothed by adding one.
+    """
     return float(
         -np.log2(_unigram_probabilities(train, vocab_size)) @ np.bincount(validation[1:], minlength=vocab_size)
     )
 
 
 def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) -> float:
-    """Return the bits needed to encode all validation tokens but the first, each given the previous token.
+    """Return the bits required to encode all validation tokens except the first with a smoothed bigram model.
 
     Pair counts are interpolated with unigram probabilities by Witten-Bell smoothing
-    (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens followed ``a`` in training, the more
-    weight the unigram gets.
+    (https://arxiv.org/abs/cmp-lg/9606011, section 2.5). The more distinct tokens follow ``a`` in the training data, the
+    greater the weight of the unigram probability.
 
         P(b | a) = (count(a b) + followers(a) P(b)) / (count(a) + followers(a))
     """
@@ -60,16 +63,16 @@ def count_bigram_bits(train: TokenIds, validation: TokenIds, vocab_size: int) ->
 
 
 def compute_token_baselines(train: TokenIds, validation: TokenIds, vocab_size: int, n_bytes: int) -> dict[str, float]:
-    """Compute the bits per byte of the validation text under token-count baselines.
+    """Compute the bits per byte of the validation text for a uniform, a unigram and a bigram model.
 
     Args:
-        train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` of them are enough.
-        validation: Validation token ids, (m,); all but the first are predicted, as for the model.
+        train: Training token ids, (n,); ``MAX_TRAINING_TOKENS`` ids are enough.
+        validation: Validation token ids, (m,). All tokens except the first are predicted.
         vocab_size: Number of token ids.
         n_bytes: Length of the validation text in UTF-8 bytes.
 
     Returns:
-        Bits per byte for ``uniform``, ``unigram`` and ``bigram``.
+        Bits per byte of each model, with the keys ``uniform``, ``unigram`` and ``bigram``.
     """
     return {
         "uniform": count_uniform_bits(validation, vocab_size) / n_bytes,
@@ -85,6 +88,9 @@ def _unigram_probabilities(train: TokenIds, vocab_size: int) -> NDArray[np.float
 
 
 def _pair_ids(ids: TokenIds, vocab_size: int) -> TokenIds:
-    """Encode each adjacent pair as one integer, first * vocab_size + second, (n - 1,). 32-bit integers sort faster."""
+    """Encode each pair of adjacent tokens as the integer ``first * vocab_size + second``, (n - 1,).
+
+    32-bit integers are used if possible, because they are sorted faster.
+    """
     wide: TokenIds = ids.astype(np.uint32 if vocab_size <= 2**16 else np.uint64)
     return wide[:-1] * vocab_size + wide[1:]

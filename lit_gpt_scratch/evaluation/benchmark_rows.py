@@ -1,4 +1,4 @@
-"""Read and validate the rows of a benchmark file. Error messages name the row."""
+"""Read and validate the rows of a benchmark file. Error messages include the location of the row."""
 
 from collections.abc import Iterator, Sequence
 
@@ -19,35 +19,40 @@ def read_rows(source: str) -> Iterator[TableRow]:
 
 
 def get_text(row: TableRow, *columns: str) -> str:
-    """Return the text in the first of the given columns that is not empty.
+    """Return the string in the first of the given columns that is not empty.
 
     Raises:
-        UserError: All of the columns are missing or empty, or the value is not text.
+        UserError: All columns are missing or empty, or the value is not a string.
     """
     found = next((name for name in columns if row.fields.get(name) not in (None, "")), None)
     if found is None:
         there = ", ".join(row.fields) or "none"
-        raise UserError(f"{row.where} has no text in {' or '.join(map(repr, columns))}; its columns are {there}")
+        raise UserError(
+            f"{row.where} has no text in column {' or '.join(map(repr, columns))} (its columns are {there}); "
+            "add the column or remove the row"
+        )
     value = row.fields[found]
     if not isinstance(value, str):
-        raise UserError(f"{row.where}: '{found}' is {type(value).__name__}, not text")
+        raise UserError(f"{row.where}: '{found}' must be a string, but its type is {type(value).__name__}")
     return value
 
 
 def get_texts(row: TableRow, column: str) -> list[str]:
-    """Return the list of texts in a column.
+    """Return the list of strings in a column.
 
     Raises:
-        UserError: The value is not a list of at least two texts.
+        UserError: The value is not a list of at least two non-empty strings.
     """
     found = row.fields.get(column)
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(each, str) and each for each in found):
-        raise UserError(f"{row.where}: '{column}' must be a list of two texts or more; it is {found!r:.60}")
+        raise UserError(
+            f"{row.where}: '{column}' must be a list of at least two non-empty strings, but it is {found!r:.60}"
+        )
     return found
 
 
 def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
-    """Return the index of a choice, from 0. The column contains this index or the name of the choice.
+    """Return the zero-based index of a choice from a column that contains the index or the name of the choice.
 
     Raises:
         UserError: The value is neither an index in range nor one of the names.
@@ -58,6 +63,6 @@ def get_choice(row: TableRow, column: str, names: Sequence[str]) -> int:
     if isinstance(found, int) and not isinstance(found, bool) and 0 <= found < len(names):
         return found
     raise UserError(
-        f"{row.where}: '{column}' is {found!r:.60}; it must be 0 to {len(names) - 1}, or one of "
+        f"{row.where}: '{column}' is {found!r:.60}; it must be an index from 0 to {len(names) - 1}, or one of "
         f"{', '.join(map(repr, names))}"
     )

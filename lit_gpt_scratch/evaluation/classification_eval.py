@@ -27,11 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LabeledText:
-    """A text and its class label.
+    """Text to classify, with its class label.
 
     Attributes:
-        where: Source and line, for error messages.
-        text: The text.
+        where: Source and line of the row, for error messages.
+        text: Text to classify.
         label: Index of the class.
     """
 
@@ -41,7 +41,7 @@ class LabeledText:
 
     @classmethod
     def from_row(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "LabeledText":
-        """Read a text and the name of its class from two columns.
+        """Read the text and the class name from two columns of a benchmark row.
 
         Raises:
             UserError: A column is missing, or the label is not one of the classes.
@@ -49,33 +49,36 @@ class LabeledText:
         if label_column not in row.fields:
             columns = ", ".join(row.fields)
             raise UserError(
-                f"{row.where} has no label column '{label_column}'; its columns are {columns}: set --data.label_column"
+                f"{row.where} has no label column '{label_column}'; its columns are {columns}; set --data.label_column"
             )
         try:
             label = get_label(row.fields, label_column)
         except UserError as error:
             raise UserError(f"{row.where}: {error}; its columns are {', '.join(row.fields)}") from error
         if label not in classes:
-            raise UserError(f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}")
+            raise UserError(
+                f"{row.where}: the label {label!r} is not one of the model's classes, {', '.join(classes)}; "
+                "correct the label or remove the row"
+            )
         return cls(row.where, benchmark_rows.get_text(row, text_column), classes.index(label))
 
 
 @torch.inference_mode()
 def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: str = "last") -> NDArray[np.float64]:
-    """Compute the class probabilities of texts.
+    """Compute the class probabilities of each text.
 
     Args:
         model: Model with a classification head, in evaluation mode.
         tokenizer: The model's tokenizer.
-        texts: N texts; each is preceded by the start-of-text token, like a document.
-        pooling: Pooling of the hidden states for the head; see ``model.output_heads``.
+        texts: N strings. Each is preceded by the start-of-text token, like a document.
+        pooling: Method for pooling the hidden states before the head; see ``model.output_heads.POOLINGS``.
 
     Returns:
         Probabilities, (N, n_classes).
     """
     ids = [[tokenizer.start_of_text, *tokenizer.encode(text)] for text in texts]
     if n_long := sum(len(row) > model.block_size for row in ids):
-        log.warning("%d texts are truncated to their first %d tokens, the model's context", n_long, model.block_size)
+        log.warning("%d texts are truncated to their first %d tokens, the context length", n_long, model.block_size)
         ids = [row[: model.block_size] for row in ids]
     lengths = [len(row) for row in ids]
     device = next(model.parameters()).device
@@ -100,14 +103,14 @@ def evaluate_classification(
     Args:
         model: Model with a classification head, in evaluation mode.
         tokenizer: The model's tokenizer.
-        examples: Labelled texts.
+        examples: Texts with class labels.
         classes: Class names.
         pooling: See ``classify``.
 
     Returns:
-        ``accuracy``; ``f1``, the mean F1 score over classes that occur or are predicted; ``auroc``, the area under the
-        ROC curve, averaged over the classes that some but not all texts belong to, NaN if there are no such classes;
-        and ``confusion``, the number of texts by true and predicted class.
+        ``accuracy``; ``f1``, the mean F1 score over the classes that occur or are predicted; ``auroc``, the mean area
+        under the ROC curve over the classes that have both positive and negative examples, or NaN if there is no such
+        class; and ``confusion``, the number of texts for each true and predicted class.
     """
     probabilities = torch.tensor(classify(model, tokenizer, [example.text for example in examples], pooling))  # (N, n)
     predicted = probabilities.argmax(-1)  # (N,)
@@ -118,7 +121,7 @@ def evaluate_classification(
         subset = torch.from_numpy(indices)
         texts = true[subset].bincount(minlength=n)  # (n,)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torchmetrics warns about classes that mean_auroc leaves out
+            warnings.simplefilter("ignore")  # torchmetrics warns about classes that mean_auroc ignores
             areas = multiclass_auroc(probabilities[subset], true[subset], n, average=None)  # (n,)
         return {
             "accuracy": (predicted[subset] == true[subset]).double().mean().item(),

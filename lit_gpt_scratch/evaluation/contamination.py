@@ -1,4 +1,4 @@
-"""Detect benchmark contamination: texts that share word n-grams with the training data."""
+"""Detect benchmark contamination: benchmark texts that share word n-grams with the training data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from lit_gpt_scratch.data.token_store import TokenStore
 
 NGRAM_WORDS: Final = 13
-"""Words per n-gram."""
+"""Number of words per n-gram."""
 
 
 def iterate_training_documents(source: str, text_column: str = "text") -> Iterator[str]:
-    """Iterate over the documents of a source.
+    """Iterate over the training documents in a source.
 
     Args:
-        source: A source of documents, or a token store written by ``prepare --data.store``, of which only the training
-            documents are returned.
-        text_column: Column with the text; not used for a token store.
+        source: Source of documents, or token store written by ``prepare --data.store``. The validation documents of a
+            token store are skipped.
+        text_column: Name of the column with the text; ignored for a token store.
 
     Raises:
         UserError: The source is missing or cannot be read.
@@ -48,20 +48,21 @@ def _decode_store(store: "TokenStore") -> Iterator[str]:
 
 
 def find_contaminated(texts: Sequence[str], training: Iterable[str], words: int = NGRAM_WORDS) -> NDArray[np.bool_]:
-    """Find the texts that share a word n-gram with a training document.
+    """Find the benchmark texts that share a word n-gram with a training document.
 
-    The method is that of GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C). An n-gram has 13 words, or
-    all words of a shorter text; case and punctuation are ignored. A text of fewer than 8 words may be a common phrase,
-    so it is only contaminated if it equals a whole document, as in ``Leakage``. N-grams are compared by 8-byte hashes.
-    With 10**10 n-grams in the training data and 10**6 in the benchmark, the probability of a collision is 1 in 2,000.
+    The method is the same as for GPT-3 (https://arxiv.org/abs/2005.14165, section 4 and appendix C). N-grams have 13
+    words by default; a shorter text is a single n-gram. Case and punctuation are ignored. A text with fewer than 8
+    words may be a common phrase, so it counts as contaminated only if it equals an entire training document, as in
+    ``Leakage``. N-grams are compared by their 8-byte hashes. With 10**10 n-grams in the training data and 10**6 in the
+    benchmark, the probability of a collision is 1 in 2,000.
 
     Args:
         texts: N benchmark texts.
-        training: Training documents; iterated over once.
+        training: Training documents, which are read once.
         words: Number of words per n-gram.
 
     Returns:
-        Whether each text is contaminated, (N,) bool. A text without words is not contaminated.
+        Mask of the contaminated texts, (N,) bool. A text without words is not contaminated.
     """
     by_length: dict[int, tuple[list[NDArray[np.uint64]], list[int]]] = {}
     short: dict[tuple[str, ...], list[int]] = {}

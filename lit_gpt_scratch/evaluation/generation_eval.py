@@ -26,12 +26,12 @@ GREEDY: Final = Sampling(temperature=0.0)
 
 @dataclass(frozen=True)
 class GenerationExample:
-    """A prompt and its reference continuation.
+    """Prompt with a reference continuation.
 
     Attributes:
-        where: Source and line, for error messages.
-        prompt: The prompt.
-        reference: The reference continuation.
+        where: Source and line of the row, for error messages.
+        prompt: Text to continue.
+        reference: Reference continuation.
     """
 
     where: str
@@ -40,16 +40,16 @@ class GenerationExample:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "GenerationExample":
-        """Read the columns ``prompt`` and ``reference``.
+        """Read the columns ``prompt`` and ``reference`` of a benchmark row.
 
         Raises:
-            UserError: A column is missing or is not text.
+            UserError: A column is missing or is not a string.
         """
         return cls(row.where, benchmark_rows.get_text(row, "prompt"), benchmark_rows.get_text(row, "reference"))
 
     @property
     def text(self) -> str:
-        """Prompt and reference as plain text, used to search the training data."""
+        """Prompt and reference as plain text, used to search for them in the training data."""
         return self.prompt + self.reference
 
 
@@ -67,14 +67,14 @@ def evaluate_generation(
         tokenizer: The model's tokenizer.
         examples: Prompts with reference continuations.
         max_new_tokens: Maximum number of tokens per continuation.
-        stop: Strings that end a continuation, in addition to the end of text.
+        stop: Strings that end a continuation, in addition to the end-of-text token.
 
     Returns:
         ``exact_match``, the fraction of continuations equal to the reference, ignoring surrounding white space;
         ``distinct_1`` and ``distinct_2``, the fraction of distinct words and word pairs across all continuations (Li et
-        al. 2016, https://arxiv.org/abs/1510.03055), which decreases with the number of texts and their length; and
-        ``repetition_4``, the mean fraction of a continuation's 4-grams that already occurred in it (seq-rep-4 in
-        Welleck et al. 2020, https://arxiv.org/abs/1908.04319). Words are separated by white space.
+        al. 2016, https://arxiv.org/abs/1510.03055), which decreases with their number and length; and ``repetition_4``,
+        the mean fraction of 4-grams that already occurred in the same continuation (seq-rep-4 in Welleck et al. 2020,
+        https://arxiv.org/abs/1908.04319). Words are separated by white space.
 
     Raises:
         UserError: A prompt is longer than the context.
@@ -82,7 +82,8 @@ def evaluate_generation(
     for example in examples:
         if (length := 1 + len(tokenizer.encode(example.prompt))) > model.block_size:
             raise UserError(
-                f"{example.where}: its prompt has {length} tokens, but the context is {model.block_size}; shorten it"
+                f"{example.where}: the prompt has {length} tokens, but the context length is {model.block_size}; "
+                "shorten the prompt"
             )
     written = generate_continuations(model, tokenizer, [example.prompt for example in examples], max_new_tokens, stop)
     return compare_with_references(written, [example.reference for example in examples])
@@ -91,15 +92,15 @@ def evaluate_generation(
 def compare_with_references(
     written: Sequence[str], references: Sequence[str], **more: NDArray[np.bool_]
 ) -> Measurements:
-    """Compare n generated texts with their references.
+    """Compare generated texts with their references.
 
     Args:
-        written: Generated texts.
-        references: Reference texts.
-        **more: Additional Boolean properties of the texts, keyed by name, each (n,).
+        written: N generated texts.
+        references: N reference texts.
+        **more: Additional properties of the generated texts, keyed by name, each (N,) bool.
 
     Returns:
-        The metrics of ``evaluate_generation``, and the fraction of texts with each property in ``more``.
+        The metrics of ``evaluate_generation``, and the fraction of generated texts with each property in ``more``.
     """
     matches = np.array([text.strip() == wanted.strip() for text, wanted in zip(written, references, strict=True)])
     properties = {"exact_match": matches, **more}
@@ -131,7 +132,7 @@ def generate_continuations(
         tokenizer: The model's tokenizer.
         prompts: Texts to continue.
         max_new_tokens: Maximum number of tokens per continuation.
-        stop: Strings that end a continuation, in addition to the end of text.
+        stop: Strings that end a continuation, in addition to the end-of-text token.
 
     Raises:
         UserError: A prompt is longer than the context.

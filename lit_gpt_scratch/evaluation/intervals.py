@@ -1,4 +1,4 @@
-"""95% confidence intervals for evaluation metrics: Wilson intervals for proportions, the jackknife for all others."""
+"""95% confidence intervals for evaluation metrics: Wilson for proportions, and jackknife for all other metrics."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 NORMAL_QUANTILE: Final = 1.959963984540054
-"""Number of standard deviations around the mean that contain 95% of a normal distribution."""
+"""Number of standard deviations on either side of the mean that contain 95% of a normal distribution."""
 MAX_GROUPS: Final = 100
 """Maximum number of jackknife groups."""
 ROUNDING_TOLERANCE: Final = 1e-12
-"""Relative spread up to which a metric is considered constant, because it is due to rounding in a different order."""
+"""Relative standard error up to which a metric is considered constant, to ignore floating-point rounding errors."""
 MIN_ROWS: Final = 30
-"""Minimum number of rows for estimating the spread. With fewer rows, parts of rows are used if there are any."""
+"""Minimum number of rows for estimating intervals from rows. If there are fewer, parts of rows are used if possible."""
 
 PartIndices = NDArray[np.intp]
 Metrics = dict[str, float]
@@ -23,7 +23,7 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class Measurements:
-    """Measurements of the parts of an evaluation, and functions that compute metrics from them.
+    """Measurements on the parts of all benchmark rows, and functions that compute metrics from the measurements.
 
     Attributes:
         row: Row index of each part, (n,) intp, ascending. A benchmark row has one part; a long document has several
@@ -31,8 +31,9 @@ class Measurements:
         n_rows: Number of rows.
         metrics: Function that takes the indices of parts, (m,) intp, and computes the metrics over these parts.
         shares: Names of metrics that are proportions of rows, such as accuracy.
-        extra: Function that computes values without a confidence interval, such as counts and the chance level.
-        limits: Lower and upper bounds of bounded metrics, by name.
+        extra: Function that takes the indices of parts, (m,) intp, and computes values without a confidence interval,
+            such as counts and the chance level.
+        limits: Lower and upper bounds of bounded metrics, keyed by name.
     """
 
     row: PartIndices
@@ -44,7 +45,7 @@ class Measurements:
 
     @classmethod
     def from_rows(cls, n_rows: int, *args: Any, **kwargs: Any) -> "Measurements":
-        """Build measurements of rows that have one part each."""
+        """Create measurements in which each row has exactly one part."""
         return cls(np.arange(n_rows), n_rows, *args, **kwargs)
 
 
@@ -54,13 +55,12 @@ class ScoreSummary:
 
     Attributes:
         rows: Number of rows.
-        metrics: Metrics by name.
+        metrics: Metrics keyed by name.
         intervals: Lower and upper bounds of each metric's 95% confidence interval, or None if the interval is unknown.
-            It is unknown for a single row, and if leaving out rows does not change the metric, e.g. because all
-            rows have the same value. The true value is then probably close, but it is unknown how close.
-        extra: Values without a confidence interval, by name.
-        from_parts: Whether the intervals are estimated from the spread among parts of rows, because there are too few
-            rows.
+            The interval is unknown if there is only one row, or if leaving out rows does not change the metric, e.g.
+            because all rows have the same value.
+        extra: Values without a confidence interval, keyed by name.
+        from_parts: Whether the intervals are estimated from parts of rows, because there are too few rows.
     """
 
     rows: int
@@ -71,11 +71,11 @@ class ScoreSummary:
 
 
 def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> ScoreSummary:
-    """Compute metrics with confidence intervals: Wilson for proportions, the jackknife with Student's t for all others.
+    """Compute metrics with confidence intervals: Wilson for proportions, jackknife with Student's t for other metrics.
 
     The sampling unit is the row, because a similar benchmark would contain different rows. If there are fewer than
-    ``MIN_ROWS`` rows and they have several parts, the unit is the part. The parts of one document are correlated, so
-    the intervals are then too narrow.
+    ``MIN_ROWS`` rows and some rows have several parts, the sampling unit is the part. The intervals are then too
+    narrow, because the parts of a document are correlated.
 
     Args:
         measured: Measurements of all rows.
@@ -94,7 +94,7 @@ def summarize(measured: Measurements, rows: NDArray[np.bool_] | None = None) -> 
     def interval(name: str, value: float) -> tuple[float, float] | None:
         if name in measured.shares:
             return wilson_interval(value, n)
-        if spread is None or not spread[name] > ROUNDING_TOLERANCE * max(1.0, abs(value)):  # true for NaN, too
+        if spread is None or not spread[name] > ROUNDING_TOLERANCE * max(1.0, abs(value)):  # also true for NaN
             return None
         low, high = measured.limits.get(name, (-math.inf, math.inf))
         half = student_t_quantile(groups - 1) * spread[name]
@@ -110,7 +110,7 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
     The interval stays within 0 and 1, and has a positive width even if all rows are correct or all are wrong.
 
     Args:
-        share: The proportion.
+        share: Observed proportion, from 0 to 1.
         n: Number of rows.
     """
     middle = (share + NORMAL_QUANTILE * NORMAL_QUANTILE / (2 * n)) / (1 + NORMAL_QUANTILE * NORMAL_QUANTILE / n)
@@ -125,8 +125,8 @@ def wilson_interval(share: float, n: int) -> tuple[float, float]:
 def student_t_quantile(freedom: int) -> float:
     """Return the half-width of the central 95% interval of Student's t distribution, in standard errors.
 
-    The result is exact for one and two degrees of freedom. For more, it is an expansion in their inverse (Abramowitz
-    and Stegun 1964, 26.7.5) with an error of at most 0.13%.
+    The result is exact for one and two degrees of freedom. For more degrees of freedom, it is approximated by a series
+    expansion (Abramowitz and Stegun 1964, 26.7.5) with a relative error of at most 0.13%.
 
     Args:
         freedom: Degrees of freedom, at least 1.
@@ -151,23 +151,23 @@ def jackknife_standard_errors(
     """Compute the standard error of each metric with the delete-a-group jackknife.
 
     Sampling units are assigned to at most ``MAX_GROUPS`` groups, and each group is left out once (Shao and Tu 1995,
-    https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). The jackknife needs no random numbers. Unlike the
-    bootstrap, it does not repeat rows, which would make texts look more repetitive than they are.
+    https://doi.org/10.1007/978-1-4612-0795-5, section 2.3). The jackknife does not require random numbers. Unlike the
+    bootstrap, it does not duplicate rows, which would increase the measured repetition of generated texts.
 
     Args:
-        metrics: Function that takes the indices of parts and computes the metrics over these parts.
+        metrics: Function that takes the indices of parts, (k,) intp, and computes the metrics over these parts.
         indices: Indices of the parts to include, (m,).
         unit: Index of each part's sampling unit, (n,). Parts of the same unit are left out together.
 
     Returns:
-        Standard errors by metric, or None if there are fewer than two units.
+        Standard errors keyed by metric, or None if there are fewer than two sampling units.
     """
     number = np.unique(unit[indices], return_inverse=True)[1]
     n = int(number.max(initial=-1)) + 1
     groups = min(n, MAX_GROUPS)
     if groups < 2:
         return None
-    # Adjacent units may be similar, so they go to different groups. Each group is then a sample of all units.
+    # Adjacent units may be similar, so they are assigned to different groups. Each group is then a sample of all units.
     without = [metrics(indices[number % groups != group]) for group in range(groups)]
     return {
         name: math.sqrt((groups - 1) * float(np.var([left[name] for left in without]))) for name in metrics(indices)

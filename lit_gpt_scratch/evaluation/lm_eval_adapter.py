@@ -1,4 +1,4 @@
-"""Run ``lm-eval`` benchmarks on models of this package. This requires the extra ``[eval]``.
+"""Run ``lm-eval`` benchmarks on models of this package; requires the extra ``[eval]``.
 
 No other module imports ``lm_eval``, and this module is only imported to run a benchmark.
 """
@@ -27,16 +27,16 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 BOOTSTRAP_ITERS: Final = 100
-"""Number of bootstrap iterations for task group metrics without a closed-form standard error."""
+"""Number of bootstrap iterations for metrics of task groups whose standard error has no closed form."""
 DEFAULT_MAX_TOKENS: Final = 256
-"""Maximum number of tokens per continuation for tasks that do not set a limit, as in ``lm-eval``."""
+"""Maximum number of tokens per continuation if a task does not set a limit, as in ``lm-eval``."""
 
 
 class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
-    """Implements the model interface of ``lm-eval``: log-likelihoods of continuations and whole texts, and generation.
+    """Adapter with the model interface of ``lm-eval``: log-likelihoods of continuations and documents, and generation.
 
-    Every context is treated as the beginning of a document, so the start-of-text token is prepended, as with lm-eval's
-    ``add_bos_token``.
+    Every context is treated as the beginning of a document, so the start-of-text token is prepended, as with the
+    option ``add_bos_token`` of ``lm-eval``.
 
     Args:
         model: The language model, in evaluation mode.
@@ -59,7 +59,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return [(score.nats, score.greedy) for score in compute_loglikelihoods(self.model, sequences)]
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Compute the log-likelihood in nats of each text as a whole document, split into windows as in ``lm-eval``."""
+        """Compute the log-likelihood in nats of each document, which is split into windows as in ``lm-eval``."""
         sequences, owner = [], []
         for number, request in enumerate(requests):
             ids = self.tokenizer.encode(request.args[0])
@@ -73,7 +73,7 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return sums
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Generate a greedy continuation of each context up to a stop string; truncate long contexts from the left.
+        """Generate a greedy continuation of each context up to a stop string. Long contexts are left-truncated.
 
         Raises:
             UserError: A task requires random sampling.
@@ -98,12 +98,13 @@ class LMEvalAdapter(LM):  # type: ignore[misc]  # lm_eval has no types
         return found
 
     def _truncate_context(self, context: str, n: int) -> str:
-        """Truncate a context from the left so that ``n`` tokens fit after it, but keep at least half of the window."""
+        """Left-truncate a prompt so that ``n`` new tokens fit, but use at least half of the context for the prompt."""
         limit = max(self.model.block_size - n, self.model.block_size // 2) - 1
         ids, kept = self.tokenizer.encode(context), limit
         while len(ids) > limit:
             context = self.tokenizer.decode(ids[len(ids) - kept :])
-            # A character split at the boundary may be encoded as more tokens than before. Retry with one token less.
+            # A character that is split at the boundary may be encoded as more tokens than before. If so, retry with
+            # one token fewer.
             ids, kept = self.tokenizer.encode(context), kept - 1
         return context
 
@@ -121,15 +122,15 @@ def run_lm_eval(
     Args:
         model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
-        names: Names of tasks or groups of tasks.
-        few_shot: Number of few-shot examples; the task's default if None.
-        limit: Maximum number of rows per task.
+        names: Names of tasks or task groups.
+        few_shot: Number of few-shot examples; None uses the default of each task.
+        limit: Maximum number of rows per task; None uses all rows.
         include_path: Folder with YAML files that define additional tasks.
 
     Returns:
-        The metrics of each task and group, by name. If a metric cannot be recomputed from the rows, its confidence
-        interval is +/- 1.96 times the standard error that ``lm-eval`` reports, or None if no standard error is
-        reported.
+        The metrics of each task and task group, keyed by name. If a metric cannot be recomputed from the rows, its
+        confidence interval is +/- 1.96 times the standard error that ``lm-eval`` reports, or None if no standard error
+        is reported.
 
     Raises:
         UserError: A task does not exist, or its data cannot be loaded.
@@ -140,7 +141,7 @@ def run_lm_eval(
         tasks = TaskManager(include_path=str(include_path) if include_path else None)
         if unknown := [name for name in names if name not in tasks.all_tasks]:
             raise UserError(
-                f"argument --benchmark: lm-eval has no task {', '.join(unknown)}; to list all: lm-eval ls tasks"
+                f"argument --benchmark: lm-eval has no task {', '.join(unknown)}; list all tasks with: lm-eval ls tasks"
             )
         try:
             found = simple_evaluate(
@@ -153,7 +154,10 @@ def run_lm_eval(
             )
         except (ConnectionError, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"argument --benchmark: cannot load the data of {', '.join(names)}: {reason}") from error
+            raise UserError(
+                f"argument --benchmark: cannot load the data of {', '.join(names)}: {reason}; "
+                "check the network connection"
+            ) from error
     samples, counted = found.get("samples", {}), found.get("n-samples", {})
     return {
         name: _summarize_task(metrics, samples.get(name, []), counted.get(name, {}).get("effective", 0))
@@ -162,7 +166,7 @@ def run_lm_eval(
 
 
 def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], rows: int) -> ScoreSummary:
-    """Collect metrics like ``acc,none``, with intervals computed from the rows or from ``acc_stderr,none``."""
+    """Collect metrics such as ``acc,none``, with intervals computed from the rows or from ``acc_stderr,none``."""
     metrics: dict[str, float] = {}
     intervals: dict[str, tuple[float, float] | None] = {}
     for key, value in found.items():
@@ -178,7 +182,7 @@ def _summarize_task(found: dict[str, Any], samples: Sequence[dict[str, Any]], ro
 
 
 def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[float, float] | None:
-    """Compute the interval as for other evaluations; None if the metric cannot be recomputed from the rows."""
+    """Compute a confidence interval with ``summarize``; return None if the rows do not yield the same metric."""
     aggregate = get_metric_aggregation(name) if items else None
     if aggregate is None or not math.isclose(aggregate(items), value):
         return None
@@ -190,7 +194,7 @@ def _interval_from_rows(name: str, items: Sequence[Any], value: float) -> tuple[
 
 
 def _interval_from_stderr(value: float, error: object) -> tuple[float, float] | None:
-    """Compute a normal confidence interval from a standard error, e.g. of a group of tasks; None if that is unknown."""
+    """Compute a normal confidence interval from a standard error; return None if the standard error is unknown."""
     if not isinstance(error, int | float) or not math.isfinite(error):
         return None
     return value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error

@@ -17,12 +17,12 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 TOKENS_PER_BATCH: Final = 2**14
 LOGITS_PER_BATCH: Final = 2**26
-"""Maximum number of logits per batch: 256 MB in float32, and the same again for the log-softmax."""
+"""Maximum number of logits per batch, which take 256 MB in float32, plus 256 MB for the log-softmax."""
 
 
 @dataclass(frozen=True)
 class ScoredSequence:
-    """A sequence and the number of tokens to score at its end.
+    """Token sequence with the number of tokens to score at its end.
 
     Attributes:
         ids: Token ids of the context and continuation.
@@ -39,7 +39,7 @@ class LogLikelihood:
 
     Attributes:
         nats: Sum of the tokens' log-probabilities, in nats.
-        greedy: Whether each token is the most probable one.
+        greedy: Whether each of the tokens is the most probable token at its position.
     """
 
     nats: float
@@ -47,20 +47,20 @@ class LogLikelihood:
 
 
 def encode_continuation(tokenizer: Tokenizer, context: str, continuation: str) -> ScoredSequence:
-    """Encode a context, as the beginning of a document, and a continuation to score.
+    """Encode a context, which begins a document, and the continuation to score.
 
-    The context and continuation are encoded as one text, and all tokens after those of the context alone are scored. As
-    in ``lm-eval``, trailing white space is moved from the context to the continuation.
+    The context and continuation are encoded as a single string, and all tokens beyond the number of tokens of the
+    context are scored. As in ``lm-eval``, trailing white space is moved from the context to the continuation.
 
     Raises:
-        UserError: The continuation adds no token.
+        UserError: The continuation adds no tokens.
     """
     space = len(context) - len(context.rstrip())
     context, continuation = context[: len(context) - space], context[len(context) - space :] + continuation
     read = tokenizer.encode(context)
     scored = tokenizer.encode(context + continuation)[len(read) :]
     if not scored:
-        raise UserError(f"{continuation!r} adds no token to its context")
+        raise UserError(f"{continuation!r} adds no tokens to its context; remove the row")
     return ScoredSequence([tokenizer.start_of_text, *read, *scored], len(scored))
 
 
@@ -74,7 +74,7 @@ def compute_loglikelihoods(
 
     Args:
         model: The language model, in evaluation mode.
-        sequences: Sequences of at most ``block_size + 1`` tokens, since the last token is not an input.
+        sequences: Sequences of at most ``block_size + 1`` tokens; the last token is not an input of the model.
         progress: Whether to show a progress bar if the output is a terminal.
     """
     found: list[LogLikelihood | None] = [None] * len(sequences)
@@ -100,8 +100,8 @@ def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[
 
     Args:
         lengths: Length of each sequence.
-        sizes: Fraction of a full batch that each sequence takes up. Each sequence in a batch counts as the largest one,
-            because of padding.
+        sizes: Fraction of a full batch that each sequence takes up. Because of padding, each sequence in a batch counts
+            as much as the largest sequence.
 
     Yields:
         The indices of the sequences in each batch; no batch is empty.
@@ -120,7 +120,7 @@ def batch_by_length(lengths: Sequence[int], sizes: Sequence[float]) -> Iterator[
 
 def _score_batch(model: GPT, sequences: Sequence[ScoredSequence]) -> Iterator[LogLikelihood]:
     device = next(model.parameters()).device
-    # Sequences are right-padded: no token attends to padding, and it is not scored.
+    # Sequences are right-padded: no token attends to padding, and padding is not scored.
     inputs = _pad([sequence.ids[:-1] or [0] for sequence in sequences], 0).to(device)  # (B, T)
     labels = _pad([sequence.ids[len(sequence.ids) - sequence.n_scored :] for sequence in sequences], IGNORE_INDEX).to(
         device

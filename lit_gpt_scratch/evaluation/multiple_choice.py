@@ -1,4 +1,4 @@
-"""Evaluate multiple-choice questions and minimal pairs by comparing likelihoods."""
+"""Evaluate multiple-choice questions and minimal pairs by comparing log-likelihoods."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,13 +23,13 @@ TIE_TOLERANCE: Final = 1e-6
 
 @dataclass(frozen=True)
 class MultipleChoiceQuestion:
-    """A context and several continuations, one of which is correct.
+    """Context with several continuations, one of which is correct.
 
     Attributes:
-        where: Source and line, for error messages.
-        context: Text before the choices; empty if the choices are whole texts.
+        where: Source and line of the row, for error messages.
+        context: Text before the choices; empty if each choice is a whole document.
         choices: Continuations, including any leading space.
-        answer: Index of the correct choice, from 0.
+        answer: Zero-based index of the correct choice.
     """
 
     where: str
@@ -39,7 +39,9 @@ class MultipleChoiceQuestion:
 
     @classmethod
     def from_row(cls, row: TableRow) -> "MultipleChoiceQuestion":
-        """Read the columns ``question`` and/or ``context``, ``choices``, and ``answer``, a choice or its index from 0.
+        """Read the columns ``question`` and/or ``context``, ``choices`` and ``answer`` of a benchmark row.
+
+        ``answer`` contains the correct choice or its zero-based index.
 
         Raises:
             UserError: A column is missing or invalid.
@@ -56,7 +58,7 @@ class MultipleChoiceQuestion:
         """Read the columns ``sentence_good`` and ``sentence_bad`` of BLiMP (https://arxiv.org/abs/1912.00582).
 
         Raises:
-            UserError: A column is missing or is not text.
+            UserError: A column is missing or is not a string.
         """
         return cls(
             row.where,
@@ -67,7 +69,7 @@ class MultipleChoiceQuestion:
 
     @property
     def text(self) -> str:
-        """The question with its correct answer, used to search the training data."""
+        """Question with its correct answer, used to search for it in the training data."""
         return self.context + self.choices[self.answer]
 
 
@@ -76,26 +78,29 @@ def evaluate_multiple_choice(
 ) -> Measurements:
     """Select the choice with the highest log-likelihood, summed over its tokens, and compare it with the answer.
 
-    The sum favours short choices, so three more metrics divide it by the number of tokens, characters or bytes. The
-    leading space is not counted as a character or byte, so the last two equal ``acc_norm`` and ``acc_bytes`` in
-    ``lm-eval``. The credit for a tie is divided among the tied choices, so that a uniform model scores at chance level.
+    The sum favours short choices, so in three more metrics it is divided by the number of tokens, characters or bytes.
+    The leading space is not counted as a character or byte, so the last two metrics equal ``acc_norm`` and
+    ``acc_bytes`` in ``lm-eval``. The credit for a tie is divided equally among the tied choices, so that a uniform
+    model scores at chance level.
 
     Args:
         model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
         questions: Questions with choices.
-        few_shot: Number of few-shot examples. The first questions are used, together with their answers, before each of
-            the other questions, and are not scored.
+        few_shot: Number of few-shot examples. The first ``few_shot`` questions and their answers are prepended to each
+            of the other questions, and are not scored themselves.
 
     Returns:
-        ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character`` and ``accuracy_per_byte``; and ``chance``.
+        ``accuracy``, ``accuracy_per_token``, ``accuracy_per_character`` and ``accuracy_per_byte``; and ``chance``,
+        the expected accuracy of a random choice.
 
     Raises:
         UserError: A question is longer than the context, or no questions are left to score.
     """
     if not 0 <= few_shot < len(questions):
         raise UserError(
-            f"argument --few_shot: {few_shot} examples leave none of the {len(questions)} rows to score; lower it"
+            f"argument --few_shot: {few_shot} examples leave none of the {len(questions)} rows to score; "
+            "use fewer examples"
         )
     examples = "".join(example.text + EXAMPLE_SEPARATOR for example in questions[:few_shot])
     scored = questions[few_shot:]
@@ -125,7 +130,9 @@ def evaluate_multiple_choice(
 
 
 def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[MultipleChoiceQuestion]) -> Measurements:
-    """Evaluate minimal pairs: the good sentence must be more likely than the bad one, each as a whole document.
+    """Measure how often the good sentence of a minimal pair is more likely than the bad sentence.
+
+    Each sentence is scored as a whole document.
 
     Args:
         model: The language model, in evaluation mode.
@@ -133,7 +140,7 @@ def evaluate_minimal_pairs(model: GPT, tokenizer: Tokenizer, pairs: Sequence[Mul
         pairs: Pairs of sentences.
 
     Returns:
-        ``accuracy``, the fraction of pairs in which the good sentence is more likely; and ``chance``.
+        ``accuracy``, the fraction of pairs in which the good sentence is more likely; and ``chance``, which is 0.5.
     """
     measured = evaluate_multiple_choice(model, tokenizer, pairs)
     return Measurements.from_rows(
@@ -153,8 +160,8 @@ def _encode_choice(
         raise UserError(f"{question.where}: the choice {error}") from error
     if len(sequence.ids) - 1 > model.block_size:
         raise UserError(
-            f"{question.where} has {len(sequence.ids) - 1} tokens with the choice {choice!r:.40}, but the context is "
-            f"{model.block_size}" + ("; lower --few_shot" if examples else "")
+            f"{question.where} has {len(sequence.ids) - 1} tokens with the choice {choice!r:.40}, but the context "
+            f"length is {model.block_size}; " + ("lower --few_shot" if examples else "remove the row")
         )
     return sequence
 
@@ -162,7 +169,7 @@ def _encode_choice(
 def _score_answers(
     values: NDArray[np.float64], begins: NDArray[np.int64], answers: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Score each question, (n,): 1 if its answer has the largest value, 1/k if it ties with k - 1 others, else 0."""
+    """Score each question, (n,): 1 if only the answer has the largest value, 1/k if k choices tie, otherwise 0."""
     best = np.repeat(np.maximum.reduceat(values, begins[:-1]), np.diff(begins))
     is_best = values >= best - TIE_TOLERANCE * np.abs(best)
     return np.where(is_best[answers], 1 / np.add.reduceat(is_best.astype(int), begins[:-1]), 0.0)

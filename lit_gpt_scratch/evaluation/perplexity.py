@@ -1,4 +1,4 @@
-"""Compute loss, perplexity and bits per byte of documents with a sliding window."""
+"""Compute the loss, perplexity and bits per byte of documents with a sliding window."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -15,21 +15,21 @@ from lit_gpt_scratch.model import GPT
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 WINDOWS_PER_BATCH = 1024
-"""Number of windows to sort by length and batch together."""
+"""Number of windows that are sorted by length and divided into batches at once."""
 
 
 def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """Split a text into windows such that each token except the first is scored exactly once.
+    """Split a document into windows such that each token except the first is scored exactly once.
 
-    Each window begins ``stride`` tokens after the previous one, and scores the tokens that have not been scored yet.
-    In the first window these are all tokens, in later windows ``stride`` tokens with at least ``window - stride``
-    tokens of context.
+    Each window begins ``stride`` tokens after the previous window, and scores the tokens that have not been scored yet.
+    The first window scores all of its tokens except the first; later windows score up to ``stride`` tokens with at
+    least ``window - stride`` tokens of context.
 
     Args:
-        n_tokens: Number of tokens in the text, including the start of text.
+        n_tokens: Number of tokens in the document, including the start-of-text token.
         window: Maximum number of input tokens per window.
-        stride: Number of tokens between the beginnings of two windows, from 1 (most context and compute) to ``window``
-            (no token is read twice).
+        stride: Number of tokens between the beginnings of two consecutive windows, from 1 (most context and compute) to
+            ``window`` (no overlap).
 
     Yields:
         For each window, the index of its first token, the index after its last token, and the number of tokens to score
@@ -46,21 +46,22 @@ def split_into_windows(n_tokens: int, window: int, stride: int) -> Iterator[tupl
 def evaluate_perplexity(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> Measurements:
-    """Compute loss, perplexity and bits per byte of whole documents, without context from other documents.
+    """Compute the loss, perplexity and bits per byte of whole documents, without context from other documents.
 
     Each document is preceded by the start-of-text token and split into windows, and each of its tokens is scored once.
-    The end of text after the document is not scored.
+    The end-of-text token after the document is not scored.
 
     Args:
         model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
         texts: Documents.
         window: Number of input tokens per window. The default and maximum is the model's ``block_size``.
-        stride: See ``split_into_windows``; ``window`` by default.
+        stride: Number of tokens between the beginnings of two consecutive windows; equal to ``window`` by default.
 
     Returns:
-        ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``; and ``tokens`` and ``bytes``. The
-        bytes of a document are distributed over its windows in proportion to the byte lengths of their tokens.
+        ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``; and the counts ``tokens`` and
+        ``bytes``. The bytes of a document are distributed over its windows in proportion to the byte lengths of the
+        scored tokens.
 
     Raises:
         UserError: The window is longer than the context, or the stride is longer than the window.
@@ -68,9 +69,9 @@ def evaluate_perplexity(
     window = model.block_size if window is None else window
     stride = window if stride is None else stride
     if not 1 <= window <= model.block_size:
-        raise UserError(f"argument --window: {window} is not between 1 and the model's context, {model.block_size}")
+        raise UserError(f"argument --window: {window} is not between 1 and the context length, {model.block_size}")
     if not 1 <= stride <= window:
-        raise UserError(f"argument --stride: {stride} is not between 1 and the window, {window}")
+        raise UserError(f"argument --stride: {stride} is not between 1 and the window length, {window}")
     token_bytes = np.array(tokenizer.token_bytes())
     row: list[int] = []
     tokens: list[int] = []
@@ -80,7 +81,7 @@ def evaluate_perplexity(
         with tqdm(desc="scoring", unit="B", unit_scale=True, delay=2, leave=False, disable=None) as bar:
             for number, text in enumerate(texts):
                 ids = [tokenizer.start_of_text, *tokenizer.encode(text)]
-                # A text without tokens has nothing to score, but its bytes are counted.
+                # In a document without tokens, no token is scored, but the bytes are counted.
                 spans = list(split_into_windows(len(ids), window, stride)) or [(0, 1, 0)]
                 sizes = [int(token_bytes[ids[stop - scored : stop]].sum()) for _, stop, scored in spans]
                 size = len(text.encode())
@@ -111,7 +112,7 @@ def evaluate_perplexity(
 def score_documents(
     model: GPT, tokenizer: Tokenizer, texts: Iterable[str], window: int | None = None, stride: int | None = None
 ) -> dict[str, float | int]:
-    """Compute the metrics and counts of ``evaluate_perplexity`` over all documents, as plain numbers by name."""
+    """Return the metrics and counts of ``evaluate_perplexity`` over all documents, keyed by name."""
     measured = evaluate_perplexity(model, tokenizer, texts, window, stride)
     indices = np.arange(len(measured.row))
     return {**measured.metrics(indices), **measured.extra(indices)}

@@ -34,10 +34,10 @@ class EvalRequest:
 
     Attributes:
         source: Source of the rows or documents.
-        limit: Maximum number of rows.
-        against: The model's training data, to search for contamination; None skips the search.
-        text_column: Column with the text of documents and labelled rows.
-        label_column: Column with the class label.
+        limit: Maximum number of rows or documents; None for no limit.
+        against: Source of the training data, which is searched for contamination; None skips the search.
+        text_column: Name of the column with the text of documents and labelled rows.
+        label_column: Name of the column with the class label.
         window: See ``perplexity.evaluate_perplexity``.
         stride: See ``perplexity.evaluate_perplexity``.
         few_shot: See ``multiple_choice.evaluate_multiple_choice``.
@@ -63,12 +63,12 @@ class EvalRequest:
 
 @dataclass(frozen=True)
 class EvalTask:
-    """An evaluation task.
+    """Evaluation task that can be selected by name.
 
     Attributes:
-        description: Metrics that the task computes, and columns that it reads.
+        description: Description of the metrics and columns, for the help text of ``evaluate``.
         read: Function that reads rows or documents.
-        text: Function that returns a row as plain text, used to search the training data.
+        text: Function that returns a row as plain text, used to search for the row in the training data.
         measure: Function that runs the model on the rows.
         flags: Fields of ``EvalRequest`` that the task uses in addition to ``source``, ``limit`` and ``against``.
         needs_classifier: Whether the task requires a classifier instead of a language model.
@@ -141,12 +141,12 @@ EVAL_TASKS: Final = {
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Scores on all rows and, if the training data was searched, on the uncontaminated rows.
+    """Scores on all rows and, if the training data was searched, scores on the uncontaminated rows.
 
     Attributes:
         scores: Scores on all rows.
         contaminated: Number of rows found in the training data; None if the training data was not searched.
-        clean: Scores on the uncontaminated rows; None if there are none, or if the training data was not searched.
+        clean: Scores on the uncontaminated rows; None if all rows are contaminated or the search was skipped.
     """
 
     scores: ScoreSummary
@@ -154,7 +154,7 @@ class EvalResult:
     clean: ScoreSummary | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Convert to a JSON-serializable dict: metrics and other values by name, ``intervals``, ``contamination``."""
+        """Convert to a JSON-serializable dict with metrics, other values, ``intervals`` and ``contamination``."""
         found = summary_to_dict(self.scores)
         if self.contaminated is not None:
             share = self.contaminated / self.scores.rows
@@ -181,10 +181,10 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
     """
     task = EVAL_TASKS[name]
     rows = islice(task.read(request), request.limit)
-    # Documents may not fit into memory, so they are only kept if the training data is searched for contamination.
+    # Documents may not fit into memory, so they are kept only if the training data is searched for them.
     kept = rows if name == "text" and request.against is None else list(rows)
     if kept == []:
-        raise UserError(f"{request.source} has no rows")
+        raise UserError(f"{request.source} has no rows; use a source with at least one row")
     measured = task.measure(model, tokenizer, kept, request)
     if request.against is None:
         return EvalResult(summarize(measured))
@@ -194,7 +194,7 @@ def evaluate(name: str, model: GPT, tokenizer: Tokenizer, request: EvalRequest) 
 
 
 def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterable[str]:
-    """Read training data as texts, from rows in the task's format or from documents.
+    """Read training data as plain text, from rows in the format of the task or from documents.
 
     Raises:
         UserError: The source is missing, or contains neither rows nor documents.
@@ -211,7 +211,7 @@ def _read_training_texts(name: str, request: EvalRequest, source: str) -> Iterab
 
 
 def summary_to_dict(found: ScoreSummary) -> dict[str, Any]:
-    """Convert scores to a JSON-serializable dict."""
+    """Convert scores and their confidence intervals to a JSON-serializable dict."""
     return {
         "rows": found.rows,
         **{name: None if math.isnan(value) else value for name, value in found.metrics.items()},

@@ -15,15 +15,15 @@ from lit_gpt_scratch.text.markdown_table import format_markdown_table
 log = logging.getLogger(__name__)
 
 RESULTS_FOLDER: Final = "evaluations"
-"""Subfolder of the run folder for results.
+"""Name of the subfolder of a run folder for evaluation results.
 
-TensorBoard shows it as a separate run. If newer event files were in the run folder itself, TensorBoard would stop
-following a run that is still training.
+TensorBoard shows the subfolder as a separate run. If newer event files were in the run folder itself, TensorBoard would
+stop following a run that is still training.
 """
 
 
 def format_results(result: Mapping[str, Any]) -> str:
-    """Format a result of ``EvalResult.to_dict`` for a terminal: values with 95% intervals, on all and on clean rows."""
+    """Format the output of ``EvalResult.to_dict`` as a table with 95% intervals, for all rows and for clean rows."""
     contamination = result.get("contamination")
     clean = contamination and contamination["clean"]
     lines = [["metric", "value", "95% interval"] + (["clean rows", "95% interval"] if clean else [])]
@@ -36,7 +36,7 @@ def format_results(result: Mapping[str, Any]) -> str:
     sections = [format_markdown_table(lines, "<>>>>" if clean else "<>>")]
     if result["intervals_of"] == "parts":
         sections.append(
-            "few documents: intervals are from the spread among windows, which are correlated, so they are too narrow"
+            "few documents: the intervals are estimated from windows and are too narrow, since windows are correlated"
         )
     if "confusion" in result:
         names = list(result["confusion"])
@@ -53,13 +53,13 @@ def format_results(result: Mapping[str, Any]) -> str:
 def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], result: Mapping[str, Any]) -> None:
     """Write ``evaluations/<name>-<digest>.json`` and TensorBoard scalars ``eval/<name>/...`` into a run's folder.
 
-    The digest is a hash of the request, so an earlier result is only overwritten if the same request is repeated.
+    The digest is a hash of the request, so an earlier result is overwritten only if the same request is repeated.
 
     Args:
-        folder: The run folder.
-        name: Name of the result, composed of the task and the source.
-        request: The request as plain data, including the ``step`` of the checkpoint.
-        result: Metrics by name; only finite numbers are logged to TensorBoard.
+        folder: Run folder.
+        name: Name of the result, composed of the names of the task and the source.
+        request: Evaluation options as plain data, including the ``step`` of the checkpoint.
+        result: Metrics keyed by name; only finite numbers are logged to TensorBoard.
     """
     digest = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()[:8]
     path = folder.path / RESULTS_FOLDER / f"{name}-{digest}.json"
@@ -69,9 +69,9 @@ def save_results(folder: RunFolder, name: str, request: Mapping[str, Any], resul
             file.write(json.dumps({"asked": request, **result}, indent=2, ensure_ascii=False).encode())
         _write_scalars(path.parent, name, result, request["step"])
     except OSError as error:  # e.g. the run belongs to another user; the result has already been printed
-        log.warning("results not saved: cannot write %s (%s)", path, error.strerror)
+        log.warning("the results are not saved, because %s cannot be written (%s)", path, error.strerror)
     else:
-        log.info("results saved in %s", path)
+        log.info("results saved to %s", path)
 
 
 def _write_scalars(folder: Path, name: str, result: Mapping[str, Any], step: int) -> None:

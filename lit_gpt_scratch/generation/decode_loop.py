@@ -1,4 +1,4 @@
-"""Token generation with a KV cache: prefill all prompts at once, then decode one token per row in each step."""
+"""Token generation with a KV cache: prefill all prompts at once, then decode one token per row at each step."""
 
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -30,9 +30,9 @@ def generate(
 ) -> Iterator[tuple[int, int | None]]:
     """Generate tokens for a batch of prompts until each row ends.
 
-    The tokens of a row depend only on its own prompt and seed, up to rounding: the batch size affects the order of
-    floating-point additions, which rarely changes a token in float32, but can in bfloat16. Keys and values are cached.
-    When a row exceeds the context, generation continues from the last half of the context.
+    The tokens of a row depend only on its prompt and seed, up to rounding: the batch size affects the order of
+    floating-point additions, which rarely changes a token in float32, but may do so in bfloat16. Keys and values are
+    cached. When a row exceeds the context length, generation continues from the last half of its context.
 
     Args:
         model: The language model, in evaluation mode.
@@ -46,10 +46,11 @@ def generate(
         compile: Whether to compile the decoding step. The first call then takes many seconds, but a single row decodes
             faster afterwards.
         logprobs: One list per prompt, to which the log-probability in nats of each sampled token is appended, including
-            the end of text. It is computed at the sampling temperature (1 if that is 0), before top-k, top-p and min-p.
+            the end-of-text token. The log-probability is computed at the sampling temperature, or at temperature 1 for
+            greedy decoding, without top-k, top-p and min-p.
 
     Yields:
-        The index of a prompt, and its next token or None when the row has ended.
+        The index of a prompt and its next token, or None instead of a token when the row has ended.
 
     Raises:
         UserError: A prompt is empty or longer than the context, or ``max_new_tokens`` is negative.
@@ -57,7 +58,7 @@ def generate(
     for prompt in prompts:
         if not 0 < len(prompt) <= model.block_size:
             raise UserError(
-                f"the prompt has {len(prompt)} tokens (including the start of text), but the context is "
+                f"the prompt has {len(prompt)} tokens (including the start of text), but the context length is "
                 f"{model.block_size}; shorten the prompt"
             )
     if max_new_tokens < 0:
@@ -83,7 +84,7 @@ def _generate(
     rows = list(range(len(texts)))  # prompt index of each row of the batch
     generators = [random.Random(seed) for seed in seeds]
     capacity = max(map(len, texts)) + max_new_tokens
-    if compile:  # a power of two, because each cache size is compiled separately
+    if compile:  # round up to a power of two, because each cache size is compiled separately
         capacity = 1 << (capacity - 1).bit_length()
     capacity = min(model.block_size, capacity)
     cache, logits = prefill(model, texts, capacity, fixed=compile)
@@ -108,7 +109,7 @@ def _generate(
                 yield row, None
         if len(ended) == len(texts):
             return
-        if ended.intersection(rows) and not compile:  # a compiled step needs a constant batch size
+        if ended.intersection(rows) and not compile:  # a compiled step requires a constant batch size
             active = [index for index, row in enumerate(rows) if row not in ended]
             rows, tokens = [rows[index] for index in active], tokens[active]
             cache.select_rows(active)
@@ -121,31 +122,31 @@ def _generate(
 
 
 def prefill(model: GPT, texts: Sequence[list[int]], capacity: int, fixed: bool = False) -> tuple[KVCache, Tensor]:
-    """Fill a KV cache with texts of different lengths in a single forward pass.
+    """Fill a KV cache with token sequences of different lengths in a single forward pass.
 
     Args:
         model: The network.
-        texts: Token ids, at least one per text.
+        texts: Token sequences, each with at least one token id.
         capacity: Number of tokens that each row of the cache can hold.
-        fixed: Whether to keep shapes constant for a compiled step; see ``KVCache``.
+        fixed: Whether to keep tensor shapes constant for a compiled step; see ``KVCache``.
 
     Returns:
-        The cache, and the logits after the last token of each text, (B, vocab_size).
+        The cache, and the logits after the last token of each sequence, (B, vocab_size).
     """
     weight = model.embedding.weight
     counts = [len(text) for text in texts]
-    # Texts are right-padded: no token of a text attends to padding, whose cache entries are overwritten later.
+    # Sequences are right-padded: no token attends to padding, and its cache entries are overwritten later.
     padded = [text + [0] * (max(counts) - len(text)) for text in texts]
     ids = torch.tensor(padded, device=weight.device)  # (B, T)
     cache = KVCache(len(texts), capacity, weight.device, weight.dtype, fixed)
-    with torch.compiler.set_stance("force_eager"):  # each prompt length would be compiled separately
+    with torch.compiler.set_stance("force_eager"):  # otherwise, each prompt length would be compiled separately
         x = model.hidden_states(ids, cache=cache, counts=counts)  # (B, T, n_embd)
         last = x[torch.arange(len(counts)), torch.tensor(counts) - 1][:, None]  # (B, 1, n_embd)
         return cache, model.apply_head(last)[:, -1]
 
 
 def _eager_step(model: GPT) -> DecodeStep:
-    """Build an uncompiled step from token ids (B, 1) and a cache to the next token's logits (B, vocab_size)."""
+    """Return an uncompiled function that maps token ids, (B, 1), and a cache to the next logits, (B, vocab_size)."""
 
     def step(ids: Tensor, cache: KVCache) -> Tensor:
         with torch.compiler.set_stance("force_eager"):
@@ -155,7 +156,7 @@ def _eager_step(model: GPT) -> DecodeStep:
 
 
 def _compiled_step(model: GPT, rows: int) -> DecodeStep:
-    """Build a compiled ``_eager_step`` for a fixed cache and batch size; its first call takes many seconds."""
+    """Return a compiled ``_eager_step`` for a fixed cache size and batch size. The first call takes many seconds."""
 
     def decode(ids: Tensor, layout: Any, cache: KVCache) -> Tensor:
         return model.apply_head(model.forward_blocks(ids, layout, cache))[:, -1]
@@ -173,7 +174,7 @@ def _compiled_step(model: GPT, rows: int) -> DecodeStep:
 
 
 def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> None:
-    """Recompute the cache of full rows from the last half of their context, excluding the newest token."""
+    """Recompute the cache of each full row from the last half of its context, excluding the newest token."""
     half = max(1, model.block_size // 2)
     for row, text in enumerate(texts):
         if cache.lengths[row] == model.block_size:
@@ -183,7 +184,7 @@ def _truncate_full_rows(model: GPT, texts: list[list[int]], cache: KVCache) -> N
 
 
 def _mark_seen_tokens(texts: Sequence[list[int]], logits: Tensor) -> Tensor:
-    """Return a mask of the tokens that occur in each text, (B, vocab_size) bool."""
+    """Return a mask of the tokens that occur in each sequence, (B, vocab_size) bool."""
     seen = torch.zeros_like(logits, dtype=torch.bool)
     for row, text in enumerate(texts):
         seen[row, text] = True

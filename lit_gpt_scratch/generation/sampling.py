@@ -8,23 +8,23 @@ from torch import Tensor
 from lit_gpt_scratch.errors import UserError
 
 MAX_UNIFORM = 1 - 2**-22
-"""Factor for uniform random numbers, so that the product with the total probability never rounds up to that total."""
+"""Factor for uniform random numbers, so that their product with the total probability is less than the total."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sampling parameters, applied in this order.
+    """Sampling parameters, which are applied in the order in which they are listed.
 
     Args:
-        repetition_penalty: Factor that divides the positive logits of tokens that already occur, and multiplies their
-            negative logits (CTRL, https://arxiv.org/abs/1909.05858). 1 disables it.
+        repetition_penalty: Factor for the logits of tokens that already occur: positive logits are divided by this
+            factor, negative logits are multiplied by it (CTRL, https://arxiv.org/abs/1909.05858). 1 has no effect.
         temperature: Divisor of the logits. Values below 1 sharpen the distribution, values above 1 flatten it, and 0
             selects greedy decoding.
-        top_k: Number of most probable tokens to keep; None keeps all.
-        top_p: Total probability to keep: only the smallest set of most probable tokens that reaches it is kept (nucleus
-            sampling, https://arxiv.org/abs/1904.09751). None keeps all.
-        min_p: Minimum probability of a token to be kept, as a fraction of the highest probability
-            (https://arxiv.org/abs/2407.01082). None keeps all.
+        top_k: Number of most probable tokens to keep; None keeps all tokens.
+        top_p: Cumulative probability for nucleus sampling (https://arxiv.org/abs/1904.09751): the smallest set of most
+            probable tokens whose total probability reaches ``top_p`` is kept. None keeps all tokens.
+        min_p: Minimum probability of the tokens to keep, as a fraction of the highest probability
+            (https://arxiv.org/abs/2407.01082). None keeps all tokens.
 
     Raises:
         UserError: A value is out of range.
@@ -52,22 +52,24 @@ class Sampling:
         """Sample one token per row.
 
         Args:
-            logits: (B, vocab_size) float.
-            uniform: B random numbers in [0, 1), the only source of randomness.
-            seen: (B, vocab_size) bool mask of the tokens that occur in each row, used only by the repetition penalty.
+            logits: Logits, (B, vocab_size) float.
+            uniform: B uniform random numbers in [0, 1), one per row. They are the only source of randomness.
+            seen: Mask of the tokens that occur in each row, (B, vocab_size) bool; used only for the repetition penalty.
 
         Returns:
             Token ids, (B,) int64.
 
         Raises:
-            UserError: A logit is NaN or infinite, or all are minus infinity, because the model has diverged.
+            UserError: The largest logit of a row is NaN or infinite, because training has diverged.
         """
         if self.repetition_penalty != 1 and seen is not None:
             penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
             logits = torch.where(seen, penalised, logits)
         top, argmax = logits.max(-1, keepdim=True)  # (B, 1)
         if not top.isfinite().all():
-            raise UserError("the model's logits are NaN or infinite: training diverged; use an earlier checkpoint")
+            raise UserError(
+                "the model's logits are NaN or infinite, because training diverged; use an earlier checkpoint"
+            )
         if self.temperature == 0:
             return argmax.squeeze(-1)
         # Subtract the maximum first, so that a very small temperature does not cause overflow.
@@ -84,5 +86,5 @@ class Sampling:
             probabilities = probabilities.masked_fill(probabilities < threshold, 0.0)
         cumulative = probabilities.cumsum(-1)  # (B, k)
         drawn = torch.tensor(uniform, device=logits.device)[:, None] * MAX_UNIFORM * cumulative[:, -1:]  # (B, 1)
-        index = torch.searchsorted(cumulative, drawn, right=True)  # (B, 1), the first that exceeds the drawn number
+        index = torch.searchsorted(cumulative, drawn, right=True)  # (B, 1), first index with cumulative > drawn
         return (index if ids is None else ids.gather(-1, index)).squeeze(-1)

@@ -19,27 +19,28 @@ def stream_text(
     stop: Sequence[str] = (),
     compile: bool = False,
 ) -> Iterator[tuple[int, str]]:
-    """Generate text for a batch of prompts.
+    """Generate text for a batch of prompts and yield it piece by piece.
 
     Args:
         model: The language model, in evaluation mode.
         tokenizer: The model's tokenizer.
-        prompts: Texts or token ids. Texts are preceded by the start-of-text token, so an empty text begins a new
-            document. Token ids are used as they are.
-        max_new_tokens: Maximum number of new tokens per text.
+        prompts: Strings or lists of token ids. A string is preceded by the start-of-text token, so an empty string
+            begins a new document. Token ids are used unchanged.
+        max_new_tokens: Maximum number of new tokens per prompt.
         sampling: Sampling parameters.
         seeds: One seed per prompt.
-        stop: Strings that end a text. The text is truncated before the first stop string. The prompt is not searched.
-        compile: See ``generate``.
+        stop: Strings that end the generated text, which is truncated before the first stop string. Stop strings in the
+            prompt have no effect.
+        compile: Whether to compile the decoding step; see ``generate``.
 
     Yields:
-        The index of a prompt and the next piece of its text; an empty piece marks the end of the text.
+        The index of a prompt and the next piece of its generated text; an empty piece marks the end.
 
     Raises:
         UserError: A prompt is longer than the context, or a stop string is empty.
     """
     if "" in stop:
-        raise UserError("a stop string is empty; remove it to stop only at the end of the document")
+        raise UserError("a stop string is empty; remove it or use a non-empty string")
     ids = [
         [tokenizer.start_of_text, *tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         for prompt in prompts
@@ -63,7 +64,7 @@ def _emit_pieces(
 
 
 class _StopStringBuffer:
-    """Decodes one text, and holds back text that may be the beginning of a stop string."""
+    """Buffer that decodes the tokens of one row and holds back text that may be the beginning of a stop string."""
 
     def __init__(self, decode: Callable[[int], str], stop: tuple[str, ...]) -> None:
         self.decode = decode
@@ -72,13 +73,13 @@ class _StopStringBuffer:
         self.stopped = False
 
     def add(self, token: int) -> str:
-        """Add a token, and return the text that can no longer be part of a stop string."""
+        """Add a token, and return the decoded text that can no longer be part of a stop string."""
         self.held += self.decode(token)
         ends = [index for stop in self.stop if (index := self.held.find(stop)) >= 0]
         if ends:
             self.stopped = True
             return self.held[: min(ends)]
-        # Index from which the held text may be the beginning of a stop string.
+        # First index at which the held text may be the beginning of a stop string.
         hold_from = next(
             (n for n in range(len(self.held)) if any(s.startswith(self.held[n:]) for s in self.stop)), None
         )

@@ -25,7 +25,7 @@ MODULE_NAMES: Final[dict[str, tuple[str, ...]]] = {
     "mlp.c_fc": ("feed_forward.input",),
     "mlp.c_proj": ("feed_forward.output",),
 }
-"""Map from the Hugging Face names of a block's modules to the names in this package; each has a weight and a bias."""
+"""Map from the Hugging Face names of a block's modules to the names in this package. Each has a weight and a bias."""
 
 
 class GPT2Family(ModelFamily):
@@ -95,7 +95,7 @@ class GPT2Family(ModelFamily):
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
         found = super().unsupported_settings(gpt)
         if gpt.kv_heads != gpt.n_head:
-            found.append(f"n_kv_head is {gpt.kv_heads} (must be n_head, {gpt.n_head})")
+            found.append(f"n_kv_head is {gpt.kv_heads} (must equal n_head, {gpt.n_head})")
         if gpt.head_width * gpt.n_head != gpt.n_embd:
-            found.append(f"head_dim is {gpt.head_width} (must be n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
+            found.append(f"head_dim is {gpt.head_width} (must equal n_embd / n_head, {gpt.n_embd / gpt.n_head:g})")
         return found

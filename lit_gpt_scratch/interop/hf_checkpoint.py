@@ -28,15 +28,15 @@ log = logging.getLogger(__name__)
 FAMILIES: Final[dict[str, ModelFamily]] = {
     family.model_type: family for family in (Qwen3Family(), LlamaFamily(), MistralFamily(), GPT2Family())
 }
-"""Families by ``model_type``. The first one that can express a config is used for export."""
+"""Supported model families, keyed by ``model_type``. The first family that supports a config is used for export."""
 CONFIG_FILE: Final = "config.json"
 
 
 class PortableModel(NamedTuple):
-    """The parts of a trained model that are imported or exported.
+    """Parts of a trained model that are imported or exported.
 
     Attributes:
-        shape: Arguments of ``GPT``.
+        shape: Config, number of token ids and context length.
         weights: The network's state dict.
         tokenizer: The model's tokenizer.
     """
@@ -47,7 +47,7 @@ class PortableModel(NamedTuple):
 
 
 def read_hf_checkpoint(folder: Path) -> PortableModel:
-    """Read a model from a folder; its weights keep their dtype.
+    """Read a Hugging Face model from a folder; the weights keep their dtype.
 
     Raises:
         UserError: A file is missing, or the model is not supported.
@@ -56,21 +56,22 @@ def read_hf_checkpoint(folder: Path) -> PortableModel:
     family = FAMILIES.get(config.values["model_type"])
     if family is None:
         raise UserError(
-            f"{config.path}: model_type is {config.values['model_type']}; supported are {', '.join(sorted(FAMILIES))}"
+            f"{config.path}: model_type is {config.values['model_type']}; it must be one of "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     shape = family.read_config(config)
     tokenizer = _read_tokenizer(folder, family)
     if tokenizer.vocab_size > shape.vocab_size:
         raise UserError(
             f"{config.path}: vocab_size is {shape.vocab_size}, but the tokenizer in the same folder has ids up to "
-            f"{tokenizer.vocab_size - 1}; the two belong to different models"
+            f"{tokenizer.vocab_size - 1}; use the tokenizer of this model"
         )
-    # The token that the tokenizer prepends, or the config's if there is none.
+    # Use the token that the tokenizer prepends. If it prepends none, use the config's bos_token_id.
     start = next(iter(tokenizer.post_processor_ids), config.values.get("bos_token_id"))
     if isinstance(start, int) and 0 <= start < tokenizer.vocab_size:
         tokenizer.start_of_text = start
     found = read_tensors(folder)
-    if not any(name.startswith(family.prefix) for name in found):  # saved without the head
+    if not any(name.startswith(family.prefix) for name in found):  # the model was saved without its head
         found = {name if name.startswith("lm_head.") else family.prefix + name: found[name] for name in found}
     if shape.gpt.tied_embeddings:
         _pop_tied_head(found, next(family.tensor_mappings(shape.gpt)).hf_name, folder)
@@ -82,28 +83,30 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
     """Write a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` of ``transformers`` can load.
 
     Args:
-        model: The model to export. Padding rows of its embeddings are removed.
-        folder: Folder to create; it is written atomically.
+        model: Model to export. Padding rows are removed from its embedding and head.
+        folder: Path of the folder to create. The folder is written atomically and must be empty if it exists.
 
     Returns:
         Name of the ``transformers`` class that can load the model.
 
     Raises:
-        UserError: The folder is not empty or cannot be written, or no family can express the model.
+        UserError: The folder is not empty or cannot be written, or no family supports the model.
     """
     shape, weights = model.shape, dict(model.weights)
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-            raise UserError(f"{folder} already exists and is not an empty folder; choose another, or remove it")
+            raise UserError(f"{folder} already exists and is not an empty folder; use another folder")
     except OSError as error:
-        raise UserError(f"cannot read {folder}: {error.strerror}") from error
+        raise UserError(f"cannot read {folder}: {error.strerror}; check its permissions") from error
     family = _choose_family(shape)
     validate_tensors(weights, expected_tensors(shape), "the checkpoint")
     if padded_vocab_size(shape.gpt, shape.vocab_size) != shape.vocab_size:
         weights |= {name: weights[name][: shape.vocab_size] for name in (EMBEDDING, HEAD)}
     hf_weights = family.to_hf_weights(shape.gpt, weights)
     if shape.gpt.dropout and not family.has_dropout:
-        log.warning("dropout is %s, but %s has none: it is not exported", shape.gpt.dropout, family.model_type)
+        log.warning(
+            "dropout is %s, but %s does not support dropout; it is not exported", shape.gpt.dropout, family.model_type
+        )
 
     def fill(place: Path) -> None:
         for name, content in _build_json_files(family, model, hf_weights).items():
@@ -118,7 +121,10 @@ def write_hf_checkpoint(model: PortableModel, folder: Path) -> str:
             place.rmdir()
         fill_folder_atomically(place, fill)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {folder}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(
+            f"cannot write {folder}: {getattr(error, 'strerror', None) or error}; "
+            "check the permissions and the free disk space"
+        ) from error
     return family.architecture
 
 
@@ -127,9 +133,8 @@ def _choose_family(shape: ModelShape) -> ModelFamily:
     nearest = min(unsupported, key=lambda family: len(unsupported[family]))
     if unsupported[nearest]:
         raise UserError(
-            f"no supported family ({', '.join(sorted(FAMILIES))}) can express this model; the nearest is "
-            f"{nearest.model_type}, which does not support these settings of model.gpt: "
-            f"{'; '.join(unsupported[nearest])}"
+            f"the model cannot be exported to any supported family ({', '.join(sorted(FAMILIES))}); for the closest "
+            f"family, {nearest.model_type}, change these settings of model.gpt: {'; '.join(unsupported[nearest])}"
         )
     return nearest
 
@@ -137,7 +142,7 @@ def _choose_family(shape: ModelShape) -> ModelFamily:
 def _build_json_files(
     family: ModelFamily, model: PortableModel, hf_weights: dict[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
-    """Build the content of the JSON files, keyed by file name."""
+    """Return the contents of the JSON files, keyed by file name."""
     shape, start, end = model.shape, model.tokenizer.start_of_text, model.tokenizer.end_of_text
     special_ids = {"bos_token_id": start, "eos_token_id": end}
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in hf_weights.values()))
@@ -154,7 +159,7 @@ def _build_json_files(
             **special_ids,
             **family.build_config(shape),
         },
-        # Only in this file: a padding token in config.json would receive no gradient in the embedding.
+        # pad_token_id is not in config.json, because the embedding of that token would then receive no gradient.
         "generation_config.json": {**special_ids, "pad_token_id": end},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -167,7 +172,7 @@ def _build_json_files(
 
 
 def _pop_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> None:
-    """Remove a tied head, which some files contain in addition to the embedding.
+    """Remove a tied output head, which some files contain in addition to the embedding.
 
     Raises:
         UserError: The head differs from the embedding.
@@ -175,8 +180,8 @@ def _pop_tied_head(found: dict[str, Tensor], embedding: str, folder: Path) -> No
     head = found.pop("lm_head.weight", None)
     if head is not None and not torch.equal(head, found.get(embedding, head)):
         raise UserError(
-            f"{folder / CONFIG_FILE}: tie_word_embeddings is true or absent, but lm_head.weight is not {embedding}; "
-            "set it to false"
+            f"{folder / CONFIG_FILE}: tie_word_embeddings is true or absent, but lm_head.weight is not equal to "
+            f"{embedding}; set tie_word_embeddings to false"
         )
 
 
@@ -184,16 +189,16 @@ def _read_config(folder: Path) -> HFConfigReader:
     path = folder / CONFIG_FILE
     if not folder.is_dir():
         raise UserError(
-            f"no folder at {folder}; download a model of the Hub first: hf download NAME --local-dir FOLDER"
+            f"no folder at {folder}; download a model from the Hub first: hf download NAME --local-dir FOLDER"
         )
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise UserError(f"no {CONFIG_FILE} in {folder}; FOLDER must be written by save_pretrained") from error
+        raise UserError(f"no {CONFIG_FILE} in {folder}; use a folder written by save_pretrained") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON, or cannot be read ({error})") from error
+        raise UserError(f"{path} is not JSON, or cannot be read ({error}); download it again") from error
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
-        raise UserError(f"{path} has no model_type; supported are {', '.join(sorted(FAMILIES))}")
+        raise UserError(f"{path} has no model_type; it must be one of {', '.join(sorted(FAMILIES))}")
     return HFConfigReader(path, values)
 
 
@@ -205,6 +210,6 @@ def _read_tokenizer(folder: Path, family: ModelFamily) -> Tokenizer:
         all((folder / name).is_file() for name in names) for names in GPT2_FILES
     ):
         raise UserError(
-            f"no {TOKENIZER_FILE} in {folder}; save one there with AutoTokenizer.save_pretrained of transformers"
+            f"no {TOKENIZER_FILE} in {folder}; create it with AutoTokenizer.save_pretrained of transformers"
         )
     return Tokenizer.load(folder)

@@ -10,12 +10,12 @@ MAX_SIZE: Final = 1 << 31
 
 
 class HFConfigReader:
-    """Typed access to config fields. Unsupported values are collected so that one error can list all of them.
+    """Typed reader for config fields. Unsupported values are collected, so that a single error can list all of them.
 
     Args:
-        path: Path of the file, for error messages.
-        values: Content of the file, or of an object nested in it.
-        prefix: Path of the nested object in the file, ending with a dot; empty for the whole file.
+        path: Path of the ``config.json``, for error messages.
+        values: Parsed content of the file, or of an object nested in it.
+        prefix: Dotted path of the nested object, ending with a dot; empty for the whole file.
         unsupported: List that collects unsupported values.
     """
 
@@ -28,7 +28,7 @@ class HFConfigReader:
         self.unsupported: list[str] = [] if unsupported is None else unsupported
 
     def nested(self, name: str) -> "HFConfigReader":
-        """Return a reader for a nested object; it has no values if the field is missing or null."""
+        """Return a reader for a nested object; the reader has no values if the field is missing or null."""
         value = self.values.get(name)
         if value is not None and not isinstance(value, dict):
             self._raise_invalid(name, "null or an object")
@@ -40,7 +40,7 @@ class HFConfigReader:
         Args:
             name: Field name.
             default: Value to use if the field is missing; if it is None, the field is required.
-            if_null: Value to use if the field is null.
+            if_null: Value to use if the field is null; if it is None, the field must not be null.
 
         Raises:
             UserError: The value is not a positive integer.
@@ -92,7 +92,7 @@ class HFConfigReader:
             UserError: There are unsupported values.
         """
         if self.unsupported:
-            raise UserError(f"{self.path} has unsupported values: {'; '.join(self.unsupported)}")
+            raise UserError(f"{self.path} has unsupported values: {'; '.join(self.unsupported)}; use another model")
 
     def _raise_invalid(self, name: str, requirement: str) -> NoReturn:
         value = _shorten(self.values[name]) if name in self.values else "missing"

@@ -1,4 +1,4 @@
-"""Convert the rotary position settings of ``config.json``, in the old format and in that of transformers 5."""
+"""Convert the rotary position settings of ``config.json`` in the format of transformers 5 or in the older format."""
 
 import math
 from typing import Any, Final
@@ -8,26 +8,27 @@ from lit_gpt_scratch.model import GPTConfig
 from lit_gpt_scratch.model.positions import DEFAULT_ROTARY_FAST, DEFAULT_ROTARY_SLOW
 
 DEFAULT_THETA: Final = 10_000.0
-"""``rope_theta`` if the file does not specify it."""
+"""Value of ``rope_theta`` if ``config.json`` does not specify it."""
 SCALING_FIELDS: Final = {
     "llama3": ("low_freq_factor", "high_freq_factor"),
     "yarn": ("beta_slow", "beta_fast"),
 }
-"""Hugging Face names of ``rotary_slow`` and ``rotary_fast``, by scaling type."""
+"""Hugging Face names of ``rotary_slow`` and ``rotary_fast``, keyed by scaling type."""
 KNOWN_FIELDS: Final = {
     "rope_theta", "rope_type", "type", "factor", "partial_rotary_factor", "original_max_position_embeddings",
     "attention_factor", "mscale", "mscale_all_dim", "truncate", "finetuned",
     *SCALING_FIELDS["llama3"], *SCALING_FIELDS["yarn"],
 }  # fmt: skip
 TOLERANCE: Final = 1e-6
-"""Relative tolerance, since files store numbers with different precision; closer numbers are equal in float32."""
+"""Relative tolerance for comparing attention scales, since files store numbers with different precision."""
 
 
 def read_rope(fields: HFConfigReader) -> dict[str, Any]:
-    """Parse the rotary settings into fields of ``GPTConfig``; unsupported values are recorded in ``fields``.
+    """Convert the rotary settings to fields of ``GPTConfig``; unsupported values are recorded in ``fields``.
 
     Args:
-        fields: Reader for the whole file, with ``rope_parameters``, or ``rope_theta`` and ``rope_scaling``.
+        fields: Reader for the whole ``config.json``, in which the settings are in ``rope_parameters`` or, in the older
+            format, in ``rope_theta`` and ``rope_scaling``.
 
     Raises:
         UserError: A number is missing or invalid.
@@ -42,13 +43,14 @@ def read_rope(fields: HFConfigReader) -> dict[str, Any]:
         return settings
     if kind not in ("linear", *SCALING_FIELDS):
         rope.reject(
-            "rope_type" if "rope_type" in rope.values else "type", f"only default, linear, {', '.join(SCALING_FIELDS)}"
+            "rope_type" if "rope_type" in rope.values else "type",
+            f"must be one of default, linear, {', '.join(SCALING_FIELDS)}",
         )
         return settings
     settings |= {"rotary_scaling": kind, "rotary_factor": (factor := rope.number("factor"))}
     if kind == "linear":
         return settings
-    # The top-level field is from the older format and takes precedence. Without either, use the context length.
+    # The top-level field of the older format takes precedence. If both are missing, use the context length.
     outer = fields if fields.values.get("original_max_position_embeddings") else rope
     settings["rotary_trained_context"] = outer.positive_int(
         "original_max_position_embeddings", *[fields.positive_int("max_position_embeddings")] * 2
@@ -56,14 +58,14 @@ def read_rope(fields: HFConfigReader) -> dict[str, Any]:
     defaults = (DEFAULT_ROTARY_SLOW, DEFAULT_ROTARY_FAST["yarn"]) if kind == "yarn" else (None, None)
     slow, fast = (rope.number(name, absent) for name, absent in zip(SCALING_FIELDS[kind], defaults, strict=True))
     if slow >= fast:
-        rope.reject(SCALING_FIELDS[kind][1], f"must be more than {SCALING_FIELDS[kind][0]}, which is {slow}")
+        rope.reject(SCALING_FIELDS[kind][1], f"must be greater than {SCALING_FIELDS[kind][0]}, which is {slow}")
     if kind == "yarn":
         _validate_yarn_attention_factor(rope, factor)
     return settings | {"rotary_slow": slow, "rotary_fast": fast}
 
 
 def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None:
-    """Record YaRN settings as unsupported unless the attention scale is the default and truncate is true."""
+    """Record YaRN settings as unsupported unless the attention scale is the default and ``truncate`` is true."""
 
     def attention_scale(mscale: float = 1.0) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -76,14 +78,14 @@ def _validate_yarn_attention_factor(rope: HFConfigReader, factor: float) -> None
         scale = attention_scale(rope.number("mscale")) / attention_scale(rope.number("mscale_all_dim"))
     if not math.isclose(scale, attention_scale(), rel_tol=TOLERANCE):
         for name in names:
-            rope.reject(name, f"with factor {factor} the attention scale must be {attention_scale():.6g}")
+            rope.reject(name, f"with factor {factor}, the attention scale must be {attention_scale():.6g}")
     rope.allow_only("truncate", True)
 
 
 def write_rope(gpt: GPTConfig) -> dict[str, Any]:
     """Return ``rope_parameters`` for a config with rotary positions, in the format of transformers 5."""
     kind, base, factor = gpt.rotary_scaling, gpt.rotary_base, gpt.rotary_factor
-    if kind == "ntk":  # equivalent to a larger base, which other programs can read
+    if kind == "ntk":  # NTK scaling is equivalent to a larger base, which other programs can read
         width = gpt.rotary_width
         kind, base = None, base * factor ** (width / (width - 2))
     rope: dict[str, Any] = {"rope_theta": base, "rope_type": kind or "default"}

@@ -1,4 +1,4 @@
-"""Read the safetensors files in a Hugging Face folder, and check them against a model's tensors."""
+"""Read the safetensors files in a Hugging Face folder, and check tensor names and shapes."""
 
 import json
 import re
@@ -18,12 +18,12 @@ WEIGHTS_FILE: Final = "model.safetensors"
 INDEX_FILE: Final = "model.safetensors.index.json"
 PICKLE_FILES: Final = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 DERIVED_BUFFERS: Final = re.compile(r"(\.attn\.(bias|masked_bias)|rotary_emb\.inv_freq)$")
-"""Pattern for masks and rotary frequencies in older files, which are ignored because they follow from the config."""
+"""Pattern for masks and rotary frequencies in older files, which are ignored, since they follow from the config."""
 MAX_LISTED: Final = 4
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Read all tensors in a folder in their stored dtypes.
+    """Read all tensors in a folder, keeping their dtypes.
 
     Raises:
         UserError: A file is missing or damaged, or the weights are in a format that can run code when loaded.
@@ -35,13 +35,13 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     elif pickles := [name for name in PICKLE_FILES if (folder / name).exists()]:
         raise UserError(
             f"{folder} contains {pickles[0]}, which can run code when loaded, and no {WEIGHTS_FILE}; "
-            "save it again with safe_serialization in transformers"
+            "save the model again with safe_serialization=True in transformers"
         )
     else:
-        raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; FOLDER must be written by save_pretrained")
+        raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; use a folder written by save_pretrained")
     found = {name: tensor for name, tensor in found.items() if not DERIVED_BUFFERS.search(name)}
     if quantised := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
-        raise UserError(f"{folder} contains quantised weights: {_list_some(quantised)}; save it unquantised")
+        raise UserError(f"{folder} contains quantised weights: {_list_some(quantised)}; use the unquantised model")
     return found
 
 
@@ -51,21 +51,23 @@ def _read_shards(folder: Path) -> dict[str, Tensor]:
         file_of = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = sorted(set(file_of.values()))
         if any(Path(name).name != name for name in files):  # reject paths outside the folder
-            raise ValueError("it names files in other folders")
+            raise ValueError("it refers to files in other folders")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not an index of weights ({error})") from error
+        raise UserError(f"{path} is not an index of weights ({error}); download it again") from error
     found: dict[str, Tensor] = {}
     for name in files:
         found |= _read_file(folder / name)
     if missing := sorted(set(file_of) - set(found)):
-        raise UserError(f"{path} lists tensors that are in no file: {_list_some(missing)}; download the folder again")
+        raise UserError(
+            f"{path} lists tensors that are missing from all files: {_list_some(missing)}; download the folder again"
+        )
     return found
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(path), framework="pt") as file:
-            # Copy: a tensor could otherwise remain a memory map of the file, which may change or be deleted.
+            # Copy the tensors: they could otherwise be memory maps of the file, which may change or be deleted.
             return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a mapping
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing; download the folder again") from error
@@ -74,7 +76,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def expected_tensors(shape: ModelShape) -> dict[str, Tensor]:
-    """Return a network's state dict on the meta device: names, shapes and dtypes without allocated memory."""
+    """Return a network's state dict on the meta device, i.e. names, shapes and dtypes without allocated memory."""
     with torch.device("meta"):
         return GPT(*shape).state_dict()
 
@@ -85,7 +87,7 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
     Args:
         found: Tensors by name.
         expected: Tensors with the expected names and shapes.
-        where: Source of the tensors, for the error message.
+        where: Description of the source of the tensors, for the error message.
 
     Raises:
         UserError: Names or shapes differ; the message lists missing and unexpected tensors and wrong shapes.
@@ -105,7 +107,10 @@ def validate_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]
         if names
     ]
     if differences:
-        raise UserError(f"the tensors in {where} do not match its config; {'; '.join(differences)}")
+        raise UserError(
+            f"the tensors in {where} do not match its config ({'; '.join(differences)}); "
+            "download or export the model again"
+        )
 
 
 def _is_plain_float(tensor: Tensor) -> bool:

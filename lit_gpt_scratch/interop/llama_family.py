@@ -26,13 +26,13 @@ LINEAR_NAMES = {
 
 
 class LlamaLikeFamily(ModelFamily):
-    """Base class for families with the Llama architecture, with a norm before each sublayer.
+    """Base class for model families with the Llama architecture and a norm before each sublayer.
 
     Attributes:
         default_kv_heads: Number of key-value heads if ``config.json`` does not specify it; None uses the number of
-            heads.
+            attention heads.
         default_head_dim: Head dimension if ``config.json`` does not specify it; None uses the hidden size divided by
-            the number of heads.
+            the number of attention heads.
         norm_names: Map from the Hugging Face names of a block's norms to the names in this package.
     """
 

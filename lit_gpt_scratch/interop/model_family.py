@@ -28,12 +28,12 @@ EMBEDDING, HEAD, NORM = "embedding.weight", "head.weight", "norm.weight"
 
 
 class TensorMapping(NamedTuple):
-    """Correspondence between a Hugging Face tensor and one or more tensors of this package.
+    """Mapping between a Hugging Face tensor and one or more tensors of this package.
 
     Attributes:
         hf_name: Name in the Hugging Face file.
         names: Names in this package's state dict; several tensors are concatenated along the rows.
-        transposed: Whether the file stores (in_features, out_features), like GPT-2's Conv1D.
+        transposed: Whether the file stores the weight as (in_features, out_features), like Conv1D in GPT-2.
     """
 
     hf_name: str
@@ -42,7 +42,7 @@ class TensorMapping(NamedTuple):
 
 
 class ModelShape(NamedTuple):
-    """The arguments of ``GPT``: config, number of token ids, and context length in tokens."""
+    """Arguments of ``GPT``: config, number of token ids, and context length in tokens."""
 
     gpt: GPTConfig
     vocab_size: int
@@ -54,13 +54,13 @@ class ModelFamily(ABC):
 
     Attributes:
         model_type: Value of ``model_type`` in ``config.json``.
-        architecture: Name of the ``transformers`` class.
-        prefix: Prefix of all tensor names except the head's. It is absent from files of the model without its head.
+        architecture: Name of the corresponding ``transformers`` class.
+        prefix: Prefix of all tensor names except that of the head; absent from files that were saved without the head.
         context_field: Name of the ``config.json`` field with the context length.
         tied_by_default: Whether embeddings are tied if ``config.json`` does not specify it.
         has_dropout: Whether the family applies dropout in the same places as this package.
         fixed: ``GPTConfig`` fields with a single supported value. Fields that are in none of ``fixed``,
-            ``configurable`` and ``COMMON_FIELDS`` must have their default.
+            ``configurable`` and ``COMMON_FIELDS`` must have their default values.
         configurable: ``GPTConfig`` fields that the family can express in addition to ``COMMON_FIELDS``.
     """
 
@@ -96,7 +96,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def parse_config(self, fields: HFConfigReader) -> dict[str, Any]:
-        """Convert the fields of a ``config.json`` to fields of ``GPTConfig``, without ``tied_embeddings``."""
+        """Convert the fields of a ``config.json`` to fields of ``GPTConfig``, except for ``tied_embeddings``."""
 
     @abstractmethod
     def build_config(self, shape: ModelShape) -> dict[str, Any]:
@@ -107,7 +107,7 @@ class ModelFamily(ABC):
         """Iterate over the mappings of all tensors except the head's."""
 
     def unsupported_settings(self, gpt: GPTConfig) -> list[str]:
-        """Describe the settings that the family cannot express, including any new ``GPTConfig`` fields."""
+        """Return a description of each ``GPTConfig`` setting that the family does not support."""
         found = []
         for field in dataclass_fields(GPTConfig):
             value, required = getattr(gpt, field.name), self.fixed.get(field.name, field.default)
@@ -116,7 +116,7 @@ class ModelFamily(ABC):
         return found
 
     def all_tensor_mappings(self, gpt: GPTConfig) -> Iterator[TensorMapping]:
-        """Iterate over the mappings of all tensors; a tied head has no separate tensor."""
+        """Iterate over the mappings of all tensors. A tied head has no mapping, since it has no separate tensor."""
         yield from self.tensor_mappings(gpt)
         if not gpt.tied_embeddings:
             yield TensorMapping("lm_head.weight", (HEAD,))
@@ -131,7 +131,10 @@ class ModelFamily(ABC):
         return converted
 
     def from_hf_weights(self, gpt: GPTConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the family's tensors to a state dict of ``GPT``, including a tied head; inverts ``to_hf_weights``."""
+        """Convert tensors of the family to a state dict of ``GPT``, as the inverse of ``to_hf_weights``.
+
+        The state dict includes the head even if it is tied to the embedding.
+        """
         converted = {}
         for mapping in self.all_tensor_mappings(gpt):
             tensor = weights[mapping.hf_name].T if mapping.transposed else weights[mapping.hf_name]
@@ -145,12 +148,12 @@ class ModelFamily(ABC):
 def map_layer_names(
     template: str, layer: int, names: dict[str, tuple[str, ...] | str]
 ) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Iterate over the full names of one layer's tensors as (Hugging Face name, names in this package).
+    """Iterate over the full names of a layer's tensors as pairs (Hugging Face name, names in this package).
 
     Args:
         template: Prefix of the Hugging Face names, with ``{}`` for the layer index.
         layer: Index of the layer.
-        names: Map from Hugging Face names to names in this package, without their prefixes.
+        names: Map from Hugging Face names to names in this package, both without the prefix of the layer.
     """
     for hf_name, ours in names.items():
         inner = (ours,) if isinstance(ours, str) else ours

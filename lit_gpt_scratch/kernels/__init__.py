@@ -1,1 +1,1 @@
-"""Operators that are faster than plain PyTorch on some hardware, each tested against the plain version."""
+"""Operators that are faster than plain PyTorch on some hardware, each tested against the PyTorch version."""

@@ -1,10 +1,10 @@
 """Causal attention in bfloat16 on CPUs, with a faster backward pass than PyTorch's fused kernel.
 
-The fused backward pass uses tiles that are tiny in bfloat16 and spends most of its time outside the matrix products.
-Here the products are whole (T, T) matrices, batched over heads, which keep the processor's matrix unit busy. The
-forward pass is PyTorch's own kernel.
+In bfloat16, PyTorch's fused backward pass uses very small tiles and spends most of its time outside matrix products.
+The backward pass in this module multiplies entire (T, T) matrices, batched over heads, which makes better use of the
+processor's matrix unit. The forward pass uses PyTorch's kernel.
 
-Both passes are custom operators, because the same code compiled by Inductor would be slower than PyTorch's kernels.
+Both passes are custom operators, because compiling the same code with Inductor would be slower than PyTorch's kernels.
 """
 
 from typing import Final
@@ -13,14 +13,17 @@ import torch
 from torch import Tensor
 
 MAX_LENGTH: Final = 512
-"""Maximum sequence length at which this backward pass is faster than PyTorch's: by a factor of three or more at 64 and
-128 tokens, up to two at 256, and 1.3 at 512 (``experiments/benchmarks/attention.py``)."""
+"""Maximum sequence length for which this backward pass is faster than PyTorch's.
+
+The speedup is three or more at 64 and 128 tokens, up to two at 256 tokens, and 1.3 at 512 tokens
+(``experiments/benchmarks/attention.py``).
+"""
 
 
 def cpu_attention_is_faster(q: Tensor, k: Tensor, dropout: float = 0.0) -> bool:
-    """Whether ``cpu_attention`` is faster than PyTorch's kernel for these arguments.
+    """Return whether ``cpu_attention`` is faster than PyTorch's kernel for the given arguments.
 
-    It is for self-attention on short sequences in bfloat16 on a CPU, with gradients and without dropout.
+    This is the case for self-attention on short sequences in bfloat16 on a CPU, with gradients and without dropout.
     """
     return (
         q.device.type == "cpu"
@@ -41,7 +44,7 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
         k: (B, n_kv_head, T, head_dim) bfloat16.
         v: (B, n_kv_head, T, head_dim) bfloat16.
         mask: (1 or B, 1 or n_head, T, T), either bool (True where attention is allowed) or bfloat16 (added to the
-            scores); None means causal.
+            scores). None means causal.
 
     Returns:
         (B, n_head, T, head_dim) bfloat16.
@@ -57,13 +60,13 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -
 
 @torch.library.custom_op("lit_gpt_scratch::causal_attention", mutates_args=())
 def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Run PyTorch's fused forward pass.
+    """Compute attention with PyTorch's fused kernel.
 
     Args:
         q: Queries, (B, n_head, T, head_dim).
-        k: Keys, with the same shape.
-        v: Values, with the same shape.
-        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf where masked; None means causal.
+        k: Keys, with the same shape as the queries.
+        v: Values, with the same shape as the queries.
+        bias: (1 or B, 1 or n_head, T, T), added to the scores, -inf at masked positions; None means causal.
 
     Returns:
         The output, (B, n_head, T, head_dim), and the log-sum-exp of the scores of each query, (B, n_head, T) float32.
@@ -78,12 +81,12 @@ def attention_forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> t
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
+    """Compute the gradients of attention as in FlashAttention (https://arxiv.org/abs/2205.14135, appendix B.2).
 
-    The attention weights are recomputed. Terms to be subtracted from a product are placed in the buffer that
-    ``baddbmm_`` adds to, so that the difference is rounded to bfloat16 instead of the product: a rounded score of 40
-    would be off by 0.1, and its weight by a tenth. The operations are in place, because at these sizes an allocation
-    takes as long as a product.
+    The attention weights are recomputed. Terms that are subtracted from a matrix product are stored in the buffer to
+    which ``baddbmm_`` adds the product, so that only the difference is rounded to bfloat16. Rounding a score of 40
+    could change it by 0.1, and thus its attention weight by 10%. The operations are in-place, because at these sizes,
+    an allocation takes as long as a matrix product.
     """
     B, H, T, D = q.shape
     grad, q, k, v, out = (x.reshape(B * H, T, D) for x in (grad, q, k, v, out))

@@ -1,7 +1,8 @@
-"""Compiler backend for decoding one sequence on a CPU: (1, K) @ (K, N) products as fused loops.
+"""Compiler backend for decoding one sequence on a CPU, which compiles (1, K) @ (K, N) products into fused loops.
 
-Reading the matrix dominates the time of such a product, and in a small model the call of a library's matrix kernel adds
-noticeable overhead. Inductor fuses an elementwise product and a sum with the surrounding operations instead.
+Reading the matrix dominates the time of such a product, and in small models, calling a library's matrix kernel adds
+noticeable overhead. The product is therefore written as an elementwise product and a sum, which Inductor fuses with the
+surrounding operations.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,13 +12,13 @@ import torch
 from torch import Tensor, fx
 
 MAX_MATRIX_NUMEL: Final = 1 << 20
-"""Maximum number of matrix elements; the library's kernel is faster for larger ones, such as those of GPT-2 124M."""
+"""Maximum number of matrix elements; for larger matrices, such as in GPT-2 124M, the library's kernel is faster."""
 
 aten = torch.ops.aten
 
 
 def single_row_backend(graph: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-    """Compile with Inductor, decomposing single-row matrix products; pass it as ``torch.compile(..., backend=)``."""
+    """Compile a graph with Inductor, decomposing single-row matrix products; a backend for ``torch.compile``."""
     from torch._inductor.compile_fx import compile_fx  # takes two seconds to import
     from torch._inductor.decomposition import select_decomp_table
 

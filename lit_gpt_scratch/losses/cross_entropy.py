@@ -12,11 +12,12 @@ def token_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]
 
     Args:
         logits: (B, T, vocab_size) float; dtypes less precise than float32 are converted to float32.
-        labels: (B, T) int64; ``IGNORE_INDEX`` (-100) is ignored.
+        labels: (B, T) int64; positions with ``IGNORE_INDEX`` (-100) are ignored.
 
     Returns:
-        The summed loss in nats (scalar, at least float32) and the number of labels (int64 scalar). Their ratio is the
-        mean loss. They are returned separately, so that they can be added up across batches of different sizes.
+        The summed loss in nats (scalar, at least float32) and the number of labels that are not ignored (int64 scalar).
+        Their ratio is the mean loss. They are returned separately, so that they can be summed over batches of different
+        sizes.
     """
     flat, target = logits.flatten(0, 1), labels.flatten()  # (B * T, vocab_size), (B * T,)
     flat = flat.to(torch.promote_types(flat.dtype, torch.float32))
@@ -47,7 +48,7 @@ def sequence_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         labels: (B, T) int64; ``IGNORE_INDEX`` (-100) at prompt and padding positions.
 
     Returns:
-        The summed log-probabilities in nats, (B,), and the number of labels in each row, (B,) int64; their ratio is the
-        mean per token. Both are 0 for a row without labels.
+        The summed log-probabilities in nats, (B,), and the number of labels in each row, (B,) int64. Their ratio is the
+        mean log-probability per token. Both are 0 for a row without labels.
     """
     return token_logprobs(logits, labels).sum(-1), (labels != IGNORE_INDEX).sum(-1)

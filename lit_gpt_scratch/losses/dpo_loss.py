@@ -1,7 +1,7 @@
 """Preference losses for pairs of a chosen and a rejected reply: DPO, IPO and Bradley-Terry.
 
-All tensor arguments have shape (B,), with one element per pair, and are in nats: rewards, or log-probabilities of whole
-replies. Losses are returned per pair; the caller sums or weights them.
+All tensor arguments have shape (B,), with one element per pair, and are in nats. Log-probabilities are those of entire
+replies. The functions return one loss per pair, without reduction.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 
 def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
-    """Compute the loss of reward models, ``-log sigmoid(r_w - r_l)``.
+    """Compute the Bradley-Terry loss of a reward model, ``-log sigmoid(chosen - rejected)``.
 
-    It is the negative log-likelihood of the preference under the Bradley-Terry model (1952), see Ouyang et al. 2022
-    (https://arxiv.org/abs/2203.02155, equation 1).
+    It is the negative log-likelihood of the preference under the Bradley-Terry model (Bradley and Terry 1952; Ouyang et
+    al. 2022, https://arxiv.org/abs/2203.02155, equation 1).
 
     Args:
         chosen: (B,) rewards of the chosen replies.
@@ -30,8 +30,8 @@ def bradley_terry_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
     """Compute the DPO loss (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, equation 7).
 
-    It is the Bradley-Terry loss with ``beta * log(policy / reference)`` as the reward. With ``label_smoothing`` it is
-    conservative DPO, which assumes that labels are flipped with that probability (Mitchell 2023,
+    It is the Bradley-Terry loss with ``beta * log(policy / reference)`` as the reward. With ``label_smoothing``, it is
+    the loss of conservative DPO, which assumes that labels are flipped with that probability (Mitchell 2023,
     https://ericmitchell.ai/cdpo.pdf, equation 3).
 
     Args:
@@ -47,10 +47,10 @@ def dpo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
-    """Compute the IPO loss, which does not diverge when all labels agree (https://arxiv.org/abs/2310.12036).
+    """Compute the IPO loss, whose optimal margin is finite even if all labels agree (https://arxiv.org/abs/2310.12036).
 
-    It regresses the margin towards ``1 / (2 beta)`` (Azar et al. 2023, equation 17). A flipped label would regress it
-    towards ``-1 / (2 beta)``, so ``label_smoothing`` gives the weighted mean of the two losses.
+    It is the squared difference between the margin and its target ``1 / (2 beta)`` (Azar et al. 2023, equation 17). For
+    a flipped label, the target is ``-1 / (2 beta)``; ``label_smoothing`` is the weight of the loss with this target.
 
     Args:
         margin: (B,), see ``dpo_loss``.
@@ -65,4 +65,4 @@ def ipo_loss(margin: Tensor, beta: float, label_smoothing: float = 0.0) -> Tenso
 
 
 PREFERENCE_LOSSES: Final[dict[str, Callable[[Tensor, float, float], Tensor]]] = {"sigmoid": dpo_loss, "ipo": ipo_loss}
-"""Policy losses keyed by ``model.loss``; the arguments are margin, beta and label smoothing."""
+"""Preference losses for policies, keyed by the value of ``model.loss``; see ``dpo_loss`` for their arguments."""

@@ -1,4 +1,4 @@
-"""Torchmetrics metrics that are exact across batches of different sizes and across processes."""
+"""TorchMetrics metrics that are exact for batches of different sizes and for any number of processes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ UNITS_PER_NAT: Final = 2**20
 def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, float]:
     """Return ``loss`` (nats per token), ``perplexity`` (per token) and ``bits_per_byte``.
 
-    ``loss`` and ``perplexity`` are NaN if there are no tokens, ``bits_per_byte`` if there are no bytes.
+    ``loss`` and ``perplexity`` are NaN if there are no tokens, and ``bits_per_byte`` is NaN if there are no bytes.
     """
     loss = nats / tokens if tokens else math.nan
     return {
@@ -28,11 +28,11 @@ def likelihood_rates(nats: float, tokens: float, n_bytes: float) -> dict[str, fl
 def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
     """Return the mean one-vs-rest area under the ROC curve over the classes for which it is defined.
 
-    It is defined for a class if some texts belong to it and others do not.
+    The area is defined for a class if at least one example belongs to the class and at least one does not.
 
     Args:
-        auroc: Area under the ROC curve for each class, (n_classes,) float; ignored where undefined.
-        support: Number of texts in each class, (n_classes,).
+        auroc: Area under the ROC curve for each class, (n_classes,) float; undefined values are ignored.
+        support: Number of examples in each class, (n_classes,).
 
     Returns:
         A scalar; NaN if the area is undefined for all classes.
@@ -41,14 +41,15 @@ def mean_auroc(auroc: Tensor, support: Tensor) -> Tensor:
 
 
 class LikelihoodMetric(Metric):
-    """Loss, perplexity and bits per byte, computed from total nats, tokens and bytes.
+    """Loss, perplexity and bits per byte, computed from the total number of nats, tokens and bytes.
 
     Bits per byte are comparable between tokenizers. Losses per token are not: with a larger vocabulary, text is split
     into fewer tokens, which are harder to predict.
 
-    Nats are summed in fixed point, as int64 multiples of 2**-20. Such a sum does not depend on the order of its terms,
-    so the result is bitwise the same for any number of processes. It also works on devices without float64. Fixed point
-    cannot represent NaN, so non-finite inputs are counted separately; a single one makes the result NaN.
+    Nats are summed in fixed point, as int64 multiples of 2**-20. The sum does not depend on the order of its terms, so
+    the result is bitwise identical for any number of processes. Fixed-point sums are also supported on devices without
+    float64. They cannot represent NaN, so non-finite inputs are counted separately, and a single non-finite input makes
+    the result NaN.
     """
 
     full_state_update = False
@@ -63,7 +64,7 @@ class LikelihoodMetric(Metric):
             self.add_state(state, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor, n_bytes: Tensor) -> None:
-        """Add summed nats (float scalar), the number of tokens and the number of text bytes (int64 scalars)."""
+        """Add the summed nats (float scalar), number of tokens and number of text bytes (int64 scalars) of a batch."""
         self.nat_units += (nats.nan_to_num(0.0, 0.0, 0.0) * UNITS_PER_NAT).round().long()
         self.not_finite += ~nats.isfinite()
         self.tokens += tokens
@@ -79,9 +80,9 @@ class LikelihoodMetric(Metric):
 
 
 class WeightedMeanLoss(Metric):
-    """Weighted mean loss over labels.
+    """Weighted mean of the loss over labels.
 
-    ``torchmetrics.MeanMetric`` would either ignore NaN or discard the weights.
+    ``torchmetrics.MeanMetric`` is not used, because it would either ignore NaN or discard the weights.
     """
 
     full_state_update = False
@@ -94,12 +95,12 @@ class WeightedMeanLoss(Metric):
             self.add_state(state, torch.zeros(()), dist_reduce_fx="sum")
 
     def update(self, loss_sum: Tensor, weight_sum: Tensor) -> None:
-        """Add a weighted sum of losses and the sum of their weights (float scalars)."""
+        """Add the weighted sum of the losses and the sum of their weights in a batch (float scalars)."""
         self.loss_sum += loss_sum
         self.weight_sum += weight_sum
 
     def compute(self) -> Tensor:
-        """Return the mean as a scalar; NaN if nothing was added."""
+        """Return the weighted mean as a scalar; NaN if the sum of the weights is 0."""
         return self.loss_sum / self.weight_sum
 
 
@@ -116,20 +117,20 @@ class ReplyLoss(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, nats: Tensor, tokens: Tensor) -> None:
-        """Add summed nats (float scalar) and the number of tokens (int64 scalar)."""
+        """Add the summed nats (float scalar) and the number of reply tokens (int64 scalar) of a batch."""
         self.nats += nats
         self.tokens += tokens
 
     def compute(self) -> dict[str, Tensor]:
-        """Return ``reply_loss``; NaN if there are no tokens."""
+        """Return ``reply_loss`` as a float32 scalar; NaN if there are no tokens."""
         return {"reply_loss": self.nats / self.tokens}
 
 
 class PreferenceMetrics(Metric):
     """Metrics for pairs of a chosen and a rejected reply.
 
-    ``loss`` is the mean loss per pair, ``accuracy`` the fraction of pairs in which the chosen reply has the larger
-    reward, and ``margin`` the mean difference between the two rewards. ``chosen_reward`` and ``rejected_reward`` are
+    ``loss`` is the mean loss per pair, ``accuracy`` is the fraction of pairs in which the chosen reply has the larger
+    reward, and ``margin`` is the mean difference between the two rewards. ``chosen_reward`` and ``rejected_reward`` are
     the mean rewards.
 
     ``calibration`` is the expected calibration error with 15 bins (Naeini et al. 2015; Guo et al. 2017,
@@ -150,7 +151,7 @@ class PreferenceMetrics(Metric):
         self.calibration = BinaryCalibrationError(n_bins=15, validate_args=False)
 
     def update(self, losses: Tensor, chosen: Tensor, rejected: Tensor) -> None:
-        """Add the losses, chosen rewards and rejected rewards of n pairs, (n,) floats each; n may be 0."""
+        """Add the losses, chosen rewards and rejected rewards of n pairs, each (n,) float; n may be 0."""
         margins = chosen - rejected
         self.sums += torch.stack([losses.sum(), chosen.sum(), rejected.sum()])
         self.n_correct += (margins > 0).sum()
@@ -176,7 +177,7 @@ class PreferenceMetrics(Metric):
 
 
 class NamedSums(Metric):
-    """Sums over batches and processes, keyed by name.
+    """Metric that sums named scalars over batches and processes.
 
     Args:
         names: Names of the sums.
@@ -191,7 +192,7 @@ class NamedSums(Metric):
         self.add_state("sums", torch.zeros(len(names)), dist_reduce_fx="sum")
 
     def update(self, values: Mapping[str, Tensor]) -> None:
-        """Add one scalar to each sum."""
+        """Add the scalars in ``values`` to the sums of the same names."""
         self.sums += torch.stack([values[name] for name in self.names])
 
     def compute(self) -> dict[str, Tensor]:

@@ -1,25 +1,28 @@
 """KL estimators, rewards, advantages and losses of PPO and GRPO, in the order in which they are used.
 
-Unless stated otherwise, tensors are (B, T) and aligned with the labels of a batch: element ``[b, t]`` belongs to the
-token that was sampled after position ``t`` of row ``b``. ``mask`` is True at the tokens of the reply, which are
-contiguous; values at prompt and padding positions are ignored.
+Unless stated otherwise, tensors have shape (B, T) and are aligned with the labels of a batch: element ``[b, t]``
+belongs to the token that was sampled after position ``t`` of row ``b``. ``mask`` is True at the tokens of the reply,
+which are contiguous; values at prompt and padding positions are ignored.
 """
 
 import torch
 from torch import Tensor
 
 EPS = 1e-8
-"""Added to denominators."""
+"""Value added to denominators to avoid division by zero."""
 RELATIVE_TOLERANCE = 1e-5
-"""Values are treated as equal if their spread is at most this fraction of their magnitude. Float32 sums in different
-orders differ by that much, and dividing by such a spread would turn rounding errors into a full standard deviation."""
+"""Values are treated as equal if their spread is at most this fraction of their magnitude.
+
+Float32 sums that are computed in different orders may differ by this much. Dividing by such a small spread would
+amplify rounding errors to a standard deviation of 1.
+"""
 
 
 def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Compute the k1 estimate of KL(policy || reference) per sampled token, ``log p - log q``.
 
-    It is unbiased, but often negative. Both arguments are log-probabilities in nats with the same shape (Schulman 2020,
-    http://joschu.net/blog/kl-approx.html).
+    The estimate is unbiased, but often negative (Schulman 2020, http://joschu.net/blog/kl-approx.html). Both arguments
+    are log-probabilities of the sampled tokens in nats, under the policy p and the reference q, with the same shape.
     """
     return logprobs - reference
 
@@ -27,8 +30,9 @@ def kl_k1(logprobs: Tensor, reference: Tensor) -> Tensor:
 def kl_k3(logprobs: Tensor, reference: Tensor) -> Tensor:
     """Compute the k3 estimate of KL(policy || reference) per sampled token, ``q / p - 1 - log(q / p)``.
 
-    It has a lower variance than k1 and is never negative (Schulman 2020, http://joschu.net/blog/kl-approx.html). GRPO
-    adds it to its loss (Shao et al. 2024, https://arxiv.org/abs/2402.03300, equation 4).
+    The estimate has a lower variance than k1 and is never negative (Schulman 2020,
+    http://joschu.net/blog/kl-approx.html). GRPO adds it to the loss (Shao et al. 2024,
+    https://arxiv.org/abs/2402.03300, equation 4). The arguments are as in ``kl_k1``.
     """
     log_ratio = reference - logprobs
     return log_ratio.expm1() - log_ratio
@@ -44,14 +48,14 @@ def last_token_mask(mask: Tensor) -> Tensor:
 def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: float) -> Tensor:
     """Compute per-token rewards: a KL penalty at each token of a reply, plus the score at its last token.
 
-    Their sum over a reply is ``r(x, y) - beta log(p(y | x) / q(y | x))`` (Ziegler et al. 2019,
+    The sum of the rewards over a reply is ``r(x, y) - beta log(p(y | x) / q(y | x))`` (Ziegler et al. 2019,
     https://arxiv.org/abs/1909.08593, section 2; Ouyang et al. 2022, https://arxiv.org/abs/2203.02155, equation 2).
 
     Args:
-        scores: (B,), the score of each reply.
-        kl: (B, T), the k1 estimate of the KL.
+        scores: (B,), the score r of each reply.
+        kl: (B, T), the k1 estimate of the KL divergence at each token.
         mask: (B, T) bool.
-        coefficient: KL coefficient beta.
+        coefficient: Coefficient beta of the KL penalty.
 
     Returns:
         (B, T), 0 outside of replies.
@@ -60,20 +64,20 @@ def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: 
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Compute generalised advantage estimates (https://arxiv.org/abs/1506.02438, equations 11 and 16).
+    """Compute generalised advantage estimates (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
 
-    With ``d_t = r_t + gamma V_{t+1} - V_t``, the advantage is ``A_t = d_t + gamma lambda A_{t+1}``. Value and advantage
-    are 0 after the end of a reply (Schulman et al. 2016).
+    With ``d_t = r_t + gamma V_{t+1} - V_t``, the advantage is ``A_t = d_t + gamma lambda A_{t+1}`` (equations 11 and
+    16). Values and advantages are 0 after the end of a reply.
 
     Args:
-        rewards: (B, T), per token.
-        values: (B, T), predicted before each token was sampled.
+        rewards: (B, T), the reward for each token.
+        values: (B, T), the value predicted before each token was sampled.
         mask: (B, T) bool.
         gamma: Discount factor.
-        gae_lambda: Trade-off between bias and variance: 0 relies on the values, 1 on the sampled rewards.
+        gae_lambda: Trade-off between bias and variance: 0 relies on the values, 1 relies on the sampled rewards.
 
     Returns:
-        The advantages, and the returns ``A_t + V_t`` as targets for the value function; both (B, T), 0 outside of
+        The advantages, and the returns ``A_t + V_t`` as targets for the value function; both (B, T), and 0 outside of
         replies.
     """
     values = torch.where(mask, values, 0.0)
@@ -93,10 +97,10 @@ def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
     See Shao et al. 2024, https://arxiv.org/abs/2402.03300, section 4.1.2.
 
     Args:
-        scores: (N * group,), with the replies to the same prompt next to each other.
+        scores: (N * group,), the scores of the replies to N prompts; replies to the same prompt are contiguous.
         group: Number of replies per prompt.
-        scale: Whether to divide by the standard deviation of the group. If not, easy and hard prompts have the same
-            weight (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
+        scale: Whether to divide by the standard deviation of the group. This gives more weight to prompts with similar
+            scores, which are often very easy or very hard (Liu et al. 2025, https://arxiv.org/abs/2503.20783).
 
     Returns:
         (N * group,), with mean 0 in each group; all 0 in a group whose scores are equal up to rounding.
@@ -113,7 +117,7 @@ def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
     """Normalise the values where ``mask`` is True to mean 0 and variance 1: (B, T) -> (B, T).
 
-    If these values are all equal, they become 0. Values where ``mask`` is False become 0, too.
+    If all of these values are equal, they are set to 0. Values where ``mask`` is False are also set to 0.
     """
     unmasked = x[mask]
     mean, std = unmasked.mean(), unmasked.std(correction=0)
@@ -124,16 +128,17 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
 def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """Compute PPO's clipped policy loss (Schulman et al. 2017, https://arxiv.org/abs/1707.06347, equation 7).
 
-    With ``ratio = p / p_old``, it is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``.
+    With ``ratio = p / p_old``, the loss is ``-min(ratio A, clip(ratio, 1 - e, 1 + e) A)``.
 
     Args:
         logprobs: (B, T), log-probabilities under the current policy, with gradient.
         old: (B, T), log-probabilities under the policy that generated the replies.
-        advantages: (B, T).
+        advantages: (B, T), the advantage of each token.
         clip: Clipping range ``e`` of the ratio.
 
     Returns:
-        The loss per token, (B, T) float, and whether it is clipped and therefore has no gradient, (B, T) bool.
+        The loss per token, (B, T) float, and a mask of the tokens whose loss is clipped and therefore has no gradient,
+        (B, T) bool.
     """
     ratio = (logprobs - old).exp()
     unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
@@ -143,14 +148,14 @@ def ppo_policy_loss(logprobs: Tensor, old: Tensor, advantages: Tensor, clip: flo
 def ppo_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float | None) -> Tensor:
     """Compute PPO's clipped value loss, as in OpenAI's implementation (https://github.com/openai/baselines, ppo2).
 
-    It is half the squared error of the value, or of the value clipped to a range around its old value, whichever is
-    larger.
+    The loss is half the squared error of the value, or of the value clipped to a range around the old value, whichever
+    is larger.
 
     Args:
         values: (B, T), the current predictions, with gradient.
         old: (B, T), the predictions when the replies were generated.
         returns: (B, T), the targets.
-        clip: Maximum change of a value that can lower the loss; None for no clipping.
+        clip: Maximum difference between the clipped value and the old value; None disables clipping.
 
     Returns:
         (B, T), the loss per token.
@@ -168,16 +173,16 @@ def token_entropy(logits: Tensor) -> Tensor:
 
 
 def adapted_kl_coefficient(coefficient: float, kl: float, target: float, rate: float = 0.1) -> float:
-    """Return the next KL coefficient, adapted to bring the KL closer to a target.
+    """Return the next KL coefficient, adapted to bring the KL divergence closer to a target.
 
-    The coefficient is multiplied by ``1 + rate * e``, where ``e`` is the relative deviation of the KL from the target,
-    clipped to +-0.2 (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2).
+    The coefficient is multiplied by ``1 + rate * e``, where ``e`` is the relative deviation of ``kl`` from the target,
+    clipped to [-0.2, 0.2] (Ziegler et al. 2019, https://arxiv.org/abs/1909.08593, section 2.2).
 
     Args:
         coefficient: Current KL coefficient.
-        kl: Measured KL per reply, in nats.
-        target: Target KL per reply, in nats.
-        rate: Gain of the controller.
+        kl: Measured KL divergence per reply, in nats.
+        target: Target KL divergence per reply, in nats.
+        rate: Gain of the controller, which scales ``e``.
     """
     error = min(max(kl / target - 1.0, -0.2), 0.2)
     return coefficient * (1.0 + rate * error)

@@ -14,11 +14,11 @@ Kept = TypeVar("Kept")
 
 
 class BlockActivations(NamedTuple):
-    """Activations of one block. Under tensor parallelism each process holds only its own heads and units.
+    """Activations of one block. Under tensor parallelism, each process holds only its own heads and units.
 
     Attributes:
         stream: (B, T, n_embd), the residual stream after the block.
-        hidden: (B, T, ffn_dim), the feed-forward activations that are fed to the down-projection.
+        hidden: (B, T, ffn_dim), the input of the down-projection in the feed-forward network.
         weights: (B, n_head, T, T), the attention weights in at least float32; None if a custom attention class does not
             record them.
     """
@@ -33,7 +33,7 @@ class CapturedActivations(NamedTuple, Generic[Kept]):
 
     Attributes:
         embeddings: (B, T, n_embd), the residual stream before the first block.
-        layers: The return value of ``keep`` for each block.
+        layers: Return value of ``keep`` for each block; see ``capture_activations``.
         output: The output of ``GPT.forward``.
     """
 
@@ -80,7 +80,7 @@ def _capture_block(block: Block, report: Callable[[BlockActivations], None]) -> 
     def after_block(_: nn.Module, inputs: object, stream: Tensor) -> None:
         report(BlockActivations(stream, hidden.pop(), weights.pop() if weights else None))
 
-    # Prepended, because tensor parallelism's hook converts the input to a DTensor.
+    # Prepended to run before the hook of tensor parallelism, which converts the input to a DTensor.
     output_handle = block.feed_forward.output.register_forward_pre_hook(
         lambda _, inputs: hidden.append(inputs[0]), prepend=True
     )
@@ -118,8 +118,8 @@ class AttentionStats(NamedTuple):
     """Statistics of a layer's attention weights, averaged over tokens; each has shape (n_head,).
 
     Attributes:
-        entropy: Entropy of the weights in nats: 0 if one token has all the weight, ln(n) for n equal weights.
-        distance: Mean distance to the attended tokens, weighted by the attention weights.
+        entropy: Entropy of the weights in nats: 0 if a token attends to a single token, ln(n) for n equal weights.
+        distance: Mean distance to the attended tokens, in tokens, weighted by the attention weights.
         sink: Attention weight on the first token of the window or document (attention sink,
             https://arxiv.org/abs/2309.17453).
     """
@@ -142,7 +142,7 @@ def attention_stats(
         lengths: (B,) int64, number of tokens in each row, excluding padding; T by default.
 
     Returns:
-        Float32 statistics; NaN if every token attends only to itself.
+        The statistics in float32; NaN if every token attends only to itself.
     """
     B, _, T, _ = weights.shape
     index = torch.arange(T, device=weights.device)
@@ -178,14 +178,14 @@ def max_unit_activations(hidden: Tensor, lengths: Tensor | None = None) -> Tenso
 
 
 DEAD_UNIT_THRESHOLD: Final = 1e-6
-"""A unit is dead if its maximum activation is at most this fraction of the largest one in its layer."""
+"""Threshold for dead units: maximum activation of the unit, as a fraction of the largest maximum in its layer."""
 
 
 def dead_units(max_activations: Tensor) -> Tensor:
     """Return a mask of the dead feed-forward units of a layer.
 
-    A ReLU that never activates is exactly 0 everywhere. Smooth activations and gates only get close to 0, hence the
-    threshold.
+    A ReLU unit that never activates is exactly 0 for all tokens. Units with smooth activations or gates only get close
+    to 0 and are therefore compared with ``DEAD_UNIT_THRESHOLD``.
 
     Args:
         max_activations: (ffn_dim,), the output of ``max_unit_activations`` for all units of the layer.

@@ -1,4 +1,4 @@
-"""Causal self-attention: positions and masks, the attention backends, and the module."""
+"""Causal self-attention: attention masks, attention backends and the module ``Attention``."""
 
 import importlib
 from collections.abc import Callable
@@ -24,8 +24,8 @@ FLEX_MIN_HEAD_DIM: Final = 16
 """Smallest head dimension that FlexAttention's kernels support."""
 
 ScoreBias = Callable[[Tensor, Tensor], Tensor]
-"""Maps head index and query-key distance (both int64) to a bias that is added to the attention score; see
-``PositionEncoding.score_bias``."""
+"""Function that maps head indices and query-key distances (both int64) to biases that are added to the attention
+scores; see ``PositionEncoding.score_bias``."""
 
 
 # Positions and mask
@@ -38,7 +38,7 @@ class AttentionLayout(NamedTuple):
         positions: Position of each token in its document, counted from 0: (T,) int64 if all rows have the same
             positions, otherwise (B, T).
         cos_sin: The output of ``PositionEncoding.cos_sin`` for these positions.
-        mask: The attention mask. None means causal. A dense mask is either (1 or B, 1, T, S) bool, True where attention
+        mask: The attention mask; None means causal. A dense mask is either (1 or B, 1, T, S) bool, True where attention
             is allowed, or (1 or B, 1 or n_head, T, S) float, added to the scores. FlexAttention uses a ``BlockMask``.
     """
 
@@ -62,7 +62,7 @@ def build_attention_layout(
         input_ids: (B, T) int64.
         document_ids: (B, T) int64, a different number for each document in a row. The tokens of a document are
             contiguous.
-        cache: KV cache with the preceding tokens; ``begin_forward`` must have been called.
+        cache: KV cache of the preceding tokens, whose ``begin_forward`` must have been called; None without a cache.
     """
     T, device = input_ids.size(1), input_ids.device
     index = torch.arange(T, device=device)
@@ -146,13 +146,13 @@ def causal_attention(
 
     Args:
         q: (B, n_head, T, head_dim).
-        k: (B, n_kv_head, S, head_dim). Without a mask, either S must equal T or T must be 1.
+        k: (B, n_kv_head, S, head_dim). If ``mask`` is None, S must equal T or T must be 1.
         v: (B, n_kv_head, S, head_dim).
-        dropout: Probability of zeroing an attention weight; not supported with a ``BlockMask``.
-        mask: Attention mask, see ``AttentionLayout``; None means causal.
+        dropout: Dropout probability for attention weights; not supported with a ``BlockMask``.
+        mask: Attention mask (see ``AttentionLayout``); None means causal.
         softcap: If set, bound the scores with ``softcap * tanh(scores / softcap)``.
         bias: Score bias, used only with a ``BlockMask``; a dense mask already includes it.
-        backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
+        backend: Attention backend: ``auto``, ``sdpa``, ``manual`` or ``flex``.
 
     Returns:
         (B, n_head, T, head_dim).
@@ -237,15 +237,18 @@ def _flex_attention(
 
 @cache
 def _compiled_flex_attention() -> Any:
-    """Compile FlexAttention on first use, because the compiler is slow to import.
+    """Return the compiled FlexAttention, which is compiled on first use because the compiler is slow to import.
 
-    Uncompiled, FlexAttention would materialise all scores.
+    Without compilation, FlexAttention would materialise all attention scores.
     """
     return torch.compile(flex_attention)
 
 
 def can_use_flex_attention(config: GPTConfig, device: torch.device) -> bool:
-    """Whether FlexAttention can train a model: on GPUs with Triton, without dropout, and not for very narrow heads."""
+    """Return whether FlexAttention supports training a model on a device.
+
+    It requires a GPU with Triton, a head dimension of at least ``FLEX_MIN_HEAD_DIM``, and no dropout.
+    """
     return device.type == "cuda" and config.head_width >= FLEX_MIN_HEAD_DIM and not config.dropout and has_triton()
 
 
@@ -257,9 +260,9 @@ def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
     """
     if config.attention_backend == "flex" and not can_use_flex_attention(config, device):
         raise UserError(
-            f"model.gpt.attention_backend is flex, but FlexAttention cannot train on {device.type} with a head "
-            f"dimension of {config.head_width} (it requires a GPU and a head dimension of at least "
-            f"{FLEX_MIN_HEAD_DIM}); choose auto, sdpa or manual"
+            f"model.gpt.attention_backend is flex, which requires a GPU with Triton and a head dimension of at least "
+            f"{FLEX_MIN_HEAD_DIM}, but the device is {device.type} and the head dimension is {config.head_width}; "
+            f"choose auto, sdpa or manual"
         )
 
 
@@ -267,7 +270,7 @@ def validate_attention_backend(config: GPTConfig, device: torch.device) -> None:
 
 
 class Attention(nn.Module):
-    r"""Causal self-attention: multi-head, grouped-query or multi-query.
+    r"""Causal multi-head, grouped-query or multi-query self-attention.
 
     Each group of ``n_head / n_kv_head`` query heads shares one key/value head::
 
@@ -277,8 +280,8 @@ class Attention(nn.Module):
         keys, values  kv kv kv kv          kv    kv                kv
                       multi-head          grouped-query       multi-query
 
-    To use your own attention, subclass this class, override ``attend`` or any other method, and set
-    ``model.gpt.attention`` to the subclass's import path.
+    To use custom attention, subclass this class, override ``attend`` or any other method, and set
+    ``model.gpt.attention`` to the import path of the subclass.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
@@ -303,7 +306,7 @@ class Attention(nn.Module):
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.recorded_weights: list[Tensor] | None = None
-        """If this is a list, each forward pass appends its attention weights, (B, n_head, T, S)."""
+        """List to which each forward pass appends its attention weights, (B, n_head, T, S); None disables recording."""
 
     def forward(
         self,
@@ -314,7 +317,7 @@ class Attention(nn.Module):
         layer_cache: tuple[KVCache, int] | None = None,
     ) -> Tensor:
         """Apply self-attention, x: (B, T, n_embd) -> (B, T, n_embd); for the other arguments see ``Block.forward``."""
-        B, T, _ = x.shape  # heads are inferred as -1 below: a tensor-parallel process holds only some of them
+        B, T, _ = x.shape  # below, -1 is the number of heads, because a tensor-parallel process holds only some heads
         q = self.query(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = self.key(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         v = self.value(x)
@@ -332,7 +335,7 @@ class Attention(nn.Module):
         return out
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, position: PositionEncoding, layout: AttentionLayout) -> Tensor:
-        """Compute attention for given queries, keys and values.
+        """Compute attention for the given queries, keys and values.
 
         q: (B, n_head, T, head_dim), k and v: (B, n_kv_head, S, head_dim) -> (B, n_head, T, head_dim).
         """
@@ -346,24 +349,25 @@ class Attention(nn.Module):
         return causal_attention(*arguments, self.config.attention_backend)
 
     def flops_per_token(self, context: int) -> int:
-        """Return the forward-pass FLOPs per token: the projections and the products with ``context`` keys and values.
+        """Return the number of FLOPs per token in the forward pass, if each token attends to ``context`` tokens.
 
-        The saving from the causal mask is not subtracted.
+        This includes the projections and the products with the keys and values. Operations that the causal mask saves
+        are not subtracted.
         """
         return linear_flops_per_token(self) + 4 * self.n_head * self.head_dim * context
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """Return the output projection, in a list."""
+        """Return a list that contains the output projection."""
         return [self.output]
 
 
 def resolve_attention_class(path: str | None) -> type[Attention]:
-    """Return the attention class for the import path in ``model.gpt.attention``; ``Attention`` if it is None.
+    """Return the attention class with the given import path, or ``Attention`` if ``path`` is None.
 
-    This imports the class's module and so runs the code in it.
+    The module that defines the class is imported, which runs its code.
 
     Raises:
-        UserError: The path cannot be imported, or it does not refer to a subclass of ``Attention``.
+        UserError: The path cannot be imported, or does not refer to a subclass of ``Attention``.
     """
     if path is None:
         return Attention
@@ -371,7 +375,13 @@ def resolve_attention_class(path: str | None) -> type[Attention]:
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"model.gpt.attention is {path}, which cannot be imported: {error}") from error
+        raise UserError(
+            f"model.gpt.attention is {path}, which cannot be imported ({error}); set it to an import path such as "
+            f"my_file.MyAttention"
+        ) from error
     if not (isinstance(found, type) and issubclass(found, Attention)):
-        raise UserError(f"model.gpt.attention is {path}, which is not a subclass of {Attention.__module__}.Attention")
+        raise UserError(
+            f"model.gpt.attention is {path}, which is not a subclass of {Attention.__module__}.Attention; set it to "
+            f"the import path of a subclass"
+        )
     return found

@@ -5,10 +5,10 @@ from torch import Tensor, nn
 
 
 class BigramEmbedding(nn.Module):
-    """Learned embedding of each pair of a token and its predecessor (modded-nanogpt).
+    """Learned embedding of bigrams, which are pairs of a token and its predecessor (modded-nanogpt).
 
-    Without it, attention in the first block has to learn to look one token back before it can distinguish bigrams.
-    A multiplicative hash maps bigrams to rows, so several bigrams share a row.
+    Without this embedding, the first block has to learn to attend to the previous token before the model can
+    distinguish bigrams. A multiplicative hash maps bigrams to rows, so several bigrams may share a row.
 
     Args:
         rows: Number of rows for bigrams. An additional row is used for the first token of a window or document, which
@@ -31,7 +31,7 @@ class BigramEmbedding(nn.Module):
         Args:
             input_ids: (B, T) int64.
             previous_ids: (B, T) int64, the predecessor of each token.
-            is_first: (T,) or (B, T) bool, whether a token has no predecessor.
+            is_first: (T,) or (B, T) bool, True for tokens without a predecessor.
 
         Returns:
             (B, T, width).
@@ -42,10 +42,10 @@ class BigramEmbedding(nn.Module):
 
 
 class Smear(nn.Module):
-    """Add a learned, gated fraction of the previous token's embedding to each token's embedding (modded-nanogpt).
+    """Module that adds a learned fraction of the previous token's embedding to each embedding (modded-nanogpt).
 
-    An induction head requires keys that contain the previous token (https://arxiv.org/abs/2209.11895). Without this
-    module, a block first has to learn to copy the previous token, and the loss stays on a plateau until it has.
+    Induction heads require keys that contain the previous token (https://arxiv.org/abs/2209.11895). Without this
+    module, a block first has to learn to copy the previous token, and the loss plateaus until then.
 
     Args:
         width: Width of the residual stream.
@@ -61,7 +61,7 @@ class Smear(nn.Module):
 
         Args:
             x: (B, T, width), the embedding of each token.
-            previous: (B, T, width), the embedding of each token's predecessor; zeros for a token without one.
+            previous: (B, T, width), the embedding of each token's predecessor; zeros for tokens without a predecessor.
 
         Returns:
             (B, T, width).

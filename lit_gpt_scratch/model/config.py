@@ -1,4 +1,4 @@
-"""``GPTConfig``: all architectural settings of the transformer, as plain data."""
+"""Dataclass ``GPTConfig``, which contains all architectural settings of the transformer."""
 
 import math
 from dataclasses import dataclass, fields
@@ -32,70 +32,78 @@ MAY_BE_ZERO = ("dropout",)
 class GPTConfig:
     """Architecture of a GPT. Vocabulary size and context length depend on the data and are not set here.
 
-    The defaults are a small Qwen3: rotary positions, RMSNorm, QK-norm, SwiGLU, no biases.
+    The defaults describe a small Qwen3 model: rotary positions, RMSNorm, QK-norm, SwiGLU and no biases.
 
     Args:
         n_layer: Number of transformer blocks.
         n_head: Number of query heads per block.
         n_embd: Width of the residual stream; must be a multiple of ``n_head`` unless ``head_dim`` is set.
-        n_kv_head: Number of key/value heads per block: ``n_head`` (the default) is multi-head attention, 1 is
-            multi-query attention, a divisor in between is grouped-query attention (https://arxiv.org/abs/2305.13245).
-        head_dim: Width of one attention head; ``n_embd // n_head`` by default.
-        attention: Import path of your own attention class, such as ``my_file.MyAttention``; it must be a subclass of
-            ``model.attention.Attention``.
-        attention_backend: Attention implementation: ``sdpa`` (PyTorch's fused kernel), ``manual`` (step by step),
-            ``flex`` (FlexAttention) or ``auto``, the fastest that supports the other settings. All compute the same
-            function.
-        attention_softcap: Bound the attention scores to (-cap, cap) with ``cap * tanh(scores / cap)``
-            (Gemma 2, https://arxiv.org/abs/2408.00118); off by default.
-        sliding_window: Sliding-window attention: each token attends only to itself and the ``sliding_window - 1``
-            preceding tokens (Mistral, https://arxiv.org/abs/2310.06825). By default it attends to all preceding tokens.
-        qk_norm: Whether to normalise queries and keys per head before the dot product, which keeps attention logits
-            bounded (https://arxiv.org/abs/2302.05442).
+        n_kv_head: Number of key/value heads per block: ``n_head`` (the default) gives multi-head attention, 1 gives
+            multi-query attention, and a divisor of ``n_head`` in between gives grouped-query attention
+            (https://arxiv.org/abs/2305.13245).
+        head_dim: Dimension of each attention head; ``n_embd // n_head`` by default.
+        attention: Import path of a custom attention class, such as ``my_file.MyAttention``, which must be a subclass of
+            ``model.attention.Attention``. By default, the built-in attention is used.
+        attention_backend: Attention implementation: ``sdpa`` uses PyTorch's fused kernel, ``manual`` computes attention
+            step by step, ``flex`` uses FlexAttention, and ``auto`` selects the fastest implementation that supports the
+            other settings. All implementations compute the same function.
+        attention_softcap: Soft cap for the attention scores, which are bounded to (-cap, cap) with
+            ``cap * tanh(scores / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
+        sliding_window: Size of the attention window in tokens: each token attends only to itself and the
+            ``sliding_window - 1`` preceding tokens (Mistral, https://arxiv.org/abs/2310.06825). By default, each token
+            attends to all preceding tokens.
+        qk_norm: Whether to apply RMSNorm to the queries and keys of each head before the dot product, which keeps
+            attention scores bounded (https://arxiv.org/abs/2302.05442).
         position: Position encoding: ``rotary`` (https://arxiv.org/abs/2104.09864), ``learned`` (GPT-2),
             ``sinusoidal`` (https://arxiv.org/abs/1706.03762), ``alibi`` (https://arxiv.org/abs/2108.12409) or ``none``.
-        rotary_base: Base of the rotary wavelengths (``rope_theta``).
-        rotary_share: Fraction of each head's channels to rotate, starting with the first (GPT-NeoX).
-        rotary_scaling: Method of scaling rotary positions to contexts longer than in training: ``linear``, ``ntk``,
-            ``llama3`` or ``yarn`` (see ``model.positions``).
-        rotary_factor: Ratio of the extended context length to the context length in training.
-        rotary_trained_context: Context length in training, in tokens; required by ``llama3`` and ``yarn``.
-        rotary_slow: Channel pairs that make fewer turns than this within the trained context are slowed by the full
-            ``rotary_factor``; 1 by default.
-        rotary_fast: Channel pairs that make more turns than this within the trained context are not slowed; by default
-            4 for ``llama3`` and 32 for ``yarn``.
-        norm: Normalisation layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
+        rotary_base: Base of the rotation frequencies of rotary positions, called ``rope_theta`` in Hugging Face
+            configs.
+        rotary_share: Fraction of the channels of each head that are rotated, starting with the first channel
+            (GPT-NeoX).
+        rotary_scaling: Method for extending rotary positions beyond the context length used in training: ``linear``,
+            ``ntk``, ``llama3`` or ``yarn`` (see ``model.positions``). By default, positions are not scaled.
+        rotary_factor: Ratio of the extended context length to the context length used in training.
+        rotary_trained_context: Context length used in training, in tokens; required for ``llama3`` and ``yarn``.
+        rotary_slow: For ``llama3`` and ``yarn``, the number of turns within the trained context below which the
+            frequency of a channel pair is divided by ``rotary_factor``; 1 by default.
+        rotary_fast: For ``llama3`` and ``yarn``, the number of turns within the trained context above which the
+            frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``.
+        norm: Type of normalisation layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
             (https://arxiv.org/abs/1607.06450).
-        norm_eps: Epsilon of the normalisation layers, added to the mean square or variance.
+        norm_eps: Value added to the mean square or variance in normalisation layers for numerical stability.
         norm_placement: Placement of the normalisation layers: ``pre`` normalises the input of each residual branch
-            (GPT-2, Llama), ``post`` the residual stream after each addition (the original Transformer), ``sandwich``
-            the input and the output of each branch (Gemma 2).
-        bias: Whether linear layers and LayerNorms have biases (GPT-2); the output head never has one.
-        feed_forward: Kind of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
-            (https://arxiv.org/abs/2109.08668), ``gelu`` (GPT-2), ``gelu_exact`` or ``relu``.
-        ffn_dim: Hidden width of the feed-forward network. By default 4 * n_embd, or 8/3 * n_embd for the gated kinds,
-            whose three matrices then have as many parameters as two; rounded to a multiple of 32.
-        tied_embeddings: Whether the embedding and the output head share one matrix (https://arxiv.org/abs/1608.05859).
-        vocab_multiple: Round the number of rows in the embedding and output head up to a multiple of this, which is
-            faster on some hardware; the padding rows are never predicted.
-        logit_softcap: Bound the output logits to (-cap, cap) with ``cap * tanh(logits / cap)``
-            (Gemma 2, https://arxiv.org/abs/2408.00118); off by default.
-        value_embeddings: Whether to add a learned vector per token id to the attention values in every block
-            (modded-nanogpt, after https://arxiv.org/abs/2410.17897).
-        bigram_rows: Number of rows in a table that adds a learned vector per bigram to the token embedding; bigrams
-            are hashed to rows (modded-nanogpt). Off by default.
+            (GPT-2, Llama), ``post`` normalises the residual stream after each addition (the original Transformer), and
+            ``sandwich`` normalises both the input and the output of each residual branch (Gemma 2).
+        bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head never
+            has a bias.
+        feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``
+            (https://arxiv.org/abs/2109.08668), ``gelu`` (tanh approximation, as in GPT-2), ``gelu_exact`` or ``relu``.
+        ffn_dim: Hidden width of the feed-forward network. By default, 4 * n_embd, or 8/3 * n_embd for ``swiglu`` and
+            ``geglu``, rounded to a multiple of 32. The three matrices of the gated types then have about as many
+            parameters as the two matrices of the other types.
+        tied_embeddings: Whether the token embedding and the output head share the same weight matrix
+            (https://arxiv.org/abs/1608.05859).
+        vocab_multiple: The number of rows in the token embedding and the output head is rounded up to a multiple of
+            this value, which is faster on some hardware. The padding rows are never predicted.
+        logit_softcap: Soft cap for the output logits, which are bounded to (-cap, cap) with
+            ``cap * tanh(logits / cap)`` (Gemma 2, https://arxiv.org/abs/2408.00118). By default, there is no soft cap.
+        value_embeddings: Whether to add a learned vector for each token id to the attention values in every block
+            (modded-nanogpt, based on https://arxiv.org/abs/2410.17897).
+        bigram_rows: Number of rows in the hash table of bigram embeddings, which are added to the token embeddings
+            (modded-nanogpt). By default, there are no bigram embeddings.
         smear: Whether to add a learned fraction of the previous token's embedding to each token's embedding
             (modded-nanogpt).
-        residual_scalars: Whether every block scales the residual stream by one learned scalar and adds the embeddings
-            scaled by another (modded-nanogpt).
-        dropout: Dropout probability for embeddings, attention weights and residual branches, as in GPT-2.
-        initialisation: Weight initialisation scheme: ``zero`` starts with blocks equal to the identity and with zero
-            logits, ``gpt2`` and ``normal`` draw from a normal distribution with standard deviation 0.02 (GPT-2, Llama),
-            ``xavier`` is the scheme of the original Transformer (see ``model.weight_init``).
+        residual_scalars: Whether each block first multiplies the residual stream by a learned scalar and adds the input
+            embeddings multiplied by a second learned scalar (modded-nanogpt).
+        dropout: Dropout probability for embeddings, attention weights and residual branches, as in GPT-2; 0 disables
+            dropout.
+        initialisation: Weight initialisation scheme: ``zero`` starts with residual branches and an untied output head
+            that output zero, ``gpt2`` and ``normal`` draw weights from a normal distribution with standard deviation
+            0.02 (GPT-2, Llama), and ``xavier`` is the scheme of the original Transformer (see ``model.weight_init``).
 
     Raises:
-        UserError: A size is not positive, sizes are not divisible, a probability is out of range, or two settings
-            contradict each other.
+        UserError: A size is not positive, a size is not divisible as required, a probability is out of range, or two
+            settings contradict each other.
     """
 
     n_layer: int = 4
@@ -148,41 +156,41 @@ class GPTConfig:
         if self.head_dim is None and self.n_embd % self.n_head:
             raise UserError(
                 f"model.gpt.n_embd ({self.n_embd}) is not divisible by model.gpt.n_head ({self.n_head}); "
-                f"set it to a multiple, or set model.gpt.head_dim"
+                f"set n_embd to a multiple of n_head, or set model.gpt.head_dim"
             )
         if self.n_head % self.kv_heads:
             raise UserError(
                 f"model.gpt.n_head ({self.n_head}) is not divisible by model.gpt.n_kv_head ({self.n_kv_head}); "
-                f"set n_kv_head to a divisor"
+                f"set n_kv_head to a divisor of n_head"
             )
         if self.attention_backend == "sdpa" and self.attention_softcap:
             raise UserError(
-                f"model.gpt.attention_backend is sdpa, but model.gpt.attention_softcap is {self.attention_softcap}; "
-                f"PyTorch's kernel does not support a soft cap: choose auto, manual or flex"
+                f"model.gpt.attention_backend is sdpa, which does not support a soft cap, but "
+                f"model.gpt.attention_softcap is {self.attention_softcap}; choose auto, manual or flex"
             )
         if self.attention_backend == "flex" and self.dropout:
             raise UserError(
-                f"model.gpt.attention_backend is flex, but model.gpt.dropout is {self.dropout}; FlexAttention does "
-                f"not support dropout: choose auto, sdpa or manual"
+                f"model.gpt.attention_backend is flex, which does not support dropout, but "
+                f"model.gpt.dropout is {self.dropout}; choose auto, sdpa or manual"
             )
         POSITION_ENCODINGS[self.position].validate(self)
 
     @property
     def kv_heads(self) -> int:
-        """Number of key/value heads per block, with the default resolved."""
+        """Number of key/value heads per block: ``n_kv_head``, or ``n_head`` if ``n_kv_head`` is None."""
         return self.n_kv_head or self.n_head
 
     @property
     def head_width(self) -> int:
-        """Width of one attention head, with the default resolved."""
+        """Dimension of each attention head: ``head_dim``, or ``n_embd // n_head`` if ``head_dim`` is None."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
     def rotary_width(self) -> int:
-        """Number of rotated channels per head."""
+        """Number of channels per head that are rotated by rotary positions."""
         return round(self.head_width * self.rotary_share)
 
     @property
     def ffn_width(self) -> int:
-        """Hidden width of the feed-forward network, with the default resolved."""
+        """Hidden width of the feed-forward network: ``ffn_dim``, or its default value if ``ffn_dim`` is None."""
         return self.ffn_dim or max(32, round(FEED_FORWARDS[self.feed_forward].hidden_ratio * self.n_embd / 32) * 32)

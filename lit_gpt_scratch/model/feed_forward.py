@@ -1,4 +1,4 @@
-"""Feed-forward networks. To add a kind, write a class and add it to the table ``FEED_FORWARDS``."""
+"""Feed-forward networks. To add another type, subclass ``FeedForward`` and add the subclass to ``FEED_FORWARDS``."""
 
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 
 
 class FeedForward(nn.Module):
-    """Feed-forward network of a block: up-projection, activation, down-projection. Subclasses define the activation.
+    """Base class of feed-forward networks, which consist of an up-projection, an activation and a down-projection.
+
+    Subclasses define the activation.
 
     Attributes:
         hidden_ratio: Hidden width as a multiple of ``n_embd``, used if ``ffn_dim`` is not set.
@@ -31,7 +33,7 @@ class FeedForward(nn.Module):
         """Apply the activation function.
 
         Args:
-            x: (B, T, n_embd), the input of the network, which gates are computed from.
+            x: (B, T, n_embd), the input of the network, from which gated networks compute the gate.
             hidden: (B, T, ffn_dim), the up-projection of ``x``.
 
         Returns:
@@ -40,17 +42,17 @@ class FeedForward(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the network, x: (B, T, n_embd) -> (B, T, n_embd)."""
+        """Apply the feed-forward network: (B, T, n_embd) -> (B, T, n_embd)."""
         out: Tensor = self.output(self.activation(x, self.input(x)))
         return out
 
     def residual_outputs(self) -> list[nn.Linear]:
-        """Return the down-projection, in a list."""
+        """Return a list that contains the down-projection."""
         return [self.output]
 
 
 class ReLUFeedForward(FeedForward):
-    """ReLU, as in the original Transformer (https://arxiv.org/abs/1706.03762)."""
+    """Feed-forward network with ReLU, as in the original Transformer (https://arxiv.org/abs/1706.03762)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -58,7 +60,7 @@ class ReLUFeedForward(FeedForward):
 
 
 class SquaredReLUFeedForward(FeedForward):
-    """Squared ReLU (https://arxiv.org/abs/2109.08668)."""
+    """Feed-forward network with squared ReLU (https://arxiv.org/abs/2109.08668)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -66,7 +68,7 @@ class SquaredReLUFeedForward(FeedForward):
 
 
 class GELUFeedForward(FeedForward):
-    """GELU with the tanh approximation, as in GPT-2 (https://arxiv.org/abs/1606.08415)."""
+    """Feed-forward network with the tanh approximation of GELU, as in GPT-2 (https://arxiv.org/abs/1606.08415)."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -74,7 +76,10 @@ class GELUFeedForward(FeedForward):
 
 
 class ExactGELUFeedForward(FeedForward):
-    """Exact GELU, as in BERT and GPT-NeoX; faster than the tanh approximation in PyTorch's CPU kernels."""
+    """Feed-forward network with exact GELU, as in BERT and GPT-NeoX.
+
+    On CPUs, PyTorch's kernels for exact GELU are faster than those for the tanh approximation.
+    """
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -82,9 +87,12 @@ class ExactGELUFeedForward(FeedForward):
 
 
 class GatedFeedForward(FeedForward):
-    """Base class with a third matrix that computes a gate per hidden channel (https://arxiv.org/abs/2002.05202)."""
+    """Base class of gated feed-forward networks (https://arxiv.org/abs/2002.05202).
 
-    hidden_ratio = 8 / 3  # three matrices then have as many parameters as two with a ratio of 4
+    A third matrix computes a gate for each hidden channel.
+    """
+
+    hidden_ratio = 8 / 3  # three matrices then have as many parameters as two matrices with a ratio of 4
 
     def __init__(self, config: "GPTConfig") -> None:
         super().__init__(config)
@@ -92,7 +100,7 @@ class GatedFeedForward(FeedForward):
 
 
 class SwiGLUFeedForward(GatedFeedForward):
-    """SiLU gate, as in Llama and Qwen."""
+    """Feed-forward network with a SiLU gate (SwiGLU), as in Llama and Qwen."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -100,7 +108,7 @@ class SwiGLUFeedForward(GatedFeedForward):
 
 
 class GeGLUFeedForward(GatedFeedForward):
-    """GELU gate with the tanh approximation, as in Gemma."""
+    """Feed-forward network with a gate that uses the tanh approximation of GELU (GeGLU), as in Gemma."""
 
     @override
     def activation(self, x: Tensor, hidden: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: token ids in, next-token logits out."""
+"""The decoder-only transformer, which maps token ids to next-token logits."""
 
 from functools import partial
 from itertools import zip_longest
@@ -23,9 +23,9 @@ from lit_gpt_scratch.model.weight_init import INITIALISATIONS, ResidualBranch, W
 
 
 class Block(nn.Module):
-    """Transformer block: attention, then a feed-forward network, each added to the residual stream.
+    """Transformer block: attention and a feed-forward network, whose outputs are added to the residual stream.
 
-    ::
+    ``config.norm_placement`` determines where the norms are placed; ``f`` is attention or the feed-forward network::
 
         pre                    post                   sandwich
         x + f(norm(x))         norm(x + f(x))         x + end_norm(f(norm(x)))
@@ -63,8 +63,8 @@ class Block(nn.Module):
             x0: (B, T, n_embd), the residual stream before the first block.
             position: The position encoding.
             layout: Positions and attention mask.
-            value_embedding: (B, T, n_kv_head * head_dim), added to the attention values.
-            layer_cache: A KV cache and the index of this block in it.
+            value_embedding: (B, T, n_kv_head * head_dim), added to the attention values unless it is None.
+            layer_cache: KV cache and the index of this block in the cache; None without a cache.
 
         Returns:
             (B, T, n_embd), the new residual stream.
@@ -94,12 +94,12 @@ class GPT(nn.Module):
 
     Args:
         config: The architecture.
-        vocab_size: Number of token ids.
+        vocab_size: Number of tokens in the vocabulary.
         block_size: Context length in tokens.
-        output_head: The output head; next-token logits by default.
+        output_head: Output head; by default, the model returns next-token logits.
 
     Raises:
-        UserError: ``config.tied_embeddings`` is set, but the output head does not predict tokens.
+        UserError: ``config.tied_embeddings`` is True, but the output head does not predict tokens.
     """
 
     tensor_parallel_plan: ClassVar[dict[str, str]] = {
@@ -121,8 +121,11 @@ class GPT(nn.Module):
         self.block_size = block_size
         self.output_head = output_head
         self.recompute = False
-        """Whether to use activation checkpointing (https://arxiv.org/abs/1604.06174): in training, store only the input
-        of each block and recompute the rest in the backward pass. Saves memory for about a third more compute."""
+        """Whether to use activation checkpointing in training (https://arxiv.org/abs/1604.06174).
+
+        Only the input of each block is stored, and the other activations are recomputed in the backward pass. This
+        saves memory, but requires about a third more compute.
+        """
         self.embedding = nn.Embedding(padded_vocab_size(config, vocab_size), config.n_embd)
         self.bigrams = BigramEmbedding(config.bigram_rows, config.n_embd) if config.bigram_rows else None
         self.smear = Smear(config.n_embd) if config.smear else None
@@ -144,7 +147,7 @@ class GPT(nn.Module):
             if not isinstance(output_head, TokenHead):
                 raise UserError(
                     f"model.gpt.tied_embeddings is true, but the output head is {type(output_head).__name__}, which "
-                    f"does not predict tokens; set it to false"
+                    f"does not predict tokens; set model.gpt.tied_embeddings to false"
                 )
             self.head.weight = self.embedding.weight
 
@@ -166,15 +169,15 @@ class GPT(nn.Module):
         )
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None) -> Tensor:
-        """Compute the head's output at each position, by default the logits for the next token.
+        """Compute the output of the head at each position, by default next-token logits.
 
         Args:
             input_ids: (B, T) int64 with T at most ``block_size``.
-            document_ids: (B, T) int64, a different number for each document in a row. Tokens then attend only within
-                their document. By default each token attends to all preceding tokens.
+            document_ids: (B, T) int64, a different number for each document in a row. Each token then attends only to
+                tokens of its own document. If None, each token attends to all preceding tokens.
 
         Returns:
-            (B, T, vocab_size), in float32 or the dtype of the weights, whichever is more precise.
+            The output of the head in at least float32; (B, T, vocab_size) for next-token logits.
 
         Raises:
             UserError: T exceeds the context length.
@@ -182,35 +185,36 @@ class GPT(nn.Module):
         return self.apply_head(self.hidden_states(input_ids, document_ids))
 
     def forward_pooled(self, input_ids: Tensor, lengths: Tensor, pooling: str = "last") -> Tensor:
-        """Compute one output per text, such as class logits or a reward.
+        """Compute one output per sequence, such as class logits or a reward.
 
         Args:
             input_ids: (B, T) int64, right-padded.
-            lengths: (B,) int64, number of tokens in each text.
-            pooling: A name in ``POOLINGS``.
+            lengths: (B,) int64, number of tokens in each sequence, excluding padding.
+            pooling: Name of a pooling function in ``POOLINGS``.
 
         Returns:
-            (B, n_classes) class logits, or (B,) with a scalar head.
+            (B, n_classes) class logits with a classification head, or (B,) scalars with a scalar head.
         """
         pooled = POOLINGS[pooling](self.hidden_states(input_ids), lengths)  # (B, 1, n_embd)
         return self.apply_head(pooled).squeeze(1)
 
     def apply_head(self, x: Tensor) -> Tensor:
-        """Apply the output head to hidden states (B, T, n_embd) as returned by ``hidden_states``."""
+        """Apply the output head to the output of ``hidden_states``, (B, T, n_embd)."""
         raw = self.head(x)
         raw = raw if raw.dtype == torch.float64 else raw.float()
         return self.output_head.finalize(raw, self.config, self.vocab_size)
 
     def logit_lens(self, x: Tensor) -> Tensor:
-        """Compute the prediction from an intermediate residual stream (https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru).
+        """Compute the output of the head for an intermediate residual stream (logit lens).
 
-        It is the output that the network would have if it ended there; after the last block, it is the actual output.
+        This is the output that the network would have if it ended at this point. After the last block, it is the
+        actual output of the network. See https://www.lesswrong.com/posts/AcKRB8wDpdaN6v6ru.
 
         Args:
             x: (B, T, n_embd), the residual stream before or after any block.
 
         Returns:
-            The output of the head, see ``apply_head``.
+            The output of ``apply_head``.
         """
         return self.apply_head(self.norm(x))
 
@@ -224,22 +228,23 @@ class GPT(nn.Module):
         """Compute the normalised residual stream after the last block.
 
         Args:
-            input_ids: (B, T) int64; with a cache, the tokens that follow the cached ones.
+            input_ids: (B, T) int64; with a cache, the tokens that follow the cached tokens.
             document_ids: See ``forward``; not supported with a cache.
-            cache: Keys and values of the preceding tokens; those of ``input_ids`` are appended to it.
-            counts: With a cache, the number of tokens in each row, excluding padding; T by default.
+            cache: KV cache of the preceding tokens, to which the keys and values of ``input_ids`` are appended.
+            counts: Number of tokens in each row of ``input_ids``, excluding padding; T by default. Ignored without a
+                cache.
 
         Returns:
             (B, T, n_embd).
 
         Raises:
-            UserError: The tokens do not fit into the context or the cache.
+            UserError: The number of tokens exceeds the context length or the capacity of the cache.
         """
         length, max_length = input_ids.size(1), self.block_size
         if cache is not None:
             length, max_length = length + cache.max_length, min(cache.capacity, max_length)
         if length > max_length:
-            raise UserError(f"{length} tokens do not fit into a context of {max_length}")
+            raise UserError(f"{length} tokens do not fit into a context of {max_length} tokens; shorten the input")
         if cache is not None:
             cache.begin_forward(input_ids.size(1), counts)
         layout = build_attention_layout(self.config, self.position, input_ids, document_ids, cache)
@@ -249,9 +254,9 @@ class GPT(nn.Module):
         return x
 
     def forward_blocks(self, input_ids: Tensor, layout: AttentionLayout, cache: KVCache | None = None) -> Tensor:
-        """Compute ``hidden_states`` for a given layout.
+        """Compute ``hidden_states`` for a given attention layout.
 
-        It contains tensor operations only, so that it can be compiled as a whole.
+        This method consists only of tensor operations, so that it can be compiled as a single graph.
         """
         x = self.position.embed(self.embedding(input_ids), layout.positions)  # (B, T, n_embd)
         if self.bigrams is not None or self.smear is not None:
@@ -266,7 +271,10 @@ class GPT(nn.Module):
         return out
 
     def _add_previous_token(self, x: Tensor, input_ids: Tensor, is_first: Tensor, cache: KVCache | None) -> Tensor:
-        """Add bigram embeddings and smear; is_first: (T,) or (B, T) bool, True at the first token of each document."""
+        """Add the bigram embeddings, and apply ``Smear``, if they are enabled.
+
+        ``is_first`` is (T,) or (B, T) bool, True at the first token of each document.
+        """
         if self.bigrams is not None:
             previous = _shift_right(input_ids) if cache is None else cache.shift_right("ids", input_ids)
             x = x + self.bigrams(input_ids, previous, is_first)

@@ -5,18 +5,19 @@ from torch import Tensor
 
 
 class KVCache:
-    """Keys and values for a batch of rows, which may have different lengths. Slot ``t`` of a row holds its token ``t``.
+    """Cache of keys and values for a batch of rows, which may have different lengths.
 
-    It stores ``n_kv_head`` heads; a tensor-parallel process stores only its own. Call ``begin_forward`` before and
-    ``end_forward`` after each forward pass; in between, each block appends its keys and values once.
+    Slot ``t`` of a row stores the keys and values of token ``t``. The cache stores ``n_kv_head`` heads per block; under
+    tensor parallelism, each process stores only its own heads. Call ``begin_forward`` before and ``end_forward`` after
+    each forward pass; in between, each block appends its keys and values once.
 
     Args:
         rows: Batch size.
         capacity: Maximum number of tokens per row.
         device: Device of the model.
         dtype: Dtype of the keys and values.
-        fixed: Whether to return all slots when a single token is appended, and require a mask for the unused ones.
-            Shapes then stay the same from token to token, and a compiler has to trace the step only once.
+        fixed: Whether to return all slots when a single token is appended, and to require a mask for the unused slots.
+            Shapes then stay the same from token to token, so that the compiler has to trace the step only once.
 
     Attributes:
         lengths: Number of tokens stored in each row.
@@ -24,14 +25,14 @@ class KVCache:
         positions: Slots of the new tokens, (T,) int64 if all rows have the same length, otherwise (B, T).
         visible_length: Number of slots that attention reads.
         needs_mask: Whether attention requires a mask over these slots.
-        ragged: Whether the new tokens of different rows go to different slots.
+        ragged: Whether new tokens are written to separate slots for each row; ``positions`` is then (B, T).
     """
 
     def __init__(self, rows: int, capacity: int, device: torch.device, dtype: torch.dtype, fixed: bool = False) -> None:
         self._dtype = dtype
         self._keys: list[Tensor] = []  # one per block, (B, n_kv_head, capacity, head_dim)
         self._values: list[Tensor] = []
-        self._previous: dict[str, Tensor] = {}  # value at the last token of each row, (B, 1, ...)
+        self._previous: dict[str, Tensor] = {}  # values of the last token of each row, (B, 1, ...)
         self._rows = torch.arange(rows, device=device)[:, None]  # (B, 1)
         self._fixed = fixed
         self.lengths = [0] * rows
@@ -72,8 +73,8 @@ class KVCache:
             v: (B, n_kv_head, T, head_dim).
 
         Returns:
-            Keys and values of the first S = ``visible_length`` slots, (B, n_kv_head, S, head_dim); undefined past the
-            end of a row.
+            Keys and values of the first S = ``visible_length`` slots, (B, n_kv_head, S, head_dim). Slots beyond the end
+            of a row are undefined.
         """
         if layer == len(self._keys):
             B, heads, _, width = k.shape
@@ -94,7 +95,7 @@ class KVCache:
     def shift_right(self, name: str, x: Tensor) -> Tensor:
         """Shift values right by one token, continuing from the previous forward pass: (B, T, ...) -> (B, T, ...).
 
-        The first token of a row receives zeros.
+        The first token of a row is assigned zeros.
 
         Args:
             name: Key under which the value of the last token is stored for the next call.
@@ -111,7 +112,7 @@ class KVCache:
         self.lengths = [n + new for n, new in zip(self.lengths, counts, strict=True)]
 
     def select_rows(self, rows: list[int]) -> None:
-        """Keep only the given rows."""
+        """Keep only the rows with the given indices, in the given order."""
         index = torch.tensor(rows, device=self._rows.device)
         self._keys = [keys[index] for keys in self._keys]
         self._values = [values[index] for values in self._values]
@@ -120,11 +121,11 @@ class KVCache:
         self.lengths = [self.lengths[row] for row in rows]
 
     def clear_row(self, row: int) -> None:
-        """Empty a row."""
+        """Remove all tokens from a row."""
         self.lengths[row] = 0
 
     def replace_row(self, row: int, other: "KVCache") -> None:
-        """Replace a row with the single row of another cache."""
+        """Replace a row with the only row of another cache."""
         for mine, its in zip([*self._keys, *self._values], [*other._keys, *other._values], strict=True):
             mine[row] = its[0]
         for name, x in other._previous.items():

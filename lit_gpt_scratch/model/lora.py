@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for any network.
+"""Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for the linear layers of any network.
 
 A linear layer ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows, B has ``rank`` columns, and
 only A and B are trained. B is initialised to zero, so that training starts from the unchanged network.
 
-The base model's parameters stay the same objects under the same names: its checkpoints still load and tied embeddings
-stay tied. The adapters add two more parameters next to each weight.
+The parameters of the base model remain the same objects under the same names, so that its checkpoints can still be
+loaded and tied embeddings remain tied. Each adapter adds two parameters to its linear layer.
 """
 
 import math
@@ -25,18 +25,18 @@ from lit_gpt_scratch.model.module_metadata import OptimizerGroup
 
 @dataclass(frozen=True)
 class LoRA:
-    r"""Size and location of LoRA adapters.
+    r"""Hyperparameters of LoRA adapters and the layers to which they are added.
 
     Args:
-        rank: Rank of the adapters: the number of rows in A and columns in B.
-        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``, so that the learning rate need not
-            change with the rank.
-        dropout: Dropout probability for the adapters' inputs in training.
-        pattern: Regular expression that selects linear layers by their full names, matched anywhere in the name, such
-            as ``attention\.(query|value)$``; by default all linear layers in the blocks.
+        rank: Rank of the adapters: the number of rows of A and of columns of B.
+        alpha: Scale of the adapters: their output is multiplied by ``alpha / rank``, so that the learning rate does not
+            have to be changed with the rank.
+        dropout: Dropout probability for the inputs of the adapters in training; 0 disables dropout.
+        pattern: Regular expression that selects the linear layers to adapt, such as ``attention\.(query|value)$``. It
+            may match any part of a layer's full name. By default, all linear layers in the blocks are adapted.
 
     Raises:
-        UserError: A value is out of range, or the pattern is not a regular expression.
+        UserError: A value is out of range, or the pattern is not a valid regular expression.
     """
 
     rank: int = 8
@@ -53,23 +53,25 @@ class LoRA:
         try:
             re.compile(self.pattern)
         except re.error as error:
-            raise UserError(f"lora.pattern is {self.pattern}, which is not a regular expression: {error}") from error
+            raise UserError(
+                f"lora.pattern is {self.pattern}, which is not a valid regular expression ({error}); correct it"
+            ) from error
 
 
 class LoRALinear(nn.Linear):
     """Linear layer with a LoRA adapter.
 
-    The state dict is the same whether the adapter is merged or not, so that loading never adds the adapter twice.
+    The state dict is the same whether or not the adapter is merged, so that loading never adds the adapter twice.
 
     Args:
-        base: The layer to replace; its weight and bias are shared and frozen.
-        settings: Size of the adapter.
+        base: Linear layer to replace; its weight and bias are shared and frozen.
+        settings: Rank, scale and dropout of the adapter.
 
     Attributes:
-        lora_a: (rank, in_features), at least float32, because bfloat16 cannot represent the small updates of
+        lora_a: (rank, in_features), in at least float32, because bfloat16 cannot represent the small updates of
             fine-tuning.
-        lora_b: (out_features, rank), also at least float32.
-        unmerged: The original weight while the adapter is merged into ``weight``, otherwise None.
+        lora_b: (out_features, rank), in at least float32.
+        unmerged: The original weight while the adapter is merged into ``weight``; otherwise None.
         enabled: Whether the adapter is applied.
     """
 
@@ -108,8 +110,8 @@ class LoRALinear(nn.Linear):
     def merge(self) -> None:
         """Merge the adapter into a new weight tensor, and keep the original weight for ``unmerge``.
 
-        Adding the product in place and subtracting it later would leave rounding errors. It would also change other
-        layers that share the weight.
+        Adding ``B A`` in place and subtracting it later would leave rounding errors. It would also change other layers
+        that share the weight.
         """
         if self.unmerged is not None:
             return
@@ -119,12 +121,12 @@ class LoRALinear(nn.Linear):
         self.weight = nn.Parameter((self.weight.to(exact) + delta).type_as(self.weight), requires_grad=False)
 
     def unmerge(self) -> None:
-        """Restore the original weight, bit for bit and as the same parameter object."""
+        """Restore the original weight exactly, as the same parameter object."""
         if self.unmerged is not None:
             self.weight, self.unmerged = self.unmerged, None
 
     def to_linear(self) -> nn.Linear:
-        """Return a layer of the base layer's class with the current weight and bias."""
+        """Return a linear layer of the original class with the current weight and bias."""
         plain = self.base_class(self.in_features, self.out_features, bias=False, device="meta").train(self.training)
         plain.weight, plain.bias = self.weight, self.bias
         return plain
@@ -146,12 +148,12 @@ class LoRALinear(nn.Linear):
 
 
 def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
-    """Add adapters to the layers whose names match the pattern, and freeze all other parameters.
+    """Add adapters to the linear layers whose names match ``settings.pattern``, and freeze all other parameters.
 
     Args:
         net: Any network; modified in place. Linear layers of classes not in ``LINEAR_CLASSES`` are skipped, because
             their ``forward`` may differ.
-        settings: Size and location of the adapters.
+        settings: Hyperparameters of the adapters and the pattern that selects the layers.
 
     Returns:
         The names of the adapted layers.
@@ -160,13 +162,13 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
         UserError: The pattern matches no linear layer, or the network already has adapters.
     """
     if any(True for _ in _lora_layers(net)):
-        raise UserError("the network already has LoRA adapters; remove them first")
+        raise UserError("the network already has LoRA adapters; call remove_lora first")
     linears = [(name, m) for name, m in net.named_modules(remove_duplicate=False) if type(m) in LINEAR_CLASSES and name]
     chosen = [(name, layer) for name, layer in linears if re.search(settings.pattern, name)]
     if not chosen:
-        examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # of one block only
-        there = f"there are, for example, {', '.join(list(examples)[:10])}" if examples else "there are none"
-        raise UserError(f"lora.pattern is {settings.pattern}, which matches no linear layer; {there}")
+        examples = dict.fromkeys(re.sub(r"\d+", "0", name) for name, _ in linears)  # those of one block only
+        there = f"choose among {', '.join(list(examples)[:10])}" if examples else "the network has no linear layers"
+        raise UserError(f"lora.pattern is {settings.pattern}, which does not match any linear layer; {there}")
     net.requires_grad_(False)
     adapted = {layer: LoRALinear(layer, settings) for layer in dict.fromkeys(layer for _, layer in chosen)}
     for name, layer in chosen:
@@ -176,9 +178,9 @@ def add_lora(net: nn.Module, settings: LoRA) -> list[str]:
 
 @contextmanager
 def disable_lora(net: nn.Module) -> Iterator[None]:
-    """Temporarily disable all adapters, merged or not, so that the network is its base model bit for bit.
+    """Temporarily disable all adapters, merged or not, so that the network is identical to its base model.
 
-    This lets a single network in memory act both as the policy and as its reference model.
+    A single network in memory can thus serve as both the policy and the reference model.
     """
     before = [(layer, layer.enabled) for _, layer in _lora_layers(net)]
     try:
@@ -193,15 +195,15 @@ def disable_lora(net: nn.Module) -> Iterator[None]:
 def merge_lora(net: nn.Module) -> None:
     """Merge all adapters into the weights, so that they add no cost to the forward pass.
 
-    Until ``unmerge_lora`` or ``remove_lora`` is called, the adapted weights take twice the memory and the adapters
-    cannot be trained. Tied embeddings are untied while the head or the embedding is merged.
+    Until ``unmerge_lora`` or ``remove_lora`` is called, the adapted weights require twice the memory and the adapters
+    cannot be trained. Tied embeddings are untied while the adapter of the head is merged.
     """
     for _, layer in _lora_layers(net):
         layer.merge()
 
 
 def unmerge_lora(net: nn.Module) -> None:
-    """Undo ``merge_lora``, bit for bit."""
+    """Undo ``merge_lora`` and restore the original weights exactly."""
     for _, layer in _lora_layers(net):
         layer.unmerge()
 
@@ -209,11 +211,11 @@ def unmerge_lora(net: nn.Module) -> None:
 def remove_lora(net: nn.Module) -> None:
     """Replace each ``LoRALinear`` with a plain linear layer that has its current weight, merged or not.
 
-    Parameters stay frozen; ``net.requires_grad_(True)`` unfreezes them.
+    Parameters remain frozen; call ``net.requires_grad_(True)`` to unfreeze them.
 
     Raises:
-        UserError: A merged weight was shared with another layer, for example by the head and the embedding. A
-            checkpoint of the network would contain two matrices where its config specifies one.
+        UserError: The original weight of a merged adapter is shared with another layer, for example by the head and the
+            embedding. A checkpoint of the network would then contain two matrices, but its config specifies only one.
     """
     plain = {}
     for name, layer in _lora_layers(net):
@@ -221,7 +223,7 @@ def remove_lora(net: nn.Module) -> None:
             if module is not layer and any(mine is layer.unmerged for mine in module.parameters(recurse=False)):
                 raise UserError(
                     f"the adapter of {name} is merged, but {other} shares the weight, which must not change; exclude "
-                    f"{name} from lora.pattern, untie the two, or do not merge"
+                    f"{name} from lora.pattern, untie the weights, or do not merge the adapter"
                 )
         plain[layer] = layer.to_linear()
     for name, module in list(net.named_modules(remove_duplicate=False)):
@@ -230,16 +232,16 @@ def remove_lora(net: nn.Module) -> None:
 
 
 def lora_state_dict(net: nn.Module) -> dict[str, Tensor]:
-    """Return a state dict of the adapters only."""
+    """Return a state dict that contains only the adapters."""
     parts = {f"{name}.{part}" for name, _ in _lora_layers(net) for part in ("lora_a", "lora_b")}
     return {name: value for name, value in net.state_dict().items() if name in parts}
 
 
 def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict from ``lora_state_dict``, after unmerging all merged adapters.
+    """Load adapters from a state dict created by ``lora_state_dict``; merged adapters are unmerged first.
 
     Raises:
-        UserError: The network's adapters are in different layers or have different shapes.
+        UserError: The adapters in the network belong to other layers or have other shapes than those in the state dict.
     """
     current = lora_state_dict(net)
     for name in sorted(current.keys() | state.keys()):
@@ -247,7 +249,7 @@ def load_lora_state_dict(net: nn.Module, state: dict[str, Tensor]) -> None:
         if expected != found:
             raise UserError(
                 f"the adapters do not match the network: {name} is {found} in the state dict, but {expected} in the "
-                f"network"
+                f"network; use the same lora.rank and lora.pattern"
             )
     unmerge_lora(net)
     net.load_state_dict(state, strict=False)

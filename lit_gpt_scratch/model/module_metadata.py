@@ -1,30 +1,31 @@
-"""Metadata that the network's modules declare about themselves, so that no other file has to list modules by name.
+"""Metadata that modules declare about themselves, so that other files do not have to list modules by name.
 
-All declarations are optional attributes or methods of an ``nn.Module``. A new kind of attention or feed-forward module
-(such as a mixture of experts) only has to be added to the table that ``GPTConfig`` chooses from.
+Unless stated otherwise, the declarations are optional attributes or methods of an ``nn.Module``. A new type of
+feed-forward network, such as a mixture of experts, only has to be added to ``FEED_FORWARDS``.
 
 ``tensor_parallel_plan: ClassVar[dict[str, str]]``
-    The tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names
-    may contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the
-    same on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
+    Tensor-parallel style of each child module, keyed by the child's name, for ``distributed.parallelize``. Names may
+    contain wildcards, and children that do not exist are skipped. The inputs of a module with a plan must be the same
+    on all processes. The styles are ``colwise`` (output channels are split), ``rowwise`` (input channels are
     split, outputs summed), ``colwise_gather`` (output channels are split and then gathered), ``embedding`` (rows are
     split, outputs summed) and ``replicated`` (each process holds all parameters and applies them to its own heads, so
     gradients are summed). A module without a plan is replicated and requires no communication.
 
 ``flops_per_token(context: int) -> int``
-    Number of forward-pass floating-point operations per token if it attends to ``context`` tokens, including those of
-    child modules. By default two per weight of every linear layer inside the module.
+    Number of floating-point operations (FLOPs) per token in the forward pass of the module and its children, if each
+    token attends to ``context`` tokens. The default is the sum over the children, with two FLOPs per weight of a linear
+    layer.
 
 ``init_weights() -> None``
-    Initialises the parameters that are not weights or biases of an ``nn.Linear``; by default they keep their values
-    from construction. It is called before the scheme ``config.initialisation`` initialises the linear layers.
+    Initialises the parameters that do not belong to an ``nn.Linear``. Without this method, they keep the values set by
+    the constructor. It is called before the scheme ``config.initialisation`` initialises the linear layers.
 
 ``residual_outputs() -> list[nn.Linear]``
     Linear layers whose outputs are added to the residual stream. Some initialisation schemes initialise them to smaller
-    values or zero. Required for the attention and feed-forward modules of a block.
+    values or to zero. Required for the attention and feed-forward modules of a block.
 
 ``optimizer_group: ClassVar[OptimizerGroup]``
-    Optimizer group of the 2-D parameters in the module and its children, unless a child declares another:
+    Optimizer group of the 2-D parameters in the module and its children, unless a child declares another group:
     ``matrices`` (maps between hidden layers, for Muon) or ``tables`` (one vector per token, class or position; the
     default). Parameters with fewer dimensions are always ``vectors``, those with more dimensions ``tables``.
 """
@@ -38,12 +39,12 @@ OptimizerGroup = Literal["matrices", "tables", "vectors"]
 
 
 def linear_flops_per_token(module: nn.Module) -> int:
-    """Return the forward-pass floating-point operations per token for all linear layers inside a module."""
+    """Return the number of FLOPs per token in the forward pass of all linear layers inside a module."""
     return sum(2 * layer.weight.numel() for layer in module.modules() if isinstance(layer, nn.Linear))
 
 
 def flops_per_token(module: nn.Module, context: int) -> int:
-    """Return the forward-pass floating-point operations per token of a module, given ``context`` tokens."""
+    """Return the number of FLOPs per token in the forward pass of a module that attends to ``context`` tokens."""
     if (declared := getattr(module, "flops_per_token", None)) is not None:
         flops: int = declared(context)
         return flops
@@ -52,7 +53,12 @@ def flops_per_token(module: nn.Module, context: int) -> int:
 
 
 def optimizer_groups(module: nn.Module, inherited: OptimizerGroup = "tables") -> Iterator[tuple[nn.Parameter, str]]:
-    """Yield each parameter of a module with its optimizer group; a shared parameter is yielded several times."""
+    """Yield each parameter of a module with its optimizer group; shared parameters are yielded several times.
+
+    Args:
+        module: The module.
+        inherited: Group of the 2-D parameters of modules that do not declare a group.
+    """
     declared: OptimizerGroup = getattr(module, "optimizer_group", inherited)
     for parameter in module.parameters(recurse=False):
         yield parameter, "vectors" if parameter.ndim < 2 else "tables" if parameter.ndim > 2 else declared

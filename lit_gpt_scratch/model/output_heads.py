@@ -1,4 +1,4 @@
-"""Output heads: next-token logits, class logits, or one scalar per position. The weight itself is ``GPT.head``."""
+"""Output heads for next-token logits, class logits or one scalar per position; their weights are in ``GPT.head``."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,30 +11,30 @@ from lit_gpt_scratch.model.config import GPTConfig
 
 
 class OutputHead(Protocol):
-    """Defines the size of the output projection ``GPT.head`` and the postprocessing of its output."""
+    """Protocol for output heads, which define the size of the projection ``GPT.head`` and postprocess its output."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
-        """Return the number of output features of the projection."""
+        """Return the number of output features of ``GPT.head``."""
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Convert the projection's output, (B, T, out_features) in at least float32, to the model's output."""
+        """Convert the output of ``GPT.head``, (B, T, out_features) in at least float32, to the output of the model."""
 
 
 def padded_vocab_size(config: GPTConfig, vocab_size: int) -> int:
-    """Return the number of embedding and head rows: ``vocab_size`` rounded up to ``config.vocab_multiple``."""
+    """Return ``vocab_size``, rounded up to a multiple of ``config.vocab_multiple``."""
     return -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
 
 
 @dataclass(frozen=True)
 class TokenHead:
-    """Next-token logits: (B, T, vocab_size)."""
+    """Output head for next-token logits, (B, T, vocab_size)."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
-        """Return the number of rows in the embedding."""
+        """Return the vocabulary size, rounded up to a multiple of ``config.vocab_multiple``."""
         return padded_vocab_size(config, vocab_size)
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Drop the logits of the vocabulary's padding rows and apply ``config.logit_softcap``."""
+        """Remove the logits of padding rows and apply ``config.logit_softcap``."""
         logits = x[..., :vocab_size]
         cap = config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
@@ -42,11 +42,11 @@ class TokenHead:
 
 @dataclass(frozen=True)
 class ClassificationHead:
-    """Class logits at each position: (B, T, n_classes).
+    """Output head for class logits at each position, (B, T, n_classes).
 
     Attributes:
         n_classes: Number of classes.
-        class_names: Names of the classes, if known. Trained weights are only meaningful for the same classes.
+        class_names: Names of the classes in the order of the logits; empty if unknown.
     """
 
     n_classes: int
@@ -63,30 +63,30 @@ class ClassificationHead:
 
 @dataclass(frozen=True)
 class ScalarHead:
-    """One scalar at each position, such as a reward or value: (B, T)."""
+    """Output head for one scalar at each position, such as a reward or value, (B, T)."""
 
     def out_features(self, config: GPTConfig, vocab_size: int) -> int:
-        """Return 1."""
+        """Return 1, the number of scalars per position."""
         return 1
 
     def finalize(self, x: Tensor, config: GPTConfig, vocab_size: int) -> Tensor:
-        """Remove the last dimension."""
+        """Remove the last dimension, which has size 1."""
         return x.squeeze(-1)
 
 
 def pool_last(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return the hidden state at the last token of each text: (B, T, n_embd), (B,) -> (B, 1, n_embd).
+    """Return the hidden state of the last token of each sequence: (B, T, n_embd), (B,) -> (B, 1, n_embd).
 
-    Only the last token attends to the whole text.
+    Because of the causal mask, only the last token attends to the entire sequence.
     """
     return x[torch.arange(len(x), device=x.device), lengths.clamp(min=1) - 1].unsqueeze(1)
 
 
 def pool_mean(x: Tensor, lengths: Tensor) -> Tensor:
-    """Return the mean hidden state of each text: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
+    """Return the mean hidden state of each sequence: (B, T, n_embd), (B,) -> (B, 1, n_embd)."""
     in_text = torch.arange(x.size(1), device=x.device) < lengths[:, None]  # (B, T)
     return (x * in_text[..., None]).sum(1, keepdim=True) / lengths.clamp(min=1)[:, None, None]
 
 
 POOLINGS: Final[dict[str, Callable[[Tensor, Tensor], Tensor]]] = {"last": pool_last, "mean": pool_mean}
-"""Functions that pool the hidden states of each text into one vector, by name; ``lengths`` excludes padding."""
+"""Functions that pool the hidden states of each sequence into one vector, keyed by name; lengths exclude padding."""

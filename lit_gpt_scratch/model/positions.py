@@ -1,4 +1,4 @@
-"""Position encodings. To add one, write a class and add it to the table ``POSITION_ENCODINGS``."""
+"""Position encodings. To add another, subclass ``PositionEncoding`` and add the class to ``POSITION_ENCODINGS``."""
 
 import math
 from typing import TYPE_CHECKING, Final
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 ROTARY_SCALINGS: Final = ("linear", "ntk", "llama3", "yarn")
 DEFAULT_ROTARY_SLOW: Final = 1.0
 DEFAULT_ROTARY_FAST: Final = {"llama3": 4.0, "yarn": 32.0}
-"""Defaults of ``rotary_slow`` and ``rotary_fast``, in turns within the trained context."""
+"""Default values of ``rotary_slow`` and ``rotary_fast``, in turns within the trained context."""
 
 
 class PositionEncoding(nn.Module):
-    """Base class of the position encodings, and the encoding ``none``.
+    """Base class of position encodings. The base class itself, ``none``, does not encode positions.
 
-    Without an encoding, the causal mask alone still provides some information about token order. An encoding may add to
-    the embeddings (``embed``), rotate queries and keys (``rotate``) or add to the attention scores (``score_bias``).
-    ``positions`` are int64: (T,) if all rows have the same positions, otherwise (B, T).
+    Subclasses add vectors to the embeddings (``embed``), rotate queries and keys (``rotate``), or add a bias to the
+    attention scores (``score_bias``). Even without an encoding, the causal mask provides some information about token
+    order. ``positions`` are int64, (T,) if all rows have the same positions, otherwise (B, T).
     """
 
     has_score_bias: bool = False
@@ -35,7 +35,7 @@ class PositionEncoding(nn.Module):
 
     @staticmethod
     def validate(config: "GPTConfig") -> None:
-        """Check that a config is compatible with the encoding.
+        """Check that a config is compatible with the position encoding.
 
         Raises:
             UserError: Two settings contradict each other.
@@ -45,7 +45,7 @@ class PositionEncoding(nn.Module):
             if (value := getattr(config, f"rotary_{name}")) != default:
                 raise UserError(
                     f"model.gpt.rotary_{name} is {value}, but model.gpt.position is {config.position}; "
-                    f"set position to rotary, or remove the setting"
+                    f"set model.gpt.position to rotary, or remove rotary_{name}"
                 )
 
     def embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class PositionEncoding(nn.Module):
         return x
 
     def cos_sin(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Return the cosines and sines for ``rotate``, computed once for all blocks; None without rotation."""
+        """Return the cosines and sines for ``rotate``, computed once for all blocks, or None if nothing is rotated."""
         return None
 
     def rotate(self, x: Tensor, cos_sin: tuple[Tensor, Tensor] | None) -> Tensor:
@@ -61,11 +61,11 @@ class PositionEncoding(nn.Module):
         return x
 
     def score_bias(self, head: Tensor, distance: Tensor) -> Tensor:
-        """Return the bias to add to the attention scores, elementwise with broadcasting.
+        """Return the bias to add to the attention scores; the arguments are broadcast against each other.
 
         Args:
-            head: Indices of heads, int64.
-            distance: Query-key distances, int64.
+            head: Head indices, int64.
+            distance: Query-key distances in tokens, int64.
         """
         raise NotImplementedError
 
@@ -78,7 +78,7 @@ class LearnedPositions(PositionEncoding):
         self.table = nn.Embedding(block_size, config.n_embd)
 
     def init_weights(self) -> None:
-        """Initialise the table as in GPT-2."""
+        """Initialise the position embeddings as in GPT-2."""
         nn.init.normal_(self.table.weight, std=INIT_STD)
 
     @override
@@ -109,8 +109,8 @@ class SinusoidalPositions(PositionEncoding):
         PositionEncoding.validate(config)
         if config.n_embd % 2:
             raise UserError(
-                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal; "
-                f"it requires an even number: choose one, or another position"
+                f"model.gpt.n_embd is {config.n_embd}, but model.gpt.position is sinusoidal, which requires an even "
+                f"number; set n_embd to an even number, or choose another position"
             )
 
     @override
@@ -123,7 +123,7 @@ class RotaryPositions(PositionEncoding):
 
     Channel ``i`` of the first half is paired with channel ``i`` of the second half; at position ``t`` the pair is
     rotated by the angle ``t * base ** (-2i / head_dim)``. The dot product of a rotated query and a rotated key depends
-    on position only through their distance. If ``rotary_share`` is below 1, only the first channels are rotated
+    on their positions only through their distance. If ``rotary_share`` is below 1, only the first channels are rotated
     (GPT-NeoX).
     """
 
@@ -136,7 +136,7 @@ class RotaryPositions(PositionEncoding):
         frequency, factor = rotary_frequencies(config, self.width)
         angle = torch.outer(torch.arange(block_size, dtype=torch.float32), frequency)  # (T, width / 2)
         cos, sin = factor * angle.cos(), factor * angle.sin()
-        # Not persistent: the constructor recomputes the tables, so checkpoints need not contain them.
+        # Not persistent, because the constructor recomputes the tables and checkpoints do not have to contain them.
         self.register_buffer("cos", torch.cat((cos, cos), dim=-1), persistent=False)  # (T, width)
         self.register_buffer("sin", torch.cat((-sin, sin), dim=-1), persistent=False)  # (T, width)
 
@@ -145,9 +145,9 @@ class RotaryPositions(PositionEncoding):
     def validate(config: "GPTConfig") -> None:
         if config.rotary_width % 2 or not 0 < config.rotary_width <= config.head_width:
             raise UserError(
-                f"model.gpt.position is rotary, which requires an even number of rotated channels per head, but it "
-                f"would rotate {config.rotary_width} of {config.head_width}; choose another model.gpt.head_dim, "
-                f"rotary_share or position"
+                f"model.gpt.position is rotary, which requires an even number of rotated channels from 2 to the head "
+                f"dimension, but {config.rotary_width} of {config.head_width} channels would be rotated; choose "
+                f"another model.gpt.head_dim, rotary_share or position"
             )
         validate_rotary_scaling(config)
 
@@ -169,24 +169,25 @@ class RotaryPositions(PositionEncoding):
 def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
     """Return the rotation angle per position for each channel pair, with ``config.rotary_scaling`` applied.
 
-    - ``linear``: all frequencies are divided by the factor (https://arxiv.org/abs/2306.15595).
-    - ``ntk``: the base is changed so that the lowest frequency is divided by the factor and the highest is unchanged
-      (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
+    - ``linear``: all frequencies are divided by ``rotary_factor`` (https://arxiv.org/abs/2306.15595).
+    - ``ntk``: the base is changed so that the lowest frequency is divided by ``rotary_factor`` and the highest
+      frequency is unchanged (NTK-aware, https://arxiv.org/abs/2309.00071, section 3.1).
     - ``llama3``: the frequencies of pairs with fewer than ``rotary_slow`` turns within the trained context are divided
-      by the factor, those of pairs with more than ``rotary_fast`` turns are unchanged, and those in between are
-      interpolated linearly in the number of turns (Llama 3.1).
-    - ``yarn``: the same, but interpolated linearly in the index of the pair, and attention is sharpened
-      (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4).
+      by ``rotary_factor``, the frequencies of pairs with more than ``rotary_fast`` turns are unchanged, and the
+      frequencies in between are interpolated linearly in the number of turns (Llama 3.1).
+    - ``yarn``: as ``llama3``, but the frequencies in between are interpolated linearly in the index of the pair, and
+      attention is sharpened (https://arxiv.org/abs/2309.00071, sections 3.2 and 3.4).
 
     Args:
         config: The architecture.
         width: Number of rotated channels per head.
 
     Returns:
-        The frequencies, (width / 2,) float32, and a factor that the cosines and sines are multiplied by.
+        The frequencies in radians per position, (width / 2,) float32, and a factor by which the cosines and sines are
+        multiplied.
     """
     even = torch.arange(0, width, 2, dtype=torch.float32)  # (width / 2,)
-    plain = 1.0 / config.rotary_base ** (even / width)  # the published order of operations; others round differently
+    plain = 1.0 / config.rotary_base ** (even / width)  # the published order of operations, for identical rounding
     kind, factor = config.rotary_scaling, config.rotary_factor
     if kind is None:
         return plain, 1.0
@@ -202,7 +203,7 @@ def rotary_frequencies(config: "GPTConfig", width: int) -> tuple[Tensor, float]:
         return plain * kept + plain / factor * (1 - kept), 1.0
 
     def pair_index(turns: float) -> float:
-        """Return the (fractional) index of the pair that makes this many turns within the trained context."""
+        """Return the fractional index of the pair that makes ``turns`` turns within the trained context."""
         wavelength = (config.rotary_trained_context or 0) / turns / (2 * math.pi)
         return width * math.log(wavelength) / (2 * math.log(config.rotary_base))
 
@@ -224,26 +225,26 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
     if kind is None and config.rotary_factor != 1:
         raise UserError(
             f"model.gpt.rotary_factor is {config.rotary_factor}, but model.gpt.rotary_scaling is not set; "
-            f"choose one of {', '.join(ROTARY_SCALINGS)}"
+            f"set rotary_scaling to one of {', '.join(ROTARY_SCALINGS)}"
         )
     has_turns = kind in DEFAULT_ROTARY_FAST
     if has_turns != (trained is not None):
         raise UserError(
             f"model.gpt.rotary_scaling is {kind}, but model.gpt.rotary_trained_context is {trained}; "
-            f"set it for {' and '.join(DEFAULT_ROTARY_FAST)}, and only for these"
+            f"set rotary_trained_context if and only if rotary_scaling is {' or '.join(DEFAULT_ROTARY_FAST)}"
         )
     if not has_turns and (turns := config.rotary_slow or config.rotary_fast):
         name = "slow" if config.rotary_slow else "fast"
         raise UserError(
             f"model.gpt.rotary_{name} is {turns}, but model.gpt.rotary_scaling is {kind}; "
-            f"it applies only to {' and '.join(DEFAULT_ROTARY_FAST)}"
+            f"remove rotary_{name}, which applies only to {' and '.join(DEFAULT_ROTARY_FAST)}"
         )
     if has_turns:
         slow, fast = _turn_thresholds(config)
         if slow >= fast:
             raise UserError(
                 f"model.gpt.rotary_slow is {slow}, but model.gpt.rotary_fast is {fast}; "
-                "set rotary_slow below rotary_fast"
+                "rotary_slow must be below rotary_fast"
             )
     if kind == "ntk" and config.rotary_width < 4:
         raise UserError(
@@ -253,9 +254,9 @@ def validate_rotary_scaling(config: "GPTConfig") -> None:
 
 
 def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
-    """Return two thresholds for the number of turns that a channel pair makes within the trained context.
+    """Return ``rotary_slow`` and ``rotary_fast``, with None replaced by the default values.
 
-    Pairs below the first are fully slowed, pairs above the second are unchanged.
+    They are thresholds for the number of turns that a channel pair makes within the trained context.
     """
     return (
         config.rotary_slow or DEFAULT_ROTARY_SLOW,
@@ -266,8 +267,8 @@ def _turn_thresholds(config: "GPTConfig") -> tuple[float, float]:
 class ALiBi(PositionEncoding):
     """Linear penalty on the query-key distance with a different slope per head (https://arxiv.org/abs/2108.12409).
 
-    For n heads the slopes are ``2 ** (-8 / n * (h + 1))`` if n is a power of two. Otherwise they are the slopes for the
-    next lower power of two, followed by every other slope for the next higher one, as in the authors' code.
+    For n heads, the slope of head h is ``2 ** (-8 / n * (h + 1))`` if n is a power of two. Otherwise, the slopes for
+    the next lower power of two are followed by every other slope for the next higher power, as in the authors' code.
     """
 
     has_score_bias = True

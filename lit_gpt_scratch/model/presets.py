@@ -1,12 +1,12 @@
-"""Named architectures: three published model families to load or retrain, and three sizes for a laptop."""
+"""Architecture presets: three published model families, and three small models that can be trained on a laptop."""
 
 from dataclasses import replace
 from typing import Final
 
 from lit_gpt_scratch.model.config import GPTConfig
 
-# The published config files have a dropout of 0.1. It is 0 here, because dropout does not affect loading the weights
-# and a run of one or two epochs does not overfit; set it for small data.
+# The published config files set dropout to 0.1. The presets set it to 0, because loading the weights does not depend on
+# dropout and runs of one or two epochs do not overfit. Enable dropout for small datasets.
 _GPT2: Final = GPTConfig(
     n_layer=12, n_head=12, n_embd=768, qk_norm=False, position="learned", norm="layernorm",
     norm_eps=1e-5, bias=True, feed_forward="gelu", tied_embeddings=True, dropout=0.0, initialisation="gpt2",
@@ -39,19 +39,19 @@ PRESETS: Final[dict[str, GPTConfig]] = {
     "qwen3_1.7b": replace(_QWEN3, n_layer=28, n_head=16, n_embd=2048, ffn_dim=6144, tied_embeddings=True),
     "qwen3_8b": _QWEN3,
 }
-"""Architectures by name.
+"""Architectures, keyed by preset name.
 
-Parameter counts, for the published vocabulary and, if positions are learned, the published context:
+Parameter counts for the published vocabulary size and, if positions are learned, the published context length:
 
-- ``nano``, ``micro``, ``mini``: 0.8, 3.9 and 17.7 million in the blocks. They have the default architecture, a small
-  Qwen3; embedding and head add ``2 * vocab_size * n_embd``.
-- ``gpt2_124m`` 124,439,808, ``gpt2_350m`` 354,823,168, ``gpt2_774m`` 774,030,080, ``gpt2_1558m`` 1,557,611,200, for
-  50,257 tokens and a context of 1024 (Radford et al. 2019, https://github.com/openai/gpt-2).
-- ``llama3_1b`` 1,235,814,400 and ``llama3_8b`` 8,030,261,248, for 128,256 tokens: Llama 3.2 and Llama 3.1
-  (https://arxiv.org/abs/2407.21783), with rotary positions scaled to 131,072 tokens.
-- ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, for 151,936 tokens
-  (https://arxiv.org/abs/2505.09388).
+- ``nano``, ``micro`` and ``mini``: 0.8, 3.9 and 17.7 million parameters in the blocks. These presets use the default
+  architecture, a small Qwen3 model; the embedding and the head add ``2 * vocab_size * n_embd`` parameters.
+- ``gpt2_124m`` 124,439,808, ``gpt2_350m`` 354,823,168, ``gpt2_774m`` 774,030,080, ``gpt2_1558m`` 1,557,611,200, with a
+  vocabulary of 50,257 tokens and a context of 1024 tokens (Radford et al. 2019, https://github.com/openai/gpt-2).
+- ``llama3_1b`` 1,235,814,400 (Llama 3.2) and ``llama3_8b`` 8,030,261,248 (Llama 3.1,
+  https://arxiv.org/abs/2407.21783), with a vocabulary of 128,256 tokens and rotary positions scaled to 131,072 tokens.
+- ``qwen3_0.6b`` 596,049,920, ``qwen3_1.7b`` 1,720,574,976, ``qwen3_8b`` 8,190,735,360, with a vocabulary of 151,936
+  tokens (https://arxiv.org/abs/2505.09388).
 
-Another vocabulary size or ``vocab_multiple`` changes only the embedding and the head. For retraining, the published
-families use their authors' ``initialisation``; loaded weights replace the initial ones.
+A different vocabulary size or ``vocab_multiple`` changes only the embedding and the head. The published families use
+the ``initialisation`` of their authors when they are trained from scratch.
 """

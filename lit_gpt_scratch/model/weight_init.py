@@ -1,4 +1,7 @@
-"""Weight initialisation schemes. In all of them biases are initialised to zero and the gains of norms to one."""
+"""Weight initialisation schemes.
+
+Unless stated otherwise, biases are initialised to zero and the gains of normalisation layers to one.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,15 +10,16 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 INIT_STD = 0.02
-"""Standard deviation of matrices and embeddings in GPT-2, Llama and Qwen."""
+"""Standard deviation of the initial matrices and embeddings in GPT-2, Llama and Qwen."""
 
 
 class ResidualBranch(NamedTuple):
-    """The attention or feed-forward branch of a block.
+    """Attention or feed-forward branch of a transformer block.
 
     Attributes:
         outputs: Linear layers whose outputs are added to the residual stream.
-        norm: Norm between these outputs and the residual stream, if the block has one (``norm_placement: sandwich``).
+        norm: Normalisation layer that is applied to these outputs before they are added to the residual stream; None
+            unless ``norm_placement`` is ``sandwich``.
     """
 
     outputs: list[nn.Linear]
@@ -23,14 +27,14 @@ class ResidualBranch(NamedTuple):
 
 
 class WeightsByRole(NamedTuple):
-    """The weights of a network, grouped by role for an initialisation scheme.
+    """Weights of a network, grouped by their role in an initialisation scheme.
 
     Attributes:
         embedding: Token embedding, (vocab_size, n_embd).
-        linears: All linear layers including the head, in module order, which is the order of the random draws.
-        branches: Residual branches of all blocks, in order.
-        head: The linear layer of the output head.
-        tied: Whether the head's weight will be replaced with the embedding's.
+        linears: All linear layers, including the head, in the order in which random weights are drawn.
+        branches: Residual branches of all blocks, from the first block to the last.
+        head: Linear layer of the output head.
+        tied: Whether the weight of the head will be replaced with the weight of the embedding.
     """
 
     embedding: Tensor
@@ -41,17 +45,18 @@ class WeightsByRole(NamedTuple):
 
 
 def zero(weights: WeightsByRole) -> None:
-    """Initialise residual outputs and the head to zero (muP and Fixup style, as in modded-nanogpt).
+    """Initialise the output layers of residual branches and the head to zero, as in modded-nanogpt, Fixup and muP.
 
-    Blocks start as the identity. If the head is not tied, the loss starts at exactly ln(vocab_size): the model starts
-    from the uniform distribution instead of having to unlearn random predictions. Token embeddings have unit variance,
-    so that the outputs of the blocks do not soon dominate them.
+    Each residual branch initially outputs zero; if a branch ends with a norm, the gain of the norm is initialised to
+    zero instead of the output layer. If the head is not tied, the initial predictions are uniform and the initial loss
+    is exactly ln(vocab_size), so that the model does not have to unlearn random predictions. Untied token embeddings
+    have unit variance, so that the outputs of the blocks do not soon dominate them.
     """
-    nn.init.normal_(weights.embedding, std=INIT_STD if weights.tied else 1.0)  # a tied embedding is also the head's
+    nn.init.normal_(weights.embedding, std=INIT_STD if weights.tied else 1.0)  # a tied embedding is also the head
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     for branch in weights.branches:
-        # At zero input the gradient of a norm grows with 1 / eps, so if there is a norm, zero its gain instead.
+        # The gradient of a norm is very large at zero input, so the gain of the norm is initialised to zero instead.
         for layer in branch.outputs if branch.norm is None else [branch.norm]:
             nn.init.zeros_(layer.get_parameter("weight"))
     if not weights.tied:
@@ -59,14 +64,17 @@ def zero(weights: WeightsByRole) -> None:
 
 
 def normal(weights: WeightsByRole) -> None:
-    """Draw all matrices and embeddings from one normal distribution (Llama, Qwen)."""
+    """Initialise all matrices and embeddings from a normal distribution, as in Llama and Qwen."""
     nn.init.normal_(weights.embedding, std=INIT_STD)
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=INIT_STD)
 
 
 def gpt2(weights: WeightsByRole) -> None:
-    """Like ``normal``, but scale residual outputs by one over the square root of the number of branches (GPT-2)."""
+    """Initialise as in ``normal``, but scale down the output layers of residual branches, as in GPT-2.
+
+    The standard deviation of these layers is divided by the square root of the number of branches.
+    """
     normal(weights)
     for branch in weights.branches:
         for linear in branch.outputs:
@@ -74,7 +82,7 @@ def gpt2(weights: WeightsByRole) -> None:
 
 
 def xavier(weights: WeightsByRole) -> None:
-    """Draw matrices from a Xavier-uniform distribution (Glorot and Bengio 2010), as in the original Transformer's code.
+    """Initialise matrices with Xavier uniform (Glorot and Bengio 2010), as in the code of the original Transformer.
 
     Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """

@@ -1,7 +1,7 @@
 """Access to the local shards of ``DTensor`` parameters, gradients and optimizer states.
 
-Elementwise operations run on the local shard. That requires no communication, and is considerably faster than operating
-on the ``DTensor``.
+Elementwise operations are applied to the local shards, which requires no communication and is considerably faster than
+operating on the ``DTensor``.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,23 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 
 def to_local(tensor: Tensor) -> Tensor:
-    """Return the local shard of a tensor, which shares its memory; the tensor itself if it is not a ``DTensor``."""
+    """Return the local shard of a ``DTensor``, which shares its memory; any other tensor is returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def sharding_of(tensor: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
-    """Return the mesh and placements of a tensor; (None, ()) if it is not a ``DTensor``."""
+    """Return the device mesh and placements of a ``DTensor``, or (None, ()) for any other tensor."""
     return (tensor.device_mesh, tensor.placements) if isinstance(tensor, DTensor) else (None, ())
 
 
 class ShardedMatrices:
-    """Gathers N matrices with the same shape and sharding as one batch, and shards them again.
+    """Helper that gathers a batch of N matrices with the same shape and sharding, and shards them again.
 
     Args:
-        like: One of the matrices, (rows, columns).
+        like: One of the matrices, (rows, columns), which determines their shape and sharding.
         count: Number of matrices (N).
-        replicate: Whether to gather all matrices on every process, instead of distributing whole matrices over the
-            processes.
+        replicate: Whether to gather all matrices on every process. If False, each process gathers only some of the
+            matrices.
     """
 
     def __init__(self, like: Tensor, count: int, replicate: bool = False) -> None:
@@ -41,11 +41,14 @@ class ShardedMatrices:
             self._gathered = [Replicate() if replicate else Shard(0)] * like.device_mesh.ndim
 
     def gather(self, shards: Tensor) -> Tensor:
-        """Gather the whole matrices assigned to this process: (N, local rows, local columns) -> (n, rows, columns)."""
+        """Gather the n full matrices assigned to this process: (N, local rows, local columns) -> (n, rows, columns).
+
+        If ``replicate`` is True, n is N.
+        """
         return shards if self.mesh is None else self._redistribute(shards, self._sharded, self._gathered)
 
     def shard(self, whole: Tensor) -> Tensor:
-        """Shard whole matrices: (n, rows, columns) -> (N, local rows, local columns); the inverse of ``gather``."""
+        """Shard full matrices: (n, rows, columns) -> (N, local rows, local columns); the inverse of ``gather``."""
         return whole if self.mesh is None else self._redistribute(whole, self._gathered, self._sharded)
 
     def _redistribute(self, local: Tensor, source: Sequence[Placement], target: Sequence[Placement]) -> Tensor:
@@ -57,7 +60,7 @@ class ShardedMatrices:
 
 
 def _prepend_dimension(placements: Sequence[Placement]) -> list[Placement]:
-    """Return the placements for a tensor with an additional leading dimension, sharded the same way."""
+    """Return the placements of a tensor after adding a leading dimension that is not sharded."""
     shifted: list[Placement] = []
     for placement in placements:
         if isinstance(placement, _StridedShard):  # FSDP2 on top of tensor parallelism, both sharding rows

@@ -30,8 +30,8 @@ class ExponentialMovingAverage:
     over about its last tenth.
 
     Args:
-        decay: Fraction of the average that is kept in each step; 0.999 averages over about the last thousand steps.
-            None disables averaging.
+        decay: Fraction of the average that is kept in each step; 0.999 averages over about the last 1000 steps. None
+            disables averaging.
 
     Raises:
         UserError: The decay is out of range.
@@ -49,10 +49,10 @@ class ExponentialMovingAverage:
 
         Args:
             optimizer: Any optimizer.
-            steps_done: Function that returns the number of steps before the current one.
+            steps_done: Function that returns the number of optimizer steps before the current step.
 
         Raises:
-            UserError: The weights have 16 bits, which cannot represent the small changes of an average.
+            UserError: The weights are stored in 16 bits, which cannot represent the small changes of an average.
         """
         if self.decay is None:
             return
@@ -60,7 +60,7 @@ class ExponentialMovingAverage:
         if low_precision:
             raise UserError(
                 f"model.ema_decay is {self.decay}, but the weights are {low_precision.pop()}, which is too coarse for "
-                "an average; keep them in 32 bits: --trainer.precision bf16-mixed"
+                "an average; set --trainer.precision bf16-mixed, which stores the weights in float32"
             )
         optimizer.register_step_post_hook(lambda *_: self._update(optimizer, steps_done()))
 
@@ -74,7 +74,7 @@ class ExponentialMovingAverage:
             if EMA_STATE_KEY in optimizer.state.get(p, {}):
                 averages.append(to_local(optimizer.state[p][EMA_STATE_KEY]))
                 weights.append(to_local(p))
-            elif p.grad is not None:  # a parameter that was never updated equals its average, which is not stored
+            elif p.grad is not None:  # before its first update, a parameter equals its average
                 optimizer.state[p][EMA_STATE_KEY] = p.detach().clone()
         if averages:
             decay = min(self.decay or 0.0, (1 + step) / (10 + step))
@@ -104,7 +104,7 @@ class ExponentialMovingAverage:
                 submodule.reshard()  # after a forward pass without a backward pass it may hold unsharded weights
 
     def save(self, checkpoint: dict[str, Any], optimizers: list[Optimizer], module: nn.Module) -> None:
-        """Swap weights and averages in a checkpoint and mark it as swapped; the live weights are unchanged.
+        """Swap weights and averages in a checkpoint and mark it as swapped; the weights in memory are unchanged.
 
         Args:
             checkpoint: The trainer's checkpoint, with ``state_dict`` and ``optimizer_states``. Both may be empty on a
@@ -122,7 +122,7 @@ class ExponentialMovingAverage:
                 swap_saved_weights(checkpoint["state_dict"], optimizer_state, parameter_names(optimizer, module))
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Restore from a checkpoint whether weights and averages are swapped.
+        """Set ``active`` to whether weights and averages are swapped in a checkpoint.
 
         Raises:
             UserError: The checkpoint contains averages, but averaging is disabled.
@@ -130,18 +130,18 @@ class ExponentialMovingAverage:
         self.active = checkpoint.get(EMA_CHECKPOINT_KEY, False)
         if self.active and self.decay is None:
             raise UserError(
-                "the weights of the checkpoint are averages, so averaging must continue: set --model.ema_decay "
-                "(with 0, the average equals the weights)"
+                "the weights of the checkpoint are averages, but --model.ema_decay is not set; set it to continue "
+                "averaging (with 0, the averages equal the weights)"
             )
 
 
 def swap_saved_weights(weights: dict[str, Tensor], saved: dict[str, Any], names: list[list[str]]) -> None:
-    """Swap saved weights and their averages in the given dicts; applying it twice restores them.
+    """Swap weights and averages in the given dicts in place; calling this function twice restores the dicts.
 
     Args:
         weights: Weights keyed by name; tied weights occur several times.
         saved: State dict of an optimizer.
-        names: The parameter's names for each integer key of ``saved["state"]``; see ``parameter_names``.
+        names: Names of the parameter for each integer key of ``saved["state"]``; see ``parameter_names``.
     """
     for key, state in saved["state"].items():
         if EMA_STATE_KEY in state:

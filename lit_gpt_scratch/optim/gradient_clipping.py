@@ -1,4 +1,4 @@
-"""Gradient clipping by norm and by value, also for sharded gradients."""
+"""Gradient clipping by norm and by value, with support for sharded gradients."""
 
 from collections import defaultdict
 from collections.abc import Sequence

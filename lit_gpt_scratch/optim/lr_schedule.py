@@ -1,4 +1,4 @@
-"""Learning-rate schedule: warmup, constant phase, decay."""
+"""Learning-rate schedule with a warmup, a constant phase and a decay."""
 
 import math
 from collections.abc import Mapping
@@ -10,23 +10,24 @@ from lit_gpt_scratch.errors import UserError
 Decay = Literal["wsd", "linear", "cosine", "constant", "inverse_sqrt"]
 
 DEFAULT_DECAY_SHARES: Final = {"wsd": 0.4, "linear": 1.0, "cosine": 1.0}
-"""Default ``decay_share``, keyed by ``decay``."""
+"""Default values of ``decay_share``, keyed by ``decay``."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning-rate schedule, as a factor of the peak learning rate.
+    """Learning-rate schedule, expressed as a factor of the peak learning rate.
 
     Args:
-        decay: Learning-rate decay after warmup: ``wsd`` (warmup, stable, decay: https://arxiv.org/abs/2404.06395) holds
-            the peak and then decays linearly to ``final``; ``linear`` and ``cosine``
+        decay: Type of learning-rate decay after warmup: ``wsd`` (warmup-stable-decay, https://arxiv.org/abs/2404.06395)
+            holds the peak and then decays linearly to ``final``; ``linear`` and ``cosine``
             (https://arxiv.org/abs/1608.03983) decay to ``final`` from the end of warmup; ``inverse_sqrt`` decays with
-            the inverse square root of the step and works for runs of unknown length (https://arxiv.org/abs/1706.03762,
-            section 5.3); ``constant`` does not decay.
+            the inverse square root of the step and is suitable for runs of unknown length
+            (https://arxiv.org/abs/1706.03762, section 5.3); ``constant`` does not decay.
         warmup_steps: Number of optimizer steps over which the learning rate rises linearly to its peak.
-        decay_share: Fraction of the run, at its end, over which ``wsd``, ``linear`` or ``cosine`` decays the learning
-            rate. By default 0.4 for ``wsd``, and 1 for the others, which is everything after warmup.
-        final: Learning rate at the last step of ``wsd``, ``linear`` and ``cosine``, as a fraction of the peak.
+        decay_share: Fraction of the optimizer steps, at the end of the run, over which ``wsd``, ``linear`` or
+            ``cosine`` decays the learning rate. The default is 0.4 for ``wsd``, and 1 for ``linear`` and ``cosine``,
+            which then decay over all steps after warmup.
+        final: Learning rate at the end of the decay of ``wsd``, ``linear`` and ``cosine``, as a fraction of the peak.
 
     Raises:
         UserError: A value is out of range.
@@ -48,15 +49,15 @@ class Schedule:
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return default values for the arguments that are None. They depend on the other arguments.
+        """Return the default values of arguments that are None, which depend on the other arguments.
 
-        ``fit`` saves them in ``config.yaml``.
+        ``fit`` saves the default values in ``config.yaml``.
         """
         decay = arguments.get("decay")
         return {"decay_share": DEFAULT_DECAY_SHARES[decay]} if decay in DEFAULT_DECAY_SHARES else {}
 
     def factor(self, step: int, total_steps: float) -> float:
-        """Return the learning rate at a step as a factor of its peak.
+        """Return the learning rate at a step as a factor of the peak learning rate.
 
         Args:
             step: Number of completed optimizer steps.

@@ -1,10 +1,10 @@
-"""``MuonAdamW``, a single optimizer with two update rules, and the recipes that ``--model.optimizer`` chooses from.
+"""The optimizer ``MuonAdamW``, which has two update rules, and the recipes for the flag ``--model.optimizer``.
 
-Two separate optimizers would require Lightning's manual optimization, without its gradient clipping, gradient
-accumulation and correct ``global_step``.
+Two separate optimizers would require Lightning's manual optimization, which lacks gradient clipping, gradient
+accumulation and a correct ``global_step``.
 
-A recipe holds plain numbers until the model exists and the optimizer can be built. Defaults that differ between recipes
-are ``None`` in the signature, because a config that changes the class keeps arguments of the same name, and Muon's
+A recipe only stores hyperparameters until the model exists and the optimizer can be built. Defaults that differ between
+recipes are ``None`` in the signature: if a config changes the class, arguments of the same name are kept, and Muon's
 learning rate would be far too large for AdamW.
 """
 
@@ -23,8 +23,8 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.optim.dtensor import ShardedMatrices, sharding_of, to_local
 from lit_gpt_scratch.optim.param_groups import parameter_groups
 
-# Keller Jordan's quintic polynomial: five iterations bring any singular value into about [0.7, 1.2], which trains as
-# well as exactly 1 and requires no decomposition.
+# Keller Jordan's quintic polynomial: five iterations map singular values to about [0.7, 1.2], which trains as well as
+# singular values of exactly 1 and requires no singular value decomposition.
 NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
@@ -32,7 +32,7 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     """Approximate the nearest (semi-)orthogonal matrices with Newton-Schulz iterations.
 
-    Singular vectors are kept and singular values are brought close to 1, so that an update has equal size in all
+    Singular vectors are kept and singular values are mapped close to 1, so that an update has the same size in all
     directions.
 
     Args:
@@ -45,9 +45,9 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     x = matrices.bfloat16()
     tall = x.size(-2) > x.size(-1)
-    if tall:  # the products below are rows x rows: keep them small
+    if tall:  # keeps the (rows, rows) products below small
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the spectral norm is at most this norm
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # the Frobenius norm bounds the spectral norm
     for _ in range(steps):
         gram = x @ x.mT  # (N, rows, rows)
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -55,28 +55,29 @@ def orthogonalise(matrices: Tensor, steps: int = NEWTON_SCHULZ_STEPS) -> Tensor:
 
 
 class MuonAdamW(Optimizer):
-    """Optimizer that updates each parameter group by its ``rule``: ``muon`` (matrices only) or ``adamw``.
+    """Optimizer that updates each parameter group with its own ``rule``: ``muon`` (matrices only) or ``adamw``.
 
     Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) orthogonalises the Nesterov momentum and scales
-    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If they are sharded,
-    each process gathers and orthogonalises some of them. With NorMuon, which keeps a statistic per row, each process
-    gathers and orthogonalises all of them. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused kernel.
+    it by sqrt(max(1, rows / columns)). Matrices of the same shape are orthogonalised as one batch. If the matrices are
+    sharded, each process gathers and orthogonalises some of them. With NorMuon, which stores a statistic per row, each
+    process gathers and orthogonalises all matrices. AdamW (https://arxiv.org/abs/1711.05101) uses PyTorch's fused
+    kernel.
 
     Args:
-        groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``; in addition
-            ``momentum`` for ``muon`` (NorMuon if there is also a ``row_beta``), and ``betas``, ``eps`` and ``fused``
-            for ``adamw``.
+        groups: Parameter groups as dicts with ``params``, ``rule``, ``lr`` and ``weight_decay``. Groups with the rule
+            ``muon`` also require ``momentum``, and use NorMuon if ``row_beta`` is set. Groups with the rule ``adamw``
+            also require ``betas``, ``eps`` and ``fused``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         super().__init__(groups, defaults={})
         for group in self.param_groups:
             if group["rule"] == "muon" and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError("muon updates matrices only")
+                raise ValueError("the rule muon requires 2-D parameters; use adamw for all other parameters")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+        """Perform one optimization step on all parameters that have a gradient."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -152,13 +153,13 @@ class MuonAdamW(Optimizer):
 
 
 class OptimizerRecipe(ABC):
-    """Hyperparameters of an optimizer, which is built once the model exists."""
+    """Base class for the hyperparameters of an optimizer, which is built once the model exists."""
 
     @classmethod
     def default_arguments(cls, arguments: Mapping[str, Any]) -> dict[str, Any]:
-        """Return default values for the arguments that are None. They may depend on the other arguments.
+        """Return the default values of arguments that are None, which may depend on the other arguments.
 
-        ``fit`` saves them in ``config.yaml``.
+        ``fit`` saves the default values in ``config.yaml``.
         """
         return {}
 
@@ -185,8 +186,8 @@ class AdamW(OptimizerRecipe):
     """AdamW for all parameters: Adam with decoupled weight decay (https://arxiv.org/abs/1711.05101).
 
     Args:
-        lr: Peak learning rate; by default 3e-3, which suits small models.
-        weight_decay: Decoupled weight decay for matrices and embeddings, but not for gains and biases; by default 0.1.
+        lr: Peak learning rate; the default of 3e-3 is suitable for small models.
+        weight_decay: Decoupled weight decay for matrices and embeddings, but not for gains and biases; 0.1 by default.
         beta1: Decay rate of the running mean of gradients.
         beta2: Decay rate of the running mean of squared gradients.
     """
@@ -223,14 +224,14 @@ class AdamW(OptimizerRecipe):
 
 
 class Muon(OptimizerRecipe):
-    """Muon for the matrices in the blocks, AdamW for embeddings, head, gains and biases.
+    """Muon for the matrices in the blocks, and AdamW for embeddings, the output head, gains and biases.
 
     Args:
         lr: Peak learning rate of Muon; 0.02 by default.
         weight_decay: Decoupled weight decay for the matrices that Muon updates; 0 by default.
         momentum: Momentum of Muon.
-        row_beta: Decay rate of the running mean square that NorMuon (https://arxiv.org/abs/2510.05491) normalises each
-            neuron's update with. Setting it enables NorMuon, which is off by default.
+        row_beta: Decay rate of the running mean square with which NorMuon (https://arxiv.org/abs/2510.05491) normalises
+            the update of each neuron. By default, NorMuon is disabled; setting ``row_beta`` enables it.
         adamw_lr: Peak learning rate of AdamW.
         beta1: Decay rate of AdamW's running mean of gradients.
         beta2: Decay rate of AdamW's running mean of squared gradients.
@@ -281,7 +282,8 @@ class Muon(OptimizerRecipe):
 
 
 def _build_optimizer(*groups: dict[str, Any]) -> MuonAdamW:
-    return MuonAdamW([group for group in groups if group["params"]])  # with LoRA, for example, there are only tables
+    # Groups may be empty: with LoRA, for example, only tables are trained.
+    return MuonAdamW([group for group in groups if group["params"]])
 
 
 def _adamw_settings(lr: float, beta1: float, beta2: float) -> dict[str, Any]:

@@ -9,12 +9,12 @@ from lit_gpt_scratch.model.module_metadata import optimizer_groups
 
 @dataclass(frozen=True)
 class ParameterGroups:
-    """The trainable parameters of a network, grouped by role.
+    """Trainable parameters of a network, grouped by their role.
 
     Attributes:
         matrices: 2-D weights between hidden layers.
         tables: Embeddings and output heads, with one vector per token, class or position; parameters with more than two
-            dimensions; and the factors of LoRA, because only their product is a map between hidden layers.
+            dimensions; and LoRA factors, because only their product is a map between hidden layers.
         vectors: Gains and biases.
     """
 

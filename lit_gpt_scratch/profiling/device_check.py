@@ -1,4 +1,4 @@
-"""Describe this machine, and compare a training step on every device with a CPU in float32."""
+"""Describe the machine, and compare a training step on each device with the same step on the CPU in float32."""
 
 import platform
 import shutil
@@ -16,21 +16,21 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 
 REPORTED_LIBRARIES: Final = ("torch", "lightning", "tokenizers", "tensorboard", "transformers", "optuna", "lm-eval")
 CHECK_CONFIG: Final = GPTConfig(n_layer=2, n_head=2, n_embd=64, initialisation="gpt2")
-"""Config of the model to compare; all its weights receive a gradient."""
+"""Config of the model that is trained for the comparison; all its weights receive a gradient."""
 VOCAB_SIZE, BATCH, BLOCK_SIZE = 256, 4, 64
 RELATIVE_TOLERANCES: Final = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Maximum relative difference in loss and gradient. On GPUs, float32 may use TF32, which has a 10-bit mantissa."""
+"""Maximum relative difference of loss and gradient, keyed by dtype; on GPUs, float32 may use TF32 (10-bit mantissa)."""
 
 
 class DeviceComparison(NamedTuple):
-    """Comparison of a training step on a device in some dtype with the same step on a CPU in float32.
+    """Comparison of a training step on a device in a given dtype with the same step on the CPU in float32.
 
     Attributes:
         device: Device type.
         dtype: Autocast dtype.
         loss: Relative difference between the losses.
         gradient: Norm of the difference between the gradients, relative to the norm of the CPU gradient.
-        failed: Error message if the step failed, otherwise empty.
+        failed: Error message if the step failed; empty if it succeeded.
     """
 
     device: str
@@ -41,12 +41,12 @@ class DeviceComparison(NamedTuple):
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether the step succeeded, and its differences are within the dtype's tolerance."""
+        """Whether the step succeeded and its differences are within the tolerance of the dtype."""
         return not self.failed and max(self.loss, self.gradient) <= RELATIVE_TOLERANCES[self.dtype]
 
 
 def list_devices() -> list[torch.device]:
-    """Return one device per available device type, the CPU first."""
+    """Return one device for each available device type, starting with the CPU."""
     found = [torch.device("cpu")]
     if torch.cuda.is_available():
         found.append(torch.device("cuda"))
@@ -56,7 +56,7 @@ def list_devices() -> list[torch.device]:
 
 
 def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
-    """Describe the machine's software and hardware as (name, text) pairs.
+    """Yield (name, text) pairs that describe the software and hardware of the machine.
 
     Args:
         folders: Folders whose free disk space is reported, keyed by purpose. If a folder does not exist, its nearest
@@ -82,7 +82,7 @@ def describe_machine(folders: dict[str, Path]) -> Iterator[tuple[str, str]]:
 
 
 def compare_devices() -> Iterator[DeviceComparison]:
-    """Compare a training step of a small model on every device and dtype with a CPU in float32."""
+    """Compare a training step of a small model on each device and in each dtype with the CPU in float32."""
     expected = _training_step(torch.device("cpu"), torch.float32)
     for device in list_devices():
         for dtype in RELATIVE_TOLERANCES:
@@ -99,7 +99,7 @@ def compare_devices() -> Iterator[DeviceComparison]:
 
 
 def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, torch.Tensor]:
-    """Compute the loss of one batch and its gradient, (parameters,) float32 on the CPU."""
+    """Compute the loss of one batch and its gradient, a (n_parameters,) float32 tensor on the CPU."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = GPT(CHECK_CONFIG, VOCAB_SIZE, BLOCK_SIZE)
@@ -107,7 +107,7 @@ def _training_step(device: torch.device, dtype: torch.dtype) -> tuple[float, tor
     net, ids = net.to(device), ids.to(device)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         nats, n_labels = token_cross_entropy(net(ids[:, :-1]), ids[:, 1:].contiguous())
-    (nats / n_labels).backward()  # type: ignore[no-untyped-call]  # of torch
+    (nats / n_labels).backward()  # type: ignore[no-untyped-call]  # not annotated in torch
     gradient = torch.cat([p.grad.flatten().float().cpu() for p in net.parameters() if p.grad is not None])
     return (nats / n_labels).item(), gradient
 

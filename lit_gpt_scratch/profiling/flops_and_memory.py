@@ -23,7 +23,7 @@ OPTIMIZER_MOMENTS = {"muon": 1, "adamw": 2}
 
 
 def count_parameters_by_part(net: GPT) -> dict[str, int]:
-    """Count the parameters of the embeddings, attention, feed-forward layers, head (if not tied), and all others."""
+    """Count the parameters of the embeddings, attention, feed-forward layers, untied head, and gains and biases."""
     parts: Counter[str] = Counter()
     for module in net.modules():
         if isinstance(module, nn.Embedding):
@@ -39,17 +39,17 @@ def count_parameters_by_part(net: GPT) -> dict[str, int]:
 def require_model_fits_memory(
     config: GPTConfig, vocab_size: int, block_size: int, device: torch.device, processes: int
 ) -> None:
-    """Check, before a model is built, that it can fit into the memory of the machine or the accelerator.
+    """Check that a model fits into the memory of the machine or accelerator, without building the model.
 
     Args:
         config: The model config.
         vocab_size: Number of token ids.
         block_size: Context length in tokens.
         device: The device to train on.
-        processes: Number of processes of the run.
+        processes: Number of processes across which the model may be sharded.
 
     Raises:
-        UserError: The weights and gradients alone do not fit, even if they are sharded across all processes.
+        UserError: If the weights and gradients alone do not fit, even when sharded across all processes.
     """
     try:
         with torch.device("meta"):  # no memory is allocated
@@ -58,7 +58,7 @@ def require_model_fits_memory(
                 for n in (1, 2)
             )
     except (RuntimeError, TypeError) as error:  # a tensor cannot have such a size
-        raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model.gpt cannot be built: {str(error).splitlines()[0]}; choose smaller sizes") from error
     needed = 2 * 4 * (one + (config.n_layer - 1) * (two - one))
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
@@ -68,23 +68,23 @@ def require_model_fits_memory(
         return
     if needed > memory * processes:
         raise UserError(
-            f"model.gpt: weights and gradients alone need {needed / 2**30:,.1f} GiB, but the machine has "
-            f"{memory * processes / 2**30:,.1f}; choose a smaller n_layer, n_embd or vocabulary"
+            f"the weights and gradients of model.gpt alone require {needed / 2**30:,.1f} GiB, but only "
+            f"{memory * processes / 2**30:,.1f} GiB are available; choose a smaller n_layer, n_embd or vocabulary"
         )
 
 
 def training_flops_per_token(net: GPT) -> int:
     """Return the number of floating-point operations per token for a forward and backward pass at full context length.
 
-    As in appendix B of the PaLM paper (https://arxiv.org/abs/2204.02311), these are 6 per weight of a linear layer, and
-    12 * n_layer * n_head * head_dim * T for attention, including the half that the causal mask removes. The backward
-    pass costs twice as much as the forward pass.
+    The count follows appendix B of the PaLM paper (https://arxiv.org/abs/2204.02311): 6 operations per weight of a
+    linear layer, and 12 * n_layer * n_head * head_dim * T for attention, including the half that the causal mask
+    removes. The backward pass requires twice as many operations as the forward pass.
     """
     return 3 * flops_per_token(net, net.block_size)
 
 
 def state_bytes(optimizer: Optimizer, averaged: bool = False) -> int:
-    """Return the bytes used on this process by weights, gradients and optimizer state.
+    """Return the number of bytes that weights, gradients and optimizer state occupy in this process.
 
     Args:
         optimizer: The optimizer.
@@ -108,7 +108,7 @@ def activation_bytes(
     autocast: bool,
     recompute: bool = False,
 ) -> int:
-    """Return the bytes of activations that one micro-batch saves for its backward pass, without a compiler.
+    """Return the number of bytes of activations that an uncompiled model saves for the backward pass of a micro-batch.
 
     A compiled model saves fewer activations. The forward pass is simulated with fake tensors, which have shapes but no
     data; each storage is counted once.
@@ -116,9 +116,9 @@ def activation_bytes(
     Args:
         config: The model config.
         vocab_size: Number of token ids.
-        block_size: Tokens per window.
-        batch_size: Windows per micro-batch.
-        device: The device to simulate; no memory is allocated on it.
+        block_size: Number of tokens per window.
+        batch_size: Number of windows per micro-batch.
+        device: The device to simulate; none of its memory is allocated.
         dtype: Dtype of the weights.
         autocast: Whether matmuls run in bfloat16.
         recompute: Whether activation checkpointing is used, which saves only the inputs of the blocks.
@@ -130,7 +130,7 @@ def activation_bytes(
         kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    # FlexAttention is compiled and cannot be simulated; it saves no more memory than the fused kernel does.
+    # FlexAttention is compiled and cannot be simulated; it uses about as much memory as the fused kernel.
     config = replace(config, attention_backend="manual" if config.attention_softcap else "sdpa")
     with FakeTensorMode(), torch.device(device):
         net = GPT(config, vocab_size, block_size)

@@ -1,4 +1,4 @@
-"""Peak FLOP/s of a device, measured and from data sheets, as the reference for model FLOPs utilisation."""
+"""Peak FLOP/s of a device, measured and from data sheets, as the reference for model FLOPs utilization."""
 
 import re
 import time
@@ -28,27 +28,27 @@ TENSOR_CORE_TFLOPS = {
 }
 """Dense TFLOP/s of bfloat16 and float16 matmuls with float32 accumulation, keyed by a regex for the GPU's name.
 
-The values are from NVIDIA's data sheets. If a data sheet only lists the value with structured sparsity, half of it is
-used. Lightning's and PyTorch's tables mix dense and sparse values, and do not recognise an H200 or L40S by the name
-that the driver reports.
+The values are from NVIDIA's data sheets. If a data sheet lists only the value with structured sparsity, half of it is
+used. The tables of Lightning and PyTorch are not used, because they mix dense and sparse values and do not recognize an
+H200 or L40S by the name that the driver reports.
 """
 FLOAT16_ONLY_TFLOPS = {"V100-SXM2": 125, "V100-SXM3": 125, "V100-PCIE": 112, "T4": 65}
 """Dense TFLOP/s of float16 matmuls on GPUs whose tensor cores do not support bfloat16."""
 
 MAX_MATRIX_SIZE = 8192
 MIN_SECONDS = 0.005
-"""Duration of a matmul above which larger matrices do not increase the FLOP/s."""
+"""Duration of a matmul in seconds beyond which larger matrices do not increase the FLOP/s."""
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Return a device's peak FLOP/s: ``measured`` and, if known, ``nominal`` from the data sheet.
 
-    Utilisation in the literature is relative to the data sheet. No matmul reaches that value, because clock rates drop
-    under load. The measured value is the FLOP/s of the fastest square matmul, which a program can reach.
+    Publications report utilization relative to the data sheet. No matmul reaches that value, because clock rates drop
+    under load. The measured value is the FLOP/s of the fastest square matmul, which real programs can reach.
 
     Args:
-        device: The device. It is measured once per process, which takes a few tenths of a second.
-        dtype: Dtype of the factors.
+        device: The device to measure. The measurement takes a few tenths of a second and is cached.
+        dtype: Dtype of the matrices.
     """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     nominal = lookup_nominal_flops(name, dtype)
@@ -57,7 +57,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def lookup_nominal_flops(name: str, dtype: torch.dtype) -> float | None:
-    """Look up the dense FLOP/s of a GPU by name in the data sheets; return None if unknown."""
+    """Return the dense FLOP/s of a GPU according to its data sheet, or None if the GPU or dtype is not listed."""
     tables = {torch.bfloat16: TENSOR_CORE_TFLOPS, torch.float16: TENSOR_CORE_TFLOPS | FLOAT16_ONLY_TFLOPS}
     if "MIG" in name:  # a partition of a GPU
         return None
@@ -71,9 +71,9 @@ def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: s
 
     Args:
         device: The device.
-        dtype: Dtype of the factors.
-        float32_precision: PyTorch's float32 matmul precision, which affects the result for float32. It is not used
-            here, but makes the cache distinguish the settings.
+        dtype: Dtype of the matrices.
+        float32_precision: Value of ``torch.get_float32_matmul_precision()``, which affects float32 matmuls. It is only
+            part of the cache key.
     """
     best, seconds, n = 0.0, 0.0, 128
     generator = torch.Generator(device).manual_seed(0)  # so that the global random state is unchanged
@@ -81,7 +81,7 @@ def measure_flops(device: torch.device, dtype: torch.dtype, float32_precision: s
         n *= 2
         row, column = torch.randn(2, n, device=device, generator=generator)
         factor = torch.outer(row, column).to(dtype)  # much faster than sampling n * n random numbers
-        tries = 3 if device.type == "cpu" else 4  # CPU matmuls are slow; on a GPU the first ones are warm-up
+        tries = 3 if device.type == "cpu" else 4  # CPU matmuls are slow; on a GPU, the first matmuls are warm-up
         seconds = min(_time_matmul(factor) for _ in range(tries))
         best = max(best, 2 * n**3 / seconds)
     return best

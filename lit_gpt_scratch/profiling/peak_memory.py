@@ -1,4 +1,4 @@
-"""Measure the peak memory of a run."""
+"""Measure the peak memory usage of a run."""
 
 import sys
 
@@ -9,10 +9,10 @@ if sys.platform != "win32":
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Return the peak memory in bytes, or None if it is not available.
+    """Return the peak memory usage of this process in bytes, or None if it is not available.
 
-    For CUDA, this is the memory of this process's tensors since training began. For the CPU, it is the peak resident
-    set size of the process since it started.
+    On a CUDA device, it is the peak memory occupied by tensors since the statistics were last reset. On a CPU, it is
+    the peak resident set size of the process since it started.
 
     Args:
         device: The device.

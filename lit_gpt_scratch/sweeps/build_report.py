@@ -1,4 +1,4 @@
-"""Building a sweep report from a study, or from folders of manually started runs."""
+"""Construction of sweep reports from a study, or from the folders of manually started runs."""
 
 import json
 import shlex
@@ -23,11 +23,13 @@ from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, suggest
 MIN_TRIALS: Final = 4
 """Minimum number of complete trials for estimating the importance of dimensions."""
 NOT_VARIED: Final = ("runs", "experiment", "ckpt_path", "force", "plan", "seed_everything", "config", "preset")
-"""Flags that do not distinguish the settings of two runs."""
+"""Flags that are ignored when the settings of runs are compared."""
 
 
 def build_study_report(study: Study, path: Path) -> SweepReport:
-    """Build the report of a study so far, from the study alone: run folders may be on other machines.
+    """Build a report on the current state of a study.
+
+    Only the study itself is read, because the run folders may be on other machines.
 
     Args:
         study: A study that already exists in its storage.
@@ -51,14 +53,14 @@ def build_study_report(study: Study, path: Path) -> SweepReport:
 
 
 def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) -> SweepReport:
-    """Build a report of finished runs.
+    """Build a report that compares finished runs.
 
     Runs whose flags differ only in the seed form a trial; the first trial is the baseline.
 
     Args:
         paths: Run folders, or folders that contain run folders.
-        metric: Key in ``summary.json``.
-        direction: ``minimize`` or ``maximize``.
+        metric: Metric to compare, a key in ``summary.json``.
+        direction: Whether to ``minimize`` or ``maximize`` the metric.
 
     Raises:
         UserError: A path contains no finished run, two runs have the same flags and seed, or a run lacks the metric.
@@ -98,7 +100,7 @@ def build_comparison_report(paths: Sequence[Path], metric: str, direction: str) 
 
 
 def describe_setup(sweep: SweepConfig) -> dict[str, str]:
-    """Return the setup of a sweep (flags, budget, method, metric and so on) as text by key."""
+    """Return descriptions of the flags, budget, search method, seeds, metric and pruning of a sweep, keyed by name."""
     setup = {name: _describe_dimension(dimension) for name, dimension in sweep.vary.items()}
     setup |= {"base": ", ".join(map(str, sweep.base)) or "the defaults of fit"}
     setup |= {f"fixed: {name}": format_flag_value(value) for name, value in sweep.fixed.items()}
@@ -131,7 +133,7 @@ def _trial_result(trial: FrozenTrial, sweep: SweepConfig, baseline: ResolvedBase
 
 
 def _importance(study: Study) -> dict[str, float]:
-    """Return the fANOVA importance of each dimension (Hutter et al. 2014); empty for one dimension or few trials."""
+    """Return the fANOVA importance (Hutter et al. 2014) by dimension; empty for one dimension or too few trials."""
     complete = [trial for trial in study.trials() if trial.state == TrialState.COMPLETE]
     if len(study.sweep.vary) < 2 or len(complete) < MIN_TRIALS or len({trial.value for trial in complete}) < 2:
         return {}
@@ -142,7 +144,7 @@ def _importance(study: Study) -> dict[str, float]:
 def _finished_runs(path: Path) -> list[Path]:
     folders = sorted(file.parent for file in path.rglob("summary.json") if (file.parent / "config.yaml").is_file())
     if not folders:
-        raise UserError(f"--compare: {path} contains no finished run")
+        raise UserError(f"--compare: {path} contains no finished run; pass a folder with a finished run of fit")
     return folders
 
 

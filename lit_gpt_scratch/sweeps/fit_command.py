@@ -1,4 +1,4 @@
-"""Command lines for ``fit``, and names of run folders."""
+"""Command lines of ``fit`` and run-folder names for the runs of a sweep."""
 
 import json
 import re
@@ -12,15 +12,15 @@ from lit_gpt_scratch.sweeps.search_space import FitFlags
 from lit_gpt_scratch.sweeps.sweep_config import Assignment, SweepConfig, short_hash
 
 FIT_MODULE = "lit_gpt_scratch.fit"
-"""Module that every run executes."""
+"""Name of the Python module that every run executes."""
 
 
 @dataclass(frozen=True)
 class ResolvedBaseline:
-    """The baseline's flags as resolved by ``fit``; stored in the study.
+    """Flags of the baseline as resolved by ``fit``, which are stored in the study.
 
     Args:
-        flags: Values of all flags, keyed by short name.
+        flags: Values of all flags, keyed by short name (see ``short_flag``).
         replicas: Number of data-parallel processes, each of which reads different samples.
     """
 
@@ -29,10 +29,10 @@ class ResolvedBaseline:
 
 
 def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: ResolvedBaseline) -> list[str]:
-    """Return the ``fit`` arguments for a trial, without seed and folder.
+    """Return the command-line arguments of ``fit`` for a trial, except for the seed and the run folder.
 
     Raises:
-        UserError: A budget in tokens cannot be converted to steps.
+        UserError: The token budget cannot be converted to optimizer steps.
     """
     flags = sweep.fit_flags(assignment)
     arguments = [f"--config={path}" for path in sweep.base]
@@ -51,7 +51,7 @@ def build_arguments(sweep: SweepConfig, assignment: Assignment, baseline: Resolv
 
 
 def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
-    """Return the number of optimizer steps, at least 1, for a budget in tokens.
+    """Convert a token budget to a number of optimizer steps, which is at least 1.
 
     Args:
         tokens: Total number of training tokens in the run.
@@ -59,14 +59,16 @@ def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
         replicas: Number of data-parallel processes.
 
     Raises:
-        UserError: The flags of the data module do not determine the tokens per step.
+        UserError: The number of tokens per step cannot be computed from the flags.
     """
     tokens_per_step = flags.get("data.tokens_per_step")
     if tokens_per_step is None:
         names = ("data.batch_size", "data.block_size", "trainer.accumulate_grad_batches")
         factors = [flags.get(name) for name in names]
         if None in factors:
-            raise UserError("budget: tokens per step are unknown for this data module; set steps instead of tokens")
+            raise UserError(
+                "budget: the number of tokens per step is unknown for this data module; set a budget in steps instead"
+            )
         tokens_per_step = replicas
         for factor in factors:
             tokens_per_step *= int(str(factor))
@@ -74,9 +76,9 @@ def tokens_to_steps(tokens: float, flags: FitFlags, replicas: int) -> int:
 
 
 def experiment_name(sweep: SweepConfig, assignment: Assignment, arguments: list[str], seed: int) -> str:
-    """Return the name of a run's folder: its settings, and a hash of everything that determines the run.
+    """Return the folder name of a run, built from its settings and a hash of everything that determines the run.
 
-    A run has the same name in every sweep, so finished runs are reused when the sweep file is extended.
+    The name of a run does not depend on the sweep, so finished runs are reused when the sweep file is extended.
     """
     settings = "_".join(f"{each:.6g}" if isinstance(each, float) else str(each) for each in assignment.values())
     content = [arguments, seed, [path.read_text(encoding="utf-8") for path in sweep.base]]
@@ -84,17 +86,17 @@ def experiment_name(sweep: SweepConfig, assignment: Assignment, arguments: list[
 
 
 def format_command(arguments: list[str], seed: int) -> str:
-    """Return the shell command for a run."""
+    """Return the shell command that executes a run."""
     return shlex.join(["python", "-m", FIT_MODULE, *arguments, f"--seed_everything={seed}"])
 
 
 def format_flag_value(value: Any) -> str:
-    """Format a value in command-line syntax."""
+    """Format the value of a flag for the command line."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     return json.dumps(value) if isinstance(value, dict | list) else str(value)
 
 
 def short_flag(name: str) -> str:
-    """Return the short name of a flag, without ``init_args`` and ``class_path``."""
+    """Return the name of a flag without its ``init_args`` and ``class_path`` components."""
     return name.replace(".init_args", "").removesuffix(".class_path")

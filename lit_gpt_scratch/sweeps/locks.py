@@ -1,4 +1,4 @@
-"""Locks between the processes and machines that work on a study; released when a process is killed."""
+"""Locks that coordinate the processes and machines working on a study; killed processes release their locks."""
 
 import threading
 import zlib
@@ -22,7 +22,7 @@ class StudyLocks(ABC):
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the study lock in this context; blocks until no other thread, process or machine holds it."""
+        """Hold the study lock in this context, after waiting until no other thread, process or machine holds it."""
         with self._thread_lock:
             self._acquire_study()
             try:
@@ -60,7 +60,7 @@ class FileLocks(StudyLocks):
         self._held: dict[str, FileLock] = {}
 
     def try_acquire(self, name: str) -> bool:
-        """Try to lock the file with this name."""
+        """Try to acquire a file lock without blocking; return False if it is already held."""
         if name in self._held:
             return False
         lock = FileLock(self._folder / name, thread_local=False)
@@ -72,7 +72,7 @@ class FileLocks(StudyLocks):
         return True
 
     def release(self, name: str) -> None:
-        """Unlock the file with this name."""
+        """Release a file lock."""
         self._held.pop(name).release()
 
     def _acquire_study(self) -> None:
@@ -98,7 +98,7 @@ class PostgresLocks(StudyLocks):
         super().__init__()
         engine = sqlalchemy.create_engine(
             url,
-            isolation_level="AUTOCOMMIT",  # session-level locks: no transaction may stay open meanwhile
+            isolation_level="AUTOCOMMIT",  # so that holding a lock keeps no transaction open
             poolclass=sqlalchemy.pool.NullPool,
             connect_args={"options": self.KEEP_ALIVE, "connect_timeout": 10},
         )
@@ -107,7 +107,10 @@ class PostgresLocks(StudyLocks):
         self._held: set[str] = set()
 
     def try_acquire(self, name: str) -> bool:
-        """Try to acquire the advisory lock; held names are tracked because the server's locks are reentrant."""
+        """Try to acquire an advisory lock without blocking; return False if it is already held.
+
+        The names of held locks are recorded, because the server would grant this connection the same lock again.
+        """
         with self._thread_lock:
             if name in self._held or not self._call("pg_try_advisory_lock", name):
                 return False
@@ -115,7 +118,7 @@ class PostgresLocks(StudyLocks):
             return True
 
     def release(self, name: str) -> None:
-        """Release the advisory lock."""
+        """Release an advisory lock."""
         with self._thread_lock:
             self._call("pg_advisory_unlock", name)
             self._held.remove(name)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STYLE: Final[dict[str, Any]] = {
-    "svg.fonttype": "none",  # text stays text
+    "svg.fonttype": "none",  # keep text as text instead of converting it to paths
     "svg.hashsalt": "lit_gpt_scratch",  # makes the output deterministic
     "font.family": "sans-serif",
     "axes.spines.top": False,
@@ -21,7 +21,7 @@ STYLE: Final[dict[str, Any]] = {
     "axes.titlesize": "medium",
 }
 UNITS: Final = {"bits_per_byte": "bits per byte", "loss": "nats", "seconds": "s", "tokens_per_second": "tokens per s"}
-"""Units of metrics, keyed by the last component of their names."""
+"""Units of metrics, keyed by the last component of the metric's name."""
 COLORS: Final = {"better": "C0", "worse": "C3", WITHIN_NOISE: "0.45"}
 MARKER_LABELS: Final = {
     "better": "better (p < 0.05 after Holm's correction)",
@@ -31,12 +31,12 @@ MARKER_LABELS: Final = {
 MAX_CURVES: Final = 10
 """Maximum number of trials per plot of curves."""
 OUTLIER_RATIO: Final = 5.0
-"""A trial is clipped if its values extend this many times farther from 0 than those of the next trial."""
+"""Trials are clipped as outliers if their values extend more than this many times as far from 0 as all others."""
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A plot: file name without suffix, SVG document and caption."""
+    """Plot, consisting of a file name without suffix, an SVG document and a caption."""
 
     name: str
     svg: str
@@ -202,7 +202,7 @@ def plot_importance(shares: Mapping[str, float]) -> Plot:
 
 
 def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
-    """Whether all settings of a dimension are numeric."""
+    """Return whether all settings of a dimension are numeric."""
     try:
         return all(float(trial.assignment[dimension]) == float(trial.assignment[dimension]) for trial in trials)
     except ValueError:
@@ -212,7 +212,8 @@ def is_numeric(trials: Sequence[TrialResult], dimension: str) -> bool:
 def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return axis limits that include 0 and all ranges except outliers.
 
-    At most half of the ranges are outliers; they extend more than ``OUTLIER_RATIO`` times as far from 0 as the others.
+    Outliers extend more than ``OUTLIER_RATIO`` times as far from 0 as all other ranges. At most half of the ranges can
+    be outliers.
 
     Args:
         ranges: Minimum and maximum value of each trial.
@@ -230,7 +231,7 @@ def robust_limits(ranges: Sequence[tuple[float, float]]) -> tuple[float, float]:
 
 
 def metric_label(metric: str, direction: str) -> str:
-    """Return an axis label: the metric, its unit, and whether lower or higher is better."""
+    """Return an axis label with the metric, its unit, and whether lower or higher values are better."""
     unit = UNITS.get(metric.rpartition("/")[2])
     better = "lower is better" if direction == "minimize" else "higher is better"
     return f"{metric}{f' [{unit}]' if unit else ''}, {better}"
@@ -239,7 +240,7 @@ def metric_label(metric: str, direction: str) -> str:
 def _extent(
     trial: TrialResult, baseline: TrialResult, comparisons: Mapping[int, Comparison], metric: str
 ) -> tuple[float, float]:
-    """Return the minimum and maximum value drawn for a trial."""
+    """Return the minimum and maximum of the values drawn for a trial, including its confidence interval."""
     difference = comparisons[trial.number].difference
     assert difference is not None
     half_width = difference.half_width or 0.0
@@ -255,9 +256,10 @@ def _draw_difference(
     limits: tuple[float, float],
     horizontal: bool,
 ) -> bool:
-    """Draw the seeds as dots and the mean with its confidence interval; a filled marker means a significant difference.
+    """Draw the differences of a trial as dots, one per seed, and their mean with its confidence interval.
 
-    A mean outside the limits is drawn as an arrow at the edge of the axis.
+    The marker of the mean is filled if the difference is significant. A mean outside the limits is drawn as an arrow at
+    the edge of the axis.
 
     Returns:
         Whether the mean is outside the limits.
@@ -296,7 +298,7 @@ def _add_legend(figure: "Figure", axes: "Axes") -> None:
 def _style() -> Any:
     import matplotlib as mpl
 
-    return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # its key type is a Literal of all names
+    return mpl.rc_context(STYLE)  # type: ignore[arg-type]  # rc_context types its keys as a Literal
 
 
 def _new_figure(height: float = 4.2) -> "tuple[Figure, Axes]":

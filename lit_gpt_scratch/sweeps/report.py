@@ -25,23 +25,23 @@ from lit_gpt_scratch.sweeps.run_results import TrialResult, format_setting, rank
 from lit_gpt_scratch.sweeps.statistics import WITHIN_NOISE, Comparison, compare_to_baseline
 
 MIN_SHOWN_P: Final = 0.0001
-"""Smaller p-values are shown as an upper bound: a few seeds do not support more precision."""
+"""Smallest p-value that is reported as a number; smaller ones are reported as "< 0.0001"."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A report on the trials of a sweep or comparison.
+    """Report on the trials of a sweep, or on a comparison of existing runs.
 
     Args:
         title: Title of the document.
         question: Question that the sweep answers.
         metric: Metric for comparing trials.
-        direction: ``minimize`` or ``maximize``.
-        trials: All trials, finished or not.
+        direction: Whether to ``minimize`` or ``maximize`` the metric.
+        trials: All trials, whether finished or not.
         baseline: Trial with which the others are compared; None if it does not exist yet.
-        setup: Setup of the sweep, such as varied and fixed flags, as text by key.
+        setup: Descriptions of varied flags, fixed flags, budget and other settings, keyed by name.
         command: Command that reproduces the sweep.
-        importance: Fraction of the variance between trials explained by each dimension.
+        importance: Fraction of the variance between trials that each dimension explains, keyed by dimension name.
     """
 
     title: str
@@ -76,11 +76,11 @@ class SweepReport:
                 unfinished.write_text(content, encoding="utf-8")
                 unfinished.replace(folder / name)
         except OSError as error:
-            raise UserError(f"cannot write {folder}: {error.strerror}") from error
+            raise UserError(f"cannot write the report to {folder}: {error.strerror}") from error
         return folder / "report.html"
 
     def results_csv(self) -> str:
-        """Return the results as CSV, one row per run."""
+        """Return the results as a CSV table with one row per run."""
         dimensions = list(self.trials[0].assignment) if self.trials else []
         runs = [(trial, run) for trial in self.trials for run in trial.runs]
         metrics = dict.fromkeys([self.metric, *(name for _, run in runs for name in run.metrics)])
@@ -116,7 +116,7 @@ class SweepReport:
 
     @cached_property
     def plots(self) -> list[Plot]:
-        """Plots of differences, curves over tokens and seconds, and importance; a plot without data is omitted."""
+        """Plots of differences from the baseline, training curves and importance; plots without data are omitted."""
         drawn: list[Plot | None] = []
         baseline = self.baseline
         if baseline is not None and any(comparison.difference for comparison in self.comparisons.values()):
@@ -136,7 +136,7 @@ class SweepReport:
 
     @cached_property
     def _context(self) -> dict[str, Any]:
-        """Variables for the templates."""
+        """Variables of the report templates."""
         best = self.ranked[0] if self.ranked else None
         unfinished = sum(trial.state == "unfinished" for trial in self.trials)
         return {
@@ -158,7 +158,7 @@ class SweepReport:
                 for run in trial.runs
                 if run.state != "finished"
             ],
-            "unfinished": f"{unfinished} trials are unfinished; run the command again to resume them."
+            "unfinished": f"{unfinished} unfinished trial{'s' * (unfinished > 1)}; run the command again to resume."
             if unfinished
             else "",
             "environment": list(_summarize_environment(self.trials)),
@@ -226,10 +226,10 @@ class SweepReport:
 
 
 def summarize_diagnostics(trials: Sequence[TrialResult]) -> Iterator[str]:
-    """Yield a line per trial and symptom, to explain differences between trials; nothing if there are no diagnoses.
+    """Yield one line per trial and symptom, to explain differences between trials; yield nothing without diagnoses.
 
-    A symptom that occurs in all runs does not distinguish trials and is listed once. For other symptoms, the text is
-    from the first of the trial's runs that has it, as only the numbers differ between runs.
+    A symptom that occurs in all runs does not distinguish trials and is listed only once. For any other symptom, the
+    line quotes the first run of the trial with this symptom, because only the numbers differ between runs.
     """
     found: dict[tuple[int, str], list[dict[str, str]]] = defaultdict(list)
     for trial in trials:
@@ -268,7 +268,7 @@ def _format_p(p: float | None) -> str:
 
 
 def _summarize_environment(trials: Sequence[TrialResult]) -> Iterator[tuple[str, str]]:
-    """Yield each property of code, versions and hardware, with its distinct values across all runs."""
+    """Yield each property of the code, package versions and hardware, with its distinct values across all runs."""
     facts: dict[str, dict[str, None]] = {}
     for trial in trials:
         for run in trial.runs:

@@ -1,4 +1,4 @@
-"""Runs of ``fit`` as child processes, which end when their parent does."""
+"""Execution of ``fit`` in child processes, which are killed when their parent exits."""
 
 import os
 import re
@@ -14,18 +14,18 @@ from pathlib import Path
 from lit_gpt_scratch.distributed.cpu_count import count_available_cpus
 
 GRACE_SECONDS = 120.0
-"""Time between SIGTERM and SIGKILL for a run to save a checkpoint and exit."""
+"""Time in seconds between SIGTERM and SIGKILL, in which a run can save a checkpoint and exit."""
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
-"""Environment variables that set the number of threads of torch and tokenizers."""
+"""Environment variables that set the number of threads of PyTorch and of the tokenizers library."""
 
 
 class RunProcess:
-    """A module run in a child process with its own session.
+    """Child process that executes a Python module in a separate session.
 
     Because of the separate session, Ctrl-C in a terminal only reaches the sweep, which then stops the run.
 
     Args:
-        module: Module to run: ``fit``, or a stub in tests.
+        module: Name of the module to execute: ``fit``, or a stub in tests.
         arguments: Command-line arguments for the module.
         log: File for standard output and standard error.
         workers: Number of runs that share the CPU cores of this machine.
@@ -48,13 +48,13 @@ class RunProcess:
             )
 
     def wait(self, seconds: float) -> int | None:
-        """Wait for the process to exit and return its exit code; return None after a timeout."""
+        """Wait up to ``seconds`` for the process to exit; return its exit code, or None after a timeout."""
         with suppress(subprocess.TimeoutExpired):
             return self._process.wait(seconds)
         return None
 
     def stop(self) -> None:
-        """Send SIGTERM so that the run saves a checkpoint, then SIGKILL if it does not exit in time."""
+        """Send SIGTERM so that the run saves a checkpoint, and SIGKILL if it has not exited after ``GRACE_SECONDS``."""
         with suppress(ProcessLookupError):
             self._process.send_signal(signal.SIGTERM)
         if self.wait(GRACE_SECONDS) is None:
@@ -63,7 +63,11 @@ class RunProcess:
             self._process.wait()
 
     def failure_reason(self) -> str:
-        """Return the signal that killed the run, its last output line that starts with ``error:``, or its last line."""
+        """Return the reason why the run failed.
+
+        The reason is the signal that killed the process, the last line of output that starts with ``error:``, or, if
+        there is none, the last line of output.
+        """
         code = self._process.returncode
         if code < 0:
             return f"killed by {signal.Signals(-code).name}"
@@ -75,7 +79,7 @@ class RunProcess:
 
 def _exit_with_parent() -> None:
     """Wait until standard input closes, which happens when the parent exits, then kill the process group."""
-    os.read(0, 1)  # unbuffered: Python would wait for a buffered reader's lock at shutdown
+    os.read(0, 1)  # unbuffered, because at shutdown Python waits for the lock of a buffered reader
     os.killpg(0, signal.SIGKILL)  # includes other ranks and data loader workers
 
 

@@ -1,4 +1,4 @@
-"""Results of runs and trials: read from run folders, stored in the study, and shown in TensorBoard."""
+"""Results of runs and trials, which are read from run folders, stored in the study and shown in TensorBoard."""
 
 import json
 import math
@@ -30,21 +30,24 @@ class CurvePoint(NamedTuple):
     step: int
     """Number of completed optimizer steps."""
     seconds: float
-    """Training time so far, excluding pauses between sessions."""
+    """Training time so far in seconds, excluding pauses between sessions."""
     value: float
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of one run of ``fit``. Studies store it as JSON, so its field names are part of a file format.
+    """Result of one run of ``fit``.
+
+    Studies store results as JSON, so the field names are part of a file format.
 
     Args:
         seed: Seed of the run.
         state: ``finished``, ``pruned`` or ``failed``.
-        reason: Reason why the run did not finish.
-        metrics: Numbers in ``summary.json``; for an unfinished run, the last known values.
-        curve: The sweep's metric at each validation.
-        folder: Run folder.
+        reason: Reason why the run did not finish; empty if the run finished.
+        metrics: Numbers in ``summary.json``, keyed by name. For a run that did not finish, the last logged value of
+            the sweep's metric and its step.
+        curve: Values of the sweep's metric during training, at most ``MAX_CURVE_POINTS``.
+        folder: Path of the run folder.
         diagnoses: Entries of ``doctor.json``: symptom, cause and flag.
         session: Versions, hardware and code in the run's last session, from ``provenance.json``.
     """
@@ -65,7 +68,7 @@ class RunResult:
         return tokens / step if tokens and step else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the result as plain data for JSON."""
+        """Return the result as a dictionary of JSON-serialisable values."""
         return asdict(self)
 
     @classmethod
@@ -76,13 +79,13 @@ class RunResult:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """An assignment and the results of its runs, one per seed.
+    """Result of a trial: its settings and the results of its runs, one per seed.
 
     Args:
         number: Trial number.
-        assignment: Settings by dimension.
+        assignment: Settings of the trial, keyed by dimension name.
         runs: Results available so far, one per seed.
-        flags: Arguments for ``fit``, without seed and folder.
+        flags: Command-line arguments of ``fit``, except for the seed and the run folder.
         expected_runs: Number of runs in the complete trial.
     """
 
@@ -99,23 +102,23 @@ class TrialResult:
 
     @property
     def state(self) -> str:
-        """``failed`` or ``pruned`` if any run is, ``finished`` if all runs are, otherwise ``unfinished``."""
+        """State: ``failed`` or ``pruned`` if any run is, ``finished`` if all runs are, otherwise ``unfinished``."""
         ended = [run.state for run in self.runs if run.state != "finished"]
         if ended:
             return "failed" if "failed" in ended else "pruned"
         return "finished" if len(self.runs) >= self.expected_runs else "unfinished"
 
     def values(self, metric: str) -> dict[int, float]:
-        """Return the metric of the finished runs, keyed by seed."""
+        """Return the metric of each finished run, keyed by seed."""
         return {run.seed: run.metrics[metric] for run in self.runs if run.state == "finished" and metric in run.metrics}
 
     def mean(self, metric: str) -> Estimate:
-        """Return the mean and confidence interval over the seeds; at least one run must have finished."""
+        """Return the mean and confidence interval of a metric over the seeds; at least one run must have finished."""
         return estimate_mean(list(self.values(metric).values()))
 
 
 def format_setting(setting: str | float) -> str:
-    """Format a setting for tables and legends."""
+    """Format a setting for tables and plot legends."""
     return f"{setting:.4g}" if isinstance(setting, float) else str(setting)
 
 
@@ -133,7 +136,7 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         metrics = {name: float(v) for name, v in summary.items() if isinstance(v, int | float)}
         if metric in summary and summary[metric] is None:
-            state, reason = "failed", f"{metric} is not finite at the end"
+            state, reason = "failed", f"{metric} is not finite at the end of the run"
     points = list(read_curve(folder, metric))
     if not metrics and points:
         metrics = {metric: points[-1].value, "step": points[-1].step}
@@ -151,7 +154,7 @@ def read_run_result(folder: Path, seed: int, metric: str, state: str = "finished
 
 
 def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
-    """Yield the metric at each validation from event files; steps repeated after a resume replace earlier ones."""
+    """Yield the metric at each validation from event files; steps repeated after a resume replace the earlier ones."""
     points: dict[int, CurvePoint] = {}
     for path in sorted(folder.glob("*tfevents*")):
         if path.name.endswith(HPARAMS_SUFFIX):
@@ -170,7 +173,7 @@ def read_curve(folder: Path, metric: str) -> Iterator[CurvePoint]:
 
 
 def logged_metrics(folder: Path) -> list[str]:
-    """Return the names of the numbers in a run's ``summary.json``."""
+    """Return the names of the metrics in a run's ``summary.json``."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return [name for name, value in summary.items() if value is None or isinstance(value, int | float)]
 
@@ -185,8 +188,8 @@ def write_hparams(run: RunResult, assignment: Assignment, group: str) -> None:
     """Write a run's settings to an event file for TensorBoard's HParams tab, unless one already exists.
 
     Args:
-        run: The run; the file is written to its folder.
-        assignment: Settings by dimension.
+        run: Result of the run; the event file is written to its folder.
+        assignment: Settings of the run, keyed by dimension name.
         group: Name shared by the runs of a trial, whose metrics TensorBoard averages.
     """
     folder = Path(run.folder)

@@ -28,23 +28,23 @@ from lit_gpt_scratch.sweeps.sweep_config import SweepConfig, suggest_closest
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
-"""Interval for polling a run's process."""
+"""Interval in seconds at which the process of a run is polled."""
 PRUNING_SECONDS = 1.0
-"""Interval for reading the event files of a run that may be pruned."""
+"""Interval in seconds at which the event files of a run that may be pruned are read."""
 INTERRUPTED_CODES = [128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
-"""Exit codes of runs stopped by a signal from outside the sweep: SLURM signals all processes of a job."""
+"""Exit codes of runs stopped by a signal from outside the sweep; SLURM, for example, signals all processes of a job."""
 
 
 class SweepRunner:
-    """Executes the runs of a study until none is left to claim, with one thread per worker.
+    """Runner that executes the runs of a study until none is left to claim, with one thread per worker.
 
     Args:
         sweep: The parsed sweep file.
         study: Study that assigns runs and records their results.
         folder: Folder of the sweep, which contains a folder per run.
-        baseline: The baseline's flags as resolved by ``fit``.
+        baseline: Flags of the baseline as resolved by ``fit``.
         workers: Number of concurrent runs.
-        module: Module that each run executes.
+        module: Name of the Python module that each run executes.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class SweepRunner:
         self.workers = workers
         self.module = module
         self.stopping = threading.Event()
-        """Event that, once set, makes every run save a checkpoint and exit; the next sweep resumes them."""
+        """Event that makes all runs save a checkpoint and exit when it is set; the next sweep resumes these runs."""
 
     def run(self) -> None:
         """Execute all remaining runs.
@@ -101,7 +101,7 @@ class SweepRunner:
         logs = self.folder / "logs"
         logs.mkdir(parents=True, exist_ok=True)
         lock = FileLock(logs / f"{name}.lock")
-        while not self.stopping.is_set():  # another sweep, e.g. an older version of the file, may execute this run
+        while not self.stopping.is_set():  # a sweep with another version of the file may execute this run
             with suppress(Timeout), lock.acquire(timeout=POLL_SECONDS):
                 return self._run_locked(claim, arguments, name, logs / f"{name}.txt")
         return None
@@ -151,13 +151,17 @@ class SweepRunner:
             if result.state == "finished" and metric not in result.metrics:
                 names = logged_metrics(folder)
                 raise UserError(
-                    f"metric: runs do not log {metric}{suggest_closest(metric, names)}; they log {', '.join(names)}"
+                    f"metric: the runs do not log {metric}{suggest_closest(metric, names)}; they log {', '.join(names)}"
                 )
         write_hparams(result, claim.assignment, f"trial {claim.number}")
         return result
 
     def _watch(self, process: RunProcess, claim: ClaimedRun, experiment: Path) -> str:
-        """Wait for a run to end; stop it if it is pruned or the sweep stops. Return the reason for pruning, if any."""
+        """Wait for a run to end, and stop it if it is pruned or the sweep stops.
+
+        Returns:
+            The reason for pruning, or an empty string if the run was not pruned.
+        """
         try:
             reported, checked = 0, time.monotonic()
             while process.wait(POLL_SECONDS) is None:
@@ -172,7 +176,7 @@ class SweepRunner:
                                 process.stop()
                                 return f"{self.sweep.metric} was {value:.4g} at step {step}"
         finally:
-            if process.wait(0) is None:  # an exception in this process
+            if process.wait(0) is None:  # an exception was raised in this process
                 process.stop()
         return ""
 

@@ -13,7 +13,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from lit_gpt_scratch.errors import UserError
 
 FitFlags = dict[str, Any]
-"""Values of ``fit`` flags, keyed by name without dashes."""
+"""Values of ``fit`` flags, keyed by flag name without leading dashes."""
 Setting = str | float
 """Value of a dimension in one trial: the label of a choice, or a number in a range."""
 
@@ -33,7 +33,7 @@ class SearchDimension(ABC):
 
     @abstractmethod
     def grid(self) -> Sequence[Setting]:
-        """Return all settings for grid search, in order; empty for a continuous range."""
+        """Return all settings for a grid search, in order; empty for a range without a step."""
 
     @abstractmethod
     def to_flags(self, setting: Setting) -> FitFlags:
@@ -41,11 +41,11 @@ class SearchDimension(ABC):
 
     @abstractmethod
     def contains(self, setting: Setting) -> bool:
-        """Whether a setting is in this dimension."""
+        """Return whether a setting is in this dimension."""
 
     @abstractmethod
     def example_settings(self) -> Sequence[Setting]:
-        """Return enough settings to check that ``fit`` accepts the dimension."""
+        """Return settings that suffice to check whether ``fit`` accepts the dimension."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Choices(SearchDimension):
 
     @property
     def distribution(self) -> BaseDistribution:
-        """Categorical distribution over labels, because Optuna stores neither lists nor classes."""
+        """Categorical distribution over the labels, because Optuna cannot store lists or classes."""
         return CategoricalDistribution(tuple(self.options))
 
     @property
@@ -69,7 +69,7 @@ class Choices(SearchDimension):
         return next(iter(self.options))
 
     def grid(self) -> Sequence[Setting]:
-        """Return all labels, in the order of the file."""
+        """Return all labels, in the order of the sweep file."""
         return list(self.options)
 
     def to_flags(self, setting: Setting) -> FitFlags:
@@ -77,7 +77,7 @@ class Choices(SearchDimension):
         return dict(self.options[str(setting)])
 
     def contains(self, setting: Setting) -> bool:
-        """Whether a label exists."""
+        """Return whether there is a choice with this label."""
         return setting in self.options
 
     def example_settings(self) -> Sequence[Setting]:
@@ -90,11 +90,11 @@ class NumericRange(SearchDimension):
     """A dimension with numbers between two inclusive bounds.
 
     Args:
-        flag: Flag of ``fit`` that takes the number.
+        flag: Name of the ``fit`` flag that is set to the number.
         low: Lower bound; the range contains only integers if both bounds are integers.
         high: Upper bound.
         log: Whether to sample uniformly in log space.
-        step: Distance between adjacent values; if None, a grid cannot enumerate the range.
+        step: Distance between adjacent values. If None, the range cannot be used in a grid search.
     """
 
     flag: str
@@ -118,7 +118,7 @@ class NumericRange(SearchDimension):
 
     @property
     def baseline(self) -> Setting:
-        """Midpoint of the range: rounded to a step if ``step`` is set, geometric if ``log`` is set."""
+        """Midpoint of the range: the geometric mean if ``log`` is set, and rounded to a step if ``step`` is set."""
         if self.step is not None:
             return self._at_step((self._last_step() + 1) // 2)
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
@@ -129,11 +129,11 @@ class NumericRange(SearchDimension):
         return [self._at_step(index) for index in range(self._last_step() + 1)] if self.step is not None else []
 
     def to_flags(self, setting: Setting) -> FitFlags:
-        """Return the number as the value of the flag."""
+        """Return the flag with the number as its value."""
         return {self.flag: setting}
 
     def contains(self, setting: Setting) -> bool:
-        """Whether a number is within the bounds and, if ``step`` is set, on a step."""
+        """Return whether a number is within the bounds and, if ``step`` is set, on a step."""
         within = not isinstance(setting, str) and self.low <= setting <= self.high
         return within and (setting in self.grid() or self.step is None) and not (self.is_integer and setting % 1)
 
@@ -150,7 +150,7 @@ class NumericRange(SearchDimension):
 
 
 def parse_dimension(name: str, given: Any) -> SearchDimension:
-    """Parse one entry of ``vary``: a list, ``{low, high, log, step}``, or flags keyed by label.
+    """Parse an entry of ``vary``: a list of values, a range ``{low, high, log, step}``, or flags keyed by label.
 
     Raises:
         UserError: The entry is invalid or empty.
@@ -165,14 +165,16 @@ def parse_dimension(name: str, given: Any) -> SearchDimension:
         return _parse_choices(where, [(format_label(label), dict(flags)) for label, flags in given.items()])
     if isinstance(given, list):
         return _parse_choices(where, [(format_label(value), {name: value}) for value in given])
-    raise UserError(f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or flags by name")
+    raise UserError(
+        f"{where} is {given}; it must be a list, a range {{low: ..., high: ...}}, or a mapping of labels to flags"
+    )
 
 
 def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Setting]]:
     """Return every combination of settings; the last dimension changes fastest.
 
     Raises:
-        UserError: A dimension is a continuous range.
+        UserError: A dimension is a range without a step.
     """
     axes = {name: dimension.grid() for name, dimension in dimensions.items()}
     for name, axis in axes.items():
@@ -184,7 +186,7 @@ def grid_product(dimensions: Mapping[str, SearchDimension]) -> list[dict[str, Se
 
 
 def format_label(value: Any) -> str:
-    """Return a short label for a flag's value; for a class, its name and arguments."""
+    """Return a short label for the value of a flag; the label of a class contains its name and arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
         arguments = ", ".join(f"{name} {format_label(each)}" for name, each in (value.get("init_args") or {}).items())
         name = str(value["class_path"]).rpartition(".")[2]
@@ -195,7 +197,7 @@ def format_label(value: Any) -> str:
 
 
 def parse_number(where: str, given: Any) -> float:
-    """Parse a number from a YAML file; YAML reads 1e-4 as a string.
+    """Convert a value from a YAML file to a number; strings are accepted because PyYAML reads ``1e-4`` as a string.
 
     Raises:
         UserError: The value is not a finite number.
@@ -213,11 +215,11 @@ def parse_number(where: str, given: Any) -> float:
 
 def _parse_choices(where: str, options: list[tuple[str, FitFlags]]) -> Choices:
     if not options:
-        raise UserError(f"{where} has no choices, so the grid is empty")
+        raise UserError(f"{where} has no choices; list at least one")
     labels = [label for label, _ in options]
     for label in labels:
         if labels.count(label) > 1:
-            raise UserError(f"{where} lists {label} twice")
+            raise UserError(f"{where} lists {label} more than once; remove the duplicates")
     return Choices(dict(options))
 
 
@@ -226,7 +228,7 @@ def _parse_range(name: str, given: Mapping[str, Any]) -> NumericRange:
     unknown = given.keys() - {"low", "high", "log", "step"}
     if unknown or not {"low", "high"} <= given.keys():
         raise UserError(
-            f"{where}: a range takes low, high, and optionally log and step, not {', '.join(map(str, given))}"
+            f"{where}: a range consists of low, high, and optionally log and step, not {', '.join(map(str, given))}"
         )
     low, high = parse_number(f"{where}: low", given["low"]), parse_number(f"{where}: high", given["high"])
     step = None if given.get("step") is None else parse_number(f"{where}: step", given["step"])
@@ -238,5 +240,5 @@ def _parse_range(name: str, given: Mapping[str, Any]) -> NumericRange:
     if log and low <= 0:
         raise UserError(f"{where}: low is {low}; it must be positive if log is true")
     if step is not None and (log or not 0 < step <= high - low):
-        raise UserError(f"{where}: step is {step}; it must be positive, at most high - low, and not combined with log")
+        raise UserError(f"{where}: step is {step}; it must be positive and at most high - low, and requires log: false")
     return NumericRange(name, low, high, log, step)

@@ -14,13 +14,13 @@ from scipy.special import stdtr, stdtrit
 
 CONFIDENCE: Final = 0.95
 ALPHA: Final = 1 - CONFIDENCE
-"""Significance level, after Holm's correction."""
+"""Significance level for p-values after Holm's correction."""
 WITHIN_NOISE: Final = "within noise"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its confidence interval and t-test.
+    """Estimate of a mean, with its confidence interval and p-value.
 
     Args:
         mean: Mean of the values.
@@ -52,11 +52,12 @@ class Comparison:
     """Comparison of a trial with the baseline.
 
     Args:
-        difference: Mean of the per-seed differences from the baseline; None if they have no common seed.
+        difference: Mean of the per-seed differences from the baseline; None if the trial and the baseline have
+            no common seed.
         corrected_p: p-value after Holm's correction over all compared trials; None if there are fewer than two common
             seeds.
-        verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``; or the
-            reason why there is no test.
+        verdict: ``better`` or ``worse`` if the corrected p-value is below 0.05, otherwise ``within noise``. If
+            no test is possible, the reason why.
     """
 
     difference: Estimate | None
@@ -70,7 +71,10 @@ class Comparison:
 
 
 def estimate_mean(values: Sequence[float]) -> Estimate:
-    """Estimate the mean with confidence interval ``mean ± t(0.975, n - 1) s / √n``, assuming normality."""
+    """Estimate the mean of normally distributed values with a 95% confidence interval.
+
+    The interval is ``mean ± t(0.975, n - 1) s / √n``, with the sample standard deviation ``s``.
+    """
     n = len(values)
     if n < 2:
         return Estimate(fmean(values), None, None, n)
@@ -81,7 +85,7 @@ def estimate_mean(values: Sequence[float]) -> Estimate:
 
 
 def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict[int, float]:
-    """Return the differences from the baseline, keyed by seed, for the seeds that both have.
+    """Return the differences ``values - baseline``, keyed by seed, for the seeds that occur in both.
 
     Runs with the same seed see the same samples in the same order, so much of the noise cancels in the difference.
     """
@@ -89,7 +93,7 @@ def paired_differences(values: Mapping[int, float], baseline: Mapping[int, float
 
 
 def holm_correction(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for multiple comparisons (Holm 1979), keeping their order."""
+    """Adjust p-values for multiple comparisons (Holm 1979) and return them in the order of the input."""
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -105,7 +109,7 @@ def compare_to_baseline(
     Args:
         values: Metric of each trial except the baseline, keyed by trial number and then by seed.
         baseline: Metric of the baseline, keyed by seed.
-        direction: ``minimize`` or ``maximize``.
+        direction: Whether to ``minimize`` or ``maximize`` the metric.
 
     Returns:
         Comparisons keyed by trial number.

@@ -1,4 +1,4 @@
-"""Optuna storage for a study: a journal or SQLite file on a local or shared disk, or PostgreSQL for many machines."""
+"""Optuna storage of a study: a journal or SQLite file on a local or shared disk, or a PostgreSQL database."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,7 +10,7 @@ from filelock import FileLock
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock  # the type of a public argument
+from optuna.storages.journal._file import BaseJournalFileLock  # private, but the type of a public argument
 
 from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.sweeps.locks import FileLocks, PostgresLocks, StudyLocks
@@ -20,10 +20,11 @@ POSTGRES_SCHEMES = ("postgresql", "postgres", "postgresql+psycopg")
 
 
 def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseStorage, StudyLocks]:
-    """Open or create a storage and its locks.
+    """Open the Optuna storage of a study, creating it if necessary, and the locks of the study.
 
     Args:
-        location: A journal file, ``sqlite:///FILE`` or ``postgresql://...``; None for a journal in the sweep's folder.
+        location: Path of a journal file, ``sqlite:///FILE`` or ``postgresql://...``; if None, a journal file in
+            ``folder`` is used.
         folder: Folder of the sweep.
         study: Name of the study in the storage.
 
@@ -48,34 +49,34 @@ def open_storage(location: str | None, folder: Path, study: str) -> tuple[BaseSt
                 options = {"connect_args": {"connect_timeout": 10}, "pool_pre_ping": True}
                 return RDBStorage(url, engine_kwargs=options), postgres_locks
     raise UserError(
-        f"--storage is {scheme}://...; it must be a file, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+        f"--storage is {scheme}://...; it must be a file path, sqlite:///FILE or postgresql://USER@HOST/DATABASE"
     )
 
 
 @contextmanager
 def storage_errors(location: str | None) -> Iterator[None]:
-    """Convert database errors to one-line user errors.
+    """Convert database errors raised in this context to a ``UserError`` with a one-line message.
 
     Raises:
         UserError: The database cannot be reached, or the connection was closed.
     """
     try:
         yield
-    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # the last: missing driver
+    except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, ImportError) as error:  # ImportError: driver missing
         cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ else error
         message = str(getattr(cause, "orig", None) or cause).strip().splitlines() or [type(cause).__name__]
         raise UserError(f"--storage: cannot reach {_hide_password(location or '')}: {message[0]}") from error
 
 
 def repair_journal(journal: Path) -> None:
-    """Truncate a partial last line left by a machine crash; Optuna could not read past it."""
+    """Remove an incomplete last line, as left by a machine crash, because Optuna cannot read past such a line."""
     with suppress(FileNotFoundError), _JournalLock(journal).lock, journal.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
 
 
 def _ensure_writable(path: Path) -> Path:
-    """Create the file if it is missing, and return its path.
+    """Create a file if it does not exist, and return its path.
 
     Raises:
         UserError: The file is not writable.
@@ -84,12 +85,12 @@ def _ensure_writable(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.open("ab").close()
     except OSError as error:
-        raise UserError(f"--storage: cannot write {path}: {error.strerror}") from error
+        raise UserError(f"--storage: cannot write to {path}: {error.strerror}") from error
     return path
 
 
 def _file_locks(path: Path) -> FileLocks:
-    return FileLocks(path.with_name(f"{path.name}.claims"))  # the name from 0.1: old and new processes may share it
+    return FileLocks(path.with_name(f"{path.name}.claims"))  # named as in version 0.1, whose processes may share it
 
 
 def _hide_password(url: str) -> str:
@@ -99,13 +100,13 @@ def _hide_password(url: str) -> str:
 
 
 class _JournalLock(BaseJournalFileLock):
-    """A lock that is released if its process is killed; with Optuna's own locks, others would wait half a minute."""
+    """Journal lock that is released at once if its process is killed; Optuna's locks would block others for 30 s."""
 
     def __init__(self, journal: Path) -> None:
         self.lock = FileLock(journal.with_name(f"{journal.name}.lock"), thread_local=False)
 
     def acquire(self) -> bool:
-        """Wait for the lock."""
+        """Wait until the lock is free, and acquire it; always return True."""
         self.lock.acquire()
         return True
 

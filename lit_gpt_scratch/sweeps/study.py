@@ -1,4 +1,4 @@
-"""Study of a sweep: assigns runs to processes and records their results; Optuna does the search and storage."""
+"""Study of a sweep, which assigns runs to processes and records their results; it uses Optuna for the search."""
 
 import warnings
 import zlib
@@ -46,7 +46,7 @@ class ClaimedRun:
 
 
 class Study:
-    """The trials of a sweep, in a storage that several processes may share.
+    """Trials of a sweep, in a storage that several processes may share.
 
     A trial is an assignment with one run per seed; processes claim runs, not trials. If a process is killed, Optuna
     still lists its trial as running, but the run's lock is released, so another process can claim and resume the run.
@@ -54,7 +54,7 @@ class Study:
     Args:
         sweep: The parsed sweep file.
         storage: Optuna storage.
-        locks: Locks for the storage.
+        locks: Locks that coordinate the processes working on the study.
     """
 
     def __init__(self, sweep: SweepConfig, storage: BaseStorage, locks: StudyLocks) -> None:
@@ -68,7 +68,7 @@ class Study:
 
     @property
     def baseline(self) -> ResolvedBaseline | None:
-        """The baseline's flags as resolved by ``fit``; None before ``create``."""
+        """Flags of the baseline as resolved by ``fit``; None if the study has not been created yet."""
         plain = self._study.user_attrs.get(BASELINE_ATTRIBUTE) if self._study else None
         return ResolvedBaseline(**plain) if plain else None
 
@@ -86,12 +86,12 @@ class Study:
 
     @property
     def optuna_study(self) -> optuna.Study:
-        """The Optuna study; ``create`` must have been called before, in this process or another."""
+        """The Optuna study, which this or another process must have created before."""
         assert self._study is not None, "call create first"
         return self._study
 
     def trials(self) -> list[FrozenTrial]:
-        """Return all trials in the storage."""
+        """Return all trials of the study; empty if the study has not been created yet."""
         return self.optuna_study.get_trials(deepcopy=False) if self._study else []
 
     @property
@@ -101,7 +101,7 @@ class Study:
         return len(trials) >= self.sweep.n_trials and all(trial.state.is_finished() for trial in trials)
 
     def claim_run(self) -> ClaimedRun | None:
-        """Lock the next unclaimed run; return None if there is none, even if other runs are still executing."""
+        """Claim the next available run for this process; return None if no run is available."""
         with self._locks.exclusive():
             for trial in self.trials():
                 if not trial.state.is_finished() and (claim := self._claim_run_of(trial)):
@@ -122,7 +122,7 @@ class Study:
             self._finish_if_complete(self.trials()[claim.number])
 
     def release_run(self, claim: ClaimedRun) -> None:
-        """Release a run without a result, so that another process can claim it."""
+        """Release the lock on a run without recording a result, so that another process can claim the run."""
         self._locks.release(claim.lock_name)
 
     def should_prune(self, claim: ClaimedRun, step: int, value: float) -> bool:
@@ -134,7 +134,7 @@ class Study:
         return claim.trial.should_prune()
 
     def _claim_run_of(self, trial: FrozenTrial) -> ClaimedRun | None:
-        """Lock an unclaimed run of an unfinished trial; return None if there is none."""
+        """Claim a run of an unfinished trial for this process; return None if no run is available."""
         if self._finish_if_complete(trial):
             return None
         recorded = recorded_runs(trial)
@@ -142,7 +142,7 @@ class Study:
         if any(run.state != "finished" for run in recorded.values()):
             return None
         first = self.sweep.seeds[0]
-        prunable = bool(self.sweep.pruning) and first in missing  # other seeds wait until the first run survives
+        prunable = bool(self.sweep.pruning) and first in missing  # run the first seed alone
         for seed in [first] if prunable else missing:
             claim = ClaimedRun(trial.number, {}, seed, None)
             if self._locks.try_acquire(claim.lock_name):
@@ -153,7 +153,10 @@ class Study:
         return None
 
     def _finish_if_complete(self, trial: FrozenTrial) -> bool:
-        """End the trial if no runs remain and no other process is executing one; return whether it was ended."""
+        """End a trial if all its runs are recorded, or if one failed or was pruned; return whether the trial was ended.
+
+        A trial is not ended while another process is still executing one of its runs.
+        """
         recorded = recorded_runs(trial)
         missing = [seed for seed in self.sweep.seeds if seed not in recorded]
         ended_early = [run for run in recorded.values() if run.state != "finished"]
@@ -184,7 +187,10 @@ class Study:
         return trial.suggest_float(name, space.low, space.high, step=space.step, log=space.log)
 
     def _build_sampler(self, number: int, name: str) -> BaseSampler:
-        """Build the sampler for one dimension of a trial, seeded independently of process and time."""
+        """Build the sampler for a dimension of a trial.
+
+        Its seed depends only on the sweep, the trial and the dimension, so all processes sample the same settings.
+        """
         seed = zlib.crc32(f"{self.sweep.fingerprint} {number} {name}".encode())
         predefined = self.sweep.predefined_assignments
         with warnings.catch_warnings():
@@ -198,7 +204,7 @@ class Study:
 
 
 def recorded_runs(trial: FrozenTrial) -> dict[int, RunResult]:
-    """Return the recorded results of a trial, keyed by seed."""
+    """Return the recorded results of a trial's runs, keyed by seed."""
     attributes: Mapping[str, Any] = trial.user_attrs
     runs = [RunResult.from_dict(plain) for name, plain in attributes.items() if name.startswith("run_")]
     return {run.seed: run for run in sorted(runs, key=lambda run: run.seed)}

@@ -30,39 +30,40 @@ DIRECTIONS: Final = ("minimize", "maximize")
 RESERVED_FLAGS: Final = ("runs", "experiment", "ckpt_path", "seed_everything", "force", "plan")
 """Flags of ``fit`` that only the sweep may set."""
 BUDGET_FLAGS: Final = {"steps": "trainer.max_steps", "tokens": "trainer.max_steps", "minutes": "trainer.max_time"}
-"""Units of the budget, each with the ``fit`` flag that enforces it."""
+"""Flag of ``fit`` that enforces a training budget, keyed by the unit of the budget."""
 
 Assignment = dict[str, Setting]
-"""Settings of one trial, keyed by dimension."""
+"""Settings of one trial, keyed by the name of the search dimension."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """A parsed sweep file.
+    """Parsed contents of a sweep file.
 
     Args:
         name: File name without suffix.
-        question: Comment at the top of the file.
-        vary: Search dimensions by name.
-        base: Config files for ``fit``, shared by all runs.
-        fixed: Flags for ``fit``, shared by all runs; they override the config files.
+        question: Question that the sweep answers: the comment at the top of the file.
+        vary: Search dimensions, keyed by name.
+        base: Config files that are passed to ``fit`` in all runs.
+        fixed: Flags that are passed to ``fit`` in all runs; they override the config files.
         method: Search method: ``grid`` tries every combination, ``random`` samples uniformly, and ``tpe`` samples with
             Optuna's tree-structured Parzen estimator (https://papers.nips.cc/paper/4443).
         trials: Number of trials for ``random`` and ``tpe``, including the baseline.
-        seeds: Seeds; every trial has one run per seed.
-        metric: Key in ``summary.json``; the value of a trial is the mean over its seeds.
-        direction: ``minimize`` or ``maximize``.
-        budget: Training budget per run, in ``steps``, ``tokens`` or ``minutes``.
-        pruning: Class name of an Optuna pruner, optionally with arguments. The metric is reported to the pruner at each
-            validation of the first seed's run, by optimizer step; a pruned trial has no further runs.
-        baseline: Settings of the baseline that differ from the default (the first choice in a list, the midpoint of a
-            range). The baseline is always the first trial.
+        seeds: Random seeds; each trial has one run per seed.
+        metric: Metric to optimize, a key in ``summary.json``; the value of a trial is the mean over its seeds.
+        direction: Whether to ``minimize`` or ``maximize`` the metric.
+        budget: Training budget per run, keyed by its unit: ``steps``, ``tokens`` or ``minutes``.
+        pruning: Class name of an Optuna pruner, mapped to its arguments. The metric is reported to the pruner at each
+            validation of the run with the first seed. If this run is pruned, the other seeds of the trial are not run.
+        baseline: Settings of the baseline that differ from the defaults. By default, the baseline uses the first choice
+            of each list and the midpoint of each range. The baseline is always the first trial.
 
     Raises:
         UserError: A value is invalid, or two values contradict each other.
     """
 
-    # The study's name contains a hash of these field names and values (see `fingerprint`): renaming orphans a study.
+    # The name of a study contains a hash of these field names and values (see `fingerprint`), so a study can no longer
+    # be found after a field is renamed.
     name: str
     question: str
     vary: Mapping[str, SearchDimension]
@@ -83,14 +84,18 @@ class SweepConfig:
         if not self.vary:
             raise UserError("vary is empty; add at least one flag to vary")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds) or min(self.seeds) < 0:
-            raise UserError(f"seeds are {list(self.seeds)}; set at least one, each distinct and not negative")
+            raise UserError(
+                f"seeds are {list(self.seeds)}; at least one is required, and they must be distinct and non-negative"
+            )
         if self.method == "grid" and self.trials is not None:
-            raise UserError("trials: grid search runs every combination; remove trials, or set method to random or tpe")
+            raise UserError(
+                "trials is set, but grid search runs every combination; remove trials, or set method to random or tpe"
+            )
         if self.method != "grid" and (self.trials is None or self.trials < 1):
             raise UserError(f"trials is {self.trials}; method {self.method} requires a positive number of trials")
         for path in self.base:
             if not path.is_file():
-                raise UserError(f"base: no such file: {path} (looked in {Path.cwd()})")
+                raise UserError(f"base: config file {path} not found (relative paths start at {Path.cwd()})")
         self._validate_flags()
         self._validate_baseline()
         self.build_pruner()
@@ -108,26 +113,26 @@ class SweepConfig:
                 hint = "use seeds instead" if name == "seed_everything" else "remove it"
                 raise UserError(f"{name} is set by the sweep; {hint}")
             if name in self.fixed and name in varied:
-                raise UserError(f"{name} is under fixed and under vary; remove one of them")
+                raise UserError(f"{name} is listed under both fixed and vary; remove one of the entries")
         for unit, flag in BUDGET_FLAGS.items():
             if unit in self.budget and {flag} & {*self.fixed, *varied}:
-                raise UserError(f"budget: {unit} sets {flag}, which is also set; remove one of them")
+                raise UserError(f"budget: {unit} sets {flag}, which is in fixed or vary; remove one of them")
 
     def _validate_baseline(self) -> None:
         for name, setting in self.baseline.items():
             if name not in self.vary:
-                raise UserError(f"baseline: {name} is not under vary{suggest_closest(name, self.vary)}")
+                raise UserError(f"baseline: {name} is not listed under vary{suggest_closest(name, self.vary)}")
             if not self.vary[name].contains(setting):
-                raise UserError(f"baseline: {name} is {setting}, which is not under vary")
+                raise UserError(f"baseline: {name} is {setting}; it must be one of the settings under vary")
 
     @property
     def baseline_assignment(self) -> Assignment:
-        """All settings of the baseline."""
+        """Settings of the baseline in all dimensions."""
         return {name: dimension.baseline for name, dimension in self.vary.items()} | self.baseline
 
     @cached_property
     def predefined_assignments(self) -> list[Assignment]:
-        """Assignments known before the search, baseline first: the entire grid, or only the baseline."""
+        """Assignments known before the search, starting with the baseline; for grid search, all combinations."""
         baseline = self.baseline_assignment
         if self.method != "grid":
             return [baseline]
@@ -135,14 +140,14 @@ class SweepConfig:
 
     @property
     def n_trials(self) -> int:
-        """Number of trials."""
+        """Number of trials, including the baseline."""
         return self.trials or len(self.predefined_assignments)
 
     def fit_flags(self, assignment: Assignment) -> FitFlags:
-        """Return the flags for all runs of a trial, in addition to the config files.
+        """Return the flags that are passed to ``fit`` in all runs of a trial, in addition to the config files.
 
-        Later dimensions override earlier ones. Null values are dropped, so such flags keep their value from the
-        config files or their default: the parser cannot parse null as a class.
+        If two dimensions set the same flag, the later one takes precedence. Flags with a null value are omitted, so
+        they keep their value from the config files or their default; ``fit`` cannot parse null as a class.
         """
         flags = dict(self.fixed)
         for name, setting in assignment.items():
@@ -164,11 +169,11 @@ class SweepConfig:
             return getattr(optuna.pruners, name)(**(arguments or {}))  # type: ignore[no-any-return]  # looked up by name
         except (TypeError, ValueError) as error:
             parameters = ", ".join(inspect.signature(getattr(optuna.pruners, name)).parameters)
-            raise UserError(f"pruning: {name}: {error} (it takes {parameters})") from error
+            raise UserError(f"pruning: {name}: {error}; its parameters are {parameters}") from error
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of everything that defines the study; excludes ``trials``, so increasing it continues the study."""
+        """Hash of everything that defines the study, except ``trials``, so that trials can be added to a study."""
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("question", "trials", "vary")}
         content["base"] = [path.read_text(encoding="utf-8") for path in self.base]
         content["vary"] = {name: asdict(each) for name, each in self.vary.items()}  # type: ignore[call-overload]  # dataclasses
@@ -179,7 +184,7 @@ def load_sweep(path: Path) -> SweepConfig:
     """Read and validate a sweep file.
 
     Raises:
-        UserError: The file is missing, is not YAML, or has an invalid value.
+        UserError: The file cannot be read, is not valid YAML, or contains an invalid value.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -187,7 +192,7 @@ def load_sweep(path: Path) -> SweepConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from error
     except yaml.YAMLError as error:
-        raise UserError(f"{path} is not YAML: {error}") from error
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     try:
         return _parse_sweep(path.stem, _leading_comment(text), given)
     except UserError as error:
@@ -195,13 +200,13 @@ def load_sweep(path: Path) -> SweepConfig:
 
 
 def suggest_closest(name: str, names: Any) -> str:
-    """Return a suffix with the closest known name for an error about an unknown name, or an empty string."""
+    """Return an error-message suffix that suggests the most similar known name; empty if no name is similar."""
     close = get_close_matches(name, list(names), 1, 0.5)
-    return f"; the nearest is {close[0]}" if close else ""
+    return f"; the closest match is {close[0]}" if close else ""
 
 
 def short_hash(content: Any) -> str:
-    """Return eight hexadecimal digits of the SHA-256 of JSON-serialisable data."""
+    """Return the first eight hexadecimal digits of the SHA-256 hash of JSON-serialisable data."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -211,7 +216,7 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
     known = [f.name for f in fields(SweepConfig) if f.name not in ("name", "question")]
     for key in given:
         if key not in known:
-            raise UserError(f"unknown key {key}{suggest_closest(str(key), known)}; the keys are {', '.join(known)}")
+            raise UserError(f"unknown key {key}{suggest_closest(str(key), known)}; valid keys are {', '.join(known)}")
     types: dict[str, tuple[type, ...]] = {
         "base": (list, str), "fixed": (dict,), "vary": (dict,), "seeds": (list,), "budget": (dict,), "trials": (int,),
         "baseline": (dict,), "metric": (str,), "pruning": (str, dict),
@@ -232,7 +237,7 @@ def _parse_sweep(name: str, question: str, given: Any) -> SweepConfig:
     if isinstance(values.get("pruning"), str):
         values["pruning"] = {values["pruning"]: {}}
     if len(values.get("pruning", [0])) != 1:
-        raise UserError("pruning must name one Optuna pruner, with its arguments")
+        raise UserError("pruning must contain exactly one Optuna pruner, optionally with arguments")
     values["budget"] = _parse_budget(values.get("budget", {}))
     values["vary"] = {name: parse_dimension(name, each) for name, each in (given["vary"] or {}).items()}
     values["baseline"] = {
@@ -262,7 +267,7 @@ def _require_one_of(key: str, value: str, allowed: Any) -> None:
 
 
 def _leading_comment(text: str) -> str:
-    """Return the comment lines at the top of the file, joined by spaces."""
+    """Return the comment lines at the top of a file, joined by spaces."""
     lines = []
     for line in text.splitlines():
         if not line.startswith("#"):

@@ -1,4 +1,4 @@
-"""Text classification: an output head maps the pooled hidden states of a text to one logit per class."""
+"""Text classification, with an output head that maps the pooled hidden states of a document to class logits."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -29,14 +29,16 @@ class Classification(GPTModule):
     """GPT for text classification.
 
     Validation and test compute loss, accuracy, macro F1 and the macro-averaged area under the ROC curve (AUROC). The
-    AUROC is averaged over the classes that contain some but not all of the texts; it is NaN if there are none.
+    AUROC is averaged over the classes to which some but not all documents belong, and is NaN if no class qualifies.
 
     Args:
-        pooling: Hidden state that the head reads: that of the ``last`` token, or the ``mean`` over all tokens.
-        class_weights: Weights of the classes in the loss, keyed by class name, with 1 for classes that are not listed;
-            or ``balanced``, which gives all classes the same total weight regardless of their frequency. By default
-            every label has weight 1.
-        kwargs: Arguments of ``GPTModule``. The head is not tied to the embedding, regardless of ``gpt``.
+        pooling: Pooling of the hidden states before the output head: ``last`` uses the hidden state of the last token,
+            ``mean`` averages over all tokens.
+        class_weights: Weights of the classes in the loss, keyed by class name; classes that are not listed have
+            weight 1. ``balanced`` gives all classes the same total weight, regardless of their frequency. By default,
+            all classes have weight 1.
+        kwargs: Arguments of ``GPTModule``. The head is never tied to the embedding, regardless of
+            ``gpt.tied_embeddings``.
 
     Raises:
         UserError: ``pooling`` is unknown, or a weight is out of range.
@@ -44,9 +46,10 @@ class Classification(GPTModule):
 
     metrics: MetricCollection
     weights: Tensor
-    """(n,) float32, the weight of each class."""
+    """Weight of each class in the loss, (n_classes,) float32."""
     confusion: Tensor
-    """(n, n) int64, confusion matrix of the last evaluation: rows are true classes, columns predicted classes."""
+    """Confusion matrix of the last evaluation, (n_classes, n_classes) int64: rows are true classes, columns are
+    predicted classes."""
 
     def __init__(
         self,
@@ -65,13 +68,13 @@ class Classification(GPTModule):
 
     @property
     def class_names(self) -> list[str]:
-        """Class names, in the order of the class indices.
+        """Names of the classes, in the order of their indices.
 
         Raises:
             UserError: The data has no classes.
         """
         if self.data_info.class_names is None:
-            raise UserError(f"data: {self.data_info.name} has no classes; Classification requires LabelledText")
+            raise UserError(f"data: {self.data_info.name} has no classes; Classification requires --data LabelledText")
         return self.data_info.class_names
 
     @property
@@ -85,14 +88,14 @@ class Classification(GPTModule):
         return replace(super().gpt, tied_embeddings=False)
 
     def forward(self, input_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Compute class logits.
+        """Compute the class logits of each document.
 
         Args:
             input_ids: (B, T) int64, right-padded.
-            lengths: (B,) int64, number of tokens in each text.
+            lengths: (B,) int64, number of tokens in each document.
 
         Returns:
-            (B, n) float32.
+            Logits, (B, n_classes) float32.
         """
         return self.net.forward_pooled(input_ids, lengths, self.pooling)
 
@@ -129,10 +132,10 @@ class Classification(GPTModule):
         if self.class_weights == "balanced":
             return [sum(counts) / len(names) / count for count in counts]
         if unknown := self.class_weights.keys() - set(names):
-            raise UserError(f"model.class_weights: there is no class {min(unknown)}; choose from {', '.join(names)}")
+            raise UserError(f"model.class_weights: class {min(unknown)} does not exist; choose from {', '.join(names)}")
         weights = [self.class_weights.get(name, 1.0) for name in names]
         if not any(weights):
-            raise UserError("model.class_weights: all weights are 0, so nothing would be learned; set one above 0")
+            raise UserError("model.class_weights: all weights are 0; at least one weight must be positive")
         return weights
 
     @override

@@ -1,4 +1,4 @@
-"""Base LightningModule: a GPT with its optimizer, loss scaling, gradient clipping, metrics and exact resuming."""
+"""Base LightningModule: a GPT with an optimizer, loss scaling, gradient clipping, metrics and exact resuming."""
 
 import inspect
 import logging
@@ -44,14 +44,14 @@ from lit_gpt_scratch.profiling.flops_and_memory import require_model_fits_memory
 log = logging.getLogger(__name__)
 
 TRAIN_STREAM, VALIDATION_STREAM = 5, 10
-"""Random-number streams. They are part of every seed, so changing a value changes the random numbers of runs."""
+"""Random-number streams, which are part of every seed; changing a value changes the random numbers of all runs."""
 
 
 class StepFilter(Protocol):
-    """Decides whether to apply a computed optimizer step."""
+    """Callable that decides whether a computed optimizer step is applied."""
 
     def __call__(self, loss: Tensor, norm: Tensor) -> bool:
-        """Return whether to apply the step. Called after clipping, on every rank with the same values.
+        """Return whether to apply the step; called after clipping, on every rank with the same values.
 
         Args:
             loss: Mean loss of the step over all ranks, a scalar.
@@ -64,31 +64,34 @@ class GPTModule(L.LightningModule):
 
     Subclasses override ``loss_and_count``, ``build_metrics`` and ``update_metrics``, and ``output_head`` unless they
     predict tokens. ``__init__`` only stores the arguments. The network is built in ``configure_model``, when the
-    trainer knows the hardware and the data module the vocabulary.
+    hardware and the vocabulary are known.
 
     A run can be resumed bit for bit from any of its checkpoints. Lightning restores weights, optimizer, schedule and
-    counters, which are normalised first. The data module computes which batch comes next. Random numbers are a function
-    of seed, batch and rank, so they have no state. If a run is resumed with a different number of processes or
-    micro-batches, it sees the same rows in the same order, but uses different random numbers.
+    progress counters, which are normalised first. The data module determines the next batch. Random numbers depend only
+    on the seed, the batch index and the rank, so no generator state is saved. If a run is resumed with a different
+    number of processes or micro-batches, it trains on the same rows in the same order, but with different random
+    numbers.
 
     Args:
-        gpt: Architecture of the network; by default that of ``init_from``, or else a small one.
-        optimizer: The optimizer and its hyperparameters.
-        schedule: The learning-rate schedule.
+        gpt: Architecture of the network. By default, the architecture of ``init_from`` if it is set, otherwise a small
+            GPT.
+        optimizer: Optimizer and its hyperparameters.
+        schedule: Learning-rate schedule.
         init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
             Face folder.
-        lora: LoRA settings. If set, only low-rank adapters and a new output head, if there is one, are trained; see
-            ``model.lora``.
+        lora: LoRA settings. If set, only the low-rank adapters are trained, and the output head if it is newly
+            initialised.
         train_layers: Number of blocks to train, counted from the last. If set, only these blocks, the final norm and
-            the output head are trained. A head that shares the embedding's matrix stays frozen, unless it is new.
+            the output head are trained. A head that is tied to the embedding stays frozen, unless it is newly
+            initialised.
         ema_decay: Decay of an exponential moving average (EMA) of the weights, such as 0.999. The averages are used for
             validation and samples, are saved as the weights in checkpoints, and replace the weights after training. By
-            default no average is kept.
-        compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the network's blocks wherever compilation
-            works. ``true`` also compiles the other parts of a step that can be compiled, which takes longer to start,
-            and raises an error if compilation does not work. ``false`` compiles nothing.
-        activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute the
-            rest. Saves memory at the cost of about a third more compute.
+            default, averaging is disabled.
+        compile: Use of ``torch.compile``: ``blocks`` (the default) compiles the blocks of the network if the machine
+            supports compilation. ``true`` also compiles other parts of the training step, which increases the startup
+            time, and raises an error if the machine does not support compilation. ``false`` disables compilation.
+        activation_checkpointing: Whether to store only the input of each block for the backward pass and recompute all
+            other activations. This saves memory at the cost of about a third more compute.
 
     Raises:
         UserError: The architecture names a custom attention class that cannot be imported, or arguments contradict each
@@ -105,9 +108,12 @@ class GPTModule(L.LightningModule):
     returns_label_losses: ClassVar[bool] = False
     """Whether ``update_metrics`` returns the loss of each label, so that validation losses can be broken down."""
     allows_dropout: ClassVar[bool] = True
-    """Whether dropout is allowed in training. It is not allowed if the loss compares log-probabilities with earlier
-    ones, because dropout would add noise to their ratio. The dropout of an initial model is then disabled, and setting
-    dropout is an error."""
+    """Whether dropout is allowed in training.
+
+    Dropout is not allowed if the loss compares log-probabilities with earlier log-probabilities, because dropout would
+    add noise to their ratio. In that case, the dropout of an initial model is disabled, and setting dropout is an
+    error.
+    """
 
     def __init__(
         self,
@@ -132,7 +138,7 @@ class GPTModule(L.LightningModule):
             if dropout and not self.allows_dropout:
                 raise UserError(
                     f"model.{part}.dropout is {dropout}, but {type(self).__name__} compares log-probabilities with "
-                    "earlier ones and does not support dropout: set it to 0"
+                    "earlier log-probabilities and does not support dropout; set it to 0"
                 )
         if gpt is not None:
             resolve_attention_class(gpt.attention)
@@ -141,8 +147,8 @@ class GPTModule(L.LightningModule):
         self.schedule = schedule
         self.init_from = init_from
         self.initial_model: InitialModel | None = None
-        """The model in ``init_from``, until the network is built. Set it if the checkpoint has already been read;
-        otherwise it is read when it is first accessed."""
+        """Model read from ``init_from``; None before it is read and after the network is built. Callers that have
+        already read the checkpoint can set this attribute, so that the checkpoint is not read again."""
         self.lora = lora
         self.train_layers = train_layers
         self.compile_network = compile
@@ -151,18 +157,19 @@ class GPTModule(L.LightningModule):
         self.total_steps = float("inf")
         """Number of optimizer steps in the run; infinite until it is known."""
         self.step_filter: StepFilter | None = None
-        """If set, steps that it rejects are counted, but change neither weights nor averages nor optimizer state."""
+        """Filter of optimizer steps, or None. Rejected steps are counted, but change neither weights nor averages nor
+        optimizer state."""
         self.step_loss: Tensor | None = None
         """Mean loss of the current optimizer step over all ranks; computed at log steps and for a ``step_filter``."""
         self.head_is_new = False
-        """Whether the output head was initialised from scratch, because the initial model's head does not fit."""
+        """Whether the output head was initialised from scratch, because the initial model has a different head."""
         self._base_hash: str | None = None
 
     # Methods for subclasses to override.
 
     @property
     def output_head(self) -> OutputHead:
-        """The output head."""
+        """Output head of the network, which predicts tokens by default."""
         return TokenHead()
 
     def loss_and_count(self, batch: Any) -> tuple[Tensor, Tensor]:
@@ -170,7 +177,7 @@ class GPTModule(L.LightningModule):
         raise NotImplementedError
 
     def step_count(self, batch: Any) -> Tensor:
-        """Return the number (or total weight) of labels in the optimizer step that this batch is part of: a scalar."""
+        """Return the number (or total weight) of labels in the optimizer step that contains a batch, as a scalar."""
         count: Tensor = batch["step_labels"]
         return count
 
@@ -193,7 +200,7 @@ class GPTModule(L.LightningModule):
         return values
 
     def build_auxiliary_networks(self) -> Sequence[GPT]:
-        """Build any other networks needed for training, such as a reference model; return those to be sharded."""
+        """Build other networks for training, such as a reference model, and return those that must be sharded."""
         return ()
 
     @property
@@ -202,7 +209,7 @@ class GPTModule(L.LightningModule):
         return self.net
 
     def split_batch(self, batch: Any) -> list[Any]:
-        """Split a batch into batches of one row each; return an empty list if the rows are not from the data module."""
+        """Split a batch into batches of one row each; empty if the rows do not come from the data module."""
         rows = {name: values for name, values in batch.items() if name not in STEP_KEYS}
         return [{name: values[row : row + 1] for name, values in rows.items()} for row in range(len(batch["labels"]))]
 
@@ -217,10 +224,8 @@ class GPTModule(L.LightningModule):
             UserError: The trainer was given dataloaders instead of a data module, so the vocabulary is unknown.
         """
         data: Any = getattr(self.trainer, "datamodule", None)
-        if inspect.getattr_static(data, "info", None) is None:  # static, so as not to hide an error inside of ``info``
-            raise UserError(
-                f"{type(self).__name__} takes its vocabulary from a data module: call trainer.fit(model, datamodule)"
-            )
+        if inspect.getattr_static(data, "info", None) is None:  # static, so that errors in ``info`` are raised
+            raise UserError(f"{type(self).__name__} requires a data module; call trainer.fit(model, datamodule=...)")
         self.data_info = data.info
         self._global_seed = global_seed()
         if stage == "fit":
@@ -241,7 +246,7 @@ class GPTModule(L.LightningModule):
         return self.initial_model
 
     def configure_model(self) -> None:
-        """Build the network for the data's vocabulary and context length; further calls have no effect.
+        """Build the network for the vocabulary and context length of the data; further calls have no effect.
 
         Raises:
             UserError: The network does not fit into memory, its attention cannot be trained on this device, or it does
@@ -263,7 +268,7 @@ class GPTModule(L.LightningModule):
         # A resumed run starts from its own checkpoint; a head that was new at the start of the run still counts as new.
         self._trains_new_head = pretrained is None or self.head_is_new or pretrained.metadata.new_head
         if pretrained is None and (self.lora or self.train_layers is not None):
-            log.warning("without model.init_from, frozen weights stay random; set it to a pretrained model")
+            log.warning("model.init_from is not set, so frozen weights stay random; set it to a pretrained model")
         if pretrained is not None and self.lora:
             self._base_hash = hash_base_weights(self.net, self._trains_new_head)
         self.initial_model = initial = pretrained = None  # free its memory
@@ -286,8 +291,8 @@ class GPTModule(L.LightningModule):
             names = add_lora(self.net, self.lora)
             if tied and "head" in names:
                 raise UserError(
-                    f"model.lora.pattern is {self.lora.pattern}, which matches the head, but its matrix is the "
-                    f"embedding's: exclude the head, as in (^|\\.)blocks\\."
+                    f"model.lora.pattern is {self.lora.pattern}, which matches the head, but the head is tied to "
+                    f"the embedding; exclude the head, for example with (^|\\.)blocks\\."
                 )
             if self._trains_new_head:
                 self.net.head.requires_grad_(True)
@@ -304,12 +309,12 @@ class GPTModule(L.LightningModule):
         return self.lora is not None and not self._trains_new_head
 
     def on_fit_start(self) -> None:
-        """Compile the blocks in place, so that names in checkpoints stay the same.
+        """Compile the blocks in place, so that parameter names in checkpoints stay the same.
 
         Identical blocks share one compilation, so a deep network compiles as fast as a shallow one.
 
         Raises:
-            UserError: Compilation was requested, but does not work here.
+            UserError: Compilation was requested, but is not supported on this machine.
         """
         obstacle = explain_no_compile(self.device, requested=self.compile_network is True)
         if self.compile_network is True and obstacle:
@@ -335,7 +340,7 @@ class GPTModule(L.LightningModule):
     # Training.
 
     def on_train_start(self) -> None:
-        """Determine the length of the run, and switch from the averages to the weights.
+        """Determine the number of steps in the run, and switch from the averaged weights to the current weights.
 
         This cannot happen earlier: estimating the number of steps creates the training dataloader, which must not be
         created before the trainer has restored its position.
@@ -347,7 +352,7 @@ class GPTModule(L.LightningModule):
         self._starts = True
 
     def _apply_configured_hyperparameters(self) -> None:
-        """Replace a checkpoint's hyperparameters with the configured ones; keep only its optimizer state."""
+        """Replace the hyperparameters of a checkpoint with the configured ones, but keep the optimizer state."""
         scheduler = self.trainer.lr_scheduler_configs[0].scheduler
         scheduler.base_lrs = [group["lr"] for group in self.configured_groups]
         factor = self.schedule.factor(self.trainer.global_step, self.total_steps)
@@ -356,8 +361,8 @@ class GPTModule(L.LightningModule):
             group["initial_lr"], group["lr"] = configured["lr"], configured["lr"] * factor
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Seed the random number generators for this batch by its position in the run."""
-        if self._starts:  # after a restart, Lightning's own count is off by one from the moment its loop is reset
+        """Seed the random number generators for a batch, based on its position in the run."""
+        if self._starts:  # after a restart, Lightning's step count is off by one as soon as its loop is reset
             set_logging_step(self.trainer, self.trainer.global_step)
             self._starts = False
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, TRAIN_STREAM)
@@ -411,10 +416,10 @@ class GPTModule(L.LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients as the trainer's flags specify.
+        """Clip the gradients as specified by the trainer's flags, and apply ``step_filter``.
 
-        Clipping by norm uses the total norm of all gradients under every strategy. This is the last hook before the
-        optimizer step, so it also calls ``step_filter``.
+        Clipping by norm uses the total norm of all gradients with every strategy. ``step_filter`` is called in this
+        hook, because it is the last hook before the optimizer step.
         """
         gradients = gradients_of(self)
         by_norm = gradient_clip_val and gradient_clip_algorithm != "value"
@@ -429,21 +434,21 @@ class GPTModule(L.LightningModule):
             optimizer.zero_grad(set_to_none=True)  # optimizers skip parameters without a gradient
 
     def on_train_end(self) -> None:
-        """Replace the weights with their averages."""
+        """Replace the weights with their moving averages, if averaging is enabled."""
         self._use_ema(True)
 
     # Validation and test.
 
     def on_validation_start(self) -> None:
-        """Seed the random number generators by the position in the run, and use the averaged weights.
+        """Seed the random number generators based on the position in the run, and switch to the averaged weights.
 
-        If a killed run is resumed and repeats a validation, the results are therefore the same.
+        Because of the seed, a validation that is repeated after a resume has the same results.
         """
         self._seed(self.trainer.fit_loop.epoch_loop.total_batch_idx, VALIDATION_STREAM)
         self._use_ema(True)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Add a batch to the metrics."""
+        """Add a batch to the metrics, and return the loss of each label as ``label_losses``, if available."""
         label_losses = self.update_metrics(batch)
         return None if label_losses is None else {"label_losses": label_losses}
 
@@ -452,7 +457,7 @@ class GPTModule(L.LightningModule):
         self.log_metrics("val")
 
     def on_validation_end(self) -> None:
-        """Switch back from the averages to the weights, after the hooks of all callbacks."""
+        """Switch back from the averaged weights to the current weights, after the hooks of all callbacks."""
         self._use_ema(False)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -487,7 +492,7 @@ class GPTModule(L.LightningModule):
     # Checkpoints.
 
     def checkpoint_metadata(self) -> CheckpointMetadata:
-        """Return everything, apart from the weights, that is required to use a checkpoint without this run."""
+        """Return the metadata that is required, in addition to the weights, to use a checkpoint outside of this run."""
         data, net = self.data_info, self.net
         return CheckpointMetadata(
             gpt=asdict(self.gpt),

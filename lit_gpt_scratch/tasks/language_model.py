@@ -19,12 +19,12 @@ class LanguageModel(GPTModule):
     """GPT trained by next-token prediction at all positions that have a label.
 
     Validation and test compute loss, perplexity and bits per byte over the labelled tokens. With ``compile=True``, the
-    output head and the loss are compiled together, which pays off for large vocabularies.
+    output head and the loss are compiled together, so that the logits are not stored in memory.
     """
 
     metrics: LikelihoodMetric
     token_bytes: Tensor
-    """(vocab_size,) int64, number of UTF-8 bytes per token."""
+    """Number of UTF-8 bytes of each token, (vocab_size,) int64."""
     returns_label_losses = True
 
     @override
@@ -74,6 +74,6 @@ def _head_and_token_losses(net: GPT, x: Tensor, labels: Tensor) -> Tensor:
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function on first use, because importing the compiler takes seconds.
 
-    It is meant for module-level functions: a compiled method would be shared by copies of its module.
+    Pass only module-level functions, because copies of a module would share a compiled method.
     """
     return torch.compile(function)

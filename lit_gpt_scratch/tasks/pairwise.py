@@ -28,12 +28,15 @@ class PairComparison(NamedTuple):
 
 
 class PairwiseModule(GPTModule):
-    """GPT trained on pairs of replies. Subclasses define ``compare``; evaluation computes ``PreferenceMetrics``."""
+    """Base class for a GPT trained on pairs of replies.
+
+    Subclasses define ``compare``. Validation and test compute ``PreferenceMetrics``.
+    """
 
     metrics: PreferenceMetrics | MetricCollection
 
     def compare(self, batch: PairBatch) -> PairComparison:
-        """Compute the losses and rewards for the pairs in a batch."""
+        """Compute the loss and the rewards of each pair in a batch."""
         raise NotImplementedError
 
     @override
@@ -45,7 +48,7 @@ class PairwiseModule(GPTModule):
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if not self.data_info.has_pairs:
             name = self.data_info.name
-            raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} requires Preferences")
+            raise UserError(f"data: {name} has no pairs of replies; {type(self).__name__} requires --data Preferences")
         return PreferenceMetrics()
 
     @override
@@ -54,7 +57,7 @@ class PairwiseModule(GPTModule):
 
     @override
     def split_batch(self, batch: PairBatch) -> list[PairBatch]:
-        n = len(batch["lengths"]) // 2  # row i is the chosen reply, row n + i the rejected one
+        n = len(batch["lengths"]) // 2  # row i is the chosen reply, row n + i the rejected reply
         rows = {name: cast(Tensor, values) for name, values in batch.items() if name not in STEP_KEYS}
         return [cast(PairBatch, {name: values[i::n] for name, values in rows.items()}) for i in range(n)]
 
@@ -63,7 +66,7 @@ def split_pairs(rows: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Split rows into chosen and rejected rows, and drop padding pairs.
 
     Args:
-        rows: (2 B, ...), the chosen rows followed by the rejected ones.
+        rows: (2 B, ...), the chosen rows followed by the rejected rows.
         lengths: (2 B,) int64, number of tokens in each row; 0 for padding pairs.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The frozen initial policy, from which the KL penalty of DPO, PPO and GRPO is measured."""
+"""Frozen initial policy, relative to which DPO, PPO and GRPO compute their KL penalty."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,14 @@ from lit_gpt_scratch.model.lora import disable_lora
 
 
 class ReferenceModel(nn.Module):
-    """The initial policy: a frozen copy or, if only adapters are trained, the policy with its adapters disabled.
+    """Initial policy: a frozen copy or, if only adapters are trained, the policy with its adapters disabled.
 
     The copy is a submodule of the LightningModule. It is moved to the module's device and saved in its checkpoints,
     separately from the weights of ``net``, so that a run can be resumed from its checkpoint alone. It is never trained.
 
     Args:
-        policy: The network to train, before training.
-        adapters: Whether only adapters are trained. It must be False if the output head is trained as well, because
+        policy: Network of the policy, before training.
+        adapters: Whether only adapters are trained. Must be False if the output head is trained as well, because
             disabling the adapters would not restore the initial head.
     """
 
@@ -33,7 +33,7 @@ class ReferenceModel(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "ReferenceModel":
-        """Stay in evaluation mode, without dropout, regardless of ``mode``."""
+        """Keep the module in evaluation mode, regardless of ``mode``, so that dropout is never applied."""
         return super().train(False)
 
     @property
@@ -43,7 +43,7 @@ class ReferenceModel(nn.Module):
 
     @contextmanager
     def network(self) -> Iterator[GPT]:
-        """Provide the reference network in evaluation mode; do not use the policy inside this context."""
+        """Provide the reference network in evaluation mode; the policy must not be used inside this context."""
         if self.frozen is not None:
             yield self.frozen
             return
@@ -65,7 +65,7 @@ class ReferenceModel(nn.Module):
             labels: (B, T) int64.
 
         Returns:
-            (B, T) nats, at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
+            Log-probabilities in nats, (B, T), in at least float32; 0 where the label is ``IGNORE_INDEX`` (-100).
         """
         with self.network() as net:
             return token_logprobs(net(input_ids), labels)

@@ -1,4 +1,4 @@
-"""Reward models, which predict a scalar for each conversation; it should be larger for preferred replies."""
+"""Reward models, which predict a scalar reward for each conversation, higher for preferred replies."""
 
 from dataclasses import replace
 from functools import cached_property
@@ -20,9 +20,9 @@ from lit_gpt_scratch.tasks.pairwise import PairComparison, PairwiseModule, split
 class Reward(PairwiseModule):
     """GPT reward model, trained with the Bradley-Terry loss to predict which of two replies is preferred.
 
-    The reward of a conversation is read at its last token, the end of text after the last reply. Only differences
-    between rewards for the same prompt are learned; their offset is arbitrary. The head is not tied to the embedding,
-    regardless of ``gpt``.
+    The reward of a conversation is computed at its last token, the end-of-text token after the last reply. Only
+    differences between rewards for the same prompt are learned; their offset is arbitrary. The head is never tied to
+    the embedding, regardless of ``gpt.tied_embeddings``.
     """
 
     next_command = "convert to-safetensors {} reward.safetensors"
@@ -45,7 +45,7 @@ class Reward(PairwiseModule):
             lengths: (B,) int64, number of tokens in each conversation.
 
         Returns:
-            (B,) float32.
+            Rewards, (B,) float32.
         """
         return self.net.forward_pooled(input_ids, lengths)
 
@@ -58,7 +58,7 @@ class Reward(PairwiseModule):
     def build_metrics(self) -> PreferenceMetrics | MetricCollection:
         if self.data_info.truncates:
             raise UserError(
-                "data.too_long is cut, but a reward is read at the end of a reply; set it to refuse or drop"
+                "data.too_long is cut, but a reward model requires complete replies; set it to refuse or drop"
             )
         return super().build_metrics()
 

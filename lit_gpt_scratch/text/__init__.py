@@ -1,1 +1,1 @@
-"""Documents, cleaning, tokenizers and the chat template; imports no torch."""
+"""Document reading, cleaning, tokenization and chat templates; these modules do not import PyTorch."""

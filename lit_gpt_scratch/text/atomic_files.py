@@ -1,4 +1,4 @@
-"""Atomic writes: a file or folder is either complete or missing, even if the process is killed."""
+"""Atomic creation of files and folders, which are complete or missing even if the process is killed."""
 
 import multiprocessing
 import os
@@ -16,7 +16,7 @@ from filelock import FileLock
 from lit_gpt_scratch.errors import UserError
 
 PURPOSE_FILE: Final = "begun"
-"""File in an unfinished folder that stores the folder's purpose; see ``create_folder_atomically``."""
+"""Name of the file in an incomplete folder that stores its purpose; see ``create_folder_atomically``."""
 TEMPORARY_NAME: Final = ".{name}.{writer}.unfinished"
 
 
@@ -38,22 +38,22 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
     """Create a folder atomically, unless it already exists.
 
     The folder is filled under a temporary name and renamed once it is complete, so a killed process leaves either no
-    folder or a complete one. A lock prevents a second process from doing the same work; it is released if the process
-    is killed. On failure, the partial folder is deleted so that it takes up no disk space.
+    folder or a complete folder. A lock prevents a second process from doing the same work; the lock is released if the
+    process that holds it is killed. On failure, the partial folder is deleted to free disk space.
 
     Args:
-        folder: The folder to create; an empty one counts as missing.
-        fill: Function that writes the contents to the path it is passed.
-        flag: Flag that sets another location, for error messages.
-        purpose: String that identifies the inputs of the contents. If set, a partial folder with the same purpose, left
-            by an interrupted call (a kill, Ctrl-C or the death of a worker process), is passed to ``fill`` again for
-            completion; by default, the work starts over.
+        folder: Folder to create; an existing empty folder counts as missing.
+        fill: Function that receives the temporary path of the folder and writes the contents of the folder.
+        flag: Command-line flag that sets the location, for error messages.
+        purpose: String that identifies the inputs from which the folder is created. If set, an interrupted call (by a
+            kill, Ctrl-C or a killed worker process) leaves a partial folder, which the next call with the same purpose
+            passes to ``fill`` for completion. If None, the next call starts over.
 
     Raises:
         UserError: The folder is not writable, or a worker process was killed.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
-        raise RuntimeError("worker processes import this script again; guard its code with if __name__ == '__main__':")
+        raise RuntimeError("worker processes import the main script; move its code under if __name__ == '__main__':")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -62,18 +62,21 @@ def create_folder_atomically(folder: Path, fill: Callable[[Path], None], flag: s
             if not folder.exists():
                 fill_folder_atomically(folder, fill, purpose)
     except BrokenProcessPool as error:
-        retry = "run the same command again to resume" if purpose is not None else "try again"
+        retry = "run the same command again to resume" if purpose is not None else "run the command again"
         raise UserError(
-            f"a worker process for {folder.name} was killed, perhaps because memory ran out; {retry}; "
-            "fewer processes need less memory: --data.processes 1"
+            f"a worker process for {folder.name} was killed, possibly because it ran out of memory; {retry}, with "
+            "--data.processes 1 to use less memory"
         ) from error
     except (OSError, sqlite3.OperationalError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write to {folder.parent} ({reason}); choose another folder: {flag}") from error
+        raise UserError(f"cannot write to {folder.parent} ({reason}); set {flag} to another folder") from error
 
 
 def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: str | None = None) -> None:
-    """Like ``create_folder_atomically`` but without the lock: the folder must not exist or have another writer."""
+    """Create a folder atomically without a lock; see ``create_folder_atomically`` for the arguments.
+
+    The folder must not exist, and no other process may write to it.
+    """
     partial = folder.with_name(f"{folder.name}.partial")
     purpose_file = partial / PURPOSE_FILE
     if purpose is None or not purpose_file.is_file() or purpose_file.read_text(encoding="utf-8") != purpose:
@@ -82,7 +85,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
         if purpose is not None:
             with atomic_file(purpose_file) as file:
                 file.write(purpose.encode())
-    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # left by a killed writer
+    for leftover in partial.rglob(TEMPORARY_NAME.format(name="*", writer="*")):  # left by a killed process
         leftover.unlink(missing_ok=True)
     try:
         fill(partial)
@@ -92,7 +95,7 @@ def fill_folder_atomically(folder: Path, fill: Callable[[Path], None], purpose: 
                     os.fsync(file.fileno())
         purpose_file.unlink(missing_ok=True)
         partial.rename(folder)
-    except BaseException as error:  # includes Ctrl-C: a folder that cannot be resumed only wastes disk space
+    except BaseException as error:  # includes Ctrl-C; a folder that cannot be resumed wastes disk space
         interrupted = isinstance(error, BrokenProcessPool) or not isinstance(error, Exception)
         if purpose is None or not interrupted:
             shutil.rmtree(partial, ignore_errors=True)

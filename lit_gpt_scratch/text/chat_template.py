@@ -1,16 +1,16 @@
-"""Chat template: converts messages to token ids, identically in fine-tuning and in generation.
+"""Chat template that converts messages to token ids, identically for fine-tuning and generation.
 
-A conversation starts with the start-of-text token. Each turn consists of the role's marker, the content and a turn end.
-An assistant message ends with the end-of-text token, which is included in the loss so that the model learns to stop;
-other turns end with a newline::
+A conversation starts with the start-of-text token. Each turn consists of a role marker, the content and an end marker.
+The end marker of an assistant message is the end-of-text token, which is included in the loss so that the model learns
+to stop; the end marker of all other turns is a newline::
 
     <|endoftext|><|user|>Hi!
     <|assistant|>Hello.<|endoftext|><|user|>And now?
     <|assistant|>Bye.<|endoftext|>
 
-The marker is the token ``<|role|>`` if the tokenizer has it, otherwise the line ``### Role:``, so that any pretrained
-model can be fine-tuned without new tokens. Markers, contents and turn ends are encoded separately: a turn boundary is
-always a token boundary, and a prompt has exactly the same ids as the same messages in training.
+The role marker is the token ``<|role|>`` if the tokenizer has this token, and the line ``### Role:`` otherwise, so that
+any pretrained model can be fine-tuned without new tokens. Markers and contents are encoded separately, so a turn
+boundary is always a token boundary, and a prompt has exactly the same ids as the same messages in training.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ from lit_gpt_scratch.text.tokenizer import Tokenizer
 Role = Literal["system", "user", "assistant"]
 ROLES: Final[tuple[Role, ...]] = get_args(Role)
 ASSISTANT: Final = "assistant"
-"""The role whose messages are trained on."""
+"""Role whose messages are included in the loss."""
 ROLE_TOKENS: Final = tuple(f"<|{role}|>" for role in ROLES)
 """Special tokens to add when training a tokenizer for conversations."""
 TURN_END: Final = "\n"
@@ -43,7 +43,7 @@ class RenderedConversation(NamedTuple):
 
     Attributes:
         ids: Token ids, (n,).
-        loss_mask: Loss mask, (n,): True for tokens of assistant messages and the end of text after each of them.
+        loss_mask: Loss mask, (n,): True for the tokens of assistant messages, including their end-of-text tokens.
     """
 
     ids: list[int]
@@ -51,10 +51,10 @@ class RenderedConversation(NamedTuple):
 
 
 class ChatTemplate:
-    """Render messages as token ids.
+    """Chat template that converts messages to token ids.
 
     Args:
-        tokenizer: The tokenizer to encode with.
+        tokenizer: Tokenizer that encodes the messages.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -74,7 +74,7 @@ class ChatTemplate:
         return RenderedConversation(ids, loss_mask)
 
     def render_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenize messages as the prompt for a reply; it ends with the assistant's marker."""
+        """Tokenize messages as a prompt, which ends with the assistant marker."""
         return self.render(messages).ids + self._markers[ASSISTANT]
 
     def _role_marker(self, role: Role) -> list[int]:
@@ -83,14 +83,14 @@ class ChatTemplate:
 
 
 def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
-    """Return the messages of a training record; the format is inferred from its columns.
+    """Parse a training record into messages; the format is inferred from the column names.
 
     Args:
-        fields: Values by column: ``messages``, a list of ``{"role": …, "content": …}``; or, as in Alpaca (Taori et al.
-            2023), ``instruction``, an optional ``input``, and ``output``.
+        fields: Values by column name: either ``messages``, a list of ``{"role": …, "content": …}``, or, as in Alpaca
+            (Taori et al. 2023), ``instruction``, ``output`` and optionally ``input``.
 
     Raises:
-        UserError: The record has neither format, or is not a valid training conversation. The caller adds the file and
+        UserError: The record has neither of these formats, or is not a valid conversation. The caller adds the file and
             row to the message.
     """
     if fields.get("messages") is not None:
@@ -99,23 +99,23 @@ def parse_conversation(fields: Mapping[str, Any]) -> list[Message]:
         messages = [_parse_instruction(fields), Message(ASSISTANT, get_text(fields, "output"))]
     else:
         found = ", ".join(fields) or "nothing"
-        raise UserError(f"a record needs 'messages', or 'instruction' and 'output'; this one has {found}")
+        raise UserError(f"a record must have 'messages', or 'instruction' and 'output', but it has {found}")
     validate_messages(messages)
     if messages[-1].role != ASSISTANT:
-        raise UserError(f"the last message has role {messages[-1].role}; there is no assistant reply after it to learn")
+        raise UserError(f"the last message has role {messages[-1].role}; it must be an assistant reply")
     return messages
 
 
 def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
-    """Return the prompt of a record as messages, for generating replies or comparing them.
+    """Parse the prompt of a record into messages, for generating or comparing replies.
 
     Args:
-        fields: Values by column: ``prompt``, a string or a list of messages; or ``instruction`` and ``input``, as in
-            Alpaca.
+        fields: Values by column name: either ``prompt``, a string or a list of messages, or, as in Alpaca,
+            ``instruction`` and optionally ``input``.
 
     Raises:
-        UserError: There is no prompt, or its last message is not the user's. The caller adds the file and row to the
-            message.
+        UserError: The prompt is missing, or its last message is not a user message. The caller adds the file and row to
+            the message.
     """
     if isinstance(prompt := fields.get("prompt"), str):
         messages = [Message("user", prompt)]
@@ -125,15 +125,15 @@ def parse_prompt(fields: Mapping[str, Any]) -> list[Message]:
         messages = [_parse_instruction(fields)]
     else:
         found = ", ".join(fields) or "nothing"
-        raise UserError(f"a record needs 'prompt' or 'instruction'; this one has {found}")
+        raise UserError(f"a record must have 'prompt' or 'instruction', but it has {found}")
     validate_messages(messages)
     if messages[-1].role != "user":
-        raise UserError(f"the last message of the prompt has role {messages[-1].role}; it must be the user's")
+        raise UserError(f"the last message of the prompt has role {messages[-1].role}; it must be a user message")
     return messages
 
 
 def parse_reply(fields: Mapping[str, Any], column: str) -> str:
-    """Return the reply in a column: a string, or a list with a single assistant message.
+    """Return the reply in a column, which contains a string or a list with a single assistant message.
 
     Raises:
         UserError: The reply is empty or has another type. The caller adds the file and row to the message.
@@ -141,7 +141,7 @@ def parse_reply(fields: Mapping[str, Any], column: str) -> str:
     if isinstance(fields.get(column), list):
         messages = _parse_messages(fields[column], column)
         if [message.role for message in messages] != [ASSISTANT]:
-            raise UserError(f"'{column}' is not a single {ASSISTANT} message; put earlier turns into 'prompt'")
+            raise UserError(f"'{column}' must be a single {ASSISTANT} message; move earlier turns to 'prompt'")
         text = messages[0].content
     else:
         text = get_text(fields, column)
@@ -151,21 +151,23 @@ def parse_reply(fields: Mapping[str, Any], column: str) -> str:
 
 
 def validate_messages(messages: Sequence[Message]) -> None:
-    """Check the order of messages: an optional system message first, then user and assistant alternating.
+    """Check that user and assistant messages alternate after an optional system message.
 
     Raises:
-        UserError: A message is empty or out of order.
+        UserError: There are no messages, or a message is empty or out of order.
     """
     if not messages:
         raise UserError("there are no messages")
     for number, message in enumerate(messages, 1):
         before = messages[number - 2].role if number > 1 else None
         if is_blank(message.content):
-            raise UserError(f"message {number}: the {message.role}'s text is empty")
+            raise UserError(f"message {number} has role {message.role} and no content")
         if message.role == before:
-            raise UserError(f"messages {number - 1} and {number} both have role {before}; join them")
+            raise UserError(
+                f"messages {number - 1} and {number} both have role {before}; merge them into a single message"
+            )
         if message.role == "system" and before is not None:
-            raise UserError(f"message {number} has role system, which can only come first")
+            raise UserError(f"message {number} has role system, but only the first message may have this role")
         if message.role == ASSISTANT and before != "user":
             raise UserError(f"message {number} has role {ASSISTANT} but does not follow a user message")
 
@@ -177,13 +179,17 @@ def _parse_instruction(fields: Mapping[str, Any]) -> Message:
 
 def _parse_messages(value: Any, column: str) -> list[Message]:
     if not isinstance(value, list):
-        raise UserError(f"'{column}' is {type(value).__name__}, not a list")
+        raise UserError(f"'{column}' must be a list, but its type is {type(value).__name__}")
     messages = []
     for number, entry in enumerate(value, 1):
         if not isinstance(entry, Mapping):
-            raise UserError(f"message {number} is {type(entry).__name__}, not an object with 'role' and 'content'")
+            raise UserError(
+                f"message {number} must be an object with 'role' and 'content', but its type is {type(entry).__name__}"
+            )
         if entry.get("role") not in ROLES:
-            raise UserError(f"message {number} has role {entry.get('role')!r}; choose from {', '.join(ROLES)}")
+            raise UserError(
+                f"message {number} has role {entry.get('role')!r}; the role must be one of {', '.join(ROLES)}"
+            )
         messages.append(Message(entry["role"], _parse_content(entry, number)))
     return messages
 

@@ -1,7 +1,7 @@
-"""Cleaning steps: each returns the document, possibly edited, or the reason for rejecting it.
+"""Cleaning steps that edit or reject documents.
 
-The pipeline is a list of steps, selected and ordered in the config; by default, only exact duplicates are removed. A
-step is a frozen dataclass: its arguments define its behaviour and are part of the cleaned corpus's cache key.
+The pipeline is a list of steps, which are selected and ordered in the config; by default, only exact duplicates are
+removed. A step is a frozen dataclass whose fields determine its behavior and are part of the cache key of the corpus.
 """
 
 import hashlib
@@ -21,11 +21,11 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.document import Document
 
 RejectionReason = str
-"""Reason for rejecting a document: a short phrase, the same for all documents rejected by one rule."""
+"""Short phrase that states why a document was rejected; identical for all documents rejected by the same rule."""
 
 
 class CleaningStep:
-    """Base class of the three kinds of cleaning steps below."""
+    """Base class of the three types of cleaning steps."""
 
     @property
     def name(self) -> str:
@@ -34,10 +34,10 @@ class CleaningStep:
 
     @property
     def source_hash(self) -> str:
-        """Hash of the source code of the step's module, so that a corpus is cleaned again after a code change."""
+        """Hash of the source code that defines the step; a corpus is cleaned again if this code changes."""
         try:
             source: Any = inspect.getsource(sys.modules[type(self).__module__])
-        except (TypeError, OSError):  # defined in a notebook or an interactive session
+        except (TypeError, OSError):  # the step is defined in a notebook or an interactive session
             source = [
                 (name, function.__code__.co_code, function.__code__.co_consts)
                 for name, function in vars(type(self)).items()
@@ -47,51 +47,62 @@ class CleaningStep:
 
 
 class PerDocumentStep(CleaningStep, ABC):
-    """A step that edits or rejects each document independently of the others."""
+    """Cleaning step that edits or rejects each document independently of all others."""
 
     @abstractmethod
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Return the document with the same id and possibly another text, or the reason for rejecting it."""
+        """Return the document, whose text may be edited but not its id, or the reason for rejecting the document."""
 
 
 class DeduplicationStep(CleaningStep, ABC):
-    """A step that rejects documents that duplicate earlier ones.
+    """Cleaning step that rejects duplicates of earlier documents.
 
     Sketches are computed in parallel by several processes, then compared sequentially in document order.
     """
 
     cheap: ClassVar[bool] = False
-    """Whether computing a sketch costs less than sending the document to another process."""
+    """Whether computing a sketch is cheaper than sending the document to another process."""
 
     @abstractmethod
     def sketch(self, document: Document) -> Any:
-        """Return the data needed to compare the document with others."""
+        """Return the data that represents the document when it is compared with other documents."""
 
     @abstractmethod
     def build_filter(self, folder: Path) -> AbstractContextManager[Callable[[Any], RejectionReason | None]]:
-        """Return a filter that compares each sketch with those that passed; it may store files in ``folder``."""
+        """Return a context manager that yields a filter for sketches.
+
+        The filter compares a sketch with all sketches that it accepted before, and returns None to accept it or the
+        reason for rejecting it. The filter may store files in ``folder``.
+        """
 
 
 class DecontaminationStep(CleaningStep, ABC):
-    """A step that rejects training documents that overlap validation documents; it runs last, after the split."""
+    """Cleaning step, run after the split, that rejects training documents that overlap with validation documents."""
 
     @abstractmethod
     def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """Return a filter for training documents, given the validation documents."""
+        """Return a filter for training documents.
+
+        The filter returns None to accept a document or the reason for rejecting it.
+
+        Args:
+            held_out: Validation documents.
+        """
 
 
 @dataclass(frozen=True)
 class UnicodeNormalization(PerDocumentStep):
-    """Normalise Unicode: ``NFC`` composes characters; ``NFKC`` also replaces ligatures and full-width letters.
+    """Cleaning step that applies Unicode normalization.
 
     Args:
-        form: Unicode normalization form (https://unicode.org/reports/tr15).
+        form: Unicode normalization form (https://unicode.org/reports/tr15). ``NFC`` composes characters; ``NFKC`` also
+            replaces ligatures and full-width letters.
     """
 
     form: Literal["NFC", "NFD", "NFKC", "NFKD"] = "NFC"
 
     def __call__(self, document: Document) -> Document:
-        """Normalise the text."""
+        """Return the document with normalized text."""
         return replace(document, text=unicodedata.normalize(self.form, document.text))
 
 
@@ -100,22 +111,22 @@ CONTROL_CHARACTERS: Final = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9
 
 @dataclass(frozen=True)
 class ControlCharacters(PerDocumentStep):
-    """Remove invisible characters: C0 and C1 controls, zero-width characters and the byte order mark.
+    """Cleaning step that removes C0 and C1 control characters, zero-width characters and byte order marks.
 
-    Tab, line feed, carriage return, form feed and U+0085 are kept, as are the joiners U+200C and U+200D, which words
-    and emoji use.
+    Tabs, line feeds, carriage returns, form feeds and U+0085 are kept, as are the joiners U+200C and U+200D, which
+    occur in words and emoji.
     """
 
     def __call__(self, document: Document) -> Document:
-        """Remove the characters."""
+        """Return the document without invisible characters."""
         return replace(document, text=CONTROL_CHARACTERS.sub("", document.text))
 
 
 @dataclass(frozen=True)
 class Whitespace(PerDocumentStep):
-    r"""Normalise line endings to ``\n``, strip trailing spaces, and limit consecutive blank lines.
+    r"""Cleaning step that converts line endings to ``\n``, strips trailing spaces and limits consecutive blank lines.
 
-    Leading spaces are kept: they are syntax in Python and layout in poems.
+    Leading spaces are kept because they are significant in source code and poems.
 
     Args:
         blank_lines: Maximum number of consecutive blank lines.
@@ -130,7 +141,7 @@ class Whitespace(PerDocumentStep):
             raise UserError(f"data.cleaning: Whitespace.blank_lines is {self.blank_lines}; it must be 0 or more")
 
     def __call__(self, document: Document) -> Document:
-        """Normalise the whitespace."""
+        """Return the document with normalized whitespace."""
         text = re.sub(r"\r\n?|[\u2028\u2029\u0085]", "\n", document.text)
         text = "\n".join(line.rstrip() for line in text.split("\n"))
         text = re.sub(rf"\n{{{self.blank_lines + 2},}}", "\n" * (self.blank_lines + 1), text)
@@ -141,11 +152,11 @@ class Whitespace(PerDocumentStep):
 
 @dataclass(frozen=True)
 class Length(PerDocumentStep):
-    """Reject documents that are too short or too long.
+    """Cleaning step that rejects documents that are too short or too long.
 
     Args:
         at_least: Minimum number of characters.
-        at_most: Maximum number of characters; no limit by default.
+        at_most: Maximum number of characters; None disables the limit.
     """
 
     at_least: int = 1
@@ -153,10 +164,12 @@ class Length(PerDocumentStep):
 
     def __post_init__(self) -> None:
         if self.at_most is not None and self.at_most < self.at_least:
-            raise UserError(f"data.cleaning: Length.at_most ({self.at_most}) is below at_least ({self.at_least})")
+            raise UserError(
+                f"data.cleaning: Length.at_most is {self.at_most}; it must not be less than at_least ({self.at_least})"
+            )
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Check the length."""
+        """Return the document, or the reason for rejecting it."""
         if len(document.text) < self.at_least:
             return f"fewer than {self.at_least:,} characters"
         if self.at_most is not None and len(document.text) > self.at_most:
@@ -174,7 +187,9 @@ IPV6: Final = re.compile(r"(?<![\w:.])(?=[0-9A-Fa-f:]*:[0-9A-Fa-f:]*:)[0-9A-Fa-f
 
 @dataclass(frozen=True)
 class MaskContacts(PerDocumentStep):
-    """Replace e-mail and IP addresses with placeholders (https://arxiv.org/abs/2406.17557, section 3.7).
+    """Cleaning step that replaces e-mail and IP addresses with placeholders.
+
+    The addresses are masked as in FineWeb (https://arxiv.org/abs/2406.17557, section 3.7).
 
     Args:
         email: Placeholder for an e-mail address.
@@ -185,14 +200,14 @@ class MaskContacts(PerDocumentStep):
     ip: str = "192.0.2.1"
 
     def __call__(self, document: Document) -> Document:
-        """Replace the addresses."""
+        """Return the document with all addresses replaced."""
         text = EMAIL.sub(lambda _: self.email, document.text) if "@" in document.text else document.text
         text = IPV4.sub(lambda _: self.ip, text)
         return replace(document, text=IPV6.sub(lambda match: self.ip if _is_ipv6(match[0]) else match[0], text))
 
 
 def _is_ipv6(candidate: str) -> bool:
-    """Whether it is an IPv6 address that may belong to a person, unlike ``10::20`` or ``ace::Face`` in code."""
+    """Return whether a string is likely an IPv6 address, and not source code such as ``10::20`` or ``ace::Face``."""
     try:
         groups = [group for group in ipaddress.IPv6Address(candidate).compressed.split(":") if group]
     except ValueError:
@@ -204,7 +219,7 @@ def validate_steps(steps: Sequence[CleaningStep]) -> None:
     """Check that every entry is a cleaning step without null settings, and that decontamination steps come last.
 
     Raises:
-        UserError: A check fails; the message names the step.
+        UserError: A step is invalid; the message names the step.
     """
     for step in steps:
         if not isinstance(step, PerDocumentStep | DeduplicationStep | DecontaminationStep):
@@ -218,4 +233,4 @@ def validate_steps(steps: Sequence[CleaningStep]) -> None:
     first = next((index for index, step in enumerate(steps) if isinstance(step, DecontaminationStep)), None)
     for step in steps[first:] if first is not None else ():
         if not isinstance(step, DecontaminationStep):
-            raise UserError(f"data.cleaning: put {step.name} before {steps[first or 0].name}")
+            raise UserError(f"data.cleaning: {step.name} must come before {steps[first or 0].name}; reorder the steps")

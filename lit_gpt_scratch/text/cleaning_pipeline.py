@@ -1,4 +1,4 @@
-"""Cleaning pipeline: runs per-document steps in parallel, and deduplication in document order.
+"""Cleaning pipeline that runs per-document steps in parallel and deduplication steps in document order.
 
 The output and its order do not depend on the number of processes.
 """
@@ -20,9 +20,9 @@ BATCH_BYTES: Final = 2**20
 """Bytes of text per batch sent to a worker process; a batch has at most ``BATCH_DOCUMENTS`` documents."""
 BATCH_DOCUMENTS: Final = 256
 SINGLE_PROCESS_BYTES: Final = 2**25
-"""Bytes of text processed before worker processes start: for less text, startup costs more time than it saves."""
+"""Bytes of text to process before worker processes are started; for less text, they would not save time."""
 QUEUED_BATCHES: Final = 2
-"""Batches queued per worker process."""
+"""Number of batches queued per worker process."""
 
 
 @dataclass(slots=True)
@@ -31,10 +31,11 @@ class PipelineItem:
 
     Attributes:
         document: The document after the last step that it passed.
-        source_index: Index of the source that it was read from.
-        sizes: UTF-8 bytes before the first step and after each step that it passed.
-        texts: Texts at the same points as ``sizes``, if the document is in the sample whose tokens are counted.
-        reason: Reason why a step rejected it; None if no step has.
+        source_index: Index of the source from which the document was read.
+        sizes: Size of the text in bytes before the first step and after each step that the document passed.
+        texts: Text before the first step and after each step that the document passed; None if the document is not
+            sampled for token counts.
+        reason: Reason for which a step rejected the document; None if no step rejected it.
         sketch: Data for the next deduplication step.
     """
 
@@ -70,9 +71,9 @@ def run_pipeline(
     Args:
         items: The documents, in order.
         steps: Per-document and deduplication steps.
-        final_sketch: Function applied to each document that passes all steps; its result is in ``PipelineItem.sketch``.
+        final_sketch: Function of each document that passes all steps; ``PipelineItem.sketch`` stores the result.
         folder: Folder in which steps may store files.
-        processes: Number of worker processes; 1 runs everything in this process.
+        processes: Number of worker processes; 1 runs all steps in the current process.
 
     Yields:
         All items in order, including rejected ones.
@@ -135,7 +136,7 @@ def _filter_batches(
 
 
 class LazyProcessPool:
-    """A process pool that starts once there is enough work and returns results in order."""
+    """Process pool that starts once there is enough work and returns results in order."""
 
     def __init__(self, processes: int) -> None:
         self.processes = processes
@@ -157,7 +158,7 @@ class LazyProcessPool:
             yield queue.popleft().result()
 
     def close(self) -> None:
-        """Stop the processes and discard queued work."""
+        """Stop the worker processes and discard queued work."""
         if self._pool is not None:
             shutdown_process_pool(self._pool)
 

@@ -1,4 +1,4 @@
-"""Cleaning report: documents kept and rejected by each step (``audit.json`` and ``audit.md``)."""
+"""Report of the documents that each cleaning step kept and rejected (``audit.json`` and ``audit.md``)."""
 
 import hashlib
 from collections import Counter
@@ -12,16 +12,16 @@ from lit_gpt_scratch.text.document import RejectedDocument
 from lit_gpt_scratch.text.markdown_table import format_markdown_table
 
 MAX_EXAMPLES: Final = 3
-"""Maximum examples per rejection reason."""
+"""Maximum number of example documents per rejection reason."""
 EXCERPT_CHARACTERS: Final = 160
-"""Maximum characters per example."""
+"""Maximum number of characters shown per example."""
 SAMPLE_BYTES: Final = 2**22
-"""Bytes of text in the sample for per-step token counts; a corpus up to this size is counted exactly."""
+"""Maximum bytes of text in the sample used to estimate token counts; smaller corpora are counted exactly."""
 
 
 @dataclass
 class StepStatistics:
-    """Counts for one step: ``documents_in`` is ``documents_out`` plus all rejected documents."""
+    """Statistics of one step; ``documents_in`` is the sum of ``documents_out`` and all rejected documents."""
 
     name: str
     documents_in: int = 0
@@ -40,7 +40,7 @@ class StepStatistics:
         self.bytes_out += bytes_out
 
     def record_rejected(self, id_: str, text: str, n_bytes: int, reason: str) -> None:
-        """Count a document that the step rejected, and keep the first few per reason as examples."""
+        """Count a document that the step rejected; the first ``MAX_EXAMPLES`` per reason are kept as examples."""
         self.documents_in += 1
         self.bytes_in += n_bytes
         self.bytes_rejected += n_bytes
@@ -51,11 +51,11 @@ class StepStatistics:
 
 
 class CleaningReport:
-    """Statistics of all steps: reading, the configured steps, then mixing and the steps after the split.
+    """Statistics of all steps of a corpus: reading, cleaning, mixing and decontamination.
 
     Args:
-        steps: Names of the steps that run before the split.
-        later_steps: Names of the steps that run once all documents have been read.
+        steps: Names of the cleaning steps that run before the split.
+        later_steps: Names of the steps that run after all documents have been read: mixing and decontamination.
     """
 
     def __init__(self, steps: Sequence[str], later_steps: Sequence[str] = ()) -> None:
@@ -65,11 +65,11 @@ class CleaningReport:
         self._sampled_bytes, self._hash_limit = 0, 2**64
 
     def in_sample(self, id_: str, n_bytes: int = 0) -> bool:
-        """Whether a document is in the token-count sample; depends on a hash of its id, not on document order."""
+        """Return whether a document is sampled for token counts, based on a hash of its id."""
         return n_bytes <= SAMPLE_BYTES and _hash_id(id_) < self._hash_limit
 
     def add_unreadable(self, rejected: RejectedDocument) -> None:
-        """Count a source entry that is not a document."""
+        """Count a source entry that could not be read as a document."""
         self.steps[0].record_rejected(rejected.id, "", rejected.n_bytes, rejected.reason)
 
     def add(self, item: PipelineItem) -> None:
@@ -89,7 +89,7 @@ class CleaningReport:
                 self._sampled_bytes = sum(len(texts[0].encode()) for texts in self._sample.values())
 
     def add_later_step(self, id_: str, text: str, n_bytes: int, index: int, reason: str | None) -> None:
-        """Count a document at step ``index`` of ``later_steps``; ``reason`` is None if the document passed."""
+        """Count a document at ``later_steps[index]``; ``reason`` is None if the document passed this step."""
         step = self.steps[self._first_later + index]
         if reason is not None:
             step.record_rejected(id_, text, n_bytes, reason)
@@ -99,7 +99,7 @@ class CleaningReport:
             texts.append(texts[-1])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything except token counts, as JSON-serialisable data."""
+        """Return the statistics, without token counts, as a JSON-serializable dictionary."""
         first, last = self.steps[0], self.steps[-1]
         return {
             "documents_in": first.documents_in,
@@ -111,23 +111,23 @@ class CleaningReport:
 
     @property
     def sample(self) -> list[list[str]]:
-        """Texts of each sampled document: before the first step and after each step that it passed."""
+        """Texts of each sampled document, before the first step and after each step that it passed."""
         return list(self._sample.values())
 
 
 def add_token_counts(
     audit: dict[str, Any], sample: Sequence[Sequence[str]], count: Callable[[Sequence[str]], list[int]], kept: int
 ) -> dict[str, Any]:
-    """Add ``tokens_in`` and ``tokens_out`` to every step of a copy of the audit.
+    """Return a copy of an audit with ``tokens_in`` and ``tokens_out`` added to every step.
 
-    The counts are exact if the sample is the whole corpus. Otherwise the bytes of each step are multiplied by the
-    sample's tokens per byte at that step, and all counts are scaled so that the last step's output is exact.
+    The counts are exact if the sample is the whole corpus. Otherwise, the bytes of each step are multiplied by the
+    tokens per byte of the sample at that step, and all counts are scaled so that the output of the last step is exact.
 
     Args:
-        audit: Output of ``CleaningReport.to_dict``.
-        sample: Value of ``CleaningReport.sample``.
-        count: Function that returns the number of tokens in each text.
-        kept: Total tokens in all kept texts.
+        audit: Report returned by ``CleaningReport.to_dict``.
+        sample: Sampled texts; see ``CleaningReport.sample``.
+        count: Function that returns the number of tokens in each string.
+        kept: Total number of tokens in all kept documents.
     """
     distinct = list(dict.fromkeys(text for texts in sample for text in texts))
     tokens = dict(zip(distinct, count(distinct), strict=True))
@@ -140,7 +140,7 @@ def add_token_counts(
             texts = [texts[position] for texts in sample if len(texts) > position and len(texts) > before]
             n_bytes = sum(len(text.encode()) for text in texts)
             tokens_per_byte = sum(tokens[text] for text in texts) / n_bytes if n_bytes else overall_tokens_per_byte
-            # Unreadable entries have no tokens.
+            # The input of the reading step includes unreadable entries, which have no tokens.
             counted[f"tokens_{side}"] = round(step[f"bytes_{side}" if index else "bytes_out"] * tokens_per_byte)
         steps.append(counted)
     exact = sum(len(texts[0].encode()) for texts in sample) == audit["steps"][0]["bytes_out"]
@@ -168,7 +168,7 @@ def format_step_table(audit: dict[str, Any]) -> str:
 
 
 def format_report(audit: dict[str, Any]) -> str:
-    """Format an audit as a Markdown page, with examples of rejected documents."""
+    """Format an audit as a Markdown page that includes examples of rejected documents."""
     lines = [
         "# Audit",
         "",

@@ -1,7 +1,7 @@
-"""Cleaned corpora: documents are read, cleaned, mixed and split once, and stored with their cleaning report.
+"""Cleaned corpora, which are read, cleaned, mixed and split once and stored with a cleaning report.
 
 A corpus is a folder with ``train.parquet`` and ``validation.parquet`` (columns ``id`` and ``text``, readable by
-``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, a few in memory at a time.
+``datasets`` and ``pandas``), ``audit.json`` and ``audit.md``. Documents are streamed, so only a few are in memory.
 """
 
 import hashlib
@@ -40,18 +40,18 @@ SOURCE_HASHES_0_1: Final[dict[str, type[CleaningStep]]] = {
     "e4fa37893ecb56c8": Length, "790f8039a5ec7fa8": C4, "f192f1cb0df98d89": ExactDuplicates,
     "ef71f33303efd7d9": Leakage,
 }  # fmt: skip
-"""For each module's ``CleaningStep.source_hash`` in version 0.1, a step from the module that replaced it."""
+"""Mapping from the ``source_hash`` of each cleaning module in version 0.1 to a step in the module that replaced it."""
 
 
 @dataclass(frozen=True)
 class CleanedCorpus:
-    """A corpus on disk.
+    """A cleaned corpus on disk.
 
     Attributes:
         folder: Folder of the corpus.
-        fingerprint: SHA-256 of the ids, contents and splits of all documents.
+        fingerprint: SHA-256 digest that covers the id, content and split of every document.
         n_bytes: Total UTF-8 bytes of text in both splits.
-        audit: The cleaning report; see ``CleaningReport.to_dict``.
+        audit: Cleaning report; see ``CleaningReport.to_dict``.
     """
 
     folder: Path
@@ -61,7 +61,7 @@ class CleanedCorpus:
 
     @classmethod
     def open(cls, folder: Path) -> "CleanedCorpus":
-        """Open a folder that ``CorpusSpec.prepare`` created.
+        """Open a corpus that was created by ``CorpusSpec.prepare``.
 
         Raises:
             UserError: The folder is not a corpus.
@@ -74,14 +74,19 @@ class CleanedCorpus:
             raise UserError(f"{folder} is not a usable corpus ({error}); delete it and try again") from error
 
     def texts(self, split: SplitName, fraction: float = 1.0) -> Iterator[str]:
-        """Yield the texts of a split, or roughly the given fraction of them, selected by content hash."""
+        """Yield the text of each document in a split.
+
+        Args:
+            split: Name of the split.
+            fraction: Approximate fraction of the documents to include; they are selected by content hash.
+        """
         for document in read_parquet_documents(self.folder / f"{split}.parquet"):
             if fraction == 1 or int.from_bytes(sha256_text(document.text)[:8], "big") / 2**64 < fraction:
                 yield document.text
 
     @property
     def sample(self) -> list[list[str]]:
-        """Texts of the documents sampled for token counts; see ``CleaningReport.sample``."""
+        """Texts of the documents that are sampled for token counts; see ``CleaningReport.sample``."""
         sample: list[list[str]] = json.loads((self.folder / "sample.json").read_text(encoding="utf-8"))
         return sample
 
@@ -91,10 +96,11 @@ class CorpusSpec:
     """Specification of a corpus: its sources, cleaning steps and split.
 
     Args:
-        sources: Pairs of a source and its weight; several sources are mixed with bytes in proportion to their weights.
+        sources: Pairs of a source and its weight; sources are mixed with bytes in proportion to their weights.
         cleaning: Cleaning steps, in order.
-        validation_share: Fraction of the documents to hold out.
-        max_bytes: Stop reading each source after the document that reaches this many bytes of text.
+        validation_share: Approximate fraction of the documents to hold out for validation.
+        max_bytes: Number of bytes of text after which the reading of a source stops, at the end of a document; if None,
+            all documents are read.
         processes: Number of worker processes for cleaning; does not affect the result.
     """
 
@@ -109,12 +115,12 @@ class CorpusSpec:
             hub.has_hub_options(source.config, source.split, source.streaming) for source, _ in self.sources
         )
         if hub_options and not any(source.on_hub for source, _ in self.sources):
-            raise UserError(f"data.config, split and streaming apply only to Hub datasets; {self.name} is not one")
+            raise UserError(f"data.config, split and streaming apply only to Hub datasets; remove them for {self.name}")
         validate_steps(self.cleaning)
 
     @property
     def name(self) -> str:
-        """Names of the sources as the user specified them."""
+        """Names of the sources as specified by the user, separated by commas."""
         return ", ".join(source.name for source, _ in self.sources)
 
     @cached_property
@@ -124,7 +130,7 @@ class CorpusSpec:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Everything that determines the corpus except source contents; stored with the corpus and with its tokens."""
+        """All settings that determine the corpus, excluding source contents; stored with the corpus and its tokens."""
         return {
             "format": CORPUS_FORMAT,
             # The class was named Source in version 0.1; token stores that contain this string must still match.
@@ -135,7 +141,7 @@ class CorpusSpec:
         }
 
     def prepare(self, corpora: Path, flag: str = "--data.cache") -> CleanedCorpus:
-        """Open the corpus, creating it first if it does not exist.
+        """Open the corpus, and create it first if it does not exist.
 
         Args:
             corpora: Folder that contains all corpora, each named after a hash of its settings and sources.
@@ -215,8 +221,8 @@ class CorpusSpec:
         cleaned = scratch / CLEANED_FILE
         if after and parts.tail is not None:
             raise UserError(
-                f"data.cleaning: {after[0].name} requires validation documents, but the corpus is a single "
-                "document; remove the step"
+                f"data.cleaning: {after[0].name} requires validation documents, but the corpus is a single document "
+                "or cluster of near-duplicates; remove the step"
             )
         filters = [step.build_filter(_validation_documents(cleaned, parts)) for step in after]
         fingerprint = hashlib.sha256(f"cut {parts.tail}\n".encode())
@@ -258,13 +264,16 @@ class CorpusSpec:
             if step.rejected
         ]
         raise UserError(
-            f"none of the {report.steps[0].documents_in:,} documents in {self.name} is left: {', '.join(rejected)}; "
-            "choose other steps in data.cleaning"
+            f"none of the {report.steps[0].documents_in:,} documents of {self.name} is left for training: "
+            f"{', '.join(rejected)}; change the steps in data.cleaning"
         )
 
 
 def upgrade_stored_cleaning(entries: Sequence[str]) -> list[str]:
-    """Replace version 0.1 hashes in ``CorpusSpec.settings["cleaning"]`` with current ones; the rules are unchanged."""
+    """Replace the source hashes of version 0.1 in ``CorpusSpec.settings["cleaning"]`` with the current hashes.
+
+    The cleaning rules have not changed since version 0.1.
+    """
     upgraded = []
     for entry in entries:
         step, _, source_hash = entry.rpartition(" ")

@@ -1,4 +1,4 @@
-"""Decontamination: remove training documents that share word n-grams with validation documents."""
+"""Removal of training documents that share word n-grams with validation documents (decontamination)."""
 
 import re
 import zlib
@@ -15,11 +15,12 @@ from lit_gpt_scratch.text.document import Document
 
 @dataclass(frozen=True)
 class Leakage(DecontaminationStep):
-    """Remove every training document that shares a word n-gram with a validation document.
+    """Cleaning step that removes every training document that shares a word n-gram with a validation document.
 
-    Case and punctuation are ignored, as for GPT-3 (https://arxiv.org/abs/2005.14165, appendix C). A validation document
-    shorter than ``words`` is matched as a whole anywhere in a training document; a document with fewer than ``least``
-    words matches only if it equals the entire training document. Memory: 8 bytes per validation word.
+    Case and punctuation are ignored, as in the GPT-3 paper (https://arxiv.org/abs/2005.14165, appendix C). A validation
+    document with fewer than ``words`` words is treated as a single n-gram. A validation document with fewer than
+    ``least`` words matches only a training document with exactly the same words. The step uses 8 bytes of memory per
+    validation word.
 
     Args:
         words: Length of the n-grams, in words.
@@ -35,7 +36,7 @@ class Leakage(DecontaminationStep):
             raise UserError(f"data.cleaning: Leakage.words is {self.words}; it must be at least 1")
 
     def build_filter(self, held_out: Iterable[Document]) -> Callable[[Document], RejectionReason | None]:
-        """Return a filter that checks training documents against all n-grams of the validation documents."""
+        """Return a filter that rejects training documents that contain an n-gram of a validation document."""
         found: dict[int, list[NDArray[np.uint64]]] = {}
         whole: set[tuple[str, ...]] = set()
         for document in held_out:
@@ -60,7 +61,7 @@ class Leakage(DecontaminationStep):
 
 
 def normalized_words(text: str) -> list[str]:
-    """Split a text into lower-case words without punctuation."""
+    """Split text into lower-case words without punctuation."""
     return re.findall(r"\w+", text.lower())
 
 
@@ -70,7 +71,7 @@ def hash_words(words: list[str]) -> NDArray[np.uint64]:
 
 
 def hash_ngrams(word_hashes: NDArray[np.uint64], length: int) -> NDArray[np.uint64]:
-    """Return a hash of each n-gram of ``length`` words, (max(n - length + 1, 0),), given word hashes, (n,)."""
+    """Hash each n-gram of ``length`` words, given the hash of each word: (n,) -> (max(n - length + 1, 0),)."""
     hashes = np.zeros(max(len(word_hashes) - length + 1, 0), dtype=np.uint64)
     for offset in range(length):
         hashes = (hashes ^ word_hashes[offset : offset + len(hashes)]) * np.uint64(0x9E3779B97F4A7C15)
@@ -79,6 +80,6 @@ def hash_ngrams(word_hashes: NDArray[np.uint64], length: int) -> NDArray[np.uint
 
 
 def _intersects(hashes: NDArray[np.uint64], known: NDArray[np.uint64]) -> bool:
-    """Whether two arrays have an element in common; ``known`` is sorted."""
+    """Return whether two arrays have a common element; ``known`` must be sorted."""
     index = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
     return bool((known[index] == hashes).any())

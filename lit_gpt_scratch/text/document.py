@@ -1,4 +1,4 @@
-"""Documents, the units of a corpus, and the table rows that they are read from."""
+"""Documents of a corpus, and the table rows from which they are read."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,17 +7,17 @@ from typing import Any, Final
 from lit_gpt_scratch.errors import UserError
 
 MAX_DOCUMENT_BYTES: Final = 2**25
-"""Maximum bytes per document, row or line; anything longer is unlikely to be human-written."""
+"""Maximum size of a document, row or line in bytes; longer text is unlikely to be written by humans."""
 
 
 def is_blank(text: str) -> bool:
-    """Whether a string is empty or contains only whitespace."""
+    """Return whether a string is empty or contains only whitespace."""
     return not text or text.isspace()
 
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """Text with an id that identifies its location: a file, or a file and a row."""
+    """Text and its id, which consists of the name of the file and, for tables, the number of the row."""
 
     id: str
     text: str
@@ -25,7 +25,7 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class RejectedDocument:
-    """A source entry that is not a document, with the reason; ``n_bytes`` is its size in the source."""
+    """A source entry that was skipped, with the reason for skipping it and its size in bytes."""
 
     id: str
     reason: str
@@ -37,8 +37,8 @@ class TableRow:
     """One row of a table.
 
     Attributes:
-        id: Identifier of the row: the file and the row number, starting at 1.
-        where: Location of the row for error messages: the file, and the line number if the file has lines.
+        id: Name of the file and number of the row, starting at 1.
+        where: Location of the row for error messages: the file and the line or row number.
         fields: Values by column name.
     """
 
@@ -48,33 +48,33 @@ class TableRow:
 
 
 def get_text(fields: Mapping[str, Any], column: str) -> str:
-    """Return the text in a column, or "" if it is missing.
+    """Return the string in a column, or an empty string if the value is missing.
 
     Raises:
         UserError: The value is not a string. The caller adds the location to the message.
     """
     value = fields.get(column)
     if value is not None and not isinstance(value, str):
-        raise UserError(f"'{column}' is {type(value).__name__}, not text")
+        raise UserError(f"'{column}' must be a string, but its type is {type(value).__name__}")
     return value or ""
 
 
 class ClassIndex(int):
-    """A class index from a dataset with named classes; it keeps the name of its class."""
+    """Class index that also stores the name of the class, for datasets with named classes."""
 
     name: str | None
     """Name of the class; None for index -1, which Hub datasets use for a missing label."""
 
     @classmethod
     def from_names(cls, index: int, names: Sequence[str]) -> "ClassIndex":
-        """Build a class index, given the names of all classes in order."""
+        """Build a class index from the names of all classes, in order of their indices."""
         result = cls(index)
         result.name = names[index] if index >= 0 else None
         return result
 
 
 def get_label(fields: Mapping[str, Any], column: str) -> str:
-    """Return the label in a column as a string; it may be a string, an integer, or the name of a ``ClassIndex``.
+    """Return the label in a column, which may be a string, an integer or a ``ClassIndex``, as a string.
 
     Raises:
         UserError: The label is missing or has another type. The caller adds the location to the message.
@@ -83,9 +83,9 @@ def get_label(fields: Mapping[str, Any], column: str) -> str:
     if isinstance(value, ClassIndex):
         value = value.name
     if value is None or value != value or is_blank(str(value)):  # NaN, pandas' missing value, is unequal to itself
-        raise UserError(f"'{column}' is empty: a label is missing")
+        raise UserError(f"the label in '{column}' is missing; add a label or remove the row")
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # an integer column with missing values is read as floats
     if isinstance(value, bool | float) or not isinstance(value, str | int):
-        raise UserError(f"'{column}' is {value!s:.40} ({type(value).__name__}), not a label: a text or an integer")
+        raise UserError(f"'{column}' is {value!s:.40} ({type(value).__name__}); a label must be a string or an integer")
     return str(value).strip()

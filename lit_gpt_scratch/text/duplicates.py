@@ -1,4 +1,4 @@
-"""Deduplication: exact duplicates by SHA-256, near-duplicates by MinHash and locality-sensitive hashing."""
+"""Removal of exact duplicates with SHA-256 and of near-duplicates with MinHash and locality-sensitive hashing."""
 
 import hashlib
 import sqlite3
@@ -22,22 +22,22 @@ SHINGLES_PER_UPDATE: Final = 2**16
 MIN_RECALL: Final = 0.95
 """Minimum fraction of pairs at the similarity threshold that locality-sensitive hashing must find."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum candidates to compare a document with: thousands may share a band that contains only boilerplate."""
+"""Maximum number of candidates compared with a document; thousands of documents may share a band of boilerplate."""
 
 
 def sha256_text(text: str) -> bytes:
-    """Return the SHA-256 digest of a text encoded as UTF-8."""
+    """Return the SHA-256 digest of a string encoded as UTF-8."""
     return hashlib.sha256(text.encode()).digest()
 
 
 def minhash_signature(text: str, permutations: int) -> RMinHash:
-    """Return the MinHash signature of the text's overlapping five-word shingles (Broder 1997).
+    """Compute a MinHash signature from the overlapping five-word shingles of a string (Broder 1997).
 
     The fraction of positions where two signatures agree estimates the Jaccard similarity of the shingle sets.
     """
     words = text.split()
     minhash = RMinHash(num_perm=permutations, seed=0)
-    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE):  # bounds memory usage
+    for start in range(0, max(len(words) - SHINGLE_WORDS + 1, 1), SHINGLES_PER_UPDATE):  # chunks bound the memory usage
         chunk = words[start : start + SHINGLES_PER_UPDATE + SHINGLE_WORDS - 1]
         shingles = zip(*(islice(chunk, i, None) for i in range(SHINGLE_WORDS)), strict=False)
         minhash.update(list({" ".join(shingle) for shingle in shingles}) or [" ".join(chunk)])
@@ -46,17 +46,23 @@ def minhash_signature(text: str, permutations: int) -> RMinHash:
 
 @dataclass(frozen=True)
 class ExactDuplicates(DeduplicationStep):
-    """Remove every document whose text is byte-identical to an earlier one. Hashes seen so far are stored on disk."""
+    """Cleaning step that removes every document whose text is identical to that of an earlier document.
+
+    The hashes of all earlier documents are stored on disk.
+    """
 
     cheap: ClassVar[bool] = True
 
     def sketch(self, document: Document) -> bytes:
-        """Return half of the SHA-256 digest: for 10^12 documents, the probability of any collision is 10^-15."""
+        """Return the first half of the SHA-256 digest of the text.
+
+        For 10^12 documents, the probability of a collision is about 10^-15.
+        """
         return sha256_text(document.text)[:16]
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[bytes], RejectionReason | None]]:
-        """Return a filter that looks up hashes in an SQLite table whose pages are cached in memory."""
+        """Yield a filter that rejects digests that are already in an SQLite table, which is stored in ``folder``."""
         database = sqlite3.connect(Path(tempfile.mkdtemp(dir=folder), "seen.sqlite"), isolation_level=None)
         database.executescript(
             "pragma journal_mode = off; pragma synchronous = off; pragma cache_size = -65536;"
@@ -74,15 +80,17 @@ class ExactDuplicates(DeduplicationStep):
 
 @dataclass(frozen=True)
 class NearDuplicates(DeduplicationStep):
-    """Remove every document that is a near-duplicate of an earlier one.
+    """Cleaning step that removes every document that is a near-duplicate of an earlier document.
 
-    Uses MinHash and locality-sensitive hashing (Broder 1997; Lee et al., https://arxiv.org/abs/2107.06499). The
-    standard error of the estimate is at most 1 / (2 sqrt(permutations)). Memory: about 5.3 kB per document.
+    The similarity of two documents is estimated with MinHash and locality-sensitive hashing (Broder 1997; Lee et al.,
+    https://arxiv.org/abs/2107.06499). The standard error of the estimate is at most 1 / (2 sqrt(permutations)). The
+    step uses about 5.3 kB of memory per document.
 
     Args:
-        similarity: Minimum estimated Jaccard similarity between the five-word shingles of two near-duplicates.
-        permutations: Number of hashes per signature.
-        bands: Number of bands per signature; two documents are compared if they agree in at least one band.
+        similarity: Minimum estimated Jaccard similarity of five-word shingles, in (0, 1], for two documents to count as
+            near-duplicates.
+        permutations: Number of hash values per signature; must be a multiple of ``bands``.
+        bands: Number of bands per signature; two documents are compared if at least one of their bands is identical.
     """
 
     similarity: float = 0.775
@@ -94,14 +102,14 @@ class NearDuplicates(DeduplicationStep):
             raise UserError(f"data.cleaning: NearDuplicates.similarity is {self.similarity}; it must be in (0, 1]")
         if self.bands < 1 or self.permutations < 1 or self.permutations % self.bands:
             raise UserError(
-                f"data.cleaning: NearDuplicates.permutations ({self.permutations}) must be a multiple of bands "
-                f"({self.bands})"
+                f"data.cleaning: NearDuplicates.permutations is {self.permutations} and bands is {self.bands}; "
+                "permutations must be a positive multiple of bands"
             )
         recall = 1 - (1 - self.similarity ** (self.permutations // self.bands)) ** self.bands
         if recall < MIN_RECALL:
             raise UserError(
-                f"data.cleaning: NearDuplicates.similarity is {self.similarity}; with {self.bands} bands only "
-                f"{recall:.0%} of such pairs would be compared; raise NearDuplicates.bands"
+                f"data.cleaning: NearDuplicates.similarity is {self.similarity}, but with {self.bands} bands, only "
+                f"{recall:.0%} of the pairs with this similarity would be found; raise NearDuplicates.bands"
             )
 
     def sketch(self, document: Document) -> RMinHash:
@@ -110,7 +118,7 @@ class NearDuplicates(DeduplicationStep):
 
     @contextmanager
     def build_filter(self, folder: Path) -> Iterator[Callable[[RMinHash], RejectionReason | None]]:
-        """Return a filter that compares a signature with earlier ones that share a band with it."""
+        """Yield a filter that compares each signature with the kept signatures that share at least one band with it."""
         index = RMinHashLSH(threshold=self.similarity, num_perm=self.permutations, num_bands=self.bands)
         kept: list[RMinHash] = []
 

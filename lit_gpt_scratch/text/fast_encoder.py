@@ -1,10 +1,10 @@
-"""Fast bulk encoding with ``tiktoken``, used only where its ids are provably equal to those of ``tokenizers``.
+"""Fast batch encoding with ``tiktoken``, used only if its token ids provably equal those of ``tokenizers``.
 
 ``tiktoken`` merges the adjacent pair whose merged token has the lowest id; ``tokenizers`` merges the pair that comes
 first in the merge list. For a byte-level BPE tokenizer, both give the same ids if
 
 1. each pair in the merge list produces a distinct token, and token ids increase in the order of the list; and
-2. each token, encoded alone, encodes to itself.
+2. the text of each token, encoded alone, results in this single token.
 
 Proof: let tokens ``u`` and ``v`` be adjacent while ``tokenizers`` encodes a word, and let ``uv`` also be a token. No
 merge has crossed their outer boundaries, so the merges inside are the same as when ``uv`` is encoded alone. By 2, that
@@ -28,12 +28,12 @@ from tokenizers import Tokenizer as Backend
 GPT2_PATTERN: Final = r"""'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 """GPT-2's pre-tokenization pattern, as built into ``tokenizers``."""
 LONG_WORD: Final = 500
-"""Long word, in characters: ``tiktoken``, unlike ``tokenizers``, takes time quadratic in the word length."""
+"""Length of a long word in characters; ``tiktoken`` is not used for long words because it takes quadratic time."""
 BYTE_LEVEL: Final = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
-    """Build a ``tiktoken`` encoding with the same ids as ``backend``; return None if equality is not proven."""
+    """Build a ``tiktoken`` encoding with the same ids as ``backend``; return None if this cannot be proven."""
     spec: dict[str, Any] = json.loads(backend.to_str())
     model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
     options = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
@@ -62,13 +62,13 @@ def build_tiktoken_encoding(backend: Backend) -> tiktoken.Encoding | None:
 def encode_batch(
     backend: Backend, encoding: tiktoken.Encoding | None, texts: Iterable[str], threads: int | None = None
 ) -> Iterator[NDArray[np.uint32]]:
-    """Yield the token ids of each text, (n,) uint32.
+    """Yield the token ids of each string, (n,) uint32.
 
     Args:
-        backend: The tokenizer.
+        backend: Tokenizer to encode with.
         encoding: Result of ``build_tiktoken_encoding``; if None, only ``backend`` is used.
-        texts: The texts to encode.
-        threads: Number of ``tiktoken`` threads; by default, Python's default for ``ThreadPoolExecutor``.
+        texts: Strings to encode.
+        threads: Number of threads for ``encoding``; if None, the default of ``ThreadPoolExecutor``.
     """
     if encoding is None:
         for encoded in backend.encode_batch_fast(list(texts), add_special_tokens=False):
@@ -85,14 +85,20 @@ def encode_batch(
 
 
 def _may_have_long_words(text: str) -> bool:
-    """Whether text may have a word or run of spaces of ``2 * LONG_WORD`` characters: such a run fills a window."""
+    """Return whether a string may contain a word or a run of spaces with at least ``2 * LONG_WORD`` characters.
+
+    Such a run completely covers at least one of the windows of ``LONG_WORD`` characters that are checked.
+    """
     return any(
         len(text[i : i + LONG_WORD].split(maxsplit=1)) < 2 for i in range(0, len(text) - LONG_WORD + 1, LONG_WORD)
     )
 
 
 def _byte_by_character() -> dict[str, int]:
-    """Return the byte for each of GPT-2's characters: a printable byte is itself, others start at U+0100."""
+    """Return the byte that each of GPT-2's 256 characters represents.
+
+    A printable byte is represented by its own character, any other byte by a character from U+0100 on.
+    """
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
@@ -100,7 +106,10 @@ def _byte_by_character() -> dict[str, int]:
 
 @cache
 def _same_unicode_classes() -> bool:
-    """Whether both libraries classify letters, numbers and spaces equally: each ships its own version of Unicode."""
+    """Return whether ``tiktoken`` and ``tokenizers`` classify letters, numbers and spaces identically.
+
+    Each library includes its own version of the Unicode data.
+    """
     characters = "".join(chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000)
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     for class_, complement in ((r"\p{L}", r"\P{L}"), (r"\p{N}", r"\P{N}"), (r"\s", r"\S")):

@@ -1,10 +1,10 @@
 """Readers for JSON Lines, JSON, CSV, TSV, Parquet and Arrow files with named columns, optionally compressed.
 
-Parquet, Arrow, and single columns of JSON Lines files are read with ``datasets``. If it fails on a JSON Lines file,
-the remaining rows are read here, line by line. This either locates the invalid line, or succeeds because all lines are
-valid and ``datasets`` only guessed their types wrong (a column that appears late, a string that looks like a date). CSV
-is read with Python's ``csv`` and TSV is split at tabs, because ``datasets`` uses ``pandas``, which silently drops text
-if a row has a different number of fields than the first.
+Parquet files, Arrow files and single columns of JSON Lines files are read with ``datasets``. If ``datasets`` fails on a
+JSON Lines file, this module reads the remaining rows line by line. It either locates the invalid line, or succeeds
+because all lines are valid and ``datasets`` only inferred the wrong types (for a column that first occurs late in the
+file, or a string that looks like a date). CSV files are read with Python's ``csv`` and TSV files are split at tabs,
+because ``datasets`` uses ``pandas``, which silently drops text if a row has more or fewer fields than the first row.
 """
 
 import bz2
@@ -34,31 +34,36 @@ DECOMPRESSORS: Final[dict[str, Callable[[Path], Any]]] = {
     ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": zstd.open,
 }  # fmt: skip
 READ_ERRORS: Final = (EOFError, OSError, zlib.error, lzma.LZMAError, zstd.ZstdError)
-"""Exceptions that can occur when reading a file, compressed or not."""
+"""Exceptions that may be raised while reading a compressed or uncompressed file."""
 TABLE_FORMATS: Final = {
     ".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
     ".arrow": "arrow",
 }  # fmt: skip
 ALWAYS_TABLES: Final = (".jsonl", ".ndjson", ".parquet", ".arrow")
-"""Suffixes of files that are read as tables even inside a folder; there, others are plain text."""
+"""Suffixes of files that are read as tables even inside a folder, where all other files are read as plain text."""
 BATCH_ROWS: Final = 256
 
 Columns = Mapping[str, str]
-"""Columns to read, keyed by the argument that names each; None in place of a mapping means all columns."""
+"""Names of the columns to read, keyed by the argument that sets each name."""
 Fields = dict[str, Any]
 LocatedRows = Iterator[tuple[str, Fields]]
-"""Pairs of a row's location and its values by column."""
+"""Iterator over pairs: the location of a row, and the values of the row by column name."""
 
 
 def open_decompressed(path: Path) -> IO[bytes]:
-    """Open a file for reading bytes, decompressing it according to its suffix."""
+    """Open a file in binary mode for reading, decompressing it according to its suffix."""
     suffix = path.suffix.lower()
     file: IO[bytes] = DECOMPRESSORS[suffix](path) if suffix in DECOMPRESSORS else path.open("rb")
     return file
 
 
 def read_rows(path: Path, name: str, columns: Columns | None) -> Iterator[TableRow]:
-    """Yield the rows of a file; the third row has the id ``name:3``.
+    """Yield the rows of a table file; the id of the third row is ``name:3``.
+
+    Args:
+        path: Path of the file.
+        name: Name of the file in row ids.
+        columns: Columns to read; if None, all columns are read.
 
     Raises:
         UserError: A column is missing, or a row cannot be read.
@@ -81,24 +86,29 @@ def row_to_document(row: TableRow, column: str) -> Document:
     """Convert the text in a column to a document, which is empty if the text is missing.
 
     Raises:
-        UserError: The value is not text or is too long.
+        UserError: The value is not a string or is too long.
     """
     try:
         text = get_text(row.fields, column)
     except UserError as error:
         raise UserError(f"{row.where}: {error}") from error
     if len(text) > MAX_DOCUMENT_BYTES:
-        raise UserError(f"{row.where} has a text of {len(text) >> 20} MB; the maximum is {MAX_DOCUMENT_BYTES >> 20} MB")
+        raise UserError(
+            f"{row.where}: the text has {len(text) >> 20} MB; the maximum is {MAX_DOCUMENT_BYTES >> 20} MB; split it"
+        )
     return Document(row.id, text)
 
 
 def is_table(path: Path, in_folder: bool) -> bool:
-    """Whether a file is a table, by its suffix; inside a folder, ``.json``, ``.csv`` and ``.tsv`` are plain text."""
+    """Return whether a file is a table, based on its suffix.
+
+    Inside a folder, files with the suffixes ``.json``, ``.csv`` and ``.tsv`` are plain text.
+    """
     return _format_suffix(path) in (ALWAYS_TABLES if in_folder else TABLE_FORMATS)
 
 
 def require_columns(columns: Columns | None, existing: Iterable[str], where: str) -> None:
-    """Check that all columns exist.
+    """Check that all requested columns exist.
 
     Raises:
         UserError: A column does not exist.
@@ -106,14 +116,14 @@ def require_columns(columns: Columns | None, existing: Iterable[str], where: str
     for argument, column in (columns or {}).items():
         if column not in existing:
             names = ", ".join(existing) or "none"
-            raise UserError(f"{where} has no column '{column}'; it has {names}; choose one: --data.{argument}")
+            raise UserError(f"{where} has no column '{column}'; set --data.{argument} to an existing column ({names})")
 
 
 def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterator[Fields]:
     """Yield the rows of a ``datasets`` dataset, converting class labels to ``ClassIndex``.
 
     Raises:
-        UserError: A column is missing.
+        UserError: A requested column is missing.
     """
     from datasets import ClassLabel
 
@@ -133,7 +143,7 @@ def iterate_dataset(dataset: Any, columns: Columns | None, where: str) -> Iterat
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Silence ``datasets``: no progress bars, no log messages, no download counts sent to the Hub for local files."""
+    """Context manager that disables the progress bars, log messages and Hub download counts of ``datasets``."""
     import datasets
 
     level, progress_bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
@@ -164,7 +174,7 @@ def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]
     if format_ in ("csv", "tsv") or (format_ == "json" and several) or suffix == ".json" or "::" in str(path):
         # In a column that mixes strings and numbers, datasets would quote the strings; it may also turn lists of
         # objects into an object of lists. "::" in a path is fsspec's syntax for chained URLs.
-        raise TypeError("not for datasets")
+        raise TypeError("datasets does not support this path")
     options: dict[str, Any] = {}
     if format_ == "json":
         options = {"parse_agent_traces": False}
@@ -176,12 +186,12 @@ def _read_with_datasets(path: Path, columns: Columns | None) -> Iterator[Fields]
         dataset = datasets.load_dataset(format_, data_files=files, split="train", streaming=True, **options)
         for fields in iterate_dataset(dataset, columns, str(path)):
             if format_ == "json" and not all(isinstance(value, str | None) for value in fields.values()):
-                raise TypeError("not a text, or a text that was parsed as a date")
+                raise TypeError("a value is not a string, or datasets parsed it as a date")
             yield fields
 
 
 def _read_rest(path: Path, columns: Columns | None, reason: Exception, skip: int) -> LocatedRows:
-    """Yield the rows after the first ``skip`` rows, each with its location in the file."""
+    """Yield each row after the first ``skip`` rows, together with its location in the file."""
     format_ = TABLE_FORMATS[_format_suffix(path)]
     if format_ not in ROW_READERS:
         raise UserError(f"{path} cannot be read as {format_}: {_first_line(reason)}") from reason
@@ -199,27 +209,27 @@ def _read_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
         while line := file.readline(MAX_DOCUMENT_BYTES + 1):
             number += 1
             if len(line) > MAX_DOCUMENT_BYTES:
-                raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB")
+                raise UserError(f"{path}: line {number:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; shorten it")
             yield number, line.decode("utf-8")
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path}: line {number:,} is not UTF-8: it has the byte 0x{error.object[error.start]:02x}"
+            f"{path}: line {number:,} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file to UTF-8"
         ) from error
     except READ_ERRORS as error:
-        raise UserError(f"{path} is truncated or damaged after line {number:,}: {_first_line(error)}") from error
+        raise UserError(f"{path} is truncated or corrupted after line {number:,}: {_first_line(error)}") from error
 
 
 def _read_json(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
     first = True
     for number, line in _read_lines(file, path):
-        if number == 1 and line.lstrip("\ufeff").lstrip().startswith("["):  # one list of all rows
+        if number == 1 and line.lstrip("\ufeff").lstrip().startswith("["):  # the file is a single list of rows
             yield from _read_json_list(path, columns)
             return
         if line.strip():
             try:
                 row = json.loads(line.lstrip("\ufeff"))
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}: line {number:,} is not JSON: {_first_line(error)}") from error
+                raise UserError(f"{path}: line {number:,} is not valid JSON: {_first_line(error)}") from error
             yield _select_fields(row, columns, f"{path}: line {number:,}", first)
             first = False
 
@@ -229,15 +239,15 @@ def _read_json_list(path: Path, columns: Columns | None) -> LocatedRows:
         try:
             rows = json.load(file)
         except (ValueError, RecursionError, *READ_ERRORS) as error:
-            raise UserError(f"{path} is not JSON: {_first_line(error)}") from error
+            raise UserError(f"{path} is not valid JSON: {_first_line(error)}") from error
     for number, row in enumerate(rows, 1):
         yield _select_fields(row, columns, f"{path}: row {number:,}", first=number == 1)
 
 
 def _select_fields(row: Any, columns: Columns | None, where: str, first: bool) -> tuple[str, Fields]:
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {type(row).__name__}, not an object with named fields")
-    if first:  # later rows may omit a field without a value
+        raise UserError(f"{where} must be an object with named fields, but its type is {type(row).__name__}")
+    if first:  # later rows may omit fields that have no value
         require_columns(columns, row, where)
     names = row if columns is None else columns.values()
     fields = {name: row.get(name) for name in names}
@@ -245,7 +255,9 @@ def _select_fields(row: Any, columns: Columns | None, where: str, first: bool) -
         try:
             (value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)).encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"{where}: '{name}' has half a surrogate pair, which is not a character") from error
+            raise UserError(
+                f"{where}: '{name}' contains an unpaired surrogate; replace it with a valid character"
+            ) from error
     return where, fields
 
 
@@ -267,7 +279,7 @@ def _read_csv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRo
 
 
 def _read_tsv(file: IO[bytes], path: Path, columns: Columns | None) -> LocatedRows:
-    """Read TSV without quoting: a field that starts with a quote would swallow the rows after it."""
+    """Read TSV rows without interpreting quotes, because an unpaired quote would join all following rows."""
     rows = (
         (number, line.rstrip("\r\n").split("\t") if line.strip("\r\n") else [])
         for number, line in _read_lines(file, path)
@@ -282,13 +294,13 @@ def _name_fields(rows: Iterator[tuple[int, list[str]]], path: Path, columns: Col
     positions = {name: names.index(name) for name in (names if columns is None else columns.values())}
     for number, row in rows:
         if row and len(row) != len(names):
-            raise UserError(f"{path}: line {number:,} has {len(row)} fields, not {len(names)} like the first")
+            raise UserError(f"{path}: line {number:,} has {len(row)} fields, but the header has {len(names)}")
         if row:
             yield f"{path}: line {number:,}", {name: row[position] for name, position in positions.items()}
 
 
 def _first_line(error: Exception) -> str:
-    """Return the first line of an exception's message, or its type if the message is empty."""
+    """Return the first line of the message of an exception, or its type name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -1,4 +1,4 @@
-"""Reading datasets from the Hugging Face Hub with ``datasets``."""
+"""Reader for datasets on the Hugging Face Hub, based on ``datasets``."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,15 +9,15 @@ from lit_gpt_scratch.text.document import TableRow
 from lit_gpt_scratch.text.file_readers import Columns, iterate_dataset, quiet_datasets, require_columns
 
 DATASET_NAME: Final = r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?"
-"""Pattern of ``owner/name`` with an optional ``@revision``."""
+"""Regular expression for ``owner/name`` with an optional ``@revision``."""
 TIMEOUT_SECONDS: Final = 10.0
-"""Timeout for the Hub's first response."""
+"""Timeout for the first response of the Hub."""
 
 
 def read_dataset_rows(
     name: str, columns: Columns | None, config: str | None, split: str, streaming: bool
 ) -> Iterator[TableRow]:
-    """Yield the rows of a dataset; the third row has the id ``owner/name:3``.
+    """Yield the rows of a Hub dataset; the id of the third row is ``owner/name:3``.
 
     Raises:
         UserError: The dataset, configuration, split or column does not exist, or the Hub cannot be reached.
@@ -35,12 +35,12 @@ def read_dataset_rows(
 
 
 def has_hub_options(config: str | None, split: str, streaming: bool) -> bool:
-    """Whether any option that applies only to Hub datasets differs from its default."""
+    """Return whether any option that applies only to Hub datasets differs from its default."""
     return (config, split, streaming) != (None, "train", False)
 
 
 def dataset_revision(name: str, config: str | None) -> str:
-    """Return the current commit of the dataset, or the cached version if ``HF_HUB_OFFLINE`` is set."""
+    """Return the commit hash of a Hub dataset, or a hash of its cached version if ``HF_HUB_OFFLINE`` is set."""
     import datasets
 
     if revision := _resolve_revision(name):
@@ -51,9 +51,10 @@ def dataset_revision(name: str, config: str | None) -> str:
 
 
 def _resolve_revision(name: str) -> str | None:
-    """Return the commit that a name refers to; None if offline and the name has no revision.
+    """Return the commit hash of a dataset; None if ``HF_HUB_OFFLINE`` is set and the name includes no revision.
 
-    This is done before loading, because ``datasets`` retries for half a minute if there is no network.
+    The commit hash is requested before the dataset is loaded, because ``datasets`` retries for half a minute if there
+    is no network connection.
     """
     import datasets
     from huggingface_hub import HfApi
@@ -65,22 +66,24 @@ def _resolve_revision(name: str) -> str | None:
     try:
         return HfApi().dataset_info(path, revision=revision or None, timeout=TIMEOUT_SECONDS).sha
     except GatedRepoError as error:
-        raise UserError(f"{name} is gated: request access on its page, then run `hf auth login`") from error
+        raise UserError(
+            f"the Hub dataset {name} is gated; request access on its page, then run `hf auth login`"
+        ) from error
     except HfHubHTTPError as error:
         raise UserError(
-            f"no such file or folder: {name}; and the Hub has no dataset of that name that you can access "
+            f"no such file or folder: {name}; the Hub has no dataset with this name that you can access "
             f"({' '.join(str(error).split())[:200]})"
         ) from error
-    except Exception as error:  # the HTTP library's own exceptions
+    except Exception as error:  # exceptions of the HTTP library
         raise UserError(
-            f"no such file or folder: {name}; and the Hub, which may have a dataset of that name, cannot be reached "
-            f"({error}); set HF_HUB_OFFLINE=1 to use what was downloaded before"
+            f"no such file or folder: {name}; the Hub, which may have this dataset, cannot be reached ({error}); "
+            "set HF_HUB_OFFLINE=1 to use a cached dataset"
         ) from error
 
 
 @contextmanager
 def _as_user_errors(name: str) -> Iterator[None]:
-    """Convert exceptions from ``datasets``, which have many types, to one-line user errors."""
+    """Context manager that converts all exceptions from ``datasets`` to a one-line ``UserError``."""
     import datasets
 
     try:
@@ -88,6 +91,6 @@ def _as_user_errors(name: str) -> Iterator[None]:
     except (UserError, GeneratorExit):
         raise
     except Exception as error:
-        offline = "no such file or folder: " if datasets.config.HF_HUB_OFFLINE else ""
+        offline = f"no such file or folder: {name}; " if datasets.config.HF_HUB_OFFLINE else ""
         message = " ".join(str(error).split())
-        raise UserError(f"{offline}{name}; loading it as a dataset of the Hub failed: {message}") from error
+        raise UserError(f"{offline}cannot load the Hub dataset {name}: {message}") from error

@@ -7,8 +7,8 @@ def format_markdown_table(rows: Sequence[Sequence[str]], alignment: str) -> str:
     """Format rows as an aligned Markdown table; the first row is the header.
 
     Args:
-        rows: Cells, one sequence per row.
-        alignment: ``<`` (left) or ``>`` (right) for each column.
+        rows: Cells of each row.
+        alignment: One character per column: ``<`` for left alignment or ``>`` for right alignment.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [

@@ -1,4 +1,4 @@
-"""Streaming reader and writer of documents in Parquet files; a few megabytes are in memory at a time."""
+"""Streaming reader and writer for documents in Parquet files, with a few megabytes in memory at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any, Final
 from lit_gpt_scratch.text.document import Document
 
 ROW_GROUP_CHARACTERS: Final = 2**22
-"""Characters of text per row group; a reader keeps one row group in memory."""
+"""Minimum characters of text per row group, except the last; a reader keeps one row group in memory."""
 
 
 class ParquetDocumentWriter:
@@ -50,7 +50,7 @@ class ParquetDocumentWriter:
 
 
 def row_group_sizes(path: Path) -> list[int]:
-    """Return the uncompressed size of each row group in bytes, approximately the size of its text."""
+    """Return the uncompressed size of each row group in bytes, which is approximately the size of its text."""
     import pyarrow.parquet as pq
 
     metadata = pq.read_metadata(path)
@@ -58,7 +58,12 @@ def row_group_sizes(path: Path) -> list[int]:
 
 
 def read_parquet_documents(path: Path, row_groups: range | None = None) -> Iterator[Document]:
-    """Yield the documents in a file written by ``ParquetDocumentWriter``, optionally only those in some row groups."""
+    """Yield the documents in a file written by ``ParquetDocumentWriter``.
+
+    Args:
+        path: Path of the Parquet file.
+        row_groups: Indices of the row groups to read; if None, all row groups are read.
+    """
     import pyarrow.parquet as pq
 
     with pq.ParquetFile(path) as file:

@@ -1,4 +1,4 @@
-"""Process pools for cleaning, tokenization and sweeps; workers exit with the main process."""
+"""Process pools for cleaning, tokenization and sweeps, whose workers exit with the main process."""
 
 import multiprocessing
 import os
@@ -9,7 +9,7 @@ from contextlib import suppress
 
 
 def start_process_pool(processes: int) -> ProcessPoolExecutor:
-    """Start a pool whose worker processes exit when this process does, even if it is killed.
+    """Start a pool whose worker processes exit when the current process exits, even if it is killed.
 
     Workers are spawned, not forked: forking a process that has threads may cause a deadlock.
     """
@@ -21,8 +21,8 @@ def start_process_pool(processes: int) -> ProcessPoolExecutor:
 def shutdown_process_pool(pool: ProcessPoolExecutor) -> None:
     """Stop the worker processes and discard queued work.
 
-    If a worker died before it read its work item, CPython 3.11's feeder thread blocks forever writing to the pipe, and
-    ``shutdown`` waits for that thread. Closing the read end of the pipe unblocks it.
+    If a worker died before it read its work item, the feeder thread of CPython 3.11 blocks forever while writing to the
+    pipe, and ``shutdown`` waits for this thread. Closing the read end of the pipe unblocks the thread.
     """
     queue = getattr(pool, "_call_queue", None)
     if getattr(pool, "_broken", False) and queue is not None:
@@ -38,7 +38,7 @@ def _initialize_worker() -> None:
 
 
 def _exit_with_parent() -> None:
-    """Exit when the parent dies; otherwise a worker whose parent was killed would wait for work forever."""
+    """Exit when the parent process exits; otherwise, a worker whose parent was killed would wait forever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

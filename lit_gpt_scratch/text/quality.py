@@ -1,4 +1,4 @@
-"""Published quality filters: Gopher's quality and repetition rules, and C4's rules. All are off by default."""
+"""Published quality filters with the rules of Gopher and C4, which are not enabled by default."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ STOP_WORDS: Final = frozenset({"the", "be", "to", "of", "and", "that", "have", "
 
 @dataclass(frozen=True)
 class GopherQuality(PerDocumentStep):
-    """Reject text that does not look like English: Gopher's rules (https://arxiv.org/abs/2112.11446, appendix A.1.1).
+    """Cleaning step with Gopher's quality rules for English text (https://arxiv.org/abs/2112.11446, appendix A.1.1).
 
     Args:
         words_at_least: Minimum number of words.
@@ -24,8 +24,8 @@ class GopherQuality(PerDocumentStep):
         bullet_lines: Maximum fraction of lines that begin with a bullet.
         ellipsis_lines: Maximum fraction of lines that end with an ellipsis.
         alphabetic_words: Minimum fraction of words with at least one letter.
-        stop_words: Minimum number of distinct words from a list of eight very common English words; set it to 0 for
-            other languages.
+        stop_words: Minimum number of distinct words from a list of eight very common English words; 0 disables the
+            rule, which is required for other languages.
     """
 
     words_at_least: int = 50
@@ -38,7 +38,7 @@ class GopherQuality(PerDocumentStep):
     stop_words: int = 2
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Apply the rules in order; the first that fails is the reason."""
+        """Return the document, or the name of the first rule that it violates."""
         text, words = document.text, document.text.split()
         if not self.words_at_least <= len(words) <= self.words_at_most or not words:
             return "number of words"
@@ -67,15 +67,15 @@ REPEATED_NGRAM_SHARES: Final = {5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10:
 
 @dataclass(frozen=True)
 class GopherRepetition(PerDocumentStep):
-    """Reject documents that repeat themselves: Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
+    """Cleaning step that rejects repetitive documents with Gopher's rules (https://arxiv.org/abs/2112.11446, table A1).
 
     Args:
         lines: Maximum fraction of lines that repeat an earlier line.
         paragraphs: Maximum fraction of paragraphs that repeat an earlier paragraph.
         line_characters: Maximum fraction of characters in repeated lines.
         paragraph_characters: Maximum fraction of characters in repeated paragraphs.
-        ngrams: Whether to limit the fraction of word characters in the most common 2- to 4-gram and in all repeated 5-
-            to 10-grams to the paper's values (20% to 16%, and 15% to 10%).
+        ngrams: Whether to limit the fraction of characters in the most common 2-, 3- and 4-gram (20%, 18% and 16%) and
+            in all repeated 5- to 10-grams (15% to 10%).
     """
 
     lines: float = 0.30
@@ -85,7 +85,7 @@ class GopherRepetition(PerDocumentStep):
     ngrams: bool = True
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Apply the rules in order; the first that fails is the reason."""
+        """Return the document, or the name of the first rule that it violates."""
         text = document.text
         for name, parts, max_share, max_characters in (
             ("lines", text.splitlines(), self.lines, self.line_characters),
@@ -118,7 +118,7 @@ def _repeated(parts: Iterable[str]) -> Iterable[str]:
 
 
 def _top_ngram_characters(words: list[str], n: int) -> int:
-    """Return the characters in all occurrences of the most common n-gram; 0 if no n-gram occurs twice."""
+    """Return the number of characters in all occurrences of the most common n-gram; 0 if no n-gram occurs twice."""
     counts = Counter(zip(*(words[i:] for i in range(n)), strict=False))
     if not counts:
         return 0
@@ -127,7 +127,7 @@ def _top_ngram_characters(words: list[str], n: int) -> int:
 
 
 def _repeated_ngram_characters(words: list[str], n: int) -> int:
-    """Return the characters of all words in repeated n-grams, counting each word once."""
+    """Return the number of characters in repeated n-grams, counting each word once."""
     grams = list(zip(*(words[i:] for i in range(n)), strict=False))
     counts = Counter(grams)
     inside = [False] * len(words)
@@ -139,17 +139,18 @@ def _repeated_ngram_characters(words: list[str], n: int) -> int:
 
 @dataclass(frozen=True)
 class C4(PerDocumentStep):
-    """Keep lines of prose, and reject other pages: C4's rules (https://arxiv.org/abs/1910.10683, section 2.2).
+    """Cleaning step that keeps only lines of prose, following C4 (https://arxiv.org/abs/1910.10683, section 2.2).
 
-    Lines that do not end with a full stop, exclamation mark, question mark or closing quote, that have fewer than
-    ``words_per_line`` words, or that mention "javascript", cookies or policies are removed; a page with a curly
-    bracket, with "lorem ipsum" or with fewer than ``sentences`` remaining sentences is rejected. Not implemented: the
-    list of bad words, the language filter, and the removal of three-sentence spans that occur elsewhere.
+    A line is removed if it does not end with a full stop, exclamation mark, question mark or closing quote, ends with
+    an ellipsis, has fewer than ``words_per_line`` words, or mentions JavaScript, the use of cookies, a privacy policy
+    or terms of use. A document is rejected if it contains a curly bracket or "lorem ipsum", or if fewer than
+    ``sentences`` sentences remain. C4's list of bad words, its language filter and its removal of repeated
+    three-sentence spans are not implemented.
 
     Args:
         words_per_line: Minimum number of words per line.
         sentences: Minimum number of sentences in the remaining text.
-        curly_brackets: Whether to reject pages with a curly bracket, such as source code.
+        curly_brackets: Whether to reject documents with a curly bracket, such as source code.
     """
 
     words_per_line: int = 5
@@ -157,7 +158,7 @@ class C4(PerDocumentStep):
     curly_brackets: bool = True
 
     def __call__(self, document: Document) -> Document | RejectionReason:
-        """Remove lines that are not prose, or reject the page."""
+        """Return the document without lines that are not prose, or the reason for rejecting it."""
         lowered = document.text.lower()
         if "lorem ipsum" in lowered:
             return "lorem ipsum"

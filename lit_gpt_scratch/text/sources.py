@@ -1,4 +1,4 @@
-"""Document sources: the Python standard library, files and folders, or the Hugging Face Hub."""
+"""Document sources: the Python standard library, files and folders, and datasets on the Hugging Face Hub."""
 
 import glob
 import hashlib
@@ -24,34 +24,34 @@ from lit_gpt_scratch.text.file_readers import (
 )
 
 STDLIB: Final = "stdlib"
-"""The default source: the source code of the Python standard library, which is always available."""
+"""Name of the default source: the source code of the Python standard library, which requires no download."""
 
-# Skipped: generated text (a model would memorise its tables, and near-identical copies would end up in both splits),
-# tests, and packages outside the standard library.
+# Skipped folders and files contain generated text (a model would memorize its tables, and near-identical copies would
+# end up in both splits), tests, or packages outside the standard library.
 STDLIB_SKIPPED = {
     "__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "encodings", "pydoc_data"
 }  # fmt: skip
 STDLIB_GENERATED = ("_sysconfigdata", "config-")
 
 MAX_WHOLE_FILE_BYTES: Final = 2**22
-"""Maximum bytes of a text file that is read as one document; a longer file is read as several."""
+"""Maximum size in bytes of a text file that is read as one document; larger files are read as several documents."""
 CHUNK_BYTES: Final = 2**18
-"""Bytes per document when a file is read as several; each document extends to the end of its last line."""
+"""Bytes per document when a large file is read as several; each document is extended to the end of its last line."""
 
 
 @dataclass(frozen=True)
 class DocumentSource:
-    """A source of documents, read sequentially in a stable order.
+    """Source of documents, which are read sequentially in a stable order.
 
     Args:
         name: ``stdlib``; a file, a folder, or a pattern with ``*`` and ``**``; or a Hub dataset as ``owner/name`` or
             ``owner/name@revision``. The suffix determines how a file is read: ``.jsonl``, ``.json``, ``.csv``,
-            ``.tsv``, ``.parquet`` and ``.arrow`` contain one document per row; any other file is a single document of
-            UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a folder, every file
-            that is not hidden is read; there, ``.json``, ``.csv`` and ``.tsv`` are plain text, and files that are not
-            text are skipped.
-        column: Text column of files with columns.
-        config: Configuration of a Hub dataset that has several.
+            ``.tsv``, ``.parquet`` and ``.arrow`` files contain one document per row; any other file is a single
+            document of UTF-8 text. The suffix may be followed by ``.gz``, ``.zst``, ``.bz2`` or ``.xz``. In a folder,
+            all files that are not hidden are read, except that files that are not text are skipped; ``.json``, ``.csv``
+            and ``.tsv`` files in a folder are read as plain text.
+        column: Name of the text column in tables.
+        config: Configuration of a Hub dataset; None for the default configuration.
         split: Split of a Hub dataset.
         streaming: Whether to stream a Hub dataset instead of downloading it.
     """
@@ -66,7 +66,7 @@ class DocumentSource:
         """Yield every document, and a ``RejectedDocument`` for each skipped entry.
 
         Raises:
-            UserError: The source is missing, does not match its type, or has an unreadable row.
+            UserError: The source does not exist, lacks the text column, or contains unreadable data.
         """
         columns = {"text_column": self.column}
         if self.on_hub:
@@ -79,10 +79,13 @@ class DocumentSource:
                 yield from self._read_text(name, path)
 
     def rows(self, columns: Columns | None = None) -> Iterator[TableRow]:
-        """Yield every row with the given columns, by default all; in a folder, files that are not tables are skipped.
+        """Yield all rows of the source; in a folder, files that are not tables are skipped.
+
+        Args:
+            columns: Columns to read; if None, all columns are read.
 
         Raises:
-            UserError: The source is missing, is not a table, lacks a column, or has an unreadable row.
+            UserError: The source does not exist, is not a table, lacks a column, or contains an unreadable row.
         """
         if self.on_hub:
             yield from hub.read_dataset_rows(self.name, columns, self.config, self.split, self.streaming)
@@ -90,18 +93,20 @@ class DocumentSource:
         files = list(self._files())
         tables = [(name, path) for name, path in files if is_table(path, in_folder=False)]
         if not tables or (len(tables) < len(files) and not self._is_folder):
-            raise UserError(f"{self.name} is not a table; use a file of type {', '.join(TABLE_FORMATS)}, or a dataset")
+            raise UserError(
+                f"{self.name} is not a table; use a Hub dataset or a file of type {', '.join(TABLE_FORMATS)}"
+            )
         for name, path in tables:
             yield from read_rows(path, name, columns)
 
     def fingerprint(self, local: bool = False) -> str:
         """Return a string that changes when the source changes, without reading its contents.
 
-        It is a hash of the names, sizes and modification times of files, or the revision of a dataset.
+        The string is a hash of the names, sizes and modification times of all files, or the revision of a Hub dataset.
 
         Args:
-            local: Whether to include absolute paths, inodes and change times. They distinguish copies, and detect files
-                replaced by others with the same size and modification time.
+            local: Whether to include absolute paths, inodes and change times, which distinguish copies of a file and
+                detect a file that was replaced by a file with the same size and modification time.
         """
         if self.on_hub:
             return hub.dataset_revision(self.name, self.config)
@@ -143,7 +148,9 @@ class DocumentSource:
             found = sorted({Path(path) for path in glob.glob(str(self._path), recursive=True)})  # noqa: PTH207 (absolute)
             files = [path for path in found if path.is_file()]
             if not files:
-                raise UserError(f"no such file or folder: {self.name} (set data.source to one, or to '{STDLIB}')")
+                raise UserError(
+                    f"no such file or folder: {self.name}; set data.source to an existing one, or to '{STDLIB}'"
+                )
             root = Path(os.path.commonpath([path.parent for path in files]))
             yield from ((_document_name(path.relative_to(root)), path) for path in files)
 
@@ -163,13 +170,13 @@ class DocumentSource:
 
 
 def read_documents(name: str, column: str = "text") -> Iterator[Document]:
-    """Read the documents of a source, given only its name and text column.
+    """Return an iterator over the documents of a source that contain text.
 
     Raises:
-        UserError: There are no documents, or a document cannot be read.
+        UserError: The source does not exist or contains no text, or a document cannot be read.
     """
     source = DocumentSource(name, column)
-    source.fingerprint()  # reports a missing source immediately, not at the first document
+    source.fingerprint()  # reports a missing source immediately, before the first document is read
 
     def read() -> Iterator[Document]:
         found = False
@@ -184,10 +191,10 @@ def read_documents(name: str, column: str = "text") -> Iterator[Document]:
 
 
 def no_text_message(name: str) -> str:
-    """Return the error message for a source without documents."""
+    """Return the error message for a source that contains no text."""
     if name == STDLIB:
-        return "this Python installation has no standard library sources; use another source: --data.source PATH"
-    return f"{name} contains no text: no UTF-8 text file, no row with text; use another data.source"
+        return "this Python installation lacks its standard library sources; set --data.source to a file or folder"
+    return f"{name} contains no text: no UTF-8 text file and no row with text; set data.source to another source"
 
 
 def _stdlib_files() -> Iterator[tuple[str, Path]]:
@@ -201,7 +208,7 @@ def _stdlib_files() -> Iterator[tuple[str, Path]]:
 def _walk(
     root: Path, skip_folder: Callable[[str], bool], keep_file: Callable[[str], bool]
 ) -> Iterator[tuple[str, Path]]:
-    """Yield the names and paths of files to keep under ``root``, outside skipped folders, in sorted order."""
+    """Yield the name and path of each kept file under ``root``, in sorted order, ignoring skipped folders."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(name for name in folders if not skip_folder(name))
         for path in (Path(folder, name) for name in sorted(names) if keep_file(name)):
@@ -210,7 +217,7 @@ def _walk(
 
 
 class NotTextError(UserError):
-    """A file is not text; ``n_bytes`` is its size."""
+    """Error raised if a file is not text; ``n_bytes`` is the size of the file."""
 
     def __init__(self, message: str, n_bytes: int) -> None:
         super().__init__(message)
@@ -218,13 +225,13 @@ class NotTextError(UserError):
 
 
 def _read_text_file(name: str, path: Path) -> Iterator[Document]:
-    """Read a text file as one document, or as several if it is long; newlines are not translated."""
+    """Yield the documents of a text file: one, or several if the file is large; newlines are not converted."""
     with open_decompressed(path) as file:
         content = file.read(MAX_WHOLE_FILE_BYTES + 1)
         if len(content) <= MAX_WHOLE_FILE_BYTES:
             yield Document(name, _decode(content, path, 0))
             return
-    for _ in _read_chunks(path):  # check that the whole file is text before yielding any of it
+    for _ in _read_chunks(path):  # checks that the whole file is text before yielding its first document
         pass
     for number, text in enumerate(_read_chunks(path), 1):
         yield Document(f"{name}:{number}", text)
@@ -237,7 +244,7 @@ def _read_chunks(path: Path) -> Iterator[str]:
             chunk += file.readline(MAX_DOCUMENT_BYTES)
             if len(chunk) >= MAX_DOCUMENT_BYTES:
                 line = n_lines + chunk.count(b"\n") + 1
-                message = f"{path}: line {line:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; break it"
+                message = f"{path}: line {line:,} is longer than {MAX_DOCUMENT_BYTES >> 20} MB; split it"
                 raise NotTextError(message, _file_size(path))
             yield _decode(chunk, path, n_lines)
             n_lines += chunk.count(b"\n")
@@ -249,7 +256,7 @@ def _file_size(path: Path) -> int:
 
 
 def _document_name(path: Path) -> str:
-    """Return a relative path as valid text, replacing undecodable bytes."""
+    """Return a path as a valid Unicode string, replacing undecodable bytes."""
     return path.as_posix().encode(errors="replace").decode()
 
 
@@ -258,5 +265,5 @@ def _decode(content: bytes, path: Path, lines_before: int) -> str:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = lines_before + content.count(b"\n", 0, error.start) + 1
-        message = f"{path} is not UTF-8 text: line {line:,} has the byte 0x{content[error.start]:02x}; convert it"
+        message = f"{path} is not UTF-8 text (byte 0x{content[error.start]:02x} in line {line:,}); convert it to UTF-8"
         raise NotTextError(message, _file_size(path)) from error

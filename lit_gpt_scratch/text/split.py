@@ -1,4 +1,4 @@
-"""Train/validation split by document, which keeps near-duplicates together; and mixing of sources by weight."""
+"""Train/validation split that keeps near-duplicates together, and mixing of sources by weight."""
 
 from array import array
 from collections.abc import Iterator, Sequence
@@ -15,24 +15,24 @@ from lit_gpt_scratch.text.document import Document
 from lit_gpt_scratch.text.duplicates import minhash_signature, sha256_text
 
 NEAR_DUPLICATE: Final = 0.5
-"""Minimum Jaccard similarity between the five-word shingles of two near-duplicates."""
+"""Minimum estimated Jaccard similarity of five-word shingles for two documents to count as near-duplicates."""
 PERMUTATIONS: Final = 128
 BANDS: Final = 32
 ROWS: Final = PERMUTATIONS // BANDS
 CHUNK_DOCUMENTS: Final = 4096
-"""Number of signatures buffered in memory before writing them to disk."""
+"""Number of signatures buffered in memory before they are written to disk."""
 MAX_CANDIDATES: Final = 1024
-"""Maximum candidates per band to compare a document with: thousands may share a band of boilerplate."""
+"""Maximum number of candidates per band that are compared with a document; boilerplate may produce thousands."""
 
 
 @dataclass(frozen=True)
 class TrainValidationSplit:
-    """Assignment of each document in a corpus, by index, to training or validation.
+    """Assignment of the documents in a corpus to the training or validation split.
 
     Attributes:
         validation: True for validation documents, (n,) bool.
-        tail: Fraction at the end of each document that is used for validation, if the corpus is a single cluster and so
-            cannot be split by document; otherwise None.
+        tail: Fraction of each document, taken from its end, that is used for validation if all documents belong to a
+            single cluster; None if the corpus is split by document.
     """
 
     validation: NDArray[np.bool_]
@@ -49,17 +49,17 @@ class TrainValidationSplit:
 def split_by_cluster(
     keys: NDArray[np.uint64], clusters: NDArray[np.int64], validation_share: float
 ) -> TrainValidationSplit:
-    """Hold out about ``validation_share`` of the documents, keeping each cluster of near-duplicates together.
+    """Assign documents to the training or validation split, keeping each cluster of near-duplicates together.
 
-    The smallest content hash in a cluster decides where it goes, so the split of a document does not depend on the
-    order or names of files, or on documents other than its near-duplicates. The cluster with the smallest hash is
-    always held out, and the cluster with the largest hash never is. If there is only one cluster, each of its documents
-    is split.
+    The smallest content hash in a cluster determines its split, so the assignment does not depend on file names, the
+    order of files, or documents in other clusters. However, the cluster with the smallest hash is always held out, and
+    the cluster with the largest hash is never held out. If there is only one cluster, the end of each document is held
+    out instead.
 
     Args:
         keys: Content hash of each document, (n,).
         clusters: Cluster id of each document, (n,).
-        validation_share: Fraction of the documents to hold out, between 0 and 1.
+        validation_share: Approximate fraction of the documents to hold out, between 0 and 1.
     """
     ids, cluster = np.unique(clusters, return_inverse=True)
     if len(ids) < 2:
@@ -73,10 +73,10 @@ def split_by_cluster(
 
 
 class DuplicateClusters:
-    """Clusters of near-duplicates, found by MinHash and locality-sensitive hashing, with signatures on disk.
+    """Clusters of near-duplicates, found with MinHash and locality-sensitive hashing.
 
     Args:
-        folder: Folder for the signatures, which take 768 bytes per document.
+        folder: Folder in which signatures are stored; each document requires 768 bytes.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -86,14 +86,14 @@ class DuplicateClusters:
         self.n_documents = 0
 
     def add(self, signature: NDArray[np.uint32]) -> None:
-        """Add the signature of the next document, (PERMUTATIONS,)."""
+        """Add the MinHash signature of the next document, (PERMUTATIONS,)."""
         self._pending.append(signature)
         self.n_documents += 1
         if len(self._pending) == CHUNK_DOCUMENTS:
             self._flush()
 
     def cluster_ids(self) -> NDArray[np.int64]:
-        """Return, for each document, the index of the first document in its cluster, (n,).
+        """Return the cluster id of each document, (n,): the index of the first document in the cluster.
 
         A cluster is a connected component: its documents are linked by chains of near-duplicates.
         """
@@ -122,7 +122,7 @@ class DuplicateClusters:
         self._pending.clear()
 
     def _candidate_groups(self, band: int, first: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
-        """Yield groups of documents with equal hashes in this band that are not all linked yet."""
+        """Yield groups of documents with the same hash in a band, unless they are already in the same cluster."""
         chunks, start = [np.zeros(0, dtype=np.uint64)], 0
         while start < self.n_documents:
             n = min(CHUNK_DOCUMENTS, self.n_documents - start)
@@ -139,7 +139,7 @@ class DuplicateClusters:
             yield order[starts[group] : ends[group]]
 
     def _link(self, members: NDArray[np.int64], first: NDArray[np.int64]) -> None:
-        """Link near-duplicates in a group that are not linked yet."""
+        """Merge the clusters of near-duplicates in a group of candidates."""
         heads = np.array([_find_head(first, member) for member in members])
         signatures = np.stack([self._read_signature(member) for member in members])  # (m, PERMUTATIONS)
         for i in range(len(members) - 1):
@@ -163,7 +163,10 @@ def _find_head(first: NDArray[np.int64], index: int) -> int:
 
 
 class DocumentIndex:
-    """Data on each cleaned document for mixing and splitting: 26 bytes in memory, and a signature on disk."""
+    """Index of all cleaned documents for mixing and splitting.
+
+    Each document uses 26 bytes of memory, and its signature is stored on disk.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._split_keys, self._mixing_keys = array("Q"), array("Q")
@@ -191,8 +194,9 @@ class DocumentIndex:
     def select_by_weight(self, names: Sequence[str], weights: Sequence[float]) -> NDArray[np.bool_]:
         """Select documents so that the bytes per source are proportional to the weights; return a mask, (n,) bool.
 
-        The source with the fewest bytes relative to its weight is used completely. From each other source, documents
-        are taken in the order of their content hashes until the total is as close as possible to its proportion.
+        All documents of the source with the fewest bytes relative to its weight are selected. From every other source,
+        documents are selected in order of their content hashes until their total size is as close as possible to the
+        size that matches the weight of the source.
 
         Raises:
             UserError: A source has no documents, or its documents are too large for its weight.
@@ -202,7 +206,7 @@ class DocumentIndex:
         for name, size in zip(names, available, strict=True):
             if not size:
                 raise UserError(
-                    f"data.source: cleaning left no document of {name} to mix; remove the source, or choose other "
+                    f"data.source: no documents of {name} are left after cleaning; remove the source, or change the "
                     "steps in data.cleaning"
                 )
         scale = min(available / weights)
@@ -214,13 +218,13 @@ class DocumentIndex:
             selected[indices[midpoints <= weight * scale * (1 + 1e-9)]] = True
             if not selected[indices].any():
                 raise UserError(
-                    f"data.source: every document of {name} is too large for its weight; split it into smaller "
-                    "documents, or raise its weight"
+                    f"data.source: every document of {name} is too large for the weight of the source; split the "
+                    "documents, or raise the weight"
                 )
         return selected
 
     def split(self, selected: NDArray[np.bool_], validation_share: float) -> TrainValidationSplit:
-        """Split the selected documents; entries for other documents are meaningless."""
+        """Split the selected documents into training and validation; entries for other documents have no meaning."""
         parts = split_by_cluster(
             np.array(self._split_keys)[selected], self._clusters.cluster_ids()[selected], validation_share
         )
@@ -237,7 +241,7 @@ def hash_document(document: Document) -> tuple[bytes, NDArray[np.uint32]]:
     """
     if "\0" in document.text:
         raise UserError(
-            f"{document.id} has a NUL byte, so it is not text; remove it, or add the step ControlCharacters to "
+            f"{document.id} contains a NUL byte; remove the byte, or add the cleaning step ControlCharacters to "
             "data.cleaning"
         )
     signature = np.array(minhash_signature(document.text, PERMUTATIONS).digest(), dtype=np.uint32)

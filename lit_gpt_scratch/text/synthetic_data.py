@@ -1,4 +1,4 @@
-"""Deterministic synthetic datasets based on simple rules; the default fine-tuning data."""
+"""Deterministic synthetic datasets based on simple rules, used for fine-tuning by default."""
 
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -27,7 +27,7 @@ WORDS: Final = (
 
 
 def labelled_sentences() -> Iterator[TableRow]:
-    """Yield 288 sentences with a ``label``: praise, complaints, and questions about both."""
+    """Yield 288 rows with a sentence (``text``) and its ``label``: praise, complaint or question."""
     sentences = []
     for thing, adverb, (good, bad) in product(THINGS, ADVERBS, zip(GOOD, BAD, strict=True)):
         questioned = good if len(thing) % 2 else bad
@@ -40,7 +40,7 @@ def labelled_sentences() -> Iterator[TableRow]:
 
 
 def conversations() -> Iterator[TableRow]:
-    """Yield 576 conversations about words; one in six has two instructions with replies, the others have one."""
+    """Yield 576 conversations about words; one in six has two instructions and replies, all others have one."""
     records: list[dict[str, Any]] = []
     for word in WORDS:
         turns = [f"Repeat the word {word}.", word, "And twice?", f"{word} {word}"]
@@ -57,12 +57,12 @@ def conversations() -> Iterator[TableRow]:
 
 
 def prompts() -> Iterator[TableRow]:
-    """Yield the conversations without their last reply, as rows with a ``prompt`` that is a list of messages."""
+    """Yield a row for each conversation, with the messages before the last reply as ``prompt``."""
     return (TableRow(row.id, row.where, {"prompt": prompt}) for row, prompt, _ in _last_turns())
 
 
 def preferences(name: str) -> Iterator[TableRow]:
-    """Yield the prompts with two replies each, as rows with ``prompt``, ``chosen`` and ``rejected``.
+    """Yield a row for each conversation, with a ``prompt`` and two replies, ``chosen`` and ``rejected``.
 
     Args:
         name: Name of the verifiable preference that determines which reply is chosen.

@@ -1,8 +1,8 @@
 """Shards of token ids on disk, and token streams across several shards.
 
 A shard consists of two files that ``numpy.load`` can read. ``train-00000.tokens.npy``, (n_tokens,) uint16 or uint32,
-contains token ids, with an end of text before each document. ``train-00000.documents.npy``, (n_documents, 2) uint64,
-contains the position of each document's first token and the size of its text in bytes.
+contains token ids, with an end-of-text token before each document. ``train-00000.documents.npy``, (n_documents, 2)
+uint64, contains the position of the first token and the number of text bytes of each document.
 """
 
 import hashlib
@@ -36,17 +36,17 @@ class PicklableMemmaps:
 
 @dataclass(frozen=True)
 class TokenShard(PicklableMemmaps):
-    """A shard of a token stream.
+    """Shard of a token stream, stored in two files.
 
     Attributes:
         folder: Folder that contains the files.
         name: Prefix of the file names.
         n_tokens: Number of tokens, including end-of-text tokens.
-        n_bytes: UTF-8 bytes of text in the documents.
+        n_bytes: Number of UTF-8 bytes of text in the documents.
         n_documents: Number of documents.
         largest: Largest token id.
         sizes: Size of each file in bytes.
-        sha256: SHA-256 of each file.
+        sha256: SHA-256 digest of each file.
     """
 
     folder: str
@@ -60,7 +60,7 @@ class TokenShard(PicklableMemmaps):
 
     @classmethod
     def write(cls, folder: Path, name: str, tokens: TokenIds, documents: NDArray[np.uint64]) -> "TokenShard":
-        """Write both files, each atomically."""
+        """Write the two files of a shard, each atomically, and return the shard."""
         n_bytes, largest = int(documents[:, 1].sum()), int(tokens.max())
         shard = cls(str(folder), name, len(tokens), n_bytes, len(documents), largest, {}, {})
         for part, array in zip(SHARD_PARTS, (tokens, documents), strict=True):
@@ -71,16 +71,16 @@ class TokenShard(PicklableMemmaps):
         return shard
 
     def file(self, part: ShardPart) -> str:
-        """Return the name of one of the shard's files."""
+        """Return the name of the file that contains ``part``."""
         return f"{self.name}.{part}.npy"
 
     def path(self, part: ShardPart) -> Path:
-        """Return the path of one of the shard's files."""
+        """Return the path of the file that contains ``part``."""
         return Path(self.folder, self.file(part))
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """All attributes except the folder, as JSON-serialisable data."""
+        """All attributes except the folder, as a JSON-serializable dictionary."""
         return {name: value for name, value in asdict(self).items() if name != "folder"}
 
     @cached_property
@@ -90,19 +90,19 @@ class TokenShard(PicklableMemmaps):
 
     @cached_property
     def documents(self) -> NDArray[np.uint64]:
-        """Position of the first token and bytes of text per document, (n_documents, 2), memory-mapped read-only."""
+        """Position of the first token and text bytes of each document, (n_documents, 2), memory-mapped read-only."""
         return np.asarray(np.load(self.path("documents"), mmap_mode="r"))
 
 
 @dataclass(frozen=True)
 class ShardedTokenStream:
-    """A concatenation of shards."""
+    """Token stream that is the concatenation of several shards."""
 
     shards: tuple[TokenShard, ...]
 
     @cached_property
     def ends(self) -> list[int]:
-        """For each shard, the position after its last token."""
+        """Stream position after the last token of each shard."""
         return list(accumulate(shard.n_tokens for shard in self.shards))
 
     @property
@@ -112,7 +112,7 @@ class ShardedTokenStream:
 
     @property
     def n_bytes(self) -> int:
-        """UTF-8 bytes of text in the documents."""
+        """Number of UTF-8 bytes of text in the documents."""
         return sum(shard.n_bytes for shard in self.shards)
 
     @property
@@ -121,47 +121,50 @@ class ShardedTokenStream:
         return sum(shard.n_documents for shard in self.shards)
 
     def find_shard(self, position: int) -> tuple[TokenShard, int]:
-        """Return the shard that contains a position, and the stream position of its first token."""
+        """Return the shard that contains a stream position, and the stream position of the first token in the shard."""
         index = bisect_right(self.ends, position)
         return self.shards[index], self.ends[index] - self.shards[index].n_tokens
 
     def describe_position(self, token: int) -> str:
-        """Describe the shard that contains a token, for error messages."""
+        """Return the name and folder of the shard that contains a stream position, for error messages."""
         shard, _ = self.find_shard(token)
         return f"shard {shard.name} of {shard.folder}"
 
     def document_spans(self) -> Iterator[tuple[Int64Array, Int64Array]]:
-        """Yield the stream positions of the first tokens, and the lengths, of the documents in each shard."""
+        """Yield, for each shard, the start positions of its documents in the stream and their lengths in tokens."""
         for shard, end in zip(self.shards, self.ends, strict=True):
             starts = shard.documents[:, 0].astype(np.int64)
             yield starts + end - shard.n_tokens, np.diff(starts, append=shard.n_tokens)
 
     def document_starts(self, start: int, stop: int) -> Int64Array:
-        """Return the positions in ``[start, stop)`` at which a document starts."""
+        """Return the stream positions in ``[start, stop)`` at which a document starts."""
         found: list[Int64Array] = []
         stop = min(stop, self.n_tokens)
         while start < stop:
             shard, first = self.find_shard(start)
             end = min(stop, first + shard.n_tokens)
             starts = shard.documents[:, 0]
-            bounds = np.array([start - first, end - first], starts.dtype)  # another dtype would convert all of starts
+            bounds = np.array([start - first, end - first], starts.dtype)  # same dtype, so that starts is not converted
             a, b = starts.searchsorted(bounds)
             found.append(starts[a:b].astype(np.int64) + first)
             start = end
         return found[0] if len(found) == 1 else np.concatenate(found or [np.zeros(0, np.int64)])
 
     def read_with_labels(self, start: int, length: int) -> tuple[TokenIds, TokenIds]:
-        """Return ``length`` tokens and, as labels, the tokens that follow them; the last in the stream has no label."""
+        """Return ``length`` tokens and their labels (the next tokens); the last token of the stream has no label."""
         tokens = self.read(start, start + length + 1)
         return tokens[:length], tokens[1:]
 
     def count_labels(self, starts: Int64Array, lengths: Int64Array) -> Int64Array:
-        """Count the labels in each span, (n,) -> (n,): every token has one, except the last token in the stream."""
+        """Count the labels in each span, (n,) -> (n,); every token except the last of the stream has a label."""
         counts: Int64Array = np.minimum(lengths, self.n_tokens - 1 - starts)
         return counts
 
     def read(self, start: int, stop: int) -> TokenIds:
-        """Return the tokens in ``[start, stop)``, up to the end of the stream; within one shard they are not copied."""
+        """Return the tokens in ``[start, stop)``, or up to the end of the stream if it is shorter.
+
+        Tokens are copied only if they are in several shards.
+        """
         stop = min(stop, self.n_tokens)
         found: list[TokenIds] = []
         while start < stop:
@@ -172,6 +175,6 @@ class ShardedTokenStream:
 
 
 def sha256_file(path: Path) -> str:
-    """Return the SHA-256 of a non-empty file."""
+    """Return the SHA-256 digest of a non-empty file."""
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return hashlib.sha256(content).hexdigest()

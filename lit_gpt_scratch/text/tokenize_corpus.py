@@ -1,4 +1,4 @@
-"""Tokenization of a corpus into shards by several processes; each shard is written atomically."""
+"""Parallel tokenization of a corpus into shards, each of which is written atomically."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -21,12 +21,12 @@ from lit_gpt_scratch.text.token_shards import SHARD_PARTS, TokenShard, sha256_fi
 from lit_gpt_scratch.text.tokenizer import TOKENIZER_FILE, Tokenizer
 
 SHARD_BYTES: Final = 2**26
-"""Approximate bytes of text per shard; larger if there would otherwise be more than ``MAX_SHARDS`` shards."""
+"""Approximate bytes of text per shard; shards are larger if a split would otherwise exceed ``MAX_SHARDS``."""
 MAX_SHARDS: Final = 1024
 BATCH_CHARACTERS: Final = 2**22
-"""Minimum characters of text encoded at a time."""
+"""Minimum number of characters that are encoded at a time."""
 FAST_ENCODER_MIN_BYTES: Final = 2**25
-"""Minimum bytes of text for which the fast encoder is worth its setup time of one second."""
+"""Minimum size of a corpus in bytes for which the fast encoder is used, because its setup takes a second."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class ShardJob:
         n_bytes: Approximate bytes of text in the row groups.
         folder: Folder for the shard, which must already contain the tokenizer.
         name: Name of the shard.
-        fast: Whether to try the fast encoder.
-        threads: Number of threads for the fast encoder; None for the default.
+        fast: Whether to use the fast encoder if it supports the tokenizer.
+        threads: Number of threads for the fast encoder; if None, the default.
     """
 
     texts: Path
@@ -53,7 +53,7 @@ class ShardJob:
 
     @property
     def marker(self) -> Path:
-        """Metadata file, written when the shard is complete and removed when the token store is complete."""
+        """Path of the metadata file, which is written with the shard and deleted once the token store is complete."""
         return self.folder / f"{self.name}.json"
 
 
@@ -118,7 +118,7 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
     documents: list[tuple[int, int]] = []
     n_tokens = 0
     for batch in _make_batches(document.text for document in read_parquet_documents(job.texts, job.row_groups)):
-        # For a long text, tokenizers requires over a hundred times the size of the text in memory.
+        # For a long document, tokenizers requires over a hundred times the size of the document in memory.
         fast = job.fast or max(map(len, batch)) > BATCH_CHARACTERS
         sizes = [len(text.encode()) for text in batch]
         for ids, size in zip(tokenizer.encode_many(batch, fast, job.threads), sizes, strict=True):
@@ -134,12 +134,12 @@ def _run_job(job: ShardJob, on_progress: Callable[[int], Any] = lambda _: None) 
 
 @lru_cache(maxsize=1)
 def _load_tokenizer(path: Path) -> Tokenizer:
-    """Load a tokenizer, cached per process because setting up the fast encoder takes a second."""
+    """Load a tokenizer; it is cached because the setup of the fast encoder takes a second."""
     return Tokenizer.load(path)
 
 
 def _make_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts into batches; a batch ends once it has at least ``BATCH_CHARACTERS`` characters."""
+    """Group strings into batches; a batch is complete once it has at least ``BATCH_CHARACTERS`` characters."""
     iterator = iter(texts)
     while batch := list(islice(iterator, 1)):
         size = len(batch[0])

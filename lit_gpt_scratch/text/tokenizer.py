@@ -1,4 +1,4 @@
-"""Tokenizer that converts text to token ids and back; trained here or loaded from any ``tokenizer.json``."""
+"""Tokenizer that converts text to token ids and back, either newly trained or loaded from a ``tokenizer.json``."""
 
 import hashlib
 import re
@@ -19,34 +19,36 @@ from lit_gpt_scratch.text.atomic_files import atomic_file
 from lit_gpt_scratch.text.tokenizer_training import END_OF_TEXT, train_tokenizer
 
 END_OF_TEXT_NAMES: Final = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
-"""Names of the token between documents in various tokenizer families."""
+"""Names of the end-of-text token in various tokenizer families, in order of preference."""
 GPT2_FILES: Final = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
-"""File names of GPT-2's vocabulary and merges: as published by OpenAI, and as in ``transformers``."""
+"""File names of GPT-2's vocabulary and merges, as published by OpenAI and as used by ``transformers``."""
 TOKENIZER_FILE: Final = "tokenizer.json"
 ROUND_TRIP_TEXT: Final = " A  b\r\n\tÇé…ﬁ 東京 🎉"
-"""Text that is changed by a round trip through a tokenizer with a normaliser or without byte fallback."""
+"""Test string that encoding and decoding change if the tokenizer normalizes text or has no byte fallback."""
 
 
 class Tokenizer:
-    """Convert text to token ids and back.
+    """Tokenizer that converts text to token ids and back.
 
-    A thin wrapper around ``tokenizers.Tokenizer``; other tools can read the saved file.
+    The class is a thin wrapper around ``tokenizers.Tokenizer``, so other tools can read the saved file.
 
     Args:
-        backend: A tokenizer with an end-of-text token whose name is in ``END_OF_TEXT_NAMES``.
-        start_of_text: Id of the start-of-text token; by default, the end-of-text token.
+        backend: Tokenizer to wrap; it must have an end-of-text token whose name is in ``END_OF_TEXT_NAMES``.
+        start_of_text: Id of the start-of-text token; if None, the end-of-text token is used.
 
     Attributes:
-        end_of_text: Id of the token between documents.
-        start_of_text: Id of the token that precedes every document in training. Some published models were trained with
-            one that differs from the end of text.
+        end_of_text: Id of the end-of-text token, which separates documents.
+        start_of_text: Id of the token that precedes every document in training. It differs from the end-of-text token
+            in some published models.
     """
 
     def __init__(self, backend: Backend, start_of_text: int | None = None) -> None:
         found = [id_ for name in END_OF_TEXT_NAMES if (id_ := backend.token_to_id(name)) is not None]
         if not found:
-            raise UserError(f"the tokenizer has no token {END_OF_TEXT}; train one here, or add the token to the file")
-        # A document that contains the text "<|endoftext|>" must not be able to end itself.
+            raise UserError(
+                f"the tokenizer has no end-of-text token; add {END_OF_TEXT} to its file, or train a new tokenizer"
+            )
+        # Special tokens in documents are encoded as ordinary text, so that "<|endoftext|>" does not end a document.
         backend.encode_special_tokens = True
         backend.no_padding()
         backend.no_truncation()
@@ -58,15 +60,15 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, kind: str = "bpe", special: Iterable[str] = ()
     ) -> "Tokenizer":
-        """Train a tokenizer on texts; see ``train_tokenizer``."""
+        """Train a tokenizer; see ``train_tokenizer`` for the arguments."""
         return cls(train_tokenizer(kind, texts, vocab_size, special))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Load a tokenizer, and verify its checksum if ``save`` wrote a SHA-256 file next to it.
+        """Load a tokenizer, and verify its SHA-256 checksum if a checksum file is next to it.
 
         Args:
-            path: A ``tokenizer.json``, or a folder that contains one or GPT-2's two files.
+            path: Path of a ``tokenizer.json``, or of a folder that contains a ``tokenizer.json`` or GPT-2's two files.
 
         Raises:
             UserError: The file is missing, is not a tokenizer, or does not match its checksum.
@@ -79,13 +81,13 @@ class Tokenizer:
             content = path.read_bytes()
             checksum_path = _checksum_path(path)
             if checksum_path.exists() and checksum_path.read_bytes() != _checksum(content, path):
-                raise UserError(f"it does not match its checksum in {checksum_path.name}; copy the two files together")
+                raise UserError(f"its checksum differs from {checksum_path.name}; copy both files again")
             return cls.from_json(content.decode())
         except (OSError, UnicodeDecodeError, UserError) as error:
             raise UserError(f"{path} is not a usable tokenizer file ({error})") from error
 
     def save(self, path: Path) -> None:
-        """Write a ``tokenizer.json`` and, next to it, a checksum file for ``sha256sum -c``."""
+        """Write a ``tokenizer.json``, and next to it a checksum file that ``sha256sum -c`` can read."""
         content = self.to_json().encode()
         for target, data in ((path, content), (_checksum_path(path), _checksum(content, path))):
             with atomic_file(target) as file:
@@ -93,21 +95,21 @@ class Tokenizer:
 
     @classmethod
     def from_json(cls, text: str, start_of_text: int | None = None) -> "Tokenizer":
-        """Build a tokenizer from the text of a ``tokenizer.json``, which does not contain ``start_of_text``."""
+        """Build a tokenizer from the content of a ``tokenizer.json``, which does not include ``start_of_text``."""
         try:
             backend = Backend.from_str(text)
-        except Exception as error:  # the library raises nothing narrower than Exception
-            raise UserError(f"not a tokenizer: {error}") from error
+        except Exception as error:  # ``tokenizers`` raises plain Exception
+            raise UserError(f"the content is not a valid tokenizer: {error}") from error
         return cls(backend, start_of_text)
 
     def to_json(self) -> str:
-        """Return the tokenizer as the text of a ``tokenizer.json``."""
+        """Return the tokenizer in the JSON format of a ``tokenizer.json``."""
         text: str = self._backend.to_str(pretty=False)
         return text
 
     @property
     def vocab_size(self) -> int:
-        """One more than the largest id; less than the requested size if the training texts have too few pairs."""
+        """Largest token id plus 1; it may be smaller than the vocabulary size requested for training."""
         return 1 + max(self._backend.get_vocab().values())
 
     def encode(self, text: str) -> list[int]:
@@ -118,13 +120,13 @@ class Tokenizer:
     def encode_many(
         self, texts: Iterable[str], fast: bool = False, threads: int | None = None
     ) -> Iterator[NDArray[np.uint32]]:
-        """Yield the token ids of each text, (n,) uint32, the same as from ``encode``.
+        """Yield the token ids of each string, (n,) uint32, which are identical to those from ``encode``.
 
         Args:
-            texts: The texts to encode.
-            fast: Whether to use an encoder that is several times faster, if it is proven to give the same ids; the
-                check takes a second.
-            threads: Number of threads for the fast encoder; None for the default.
+            texts: Strings to encode.
+            fast: Whether to use an encoder that is several times faster if it provably returns the same ids; this check
+                takes about a second.
+            threads: Number of threads of the fast encoder; if None, the default of ``ThreadPoolExecutor``.
         """
         return fast_encoder.encode_batch(self._backend, self._fast_encoding if fast else None, texts, threads)
 
@@ -133,7 +135,7 @@ class Tokenizer:
         return fast_encoder.build_tiktoken_encoding(self._backend)
 
     def decode(self, ids: list[int]) -> str:
-        """Decode token ids to text; invalid UTF-8 becomes U+FFFD, and special tokens are kept as text."""
+        """Decode token ids to a string; invalid UTF-8 is replaced with U+FFFD, and special tokens are included."""
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
 
@@ -141,7 +143,7 @@ class Tokenizer:
         """Return a function that decodes one id at a time; bytes are buffered until they form complete characters.
 
         Args:
-            after: Ids of the preceding text; in some tokenizers, they determine whether a token starts with a space.
+            after: Token ids of the preceding text; they may determine whether the first token starts with a space.
         """
         stream = decoders.DecodeStream(skip_special_tokens=False)
         for token_id in after:
@@ -154,34 +156,34 @@ class Tokenizer:
         decoded = self.decode(self.encode(ROUND_TRIP_TEXT))
         if decoded == ROUND_TRIP_TEXT:
             return ""
-        return f"text does not survive a round trip: {ROUND_TRIP_TEXT!r} comes back as {decoded!r}"
+        return f"encoding and decoding change text: {ROUND_TRIP_TEXT!r} becomes {decoded!r}"
 
     @property
     def post_processor_ids(self) -> list[int]:
-        """Ids that the tokenizer file's own post-processor adds to encoded text, as in published models."""
+        """Token ids that the post-processor in the tokenizer file adds to every encoded text."""
         ids: list[int] = self._backend.encode("", add_special_tokens=True).ids
         return ids
 
     @property
     def unknown_id(self) -> int | None:
-        """Id of the unknown token; None if the tokenizer has none."""
+        """Id of the unknown token; None if the tokenizer has no unknown token."""
         name: str | None = getattr(self._backend.model, "unk_token", None)
         return None if name is None else self._backend.token_to_id(name)
 
     def special_token_id(self, token: str) -> int | None:
-        """Return the id of a special token, given its text; None if it does not exist."""
+        """Return the id of a special token; None if the tokenizer has no special token with this text."""
         added = self._backend.get_added_tokens_decoder().items()
         return next((id_ for id_, entry in added if entry.special and entry.content == token), None)
 
     def tokens(self) -> list[str]:
-        """Return the text of every id, including special tokens; invalid UTF-8 becomes U+FFFD."""
+        """Return the text of every token, indexed by token id; invalid UTF-8 is replaced with U+FFFD."""
         return [self.decode([token_id]) for token_id in range(self.vocab_size)]
 
     def token_bytes(self) -> list[int]:
-        """Return the number of text bytes that each id represents; 0 for special tokens, including the unknown one."""
+        """Return the number of bytes of text that each token represents, indexed by token id; 0 for special tokens."""
         sizes = [0] * self.vocab_size
         prefix: str | None = getattr(self._backend.model, "continuing_subword_prefix", None)
-        # In a byte-level vocabulary each character of a token is one byte.
+        # In a byte-level vocabulary, each character of a token represents one byte.
         byte_level = "ByteLevel" in repr(self._backend.decoder)
         for token, token_id in self._backend.get_vocab(with_added_tokens=False).items():
             text = token.removeprefix(prefix) if prefix else token
@@ -194,11 +196,13 @@ class Tokenizer:
 
 
 def _load_gpt2_files(vocabulary: Path, merges: Path) -> Backend:
-    """Load GPT-2's tokenizer from its two published files."""
+    """Load GPT-2's tokenizer from its vocabulary and merges files."""
     try:
         backend = Backend(models.BPE.from_file(str(vocabulary), str(merges)))
-    except Exception as error:  # the library raises nothing narrower than Exception
-        raise UserError(f"{vocabulary.name} and {merges.name} are not GPT-2's: {error}") from error
+    except Exception as error:  # ``tokenizers`` raises plain Exception
+        raise UserError(
+            f"{vocabulary.name} and {merges.name} are not GPT-2's vocabulary and merges: {error}"
+        ) from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([END_OF_TEXT])

@@ -9,32 +9,33 @@ import numpy as np
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 N_LONGEST_TOKENS: Final = 5
-"""Number of longest tokens to show."""
+"""Number of the longest tokens to show."""
 
 
 def compare_tokenizers(
     kinds: Sequence[str], train_texts: Sequence[str], held_out: Sequence[str], vocab_size: int, special: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
-    """Train a tokenizer of each kind and evaluate it on held-out text.
+    """Train a tokenizer of each type and evaluate it on held-out text.
 
     Args:
-        kinds: Keys of ``TOKENIZER_KINDS``.
-        train_texts: Texts to train on.
-        held_out: Texts to evaluate on.
+        kinds: Tokenizer types; keys of ``TOKENIZER_KINDS``.
+        train_texts: Documents to train on.
+        held_out: Documents to evaluate on.
         vocab_size: Vocabulary size of each tokenizer.
-        special: Special tokens in addition to the end of text.
+        special: Special tokens in addition to the end-of-text token.
 
     Yields:
-        A row per kind: ``tokenizer``; ``tokens`` in its vocabulary; ``bytes per token``; ``unknown``, the fraction of
-        unknown tokens; ``used``, the fraction of the vocabulary that occurs; ``trained in``, seconds; ``MB/s``, the
-        encoding speed; ``longest tokens`` that occur, ignoring spaces; and ``loses``, how a round trip changes text.
+        A table row for each tokenizer: its type (``tokenizer``), its vocabulary size (``tokens``), the mean bytes per
+        token, the fraction of unknown tokens, the fraction of the vocabulary that occurs (``used``), the training time
+        in seconds, the encoding speed in MB/s, the longest tokens that occur, and a description of how encoding and
+        decoding change text (``loses``).
     """
     n_bytes = sum(len(text.encode()) for text in held_out)
     for kind in kinds:
         start = time.perf_counter()
         tokenizer = Tokenizer.train(train_texts, vocab_size, kind, special)
         training_seconds = time.perf_counter() - start
-        list(tokenizer.encode_many(held_out[:1], fast=True))  # excludes the fast encoder's setup from the timing
+        list(tokenizer.encode_many(held_out[:1], fast=True))  # excludes the setup of the fast encoder from the timing
         start = time.perf_counter()
         ids = np.concatenate([*tokenizer.encode_many(held_out, fast=True), np.zeros(0, dtype=np.uint32)])
         encoding_seconds = time.perf_counter() - start

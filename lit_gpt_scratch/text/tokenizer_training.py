@@ -1,4 +1,4 @@
-"""Tokenizer training: BPE, WordPiece, Unigram, characters and bytes."""
+"""Training of BPE, WordPiece, Unigram, character and byte tokenizers."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from lit_gpt_scratch.errors import UserError
 from lit_gpt_scratch.text.wordpiece import train_wordpiece
 
 END_OF_TEXT: Final = "<|endoftext|>"
-"""Token before every document: it ends the previous document, and it is the start token in generation."""
+"""Token that separates documents; it precedes every document in training and every prompt in generation."""
 UNKNOWN: Final = "<unk>"
 BYTES: Final = sorted(pre_tokenizers.ByteLevel.alphabet())
 """GPT-2's 256 printable characters, one per byte; they can represent any text losslessly."""
@@ -22,7 +22,7 @@ MAX_WORD_BYTES: Final = 64
 
 
 def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Train byte-pair encoding: merge the most frequent pair (Sennrich et al. 2016), of bytes (Radford et al. 2019)."""
+    """Train byte-level BPE, which merges the most frequent pair (Sennrich et al. 2016; Radford et al. 2019)."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=special, initial_alphabet=BYTES, show_progress=False)
@@ -31,7 +31,7 @@ def _train_bpe(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 
 def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Train WordPiece: merge the pair that most increases the likelihood (Schuster and Nakajima 2012), over bytes."""
+    """Train byte-level WordPiece, which merges pairs to maximize the likelihood (Schuster and Nakajima 2012)."""
     pre_tokenizer = pre_tokenizers.Sequence(
         [_byte_level(), pre_tokenizers.Split(Regex(f".{{1,{MAX_WORD_BYTES}}}"), "isolated")]
     )
@@ -53,7 +53,7 @@ def _train_wordpiece(texts: Iterable[str], size: int, special: list[str]) -> Bac
 
 
 def _train_unigram(texts: Iterable[str], size: int, special: list[str]) -> Backend:
-    """Train Unigram: prune a large vocabulary to maximize the likelihood (Kudo 2018), over bytes."""
+    """Train byte-level Unigram, which prunes a large vocabulary to maximize the likelihood (Kudo 2018)."""
     backend = Backend(models.Unigram())
     backend.pre_tokenizer, backend.decoder = _byte_level(), decoders.ByteLevel()
     trainer = trainers.UnigramTrainer(
@@ -84,7 +84,7 @@ def _train_byte(texts: Iterable[str], size: int, special: list[str]) -> Backend:
 
 
 def _byte_level() -> pre_tokenizers.PreTokenizer:
-    """Return GPT-2's pre-tokenizer: it splits text into words and maps bytes to the characters in ``BYTES``."""
+    """Return GPT-2's pre-tokenizer, which splits text into words and maps bytes to the characters in ``BYTES``."""
     return pre_tokenizers.ByteLevel(add_prefix_space=False)
 
 
@@ -92,22 +92,25 @@ TOKENIZER_KINDS: Final[dict[str, Callable[[Iterable[str], int, list[str]], Backe
     "bpe": _train_bpe, "wordpiece": _train_wordpiece, "unigram": _train_unigram, "char": _train_char,
     "byte": _train_byte,
 }  # fmt: skip
-"""Trainers by name. Arguments: the texts, the vocabulary size, and the special tokens, which get the first ids."""
+"""Training function of each tokenizer type.
+
+The arguments are the texts, the vocabulary size and the special tokens, which are assigned the first ids.
+"""
 MIN_VOCAB_SIZE: Final = {"bpe": len(BYTES), "wordpiece": 2 * len(BYTES), "unigram": len(BYTES), "char": 2, "byte": 0}
-"""Minimum vocabulary size by kind, without special tokens."""
+"""Minimum vocabulary size of each tokenizer type, excluding special tokens."""
 TRAINED_KINDS: Final = ("bpe", "wordpiece", "unigram")
-"""Kinds that learn tokens up to the requested size; the others are limited by the characters or bytes that exist."""
+"""Tokenizer types that merge or prune tokens until the requested vocabulary size is reached."""
 MAX_VOCAB_SIZE: Final = 2**24
-"""Maximum vocabulary size: the trainer preallocates memory for it, and aborts the process on failure."""
+"""Maximum vocabulary size; trainers preallocate memory for the vocabulary and abort the process on failure."""
 
 
 def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterable[str] = ()) -> Backend:
     """Train a tokenizer.
 
     Args:
-        kind: A key of ``TOKENIZER_KINDS``.
-        texts: Texts to train on.
-        size: Vocabulary size, including special tokens; the result is smaller if the texts have too few pairs.
+        kind: Tokenizer type; a key of ``TOKENIZER_KINDS``.
+        texts: Documents to train on.
+        size: Vocabulary size, including special tokens; the result is smaller if there are too few pairs to merge.
         special: Special tokens in addition to ``<|endoftext|>``.
 
     Raises:
@@ -115,10 +118,12 @@ def train_tokenizer(kind: str, texts: Iterable[str], size: int, special: Iterabl
     """
     tokens = [END_OF_TEXT, *special]
     if repeated := [token for token in tokens if tokens.count(token) > 1 or not token]:
-        raise UserError(f"data.special_tokens: '{repeated[0]}' is empty or repeated ({END_OF_TEXT} is always included)")
+        raise UserError(
+            f"data.special_tokens: '{repeated[0]}' is empty or repeated; remove it ({END_OF_TEXT} is always included)"
+        )
     if size > MAX_VOCAB_SIZE:
         raise UserError(f"data.vocab_size is {size}; the maximum is {MAX_VOCAB_SIZE:,}")
     if size < (minimum := MIN_VOCAB_SIZE[kind] + len(tokens)):
         needed = "bytes and special tokens" if MIN_VOCAB_SIZE[kind] >= len(BYTES) else "special tokens"
-        raise UserError(f"data.vocab_size is {size}; a tokenizer of kind {kind} requires at least {minimum}: {needed}")
+        raise UserError(f"data.vocab_size is {size}; a {kind} tokenizer requires at least {minimum} for its {needed}")
     return TOKENIZER_KINDS[kind](texts, size, tokens)

@@ -1,8 +1,8 @@
-"""Reward functions on text: verifiable preferences, which require no human labels, and user-defined functions.
+"""Reward functions for text: verifiable preferences, which require no human labels, and user-defined functions.
 
 A verifiable preference checks whether a reply satisfies a rule. It can also convert a reply to a similar one with the
-opposite result, so that the effect of alignment can be measured exactly. A reply without content (empty or only dots)
-never satisfies a preference.
+opposite result, so that the effect of alignment can be measured exactly. A reply without a letter or digit never
+satisfies a preference.
 """
 
 import ast
@@ -22,47 +22,48 @@ DIGITS: Final = ("zero", "one", "two", "three", "four", "five", "six", "seven", 
 
 
 def has_content(reply: str) -> bool:
-    """Whether a reply contains a letter or digit."""
+    """Return whether a reply contains a letter or digit."""
     return any(character.isalnum() for character in reply)
 
 
 def shorter(reply: str) -> bool:
-    """Whether a reply has at most ``MAX_SHORT_CHARACTERS`` characters after stripping whitespace."""
+    """Return whether a reply has at most ``MAX_SHORT_CHARACTERS`` characters after stripping whitespace."""
     return has_content(reply) and len(reply.strip()) <= MAX_SHORT_CHARACTERS
 
 
 def full_stop(reply: str) -> bool:
-    """Whether a reply ends with exactly one full stop."""
+    """Return whether a reply ends with exactly one full stop."""
     text = reply.rstrip()
     return has_content(reply) and text.endswith(".") and not text.endswith("..")
 
 
 def no_digit(reply: str) -> bool:
-    """Whether a reply contains no digits."""
+    """Return whether a reply contains letters but no digits."""
     return has_content(reply) and not any(character.isdigit() for character in reply)
 
 
 def python_expression(reply: str) -> bool:
-    """Whether a reply parses as a Python expression."""
+    """Return whether a reply parses as a Python expression."""
     if not has_content(reply):
         return False
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # suppresses SyntaxWarnings about valid but odd expressions
             ast.parse(reply.strip(), mode="eval")
-    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the parser raises any of these on invalid text
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # the parser raises any of these for invalid code
         return False
     return True
 
 
 @dataclass(frozen=True)
 class VerifiablePreference:
-    """A rule that preferred replies satisfy.
+    """Rule that preferred replies satisfy and rejected replies violate.
 
     Attributes:
         satisfied: Function that returns whether a reply satisfies the rule.
-        make_preferred: Function that maps a reply that has content but violates the rule to one that satisfies it.
-        make_rejected: Function that maps a reply that satisfies the rule to one that violates it.
+        make_preferred: Function that converts a reply that violates the rule to one that satisfies it; the reply must
+            contain a letter or digit.
+        make_rejected: Function that converts a reply that satisfies the rule to one that violates it.
     """
 
     satisfied: Callable[[str], bool]
@@ -70,7 +71,10 @@ class VerifiablePreference:
     make_rejected: Callable[[str], str]
 
     def make_pair(self, reply: str) -> tuple[str, str]:
-        """Return a preferred and a rejected reply: ``reply``, which must have content, and a similar one."""
+        """Return a preferred and a rejected reply: ``reply`` and a modified copy of it.
+
+        The reply must contain a letter or digit.
+        """
         if self.satisfied(reply):
             return reply, self.make_rejected(reply)
         return self.make_preferred(reply), reply
@@ -85,7 +89,7 @@ def _spell_out_digits(reply: str) -> str:
 
 
 def _last_characters(reply: str) -> str:
-    """Return up to ``MAX_SHORT_CHARACTERS`` characters from the end of a reply, ending with content."""
+    """Return the last ``MAX_SHORT_CHARACTERS`` consecutive characters of a reply that include a letter or digit."""
     text = reply.strip()
     while not has_content(text[-MAX_SHORT_CHARACTERS:]):
         text = text[:-1]
@@ -102,24 +106,25 @@ VERIFIABLE_PREFERENCES: Final[dict[str, VerifiablePreference]] = {
 
 
 def get_verifiable_preference(name: str) -> VerifiablePreference:
-    """Return a verifiable preference by name.
+    """Return the verifiable preference with the given name.
 
     Raises:
         UserError: The preference does not exist.
     """
     if name not in VERIFIABLE_PREFERENCES:
-        raise UserError(f"no verifiable preference is called {name}; choose from {', '.join(VERIFIABLE_PREFERENCES)}")
+        raise UserError(f"verifiable preference {name} not found; choose from {', '.join(VERIFIABLE_PREFERENCES)}")
     return VERIFIABLE_PREFERENCES[name]
 
 
 class TextReward(NamedTuple):
-    """A reward function on text.
+    """A reward function for text.
 
     Attributes:
-        name: Name that the user specified.
-        function: Function that takes prompts and one reply per prompt, and returns one number per reply as a list, an
-            array or a tensor.
-        unended: Reward of a reply that was truncated before its end of text; if None, the function is called.
+        name: Name of the reward as specified by the user.
+        function: Function of the prompts and one reply per prompt that returns one reward per reply as a list, an array
+            or a tensor.
+        unended: Reward of a reply that was truncated before an end-of-text token; if None, it is computed by
+            ``function``.
     """
 
     name: str
@@ -132,7 +137,7 @@ def load_text_reward(name: str) -> TextReward:
 
     Args:
         name: Name of a verifiable preference, whose reward is 1 for a complete reply that satisfies it and 0 otherwise;
-            or the import path of your own function, such as ``my_file.my_function``.
+            or the import path of a user-defined function, such as ``my_file.my_function``.
 
     Raises:
         UserError: The function does not exist or is not callable.
@@ -141,7 +146,7 @@ def load_text_reward(name: str) -> TextReward:
         satisfied = VERIFIABLE_PREFERENCES[name].satisfied
         return TextReward(name, lambda prompts, replies: [float(satisfied(reply)) for reply in replies], 0.0)
     module, _, attribute = name.rpartition(".")
-    choices = f"use a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
+    choices = f"set it to a run, a function such as my_file.my_reward, or one of {', '.join(VERIFIABLE_PREFERENCES)}"
     if not module:
         raise UserError(f"model.reward is {name}, which does not exist; {choices}")
     try:

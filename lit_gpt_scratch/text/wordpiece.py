@@ -1,4 +1,4 @@
-"""WordPiece training as originally described: merges maximize the likelihood, not the frequency of the pair."""
+"""WordPiece training as originally described: each merge maximizes the likelihood, not the pair frequency."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
@@ -11,20 +11,21 @@ from tqdm import tqdm
 def train_wordpiece(
     words: Mapping[str, int], alphabet: Iterable[str], size: int, min_count: int | None = None, prefix: str = "##"
 ) -> list[str]:
-    """Train WordPiece; return the vocabulary of pieces in the order in which they were added.
+    """Train a WordPiece vocabulary, and return its pieces in the order in which they were added.
 
-    Each step merges the adjacent pieces ``a`` and ``b`` with the largest ``count(ab) / (count(a) count(b))``, which
-    most increases the likelihood of a unigram model over pieces (Schuster and Nakajima 2012, Japanese and Korean
-    Voice Search; score as in Hugging Face's course). Ties go to the pair that occurs first in the words.
+    Each step merges the adjacent pieces ``a`` and ``b`` with the highest score ``count(ab) / (count(a) * count(b))``,
+    because this merge most increases the likelihood of a unigram model over pieces (Schuster and Nakajima 2012,
+    Japanese and Korean Voice Search; the score is from the Hugging Face course). If several pairs have the highest
+    score, the pair that occurs first in the words is merged.
 
     Args:
         words: Number of occurrences of each word.
-        alphabet: Characters to include even if they do not occur, both at the start of words and as continuations.
+        alphabet: Characters that are always included, both as the start and as the continuation of a word.
         size: Maximum number of pieces.
-        min_count: Minimum count for a pair to be merged. The score alone favours rare pairs and would fill the
-            vocabulary with pairs that occur once. By default, the minimum starts at the count of the most
-            frequent pair and is halved, down to 2, whenever no pair reaches it.
-        prefix: Prefix of pieces that continue a word. It must not occur in a word.
+        min_count: Minimum number of occurrences of a pair to be merged. Without a minimum, the score would favor pairs
+            that occur only once. If None, the minimum starts at the count of the most frequent pair and is halved, down
+            to 2, whenever no pair reaches it.
+        prefix: Prefix of pieces that continue a word; it must not occur in a word.
     """
     pieces = {piece: None for symbol in alphabet for piece in (symbol, prefix + symbol)}
     pieces |= {piece: None for word in words for piece in _split_word(word, prefix)}
@@ -65,7 +66,7 @@ class _PairCounts:
             self._count(word, 1)
 
     def merge_best(self, min_count: int) -> bool:
-        """Merge all occurrences of the best pair; return False if no pair is frequent enough."""
+        """Merge all occurrences of the best pair; return False if no pair occurs at least ``min_count`` times."""
         together = self.count_of_pair.values
         apart = self.count_of_piece.values[self.left.values] * self.count_of_piece.values[self.right.values]
         scores = np.where(together >= min_count, together / np.maximum(apart, 1), -1.0)
@@ -106,7 +107,7 @@ def _merge_pair(sequence: list[int], left: int, right: int, merged: int) -> Iter
 
 
 class _GrowableCounts:
-    """An int64 array that grows on demand."""
+    """An int64 array of counts that grows on demand."""
 
     def __init__(self) -> None:
         self._buffer: NDArray[np.int64] = np.zeros(1024, dtype=np.int64)
@@ -114,11 +115,11 @@ class _GrowableCounts:
 
     @property
     def values(self) -> NDArray[np.int64]:
-        """The elements so far."""
+        """All elements added so far, (n,)."""
         return self._buffer[: self._length]
 
     def add(self, index: int, number: int) -> None:
-        """Add a number to the element at an index; new elements start at zero."""
+        """Add ``number`` to the element at ``index``, which is 0 if it did not exist."""
         if index >= len(self._buffer):
             growth = max(len(self._buffer), index + 1)
             self._buffer = np.concatenate([self._buffer, np.zeros(growth, dtype=np.int64)])

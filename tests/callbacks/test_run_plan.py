@@ -122,7 +122,7 @@ class AfterOneStep(L.Callback):
     ("changes", "flags", "warning"),
     [
         ({}, {}, "differences of a few percent are noise"),
-        ({"validation_share": 0.0001, "block_size": 600, "batch_size": 1}, {}, "less than one window of 600"),
+        ({"validation_share": 0.0001, "block_size": 600, "batch_size": 1}, {}, "fewer than one window of 600"),
         ({}, {"max_steps": 100_000}, "epochs: the model will memorize the documents"),
         ({}, {"max_steps": 1}, "use a smaller model or more steps"),
         ({"validation_share": 0.8}, {"max_steps": 150}, "use a smaller model or more text"),

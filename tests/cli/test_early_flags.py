@@ -34,7 +34,7 @@ def test_help_may_have_a_topic(flags: list[str], topic: str) -> None:
 
 
 def test_a_missing_config_is_reported() -> None:
-    with pytest.raises(UserError, match=r"--config none\.yaml: no such file"):
+    with pytest.raises(UserError, match=r"--config none\.yaml: file not found"):
         EarlyFlags.scan(["--config", "none.yaml"])
 
 

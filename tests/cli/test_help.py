@@ -42,7 +42,7 @@ def test_a_word_finds_flags_by_name_and_by_help(capsys: pytest.CaptureFixture[st
     assert "--model.gpt.dropout" in page
     assert "--trainer.devices" not in page
     assert "--model.kl_target" in shown(capsys, "--help=kl_target")
-    with pytest.raises(UserError, match="--help zebra: no flag mentions it"):
+    with pytest.raises(UserError, match="--help zebra: no flag mentions zebra"):
         fit.FitCLI(["--help", "zebra"])
 
 

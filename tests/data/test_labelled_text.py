@@ -76,14 +76,14 @@ def test_classes_and_balancing(tmp_path: Path, balance: bool) -> None:
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (math.nan, "'label' is empty: a label is missing"),
-        (None, "'label' is empty: a label is missing"),
-        (" ", "'label' is empty: a label is missing"),
-        (ClassIndex.from_names(-1, ["no", "yes"]), "'label' is empty: a label is missing"),
-        (True, "'label' is True (bool), not a label: a text or an integer"),
-        (0.5, "'label' is 0.5 (float), not a label"),
-        (math.inf, "'label' is inf (float), not a label"),
-        (["a"], "'label' is ['a'] (list), not a label"),
+        (math.nan, "the label in 'label' is missing"),
+        (None, "the label in 'label' is missing"),
+        (" ", "the label in 'label' is missing"),
+        (ClassIndex.from_names(-1, ["no", "yes"]), "the label in 'label' is missing"),
+        (True, "'label' is True (bool); a label must be a string or an integer"),
+        (0.5, "'label' is 0.5 (float); a label must be"),
+        (math.inf, "'label' is inf (float); a label must be"),
+        (["a"], "'label' is ['a'] (list); a label must be"),
     ],
 )
 def test_invalid_labels_are_rejected(label: object, message: str) -> None:
@@ -98,7 +98,7 @@ def test_equivalent_labels_are_one_class() -> None:
 
 def test_nan_label_is_reported_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "x", "label": 1}\n{"text": "y", "label": NaN}\n')
-    with pytest.raises(UserError, match=r"a\.jsonl: line 2: 'label' is empty: a label is missing"):
+    with pytest.raises(UserError, match=r"a\.jsonl: line 2: the label in 'label' is missing"):
         _ = LabelledText(source=str(tmp_path / "a.jsonl"), tokenizer="byte", cache=str(tmp_path)).records
 
 
@@ -115,7 +115,7 @@ def test_named_classes_keep_their_names(tmp_path: Path) -> None:
     data = LabelledText(source=kept(labels), tokenizer="byte", cache=str(tmp_path))
     assert [record.label for _, record in data.records] == [["pos", "neg"][label] for label in labels]
     assert [row.fields["label"] for row in DocumentSource(kept(labels)).rows()] == labels
-    with pytest.raises(UserError, match=r"row 40: 'label' is empty: a label is missing"):
+    with pytest.raises(UserError, match=r"row 40: the label in 'label' is missing"):
         _ = LabelledText(source=kept([*labels[:39], -1]), tokenizer="byte", cache=str(tmp_path)).records
 
 

@@ -69,12 +69,12 @@ def test_row_formats(row: dict[str, Any]) -> None:
         ({"chosen": "a", "rejected": "a"}, "'chosen' and 'rejected' are equal, so no reply is preferred"),
         ({"chosen": "a", "rejected": ""}, "'rejected' is empty"),
         ({"chosen": None, "rejected": "b"}, "'chosen' is empty"),
-        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "the user's text is empty"),
-        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a record needs 'prompt' or 'instruction'"),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' is int, not a list"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "message 1 has role user and no content"),
+        ({"prompt": None, "chosen": "a", "rejected": "b"}, "a record must have 'prompt' or 'instruction'"),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, "'prompt' must be a list, but its type is int"),
         ({"prompt": [], "chosen": "a", "rejected": "b"}, "there are no messages"),
         ({"prompt": [{"role": "assistant", "content": "x"}], "chosen": "a", "rejected": "b"}, "has role assistant"),
-        ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' is not a single assistant message"),
+        ({"chosen": [{"role": "user", "content": "x"}], "rejected": "b"}, "'chosen' must be a single assistant"),
         ({"prompt": "long " * 200, "chosen": "a", "rejected": "b"}, "more than the maximum of 64"),
     ],
 )
@@ -118,5 +118,5 @@ def test_reply_check(tmp_path: Path) -> None:
     assert Preferences(checkable="no_digit").reply_check is no_digit
     assert Preferences(source="some.jsonl").reply_check is None
     assert Preferences(source="some.jsonl", checkable="no_digit").reply_check is no_digit
-    with pytest.raises(UserError, match="no verifiable preference is called politeness"):
+    with pytest.raises(UserError, match="verifiable preference politeness not found"):
         Preferences(checkable="politeness")

@@ -89,5 +89,5 @@ def test_settings_without_room_for_a_reply_are_rejected(
 def test_prompts_alone_cannot_train_a_language_model(
     prompts: Callable[..., Prompts], trainer: Callable[..., L.Trainer]
 ) -> None:
-    with pytest.raises(UserError, match=r"Prompts has no replies to train on; .*: --model PPO or GRPO"):
+    with pytest.raises(UserError, match=r"Prompts has no replies to train on; .*--model PPO or GRPO"):
         trainer(limit_val_batches=0).fit(LanguageModel(compile=False), prompts())

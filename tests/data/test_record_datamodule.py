@@ -227,7 +227,7 @@ def test_training_copies_ignore_case_and_whitespace(
         data.prepare_data()
     twin = [set(data.split_indices["train"].tolist()) & {place ^ 1} for place in data.split_indices["test"].tolist()]
     assert data.training_copies["test"] == sum(map(bool, twin)) > 0
-    assert f"test: {data.training_copies['test']} of 8 records have a copy in training" in caplog.text
+    assert f"test: {data.training_copies['test']} of 8 records have a copy in the training split" in caplog.text
     assert not any(build(LabelledText, source=source, copies_together=True).training_copies.values())
 
 
@@ -236,15 +236,16 @@ JSONL = "".join(json.dumps(row) + "\n" for row in talks(40))
 
 FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "column": (LabelledText, "a.csv", LABELLED, {"label_column": "y"},
-               "a.csv has no column 'y'; it has text, label; choose one: --data.label_column"),
+               "a.csv has no column 'y'; set --data.label_column to an existing column"),
     "text column": (LabelledText, "a.csv", LABELLED, {"text_column": "x"}, "no column 'x'.*--data.text_column"),
-    "label": (LabelledText, "a.csv", LABELLED + "more,\n", {}, "a.csv: line 42: 'label' is empty: a label is missing"),
+    "label": (LabelledText, "a.csv", LABELLED + "more,\n", {}, "a.csv: line 42: the label in 'label' is missing"),
     "text": (LabelledText, "a.csv", LABELLED + '"",a\n', {}, "a.csv: line 42: 'text' is empty"),
     "null": (LabelledText, "a.json", [{"text": "a", "label": 1}, {"text": "b", "label": None}], {},
-             "a.json: row 2: 'label' is empty"),
+             "a.json: row 2: the label in 'label' is missing"),
     "kind": (LabelledText, "a.json", [{"text": "a", "label": [1]}], {},
-             r"a.json: row 1: 'label' is \[1\] \(list\), not a label"),
-    "not text": (LabelledText, "a.json", [{"text": 7, "label": 1}], {}, "a.json: row 1: 'text' is int, not text"),
+             r"a.json: row 1: 'label' is \[1\] \(list\); a label must be"),
+    "not text": (LabelledText, "a.json", [{"text": 7, "label": 1}], {},
+                 "a.json: row 1: 'text' must be a string, but its type is int"),
     "class": (LabelledText, "a.csv", LABELLED.replace(",b", ",a"), {},
               "a.csv has only the class 'a'; classification requires at least two classes"),
     "rare": (LabelledText, "a.csv", LABELLED + "rare,c\n", {"split_seed": 1}, "class 'c' has no records left for tra"),
@@ -253,14 +254,14 @@ FAULTS: dict[str, tuple[type, str, str | list[Any], dict[str, Any], str]] = {
     "few": (Conversations, "a.json", talks(4), {}, "a.json has only 4 records, which leaves none for validation"),
     "batch": (Conversations, "a.json", talks(40), {"batch_size": 99}, "rows for training, fewer than one batch of 99"),
     "reply": (Conversations, "a.jsonl", JSONL + '{"instruction": "a", "output": ""}\n', {},
-              "a.jsonl: line 41: message 2: the assistant's text is empty"),
+              "a.jsonl: line 41: message 2 has role assistant and no content"),
     "role": (Conversations, "a.json", [{"messages": [{"role": "human", "content": "a"}]}], {},
-             "a.json: row 1: message 1 has role 'human'; choose from system, user, assistant"),
+             "a.json: row 1: message 1 has role 'human'; the role must be one of system, user, assistant"),
     "begins": (Conversations, "a.json", [{"messages": [{"role": "assistant", "content": "a"}]}], {},
                "a.json: row 1: message 1 has role assistant but does not follow a user message"),
     "nothing fits": (Conversations, "a.json", talks(40, words=99), {"too_long": "drop"},
                      "no .* record fits into 64 tokens; raise --data.block_size"),
-    "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; use a file of type .jsonl, .*or a dataset"),
+    "prose": (Conversations, "a.txt", "text", {}, "a.txt is not a table; use a Hub dataset or a file of type .jsonl"),
     "hub": (Conversations, "a.json", talks(40), {"split": "test"}, "data.streaming require a Hub dataset"),
     "too_long": (Conversations, "a.json", talks(9), {"too_long": "no"}, "data.too_long is no; it must be one of"),
     "seed": (Conversations, "a.json", talks(9), {"split_seed": -1}, "data.split_seed is -1; it must be 0 or more"),

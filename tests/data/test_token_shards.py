@@ -209,7 +209,7 @@ def test_altered_manifest_or_tokenizer_is_rejected(corpus: Path, tmp_path: Path,
     rng = random.Random(0)
     for _ in range(50):
         flip_a_bit(path, rng)
-        with pytest.raises(UserError, match="delete the folder and prepare it again"):
+        with pytest.raises(UserError, match="delete the folder and prepare the corpus again"):
             TokenStore.open(folder)
         path.write_bytes(content)
     path.unlink()
@@ -237,7 +237,8 @@ def test_only_files_with_changed_size_or_dates_are_read(
 
 
 @pytest.mark.parametrize(
-    ("other", "message"), [(STORE_FORMAT + 1, "newer than .*; update"), (STORE_FORMAT - 1, "older than .*; delete")]
+    ("other", "message"),
+    [(STORE_FORMAT + 1, "which is newer than .*; update"), (STORE_FORMAT - 1, "which is older than .*; delete")],
 )
 def test_other_format_version_is_rejected(corpus: Path, tmp_path: Path, other: int, message: str) -> None:
     folder = token_preparation(corpus).prepare(tmp_path, tmp_path / "store").folder
@@ -254,6 +255,6 @@ def test_id_outside_the_vocabulary_is_rejected(corpus: Path, tmp_path: Path) -> 
     largest = about["validation"][0]["largest"]
     TokenStore.write_manifest(folder, about | {"vocab_size": largest})
     with pytest.raises(
-        UserError, match=f"has token {about['train'][0]['largest']}, but its tokenizer has only {largest}"
+        UserError, match=f"contains token id {about['train'][0]['largest']}, but its tokenizer has only {largest}"
     ):
         TokenStore.open(folder)

@@ -196,7 +196,7 @@ def test_store_works_without_its_source(corpus: Path, tmp_path: Path, caplog: py
 def test_store_folder_with_other_content_is_rejected(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(UserError, match="is not an empty folder or a token store"):
+    with pytest.raises(UserError, match="is neither an empty folder nor a token store"):
         token_preparation(corpus).prepare(tmp_path, tmp_path / "notes")
     with pytest.raises(UserError, match="is inside"):
         token_preparation(tmp_path / "notes").prepare(tmp_path, tmp_path / "notes" / "tokens")

@@ -115,7 +115,7 @@ def test_a_loss_that_stays_at_the_unigram_level_is_distinguished_from_one_that_p
     bits = {"val/bits_per_byte": [(s, 3.28) for s in (99, 199, 299, 399)]}
     [found] = examined(at_unigrams(4.5, 0.0) | bits).diagnoses
     assert found.name == "loss not falling"
-    assert "too high for the first steps: post-norm needs a warm-up" in found.cause
+    assert "too high for the first steps: post-norm requires a warm-up" in found.cause
     assert examined(at_unigrams(4.5, 0.003) | bits).diagnoses == []
     # An old validation does not describe the current state.
     assert examined(at_unigrams(4.5, 0.0) | {"val/bits_per_byte": [(99, 3.28)]}).diagnoses == []

@@ -99,9 +99,9 @@ CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. G
         (
             CUDA,
             Data(BatchLayout(8, 1, 1)),
-            "for 2.50 GiB more; use smaller micro-batches for the same step: --data.batch_size 4 ",
+            "while allocating 2.50 GiB; use smaller micro-batches for the same step: --data.batch_size 4 ",
         ),
-        (RuntimeError(CPU), Data(BatchLayout(8, 2, 4)), "64 bytes more"),
+        (RuntimeError(CPU), Data(BatchLayout(8, 2, 4)), "while allocating 64 bytes"),
         (CUDA, Data(BatchLayout(8, 2, 1)), "--data.batch_size 4 --data.tokens_per_step 4096; or --model.activation_ch"),
         (CUDA, Data(BatchLayout(8, 2, 4)), "--data.batch_size 4 --trainer.accumulate_grad_batches 8;"),
         (CUDA, Data(BatchLayout(9, 1, 1)), "--data.batch_size 3 --data.tokens_per_step 2304"),

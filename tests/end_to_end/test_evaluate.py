@@ -158,7 +158,10 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (["--task=multiple_choice", "--data.source=prompts.jsonl"], "line 1 has no text in 'question' or 'context'"),
+        (
+            ["--task=multiple_choice", "--data.source=prompts.jsonl"],
+            "line 1 has no text in column 'question' or 'context'",
+        ),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=20"], "20 examples leave none"),
         (["--task=multiple_choice", "--data.source=questions.jsonl", "--few_shot=9"], "lower --few_shot"),
         (["--task=generation", "--data.source=none.jsonl"], "none.jsonl"),
@@ -169,8 +172,8 @@ def test_a_store_is_checked_like_its_text(command: Command, tmp_path: Path) -> N
         ),
         (["--task=generation", "--data.source=prompts.jsonl", "--limit=0"], "--limit: 0 is below 1"),
         (["--task=replies", "--data.source=asked.jsonl", "--max_new_tokens=0"], "--max_new_tokens: 0 is below 1"),
-        (["--task=replies", "--data.source=pairs.jsonl"], "line 1: a record needs 'messages', or 'instruction'"),
-        (["--data.source=text.txt", "--window=65"], "--window: 65 is not between 1 and the model's context, 64"),
+        (["--task=replies", "--data.source=pairs.jsonl"], "line 1: a record must have 'messages', or 'instruction'"),
+        (["--data.source=text.txt", "--window=65"], "--window: 65 is not between 1 and the context length, 64"),
         (["--data.source=text.txt", "--data.label_column=x"], "--data.label_column: it has no effect with --task text"),
         (
             ["--task=classification", "--data.source=pairs.jsonl"],

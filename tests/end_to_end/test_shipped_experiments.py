@@ -97,12 +97,12 @@ def test_every_setting_of_a_sweep_runs(
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("vary: {model.gpt.positon: [rotary]}", "vary: fit has no flag model.gpt.positon; the nearest is model.gpt.p"),
+        ("vary: {model.gpt.positon: [rotary]}", "vary: fit has no flag model.gpt.positon; the closest match is model"),
         ("vary: {model.gpt.n_layer: [2]}\nfixed: {trainer.max_stps: 3}", "fixed: fit has no flag trainer.max_stps"),
         ("vary: {model.gpt.position: [rotary, sideways]}", "--model.gpt.position: expected one of"),
         ("vary: {model.optimizer: [{class_path: Nope}]}", "there is no class Nope"),
         ("vary: {model.gpt.n_head: [7]}", "model.gpt.n_embd (192) is not divisible by model.gpt.n_head (7)"),
-        ("vary: {data.batch_sizes: {low: 1, high: 4}}\nmethod: random\ntrials: 2", "the nearest is data.batch_size"),
+        ("vary: {data.batch_sizes: {low: 1, high: 4}}\nmethod: random\ntrials: 2", "closest match is data.batch_size"),
     ],
 )  # fmt: skip
 def test_flags_that_fit_rejects(tmp_path: Path, text: str, expected: str) -> None:

@@ -89,7 +89,7 @@ def test_verify_names_the_altered_shard(command: Command, stores: list[Path]) ->
     (stores[0] / "checked.json").write_text(json.dumps(checked))
     TokenStore.open(stores[0])
     for flags in ([f"--data.store={stores[0]}"], [f"--data.mixture={stores[0]}"]):
-        one_line(command("prepare", *flags, "--verify"), "shard train-00000 of", "SHA-256 differs")
+        one_line(command("prepare", *flags, "--verify"), "shard train-00000 of", "does not match its SHA-256")
 
 
 def test_bad_stores_are_rejected_in_one_line(
@@ -114,7 +114,7 @@ def test_bad_stores_are_rejected_in_one_line(
         check_rejected([str(one)], "existing tokens, so data.", more=(more,))
     manifest = json.loads((one / "store.json").read_text())
     (one / "store.json").write_text(json.dumps(manifest | {"format": 99}))
-    check_rejected([str(one)], "format 99, newer than", "update lit_gpt_scratch")
+    check_rejected([str(one)], "format 99, which is newer than", "update lit_gpt_scratch")
     os.truncate(two / "train-00000.tokens.npy", 1000)
     check_rejected([str(two)], "shard train-00000 of", "1,000 bytes instead of")
     assert not Path("runs").exists()
@@ -135,7 +135,7 @@ def test_out_of_range_token_ends_a_run_in_one_line(
     with pytest.raises(UserError) as error, user_errors():
         trainer().fit(task(), data)
     assert str(error.value).startswith("shard train-00000 of")
-    assert "has token 5000, but its tokenizer has only 300 tokens" in str(error.value)
+    assert "contains token id 5000, but its tokenizer has only 300 tokens" in str(error.value)
     assert "Traceback" not in str(error.value)
-    with pytest.raises(UserError, match="has token 5000"):
+    with pytest.raises(UserError, match="contains token id 5000"):
         data.store.verify(all_files=True)

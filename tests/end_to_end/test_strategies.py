@@ -103,7 +103,7 @@ def test_half_precision_trains_validates_and_generates_when_sharded(small: list[
             "tensor_parallel is 4, but there are 2 processes",
         ),
         (["--trainer.strategy=tp", "--model.gpt.position=alibi"], "position is alibi"),
-        (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora: adapters do not support tensor parallelism"),
+        (["--trainer.strategy=tp", "--model.lora.rank=2"], "model.lora is not supported with tensor parallelism"),
         (["--trainer.strategy=tp", "--model.gpt.dropout=0.1"], "dropout is 0.1"),
         (["--trainer.strategy=ddp", "--tensor_parallel=2"], "choose tp or fsdp2_tp"),
     ],

@@ -66,7 +66,7 @@ def test_custom_attention(command: Command, small: list[str], tmp_path: Path, mo
     }
     outcome = command("sweep", "--compare", folder, "--metric", "val/los")
     assert outcome.code == 2
-    assert "does not log val/los; the nearest is val/loss" in outcome.err
+    assert "does not log val/los; the closest match is val/loss" in outcome.err
 
 
 @pytest.mark.slow

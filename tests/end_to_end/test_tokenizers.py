@@ -58,10 +58,10 @@ def test_compare_measures_on_held_out_text(command: Command, small: list[str]) -
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--compare=bpe,wordpeace"], "'wordpeace' is not a kind of tokenizer"),
+        (["--compare=bpe,wordpeace"], "'wordpeace' is not a tokenizer type"),
         (
             ["--data.tokenizer=wordpiece", "--data.vocab_size=300"],
-            "a tokenizer of kind wordpiece requires at least 513",
+            "a wordpiece tokenizer requires at least 513",
         ),
         (["--data.tokenizer=wordpeace"], "wordpeace is not a usable tokenizer file"),
         (["--data.special_tokens=['<|endoftext|>']"], "is empty or repeated"),

@@ -97,7 +97,7 @@ def test_out_of_memory(command: Command, small: list[str], tmp_path: Path, monke
 
     monkeypatch.setattr(LanguageModel, "training_step", training_step)
     expected = (
-        "out of memory for ",
+        "out of memory while allocating ",
         "--data.batch_size 2 --data.tokens_per_step 128; or --model.activation_checkpointing",
     )
     outcome = command("fit", *small)
@@ -173,13 +173,13 @@ def test_a_file_that_is_no_checkpoint(command: Command, small: list[str], tmp_pa
         ("evaluate", ["--data.source", "stdlib"], "no run with a checkpoint"),
         ("evaluate", [], "--data.source"),
         ("doctor", ["--resum"], "--resum"),
-        ("doctor", ["no/such"], "no/such has no TensorBoard events"),
+        ("doctor", ["no/such"], "no/such contains no TensorBoard events"),
         ("fit", ["--guard", "rewind"], "--guard"),
-        ("doctor", ["no/such", "--kills", "3"], "--kills is only for --resume"),
-        ("doctor", ["--layouts", "ddp 2"], "--layouts is only for --parity"),
+        ("doctor", ["no/such", "--kills", "3"], "--kills requires --resume"),
+        ("doctor", ["--layouts", "ddp 2"], "--layouts requires --parity"),
         ("doctor", ["--json"], "--json requires a run folder"),
         ("doctor", ["--resume", "--kills", "0"], "--kills: 0"),
-        ("doctor", ["--resume", "--runs=x"], "--runs=x cannot be set here"),
+        ("doctor", ["--resume", "--runs=x"], "--runs=x is not supported with doctor"),
         ("doctor", ["--resume", "--data.source", "no/such"], "with exit code 2: error: no such file or folder"),
         ("convert", ["to-safetensors", "x.ckpt", "x.bin"], "x.bin does not end with .safetensors"),
         ("convert", ["to-hf", "x.ckpt", "x.safetensors"], "to-hf"),

@@ -72,10 +72,10 @@ def test_replies_use_the_chat_template_and_are_scored(
 
 
 def test_records_without_a_reply_and_long_ones_are_rejected(model: GPT, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="r: line 3: a record needs 'messages', or 'instruction'"):
+    with pytest.raises(UserError, match="r: line 3: a record must have 'messages', or 'instruction'"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"text": "x"}))
     with pytest.raises(UserError, match="r: line 3: the last message has role user"):
         ChatExample.from_row(TableRow("r:3", "r: line 3", {"messages": MESSAGES["messages"][:1]}))
     long = ChatExample.from_row(TableRow("r:3", "r: line 3", ALPACA | {"input": "word " * 60}))
-    with pytest.raises(UserError, match=r"r: line 3 has \d{3} tokens before the reply, but the context is 64"):
+    with pytest.raises(UserError, match=r"r: line 3 has \d{3} tokens before the reply, but the context length is 64"):
         evaluate_chat(model, tokenizer, [long])

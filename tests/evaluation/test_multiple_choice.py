@@ -153,13 +153,13 @@ def test_reading_rows(fields: dict[str, Any], context: str, answer: int) -> None
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"choices": ["a", "b"], "answer": 0}, "no text in 'question' or 'context'"),
-        ({"question": 3, "choices": ["a", "b"], "answer": 0}, "'question' is int, not text"),
-        ({"question": "q", "answer": 0}, "'choices' must be a list of two texts or more; it is None"),
-        ({"question": "q", "choices": ["a"], "answer": 0}, "two texts or more"),
-        ({"question": "q", "choices": ["a", 2], "answer": 0}, "two texts or more"),
+        ({"choices": ["a", "b"], "answer": 0}, "no text in column 'question' or 'context'"),
+        ({"question": 3, "choices": ["a", "b"], "answer": 0}, "'question' must be a string, but its type is int"),
+        ({"question": "q", "answer": 0}, "'choices' must be a list of at least two non-empty strings, but it is None"),
+        ({"question": "q", "choices": ["a"], "answer": 0}, "at least two non-empty strings"),
+        ({"question": "q", "choices": ["a", 2], "answer": 0}, "at least two non-empty strings"),
         ({"question": "q", "choices": ["a", "b"]}, "'answer' is None"),
-        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' is 2; it must be 0 to 1"),
+        ({"question": "q", "choices": ["a", "b"], "answer": 2}, "'answer' is 2; it must be an index from 0 to 1"),
         ({"question": "q", "choices": ["a", "b"], "answer": -1}, "'answer' is -1"),
         ({"question": "q", "choices": ["a", "b"], "answer": True}, "'answer' is True"),
         ({"question": "q", "choices": ["a", "b"], "answer": "c"}, "or one of 'a', 'b'"),
@@ -174,7 +174,7 @@ def test_invalid_rows_are_reported(fields: dict[str, Any], message: str) -> None
 
 def test_too_long_questions_are_reported(model: GPT, tokenizer: Tokenizer) -> None:
     long = MultipleChoiceQuestion.from_row(row(question="word " * 60, choices=["a", "b"], answer=0))
-    with pytest.raises(UserError, match=r"line 3 has .* but the context is 64"):
+    with pytest.raises(UserError, match=r"line 3 has .* but the context length is 64"):
         evaluate_multiple_choice(model, tokenizer, [long])
     with pytest.raises(UserError, match="--few_shot: 3 examples leave none of the 3 rows to score"):
         evaluate_multiple_choice(model, tokenizer, questions(3), few_shot=3)

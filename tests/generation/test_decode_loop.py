@@ -108,7 +108,7 @@ def test_global_random_state_is_unchanged() -> None:
 
 def test_invalid_arguments() -> None:
     model = randomised(TINY)
-    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context is 24"):
+    with pytest.raises(UserError, match=r"prompt has 25 tokens .* context length is 24"):
         generate(model, [[1], [1] * 25], 1, Sampling(), [0, 0], 0)
     with pytest.raises(UserError, match="max_new_tokens is -1"):
         generate(model, [[1]], -1, Sampling(), [0], 0)

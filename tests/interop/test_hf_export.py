@@ -141,7 +141,7 @@ def test_exported_tokenizer_loads_in_transformers(tmp_path: Path, kind: str, fam
                 "qk_norm": False, "position": "learned", "norm": "layernorm", "feed_forward": "gelu", "bias": True,
                 "n_kv_head": 1, "head_dim": 8,
             },
-            ["gpt2", "n_kv_head is 1 (must be n_head, 2)", "head_dim is 8 (must be n_embd / n_head, 16)"],
+            ["gpt2", "n_kv_head is 1 (must equal n_head, 2)", "head_dim is 8 (must equal n_embd / n_head, 16)"],
         ),
     ],
 )  # fmt: skip
@@ -173,7 +173,7 @@ def test_dropout_that_is_not_exported_is_reported(
 ) -> None:
     with caplog.at_level(logging.WARNING, "lit_gpt_scratch"):
         write_hf_checkpoint(made(GPTConfig(n_layer=1, n_head=2, n_embd=32, dropout=0.1), tokenizer), tmp_path / "hf")
-    assert "dropout is 0.1, but qwen3 has none" in caplog.text
+    assert "dropout is 0.1, but qwen3 does not support dropout" in caplog.text
 
 
 def test_non_empty_folder_is_unchanged(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -204,5 +204,5 @@ def test_failed_export_leaves_no_folder(tmp_path: Path, tokenizer: Tokenizer, mo
 def test_weights_of_another_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
     model = made(GPTConfig(n_layer=1, n_head=2, n_embd=32), tokenizer)
     del model.weights["norm.weight"]
-    with pytest.raises(UserError, match=r"tensors in the checkpoint do not match its config; missing: norm\.weight"):
+    with pytest.raises(UserError, match=r"tensors in the checkpoint do not match its config \(missing: norm\.weight"):
         write_hf_checkpoint(model, tmp_path / "hf")

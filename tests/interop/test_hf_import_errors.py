@@ -45,7 +45,11 @@ def error_message(folder: Path) -> str:
         ("gpt2", {"activation_function": "gelu"}, ["activation_function is gelu (only gelu_new"]),
         ("gpt2", {"add_cross_attention": True}, ["add_cross_attention is True"]),
         ("gpt2", {"attn_pdrop": 0.0}, ["resid_pdrop is 0.1, embd_pdrop is 0.1, attn_pdrop is 0.0"]),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type is dynamic (only default"]),
+        (
+            "llama",
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}},
+            ["rope_type is dynamic (must be one of default"],
+        ),
         ("llama", {"rope_scaling": {"type": "longrope"}}, ["rope_scaling.type is longrope"]),
         ("llama", {"rope_parameters": {"mrope_section": [1, 2]}}, ["rope_parameters.mrope_section is"]),
         ("llama", {"rope_parameters": YARN | {"attention_factor": 1.5}}, ["rope_parameters.attention_factor is 1.5"]),
@@ -55,7 +59,7 @@ def error_message(folder: Path) -> str:
             {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
             ["rope_parameters.mscale is 1.0", "mscale_all_dim is 1.0"],
         ),
-        ("llama", {"rope_parameters": YARN | {"beta_fast": 1.0}}, ["beta_fast is 1.0 (must be more than beta_slow"]),
+        ("llama", {"rope_parameters": YARN | {"beta_fast": 1.0}}, ["beta_fast is 1.0 (must be greater than beta_slow"]),
         ("llama", {"rope_parameters": {"rope_type": "linear"}}, ["rope_parameters.factor is missing"]),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2}}, ["low_freq_factor is missing"]),
         ("llama", {"rope_scaling": "linear"}, ["rope_scaling is linear; it must be null or an object"]),
@@ -67,8 +71,8 @@ def error_message(folder: Path) -> str:
         ("llama", {"tie_word_embeddings": 1}, ["tie_word_embeddings is 1; it must be true or false"]),
         ("llama", {"num_key_value_heads": 3}, ["config.json describes a model that is not supported", "n_kv_head (3)"]),
         ("llama", {"vocab_size": 250}, ["vocab_size is 250", "ids up to 299"]),
-        ("llama", {"model_type": "gemma2"}, ["model_type is gemma2; supported are gpt2, llama, mistral, qwen3"]),
-        ("llama", {"model_type": ...}, ["has no model_type; supported are gpt2"]),
+        ("llama", {"model_type": "gemma2"}, ["model_type is gemma2; it must be one of gpt2, llama, mistral, qwen3"]),
+        ("llama", {"model_type": ...}, ["has no model_type; it must be one of gpt2"]),
     ],
 )
 def test_unsupported_config(published: Published, case: str, fields: dict[str, Any], messages: list[str]) -> None:
@@ -158,10 +162,10 @@ def test_missing_shards_and_paths_outside_the_folder(published: Published) -> No
     for content, problem in (
         ("{}", "is not an index of weights"),
         ('{"weight_map": []}', "is not an index of weights"),
-        (json.dumps({"weight_map": {"x": "../secret.safetensors"}}), "it names files in other folders"),
+        (json.dumps({"weight_map": {"x": "../secret.safetensors"}}), "it refers to files in other folders"),
         (
             json.dumps({"weight_map": known["weight_map"] | {"y": known["weight_map"]["lm_head.weight"]}}),
-            "in no file: y",
+            "missing from all files: y",
         ),
     ):
         index.write_text(content, encoding="utf-8")

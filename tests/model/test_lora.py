@@ -369,11 +369,11 @@ def test_pattern_without_matches_lists_the_layers() -> None:
     with pytest.raises(UserError) as error:
         add_lora(randomised(CONFIG), LoRA(pattern="q_proj"))
     assert str(error.value) == (
-        "lora.pattern is q_proj, which matches no linear layer; there are, for example, blocks.0.attention.query, "
+        "lora.pattern is q_proj, which does not match any linear layer; choose among blocks.0.attention.query, "
         "blocks.0.attention.key, blocks.0.attention.value, blocks.0.attention.output, blocks.0.feed_forward.input, "
         "blocks.0.feed_forward.output, blocks.0.feed_forward.gate, head"
     )
-    with pytest.raises(UserError, match="there are none"):
+    with pytest.raises(UserError, match="the network has no linear layers"):
         add_lora(nn.Sequential(nn.ReLU()), LoRA())
 
 
@@ -389,7 +389,7 @@ def test_adding_adapters_twice_is_an_error() -> None:
         (lambda: LoRA(alpha=-1.0), "lora.alpha is -1.0; it must be positive"),
         (lambda: LoRA(alpha=float("nan")), "lora.alpha is nan; it must be positive"),
         (lambda: LoRA(dropout=1.0), "lora.dropout is 1.0; it must be at least 0 and below 1"),
-        (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a regular expression: missing )"),
+        (lambda: LoRA(pattern="(query"), "lora.pattern is (query, which is not a valid regular expression (missing )"),
     ],
 )
 def test_invalid_lora_settings_are_an_error(build: Callable[[], LoRA], message: str) -> None:

@@ -51,7 +51,7 @@ def test_curve_joins_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_diverged_run_is_failed(tmp_path: Path) -> None:
     (tmp_path / "summary.json").write_text(f'{{"{METRIC}": null, "step": 3}}')
     run = read_run_result(tmp_path, 1, METRIC)
-    assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end")
+    assert (run.state, run.reason) == ("failed", f"{METRIC} is not finite at the end of the run")
     assert RunResult.from_dict(run.to_dict()) == run
 
 

@@ -114,7 +114,7 @@ def test_sweep_stops_on_a_signal(tmp_path: Path, sweep_process: Start, signum: s
     assert "repeat the command to resume" in output
     assert_none_is_alive(read_pids(tmp_path / "runs", "s"))
     assert (tmp_path / "runs" / "s" / "report.html").is_file()
-    assert "1 trials are unfinished" in (tmp_path / "runs" / "s" / "report.md").read_text()
+    assert "1 unfinished trial;" in (tmp_path / "runs" / "s" / "report.md").read_text()
 
 
 def test_failed_runs_are_recorded_and_do_not_stop_the_sweep(run_sweep: RunSweep, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_unknown_metric(run_sweep: RunSweep, tmp_path: Path, capsys: pytest.Capt
     assert run_sweep("vary: {x: [1, 2]}\nmetric: val/los\n") == 2
     *_, message = capsys.readouterr().err.splitlines()
     assert message.startswith(
-        "error: metric: runs do not log val/los; the nearest is val/loss; they log val/bits_per_byte,"
+        "error: metric: the runs do not log val/los; the closest match is val/loss; they log val/bits_per_byte,"
     )
     assert sum(map(len, read_pids(tmp_path / "runs", "s").values())) == 1
     assert run_sweep("vary: {x: [1, 2]}\nmetric: val/loss\n") == 0

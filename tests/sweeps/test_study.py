@@ -168,8 +168,8 @@ def test_journal_with_a_half_written_last_line(tmp_path: Path) -> None:
     [
         ("postgresql://nobody:secret@127.0.0.1:9/none", "cannot reach postgresql://nobody:***@127.0.0.1:9/none"),
         ("oracle://x", "--storage is oracle://...; it must be"),
-        ("sqlite:////proc/none/x.db", "--storage: cannot write /proc/none/x.db: No such file"),
-        ("/proc/none/journal", "--storage: cannot write /proc/none/journal: No such file"),
+        ("sqlite:////proc/none/x.db", "--storage: cannot write to /proc/none/x.db: No such file"),
+        ("/proc/none/journal", "--storage: cannot write to /proc/none/journal: No such file"),
     ],
 )
 def test_invalid_storage(tmp_path: Path, storage: str, message: str) -> None:

@@ -200,7 +200,7 @@ def test_incomplete_adapter_is_rejected(
 @pytest.mark.parametrize(
     ("task", "data", "message"),
     [
-        ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer is 2 in the checkpoint, 3 here"),
+        ({"gpt": replace(SHAPE, n_layer=3)}, {}, "n_layer is 2 in the checkpoint, but 3 in this run"),
         ({}, {"init_from": None, "vocab_size": 280}, "another tokenizer"),
         ({"init_from": "nowhere.ckpt"}, {}, "no checkpoint at nowhere.ckpt"),
         ({"lora": LoRA(4), "train_layers": 1}, {}, "set only one of them"),
@@ -397,7 +397,7 @@ def test_tied_embedding_is_not_part_of_the_head(trainer: Build, packed_text: Any
     with pytest.raises(UserError, match="tied_embeddings"):
         task(gpt=replace(SHAPE, tied_embeddings=not tied))
     if tied:
-        with pytest.raises(UserError, match="matches the head, but its matrix is the embedding's"):
+        with pytest.raises(UserError, match="matches the head, but the head is tied to the embedding"):
             task(lora=LoRA(2, pattern="."))
 
 
@@ -413,7 +413,7 @@ def test_sample_prompts_leave_room_for_a_reply(base: Path, cache: Path) -> None:
     [
         ({"class_weights": {"animals": 0.0}}, "all weights are 0|no class animals"),
         ({"pooling": "first"}, "model.pooling is first"),
-        ({"class_weights": {"no such": 1.0}}, "there is no class no such"),
+        ({"class_weights": {"no such": 1.0}}, "class no such does not exist"),
         ({"class_weights": {"x": -1.0}}, "must be 0 or more"),
     ],
 )

@@ -336,7 +336,7 @@ def test_test_metrics_cover_each_prompt_once(trainer: Build, data: Callable[...,
 def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each process generates by itself, as many tokens as its replies need."""
     monkeypatch.setattr(PPO, "device_mesh", object())
-    with pytest.raises(UserError, match=r"PPO supports DDP only: use --trainer\.strategy ddp"):
+    with pytest.raises(UserError, match=r"PPO supports only DDP; set --trainer\.strategy ddp"):
         policy("PPO").build_auxiliary_networks()
 
 
@@ -349,7 +349,7 @@ def test_sharded_policies_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tests.custom_reward.NUMBER", "which is int, not a function"),
         ("tests.custom_reward.nothing", "cannot be imported"),
         ("no_file.reward", "No module named"),
-        ("polite", "does not exist; use a run, a function such as my_file.my_reward, or one of full_stop"),
+        ("polite", "does not exist; set it to a run, a function such as my_file.my_reward, or one of full_stop"),
         ("runs/nowhere", "model.reward: no checkpoint"),
     ],
 )
@@ -370,7 +370,7 @@ def test_invalid_rewards_are_rejected(run: Callable[..., Any], reward: str, mess
         ("PPO", {"temperature": 0.0}, "model.temperature is 0.0; it must be positive"),
         ("PPO", {"kl_target": -1.0}, "model.kl_target is -1.0"),
         ("PPO", {"kl_coefficient": -1.0}, "model.kl_coefficient is -1.0"),
-        ("PPO", {"kl_coefficient": math.inf}, "model.kl_coefficient is inf; it must be 0 or more, and finite"),
+        ("PPO", {"kl_coefficient": math.inf}, "model.kl_coefficient is inf; it must be at least 0, and finite"),
         ("PPO", {"kl_coefficient": math.nan}, "model.kl_coefficient is nan"),
         ("GRPO", {"unended_score": math.nan}, "model.unended_score is nan; it must be finite"),
         ("PPO", {"unended_score": -math.inf}, "model.unended_score is -inf"),
@@ -393,7 +393,7 @@ def test_invalid_settings_are_rejected(
 def test_policy_needs_prompts_and_a_reward(
     run: Callable[..., Any], trainer: Build, tmp_path: Path, cache: Path
 ) -> None:
-    with pytest.raises(UserError, match="Conversations has no prompts; PPO requires Prompts"):
+    with pytest.raises(UserError, match="Conversations has no prompts; PPO requires --data Prompts"):
         trainer().fit(policy("PPO"), Conversations(cache=str(cache), vocab_size=300))
     (tmp_path / "asked.jsonl").write_text("\n".join(f'{{"prompt": "Count to {n}."}}' for n in range(60)))
     with pytest.raises(UserError, match="no reward function is specified"):
@@ -479,7 +479,7 @@ def test_reward_model_with_a_shorter_context_is_rejected_before_generating(
     run: Callable[..., Any], reward_run: Callable[..., tuple[Reward, str]], same: dict[str, Any]
 ) -> None:
     _, path = reward_run(**same, block_size=88)
-    message = "has a context of 88 tokens, but data.block_size is 96: lower that, or train .* --data.block_size 96"
+    message = "has a context of 88 tokens, but data.block_size is 96; lower data.block_size, or .*--data.block_size 96"
     with pytest.raises(UserError, match=message):
         run("PPO", 0, reward=path, more=same)
     run("PPO", 1, reward=path, more=same | {"block_size": 88})

@@ -240,7 +240,7 @@ def test_true_reward_is_the_share_of_ended_replies_that_pass_the_check(
         ({"loss": "hinge"}, "model.loss is hinge; it must be one of sigmoid, ipo"),
         ({"beta": 0.0}, "model.beta is 0.0; it must be positive"),
         ({"label_smoothing": 0.5}, "model.label_smoothing is 0.5"),
-        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* does not support dropout: set it to 0"),
+        ({"gpt": GPTConfig(dropout=0.1)}, "model.gpt.dropout is 0.1, but DPO .* does not support dropout; set it to 0"),
     ],
 )
 def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> None:
@@ -250,12 +250,12 @@ def test_invalid_settings_are_rejected(how: dict[str, Any], message: str) -> Non
 
 def test_data_without_pairs_is_rejected(trainer: Build, start: Path, cache: Path) -> None:
     data = Conversations(init_from=str(start), cache=str(cache), block_size=96)
-    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO requires Preferences"):
+    with pytest.raises(UserError, match="Conversations has no pairs of replies; DPO requires --data Preferences"):
         trainer().fit(DPO(init_from=str(start), compile=False), data)
 
 
 def test_reward_model_rejects_truncated_replies(trainer: Build, start: Path, cache: Path) -> None:
     """Of a truncated pair one could end and the other not, which would give the preference away."""
     data = Preferences(init_from=str(start), cache=str(cache), block_size=96, too_long="cut")
-    with pytest.raises(UserError, match=r"data\.too_long is cut, but a reward is read at the end of a reply"):
+    with pytest.raises(UserError, match=r"data\.too_long is cut, but a reward model requires complete replies"):
         trainer().fit(Reward(init_from=str(start), compile=False), data)

@@ -264,10 +264,10 @@ def test_sources_are_mixed_by_weight(tmp_path: Path) -> None:
 
 def test_source_that_cannot_be_mixed_is_named(tmp_path: Path) -> None:
     small, large = write(tmp_path / "small.jsonl", ["a b"]), write(tmp_path / "large.jsonl", ["c d " * 99])
-    with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for its weight"):
+    with pytest.raises(UserError, match=r"every document of .*large\.jsonl is too large for the weight"):
         CorpusSpec(((small, 1.0), (large, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
     empty = write(tmp_path / "empty.jsonl", ["  "])
-    with pytest.raises(UserError, match=r"cleaning left no document of .*empty\.jsonl to mix"):
+    with pytest.raises(UserError, match=r"no documents of .*empty\.jsonl are left after cleaning"):
         CorpusSpec(((small, 1.0), (empty, 1.0)), (), 0.1).prepare(tmp_path / "corpora")
 
 
@@ -301,7 +301,7 @@ def test_null_setting_is_rejected(tmp_path: Path) -> None:
 def test_hub_options_are_rejected_if_all_sources_are_files() -> None:
     """Mixed with a Hub dataset, a file ignores them."""
     for options in ({"config": "x"}, {"split": "test"}, {"streaming": True}):
-        with pytest.raises(UserError, match="apply only to Hub datasets; stdlib is not one"):
+        with pytest.raises(UserError, match="apply only to Hub datasets; remove them for stdlib"):
             CorpusSpec(((DocumentSource("stdlib", **options), 1.0),), (), 0.1)
         CorpusSpec(
             ((DocumentSource("stdlib", **options), 1.0), (DocumentSource("owner/name", **options), 1.0)), (), 0.1
@@ -318,7 +318,7 @@ def test_max_bytes_limits_reading(tmp_path: Path) -> None:
 def test_error_names_the_steps_that_rejected_everything(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         corpus_of(tmp_path, [sentences(n) for n in range(7)] + ["short"], Length(at_least=10), GopherQuality(500))
-    assert str(error.value).startswith("none of the 8 documents in ")
+    assert str(error.value).startswith("none of the 8 documents of ")
     assert "Length rejected 1 (fewer than 10 characters), GopherQuality rejected 7 (number of words)" in str(
         error.value
     )
@@ -332,13 +332,13 @@ def test_text_of_one_letter_is_rejected(tmp_path: Path) -> None:
 
 def test_nul_byte_is_rejected_unless_a_step_removes_it(tmp_path: Path) -> None:
     texts = [sentences(0), "a\0b " * 9]
-    with pytest.raises(UserError, match=r"a\.jsonl:2 has a NUL byte.*ControlCharacters"):
+    with pytest.raises(UserError, match=r"a\.jsonl:2 contains a NUL byte.*ControlCharacters"):
         corpus_of(tmp_path, texts)
     assert corpus_of(tmp_path, texts, ControlCharacters()).audit["documents_kept"] == 2
 
 
 def test_decontamination_steps_come_last(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="put Length before Leakage"):
+    with pytest.raises(UserError, match="Length must come before Leakage"):
         corpus_of(tmp_path, ["a"], Leakage(), Length())
     with pytest.raises(UserError, match="Leakage requires validation documents, but the corpus is a single document"):
         corpus_of(tmp_path, [sentences(0)], Leakage())

@@ -131,15 +131,15 @@ def test_missing_dataset_split_or_column_is_one_line(hub: str, tmp_path: Path) -
     config, split, column, nothing = read_sources(cases, tmp_path, HF_ENDPOINT=hub)
     assert "'nope' not found. Available: ['default', 'other']" in config
     assert "Unknown split \"test\". Should be one of ['train', 'held_out']" in split
-    assert "owner/name has no column 'x'; it has text, body; choose one: --data.text_column" in column
-    assert "no such file or folder: owner/nothing; and the Hub has no dataset of that name" in nothing
+    assert "owner/name has no column 'x'; set --data.text_column to an existing column (text, body)" in column
+    assert "no such file or folder: owner/nothing; the Hub has no dataset with this name" in nothing
 
 
 def test_offline_uses_what_was_downloaded(hub: str, tmp_path: Path) -> None:
     [fetched] = read_sources([{}], tmp_path, HF_ENDPOINT=hub)
     unreachable = "http://127.0.0.1:9"  # a port on which nothing listens
     [cannot] = read_sources([{}], tmp_path, HF_ENDPOINT=unreachable)
-    assert "no such file or folder: owner/name; and the Hub" in cannot
+    assert "no such file or folder: owner/name; the Hub" in cannot
     assert "cannot be reached" in cannot
     assert "HF_HUB_OFFLINE=1" in cannot
     found, never = read_sources([{}, {"name": "owner/other"}], tmp_path, HF_ENDPOINT=unreachable, HF_HUB_OFFLINE="1")

@@ -48,7 +48,7 @@ def test_stdlib_excludes_tests_and_generated_tables() -> None:
 
 def test_missing_stdlib_sources_error_names_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path / name))
-    with pytest.raises(UserError, match=r"has no standard library sources.*--data.source"):
+    with pytest.raises(UserError, match=r"lacks its standard library sources.*--data.source"):
         list(read_documents("stdlib"))
 
 
@@ -91,7 +91,7 @@ def test_glob_pattern_across_folders(tmp_path: Path) -> None:
         (lambda path: path.mkdir(), "no UTF-8 text file"),
         (lambda path: path.write_bytes(b""), "contains no text"),
         (lambda path: path.write_bytes(b" \n\t"), "contains no text"),
-        (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), "is not UTF-8 text: line 2 has the byte 0xff"),
+        (lambda path: path.write_bytes(b"ab\nc\xff\xfe"), r"is not UTF-8 text \(byte 0xff in line 2\)"),
     ],
 )
 def test_source_without_text_is_reported(tmp_path: Path, make: object, message: str) -> None:
@@ -197,31 +197,31 @@ def test_any_text_round_trips_through_json_lines(tmp_path_factory: pytest.TempPa
 
 
 FAULTS = {
-    "a.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "a.jsonl: line 2 is not JSON"),
-    "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; it has txt.*--data.text_column"),
-    "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', "c.jsonl: line 2 is not UTF-8: it has the byte 0xff"),
-    "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' is int, not text"),
-    "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 is list, not an object"),
-    "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' has half a surrogate pair"),
-    "g.jsonl": (b'{"txt": "a"}\n', "g.jsonl has no column 'text'; it has txt"),
-    "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is truncated or damaged after line"),
-    "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is truncated or damaged after line"),
+    "a.jsonl": (b'{"text": "a"}\n{"text": "b"\n', "a.jsonl: line 2 is not valid JSON"),
+    "b.json": (b'\n{"txt": "a"}\n', r"b.json: line 2 has no column 'text'; set --data.text_column .*txt"),
+    "c.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n', r"c.jsonl: line 2 is not UTF-8 \(byte 0xff\)"),
+    "d.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "d.jsonl: line 2: 'text' must be a string, but its type is int"),
+    "e.jsonl": (b'{"text": "a"}\n[1]\n', "e.jsonl: line 2 must be an object"),
+    "f.jsonl": (b'{"text": "a\\ud800"}\n', "f.jsonl: line 1: 'text' contains an unpaired surrogate"),
+    "g.jsonl": (b'{"txt": "a"}\n', r"g.jsonl has no column 'text'; .*\(txt\)"),
+    "h.jsonl.gz": (gzip.compress(b'{"text": "a"}\n' * 99_999)[:-50], r"h.jsonl.gz is truncated or corrupted after"),
+    "i.jsonl.zst": (zstd.compress(b'{"text": "a"}\n' * 99_999)[:-5], r"i.jsonl.zst is truncated or corrupted after"),
     "j.txt.gz": (gzip.compress(b"text " * 9999)[:-5], r"cannot read .*j.txt.gz"),
-    "k.csv": (b"text,n\na,1\nb,2,3\n", "k.csv: line 3 has 3 fields, not 2"),
-    "u.csv": (b"text,n\nhello,1,\nworld,2,\n", "u.csv: line 2 has 3 fields, not 2"),
-    "v.csv": (b"id,text\n1,hello\n2\n", "v.csv: line 3 has 1 fields, not 2"),
-    "w.tsv": (b"label\ttext\nham\thello\t\n", "w.tsv: line 2 has 3 fields, not 2"),
-    "x.jsonl.xz": (lzma.compress(b'{"text": "a"}\n' * 9999)[:-40], "x.jsonl.xz is truncated or damaged"),
-    "y.jsonl.xz": (b'{"text": "a"}', "y.jsonl.xz is truncated or damaged after line 0"),
+    "k.csv": (b"text,n\na,1\nb,2,3\n", "k.csv: line 3 has 3 fields, but the header has 2"),
+    "u.csv": (b"text,n\nhello,1,\nworld,2,\n", "u.csv: line 2 has 3 fields, but the header has 2"),
+    "v.csv": (b"id,text\n1,hello\n2\n", "v.csv: line 3 has 1 fields, but the header has 2"),
+    "w.tsv": (b"label\ttext\nham\thello\t\n", "w.tsv: line 2 has 3 fields, but the header has 2"),
+    "x.jsonl.xz": (lzma.compress(b'{"text": "a"}\n' * 9999)[:-40], "x.jsonl.xz is truncated or corrupted"),
+    "y.jsonl.xz": (b'{"text": "a"}', "y.jsonl.xz is truncated or corrupted after line 0"),
     "z.txt.zst": (b"no archive", "cannot read .*z.txt.zst"),
     "l.csv": (b'text,n\n"a\nb",1\n"c,2\n', "l.csv: line 4 cannot be read"),
     "m.csv": (b"text,n\na,1\n\xff,2\n", "m.csv: line 3 is not UTF-8"),
-    "n.csv": (b"label,message\na,1\n", "n.csv has no column 'text'; it has label, message"),
+    "n.csv": (b"label,message\na,1\n", r"n.csv has no column 'text'; .*\(label, message\)"),
     "o.parquet": (_parquet(["a"])[:-9], "o.parquet cannot be read as parquet"),
     "p.arrow": (_arrow(["a"])[:99], "p.arrow cannot be read as arrow"),
-    "q.json": (b'[{"text": "a"}, {"text": 1}]', "q.json: row 2: 'text' is int"),
-    "r.json": (b'[{"text": "a"}', "r.json is not JSON"),
-    "s.jsonl": (b'{"text": "a"}\n{"text": "' + b"x" * 3000 + b'"}\n', r"s.jsonl: (row|line) 2 "),
+    "q.json": (b'[{"text": "a"}, {"text": 1}]', "q.json: row 2: 'text' must be a string"),
+    "r.json": (b'[{"text": "a"}', "r.json is not valid JSON"),
+    "s.jsonl": (b'{"text": "a"}\n{"text": "' + b"x" * 3000 + b'"}\n', r"s.jsonl: (row|line) 2"),
     "t.txt": (b"short\n" * 300 + b"x" * 3000, r"t.txt: line 301 is longer than"),
 }  # fmt: skip
 
@@ -242,9 +242,9 @@ def test_error_names_file_and_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(_parquet(["a"]))
-    with pytest.raises(UserError, match=r"no column 'body'; it has n, text"):
+    with pytest.raises(UserError, match=r"no column 'body'; .*\(n, text\)"):
         texts(tmp_path / "a.parquet", column="body")
-    with pytest.raises(UserError, match=r"row 1: 'n' is int, not text"):
+    with pytest.raises(UserError, match=r"row 1: 'n' must be a string, but its type is int"):
         texts(tmp_path / "a.parquet", column="n")
 
 

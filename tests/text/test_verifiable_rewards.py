@@ -46,5 +46,5 @@ def test_synthetic_pairs_follow_the_preference(name: str) -> None:
 
 
 def test_unknown_preference_is_rejected() -> None:
-    with pytest.raises(UserError, match="no verifiable preference is called polite; choose from full_stop, shorter"):
+    with pytest.raises(UserError, match="verifiable preference polite not found; choose from full_stop, shorter"):
         get_verifiable_preference("polite")

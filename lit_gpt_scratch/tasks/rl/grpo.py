@@ -15,14 +15,15 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 class GRPO(OnPolicyModule):
     """GPT trained with GRPO, a variant of PPO that compares replies to the same prompt instead of using a critic.
 
-    All tokens of a reply have the same advantage. The KL from the initial policy is a term of the loss: the ``k3``
-    estimate, averaged over the tokens of a reply, times the KL coefficient. It is added to a policy loss whose
-    advantages have no unit, so the coefficient is not in units of reward. Because the KL is averaged over tokens, each
-    token of a long reply may diverge as far as a token of a short one.
+    All tokens of a reply have the same advantage. The loss includes the KL from the initial policy (the ``k3``
+    estimate), averaged over the tokens of a reply and multiplied by the KL coefficient. With ``scale``, the advantages
+    have no unit, so the coefficient is not in units of reward. Because the KL is averaged over tokens, the KL of a
+    whole reply may grow with its length.
 
     Args:
         group: Number of replies per prompt.
-        scale: Whether to divide each reply's difference from the group's mean score by the group's standard deviation.
+        scale: Whether to divide the advantages (score minus mean score of the group) by the standard deviation of the
+            scores in the group.
         kwargs: Arguments of ``OnPolicyModule``.
     """
 
@@ -38,12 +39,12 @@ class GRPO(OnPolicyModule):
 
     @override
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the number of replies, over which the loss is averaged: (N, T) -> scalar."""
+        """Return the number of replies, over which the loss is averaged, as a scalar; ``labels`` has shape (N, T)."""
         return (labels != IGNORE_INDEX).any(1).sum()
 
     @override
     def loss_and_count(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Return the sum over replies of the mean loss over their tokens (equation 3), and the number of replies."""
+        """Return the sum of the mean token loss of each reply (equation 3), and the number of replies."""
         labels = batch["labels"]
         mask = labels != IGNORE_INDEX
         logprobs, logits, _ = self(batch["input_ids"], labels)

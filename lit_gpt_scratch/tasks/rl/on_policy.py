@@ -39,7 +39,7 @@ from lit_gpt_scratch.tasks.rl.rollouts import (
 )
 
 TRAIN_REPLIES, EVALUATION_REPLIES = 0, 1
-"""Random-number streams, which are part of the seed of each reply. Evaluation uses the same seeds in every run."""
+"""Random-number streams, which are part of the seed of each reply; evaluation uses the same seeds in every run."""
 ROLLOUTS_KEY: Final = "rollouts"
 """Checkpoint key of the rollouts in the current rollout phase."""
 
@@ -49,35 +49,36 @@ class OnPolicyModule(GPTModule):
 
     Training batches contain indices of rollouts, which are numbered across the run. At the first index of a rollout
     phase, the current network generates all replies of the phase. They are scored, gathered on every rank and kept
-    (also in checkpoints) while training makes several passes over them. Optimizer steps are therefore the trainer's
-    own, and a run can be resumed at any step. A reply depends on the weights, its prompt, the seed of the run and the
-    index of the rollout, but not on the rank that generates it.
+    (also in checkpoints) while training makes several passes over them. The optimizer steps are therefore ordinary
+    steps of the trainer, and a run can be resumed at any step. A reply depends on the weights, its prompt, the seed of
+    the run and the index of the rollout, but not on the rank that generates it.
 
     Validation and test generate one reply to each prompt. They compute the mean ``reward``, the mean ``kl`` of a whole
     reply from the initial policy, the mean ``entropy`` per token, the fraction of replies that ``ended``, and a
     ``loss`` of ``kl_coefficient * kl - reward`` with the configured coefficient. The loss is PPO's objective if the
-    coefficient is constant. GRPO penalises the KL per token instead of per reply, but its runs can be compared with
-    PPO's by this loss.
+    coefficient is constant. GRPO penalises the KL per token instead of per reply, but this loss makes its runs
+    comparable with those of PPO.
 
     Args:
-        reward: Reward of the replies: a reward model's run folder or checkpoint, the import path of a function of
-            prompts and replies such as ``my_file.my_reward``, or the name of a verifiable preference. By default the
-            reward that the data defines.
-        unended_score: Score of truncated replies, which have no end of text. By default, functions score them like
-            other replies, and verifiable preferences score them 0. A reward model can only score complete replies, so
-            truncated ones get the minimum score in the rollout phase or evaluation. The policy thus gains nothing by
-            never ending a reply.
-        kl_coefficient: Strength of the KL penalty; see PPO and GRPO for the KL that is penalised.
+        reward: Reward of the replies: the run folder or checkpoint of a reward model, the import path of a function of
+            prompts and replies such as ``my_file.my_reward``, or the name of a verifiable preference. By default, the
+            data module defines the reward.
+        unended_score: Score of truncated replies, which have no end-of-text token. By default, functions score
+            truncated replies like other replies, and verifiable preferences give them a score of 0. A reward model can
+            only score complete replies, so truncated replies get the minimum score in the rollout phase or evaluation.
+            The policy therefore does not benefit from never ending a reply.
+        kl_coefficient: Coefficient of the KL penalty, which PPO and GRPO define differently; 0 disables the penalty.
         temperature: Sampling temperature for replies, also used for their log-probabilities.
         rows_at_once: Number of replies to generate in one batch.
         steps_per_phase: Number of optimizer steps per pass over the replies of a rollout phase.
         passes: Number of training passes over the replies of a rollout phase.
         clip: Clipping range of the probability ratio around 1.
-        kl_target: Target for the KL of a whole reply, in nats. If set, the KL coefficient is adapted towards it after
-            each rollout phase, starting from ``kl_coefficient``. By default the coefficient is constant.
-        entropy_coefficient: Weight of the entropy bonus.
+        kl_target: Target for the KL of a whole reply, in nats. If set, the KL coefficient is adapted after each
+            rollout phase to approach the target, starting from ``kl_coefficient``. By default, the coefficient is
+            constant.
+        entropy_coefficient: Weight of the entropy bonus in the loss; 0 disables the bonus.
         kwargs: Arguments of ``GPTModule``. Dropout is not supported, because before the first update the policy must be
-            the one that generated the replies.
+            identical to the policy that generated the replies.
 
     Raises:
         UserError: A number is out of range.
@@ -111,7 +112,7 @@ class OnPolicyModule(GPTModule):
         if kl_target is not None and kl_coefficient == 0:
             raise UserError(
                 f"model.kl_target is {kl_target}, but model.kl_coefficient is 0 and is adapted by multiplication; "
-                "set it to a positive value to start from"
+                "set model.kl_coefficient to a positive initial value"
             )
         self.reward = reward
         self.unended_score = unended_score
@@ -125,15 +126,15 @@ class OnPolicyModule(GPTModule):
         self.entropy_coefficient = entropy_coefficient
         self.generator: RolloutGenerator | None = None
         self._generation_stopwatch = Stopwatch()
-        """Measures the time spent generating rollouts."""
+        """Stopwatch for the time spent generating rollouts."""
         self.rollouts: Rollouts | None = None
-        """The rollouts of the current rollout phase."""
+        """Rollouts of the current rollout phase; None before the first phase."""
         self._log_sums: dict[str, Tensor] = {}
 
     # Methods for subclasses to override.
 
     def compute_advantages(self, rollouts: Rollouts) -> dict[str, Tensor]:
-        """Return ``advantages``, (N,) per reply or (N, T) per token, and any other targets of the loss."""
+        """Return ``advantages``, (N,) per reply or (N, T) per token, and any other tensors required by the loss."""
         raise NotImplementedError
 
     def compute_values(self, hidden: Tensor) -> dict[str, Tensor]:
@@ -141,7 +142,7 @@ class OnPolicyModule(GPTModule):
         return {}
 
     def count_labels(self, labels: Tensor) -> Tensor:
-        """Return the divisor of the summed loss, by default the number of reply tokens: (N, T) -> scalar."""
+        """Return the divisor of the summed loss, a scalar: by default the number of reply tokens in ``labels``."""
         return (labels != IGNORE_INDEX).sum()
 
     # Setup.
@@ -150,7 +151,7 @@ class OnPolicyModule(GPTModule):
     def setup(self, stage: str) -> None:
         """Set the data's rollout phase, look up the reward function, and discard the rollouts of earlier runs.
 
-        Rollouts in a checkpoint are loaded after this.
+        The rollouts in a checkpoint are loaded later.
         """
         super().setup(stage)
         self.prompts.phase = self.phase
@@ -169,20 +170,22 @@ class OnPolicyModule(GPTModule):
 
     @property
     def prompts(self) -> PromptSource:
-        """The prompts to reply to.
+        """Prompts from the data module, to which the policy replies.
 
         Raises:
             UserError: The data has no prompts.
         """
         if self.data_info.prompts is None:
-            raise UserError(f"data: {self.data_info.name} has no prompts; {type(self).__name__} requires Prompts")
+            raise UserError(
+                f"data: {self.data_info.name} has no prompts; {type(self).__name__} requires --data Prompts"
+            )
         return self.data_info.prompts
 
     @override
     def build_auxiliary_networks(self) -> Sequence[GPT]:
         """Build the reference model and the reward model or function."""
         if self.device_mesh is not None:  # each process generates independently, with a different number of tokens
-            raise UserError(f"{type(self).__name__} supports DDP only: use --trainer.strategy ddp")
+            raise UserError(f"{type(self).__name__} supports only DDP; set --trainer.strategy ddp")
         self.reference = ReferenceModel(self.net, self.trains_only_adapters)
         unended_score, score = self.unended_score, self._build_reward_model()
         if score is None:
@@ -222,7 +225,7 @@ class OnPolicyModule(GPTModule):
     # Rollouts.
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Replace the indices in a training batch with rollouts; generate them at the start of a rollout phase."""
+        """Replace the indices in a training batch with rollouts, which are generated at the start of each phase."""
         if not self.trainer.training:
             return batch
         n = self.phase.steps * self.data_info.layout.rows_per_step
@@ -239,7 +242,7 @@ class OnPolicyModule(GPTModule):
         if n % self.group:
             raise UserError(
                 f"model.group is {self.group}, but a rollout phase has {n} replies (batch_size x ranks x micro-batches "
-                "x steps_per_phase), which is not a multiple of it; change one of them"
+                "x steps_per_phase), which is not a multiple of model.group; change one of these settings"
             )
         assert self.generator is not None
         layout = self.data_info.layout
@@ -282,7 +285,7 @@ class OnPolicyModule(GPTModule):
     # Logging.
 
     def accumulate_logs(self, labels: Tensor, logits: Tensor, **sums: Tensor) -> None:
-        """Accumulate sums over tokens for logging; does nothing unless this is a log step with gradients enabled."""
+        """Accumulate sums over tokens for logging; do nothing unless this is a log step with gradients enabled."""
         if not (self.is_log_step and torch.is_grad_enabled()):
             return
         with torch.no_grad():
@@ -314,7 +317,7 @@ class OnPolicyModule(GPTModule):
     def update_metrics(self, batch: PromptIndexBatch) -> None:
         split: DataSplit = "test" if self.trainer.testing else "validation"
         n = self.prompts.counts[split]
-        indices = [index for index in batch["indices"].tolist() if index < n]  # the others are padding rows
+        indices = [index for index in batch["indices"].tolist() if index < n]  # other indices are padding rows
         if not indices:
             return
         assert self.generator is not None
@@ -365,21 +368,21 @@ class OnPolicyModule(GPTModule):
 
 
 def require_at_least(minimum: float, **given: float) -> None:
-    """Check that flags are finite and at least ``minimum``.
+    """Check that model flags are finite and at least ``minimum``.
 
     Raises:
-        UserError: A number is less than the minimum, or not finite.
+        UserError: A value is less than the minimum, or not finite.
     """
     for name, value in given.items():
         if not minimum <= value < math.inf:
-            raise UserError(f"model.{name} is {value}; it must be {minimum} or more, and finite")
+            raise UserError(f"model.{name} is {value}; it must be at least {minimum}, and finite")
 
 
 def require_positive(**given: float | None) -> None:
-    """Check that flags are finite and positive, or None.
+    """Check that each model flag is None, or positive and finite.
 
     Raises:
-        UserError: A number is 0 or less, or not finite.
+        UserError: A value is 0 or less, or not finite.
     """
     for name, value in given.items():
         if value is not None and not 0 < value < math.inf:

@@ -23,18 +23,18 @@ from lit_gpt_scratch.tasks.rl.rollouts import Rollouts
 
 
 class PPO(OnPolicyModule):
-    """GPT trained with PPO. The critic is a second head on the same hidden states, which predicts the return.
+    """GPT trained with PPO; its critic is a second head on the same hidden states, which predicts the return.
 
     The reward of each token is its negated KL from the initial policy (``k1``) times the KL coefficient; the last token
-    of a reply also gets the reward of the whole reply. One nat of KL over a whole reply therefore costs as much reward
-    as the coefficient. Generalised advantage estimation (GAE) distributes the rewards over the tokens.
+    of a reply also gets the reward of the whole reply. One nat of KL over a whole reply therefore reduces the total
+    reward by the KL coefficient. Generalised advantage estimation (GAE) distributes the rewards over the tokens.
 
     Args:
-        gamma: Discount factor.
+        gamma: Discount factor per token; 1 disables discounting.
         gae_lambda: Lambda of generalised advantage estimation: 0 relies on the critic's values, 1 on the observed
             rewards.
-        value_clip: Clipping range for the change of the critic's values in the value loss; null for no clipping.
-        value_coefficient: Weight of the critic's loss.
+        value_clip: Clipping range for the change of the critic's values in the value loss; null disables clipping.
+        value_coefficient: Weight of the value loss.
         whitening: Whether to normalise the advantages in a rollout phase to mean 0 and variance 1.
         kwargs: Arguments of ``OnPolicyModule``.
     """

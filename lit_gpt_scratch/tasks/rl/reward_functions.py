@@ -1,4 +1,4 @@
-"""Score replies with a reward model or with a function of their texts."""
+"""Reward functions, which score replies with a reward model or with a function of their text."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,34 +14,34 @@ from lit_gpt_scratch.tasks.rl.rollouts import Replies
 
 
 class RewardFunction(Protocol):
-    """Computes the rewards of replies."""
+    """Callable that computes the reward of each reply."""
 
     def __call__(self, replies: Replies) -> Tensor:
         """Return the reward of each reply, (N,) float32 on the CPU."""
 
 
 def is_checkpoint_path(name: str | None) -> bool:
-    """Whether a reward is the path of a trained model rather than the name of a function.
+    """Return whether a reward is specified by the path of a trained model instead of the name of a function.
 
-    A reward is a path if it contains a slash, or if a file or folder of that name exists.
+    A name is treated as a path if it contains a slash, or if a file or folder with this name exists.
     """
     return name is not None and ("/" in name or Path(name).exists())
 
 
 class RewardModelScorer:
-    """Scores replies with a trained reward model, which reads the reward at the last token of prompt and reply.
+    """Reward function that scores replies with a trained reward model, at the last token of each reply.
 
     Args:
         place: Run folder or checkpoint of the reward model.
         tokenizer_json: Content of the policy's tokenizer file.
-        max_length: Maximum tokens per text (prompt and reply).
-        batch_size: Number of texts per forward pass.
-        trusted: Import path of the only custom attention class that the checkpoint may name, because building the
-            model runs the code of that class.
+        max_length: Maximum number of tokens in a prompt and its reply.
+        batch_size: Number of replies per forward pass.
+        trusted: Import path of the only custom attention class that the checkpoint may use, because building the
+            model runs the code of this class.
 
     Raises:
         UserError: The checkpoint does not exist, is not a reward model, was trained with another tokenizer, has too
-            short a context, or names an attention class that is not trusted.
+            short a context, or uses an attention class that is not trusted.
     """
 
     def __init__(self, place: str, tokenizer_json: str, max_length: int, batch_size: int, trusted: str | None) -> None:
@@ -52,8 +52,8 @@ class RewardModelScorer:
         if self.net.block_size < max_length:
             raise UserError(
                 f"model.reward: the reward model {place} has a context of {self.net.block_size} tokens, but "
-                f"data.block_size is {max_length}: lower that, or train the reward model with --data.block_size "
-                f"{max_length}"
+                f"data.block_size is {max_length}; lower data.block_size, or train the reward model with "
+                f"--data.block_size {max_length}"
             )
         self.place = place
         self.batch_size = batch_size
@@ -76,11 +76,11 @@ class RewardModelScorer:
 
 
 class TextFunctionScorer:
-    """Scores replies with a function of their texts.
+    """Reward function that scores replies with a function of their text.
 
     Args:
         name: Name of the reward, for error messages.
-        function: Function of the prompts and replies, one reply per prompt, that returns one number per reply.
+        function: Function that maps a list of prompts and a list of replies, one per prompt, to one number per reply.
     """
 
     def __init__(self, name: str, function: TextRewardFunction) -> None:

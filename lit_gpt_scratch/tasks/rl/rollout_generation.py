@@ -1,4 +1,4 @@
-"""Generation and scoring of rollouts, that is, replies to prompts."""
+"""Generation and scoring of rollouts (replies to prompts)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ from lit_gpt_scratch.tasks.rl.rollouts import Replies, generate_replies
 
 @dataclass
 class RolloutGenerator:
-    """Generates replies to prompts and scores them.
+    """Generator that samples replies to prompts and scores them.
 
     Attributes:
-        net: The network of the policy.
+        net: Network of the policy.
         data: Properties of the data, including the prompts.
         score: Function that computes the reward of each reply.
         unended_score: Score of truncated replies; if None, ``score`` also applies to them.
@@ -36,7 +36,7 @@ class RolloutGenerator:
         """Generate and score one reply to each prompt; the network must be in evaluation mode.
 
         Args:
-            split: Split that the prompts belong to.
+            split: Data split of the prompts.
             indices: Indices of the prompts, (N,).
             seeds: Random seed of each reply.
 

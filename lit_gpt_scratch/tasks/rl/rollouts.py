@@ -1,4 +1,4 @@
-"""Rollouts: generated replies with the data required to train on them."""
+"""Rollouts, which are generated replies with the data required to train on them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -19,12 +19,12 @@ from lit_gpt_scratch.model import GPT
 
 @dataclass
 class Rollouts:
-    """The rollouts of one rollout phase; every rank holds the rollouts of all ranks.
+    """Rollouts of one rollout phase; every rank holds the rollouts of all ranks.
 
     Attributes:
         phase: Index of the phase in the run.
         coefficient: KL coefficient in this phase.
-        means: Values to log, averaged over all replies and keyed by name.
+        means: Metrics to log, averaged over all replies and keyed by name.
         rows: (N, T) and (N,) tensors keyed by name; ``input_ids`` and ``labels`` are as in a ``Batch``.
     """
 
@@ -34,7 +34,7 @@ class Rollouts:
     rows: dict[str, Tensor] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state as plain data and CPU tensors."""
+        """Return the state as a dictionary of numbers and CPU tensors."""
         rows = {name: row.cpu() for name, row in self.rows.items()}
         return {"phase": self.phase, "coefficient": self.coefficient, "figures": dict(self.means), "rows": rows}
 
@@ -55,10 +55,10 @@ class Replies:
 
     Attributes:
         prompts: Token ids of the prompts.
-        prompt_texts: Texts of the prompts, without the chat template.
-        replies: Token ids of the replies, including the end of text unless they were truncated.
-        texts: Texts of the replies, without the end of text.
-        ended: Whether each reply ends with the end of text.
+        prompt_texts: Text of each prompt, without the chat template.
+        replies: Token ids of the replies, including the end-of-text token unless they were truncated.
+        texts: Text of each reply, without the end-of-text token.
+        ended: Whether each reply ends with the end-of-text token.
     """
 
     prompts: Sequence[list[int]]
@@ -76,8 +76,8 @@ class Replies:
         """Build rows padded to a common width; each token of a reply is the label of the position before it.
 
         Args:
-            width: Width of the rows.
-            fill: Token id to pad ``input_ids`` with.
+            width: Number of columns to pad the rows to.
+            fill: Token id with which ``input_ids`` is padded.
 
         Returns:
             ``input_ids`` and ``labels``, (N, width) int64, and ``ended``, (N,) float32.
@@ -103,7 +103,7 @@ def eval_mode(net: nn.Module) -> Iterator[None]:
 
 
 def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
-    """Return the reward, KL and other values to log, averaged over the replies of a rollout phase, keyed by name."""
+    """Return the reward, KL and other metrics, averaged over the replies of a rollout phase and keyed by name."""
     mask = rows["labels"] != IGNORE_INDEX
     values = {
         "reward": rows["scores"],
@@ -116,7 +116,7 @@ def rollout_means(rows: dict[str, Tensor]) -> dict[str, float]:
 
 
 def trim_padding(rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove trailing columns that are padding in all rows, up to a multiple of ``PADDING_MULTIPLE``."""
+    """Remove trailing columns that are padding in all rows; keep a multiple of ``PADDING_MULTIPLE`` columns."""
     labelled = (rows["labels"] != IGNORE_INDEX).any(0).nonzero()
     longest = int(labelled[-1]) + 1 if len(labelled) else 1
     width = -(-longest // PADDING_MULTIPLE) * PADDING_MULTIPLE
@@ -135,16 +135,16 @@ def generate_replies(
     """Sample one reply to each prompt.
 
     Args:
-        net: The network, in evaluation mode.
+        net: Network, which must be in evaluation mode.
         prompts: Token ids of the prompts.
-        max_tokens: Maximum tokens per reply.
-        temperature: Sampling temperature; with 1, replies are sampled from the network's own, untruncated distribution.
+        max_tokens: Maximum number of tokens per reply.
+        temperature: Sampling temperature; 1 samples from the unmodified distribution of the network.
         seeds: Random seed of each reply.
         end_of_text: Token id that ends a reply.
         batch_size: Number of replies to generate in one batch.
 
     Returns:
-        Token ids of the replies, including the end of text unless they were truncated.
+        Token ids of the replies, including the end-of-text token unless they were truncated.
     """
     sampling = Sampling(temperature=temperature, top_k=None)
     replies: list[list[int]] = []
@@ -159,7 +159,7 @@ def generate_replies(
 
 
 def reply_seeds(*keys: int, numbers: Sequence[int]) -> list[int]:
-    """Return one seed for each number; it depends only on that number and the keys."""
+    """Return one random seed per number; each seed depends only on the number and on ``keys``."""
     return [int(np.random.SeedSequence((*keys, number)).generate_state(1, np.uint64)[0]) for number in numbers]
 
 
@@ -176,31 +176,31 @@ def merge_ranks(own: Tensor, ranks: Tensor, batch_size: int) -> Tensor:
     """Merge the rows of all ranks in the order of the rollout phase; the inverse of ``rank_rows``.
 
     Args:
-        own: (n, ...), the rows of this rank, used only for their shape.
+        own: (n, ...), the rows of this rank, of which only the shape is used.
         ranks: (W, n, ...), the rows of each of W ranks, in the order of the micro-batches.
-        batch_size: Rows per micro-batch and rank.
+        batch_size: Number of rows per micro-batch and rank.
 
     Returns:
-        (W * n, ...).
+        The merged rows, (W * n, ...).
     """
     split = ranks.view(-1, len(own) // batch_size, batch_size, *own.shape[1:])  # (W, micro-batches, B, ...)
     return split.transpose(0, 1).flatten(0, 2)
 
 
 class Stopwatch:
-    """Accumulates the time spent in its ``running`` contexts."""
+    """Stopwatch that accumulates the time spent in its ``running`` contexts."""
 
     def __init__(self) -> None:
         self._seconds = 0.0
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Add the time spent in this context."""
+        """Add the time spent in this context to the accumulated time."""
         began = time.perf_counter()
         yield
         self._seconds += time.perf_counter() - began
 
     def take(self) -> float:
-        """Return the seconds accumulated since the last call, and reset them."""
+        """Return the accumulated time in seconds, and reset it to 0."""
         taken, self._seconds = self._seconds, 0.0
         return taken
