@@ -5,7 +5,7 @@
 Half of the steps in the run are executed without callbacks, so that other load on the machine affects both halves
 equally. There are four types of steps: ordinary steps, logging steps, steps after which the network is inspected, and
 steps followed by a validation. Half of the steps of each type have callbacks. Logging, inspection and validation are
-more frequent in the benchmark than in a default run, to collect enough samples. The differences between neighbouring
+more frequent in the benchmark than in a default run, to collect enough samples. The differences between neighboring
 steps with and without callbacks are then weighted by the frequency of each type in a default run. The time that
 callbacks take before the first step, in the first three steps and after the last step is measured directly. All
 caches are empty at the start, so that imports, text preparation, tokenizer training and compilation take as long as
@@ -149,13 +149,13 @@ def main() -> None:
     before = imports + switch.ready - launched
     threads = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     print(f"{platform.machine()}, {threads}, torch {torch.__version__}, wall seconds")
-    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians; cost from neighbours)")
+    print(f"{'milliseconds':14} {'with':>9} {'without':>9} {'cost':>8} {'ratio':>7}   (medians; cost from neighbors)")
     whole = cost = 0.0
     doubt = np.zeros(RESAMPLED)
     left, coarser = MAX_STEPS, 0
     for kind, often in reversed(KINDS.items()):
         on, off = switch.seconds[kind, True], switch.seconds[kind, False]
-        # Pairs of neighbouring steps of one type, with and without callbacks: other load affects both equally.
+        # Pairs of neighboring steps of one type, with and without callbacks: other load affects both equally.
         pairs = [its - own for its, own in zip(on, off, strict=False)]
         with_them, without, more = (statistics.median(found) for found in (on, off, pairs))
         n = left if often is None else MAX_STEPS // often - coarser

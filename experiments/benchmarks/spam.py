@@ -42,7 +42,7 @@ STAGES = {"all parameters": "spam.yaml", "LoRA": "spam_lora.yaml"}
 
 
 def key(text: str) -> str:
-    """Normalise case and whitespace, so that duplicates are equal."""
+    """Normalize case and whitespace, so that duplicates are equal."""
     return " ".join(text.split()).casefold()
 
 

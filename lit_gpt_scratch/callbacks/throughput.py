@@ -166,8 +166,8 @@ class Throughput(Callback):
         counts, figures = {"tokens": float(self.tokens)}, time_shares(phases)
         if self._close_window(phases):
             counts["tokens_per_second"] = self.tokens_per_second
-            utilisation = list(self.utilisation(self.tokens_per_second).values())
-            figures |= {"model_flops_utilisation": utilisation[0]} if utilisation else {}
+            utilization = list(self.utilization(self.tokens_per_second).values())
+            figures |= {"model_flops_utilisation": utilization[0]} if utilization else {}
         memory = self._peak_gigabytes(pl_module.device)
         figures |= {} if memory is None else {"peak_memory_gigabytes": memory}
         log_metrics(trainer, counts | {f"throughput/{name}": value for name, value in figures.items()}, self._step - 1)
@@ -177,7 +177,7 @@ class Throughput(Callback):
         """Mean training speed of this session in tokens per second, or None if no step has been timed yet."""
         return self.timed_tokens / self.seconds if self.seconds else None
 
-    def utilisation(self, tokens_per_second: float) -> dict[str, float]:
+    def utilization(self, tokens_per_second: float) -> dict[str, float]:
         """Return the model FLOPs utilization at the given speed, relative to each value in ``peaks``."""
         return {kind: tokens_per_second * self._flops_per_token / peak for kind, peak in self.peaks.items()}
 
@@ -186,7 +186,7 @@ class Throughput(Callback):
         """Throughput metrics of this session: time fraction per phase, utilization, peak TFLOP/s and peak memory."""
         return {
             **time_shares(self._phase_seconds),
-            "model_flops_utilisation": self.utilisation(self.mean) if self.mean else {},
+            "model_flops_utilisation": self.utilization(self.mean) if self.mean else {},
             "peak_teraflops": {kind: peak / 1e12 for kind, peak in self.peaks.items()},
             "peak_memory_gigabytes": self._memory,
         }

@@ -1,4 +1,4 @@
-"""Load the pretrained model that initialises a run (``--model.init_from``)."""
+"""Load the pretrained model that initializes a run (``--model.init_from``)."""
 
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -13,7 +13,7 @@ from lit_gpt_scratch.model import GPT, GPTConfig
 from lit_gpt_scratch.text.tokenizer import Tokenizer
 
 MAY_DIFFER: Final = ("dropout", "attention_backend", "initialisation", "classes", "pooling", "rewards", "block_size")
-"""Settings that may differ between a network and the pretrained model from which it is initialised."""
+"""Settings that may differ between a network and the pretrained model from which it is initialized."""
 
 
 @dataclass(frozen=True)

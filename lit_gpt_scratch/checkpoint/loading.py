@@ -156,7 +156,7 @@ def load_reward_model(place: str, tokenizer_json: str, trusted: str | None = Non
         raise UserError(f"{path} is not a reward model: it {task}; train one with fit --model Reward")
     if loaded.metadata.tokenizer != tokenizer_json:
         raise UserError(
-            f"the reward model {path} has a different tokenizer than the policy; initialise both from the same model "
+            f"the reward model {path} has a different tokenizer than the policy; initialize both from the same model "
             "(--model.init_from)"
         )
     return loaded.net.requires_grad_(False)

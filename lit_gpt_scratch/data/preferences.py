@@ -37,7 +37,7 @@ class PreferencePair:
 
 
 class Preferences(PromptedDataModule[PreferencePair]):
-    """Data module for preference pairs, used for reward modelling and DPO.
+    """Data module for preference pairs, used for reward modeling and DPO.
 
     The data has the columns ``prompt`` (or ``instruction``), ``chosen`` and ``rejected``. Each of these columns
     contains a string or a list of messages.

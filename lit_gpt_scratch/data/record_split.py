@@ -40,7 +40,7 @@ def split_records(
     """Split records at random.
 
     Args:
-        keys: Normalised content of each record; duplicates have equal keys.
+        keys: Normalized content of each record; duplicates have equal keys.
         shares: Fraction of records in each held-out split; the remaining records form the training split.
         seed: Seed for the split.
         together: Whether to put duplicates into the same split. A held-out split may then exceed its fraction, but by

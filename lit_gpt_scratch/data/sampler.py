@@ -24,7 +24,7 @@ class MicroBatch(NamedTuple):
     Attributes:
         rows: Row indices of this rank's micro-batch, (B,).
         step_rows: Row indices of the whole optimizer step, across all micro-batches and data-parallel ranks, (N,); None
-            outside training. The dataset counts their labels to normalise the loss of the step.
+            outside training. The dataset counts their labels to normalize the loss of the step.
     """
 
     rows: list[int]
@@ -53,7 +53,7 @@ class RowDataset(Dataset[BatchT], ABC, Generic[BatchT]):
 
     @abstractmethod
     def count_labels(self, rows: RowIndices) -> dict[str, Tensor]:
-        """Return the batch entries used to normalise the loss of an optimizer step.
+        """Return the batch entries used to normalize the loss of an optimizer step.
 
         Args:
             rows: Row indices of the whole optimizer step, (N,).

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class LabeledText:
+class ClassificationExample:
     """Text to classify, with its class label.
 
     Attributes:
@@ -40,7 +40,9 @@ class LabeledText:
     label: int
 
     @classmethod
-    def from_row(cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]) -> "LabeledText":
+    def from_row(
+        cls, row: TableRow, text_column: str, label_column: str, classes: Sequence[str]
+    ) -> "ClassificationExample":
         """Read the text and the class name from two columns of a benchmark row.
 
         Raises:
@@ -96,7 +98,11 @@ def classify(model: GPT, tokenizer: Tokenizer, texts: Sequence[str], pooling: st
 
 
 def evaluate_classification(
-    model: GPT, tokenizer: Tokenizer, examples: Sequence[LabeledText], classes: Sequence[str], pooling: str = "last"
+    model: GPT,
+    tokenizer: Tokenizer,
+    examples: Sequence[ClassificationExample],
+    classes: Sequence[str],
+    pooling: str = "last",
 ) -> Measurements:
     """Predict the most probable class of each text, and compare it with the label.
 

@@ -78,7 +78,7 @@ def evaluate_multiple_choice(
 ) -> Measurements:
     """Select the choice with the highest log-likelihood, summed over its tokens, and compare it with the answer.
 
-    The sum favours short choices, so in three more metrics it is divided by the number of tokens, characters or bytes.
+    The sum favors short choices, so in three more metrics it is divided by the number of tokens, characters or bytes.
     The leading space is not counted as a character or byte, so the last two metrics equal ``acc_norm`` and
     ``acc_bytes`` in ``lm-eval``. The credit for a tie is divided equally among the tied choices, so that a uniform
     model scores at chance level.

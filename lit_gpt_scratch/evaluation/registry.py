@@ -18,7 +18,7 @@ from lit_gpt_scratch.evaluation import (
     perplexity,
 )
 from lit_gpt_scratch.evaluation.chat_eval import ChatExample
-from lit_gpt_scratch.evaluation.classification_eval import LabeledText
+from lit_gpt_scratch.evaluation.classification_eval import ClassificationExample
 from lit_gpt_scratch.evaluation.contamination import find_contaminated, iterate_training_documents
 from lit_gpt_scratch.evaluation.generation_eval import GenerationExample
 from lit_gpt_scratch.evaluation.intervals import Measurements, ScoreSummary, summarize, wilson_interval
@@ -126,7 +126,7 @@ EVAL_TASKS: Final = {
     "classification": EvalTask(
         "accuracy, F1 and AUROC of a classifier; columns: text, label",
         lambda request: (
-            LabeledText.from_row(row, request.text_column, request.label_column, request.classes)
+            ClassificationExample.from_row(row, request.text_column, request.label_column, request.classes)
             for row in benchmark_rows.read_rows(request.source)
         ),
         lambda labelled: str(labelled.text),

@@ -63,8 +63,8 @@ class Sampling:
             UserError: The largest logit of a row is NaN or infinite, because training has diverged.
         """
         if self.repetition_penalty != 1 and seen is not None:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
+            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(seen, penalized, logits)
         top, argmax = logits.max(-1, keepdim=True)  # (B, 1)
         if not top.isfinite().all():
             raise UserError(

@@ -40,8 +40,8 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
     else:
         raise UserError(f"no {WEIGHTS_FILE} and no {INDEX_FILE} in {folder}; use a folder written by save_pretrained")
     found = {name: tensor for name, tensor in found.items() if not DERIVED_BUFFERS.search(name)}
-    if quantised := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
-        raise UserError(f"{folder} contains quantised weights: {_list_some(quantised)}; use the unquantised model")
+    if quantized := [f"{name} is {tensor.dtype}" for name, tensor in found.items() if not _is_plain_float(tensor)]:
+        raise UserError(f"{folder} contains quantized weights: {_list_some(quantized)}; use the unquantized model")
     return found
 
 

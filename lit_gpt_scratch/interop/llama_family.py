@@ -143,7 +143,7 @@ class MistralFamily(LlamaLikeFamily):
 
 
 class Qwen3Family(LlamaLikeFamily):
-    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalise queries and keys per head."""
+    """Dense Qwen3 models (https://arxiv.org/abs/2505.09388), which normalize queries and keys per head."""
 
     model_type, architecture = "qwen3", "Qwen3ForCausalLM"
     default_kv_heads, default_head_dim = 32, 128

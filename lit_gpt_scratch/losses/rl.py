@@ -64,7 +64,7 @@ def kl_penalised_rewards(scores: Tensor, kl: Tensor, mask: Tensor, coefficient: 
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, gae_lambda: float) -> tuple[Tensor, Tensor]:
-    """Compute generalised advantage estimates (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
+    """Compute generalized advantage estimates (Schulman et al. 2016, https://arxiv.org/abs/1506.02438).
 
     With ``d_t = r_t + gamma V_{t+1} - V_t``, the advantage is ``A_t = d_t + gamma lambda A_{t+1}`` (equations 11 and
     16). Values and advantages are 0 after the end of a reply.
@@ -115,7 +115,7 @@ def grpo_advantages(scores: Tensor, group: int, scale: bool = True) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """Normalise the values where ``mask`` is True to mean 0 and variance 1: (B, T) -> (B, T).
+    """Normalize the values where ``mask`` is True to mean 0 and variance 1: (B, T) -> (B, T).
 
     If all of these values are equal, they are set to 0. Values where ``mask`` is False are also set to 0.
     """

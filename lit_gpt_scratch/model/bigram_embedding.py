@@ -22,7 +22,7 @@ class BigramEmbedding(nn.Module):
         self.table = nn.Embedding(rows + 1, width)
 
     def init_weights(self) -> None:
-        """Initialise the table to zero, so that bigrams have no effect at the start of training."""
+        """Initialize the table to zero, so that bigrams have no effect at the start of training."""
         nn.init.zeros_(self.table.weight)
 
     def forward(self, input_ids: Tensor, previous_ids: Tensor, is_first: Tensor) -> Tensor:

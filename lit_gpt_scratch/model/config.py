@@ -68,12 +68,12 @@ class GPTConfig:
             frequency of a channel pair is divided by ``rotary_factor``; 1 by default.
         rotary_fast: For ``llama3`` and ``yarn``, the number of turns within the trained context above which the
             frequency of a channel pair is not changed; by default, 4 for ``llama3`` and 32 for ``yarn``.
-        norm: Type of normalisation layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
+        norm: Type of normalization layer: ``rmsnorm`` (https://arxiv.org/abs/1910.07467) or ``layernorm``
             (https://arxiv.org/abs/1607.06450).
-        norm_eps: Value added to the mean square or variance in normalisation layers for numerical stability.
-        norm_placement: Placement of the normalisation layers: ``pre`` normalises the input of each residual branch
-            (GPT-2, Llama), ``post`` normalises the residual stream after each addition (the original Transformer), and
-            ``sandwich`` normalises both the input and the output of each residual branch (Gemma 2).
+        norm_eps: Value added to the mean square or variance in normalization layers for numerical stability.
+        norm_placement: Placement of the normalization layers: ``pre`` normalizes the input of each residual branch
+            (GPT-2, Llama), ``post`` normalizes the residual stream after each addition (the original Transformer), and
+            ``sandwich`` normalizes both the input and the output of each residual branch (Gemma 2).
         bias: Whether the linear layers of the blocks and all LayerNorms have biases, as in GPT-2. The output head never
             has a bias.
         feed_forward: Type of feed-forward network: ``swiglu``, ``geglu`` (https://arxiv.org/abs/2002.05202), ``relu2``

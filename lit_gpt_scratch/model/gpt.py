@@ -153,7 +153,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise_weights(self) -> None:
-        """Initialise all weights with the scheme ``config.initialisation``."""
+        """Initialize all weights with the scheme ``config.initialisation``."""
         for module in self.modules():
             if (init_weights := getattr(module, "init_weights", None)) is not None:
                 init_weights()
@@ -225,7 +225,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         counts: list[int] | None = None,
     ) -> Tensor:
-        """Compute the normalised residual stream after the last block.
+        """Compute the normalized residual stream after the last block.
 
         Args:
             input_ids: (B, T) int64; with a cache, the tokens that follow the cached tokens.

@@ -1,7 +1,7 @@
 """Low-rank adapters (LoRA, https://arxiv.org/abs/2106.09685) for the linear layers of any network.
 
 A linear layer ``W x`` becomes ``W x + alpha / rank * B A x``, where A has ``rank`` rows, B has ``rank`` columns, and
-only A and B are trained. B is initialised to zero, so that training starts from the unchanged network.
+only A and B are trained. B is initialized to zero, so that training starts from the unchanged network.
 
 The parameters of the base model remain the same objects under the same names, so that its checkpoints can still be
 loaded and tied embeddings remain tied. Each adapter adds two parameters to its linear layer.

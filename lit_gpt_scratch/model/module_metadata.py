@@ -17,11 +17,11 @@ feed-forward network, such as a mixture of experts, only has to be added to ``FE
     layer.
 
 ``init_weights() -> None``
-    Initialises the parameters that do not belong to an ``nn.Linear``. Without this method, they keep the values set by
-    the constructor. It is called before the scheme ``config.initialisation`` initialises the linear layers.
+    Initializes the parameters that do not belong to an ``nn.Linear``. Without this method, they keep the values set by
+    the constructor. It is called before the scheme ``config.initialisation`` initializes the linear layers.
 
 ``residual_outputs() -> list[nn.Linear]``
-    Linear layers whose outputs are added to the residual stream. Some initialisation schemes initialise them to smaller
+    Linear layers whose outputs are added to the residual stream. Some initialisation schemes initialize them to smaller
     values or to zero. Required for the attention and feed-forward modules of a block.
 
 ``optimizer_group: ClassVar[OptimizerGroup]``

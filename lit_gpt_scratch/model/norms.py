@@ -1,4 +1,4 @@
-"""Normalisation layers: RMSNorm and LayerNorm."""
+"""Normalization layers: RMSNorm and LayerNorm."""
 
 from typing import Final
 
@@ -11,7 +11,7 @@ NORM_PLACEMENTS: Final = ("pre", "post", "sandwich")
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation with a learned gain (https://arxiv.org/abs/1910.07467).
+    """Root mean square normalization with a learned gain (https://arxiv.org/abs/1910.07467).
 
     The mean square is computed in the dtype of the weight (float32 under autocast), as in Llama and Qwen.
     """
@@ -22,12 +22,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise the last dimension, x: (..., width) -> (..., width) in the same dtype."""
+        """Normalize the last dimension, x: (..., width) -> (..., width) in the same dtype."""
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps).type_as(x)
 
 
 def build_norm(kind: str, width: int, eps: float, bias: bool) -> nn.Module:
-    """Build a normalisation layer.
+    """Build a normalization layer.
 
     Args:
         kind: ``rmsnorm`` or ``layernorm`` (https://arxiv.org/abs/1607.06450).

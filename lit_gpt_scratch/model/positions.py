@@ -78,7 +78,7 @@ class LearnedPositions(PositionEncoding):
         self.table = nn.Embedding(block_size, config.n_embd)
 
     def init_weights(self) -> None:
-        """Initialise the position embeddings as in GPT-2."""
+        """Initialize the position embeddings as in GPT-2."""
         nn.init.normal_(self.table.weight, std=INIT_STD)
 
     @override

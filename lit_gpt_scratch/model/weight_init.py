@@ -1,6 +1,6 @@
 """Weight initialisation schemes.
 
-Unless stated otherwise, biases are initialised to zero and the gains of normalisation layers to one.
+Unless stated otherwise, biases are initialized to zero and the gains of normalization layers to one.
 """
 
 import math
@@ -18,7 +18,7 @@ class ResidualBranch(NamedTuple):
 
     Attributes:
         outputs: Linear layers whose outputs are added to the residual stream.
-        norm: Normalisation layer that is applied to these outputs before they are added to the residual stream; None
+        norm: Normalization layer that is applied to these outputs before they are added to the residual stream; None
             unless ``norm_placement`` is ``sandwich``.
     """
 
@@ -45,9 +45,9 @@ class WeightsByRole(NamedTuple):
 
 
 def zero(weights: WeightsByRole) -> None:
-    """Initialise the output layers of residual branches and the head to zero, as in modded-nanogpt, Fixup and muP.
+    """Initialize the output layers of residual branches and the head to zero, as in modded-nanogpt, Fixup and muP.
 
-    Each residual branch initially outputs zero; if a branch ends with a norm, the gain of the norm is initialised to
+    Each residual branch initially outputs zero; if a branch ends with a norm, the gain of the norm is initialized to
     zero instead of the output layer. If the head is not tied, the initial predictions are uniform and the initial loss
     is exactly ln(vocab_size), so that the model does not have to unlearn random predictions. Untied token embeddings
     have unit variance, so that the outputs of the blocks do not soon dominate them.
@@ -56,7 +56,7 @@ def zero(weights: WeightsByRole) -> None:
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
     for branch in weights.branches:
-        # The gradient of a norm is very large at zero input, so the gain of the norm is initialised to zero instead.
+        # The gradient of a norm is very large at zero input, so the gain of the norm is initialized to zero instead.
         for layer in branch.outputs if branch.norm is None else [branch.norm]:
             nn.init.zeros_(layer.get_parameter("weight"))
     if not weights.tied:
@@ -64,14 +64,14 @@ def zero(weights: WeightsByRole) -> None:
 
 
 def normal(weights: WeightsByRole) -> None:
-    """Initialise all matrices and embeddings from a normal distribution, as in Llama and Qwen."""
+    """Initialize all matrices and embeddings from a normal distribution, as in Llama and Qwen."""
     nn.init.normal_(weights.embedding, std=INIT_STD)
     for linear in weights.linears:
         nn.init.normal_(linear.weight, std=INIT_STD)
 
 
 def gpt2(weights: WeightsByRole) -> None:
-    """Initialise as in ``normal``, but scale down the output layers of residual branches, as in GPT-2.
+    """Initialize as in ``normal``, but scale down the output layers of residual branches, as in GPT-2.
 
     The standard deviation of these layers is divided by the square root of the number of branches.
     """
@@ -82,7 +82,7 @@ def gpt2(weights: WeightsByRole) -> None:
 
 
 def xavier(weights: WeightsByRole) -> None:
-    """Initialise matrices with Xavier uniform (Glorot and Bengio 2010), as in the code of the original Transformer.
+    """Initialize matrices with Xavier uniform (Glorot and Bengio 2010), as in the code of the original Transformer.
 
     Embeddings have unit variance, or variance 1 / n_embd if they are tied to the head.
     """

@@ -230,7 +230,7 @@ class Muon(OptimizerRecipe):
         lr: Peak learning rate of Muon; 0.02 by default.
         weight_decay: Decoupled weight decay for the matrices that Muon updates; 0 by default.
         momentum: Momentum of Muon.
-        row_beta: Decay rate of the running mean square with which NorMuon (https://arxiv.org/abs/2510.05491) normalises
+        row_beta: Decay rate of the running mean square with which NorMuon (https://arxiv.org/abs/2510.05491) normalizes
             the update of each neuron. By default, NorMuon is disabled; setting ``row_beta`` enables it.
         adamw_lr: Peak learning rate of AdamW.
         beta1: Decay rate of AdamW's running mean of gradients.

@@ -67,7 +67,7 @@ class GPTModule(L.LightningModule):
     hardware and the vocabulary are known.
 
     A run can be resumed bit for bit from any of its checkpoints. Lightning restores weights, optimizer, schedule and
-    progress counters, which are normalised first. The data module determines the next batch. Random numbers depend only
+    progress counters, which are normalized first. The data module determines the next batch. Random numbers depend only
     on the seed, the batch index and the rank, so no generator state is saved. If a run is resumed with a different
     number of processes or micro-batches, it trains on the same rows in the same order, but with different random
     numbers.
@@ -80,10 +80,10 @@ class GPTModule(L.LightningModule):
         init_from: Pretrained model to start from: a run folder, a checkpoint, a ``.safetensors`` file, or a Hugging
             Face folder.
         lora: LoRA settings. If set, only the low-rank adapters are trained, and the output head if it is newly
-            initialised.
+            initialized.
         train_layers: Number of blocks to train, counted from the last. If set, only these blocks, the final norm and
             the output head are trained. A head that is tied to the embedding stays frozen, unless it is newly
-            initialised.
+            initialized.
         ema_decay: Decay of an exponential moving average (EMA) of the weights, such as 0.999. The averages are used for
             validation and samples, are saved as the weights in checkpoints, and replace the weights after training. By
             default, averaging is disabled.
@@ -162,7 +162,7 @@ class GPTModule(L.LightningModule):
         self.step_loss: Tensor | None = None
         """Mean loss of the current optimizer step over all ranks; computed at log steps and for a ``step_filter``."""
         self.head_is_new = False
-        """Whether the output head was initialised from scratch, because the initial model has a different head."""
+        """Whether the output head was initialized from scratch, because the initial model has a different head."""
         self._base_hash: str | None = None
 
     # Methods for subclasses to override.
@@ -512,7 +512,7 @@ class GPTModule(L.LightningModule):
         self.ema.save(checkpoint, self.trainer.optimizers, self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Normalise the progress counters and convert them to the current batch layout, before they are restored.
+        """Normalize the progress counters and convert them to the current batch layout, before they are restored.
 
         Raises:
             UserError: The model in the checkpoint has a different shape or tokenizer.

@@ -160,8 +160,8 @@ def test_utilisation_is_the_paper_formula_of_the_speed(
     operations = 6 * (matrices - model.net.embedding.weight.numel()) + 12 * 2 * 32 * 32  # 6 N + 12 L d T
     speeds, logged = notes.logged["tokens_per_second"], notes.logged["throughput/model_flops_utilisation"]
     assert list(logged) == list(speeds) == [1, 3, 5, 7]
-    for step, utilisation in logged.items():
-        assert utilisation == pytest.approx(speeds[step] * operations / 3e12, rel=1e-5)
+    for step, utilization in logged.items():
+        assert utilization == pytest.approx(speeds[step] * operations / 3e12, rel=1e-5)
     assert watch.mean is not None
     assert watch.figures["model_flops_utilisation"] == pytest.approx(
         {"nominal": watch.mean * operations / 3e12, "measured": watch.mean * operations / 2e12}

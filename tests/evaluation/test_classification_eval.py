@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lit_gpt_scratch.errors import UserError
-from lit_gpt_scratch.evaluation.classification_eval import LabeledText, classify, evaluate_classification
+from lit_gpt_scratch.evaluation.classification_eval import ClassificationExample, classify, evaluate_classification
 from lit_gpt_scratch.evaluation.intervals import summarize
 from lit_gpt_scratch.evaluation.registry import summary_to_dict
 from lit_gpt_scratch.evaluation.results_table import format_results
@@ -44,7 +44,7 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
     given = classify(classifier, tokenizer, texts).argmax(1).tolist()
     assert len(set(given)) == 3
     true = [(label + (k % 3 == 0)) % 3 for k, label in enumerate(given)]
-    labelled = [LabeledText("", text, label) for text, label in zip(texts, true, strict=True)]
+    labelled = [ClassificationExample("", text, label) for text, label in zip(texts, true, strict=True)]
     found = summarize(evaluate_classification(classifier, tokenizer, labelled, NAMES))
     pairs = list(zip(true, given, strict=True))
     f1 = []
@@ -68,7 +68,7 @@ def test_accuracy_f1_and_confusion_by_hand(classifier: GPT, tokenizer: Tokenizer
 
 @pytest.mark.filterwarnings("error")
 def test_no_auroc_for_texts_of_a_single_class(classifier: GPT, tokenizer: Tokenizer) -> None:
-    labelled = [LabeledText("", text, 1) for text in sentences(3, 5).splitlines()]
+    labelled = [ClassificationExample("", text, 1) for text in sentences(3, 5).splitlines()]
     found = summary_to_dict(summarize(evaluate_classification(classifier, tokenizer, labelled, NAMES)))
     assert found["auroc"] is None
     assert found["intervals"]["auroc"] is None
@@ -87,7 +87,7 @@ def test_no_auroc_for_texts_of_a_single_class(classifier: GPT, tokenizer: Tokeni
 )
 def test_invalid_rows_are_reported(fields: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as error:
-        LabeledText.from_row(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
+        ClassificationExample.from_row(TableRow("r:7", "r: line 7", fields), "text", "label", NAMES)
     assert str(error.value).startswith(f"r: line 7{message}")
 
 
@@ -103,4 +103,7 @@ def test_long_text_is_truncated_to_the_context(classifier: GPT, tokenizer: Token
 
 
 def test_label_may_be_a_number() -> None:
-    assert LabeledText.from_row(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label == 1
+    assert (
+        ClassificationExample.from_row(TableRow("", "", {"text": "x", "label": 1}), "text", "label", ("0", "1")).label
+        == 1
+    )

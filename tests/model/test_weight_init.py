@@ -125,7 +125,7 @@ def test_zero_starts_with_identity_blocks_and_a_loss_of_ln_vocab(placement: str,
     assert loss.item() == pytest.approx(math.log(VOCAB), rel=1e-6)
     first, *others = stream
     assert first.std() > 0.5
-    if placement == "post":  # the output is the normalised input, from the second block on unchanged
+    if placement == "post":  # the output is the normalized input, from the second block on unchanged
         first = (first - first.mean(-1, keepdim=True)) if norm == "layernorm" else first
         first = first / first.square().mean(-1, keepdim=True).sqrt()
     for x in others:

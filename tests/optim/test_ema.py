@@ -64,7 +64,7 @@ def test_average_matches_its_recursion_and_does_not_affect_training(optimizer: s
 
 
 def test_parameter_without_updates_has_no_average() -> None:
-    """An optimizer that finds a nonempty state would not initialise its moments."""
+    """An optimizer that finds a nonempty state would not initialize its moments."""
     used, unused = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = torch.optim.AdamW([used, unused])
     average = ExponentialMovingAverage(0.9)

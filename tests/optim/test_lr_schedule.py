@@ -40,7 +40,7 @@ def test_linear_and_cosine_match_their_equations() -> None:
 
 
 def test_inverse_sqrt_matches_the_paper() -> None:
-    """Equation 3 with steps counted from 1, normalised to a peak of 1."""
+    """Equation 3 with steps counted from 1, normalized to a peak of 1."""
     warmup = 11
     peak = warmup**-0.5
     expected = [min(step**-0.5, step * warmup**-1.5) / peak for step in range(1, TOTAL + 2)]

@@ -27,15 +27,15 @@ class PPO(OnPolicyModule):
 
     The reward of each token is its negated KL from the initial policy (``k1``) times the KL coefficient; the last token
     of a reply also gets the reward of the whole reply. One nat of KL over a whole reply therefore reduces the total
-    reward by the KL coefficient. Generalised advantage estimation (GAE) distributes the rewards over the tokens.
+    reward by the KL coefficient. Generalized advantage estimation (GAE) distributes the rewards over the tokens.
 
     Args:
         gamma: Discount factor per token; 1 disables discounting.
-        gae_lambda: Lambda of generalised advantage estimation: 0 relies on the critic's values, 1 on the observed
+        gae_lambda: Lambda of generalized advantage estimation: 0 relies on the critic's values, 1 on the observed
             rewards.
         value_clip: Clipping range for the change of the critic's values in the value loss; null disables clipping.
         value_coefficient: Weight of the value loss.
-        whitening: Whether to normalise the advantages in a rollout phase to mean 0 and variance 1.
+        whitening: Whether to normalize the advantages in a rollout phase to mean 0 and variance 1.
         kwargs: Arguments of ``OnPolicyModule``.
     """
 
