@@ -134,6 +134,7 @@ class RunProgressBar(ProgressBar):
 
 def format_count(number: float) -> str:
     """Format a count with three significant digits, e.g. "2.16 M"."""
+    number = float(f"{number:.3g}")  # before the unit is chosen: 999,600 is 1 M, not 1e+03 k
     for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
             return f"{number / unit:.3g}{name}"

@@ -14,7 +14,16 @@ Build = Callable[..., Any]
 
 @pytest.mark.parametrize(
     ("number", "text"),
-    [(0, "0"), (7, "7"), (999, "999"), (2240, "2.24 k"), (2_164_928, "2.16 M"), (3e9, "3 G"), (1.5e13, "15 T")],
+    [
+        (0, "0"),
+        (7, "7"),
+        (999, "999"),
+        (2240, "2.24 k"),
+        (2_164_928, "2.16 M"),
+        (999_600, "1 M"),
+        (3e9, "3 G"),
+        (1.5e13, "15 T"),
+    ],
 )
 def test_counts_have_three_digits(number: float, text: str) -> None:
     assert format_count(number) == text
