@@ -45,6 +45,13 @@ def test_cached_and_uncached_tokens_are_equal(config: GPTConfig) -> None:
     assert texts(model, prompts, 60) == [generate_uncached(model, prompt, 60) for prompt in prompts]
 
 
+@pytest.mark.parametrize("context", [2, 3, 4, 5])
+def test_short_contexts(context: int) -> None:
+    """Half of a context of two or three tokens is only the newest token, so that nothing of the cache is kept."""
+    model = randomised(LOOKS_BACK, block_size=context).double()
+    assert texts(model, [[1], [2, 3]], 12) == [generate_uncached(model, prompt, 12) for prompt in ([1], [2, 3])]
+
+
 @pytest.mark.parametrize(
     "config", [pytest.param(LOOKS_BACK, id="looks-back"), pytest.param(ALIBI, id="alibi", marks=pytest.mark.slow)]
 )
